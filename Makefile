@@ -1,0 +1,30 @@
+# `make demo` and `make test` work from a bare clone with Python >= 3.11, pip and make alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check test-unit test-long lint clean
+
+demo: $(STAMP)
+	$(BIN)/simclr-ray demo
+
+check: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+test: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test
+
+test-long: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-long
+
+# uv only installs: it resolves nothing, since every version and hash stands in the lock file.
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes -r requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

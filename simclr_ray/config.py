@@ -1,0 +1,214 @@
+"""Typed config: YAML and dotted overrides in, a frozen checked tree out, one line per mistake.
+
+The only place that knows pydantic and YAML. YAML is 1.2, so `1e-4` is a number and `yes` a string.
+A union of configs is told apart by its `name` key; overriding `name` drops the keys of the old
+variant. Errors say the dotted path, what was given, what is allowed, and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import pydantic
+from ruamel.yaml import YAML, YAMLError
+
+from simclr_ray.errors import ConfigError, Mistake
+
+Field = pydantic.Field
+model_validator = pydantic.model_validator
+
+Tree = dict[str, Any]
+Scalar = str | int | float | bool
+Where = tuple[str | int, ...]
+
+
+class Config(pydantic.BaseModel):
+    """Base of every config node: frozen, strict, no unknown keys, defaults validated too."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, strict=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def parse_yaml(text: str, source: str = "config") -> Any:  # noqa: ANN401 - a YAML document
+    """Return the value of one YAML 1.2 document; raise `ConfigError` naming `source` if broken."""
+    try:
+        return YAML(typ="safe", pure=True).load(io.StringIO(text))
+    except YAMLError as error:
+        first_line = " ".join(str(error).split())
+        raise ConfigError([Mistake(source, f"is not YAML: {first_line}")]) from error
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """Return `tree` as a YAML 1.2 document, keys in the order given."""
+    out = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(dict(tree), out)
+    return out.getvalue()
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
+    """Return a copy of `tree` with each `dotted.path=value` set; values are YAML scalars or lists.
+
+    Setting `x.name` to another variant drops the other keys of `x`, since they belong to the old
+    one. Raises `ConfigError` with one mistake per override that is not of the form `path=value`.
+    """
+    out: Tree = json.loads(json.dumps(tree))
+    mistakes = []
+    parsed = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not all(path.split(".")):
+            mistakes.append(Mistake(text, "is no override; the form is key.path=value"))
+        else:
+            parsed.append((path.split("."), parse_yaml(value, text)))
+    for keys, value in sorted(parsed, key=lambda item: item[0][-1] != "name"):  # variants first
+        node = out
+        for depth, key in enumerate(keys[:-1]):
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                at = ".".join(keys[: depth + 1])
+                mistakes.append(Mistake(".".join(keys), f"{at} is a value and has no keys"))
+                break
+        else:
+            if keys[-1] == "name" and len(keys) > 1 and node.get("name", value) != value:
+                node.clear()
+            node[keys[-1]] = "" if value is None else value
+    if mistakes:
+        raise ConfigError(mistakes)
+    return out
+
+
+def validate(schema: type[ConfigT], tree: Any) -> ConfigT:  # noqa: ANN401 - not yet checked
+    """Return `tree` as a `schema`, or raise `ConfigError` with one mistake per wrong key or value."""
+    try:
+        return schema.model_validate(tree)
+    except pydantic.ValidationError as error:
+        found = [_mistake(schema, tree, item) for item in error.errors()]
+        raise ConfigError(list(dict.fromkeys(found))) from None
+
+
+def to_tree(config: Config) -> Tree:
+    """Return the config as plain dicts, lists and scalars, defaults included."""
+    tree: Tree = config.model_dump(mode="json")
+    return tree
+
+
+def leaves(config: Config) -> dict[str, Scalar]:
+    """Return every dotted leaf of the config, in order: what a tracker stores as parameters."""
+    return dict(_leaves(to_tree(config), ""))
+
+
+def digest_of(tree: Mapping[str, Any]) -> str:
+    """Return 16 hex digits that change if and only if `tree` does (key order aside)."""
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return `path: old -> new` for each leaf that differs between two trees."""
+    a, b = dict(_leaves(old, "")), dict(_leaves(new, ""))
+    return [
+        f"{k}: {a.get(k, '(absent)')} -> {b.get(k, '(absent)')}"
+        for k in dict.fromkeys([*a, *b])
+        if a.get(k) != b.get(k)
+    ]
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the closest of `allowed`, or nothing when none is close."""
+    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _leaves(node: Any, path: str) -> Iterable[tuple[str, Scalar]]:  # noqa: ANN401
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, Mapping | list):
+        yield path, json.dumps(node)
+    else:
+        yield path, node
+
+
+def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:  # noqa: ANN401
+    where = _without_tags(tree, item["loc"])
+    path = ".".join(str(part) for part in where)
+    kind, given, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        keys = _keys_at(schema, tree, where[:-1])
+        hint = nearest(str(where[-1]), keys)
+        return Mistake(path, f"unknown key{hint}; allowed here: {', '.join(sorted(keys))}")
+    if kind == "missing":
+        return Mistake(path, "missing key, and it has no default")
+    if kind == "literal_error":
+        options = [part.strip("' ") for part in context["expected"].replace(" or ", ",").split(",")]
+        return Mistake(path, f"got {given!r}; allowed: {', '.join(options)}{nearest(str(given), options)}")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        options = [part.strip("' ") for part in context.get("expected_tags", "").split(",")]
+        tag = given.get("name") if isinstance(given, Mapping) else given
+        allowed = ", ".join(filter(None, options)) or "see `simclr-ray config schema`"
+        return Mistake(f"{path}.name", f"got {tag!r}; allowed: {allowed}{nearest(str(tag), options)}")
+    if kind == "value_error":
+        return Mistake(path, str(context["error"]))
+    return Mistake(path, f"got {given!r}; {_sentence(item['msg'])}")
+
+
+def _sentence(message: str) -> str:
+    return message.replace("Input should be", "it must be").replace("Input", "it").strip()
+
+
+def _without_tags(tree: Any, loc: Where) -> Where:  # noqa: ANN401
+    """Drop the union tags that pydantic puts into a path: they are no keys of the user's file."""
+    kept: list[str | int] = []
+    node = tree
+    for index, part in enumerate(loc):
+        last = index == len(loc) - 1
+        if isinstance(node, Mapping) and part not in node and not last:
+            continue
+        kept.append(part)
+        if isinstance(node, Mapping) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+    return tuple(kept)
+
+
+def _keys_at(schema: type[Config], tree: Any, where: Where) -> list[str]:  # noqa: ANN401
+    """Return the keys that the node at `where` may have, following unions by their `name`."""
+    current: type[Config] = schema
+    node = tree
+    for part in where:
+        node = node[part] if isinstance(node, Mapping) and part in node else {}
+        annotation = current.model_fields[str(part)].annotation if isinstance(part, str) else None
+        variants = [v for v in _configs_in(annotation)]
+        named = [v for v in variants if _name_of(v) == (node or {}).get("name", _name_of(v))]
+        if not (named or variants):
+            return []
+        current = (named or variants)[0]
+    return list(current.model_fields)
+
+
+def _configs_in(annotation: Any) -> list[type[Config]]:  # noqa: ANN401
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [c for part in typing.get_args(annotation) for c in _configs_in(part)]
+    return []
+
+
+def _name_of(schema: type[Config]) -> str:
+    field = schema.model_fields.get("name")
+    return str(field.default) if field else ""

@@ -1,0 +1,79 @@
+"""The errors that simclr_ray raises on purpose.
+
+    SimclrRayError
+    ├── ConfigError          a key or value of a config or override is wrong       (exit code 2)
+    ├── DataError            a dataset cannot be used as it is                     (exit code 2)
+    │   └── TooManyBadImages more rows were unusable than `data.max_bad_share` allows (exit code 1)
+    ├── CheckpointError      a checkpoint is not whole, or belongs to another experiment
+    ├── ClusterError         the Ray cluster cannot hold what was asked for        (exit code 2)
+    ├── TrackingError        MLflow refused or cannot be reached
+    └── RunError             the training run itself failed                        (exit code 1)
+
+`simclr_ray.data.decode.ImageError` stands apart: that file travels alone with exported models.
+Everything else that escapes is a defect.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class SimclrRayError(Exception):
+    """The root of the tree; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class Mistake(NamedTuple):
+    """One thing wrong in a config: the dotted path, what was given, and what would be right."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        """Return `path: problem`, the line a user sees."""
+        return f"{self.path}: {self.problem}" if self.path else self.problem
+
+
+class ConfigError(SimclrRayError):
+    """A config that cannot be run; `mistakes` holds every one of them, not the first only."""
+
+    exit_code = 2
+
+    def __init__(self, mistakes: list[Mistake]) -> None:
+        super().__init__("\n".join(str(m) for m in mistakes))
+        self.mistakes = mistakes
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Mistake]]]:
+        """Survive pickling through Ray, which rebuilds an exception from its arguments."""
+        return (type(self), (self.mistakes,))
+
+
+class DataError(SimclrRayError):
+    """A dataset cannot be used; the message names the file and what it has instead."""
+
+    exit_code = 2
+
+
+class TooManyBadImages(DataError):  # noqa: N818 - reads as the sentence that it is
+    """More rows than `data.max_bad_share` could not be decoded."""
+
+    exit_code = 1
+
+
+class CheckpointError(SimclrRayError):
+    """A checkpoint is incomplete, altered, of an unknown format, or of another experiment."""
+
+
+class ClusterError(SimclrRayError):
+    """The cluster cannot hold what `scaling` asks for; the message does the arithmetic."""
+
+    exit_code = 2
+
+
+class TrackingError(SimclrRayError):
+    """MLflow refused, or cannot be reached."""
+
+
+class RunError(SimclrRayError):
+    """The training run failed; the message holds the worker's own error."""

@@ -1,0 +1,327 @@
+"""The experiment: the whole config tree, and everything that is derived from it.
+
+Units and bounds are checked here, before anything starts. Nothing derived is stored: local batch,
+steps and learning rate are functions of the *global* batch (design, load-bearing 1), so they mean
+the same on one worker and on sixty-four. `digest` covers what changes the result and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from simclr_ray import config as cfg
+from simclr_ray.config import Config, Field
+from simclr_ray.errors import ConfigError, Mistake
+
+# What changes where or how a run runs, but not what it computes.
+PLACEMENT = ("name", "storage", "scaling", "tracking", "checkpoint", "evaluation", "register_as")
+DATA_PLACEMENT = ("cache_gib", "bank", "test")
+
+
+class Columns(Config):
+    """Which columns of a user's parquet hold what."""
+
+    image: str = Field("image", min_length=1, description="Encoded bytes, {bytes, path}, or paths.")
+    label: str = Field("label", description="Integer class; the column may be absent.")
+    id: str = Field("id", description="int64 key of a row; where absent, rows are numbered.")
+
+
+class Data(Config):
+    """The pictures, and the labelled splits that judge the encoder."""
+
+    train: str = Field(min_length=1, description="Parquet file or folder, local or any pyarrow.fs URI.")
+    bank: str = Field("", description="Labelled split that kNN and probes learn from; empty: `train`.")
+    test: str = Field("", description="Labelled split that is scored; empty: label-free metrics only.")
+    limit: int = Field(0, ge=0, description="Use the first rows only, in file order; 0 uses all.")
+    columns: Columns = Columns()
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="Share of undecodable rows that stops.")
+    max_pixels: int = Field(50_000_000, ge=1, description="Larger images are refused undecoded.")
+    shuffle_rows: int = Field(65_536, ge=1, description="Rows held by the shuffle windows together.")
+    cache_gib: float = Field(2.0, ge=0, description="Decoded-row cache of one node's actors, GiB.")
+
+
+class SimCLRViews(Config):
+    """The paper's pipeline: crop and resize, flip, colour jitter, grayscale, blur (App. A)."""
+
+    name: Literal["simclr"] = "simclr"
+    size: int = Field(32, ge=8, description="Side of a view in pixels.")
+    strength: float = Field(1.0, ge=0, le=2, description="Colour strength s of App. A.")
+    blur: float = Field(0.5, ge=0, le=1, description="Probability of Gaussian blur.")
+    min_area: float = Field(0.08, gt=0, le=1, description="Smallest share of the area that is cropped.")
+    flip: float = Field(0.5, ge=0, le=1, description="Probability of a left-right flip.")
+    jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
+    grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping colour.")
+
+
+class ResNetEncoder(Config):
+    """The authors' ResNet: v1.5 strides, projection shortcut in every group, zero-init last BN."""
+
+    name: Literal["resnet"] = "resnet"
+    depth: Literal[10, 18, 34, 50, 101, 152, 200] = Field(50, description="10 is not in the paper.")
+    width: float = Field(1.0, gt=0, le=16, description="Multiplier of every channel count.")
+    stem: Literal["imagenet", "cifar", "strided"] = Field(
+        "imagenet", description="7x7/2 and pool; 3x3; or 3x3/2 (ours, for CPUs)."
+    )
+
+
+class TorchvisionEncoder(Config):
+    """Any torchvision classification backbone, its classifier removed."""
+
+    name: Literal["torchvision"] = "torchvision"
+    model: str = Field("resnet50", min_length=1, description="A name of torchvision.models.")
+
+
+class NoHead(Config):
+    """z = h."""
+
+    name: Literal["none"] = "none"
+
+
+class LinearHead(Config):
+    """One dense layer and BN without shift, as in the authors' code."""
+
+    name: Literal["linear"] = "linear"
+    dim: int = Field(128, ge=1, description="Width of z.")
+
+
+class MLPHead(Config):
+    """Dense-BN-ReLU layers as wide as h (or `hidden`), then dense and BN without shift."""
+
+    name: Literal["mlp"] = "mlp"
+    layers: int = Field(2, ge=2, le=8, description="Dense layers; the paper has 2, its code 3.")
+    dim: int = Field(128, ge=1, description="Width of z.")
+    hidden: int = Field(0, ge=0, description="Width of the hidden layers; 0: as wide as h.")
+
+
+class BatchNorm(Config):
+    """Batch normalisation over all workers."""
+
+    images: int = Field(0, ge=0, description="Images with joint statistics; 0: the global batch.")
+    momentum: float = Field(0.1, gt=0, le=1, description="PyTorch's momentum; 1 - TF's decay.")
+
+
+class NTXent(Config):
+    """NT-Xent (eq. 1) over the global batch."""
+
+    name: Literal["ntxent"] = "ntxent"
+    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
+    normalize: bool = Field(True, description="l2-normalise z (Table 5).")
+
+
+class LARSOptimizer(Config):
+    """LARS by the authors' rule: the rate inside the momentum buffer."""
+
+    name: Literal["lars"] = "lars"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-6, ge=0)
+    trust_coefficient: float = Field(1e-3, gt=0)
+    momentum_form: Literal["authors", "outside"] = "authors"
+    clip_lr: bool = False
+
+
+class SGDOptimizer(Config):
+    """SGD with momentum; BN and biases are not decayed."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    nesterov: bool = False
+
+
+class AdamWOptimizer(Config):
+    """AdamW; BN and biases are not decayed."""
+
+    name: Literal["adamw"] = "adamw"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+
+
+class Schedule(Config):
+    """Linear warm-up, then cosine to zero, without restarts; a pure function of the step."""
+
+    learning_rate: float = Field(0.3, gt=0, description="Base rate before scaling by batch.")
+    scaling: Literal["linear", "sqrt", "none"] = Field(
+        "linear", description="base·B/256, base·√B, or base, of the global batch B."
+    )
+    warmup_epochs: float = Field(10.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="If above 0, instead of warmup_epochs.")
+
+
+class KNN(Config):
+    """Weighted cosine kNN on h: weight exp(cos/τ)."""
+
+    k: int = Field(200, ge=1)
+    temperature: float = Field(0.1, gt=0)
+
+
+class Linear(Config):
+    """Logistic regression on frozen h."""
+
+    epochs: int = Field(60, ge=1)
+    batch_size: int = Field(256, ge=1)
+    learning_rate: float = Field(0.1, gt=0, description="Per 256 samples; Nesterov SGD, cosine.")
+
+
+class Evaluation(Config):
+    """When and how the encoder is judged."""
+
+    every_epochs: int = Field(1, ge=0, description="kNN (or label-free metrics) while training; 0: never.")
+    bank_limit: int = Field(5_000, ge=0, description="Bank rows used while training; 0: all.")
+    test_limit: int = Field(2_000, ge=0, description="Test rows used while training; 0: all.")
+    knn: KNN = KNN()
+    linear: Linear = Linear()
+    batch_size: int = Field(512, ge=1, description="Images per forward pass.")
+
+
+class Checkpointing(Config):
+    """When state is written, and how many are kept."""
+
+    every_epochs: int = Field(1, ge=1)
+    every_steps: int = Field(0, ge=0, description="Also within an epoch; 0: at epoch ends only.")
+    keep: int = Field(2, ge=1)
+
+
+class Scaling(Config):
+    """Where it runs; never what it computes."""
+
+    num_workers: int = Field(1, ge=1, description="Data-parallel workers.")
+    cpus_per_worker: float = Field(0.5, gt=0, description="Logical CPUs a worker reserves.")
+    gpus_per_worker: float = Field(0.0, ge=0)
+    threads_per_worker: int = Field(0, ge=0, description="torch threads; 0: the node's cores shared.")
+    data_actors_per_worker: int = Field(1, ge=1, description="Decode actors, each its own pipeline.")
+    cpus_per_data_actor: float = Field(0.5, gt=0)
+    data_resource: str = Field("", description="Custom Ray resource that marks nodes for data actors.")
+    max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint.")
+    collective_timeout_s: float = Field(1800.0, gt=0)
+
+
+class Tracking(Config):
+    """MLflow."""
+
+    uri: str = Field("", description="Tracking URI; empty: sqlite in `storage`.")
+    experiment: str = Field("simclr-ray", min_length=1)
+    log_every_steps: int = Field(10, ge=1)
+    system_metrics: bool = True
+
+
+class Registration(Config):
+    """The registered model; an empty `name` registers nothing."""
+
+    name: str = ""
+    alias: str = Field("latest", min_length=1, description="Alias that is moved to the new version.")
+
+
+class Experiment(Config):
+    """Everything that one pretraining run is."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(0, ge=0, lt=2**32)
+    data: Data
+    augment: SimCLRViews = SimCLRViews()
+    encoder: Annotated[ResNetEncoder | TorchvisionEncoder, Field(discriminator="name")] = ResNetEncoder()
+    head: Annotated[NoHead | LinearHead | MLPHead, Field(discriminator="name")] = MLPHead()
+    batch_norm: BatchNorm = BatchNorm()
+    loss: NTXent = NTXent()
+    optimizer: Annotated[
+        LARSOptimizer | SGDOptimizer | AdamWOptimizer, Field(discriminator="name")
+    ] = LARSOptimizer()
+    schedule: Schedule = Schedule()
+    batch_size: int = Field(256, ge=2, description="Images in the global batch N, over all workers.")
+    epochs: int = Field(100, ge=1)
+    precision: Literal["float64", "float32", "bf16"] = "float32"
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpointing = Checkpointing()
+    scaling: Scaling = Scaling()
+    tracking: Tracking = Tracking()
+    register_as: Registration = Registration()
+    storage: str = Field("runs", min_length=1, description="Folder or URI that holds the runs.")
+
+    @cfg.model_validator(mode="after")
+    def _check_together(self) -> Experiment:
+        if self.batch_size < self.scaling.num_workers:
+            raise ValueError(
+                f"batch_size is global: {self.batch_size} images cannot be shared by "
+                f"{self.scaling.num_workers} workers; raise batch_size or lower scaling.num_workers"
+            )
+        if self.batch_norm.images not in (0, self.batch_size):
+            raise ValueError(
+                f"batch_norm.images={self.batch_norm.images} is not supported yet; "
+                f"use 0 (statistics over the whole batch of {self.batch_size})"
+            )
+        return self
+
+    @classmethod
+    def load(cls, source: str, *overrides: str) -> Experiment:
+        """Return the preset or YAML file `source` with `key.path=value` overrides applied."""
+        text, shown = read_source(source)
+        tree = cfg.parse_yaml(text, shown)
+        if not isinstance(tree, dict):
+            raise ConfigError([Mistake(shown, f"holds {type(tree).__name__}, not keys and values")])
+        return cfg.validate(cls, cfg.apply_overrides(tree, overrides))
+
+    def digest(self) -> str:
+        """Return 16 hex digits over everything that changes the trained weights, and only that."""
+        tree = {k: v for k, v in cfg.to_tree(self).items() if k not in PLACEMENT}
+        tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
+        return cfg.digest_of(tree)
+
+    @property
+    def run_name(self) -> str:
+        """Return the name under which the run is stored: the same command continues it."""
+        return f"{self.name}-{self.digest()[:8]}"
+
+    def local_batch_size(self, rank: int) -> int:
+        """Return the images of rank `rank`: they differ by at most one between ranks."""
+        n, workers = self.batch_size, self.scaling.num_workers
+        return (rank + 1) * n // workers - rank * n // workers
+
+    def peak_learning_rate(self) -> float:
+        """Return the rate after warm-up, scaled by the global batch (App. B.1)."""
+        base = self.schedule.learning_rate
+        factor = {"linear": self.batch_size / 256, "sqrt": math.sqrt(self.batch_size), "none": 1.0}
+        return base * factor[self.schedule.scaling]
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Return whole global batches in an epoch of `num_rows`; the rest is dropped."""
+        return num_rows // self.batch_size
+
+    def total_steps(self, num_rows: int) -> int:
+        """Return the steps of the whole run."""
+        return self.epochs * self.steps_per_epoch(num_rows)
+
+    def warmup_steps(self, num_rows: int) -> int:
+        """Return the steps of linear warm-up: `round(warmup_epochs·N/B)` as the authors have it."""
+        if self.schedule.warmup_steps:
+            return self.schedule.warmup_steps
+        return round(self.schedule.warmup_epochs * num_rows / self.batch_size)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package."""
+    folder = resources.files("simclr_ray") / "presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def read_source(source: str) -> tuple[str, str]:
+    """Return the text of a YAML file or of a preset, and the name to show for it."""
+    if source.endswith((".yaml", ".yml")):
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError([Mistake(source, "no such file")])
+        return path.read_text(encoding="utf-8"), source
+    names = preset_names()
+    if source not in names:
+        hint = cfg.nearest(source, names)
+        message = f"no preset and no .yaml file{hint}; presets: {', '.join(names)}"
+        raise ConfigError([Mistake(source, message)])
+    return (resources.files("simclr_ray") / "presets" / f"{source}.yaml").read_text("utf-8"), source
+
+
+def overrides_differ(stored: dict[str, object], current: Experiment) -> Sequence[str]:
+    """Return the leaves in which a stored experiment and the current one differ."""
+    return cfg.differences(stored, cfg.to_tree(current))

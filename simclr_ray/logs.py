@@ -1,0 +1,26 @@
+"""Logging: one named logger for the package, never the root logger.
+
+Ray captures the root handlers of its workers, and a library that clears them breaks its host;
+so only `simclr_ray` is configured, and only by the command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module; `name` is its `__name__`."""
+    return logging.getLogger(name)
+
+
+def configure(*, verbose: bool = False) -> None:
+    """Send the package's log lines to stderr as `HH:MM:SS level message`. Idempotent."""
+    logger = logging.getLogger("simclr_ray")
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+    logger.propagate = False
