@@ -40,7 +40,7 @@ class Config(pydantic.BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def parse_yaml(text: str, source: str = "config") -> Any:  # noqa: ANN401 - a YAML document
+def parse_yaml(text: str, source: str = "config") -> Any:
     """Return the value of one YAML 1.2 document; raise `ConfigError` naming `source` if broken."""
     try:
         return YAML(typ="safe", pure=True).load(io.StringIO(text))
@@ -91,7 +91,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
     return out
 
 
-def validate(schema: type[ConfigT], tree: Any) -> ConfigT:  # noqa: ANN401 - not yet checked
+def validate(schema: type[ConfigT], tree: Any) -> ConfigT:
     """Return `tree` as a `schema`, or raise `ConfigError` with one mistake per wrong key or value."""
     try:
         return schema.model_validate(tree)
@@ -133,7 +133,7 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _leaves(node: Any, path: str) -> Iterable[tuple[str, Scalar]]:  # noqa: ANN401
+def _leaves(node: Any, path: str) -> Iterable[tuple[str, Scalar]]:
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
             yield from _leaves(value, f"{path}.{key}" if path else str(key))
@@ -143,7 +143,7 @@ def _leaves(node: Any, path: str) -> Iterable[tuple[str, Scalar]]:  # noqa: ANN4
         yield path, node
 
 
-def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:  # noqa: ANN401
+def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:
     where = _without_tags(tree, item["loc"])
     path = ".".join(str(part) for part in where)
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
@@ -155,12 +155,16 @@ def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:  # noqa: AN
         return Mistake(path, "missing key, and it has no default")
     if kind == "literal_error":
         options = [part.strip("' ") for part in context["expected"].replace(" or ", ",").split(",")]
-        return Mistake(path, f"got {given!r}; allowed: {', '.join(options)}{nearest(str(given), options)}")
+        return Mistake(
+            path, f"got {given!r}; allowed: {', '.join(options)}{nearest(str(given), options)}"
+        )
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         options = [part.strip("' ") for part in context.get("expected_tags", "").split(",")]
         tag = given.get("name") if isinstance(given, Mapping) else given
         allowed = ", ".join(filter(None, options)) or "see `simclr-ray config schema`"
-        return Mistake(f"{path}.name", f"got {tag!r}; allowed: {allowed}{nearest(str(tag), options)}")
+        return Mistake(
+            f"{path}.name", f"got {tag!r}; allowed: {allowed}{nearest(str(tag), options)}"
+        )
     if kind == "value_error":
         return Mistake(path, str(context["error"]))
     return Mistake(path, f"got {given!r}; {_sentence(item['msg'])}")
@@ -170,7 +174,7 @@ def _sentence(message: str) -> str:
     return message.replace("Input should be", "it must be").replace("Input", "it").strip()
 
 
-def _without_tags(tree: Any, loc: Where) -> Where:  # noqa: ANN401
+def _without_tags(tree: Any, loc: Where) -> Where:
     """Drop the union tags that pydantic puts into a path: they are no keys of the user's file."""
     kept: list[str | int] = []
     node = tree
@@ -179,14 +183,14 @@ def _without_tags(tree: Any, loc: Where) -> Where:  # noqa: ANN401
         if isinstance(node, Mapping) and part not in node and not last:
             continue
         kept.append(part)
-        if isinstance(node, Mapping) and part in node:
-            node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+        if (isinstance(node, Mapping) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
             node = node[part]
     return tuple(kept)
 
 
-def _keys_at(schema: type[Config], tree: Any, where: Where) -> list[str]:  # noqa: ANN401
+def _keys_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
     """Return the keys that the node at `where` may have, following unions by their `name`."""
     current: type[Config] = schema
     node = tree
@@ -201,7 +205,7 @@ def _keys_at(schema: type[Config], tree: Any, where: Where) -> list[str]:  # noq
     return list(current.model_fields)
 
 
-def _configs_in(annotation: Any) -> list[type[Config]]:  # noqa: ANN401
+def _configs_in(annotation: Any) -> list[type[Config]]:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:

@@ -33,14 +33,24 @@ class Columns(Config):
 class Data(Config):
     """The pictures, and the labelled splits that judge the encoder."""
 
-    train: str = Field(min_length=1, description="Parquet file or folder, local or any pyarrow.fs URI.")
-    bank: str = Field("", description="Labelled split that kNN and probes learn from; empty: `train`.")
-    test: str = Field("", description="Labelled split that is scored; empty: label-free metrics only.")
+    train: str = Field(
+        min_length=1, description="Parquet file or folder, local or any pyarrow.fs URI."
+    )
+    bank: str = Field(
+        "", description="Labelled split that kNN and probes learn from; empty: `train`."
+    )
+    test: str = Field(
+        "", description="Labelled split that is scored; empty: label-free metrics only."
+    )
     limit: int = Field(0, ge=0, description="Use the first rows only, in file order; 0 uses all.")
     columns: Columns = Columns()
-    max_bad_share: float = Field(0.01, ge=0, le=1, description="Share of undecodable rows that stops.")
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="Share of undecodable rows that stops."
+    )
     max_pixels: int = Field(50_000_000, ge=1, description="Larger images are refused undecoded.")
-    shuffle_rows: int = Field(65_536, ge=1, description="Rows held by the shuffle windows together.")
+    shuffle_rows: int = Field(
+        65_536, ge=1, description="Rows held by the shuffle windows together."
+    )
     cache_gib: float = Field(2.0, ge=0, description="Decoded-row cache of one node's actors, GiB.")
 
 
@@ -51,7 +61,9 @@ class SimCLRViews(Config):
     size: int = Field(32, ge=8, description="Side of a view in pixels.")
     strength: float = Field(1.0, ge=0, le=2, description="Colour strength s of App. A.")
     blur: float = Field(0.5, ge=0, le=1, description="Probability of Gaussian blur.")
-    min_area: float = Field(0.08, gt=0, le=1, description="Smallest share of the area that is cropped.")
+    min_area: float = Field(
+        0.08, gt=0, le=1, description="Smallest share of the area that is cropped."
+    )
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a left-right flip.")
     jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
     grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping colour.")
@@ -170,7 +182,9 @@ class Linear(Config):
 class Evaluation(Config):
     """When and how the encoder is judged."""
 
-    every_epochs: int = Field(1, ge=0, description="kNN (or label-free metrics) while training; 0: never.")
+    every_epochs: int = Field(
+        1, ge=0, description="kNN (or label-free metrics) while training; 0: never."
+    )
     bank_limit: int = Field(5_000, ge=0, description="Bank rows used while training; 0: all.")
     test_limit: int = Field(2_000, ge=0, description="Test rows used while training; 0: all.")
     knn: KNN = KNN()
@@ -192,10 +206,16 @@ class Scaling(Config):
     num_workers: int = Field(1, ge=1, description="Data-parallel workers.")
     cpus_per_worker: float = Field(0.5, gt=0, description="Logical CPUs a worker reserves.")
     gpus_per_worker: float = Field(0.0, ge=0)
-    threads_per_worker: int = Field(0, ge=0, description="torch threads; 0: the node's cores shared.")
-    data_actors_per_worker: int = Field(1, ge=1, description="Decode actors, each its own pipeline.")
+    threads_per_worker: int = Field(
+        0, ge=0, description="torch threads; 0: the node's cores shared."
+    )
+    data_actors_per_worker: int = Field(
+        1, ge=1, description="Decode actors, each its own pipeline."
+    )
     cpus_per_data_actor: float = Field(0.5, gt=0)
-    data_resource: str = Field("", description="Custom Ray resource that marks nodes for data actors.")
+    data_resource: str = Field(
+        "", description="Custom Ray resource that marks nodes for data actors."
+    )
     max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint.")
     collective_timeout_s: float = Field(1800.0, gt=0)
 
@@ -213,7 +233,9 @@ class Registration(Config):
     """The registered model; an empty `name` registers nothing."""
 
     name: str = ""
-    alias: str = Field("latest", min_length=1, description="Alias that is moved to the new version.")
+    alias: str = Field(
+        "latest", min_length=1, description="Alias that is moved to the new version."
+    )
 
 
 class Experiment(Config):
@@ -223,7 +245,9 @@ class Experiment(Config):
     seed: int = Field(0, ge=0, lt=2**32)
     data: Data
     augment: SimCLRViews = SimCLRViews()
-    encoder: Annotated[ResNetEncoder | TorchvisionEncoder, Field(discriminator="name")] = ResNetEncoder()
+    encoder: Annotated[ResNetEncoder | TorchvisionEncoder, Field(discriminator="name")] = (
+        ResNetEncoder()
+    )
     head: Annotated[NoHead | LinearHead | MLPHead, Field(discriminator="name")] = MLPHead()
     batch_norm: BatchNorm = BatchNorm()
     loss: NTXent = NTXent()
@@ -231,7 +255,9 @@ class Experiment(Config):
         LARSOptimizer | SGDOptimizer | AdamWOptimizer, Field(discriminator="name")
     ] = LARSOptimizer()
     schedule: Schedule = Schedule()
-    batch_size: int = Field(256, ge=2, description="Images in the global batch N, over all workers.")
+    batch_size: int = Field(
+        256, ge=2, description="Images in the global batch N, over all workers."
+    )
     epochs: int = Field(100, ge=1)
     precision: Literal["float64", "float32", "bf16"] = "float32"
     evaluation: Evaluation = Evaluation()
@@ -304,7 +330,9 @@ class Experiment(Config):
 def preset_names() -> list[str]:
     """Return the names of the presets that come with the package."""
     folder = resources.files("simclr_ray") / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def read_source(source: str) -> tuple[str, str]:

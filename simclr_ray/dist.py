@@ -1,0 +1,163 @@
+"""The one door to `torch.distributed`: without an initialised process group there is one process.
+
+Every function that is a collective says so; all ranks must reach it, on every path.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as td
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Return whether a process group of more than one rank is up."""
+    return td.is_available() and td.is_initialized() and td.get_world_size() > 1
+
+
+def rank() -> int:
+    """Return this process's rank, 0 when alone."""
+    return td.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks R, 1 when alone."""
+    return td.get_world_size() if is_distributed() else 1
+
+
+def world_group() -> td.ProcessGroup | None:
+    """Return the group of all ranks, for torch functions that ask for one."""
+    return td.group.WORLD
+
+
+def share(total: int, index: int, parts: int) -> tuple[int, int]:
+    """Return [first, last) of part `index`: shares of `total` differ by at most one."""
+    return index * total // parts, (index + 1) * total // parts
+
+
+def row_counts(num_rows: int, device: torch.device) -> list[int]:
+    """Return the number of rows that each rank holds. A collective."""
+    if not is_distributed():
+        return [num_rows]
+    mine = torch.tensor([num_rows], dtype=torch.int64, device=device)
+    everyone = torch.empty(world_size(), dtype=torch.int64, device=device)
+    td.all_gather_into_tensor(everyone, mine)
+    counts: list[int] = everyone.tolist()
+    return counts
+
+
+def all_gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
+    """Return the rows of all ranks, rank by rank. A collective, and not differentiable.
+
+    Args:
+        rows: [n, ...], n may differ between ranks.
+        counts: n of each rank where known; otherwise it is exchanged first.
+
+    Returns:
+        [sum of n, ...]; gathers are padded to the largest n and cut again.
+    """
+    if not is_distributed():
+        return rows.detach()
+    rows = rows.detach().contiguous()
+    counts = counts or row_counts(len(rows), rows.device)
+    largest = max(counts)
+    if len(rows) < largest:
+        padding = rows.new_zeros((largest - len(rows), *rows.shape[1:]))
+        rows = torch.cat([rows, padding])
+    out = rows.new_empty((largest * world_size(), *rows.shape[1:]))
+    td.all_gather_into_tensor(out, rows)
+    if min(counts) == largest:
+        return out
+    return torch.cat([out[r * largest : r * largest + c] for r, c in enumerate(counts)])
+
+
+def all_gather_vector(vector: Tensor) -> Tensor:
+    """Return [R, len(vector)]: each rank's vector of the same length. A collective."""
+    if not is_distributed():
+        return vector[None]
+    out = vector.new_empty((world_size() * len(vector),))
+    td.all_gather_into_tensor(out, vector.contiguous())
+    return out.view(world_size(), -1)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Return the sum over ranks, in place. A collective."""
+    if is_distributed():
+        td.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every rank is here. A collective."""
+    if is_distributed():
+        td.barrier()
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """Return `module` with gradients averaged over ranks during backward. A collective.
+
+    Buffers are not broadcast: global batch norm gives every rank the same running statistics.
+    Alone, the module itself is returned.
+    """
+    if not is_distributed():
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module under `data_parallel`."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def no_gradient_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which backward does not average gradients."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def spawn(
+    fn: Callable[Concatenate[int, P], T], num_processes: int, *args: P.args, **kwargs: P.kwargs
+) -> list[T]:
+    """Return `[fn(rank, *args, **kwargs) for rank in range(num_processes)]`, each in its own process.
+
+    The processes are fresh, have one torch thread each, and share a gloo group on loopback.
+    `fn` must be importable and its result picklable. Raises what `fn` raised.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_run_rank, (fn, num_processes, port, results, args, kwargs), num_processes)
+    found: dict[int, T] = dict(results.get() for _ in range(num_processes))
+    return [found[r] for r in range(num_processes)]
+
+
+def _run_rank(
+    index: int,
+    fn: Callable[..., Any],
+    num_processes: int,
+    port: int,
+    results: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    torch.set_num_threads(1)
+    store = td.TCPStore("127.0.0.1", port, num_processes, index == 0, timedelta(seconds=120))
+    td.init_process_group(
+        "gloo", store=store, rank=index, world_size=num_processes, timeout=timedelta(seconds=120)
+    )
+    try:
+        results.put((index, fn(index, *args, **kwargs)))
+        td.barrier()
+    finally:
+        td.destroy_process_group()

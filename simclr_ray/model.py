@@ -1,0 +1,160 @@
+"""What is trained, and by what: encoder f, head g and optimizer, built from config."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from simclr_ray import config as cfg
+from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.experiment import (
+    AdamWOptimizer,
+    BatchNorm,
+    Experiment,
+    LARSOptimizer,
+    LinearHead,
+    MLPHead,
+    NoHead,
+    ResNetEncoder,
+    SGDOptimizer,
+    TorchvisionEncoder,
+)
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.heads import linear_head, mlp_head
+from simclr_ray.nn.resnet import ResNet
+from simclr_ray.optim import LARS
+
+
+class Projection(NamedTuple):
+    """Both outputs of one forward pass."""
+
+    h: Tensor  # [M, F]
+    z: Tensor  # [M, D]
+
+
+class SimCLRModel(nn.Module):
+    """z = g(f(x)) (SimCLR §2.1)."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, images: Tensor) -> Projection:
+        """Return h [M, F] and z [M, D] of images [M, 3, S, S] in [0, 1]."""
+        h = self.encoder(images)
+        return Projection(h, self.head(h))
+
+
+def build_model(experiment: Experiment) -> SimCLRModel:
+    """Return the experiment's model, its weights a pure function of `experiment.seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        encoder = build_encoder(
+            experiment.encoder, experiment.batch_norm, size=experiment.augment.size
+        )
+        features = int(encoder.feature_dim)
+        norm = partial(GlobalBatchNorm, momentum=experiment.batch_norm.momentum)
+        match experiment.head:
+            case NoHead():
+                head: nn.Module = nn.Identity()
+            case LinearHead() as c:
+                head = linear_head(features, c.dim, norm)
+            case MLPHead() as c:
+                head = mlp_head(features, c.dim, c.layers, c.hidden, norm)
+    return SimCLRModel(encoder, head)
+
+
+def build_encoder(
+    encoder: ResNetEncoder | TorchvisionEncoder,
+    batch_norm: BatchNorm | None = None,
+    *,
+    size: int = 224,
+) -> nn.Module:
+    """Return an encoder: [N, 3, H, W] in [0, 1] -> [N, F], with `feature_dim` = F.
+
+    Weights are drawn from torch's global generator. Raises `ConfigError` for a torchvision model
+    that is unknown or has no final linear layer.
+    """
+    momentum = (batch_norm or BatchNorm()).momentum
+    norm = partial(GlobalBatchNorm, momentum=momentum)
+    if isinstance(encoder, ResNetEncoder):
+        return ResNet(encoder.depth, encoder.width, encoder.stem, norm)
+    return _torchvision_backbone(encoder.model, size, momentum)
+
+
+def build_optimizer(
+    model: nn.Module, config: LARSOptimizer | SGDOptimizer | AdamWOptimizer
+) -> torch.optim.Optimizer:
+    """Return the optimizer of `model` at rate 0; the loop sets the rate of each step.
+
+    Batch norm and biases are neither decayed nor, under LARS, adapted (authors' exclusions).
+    """
+    plain = {
+        id(p)
+        for m in model.modules()
+        for name, p in m.named_parameters(recurse=False)
+        if isinstance(m, GlobalBatchNorm | nn.LayerNorm | nn.GroupNorm) or name == "bias"
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if id(p) not in plain], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if id(p) in plain], "weight_decay": 0.0},
+    ]
+    match config:
+        case LARSOptimizer():
+            groups[1]["adapt"] = False
+            return LARS(
+                groups,
+                lr=0.0,
+                momentum=config.momentum,
+                trust_coefficient=config.trust_coefficient,
+                momentum_form=config.momentum_form,
+                clip_lr=config.clip_lr,
+            )
+        case SGDOptimizer():
+            return torch.optim.SGD(
+                groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov
+            )
+        case AdamWOptimizer():
+            return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2))
+
+
+def encoder_from_tree(tree: dict[str, object], *, size: int = 224) -> nn.Module:
+    """Return the encoder that a stored config tree (`encoder: …`) describes."""
+    named = ResNetEncoder if tree.get("name") == "resnet" else TorchvisionEncoder
+    return build_encoder(cfg.validate(named, tree), size=size)
+
+
+def _torchvision_backbone(name: str, size: int, momentum: float) -> nn.Module:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        hint = cfg.nearest(name, names)
+        raise ConfigError([Mistake("encoder.model", f"torchvision has no {name!r}{hint}")])
+    options: dict[str, object] = {}
+    if name.startswith("vit"):
+        options["image_size"] = size
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    backbone: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    linears = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
+    if not linears or list(backbone.named_modules())[-1][0] != linears[-1][0]:
+        raise ConfigError([Mistake("encoder.model", f"{name} does not end in a linear layer")])
+    where, classifier = linears[-1]
+    parent, _, leaf = where.rpartition(".")
+    setattr(backbone.get_submodule(parent), leaf, nn.Identity())
+    _globalise(backbone, momentum)
+    backbone.feature_dim = classifier.in_features  # type: ignore[assignment] # a plain attribute
+    return backbone
+
+
+def _globalise(module: nn.Module, momentum: float) -> None:
+    """Replace each batch norm below `module` by the global one, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d):
+            setattr(module, name, GlobalBatchNorm(child.num_features, child.eps, momentum))
+        else:
+            _globalise(child, momentum)

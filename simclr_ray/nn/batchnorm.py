@@ -1,0 +1,118 @@
+"""Global batch normalisation: statistics over the images of all ranks, on CPU and on GPU.
+
+SimCLR §2.1 ("Global BN"): with local statistics a network can tell positives by what shares a
+device. torch's SyncBatchNorm refuses CPU tensors, so the CPU form is ours; it is built from the
+fused native kernels, with one small collective in each direction, weighted by the ranks' counts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _CudaSyncBatchNorm
+
+from simclr_ray import dist
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm over [N, C] or [N, C, H, W] with statistics of all ranks' rows together.
+
+    In training mode `forward` is a collective, and so is its backward. Running variance is
+    unbiased over the global count, as in torch. Statistics are float32 for lower dtypes.
+
+    Args:
+        num_features: C.
+        eps: Added to the variance (authors: 1e-5).
+        momentum: Weight of the new batch in the running statistics (authors: decay 0.9, so 0.1).
+        shift: Learn β; the last layer of the authors' heads has none.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, *, shift: bool = True
+    ) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(num_features))
+        if shift:
+            self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features))
+        else:
+            self.register_parameter("bias", None)
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x normalised per channel, same shape and dtype. Collective while training."""
+        if not (self.training and dist.is_distributed()):
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias,
+                self.training, self.momentum, self.eps,
+            )  # fmt: skip
+        bias = self.bias if self.bias is not None else torch.zeros_like(self.weight)
+        if x.is_cuda:
+            out: Tensor = _CudaSyncBatchNorm.apply(
+                x, self.weight, bias, self.running_mean, self.running_var,
+                self.eps, self.momentum, dist.world_group(), dist.world_size(),
+            )  # fmt: skip
+            return out
+        out, mean, variance, count = _GlobalNorm.apply(x, self.weight, bias, self.eps)
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp_(min=1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return out
+
+    def extra_repr(self) -> str:
+        """Return the arguments, for printing."""
+        return f"{len(self.weight)}, eps={self.eps}, momentum={self.momentum}"
+
+
+class _GlobalNorm(torch.autograd.Function):
+    """Normalise with joint statistics; the native eval-mode kernels do the passes over x."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        channels = x.shape[1]
+        local_mean, local_variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        local_count = x.numel() // channels
+        packed = torch.cat([local_mean, local_variance, local_mean.new_tensor([local_count])])
+        gathered = dist.all_gather_vector(packed)  # [R, 2C + 1]
+        counts = gathered[:, -1:]
+        count = counts.sum()
+        means, variances = gathered[:, :channels], gathered[:, channels:-1]
+        mean = (means * counts).sum(0) / count
+        # the parallel form of Chan et al.: no cancellation of large sums
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
+        out = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(mean, variance, count)
+        return out, mean, variance, count
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, variance, count = ctx.saved_tensors  # type: ignore[attr-defined]
+        eps: float = ctx.eps  # type: ignore[attr-defined]
+        # dx as if the statistics were constants, Σ dy·x̂ and Σ dy, in fused passes
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            upstream, x, weight, mean, variance, None, None, False, eps, [True, True, True]
+        )
+        sums = dist.all_reduce_sum(torch.cat([d_weight, d_bias]))
+        shape = (1, -1, *([1] * (x.ndim - 2)))
+        global_d_weight, global_d_bias = (sums / count).split(len(weight))
+        inverse_std = (variance + eps).rsqrt()
+        slope = weight * inverse_std.square() * global_d_weight
+        offset = weight * inverse_std * global_d_bias - slope * mean
+        dx -= (x * slope.view(shape)).add_(offset.view(shape))
+        return dx, d_weight, d_bias, None

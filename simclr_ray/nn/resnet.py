@@ -1,0 +1,136 @@
+"""The authors' ResNet (google-research/simclr `resnet.py`), and one adaptor for torchvision's.
+
+Differences from torchvision: the first block of *every* group has a projection shortcut (so
+ResNet-18/34 have one that torchvision lacks), the last BN gamma of each block starts at zero, and
+weights start from a truncated normal of variance 1/fan_in. Stride sits on the 3x3 (v1.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+
+BLOCKS = {
+    10: (1, 1, 1, 1),  # not in the paper; for CPUs
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
+BASIC_DEPTHS = (10, 18, 34)
+# The standard deviation of a unit normal truncated at ±2, which TensorFlow divides out.
+TRUNCATED_STD = 0.87962566103423978
+
+Norm = Callable[[int], GlobalBatchNorm]
+
+
+class ResNet(nn.Module):
+    """ResNet of `depth`, every channel count times `width`: [N, 3, H, W] in [0, 1] -> h [N, F].
+
+    Args:
+        depth: 10, 18, 34, 50, 101, 152 or 200; F is 512·width (basic) or 2048·width.
+        width: Channel multiplier, stem included.
+        stem: `imagenet` 7x7/2 and 3x3/2 max pool; `cifar` 3x3; `strided` 3x3/2.
+        norm: Makes the batch norm of a channel count.
+    """
+
+    def __init__(
+        self,
+        depth: int = 50,
+        width: float = 1.0,
+        stem: Literal["imagenet", "cifar", "strided"] = "imagenet",
+        norm: Norm = GlobalBatchNorm,
+    ) -> None:
+        super().__init__()
+        if depth not in BLOCKS:
+            raise ValueError(f"depth must be one of {sorted(BLOCKS)}, got {depth}")
+        block = BasicBlock if depth in BASIC_DEPTHS else Bottleneck
+        channels = round(64 * width)
+        kernel, stride = {"imagenet": (7, 2), "cifar": (3, 1), "strided": (3, 2)}[stem]
+        self.stem = ConvNorm(3, channels, kernel, stride, norm)
+        self.pool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
+        groups = []
+        for index, repeats in enumerate(BLOCKS[depth]):
+            filters = round(64 * width) * 2**index
+            for repeat in range(repeats):
+                first = repeat == 0
+                groups.append(block(channels, filters, 2 if first and index else 1, first, norm))
+                channels = filters * block.expansion
+        self.blocks = nn.Sequential(*groups)
+        self.feature_dim = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                _init_conv(module)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return h, the global average of the last group: [N, F]."""
+        x = self.pool(F.relu(self.stem(images), inplace=True))
+        features: Tensor = self.blocks(x).mean((2, 3))
+        return features
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias, padded by (kernel − 1)/2 on each side, then batch norm."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> None:
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False)
+        super().__init__(conv, norm(outputs))
+
+
+class _Block(nn.Module):
+    """What both blocks share: shortcut, residual branch with zero-initialised last gamma, ReLU."""
+
+    expansion = 1
+
+    def __init__(self, shortcut: nn.Module, branch: list[ConvNorm]) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+        self.branch = nn.ModuleList(branch)
+        last = branch[-1][1]
+        assert isinstance(last, GlobalBatchNorm)
+        nn.init.zeros_(last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(shortcut(x) + branch(x))."""
+        out = x
+        for index, layer in enumerate(self.branch):
+            out = layer(out if index == 0 else F.relu(out, inplace=True))
+        return F.relu(out + self.shortcut(x), inplace=True)
+
+
+class BasicBlock(_Block):
+    """3x3, 3x3."""
+
+    def __init__(self, inputs: int, filters: int, stride: int, project: bool, norm: Norm) -> None:  # noqa: FBT001
+        shortcut = ConvNorm(inputs, filters, 1, stride, norm) if project else nn.Identity()
+        first = ConvNorm(inputs, filters, 3, stride, norm)
+        super().__init__(shortcut, [first, ConvNorm(filters, filters, 3, 1, norm)])
+
+
+class Bottleneck(_Block):
+    """1x1, 3x3 with the stride, 1x1 to four times the filters."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, filters: int, stride: int, project: bool, norm: Norm) -> None:  # noqa: FBT001
+        outputs = filters * self.expansion
+        shortcut = ConvNorm(inputs, outputs, 1, stride, norm) if project else nn.Identity()
+        middle = ConvNorm(filters, filters, 3, stride, norm)
+        first, last = ConvNorm(inputs, filters, 1, 1, norm), ConvNorm(filters, outputs, 1, 1, norm)
+        super().__init__(shortcut, [first, middle, last])
+
+
+def _init_conv(conv: nn.Conv2d) -> None:
+    fan_in = conv.weight[0].numel()
+    std = math.sqrt(1.0 / fan_in) / TRUNCATED_STD
+    with torch.no_grad():
+        nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
