@@ -1,0 +1,118 @@
+"""The footers of parquet files: what each file holds, or one sentence on why it cannot be used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import cast
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from simclr_ray.config import nearest
+from simclr_ray.data.files import REMOTE_THREADS, Listed, is_local, one_line
+from simclr_ray.errors import DataError
+
+MAGIC = b"PAR1"
+# The footer's length (4 bytes, little endian) and the magic number end every file.
+TAIL_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What the footer of one file says; `digest` is a hash of its bytes."""
+
+    path: str
+    size: int
+    group_rows: tuple[int, ...]
+    schema: pa.Schema
+    digest: str
+
+    def type_of(self, column: str) -> pa.DataType | None:
+        """Return the type of a column, None where there is none of that name."""
+        at = self.schema.get_field_index(column)
+        return None if at < 0 else self.schema.field(at).type
+
+    def lacks(self, column: str, role: str) -> str:
+        """Return the sentence that column `column` is missing, with the columns that there are."""
+        names = self.schema.names
+        return (
+            f"{self.path} has no {role} column {column!r}{nearest(column, names)}; "
+            f"its columns: {', '.join(names) or 'none'}; "
+            f"name the right one with data.columns.{role}=..."
+        )
+
+    def class_names(self, label: str) -> tuple[str, ...]:
+        """Return the names of the classes in label order, as the file's metadata has them.
+
+        Understood are the key `class_names` (a JSON list, or names with commas between) and the
+        features that Hugging Face `datasets` writes. Empty when there is nothing of the kind.
+        """
+        metadata = self.schema.metadata or {}
+        text = metadata.get(b"class_names", b"").decode("utf-8", "replace").strip()
+        if text.startswith("["):
+            listed = _json(text)
+            return tuple(str(name) for name in listed) if isinstance(listed, list) else ()
+        if text:
+            return tuple(name.strip() for name in text.split(","))
+        features = _json(metadata.get(b"huggingface", b"{}").decode("utf-8", "replace"))
+        for key in ("info", "features", label, "names"):
+            features = features.get(key) if isinstance(features, dict) else None
+        return tuple(str(name) for name in features) if isinstance(features, list) else ()
+
+
+def read_footers(fs: pafs.FileSystem, files: Sequence[Listed]) -> list[Footer]:
+    """Return the footer of each file, in order; a bucket is asked for many at a time.
+
+    Raises:
+        DataError: a file is empty, cut short, no parquet, or cannot be read.
+    """
+    if is_local(fs) or len(files) == 1:
+        return [read_footer(fs, file) for file in files]
+    with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+        return list(pool.map(lambda file: read_footer(fs, file), files))
+
+
+def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
+    """Return the footer of one file.
+
+    Raises:
+        DataError: the file is empty, cut short, no parquet, or cannot be read.
+    """
+    try:
+        with fs.open_input_file(file.path) as stream:
+            raw = _footer_bytes(stream, file)
+            stream.seek(0)
+            parquet = pq.ParquetFile(stream)
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file.path} cannot be read: {one_line(error)}") from error
+    groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    digest = hashlib.sha256(raw).hexdigest()[:16]
+    return Footer(file.path, file.size, groups, schema, digest)
+
+
+def _footer_bytes(stream: pa.NativeFile, file: Listed) -> bytes:
+    if file.size == 0:
+        raise DataError(f"{file.path} is empty: 0 bytes")
+    if file.size < len(MAGIC) + TAIL_BYTES or stream.read(len(MAGIC)) != MAGIC:
+        raise DataError(f"{file.path} is no parquet file")
+    stream.seek(file.size - TAIL_BYTES)
+    tail = stream.read(TAIL_BYTES)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != MAGIC or length + TAIL_BYTES > file.size:
+        raise DataError(f"{file.path} is truncated: it begins as parquet but has no footer")
+    stream.seek(file.size - TAIL_BYTES - length)
+    raw: bytes = stream.read(length)
+    return raw
+
+
+def _json(text: str) -> object:
+    try:
+        return cast("object", json.loads(text))
+    except ValueError:
+        return None
