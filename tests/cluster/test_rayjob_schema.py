@@ -1,0 +1,180 @@
+"""`cluster/kuberay-rayjob.yaml` against KubeRay's own schema, strictly, and Ray's autoscaler.
+
+Kubernetes drops a field that it does not know without a word, and so does the schema as it comes; a
+misspelt `idleTimeoutSeconds` would cost money silently. Here unknown fields are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml  # type: ignore[import-untyped]  # what Ray reads them with; has no stubs
+from ray.autoscaler._private.kuberay.autoscaling_config import (
+    _derive_autoscaling_config_from_ray_cr,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMAS_VARIABLE = "SIMCLR_RAY_SCHEMAS"
+# libyaml reads the 1.4 MB file some ten times faster than the Python loader.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+Tree = dict[str, Any]
+
+
+def strict(schema: Any) -> Any:
+    """Return the schema with unknown keys refused wherever Kubernetes would drop them."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {key: strict(value) for key, value in schema.items()}
+    free = schema.get("x-kubernetes-preserve-unknown-fields") or schema.get(
+        "x-kubernetes-int-or-string"
+    )
+    if isinstance(schema.get("properties"), dict) and not free:
+        out.setdefault("additionalProperties", False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def rayjob_schema() -> jsonschema.Draft202012Validator:
+    """Return the strict validator of RayJob ray.io/v1; skip, saying so, where no folder has it."""
+    value = os.environ.get(SCHEMAS_VARIABLE)
+    folder = Path(value) if value else ROOT.parent / "shared" / "schemas"
+    if not value and not folder.is_dir():
+        pytest.skip(f"{SCHEMAS_VARIABLE} is unset: this test needs KubeRay's CRD files")
+    file = folder / "ray.io_rayjobs.yaml"
+    assert file.is_file(), f"{SCHEMAS_VARIABLE}={value} lacks {file.name}"
+    crd = yaml.load(file.read_text("utf-8"), Loader=LOADER)
+    (version,) = [v for v in crd["spec"]["versions"] if v["name"] == "v1"]
+    return jsonschema.Draft202012Validator(strict(version["schema"]["openAPIV3Schema"]))
+
+
+@pytest.fixture
+def job() -> Tree:
+    tree: Tree = yaml.safe_load((ROOT / "cluster" / "kuberay-rayjob.yaml").read_text("utf-8"))
+    return tree
+
+
+def containers(job: Tree) -> Iterator[tuple[str, Tree]]:
+    cluster = job["spec"]["rayClusterSpec"]
+    yield "head", cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    for group in cluster["workerGroupSpecs"]:
+        yield group["groupName"], group["template"]["spec"]["containers"][0]
+
+
+def node_types(job: Tree) -> dict[str, Tree]:
+    """Return the node types that Ray's autoscaler derives from the file, which it also checks."""
+    cluster = {
+        "metadata": {"name": "simclr-ray", "namespace": "default"},
+        "spec": job["spec"]["rayClusterSpec"],
+    }
+    derived: dict[str, Tree] = _derive_autoscaling_config_from_ray_cr(cluster)[
+        "available_node_types"
+    ]
+    return derived
+
+
+def test_the_file_is_a_rayjob_without_unknown_fields(
+    job: Tree, rayjob_schema: jsonschema.Draft202012Validator
+) -> None:
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    rayjob_schema.validate(job)
+
+
+@pytest.mark.parametrize(
+    ("path", "right", "wrong"),
+    [
+        (("spec",), "shutdownAfterJobFinishes", "shutdownAfterJobFinish"),
+        (
+            ("spec", "rayClusterSpec", "autoscalerOptions"),
+            "idleTimeoutSeconds",
+            "idleTimeoutSecond",
+        ),
+        (("spec", "rayClusterSpec", "authOptions"), "secretName", "secretname"),
+        (("spec", "rayClusterSpec", "workerGroupSpecs", 1), "maxReplicas", "maxReplica"),
+        (
+            ("spec", "rayClusterSpec", "headGroupSpec", "template", "spec"),
+            "serviceAccountName",
+            "serviceAcountName",
+        ),
+        (
+            ("spec", "rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", "containers", 0),
+            "volumeMounts",
+            "volumeMount",
+        ),
+    ],
+)
+def test_a_misspelt_field_is_refused_at_any_depth(
+    job: Tree,
+    rayjob_schema: jsonschema.Draft202012Validator,
+    path: tuple[str | int, ...],
+    right: str,
+    wrong: str,
+) -> None:
+    broken: Any = copy.deepcopy(job)
+    node = broken
+    for key in path:
+        node = node[key]
+    node[wrong] = node.pop(right)
+    with pytest.raises(jsonschema.ValidationError) as refused:
+        rayjob_schema.validate(broken)
+    assert wrong in str(refused.value.message) or right in str(refused.value.message)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mode", "tokens"), ("mode", True), ("enableK8sTokenAuth", "yes")]
+)
+def test_a_wrong_value_is_refused(
+    job: Tree, rayjob_schema: jsonschema.Draft202012Validator, key: str, value: object
+) -> None:
+    job["spec"]["rayClusterSpec"]["authOptions"][key] = value
+    with pytest.raises(jsonschema.ValidationError):
+        rayjob_schema.validate(job)
+
+
+def test_ray_derives_a_gpu_group_and_a_data_group_without_gpu(job: Tree) -> None:
+    types = node_types(job)
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert types["gpu"]["resources"]["GPU"] == 1
+    assert "data" not in types["gpu"]["resources"]
+    assert types["data"]["resources"]["data"] >= 1
+    assert "GPU" not in types["data"]["resources"]
+    for group in ("gpu", "data"):
+        assert types[group]["min_workers"] == 0
+        assert types[group]["max_workers"] == 4
+
+
+def test_the_token_comes_from_a_secret(job: Tree) -> None:
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "simclr-ray-auth"}
+    for name, container in containers(job):
+        assert "env" not in container, f"{name}: KubeRay sets the mode and the token"
+
+
+def test_all_nodes_run_one_image_and_reserve_what_they_may_use(job: Tree) -> None:
+    assert len({container["image"] for _, container in containers(job)}) == 1
+    for name, container in containers(job):
+        resources = container["resources"]
+        assert resources["requests"] == resources["limits"], name
+
+
+def test_workers_have_shared_memory_for_the_object_store(job: Tree) -> None:
+    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+        (volume,) = [v for v in pod["volumes"] if v["name"] == "shm"]
+        assert volume["emptyDir"]["medium"] == "Memory"
+
+
+def test_the_cluster_ends_with_the_job(job: Tree) -> None:
+    spec = job["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["activeDeadlineSeconds"] > 0
+    assert spec["rayClusterSpec"]["autoscalerOptions"]["idleTimeoutSeconds"] <= 900
