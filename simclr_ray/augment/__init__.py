@@ -1,1 +1,5 @@
 """Views: what an augmented picture shows is a pure function of (seed, epoch, image id, view)."""
+
+from simclr_ray.augment.views import TwoViews, ViewPair
+
+__all__ = ["TwoViews", "ViewPair"]

@@ -1,0 +1,92 @@
+"""Colour distortion on whole batches with per-image parameters (SimCLR App. A).
+
+Forms are torchvision's (the paper's PyTorch pseudo-code names `ColorJitter`); order and clipping
+are the authors': the four jitter operations in a random order per image, clipped to [0, 1] after
+each. Everything is elementwise except the mean of contrast, which is summed over integers, so a
+picture's result does not depend on the batch it sits in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+MEAN_STEPS = 4096.0  # resolution of the exact mean
+
+# Operations in the order of `JitterDraws.factors`.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+class JitterDraws(NamedTuple):
+    """Parameters of colour jitter for n images."""
+
+    factors: Tensor  # float32 [n, 4]: brightness, contrast, saturation, hue
+    order: Tensor  # int64 [n, 4]: which operation comes first, second, ...
+    apply: Tensor  # bool [n]
+
+
+def jitter(images: Tensor, draws: JitterDraws) -> Tensor:
+    """Return images after colour jitter where `draws.apply`; float32 [n, 3, S, S] in [0, 1]."""
+    out = images.clone()
+    for slot in range(4):
+        for op, function in enumerate(OPERATIONS):
+            chosen = (draws.apply & (draws.order[:, slot] == op)).nonzero().squeeze(1)
+            if len(chosen):
+                factor = draws.factors[chosen, op].view(-1, 1, 1, 1)
+                out[chosen] = function(out[chosen], factor).clamp_(0, 1)
+    return out
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Return luma as one channel: [n, 1, S, S] for [n, 3, S, S]."""
+    red, green, blue = images.unbind(1)
+    return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]).unsqueeze(1)
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Return images times factor (the `simclrv2` form of the authors' code)."""
+    return images * factor
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Return the blend of images with their mean luma."""
+    steps = (grayscale(images) * MEAN_STEPS).round()
+    mean = steps.sum((1, 2, 3), dtype=torch.float64) / (MEAN_STEPS * steps[0].numel())
+    return factor * images + (1 - factor) * mean.to(images.dtype).view(-1, 1, 1, 1)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Return the blend of images with their luma."""
+    return factor * images + (1 - factor) * grayscale(images)
+
+
+def hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Return images with hue turned by `shift` of a full circle, through HSV."""
+    red, green, blue = images.unbind(1)
+    value = images.amax(1)
+    chroma = value - images.amin(1)
+    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    sector = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
+    )
+    turned = sector + shift.view(-1, 1, 1) * 6.0
+    # f(k) = v − c·clamp(min(k, 4 − k), 0, 1), k = (n + 6h) mod 6, n = 5, 3, 1 for R, G, B
+    channels = []
+    for n in (5.0, 3.0, 1.0):
+        k = torch.remainder(turned + n, 6.0)
+        channels.append(value - chroma * torch.minimum(k, 4.0 - k).clamp_(0, 1))
+    return torch.stack(channels, 1)
+
+
+OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    brightness,
+    contrast,
+    saturation,
+    hue,
+)

@@ -1,0 +1,102 @@
+"""Crop, resize and blur as products with small-integer matrices, exact in float32.
+
+A floating-point product may round differently in another batch, on another kernel or device, and
+then a view would depend on where it was made. Here weights are multiples of 1/2048 and pixels of
+1/8 gray level, so every partial sum is an integer below 2²⁴, which float32 holds exactly: the
+result is the same in any order of summation. (TF32 and bf16 products must stay off.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+UNIT = 2048  # weights are integers over this
+FINE = 8  # steps of a gray level kept between passes
+FULL = 255 * FINE  # 1.0 in those steps
+
+
+def bicubic_weights(
+    starts: NDArray[np.int64], lengths: NDArray[np.int64], size_in: int, size_out: int
+) -> Tensor:
+    """Return one resampling matrix an image: float32 integers over UNIT, [n, size_out, size_in].
+
+    Antialiased bicubic (a = −1/2) of the pixels [start, start + length) to `size_out`, edges
+    clamped to the crop, as Pillow resizes a cropped image.
+    """
+    scale = (lengths / size_out)[:, None, None]  # input pixels an output pixel
+    reach = np.maximum(scale, 1.0)
+    centre = starts[:, None, None] + (np.arange(size_out)[None, :, None] + 0.5) * scale
+    pixel = np.arange(size_in)[None, None, :]
+    weights = _cubic(np.abs(pixel + 0.5 - centre) / reach)
+    first, last = starts[:, None, None], (starts + lengths)[:, None, None]
+    return _quantised(np.where((pixel >= first) & (pixel < last), weights, 0.0))
+
+
+def blur_weights(sigmas: NDArray[np.float64], taps: int, size: int) -> Tensor:
+    """Return one Gaussian band matrix an image: float32 integers over UNIT, [n, size, size].
+
+    `taps` wide, normalised, zero-padded at the edges as the authors' depthwise convolution is.
+    """
+    radius = taps // 2
+    offset = np.arange(-radius, radius + 1)
+    kernel = np.exp(-(offset[None] ** 2) / (2.0 * sigmas[:, None] ** 2))  # [n, taps]
+    whole = _quantised(kernel[:, None, :])[:, 0]
+    band = torch.zeros(len(sigmas), size, size + 2 * radius)
+    for tap in range(taps):
+        band.diagonal(tap, 1, 2)[:, :size] = whole[:, tap, None]
+    return band[:, :, radius : radius + size].contiguous()
+
+
+def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return images resampled by one matrix along each axis, in steps of 1/FINE gray level.
+
+    Args:
+        images: uint8 [n, 3, H, W].
+        rows: [n, S, H] from `bicubic_weights`.
+        columns: [n, S, W] likewise.
+
+    Returns:
+        float32 [n, 3, S, S], integers in [0, FULL].
+    """
+    n, channels, height, width = images.shape
+    flat = images.to(columns.dtype).reshape(n, channels * height, width)
+    across = torch.bmm(flat, columns.transpose(1, 2))  # [n, 3H, S], below 2²⁰
+    across = across.mul_(FINE / UNIT).round_()
+    return _down(across.view(n, channels, height, -1), rows).clamp_(0, FULL)
+
+
+def blur(images: Tensor, band: Tensor) -> Tensor:
+    """Return images blurred by `band` [n, S, S] along both axes; in and out as `resize` returns."""
+    n, channels, height, width = images.shape
+    flat = images.reshape(n, channels * height, width)
+    across = torch.bmm(flat, band.transpose(1, 2)).mul_(1 / UNIT).round_()
+    return _down(across.view(n, channels, height, width), band)
+
+
+def _down(images: Tensor, rows: Tensor) -> Tensor:
+    """Return the product along the vertical axis, rounded back to whole steps."""
+    n, channels, height, width = images.shape
+    flat = images.transpose(1, 2).reshape(n, height, channels * width)
+    down = torch.bmm(rows, flat).mul_(1 / UNIT).round_()
+    return down.view(n, -1, channels, width).transpose(1, 2)
+
+
+def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys' kernel with a = −1/2 at |x|."""
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+
+def _quantised(weights: NDArray[np.float64]) -> Tensor:
+    """Return rows that sum to exactly UNIT, as integers; what rounding lost goes to the largest."""
+    normal = weights / weights.sum(axis=2, keepdims=True)
+    whole = np.rint(normal * UNIT)
+    lost = UNIT - whole.sum(axis=2)
+    largest = whole.argmax(axis=2)
+    i, j = np.indices(largest.shape, sparse=True)
+    whole[i, j, largest] += lost
+    return torch.from_numpy(whole.astype(np.float32))

@@ -1,0 +1,209 @@
+"""Two views of each picture: parameters drawn by key, pixels made on whole batches.
+
+SimCLR (Chen et al. 2020) §2.1 and App. A: crop and resize, flip, colour jitter, grayscale, blur.
+What a view shows is a pure function of (seed, epoch, id, view).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simclr_ray.augment import colour
+from simclr_ray.augment.keyed import uniforms
+from simclr_ray.augment.resample import FULL, bicubic_weights, blur, blur_weights, resize
+from simclr_ray.data.decode import decode_image
+
+CROP_ATTEMPTS = 10  # as torchvision; then the whole image, as the authors
+ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)  # [24, 4]
+SIGMAS = (0.1, 2.0)  # blur, App. A
+ASPECTS = (3 / 4, 4 / 3)  # relative to the picture's own aspect, App. A
+
+Pictures = Sequence[bytes] | Sequence[NDArray[np.uint8]] | Tensor
+
+
+class ViewPair(NamedTuple):
+    """Two views of the same pictures, row by row: uint8 [n, 3, S, S] each."""
+
+    a: Tensor
+    b: Tensor
+
+
+class Draws(NamedTuple):
+    """All parameters of one view of n pictures."""
+
+    crop: NDArray[np.float64]  # [n, 4]: height and width share, vertical and horizontal place
+    flip: NDArray[np.bool_]  # [n]
+    jitter: colour.JitterDraws
+    gray: NDArray[np.bool_]  # [n]
+    blur: NDArray[np.bool_]  # [n]
+    sigma: NDArray[np.float64]  # [n], pixels
+
+
+class Boxes(NamedTuple):
+    """Crops in pixels: int64 [n] each."""
+
+    top: NDArray[np.int64]
+    left: NDArray[np.int64]
+    height: NDArray[np.int64]
+    width: NDArray[np.int64]
+
+
+class TwoViews:
+    """The paper's pipeline.
+
+    Args:
+        size: Side S of a view in pixels.
+        strength: Colour strength s: brightness, contrast, saturation ±0.8s, hue ±0.2s.
+        blur: Probability of Gaussian blur.
+        seed: 32 bits.
+        min_area: Least share of the area that a crop covers.
+        flip: Probability of a left-right flip.
+        jitter: Probability of colour jitter.
+        grayscale: Probability of dropping colour.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        strength: float = 1.0,
+        blur: float = 0.5,
+        seed: int = 0,
+        min_area: float = 0.08,
+        flip: float = 0.5,
+        jitter: float = 0.8,
+        grayscale: float = 0.2,
+    ) -> None:
+        self.size, self.strength, self.blur, self.seed = size, strength, blur, seed
+        self.min_area, self.flip = min_area, flip
+        self.jitter, self.grayscale = jitter, grayscale
+
+    @classmethod
+    def simclr(cls, size: int, strength: float = 1.0, blur: float = 0.5, seed: int = 0) -> TwoViews:
+        """Return the paper's ImageNet pipeline; for CIFAR pass strength=0.5, blur=0 (B.9)."""
+        return cls(size, strength=strength, blur=blur, seed=seed)
+
+    def __call__(self, images: Pictures, ids: NDArray[np.int64], epoch: int) -> ViewPair:
+        """Return both views of each picture.
+
+        Args:
+            images: n encoded pictures, n decoded ones (uint8 [H, W, 3] each), or uint8
+                [n, 3, H, W].
+            ids: int64 [n].
+            epoch: From 0.
+
+        Raises:
+            ImageError: A picture cannot be decoded.
+        """
+        groups = _by_shape(images)
+        a, b = (torch.empty(len(ids), 3, self.size, self.size, dtype=torch.uint8) for _ in "ab")
+        for rows, pixels in groups:
+            for view, out in enumerate((a, b)):
+                out[rows] = self.make(pixels, self.draw(ids[rows], epoch, view)).cpu()
+        return ViewPair(a, b)
+
+    def draw(self, ids: NDArray[np.int64], epoch: int, view: int) -> Draws:
+        """Return the parameters of view 0 or 1 of each id in an epoch."""
+        num = 14 + 2 * CROP_ATTEMPTS
+        u = uniforms(ids, num, seed=self.seed, epoch=epoch, sub=view, purpose="views")
+        s = self.strength
+        low = np.array([max(0.0, 1 - 0.8 * s)] * 3 + [-min(0.5, 0.2 * s)])
+        high = np.array([1 + 0.8 * s] * 3 + [min(0.5, 0.2 * s)])
+        factors = low + u[:, 0:4] * (high - low)
+        return Draws(
+            crop=np.concatenate([self._shares(u[:, 14:]), u[:, 4:6]], axis=1),
+            flip=u[:, 6] < self.flip,
+            jitter=colour.JitterDraws(
+                torch.from_numpy(factors.astype(np.float32)),
+                torch.from_numpy(ORDERS[(u[:, 7] * len(ORDERS)).astype(np.int64)]),
+                torch.from_numpy((u[:, 8] < self.jitter) & (s > 0)),
+            ),
+            gray=u[:, 9] < self.grayscale,
+            blur=u[:, 10] < self.blur,
+            sigma=SIGMAS[0] + u[:, 11] * (SIGMAS[1] - SIGMAS[0]),
+        )
+
+    def boxes(self, draws: Draws, height: int, width: int) -> Boxes:
+        """Return the crops of pictures of one size."""
+        box_height = np.maximum(1, np.rint(draws.crop[:, 0] * height)).astype(np.int64)
+        box_width = np.maximum(1, np.rint(draws.crop[:, 1] * width)).astype(np.int64)
+        top = np.floor(draws.crop[:, 2] * (height - box_height + 1)).astype(np.int64)
+        left = np.floor(draws.crop[:, 3] * (width - box_width + 1)).astype(np.int64)
+        return Boxes(top, left, box_height, box_width)
+
+    def make(self, pixels: Tensor, draws: Draws) -> Tensor:
+        """Return one view of n pictures of one size: uint8 [n, 3, S, S] on the pixels' device.
+
+        Args:
+            pixels: uint8 [n, 3, H, W].
+            draws: Of these n rows.
+        """
+        device = pixels.device
+        height, width = pixels.shape[2:]
+        box = self.boxes(draws, height, width)
+        if len(pixels) == 1:  # a large photograph: touch only what the crop shows
+            t, e, h, w = (int(side[0]) for side in box)
+            pixels = pixels[:, :, t : t + h, e : e + w]
+            box = box._replace(top=box.top * 0, left=box.left * 0)
+            height, width = h, w
+        rows = bicubic_weights(box.top, box.height, height, self.size)
+        columns = bicubic_weights(box.left, box.width, width, self.size)
+        mirrored = torch.from_numpy(draws.flip)[:, None, None]
+        columns = torch.where(mirrored, columns.flip(1), columns)
+        x = resize(pixels, rows.to(device), columns.to(device)).mul_(1 / FULL)
+        x = colour.jitter(x, colour.JitterDraws(*(t.to(device) for t in draws.jitter)))
+        gray = torch.from_numpy(draws.gray).to(device).nonzero().squeeze(1)
+        if len(gray):
+            x[gray] = colour.grayscale(x[gray]).expand(-1, 3, -1, -1)
+        if draws.blur.any():
+            x = self._blurred(x, draws)
+        return x.mul_(255).round_().to(torch.uint8)
+
+    def _blurred(self, x: Tensor, draws: Draws) -> Tensor:
+        taps = 2 * ((self.size // 10) // 2) + 1  # the authors': 23 at 224, 3 at 32
+        chosen = np.flatnonzero(draws.blur)
+        band = blur_weights(draws.sigma[chosen], taps, self.size).to(x.device)
+        rows = torch.from_numpy(chosen).to(x.device)
+        x[rows] = blur(x[rows].mul(FULL).round_(), band).mul_(1 / FULL)
+        return x
+
+    def _shares(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the share of height and width that each crop takes: [n, 2].
+
+        The first of ten draws that fits; area uniform, aspect log-uniform.
+        """
+        tries = u.reshape(len(u), CROP_ATTEMPTS, 2)
+        area = self.min_area + tries[..., 0] * (1 - self.min_area)
+        low, high = np.log(ASPECTS)
+        aspect = np.exp(low + tries[..., 1] * (high - low))
+        shares = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # [n, attempts, 2]
+        fits = (shares <= 1.0).all(axis=-1)
+        first = fits.argmax(axis=1)
+        picked: NDArray[np.float64] = shares[np.arange(len(u)), first]
+        return np.where(fits.any(axis=1, keepdims=True), picked, 1.0)
+
+
+def _by_shape(images: Pictures) -> list[tuple[NDArray[np.int64], Tensor]]:
+    """Return (rows, uint8 [m, 3, H, W]) for each size of picture; photographs of their own."""
+    if isinstance(images, Tensor):
+        return [(np.arange(len(images)), images)]
+    decoded = [decode_image(i) if isinstance(i, bytes) else i for i in images]
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for row, pixels in enumerate(decoded):
+        shapes.setdefault(pixels.shape, []).append(row)
+    groups = []
+    for shape, rows in shapes.items():
+        # above 64 px one picture a product is faster than a batch of sparse matrices
+        parts = [rows] if max(shape[:2]) <= 64 else [[row] for row in rows]
+        for part in parts:
+            stacked = np.stack([decoded[row] for row in part])
+            pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+            groups.append((np.array(part), pixels))
+    return groups

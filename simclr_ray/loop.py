@@ -1,0 +1,214 @@
+"""SimCLR's Algorithm 1 as a page of torch: no Ray, no MLflow.
+
+The loop is given a stream of view pairs, a model, a loss and an optimizer, and plain functions to
+call at the right times. It runs alone, under torchrun, and under Ray Train.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from simclr_ray import dist
+from simclr_ray.errors import RunError
+from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
+from simclr_ray.optim import learning_rate_at
+
+Precision = Literal["float64", "float32", "bf16"]
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}
+
+
+class Batch(NamedTuple):
+    """This rank's share of one global batch."""
+
+    step: int
+    a: Tensor  # uint8 [n, 3, S, S]
+    b: Tensor  # uint8 [n, 3, S, S]
+    ids: Tensor  # int64 [n]
+    bad: Tensor  # int64 [m], ids of rows that had to be replaced
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """Which step is what: a pure function of the step, shared by all ranks."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    peak_learning_rate: float
+    global_batch_size: int
+    log_every: int = 10
+    checkpoint_every: int = 0  # steps, besides the ends of epochs; 0: none
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of `step`."""
+        return learning_rate_at(step, self.peak_learning_rate, self.warmup_steps, self.total_steps)
+
+
+class Metrics(NamedTuple):
+    """What one report holds: means over ranks, and over the steps since the last report."""
+
+    step: int  # steps done
+    epoch: float
+    loss: float  # of the last step: the paper's L over the global batch
+    mean_loss: float
+    learning_rate: float
+    contrastive_accuracy: float
+    contrastive_entropy: float
+    images_per_s: float
+    data_wait_share: float  # of the wall time
+    bad_rows: int  # ids replaced since the last report, all ranks
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Plain functions that the loop calls on every rank; they may be collectives."""
+
+    report: Callable[[Metrics], None]
+    epoch_end: Callable[[int, int], None]  # (epochs done, steps done)
+    checkpoint: Callable[[int], None]  # (steps done), within an epoch
+
+
+def train(
+    model: nn.Module,
+    loss: NTXentLoss,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterable[Batch],
+    timetable: Timetable,
+    hooks: Hooks,
+    *,
+    precision: Precision = "float32",
+) -> None:
+    """Train until the stream ends. A collective: every rank streams the same steps.
+
+    Args:
+        model: Maps images [2n, 3, S, S] to (h, z); may be wrapped in `dist.data_parallel`.
+        loss: Of z1, z2.
+        optimizer: Over the model's parameters; its rate is set here at each step.
+        stream: Batches of consecutive steps, from where the run stands.
+        timetable: The run's arithmetic.
+        hooks: What to call and when.
+        precision: float64, float32, or bf16 autocast around the model.
+
+    Raises:
+        RunError: The loss is not finite, or ranks stand at different steps.
+    """
+    device = next(model.parameters()).device
+    meter = _Meter(device, timetable)
+    model.train()
+    for batch in meter.timed(stream):
+        step = batch.step
+        for group in optimizer.param_groups:
+            group["lr"] = timetable.learning_rate(step)
+        views = as_input(torch.cat([batch.a, batch.b]), device, precision)  # [2n, 3, S, S]
+        with autocast(device, precision):
+            _, z = model(views)
+        z1, z2 = z.chunk(2)
+        value = loss(z1, z2)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        meter.add(batch, value.detach())
+
+        done = step + 1
+        epoch_ends = done % timetable.steps_per_epoch == 0
+        if done % timetable.log_every == 0 or epoch_ends:
+            hooks.report(meter.read(done, z1.detach(), z2.detach(), loss))
+        if epoch_ends:
+            hooks.epoch_end(done // timetable.steps_per_epoch, done)
+            model.train()
+            meter.restart()
+        elif timetable.checkpoint_every and done % timetable.checkpoint_every == 0:
+            hooks.checkpoint(done)
+            meter.restart()
+
+
+def as_input(images: Tensor, device: torch.device, precision: Precision) -> Tensor:
+    """Return uint8 images as [0, 1] in the dtype of `precision`, channels last, on `device`."""
+    moved = images.to(device, non_blocking=True)
+    x = moved.to(DTYPES[precision], memory_format=torch.channels_last)
+    return x.mul_(1 / 255)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return the autocast context of `precision`."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def place(model: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
+    """Return `model` on `device` in the dtype and memory format that `train` feeds it."""
+    return model.to(device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)
+
+
+class _Meter:
+    """Sums on the device between reports, so that a step never waits for the host."""
+
+    def __init__(self, device: torch.device, timetable: Timetable) -> None:
+        self.device, self.timetable = device, timetable
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval: what is done between steps does not count as training time."""
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.last_loss = self.loss_sum
+        self.bad_rows = 0
+
+    def timed(self, stream: Iterable[Batch]) -> Iterable[Batch]:
+        """Yield from the stream, adding up the time spent waiting for it."""
+        iterator = iter(stream)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def add(self, batch: Batch, value: Tensor) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.last_loss = value.double()
+        self.loss_sum = self.loss_sum + self.last_loss
+        self.bad_rows += len(batch.bad)
+
+    def read(self, done: int, z1: Tensor, z2: Tensor, loss: NTXentLoss) -> Metrics:
+        """Return the interval's metrics and start the next. Collective."""
+        accuracy, entropy = contrastive_metrics(z1, z2, loss.temperature, normalize=loss.normalize)
+        elapsed = time.perf_counter() - self.began
+        mine = [float(done), float(self.last_loss), float(self.loss_sum) / self.steps]
+        mine += [self.waited / elapsed, float(self.bad_rows)]
+        everyone = dist.all_gather_vector(
+            torch.tensor(mine, dtype=torch.float64, device=self.device)
+        ).cpu()  # [R, 5]
+        if (everyone[:, 0] != done).any():
+            raise RunError(f"ranks stand at different steps: {everyone[:, 0].int().tolist()}")
+        _, last, mean, wait, _ = everyone.mean(0).tolist()
+        if not torch.isfinite(everyone[:, 1:3]).all():
+            raise RunError(
+                f"the loss is not finite at step {done} (mean of the last {self.steps}: {mean}); "
+                "lower schedule.learning_rate, or lengthen the warm-up"
+            )
+        images = self.steps * self.timetable.global_batch_size
+        metrics = Metrics(
+            step=done,
+            epoch=done / self.timetable.steps_per_epoch,
+            loss=last,
+            mean_loss=mean,
+            learning_rate=self.timetable.learning_rate(done - 1),
+            contrastive_accuracy=float(accuracy),
+            contrastive_entropy=float(entropy),
+            images_per_s=images / elapsed,
+            data_wait_share=wait,
+            bad_rows=int(everyone[:, 4].sum()),
+        )
+        self.restart()
+        return metrics
