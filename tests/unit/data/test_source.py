@@ -1,0 +1,313 @@
+"""A dataset opens with its rows in order, or says in one sentence why it cannot."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+
+from simclr_ray.data.source import RowGroup, Source
+from simclr_ray.errors import DataError
+from simclr_ray.experiment import Columns
+
+Write = Callable[..., Path]
+
+
+def images(first: int, count: int) -> list[bytes]:
+    return [f"picture {i}".encode() for i in range(first, first + count)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files below each other: 10 rows in groups of 4, then 6 rows in groups of 4."""
+    root = tmp_path / "set"
+    (root / "b").mkdir(parents=True)
+    for path, first, count in ((root / "a.parquet", 0, 10), (root / "b" / "c.parquet", 10, 6)):
+        table = pa.table(
+            {
+                "image": pa.array(images(first, count), pa.binary()),
+                "label": pa.array([None if i == 3 else i % 5 for i in range(first, first + count)]),
+            }
+        ).replace_schema_metadata({"class_names": "ant, bee,cat,dog,eel"})
+        pq.write_table(table, path, row_group_size=4)
+    return root
+
+
+def write(path: Path, columns: dict[str, pa.Array], **metadata: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata or None), path)
+    return path
+
+
+def test_row_groups_number_the_rows_over_the_files_sorted_by_path(folder: Path) -> None:
+    source = Source.open(str(folder))
+    assert [Path(f).name for f in source.files] == ["a.parquet", "c.parquet"]
+    assert source.row_groups == (
+        RowGroup(0, 0, 0, 4),
+        RowGroup(0, 1, 4, 4),
+        RowGroup(0, 2, 8, 2),
+        RowGroup(1, 0, 10, 4),
+        RowGroup(1, 1, 14, 2),
+    )
+    assert (source.num_rows, source.has_ids, source.has_labels) == (16, False, True)
+    assert source.class_names == ("ant", "bee", "cat", "dog", "eel")
+    seen = [source.read_group(g) for g in range(5)]
+    assert [i for rows in seen for i in rows.images] == images(0, 16)
+    np.testing.assert_array_equal(np.concatenate([r.ids for r in seen]), np.arange(16))
+    np.testing.assert_array_equal(source.ids(), np.arange(16))
+    labels = [-1 if i == 3 else i % 5 for i in range(16)]
+    np.testing.assert_array_equal(source.labels(), labels)
+    assert source.labels().dtype == source.ids().dtype == np.int64
+
+
+def test_rows_come_in_the_order_asked_for_and_may_repeat(folder: Path) -> None:
+    source = Source.open(str(folder))
+    asked = np.array([15, 0, 3, 3, 9, 0])
+    rows = source.read_rows(asked)
+    np.testing.assert_array_equal(rows.ids, asked)
+    assert rows.images == [images(int(i), 1)[0] for i in asked]
+    np.testing.assert_array_equal(rows.labels, source.labels()[asked])
+    assert source.read_rows(np.array([], dtype=np.int64)).images == []
+    with pytest.raises(IndexError):
+        source.read_rows(np.array([16]))
+    with pytest.raises(IndexError):
+        source.read_rows(np.array([-1]))
+
+
+def test_a_limit_keeps_the_first_rows_in_file_order(folder: Path) -> None:
+    source = Source.open(str(folder), limit=9)
+    assert source.num_rows == 9
+    assert source.row_groups[-1] == RowGroup(0, 2, 8, 1)
+    assert source.read_group(2).images == images(8, 1)
+    assert len(source.labels()) == len(source.ids()) == 9
+    assert Source.open(str(folder), limit=99).num_rows == 16
+
+
+def test_a_source_is_small_and_reads_after_pickling(folder: Path) -> None:
+    sent = pickle.dumps(Source.open(str(folder)))
+    assert len(sent) < 2000
+    assert pickle.loads(sent).read_group(4).images == images(14, 2)  # noqa: S301 - our own bytes
+
+
+def test_paths_and_uris_name_the_same_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_path = Source.open(str(folder))
+    by_uri = Source.open(f"file://{folder}/")
+    monkeypatch.chdir(folder.parent)
+    assert by_uri.fingerprint == by_path.fingerprint == Source.open("set").fingerprint
+    assert by_uri.read_group(3).images == images(10, 4)
+
+
+def test_the_fingerprint_follows_the_rows_and_not_the_place(folder: Path, tmp_path: Path) -> None:
+    source = Source.open(str(folder))
+    shutil.copytree(folder, tmp_path / "elsewhere" / "copy")
+    copy = tmp_path / "elsewhere" / "copy"
+    assert Source.open(str(copy)).fingerprint == source.fingerprint
+    assert len(source.fingerprint) == 16
+    others = {
+        Source.open(str(folder), limit=9).fingerprint,
+        Source.open(str(folder), Columns(label="")).fingerprint,
+        Source.open(str(folder / "a.parquet")).fingerprint,
+    }
+    (copy / "a.parquet").rename(copy / "aa.parquet")
+    others.add(Source.open(str(copy)).fingerprint)
+    changed = images(0, 10)
+    changed[7] = b"pictureX7"  # same length, so only the footer's statistics can tell
+    write(folder / "a.parquet", {"image": pa.array(changed), "label": pa.array([0] * 10)})
+    others.add(Source.open(str(folder)).fingerprint)
+    assert len(others | {source.fingerprint}) == 6
+
+
+def test_ids_are_read_where_there_is_an_id_column(tmp_path: Path) -> None:
+    ids = [7, 5, 900, -2]
+    path = write(
+        tmp_path / "a.parquet",
+        {"id": pa.array(ids, pa.int32()), "image": pa.array(images(0, 4))},
+    )
+    source = Source.open(str(path))
+    assert source.has_ids
+    assert not source.has_labels
+    np.testing.assert_array_equal(source.ids(), ids)
+    np.testing.assert_array_equal(source.read_rows(np.array([2, 0])).ids, [900, 7])
+    assert source.read_group(0).labels is None
+    with pytest.raises(DataError, match="no label column 'label'"):
+        source.labels()
+
+
+def test_an_id_column_of_text_is_used_only_when_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {"id": pa.array(["x", "y"]), "image": pa.array(images(0, 2))}
+    path = write(tmp_path / "a.parquet", columns)
+    np.testing.assert_array_equal(Source.open(str(path)).ids(), [0, 1])
+    Source.open(str(path))
+    assert caplog.text.count("not used as the id") == 1
+    write(tmp_path / "a.parquet", {**columns, "key": columns["id"]})
+    with pytest.raises(DataError, match="id column 'key' has type string, not an integer"):
+        Source.open(str(path), Columns(id="key"))
+    with pytest.raises(DataError, match=r"no id column 'kee' \(did you mean 'key'\?\)"):
+        Source.open(str(path), Columns(id="kee"))
+
+
+def test_null_ids_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.parquet", {"id": pa.array([1, None]), "image": pa.array(images(0, 2))}
+    )
+    with pytest.raises(DataError, match=r"a\.parquet: column 'id' has 1 nulls"):
+        Source.open(str(path)).ids()
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_binary_columns_of_any_width_hold_images(kind: pa.DataType, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"pic": pa.array([b"one", None], kind)})
+    assert Source.open(str(path), Columns(image="pic")).read_group(0).images == [b"one", None]
+
+
+def test_a_struct_gives_its_bytes_and_else_the_file_at_its_path(tmp_path: Path) -> None:
+    (tmp_path / "in file").write_bytes(b"from the file")
+    rows = [
+        {"bytes": b"bytes", "path": "in file"},
+        {"bytes": None, "path": "in file"},
+        {"bytes": None, "path": None},
+        None,
+        {"bytes": None, "path": "gone"},
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    path = write(tmp_path / "a.parquet", {"image": pa.array(rows, kind)})
+    expected = [b"bytes", b"from the file", None, None, None]
+    assert Source.open(str(path)).read_group(0).images == expected
+    only_paths = pa.array([{"path": "in file"}], pa.struct([("path", pa.string())]))
+    path = write(tmp_path / "b.parquet", {"image": only_paths})
+    assert Source.open(str(path)).read_group(0).images == [b"from the file"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_strings_are_paths_from_the_parquet_file_or_uris(kind: pa.DataType, tmp_path: Path) -> None:
+    (tmp_path / "set" / "pics").mkdir(parents=True)
+    here = tmp_path / "set" / "pics" / "a b.png"
+    here.write_bytes(b"here")
+    uri = f"file://{here}".replace(" ", "%20")
+    names = ["pics/a b.png", str(here), uri, "../set/pics/a b.png", "pics/none.png", "pics", None]
+    path = write(tmp_path / "set" / "a.parquet", {"image": pa.array(names, kind)})
+    assert Source.open(str(path)).read_group(0).images == [b"here"] * 4 + [None] * 3
+
+
+def test_files_named_in_another_parquet_folder_resolve_there(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p").write_bytes(name.encode())
+        write(tmp_path / name / "a.parquet", {"image": pa.array(["p"])})
+    rows = Source.open(str(tmp_path)).read_rows(np.array([1, 0]))
+    assert rows.images == [b"y", b"x"]
+
+
+def test_hidden_and_half_written_files_are_no_part_of_a_set(folder: Path) -> None:
+    before = Source.open(str(folder)).fingerprint
+    for name in (".part.parquet", "_notes.parquet", "readme.txt"):
+        (folder / name).write_text("no parquet at all")
+    (folder / ".hidden").mkdir()
+    shutil.copy(folder / "a.parquet", folder / ".hidden" / "z.parquet")
+    assert Source.open(str(folder)).fingerprint == before
+
+
+def test_class_names_are_understood_as_json_and_as_hugging_face_writes_them(tmp_path: Path) -> None:
+    columns = {"image": pa.array(images(0, 1)), "label": pa.array([0])}
+    listed = write(tmp_path / "a.parquet", columns, class_names='["cat, black", "dog"]')
+    assert Source.open(str(listed)).class_names == ("cat, black", "dog")
+    features = '{"info": {"features": {"label": {"names": ["x", "y"], "_type": "ClassLabel"}}}}'
+    hugging = write(tmp_path / "b.parquet", columns, huggingface=features)
+    assert Source.open(str(hugging)).class_names == ("x", "y")
+    broken = write(tmp_path / "c.parquet", columns, huggingface="{")
+    assert Source.open(str(broken)).class_names == ()
+
+
+def test_each_broken_dataset_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / "a.parquet").read_bytes()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "zero.parquet").write_bytes(b"")
+    (tmp_path / "text.parquet").write_text("this is plain text, and long enough")
+    (tmp_path / "short.parquet").write_bytes(b"PAR1")
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) * 2 // 3])
+    no_image = {"img": pa.array(images(0, 1)), "label": pa.array([1])}
+    write(tmp_path / "none.parquet", no_image)
+    write(tmp_path / "numbers.parquet", {"image": pa.array([1.5])})
+    write(tmp_path / "norows.parquet", {"image": pa.array([], pa.binary())})
+    cases = {
+        "nowhere": "no such file or folder",
+        "empty": "is a folder without parquet files",
+        "zero.parquet": "is empty: 0 bytes",
+        "text.parquet": "is no parquet file",
+        "short.parquet": "is no parquet file",
+        "cut.parquet": "is truncated",
+        "none.parquet": r"no image column 'image' \(did you mean 'img'\?\); its columns: img,",
+        "numbers.parquet": "column 'image' has type double",
+        "norows.parquet": "holds no rows",
+    }
+    for name, reason in cases.items():
+        with pytest.raises(DataError, match=reason) as refusal:
+            Source.open(str(tmp_path / name))
+        assert name in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(DataError, match="cannot be opened: Unrecognized filesystem"):
+        Source.open("nope://bucket/x")
+
+
+def test_files_that_disagree_about_a_column_are_refused_by_name(folder: Path) -> None:
+    write(folder / "z.parquet", {"image": pa.array(images(0, 1))})
+    with pytest.raises(DataError, match=r"z\.parquet has no label column 'label'"):
+        Source.open(str(folder))
+    assert Source.open(str(folder), Columns(label="")).num_rows == 17
+
+
+def test_a_file_that_breaks_after_opening_is_named(folder: Path) -> None:
+    source = Source.open(str(folder))
+    (folder / "a.parquet").write_bytes(b"PAR1 no longer what it was PAR1")
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        source.read_group(0)
+
+
+def test_every_odd_parquet_opens_or_is_refused_for_its_reason(pictures: Path) -> None:
+    refused = {
+        "missing_image_column": "no image column 'image'; its columns: label, label_name",
+        "renamed_image_column": "did you mean 'img'",
+        "zero_rows": "no rows",
+        "zero_bytes": "0 bytes",
+        "truncated": "is truncated",
+        "text": "no parquet file",
+    }
+    for path in sorted((pictures / "odd").glob("*.parquet")):
+        if path.stem in refused:
+            with pytest.raises(DataError, match=refused[path.stem]):
+                Source.open(str(path))
+            continue
+        source = Source.open(str(path))
+        rows = source.read_rows(np.arange(source.num_rows))
+        nulls = {"null_images": 10, "string_image_column": 100}.get(path.stem, 0)
+        assert sum(image is None for image in rows.images) == nulls
+    good = Source.open(str(pictures / "odd" / "good.parquet"))
+    struct = Source.open(str(pictures / "odd" / "struct_image_column.parquet"))
+    every = np.arange(100)
+    assert good.read_rows(every).images == struct.read_rows(every).images
+
+
+def test_real_sets_open_as_they_lie_there(pictures: Path) -> None:
+    cifar = Source.open(str(pictures / "cifar10" / "train"), limit=20_000)
+    assert (cifar.num_rows, len(cifar.row_groups), cifar.class_names[9]) == (20_000, 20, "truck")
+    np.testing.assert_array_equal(np.bincount(cifar.labels()), [2000] * 10)
+
+
+def test_a_file_system_without_folders_serves_too(folder: Path) -> None:
+    """A bucket lists keys and knows no working directory; a sub-tree file system is the nearest."""
+    from simclr_ray.data.files import list_parquet
+
+    bucket = pafs.SubTreeFileSystem(str(folder.parent), pafs.LocalFileSystem())
+    assert [f.path for f in list_parquet(bucket, "set", "set")] == [
+        "set/a.parquet",
+        "set/b/c.parquet",
+    ]
