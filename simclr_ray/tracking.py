@@ -3,78 +3,32 @@
 Everything goes through `MlflowClient` and explicit run ids. The fluent API keeps one active run per
 process and one tracking URI per interpreter, which is wrong as soon as a driver, its workers and a
 study write to different runs. MLflow takes seconds to import, so it is imported where it is used.
-
-The default store is SQLite inside the storage folder, and its experiments get an absolute artifact
-location: SQLite's own default is `./mlruns` *relative to the working directory*, and a Ray worker's
-is somewhere in the session folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Literal
 
+from simclr_ray import mlflow_store as store
 from simclr_ray.errors import TrackingError
 from simclr_ray.logs import get_logger
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
     from simclr_ray.config import Scalar
     from simclr_ray.experiment import Tracking
 
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
-DATABASE = "mlflow.db"
-ARTIFACTS = "mlartifacts"
-
-# mlflow.utils.validation: what MLflow 3 takes; it refuses what is longer instead of cutting it.
-MAX_PER_BATCH = 100
-MAX_METRICS_PER_BATCH = 1000
-MAX_PARAM_CHARS = 6000
-MAX_TAG_CHARS = 5000  # 8000 since 2.x, 5000 on the servers before
-MAX_KEY_CHARS = 250
-MAX_DIGEST_CHARS = 36
-MAX_DATASET_NAME_CHARS = 500
-
-# MLflow's own defaults are 7 retries with doubling waits and 120 s per request: minutes before a
-# mistyped address is reported. Used while a store is opened; a user's own values win.
-FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-# A library prints no links on its host's stdout, and makes no calls home on its users' behalf.
-MANNERS = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-
 _log = get_logger(__name__)
-
-
-class ModelVersion(NamedTuple):
-    """One version in the model registry."""
-
-    name: str
-    version: int
-    uri: str
-    run_id: str
-
-
-def store_uri(setting: str, storage: str) -> str:
-    """Return the tracking URI: `setting`, else $MLFLOW_TRACKING_URI, else SQLite in `storage`.
-
-    Raises `TrackingError` when the default is asked of a storage that is no local folder.
-    """
-    given = setting or os.environ.get(URI_VARIABLE, "")
-    if given:
-        return given
-    folder = _local_folder(storage)
-    if folder is None:
-        raise TrackingError(
-            f"storage {storage} is not a local folder, and the default SQLite store needs one; "
-            f"set tracking.uri (or ${URI_VARIABLE}) to an MLflow server"
-        )
-    return f"sqlite:///{folder / DATABASE}"
 
 
 class Tracker:
@@ -94,14 +48,14 @@ class Tracker:
         Raises:
             TrackingError: the store is unreachable, refuses, or has the experiment as deleted.
         """
-        uri = store_uri(tracking.uri, storage)
+        uri = store.store_uri(tracking.uri, storage)
+        database = store.sqlite_file(uri)
         location = None
-        if not tracking.uri and uri.startswith("sqlite:"):
-            folder = Path(urlsplit(uri).path.removeprefix("/")).parent
-            if (local := _local_folder(storage)) is not None:
-                folder = local
-            location = (folder / ARTIFACTS).as_uri()
-        return cls(uri, _experiment_id(uri, tracking.experiment, location))
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+            location = (database.parent / store.ARTIFACTS).as_uri()
+        with store.quiet(), store.first_contact():
+            return cls(uri, _experiment_id(uri, tracking.experiment, location))
 
     def start_run(
         self,
@@ -125,7 +79,9 @@ class Tracker:
             TrackingError: the store refuses, or does not know `resume_id`.
         """
         all_tags = dict(tags) | ({"mlflow.parentRunId": parent_id} if parent_id else {})
-        short = {_key(k): _cut(v, MAX_TAG_CHARS) for k, v in all_tags.items()}
+        short = {
+            store.key_of(k): store.shortened(v, store.MAX_TAG_CHARS) for k, v in all_tags.items()
+        }
         with _door(f"start run {name!r}", self.uri) as client:
             if resume_id:
                 client.update_run(resume_id, status="RUNNING")
@@ -162,7 +118,7 @@ class TrackedRun:
 
         A run that goes on from a checkpoint repeats the steps since that checkpoint. MLflow would
         keep both points, so a key's point at or below the highest step stored for it is dropped.
-        NaN and infinities are stored as they are (SQL stores clamp infinities to the largest double).
+        NaN and infinities are stored (SQL stores clamp infinities to the largest double).
 
         Raises:
             TrackingError: the store refuses or cannot be reached.
@@ -176,7 +132,7 @@ class TrackedRun:
                 for key, value in metrics.items()
                 if step > self._highest_step(client, key)
             ]
-            for some in _batches(fresh, MAX_METRICS_PER_BATCH):
+            for some in store.batches(fresh, store.MAX_METRICS_PER_BATCH):
                 client.log_batch(self.run_id, metrics=some, synchronous=True)
         self._highest.update({metric.key: step for metric in fresh})
 
@@ -189,20 +145,23 @@ class TrackedRun:
         Raises:
             TrackingError: the store refuses or cannot be reached.
         """
-        wanted = {_key(k): _cut(str(v), MAX_PARAM_CHARS) for k, v in params.items()}
+        wanted = {
+            store.key_of(k): store.shortened(str(v), store.MAX_PARAM_CHARS)
+            for k, v in params.items()
+        }
         with _door("log parameters", self.uri) as client:
             from mlflow.entities import Param, RunTag
 
             stored = client.get_run(self.run_id).data.params if self._resumed else {}
             new = [Param(k, v) for k, v in wanted.items() if k not in stored]
             changed = [
-                RunTag(_key(f"resumed/{k}"), _cut(v, MAX_TAG_CHARS))
+                RunTag(store.key_of(f"resumed/{k}"), store.shortened(v, store.MAX_TAG_CHARS))
                 for k, v in wanted.items()
                 if stored.get(k, v) != v
             ]
-            for some in _batches(new, MAX_PER_BATCH):
+            for some in store.batches(new, store.MAX_PER_BATCH):
                 client.log_batch(self.run_id, params=some, synchronous=True)
-            for tags in _batches(changed, MAX_PER_BATCH):
+            for tags in store.batches(changed, store.MAX_PER_BATCH):
                 client.log_batch(self.run_id, tags=tags, synchronous=True)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -210,8 +169,11 @@ class TrackedRun:
         with _door("set tags", self.uri) as client:
             from mlflow.entities import RunTag
 
-            made = [RunTag(_key(k), _cut(v, MAX_TAG_CHARS)) for k, v in tags.items()]
-            for some in _batches(made, MAX_PER_BATCH):
+            made = [
+                RunTag(store.key_of(k), store.shortened(v, store.MAX_TAG_CHARS))
+                for k, v in tags.items()
+            ]
+            for some in store.batches(made, store.MAX_PER_BATCH):
                 client.log_batch(self.run_id, tags=some, synchronous=True)
 
     def log_dataset(
@@ -230,8 +192,8 @@ class TrackedRun:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
             dataset = Dataset(
-                name=name[:MAX_DATASET_NAME_CHARS],
-                digest=fingerprint[:MAX_DIGEST_CHARS],
+                name=name[: store.MAX_DATASET_NAME_CHARS],
+                digest=fingerprint[: store.MAX_DIGEST_CHARS],
                 source_type="uri",
                 source=json.dumps({"uri": uri}),
                 profile=json.dumps({"num_rows": num_rows, "fingerprint": fingerprint}),
@@ -267,16 +229,16 @@ class TrackedRun:
         logged and the block runs all the same: watching must not stop what is watched.
         """
         try:
-            with _quiet():
+            with store.quiet():
                 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-                monitor = SystemMetricsMonitor(
+                monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
                     self.run_id,
                     sampling_interval=interval_s,
                     resume_logging=True,
                     tracking_uri=self.uri,
                 )
-                monitor.start()
+                monitor.start()  # type: ignore[no-untyped-call] # MLflow's is not annotated
         except Exception as error:  # noqa: BLE001 - psutil, its kernel files, drivers: all optional
             _log.warning("no system metrics: %s", error)
             yield
@@ -284,38 +246,36 @@ class TrackedRun:
         try:
             yield
         finally:
-            with _quiet():
-                monitor.finish()
+            with store.quiet():
+                monitor.finish()  # type: ignore[no-untyped-call]
 
     def register_model(
-        self, folder: Path, name: str, *, alias: str, tags: Mapping[str, str]
-    ) -> ModelVersion:
-        """Store the MLflow model in `folder` under this run and make it a new version of `name`.
+        self, name: str, parts: store.ModelParts, *, alias: str, tags: Mapping[str, str]
+    ) -> store.ModelVersion:
+        """Store a pyfunc model under this run and make it a new version of `name`.
 
         The alias moves last, so it never points to a version that is not whole.
 
         Raises:
-            TrackingError: the store or the registry refuses, or cannot be reached.
+            TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
         """
-        with _door(f"register {name!r}", self.uri) as client:
+        store.check_alias(alias)
+        with store.quiet(), _door(f"register {name!r}", self.uri) as client:
             model = client.create_logged_model(
                 self.experiment_id, name="encoder", source_run_id=self.run_id, model_type="encoder"
             )
-            _stamp(folder, self.run_id, model.model_id, model.artifact_location)
-            _log_output(client, self.run_id, model.model_id)
-            client.log_model_artifacts(model.model_id, str(folder))
+            try:
+                with tempfile.TemporaryDirectory() as scratch:
+                    folder = Path(scratch) / "model"
+                    _save_pyfunc(folder, parts, self.run_id, model)
+                    client.log_model_artifacts(model.model_id, str(folder))
+            except BaseException:
+                client.finalize_logged_model(model.model_id, "FAILED")
+                raise
             client.finalize_logged_model(model.model_id, "READY")
-            _ensure_registered(client, name)
-            version = client.create_model_version(
-                name,
-                f"models:/{model.model_id}",
-                self.run_id,
-                tags={k: _cut(v, MAX_TAG_CHARS) for k, v in tags.items()},
-                model_id=model.model_id,
-            )
-            client.set_registered_model_alias(name, alias, version.version)
-        number = int(version.version)
-        return ModelVersion(name, number, f"models:/{name}/{number}", self.run_id)
+            version = _create_version(client, name, model, self.run_id, tags)
+            client.set_registered_model_alias(name, alias, str(version))
+        return store.ModelVersion(name, version, f"models:/{name}/{version}", self.run_id)
 
     def _highest_step(self, client: MlflowClient, key: str) -> int:
         """Return the highest step that the store has for `key`, or one below every step."""
@@ -323,3 +283,136 @@ class TrackedRun:
             history = client.get_metric_history(self.run_id, key) if self._resumed else []
             self._highest[key] = max((metric.step for metric in history), default=-(2**63))
         return self._highest[key]
+
+
+def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
+    """Download the registered model `where`, or a part of it, into `folder`; return its path.
+
+    Args:
+        where: `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
+        folder: an existing folder.
+        uri: tracking URI of the store; its registry is asked.
+        part: path inside of the model, such as `artifacts/encoder`; empty: the whole model.
+
+    Raises:
+        TrackingError: `where` has another form, or there is no such model, version or alias.
+    """
+    address = store.model_address(where)
+    name, version = address.name, address.version
+    with store.quiet(), _door(f"find {where}", uri) as client:
+        from mlflow.artifacts import download_artifacts
+
+        if address.alias:
+            version = str(client.get_model_version_by_alias(name, address.alias).version)
+        elif version == "latest":
+            versions = client.search_model_versions(f"name = '{name}'")
+            version = str(max((int(v.version) for v in versions), default=1))
+        source = client.get_model_version_download_uri(name, version)
+        got = download_artifacts(
+            artifact_uri=f"{source}/{part}" if part else source,
+            dst_path=str(folder),
+            tracking_uri=uri,
+            registry_uri=uri,
+        )
+    return Path(got)
+
+
+def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: LoggedModel) -> None:
+    """Write the MLflow model folder that `Model.log` would write, without an active run."""
+    import numpy as np
+    import pandas as pd
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    features = TensorSpec(np.dtype(np.float32), (-1, parts.feature_dim), name=None)
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]), outputs=Schema([features])
+    )
+    pyfunc.save_model(
+        path=str(folder),
+        python_model=str(parts.code),
+        artifacts={name: str(path) for name, path in parts.artifacts.items()},
+        signature=signature,
+        input_example=pd.DataFrame({"image": [parts.example]}),
+        pip_requirements=list(parts.requirements),
+        metadata=dict(parts.metadata),
+        mlflow_model=Model(
+            artifact_path=logged.artifact_location,
+            run_id=run_id,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+        ),
+    )
+
+
+def _create_version(
+    client: MlflowClient, name: str, model: LoggedModel, run_id: str, tags: Mapping[str, str]
+) -> int:
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    short = {store.key_of(k): store.shortened(v, store.MAX_TAG_CHARS) for k, v in tags.items()}
+    made = client.create_model_version(
+        name,
+        model.artifact_location,  # `models:/<id>` is looked up in the global store, not in this one
+        run_id,
+        tags=short,
+        model_id=model.model_id,
+    )
+    return int(made.version)
+
+
+def _experiment_id(uri: str, name: str, artifact_location: str | None) -> str:
+    with _door(f"open experiment {name!r}", uri) as client:
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=artifact_location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was quicker
+                    raise
+                experiment = client.get_experiment_by_name(name)
+        if experiment is None or experiment.lifecycle_stage != "active":
+            raise TrackingError(
+                f"experiment {name!r} is deleted in {store.without_password(uri)}: restore it, "
+                "or set tracking.experiment to another name"
+            )
+        return str(experiment.experiment_id)
+
+
+@contextlib.contextmanager
+def _door(action: str, uri: str) -> Iterator[MlflowClient]:
+    """Give a client for `uri`; whatever MLflow or its stores raise becomes a `TrackingError`."""
+    try:
+        yield _client(uri)
+    except TrackingError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if "Max retries exceeded" in text or "Connection refused" in text:
+            reason = "no answer; is the server running, and tracking.uri right?"
+        else:
+            first = next((line for line in text.splitlines() if line.strip()), "")
+            reason = f"{type(error).__name__}: {first[:400]}"
+        raise TrackingError(
+            f"MLflow at {store.without_password(uri)} could not {action}: {reason}"
+        ) from error
+
+
+@functools.lru_cache(maxsize=16)
+def _client(uri: str) -> MlflowClient:
+    for variable, value in store.MANNERS.items():
+        os.environ.setdefault(variable, value)
+    with store.quiet():
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=uri)
