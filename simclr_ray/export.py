@@ -31,7 +31,7 @@ from torch import nn
 from simclr_ray import model as networks
 from simclr_ray.data import decode
 from simclr_ray.errors import CheckpointError, SimclrRayError
-from simclr_ray.mlflow_store import ModelParts, ModelVersion, store_uri
+from simclr_ray.mlflow_store import ModelParts, RegisteredEncoder, store_uri
 from simclr_ray.tracking import TrackedRun, fetch_model
 
 FORMAT_VERSION: Final = 1
@@ -196,7 +196,7 @@ def register(
     alias: str,
     example: bytes,
     tags: Mapping[str, str | int | float],
-) -> ModelVersion:
+) -> RegisteredEncoder:
     """Make the encoder in `folder` a new version of the registered model `name`.
 
     Args:

@@ -70,7 +70,7 @@ class ModelParts(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-class ModelVersion(NamedTuple):
+class RegisteredEncoder(NamedTuple):
     """One version in the model registry."""
 
     name: str
@@ -145,6 +145,15 @@ def without_password(uri: str) -> str:
     return re.sub(r"(://[^:/@]*):[^/@]*@", r"\1:***@", uri)
 
 
+def reason_of(error: Exception) -> str:
+    """Return one line that says what MLflow's exception means to a user."""
+    text = str(error)
+    if "Max retries exceeded" in text or "Connection refused" in text:
+        return "no answer; is the server running, and tracking.uri right?"
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:400]}"
+
+
 def key_of(text: str) -> str:
     """Return a key that MLflow takes: letters, digits and `_-./ :`, at most 250 characters."""
     return re.sub(r"[^\w\-./ :]", "_", text)[:MAX_KEY_CHARS]
@@ -154,6 +163,16 @@ def shortened(text: str, most: int) -> str:
     """Return `text` in at most `most` characters, saying how long it was when it is cut."""
     note = f" ... ({len(text)} characters)"
     return text if len(text) <= most else text[: most - len(note)] + note
+
+
+def params_of(params: Mapping[str, object]) -> dict[str, str]:
+    """Return parameters that MLflow takes: keys cleaned, values as text, long ones cut."""
+    return {key_of(key): shortened(str(v), MAX_PARAM_CHARS) for key, v in params.items()}
+
+
+def tags_of(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return tags that MLflow takes: keys cleaned, long values cut."""
+    return {key_of(key): shortened(value, MAX_TAG_CHARS) for key, value in tags.items()}
 
 
 def batches(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:

@@ -24,6 +24,7 @@ from simclr_ray.logs import get_logger
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     from simclr_ray.config import Scalar
     from simclr_ray.experiment import Tracking
@@ -78,20 +79,19 @@ class Tracker:
         Raises:
             TrackingError: the store refuses, or does not know `resume_id`.
         """
-        all_tags = dict(tags) | ({"mlflow.parentRunId": parent_id} if parent_id else {})
-        short = {
-            store.key_of(k): store.shortened(v, store.MAX_TAG_CHARS) for k, v in all_tags.items()
-        }
+        all_tags = store.tags_of(tags)
+        if parent_id:
+            all_tags["mlflow.parentRunId"] = parent_id
         with _door(f"start run {name!r}", self.uri) as client:
             if resume_id:
+                run = client.get_run(resume_id)
                 client.update_run(resume_id, status="RUNNING")
-                for key, value in short.items():
+                for key, value in all_tags.items():
                     client.set_tag(resume_id, key, value)
-                run_id = resume_id
             else:
-                run = client.create_run(self.experiment_id, tags=short, run_name=name)
-                run_id = run.info.run_id
-        tracked = TrackedRun(self.uri, run_id, self.experiment_id, resumed=bool(resume_id))
+                run = client.create_run(self.experiment_id, tags=all_tags, run_name=name)
+        info = run.info
+        tracked = TrackedRun(self.uri, info.run_id, info.experiment_id, resumed=bool(resume_id))
         tracked.log_params(params)
         return tracked
 
@@ -108,7 +108,7 @@ class TrackedRun:
 
     @classmethod
     def attach(cls, uri: str, run_id: str) -> TrackedRun:
-        """Return the existing run `run_id` of the store `uri`, its status untouched."""
+        """Return the existing run `run_id` of the store `uri`, its status as it is."""
         with _door(f"find run {run_id}", uri) as client:
             experiment_id = client.get_run(run_id).info.experiment_id
         return cls(uri, run_id, experiment_id, resumed=True)
@@ -145,34 +145,23 @@ class TrackedRun:
         Raises:
             TrackingError: the store refuses or cannot be reached.
         """
-        wanted = {
-            store.key_of(k): store.shortened(str(v), store.MAX_PARAM_CHARS)
-            for k, v in params.items()
-        }
+        wanted = store.params_of(params)
         with _door("log parameters", self.uri) as client:
-            from mlflow.entities import Param, RunTag
+            from mlflow.entities import Param
 
             stored = client.get_run(self.run_id).data.params if self._resumed else {}
             new = [Param(k, v) for k, v in wanted.items() if k not in stored]
-            changed = [
-                RunTag(store.key_of(f"resumed/{k}"), store.shortened(v, store.MAX_TAG_CHARS))
-                for k, v in wanted.items()
-                if stored.get(k, v) != v
-            ]
+            other = {f"resumed/{k}": v for k, v in wanted.items() if stored.get(k, v) != v}
             for some in store.batches(new, store.MAX_PER_BATCH):
                 client.log_batch(self.run_id, params=some, synchronous=True)
-            for tags in store.batches(changed, store.MAX_PER_BATCH):
-                client.log_batch(self.run_id, tags=tags, synchronous=True)
+        self.set_tags(other)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the run, replacing values of the same keys; long values are cut."""
         with _door("set tags", self.uri) as client:
             from mlflow.entities import RunTag
 
-            made = [
-                RunTag(store.key_of(k), store.shortened(v, store.MAX_TAG_CHARS))
-                for k, v in tags.items()
-            ]
+            made = [RunTag(k, v) for k, v in store.tags_of(tags).items()]
             for some in store.batches(made, store.MAX_PER_BATCH):
                 client.log_batch(self.run_id, tags=some, synchronous=True)
 
@@ -191,13 +180,13 @@ class TrackedRun:
         with _door(f"log dataset {name!r}", self.uri) as client:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
-            dataset = Dataset(
-                name=name[: store.MAX_DATASET_NAME_CHARS],
-                digest=fingerprint[: store.MAX_DIGEST_CHARS],
-                source_type="uri",
-                source=json.dumps({"uri": uri}),
-                profile=json.dumps({"num_rows": num_rows, "fingerprint": fingerprint}),
+            name, digest = (
+                name[: store.MAX_DATASET_NAME_CHARS],
+                fingerprint[: store.MAX_DIGEST_CHARS],
             )
+            profile = json.dumps({"num_rows": num_rows, "fingerprint": fingerprint})
+            source = json.dumps({"uri": uri})
+            dataset = Dataset(name, digest, "uri", source, profile=profile)
             tag = InputTag("mlflow.data.context", context)
             client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags=[tag])])
 
@@ -218,40 +207,26 @@ class TrackedRun:
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Set the run's last status and end time."""
-        with _door(f"end run {self.run_id}", self.uri) as client:
+        with _door("end the run", self.uri) as client:
             client.set_terminated(self.run_id, status)
 
     @contextlib.contextmanager
     def system_metrics(self, interval_s: float = 10.0) -> Iterator[None]:
         """Log this machine's `system/...` metrics every `interval_s` while the block runs.
 
-        CPU, memory, disk and network need psutil, GPU metrics pynvml; without psutil, one line is
-        logged and the block runs all the same: watching must not stop what is watched.
+        Needs psutil, and pynvml for GPUs; without psutil one line is logged and the block runs.
         """
-        try:
-            with store.quiet():
-                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-                monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
-                    self.run_id,
-                    sampling_interval=interval_s,
-                    resume_logging=True,
-                    tracking_uri=self.uri,
-                )
-                monitor.start()  # type: ignore[no-untyped-call] # MLflow's is not annotated
-        except Exception as error:  # noqa: BLE001 - psutil, its kernel files, drivers: all optional
-            _log.warning("no system metrics: %s", error)
-            yield
-            return
+        monitor = self._started_monitor(interval_s)
         try:
             yield
         finally:
-            with store.quiet():
-                monitor.finish()  # type: ignore[no-untyped-call]
+            if monitor is not None:
+                with store.quiet():
+                    monitor.finish()  # type: ignore[no-untyped-call] # MLflow's is not annotated
 
     def register_model(
         self, name: str, parts: store.ModelParts, *, alias: str, tags: Mapping[str, str]
-    ) -> store.ModelVersion:
+    ) -> store.RegisteredEncoder:
         """Store a pyfunc model under this run and make it a new version of `name`.
 
         The alias moves last, so it never points to a version that is not whole.
@@ -275,7 +250,24 @@ class TrackedRun:
             client.finalize_logged_model(model.model_id, "READY")
             version = _create_version(client, name, model, self.run_id, tags)
             client.set_registered_model_alias(name, alias, str(version))
-        return store.ModelVersion(name, version, f"models:/{name}/{version}", self.run_id)
+        return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", self.run_id)
+
+    def _started_monitor(self, interval_s: float) -> SystemMetricsMonitor | None:
+        try:
+            with store.quiet():
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+                    self.run_id,
+                    sampling_interval=interval_s,
+                    resume_logging=True,
+                    tracking_uri=self.uri,
+                )
+                monitor.start()  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001 - psutil, its kernel files, drivers: all optional
+            _log.warning("no system metrics: %s", error)
+            return None
+        return monitor
 
     def _highest_step(self, client: MlflowClient, key: str) -> int:
         """Return the highest step that the store has for `key`, or one below every step."""
@@ -286,13 +278,13 @@ class TrackedRun:
 
 
 def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
-    """Download the registered model `where`, or a part of it, into `folder`; return its path.
+    """Return the path in `folder` of the downloaded model `where`, or of a part of it.
 
     Args:
         where: `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
         folder: an existing folder.
         uri: tracking URI of the store; its registry is asked.
-        part: path inside of the model, such as `artifacts/encoder`; empty: the whole model.
+        part: path inside of the model; empty: the whole model.
 
     Raises:
         TrackingError: `where` has another form, or there is no such model, version or alias.
@@ -305,11 +297,11 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
         if address.alias:
             version = str(client.get_model_version_by_alias(name, address.alias).version)
         elif version == "latest":
-            versions = client.search_model_versions(f"name = '{name}'")
-            version = str(max((int(v.version) for v in versions), default=1))
+            found = client.search_model_versions(f"name = '{name}'")
+            version = str(max((int(v.version) for v in found), default=1))
         source = client.get_model_version_download_uri(name, version)
         got = download_artifacts(
-            artifact_uri=f"{source}/{part}" if part else source,
+            artifact_uri=f"{source}/{part}".rstrip("/"),
             dst_path=str(folder),
             tracking_uri=uri,
             registry_uri=uri,
@@ -325,15 +317,13 @@ def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: Log
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
-    features = TensorSpec(np.dtype(np.float32), (-1, parts.feature_dim), name=None)
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "image")]), outputs=Schema([features])
-    )
+    image = Schema([ColSpec(DataType.binary, "image")])
+    features = Schema([TensorSpec(np.dtype(np.float32), (-1, parts.feature_dim))])
     pyfunc.save_model(
         path=str(folder),
         python_model=str(parts.code),
         artifacts={name: str(path) for name, path in parts.artifacts.items()},
-        signature=signature,
+        signature=ModelSignature(inputs=image, outputs=features),
         input_example=pd.DataFrame({"image": [parts.example]}),
         pip_requirements=list(parts.requirements),
         metadata=dict(parts.metadata),
@@ -358,12 +348,11 @@ def _create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    short = {store.key_of(k): store.shortened(v, store.MAX_TAG_CHARS) for k, v in tags.items()}
     made = client.create_model_version(
         name,
         model.artifact_location,  # `models:/<id>` is looked up in the global store, not in this one
         run_id,
-        tags=short,
+        tags=store.tags_of(tags),
         model_id=model.model_id,
     )
     return int(made.version)
@@ -397,15 +386,8 @@ def _door(action: str, uri: str) -> Iterator[MlflowClient]:
     except TrackingError:
         raise
     except Exception as error:
-        text = str(error)
-        if "Max retries exceeded" in text or "Connection refused" in text:
-            reason = "no answer; is the server running, and tracking.uri right?"
-        else:
-            first = next((line for line in text.splitlines() if line.strip()), "")
-            reason = f"{type(error).__name__}: {first[:400]}"
-        raise TrackingError(
-            f"MLflow at {store.without_password(uri)} could not {action}: {reason}"
-        ) from error
+        where, reason = store.without_password(uri), store.reason_of(error)
+        raise TrackingError(f"MLflow at {where} could not {action}: {reason}") from error
 
 
 @functools.lru_cache(maxsize=16)
