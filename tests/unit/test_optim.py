@@ -1,0 +1,140 @@
+"""LARS against the NumPy oracle of the authors' rule, and the schedule against its formula."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from simclr_ray.experiment import AdamWOptimizer, LARSOptimizer, SGDOptimizer
+from simclr_ray.model import build_optimizer
+from simclr_ray.nn.heads import mlp_head
+from simclr_ray.optim import LARS, learning_rate_at
+from tests.reference import lars as oracle
+
+SHAPES = [(4, 3, 3, 3), (7, 5), (5,), (1,)]
+
+
+def follow(
+    form: Literal["authors", "outside"],
+    dtype: torch.dtype,
+    *,
+    adapt: bool = True,
+    weight_decay: float = 0.01,
+    steps: int = 20,
+) -> list[float]:
+    """Return each tensor's relative distance from the oracle after `steps` with moving rates."""
+    rng = np.random.default_rng(1)
+    starts = [rng.normal(size=s) for s in SHAPES]
+    ours = [nn.Parameter(torch.from_numpy(w).to(dtype)) for w in starts]
+    theirs = [
+        oracle.Lars(w, momentum=0.9, weight_decay=weight_decay, adapted=adapt, form=form)
+        for w in starts
+    ]
+    groups: list[dict[str, Any]] = [{"params": ours, "adapt": adapt}]
+    optimizer = LARS(groups, lr=0.0, weight_decay=weight_decay, momentum_form=form)
+    for step in range(steps):
+        rate = oracle.learning_rate(step, 4.8, 10, 2 * steps)
+        optimizer.param_groups[0]["lr"] = rate
+        for parameter, reference in zip(ours, theirs, strict=True):
+            gradient = rng.normal(size=reference.weight.shape) * 10.0 ** rng.integers(-3, 3)
+            parameter.grad = torch.from_numpy(gradient).to(dtype)
+            reference.step(gradient, rate)
+        optimizer.step()
+    return [
+        float(np.linalg.norm(p.detach().double().numpy() - r.weight) / np.linalg.norm(r.weight))
+        for p, r in zip(ours, theirs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_twenty_steps_through_warm_up_equal_the_authors_rule(adapt: bool) -> None:
+    assert max(follow("authors", torch.float64, adapt=adapt)) < 1e-12
+    assert max(follow("authors", torch.float32, adapt=adapt)) < 1e-6 * 5  # float32 over 20 steps
+
+
+def test_the_outside_form_is_that_of_other_libraries() -> None:
+    # the oracle has no epsilon under the ratio; theirs, 1e-8, is below the gradients' norms
+    assert max(follow("outside", torch.float64)) < 1e-6
+
+
+def test_the_two_forms_differ_when_the_rate_moves() -> None:
+    rng = np.random.default_rng(2)
+    weight, gradient = rng.normal(size=(2, 4, 4))
+    found = []
+    for form in ("authors", "outside"):
+        parameter = nn.Parameter(torch.from_numpy(weight.copy()))
+        optimizer = LARS([parameter], lr=1.0, momentum_form=form)  # type: ignore[arg-type] # loop
+        for rate in (1.0, 0.1):
+            optimizer.param_groups[0]["lr"] = rate
+            parameter.grad = torch.from_numpy(gradient)
+            optimizer.step()
+        found.append(parameter.detach())
+    assert (found[0] - found[1]).norm() > 1e-4 * found[0].norm()
+
+
+@pytest.mark.parametrize("zero", ["weight", "gradient"])
+def test_a_zero_norm_means_a_plain_step_and_no_division_by_zero(zero: str) -> None:
+    weight = torch.zeros(3) if zero == "weight" else torch.ones(3)
+    gradient = torch.zeros(3) if zero == "gradient" else torch.full((3,), 2.0)
+    parameter = nn.Parameter(weight.clone())
+    parameter.grad = gradient
+    LARS([parameter], lr=0.5).step()
+    torch.testing.assert_close(parameter.detach(), weight - 0.5 * gradient)
+
+
+def test_a_parameter_without_a_gradient_stays() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    LARS([parameter], lr=0.5).step()
+    assert parameter.tolist() == [1, 1, 1]
+
+
+def test_the_buffer_survives_saving_and_loading() -> None:
+    def steps(optimizer: LARS, parameter: nn.Parameter, num: int) -> None:
+        for _ in range(num):
+            parameter.grad = parameter.detach().sin()
+            optimizer.step()
+
+    whole = nn.Parameter(torch.arange(1.0, 5.0))
+    steps(LARS([whole], lr=0.5, weight_decay=0.1), whole, 4)
+    parts = nn.Parameter(torch.arange(1.0, 5.0))
+    first = LARS([parts], lr=0.5, weight_decay=0.1)
+    steps(first, parts, 2)
+    second = LARS([parts], lr=0.1)
+    second.load_state_dict(first.state_dict())
+    steps(second, parts, 2)
+    assert torch.equal(whole, parts)
+
+
+def test_batch_norm_and_biases_are_excluded_from_decay_and_adaptation() -> None:
+    model = nn.Sequential(mlp_head(6, 4), nn.Linear(4, 2))
+    decayed, plain = build_optimizer(model, LARSOptimizer(weight_decay=0.3)).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == {"0.0.weight", "0.3.weight", "1.weight"}
+    assert {names[id(p)] for p in plain["params"]} == {
+        "0.1.weight",
+        "0.1.bias",
+        "0.4.weight",
+        "1.bias",
+    }
+    assert (decayed["weight_decay"], decayed["adapt"]) == (0.3, True)
+    assert (plain["weight_decay"], plain["adapt"]) == (0.0, False)
+    for config in (SGDOptimizer(weight_decay=0.3), AdamWOptimizer(weight_decay=0.3)):
+        groups = build_optimizer(model, config).param_groups
+        assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(10, 100), (0, 7), (3, 4), (976, 97_657)])
+def test_the_rate_is_the_authors_schedule_and_starts_at_zero(warmup: int, total: int) -> None:
+    for step in sorted({0, 1, warmup // 2, warmup, (warmup + total) // 2, total - 1}):
+        expected = oracle.learning_rate(step, 2.0, warmup, total)
+        assert learning_rate_at(step, 2.0, warmup, total) == pytest.approx(expected, abs=1e-15)
+    assert learning_rate_at(0, 2.0, warmup, total) == (0.0 if warmup else 2.0)
+
+
+def test_warm_up_that_ends_with_the_run_never_divides_by_zero() -> None:
+    assert learning_rate_at(9, 1.0, 10, 10) == pytest.approx(0.9)
+    assert learning_rate_at(10, 1.0, 10, 10) == pytest.approx(1.0)
