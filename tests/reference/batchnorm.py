@@ -16,7 +16,6 @@ class Normalised(NamedTuple):
     y: Array
     mean: Array
     var: Array
-    count: int
 
 
 def forward(x: Array, gamma: Array, beta: Array, eps: float) -> Normalised:
@@ -25,9 +24,7 @@ def forward(x: Array, gamma: Array, beta: Array, eps: float) -> Normalised:
     shape = (1, -1, *[1] * (x.ndim - 2))
     mean, var = x.mean(axes), x.var(axes)
     x_hat = (x - mean.reshape(shape)) / np.sqrt(var.reshape(shape) + eps)
-    return Normalised(
-        gamma.reshape(shape) * x_hat + beta.reshape(shape), mean, var, x.size // x.shape[1]
-    )
+    return Normalised(gamma.reshape(shape) * x_hat + beta.reshape(shape), mean, var)
 
 
 def backward(x: Array, dy: Array, gamma: Array, eps: float) -> tuple[Array, Array, Array]:

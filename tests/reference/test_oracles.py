@@ -34,7 +34,8 @@ def test_dense_ntxent_equals_the_literal_sum_and_its_gradient_finite_differences
             for h in (1e-6, -1e-6):
                 views = [z1.copy(), z2.copy()]
                 views[which][index] += h
-                values.append(ntxent.ntxent_literal(*views, 0.3, normalize=normalize))
+                value = ntxent.ntxent_literal(views[0], views[1], 0.3, normalize=normalize)
+                values.append(value)
             slope = (values[0] - values[1]) / 2e-6
             assert gradient[index] == pytest.approx(slope, abs=1e-7)  # error of the difference
 

@@ -1,0 +1,63 @@
+"""What the spawned ranks run: loss and batch norm alone, on uneven shares, for the oracles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simclr_ray import dist
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
+
+Array = NDArray[np.float64]
+
+
+class Shares(NamedTuple):
+    """What one rank has to show; arrays, since tensors do not outlive their process."""
+
+    loss: float
+    z1_gradient: Array
+    z2_gradient: Array
+    accuracy: float
+    entropy: float
+    bn_output: Array
+    bn_input_gradient: Array
+    bn_weight_gradient: Array
+    bn_running: tuple[Array, Array]
+
+
+def loss_and_norm(
+    rank: int, views: tuple[Array, Array], bn_case: tuple[Array, Array, Array], temperature: float
+) -> Shares:
+    """Return loss, metrics and batch norm of this rank's rows of the global arrays."""
+    first, last = dist.share(len(views[0]), rank, dist.world_size())
+    z1, z2 = (torch.from_numpy(v[first:last].copy()).requires_grad_() for v in views)
+    loss = NTXentLoss(temperature)(z1, z2)
+    loss.backward()
+    logged = contrastive_metrics(z1, z2, temperature)
+    rows, upstream, gamma = (torch.from_numpy(a) for a in bn_case)
+    first, last = dist.share(len(rows), rank, dist.world_size())
+    x = rows[first:last].clone().requires_grad_()
+    norm = GlobalBatchNorm(len(gamma)).double()
+    norm.weight.data.copy_(gamma)
+    y = norm(x)
+    y.backward(upstream[first:last])
+    assert z1.grad is not None
+    assert z2.grad is not None
+    assert x.grad is not None
+    assert norm.weight.grad is not None
+    weight_gradient = dist.all_reduce_sum(norm.weight.grad)
+    return Shares(
+        loss.item(),
+        z1.grad.numpy().copy(),
+        z2.grad.numpy().copy(),
+        logged.accuracy.item(),
+        logged.entropy.item(),
+        y.detach().numpy().copy(),
+        x.grad.numpy().copy(),
+        weight_gradient.numpy().copy(),
+        (norm.running_mean.numpy().copy(), norm.running_var.numpy().copy()),
+    )
