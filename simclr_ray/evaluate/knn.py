@@ -1,0 +1,99 @@
+"""Weighted cosine nearest neighbours: how well features tell classes apart, without training.
+
+Instance discrimination (Wu et al. 2018, arXiv:1805.01978, §3.4): features are l2-normalised, the k
+nearest rows of the bank vote for their class with weight exp(cos/τ). The usual k=200, τ=0.1.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Rows of one block of similarities: 1,024 x 16,384 float32 are 64 MiB, whatever the bank's size.
+QUERY_ROWS: Final = 1_024
+BANK_ROWS: Final = 16_384
+
+
+def knn_scores(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    num_classes: int,
+) -> Tensor:
+    """Return the votes of each query's `k` nearest bank rows for each class, float32 `[Q, K]`.
+
+    Weights are taken relative to the nearest neighbour's, so that a small τ cannot overflow: the
+    nearest row has weight 1, and a query's order of classes is that of the plain weights.
+
+    Args:
+        bank: features `[M, F]`, M > 0, any float dtype; need not be normalised.
+        bank_labels: int64 `[M]` in [0, num_classes).
+        queries: features `[Q, F]`.
+        k: neighbours that vote; all of the bank when it has fewer.
+        temperature: τ > 0.
+        num_classes: K.
+
+    Raises:
+        ValueError: the shapes do not fit, or a label lies outside [0, num_classes).
+    """
+    _check(bank, bank_labels, queries, num_classes)
+    if k < 1 or temperature <= 0:
+        raise ValueError(f"k must be at least 1 and temperature above 0, not {k} and {temperature}")
+    k = min(k, len(bank))
+    bank = F.normalize(bank.float(), dim=1)
+    votes = torch.zeros(len(queries), num_classes, device=bank.device)
+    for start in range(0, len(queries), QUERY_ROWS):
+        block = F.normalize(queries[start : start + QUERY_ROWS].to(bank.device).float(), dim=1)
+        cosines, rows = _nearest(bank, block, k)  # [q, k]
+        weights = torch.exp((cosines - cosines[:, :1]) / temperature)
+        votes[start : start + len(block)].scatter_add_(1, bank_labels[rows], weights)
+    return votes
+
+
+def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Return the share of rows whose class is among the `k` highest of `scores [Q, K]`, in [0, 1].
+
+    Of equal scores the lower class number counts as higher, so constant scores earn no more than
+    chance. A row whose own score is not a number is a miss.
+
+    Raises:
+        ValueError: there are no rows, or the shapes do not fit.
+    """
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or not len(labels):
+        raise ValueError(f"scores {list(scores.shape)} and labels {list(labels.shape)} do not fit")
+    labels = labels.to(scores.device)
+    own = scores.gather(1, labels[:, None])  # [Q, 1]
+    classes = torch.arange(scores.shape[1], device=scores.device)
+    ahead = (scores > own) | ((scores == own) & (classes < labels[:, None]))
+    hits = (ahead.sum(1) < k) & own[:, 0].isfinite()
+    return hits.double().mean().item()
+
+
+def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return cosine and row of the `k` nearest bank rows, nearest first; both `[q, k]`."""
+    best, rows = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0).long()
+    for start in range(0, len(bank), BANK_ROWS):
+        similar = queries @ bank[start : start + BANK_ROWS].T
+        value, index = similar.topk(min(k, similar.shape[1]), dim=1)
+        best, rows = torch.cat([best, value], 1), torch.cat([rows, index + start], 1)
+        best, kept = best.topk(min(k, best.shape[1]), dim=1)
+        rows = rows.gather(1, kept)
+    return best, rows
+
+
+def _check(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int) -> None:
+    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
+        raise ValueError(f"bank {list(bank.shape)} and queries {list(queries.shape)} do not fit")
+    if not len(bank) or labels.shape != bank.shape[:1]:
+        raise ValueError(f"bank has {len(bank)} rows and {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels lie in [{labels.min().item()}, {labels.max().item()}], "
+            f"outside [0, {num_classes})"
+        )

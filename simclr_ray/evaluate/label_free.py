@@ -1,0 +1,89 @@
+"""What shows progress without a label: alignment, uniformity, effective rank, spread.
+
+Alignment and uniformity: Wang & Isola 2020 (arXiv:2005.10242). Effective rank: RankMe, Garrido et
+al. 2023 (arXiv:2210.02885). Spread: Chen & He 2021 (SimSiam, arXiv:2011.10566, §4.1).
+All take features `[M, F]` of any float dtype, on any device, and return a Python number.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK_ROWS: Final = 2_048  # [2048, M] float64 distances at once
+UNIFORMITY_T: Final = 2.0
+RANK_EPSILON: Final = 1e-7  # RankMe eq. 1
+
+
+class LabelFree(NamedTuple):
+    """The metrics that one set of features gives by itself."""
+
+    uniformity: float
+    effective_rank: float
+    spread: float
+
+
+def label_free(features: Tensor) -> LabelFree:
+    """Return uniformity, effective rank and spread of `features [M, F]`, M >= 2."""
+    return LabelFree(uniformity(features), effective_rank(features), spread(features))
+
+
+def alignment(a: Tensor, b: Tensor) -> float:
+    """Return the mean squared distance of l2-normalised `a[i]` and `b[i]`, in [0, 4]; 0 is best.
+
+    Args:
+        a: features of one view of each image, `[M, F]`.
+        b: features of the other view, `[M, F]`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"views differ in shape: {list(a.shape)} and {list(b.shape)}")
+    difference = F.normalize(a.double(), dim=1) - F.normalize(b.double(), dim=1)
+    return difference.square().sum(1).mean().item()
+
+
+def uniformity(features: Tensor) -> float:
+    """Return log of the mean of exp(-2·|x-y|²) over all pairs of rows, in [-8, 0]; low is spread.
+
+    Raises:
+        ValueError: there are fewer than two rows.
+    """
+    num = len(features)
+    if num < 2:
+        raise ValueError(f"uniformity needs two rows or more, not {num}")
+    x = F.normalize(features.double(), dim=1)
+    total = 0.0
+    for start in range(0, num, BLOCK_ROWS):
+        squared = (2 - 2 * (x[start : start + BLOCK_ROWS] @ x.T)).clamp(min=0)
+        total += torch.exp(-UNIFORMITY_T * squared).sum().item()
+    return math.log(max(total - num, 1e-300) / (num * (num - 1)))  # less the rows with themselves
+
+
+def effective_rank(features: Tensor) -> float:
+    """Return exp of the entropy of the normalised singular values, in [1, min(M, F)].
+
+    RankMe eq. 1. Singular values come from the smaller Gram matrix in float64, which costs M·F²
+    and is exact to 1e-8 of the largest one, below the paper's ε. All-zero features have rank 1.
+    """
+    x = features.double()
+    gram = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    total = singular.sum()
+    if total == 0:
+        return 1.0
+    p = singular / total + RANK_EPSILON
+    return math.exp(-(p * p.log()).sum().item())
+
+
+def spread(features: Tensor) -> float:
+    """Return the standard deviation of l2-normalised features, mean over F.
+
+    About 1/√F for features that point everywhere alike, 0 for collapsed ones.
+    """
+    return F.normalize(features.double(), dim=1).std(0, correction=0).mean().item()

@@ -1,0 +1,129 @@
+"""The linear protocol: multinomial logistic regression on frozen features (SimCLR §B.6).
+
+As in the paper: Nesterov SGD with momentum 0.9, rate 0.1·B/256, cosine to zero without warm-up, no
+regularisation, weights from zero. Unlike the paper, features are first standardised by the bank's
+mean and deviation, and scaled down when their largest principal direction would make that rate
+unstable: the same settings then fit an encoder's features and raw pixels, and no row of the table
+looks bad only because its scale did not suit the rate. Both are affine maps, folded into the
+result, which is a plain linear classifier of the features as they come. Unlike the paper too, the
+features are read once, without augmentation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from simclr_ray import experiment
+
+MOMENTUM: Final = 0.9
+# Gradient descent with momentum m is stable below 2(1+m)/L; the softmax loss has L <= λ/2 for
+# features of largest second moment λ. At the rate 0.1 that is λ < 76; half of it leaves a margin.
+CURVATURE_AT_RATE_1: Final = 3.8
+# A feature with less deviation than this share of the largest one is taken as constant.
+SMALLEST_DEVIATION: Final = 1e-6
+POWER_STEPS: Final = 20
+
+
+class LinearProbe(NamedTuple):
+    """A linear classifier of features as they come: `weight [K, F]`, `bias [K]`, float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the class scores `[M, K]` of `features [M, F]`."""
+        return torch.addmm(self.bias, features.float(), self.weight.T)
+
+
+def fit_linear(
+    features: Tensor, labels: Tensor, num_classes: int, cfg: experiment.Linear, seed: int
+) -> LinearProbe:
+    """Return the classifier that SGD finds on `features [M, F]`; a pure function of the arguments.
+
+    Args:
+        features: frozen features, any float dtype; they are trained on in float32.
+        labels: int64 `[M]` in [0, num_classes).
+        num_classes: K.
+        cfg: epochs, batch size, and rate per 256 samples.
+        seed: fixes the order of the samples, the only random thing here.
+
+    Raises:
+        ValueError: the shapes do not fit, a label lies outside, or a feature is not finite.
+    """
+    _check(features, labels, num_classes)
+    rows, moments = _standardise(features.float(), cfg)
+    weight, bias = _descend(rows, labels.to(rows.device), num_classes, cfg, seed)
+    weight = weight * moments.scale  # [K, F]
+    return LinearProbe(weight, bias - weight @ moments.mean)
+
+
+class _Moments(NamedTuple):
+    mean: Tensor  # [F]
+    scale: Tensor  # [F], zero for features that are constant
+
+
+def _standardise(features: Tensor, cfg: experiment.Linear) -> tuple[Tensor, _Moments]:
+    mean, deviation = features.mean(0), features.std(0, correction=0)
+    varies = deviation > SMALLEST_DEVIATION * deviation.max()
+    scale = torch.where(varies, 1 / deviation.clamp(min=torch.finfo().tiny), 0)
+    rows = (features - mean) * scale
+    allowed = CURVATURE_AT_RATE_1 / _peak_rate(len(rows), cfg)
+    shrink = min(1.0, math.sqrt(allowed / max(_largest_moment(rows), 1e-12)))
+    return rows * shrink, _Moments(mean, scale * shrink)
+
+
+def _largest_moment(rows: Tensor) -> float:
+    """Return about the largest eigenvalue of `rowsᵀ rows / M`, by power iteration."""
+    start = torch.Generator().manual_seed(0)
+    v = torch.randn(rows.shape[1], generator=start).to(rows.device)
+    value = 0.0
+    for _ in range(POWER_STEPS):
+        v = rows.T @ (rows @ (v / v.norm().clamp(min=1e-30))) / len(rows)
+        value = v.norm().item()
+    return value
+
+
+def _descend(
+    rows: Tensor, labels: Tensor, num_classes: int, cfg: experiment.Linear, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return weight `[K, F]` and bias `[K]`; the gradient is written out, it is two products."""
+    num_batches = math.ceil(len(rows) / cfg.batch_size)  # whose sizes differ by at most one
+    total, peak = cfg.epochs * num_batches, _peak_rate(len(rows), cfg)
+    order = torch.Generator().manual_seed(seed)
+    weight = rows.new_zeros(num_classes, rows.shape[1])
+    bias = rows.new_zeros(num_classes)
+    velocity_w, velocity_b = torch.zeros_like(weight), torch.zeros_like(bias)
+    for epoch in range(cfg.epochs):
+        shuffled = torch.randperm(len(rows), generator=order).to(rows.device)
+        for index, batch in enumerate(shuffled.tensor_split(num_batches)):
+            step = epoch * num_batches + index
+            rate = peak * 0.5 * (1 + math.cos(math.pi * step / total))
+            x, y = rows[batch], labels[batch]
+            error = torch.softmax(torch.addmm(bias, x, weight.T), 1)  # [B, K]
+            error[torch.arange(len(y), device=y.device), y] -= 1
+            error /= len(y)
+            _nesterov(weight, velocity_w, error.T @ x, rate)
+            _nesterov(bias, velocity_b, error.sum(0), rate)
+    return weight, bias
+
+
+def _nesterov(value: Tensor, velocity: Tensor, gradient: Tensor, rate: float) -> None:
+    velocity.mul_(MOMENTUM).add_(gradient)
+    value.sub_(gradient.add(velocity, alpha=MOMENTUM), alpha=rate)
+
+
+def _peak_rate(num_rows: int, cfg: experiment.Linear) -> float:
+    return cfg.learning_rate * min(cfg.batch_size, num_rows) / 256
+
+
+def _check(features: Tensor, labels: Tensor, num_classes: int) -> None:
+    if features.ndim != 2 or not len(features) or labels.shape != features.shape[:1]:
+        raise ValueError(f"features {list(features.shape)} and labels {list(labels.shape)} differ")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"a label lies outside [0, {num_classes})")
+    if not torch.isfinite(features.sum()):
+        raise ValueError("a feature is not finite: the encoder has diverged")
