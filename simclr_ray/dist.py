@@ -98,6 +98,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast_text(text: str) -> str:
+    """Return rank 0's `text` on every rank. A collective."""
+    if not is_distributed():
+        return text
+    box = [text]
+    td.broadcast_object_list(box)
+    return box[0]
+
+
 def barrier() -> None:
     """Wait until every rank is here. A collective."""
     if is_distributed():

@@ -1,0 +1,108 @@
+"""What a config means in numbers, before anything runs: `--dry-run`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from simclr_ray.data.maker import plan_of
+from simclr_ray.data.source import Source
+from simclr_ray.experiment import Experiment
+from simclr_ray.loop import DTYPES
+from simclr_ray.model import build_model
+from simclr_ray.nn.losses import TILE_COLUMNS, TILE_ROWS
+
+MIB = 2**20
+SAMPLE = 4  # images in the pass that is counted; the result is per image
+
+
+class StepMemory(NamedTuple):
+    """Bytes that one step takes on the rank with the largest local batch."""
+
+    weights: int  # weights, gradients and optimizer state
+    activations: int  # kept for backward, both views
+    loss: int  # gathered z and one tile
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.activations + self.loss
+
+
+def derived(experiment: Experiment, source: Source) -> dict[str, str]:
+    """Return the run's arithmetic as name -> text. Raises `DataError` if rows fill no batch."""
+    plan = plan_of(experiment, source)
+    ranks = range(experiment.scaling.num_workers)
+    local = sorted({experiment.local_batch_size(r) for r in ranks}, reverse=True)
+    memory = step_memory(experiment)
+    total = experiment.total_steps(source.num_rows)
+    warmup = experiment.warmup_steps(source.num_rows)
+    rows = {
+        "run": experiment.run_name,
+        "images": f"{source.num_rows:,} in {len(source.files)} files, "
+        f"{len(source.row_groups)} row groups, {plan.num_lanes} lanes",
+        "global batch": f"{experiment.batch_size:,} images, {2 * experiment.batch_size:,} views",
+        "negatives": f"{2 * (experiment.batch_size - 1):,} per anchor",
+        "local batch": " or ".join(str(n) for n in local) + f" on {len(ranks)} workers",
+        "steps": f"{plan.steps_per_epoch:,} per epoch, {total:,} in {experiment.epochs} epochs",
+        "warm-up": f"{warmup:,} steps",
+        "peak learning rate": f"{experiment.peak_learning_rate():g} "
+        f"({experiment.schedule.scaling} scaling of {experiment.schedule.learning_rate:g})",
+        "loss without learning": f"{_chance(experiment.batch_size):.4f} = ln(2N-1)",
+        "parameters": f"{num_parameters(experiment) / 1e6:,.2f} M",
+        "memory of a step": f"{memory.total / MIB:,.0f} MiB on the largest worker: "
+        f"activations {memory.activations / MIB:,.0f}, weights {memory.weights / MIB:,.0f}, "
+        f"loss {memory.loss / MIB:,.0f}",
+    }
+    if warmup >= total:
+        rows["note"] = "warm-up is as long as the run: the rate never reaches its peak"
+    return rows
+
+
+def num_parameters(experiment: Experiment) -> int:
+    """Return the parameters of encoder and head together."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(experiment).parameters())
+
+
+def step_memory(experiment: Experiment) -> StepMemory:
+    """Return the memory of one training step, counted on a pass over shapes alone.
+
+    Activations are the distinct tensors that autograd saves, which is what a step holds at its
+    peak, allocator slack aside.
+    """
+    with torch.device("meta"):
+        model = build_model(experiment).to(DTYPES[experiment.precision])
+        images = torch.rand(2 * SAMPLE, 3, experiment.augment.size, experiment.augment.size)
+        images = images.to(DTYPES[experiment.precision])
+    saved: dict[int, int] = {}
+    kept: list[Tensor] = []  # alive, so that an id is not used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in saved and not isinstance(tensor, torch.nn.Parameter):
+            saved[id(storage)] = tensor.numel() * tensor.element_size()
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        _, z = model.train()(images)
+    n = max(experiment.local_batch_size(r) for r in range(experiment.scaling.num_workers))
+    halved = 2 if experiment.precision == "bf16" else 1
+    element = 8 if experiment.precision == "float64" else 4
+    weights = (
+        num_parameters(experiment) * element * (4 if experiment.optimizer.name == "adamw" else 3)
+    )
+    gathered = 2 * experiment.batch_size * z.shape[1] * element
+    tile = TILE_ROWS * min(TILE_COLUMNS, 2 * experiment.batch_size) * element
+    return StepMemory(
+        weights=weights,
+        activations=sum(saved.values()) * n // SAMPLE // halved,
+        loss=2 * gathered + 3 * tile,
+    )
+
+
+def _chance(batch_size: int) -> float:
+    return float(torch.log(torch.tensor(2.0 * batch_size - 1)))

@@ -1,0 +1,255 @@
+"""The command line: `simclr-ray VERB ...`.
+
+Exit codes: 0 done · 1 the run failed · 2 bad config, arguments or data · 75 stopped by the system
+(SIGTERM), run the same command again to continue · 130 stopped by Ctrl-C, likewise.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from simclr_ray import config as cfg
+from simclr_ray import logs
+from simclr_ray.console import Progress, err, out, show_pairs, show_table
+from simclr_ray.errors import ConfigError, SimclrRayError
+from simclr_ray.experiment import Experiment, preset_names
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from simclr_ray.evaluate.table import Score
+
+STOPPED_BY_SYSTEM = 75  # EX_TEMPFAIL: schedulers and shells take it as "try again"
+STOPPED_BY_USER = 130
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+Source = Annotated[str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Values to override.")
+]
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@app.command()
+def prepare(
+    what: Annotated[
+        str, typer.Argument(help="`shapes`, a folder, a parquet path, or a torchvision dataset.")
+    ],
+    to: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder for the shards; made if absent.")
+    ],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]")] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Start over where OUT holds other shards.")
+    ] = False,
+) -> None:
+    """Turn pictures into parquet shards that training reads.
+
+    Example: simclr-ray prepare ~/pictures data/pictures
+    Example: simclr-ray prepare shapes data/shapes num_images=12000
+    """
+    from simclr_ray.data import prepare as inputs
+
+    raise NotImplementedError(inputs, what, to, options, overwrite)
+
+
+@app.command()
+def preview(
+    source: Source,
+    overrides: Overrides = None,
+    picture: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("views.png"),
+) -> None:
+    """Draw what the views of a config show: originals with their crops, and both views."""
+    from simclr_ray.data.source import Source as Pictures
+    from simclr_ray.report import draw_views
+
+    experiment = Experiment.load(source, *(overrides or []))
+    data = experiment.data
+    draw_views(experiment, Pictures.open(data.train, data.columns, data.limit), picture)
+    out.print(f"wrote {picture}", markup=False)
+
+
+@app.command()
+def pretrain(
+    source: Source,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")
+    ] = False,
+) -> None:
+    """Pretrain an encoder, judge it, and register it if `register_as.name` is set.
+
+    The same command continues a run that was stopped.
+    Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
+    """
+    experiment = Experiment.load(source, *(overrides or []))
+    _pretrain(experiment, dry_run=dry_run)
+
+
+def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
+    from simclr_ray.arithmetic import derived
+    from simclr_ray.data.source import Source as Pictures
+
+    data = experiment.data
+    pictures = Pictures.open(data.train, data.columns, data.limit)
+    show_pairs(derived(experiment, pictures))
+    if dry_run:
+        return
+    from simclr_ray.pipeline import complete
+
+    with Progress() as progress:
+        outcome = complete(experiment, on_progress=progress)
+    _show_scores(outcome.scores)
+    out.print(f"checkpoint  {outcome.run.checkpoint}", soft_wrap=True, markup=False)
+    out.print(f"run folder  {outcome.run.folder}", soft_wrap=True, markup=False)
+    if outcome.registered is not None:
+        uri = f"models:/{outcome.registered.name}@{experiment.register_as.alias}"
+        out.print(f"registered  {uri} (version {outcome.registered.version})", markup=False)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")],
+    overrides: Overrides = None,
+    protocols: Annotated[str, typer.Option(help="Comma-separated: knn, linear.")] = "knn,linear",
+) -> None:
+    """Score a run's encoder beside the untrained encoder and raw pixels.
+
+    Example: simclr-ray evaluate runs/cifar10_cpu-1a2b3c4d data.test=cifar/test
+    """
+    from simclr_ray.judge import judge
+
+    _show_scores(judge(_checkpoint_in(run), protocols.split(","), *(overrides or [])))
+
+
+@app.command()
+def register(
+    run: Annotated[str, typer.Argument(help="A run folder or its URI.")],
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "latest",
+) -> None:
+    """Register a run's newest checkpoint in MLflow's model registry."""
+    from simclr_ray.pipeline import register_run
+
+    made = register_run(run, name, alias)
+    out.print(f"models:/{made.name}@{alias} is version {made.version}", markup=False)
+
+
+@app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="models:/name@alias, or a run or encoder folder.")],
+    pictures: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False)],
+    tracking_uri: Annotated[
+        str, typer.Option(help="MLflow store; empty: as MLflow finds it.")
+    ] = "",
+) -> None:
+    """Print the embedding of each picture: its path, then F numbers, tab-separated."""
+    from simclr_ray.export import embed_images
+
+    rows = embed_images(model, [p.read_bytes() for p in pictures], tracking_uri=tracking_uri)
+    for path, row in zip(pictures, rows, strict=True):
+        print(path, *(f"{value:.6g}" for value in row), sep="\t")
+
+
+@app.command(name="config")
+def show_config(
+    source: Annotated[str, typer.Argument(metavar="[PRESET_OR_YAML]")] = "",
+    overrides: Overrides = None,
+) -> None:
+    """Print a config whole, defaults included; without arguments, list the presets."""
+    if not source:
+        for name in preset_names():
+            print(name)
+        return
+    print(cfg.dump_yaml(cfg.to_tree(Experiment.load(source, *(overrides or [])))), end="")
+
+
+@app.command()
+def doctor(
+    storage: Annotated[str, typer.Option(help="Folder or URI for runs.")] = "runs",
+    workers: Annotated[int, typer.Option(help="Processes of the gradient self-check.")] = 2,
+) -> None:
+    """Check this machine and cluster, and say what to do about each finding."""
+    from simclr_ray.doctor import run_checks
+
+    marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+    findings = run_checks(storage, num_workers=workers)
+    for finding in findings:
+        out.print(f"{marks[finding.status]}  {finding.check}: ", end="")
+        out.print(finding.detail, markup=False, soft_wrap=True)
+        if finding.advice:
+            out.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
+    if any(f.status == "fail" for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+) -> None:
+    """Prepare shapes, pretrain with two workers, judge, register, and show how to use the encoder."""
+    raise NotImplementedError(folder)
+
+
+def _checkpoint_in(run: Path) -> Path:
+    from simclr_ray.checkpoint import RECORD, newest
+
+    if (run / RECORD).is_file():
+        return run
+    found = newest(run)
+    if found is None:
+        from simclr_ray.errors import CheckpointError
+
+        raise CheckpointError(f"{run} holds no whole checkpoint")
+    return found
+
+
+def _show_scores(scores: Sequence[Score]) -> None:
+    from simclr_ray.evaluate.table import COLUMNS, cells
+
+    show_table("scores", COLUMNS, [cells(score) for score in scores])
+
+
+def main() -> None:
+    """Run the command line, mapping errors to exit codes."""
+    logs.configure()
+    signal.signal(signal.SIGTERM, _terminate)
+    code = 0
+    try:
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except ConfigError as error:
+        for mistake in error.mistakes:
+            err.print(f"error: {mistake}", markup=False, soft_wrap=True)
+        code = error.exit_code
+    except SimclrRayError as error:
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        code = error.exit_code
+    except _Terminated:
+        again = shlex.join(["simclr-ray", *sys.argv[1:]])
+        err.print(f"stopped by the system; to continue: {again}", markup=False, soft_wrap=True)
+        code = STOPPED_BY_SYSTEM
+    except (KeyboardInterrupt, typer.Abort):
+        again = shlex.join(["simclr-ray", *sys.argv[1:]])
+        err.print(f"stopped; to continue: {again}", markup=False, soft_wrap=True)
+        code = STOPPED_BY_USER
+    sys.exit(code)
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The terminal: progress that is one live line there and plain lines elsewhere, and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+PLAIN_EVERY_S = 10.0  # without a terminal: a line each, no more often
+
+
+class Progress:
+    """Shows records of a run: epoch, step, loss, images/s, time left, share of waiting for data."""
+
+    def __init__(self) -> None:
+        self.began, self.first_step = time.monotonic(), -1
+        self.shown_at = float("-inf")
+        self.scores = ""
+        self.live: Live | None = (
+            Live(console=err, refresh_per_second=4) if err.is_terminal else None
+        )
+
+    def __enter__(self) -> Progress:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, record: Mapping[str, float]) -> None:
+        """Show one record of metrics."""
+        scores = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
+        if scores:
+            text = "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
+            self.scores = f"  knn {scores['knn_top1']:.1%}" if "knn_top1" in scores else ""
+            self._line(f"epoch {record['epoch']:.0f}  {text}")
+        elif "train/loss" in record:
+            self._step(record)
+
+    def _step(self, record: Mapping[str, float]) -> None:
+        step, total = int(record["step"]), int(record["total"])
+        if self.first_step < 0:
+            self.first_step, self.began = step, time.monotonic()
+        done = step - self.first_step
+        left = (time.monotonic() - self.began) / done * (total - step) if done else 0.0
+        line = (
+            f"epoch {record['epoch']:6.2f}  step {step}/{total}  "
+            f"loss {record['train/mean_loss']:.4f}  acc {record['train/contrastive_accuracy']:.2f}  "
+            f"{record['train/images_per_s']:,.0f} images/s  "
+            f"left {_clock(left)}  data wait {record['train/data_wait_share']:.0%}{self.scores}"
+        )
+        if self.live is not None:
+            self.live.update(Text(line))
+        elif time.monotonic() - self.shown_at >= PLAIN_EVERY_S or step == total:
+            self.shown_at = time.monotonic()
+            self._line(line)
+
+    def _line(self, text: str) -> None:
+        err.print(text, soft_wrap=True, markup=False)
+
+
+def show_pairs(rows: Mapping[str, str]) -> None:
+    """Print name and value, a line each."""
+    width = max(map(len, rows), default=0)
+    for name, value in rows.items():
+        out.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
+
+
+def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

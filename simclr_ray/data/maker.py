@@ -1,0 +1,204 @@
+"""Makes one part of a planned batch: reads the rows it names, decodes them, makes both views.
+
+Plain Python and torch, no Ray: the same object serves a Ray Data actor, a test, and a GPU machine
+without Ray. What it returns depends on the plan alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simclr_ray.augment.views import TwoViews, ViewPair
+from simclr_ray.data.decode import ImageError, decode_image
+from simclr_ray.data.plan import BatchPlan, replacement
+from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError, TooManyBadImages
+from simclr_ray.experiment import Data, Experiment, SimCLRViews
+from simclr_ray.loop import Batch
+
+Pixels = NDArray[np.uint8]
+GIB = 2**30
+MAX_ATTEMPTS = 64  # then every row of the place is tried in turn
+
+
+class Picture(NamedTuple):
+    """A decoded row: its id, and uint8 [H, W, 3]."""
+
+    id: int
+    pixels: Pixels
+
+
+class RowReader:
+    """Decoded rows by number, through a bounded cache.
+
+    Decoded rows are kept until the budget is used up, and never dropped: an epoch visits each
+    once, so whatever is kept is hit once an epoch. Beside them the last row groups read are held
+    encoded. `bad` names each row that could not be decoded, and why.
+    """
+
+    def __init__(self, source: Source, *, max_pixels: int, cache_gib: float) -> None:
+        self.source, self.max_pixels = source, max_pixels
+        self.budget = int(cache_gib * GIB)
+        self.kept: dict[int, Picture] = {}
+        self.bad: dict[int, str] = {}
+        self._starts = np.array([g.first_row for g in source.row_groups])
+        self._groups: OrderedDict[int, tuple[NDArray[np.int64], list[bytes | None]]] = OrderedDict()
+        self._group_bytes = 0
+
+    def picture(self, row: int) -> Picture | None:
+        """Return the decoded row, or None where it cannot be used."""
+        if row in self.kept:
+            return self.kept[row]
+        if row in self.bad:
+            return None
+        ids, images = self._group(int(np.searchsorted(self._starts, row, side="right")) - 1)
+        place = row - int(self._starts[np.searchsorted(self._starts, row, side="right") - 1])
+        encoded = images[place]
+        try:
+            if encoded is None:
+                raise ImageError("null image")
+            found = Picture(int(ids[place]), decode_image(encoded, self.max_pixels))
+        except ImageError as error:
+            self.bad[row] = str(error)
+            return None
+        if found.pixels.nbytes <= self.budget:
+            self.budget -= found.pixels.nbytes
+            self.kept[row] = found
+        return found
+
+    def row_id(self, row: int) -> int:
+        """Return the id of a row, decodable or not."""
+        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return int(self._group(index)[0][row - int(self._starts[index])])
+
+    def _group(self, index: int) -> tuple[NDArray[np.int64], list[bytes | None]]:
+        if index in self._groups:
+            self._groups.move_to_end(index)
+            return self._groups[index]
+        rows = self.source.read_group(index)
+        self._groups[index] = (rows.ids, rows.images)
+        self._group_bytes += _size(rows.images)
+        limit = max(self.budget, GIB // 4)
+        while self._group_bytes > limit and len(self._groups) > 1:
+            _, (_, dropped) = self._groups.popitem(last=False)
+            self._group_bytes -= _size(dropped)
+        return rows.ids, rows.images
+
+
+class PartMaker:
+    """Makes places [first, last) of each planned batch.
+
+    Args:
+        source: The dataset.
+        plan: Over its row groups.
+        views: The pipeline.
+        data: Limits and cache.
+        places: [first, last) of the global batch's list.
+    """
+
+    def __init__(
+        self, source: Source, plan: BatchPlan, views: TwoViews, data: Data, places: tuple[int, int]
+    ) -> None:
+        self.plan, self.views, self.places = plan, views, places
+        self.max_bad_share = data.max_bad_share
+        self.reader = RowReader(source, max_pixels=data.max_pixels, cache_gib=data.cache_gib)
+
+    def make(self, step: int) -> Batch:
+        """Return this part of global step `step`.
+
+        Raises:
+            TooManyBadImages: More than `data.max_bad_share` of all rows were found unusable.
+            DataError: A parquet file cannot be read, or no row is left to stand in for a bad one.
+        """
+        epoch = self.plan.epoch_of(step)
+        first, last = self.places
+        rows = self.plan.rows_of(step, first, last)
+        pictures, bad = [], []
+        for place, row in enumerate(rows.tolist(), start=first):
+            picture = self.reader.picture(row)
+            if picture is None:
+                self._check_share()
+                bad.append(self.reader.row_id(row))
+                picture = self._stand_in(row, place, step)
+            pictures.append(picture)
+        ids = np.array([p.id for p in pictures], np.int64)
+        a, b = self.views([p.pixels for p in pictures], ids, epoch)
+        return Batch(step, a, b, torch.from_numpy(ids), torch.tensor(bad, dtype=torch.int64))
+
+    def _stand_in(self, row: int, place: int, step: int) -> Picture:
+        batch = set(self.plan.rows(step).tolist())
+        epoch = self.plan.epoch_of(step)
+        for attempt in range(MAX_ATTEMPTS):
+            candidate = replacement(row, place, batch, attempt, plan=self.plan, epoch=epoch)
+            if candidate >= 0 and (picture := self.reader.picture(candidate)) is not None:
+                return picture
+        for candidate in range(self.plan.num_rows):  # a small set: take any row that is left
+            if candidate not in batch and (picture := self.reader.picture(candidate)) is not None:
+                return picture
+        raise DataError(f"no usable row is left to stand in for row {row} of step {step}")
+
+    def _check_share(self) -> None:
+        found, rows = len(self.reader.bad), self.plan.num_rows
+        if found > self.max_bad_share * rows:
+            reasons = sorted({reason for reason in self.reader.bad.values()})
+            raise TooManyBadImages(
+                f"{found} of {rows} rows cannot be used, more than data.max_bad_share="
+                f"{self.max_bad_share:g} allows; reasons: {'; '.join(reasons[:5])}; "
+                f"first rows: {sorted(self.reader.bad)[:10]}"
+            )
+
+
+def two_views(views: SimCLRViews, seed: int) -> TwoViews:
+    """Return the pipeline that a config describes."""
+    return TwoViews(
+        views.size,
+        strength=views.strength,
+        blur=views.blur,
+        seed=seed,
+        min_area=views.min_area,
+        flip=views.flip,
+        jitter=views.jitter,
+        grayscale=views.grayscale,
+    )
+
+
+def plan_of(experiment: Experiment, source: Source) -> BatchPlan:
+    """Return the experiment's plan over `source`. Raises `DataError` if it fills no batch."""
+    sizes = tuple(g.num_rows for g in source.row_groups)
+    return BatchPlan(sizes, experiment.batch_size, experiment.seed, experiment.data.shuffle_rows)
+
+
+def local_batches(
+    experiment: Experiment, source: Source, steps: range, rank: int = 0, num_ranks: int = 1
+) -> Iterator[Batch]:
+    """Yield this rank's batches of `steps`, made in this process: for tests and lone machines."""
+    n = experiment.batch_size
+    places = (rank * n // num_ranks, (rank + 1) * n // num_ranks)
+    views = two_views(experiment.augment, experiment.seed)
+    maker = PartMaker(source, plan_of(experiment, source), views, experiment.data, places)
+    for step in steps:
+        yield maker.make(step)
+
+
+def join(parts: list[Batch]) -> Batch:
+    """Return the parts of one step, in the order of their places, as one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    steps = {part.step for part in parts}
+    if len(steps) != 1:
+        raise DataError(f"parts of different steps met: {sorted(steps)}")
+    columns = [torch.cat(c) for c in zip(*(part[1:] for part in parts), strict=True)]
+    return Batch(parts[0].step, *columns)
+
+
+def _size(images: list[bytes | None]) -> int:
+    return sum(len(i) for i in images if i is not None)
+
+
+__all__ = ["PartMaker", "RowReader", "ViewPair", "join", "local_batches", "plan_of", "two_views"]

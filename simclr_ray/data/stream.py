@@ -1,0 +1,110 @@
+"""The two-view stream: Ray Data processes the batch plan, not the rows of the files.
+
+`ray.data.range` of step numbers -> one actor that makes its part of each step -> batches in
+order. One execution serves the whole run; a resume starts the range later. A pipeline has a pool
+of exactly one actor, since Ray Data hands blocks to any free actor of a pool and two actors would
+then both read everything; a rank with several actors opens several pipelines and joins them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+
+from simclr_ray.allocator import keep_freed_memory
+from simclr_ray.data.maker import PartMaker, join, plan_of, two_views
+from simclr_ray.data.source import Source
+from simclr_ray.dist import share
+from simclr_ray.experiment import Experiment
+from simclr_ray.loop import Batch
+
+# Measured (Ray 2.60): many more blocks delay the first batch by minutes on long runs.
+MAX_BLOCKS = 64
+BLOCK_BYTES = 4 * 2**20
+MAX_STEPS_PER_CALL = 8
+
+
+class _Actor:
+    """A Ray Data actor around a `PartMaker`; it gets numbers from 0 and makes steps from `start`."""
+
+    def __init__(
+        self, start: int, experiment: Experiment, source: Source, places: tuple[int, int]
+    ) -> None:
+        torch.set_num_threads(1)
+        keep_freed_memory()
+        self.start = start
+        views = two_views(experiment.augment, experiment.seed)
+        self.maker = PartMaker(source, plan_of(experiment, source), views, experiment.data, places)
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        batches = [self.maker.make(int(step)) for step in rows["id"] + self.start]
+        n = len(batches[0].ids)
+        bad = np.full((len(batches), n), -1, np.int64)  # a column needs one width: -1 fills up
+        for row, batch in zip(bad, batches, strict=True):
+            row[: len(batch.bad)] = batch.bad.numpy()
+        return {
+            "step": rows["id"] + self.start,
+            "a": np.stack([b.a.numpy() for b in batches]),
+            "b": np.stack([b.b.numpy() for b in batches]),
+            "ids": np.stack([b.ids.numpy() for b in batches]),
+            "bad": bad,
+        }
+
+
+def stream(
+    experiment: Experiment, source: Source, steps: range, rank: int, num_ranks: int
+) -> Iterator[Batch]:
+    """Yield this rank's batches of `steps`, in order, through Ray Data.
+
+    Args:
+        experiment: Views, batch and scaling.
+        source: The dataset.
+        steps: Global steps, consecutive.
+        rank: This worker's rank.
+        num_ranks: R.
+    """
+    if not steps:
+        return
+    _set_context()
+    first, last = share(experiment.batch_size, rank, num_ranks)
+    actors = min(experiment.scaling.data_actors_per_worker, last - first)
+    pipelines = []
+    for index in range(actors):
+        low, high = share(last - first, index, actors)
+        pipelines.append(_pipeline(experiment, source, steps, (first + low, first + high)))
+    for parts in zip(*pipelines, strict=True):
+        yield join(list(parts))
+
+
+def _pipeline(
+    experiment: Experiment, source: Source, steps: range, places: tuple[int, int]
+) -> Iterator[Batch]:
+    scaling = experiment.scaling
+    step_bytes = (places[1] - places[0]) * 2 * 3 * experiment.augment.size**2
+    per_call = max(1, min(MAX_STEPS_PER_CALL, BLOCK_BYTES // step_bytes))
+    resources = {scaling.data_resource: 0.001} if scaling.data_resource else {}
+    dataset = ray.data.range(
+        len(steps), override_num_blocks=min(MAX_BLOCKS, len(steps))
+    ).map_batches(
+        _Actor,
+        fn_constructor_args=(steps.start, experiment, source, places),
+        batch_size=per_call,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=scaling.cpus_per_data_actor,
+        resources=resources,
+    )
+    for item in dataset.iter_torch_batches(batch_size=1, prefetch_batches=4):
+        bad = item["bad"][0]
+        yield Batch(int(item["step"]), item["a"][0], item["b"][0], item["ids"][0], bad[bad >= 0])
+
+
+def _set_context() -> None:
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

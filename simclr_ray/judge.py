@@ -1,0 +1,84 @@
+"""Judging a finished run: the trained encoder, the untrained one and raw pixels, by one code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from simclr_ray import checkpoint
+from simclr_ray import config as cfg
+from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.evaluate.features import Split, load_split
+from simclr_ray.evaluate.table import PROTOCOLS, Score, score_encoder, score_pixels
+from simclr_ray.experiment import Experiment
+from simclr_ray.model import SimCLRModel, build_model
+
+LABEL_FREE_ROWS = 5_000
+
+
+def judge(
+    folder: Path,
+    protocols: Sequence[str] = ("knn", "linear"),
+    *overrides: str,
+) -> list[Score]:
+    """Return one score row each for the trained encoder, the untrained one, and raw pixels.
+
+    Args:
+        folder: A checkpoint.
+        protocols: Of `knn` and `linear`; without labelled splits both are left out, and only the
+            label-free columns are filled.
+        overrides: Of the experiment that the checkpoint holds, such as `data.test=DIR`.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole.
+        ConfigError: A protocol or an override is unknown.
+        DataError: A split cannot be read.
+    """
+    wrong = [p for p in protocols if p not in PROTOCOLS]
+    if wrong:
+        allowed = ", ".join(PROTOCOLS)
+        problems = [f"allowed: {allowed}{cfg.nearest(p, PROTOCOLS)}" for p in wrong]
+        raise ConfigError([Mistake(p, t) for p, t in zip(wrong, problems, strict=True)])
+    experiment = experiment_of(folder, *overrides)
+    trained, untrained = load_model(folder), build_model(experiment)
+    bank, test = _splits(experiment)
+    models: list[tuple[str, nn.Module]] = [
+        ("trained encoder", trained.encoder),
+        ("untrained encoder", untrained.encoder),
+    ]
+    scores = [
+        score_encoder(name, encoder, bank, test, experiment, protocols) for name, encoder in models
+    ]
+    return [*scores, score_pixels(bank, test, experiment, protocols)]
+
+
+def experiment_of(folder: Path, *overrides: str) -> Experiment:
+    """Return the experiment that a checkpoint was trained by."""
+    tree = checkpoint.read_record(folder)["experiment"]
+    return cfg.validate(Experiment, cfg.apply_overrides(tree, overrides))
+
+
+def load_model(folder: Path) -> SimCLRModel:
+    """Return encoder and head of a checkpoint in float32 and eval mode."""
+    kept = checkpoint.read(folder)
+    model = build_model(cfg.validate(Experiment, kept.record["experiment"]))
+    checkpoint.restore_model(kept.tensors, model)
+    return model.to(torch.float32).eval()
+
+
+def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
+    """Return what is learned from and what is scored; the second is None without labels."""
+    data, size = experiment.data, experiment.augment.size
+    train = Source.open(data.train, data.columns, data.limit)
+    bank = Source.open(data.bank, data.columns) if data.bank else train
+    test = Source.open(data.test, data.columns) if data.test else None
+    if test is None or not (test.has_labels and bank.has_labels):
+        return load_split(train, size, LABEL_FREE_ROWS, data.max_pixels), None
+    return (
+        load_split(bank, size, max_pixels=data.max_pixels),
+        load_split(test, size, max_pixels=data.max_pixels),
+    )

@@ -1,0 +1,132 @@
+"""From a config to a registered encoder: train, judge, publish, register."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from simclr_ray import config as cfg
+from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.evaluate.table import Score, format_table
+from simclr_ray.experiment import Experiment
+from simclr_ray.export import RegisteredEncoder, register, write_encoder
+from simclr_ray.judge import experiment_of, judge, load_model
+from simclr_ray.pretrain import CONFIG_FILE, METRICS, RUN_FILE, Progress, Run, pretrain
+from simclr_ray.report import draw_curves, draw_views
+from simclr_ray.storage import RunFolder
+from simclr_ray.tracking import TrackedRun
+
+SCORES = "scores.json"
+
+
+class Outcome(NamedTuple):
+    """What one `simclr-ray pretrain` leaves behind."""
+
+    run: Run
+    scores: list[Score]
+    registered: RegisteredEncoder | None
+
+
+def complete(experiment: Experiment, *, on_progress: Progress | None = None) -> Outcome:
+    """Train, judge, publish to MLflow and, where `register_as.name` is set, register."""
+    run = pretrain(experiment, on_progress=on_progress)
+    scores = judge(run.checkpoint)
+    publish(run, experiment, scores)
+    registered = None
+    if experiment.register_as.name:
+        registered = register_run(
+            run.folder, experiment.register_as.name, experiment.register_as.alias
+        )
+    return Outcome(run, scores, registered)
+
+
+def publish(run: Run, experiment: Experiment, scores: Sequence[Score]) -> None:
+    """Store config, view pairs, curves and the score table as artifacts of the MLflow run."""
+    folder = _folder_of(run.folder)
+    stored = json.loads(folder.read_text(RUN_FILE) or "{}")
+    tracked = TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id)
+    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
+    folder.write_text(SCORES, json.dumps([s._asdict() for s in scores], indent=1))
+    with tempfile.TemporaryDirectory() as scratch:
+        views, curves = Path(scratch) / "views.png", Path(scratch) / "curves.png"
+        draw_views(experiment, source, views)
+        draw_curves(folder.read_text(METRICS) or "", curves)
+        for figure in (views, curves):
+            folder.put_folder(figure, figure.name)
+            tracked.log_artifact(figure)
+    tracked.log_text(cfg.dump_yaml(cfg.to_tree(experiment)), CONFIG_FILE)
+    tracked.log_text(format_table(scores), "scores.md")
+    tracked.log_metrics(score_metrics(scores), step=int(run.metrics.get("step", 0)))
+
+
+def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """Return `final/<row>/<column>` -> value for every score there is."""
+    return {
+        f"final/{score.name.replace(' ', '_')}/{column}": value
+        for score in scores
+        for column, value in score._asdict().items()
+        if isinstance(value, float)
+    }
+
+
+def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
+    """Make the newest checkpoint of a run folder a version of the registered model `name`.
+
+    Raises:
+        ConfigError: `run` is no run folder.
+        CheckpointError: It holds no whole checkpoint.
+        TrackingError: The registry refuses or cannot be reached.
+    """
+    folder = _folder_of(run)
+    text = folder.read_text(RUN_FILE)
+    if text is None:
+        raise ConfigError([Mistake(run, f"is no run folder: it has no {RUN_FILE}")])
+    stored = json.loads(text)
+    with tempfile.TemporaryDirectory() as scratch:
+        newest = folder.newest(Path(scratch))
+        if newest is None:
+            raise ConfigError([Mistake(run, "holds no whole checkpoint to register")])
+        experiment, model = experiment_of(newest), load_model(newest)
+        target = Path(scratch) / "encoder"
+        write_encoder(
+            target,
+            model.encoder,
+            config=cfg.to_tree(experiment)["encoder"],
+            size=experiment.augment.size,
+            feature_dim=int(model.encoder.feature_dim),
+        )
+        folder.put_folder(target, "encoder")
+        tags: dict[str, str | int | float] = {
+            "experiment_digest": experiment.digest(),
+            "dataset_fingerprint": stored["fingerprint"],
+            "seed": experiment.seed,
+            "checkpoint": newest.name,
+        }
+        for score in json.loads(folder.read_text(SCORES) or "[]"):
+            if score["name"] == "trained encoder":
+                tags |= {k: v for k, v in score.items() if isinstance(v, float)}
+        return register(
+            target,
+            TrackedRun.attach(stored["tracking_uri"], stored["mlflow_run_id"]),
+            name=name,
+            alias=alias,
+            example=_example(experiment),
+            tags=tags,
+        )
+
+
+def _example(experiment: Experiment) -> bytes:
+    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
+    for image in source.read_group(0).images:
+        if image is not None:
+            return image
+    raise DataError(f"{source.uri}: the first row group holds no image")
+
+
+def _folder_of(run: str) -> RunFolder:
+    storage, _, name = run.rstrip("/").rpartition("/")
+    return RunFolder.of(storage or ".", name)

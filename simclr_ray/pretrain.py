@@ -1,0 +1,453 @@
+"""Pretraining under Ray Train: workers that run the loop, and the driver that watches them.
+
+Workers know the loop, the stream and the checkpoints. The driver starts them, shows progress,
+logs to MLflow, and judges and registers the encoder at the end. A run has one name, made of the
+experiment's name and digest, so the same command continues it from the newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.queue import Empty, Queue
+
+from simclr_ray import checkpoint, dist, loop
+from simclr_ray import config as cfg
+from simclr_ray.allocator import keep_freed_memory
+from simclr_ray.data.maker import plan_of
+from simclr_ray.data.source import Source
+from simclr_ray.data.stream import stream
+from simclr_ray.errors import CheckpointError, ClusterError, RunError, SimclrRayError
+from simclr_ray.evaluate.online import OnlineEvaluation
+from simclr_ray.experiment import Experiment
+from simclr_ray.logs import get_logger
+from simclr_ray.model import build_model, build_optimizer
+from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.storage import RunFolder
+from simclr_ray.tracking import TrackedRun, Tracker
+
+log = get_logger(__name__)
+
+Record = dict[str, float]
+Progress = Callable[[Record], None]
+POLL_S = 0.5
+METRICS, BAD_ROWS, RUN_FILE, CONFIG_FILE = (
+    "metrics.jsonl", "bad_rows.jsonl", "run.json", "experiment.yaml",
+)  # fmt: skip
+
+
+class Run(NamedTuple):
+    """One pretraining run, finished."""
+
+    name: str
+    folder: str  # path or URI
+    checkpoint: Path  # local path of the last one
+    mlflow_run_id: str
+    metrics: Record  # the last of each
+
+
+def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> Run:
+    """Train `experiment` to its end on the Ray cluster at hand, and return the run.
+
+    Connects to the cluster of `RAY_ADDRESS`, else starts a local one. Continues the run of the
+    same name and digest; a finished one is returned as it is.
+
+    Args:
+        experiment: What to train and where.
+        on_progress: Called on this process with each record of metrics.
+
+    Raises:
+        DataError: The data cannot be used.
+        ClusterError: The cluster cannot hold the workers.
+        CheckpointError: The run's folder belongs to another experiment or other data.
+        RunError: Training failed; the message has the cause.
+    """
+    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
+    plan_of(experiment, source)  # fails here when the rows fill no batch
+    folder = RunFolder.of(experiment.storage, experiment.run_name)
+    total = experiment.total_steps(source.num_rows)
+    _check_same(folder, source)
+    folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(experiment)))
+    connect(experiment)
+    _check_cluster(experiment)
+    with _tracked(experiment, source, folder) as tracked:
+        done = folder.checkpoints()
+        if not done or checkpoint.step_of(done[0]) < total:
+            for name in folder.repair_snapshot():
+                log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
+            _fit(experiment, source, folder, tracked, on_progress)
+        newest = folder.newest(Path(tempfile.gettempdir()) / "simclr_ray" / folder.name)
+        if newest is None:
+            raise RunError(f"{folder.uri} holds no whole checkpoint after training")
+        last = _last_metrics(folder)
+        return Run(folder.name, folder.uri, newest, tracked.run_id, last)
+
+
+def connect(experiment: Experiment) -> None:
+    """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "")
+    if not os.environ["RAY_AUTH_MODE"]:
+        del os.environ["RAY_AUTH_MODE"]
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+        return
+    # logical CPUs may exceed cores: workers and decode actors share them by time
+    scaling = experiment.scaling
+    wanted = scaling.num_workers * (
+        scaling.cpus_per_worker + scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    )
+    context = ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, int(wanted) + 2),
+        object_store_memory=2**30,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    # Ray Train's helpers find the cluster by this, where several run on one machine
+    os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+
+
+def _check_cluster(experiment: Experiment) -> None:
+    scaling = experiment.scaling
+    cluster = ray.cluster_resources()
+    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    cpus = scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
+    gpus = scaling.num_workers * scaling.gpus_per_worker
+    for what, needed in (("CPU", cpus), ("GPU", gpus)):
+        if needed > cluster.get(what, 0.0):
+            raise ClusterError(
+                f"scaling asks for {needed:g} {what}s ({scaling.num_workers} workers"
+                + (f", each with {data_cpus:g} for decoding" if what == "CPU" else "")
+                + f"), the cluster has {cluster.get(what, 0.0):g}; lower scaling.num_workers or "
+                f"scaling.{'cpus' if what == 'CPU' else 'gpus'}_per_worker"
+            )
+    if scaling.data_resource and scaling.data_resource not in cluster:
+        raise ClusterError(
+            f"no node has the resource {scaling.data_resource!r} of scaling.data_resource; "
+            f"there are: {', '.join(sorted(cluster))}"
+        )
+
+
+def _check_same(folder: RunFolder, source: Source) -> None:
+    """Refuse to continue a run on other data: the digest covers the config, not the pictures."""
+    text = folder.read_text(RUN_FILE)
+    stored = json.loads(text) if text else {}
+    if stored and stored["fingerprint"] != source.fingerprint:
+        raise CheckpointError(
+            f"{folder.uri} was trained on other data (fingerprint {stored['fingerprint']}, now "
+            f"{source.fingerprint}); choose another `name=` or `storage=`, or remove that folder"
+        )
+
+
+@contextmanager
+def _tracked(experiment: Experiment, source: Source, folder: RunFolder) -> Iterator[TrackedRun]:
+    """Open the MLflow run, new or continued, and give it its status at the end."""
+    text = folder.read_text(RUN_FILE)
+    resume_id = json.loads(text)["mlflow_run_id"] if text else ""
+    tracker = Tracker.open(experiment.tracking, experiment.storage)
+    run = tracker.start_run(
+        folder.name,
+        params=cfg.leaves(experiment),
+        tags={"digest": experiment.digest(), "storage": folder.uri},
+        resume_id=resume_id,
+    )
+    stored = {
+        "mlflow_run_id": run.run_id,
+        "tracking_uri": tracker.uri,
+        "fingerprint": source.fingerprint,
+        "digest": experiment.digest(),
+    }
+    folder.write_text(RUN_FILE, json.dumps(stored, indent=1))
+    run.log_dataset("train", source.uri, source.fingerprint, source.num_rows, "pretraining")
+    status = "KILLED"
+    try:
+        with run.system_metrics() if experiment.tracking.system_metrics else _nothing():
+            yield run
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        run.finish(status)  # type: ignore[arg-type] # one of the three literals
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _fit(
+    experiment: Experiment,
+    source: Source,
+    folder: RunFolder,
+    tracked: TrackedRun,
+    on_progress: Progress | None,
+) -> None:
+    scaling = experiment.scaling
+    inbox = Queue(actor_options={"num_cpus": 0})
+    resources = {"CPU": scaling.cpus_per_worker}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = scaling.gpus_per_worker
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={
+            "experiment": cfg.to_tree(experiment),
+            "source": source,
+            "folder": folder,
+            "inbox": inbox,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if scaling.gpus_per_worker else "gloo",
+            timeout_s=int(scaling.collective_timeout_s),
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=folder.storage,
+            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=experiment.checkpoint.keep),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    watcher = _Watcher(inbox, folder, tracked, on_progress)
+    try:
+        with watcher:
+            trainer.fit()
+    except KeyboardInterrupt:
+        if watcher.fatal is None:
+            raise
+    except ray.train.TrainingFailedError as error:
+        ours = watcher.fatal or _our_error(error)
+        raise ours or RunError(f"training failed: {_root_message(error)}") from error
+    if watcher.fatal is not None:
+        raise watcher.fatal
+
+
+class _Watcher:
+    """Takes the workers' records, in a thread: to the log file first, then MLflow, then the eye."""
+
+    def __init__(
+        self, inbox: Queue, folder: RunFolder, tracked: TrackedRun, on_progress: Progress | None
+    ) -> None:
+        self.inbox, self.folder, self.tracked = inbox, folder, tracked
+        self.on_progress = on_progress
+        self.fatal: SimclrRayError | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        local = folder.local or Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+        local.mkdir(parents=True, exist_ok=True)
+        self._local = local
+
+    def __enter__(self) -> _Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=60)
+        self.inbox.shutdown(force=True)
+        if self.folder.local is None:
+            for name in (METRICS, BAD_ROWS):
+                if (self._local / name).is_file():
+                    self.folder.put_folder(self._local / name, name)
+
+    def _watch(self) -> None:
+        while True:
+            last = self._stop.is_set()  # read before draining: nothing put before is missed
+            for item in self._drain():
+                self._take(item)
+            if last:
+                return
+            time.sleep(POLL_S)
+
+    def _drain(self) -> list[Any]:
+        items = []
+        try:
+            while True:
+                items.append(self.inbox.get_nowait())
+        except (Empty, ray.exceptions.RayError):
+            return items
+
+    def _take(self, item: Any) -> None:
+        if isinstance(item, SimclrRayError):
+            self.fatal = item
+            if threading.main_thread().is_alive() and not self._stop.is_set():
+                import _thread
+
+                _thread.interrupt_main()  # no retry can mend it: end `fit` now
+            return
+        name = BAD_ROWS if "reason" in item else METRICS
+        with (self._local / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(item) + "\n")
+        if name == BAD_ROWS:
+            return
+        metrics = {k: v for k, v in item.items() if "/" in k}
+        try:
+            self.tracked.log_metrics(metrics, int(item["step"]))
+        except SimclrRayError as error:  # the run is worth more than its log
+            log.warning("not logged to MLflow: %s", error)
+        if self.on_progress is not None:
+            self.on_progress(item)
+
+
+def _our_error(error: BaseException) -> SimclrRayError | None:
+    """Return the error of ours that is wrapped in one of Ray's, if there is one."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        current = todo.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, SimclrRayError):
+            return current
+        todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        todo += list(getattr(current, "worker_failures", {}).values())
+    return None
+
+
+def _root_message(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", {})
+    root = next(iter(failures.values()), error)
+    return " ".join(str(root).split())[-2000:]
+
+
+def _last_metrics(folder: RunFolder) -> Record:
+    last: Record = {}
+    for line in (folder.read_text(METRICS) or "").splitlines():
+        last.update(json.loads(line))
+    return last
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Train on one rank; what cannot be mended by a restart is sent to the driver first."""
+    inbox: Queue = config["inbox"]
+    try:
+        _train(config)
+    except Exception as error:
+        ours = _our_error(error)
+        if ours is not None:
+            inbox.put(ours)
+        raise
+
+
+def _train(config: dict[str, Any]) -> None:
+    experiment = cfg.validate(Experiment, config["experiment"])
+    source: Source = config["source"]
+    folder: RunFolder = config["folder"]
+    inbox: Queue = config["inbox"]
+    context = ray.train.get_context()
+    rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    _set_threads(experiment, context.get_local_world_size())
+    keep_freed_memory()
+
+    model = loop.place(build_model(experiment), device, experiment.precision)
+    optimizer = build_optimizer(model, experiment.optimizer)
+    start = _restore(folder, model, optimizer)
+    total = experiment.total_steps(source.num_rows)
+    if start >= total:
+        return
+    evaluation = OnlineEvaluation(experiment, source, rank, num_ranks)
+    timetable = loop.Timetable(
+        steps_per_epoch=experiment.steps_per_epoch(source.num_rows),
+        total_steps=total,
+        warmup_steps=experiment.warmup_steps(source.num_rows),
+        peak_learning_rate=experiment.peak_learning_rate(),
+        global_batch_size=experiment.batch_size,
+        log_every=experiment.tracking.log_every_steps,
+        checkpoint_every=experiment.checkpoint.every_steps,
+    )
+
+    def report(metrics: loop.Metrics) -> None:
+        if rank == 0:
+            inbox.put(_as_record(metrics, total))
+
+    def save(step: int) -> None:
+        """A collective: Ray's report is a barrier."""
+        kept = None
+        name = dist.broadcast_text(checkpoint.new_name(step))
+        if rank == 0:
+            local = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / name
+            tensors = checkpoint.pack(dist.unwrap(parallel), optimizer)
+            checkpoint.write(local, step, tensors, _record_of(experiment, source))
+            kept = ray.train.Checkpoint.from_directory(local)
+        ray.train.report({"step": step}, checkpoint=kept, checkpoint_dir_name=name)
+
+    def epoch_end(epoch: int, step: int) -> None:
+        every = experiment.evaluation.every_epochs
+        if every and (epoch % every == 0 or step == total):
+            scores = evaluation(dist.unwrap(parallel), device)
+            if rank == 0:
+                inbox.put({"step": step, "epoch": epoch, "total": total, **scores})
+        if epoch % experiment.checkpoint.every_epochs == 0 or step == total:
+            save(step)
+
+    parallel = dist.data_parallel(model)
+    loop.train(
+        parallel,
+        NTXentLoss(
+            experiment.loss.temperature,
+            normalize=experiment.loss.normalize,
+            global_batch_size=experiment.batch_size,
+        ),
+        optimizer,
+        stream(experiment, source, range(start, total), rank, num_ranks),
+        timetable,
+        loop.Hooks(report, epoch_end, save),
+        precision=experiment.precision,
+    )
+
+
+def _restore(folder: RunFolder, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest whole checkpoint, the one that rank 0 finds; return the steps done."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = folder.newest(Path(scratch)) if dist.rank() == 0 else None
+        name = dist.broadcast_text(found.name if found else "")
+        if not name:
+            return 0
+        kept = checkpoint.read(folder.fetch(name, Path(scratch)))
+        checkpoint.unpack(kept.tensors, model, optimizer)
+        return kept.step
+
+
+def _record_of(experiment: Experiment, source: Source) -> dict[str, Any]:
+    return {
+        "experiment": cfg.to_tree(experiment),
+        "digest": experiment.digest(),
+        "fingerprint": source.fingerprint,
+        "class_names": list(source.class_names),
+    }
+
+
+def _as_record(metrics: loop.Metrics, total: int) -> Record:
+    named = metrics._asdict()
+    step, epoch = named.pop("step"), named.pop("epoch")
+    return {"step": step, "epoch": epoch, "total": total} | {
+        f"train/{name}": value for name, value in named.items()
+    }
+
+
+def _set_threads(experiment: Experiment, workers_here: int) -> None:
+    """Share the node's cores between its workers; Ray sets one thread where CPUs are below 1."""
+    wanted = experiment.scaling.threads_per_worker
+    torch.set_num_threads(wanted or max(1, (os.cpu_count() or 1) // workers_here))

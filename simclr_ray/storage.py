@@ -1,0 +1,132 @@
+"""The folder of a run, on a local disk or any `pyarrow.fs` URI.
+
+<storage>/<run name>/
+    experiment.yaml  metrics.jsonl  bad_rows.jsonl  run.json  encoder/
+    step-00001200-<attempt>/            checkpoints, owned by Ray's manager
+    checkpoint_manager_snapshot.json    Ray's
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyarrow import fs
+
+from simclr_ray import checkpoint
+from simclr_ray.errors import CheckpointError
+from simclr_ray.logs import get_logger
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run lies.
+
+    Args:
+        storage: Folder or URI that holds the runs.
+        name: The run's name.
+    """
+
+    storage: str
+    name: str
+
+    @classmethod
+    def of(cls, storage: str, name: str) -> RunFolder:
+        """Return the folder of run `name`; a local storage path is made absolute."""
+        return cls(storage if "://" in storage else str(Path(storage).resolve()), name)
+
+    @property
+    def uri(self) -> str:
+        """The folder's path or URI."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a path, or None where it is remote."""
+        return None if "://" in self.storage else Path(self.uri)
+
+    def read_text(self, name: str) -> str | None:
+        """Return the text of a file, or None where there is none."""
+        files, root = self._open()
+        try:
+            with files.open_input_stream(f"{root}/{name}") as stream:
+                data: bytes = stream.read()
+        except FileNotFoundError:
+            return None
+        return data.decode()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file, whole or not at all."""
+        files, root = self._open()
+        files.create_dir(root, recursive=True)
+        partial = f"{root}/.{name}.partial"
+        with files.open_output_stream(partial) as stream:
+            stream.write(text.encode())
+        files.move(partial, f"{root}/{name}")
+
+    def put_folder(self, local: Path, name: str) -> None:
+        """Copy a local folder or file to `name`."""
+        files, root = self._open()
+        fs.copy_files(str(local), f"{root}/{name}", fs.LocalFileSystem(), files)
+
+    def checkpoints(self) -> list[str]:
+        """Return the names of the checkpoint directories, newest first."""
+        files, root = self._open()
+        found = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        names = [f.base_name for f in found if checkpoint.step_of(f.base_name) >= 0]
+        return sorted(names, key=lambda n: (checkpoint.step_of(n), n), reverse=True)
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        """Return a local path of a folder in here, copied to `scratch` if it is remote."""
+        if self.local is not None:
+            return self.local / name
+        files, root = self._open()
+        target = scratch / name
+        target.mkdir(parents=True, exist_ok=True)
+        fs.copy_files(f"{root}/{name}", str(target), files, fs.LocalFileSystem())
+        return target
+
+    def newest(self, scratch: Path) -> Path | None:
+        """Return a local path of the newest checkpoint that verifies, or None.
+
+        What does not verify is named in the log and passed over.
+        """
+        for name in self.checkpoints():
+            folder = self.fetch(name, scratch)
+            try:
+                checkpoint.read_record(folder)
+            except CheckpointError as error:
+                log.warning("passing over checkpoint %s: %s", name, error)
+                continue
+            return folder
+        return None
+
+    def repair_snapshot(self) -> list[str]:
+        """Set Ray's snapshot aside if it names checkpoints that are gone; return their names.
+
+        Ray Train refuses to start a run whose snapshot names a missing directory. Without a
+        snapshot it starts afresh, and ours finds the newest checkpoint by itself.
+        """
+        text = self.read_text(SNAPSHOT)
+        if text is None:
+            return []
+        try:
+            results = json.loads(text)["checkpoint_results"]
+            named = {str(result["checkpoint_dir_name"]) for result in results}
+        except (ValueError, KeyError, TypeError):
+            named = {"(an unreadable snapshot)"}
+        gone = sorted(named - set(self.checkpoints()))
+        if gone:
+            files, root = self._open()
+            files.move(f"{root}/{SNAPSHOT}", f"{root}/{SNAPSHOT}.set-aside")
+        return gone
+
+    def _open(self) -> tuple[fs.FileSystem, str]:
+        if self.local is not None:
+            return fs.LocalFileSystem(), self.uri
+        files, root = fs.FileSystem.from_uri(self.uri)
+        return files, root
