@@ -24,13 +24,17 @@ TAIL_BYTES = 8
 
 @dataclass(frozen=True)
 class Footer:
-    """What the footer of one file says; `digest` is a hash of its bytes."""
+    """What the footer of one file says.
+
+    `digest` is a hash of its bytes; `empty_columns` are those whose every value is null.
+    """
 
     path: str
     size: int
     group_rows: tuple[int, ...]
     schema: pa.Schema
     digest: str
+    empty_columns: frozenset[str]
 
     def type_of(self, column: str) -> pa.DataType | None:
         """Return the type of a column, None where there is none of that name."""
@@ -93,7 +97,7 @@ def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
         raise DataError(f"{file.path} cannot be read: {one_line(error)}") from error
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     digest = hashlib.sha256(raw).hexdigest()[:16]
-    return Footer(file.path, file.size, groups, schema, digest)
+    return Footer(file.path, file.size, groups, schema, digest, _empty_columns(metadata))
 
 
 def _footer_bytes(stream: pa.NativeFile, file: Listed) -> bytes:
@@ -109,6 +113,17 @@ def _footer_bytes(stream: pa.NativeFile, file: Listed) -> bytes:
     stream.seek(file.size - TAIL_BYTES - length)
     raw: bytes = stream.read(length)
     return raw
+
+
+def _empty_columns(metadata: pq.FileMetaData) -> frozenset[str]:
+    """Return the columns that the statistics know to hold nothing but nulls."""
+    empty = []
+    for at in range(metadata.num_columns):
+        chunks = [metadata.row_group(g).column(at) for g in range(metadata.num_row_groups)]
+        stats = [chunk.statistics for chunk in chunks]
+        if stats and all(s is not None and s.has_null_count and s.num_values == 0 for s in stats):
+            empty.append(chunks[0].path_in_schema)
+    return frozenset(empty)
 
 
 def _json(text: str) -> object:

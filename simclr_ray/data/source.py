@@ -259,8 +259,8 @@ def _has_integers(footers: Sequence[Footer], role: str, name: str, *, required: 
 
     Under its default name a column that is absent or no integer is left alone: nobody asked for it.
     """
-    if not name:
-        return False
+    if not name or all(name in f.empty_columns or not f.group_rows for f in footers):
+        return False  # a label column of nothing but nulls is how an unlabelled set is stored
     usable = [pa.types.is_integer(f.type_of(name) or pa.null()) for f in footers]
     if all(usable):
         return True
