@@ -1,0 +1,316 @@
+"""Pictures of any origin in, shuffled parquet shards and a manifest out.
+
+The rows are listed and shuffled with a seed (contiguous reads of sorted pictures make poor
+batches), cut into shards, and each shard is one task of a Ray Data stream: it reads, tests and
+stores its pictures where it runs, so neither the driver nor the object store ever holds one, and
+Ray bounds how many are under way. A rerun after an interruption keeps the finished shards. The
+manifest is written last: a folder without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from simclr_ray.config import digest_of
+from simclr_ray.data.files import filesystem
+from simclr_ray.data.inputs import Input, open_input
+from simclr_ray.data.shards import (
+    SCHEMA_VERSION,
+    Rejected,
+    ShardPlan,
+    ShardReport,
+    read_report,
+    shard_name,
+    write_shard,
+    write_text_whole,
+)
+from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError, TooManyBadImages
+from simclr_ray.experiment import Columns
+from simclr_ray.logs import get_logger
+
+MANIFEST = "manifest.json"
+LIBRARIES = ("numpy", "pillow", "pyarrow", "ray", "simclr-ray")
+NUM_REASONS_SHOWN = 5
+
+OnProgress = Callable[[int, int], None]
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds; `manifest.json`."""
+
+    schema_version: int
+    num_rows: int
+    num_shards: int
+    fingerprint: str
+    class_names: tuple[str, ...]
+    rejected: tuple[Rejected, ...]
+    input: dict[str, object]
+    plan: str
+    libraries: dict[str, str]
+
+
+def prepare(
+    kind_or_path: str,
+    out: str,
+    *,
+    num_images: int = 0,
+    seed: int = 0,
+    columns: Columns | None = None,
+    split: str = "train",
+    size: int = 32,
+    download_folder: str = "",
+    rows_per_shard: int = 5000,
+    max_bad_share: float = 0.01,
+    max_pixels: int = 50_000_000,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
+    """Write the pictures of `kind_or_path` to `out` as parquet shards; return the manifest.
+
+    Uses the Ray cluster that is connected, or starts one. Ids are the parquet's own, else the
+    place in the sorted listing; bad pictures are left out and leave a gap.
+
+    Args:
+        kind_or_path: `shapes`, a folder of images, parquet (path or URI), or a torchvision name.
+            A file or folder of that name goes before a torchvision dataset.
+        out: folder or URI of the shards, shared by all nodes.
+        num_images: keep the first only; 0 keeps all (of `shapes`: 20,000).
+        seed: of the shuffle, and of the set of `shapes`.
+        columns: which columns of a parquet input hold what.
+        split: of a torchvision dataset that has splits.
+        size: side of the pictures of `shapes`, in pixels.
+        download_folder: where torchvision keeps its files; empty is a cache folder of the user.
+        rows_per_shard: at most; fewer where parquet rows are large.
+        max_bad_share: share of unusable pictures that stops, in [0, 1].
+        max_pixels: larger pictures are rejected undecoded.
+        overwrite: start over where `out` holds another dataset.
+        on_progress: called with (finished shards, all shards), first with those found finished.
+
+    Raises:
+        DataError: the input cannot be read, or `out` holds something else.
+        TooManyBadImages: more than `max_bad_share` were unusable; no manifest is written.
+    """
+    fs, folder = filesystem(out)
+    _check_apart(kind_or_path, out)
+    given = open_input(
+        kind_or_path,
+        columns=columns or Columns(),
+        split=split,
+        root=download_folder,
+        num_images=num_images,
+        size=size,
+        seed=seed,
+    )
+    identity = {
+        "schema_version": SCHEMA_VERSION,
+        "input": given.identity,
+        "class_names": list(given.class_names),
+        "seed": seed,
+        "rows_per_shard": rows_per_shard,
+        "max_pixels": max_pixels,
+    }
+    plan = digest_of(identity)
+    shards = [
+        ShardPlan(index, part, plan, given.class_names, max_pixels)
+        for index, part in enumerate(given.parts(rows_per_shard, seed))
+    ]
+    reports = _finished(fs, folder, out, shards, overwrite=overwrite)
+    if len(reports) == len(shards) and (manifest := _read_manifest(fs, folder, plan)):
+        return manifest
+    _write_all(shards, reports, out, _Limit(given.num_rows, max_bad_share), on_progress)
+    return _write_manifest(fs, folder, out, given, plan, [reports[s.index] for s in shards])
+
+
+def read_manifest(out: str) -> Manifest:
+    """Return the manifest of a prepared folder.
+
+    Raises:
+        DataError: there is none, or of another version.
+    """
+    fs, folder = filesystem(out)
+    manifest = _read_manifest(fs, folder, "")
+    if manifest is None:
+        raise DataError(f"{out} has no {MANIFEST} of schema version {SCHEMA_VERSION}")
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """How many pictures may be unusable."""
+
+    num_rows: int
+    share: float
+
+    def check(self, reports: Sequence[ShardReport]) -> None:
+        """Raise `TooManyBadImages` as soon as the rest cannot mend it."""
+        rejected = [r for report in reports for r in report.rejected]
+        if len(rejected) <= self.share * self.num_rows and len(rejected) < self.num_rows:
+            return
+        shown = [f"{r.name}: {r.reason}" for r in rejected[:NUM_REASONS_SHOWN]]
+        raise TooManyBadImages(
+            f"{len(rejected)} of {self.num_rows} pictures are unusable so far, more than the share "
+            f"of {self.share:.2%} that is allowed; the first: {'; '.join(shown)}"
+        )
+
+
+def _check_apart(kind_or_path: str, out: str) -> None:
+    """Refuse an output inside its input, or the other way round: a rerun would read itself."""
+    folder, origin = filesystem(out)[1], filesystem(kind_or_path)[1]
+    if kind_or_path != "shapes" and f"{folder}/".startswith(f"{origin}/"):
+        raise DataError(f"{out} lies inside {kind_or_path}; prepare into a folder of its own")
+    if f"{origin}/".startswith(f"{folder}/") and Path(origin).exists():
+        raise DataError(f"{kind_or_path} lies inside {out}; prepare into a folder of its own")
+
+
+def _finished(
+    fs: pafs.FileSystem, folder: str, out: str, shards: Sequence[ShardPlan], *, overwrite: bool
+) -> dict[int, ShardReport]:
+    """Return the reports of the shards that are already whole, after clearing what is not ours.
+
+    Only names that `prepare` gives are ever deleted, and finished ones only with `overwrite`.
+    """
+    fs.create_dir(folder, recursive=True)
+    present = {
+        info.base_name: info.path
+        for info in fs.get_file_info(pafs.FileSelector(folder))
+        if info.type == pafs.FileType.File
+    }
+    for name, path in present.items():
+        if name.startswith((".part-", f".{MANIFEST}")) and name.endswith(".tmp"):
+            fs.delete_file(path)  # what a killed run left half-written
+    parquet = {n: p for n, p in present.items() if n.endswith(".parquet") and n[0] not in "._"}
+    found: dict[int, ShardReport] = {}
+    for shard in shards:
+        path = parquet.get(shard.file_name, "")
+        if path and (report := read_report(fs, path, shard.plan)) is not None:
+            found[shard.index] = report
+    if len(found) < len(shards) and MANIFEST in present:
+        fs.delete_file(present.pop(MANIFEST))  # what it says is true no more
+    others = [name for name in parquet if name not in {shard_name(i) for i in found}]
+    if not others:
+        return found
+    if not overwrite or not all(name.startswith("part-") for name in others):
+        raise DataError(
+            f"{out} holds {others[0]}, which is of another dataset or of other settings; "
+            "choose an empty folder" + ("" if overwrite else ", or start over with overwrite")
+        )
+    if MANIFEST in present:
+        fs.delete_file(present[MANIFEST])
+    for name in others:
+        fs.delete_file(parquet[name])
+    return found
+
+
+def _write_all(
+    shards: Sequence[ShardPlan],
+    reports: dict[int, ShardReport],
+    out: str,
+    limit: _Limit,
+    on_progress: OnProgress | None,
+) -> None:
+    """Write the shards that `reports` lacks, and add their reports."""
+    tell = on_progress or _log_progress
+    tell(len(reports), len(shards))
+    limit.check(list(reports.values()))
+    for index, report in _stream([s for s in shards if s.index not in reports], out):
+        reports[index] = report
+        tell(len(reports), len(shards))
+        limit.check(list(reports.values()))
+
+
+def _stream(shards: Sequence[ShardPlan], out: str) -> Iterator[tuple[int, ShardReport]]:
+    """Yield the report of each shard as Ray Data finishes it: one shard, one block, one task."""
+    if not shards:
+        return
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    shown = (context.enable_progress_bars, context.print_on_execution_start)
+    context.enable_progress_bars = context.print_on_execution_start = False
+    try:
+        items = [{"work": pickle.dumps((shard, out))} for shard in shards]
+        done = ray.data.from_items(items, override_num_blocks=len(items)).map(_write_one)
+        for row in done.iter_rows():
+            index, report, error = pickle.loads(row["result"])  # noqa: S301 - from our own task
+            if error:
+                raise DataError(error)
+            yield index, report
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = shown
+
+
+def _write_one(row: dict[str, Any]) -> dict[str, Any]:
+    """Write one shard, in a Ray task; a `DataError` goes back as text, as Ray would bury it."""
+    shard, out = pickle.loads(row["work"])  # noqa: S301 - from our own driver
+    fs, folder = filesystem(out)
+    try:
+        report, error = write_shard(shard, fs, folder), ""
+    except DataError as problem:
+        report, error = ShardReport(0, []), str(problem)
+    return {"result": pickle.dumps((shard.index, report, error))}
+
+
+def _write_manifest(
+    fs: pafs.FileSystem,
+    folder: str,
+    out: str,
+    given: Input,
+    plan: str,
+    reports: Sequence[ShardReport],
+) -> Manifest:
+    source = Source.open(out)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        num_rows=source.num_rows,
+        num_shards=len(reports),
+        fingerprint=source.fingerprint,
+        class_names=given.class_names,
+        rejected=tuple(sorted(r for report in reports for r in report.rejected)),
+        input=given.identity,
+        plan=plan,
+        libraries={"python": platform.python_version()} | _versions(),
+    )
+    tree = asdict(manifest) | {"rejected": [r._asdict() for r in manifest.rejected]}
+    write_text_whole(fs, f"{folder}/{MANIFEST}", json.dumps(tree, indent=2) + "\n")
+    return manifest
+
+
+def _read_manifest(fs: pafs.FileSystem, folder: str, plan: str) -> Manifest | None:
+    """Return the manifest, if it is of this version and (unless empty) of this plan."""
+    path = f"{folder}/{MANIFEST}"
+    if fs.get_file_info(path).type != pafs.FileType.File:
+        return None
+    with fs.open_input_file(path) as stream:
+        tree = json.loads(stream.read())
+    if tree.get("schema_version") != SCHEMA_VERSION or (plan and tree.get("plan") != plan):
+        return None
+    tree["class_names"] = tuple(tree["class_names"])
+    tree["rejected"] = tuple(Rejected(**row) for row in tree["rejected"])
+    return Manifest(**tree)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            found[name] = "not installed"
+    return found
+
+
+def _log_progress(done: int, total: int) -> None:
+    logger.info("prepare: %d of %d shards", done, total)

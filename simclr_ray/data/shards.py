@@ -1,0 +1,212 @@
+"""One shard of prepared pictures: written whole or not at all, and known again by its footer.
+
+A shard carries in its own footer the plan that it belongs to, the rows that were rejected, and a
+hash of the pictures in it. So a rerun can tell a finished shard from a foreign one by reading its
+footer alone, and the fingerprint of the dataset follows the pictures, not only their sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from simclr_ray.data.decode import ImageError, decode_image
+from simclr_ray.data.files import is_local
+from simclr_ray.data.inputs import Item, Part
+from simclr_ray.data.source import NO_LABEL
+
+SCHEMA_VERSION = 1
+MAX_GROUP_ROWS = 1000
+# A reader holds a row group at a time: 32 MiB keeps two actors with windows of several small.
+MAX_GROUP_BYTES = 32 * 2**20
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("label", pa.int64()),
+    ]
+)
+
+
+class Rejected(NamedTuple):
+    """A picture that was left out: its id, what a person may call it, and why."""
+
+    id: int
+    name: str
+    reason: str
+
+
+class ShardReport(NamedTuple):
+    """What came of one shard."""
+
+    num_rows: int
+    rejected: list[Rejected]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Everything that decides the content of one shard; picklable."""
+
+    index: int
+    part: Part
+    plan: str
+    class_names: tuple[str, ...]
+    max_pixels: int
+
+    @property
+    def file_name(self) -> str:
+        """Name of the finished file."""
+        return shard_name(self.index)
+
+
+def shard_name(index: int) -> str:
+    """Return `part-00012.parquet` for 12."""
+    return f"part-{index:05d}.parquet"
+
+
+def write_shard(plan: ShardPlan, fs: pafs.FileSystem, folder: str) -> ShardReport:
+    """Write one shard and return what came of it; until it is whole, its name does not exist.
+
+    Raises:
+        DataError: its source cannot be read.
+        OSError: it cannot be written.
+    """
+    metadata = {
+        "schema_version": str(SCHEMA_VERSION),
+        "class_names": json.dumps(list(plan.class_names)) if plan.class_names else "",
+        "plan": plan.plan,
+        "shard": str(plan.index),
+    }
+    with (
+        _appearing_whole(fs, f"{folder}/{plan.file_name}") as stream,
+        pq.ParquetWriter(
+            stream,
+            SCHEMA.with_metadata(metadata),
+            compression={"id": "snappy", "image": "none", "label": "snappy"},
+            use_dictionary=["label"],
+            write_statistics=["id", "label"],
+        ) as writer,
+    ):
+        groups = _Groups(writer)
+        for item in plan.part.read():
+            groups.add(item, _fault(item, plan.max_pixels))
+        groups.flush()
+        writer.add_key_value_metadata(
+            {"rejected": json.dumps(groups.rejected), "content": groups.content.hexdigest()}
+        )
+    return ShardReport(groups.num_rows, groups.rejected)
+
+
+def read_report(fs: pafs.FileSystem, path: str, plan: str) -> ShardReport | None:
+    """Return the report of a finished shard of this plan, None for any other file."""
+    try:
+        with fs.open_input_file(path) as stream:
+            metadata = pq.read_metadata(stream)
+    except (OSError, pa.ArrowException):
+        return None
+    entries = metadata.metadata or {}
+    if entries.get(b"plan", b"").decode() != plan or b"rejected" not in entries:
+        return None
+    rejected = [Rejected(*row) for row in json.loads(entries[b"rejected"])]
+    return ShardReport(metadata.num_rows, rejected)
+
+
+@dataclass
+class _Groups:
+    """Collects rows and writes them as row groups of bounded rows and bytes."""
+
+    writer: pq.ParquetWriter
+    num_rows: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
+    content: hashlib._Hash = field(default_factory=hashlib.sha256)
+    _items: list[Item] = field(default_factory=list)
+    _bytes: int = 0
+
+    def add(self, item: Item, fault: str) -> None:
+        """Keep one good item, or note one bad."""
+        if fault or item.encoded is None:
+            self.rejected.append(Rejected(item.id, item.name, fault))
+            return
+        if len(self._items) >= MAX_GROUP_ROWS or (
+            self._items and self._bytes + len(item.encoded) > MAX_GROUP_BYTES
+        ):
+            self.flush()
+        self._items.append(item)
+        self._bytes += len(item.encoded)
+        self.content.update(item.encoded)
+
+    def flush(self) -> None:
+        """Write what is collected as one row group."""
+        if not self._items:
+            return
+        labels = [None if i.label == NO_LABEL else i.label for i in self._items]
+        columns = [
+            pa.array([i.id for i in self._items], pa.int64()),
+            pa.array([i.encoded for i in self._items], pa.binary()),
+            pa.array(labels, pa.int64()),
+        ]
+        self.writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), MAX_GROUP_ROWS)
+        self.num_rows += len(self._items)
+        self._items, self._bytes = [], 0
+
+
+def _fault(item: Item, max_pixels: int) -> str:
+    """Return why an item cannot be stored, or nothing."""
+    if item.encoded is None:
+        return "no image"
+    try:
+        decode_image(item.encoded, max_pixels)
+    except ImageError as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def _appearing_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
+    """Give a stream whose file gets its name when all is written.
+
+    On a disk: another name in the same folder, fsync, rename. A bucket shows an object only when
+    the upload is complete, so there the stream is the file's own; it must not be closed on error.
+    """
+    if not is_local(fs):
+        stream = fs.open_output_stream(path)
+        yield stream
+        stream.close()
+        return
+    target = Path(path)
+    hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with hidden.open("wb") as file:
+            yield pa.PythonFile(file, mode="w")
+            file.flush()
+            os.fsync(file.fileno())
+        hidden.replace(target)
+    finally:
+        hidden.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def write_text_whole(fs: pafs.FileSystem, path: str, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with _appearing_whole(fs, path) as stream:
+        stream.write(text.encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

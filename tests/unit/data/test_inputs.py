@@ -1,0 +1,185 @@
+"""What `prepare` is pointed at is recognised, listed, cut into shuffled parts, and read."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from simclr_ray.data.decode import decode_image
+from simclr_ray.data.inputs import (
+    FolderInput,
+    Input,
+    Item,
+    ParquetInput,
+    ShapesInput,
+    TorchvisionInput,
+    open_input,
+)
+from simclr_ray.data.shapes import render
+from simclr_ray.errors import DataError
+from simclr_ray.experiment import Columns
+
+
+def opened(
+    kind_or_path: str, *, num_images: int = 0, split: str = "train", root: str = ""
+) -> Input:
+    return open_input(
+        kind_or_path,
+        columns=Columns(),
+        split=split,
+        root=root,
+        num_images=num_images,
+        size=32,
+        seed=5,
+    )
+
+
+def read(given: Input, rows_per_shard: int = 4, seed: int = 0) -> list[list[Item]]:
+    """The items of every part, after the way through pickle that they take to a Ray task."""
+    parts = pickle.loads(pickle.dumps(given.parts(rows_per_shard, seed)))  # noqa: S301 - our own
+    return [list(part.read()) for part in parts]
+
+
+def jpeg(colour: tuple[int, int, int]) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (20, 12), colour).save(out, "JPEG")
+    return out.getvalue()
+
+
+def fill(folder: Path, names: Sequence[str]) -> Path:
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg((i * 20, 100, 50)))
+    return folder
+
+
+def test_shapes_are_drawn_as_their_ids_say_and_stored_without_loss() -> None:
+    given = opened("shapes", num_images=10)
+    assert isinstance(given, ShapesInput)
+    items = [item for part in read(given) for item in part]
+    assert sorted(item.id for item in items) == list(range(10))
+    for item in items:
+        assert item.encoded is not None
+        np.testing.assert_array_equal(decode_image(item.encoded), render(item.id, 5).pixels)
+        assert item.label == item.id % 10
+
+
+def test_a_folder_of_folders_gives_classes_in_order_of_their_names(tmp_path: Path) -> None:
+    fill(tmp_path, ["dog/1.jpg", "cat/deep/2.JPEG", "cat/1.png", "ant/x.webp", "dog/.hidden.jpg"])
+    (tmp_path / "dog" / "notes.txt").write_text("no picture")
+    given = opened(str(tmp_path))
+    assert isinstance(given, FolderInput)
+    assert given.class_names == ("ant", "cat", "dog")
+    items = sorted(item for part in read(given) for item in part)
+    assert [(i.id, i.name, i.label) for i in items] == [
+        (0, "ant/x.webp", 0),
+        (1, "cat/1.png", 1),
+        (2, "cat/deep/2.JPEG", 1),
+        (3, "dog/1.jpg", 2),
+    ]
+    assert all(i.encoded == (tmp_path / i.name).read_bytes() for i in items)
+
+
+def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
+    given = opened(str(fill(tmp_path, ["b.jpg", "a.jpg", "sub/c.jpg"])), num_images=2)
+    assert given.class_names == ()
+    items = sorted(item for part in read(given) for item in part)
+    assert [(i.name, i.label) for i in items] == [("a.jpg", -1), ("b.jpg", -1)]
+
+
+def test_a_file_that_went_away_is_an_item_without_bytes(tmp_path: Path) -> None:
+    given = opened(str(fill(tmp_path, ["a.jpg", "b.jpg"])))
+    (tmp_path / "a.jpg").unlink()
+    items = sorted(item for part in read(given) for item in part)
+    assert [item.encoded is None for item in items] == [True, False]
+
+
+def test_the_identity_of_a_folder_follows_names_and_sizes_and_not_the_place(tmp_path: Path) -> None:
+    one = opened(str(fill(tmp_path / "one", ["a.jpg", "b.jpg"]))).identity
+    assert opened(str(fill(tmp_path / "two", ["a.jpg", "b.jpg"]))).identity == one
+    assert opened(str(fill(tmp_path / "two", ["a.jpg", "c.jpg"]))).identity != one
+
+
+def test_parquet_rows_keep_ids_labels_and_bytes_and_are_each_read_once(tmp_path: Path) -> None:
+    images = [jpeg((i, 0, 0)) for i in range(23)]
+    ids = [100 + i for i in range(23)]
+    table = pa.table({"id": ids, "image": pa.array(images), "label": [i % 3 for i in range(23)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    given = opened(str(tmp_path))
+    assert isinstance(given, ParquetInput)
+    parts = read(given, rows_per_shard=10)
+    assert [len(part) for part in parts] == [10, 10, 3]
+    items = [item for part in parts for item in part]
+    assert [i.id for i in items] != sorted(ids)
+    assert sorted((i.id, i.encoded, i.label) for i in items) == list(
+        zip(ids, images, [i % 3 for i in range(23)], strict=True)
+    )
+
+
+def test_the_order_is_a_function_of_the_seed() -> None:
+    given = opened("shapes", num_images=50)
+    a, b, c = ([item.id for part in read(given, 7, seed) for item in part] for seed in (1, 1, 2))
+    assert a == b
+    assert a != c
+    assert sorted(a) == sorted(c) == list(range(50))
+
+
+def write_mnist(root: Path, count: int) -> np.ndarray:
+    """A set in the files of torchvision's MNIST, which it opens without a check sum."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    digits: np.ndarray = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    for prefix in ("train", "t10k"):
+        head = struct.pack(">IIII", 0x803, count, 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + digits.tobytes())
+        labels = bytes(i % 10 for i in range(count))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + labels)
+    return digits
+
+
+def test_a_torchvision_dataset_of_arrays_is_stored_without_loss(tmp_path: Path) -> None:
+    digits = write_mnist(tmp_path, 12)
+    for split in ("train", "test"):
+        given = opened("mnist", root=str(tmp_path), split=split)
+        assert isinstance(given, TorchvisionInput)
+        assert given.class_names[7] == "7 - seven"
+        items = [item for part in read(given) for item in part]
+        assert sorted(item.id for item in items) == list(range(12))
+        for item in items:
+            assert item.encoded is not None
+            pixels = decode_image(item.encoded)
+            np.testing.assert_array_equal(pixels[..., 0], digits[item.id])
+            assert item.label == item.id % 10
+
+
+def test_a_torchvision_dataset_of_files_keeps_their_bytes(tmp_path: Path) -> None:
+    base = fill(tmp_path / "eurosat" / "2750", ["Forest/1.jpg", "River/2.jpg"])
+    items = [i for part in read(opened("EuroSAT", root=str(tmp_path))) for i in part]
+    files = sorted(base.rglob("*.jpg"))
+    assert [i.encoded for i in sorted(items)] == [f.read_bytes() for f in files]
+    assert [i.label for i in sorted(items)] == [0, 1]
+
+
+def test_fewer_rows_of_a_torchvision_dataset_may_be_asked_for() -> None:
+    items = [i for part in read(opened("fakedata", num_images=3)) for i in part]
+    assert sorted(i.id for i in items) == [0, 1, 2]
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no dataset of that name \(did you mean 'cifar10'\?\)"):
+        opened("cifar01")
+    with pytest.raises(DataError, match="holds neither images"):
+        opened(str(tmp_path))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"torchvision CIFAR10 \(train\)"):
+        opened("cifar10", root=str(tmp_path / "file"))
