@@ -21,7 +21,6 @@ def knn_scores(
     bank: Tensor,
     bank_labels: Tensor,
     queries: Tensor,
-    *,
     k: int,
     temperature: float,
     num_classes: int,

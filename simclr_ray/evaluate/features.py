@@ -1,0 +1,162 @@
+"""Reading a split once, and what a frozen encoder makes of it; rows are ordered by id."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simclr_ray.data.decode import ImageError, Pixels, decode_image, evaluation_view
+from simclr_ray.data.source import Int64s, Rows, Source
+from simclr_ray.errors import DataError
+
+DECODE_THREADS: Final = 8  # Pillow decodes and resizes outside the interpreter lock
+
+Precision = Literal["float64", "float32", "bf16"]
+
+
+class BadRow(NamedTuple):
+    """A row that was left out, and why."""
+
+    id: int
+    reason: str
+
+
+class Split(NamedTuple):
+    """Decoded evaluation views, ordered by id.
+
+    `images` uint8 `[M, 3, S, S]`; `labels` int64 `[M]`, -1 where there is none; `ids` int64 `[M]`;
+    `bad` the chosen rows that could not be decoded and are not among the M.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    bad: list[BadRow]
+
+    def labelled(self) -> Split:
+        """Return the rows that have a label."""
+        kept = self.labels >= 0
+        if kept.all():
+            return self
+        return Split(self.images[kept], self.labels[kept], self.ids[kept], self.bad)
+
+
+def load_split(source: Source, size: int, limit: int = 0, max_pixels: int = 50_000_000) -> Split:
+    """Return the evaluation views of a split, all in memory: 3·size² bytes a row.
+
+    With a `limit` below the number of rows, one row is taken from each of `limit` equal runs of
+    the rows in order of id, at a place fixed by the run's number alone. So the sample covers a
+    split that is sorted by class, and a split whose classes take turns.
+
+    Args:
+        source: the opened split.
+        size: side S of the views in pixels.
+        limit: rows at most; 0 takes all.
+        max_pixels: larger images are left out undecoded, and listed as bad.
+
+    Raises:
+        DataError: the files cannot be read, or no chosen row can be decoded.
+    """
+    ids = source.ids()
+    rows = np.argsort(ids, kind="stable")[_spread(len(ids), limit)]
+    images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+    labels = torch.full((len(rows),), -1, dtype=torch.int64)
+    good = torch.ones(len(rows), dtype=torch.bool)
+    bad: list[BadRow] = []
+    for places, part in _by_group(source, rows):
+        for place, view in zip(places, _views(part, size, max_pixels), strict=True):
+            if isinstance(view, str):
+                bad.append(BadRow(int(ids[rows[place]]), view))
+                good[place] = False
+            else:
+                images[place] = torch.from_numpy(view).permute(2, 0, 1)
+        if part.labels is not None:
+            labels[torch.from_numpy(places)] = torch.from_numpy(part.labels)
+    if not good.any():
+        raise DataError(f"{source.uri}: none of {len(rows)} rows is an image: {bad[0].reason}")
+    found = torch.from_numpy(ids[rows])
+    if not bad:
+        return Split(images, labels, found, bad)
+    return Split(images[good], labels[good], found[good], sorted(bad))
+
+
+@torch.inference_mode()
+def extract_features(
+    encoder: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    batch_size: int = 512,
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+) -> Tensor:
+    """Return h of every image in order, float32 `[M, F]` on the CPU; no collective.
+
+    The encoder runs in eval mode, in the dtype of its weights, and each of its modules is put
+    back into the mode that it was in.
+
+    Args:
+        encoder: `[m, 3, S, S]` in [0, 1] -> `[m, F]`, its weights on `device`.
+        images: uint8 `[M, 3, S, S]`, or parts of it one after the other.
+        batch_size: images per forward pass.
+        device: where the encoder is.
+        precision: `bf16` runs under autocast; the other two change nothing.
+
+    Raises:
+        ValueError: an empty iterable.
+    """
+    device = torch.device(device)
+    dtype = next((p.dtype for p in encoder.parameters()), torch.float32)
+    modes = [(module, module.training) for module in encoder.modules()]
+    parts: list[Tensor] = []
+    encoder.eval()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            for part in [images] if isinstance(images, Tensor) else images:
+                for batch in part.split(batch_size):
+                    h = encoder(batch.to(device).to(dtype) / 255)
+                    parts.append(h.float().cpu())
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not parts:
+        raise ValueError("there are no images")
+    return torch.cat(parts)
+
+
+def _spread(num_rows: int, limit: int) -> Int64s:
+    """Return `limit` ascending places in [0, num_rows), one in each equal run."""
+    if not 0 < limit < num_rows:
+        return np.arange(num_rows)
+    borders = np.arange(limit + 1, dtype=np.int64) * num_rows // limit
+    within = np.random.default_rng(0).random(limit)
+    return borders[:-1] + (within * np.diff(borders)).astype(np.int64)
+
+
+def _by_group(source: Source, rows: Int64s) -> Iterator[tuple[Int64s, Rows]]:
+    """Yield each row group's share of `rows`, and where it belongs: one group in memory at once."""
+    firsts = np.array([group.first_row for group in source.row_groups])
+    owner = np.searchsorted(firsts, rows, side="right") - 1
+    for group in np.unique(owner):
+        places = np.flatnonzero(owner == group)
+        yield places, source.read_rows(rows[places])
+
+
+def _views(rows: Rows, size: int, max_pixels: int) -> list[Pixels | str]:
+    """Return of each row its view, uint8 `[S, S, 3]`, or the reason why there is none."""
+
+    def view(encoded: bytes | None) -> Pixels | str:
+        if encoded is None:
+            return "null"
+        try:
+            return evaluation_view(decode_image(encoded, max_pixels), size)
+        except ImageError as error:
+            return str(error)
+
+    threads = min(DECODE_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(view, rows.images))

@@ -1,0 +1,177 @@
+"""The score table: every row by the same code, so that the baselines are honest.
+
+An encoder's features and raw pixels go through one function: kNN and the linear probe where both
+splits have labels, and what needs no labels always. Shares lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simclr_ray.errors import DataError, RunError
+from simclr_ray.evaluate.features import Split, extract_features
+from simclr_ray.evaluate.knn import knn_scores, top_k_accuracy
+from simclr_ray.evaluate.label_free import label_free
+from simclr_ray.evaluate.linear import fit_linear
+from simclr_ray.experiment import Experiment
+
+PROTOCOLS: Final = ("knn", "linear")
+COLUMNS: Final = (
+    "features", "kNN top-1", "linear top-1", "uniformity", "effective rank", "spread"
+)  # fmt: skip
+LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
+PIXEL_SIDE_PX: Final = 32  # raw pixels of larger views are averaged down: 3,072 features at most
+PIXEL_BLOCK_ROWS: Final = 4_096
+
+
+class Score(NamedTuple):
+    """One row of the table; `None` where a protocol was not asked for or has no labels."""
+
+    name: str
+    knn_top1: float | None
+    linear_top1: float | None
+    uniformity: float
+    effective_rank: float
+    spread: float
+
+
+def score_encoder(
+    name: str,
+    encoder: nn.Module,
+    bank: Split,
+    test: Split | None,
+    experiment: Experiment,
+    protocols: Sequence[str] = PROTOCOLS,
+) -> Score:
+    """Return the scores of a frozen encoder, on the device where its weights are.
+
+    Args:
+        name: what the row is called.
+        encoder: `[m, 3, S, S]` in [0, 1] -> `[m, F]`.
+        bank: what kNN and the probe learn from; without `test`, what label-free metrics see.
+        test: what is scored, label-free metrics included.
+        experiment: settings of the protocols, the precision, and the probe's seed.
+        protocols: of `PROTOCOLS`.
+
+    Raises:
+        DataError: a protocol was asked for and a split has no labels.
+        RunError: the encoder gives values that are no numbers.
+    """
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+
+    def features(split: Split) -> Tensor:
+        h = extract_features(
+            encoder, split.images, experiment.evaluation.batch_size, device, experiment.precision
+        )
+        if not torch.isfinite(h).all():
+            raise RunError(f"{name} gives values that are no numbers: the training has diverged")
+        return h
+
+    bank, test = _usable(bank, test)
+    if test is None:
+        return _score(name, features(bank))
+    return _judge(name, (features(bank), bank), (features(test), test), experiment, protocols)
+
+
+def score_pixels(
+    bank: Split,
+    test: Split | None,
+    experiment: Experiment,
+    protocols: Sequence[str] = PROTOCOLS,
+) -> Score:
+    """Return the scores of the pixels themselves; arguments and `DataError` as above."""
+    name = "raw pixels"
+    bank, test = _usable(bank, test)
+    if test is None:
+        return _score(name, pixels_of(bank.images))
+    return _judge(
+        name,
+        (pixels_of(bank.images), bank),
+        (pixels_of(test.images), test),
+        experiment,
+        protocols,
+    )
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """Return uint8 `[M, 3, S, S]` as features in [0, 1], float32 `[M, 3·min(S, 32)²]`."""
+    side = min(images.shape[-1], PIXEL_SIDE_PX)
+    pixels = torch.empty(len(images), 3 * side**2)
+    for start in range(0, len(images), PIXEL_BLOCK_ROWS):
+        part = images[start : start + PIXEL_BLOCK_ROWS].float() / 255
+        pixels[start : start + len(part)] = F.adaptive_avg_pool2d(part, side).flatten(1)
+    return pixels
+
+
+def cells(score: Score) -> list[str]:
+    """Return a row of the table as text, one cell for each of `COLUMNS`."""
+    shares = ["-" if s is None else f"{100 * s:.1f} %" for s in (score.knn_top1, score.linear_top1)]
+    return [
+        score.name,
+        *shares,
+        f"{score.uniformity:.2f}",
+        f"{score.effective_rank:.1f}",
+        f"{score.spread:.4f}",
+    ]
+
+
+def format_table(scores: Sequence[Score]) -> str:
+    """Return the table as aligned Markdown, which reads well in a terminal too."""
+    rows = [list(COLUMNS), *(cells(score) for score in scores)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = [_line(row, widths) for row in rows]
+    rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines.insert(1, _line(rule, widths))
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    first = row[0].ljust(widths[0])
+    rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    return "| " + " | ".join([first, *rest]) + " |"
+
+
+def _usable(bank: Split, test: Split | None) -> tuple[Split, Split | None]:
+    """Return the labelled rows of both splits, or the bank whole when there is nothing to score."""
+    if test is None:
+        return bank, None
+    bank, test = bank.labelled(), test.labelled()
+    for kind, split in (("bank", bank), ("test", test)):
+        if not len(split.labels):
+            raise DataError(f"the {kind} split has no labelled rows; nothing can be scored on it")
+    return bank, test
+
+
+def _judge(
+    name: str,
+    bank: tuple[Tensor, Split],
+    test: tuple[Tensor, Split],
+    experiment: Experiment,
+    protocols: Sequence[str],
+) -> Score:
+    known, labels = bank[0], bank[1].labels
+    asked, truth = test[0], test[1].labels
+    num_classes = int(max(labels.max(), truth.max())) + 1
+    settings = experiment.evaluation
+    knn = linear = None
+    if "knn" in protocols:
+        k, temperature = settings.knn.k, settings.knn.temperature
+        knn = top_k_accuracy(knn_scores(known, labels, asked, k, temperature, num_classes), truth)
+    if "linear" in protocols:
+        probe = fit_linear(known, labels, num_classes, settings.linear, experiment.seed)
+        linear = top_k_accuracy(probe.logits(asked), truth)
+    return _score(name, asked, knn, linear)
+
+
+def _score(
+    name: str, features: Tensor, knn: float | None = None, linear: float | None = None
+) -> Score:
+    if len(features) > LABEL_FREE_ROWS:
+        places = torch.linspace(0, len(features) - 1, LABEL_FREE_ROWS).round().long()
+        features = features[places]
+    return Score(name, knn, linear, *label_free(features))
