@@ -65,9 +65,10 @@ def test_the_two_forms_differ_when_the_rate_moves() -> None:
     rng = np.random.default_rng(2)
     weight, gradient = rng.normal(size=(2, 4, 4))
     found = []
-    for form in ("authors", "outside"):
+    forms: tuple[Literal["authors", "outside"], ...] = ("authors", "outside")
+    for form in forms:
         parameter = nn.Parameter(torch.from_numpy(weight.copy()))
-        optimizer = LARS([parameter], lr=1.0, momentum_form=form)  # type: ignore[arg-type] # loop
+        optimizer = LARS([parameter], lr=1.0, momentum_form=form)
         for rate in (1.0, 0.1):
             optimizer.param_groups[0]["lr"] = rate
             parameter.grad = torch.from_numpy(gradient)

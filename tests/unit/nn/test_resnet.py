@@ -65,7 +65,7 @@ def test_each_depth_maps_tiny_images_to_finite_features_and_gradients(
 def test_spatial_size_shrinks_by_32_or_by_8_for_the_cifar_stem() -> None:
     for stem, shrink in (("imagenet", 32), ("cifar", 8), ("strided", 16)):
         encoder = ResNet(18, 1 / 16, stem)  # type: ignore[arg-type] # a loop over literals
-        sizes = []
+        sizes: list[int] = []
         encoder.blocks.register_forward_hook(lambda _m, _i, out, s=sizes: s.append(out.shape[2]))
         encoder(torch.rand(2, 3, 64, 64))
         assert sizes == [64 // shrink]
