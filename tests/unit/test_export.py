@@ -124,13 +124,9 @@ def test_the_folder_holds_weights_a_card_and_a_program_and_nothing_pickled(
 ) -> None:
     folder = registered.folder
     assert {p.name for p in folder.iterdir()} == {export.WEIGHTS, export.CARD, export.PROGRAM}
-    pickles = [
-        info.filename
-        for info in zipfile.ZipFile(folder / export.PROGRAM).infolist()
-        if zipfile.ZipFile(folder / export.PROGRAM).read(info)[:1] == b"\x80" and info.file_size > 2
-        and info.filename.endswith((".pt", ".pkl"))
-    ]  # fmt: skip
-    assert pickles == []
+    with zipfile.ZipFile(folder / export.PROGRAM) as archive:
+        for item in archive.infolist():  # torch.save archives and pickles end so; this one is empty
+            assert not item.filename.endswith((".pt", ".pkl")) or item.file_size == 0
     card = json.loads((folder / export.CARD).read_text())
     assert card["encoder"] == cfg.to_tree(CONFIG)
     assert (card["format"], card["size"]) == (1, SIZE)
@@ -305,8 +301,10 @@ def test_embedding_through_registry_folder_and_run_folder_is_the_same(
     assert export.embed_images(registered.folder, []).shape == (0, want.shape[1])
 
 
-def test_a_second_version_takes_the_alias_and_the_first_stays(tmp_path: Path) -> None:
-    tracker = Tracker.open(Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db"), "unused")
+def test_a_second_version_takes_the_alias_and_the_first_stays(
+    registered: Registered, tmp_path: Path
+) -> None:
+    tracker = Tracker.open(Tracking(uri=registered.uri), "unused")
     run = tracker.start_run("run", params={}, tags={})
     encoder = trained_encoder()
     versions = []
@@ -316,14 +314,14 @@ def test_a_second_version_takes_the_alias_and_the_first_stays(tmp_path: Path) ->
         write(tmp_path / "e", encoder)
         versions.append(
             export.register(
-                tmp_path / "e", run, name="m", alias="champion", example=picture(0), tags={}
+                tmp_path / "e", run, name="two", alias="champion", example=picture(0), tags={}
             )
         )
     version = versions[-1]
-    assert (version.name, version.version, version.uri) == ("m", 2, "models:/m/2")
+    assert (version.name, version.version, version.uri) == ("two", 2, "models:/two/2")
     first, second = (
         next(export.load_encoder(w, tracking_uri=tracker.uri).parameters())
-        for w in ("models:/m/1", "models:/m@champion")
+        for w in ("models:/two/1", "models:/two@champion")
     )
     torch.testing.assert_close(second, 2 * first, rtol=0, atol=0)
 
@@ -343,7 +341,7 @@ def test_a_reserved_alias_is_refused_before_anything_is_stored(registered: Regis
         export.register(
             registered.folder, run, name="new", alias="latest", example=picture(0), tags={}
         )
-    assert [m.name for m in client.search_registered_models()] == ["m"]
+    assert "new" not in [m.name for m in client.search_registered_models()]
 
 
 @pytest.mark.slow
