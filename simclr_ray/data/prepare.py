@@ -202,10 +202,15 @@ def _finished(
     others = [name for name in parquet if name not in {shard_name(i) for i in found}]
     if not others:
         return found
-    if not overwrite or not all(name.startswith("part-") for name in others):
+    foreign = [name for name in others if not name.startswith("part-")]
+    if foreign:
+        raise DataError(
+            f"{out} holds {foreign[0]}, which is no shard of ours; choose another folder"
+        )
+    if not overwrite:
         raise DataError(
             f"{out} holds {others[0]}, which is of another dataset or of other settings; "
-            "choose an empty folder" + ("" if overwrite else ", or start over with overwrite")
+            "choose an empty folder, or start over with overwrite"
         )
     if MANIFEST in present:
         fs.delete_file(present[MANIFEST])

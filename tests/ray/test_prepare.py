@@ -1,0 +1,218 @@
+"""`prepare` writes whole shards of shuffled pictures, says what it left out, and can be killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from simclr_ray.data.decode import decode_image
+from simclr_ray.data.prepare import MANIFEST, Manifest, prepare, read_manifest
+from simclr_ray.data.shapes import CLASS_NAMES, render
+from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError, TooManyBadImages
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+# Prints a line per finished shard, so that the test knows when to kill it.
+KILLED_RUN = """
+import sys
+from simclr_ray.data.prepare import prepare
+import ray
+ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
+prepare("shapes", sys.argv[1], num_images=2400, rows_per_shard=100,
+        on_progress=lambda done, total: print("shard", done, total, flush=True))
+"""
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def shapes(out: Path, **options: object) -> Manifest:
+    return prepare("shapes", str(out), num_images=60, rows_per_shard=25, **options)  # type: ignore[arg-type]  # any option of prepare
+
+
+def test_shapes_become_shuffled_shards_with_a_manifest(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    manifest = shapes(tmp_path, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert manifest == read_manifest(str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        MANIFEST,
+        *(f"part-0000{i}.parquet" for i in range(3)),
+    ]
+    source = Source.open(str(tmp_path))
+    assert (manifest.num_rows, manifest.class_names) == (60, CLASS_NAMES)
+    assert manifest.fingerprint == source.fingerprint
+    assert (source.has_ids, source.has_labels, source.class_names) == (True, True, CLASS_NAMES)
+    ids = source.ids()
+    assert sorted(ids) == list(range(60))
+    assert not (np.diff(ids) > 0).all()
+    np.testing.assert_array_equal(source.labels(), ids % 10)
+    rows = source.read_group(1)
+    assert rows.images[0] is not None
+    np.testing.assert_array_equal(
+        decode_image(rows.images[0]), render(int(rows.ids[0]), seed=0).pixels
+    )
+
+
+def test_the_stored_schema_is_the_one_that_readers_are_promised(tmp_path: Path) -> None:
+    shapes(tmp_path)
+    file = pq.ParquetFile(tmp_path / "part-00000.parquet")
+    schema = file.schema_arrow
+    assert [(f.name, str(f.type)) for f in schema] == [
+        ("id", "int64"),
+        ("image", "binary"),
+        ("label", "int64"),
+    ]
+    assert schema.metadata[b"schema_version"] == b"1"
+    assert json.loads(schema.metadata[b"class_names"]) == list(CLASS_NAMES)
+    assert file.metadata.row_group(0).column(1).compression == "UNCOMPRESSED"
+
+
+def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        shapes(tmp_path / name, seed=seed)
+    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+    assert shards(tmp_path / "a").keys() == shards(tmp_path / "c").keys()
+    assert shards(tmp_path / "a") != shards(tmp_path / "c")
+
+
+def test_a_killed_run_leaves_whole_shards_that_the_next_run_keeps(
+    tmp_path: Path, ray_cluster: str
+) -> None:
+    out = tmp_path / "out"
+    root = Path(__file__).parents[2]
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED_RUN, str(out), ray_cluster],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("shard 3"):
+            break
+    run.send_signal(signal.SIGKILL)
+    run.stdout.close()
+    assert run.wait() == -signal.SIGKILL
+    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    assert 3 <= len(finished) < 24
+    assert not (out / MANIFEST).exists()
+
+    told: list[int] = []
+    again = prepare(
+        "shapes",
+        str(out),
+        num_images=2400,
+        rows_per_shard=100,
+        on_progress=lambda done, _total: told.append(done),
+    )
+    assert told[0] >= len(finished)
+    assert {n: (out / n).stat().st_mtime_ns for n in finished} == finished
+    undisturbed = prepare("shapes", str(tmp_path / "other"), num_images=2400, rows_per_shard=100)
+    assert again == undisturbed
+    assert shards(out) == shards(tmp_path / "other")
+    assert (out / MANIFEST).read_bytes() == (tmp_path / "other" / MANIFEST).read_bytes()
+
+
+def test_a_finished_set_is_not_written_again_and_a_lost_shard_is(tmp_path: Path) -> None:
+    first = shapes(tmp_path)
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert shapes(tmp_path) == first
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+    (tmp_path / "part-00001.parquet").unlink()
+    (tmp_path / ".part-00001.parquet.abc.tmp").write_bytes(b"half")
+    told: list[int] = []
+    assert shapes(tmp_path, on_progress=lambda done, _total: told.append(done)) == first
+    assert told == [2, 3]
+    assert {p.name for p in tmp_path.iterdir()} == set(before)
+    assert (tmp_path / "part-00000.parquet").stat().st_mtime_ns == before["part-00000.parquet"]
+
+
+def test_other_settings_are_refused_unless_told_to_start_over(tmp_path: Path) -> None:
+    shapes(tmp_path)
+    before = shards(tmp_path)
+    with pytest.raises(DataError, match=r"of another dataset or of other settings.*overwrite"):
+        shapes(tmp_path, seed=1)
+    assert shards(tmp_path) == before
+    fresh = shapes(tmp_path, seed=1, overwrite=True)
+    assert fresh.fingerprint == Source.open(str(tmp_path)).fingerprint
+    assert shards(tmp_path) != before
+    (tmp_path / "mine.parquet").write_bytes(b"a file of the user's")
+    with pytest.raises(DataError, match=r"holds mine\.parquet"):
+        shapes(tmp_path, seed=2, overwrite=True)
+    assert (tmp_path / "mine.parquet").exists()
+
+
+def test_an_output_inside_its_input_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="lies inside"):
+        prepare(str(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(DataError, match="lies inside"):
+        prepare(str(tmp_path), str(tmp_path))
+
+
+def test_bad_pictures_are_named_in_the_manifest_or_stop_the_run(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    for i in range(20):
+        (given / f"{i:02d}.png").write_bytes(_png(i))
+    (given / "03.png").write_bytes(b"<html>")
+    (given / "11.png").write_bytes(_png(11)[:-30])
+    with pytest.raises(TooManyBadImages, match=r"2 of 20 pictures.*5\.00%") as refusal:
+        prepare(str(given), str(tmp_path / "out"), max_bad_share=0.05)
+    assert "03.png: not an image" in str(refusal.value)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    manifest = prepare(str(given), str(tmp_path / "out"), max_bad_share=0.1)
+    assert [tuple(r) for r in manifest.rejected] == [
+        (3, "03.png", "not an image"),
+        (11, "11.png", "truncated"),
+    ]
+    assert read_manifest(str(tmp_path / "out")) == manifest
+    source = Source.open(str(tmp_path / "out"))
+    assert sorted(source.ids()) == [i for i in range(20) if i not in (3, 11)]
+    assert not source.has_labels
+    rows = source.read_group(0)
+    files = sorted(given.glob("*.png"))
+    assert rows.images == [files[int(i)].read_bytes() for i in rows.ids]
+
+
+def test_real_photographs_keep_their_bytes(tmp_path: Path, pictures: Path) -> None:
+    given = Source.open(str(pictures / "caltech101" / "test"))
+    prepare(given.uri, str(tmp_path), rows_per_shard=300)
+    stored = Source.open(str(tmp_path))
+    assert (stored.num_rows, stored.class_names) == (given.num_rows, given.class_names)
+    some = np.arange(0, stored.num_rows, 50)
+    rows = stored.read_rows(some)
+    original = given.read_rows(rows.ids)
+    assert rows.images == original.images
+    np.testing.assert_array_equal(rows.labels, original.labels)
+
+
+def test_every_odd_row_is_stored_or_named(tmp_path: Path, pictures: Path) -> None:
+    odd = pictures / "odd"
+    bad = prepare(str(odd / "some_bad_images.parquet"), str(tmp_path / "bad"), max_bad_share=0.05)
+    assert [r.id for r in bad.rejected] == [10, 20, 50]
+    nulls = prepare(str(odd / "null_images.parquet"), str(tmp_path / "nulls"), max_bad_share=0.1)
+    assert {r.reason for r in nulls.rejected} == {"no image"}
+    bomb = prepare(str(odd / "bomb_inside.parquet"), str(tmp_path / "bomb"))
+    assert bomb.rejected[0].reason == "too many pixels: 30000x30000"
+    with pytest.raises(TooManyBadImages, match="100 of 100"):
+        prepare(str(odd / "all_bad_images.parquet"), str(tmp_path / "all"), max_bad_share=1.0)
+
+
+def _png(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(render(seed, 0).pixels).save(out, "PNG")
+    return out.getvalue()
