@@ -135,7 +135,7 @@ def evaluate(
 def register(
     run: Annotated[str, typer.Argument(help="A run folder or its URI.")],
     name: Annotated[str, typer.Argument(help="Registered model.")],
-    alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "latest",
+    alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "newest",
 ) -> None:
     """Register a run's newest checkpoint in MLflow's model registry."""
     from simclr_ray.pipeline import register_run
