@@ -182,15 +182,7 @@ def _finished(
 
     Only names that `prepare` gives are ever deleted, and finished ones only with `overwrite`.
     """
-    fs.create_dir(folder, recursive=True)
-    present = {
-        info.base_name: info.path
-        for info in fs.get_file_info(pafs.FileSelector(folder))
-        if info.type == pafs.FileType.File
-    }
-    for name, path in present.items():
-        if name.startswith((".part-", f".{MANIFEST}")) and name.endswith(".tmp"):
-            fs.delete_file(path)  # what a killed run left half-written
+    present = _present(fs, folder)
     parquet = {n: p for n, p in present.items() if n.endswith(".parquet") and n[0] not in "._"}
     found: dict[int, ShardReport] = {}
     for shard in shards:
@@ -217,6 +209,19 @@ def _finished(
     for name in others:
         fs.delete_file(parquet[name])
     return found
+
+
+def _present(fs: pafs.FileSystem, folder: str) -> dict[str, str]:
+    """Return the files of the folder by name, after removing what a killed run left half-written."""
+    fs.create_dir(folder, recursive=True)
+    present = {}
+    for info in fs.get_file_info(pafs.FileSelector(folder)):
+        name = info.base_name
+        if name.startswith((".part-", f".{MANIFEST}")) and name.endswith(".tmp"):
+            fs.delete_file(info.path)
+        elif info.type == pafs.FileType.File:
+            present[name] = info.path
+    return present
 
 
 def _write_all(
