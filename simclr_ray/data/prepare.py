@@ -212,7 +212,7 @@ def _finished(
 
 
 def _present(fs: pafs.FileSystem, folder: str) -> dict[str, str]:
-    """Return the files of the folder by name, after removing what a killed run left half-written."""
+    """Return the files of the folder by name; what a killed run left half-written is removed."""
     fs.create_dir(folder, recursive=True)
     present = {}
     for info in fs.get_file_info(pafs.FileSelector(folder)):
