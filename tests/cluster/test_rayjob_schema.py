@@ -146,9 +146,8 @@ def test_ray_derives_a_gpu_group_and_a_data_group_without_gpu(job: Tree) -> None
     assert "data" not in types["gpu"]["resources"]
     assert types["data"]["resources"]["data"] >= 1
     assert "GPU" not in types["data"]["resources"]
-    for group in ("gpu", "data"):
-        assert types[group]["min_workers"] == 0
-        assert types[group]["max_workers"] == 4
+    assert (types["gpu"]["min_workers"], types["gpu"]["max_workers"]) == (4, 4)
+    assert (types["data"]["min_workers"], types["data"]["max_workers"]) == (1, 4)
 
 
 def test_the_token_comes_from_a_secret(job: Tree) -> None:
