@@ -38,6 +38,7 @@ __all__ = ["Finding", "run_checks"]
 # and whether an object that one node pickles can be read on the next.
 COMPARED: Final = ("ray", "torch", "torchvision", "pyarrow", "numpy", PACKAGE)
 NODE_TIMEOUT_S: Final = 180.0  # a first task on a loaded machine imports torch for a minute
+KNOCK_TIMEOUT_S: Final = 10.0
 MOST: Final = 4  # processes of the gradient check, all on this machine; more show nothing new
 PARITY_BOUND: Final = 1e-9  # float64; rounding alone gives some 1e-13 (design, load-bearing 3)
 
@@ -270,6 +271,7 @@ def _connect() -> None:
 
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        _knock(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         return
     ray.init(
@@ -279,6 +281,13 @@ def _connect() -> None:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
 
 
 def _selfcheck(num_workers: int) -> float:

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from simclr_ray import doctor, machine
@@ -135,6 +136,20 @@ def test_a_run_that_does_not_fit_is_told_the_number_of_workers_that_does() -> No
     assert "scaling.num_workers to 3" in too_many.advice
 
 
+def test_an_address_where_nothing_listens_is_found_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ray.is_initialized():
+        pytest.skip("this process is connected to a cluster")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    (finding,) = doctor.check_cluster(str(tmp_path), num_workers=2)
+    assert finding.status == "fail"
+    assert address in finding.detail
+    assert "RAY_ADDRESS" in finding.advice
+
+
 def test_nodes_that_are_alike_pass() -> None:
     (finding,) = doctor.compare_nodes([node("a"), node("b"), node("c")])
     assert finding.status == "ok"
@@ -230,6 +245,4 @@ def test_every_check_runs_on_a_live_cluster(
     assert found["gradient"].status == "fail"
     assert "the other process" in found["gradient"].detail
     assert all(f.status == "ok" or f.advice for f in found.values())
-    import ray
-
     assert ray.is_initialized(), "a cluster that the doctor did not start is left running"
