@@ -16,15 +16,16 @@ import typer
 
 from simclr_ray import config as cfg
 from simclr_ray import logs
-from simclr_ray.console import Progress, err, out, show_pairs, show_table
+from simclr_ray.console import Progress, ShardProgress, err, out, show_pairs, show_table
 from simclr_ray.errors import ConfigError, SimclrRayError
-from simclr_ray.experiment import Experiment, preset_names
+from simclr_ray.experiment import Experiment, Preparation, preset_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from simclr_ray.evaluate.table import Score
+    from simclr_ray.evaluation.table import Score
 
+DEMO_TRAIN_IMAGES, DEMO_TEST_IMAGES = 6_000, 2_000
 STOPPED_BY_SYSTEM = 75  # EX_TEMPFAIL: schedulers and shells take it as "try again"
 STOPPED_BY_USER = 130
 
@@ -48,8 +49,8 @@ def prepare(
         str, typer.Argument(metavar="OUT", help="Folder for the shards; made if absent.")
     ],
     options: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]")] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Start over where OUT holds other shards.")
+    overwrite: Annotated[  # noqa: FBT002 - typer makes it a flag
+        bool, typer.Option("--overwrite", help="Start over where OUT holds other shards.")
     ] = False,
 ) -> None:
     """Turn pictures into parquet shards that training reads.
@@ -57,9 +58,20 @@ def prepare(
     Example: simclr-ray prepare ~/pictures data/pictures
     Example: simclr-ray prepare shapes data/shapes num_images=12000
     """
-    from simclr_ray.data import prepare as inputs
+    _prepare(what, to, *(options or []), overwrite=overwrite)
 
-    raise NotImplementedError(inputs, what, to, options, overwrite)
+
+def _prepare(what: str, to: str, *options: str, overwrite: bool = False) -> None:
+    from simclr_ray.data.prepare import prepare as write_shards
+
+    chosen = cfg.validate(Preparation, cfg.apply_overrides({}, options))
+    fields = {name: getattr(chosen, name) for name in type(chosen).model_fields}
+    with ShardProgress(to) as progress:
+        manifest = write_shards(what, to, **fields, overwrite=overwrite, on_progress=progress)
+    out.print(f"{to}: {manifest.num_rows:,} pictures", markup=False)
+    if manifest.rejected:
+        shown = "; ".join(f"{r.name}: {r.reason}" for r in manifest.rejected[:5])
+        out.print(f"left out {len(manifest.rejected)}: {shown}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -82,7 +94,7 @@ def preview(
 def pretrain(
     source: Source,
     overrides: Overrides = None,
-    dry_run: Annotated[
+    dry_run: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")
     ] = False,
 ) -> None:
@@ -105,7 +117,10 @@ def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
     if dry_run:
         return
     from simclr_ray.pipeline import complete
+    from simclr_ray.pretrain import connect
 
+    connect(experiment)
+    signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own handler there
     with Progress() as progress:
         outcome = complete(experiment, on_progress=progress)
     _show_scores(outcome.scores)
@@ -196,8 +211,32 @@ def doctor(
 def demo(
     folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
 ) -> None:
-    """Prepare shapes, pretrain with two workers, judge, register, and show how to use the encoder."""
-    raise NotImplementedError(folder)
+    """Prepare shapes, pretrain with two workers, judge, register, and show its use."""
+    for split, images, seed in (("train", DEMO_TRAIN_IMAGES, 0), ("test", DEMO_TEST_IMAGES, 1)):
+        _prepare("shapes", str(folder / "shapes" / split), f"num_images={images}", f"seed={seed}")
+    experiment = Experiment.load(
+        "shapes_demo",
+        f"data.train={folder / 'shapes' / 'train'}",
+        f"data.test={folder / 'shapes' / 'test'}",
+        f"storage={folder / 'runs'}",
+    )
+    _pretrain(experiment)
+    picture = folder / "shape.png"
+    _write_shape(picture)
+    model = f"models:/{experiment.register_as.name}@{experiment.register_as.alias}"
+    store = f"sqlite:///{(folder / 'runs').resolve()}/mlflow.db"
+    out.print("embed a picture with the registered model:", markup=False)
+    program = Path(sys.argv[0])
+    command = [str(program), "embed", model, str(picture), "--tracking-uri", store]
+    out.print("  " + shlex.join(command), markup=False, soft_wrap=True)
+
+
+def _write_shape(path: Path) -> None:
+    from PIL import Image
+
+    from simclr_ray.data.shapes import render
+
+    Image.fromarray(render(0, 2).pixels).save(path)
 
 
 def _checkpoint_in(run: Path) -> Path:
@@ -214,9 +253,14 @@ def _checkpoint_in(run: Path) -> Path:
 
 
 def _show_scores(scores: Sequence[Score]) -> None:
-    from simclr_ray.evaluate.table import COLUMNS, cells
+    from simclr_ray.evaluation.table import COLUMNS, cells
 
-    show_table("scores", COLUMNS, [cells(score) for score in scores])
+    if any(score.knn_top1 is not None or score.linear_top1 is not None for score in scores):
+        shown = range(3)
+    else:
+        shown = [0, *range(3, len(COLUMNS))]
+    rows = [cells(score) for score in scores]
+    show_table("scores", [COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def main() -> None:

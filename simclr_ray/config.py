@@ -92,7 +92,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
 
 
 def validate(schema: type[ConfigT], tree: Any) -> ConfigT:
-    """Return `tree` as a `schema`, or raise `ConfigError` with one mistake per wrong key or value."""
+    """Return `tree` as a `schema`; raise `ConfigError` with a mistake per wrong key or value."""
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -197,7 +197,7 @@ def _keys_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
     for part in where:
         node = node[part] if isinstance(node, Mapping) and part in node else {}
         annotation = current.model_fields[str(part)].annotation if isinstance(part, str) else None
-        variants = [v for v in _configs_in(annotation)]
+        variants = _configs_in(annotation)
         named = [v for v in variants if _name_of(v) == (node or {}).get("name", _name_of(v))]
         if not (named or variants):
             return []

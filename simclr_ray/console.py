@@ -67,6 +67,33 @@ class Progress:
         err.print(text, soft_wrap=True, markup=False)
 
 
+class ShardProgress:
+    """Shows shards as they are finished."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.shown_at = float("-inf")
+        self.live = Live(console=err, refresh_per_second=4) if err.is_terminal else None
+
+    def __enter__(self) -> ShardProgress:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` shards are finished."""
+        line = f"{self.target}: {done} of {total} shards"
+        if self.live is not None:
+            self.live.update(Text(line))
+        elif done == total or time.monotonic() - self.shown_at >= PLAIN_EVERY_S:
+            self.shown_at = time.monotonic()
+            err.print(line, soft_wrap=True, markup=False)
+
+
 def show_pairs(rows: Mapping[str, str]) -> None:
     """Print name and value, a line each."""
     width = max(map(len, rows), default=0)

@@ -5,6 +5,7 @@ Every function that is a collective says so; all ranks must reach it, on every p
 
 from __future__ import annotations
 
+import inspect
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,12 @@ import torch.distributed as td
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+# torch renamed the option and warns of the old name; older releases know only that one.
+_ddp_options = inspect.signature(DistributedDataParallel.__init__).parameters
+BUFFER_OPTION = next(
+    name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _ddp_options
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -121,7 +128,8 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """
     if not is_distributed():
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    buffers = {BUFFER_OPTION: False}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -137,7 +145,7 @@ def no_gradient_sync(module: nn.Module) -> AbstractContextManager[None]:
 def spawn(
     fn: Callable[Concatenate[int, P], T], num_processes: int, *args: P.args, **kwargs: P.kwargs
 ) -> list[T]:
-    """Return `[fn(rank, *args, **kwargs) for rank in range(num_processes)]`, each in its own process.
+    """Return `fn(rank, *args, **kwargs)` of each rank, run in a process of its own.
 
     The processes are fresh, have one torch thread each, and share a gloo group on loopback.
     `fn` must be importable and its result picklable. Raises what `fn` raised.
@@ -146,8 +154,16 @@ def spawn(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_run_rank, (fn, num_processes, port, results, args, kwargs), num_processes)
-    found: dict[int, T] = dict(results.get() for _ in range(num_processes))
+    ranks = mp.spawn(
+        _run_rank, (fn, num_processes, port, results, args, kwargs), num_processes, join=False
+    )
+    found: dict[int, T] = {}
+    finished = False
+    while not finished:  # drained while they run: a pipe holds 64 KiB, and a rank waits until read
+        finished = ranks.join(timeout=0.05)
+        while not results.empty():
+            index, result = results.get()
+            found[index] = result
     return [found[r] for r in range(num_processes)]
 
 

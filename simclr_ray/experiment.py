@@ -54,6 +54,20 @@ class Data(Config):
     cache_gib: float = Field(2.0, ge=0, description="Decoded-row cache of one node's actors, GiB.")
 
 
+class Preparation(Config):
+    """How `prepare` turns pictures into shards."""
+
+    num_images: int = Field(0, ge=0, description="Keep the first only; 0 keeps all.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the shuffle, and of `shapes`.")
+    split: str = Field("train", min_length=1, description="Of a torchvision dataset.")
+    size: int = Field(32, ge=16, le=1024, description="Side of `shapes` in pixels.")
+    columns: Columns = Columns()
+    rows_per_shard: int = Field(5000, ge=1)
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    max_pixels: int = Field(50_000_000, ge=1)
+    download_folder: str = Field("", description="torchvision's files; empty: a user cache.")
+
+
 class SimCLRViews(Config):
     """The paper's pipeline: crop and resize, flip, colour jitter, grayscale, blur (App. A)."""
 
@@ -121,7 +135,7 @@ class NTXent(Config):
 
     name: Literal["ntxent"] = "ntxent"
     temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
-    normalize: bool = Field(True, description="l2-normalise z (Table 5).")
+    normalize: bool = Field(default=True, description="l2-normalise z (Table 5).")
 
 
 class LARSOptimizer(Config):

@@ -12,8 +12,8 @@ from simclr_ray import checkpoint
 from simclr_ray import config as cfg
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, Mistake
-from simclr_ray.evaluate.features import Split, load_split
-from simclr_ray.evaluate.table import PROTOCOLS, Score, score_encoder, score_pixels
+from simclr_ray.evaluation.features import Split, load_split
+from simclr_ray.evaluation.table import PROTOCOLS, Score, score_encoder, score_pixels
 from simclr_ray.experiment import Experiment
 from simclr_ray.model import SimCLRModel, build_model
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError, Mistake
-from simclr_ray.evaluate.table import Score, format_table
+from simclr_ray.evaluation.table import Score, format_table
 from simclr_ray.experiment import Experiment
 from simclr_ray.export import RegisteredEncoder, register, write_encoder
 from simclr_ray.judge import experiment_of, judge, load_model

@@ -30,7 +30,7 @@ from simclr_ray.data.maker import plan_of
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import CheckpointError, ClusterError, RunError, SimclrRayError
-from simclr_ray.evaluate.online import OnlineEvaluation
+from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.experiment import Experiment
 from simclr_ray.logs import get_logger
 from simclr_ray.model import build_model, build_optimizer

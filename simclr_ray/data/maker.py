@@ -146,7 +146,7 @@ class PartMaker:
     def _check_share(self) -> None:
         found, rows = len(self.reader.bad), self.plan.num_rows
         if found > self.max_bad_share * rows:
-            reasons = sorted({reason for reason in self.reader.bad.values()})
+            reasons = sorted(set(self.reader.bad.values()))
             raise TooManyBadImages(
                 f"{found} of {rows} rows cannot be used, more than data.max_bad_share="
                 f"{self.max_bad_share:g} allows; reasons: {'; '.join(reasons[:5])}; "

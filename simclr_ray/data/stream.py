@@ -29,7 +29,7 @@ MAX_STEPS_PER_CALL = 8
 
 
 class _Actor:
-    """A Ray Data actor around a `PartMaker`; it gets numbers from 0 and makes steps from `start`."""
+    """A Ray Data actor around a `PartMaker`: it gets numbers from 0, and adds `start`."""
 
     def __init__(
         self, start: int, experiment: Experiment, source: Source, places: tuple[int, int]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from simclr_ray.errors import DataError, RunError
-from simclr_ray.evaluate import table
-from simclr_ray.evaluate.features import Split
-from simclr_ray.evaluate.label_free import label_free
-from simclr_ray.evaluate.table import Score, format_table, pixels_of, score_encoder, score_pixels
+from simclr_ray.evaluation import table
+from simclr_ray.evaluation.features import Split
+from simclr_ray.evaluation.label_free import label_free
+from simclr_ray.evaluation.table import Score, format_table, pixels_of, score_encoder, score_pixels
 from simclr_ray.experiment import KNN, Data, Evaluation, Experiment, Linear
 
 EXPERIMENT = Experiment(

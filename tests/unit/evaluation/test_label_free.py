@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from simclr_ray.evaluate import label_free
-from simclr_ray.evaluate.label_free import alignment, effective_rank, spread, uniformity
+from simclr_ray.evaluation import label_free
+from simclr_ray.evaluation.label_free import alignment, effective_rank, spread, uniformity
 
 
 def unit(x: np.ndarray) -> np.ndarray:

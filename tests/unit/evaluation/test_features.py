@@ -15,7 +15,7 @@ from torch import nn
 
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
-from simclr_ray.evaluate.features import extract_features, load_split
+from simclr_ray.evaluation.features import extract_features, load_split
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 
 SIDE = 8

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simclr_ray.errors import DataError, RunError
-from simclr_ray.evaluate.features import Split, extract_features
-from simclr_ray.evaluate.knn import knn_scores, top_k_accuracy
-from simclr_ray.evaluate.label_free import label_free
-from simclr_ray.evaluate.linear import fit_linear
+from simclr_ray.evaluation.features import Split, extract_features
+from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
+from simclr_ray.evaluation.label_free import label_free
+from simclr_ray.evaluation.linear import fit_linear
 from simclr_ray.experiment import Experiment
 
 PROTOCOLS: Final = ("knn", "linear")

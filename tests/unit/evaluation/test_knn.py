@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from simclr_ray.evaluate import knn
-from simclr_ray.evaluate.knn import knn_scores, top_k_accuracy
+from simclr_ray.evaluation import knn
+from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 
 
 def clouds(seed: int, rows: int, classes: int = 5, dim: int = 12) -> tuple[torch.Tensor, ...]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from simclr_ray.evaluate.knn import top_k_accuracy
-from simclr_ray.evaluate.linear import fit_linear
+from simclr_ray.evaluation.knn import top_k_accuracy
+from simclr_ray.evaluation.linear import fit_linear
 from simclr_ray.experiment import Linear
 
 CFG = Linear(epochs=40, batch_size=64, learning_rate=0.1)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from simclr_ray import dist
 from simclr_ray.data.maker import two_views
 from simclr_ray.data.source import Source
-from simclr_ray.evaluate.features import extract_features, load_split
-from simclr_ray.evaluate.knn import knn_scores, top_k_accuracy
-from simclr_ray.evaluate.label_free import alignment, effective_rank, uniformity
+from simclr_ray.evaluation.features import extract_features, load_split
+from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
+from simclr_ray.evaluation.label_free import alignment, effective_rank, uniformity
 from simclr_ray.experiment import Experiment
 from simclr_ray.model import SimCLRModel
 
