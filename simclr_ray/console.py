@@ -53,7 +53,8 @@ class Progress:
         left = (time.monotonic() - self.began) / done * (total - step) if done else 0.0
         line = (
             f"epoch {record['epoch']:6.2f}  step {step}/{total}  "
-            f"loss {record['train/mean_loss']:.4f}  acc {record['train/contrastive_accuracy']:.2f}  "
+            f"loss {record['train/mean_loss']:.4f}  "
+            f"acc {record['train/contrastive_accuracy']:.2f}  "
             f"{record['train/images_per_s']:,.0f} images/s  "
             f"left {_clock(left)}  data wait {record['train/data_wait_share']:.0%}{self.scores}"
         )

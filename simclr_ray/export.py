@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from simclr_ray import checkpoint
 from simclr_ray import model as networks
 from simclr_ray.data import decode
 from simclr_ray.errors import CheckpointError, SimclrRayError
@@ -148,7 +149,8 @@ def load_encoder(where: str | Path, *, tracking_uri: str = "") -> nn.Module:
     """Return an encoder in eval mode, [N, 3, H, W] in [0, 1] -> [N, F].
 
     Args:
-        where: a folder with `encoder.json` in it or in its `encoder/`, or a registered model:
+        where: a checkpoint, a folder with `encoder.json` in it or in its `encoder/`, or a
+            registered model:
             `models:/name@alias`, `models:/name/3`, `models:/name/latest`.
         tracking_uri: store of the registry; empty: $MLFLOW_TRACKING_URI, else SQLite in `runs`.
 
@@ -156,8 +158,18 @@ def load_encoder(where: str | Path, *, tracking_uri: str = "") -> nn.Module:
         CheckpointError: there is no whole encoder.
         TrackingError: there is no such model, or the store cannot be reached.
     """
+    if (Path(where) / checkpoint.RECORD).is_file():
+        return _checkpoint_encoder(Path(where))
     with tempfile.TemporaryDirectory() as scratch:
         return read_encoder(_encoder_folder(where, Path(scratch), tracking_uri))
+
+
+def _checkpoint_encoder(folder: Path) -> nn.Module:
+    kept = checkpoint.read(folder)
+    tree = kept.record["experiment"]
+    encoder = networks.encoder_from_tree(tree["encoder"], size=tree["augment"]["size"])
+    checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
+    return encoder.float().eval().requires_grad_(requires_grad=False)
 
 
 def embed_images(

@@ -1,0 +1,1 @@
+"""Benchmarks: one script per hot part; results are stored in `results/`."""
