@@ -256,7 +256,7 @@ def _show_scores(scores: Sequence[Score]) -> None:
     from simclr_ray.evaluation.table import COLUMNS, cells
 
     if any(score.knn_top1 is not None or score.linear_top1 is not None for score in scores):
-        shown = range(3)
+        shown = [0, 1, 2]
     else:
         shown = [0, *range(3, len(COLUMNS))]
     rows = [cells(score) for score in scores]

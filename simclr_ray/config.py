@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from simclr_ray.errors import ConfigError, Mistake
 
@@ -53,7 +54,7 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
     """Return `tree` as a YAML 1.2 document, keys in the order given."""
     out = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
+    setattr(yaml, "default_flow_style", False)  # noqa: B010 - typed by its default, None
     yaml.sort_base_mapping_type_on_output = False
     yaml.dump(dict(tree), out)
     return out.getvalue()
@@ -183,9 +184,9 @@ def _without_tags(tree: Any, loc: Where) -> Where:
         if isinstance(node, Mapping) and part not in node and not last:
             continue
         kept.append(part)
-        if (isinstance(node, Mapping) and part in node) or (
-            isinstance(node, list) and isinstance(part, int) and part < len(node)
-        ):
+        if isinstance(node, Mapping):
+            node = node.get(part, {})
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
             node = node[part]
     return tuple(kept)
 

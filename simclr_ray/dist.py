@@ -6,6 +6,7 @@ Every function that is a collective says so; all ranks must reach it, on every p
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +15,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as td
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn as spawn_processes
 from torch.nn.parallel import DistributedDataParallel
 
 # torch renamed the option and warns of the old name; older releases know only that one.
@@ -128,7 +129,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """
     if not is_distributed():
         return module
-    buffers = {BUFFER_OPTION: False}
+    buffers: dict[str, Any] = {BUFFER_OPTION: False}
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)
 
 
@@ -153,8 +154,8 @@ def spawn(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    ranks = mp.spawn(
+    results = multiprocessing.get_context("spawn").SimpleQueue()
+    ranks = spawn_processes(  # type: ignore[no-untyped-call]
         _run_rank, (fn, num_processes, port, results, args, kwargs), num_processes, join=False
     )
     found: dict[int, T] = {}
@@ -177,7 +178,8 @@ def _run_rank(
     kwargs: dict[str, Any],
 ) -> None:
     torch.set_num_threads(1)
-    store = td.TCPStore("127.0.0.1", port, num_processes, index == 0, timedelta(seconds=120))
+    store = td.TCPStore(  # type: ignore[attr-defined] # public, but exported at run time
+        "127.0.0.1", port, num_processes, index == 0, timedelta(seconds=120))
     td.init_process_group(
         "gloo", store=store, rank=index, world_size=num_processes, timeout=timedelta(seconds=120)
     )

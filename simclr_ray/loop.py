@@ -143,9 +143,9 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return nullcontext()
 
 
-def place(model: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
-    """Return `model` on `device` in the dtype and memory format that `train` feeds it."""
-    return model.to(device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)
+def place(model: nn.Module, device: torch.device, precision: Precision) -> None:
+    """Move `model` in place to `device`, in the dtype and memory format that `train` feeds it."""
+    model.to(device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)
 
 
 class _Meter:

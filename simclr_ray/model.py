@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import torch
 import torchvision
@@ -56,15 +56,18 @@ def build_model(experiment: Experiment) -> SimCLRModel:
         encoder = build_encoder(
             experiment.encoder, experiment.batch_norm, size=experiment.augment.size
         )
-        features = int(encoder.feature_dim)
+        features = feature_dim(encoder)
         norm = partial(GlobalBatchNorm, momentum=experiment.batch_norm.momentum)
+        head: nn.Module
         match experiment.head:
             case NoHead():
-                head: nn.Module = nn.Identity()
+                head = nn.Identity()
             case LinearHead() as c:
                 head = linear_head(features, c.dim, norm)
             case MLPHead() as c:
                 head = mlp_head(features, c.dim, c.layers, c.hidden, norm)
+            case _ as never:
+                assert_never(never)
     return SimCLRModel(encoder, head)
 
 
@@ -125,8 +128,16 @@ def build_optimizer(
 
 def encoder_from_tree(tree: dict[str, object], *, size: int = 224) -> nn.Module:
     """Return the encoder that a stored config tree (`encoder: …`) describes."""
-    named = ResNetEncoder if tree.get("name") == "resnet" else TorchvisionEncoder
-    return build_encoder(cfg.validate(named, tree), size=size)
+    if tree.get("name") == "resnet":
+        return build_encoder(cfg.validate(ResNetEncoder, tree), size=size)
+    return build_encoder(cfg.validate(TorchvisionEncoder, tree), size=size)
+
+
+def feature_dim(encoder: nn.Module) -> int:
+    """Return F of an encoder that was built here."""
+    features = encoder.feature_dim
+    assert isinstance(features, int)
+    return features
 
 
 def _torchvision_backbone(name: str, size: int, momentum: float) -> nn.Module:

@@ -76,9 +76,9 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         lr, inside = group["lr"], group["momentum_form"] == "authors"
-        raw = [p.grad for p in params]
+        raw = [p.grad for p in params if p.grad is not None]
         buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
-        decayed = torch._foreach_add(raw, params, alpha=group["weight_decay"])
+        decayed = list(torch._foreach_add(raw, params, alpha=group["weight_decay"]))
         if group["adapt"]:
             ratios = self._ratios(params, raw, decayed, group)
             torch._foreach_mul_(decayed, ratios)

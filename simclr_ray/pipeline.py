@@ -13,8 +13,10 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError, Mistake
 from simclr_ray.evaluation.table import Score, format_table
 from simclr_ray.experiment import Experiment
-from simclr_ray.export import RegisteredEncoder, register, write_encoder
+from simclr_ray.export import register, write_encoder
 from simclr_ray.judge import experiment_of, judge, load_model
+from simclr_ray.mlflow_store import RegisteredEncoder
+from simclr_ray.model import feature_dim
 from simclr_ray.pretrain import CONFIG_FILE, METRICS, RUN_FILE, Progress, Run, pretrain
 from simclr_ray.report import draw_curves, draw_views
 from simclr_ray.storage import RunFolder
@@ -97,7 +99,7 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
             model.encoder,
             config=cfg.to_tree(experiment)["encoder"],
             size=experiment.augment.size,
-            feature_dim=int(model.encoder.feature_dim),
+            feature_dim=feature_dim(model.encoder),
         )
         folder.put_folder(target, "encoder")
         tags: dict[str, str | int | float] = {

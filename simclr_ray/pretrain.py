@@ -8,6 +8,7 @@ experiment's name and digest, so the same command continues it from the newest w
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import threading
@@ -104,27 +105,27 @@ def connect(experiment: Experiment) -> None:
     if not os.environ["RAY_AUTH_MODE"]:
         del os.environ["RAY_AUTH_MODE"]
     if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level="ERROR", log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return
     # logical CPUs may exceed cores: workers and decode actors share them by time
     scaling = experiment.scaling
     wanted = scaling.num_workers * (
         scaling.cpus_per_worker + scaling.data_actors_per_worker * scaling.cpus_per_data_actor
     )
-    context = ray.init(
+    ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, int(wanted) + 2),
         object_store_memory=2**30,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         log_to_driver=False,
     )
     # Ray Train's helpers find the cluster by this, where several run on one machine
-    os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def _check_cluster(experiment: Experiment) -> None:
     scaling = experiment.scaling
-    cluster = ray.cluster_resources()
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
     cpus = scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
     gpus = scaling.num_workers * scaling.gpus_per_worker
@@ -361,7 +362,8 @@ def _train(config: dict[str, Any]) -> None:
     _set_threads(experiment, context.get_local_world_size())
     keep_freed_memory()
 
-    model = loop.place(build_model(experiment), device, experiment.precision)
+    model = build_model(experiment)
+    loop.place(model, device, experiment.precision)
     optimizer = build_optimizer(model, experiment.optimizer)
     start = _restore(folder, model, optimizer)
     total = experiment.total_steps(source.num_rows)
@@ -388,7 +390,7 @@ def _train(config: dict[str, Any]) -> None:
         name = dist.broadcast_text(checkpoint.new_name(step))
         if rank == 0:
             local = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / name
-            tensors = checkpoint.pack(dist.unwrap(parallel), optimizer)
+            tensors = checkpoint.pack(model, optimizer)
             checkpoint.write(local, step, tensors, _record_of(experiment, source))
             kept = ray.train.Checkpoint.from_directory(local)
         ray.train.report({"step": step}, checkpoint=kept, checkpoint_dir_name=name)
@@ -396,7 +398,7 @@ def _train(config: dict[str, Any]) -> None:
     def epoch_end(epoch: int, step: int) -> None:
         every = experiment.evaluation.every_epochs
         if every and (epoch % every == 0 or step == total):
-            scores = evaluation(dist.unwrap(parallel), device)
+            scores = evaluation(model, device)
             if rank == 0:
                 inbox.put({"step": step, "epoch": epoch, "total": total, **scores})
         if epoch % experiment.checkpoint.every_epochs == 0 or step == total:

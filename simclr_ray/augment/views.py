@@ -203,7 +203,6 @@ def _by_shape(images: Pictures) -> list[tuple[NDArray[np.int64], Tensor]]:
         # above 64 px one picture a product is faster than a batch of sparse matrices
         parts = [rows] if max(shape[:2]) <= 64 else [[row] for row in rows]
         for part in parts:
-            stacked = np.stack([decoded[row] for row in part])
-            pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-            groups.append((np.array(part), pixels))
+            stacked = torch.from_numpy(np.stack([decoded[row] for row in part]))
+            groups.append((np.array(part), stacked.permute(0, 3, 1, 2).contiguous()))
     return groups

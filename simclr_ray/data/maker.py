@@ -132,7 +132,7 @@ class PartMaker:
         return Batch(step, a, b, torch.from_numpy(ids), torch.tensor(bad, dtype=torch.int64))
 
     def _stand_in(self, row: int, place: int, step: int) -> Picture:
-        batch = set(self.plan.rows(step).tolist())
+        batch: set[int] = set(self.plan.rows(step).tolist())
         epoch = self.plan.epoch_of(step)
         for attempt in range(MAX_ATTEMPTS):
             candidate = replacement(row, place, batch, attempt, plan=self.plan, epoch=epoch)

@@ -9,7 +9,7 @@ each row group is read once an epoch and in one piece, and the batch is the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -124,7 +124,7 @@ def _window(plan: BatchPlan, epoch: int, start: int, stop: int) -> Rows:
 
 
 def replacement(
-    row: int, place: int, batch: Sequence[int] | Rows, attempt: int, *, plan: BatchPlan, epoch: int
+    row: int, place: int, batch: Collection[int], attempt: int, *, plan: BatchPlan, epoch: int
 ) -> int:
     """Return the row that stands in for an unusable `row`, or -1 if this attempt names none.
 

@@ -76,7 +76,7 @@ class _GlobalNorm(torch.autograd.Function):
     """Normalise with joint statistics; the native eval-mode kernels do the passes over x."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor,
         weight: Tensor,
@@ -101,7 +101,7 @@ class _GlobalNorm(torch.autograd.Function):
         return out, mean, variance, count
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, variance, count = ctx.saved_tensors  # type: ignore[attr-defined]

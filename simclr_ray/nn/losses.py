@@ -120,12 +120,12 @@ class _NTXent(torch.autograd.Function):
     """The streaming core on this rank's prepared rows."""
 
     @staticmethod
-    def forward(  # type: ignore[override] # autograd passes the arguments of apply
+    def forward(
         ctx: torch.autograd.function.FunctionCtx, z: Tensor, temperature: float, counts: list[int]
     ) -> Tensor:
         n, total = len(z) // 2, sum(counts)
         # [2N, D]: all ranks' view 1, then all ranks' view 2
-        everyone = torch.cat([dist.all_gather_rows(half, counts) for half in z.detach().split(n)])
+        everyone = torch.cat([dist.all_gather_rows(half, counts) for half in z.detach().chunk(2)])
         first = sum(counts[: dist.rank()])
         mine = torch.arange(first, first + n, device=z.device)
         own = torch.cat([mine, mine + total])  # [2n], where this rank's rows stand in `everyone`
@@ -133,13 +133,13 @@ class _NTXent(torch.autograd.Function):
         rows = z.detach() / temperature
         lse = _row_log_sum_exp(rows, everyone, own)  # [2n]
         aligned = (rows * everyone[positive]).sum(1)
-        halves = [dist.all_gather_rows(half, counts) for half in lse.split(n)]
+        halves = [dist.all_gather_rows(half, counts) for half in lse.chunk(2)]
         ctx.save_for_backward(z, everyone, lse, torch.cat(halves), own, positive)
         ctx.temperature, ctx.total = temperature, total  # type: ignore[attr-defined]
         return (lse - aligned).sum() * (dist.world_size() / (2 * total))
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor, None, None]:
         z, everyone, lse, all_lse, own, positive = ctx.saved_tensors  # type: ignore[attr-defined]
