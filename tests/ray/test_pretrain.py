@@ -1,0 +1,191 @@
+"""Whole runs under Ray Train: the same experiment on any number of workers, stops and kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from simclr_ray import config as cfg
+from simclr_ray.checkpoint import newest, read
+from simclr_ray.errors import CheckpointError, TooManyBadImages
+from simclr_ray.experiment import Experiment
+from simclr_ray.pretrain import Run, pretrain
+from tests.ray.pictures import write_shapes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NUM_IMAGES, BATCH_SIZE, EPOCHS = 330, 32, 3  # 10 steps an epoch, the tail dropped
+Losses = dict[int, float]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pretrain")
+    write_shapes(path / "train.parquet", NUM_IMAGES, row_group_size=100)
+    write_shapes(path / "test.parquet", 60)
+    return path
+
+
+def tree_of(folder: Path, storage: str, workers: int, precision: str) -> dict[str, object]:
+    return {
+        "name": "t",
+        "data": {"train": str(folder / "train.parquet"), "test": str(folder / "test.parquet")},
+        "augment": {"name": "simclr", "size": 32, "blur": 0.5},
+        "encoder": {"name": "resnet", "depth": 10, "width": 0.125, "stem": "strided"},
+        "head": {"name": "mlp", "dim": 16},
+        "batch_size": BATCH_SIZE,
+        "epochs": EPOCHS,
+        "precision": precision,
+        "schedule": {"learning_rate": 1.0, "warmup_steps": 5},
+        "evaluation": {"every_epochs": 1},
+        "scaling": {"num_workers": workers, "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.3},
+        "tracking": {"log_every_steps": 1, "system_metrics": False},
+        "storage": str(folder / storage),
+    }
+
+
+def run_of(folder: Path, storage: str, workers: int, precision: str) -> Run:
+    return pretrain(cfg.validate(Experiment, tree_of(folder, storage, workers, precision)))
+
+
+def losses_of(run_folder: Path) -> Losses:
+    """Return the last loss logged for each step."""
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+@pytest.fixture(scope="module")
+def one_worker(folder: Path, ray_cluster: str) -> Run:
+    return run_of(folder, "one", 1, "float64")
+
+
+@pytest.fixture(scope="module")
+def two_workers(folder: Path, ray_cluster: str) -> Run:
+    return run_of(folder, "two", 2, "float64")
+
+
+def test_one_and_two_workers_have_the_same_losses_in_float64(
+    one_worker: Run, two_workers: Run
+) -> None:
+    one, two = losses_of(Path(one_worker.folder)), losses_of(Path(two_workers.folder))
+    assert sorted(one) == sorted(two) == list(range(1, 10 * EPOCHS + 1))
+    relative = [abs(one[step] - two[step]) / one[step] for step in range(1, 21)]
+    assert max(relative) < 1e-9
+    assert len(set(one.values())) == len(one)  # the runs moved
+
+
+def test_one_and_two_workers_start_alike_in_float32(folder: Path, ray_cluster: str) -> None:
+    one, two = (
+        losses_of(Path(run_of(folder, f"{workers}f", workers, "float32").folder))
+        for workers in (1, 2)
+    )
+    assert max(abs(one[step] - two[step]) / one[step] for step in range(1, 6)) < 1e-4
+
+
+def test_a_run_leaves_a_record_and_scores(one_worker: Run) -> None:
+    kept = read(one_worker.checkpoint)
+    assert kept.step == 10 * EPOCHS
+    assert kept.record["experiment"]["batch_size"] == BATCH_SIZE
+    for name in ("eval/knn_top1", "eval/alignment", "eval/uniformity", "eval/effective_rank"):
+        assert np.isfinite(one_worker.metrics[name])
+
+
+def test_a_finished_run_is_returned_and_not_repeated(folder: Path, one_worker: Run) -> None:
+    before = (Path(one_worker.folder) / "metrics.jsonl").read_bytes()
+    again = run_of(folder, "one", 1, "float64")
+    assert again.checkpoint == one_worker.checkpoint
+    assert again.mlflow_run_id == one_worker.mlflow_run_id
+    assert (Path(one_worker.folder) / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_driver_killed_after_epoch_two_continues_to_the_last_bit(
+    folder: Path, one_worker: Run
+) -> None:
+    config = folder / "killed.yaml"
+    config.write_text(cfg.dump_yaml(tree_of(folder, "killed", 1, "float64")))
+    run_folder = folder / "killed" / Path(one_worker.folder).name
+    program = [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(config)]
+    # the whole of the checkpoint of epoch 2 is there, and steps of epoch 3 may be
+    driver = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait(lambda: _steps_kept(run_folder) >= 20, driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert _steps_kept(run_folder) == 20, "the driver outran the kill"
+    continued = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert continued.returncode == 0, continued.stderr
+    whole, broken = losses_of(Path(one_worker.folder)), losses_of(run_folder)
+    assert broken == whole
+    final, undisturbed = read(newest(run_folder) or run_folder), read(one_worker.checkpoint)
+    assert final.tensors.keys() == undisturbed.tensors.keys()
+    for name, tensor in final.tensors.items():
+        assert tensor.equal(undisturbed.tensors[name]), name
+
+
+def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
+    folder: Path, two_workers: Run
+) -> None:
+    config = folder / "maimed.yaml"
+    config.write_text(cfg.dump_yaml(tree_of(folder, "maimed", 2, "float64")))
+    run_folder = folder / "maimed" / Path(two_workers.folder).name
+    program = [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(config)]
+    driver = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _wait(lambda: _steps_kept(run_folder) >= 10, driver)
+    workers = [p for p in psutil.process_iter(["cmdline"]) if _is_train_worker(p)]
+    assert workers
+    os.kill(workers[-1].pid, signal.SIGKILL)
+    output, _ = driver.communicate()
+    assert driver.returncode == 0, output
+    assert losses_of(run_folder) == losses_of(Path(two_workers.folder))
+
+
+def test_other_data_under_the_same_name_is_refused(folder: Path, one_worker: Run) -> None:
+    tree = tree_of(folder, "one", 1, "float64")
+    run_file = Path(one_worker.folder) / "run.json"
+    kept = run_file.read_text()
+    try:
+        run_file.write_text(json.dumps(json.loads(kept) | {"fingerprint": "0123456789abcdef"}))
+        with pytest.raises(CheckpointError, match="was trained on other data"):
+            pretrain(cfg.validate(Experiment, tree))
+    finally:
+        run_file.write_text(kept)
+
+
+def test_too_many_bad_pictures_stop_the_run_at_once_with_the_reason(
+    pictures: Path, tmp_path: Path, ray_cluster: str
+) -> None:
+    tree = tree_of(tmp_path, "bad", 1, "float32")
+    tree["data"] = {"train": str(pictures / "odd" / "null_images.parquet")}
+    began = time.monotonic()
+    with pytest.raises(TooManyBadImages, match=r"max_bad_share=0\.01.*null"):
+        pretrain(cfg.validate(Experiment, tree))
+    assert time.monotonic() - began < 180  # no retries
+
+
+def _steps_kept(run_folder: Path) -> int:
+    found = newest(run_folder)
+    return read(found).step if found else 0
+
+
+def _wait(
+    condition: Callable[[], bool], process: subprocess.Popen[str] | subprocess.Popen[bytes]
+) -> None:
+    until = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "the driver ended early"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def _is_train_worker(process: psutil.Process) -> bool:
+    return any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
