@@ -212,7 +212,7 @@ def test_pretraining_runs_as_a_job_for_two_epochs(head: Head, pictures: Path) ->
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert re.search(r"epoch\s+2\.00\s+step 16/16\s+loss \d", done.stdout)
     assert "succeeded" in done.stdout
-    (run,) = [entry for entry in storage.iterdir() if entry.is_dir()]
+    (run,) = storage.glob("cifar10_cpu-*")
     assert list(run.glob("step-00000016-*"))
 
 
