@@ -40,7 +40,7 @@ def derived(experiment: Experiment, source: Source) -> dict[str, str]:
     total = experiment.total_steps(source.num_rows)
     warmup = experiment.warmup_steps(source.num_rows)
     rows = {
-        "run": experiment.run_name,
+        "run": experiment.run_name(source.fingerprint),
         "images": f"{source.num_rows:,} in {len(source.files)} files, "
         f"{len(source.row_groups)} row groups, {plan.num_lanes} lanes",
         "global batch": f"{experiment.batch_size:,} images, {2 * experiment.batch_size:,} views",

@@ -160,12 +160,11 @@ def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:
             path, f"got {given!r}; allowed: {', '.join(options)}{nearest(str(given), options)}"
         )
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        options = [part.strip("' ") for part in context.get("expected_tags", "").split(",")]
+        options = _variants_at(schema, tree, where)
         tag = given.get("name") if isinstance(given, Mapping) else given
-        allowed = ", ".join(filter(None, options)) or "see `simclr-ray config schema`"
-        return Mistake(
-            f"{path}.name", f"got {tag!r}; allowed: {allowed}{nearest(str(tag), options)}"
-        )
+        hint = nearest(str(tag), options)
+        shown = "missing" if tag is None else f"got {tag!r}"
+        return Mistake(f"{path}.name", f"{shown}; allowed: {', '.join(options)}{hint}")
     if kind == "value_error":
         return Mistake(path, str(context["error"]))
     return Mistake(path, f"got {given!r}; {_sentence(item['msg'])}")
@@ -193,6 +192,19 @@ def _without_tags(tree: Any, loc: Where) -> Where:
 
 def _keys_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
     """Return the keys that the node at `where` may have, following unions by their `name`."""
+    node = _node_at(schema, tree, where)
+    return list(node.model_fields) if node else []
+
+
+def _variants_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
+    """Return the names that the union at `where` knows."""
+    parent = _node_at(schema, tree, where[:-1])
+    annotation = parent.model_fields[str(where[-1])].annotation if parent else None
+    return [_name_of(variant) for variant in _configs_in(annotation)]
+
+
+def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | None:
+    """Return the config class of the node at `where`, None where it is no config."""
     current: type[Config] = schema
     node = tree
     for part in where:
@@ -201,9 +213,9 @@ def _keys_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
         variants = _configs_in(annotation)
         named = [v for v in variants if _name_of(v) == (node or {}).get("name", _name_of(v))]
         if not (named or variants):
-            return []
+            return None
         current = (named or variants)[0]
-    return list(current.model_fields)
+    return current
 
 
 def _configs_in(annotation: Any) -> list[type[Config]]:

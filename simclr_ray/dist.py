@@ -179,7 +179,8 @@ def _run_rank(
 ) -> None:
     torch.set_num_threads(1)
     store = td.TCPStore(  # type: ignore[attr-defined] # public, but exported at run time
-        "127.0.0.1", port, num_processes, index == 0, timedelta(seconds=120))
+        "127.0.0.1", port, num_processes, index == 0, timedelta(seconds=120)
+    )
     td.init_process_group(
         "gloo", store=store, rank=index, world_size=num_processes, timeout=timedelta(seconds=120)
     )

@@ -19,7 +19,8 @@ from simclr_ray.errors import ConfigError, Mistake
 
 # What changes where or how a run runs, but not what it computes.
 PLACEMENT = ("name", "storage", "scaling", "tracking", "checkpoint", "evaluation", "register_as")
-DATA_PLACEMENT = ("cache_gib", "bank", "test")
+# `data.train` is where the pictures lie; which they are, the fingerprint says.
+DATA_PLACEMENT = ("train", "cache_gib", "bank", "test")
 
 
 class Columns(Config):
@@ -310,10 +311,24 @@ class Experiment(Config):
         tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
         return cfg.digest_of(tree)
 
-    @property
-    def run_name(self) -> str:
-        """Return the name under which the run is stored: the same command continues it."""
-        return f"{self.name}-{self.digest()[:8]}"
+    def run_name(self, fingerprint: str) -> str:
+        """Return the name under which a run on these pictures is stored.
+
+        The same command on the same pictures continues the run; anything that changes the result
+        starts another.
+        """
+        identity = cfg.digest_of({"experiment": self.digest(), "data": fingerprint})
+        return f"{self.name}-{identity[:8]}"
+
+    def absolute(self) -> Experiment:
+        """Return the experiment with local paths made absolute: workers have other folders."""
+        data = self.data.model_copy(
+            update={
+                key: absolute_path(getattr(self.data, key)) for key in ("train", "bank", "test")
+            }
+        )
+        storage = absolute_path(self.storage)
+        return self.model_copy(update={"data": data, "storage": storage})
 
     def local_batch_size(self, rank: int) -> int:
         """Return the images of rank `rank`: they differ by at most one between ranks."""
@@ -339,6 +354,11 @@ class Experiment(Config):
         if self.schedule.warmup_steps:
             return self.schedule.warmup_steps
         return round(self.schedule.warmup_epochs * num_rows / self.batch_size)
+
+
+def absolute_path(where: str) -> str:
+    """Return a local path made absolute; URIs and empty text as they are."""
+    return where if "://" in where or not where else str(Path(where).resolve())
 
 
 def preset_names() -> list[str]:

@@ -30,7 +30,7 @@ from simclr_ray.allocator import keep_freed_memory
 from simclr_ray.data.maker import plan_of
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
-from simclr_ray.errors import CheckpointError, ClusterError, RunError, SimclrRayError
+from simclr_ray.errors import ClusterError, RunError, SimclrRayError
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.experiment import Experiment
 from simclr_ray.logs import get_logger
@@ -72,14 +72,13 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     Raises:
         DataError: The data cannot be used.
         ClusterError: The cluster cannot hold the workers.
-        CheckpointError: The run's folder belongs to another experiment or other data.
         RunError: Training failed; the message has the cause.
     """
+    experiment = experiment.absolute()
     source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
     plan_of(experiment, source)  # fails here when the rows fill no batch
-    folder = RunFolder.of(experiment.storage, experiment.run_name)
+    folder = RunFolder.of(experiment.storage, experiment.run_name(source.fingerprint))
     total = experiment.total_steps(source.num_rows)
-    _check_same(folder, source)
     folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(experiment)))
     connect(experiment)
     _check_cluster(experiment)
@@ -141,17 +140,6 @@ def _check_cluster(experiment: Experiment) -> None:
         raise ClusterError(
             f"no node has the resource {scaling.data_resource!r} of scaling.data_resource; "
             f"there are: {', '.join(sorted(cluster))}"
-        )
-
-
-def _check_same(folder: RunFolder, source: Source) -> None:
-    """Refuse to continue a run on other data: the digest covers the config, not the pictures."""
-    text = folder.read_text(RUN_FILE)
-    stored = json.loads(text) if text else {}
-    if stored and stored["fingerprint"] != source.fingerprint:
-        raise CheckpointError(
-            f"{folder.uri} was trained on other data (fingerprint {stored['fingerprint']}, now "
-            f"{source.fingerprint}); choose another `name=` or `storage=`, or remove that folder"
         )
 
 
