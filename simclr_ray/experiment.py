@@ -350,10 +350,10 @@ class Experiment(Config):
         return self.epochs * self.steps_per_epoch(num_rows)
 
     def warmup_steps(self, num_rows: int) -> int:
-        """Return the steps of linear warm-up: `round(warmup_epochs·N/B)` as the authors have it."""
+        """Return the steps of linear warm-up: `warmup_epochs·N // B`, as the authors have it."""
         if self.schedule.warmup_steps:
             return self.schedule.warmup_steps
-        return round(self.schedule.warmup_epochs * num_rows / self.batch_size)
+        return int(self.schedule.warmup_epochs * num_rows // self.batch_size)
 
 
 def absolute_path(where: str) -> str:
