@@ -52,7 +52,10 @@ def step_of(name: str) -> int:
 
 
 def pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return all state as named tensors: `model.<name>`, `optimizer.<index>.<name>`."""
+    """Return all state as named tensors: `model.<name>`, `optimizer.<index>.<name>`.
+
+    On the CPU they share memory with the model: write them before the next step.
+    """
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
@@ -119,13 +122,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {RECORD}; the checkpoint was not finished")
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: no checkpoint's record")
     if record.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format {record.get('format_version')}, this release reads {FORMAT_VERSION}"
         )
+    if not isinstance(record.get("files"), dict) or not isinstance(record.get("step"), int):
+        raise CheckpointError(f"{path}: no checkpoint's record")
     for name, entry in record["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != entry["size"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,15 +30,13 @@ DEMO_TRAIN_IMAGES, DEMO_TEST_IMAGES = 6_000, 2_000
 STOPPED_BY_SYSTEM = 75  # EX_TEMPFAIL: schedulers and shells take it as "try again"
 STOPPED_BY_USER = 130
 
+_terminated = threading.Event()
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Source = Annotated[str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Values to override.")
 ]
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
 
 
 @app.command()
@@ -212,6 +211,9 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
 ) -> None:
     """Prepare shapes, pretrain with two workers, judge, register, and show its use."""
+    from simclr_ray.pretrain import connect
+
+    connect(Experiment.load("shapes_demo"))  # one cluster for preparing and training
     for split, images, seed in (("train", DEMO_TRAIN_IMAGES, 0), ("test", DEMO_TEST_IMAGES, 1)):
         _prepare("shapes", str(folder / "shapes" / split), f"num_images={images}", f"seed={seed}")
     experiment = Experiment.load(
@@ -280,19 +282,18 @@ def main() -> None:
     except SimclrRayError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         code = error.exit_code
-    except _Terminated:
-        again = shlex.join(["simclr-ray", *sys.argv[1:]])
-        err.print(f"stopped by the system; to continue: {again}", markup=False, soft_wrap=True)
-        code = STOPPED_BY_SYSTEM
     except (KeyboardInterrupt, typer.Abort):
         again = shlex.join(["simclr-ray", *sys.argv[1:]])
-        err.print(f"stopped; to continue: {again}", markup=False, soft_wrap=True)
-        code = STOPPED_BY_USER
+        by = " by the system" if _terminated.is_set() else ""
+        err.print(f"stopped{by}; to continue: {again}", markup=False, soft_wrap=True)
+        code = STOPPED_BY_SYSTEM if _terminated.is_set() else STOPPED_BY_USER
     sys.exit(code)
 
 
 def _terminate(*_: object) -> None:
-    raise _Terminated
+    # Ray's blocking calls let KeyboardInterrupt through and swallow everything else
+    _terminated.set()
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ BUFFER_OPTION = next(
     name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _ddp_options
 )
 
+# Renamed in torch 2.14, which warns of the old name.
+_all_gather: Callable[[Tensor, Tensor], object] = getattr(
+    td, "all_gather_single", td.all_gather_into_tensor
+)
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -60,7 +65,7 @@ def row_counts(num_rows: int, device: torch.device) -> list[int]:
         return [num_rows]
     mine = torch.tensor([num_rows], dtype=torch.int64, device=device)
     everyone = torch.empty(world_size(), dtype=torch.int64, device=device)
-    td.all_gather_into_tensor(everyone, mine)
+    _all_gather(everyone, mine)
     counts: list[int] = everyone.tolist()
     return counts
 
@@ -84,7 +89,7 @@ def all_gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
         padding = rows.new_zeros((largest - len(rows), *rows.shape[1:]))
         rows = torch.cat([rows, padding])
     out = rows.new_empty((largest * world_size(), *rows.shape[1:]))
-    td.all_gather_into_tensor(out, rows)
+    _all_gather(out, rows)
     if min(counts) == largest:
         return out
     return torch.cat([out[r * largest : r * largest + c] for r, c in enumerate(counts)])
@@ -95,7 +100,7 @@ def all_gather_vector(vector: Tensor) -> Tensor:
     if not is_distributed():
         return vector[None]
     out = vector.new_empty((world_size() * len(vector),))
-    td.all_gather_into_tensor(out, vector.contiguous())
+    _all_gather(out, vector.contiguous())
     return out.view(world_size(), -1)
 
 

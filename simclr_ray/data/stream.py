@@ -1,7 +1,7 @@
 """The two-view stream: Ray Data processes the batch plan, not the rows of the files.
 
-`ray.data.range` of step numbers -> one actor that makes its part of each step -> batches in
-order. One execution serves the whole run; a resume starts the range later. A pipeline has a pool
+Step numbers -> one actor that makes its part of each step -> batches in order. One execution
+serves the whole run; a resume starts at a later step. A pipeline has a pool
 of exactly one actor, since Ray Data hands blocks to any free actor of a pool and two actors would
 then both read everything; a rank with several actors opens several pipelines and joins them.
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 import torch
 
@@ -29,25 +30,22 @@ MAX_STEPS_PER_CALL = 8
 
 
 class _Actor:
-    """A Ray Data actor around a `PartMaker`: it gets numbers from 0, and adds `start`."""
+    """A Ray Data actor around a `PartMaker`."""
 
-    def __init__(
-        self, start: int, experiment: Experiment, source: Source, places: tuple[int, int]
-    ) -> None:
+    def __init__(self, experiment: Experiment, source: Source, places: tuple[int, int]) -> None:
         torch.set_num_threads(1)
         keep_freed_memory()
-        self.start = start
         views = two_views(experiment.augment, experiment.seed)
         self.maker = PartMaker(source, plan_of(experiment, source), views, experiment.data, places)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        batches = [self.maker.make(int(step)) for step in rows["id"] + self.start]
+        batches = [self.maker.make(int(step)) for step in rows["step"]]
         n = len(batches[0].ids)
         bad = np.full((len(batches), n), -1, np.int64)  # a column needs one width: -1 fills up
         for row, batch in zip(bad, batches, strict=True):
             row[: len(batch.bad)] = batch.bad.numpy()
         return {
-            "step": rows["id"] + self.start,
+            "step": rows["step"],
             "a": np.stack([b.a.numpy() for b in batches]),
             "b": np.stack([b.b.numpy() for b in batches]),
             "ids": np.stack([b.ids.numpy() for b in batches]),
@@ -87,11 +85,12 @@ def _pipeline(
     step_bytes = (places[1] - places[0]) * 2 * 3 * experiment.augment.size**2
     per_call = max(1, min(MAX_STEPS_PER_CALL, BLOCK_BYTES // step_bytes))
     resources = {scaling.data_resource: 0.001} if scaling.data_resource else {}
-    dataset = ray.data.range(
-        len(steps), override_num_blocks=min(MAX_BLOCKS, len(steps))
-    ).map_batches(
+    # The step numbers themselves, as blocks: `ray.data.range` would make them in tasks that each
+    # wait for a whole CPU, which workers and actors may have taken.
+    numbers = np.array_split(np.arange(steps.start, steps.stop), min(MAX_BLOCKS, len(steps)))
+    dataset = ray.data.from_blocks([pa.table({"step": part}) for part in numbers]).map_batches(
         _Actor,
-        fn_constructor_args=(steps.start, experiment, source, places),
+        fn_constructor_args=(experiment, source, places),
         batch_size=per_call,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=scaling.cpus_per_data_actor,

@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.checkpoint import newest, read
 from simclr_ray.data.source import Source
 from simclr_ray.errors import TooManyBadImages
 from simclr_ray.experiment import Experiment
+from simclr_ray.export import load_encoder
+from simclr_ray.pipeline import complete
 from simclr_ray.pretrain import Run, pretrain
 from tests.ray.pictures import write_shapes
 
@@ -100,6 +103,28 @@ def test_a_run_leaves_a_record_and_scores(one_worker: Run) -> None:
     assert kept.record["experiment"]["batch_size"] == BATCH_SIZE
     for name in ("eval/knn_top1", "eval/alignment", "eval/uniformity", "eval/effective_rank"):
         assert np.isfinite(one_worker.metrics[name])
+
+
+def test_a_run_is_judged_published_and_registered(
+    folder: Path, one_worker: Run, ray_cluster: str
+) -> None:
+    tree = tree_of(folder, "one", 1, "float64")
+    tree["register_as"] = {"name": "forms", "alias": "newest"}
+    outcome = complete(cfg.validate(Experiment, tree))
+    assert outcome.run.name == one_worker.name
+    names = ["trained encoder", "untrained encoder", "raw pixels"]
+    assert [score.name for score in outcome.scores] == names
+    assert all(
+        score.knn_top1 is not None and score.linear_top1 is not None for score in outcome.scores
+    )
+    assert outcome.registered is not None
+    store = json.loads((Path(one_worker.folder) / "run.json").read_text())["tracking_uri"]
+    registered = load_encoder("models:/forms@newest", tracking_uri=store)
+    images = torch.rand(5, 3, 32, 32)
+    from_checkpoint = load_encoder(one_worker.checkpoint)
+    assert torch.equal(registered(images), from_checkpoint(images))
+    for name in ("views.png", "curves.png", "scores.json", "experiment.yaml"):
+        assert (Path(one_worker.folder) / name).stat().st_size > 0
 
 
 def test_a_finished_run_is_returned_and_not_repeated(folder: Path, one_worker: Run) -> None:

@@ -1,0 +1,49 @@
+"""The built wheel in an empty environment, outside the checkout: the README's Python example."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.long
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.timeout(1500)
+def test_the_readme_example_runs_from_the_wheel(tmp_path: Path) -> None:
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    dist, venv, work = tmp_path / "dist", tmp_path / "venv", tmp_path / "work"
+    work.mkdir()
+    _run([uv, "build", "--wheel", "--out-dir", str(dist)], ROOT)
+    (wheel,) = dist.glob("*.whl")
+    _run([uv, "venv", "--python", sys.executable, str(venv)], work)
+    install = [uv, "pip", "install", "--python", str(venv / "bin" / "python")]
+    lock = ROOT / "requirements.lock"
+    _run([*install, "--require-hashes", "-r", str(lock)], work)
+    _run([*install, "--no-deps", str(wheel)], work)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    use = """
+import torch
+h = encoder(torch.rand(3, 3, 32, 32))
+print("features", tuple(h.shape), sr.__file__)
+"""
+    (work / "example.py").write_text(example + use)
+    output = _run([str(venv / "bin" / "python"), "example.py"], work)
+    assert "| trained encoder" in output
+    assert f"features (3, 128) {venv}" in output
+
+
+def _run(command: list[str], folder: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -1,0 +1,205 @@
+"""The house stands: imports go down, foreign systems have one door each, files stay short."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import simclr_ray
+
+ROOT = Path(simclr_ray.__file__).parent
+MAX_LINES = 400
+
+# `docs/architecture.md`, floor by floor; a package stands for all its modules not named here.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "config", "logs", "allocator", "dist", "data.decode"),
+    ("nn", "optim", "augment"),
+    ("experiment", "model", "checkpoint", "storage", "selfcheck"),
+    ("loop", "data", "tracking", "mlflow_store"),
+    ("evaluation",),
+    ("pretrain", "judge", "export", "embedder", "doctor", "machine", "arithmetic"),
+    ("pipeline", "report"),
+    ("cli", "console", ""),
+)
+# Package -> who may import it. `embedder` travels with a registered model.
+DOORS: dict[str, tuple[str, ...]] = {
+    "torch.distributed": ("dist",),
+    "ray.data": ("data",),
+    "ray.train": ("pretrain",),
+    "ray.tune": (),
+    "mlflow": ("tracking", "mlflow_store", "embedder"),
+    "matplotlib": ("report",),
+    "pydantic": ("config",),
+    "ruamel": ("config",),
+    "rich": ("console",),
+    "typer": ("cli",),
+    "safetensors": ("checkpoint", "export", "embedder"),
+}
+
+
+class Import(tuple[str, str, bool]):
+    """(importing module, imported dotted name, whether at the top of the file)."""
+
+    __slots__ = ()
+
+
+def files() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name below the package; the door itself is the empty name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_typing_guard(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Yield every dotted name that a node and all below it import, typing-only ones aside."""
+    if is_typing_guard(node):
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import of {node.module}"
+        assert node.module is not None
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    for child in ast.iter_child_nodes(node):
+        yield from imported(child)
+
+
+@cache
+def imports(path: Path) -> tuple[str, ...]:
+    return tuple(imported(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def attributes(path: Path) -> set[str]:
+    """Return the dotted chains that a file uses, such as `torch.distributed.all_gather`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def floor_of(module: str) -> int:
+    """Return the floor of the longest entry that holds `module`; unknown modules fail."""
+    entries = [
+        (len(entry), floor)
+        for floor, names in enumerate(FLOORS)
+        for entry in names
+        if within(module, entry) or entry == module
+    ]
+    assert entries, f"{module} stands on no floor: enter it here and in docs/architecture.md"
+    return max(entries)[1]
+
+
+def ours(name: str, modules: set[str]) -> str | None:
+    """Return the module of ours that an imported dotted name means, or None."""
+    if not within(name, "simclr_ray"):
+        return None
+    inner = name.removeprefix("simclr_ray").removeprefix(".")
+    while inner and inner not in modules:
+        inner = inner.rpartition(".")[0]
+    return inner
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    modules = {module_of(path) for path in files()}
+    found: dict[str, set[str]] = {}
+    for path in files():
+        named = {ours(name, modules) for name in imports(path)}
+        module = module_of(path)
+        found[module] = {m for m in named if m is not None and m != module}
+    return found
+
+
+def test_imports_go_down_or_stay_on_the_floor(graph: dict[str, set[str]]) -> None:
+    up = [
+        f"{module or 'simclr_ray'} (floor {floor_of(module)}) imports {other} ({floor_of(other)})"
+        for module, others in graph.items()
+        for other in others
+        if floor_of(other) > floor_of(module)
+    ]
+    assert up == []
+
+
+def test_no_import_leads_back_to_where_it_came_from(graph: dict[str, set[str]]) -> None:
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, naming the cycle
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_a_foreign_system_is_imported_behind_its_own_door_only(package: str) -> None:
+    strangers = [
+        f"{module_of(path)} uses {name}"
+        for path in files()
+        for name in (*imports(path), *attributes(path))
+        if within(name, package) and not any(within(module_of(path), d) for d in DOORS[package])
+    ]
+    assert strangers == []
+
+
+def test_every_door_is_used() -> None:
+    used = {name for path in files() for name in imports(path)}
+    unused = [
+        p for p, doors in DOORS.items() if doors and not any(within(name, p) for name in used)
+    ]
+    assert unused == []
+
+
+def test_no_file_is_longer_than_it_should_be() -> None:
+    lengths = {module_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in files()}
+    assert {m: n for m, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_no_function_is_longer_than_it_should_be() -> None:
+    long = []
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > 60:
+                    long.append(f"{module_of(path)}.{node.name}: {lines}")
+    assert long == []
+
+
+def test_no_file_is_named_for_nothing() -> None:
+    vague = {"utils", "util", "helpers", "helper", "misc", "manager", "base", "common"}
+    assert [p.name for p in files() if p.stem in vague] == []
+
+
+def test_importing_the_package_loads_no_heavy_library() -> None:
+    program = (
+        "import sys, simclr_ray; "
+        "print([m for m in ('torch', 'ray', 'mlflow', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_resolve_and_are_sorted_as_ruff_sorts_them() -> None:
+    names = simclr_ray.__all__
+    constants = [n for n in names if n.isupper()]
+    classes = [n for n in names if n[0].isupper() and not n.isupper()]
+    functions = [n for n in names if n[0].islower()]
+    assert names == [*sorted(constants), *sorted(classes), *sorted(functions)]
+    for name in names:
+        found = getattr(simclr_ray, name)
+        assert callable(found), name
+        assert found.__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = simclr_ray.nothing  # type: ignore[attr-defined] # the point of the test
