@@ -13,7 +13,9 @@ Names are loaded when first used: importing the package imports neither torch, r
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -76,5 +78,18 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _WHERE[name].partition(":")
     found = getattr(import_module(f"{__name__}.{module}"), attribute or name)
-    globals()[name] = found  # a submodule of the same name would otherwise take its place
+    globals()[name] = found
     return found
+
+
+class _Door(ModuleType):
+    """This package: a public name does not become the submodule of that name once it is loaded."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute, except where the import system would cover a public name."""
+        if name in _WHERE and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Door
