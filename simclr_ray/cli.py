@@ -282,7 +282,11 @@ def main() -> None:
     except SimclrRayError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         code = error.exit_code
+    except SystemExit as stop:  # typer makes one of a KeyboardInterrupt
+        code = stop.code if isinstance(stop.code, int) else 1
     except (KeyboardInterrupt, typer.Abort):
+        code = STOPPED_BY_USER
+    if code == STOPPED_BY_USER:
         again = shlex.join(["simclr-ray", *sys.argv[1:]])
         by = " by the system" if _terminated.is_set() else ""
         err.print(f"stopped{by}; to continue: {again}", markup=False, soft_wrap=True)
