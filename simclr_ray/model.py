@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple, assert_never
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from simclr_ray import config as cfg
@@ -141,6 +140,8 @@ def feature_dim(encoder: nn.Module) -> int:
 
 
 def _torchvision_backbone(name: str, size: int, momentum: float) -> nn.Module:
+    import torchvision  # seconds to import, in every worker; few runs need it
+
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         hint = cfg.nearest(name, names)
