@@ -1,0 +1,168 @@
+"""Models: weights from the seed alone, any torchvision backbone, batch norm that is global."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from simclr_ray import config as cfg
+from simclr_ray.errors import ConfigError
+from simclr_ray.experiment import (
+    AdamWOptimizer,
+    Experiment,
+    LARSOptimizer,
+    SGDOptimizer,
+    TorchvisionEncoder,
+)
+from simclr_ray.model import (
+    SimCLRModel,
+    build_encoder,
+    build_model,
+    build_optimizer,
+    encoder_from_tree,
+    feature_dim,
+)
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+
+BACKBONES = {
+    "resnet18": 512,
+    "mobilenet_v3_small": 1024,
+    "efficientnet_b0": 1280,
+    "convnext_tiny": 768,
+    "vit_b_16": 768,
+    "regnet_x_400mf": 400,
+    "vgg11": 4096,
+}
+SMALL = {"encoder": {"name": "resnet", "depth": 10, "width": 0.25, "stem": "cifar"}}
+
+
+def experiment(**changes: Any) -> Experiment:
+    return cfg.validate(Experiment, {"name": "t", "data": {"train": "x"}, **SMALL, **changes})
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = weights(build_model(experiment(seed=5)))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    torch.rand(100)
+    assert same(first, weights(build_model(experiment(seed=5))))
+    assert not same(first, weights(build_model(experiment(seed=6))))
+
+
+@pytest.mark.parametrize(
+    ("head", "dim"),
+    [
+        ({"name": "none"}, 128),
+        ({"name": "linear", "dim": 32}, 32),
+        ({"name": "mlp", "layers": 3, "dim": 16, "hidden": 24}, 16),
+    ],
+)
+def test_both_outputs_have_the_dimensions_of_the_config(head: dict[str, Any], dim: int) -> None:
+    model = build_model(experiment(head=head))
+    h, z = model(torch.rand(4, 3, 32, 32))
+    assert feature_dim(model.encoder) == 128  # 512·0.25
+    assert h.shape == (4, 128)
+    assert z.shape == (4, dim)
+    assert (h is z) == (head["name"] == "none")
+
+
+def test_an_encoder_is_the_same_under_any_head() -> None:
+    a = build_model(experiment(head={"name": "none"})).encoder
+    b = build_model(experiment(head={"name": "mlp", "layers": 4})).encoder
+    assert same(weights(a), weights(b))
+
+
+@pytest.mark.parametrize(("name", "features"), BACKBONES.items())
+def test_a_torchvision_backbone_gives_its_features(name: str, features: int) -> None:
+    torch.manual_seed(0)
+    size = 32
+    encoder = build_encoder(TorchvisionEncoder(model=name), size=size).train()
+    assert feature_dim(encoder) == features
+    h = encoder(torch.rand(2, 3, size, size))
+    assert h.shape == (2, features)
+    assert torch.isfinite(h).all()
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    assert all(isinstance(m, GlobalBatchNorm) for m in norms)
+    assert all(p.grad_fn is None and p.is_leaf for p in encoder.parameters())
+
+
+def test_the_batch_norms_of_a_backbone_keep_their_epsilon_and_take_the_configs_momentum() -> None:
+    e = experiment(
+        encoder={"name": "torchvision", "model": "efficientnet_b0"}, batch_norm={"momentum": 0.03}
+    )
+    norms = [m for m in build_model(e).modules() if isinstance(m, GlobalBatchNorm)]
+    assert {m.momentum for m in norms} == {0.03}
+    own = build_model(experiment(batch_norm={"momentum": 0.03}))
+    assert {m.momentum for m in own.modules() if isinstance(m, GlobalBatchNorm)} == {0.03}
+
+
+def test_every_batch_norm_of_our_models_is_global() -> None:
+    for head in ({"name": "linear"}, {"name": "mlp", "layers": 3}):
+        model = build_model(experiment(head=head))
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+        assert not [m for m in model.modules() if isinstance(m, kinds)]
+
+
+@pytest.mark.parametrize(("given", "hint"), [("resnet8", "resnet18"), ("convnext_tny", "convnext")])
+def test_an_unknown_backbone_is_told_with_the_nearest(given: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"torchvision has no '{given}' .did you mean '{hint}"):
+        build_encoder(TorchvisionEncoder(model=given))
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1"])
+def test_a_backbone_without_a_final_linear_layer_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="does not end in a linear layer") as caught:
+        build_encoder(TorchvisionEncoder(model=name))
+    assert caught.value.mistakes[0].path == "encoder.model"
+
+
+def test_an_encoder_is_rebuilt_from_its_stored_config() -> None:
+    for tree in (SMALL["encoder"], {"name": "torchvision", "model": "mobilenet_v3_small"}):
+        e = experiment(encoder=tree)
+        built = build_model(e).encoder
+        again = encoder_from_tree(cfg.to_tree(e)["encoder"], size=32)
+        again.load_state_dict(built.state_dict())  # strict: the same names and shapes
+        assert feature_dim(again) == feature_dim(built)
+
+
+OPTIMIZERS: list[LARSOptimizer | SGDOptimizer | AdamWOptimizer] = [
+    LARSOptimizer(weight_decay=0.1),
+    SGDOptimizer(weight_decay=0.1),
+    AdamWOptimizer(weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda c: str(c.name))
+def test_norms_and_biases_are_neither_decayed_nor_adapted(
+    config: LARSOptimizer | SGDOptimizer | AdamWOptimizer,
+) -> None:
+    model: SimCLRModel = build_model(experiment(head={"name": "mlp"}))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = build_optimizer(model, config).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert decayed["lr"] == plain["lr"] == 0.0
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in plain["params"])
+    if config.name == "lars":
+        assert (decayed["adapt"], plain["adapt"]) == (True, False)
+
+
+def test_frozen_parameters_are_not_optimized() -> None:
+    model = build_model(experiment())
+    model.encoder.requires_grad_(requires_grad=False)
+    held = [p for g in build_optimizer(model, SGDOptimizer()).param_groups for p in g["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.head.parameters()}
