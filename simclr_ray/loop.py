@@ -32,6 +32,7 @@ class Batch(NamedTuple):
     b: Tensor  # uint8 [n, 3, S, S]
     ids: Tensor  # int64 [n]
     bad: Tensor  # int64 [m], ids of rows that had to be replaced
+    reasons: tuple[str, ...] = ()  # why, of each of `bad`
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Pretraining under Ray Train: workers that run the loop, and the driver that watches them.
 
-Workers know the loop, the stream and the checkpoints. The driver starts them, shows progress,
-logs to MLflow, and judges and registers the encoder at the end. A run has one name, made of the
-experiment's name and digest, so the same command continues it from the newest whole checkpoint.
+The driver's side: it checks what is asked for against the cluster, starts the workers (`worker`),
+writes what they report to the run's folder and to MLflow, and shows it. A run has one name, made
+of the experiment and the pictures' fingerprint, so the same command continues it.
 """
 
 from __future__ import annotations
@@ -21,23 +21,18 @@ from typing import Any, NamedTuple
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from ray.util.queue import Empty, Queue
 
-from simclr_ray import checkpoint, dist, loop
+from simclr_ray import checkpoint
 from simclr_ray import config as cfg
-from simclr_ray.allocator import keep_freed_memory
 from simclr_ray.data.maker import plan_of
 from simclr_ray.data.source import Source
-from simclr_ray.data.stream import stream
 from simclr_ray.errors import ClusterError, RunError, SimclrRayError
-from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.experiment import Experiment
 from simclr_ray.logs import get_logger
-from simclr_ray.model import build_model, build_optimizer
-from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.storage import RunFolder
 from simclr_ray.tracking import TrackedRun, Tracker
+from simclr_ray.worker import Task, our_error, work
 
 log = get_logger(__name__)
 
@@ -193,13 +188,8 @@ def _fit(
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
     trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={
-            "experiment": cfg.to_tree(experiment),
-            "source": source,
-            "folder": folder,
-            "inbox": inbox,
-        },
+        work,
+        train_loop_config={"task": Task(cfg.to_tree(experiment), source, folder, inbox)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.gpus_per_worker > 0,
@@ -225,7 +215,7 @@ def _fit(
         if watcher.fatal is None:
             raise
     except ray.train.TrainingFailedError as error:
-        ours = watcher.fatal or _our_error(error)
+        ours = watcher.fatal or our_error(error)
         raise ours or RunError(f"training failed: {_root_message(error)}") from error
     if watcher.fatal is not None:
         raise watcher.fatal
@@ -298,22 +288,6 @@ class _Watcher:
             self.on_progress(item)
 
 
-def _our_error(error: BaseException) -> SimclrRayError | None:
-    """Return the error of ours that is wrapped in one of Ray's, if there is one."""
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        current = todo.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, SimclrRayError):
-            return current
-        todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        todo += list(getattr(current, "worker_failures", {}).values())
-    return None
-
-
 def _root_message(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", {})
     root = next(iter(failures.values()), error)
@@ -325,119 +299,3 @@ def _last_metrics(folder: RunFolder) -> Record:
     for line in (folder.read_text(METRICS) or "").splitlines():
         last.update(json.loads(line))
     return last
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """Train on one rank; what cannot be mended by a restart is sent to the driver first."""
-    inbox: Queue = config["inbox"]
-    try:
-        _train(config)
-    except Exception as error:
-        ours = _our_error(error)
-        if ours is not None:
-            inbox.put(ours)
-        raise
-
-
-def _train(config: dict[str, Any]) -> None:
-    experiment = cfg.validate(Experiment, config["experiment"])
-    source: Source = config["source"]
-    folder: RunFolder = config["folder"]
-    inbox: Queue = config["inbox"]
-    context = ray.train.get_context()
-    rank, num_ranks = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    _set_threads(experiment, context.get_local_world_size())
-    keep_freed_memory()
-
-    model = build_model(experiment)
-    loop.place(model, device, experiment.precision)
-    optimizer = build_optimizer(model, experiment.optimizer)
-    start = _restore(folder, model, optimizer)
-    total = experiment.total_steps(source.num_rows)
-    if start >= total:
-        return
-    evaluation = OnlineEvaluation(experiment, source, rank, num_ranks)
-    timetable = loop.Timetable(
-        steps_per_epoch=experiment.steps_per_epoch(source.num_rows),
-        total_steps=total,
-        warmup_steps=experiment.warmup_steps(source.num_rows),
-        peak_learning_rate=experiment.peak_learning_rate(),
-        global_batch_size=experiment.batch_size,
-        log_every=experiment.tracking.log_every_steps,
-        checkpoint_every=experiment.checkpoint.every_steps,
-    )
-
-    def report(metrics: loop.Metrics) -> None:
-        if rank == 0:
-            inbox.put(_as_record(metrics, total))
-
-    def save(step: int) -> None:
-        """A collective: Ray's report is a barrier."""
-        kept = None
-        name = dist.broadcast_text(checkpoint.new_name(step))
-        if rank == 0:
-            local = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / name
-            tensors = checkpoint.pack(model, optimizer)
-            checkpoint.write(local, step, tensors, _record_of(experiment, source))
-            kept = ray.train.Checkpoint.from_directory(local)
-        ray.train.report({"step": step}, checkpoint=kept, checkpoint_dir_name=name)
-
-    def epoch_end(epoch: int, step: int) -> None:
-        every = experiment.evaluation.every_epochs
-        if every and (epoch % every == 0 or step == total):
-            scores = evaluation(model, device)
-            if rank == 0:
-                inbox.put({"step": step, "epoch": epoch, "total": total, **scores})
-        if epoch % experiment.checkpoint.every_epochs == 0 or step == total:
-            save(step)
-
-    parallel = dist.data_parallel(model)
-    loop.train(
-        parallel,
-        NTXentLoss(
-            experiment.loss.temperature,
-            normalize=experiment.loss.normalize,
-            global_batch_size=experiment.batch_size,
-        ),
-        optimizer,
-        stream(experiment, source, range(start, total), rank, num_ranks),
-        timetable,
-        loop.Hooks(report, epoch_end, save),
-        precision=experiment.precision,
-    )
-
-
-def _restore(folder: RunFolder, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest whole checkpoint, the one that rank 0 finds; return the steps done."""
-    with tempfile.TemporaryDirectory() as scratch:
-        found = folder.newest(Path(scratch)) if dist.rank() == 0 else None
-        name = dist.broadcast_text(found.name if found else "")
-        if not name:
-            return 0
-        kept = checkpoint.read(folder.fetch(name, Path(scratch)))
-        checkpoint.unpack(kept.tensors, model, optimizer)
-        return kept.step
-
-
-def _record_of(experiment: Experiment, source: Source) -> dict[str, Any]:
-    return {
-        "experiment": cfg.to_tree(experiment),
-        "digest": experiment.digest(),
-        "fingerprint": source.fingerprint,
-        "class_names": list(source.class_names),
-    }
-
-
-def _as_record(metrics: loop.Metrics, total: int) -> Record:
-    named = metrics._asdict()
-    step, epoch = named.pop("step"), named.pop("epoch")
-    return {"step": step, "epoch": epoch, "total": total} | {
-        f"train/{name}": value for name, value in named.items()
-    }
-
-
-def _set_threads(experiment: Experiment, workers_here: int) -> None:
-    """Share the node's cores between its workers; Ray sets one thread where CPUs are below 1."""
-    wanted = experiment.scaling.threads_per_worker
-    torch.set_num_threads(wanted or max(1, (os.cpu_count() or 1) // workers_here))

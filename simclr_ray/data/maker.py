@@ -24,7 +24,7 @@ from simclr_ray.loop import Batch
 
 Pixels = NDArray[np.uint8]
 GIB = 2**30
-MAX_ATTEMPTS = 64  # then every row of the place is tried in turn
+MAX_ATTEMPTS = 64  # then any row that is left
 
 
 class Picture(NamedTuple):
@@ -119,29 +119,56 @@ class PartMaker:
         epoch = self.plan.epoch_of(step)
         first, last = self.places
         rows = self.plan.rows_of(step, first, last)
-        pictures, bad = [], []
+        pictures, bad, reasons = [], [], []
         for place, row in enumerate(rows.tolist(), start=first):
             picture = self.reader.picture(row)
             if picture is None:
                 self._check_share()
                 bad.append(self.reader.row_id(row))
+                reasons.append(self.reader.bad[row])
                 picture = self._stand_in(row, place, step)
             pictures.append(picture)
         ids = np.array([p.id for p in pictures], np.int64)
         a, b = self.views([p.pixels for p in pictures], ids, epoch)
-        return Batch(step, a, b, torch.from_numpy(ids), torch.tensor(bad, dtype=torch.int64))
+        unusable = torch.tensor(bad, dtype=torch.int64)
+        return Batch(step, a, b, torch.from_numpy(ids), unusable, tuple(reasons))
 
     def _stand_in(self, row: int, place: int, step: int) -> Picture:
+        found = self._keyed(row, place, step)
+        if found < 0:
+            found = self._left_over(place, step)
+        picture = self.reader.picture(found) if found >= 0 else None
+        if picture is None:
+            raise DataError(f"no usable row is left to stand in for row {row} of step {step}")
+        return picture
+
+    def _keyed(self, row: int, place: int, step: int) -> int:
+        """Return the row that the key names to stand in at `place`, or -1."""
         batch: set[int] = set(self.plan.rows(step).tolist())
         epoch = self.plan.epoch_of(step)
         for attempt in range(MAX_ATTEMPTS):
             candidate = replacement(row, place, batch, attempt, plan=self.plan, epoch=epoch)
-            if candidate >= 0 and (picture := self.reader.picture(candidate)) is not None:
-                return picture
-        for candidate in range(self.plan.num_rows):  # a small set: take any row that is left
-            if candidate not in batch and (picture := self.reader.picture(candidate)) is not None:
-                return picture
-        raise DataError(f"no usable row is left to stand in for row {row} of step {step}")
+            if candidate >= 0:
+                if self.reader.picture(candidate) is not None:
+                    return candidate
+                self._check_share()
+        return -1
+
+    def _left_over(self, place: int, step: int) -> int:
+        """Return the row for a place that the key names none for, or -1: in a set of few batches.
+
+        All bad places of the batch are gone through in order, those of other parts too, so that
+        every part agrees on who takes what, and no row is taken twice.
+        """
+        rows = self.plan.rows(step).tolist()
+        bad = [(p, row) for p, row in enumerate(rows) if self.reader.picture(row) is None]
+        keyed = {p: self._keyed(row, p, step) for p, row in bad}
+        used = {*rows, *keyed.values()}
+        free = (r for r in range(self.plan.num_rows) if r not in used and self.reader.picture(r))
+        waiting = [p for p, row in keyed.items() if row < 0]
+        given = dict(zip(waiting, free, strict=False))
+        self._check_share()
+        return given.get(place, -1)
 
     def _check_share(self) -> None:
         found, rows = len(self.reader.bad), self.plan.num_rows
@@ -193,8 +220,9 @@ def join(parts: list[Batch]) -> Batch:
     steps = {part.step for part in parts}
     if len(steps) != 1:
         raise DataError(f"parts of different steps met: {sorted(steps)}")
-    columns = [torch.cat(c) for c in zip(*(part[1:] for part in parts), strict=True)]
-    return Batch(parts[0].step, *columns)
+    columns = [torch.cat(c) for c in zip(*(part[1:5] for part in parts), strict=True)]
+    reasons = tuple(reason for part in parts for reason in part.reasons)
+    return Batch(parts[0].step, *columns, reasons)
 
 
 def _size(images: list[bytes | None]) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
+from numpy.typing import NDArray
 
 from simclr_ray.allocator import keep_freed_memory
 from simclr_ray.data.maker import PartMaker, join, plan_of, two_views
@@ -27,6 +28,8 @@ from simclr_ray.loop import Batch
 MAX_BLOCKS = 64
 BLOCK_BYTES = 4 * 2**20
 MAX_STEPS_PER_CALL = 8
+REASON_BYTES = 2048  # of a part of a step; what is beyond is counted and not named
+NO_ID = np.iinfo(np.int64).min
 
 
 class _Actor:
@@ -41,7 +44,7 @@ class _Actor:
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         batches = [self.maker.make(int(step)) for step in rows["step"]]
         n = len(batches[0].ids)
-        bad = np.full((len(batches), n), -1, np.int64)  # a column needs one width: -1 fills up
+        bad = np.full((len(batches), n), NO_ID, np.int64)  # a column needs one width
         for row, batch in zip(bad, batches, strict=True):
             row[: len(batch.bad)] = batch.bad.numpy()
         return {
@@ -50,6 +53,7 @@ class _Actor:
             "b": np.stack([b.b.numpy() for b in batches]),
             "ids": np.stack([b.ids.numpy() for b in batches]),
             "bad": bad,
+            "reasons": np.stack([_as_bytes(b.reasons) for b in batches]),
         }
 
 
@@ -97,8 +101,20 @@ def _pipeline(
         resources=resources,
     )
     for item in dataset.iter_torch_batches(batch_size=1, prefetch_batches=4):
-        bad = item["bad"][0]
-        yield Batch(int(item["step"]), item["a"][0], item["b"][0], item["ids"][0], bad[bad >= 0])
+        step, bad = int(item["step"]), item["bad"][0]
+        reasons = _as_reasons(item["reasons"][0].numpy())
+        a, b, ids = (item[name][0] for name in ("a", "b", "ids"))
+        yield Batch(step, a, b, ids, bad[bad != NO_ID], reasons)
+
+
+def _as_bytes(reasons: tuple[str, ...]) -> NDArray[np.uint8]:
+    """Return reasons as one row of bytes: a tensor column has no text, and needs one width."""
+    text = "\n".join(reasons).encode()[:REASON_BYTES]
+    return np.frombuffer(text.ljust(REASON_BYTES, b"\0"), np.uint8)
+
+
+def _as_reasons(row: NDArray[np.uint8]) -> tuple[str, ...]:
+    return tuple(row.tobytes().rstrip(b"\0").decode(errors="replace").split("\n"))
 
 
 def _set_context() -> None:

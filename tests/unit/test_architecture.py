@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("experiment", "model", "checkpoint", "storage", "selfcheck"),
     ("loop", "data", "tracking", "mlflow_store"),
     ("evaluation",),
-    ("pretrain", "judge", "export", "embedder", "doctor", "machine", "arithmetic"),
+    ("pretrain", "worker", "judge", "export", "embedder", "doctor", "machine", "arithmetic"),
     ("pipeline", "report"),
     ("cli", "console", ""),
 )
@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 DOORS: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("dist",),
     "ray.data": ("data",),
-    "ray.train": ("pretrain",),
+    "ray.train": ("pretrain", "worker"),
     "ray.tune": (),
     "mlflow": ("tracking", "mlflow_store", "embedder"),
     "matplotlib": ("report",),

@@ -1,0 +1,184 @@
+"""One rank of a run under Ray Train: model, stream, loop, checkpoints.
+
+Workers know no MLflow. What the driver is to know goes into its inbox, a Ray queue: records of
+metrics, rows that had to be replaced, and errors that no restart can mend.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.queue import Queue
+
+from simclr_ray import checkpoint, dist, loop
+from simclr_ray import config as cfg
+from simclr_ray.allocator import keep_freed_memory
+from simclr_ray.data.source import Source
+from simclr_ray.data.stream import stream
+from simclr_ray.errors import SimclrRayError
+from simclr_ray.evaluation.online import OnlineEvaluation
+from simclr_ray.experiment import Experiment
+from simclr_ray.model import build_model, build_optimizer
+from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.storage import RunFolder
+
+
+class Task(NamedTuple):
+    """What a worker is given; all of it pickles."""
+
+    experiment: dict[str, Any]  # its tree
+    source: Source
+    folder: RunFolder
+    inbox: Queue
+
+
+def work(config: dict[str, Task]) -> None:
+    """Train on one rank; an error that no restart can mend is sent to the driver first."""
+    task = config["task"]
+    try:
+        Rank(task).run()
+    except Exception as error:
+        ours = our_error(error)
+        if ours is not None:
+            task.inbox.put(ours)
+        raise
+
+
+class Rank:
+    """One rank's state, and the hooks that the loop calls."""
+
+    def __init__(self, task: Task) -> None:
+        self.experiment = cfg.validate(Experiment, task.experiment)
+        self.source, self.folder, self.inbox = task.source, task.folder, task.inbox
+        context = ray.train.get_context()
+        self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.total = self.experiment.total_steps(self.source.num_rows)
+        _set_threads(self.experiment, context.get_local_world_size())
+        keep_freed_memory()
+        self.model = build_model(self.experiment)
+        loop.place(self.model, self.device, self.experiment.precision)
+        self.optimizer = build_optimizer(self.model, self.experiment.optimizer)
+
+    def run(self) -> None:
+        """Train from the newest whole checkpoint to the end. A collective."""
+        experiment = self.experiment
+        start = self._restore()
+        if start >= self.total:
+            return
+        self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
+        steps = range(start, self.total)
+        loop.train(
+            dist.data_parallel(self.model),
+            NTXentLoss(
+                experiment.loss.temperature,
+                normalize=experiment.loss.normalize,
+                global_batch_size=experiment.batch_size,
+            ),
+            self.optimizer,
+            self._named(stream(experiment, self.source, steps, self.rank, self.num_ranks)),
+            self._timetable(),
+            loop.Hooks(self.report, self.epoch_end, self.save),
+            precision=experiment.precision,
+        )
+
+    def report(self, metrics: loop.Metrics) -> None:
+        """Send the metrics to the driver."""
+        named = metrics._asdict()
+        step, epoch = named.pop("step"), named.pop("epoch")
+        self._tell(step, epoch, {f"train/{name}": value for name, value in named.items()})
+
+    def epoch_end(self, epoch: int, step: int) -> None:
+        """Judge and save when it is due. A collective."""
+        every, last = self.experiment.evaluation.every_epochs, step == self.total
+        if every and (epoch % every == 0 or last):
+            self._tell(step, epoch, self.evaluation(self.model, self.device))
+        if epoch % self.experiment.checkpoint.every_epochs == 0 or last:
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint. A collective: Ray's report is a barrier."""
+        kept = None
+        name = dist.broadcast_text(checkpoint.new_name(step))
+        if self.rank == 0:
+            local = Path(tempfile.gettempdir()) / f"simclr_ray-{name}"
+            record = {
+                "experiment": cfg.to_tree(self.experiment),
+                "digest": self.experiment.digest(),
+                "fingerprint": self.source.fingerprint,
+                "class_names": list(self.source.class_names),
+            }
+            checkpoint.write(local, step, checkpoint.pack(self.model, self.optimizer), record)
+            kept = ray.train.Checkpoint.from_directory(local)
+        ray.train.report(
+            {"step": step},
+            checkpoint=kept,
+            checkpoint_dir_name=name,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _restore(self) -> int:
+        """Load the newest whole checkpoint, the one that rank 0 finds; return the steps done."""
+        with tempfile.TemporaryDirectory() as scratch:
+            found = self.folder.newest(Path(scratch)) if self.rank == 0 else None
+            name = dist.broadcast_text(found.name if found else "")
+            if not name:
+                return 0
+            kept = checkpoint.read(self.folder.fetch(name, Path(scratch)))
+            checkpoint.unpack(kept.tensors, self.model, self.optimizer)
+            return kept.step
+
+    def _named(self, batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
+        """Pass batches on; tell the driver, once, of each row that had to be replaced."""
+        told: set[int] = set()
+        for batch in batches:
+            for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=False):
+                if row_id not in told:
+                    told.add(row_id)
+                    self.inbox.put({"step": batch.step, "id": row_id, "reason": reason})
+            yield batch
+
+    def _tell(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        if self.rank == 0:
+            self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
+
+    def _timetable(self) -> loop.Timetable:
+        experiment, rows = self.experiment, self.source.num_rows
+        return loop.Timetable(
+            steps_per_epoch=experiment.steps_per_epoch(rows),
+            total_steps=self.total,
+            warmup_steps=experiment.warmup_steps(rows),
+            peak_learning_rate=experiment.peak_learning_rate(),
+            global_batch_size=experiment.batch_size,
+            log_every=experiment.tracking.log_every_steps,
+            checkpoint_every=experiment.checkpoint.every_steps,
+        )
+
+
+def our_error(error: BaseException) -> SimclrRayError | None:
+    """Return the error of ours that is wrapped in one of Ray's, if there is one."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        current = todo.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, SimclrRayError):
+            return current
+        todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        todo += list(getattr(current, "worker_failures", {}).values())
+    return None
+
+
+def _set_threads(experiment: Experiment, workers_here: int) -> None:
+    """Share the node's cores between its workers; Ray sets one thread where CPUs are below 1."""
+    wanted = experiment.scaling.threads_per_worker
+    torch.set_num_threads(wanted or max(1, (os.cpu_count() or 1) // workers_here))
