@@ -65,8 +65,9 @@ def draw_curves(lines: str, path: Path) -> None:
     series = read_series(lines)
     drawn = [(key, title) for key, title in CURVES if key in series]
     columns = 3
-    figure = Figure(figsize=(12, 2.6 * -(-len(drawn) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(drawn) // columns), columns, squeeze=False).flat
+    rows = max(1, -(-len(drawn) // columns))
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (key, title) in zip(axes, drawn, strict=False):
         steps = sorted(series[key])
         marker = "o" if key.startswith("eval/") else None
@@ -80,10 +81,16 @@ def draw_curves(lines: str, path: Path) -> None:
 
 
 def read_series(lines: str) -> dict[str, dict[int, float]]:
-    """Return name -> step -> value of a `metrics.jsonl`; the last of a repeated step counts."""
+    """Return name -> step -> value of a `metrics.jsonl`; the last of a repeated step counts.
+
+    A line that a kill has cut off is left out.
+    """
     series: dict[str, dict[int, float]] = {}
     for line in lines.splitlines():
-        record: dict[str, Any] = json.loads(line)
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
         for key, value in record.items():
             if "/" in key:
                 series.setdefault(key, {})[int(record["step"])] = float(value)
