@@ -77,13 +77,14 @@ def step_memory(experiment: Experiment) -> StepMemory:
         model = build_model(experiment).to(DTYPES[experiment.precision])
         images = torch.rand(2 * SAMPLE, 3, experiment.augment.size, experiment.augment.size)
         images = images.to(DTYPES[experiment.precision])
+    own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
     kept: list[Tensor] = []  # alive, so that an id is not used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if id(storage) not in saved and not isinstance(tensor, torch.nn.Parameter):
-            saved[id(storage)] = tensor.numel() * tensor.element_size()
+        if id(storage) not in own and id(storage) not in saved:  # a weight's views are no copies
+            saved[id(storage)] = storage.nbytes()
             kept.append(tensor)
         return tensor
 
