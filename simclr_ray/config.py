@@ -54,8 +54,8 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
     """Return `tree` as a YAML 1.2 document, keys in the order given."""
     out = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
-    setattr(yaml, "default_flow_style", False)  # noqa: B010 - typed by its default, None
-    yaml.sort_base_mapping_type_on_output = False
+    for option in ("default_flow_style", "sort_base_mapping_type_on_output"):
+        setattr(yaml, option, False)  # typed by its default, None
     yaml.dump(dict(tree), out)
     return out.getvalue()
 

@@ -220,9 +220,9 @@ def join(parts: list[Batch]) -> Batch:
     steps = {part.step for part in parts}
     if len(steps) != 1:
         raise DataError(f"parts of different steps met: {sorted(steps)}")
-    columns = [torch.cat(c) for c in zip(*(part[1:5] for part in parts), strict=True)]
+    a, b, ids, bad = (torch.cat(c) for c in zip(*(part[1:5] for part in parts), strict=True))
     reasons = tuple(reason for part in parts for reason in part.reasons)
-    return Batch(parts[0].step, *columns, reasons)
+    return Batch(parts[0].step, a, b, ids, bad, reasons)
 
 
 def _size(images: list[bytes | None]) -> int:
