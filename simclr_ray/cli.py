@@ -271,10 +271,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     code = 0
     try:
-        result = app(standalone_mode=False)
-        code = result if isinstance(result, int) else 0
-    except typer.Exit as stop:
-        code = stop.exit_code
+        app()
     except ConfigError as error:
         for mistake in error.mistakes:
             err.print(f"error: {mistake}", markup=False, soft_wrap=True)
@@ -282,8 +279,8 @@ def main() -> None:
     except SimclrRayError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         code = error.exit_code
-    except SystemExit as stop:  # typer makes one of a KeyboardInterrupt
-        code = stop.code if isinstance(stop.code, int) else 1
+    except SystemExit as stop:  # typer ends by one, whatever happened; interrupts are 130
+        code = stop.code if isinstance(stop.code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED_BY_USER
     if code == STOPPED_BY_USER:

@@ -275,8 +275,7 @@ class _Watcher:
                 _thread.interrupt_main()  # no retry can mend it: end `fit` now
             return
         name = BAD_ROWS if "reason" in item else METRICS
-        with (self._local / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(item) + "\n")
+        _append(self._local / name, json.dumps(item))
         if name == BAD_ROWS:
             return
         metrics = {k: v for k, v in item.items() if "/" in k}
@@ -294,8 +293,19 @@ def _root_message(error: BaseException) -> str:
     return " ".join(str(root).split())[-2000:]
 
 
+def _append(path: Path, line: str) -> None:
+    """Append a line; where a kill has cut the last one off, start on a new one."""
+    with path.open("ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")
+        file.write(line.encode() + b"\n")
+
+
 def _last_metrics(folder: RunFolder) -> Record:
     last: Record = {}
     for line in (folder.read_text(METRICS) or "").splitlines():
-        last.update(json.loads(line))
+        try:
+            last.update(json.loads(line))
+        except ValueError:
+            log.debug("%s has a line that was cut off", METRICS)
     return last
