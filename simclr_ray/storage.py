@@ -71,6 +71,7 @@ class RunFolder:
     def put_folder(self, local: Path, name: str) -> None:
         """Copy a local folder or file to `name`."""
         files, root = self._open()
+        files.create_dir(f"{root}/{name}" if local.is_dir() else root, recursive=True)
         fs.copy_files(str(local), f"{root}/{name}", fs.LocalFileSystem(), files)
 
     def checkpoints(self) -> list[str]:
