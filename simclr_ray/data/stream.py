@@ -8,6 +8,7 @@ then both read everything; a rank with several actors opens several pipelines an
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ from simclr_ray.loop import Batch
 MAX_BLOCKS = 64
 BLOCK_BYTES = 4 * 2**20
 MAX_STEPS_PER_CALL = 8
+LOOP_PAUSE_S = 0.02
 REASON_BYTES = 2048  # of a part of a step; what is beyond is counted and not named
 NO_ID = np.iinfo(np.int64).min
 
@@ -117,8 +119,32 @@ def _as_reasons(row: NDArray[np.uint8]) -> tuple[str, ...]:
     return tuple(row.tobytes().rstrip(b"\0").decode(errors="replace").split("\n"))
 
 
+class _Pace:
+    """Makes Ray Data's scheduling loop pause in each round; the four methods are its protocol.
+
+    While the consumer is slower than the actors, `ray.wait` has something ready that back-pressure
+    forbids to take, and the loop spins in a thread of the training process. Measured (Ray 2.60, two
+    workers on two cores): 150 images/s with the spinning, 350 without.
+    """
+
+    def before_execution_starts(self, executor: object) -> None:
+        """Do nothing."""
+
+    def on_execution_step(self, executor: object) -> None:  # noqa: ARG002 - the protocol's
+        """Give the interpreter lock back for a while."""
+        time.sleep(LOOP_PAUSE_S)
+
+    def after_execution_succeeds(self, executor: object) -> None:
+        """Do nothing."""
+
+    def after_execution_fails(self, executor: object, error: Exception) -> None:
+        """Do nothing."""
+
+
 def _set_context() -> None:
     context = ray.data.DataContext.get_current()
+    if _Pace not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(_Pace)
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
