@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -101,6 +102,8 @@ def connect(experiment: Experiment) -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return
+    # one machine is not preempted, and the watcher costs a process
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # logical CPUs may exceed cores: workers and decode actors share them by time
     scaling = experiment.scaling
     wanted = scaling.num_workers * (
@@ -108,7 +111,7 @@ def connect(experiment: Experiment) -> None:
     )
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, int(wanted) + 2),
+        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
         object_store_memory=2**30,
         logging_level=logging.ERROR,
         log_to_driver=False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,8 +74,9 @@ class Rank:
         start = self._restore()
         if start >= self.total:
             return
-        self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
         steps = range(start, self.total)
+        batches = _started(stream(experiment, self.source, steps, self.rank, self.num_ranks))
+        self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
         loop.train(
             dist.data_parallel(self.model),
             NTXentLoss(
@@ -83,7 +85,7 @@ class Rank:
                 global_batch_size=experiment.batch_size,
             ),
             self.optimizer,
-            self._named(stream(experiment, self.source, steps, self.rank, self.num_ranks)),
+            self._named(batches),
             self._timetable(),
             loop.Hooks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
@@ -176,6 +178,21 @@ def our_error(error: BaseException) -> SimclrRayError | None:
         todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         todo += list(getattr(current, "worker_failures", {}).values())
     return None
+
+
+def _started(batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
+    """Return the same stream, its actors already starting while the caller goes on."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
+    first = pool.submit(next, batches, None)
+    pool.shutdown(wait=False)
+
+    def go_on() -> Iterator[loop.Batch]:
+        batch = first.result()
+        if batch is not None:
+            yield batch
+            yield from batches
+
+    return go_on()
 
 
 def _set_threads(experiment: Experiment, workers_here: int) -> None:
