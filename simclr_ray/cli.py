@@ -62,9 +62,11 @@ def prepare(
 
 def _prepare(what: str, to: str, *options: str, overwrite: bool = False) -> None:
     from simclr_ray.data.prepare import prepare as write_shards
+    from simclr_ray.pretrain import connect
 
     chosen = cfg.validate(Preparation, cfg.apply_overrides({}, options))
     fields = {name: getattr(chosen, name) for name in type(chosen).model_fields}
+    connect()
     with ShardProgress(to) as progress:
         manifest = write_shards(what, to, **fields, overwrite=overwrite, on_progress=progress)
     out.print(f"{to}: {manifest.num_rows:,} pictures", markup=False)

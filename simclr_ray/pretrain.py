@@ -91,24 +91,23 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
         return Run(folder.name, folder.uri, newest, tracked.run_id, last)
 
 
-def connect(experiment: Experiment) -> None:
-    """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent."""
+def connect(experiment: Experiment | None = None) -> None:
+    """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
+
+    A cluster that is started here offers as many logical CPUs as `experiment` needs.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "")
-    if not os.environ["RAY_AUTH_MODE"]:
-        del os.environ["RAY_AUTH_MODE"]
     if "RAY_ADDRESS" in os.environ:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, said aloud
     # one machine is not preempted, and the watcher costs a process
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # logical CPUs may exceed cores: workers and decode actors share them by time
-    scaling = experiment.scaling
-    wanted = scaling.num_workers * (
-        scaling.cpus_per_worker + scaling.data_actors_per_worker * scaling.cpus_per_data_actor
-    )
+    wanted = _cpus_wanted(experiment) if experiment else 0.0
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
@@ -120,11 +119,17 @@ def connect(experiment: Experiment) -> None:
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
+def _cpus_wanted(experiment: Experiment) -> float:
+    scaling = experiment.scaling
+    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    return scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
+
+
 def _check_cluster(experiment: Experiment) -> None:
     scaling = experiment.scaling
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
-    cpus = scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
+    cpus = _cpus_wanted(experiment)
     gpus = scaling.num_workers * scaling.gpus_per_worker
     for what, needed in (("CPU", cpus), ("GPU", gpus)):
         if needed > cluster.get(what, 0.0):

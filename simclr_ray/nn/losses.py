@@ -125,7 +125,7 @@ class _NTXent(torch.autograd.Function):
     ) -> Tensor:
         n, total = len(z) // 2, sum(counts)
         # [2N, D]: all ranks' view 1, then all ranks' view 2
-        everyone = torch.cat([dist.all_gather_rows(half, counts) for half in z.detach().chunk(2)])
+        everyone = _gather_views(z.detach(), counts)
         first = sum(counts[: dist.rank()])
         mine = torch.arange(first, first + n, device=z.device)
         own = torch.cat([mine, mine + total])  # [2n], where this rank's rows stand in `everyone`
@@ -133,8 +133,8 @@ class _NTXent(torch.autograd.Function):
         rows = z.detach() / temperature
         lse = _row_log_sum_exp(rows, everyone, own)  # [2n]
         aligned = (rows * everyone[positive]).sum(1)
-        halves = [dist.all_gather_rows(half, counts) for half in lse.chunk(2)]
-        ctx.save_for_backward(z, everyone, lse, torch.cat(halves), own, positive)
+        all_lse = _gather_views(lse[:, None], counts).squeeze(1)  # [2N]
+        ctx.save_for_backward(z, everyone, lse, all_lse, own, positive)
         ctx.temperature, ctx.total = temperature, total  # type: ignore[attr-defined]
         return (lse - aligned).sum() * (dist.world_size() / (2 * total))
 
@@ -154,6 +154,12 @@ class _NTXent(torch.autograd.Function):
                 gradient[i : i + len(tile)].addmm_(p, columns)
         scale = dist.world_size() / (2 * total * temperature)
         return gradient.mul_(upstream * scale), None, None
+
+
+def _gather_views(rows: Tensor, counts: list[int]) -> Tensor:
+    """Return all ranks' rows of view 1, then of view 2: [2N, C] for [2n, C]. One collective."""
+    side_by_side = torch.cat(rows.chunk(2), dim=1)  # [n, 2C]
+    return torch.cat(dist.all_gather_rows(side_by_side, counts).chunk(2, dim=1))
 
 
 def _row_log_sum_exp(rows: Tensor, everyone: Tensor, own: Tensor) -> Tensor:

@@ -193,6 +193,22 @@ def test_too_many_bad_pictures_stop_the_run_at_once_with_the_reason(
     assert time.monotonic() - began < 180  # no retries
 
 
+def test_unusable_pictures_are_replaced_and_named(
+    pictures: Path, tmp_path: Path, ray_cluster: str
+) -> None:
+    tree = tree_of(tmp_path, "some", 2, "float32")
+    train = str(pictures / "odd" / "some_bad_images.parquet")
+    tree |= {"data": {"train": train, "max_bad_share": 0.1}, "epochs": 1}
+    run = pretrain(cfg.validate(Experiment, tree))
+    named = [json.loads(line) for line in (Path(run.folder) / "bad_rows.jsonl").open()]
+    reasons = {row["id"]: row["reason"] for row in named}
+    # 30 (CMYK) and 40 (16 bit) have a meaning; 10 is truncated, 20 is text, 50 is one pixel
+    expected = {10: "truncated", 20: "not an image", 50: "too small: 1x1"}
+    assert reasons.items() <= expected.items()
+    assert reasons  # 96 of 100 rows were drawn
+    assert sum(losses_of(Path(run.folder)).values()) > 0
+
+
 def _steps_kept(run_folder: Path) -> int:
     found = newest(run_folder)
     return read(found).step if found else 0
