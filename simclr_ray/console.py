@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -15,18 +16,14 @@ err = Console(stderr=True, highlight=False)
 PLAIN_EVERY_S = 10.0  # without a terminal: a line each, no more often
 
 
-class Progress:
-    """Shows records of a run: epoch, step, loss, images/s, time left, share of waiting for data."""
+class _Line:
+    """One line that is rewritten on a terminal, and repeated now and then elsewhere."""
 
     def __init__(self) -> None:
-        self.began, self.first_step = time.monotonic(), -1
         self.shown_at = float("-inf")
-        self.scores = ""
-        self.live: Live | None = (
-            Live(console=err, refresh_per_second=4) if err.is_terminal else None
-        )
+        self.live = Live(console=err, refresh_per_second=4) if err.is_terminal else None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self.live is not None:
             self.live.start()
         return self
@@ -35,13 +32,34 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
+    def show(self, text: str, *, last: bool = False) -> None:
+        """Show `text` in place of what was there; elsewhere print it when it is due."""
+        if self.live is not None:
+            self.live.update(Text(text))
+        elif last or time.monotonic() - self.shown_at >= PLAIN_EVERY_S:
+            self.shown_at = time.monotonic()
+            self.keep(text)
+
+    def keep(self, text: str) -> None:
+        """Print a line that stays."""
+        err.print(text, soft_wrap=True, markup=False)
+
+
+class Progress(_Line):
+    """Shows records of a run: epoch, step, loss, images/s, time left, share of waiting for data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.first_step = time.monotonic(), -1
+        self.scores = ""
+
     def __call__(self, record: Mapping[str, float]) -> None:
         """Show one record of metrics."""
         scores = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
         if scores:
             text = "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
             self.scores = f"  knn {scores['knn_top1']:.1%}" if "knn_top1" in scores else ""
-            self._line(f"epoch {record['epoch']:.0f}  {text}")
+            self.keep(f"epoch {record['epoch']:.0f}  {text}")
         elif "train/loss" in record:
             self._step(record)
 
@@ -50,49 +68,27 @@ class Progress:
         if self.first_step < 0:
             self.first_step, self.began = step, time.monotonic()
         done = step - self.first_step
-        left = (time.monotonic() - self.began) / done * (total - step) if done else 0.0
+        left = _clock((time.monotonic() - self.began) / done * (total - step)) if done else "?"
         line = (
             f"epoch {record['epoch']:6.2f}  step {step}/{total}  "
             f"loss {record['train/mean_loss']:.4f}  "
             f"acc {record['train/contrastive_accuracy']:.2f}  "
             f"{record['train/images_per_s']:,.0f} images/s  "
-            f"left {_clock(left)}  data wait {record['train/data_wait_share']:.0%}{self.scores}"
+            f"left {left}  data wait {record['train/data_wait_share']:.0%}{self.scores}"
         )
-        if self.live is not None:
-            self.live.update(Text(line))
-        elif time.monotonic() - self.shown_at >= PLAIN_EVERY_S or step == total:
-            self.shown_at = time.monotonic()
-            self._line(line)
-
-    def _line(self, text: str) -> None:
-        err.print(text, soft_wrap=True, markup=False)
+        self.show(line, last=step == total)
 
 
-class ShardProgress:
+class ShardProgress(_Line):
     """Shows shards as they are finished."""
 
     def __init__(self, target: str) -> None:
+        super().__init__()
         self.target = target
-        self.shown_at = float("-inf")
-        self.live = Live(console=err, refresh_per_second=4) if err.is_terminal else None
-
-    def __enter__(self) -> ShardProgress:
-        if self.live is not None:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live is not None:
-            self.live.stop()
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` shards are finished."""
-        line = f"{self.target}: {done} of {total} shards"
-        if self.live is not None:
-            self.live.update(Text(line))
-        elif done == total or time.monotonic() - self.shown_at >= PLAIN_EVERY_S:
-            self.shown_at = time.monotonic()
-            err.print(line, soft_wrap=True, markup=False)
+        self.show(f"{self.target}: {done} of {total} shards", last=done == total)
 
 
 def show_pairs(rows: Mapping[str, str]) -> None:
