@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ import typer
 from simclr_ray import config as cfg
 from simclr_ray import logs
 from simclr_ray.console import Progress, ShardProgress, err, out, show_pairs, show_table
+from simclr_ray.data.decode import ImageError
 from simclr_ray.errors import ConfigError, SimclrRayError
 from simclr_ray.experiment import Experiment, Preparation, preset_names
 
@@ -62,11 +64,10 @@ def prepare(
 
 def _prepare(what: str, to: str, *options: str, overwrite: bool = False) -> None:
     from simclr_ray.data.prepare import prepare as write_shards
-    from simclr_ray.pretrain import connect
 
     chosen = cfg.validate(Preparation, cfg.apply_overrides({}, options))
     fields = {name: getattr(chosen, name) for name in type(chosen).model_fields}
-    connect()
+    _connect()
     with ShardProgress(to) as progress:
         manifest = write_shards(what, to, **fields, overwrite=overwrite, on_progress=progress)
     out.print(f"{to}: {manifest.num_rows:,} pictures", markup=False)
@@ -104,7 +105,7 @@ def pretrain(
     The same command continues a run that was stopped.
     Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
     """
-    experiment = Experiment.load(source, *(overrides or []))
+    experiment = Experiment.load(source, *(overrides or [])).absolute()
     _pretrain(experiment, dry_run=dry_run)
 
 
@@ -118,10 +119,8 @@ def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
     if dry_run:
         return
     from simclr_ray.pipeline import complete
-    from simclr_ray.pretrain import connect
 
-    connect(experiment)
-    signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own handler there
+    _connect(experiment)
     with Progress() as progress:
         outcome = complete(experiment, on_progress=progress)
     _show_scores(outcome.scores)
@@ -134,7 +133,7 @@ def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")],
+    run: Annotated[str, typer.Argument(help="A run folder or its URI, or one checkpoint in it.")],
     overrides: Overrides = None,
     protocols: Annotated[str, typer.Option(help="Comma-separated: knn, linear.")] = "knn,linear",
 ) -> None:
@@ -213,9 +212,7 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
 ) -> None:
     """Prepare shapes, pretrain with two workers, judge, register, and show its use."""
-    from simclr_ray.pretrain import connect
-
-    connect(Experiment.load("shapes_demo"))  # one cluster for preparing and training
+    _connect(Experiment.load("shapes_demo"))  # one cluster for preparing and training
     for split, images, seed in (("train", DEMO_TRAIN_IMAGES, 0), ("test", DEMO_TEST_IMAGES, 1)):
         _prepare("shapes", str(folder / "shapes" / split), f"num_images={images}", f"seed={seed}")
     experiment = Experiment.load(
@@ -243,15 +240,22 @@ def _write_shape(path: Path) -> None:
     Image.fromarray(render(0, 2).pixels).save(path)
 
 
-def _checkpoint_in(run: Path) -> Path:
-    from simclr_ray.checkpoint import RECORD, newest
+def _connect(experiment: Experiment | None = None) -> None:
+    from simclr_ray.pretrain import connect
 
-    if (run / RECORD).is_file():
-        return run
-    found = newest(run)
+    connect(experiment)
+    signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own handler there
+
+
+def _checkpoint_in(run: str) -> Path:
+    from simclr_ray.checkpoint import RECORD
+    from simclr_ray.errors import CheckpointError
+    from simclr_ray.storage import RunFolder
+
+    if (Path(run) / RECORD).is_file():
+        return Path(run)
+    found = RunFolder.at(run).newest(Path(tempfile.mkdtemp(prefix="simclr_ray-")))
     if found is None:
-        from simclr_ray.errors import CheckpointError
-
         raise CheckpointError(f"{run} holds no whole checkpoint")
     return found
 
@@ -278,9 +282,9 @@ def main() -> None:
         for mistake in error.mistakes:
             err.print(f"error: {mistake}", markup=False, soft_wrap=True)
         code = error.exit_code
-    except SimclrRayError as error:
+    except (SimclrRayError, ImageError) as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
-        code = error.exit_code
+        code = error.exit_code if isinstance(error, SimclrRayError) else 2
     except SystemExit as stop:  # typer ends by one, whatever happened; interrupts are 130
         code = stop.code if isinstance(stop.code, int) else 0
     except (KeyboardInterrupt, typer.Abort):

@@ -60,11 +60,16 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
-def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
+def apply_overrides(
+    tree: Mapping[str, Any], overrides: Sequence[str], schema: type[Config] | None = None
+) -> Tree:
     """Return a copy of `tree` with each `dotted.path=value` set; values are YAML scalars or lists.
 
     Setting `x.name` to another variant drops the other keys of `x`, since they belong to the old
-    one. Raises `ConfigError` with one mistake per override that is not of the form `path=value`.
+    one; with a `schema`, only where `x` has variants.
+
+    Raises:
+        ConfigError: One mistake per override that is not of the form `path=value`.
     """
     out: Tree = json.loads(json.dumps(tree))
     mistakes = []
@@ -84,7 +89,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
                 mistakes.append(Mistake(".".join(keys), f"{at} is a value and has no keys"))
                 break
         else:
-            if keys[-1] == "name" and len(keys) > 1 and node.get("name", value) != value:
+            other = keys[-1] == "name" and len(keys) > 1 and node.get("name", value) != value
+            if other and (schema is None or _has_variants(schema, keys[:-1])):
                 node.clear()
             node[keys[-1]] = "" if value is None else value
     if mistakes:
@@ -216,6 +222,17 @@ def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | No
             return None
         current = (named or variants)[0]
     return current
+
+
+def _has_variants(schema: type[Config], keys: Sequence[str]) -> bool:
+    """Return whether the node at `keys` is a union of configs, told apart by `name`."""
+    found = [schema]
+    for key in keys:
+        field = found[0].model_fields.get(key)
+        found = _configs_in(field.annotation) if field else []
+        if not found:
+            return False
+    return len(found) > 1
 
 
 def _configs_in(annotation: Any) -> list[type[Config]]:

@@ -20,7 +20,7 @@ from simclr_ray.errors import ConfigError, Mistake
 # What changes where or how a run runs, but not what it computes.
 PLACEMENT = ("name", "storage", "scaling", "tracking", "checkpoint", "evaluation", "register_as")
 # `data.train` is where the pictures lie; which they are, the fingerprint says.
-DATA_PLACEMENT = ("train", "cache_gib", "bank", "test")
+DATA_PLACEMENT = ("train", "cache_gib", "bank", "test", "max_bad_share")
 
 
 class Columns(Config):
@@ -303,7 +303,7 @@ class Experiment(Config):
         tree = cfg.parse_yaml(text, shown)
         if not isinstance(tree, dict):
             raise ConfigError([Mistake(shown, f"holds {type(tree).__name__}, not keys and values")])
-        return cfg.validate(cls, cfg.apply_overrides(tree, overrides))
+        return cfg.validate(cls, cfg.apply_overrides(tree, overrides, cls))
 
     def digest(self) -> str:
         """Return 16 hex digits over everything that changes the trained weights, and only that."""
@@ -358,7 +358,7 @@ class Experiment(Config):
 
 def absolute_path(where: str) -> str:
     """Return a local path made absolute; URIs and empty text as they are."""
-    return where if "://" in where or not where else str(Path(where).resolve())
+    return where if "://" in where or not where else str(Path(where).expanduser().resolve())
 
 
 def preset_names() -> list[str]:

@@ -38,12 +38,18 @@ def judge(
         ConfigError: A protocol or an override is unknown.
         DataError: A split cannot be read.
     """
+    return judge_as(experiment_of(folder, *overrides), folder, protocols)
+
+
+def judge_as(
+    experiment: Experiment, folder: Path, protocols: Sequence[str] = PROTOCOLS
+) -> list[Score]:
+    """Return what `judge` does, by the splits and settings of `experiment`."""
     wrong = [p for p in protocols if p not in PROTOCOLS]
     if wrong:
         allowed = ", ".join(PROTOCOLS)
         problems = [f"allowed: {allowed}{cfg.nearest(p, PROTOCOLS)}" for p in wrong]
         raise ConfigError([Mistake(p, t) for p, t in zip(wrong, problems, strict=True)])
-    experiment = experiment_of(folder, *overrides)
     trained, untrained = load_model(folder), build_model(experiment)
     bank, test = _splits(experiment)
     models: list[tuple[str, nn.Module]] = [
@@ -59,7 +65,7 @@ def judge(
 def experiment_of(folder: Path, *overrides: str) -> Experiment:
     """Return the experiment that a checkpoint was trained by."""
     tree = checkpoint.read_record(folder)["experiment"]
-    return cfg.validate(Experiment, cfg.apply_overrides(tree, overrides))
+    return cfg.validate(Experiment, cfg.apply_overrides(tree, overrides, Experiment))
 
 
 def load_model(folder: Path) -> SimCLRModel:

@@ -20,6 +20,10 @@ from simclr_ray.errors import RunError
 from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
 from simclr_ray.optim import learning_rate_at
 
+_NOT_FINITE = (
+    "the loss is not finite at step {step} (mean since the last report: {mean}); "
+    "lower schedule.learning_rate, or lengthen the warm-up"
+)
 Precision = Literal["float64", "float32", "bf16"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}
 
@@ -85,6 +89,7 @@ def train(
     hooks: Hooks,
     *,
     precision: Precision = "float32",
+    seed: int = 0,
 ) -> None:
     """Train until the stream ends. A collective: every rank streams the same steps.
 
@@ -96,6 +101,7 @@ def train(
         timetable: The run's arithmetic.
         hooks: What to call and when.
         precision: float64, float32, or bf16 autocast around the model.
+        seed: Of what the model itself draws, such as dropout.
 
     Raises:
         RunError: The loss is not finite, or ranks stand at different steps.
@@ -105,6 +111,8 @@ def train(
     model.train()
     for batch in meter.timed(stream):
         step = batch.step
+        # a backbone may have dropout: keyed by step and rank, a resumed run draws the same
+        torch.manual_seed((seed << 32) + step * dist.world_size() + dist.rank())
         for group in optimizer.param_groups:
             group["lr"] = timetable.learning_rate(step)
         views = as_input(torch.cat([batch.a, batch.b]), device, precision)  # [2n, 3, S, S]
@@ -126,6 +134,7 @@ def train(
             model.train()
             meter.restart()
         elif timetable.checkpoint_every and done % timetable.checkpoint_every == 0:
+            meter.check_finite(done)
             hooks.checkpoint(done)
             meter.restart()
 
@@ -181,6 +190,12 @@ class _Meter:
         self.loss_sum = self.loss_sum + self.last_loss
         self.bad_rows += len(batch.bad)
 
+    def check_finite(self, done: int) -> None:
+        """Raise `RunError` on all ranks if a loss of the interval was not finite. Collective."""
+        total = dist.all_reduce_sum(self.loss_sum.clone())
+        if not torch.isfinite(total):
+            raise RunError(_NOT_FINITE.format(step=done, mean=float(self.loss_sum) / self.steps))
+
     def read(self, done: int, z1: Tensor, z2: Tensor, loss: NTXentLoss) -> Metrics:
         """Return the interval's metrics and start the next. Collective."""
         accuracy, entropy = contrastive_metrics(z1, z2, loss.temperature, normalize=loss.normalize)
@@ -194,10 +209,7 @@ class _Meter:
             raise RunError(f"ranks stand at different steps: {everyone[:, 0].int().tolist()}")
         _, last, mean, wait, _ = everyone.mean(0).tolist()
         if not torch.isfinite(everyone[:, 1:3]).all():
-            raise RunError(
-                f"the loss is not finite at step {done} (mean of the last {self.steps}: {mean}); "
-                "lower schedule.learning_rate, or lengthen the warm-up"
-            )
+            raise RunError(_NOT_FINITE.format(step=done, mean=mean))
         images = self.steps * self.timetable.global_batch_size
         metrics = Metrics(
             step=done,

@@ -14,7 +14,7 @@ from simclr_ray.errors import ConfigError, DataError, Mistake
 from simclr_ray.evaluation.table import Score, format_table
 from simclr_ray.experiment import Experiment
 from simclr_ray.export import register, write_encoder
-from simclr_ray.judge import experiment_of, judge, load_model
+from simclr_ray.judge import experiment_of, judge_as, load_model
 from simclr_ray.mlflow_store import RegisteredEncoder
 from simclr_ray.model import feature_dim
 from simclr_ray.pretrain import CONFIG_FILE, METRICS, RUN_FILE, Progress, Run, pretrain
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 def complete(experiment: Experiment, *, on_progress: Progress | None = None) -> Outcome:
     """Train, judge, publish to MLflow and, where `register_as.name` is set, register."""
     run = pretrain(experiment, on_progress=on_progress)
-    scores = judge(run.checkpoint)
+    scores = judge_as(experiment.absolute(), run.checkpoint)
     publish(run, experiment, scores)
     registered = None
     if experiment.register_as.name:
@@ -48,7 +48,7 @@ def complete(experiment: Experiment, *, on_progress: Progress | None = None) -> 
 
 def publish(run: Run, experiment: Experiment, scores: Sequence[Score]) -> None:
     """Store config, view pairs, curves and the score table as artifacts of the MLflow run."""
-    folder = _folder_of(run.folder)
+    folder = RunFolder.at(run.folder)
     stored = json.loads(folder.read_text(RUN_FILE) or "{}")
     tracked = TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id)
     source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
@@ -83,7 +83,7 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
         CheckpointError: It holds no whole checkpoint.
         TrackingError: The registry refuses or cannot be reached.
     """
-    folder = _folder_of(run)
+    folder = RunFolder.at(run)
     text = folder.read_text(RUN_FILE)
     if text is None:
         raise ConfigError([Mistake(run, f"is no run folder: it has no {RUN_FILE}")])
@@ -127,8 +127,3 @@ def _example(experiment: Experiment) -> bytes:
         if image is not None:
             return image
     raise DataError(f"{source.uri}: the first row group holds no image")
-
-
-def _folder_of(run: str) -> RunFolder:
-    storage, _, name = run.rstrip("/").rpartition("/")
-    return RunFolder.of(storage or ".", name)

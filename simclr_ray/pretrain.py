@@ -7,10 +7,12 @@ of the experiment and the pictures' fingerprint, so the same command continues i
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import math
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -28,9 +30,10 @@ from simclr_ray import checkpoint
 from simclr_ray import config as cfg
 from simclr_ray.data.maker import plan_of
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ClusterError, RunError, SimclrRayError
+from simclr_ray.errors import ClusterError, RunError, SimclrRayError, TooManyBadImages
 from simclr_ray.experiment import Experiment
 from simclr_ray.logs import get_logger
+from simclr_ray.mlflow_store import check_alias, store_uri
 from simclr_ray.storage import RunFolder
 from simclr_ray.tracking import TrackedRun, Tracker
 from simclr_ray.worker import Task, our_error, work
@@ -40,6 +43,8 @@ log = get_logger(__name__)
 Record = dict[str, float]
 Progress = Callable[[Record], None]
 POLL_S = 0.5
+UPLOAD_EVERY_S = 60.0
+_started_here: set[str] = set()  # addresses of the local clusters of this process
 METRICS, BAD_ROWS, RUN_FILE, CONFIG_FILE = (
     "metrics.jsonl", "bad_rows.jsonl", "run.json", "experiment.yaml",
 )  # fmt: skip
@@ -71,6 +76,7 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
         RunError: Training failed; the message has the cause.
     """
     experiment = experiment.absolute()
+    _check_late_needs(experiment)
     source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
     plan_of(experiment, source)  # fails here when the rows fill no batch
     folder = RunFolder.of(experiment.storage, experiment.run_name(source.fingerprint))
@@ -79,16 +85,27 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     connect(experiment)
     _check_cluster(experiment)
     with _tracked(experiment, source, folder) as tracked:
-        done = folder.checkpoints()
-        if not done or checkpoint.step_of(done[0]) < total:
+        scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+        newest = folder.newest(scratch)
+        if newest is None or checkpoint.step_of(newest.name) < total:
             for name in folder.repair_snapshot():
                 log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
             _fit(experiment, source, folder, tracked, on_progress)
-        newest = folder.newest(Path(tempfile.gettempdir()) / "simclr_ray" / folder.name)
+            newest = folder.newest(scratch)
         if newest is None:
             raise RunError(f"{folder.uri} holds no whole checkpoint after training")
         last = _last_metrics(folder)
         return Run(folder.name, folder.uri, newest, tracked.run_id, last)
+
+
+def _check_late_needs(experiment: Experiment) -> None:
+    """Fail now for what would otherwise fail after hours of training."""
+    for split in (experiment.data.bank, experiment.data.test):
+        if split:
+            Source.open(split, experiment.data.columns)
+    if experiment.register_as.name:
+        check_alias(experiment.register_as.alias)
+    store_uri(experiment.tracking.uri, experiment.storage)
 
 
 def connect(experiment: Experiment | None = None) -> None:
@@ -100,8 +117,14 @@ def connect(experiment: Experiment | None = None) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if os.environ.get("RAY_ADDRESS") in _started_here:  # of a cluster that is down again
+        del os.environ["RAY_ADDRESS"]
     if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError as error:
+            where = os.environ["RAY_ADDRESS"]
+            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={where}") from error
         return
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, said aloud
     # one machine is not preempted, and the watcher costs a process
@@ -117,6 +140,7 @@ def connect(experiment: Experiment | None = None) -> None:
     )
     # Ray Train's helpers find the cluster by this, where several run on one machine
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    _started_here.add(os.environ["RAY_ADDRESS"])
 
 
 def _cpus_wanted(experiment: Experiment) -> float:
@@ -152,6 +176,9 @@ def _tracked(experiment: Experiment, source: Source, folder: RunFolder) -> Itera
     text = folder.read_text(RUN_FILE)
     resume_id = json.loads(text)["mlflow_run_id"] if text else ""
     tracker = Tracker.open(experiment.tracking, experiment.storage)
+    if text and json.loads(text)["tracking_uri"] != tracker.uri:
+        log.warning("the run was tracked elsewhere; it goes on as a new MLflow run here")
+        resume_id = ""
     run = tracker.start_run(
         folder.name,
         params=cfg.leaves(experiment),
@@ -215,7 +242,8 @@ def _fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    watcher = _Watcher(inbox, folder, tracked, on_progress)
+    watcher = _Watcher(inbox, folder, tracked, on_progress, experiment, source)
+    handler = signal.getsignal(signal.SIGINT)
     try:
         with watcher:
             trainer.fit()
@@ -225,6 +253,9 @@ def _fit(
     except ray.train.TrainingFailedError as error:
         ours = watcher.fatal or our_error(error)
         raise ours or RunError(f"training failed: {_root_message(error)}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
     if watcher.fatal is not None:
         raise watcher.fatal
 
@@ -233,16 +264,26 @@ class _Watcher:
     """Takes the workers' records, in a thread: to the log file first, then MLflow, then the eye."""
 
     def __init__(
-        self, inbox: Queue, folder: RunFolder, tracked: TrackedRun, on_progress: Progress | None
+        self,
+        inbox: Queue,
+        folder: RunFolder,
+        tracked: TrackedRun,
+        on_progress: Progress | None,
+        experiment: Experiment,
+        source: Source,
     ) -> None:
         self.inbox, self.folder, self.tracked = inbox, folder, tracked
-        self.on_progress = on_progress
+        self.on_progress, self.experiment, self.source = on_progress, experiment, source
         self.fatal: SimclrRayError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        local = folder.local or Path(tempfile.mkdtemp(prefix="simclr_ray-"))
-        local.mkdir(parents=True, exist_ok=True)
-        self._local = local
+        self._local = folder.local or Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+        self._local.mkdir(parents=True, exist_ok=True)
+        self._uploaded_at = time.monotonic()
+        if folder.local is None:  # what earlier starts of this run have logged
+            for name in (METRICS, BAD_ROWS):
+                (self._local / name).write_text(folder.read_text(name) or "", encoding="utf-8")
+        self._bad = {int(row["id"]): str(row["reason"]) for row in _records(folder, BAD_ROWS)}
 
     def __enter__(self) -> _Watcher:
         self._thread.start()
@@ -252,16 +293,18 @@ class _Watcher:
         self._stop.set()
         self._thread.join(timeout=60)
         self.inbox.shutdown(force=True)
-        if self.folder.local is None:
-            for name in (METRICS, BAD_ROWS):
-                if (self._local / name).is_file():
-                    self.folder.put_folder(self._local / name, name)
+        self._upload()
 
     def _watch(self) -> None:
         while True:
             last = self._stop.is_set()  # read before draining: nothing put before is missed
-            for item in self._drain():
-                self._take(item)
+            try:
+                for item in self._drain():
+                    self._take(item)
+                if time.monotonic() - self._uploaded_at > UPLOAD_EVERY_S:
+                    self._upload()
+            except OSError as error:
+                self._end(RunError(f"the log of the run cannot be written: {error}"))
             if last:
                 return
             time.sleep(POLL_S)
@@ -276,16 +319,14 @@ class _Watcher:
 
     def _take(self, item: Any) -> None:
         if isinstance(item, SimclrRayError):
-            self.fatal = item
-            if threading.main_thread().is_alive() and not self._stop.is_set():
-                import _thread
+            self._end(item)
+        elif "reason" in item:
+            self._take_bad(item)
+        else:
+            self._take_metrics(item)
 
-                _thread.interrupt_main()  # no retry can mend it: end `fit` now
-            return
-        name = BAD_ROWS if "reason" in item else METRICS
-        _append(self._local / name, json.dumps(item))
-        if name == BAD_ROWS:
-            return
+    def _take_metrics(self, item: Record) -> None:
+        _append(self._local / METRICS, json.dumps(item))
         metrics = {k: v for k, v in item.items() if "/" in k}
         try:
             self.tracked.log_metrics(metrics, int(item["step"]))
@@ -293,6 +334,35 @@ class _Watcher:
             log.warning("not logged to MLflow: %s", error)
         if self.on_progress is not None:
             self.on_progress(item)
+
+    def _take_bad(self, item: dict[str, Any]) -> None:
+        """Name the row; end the run when more are unusable than `data.max_bad_share` allows."""
+        if item["id"] in self._bad:
+            return
+        self._bad[item["id"]] = item["reason"]
+        _append(self._local / BAD_ROWS, json.dumps(item))
+        share, rows = self.experiment.data.max_bad_share, self.source.num_rows
+        if len(self._bad) > share * rows:
+            reasons = "; ".join(sorted(set(self._bad.values()))[:5])
+            self._end(
+                TooManyBadImages(
+                    f"{len(self._bad)} of {rows} rows cannot be used, more than data.max_bad_share="
+                    f"{share:g} allows; reasons: {reasons}; ids: {sorted(self._bad)[:10]}"
+                )
+            )
+
+    def _end(self, error: SimclrRayError) -> None:
+        """End `fit` now, once: no retry can mend it."""
+        if self.fatal is None:
+            self.fatal = error
+            if not self._stop.is_set():
+                _thread.interrupt_main()
+
+    def _upload(self) -> None:
+        self._uploaded_at = time.monotonic()
+        if self.folder.local is None:
+            for name in (METRICS, BAD_ROWS):
+                self.folder.put_folder(self._local / name, name)
 
 
 def _root_message(error: BaseException) -> str:
@@ -311,9 +381,17 @@ def _append(path: Path, line: str) -> None:
 
 def _last_metrics(folder: RunFolder) -> Record:
     last: Record = {}
-    for line in (folder.read_text(METRICS) or "").splitlines():
-        try:
-            last.update(json.loads(line))
-        except ValueError:
-            log.debug("%s has a line that was cut off", METRICS)
+    for record in _records(folder, METRICS):
+        last.update(record)
     return last
+
+
+def _records(folder: RunFolder, name: str) -> list[dict[str, Any]]:
+    """Return the records of a log file; a line that a kill has cut off is passed over."""
+    records = []
+    for line in (folder.read_text(name) or "").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            log.debug("%s has a line that was cut off", name)
+    return records

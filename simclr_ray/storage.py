@@ -39,6 +39,14 @@ class RunFolder:
         """Return the folder of run `name`; a local storage path is made absolute."""
         return cls(storage if "://" in storage else str(Path(storage).resolve()), name)
 
+    @classmethod
+    def at(cls, run: str) -> RunFolder:
+        """Return the run folder at a path or URI."""
+        if "://" not in run:
+            run = str(Path(run).expanduser().resolve())
+        storage, _, name = run.rstrip("/").rpartition("/")
+        return cls(storage, name)
+
     @property
     def uri(self) -> str:
         """The folder's path or URI."""

@@ -89,6 +89,7 @@ class Rank:
             self._timetable(),
             loop.Hooks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
+            seed=experiment.seed,
         )
 
     def report(self, metrics: loop.Metrics) -> None:
@@ -141,7 +142,7 @@ class Rank:
         """Pass batches on; tell the driver, once, of each row that had to be replaced."""
         told: set[int] = set()
         for batch in batches:
-            for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=False):
+            for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=True):
                 if row_id not in told:
                     told.add(row_id)
                     self.inbox.put({"step": batch.step, "id": row_id, "reason": reason})

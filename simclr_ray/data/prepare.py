@@ -169,6 +169,8 @@ class _Limit:
 def _check_apart(kind_or_path: str, out: str) -> None:
     """Refuse an output inside its input, or the other way round: a rerun would read itself."""
     folder, origin = filesystem(out)[1], filesystem(kind_or_path)[1]
+    if "://" not in kind_or_path and not Path(origin).exists():
+        return  # a name, of `shapes` or of a torchvision dataset
     if kind_or_path != "shapes" and f"{folder}/".startswith(f"{origin}/"):
         raise DataError(f"{out} lies inside {kind_or_path}; prepare into a folder of its own")
     if f"{origin}/".startswith(f"{folder}/") and Path(origin).exists():

@@ -102,11 +102,12 @@ def _pipeline(
         num_cpus=scaling.cpus_per_data_actor,
         resources=resources,
     )
-    for item in dataset.iter_torch_batches(batch_size=1, prefetch_batches=4):
+    for item in dataset.iter_torch_batches(batch_size=1, prefetch_batches=4, device="cpu"):
         step, bad = int(item["step"]), item["bad"][0]
-        reasons = _as_reasons(item["reasons"][0].numpy())
+        bad = bad[bad != NO_ID]
+        reasons = _as_reasons(item["reasons"][0].numpy(), len(bad))
         a, b, ids = (item[name][0] for name in ("a", "b", "ids"))
-        yield Batch(step, a, b, ids, bad[bad != NO_ID], reasons)
+        yield Batch(step, a, b, ids, bad, reasons)
 
 
 def _as_bytes(reasons: tuple[str, ...]) -> NDArray[np.uint8]:
@@ -115,8 +116,10 @@ def _as_bytes(reasons: tuple[str, ...]) -> NDArray[np.uint8]:
     return np.frombuffer(text.ljust(REASON_BYTES, b"\0"), np.uint8)
 
 
-def _as_reasons(row: NDArray[np.uint8]) -> tuple[str, ...]:
-    return tuple(row.tobytes().rstrip(b"\0").decode(errors="replace").split("\n"))
+def _as_reasons(row: NDArray[np.uint8], count: int) -> tuple[str, ...]:
+    """Return `count` reasons; those that did not fit are empty."""
+    found = row.tobytes().rstrip(b"\0").decode(errors="replace").split("\n")
+    return tuple((found + [""] * count)[:count])
 
 
 class _Pace:

@@ -84,7 +84,11 @@ class _GlobalNorm(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         channels = x.shape[1]
-        local_mean, local_variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        if x.dtype in (torch.float32, torch.float64):
+            local_mean, local_variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        else:  # the kernel would return them in x's dtype, and counts beside them
+            axes = [d for d in range(x.ndim) if d != 1]
+            local_variance, local_mean = torch.var_mean(x.float(), axes, correction=0)
         local_count = x.numel() // channels
         packed = torch.cat([local_mean, local_variance, local_mean.new_tensor([local_count])])
         gathered = dist.all_gather_vector(packed)  # [R, 2C + 1]

@@ -1,0 +1,29 @@
+"""What each rank of `test_bf16` runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simclr_ray import dist
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+
+Numbers = list[object]
+
+
+def inputs() -> Tensor:
+    """Return the global batch: bf16 [7, 5, 4, 4], unequal over its rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 5, 4, 4, generator=generator) * torch.arange(1, 8).view(-1, 1, 1, 1)
+    return x.bfloat16()
+
+
+def normalise(rank: int) -> tuple[Numbers, Numbers, Numbers]:
+    """Return this rank's output, the running mean, and the gradient to its rows."""
+    first, last = dist.share(7, rank, 2)
+    x = inputs()[first:last].requires_grad_()
+    norm = GlobalBatchNorm(5).train()
+    out = norm(x)
+    out.square().sum().backward()
+    assert x.grad is not None
+    return out.float().tolist(), norm.running_mean.tolist(), x.grad.float().tolist()

@@ -1,0 +1,26 @@
+"""bf16 autocast over processes: the global batch norm keeps its statistics in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simclr_ray import dist
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from tests.distributed import bf16_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def test_two_ranks_normalise_bf16_as_one_process_does() -> None:
+    whole = bf16_ranks.inputs()
+    norm = GlobalBatchNorm(5).train()
+    out = norm(whole)
+    parts = dist.spawn(bf16_ranks.normalise, 2)
+    together = torch.cat([torch.tensor(p) for p, _, _ in parts])
+    assert out.dtype == torch.bfloat16
+    # one unit in the last place of bf16 near 4 is 1/64
+    torch.testing.assert_close(together, out.float().detach(), rtol=0, atol=1 / 32)
+    for _, mean, gradient in parts:
+        torch.testing.assert_close(torch.tensor(mean), norm.running_mean, rtol=1e-4, atol=1e-5)
+        assert torch.tensor(gradient).isfinite().all()
