@@ -74,6 +74,7 @@ def is_placement(path: tuple[str, ...]) -> bool:
         "data.cache_gib",
         "data.bank",
         "data.test",
+        "data.max_bad_share",  # whether a run goes on, not what it computes
     )
 
 
@@ -94,6 +95,13 @@ def test_the_digest_changes_with_every_leaf_that_changes_the_result_and_with_no_
         else:
             assert other.digest() not in seen, path
             seen.add(other.digest())
+
+
+def test_naming_what_has_no_variants_keeps_what_stands_beside_the_name() -> None:
+    loaded = Experiment.load("shapes_demo", "register_as.name=mine", "register_as.alias=good")
+    assert (loaded.register_as.name, loaded.register_as.alias) == ("mine", "good")
+    renamed = Experiment.load("shapes_demo", "register_as.name=mine")
+    assert renamed.register_as.alias == Experiment.load("shapes_demo").register_as.alias
 
 
 def test_every_variant_has_a_digest_of_its_own() -> None:
