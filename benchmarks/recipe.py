@@ -31,13 +31,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as storage:
         command = [sys.executable, "-m", "simclr_ray.cli", "pretrain", *arguments]
         began = time.perf_counter()
-        subprocess.run([*command, f"storage={storage}"], check=True)
+        done = subprocess.run([*command, f"storage={storage}"], check=False)
         wall_s = time.perf_counter() - began
         (scores,) = Path(storage).glob("*/scores.json")
         lines = (scores.parent / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         result = {
             "command": "simclr-ray pretrain " + " ".join(map(_portable, arguments)),
+            "exit_code": done.returncode,
             "wall_s": round(wall_s, 1),
             "scores": json.loads(scores.read_text()),
             "curve": [_short(r) for r in records if "eval/uniformity" in r],

@@ -249,7 +249,7 @@ class Registration(Config):
 
     name: str = ""
     alias: str = Field(
-        "latest", min_length=1, description="Alias that is moved to the new version."
+        "newest", min_length=1, description="Alias that is moved to the new version."
     )
 
 
