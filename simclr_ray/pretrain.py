@@ -234,7 +234,7 @@ def _fit(
             backend="nccl" if scaling.gpus_per_worker else "gloo",
             timeout_s=int(scaling.collective_timeout_s),
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg] # Train V2 puts its own there
             name=folder.name,
             storage_path=folder.storage,
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),

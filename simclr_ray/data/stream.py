@@ -146,8 +146,9 @@ class _Pace:
 
 def _set_context() -> None:
     context = ray.data.DataContext.get_current()
-    if _Pace not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(_Pace)
+    callbacks: list[Any] = context.custom_execution_callback_classes
+    if _Pace not in callbacks:
+        callbacks.append(_Pace)
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
