@@ -147,7 +147,10 @@ def test_ray_derives_a_gpu_group_and_a_data_group_without_gpu(job: Tree) -> None
     assert types["data"]["resources"]["data"] >= 1
     assert "GPU" not in types["data"]["resources"]
     assert (types["gpu"]["min_workers"], types["gpu"]["max_workers"]) == (4, 4)
-    assert (types["data"]["min_workers"], types["data"]["max_workers"]) == (1, 4)
+    assert (types["data"]["min_workers"], types["data"]["max_workers"]) == (
+        2,
+        4,
+    )  # one pod has CPUs for 14 of the 16 decode actors
 
 
 def test_the_token_comes_from_a_secret(job: Tree) -> None:
