@@ -126,7 +126,6 @@ def connect(experiment: Experiment | None = None) -> None:
             where = os.environ["RAY_ADDRESS"]
             raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={where}") from error
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, said aloud
     # one machine is not preempted, and the watcher costs a process
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # logical CPUs may exceed cores: workers and decode actors share them by time
