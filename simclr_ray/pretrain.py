@@ -246,9 +246,9 @@ def _fit(
     try:
         with watcher:
             trainer.fit()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray's handler aborts the run and exits by 0
         if watcher.fatal is None:
-            raise
+            raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         ours = watcher.fatal or our_error(error)
         raise ours or RunError(f"training failed: {_root_message(error)}") from error
