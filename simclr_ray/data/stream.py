@@ -22,6 +22,7 @@ from simclr_ray.allocator import keep_freed_memory
 from simclr_ray.data.maker import PartMaker, join, plan_of, two_views
 from simclr_ray.data.source import Source
 from simclr_ray.dist import share
+from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.experiment import Experiment
 from simclr_ray.loop import Batch
 
@@ -32,6 +33,7 @@ MAX_STEPS_PER_CALL = 8
 LOOP_PAUSE_S = 0.02
 REASON_BYTES = 2048  # of a part of a step; what is beyond is counted and not named
 NO_ID = np.iinfo(np.int64).min
+FAILED = -1  # in place of a step: the part holds an error
 
 
 class _Actor:
@@ -44,7 +46,10 @@ class _Actor:
         self.maker = PartMaker(source, plan_of(experiment, source), views, experiment.data, places)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        batches = [self.maker.make(int(step)) for step in rows["step"]]
+        try:
+            batches = [self.maker.make(int(step)) for step in rows["step"]]
+        except DataError as error:
+            return self._failed(error, len(rows["step"]))
         n = len(batches[0].ids)
         bad = np.full((len(batches), n), NO_ID, np.int64)  # a column needs one width
         for row, batch in zip(bad, batches, strict=True):
@@ -56,6 +61,22 @@ class _Actor:
             "ids": np.stack([b.ids.numpy() for b in batches]),
             "bad": bad,
             "reasons": np.stack([_as_bytes(b.reasons) for b in batches]),
+        }
+
+    def _failed(self, error: DataError, count: int) -> dict[str, Any]:
+        """Return an error as data: one that is raised here loses its type on the way."""
+        first, last = self.maker.places
+        size = self.maker.views.size
+        nothing = np.zeros((count, last - first, 3, size, size), np.uint8)
+        ids = np.full((count, last - first), NO_ID, np.int64)
+        text = _as_bytes((type(error).__name__, " ".join(str(error).split())))
+        return {
+            "step": np.full(count, FAILED),
+            "a": nothing,
+            "b": nothing,
+            "ids": ids,
+            "bad": ids,
+            "reasons": np.stack([text] * count),
         }
 
 
@@ -104,6 +125,9 @@ def _pipeline(
     )
     for item in dataset.iter_torch_batches(batch_size=1, prefetch_batches=4, device="cpu"):
         step, bad = int(item["step"]), item["bad"][0]
+        if step == FAILED:
+            name, message = _as_reasons(item["reasons"][0].numpy(), 2)
+            raise TooManyBadImages(message) if name == "TooManyBadImages" else DataError(message)
         bad = bad[bad != NO_ID]
         reasons = _as_reasons(item["reasons"][0].numpy(), len(bad))
         a, b, ids = (item[name][0] for name in ("a", "b", "ids"))
