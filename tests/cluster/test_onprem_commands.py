@@ -120,7 +120,9 @@ def test_a_machine_without_a_gpu_offers_the_data_resource_once_per_core(machine:
     seen = machine.seen()
     assert seen["env"]["RAY_AUTH_MODE"] == "token"
     assert argument(seen, "address") == "10.0.0.10:6379"
-    cores = int(subprocess.run(["nproc"], capture_output=True, text=True, check=True).stdout)
+    plain = {"PATH": os.environ["PATH"]}  # nproc heeds OMP_NUM_THREADS
+    done = subprocess.run(["nproc"], env=plain, capture_output=True, text=True, check=True)
+    cores = int(done.stdout)
     assert json.loads(argument(seen, "resources")) == {"data": cores}
 
 
