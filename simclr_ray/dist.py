@@ -9,7 +9,6 @@ import inspect
 import multiprocessing
 import socket
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -120,12 +119,6 @@ def broadcast_text(text: str) -> str:
     return box[0]
 
 
-def barrier() -> None:
-    """Wait until every rank is here. A collective."""
-    if is_distributed():
-        td.barrier()
-
-
 def data_parallel(module: nn.Module) -> nn.Module:
     """Return `module` with gradients averaged over ranks during backward. A collective.
 
@@ -136,16 +129,6 @@ def data_parallel(module: nn.Module) -> nn.Module:
         return module
     buffers: dict[str, Any] = {BUFFER_OPTION: False}
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the module under `data_parallel`."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-def no_gradient_sync(module: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which backward does not average gradients."""
-    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 def spawn(

@@ -8,7 +8,6 @@ the same on one worker and on sixty-four. `digest` covers what changes the resul
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -382,8 +381,3 @@ def read_source(source: str) -> tuple[str, str]:
         message = f"no preset and no .yaml file{hint}; presets: {', '.join(names)}"
         raise ConfigError([Mistake(source, message)])
     return (resources.files("simclr_ray") / "presets" / f"{source}.yaml").read_text("utf-8"), source
-
-
-def overrides_differ(stored: dict[str, object], current: Experiment) -> Sequence[str]:
-    """Return the leaves in which a stored experiment and the current one differ."""
-    return cfg.differences(stored, cfg.to_tree(current))

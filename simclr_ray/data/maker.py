@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr_ray.augment.views import TwoViews, ViewPair
+from simclr_ray.augment.views import TwoViews
 from simclr_ray.data.decode import ImageError, decode_image
 from simclr_ray.data.plan import BatchPlan, replacement
 from simclr_ray.data.source import Source
@@ -227,6 +227,3 @@ def join(parts: list[Batch]) -> Batch:
 
 def _size(images: list[bytes | None]) -> int:
     return sum(len(i) for i in images if i is not None)
-
-
-__all__ = ["PartMaker", "RowReader", "ViewPair", "join", "local_batches", "plan_of", "two_views"]

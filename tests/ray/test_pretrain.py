@@ -138,10 +138,8 @@ def test_a_finished_run_is_returned_and_not_repeated(folder: Path, one_worker: R
 def test_a_driver_killed_after_epoch_two_continues_to_the_last_bit(
     folder: Path, one_worker: Run
 ) -> None:
-    config = folder / "killed.yaml"
-    config.write_text(cfg.dump_yaml(tree_of(folder, "killed", 1, "float64")))
+    program = _program(folder, "killed", 1)
     run_folder = folder / "killed" / Path(one_worker.folder).name
-    program = [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(config)]
     # the whole of the checkpoint of epoch 2 is there, and steps of epoch 3 may be
     driver = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _wait(lambda: _steps_kept(run_folder) >= 20, driver)
@@ -161,10 +159,8 @@ def test_a_driver_killed_after_epoch_two_continues_to_the_last_bit(
 def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
     folder: Path, two_workers: Run
 ) -> None:
-    config = folder / "maimed.yaml"
-    config.write_text(cfg.dump_yaml(tree_of(folder, "maimed", 2, "float64")))
+    program = _program(folder, "maimed", 2)
     run_folder = folder / "maimed" / Path(two_workers.folder).name
-    program = [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(config)]
     driver = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     _wait(lambda: _steps_kept(run_folder) >= 10, driver)
     workers = [p for p in psutil.process_iter(["cmdline"]) if _is_train_worker(p)]
@@ -207,6 +203,13 @@ def test_unusable_pictures_are_replaced_and_named(
     assert reasons.items() <= expected.items()
     assert reasons  # 96 of 100 rows were drawn
     assert sum(losses_of(Path(run.folder)).values()) > 0
+
+
+def _program(folder: Path, storage: str, workers: int) -> list[str]:
+    """Return the command of a float64 run that a test means to break."""
+    config = folder / f"{storage}.yaml"
+    config.write_text(cfg.dump_yaml(tree_of(folder, storage, workers, "float64")))
+    return [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(config)]
 
 
 def _steps_kept(run_folder: Path) -> int:
