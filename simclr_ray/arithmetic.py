@@ -12,7 +12,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.experiment import Experiment
 from simclr_ray.loop import DTYPES
 from simclr_ray.model import build_model
-from simclr_ray.nn.losses import TILE_COLUMNS, TILE_ROWS
+from simclr_ray.nn.losses import TILE
 
 MIB = 2**20
 SAMPLE = 4  # images in the pass that is counted; the result is per image
@@ -90,14 +90,15 @@ def step_memory(experiment: Experiment) -> StepMemory:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         _, z = model.train()(images)
-    n = max(experiment.local_batch_size(r) for r in range(experiment.scaling.num_workers))
+    largest = max(experiment.local_batch_size(r) for r in range(experiment.scaling.num_workers))
+    n = -(-largest // experiment.num_groups)
     halved = 2 if experiment.precision == "bf16" else 1
     element = 8 if experiment.precision == "float64" else 4
     weights = (
         num_parameters(experiment) * element * (4 if experiment.optimizer.name == "adamw" else 3)
     )
     gathered = 2 * experiment.batch_size * z.shape[1] * element
-    tile = TILE_ROWS * min(TILE_COLUMNS, 2 * experiment.batch_size) * element
+    tile = min(TILE, 2 * experiment.batch_size) ** 2 * element
     return StepMemory(
         weights=weights,
         activations=sum(saved.values()) * n // SAMPLE // halved,

@@ -10,13 +10,16 @@ import multiprocessing
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn as spawn_processes
 from torch.nn.parallel import DistributedDataParallel
+
+from simclr_ray import sharedmem
 
 # torch renamed the option and warns of the old name; older releases know only that one.
 _ddp_options = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -28,6 +31,8 @@ BUFFER_OPTION = next(
 _all_gather: Callable[[Tensor, Tensor], object] = getattr(
     td, "all_gather_single", td.all_gather_into_tensor
 )
+
+MAILBOX_TIMEOUT_S = 1800.0  # as the default of torch's groups
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,16 +103,64 @@ def all_gather_vector(vector: Tensor) -> Tensor:
     """Return [R, len(vector)]: each rank's vector of the same length. A collective."""
     if not is_distributed():
         return vector[None]
+    vector = vector.detach().contiguous()
+    mailbox = _mailbox(vector)
+    if mailbox:
+        return mailbox.all_gather(vector)
     out = vector.new_empty((world_size() * len(vector),))
-    _all_gather(out, vector.contiguous())
+    _all_gather(out, vector)
     return out.view(world_size(), -1)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Return the sum over ranks, in place. A collective."""
     if is_distributed():
-        td.all_reduce(tensor)
+        mailbox = _mailbox(tensor)
+        if mailbox:
+            everyone = mailbox.all_gather(tensor.contiguous().view(-1))
+            tensor.copy_(everyone.sum(0).view_as(tensor))
+        else:
+            td.all_reduce(tensor)
     return tensor
+
+
+class _Mail(NamedTuple):
+    group: td.ProcessGroup | None
+    mailbox: sharedmem.SharedVectors | None
+
+
+_mail = _Mail(None, None)
+
+
+def _mailbox(vector: Tensor) -> sharedmem.SharedVectors | None:
+    """Return what carries `vector` between ranks of one machine; None: the process group does.
+
+    The first call of a group is a collective. Whatever decides is the same on all ranks.
+    """
+    global _mail  # noqa: PLW0603 - one per process group, as torch holds that one itself
+    if vector.device.type != "cpu" or vector.nbytes > sharedmem.SLOT_BYTES:
+        return None
+    if _mail.group is not td.group.WORLD:
+        _mail = _Mail(td.group.WORLD, _open_mailbox())
+    return _mail.mailbox
+
+
+def _open_mailbox() -> sharedmem.SharedVectors | None:
+    """Return a mailbox if every rank can open the file that rank 0 makes. A collective."""
+    mine = ""
+    if rank() == 0 and sharedmem.is_supported():
+        mine = str(sharedmem.create(world_size()))
+    path = Path(broadcast_text(mine))
+    mailbox = None
+    try:
+        if sharedmem.is_supported() and path.is_file():
+            mailbox = sharedmem.SharedVectors(path, rank(), world_size(), MAILBOX_TIMEOUT_S)
+        everyone: list[bool] = [False] * world_size()
+        td.all_gather_object(everyone, mailbox is not None)
+    finally:
+        if mine:  # what is mapped stays; nothing is left behind, whatever ends the processes
+            path.unlink()
+    return mailbox if all(everyone) else None
 
 
 def broadcast_text(text: str) -> str:

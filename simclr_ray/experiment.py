@@ -126,7 +126,12 @@ class MLPHead(Config):
 class BatchNorm(Config):
     """Batch normalisation over all workers."""
 
-    images: int = Field(0, ge=0, description="Images with joint statistics; 0: the global batch.")
+    images: int = Field(
+        0,
+        ge=0,
+        description="Images with joint statistics; 0: the global batch. Below it, gradient "
+        "caching: a step takes the memory of so many.",
+    )
     momentum: float = Field(0.1, gt=0, le=1, description="PyTorch's momentum; 1 - TF's decay.")
 
 
@@ -199,6 +204,7 @@ class Evaluation(Config):
     every_epochs: int = Field(
         1, ge=0, description="kNN (or label-free metrics) while training; 0: never."
     )
+    size: int = Field(0, ge=0, description="Side of the views it judges; 0: augment.size.")
     bank_limit: int = Field(5_000, ge=0, description="Bank rows used while training; 0: all.")
     test_limit: int = Field(2_000, ge=0, description="Test rows used while training; 0: all.")
     knn: KNN = KNN()
@@ -288,10 +294,11 @@ class Experiment(Config):
                 f"batch_size is global: {self.batch_size} images cannot be shared by "
                 f"{self.scaling.num_workers} workers; raise batch_size or lower scaling.num_workers"
             )
-        if self.batch_norm.images not in (0, self.batch_size):
+        images = self.batch_norm.images
+        if images and (self.batch_size % images or images < self.scaling.num_workers):
             raise ValueError(
-                f"batch_norm.images={self.batch_norm.images} is not supported yet; "
-                f"use 0 (statistics over the whole batch of {self.batch_size})"
+                f"batch_norm.images={images} must divide batch_size={self.batch_size} and be no "
+                f"less than scaling.num_workers={self.scaling.num_workers}"
             )
         return self
 
@@ -329,10 +336,20 @@ class Experiment(Config):
         storage = absolute_path(self.storage)
         return self.model_copy(update={"data": data, "storage": storage})
 
+    @property
+    def evaluation_size(self) -> int:
+        """Return the side in pixels of the views that are judged and embedded."""
+        return self.evaluation.size or self.augment.size
+
     def local_batch_size(self, rank: int) -> int:
         """Return the images of rank `rank`: they differ by at most one between ranks."""
         n, workers = self.batch_size, self.scaling.num_workers
         return (rank + 1) * n // workers - rank * n // workers
+
+    @property
+    def num_groups(self) -> int:
+        """Return the groups that a step's images pass the model in; above 1: gradient caching."""
+        return self.batch_size // (self.batch_norm.images or self.batch_size)
 
     def peak_learning_rate(self) -> float:
         """Return the rate after warm-up, scaled by the global batch (App. B.1)."""

@@ -78,7 +78,7 @@ def load_model(folder: Path) -> SimCLRModel:
 
 def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
     """Return what is learned from and what is scored; the second is None without labels."""
-    data, size = experiment.data, experiment.augment.size
+    data, size = experiment.data, experiment.evaluation_size
     train = Source.open(data.train, data.columns, data.limit)
     bank = Source.open(data.bank, data.columns) if data.bank else train
     test = Source.open(data.test, data.columns) if data.test else None

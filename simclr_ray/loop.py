@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray import dist
+from simclr_ray.caching import cached_backward, group_rows
 from simclr_ray.errors import RunError
 from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
 from simclr_ray.optim import learning_rate_at
@@ -90,6 +91,7 @@ def train(
     *,
     precision: Precision = "float32",
     seed: int = 0,
+    num_groups: int = 1,
 ) -> None:
     """Train until the stream ends. A collective: every rank streams the same steps.
 
@@ -102,6 +104,8 @@ def train(
         hooks: What to call and when.
         precision: float64, float32, or bf16 autocast around the model.
         seed: Of what the model itself draws, such as dropout.
+        num_groups: Above 1, a step's images pass the model in so many groups, by gradient caching;
+            batch norm's statistics are those of a group.
 
     Raises:
         RunError: The loss is not finite, or ranks stand at different steps.
@@ -111,16 +115,17 @@ def train(
     model.train()
     for batch in meter.timed(stream):
         step = batch.step
-        # a backbone may have dropout: keyed by step and rank, a resumed run draws the same
-        torch.manual_seed((seed << 32) + step * dist.world_size() + dist.rank())
         for group in optimizer.param_groups:
             group["lr"] = timetable.learning_rate(step)
-        views = as_input(torch.cat([batch.a, batch.b]), device, precision)  # [2n, 3, S, S]
-        with autocast(device, precision):
-            _, z = model(views)
-        z1, z2 = z.chunk(2)
-        value = loss(z1, z2)
-        value.backward()
+        project = _Projector(model, batch, device, precision, seed, num_groups)
+        if num_groups == 1:
+            z1, z2 = project(0, slice(None))
+            value = loss(z1, z2)
+            value.backward()
+        else:
+            first, _ = dist.share(timetable.global_batch_size, dist.rank(), dist.world_size())
+            groups = group_rows(len(batch.a), first, num_groups)
+            value, z1, z2 = cached_backward(model, project, loss, groups)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(batch, value.detach())
@@ -156,6 +161,29 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 def place(model: nn.Module, device: torch.device, precision: Precision) -> None:
     """Move `model` in place to `device`, in the dtype and memory format that `train` feeds it."""
     model.to(device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class _Projector:
+    """z1 and z2 of some rows of a batch: the same numbers each time it is asked."""
+
+    model: nn.Module
+    batch: Batch
+    device: torch.device
+    precision: Precision
+    seed: int
+    num_groups: int
+
+    def __call__(self, group: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return z1, z2 [m, D]. Both views pass together: batch norm's statistics are joint."""
+        # a backbone may have dropout: keyed, a resumed run and a second pass draw the same
+        place = self.batch.step * dist.world_size() + dist.rank()
+        torch.manual_seed((self.seed << 32) + place * self.num_groups + group)
+        images = torch.cat([self.batch.a[rows], self.batch.b[rows]])  # [2m, 3, S, S]
+        with autocast(self.device, self.precision):
+            _, z = self.model(as_input(images, self.device, self.precision))
+        z1, z2 = z.chunk(2)
+        return z1, z2
 
 
 class _Meter:

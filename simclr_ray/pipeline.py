@@ -98,7 +98,7 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
             target,
             model.encoder,
             config=cfg.to_tree(experiment)["encoder"],
-            size=experiment.augment.size,
+            size=experiment.evaluation_size,
             feature_dim=feature_dim(model.encoder),
         )
         folder.put_folder(target, "encoder")

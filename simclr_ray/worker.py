@@ -90,6 +90,7 @@ class Rank:
             loop.Hooks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
             seed=experiment.seed,
+            num_groups=experiment.num_groups,
         )
 
     def report(self, metrics: loop.Metrics) -> None:

@@ -48,7 +48,7 @@ class OnlineEvaluation:
         self.bank: _Part | None = None
         if not limits.every_epochs:
             return
-        probe = load_split(source, experiment.augment.size, PROBE_IMAGES, data.max_pixels)
+        probe = load_split(source, experiment.evaluation_size, PROBE_IMAGES, data.max_pixels)
         self.probe = self._part(probe.images, probe.ids)
         first, last = dist.share(len(probe.images), rank, num_ranks)
         views = two_views(experiment.augment, experiment.seed)
@@ -95,7 +95,7 @@ class OnlineEvaluation:
 
     def _split(self, source: Source, limit: int) -> _Part:
         split = load_split(
-            source, self.experiment.augment.size, limit, self.experiment.data.max_pixels
+            source, self.experiment.evaluation_size, limit, self.experiment.data.max_pixels
         )
         labelled = split.labels >= 0
         return self._part(split.images[labelled], split.labels[labelled])

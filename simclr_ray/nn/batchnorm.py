@@ -38,6 +38,7 @@ class GlobalBatchNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
+        self.moves_statistics = True  # False: a repeated pass over the same images
         self.weight = nn.Parameter(torch.ones(num_features))
         if shift:
             self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features))
@@ -48,23 +49,24 @@ class GlobalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x normalised per channel, same shape and dtype. Collective while training."""
+        momentum = self.momentum if self.moves_statistics or not self.training else 0.0
         if not (self.training and dist.is_distributed()):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias,
-                self.training, self.momentum, self.eps,
+                self.training, momentum, self.eps,
             )  # fmt: skip
         bias = self.bias if self.bias is not None else torch.zeros_like(self.weight)
         if x.is_cuda:
             out: Tensor = _CudaSyncBatchNorm.apply(
                 x, self.weight, bias, self.running_mean, self.running_var,
-                self.eps, self.momentum, dist.world_group(), dist.world_size(),
+                self.eps, momentum, dist.world_group(), dist.world_size(),
             )  # fmt: skip
             return out
         out, mean, variance, count = _GlobalNorm.apply(x, self.weight, bias, self.eps)
         with torch.no_grad():
             unbiased = variance * (count / (count - 1).clamp_(min=1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
         return out
 
     def extra_repr(self) -> str:
@@ -110,15 +112,18 @@ class _GlobalNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, variance, count = ctx.saved_tensors  # type: ignore[attr-defined]
         eps: float = ctx.eps  # type: ignore[attr-defined]
-        # dx as if the statistics were constants, Σ dy·x̂ and Σ dy, in fused passes
-        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            upstream, x, weight, mean, variance, None, None, EVAL, eps, [True, True, True]
+        # Σ dy·x̂ and Σ dy of this rank, in one fused pass
+        _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            upstream, x, weight, mean, variance, None, None, EVAL, eps, [False, True, True]
         )
         sums = dist.all_reduce_sum(torch.cat([d_weight, d_bias]))
         shape = (1, -1, *([1] * (x.ndim - 2)))
         global_d_weight, global_d_bias = (sums / count).split(len(weight))
         inverse_std = (variance + eps).rsqrt()
-        slope = weight * inverse_std.square() * global_d_weight
-        offset = weight * inverse_std * global_d_bias - slope * mean
-        dx -= (x * slope.view(shape)).add_(offset.view(shape))
+        scale = weight * inverse_std
+        slope = -scale * inverse_std * global_d_weight
+        offset = -scale * global_d_bias - slope * mean
+        # scale·(dy − mean of dy − x̂·mean of dy·x̂), as dy·scale + x·slope + offset
+        dx = torch.addcmul(offset.view(shape), x, slope.view(shape))
+        dx = dx.addcmul_(upstream, scale.view(shape)).to(x.dtype)
         return dx, d_weight, d_bias, None

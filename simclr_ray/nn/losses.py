@@ -1,18 +1,23 @@
 """NT-Xent over the global batch, exact, without a gradient collective and without the matrix.
 
-SimCLR (Chen et al. 2020, arXiv:2002.05709) eq. 1. With all z (2N rows) and all row
-log-sum-exps gathered, the gradient of the *global* mean with respect to a rank's own rows is
-local arithmetic. Write s_ij = z_i·z_j/τ, p_ij = exp(s_ij − lse_i). Row i's own term gives
-Σ_j p_ij z_j − z_pos(i); as a column of row j it gives Σ_j p_ji z_i's partner, and s is symmetric,
-so p_ji = exp(s_ij − lse_j) comes from the same tile:
+SimCLR (Chen et al. 2020, arXiv:2002.05709) eq. 1. Write s_ij = z_i·z_j/τ and
+p_ij = exp(s_ij − lse_i), 0 for i = j. As an anchor, row i contributes Σ_j p_ij z_j − z_pos(i) to
+its own gradient; as a column of row j, p_ji z_j, and as its partner −z_pos(i) again. s is
+symmetric, so p_ji = exp(s_ij − lse_j) comes from the same number:
 
     dL/dz_i = 1/(2N·τ) · [ Σ_j (p_ij + p_ji) z_j − 2 z_pos(i) ]
 
-Tiles are recomputed in the backward pass, so no 2N x 2N matrix is ever held.
+So with all z (2N rows) and then all row log-sum-exps gathered, the gradient of the *global* mean
+with respect to a rank's own rows is local arithmetic: gathers forward, no collective backward.
+
+Tiles of s are made, used and forgotten, forward and again backward, so no 2N x 2N matrix is ever
+held. Among a rank's own rows a tile above the diagonal also serves its mirror image, which halves
+products and exponentials. Where 1/τ bounds s (normalised z) one shift serves all rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,8 +26,8 @@ from torch import Tensor, nn
 
 from simclr_ray import dist
 
-TILE_ROWS = 512  # a 512 x 2048 float32 tile is 4 MiB: it stays in a core's share of L3
-TILE_COLUMNS = 2048
+TILE = 1024  # a 1024 x 1024 float32 tile is 4 MiB: it stays in a core's share of L3
+LARGEST_SHIFT = 40.0  # exp(−2·40) is still a normal float32
 
 
 class NTXentLoss(nn.Module):
@@ -61,9 +66,9 @@ class NTXentLoss(nn.Module):
             ValueError: The shapes differ or are not [n, D].
         """
         with torch.autocast(z1.device.type, enabled=False):
-            z = _prepare(z1, z2, normalize=self.normalize)  # [2n, D]
-            counts = self._counts(len(z1), z.device)
-            loss: Tensor = _NTXent.apply(z, self.temperature, counts)
+            _check(z1, z2)
+            counts = self._counts(len(z1), z1.device)
+            loss: Tensor = _NTXent.apply(z1, z2, self.temperature, self.normalize, counts)
         return loss
 
     def _counts(self, local: int, device: torch.device) -> list[int]:
@@ -91,15 +96,16 @@ def contrastive_metrics(
     global batch. Arguments as for `NTXentLoss.forward`. Collective.
     """
     with torch.autocast(z1.device.type, enabled=False):
-        z = _prepare(z1, z2, normalize=normalize)
+        _check(z1, z2)
+        z, _ = _interleave(z1, z2, normalize=normalize)
+        mine, partners = z[0::2], z[1::2]
         counts = dist.row_counts(len(z1), z.device)
-        others = dist.all_gather_rows(z[len(z1) :], counts)  # [N, D]
+        others = dist.all_gather_rows(partners, counts)  # [N, D]
         first = sum(counts[: dist.rank()])
         sums = z.new_zeros(2)
-        for start in range(0, len(z1), TILE_ROWS):
-            rows = z[start : min(start + TILE_ROWS, len(z1))]
-            logits = rows @ others.T / temperature  # [t, N]
-            labels = torch.arange(first + start, first + start + len(rows), device=z.device)
+        for rows in _strips(0, len(z1)):
+            logits = mine[rows] @ others.T / temperature  # [t, N]
+            labels = torch.arange(first + rows.start, first + rows.stop, device=z.device)
             log_p = F.log_softmax(logits, dim=1)
             sums[0] += (logits.argmax(1) == labels).sum()
             sums[1] -= (log_p.exp() * log_p).sum()
@@ -107,77 +113,133 @@ def contrastive_metrics(
     return ContrastiveMetrics(accuracy, entropy)
 
 
-def _prepare(z1: Tensor, z2: Tensor, *, normalize: bool) -> Tensor:
-    """Return [2n, D] in float32 or float64, all of view 1 first."""
+def _check(z1: Tensor, z2: Tensor) -> None:
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"z1 and z2 must both be [n, D], got {[*z1.shape]} and {[*z2.shape]}")
-    z = torch.cat([z1, z2])
-    z = z if z.dtype == torch.float64 else z.float()
-    return F.normalize(z, dim=1, eps=1e-12) if normalize else z
 
 
 class _NTXent(torch.autograd.Function):
-    """The streaming core on this rank's prepared rows."""
+    """The streaming core. Rows are interleaved, both views of an image side by side."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, z: Tensor, temperature: float, counts: list[int]
+        ctx: torch.autograd.function.FunctionCtx,
+        z1: Tensor,
+        z2: Tensor,
+        temperature: float,
+        normalize: bool,  # noqa: FBT001 - autograd passes by position
+        counts: list[int],
     ) -> Tensor:
-        n, total = len(z) // 2, sum(counts)
-        # [2N, D]: all ranks' view 1, then all ranks' view 2
-        everyone = _gather_views(z.detach(), counts)
-        first = sum(counts[: dist.rank()])
-        mine = torch.arange(first, first + n, device=z.device)
-        own = torch.cat([mine, mine + total])  # [2n], where this rank's rows stand in `everyone`
-        positive = (own + total) % (2 * total)
-        rows = z.detach() / temperature
-        lse = _row_log_sum_exp(rows, everyone, own)  # [2n]
-        aligned = (rows * everyone[positive]).sum(1)
-        all_lse = _gather_views(lse[:, None], counts).squeeze(1)  # [2N]
-        ctx.save_for_backward(z, everyone, lse, all_lse, own, positive)
-        ctx.temperature, ctx.total = temperature, total  # type: ignore[attr-defined]
-        return (lse - aligned).sum() * (dist.world_size() / (2 * total))
+        z, norms = _interleave(z1, z2, normalize=normalize)
+        row_counts = [2 * count for count in counts]
+        everyone = dist.all_gather_rows(z, row_counts)  # [2N, D], this rank's rows in one piece
+        first = sum(row_counts[: dist.rank()])
+        shift = 1 / temperature if normalize and 1 / temperature <= LARGEST_SHIFT else None
+        sweep = _Sweep(z, everyone, first, temperature, shift)
+        lse = sweep.log_sum_exp()  # [2n]
+        all_lse = dist.all_gather_rows(lse[:, None], row_counts).squeeze(1)  # [2N]
+        aligned = (z[0::2] * z[1::2]).sum() / temperature
+        ctx.save_for_backward(z, norms, everyone, all_lse)
+        ctx.rest = (first, temperature, shift, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
+        return (lse.sum() - 2 * aligned) * (dist.world_size() / len(everyone))
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
-    ) -> tuple[Tensor, None, None]:
-        z, everyone, lse, all_lse, own, positive = ctx.saved_tensors  # type: ignore[attr-defined]
-        temperature, total = ctx.temperature, ctx.total  # type: ignore[attr-defined]
-        gradient = everyone[positive].mul_(-2.0)
-        rows = z / temperature
-        for i in range(0, len(rows), TILE_ROWS):
-            for j in range(0, len(everyone), TILE_COLUMNS):
-                tile, columns = _tile(rows, everyone, own, (i, j))
-                p = (tile - lse[i : i + len(tile), None]).exp_()  # p_ij, and then + p_ji
-                p += tile.sub_(all_lse[j : j + len(columns)]).exp_()
-                gradient[i : i + len(tile)].addmm_(p, columns)
-        scale = dist.world_size() / (2 * total * temperature)
-        return gradient.mul_(upstream * scale), None, None
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        z, norms, everyone, all_lse = ctx.saved_tensors  # type: ignore[attr-defined]
+        first, temperature, shift, *dtypes = ctx.rest  # type: ignore[attr-defined]
+        gradient = _Sweep(z, everyone, first, temperature, shift).gradient(all_lse)
+        pairs, partners = gradient.view(-1, 2, z.shape[1]), z.view(-1, 2, z.shape[1])
+        pairs[:, 0].sub_(partners[:, 1], alpha=2)
+        pairs[:, 1].sub_(partners[:, 0], alpha=2)
+        gradient.mul_(upstream * (dist.world_size() / (len(everyone) * temperature)))
+        if len(norms):  # through z / ‖z‖, in strips
+            for rows in _strips(0, len(z)):
+                along = (z[rows] * gradient[rows]).sum(1, keepdim=True)
+                gradient[rows].sub_(z[rows] * along).div_(norms[rows])
+        return pairs[:, 0].to(dtypes[0]), pairs[:, 1].to(dtypes[1]), None, None, None
 
 
-def _gather_views(rows: Tensor, counts: list[int]) -> Tensor:
-    """Return all ranks' rows of view 1, then of view 2: [2N, C] for [2n, C]. One collective."""
-    side_by_side = torch.cat(rows.chunk(2), dim=1)  # [n, 2C]
-    return torch.cat(dist.all_gather_rows(side_by_side, counts).chunk(2, dim=1))
+class _Sweep(NamedTuple):
+    """Tiles of s: of a rank's own rows the upper triangle, and own rows against all others."""
+
+    z: Tensor  # [2n, D], this rank's rows
+    everyone: Tensor  # [2N, D]
+    first: int  # z is everyone[first : first + 2n]
+    temperature: float
+    shift: float | None  # subtracted from s before exp; None: s has no bound
+
+    def log_sum_exp(self) -> Tensor:
+        """Return log Σ_j≠i exp(s_ij) of this rank's rows: [2n]."""
+        lse = self.z.new_full((len(self.z),), 0.0 if self.shift is not None else float("-inf"))
+        for rows, columns, mirrored in self._tiles():
+            tile = self._tile(rows, columns)
+            if self.shift is not None:  # sums of exp(s − shift) until the end
+                tile.exp_()
+                lse[rows] += tile.sum(1)
+                if mirrored:
+                    lse[columns.start - self.first : columns.stop - self.first] += tile.sum(0)
+                continue
+            lse[rows] = torch.logaddexp(lse[rows], tile.logsumexp(1))
+            if mirrored:
+                mirror = slice(columns.start - self.first, columns.stop - self.first)
+                lse[mirror] = torch.logaddexp(lse[mirror], tile.logsumexp(0))
+        return lse if self.shift is None else lse.log_().add_(self.shift)
+
+    def gradient(self, all_lse: Tensor) -> Tensor:
+        """Return Σ_j (p_ij + p_ji) z_j of this rank's rows: [2n, D]."""
+        out = torch.zeros_like(self.z)
+        # with one shift, p_ij + p_ji = exp(s_ij − shift)·(w_i + w_j)
+        weights = None if self.shift is None else (self.shift - all_lse).exp_()
+        for rows, columns, mirrored in self._tiles():
+            tile = self._tile(rows, columns)
+            own = slice(self.first + rows.start, self.first + rows.stop)
+            if weights is not None:
+                p = tile.exp_().mul_(weights[own, None] + weights[columns])
+            else:
+                p = (tile - all_lse[own, None]).exp_()
+                p += tile.sub_(all_lse[columns]).exp_()
+            out[rows].addmm_(p, self.everyone[columns])
+            if mirrored:
+                mirror = slice(columns.start - self.first, columns.stop - self.first)
+                out[mirror].addmm_(p.T, self.z[rows])
+        return out
+
+    def _tile(self, rows: slice, columns: slice) -> Tensor:
+        """Return s − shift of a tile, −inf where a row meets itself."""
+        scaled = self.z[rows] / self.temperature
+        right = self.everyone[columns].T
+        if self.shift is None:
+            tile = scaled @ right
+        else:
+            tile = torch.addmm(scaled.new_tensor(-self.shift), scaled, right)
+        if columns.start == self.first + rows.start:
+            tile.fill_diagonal_(float("-inf"))
+        return tile
+
+    def _tiles(self) -> Iterator[tuple[slice, slice, bool]]:
+        """Yield rows of z, columns of `everyone`, and whether the tile's mirror is wanted too."""
+        own, stop = len(self.z), self.first + len(self.z)
+        for rows in _strips(0, own):
+            for columns in _strips(self.first + rows.start, stop):
+                yield rows, columns, columns.start > self.first + rows.start
+            for columns in [*_strips(0, self.first), *_strips(stop, len(self.everyone))]:
+                yield rows, columns, False
 
 
-def _row_log_sum_exp(rows: Tensor, everyone: Tensor, own: Tensor) -> Tensor:
-    """Return log Σ_j≠own exp(row·z_j) of each row, streamed over column tiles: [2n]."""
-    lse = rows.new_full((len(rows),), float("-inf"))
-    for i in range(0, len(rows), TILE_ROWS):
-        for j in range(0, len(everyone), TILE_COLUMNS):
-            tile, _ = _tile(rows, everyone, own, (i, j))
-            lse[i : i + len(tile)] = torch.logaddexp(lse[i : i + len(tile)], tile.logsumexp(1))
-    return lse
+def _strips(start: int, stop: int) -> list[slice]:
+    return [slice(i, min(i + TILE, stop)) for i in range(start, stop, TILE)]
 
 
-def _tile(
-    rows: Tensor, everyone: Tensor, own: Tensor, start: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Return s of one tile with each row's similarity to itself at −inf, and its columns' z."""
-    i, j = start
-    columns = everyone[j : j + TILE_COLUMNS]
-    tile = rows[i : i + TILE_ROWS] @ columns.T  # [t, c]
-    at_self = torch.arange(j, j + len(columns), device=rows.device) == own[i : i + len(tile), None]
-    return tile.masked_fill_(at_self, float("-inf")), columns
+def _interleave(z1: Tensor, z2: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Return [2n, D] in float32 or float64, z1 in even rows, and [2n, 1] norms or [0]."""
+    n, dim = z1.shape
+    dtype = z1.dtype if z1.dtype == torch.float64 else torch.float32
+    pairs = torch.empty(n, 2, dim, dtype=dtype, device=z1.device)
+    pairs[:, 0], pairs[:, 1] = z1, z2
+    z = pairs.view(2 * n, dim)
+    if not normalize:
+        return z, z.new_empty(0)
+    norms = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_(min=1e-12)
+    return z.div_(norms), norms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -61,3 +62,25 @@ def loss_and_norm(
         weight_gradient.numpy().copy(),
         (norm.running_mean.numpy().copy(), norm.running_var.numpy().copy()),
     )
+
+
+def small_exchanges(rank: int) -> list[str]:
+    """Return what went wrong when small vectors of many sizes and dtypes were exchanged."""
+    wrong = []
+    rng = np.random.default_rng(rank)
+    for call in range(300):
+        length = 1 + (call * 37) % 700
+        dtype = (torch.float32, torch.float64, torch.int64)[call % 3]
+        mine = torch.arange(length).to(dtype) + 1000 * rank + call
+        if rng.random() < 0.1:  # ranks come at different times
+            time.sleep(rng.random() * 0.003)
+        everyone = dist.all_gather_vector(mine)
+        expected = [torch.arange(length).to(dtype) + 1000 * r + call for r in range(len(everyone))]
+        if not torch.equal(everyone, torch.stack(expected)):
+            wrong.append(f"gather {call}")
+        if not torch.equal(dist.all_reduce_sum(mine.clone()), torch.stack(expected).sum(0)):
+            wrong.append(f"sum {call}")
+    large = torch.full((20_000,), float(rank))  # 80 KB: the process group carries it
+    if dist.all_reduce_sum(large)[0] != sum(range(dist.world_size())):
+        wrong.append("large")
+    return wrong

@@ -20,9 +20,9 @@ MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # `docs/architecture.md`, floor by floor; a package stands for all its modules not named here.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "logs", "allocator", "dist", "data.decode"),
+    ("errors", "config", "logs", "allocator", "dist", "sharedmem", "data.decode"),
     ("nn", "optim", "augment"),
-    ("experiment", "model", "checkpoint", "storage", "selfcheck"),
+    ("experiment", "model", "checkpoint", "storage", "selfcheck", "caching"),
     ("loop", "data", "tracking", "mlflow_store"),
     ("evaluation",),
     ("pretrain", "worker", "judge", "export", "embedder", "doctor", "machine", "arithmetic"),

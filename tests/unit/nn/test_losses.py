@@ -53,8 +53,7 @@ def test_value_and_gradient_equal_the_numpy_oracle(
 
 
 def test_tiles_smaller_than_the_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "TILE_ROWS", 4)
-    monkeypatch.setattr(losses, "TILE_COLUMNS", 3)
+    monkeypatch.setattr(losses, "TILE", 3)
     z1, z2 = (z.requires_grad_() for z in random_views(3, 9, 5))
     loss = NTXentLoss(0.1)(z1, z2)
     loss.backward()

@@ -1,0 +1,34 @@
+"""Small vectors between ranks of one machine: exact, in order, and nothing is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simclr_ray import dist, sharedmem
+from tests.distributed.ranks import small_exchanges
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+needs_shared_memory = pytest.mark.skipif(
+    not sharedmem.is_supported(), reason="no x86-64 Linux with /dev/shm"
+)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_small_vectors_of_many_sizes_arrive_whole_and_in_order(num_ranks: int) -> None:
+    assert dist.spawn(small_exchanges, num_ranks) == [[]] * num_ranks
+    assert not list(Path(sharedmem.FOLDER).glob("simclr_ray-*"))
+
+
+@needs_shared_memory
+def test_a_rank_that_does_not_come_is_an_error_after_the_time_limit() -> None:
+    path = sharedmem.create(2)
+    try:
+        mailbox = sharedmem.SharedVectors(path, rank=0, num_ranks=2, timeout_s=0.2)
+    finally:
+        path.unlink()
+    with pytest.raises(TimeoutError, match="rank 1"):
+        mailbox.all_gather(torch.zeros(3))
