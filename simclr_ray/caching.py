@@ -32,7 +32,10 @@ class Cached(NamedTuple):
 
 
 def cached_backward(
-    model: nn.Module, project: Project, loss: Callable[[Tensor, Tensor], Tensor], groups: list[slice]
+    model: nn.Module,
+    project: Project,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    groups: list[slice],
 ) -> Cached:
     """Add to the parameters' gradients what one pass over all groups together would. Collective.
 
@@ -48,11 +51,11 @@ def cached_backward(
         parts = [project(g, rows) for g, rows in enumerate(groups)]
     z1, z2 = (torch.cat(z).requires_grad_() for z in zip(*parts, strict=True))
     value = loss(z1, z2)
-    value.backward()
+    value.backward()  # type: ignore[no-untyped-call]
     assert z1.grad is not None
     assert z2.grad is not None
     sizes = [len(z) for z, _ in parts]
-    upstream = list(zip(z1.grad.split(sizes), z2.grad.split(sizes), strict=True))
+    upstream = list(zip(torch.split(z1.grad, sizes), torch.split(z2.grad, sizes), strict=True))
     del parts
     with _running_statistics_kept(model):
         for g, rows in enumerate(groups):

@@ -137,7 +137,7 @@ def _mailbox(vector: Tensor) -> sharedmem.SharedVectors | None:
 
     The first call of a group is a collective. Whatever decides is the same on all ranks.
     """
-    global _mail  # noqa: PLW0603 - one per process group, as torch holds that one itself
+    global _mail
     if vector.device.type != "cpu" or vector.nbytes > sharedmem.SLOT_BYTES:
         return None
     if _mail.group is not td.group.WORLD:

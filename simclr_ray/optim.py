@@ -35,6 +35,8 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: The authors' eeta.
         momentum_form: `authors` (rate inside the buffer) or `outside`.
         clip_lr: Use min(r/lr, 1) for r.
+        fused: On CPU, in the authors' form, update with torch's fused SGD kernel: it reads and
+            writes each number once. Elsewhere nothing changes.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LARS(torch.optim.Optimizer):
         *,
         momentum_form: Literal["authors", "outside"] = "authors",
         clip_lr: bool = False,
+        fused: bool = True,
     ) -> None:
         if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0 or trust_coefficient <= 0:
             raise ValueError("LARS needs lr >= 0, 0 <= momentum < 1, weight_decay >= 0, trust > 0")
@@ -57,6 +60,7 @@ class LARS(torch.optim.Optimizer):
             "trust_coefficient": trust_coefficient,
             "momentum_form": momentum_form,
             "clip_lr": clip_lr,
+            "fused": fused,
             "adapt": True,
         }
         super().__init__(params, defaults)
@@ -77,7 +81,15 @@ class LARS(torch.optim.Optimizer):
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         lr, inside = group["lr"], group["momentum_form"] == "authors"
         raw = [p.grad for p in params if p.grad is not None]
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            # the fused kernel walks memory, so layouts must agree; a loaded buffer's may not
+            self.state[p]["momentum_buffer"] = _laid_out(self.state[p]["momentum_buffer"], p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        if group["fused"] and inside and all(_is_dense_on_cpu(p) for p in params):
+            self._update_fused(params, raw, buffers, group)
+            return
         decayed = list(torch._foreach_add(raw, params, alpha=group["weight_decay"]))
         if group["adapt"]:
             ratios = self._ratios(params, raw, decayed, group)
@@ -85,6 +97,28 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, decayed, alpha=lr if inside else 1.0)
         torch._foreach_add_(params, buffers, alpha=-1.0 if inside else -lr)
+
+    @staticmethod
+    def _update_fused(
+        params: list[Tensor], raw: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        """Write v = μ·v + (lr·r)·(g + wd·w), w = w − v as SGD of rate 1 and dampening 1 − lr·r."""
+        raw = [_laid_out(g, w) for g, w in zip(raw, params, strict=True)]
+        rates, parts = [1.0], [(params, raw, buffers)]
+        if group["adapt"]:
+            rates = _local_rates(params, raw, group)
+            parts = [([w], [g], [v]) for w, g, v in zip(params, raw, buffers, strict=True)]
+        for rate, tensors in zip(rates, parts, strict=True):
+            torch._fused_sgd_(
+                *tensors,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=1.0,
+                dampening=1.0 - group["lr"] * rate,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+            )
 
     @staticmethod
     def _ratios(
@@ -103,6 +137,42 @@ class LARS(torch.optim.Optimizer):
         if group["clip_lr"]:
             ratios = (ratios / group["lr"]).clamp(max=1.0)
         return list(torch.where(usable, ratios, torch.ones_like(ratios)).unbind())
+
+
+def _local_rates(params: list[Tensor], raw: list[Tensor], group: dict[str, Any]) -> list[float]:
+    """Return r of each CPU tensor, reading w and g but writing nothing.
+
+    ‖g + wd·w‖² = ‖g‖² + 2·wd·g·w + wd²·‖w‖².
+    """
+    decay, trust = group["weight_decay"], group["trust_coefficient"]
+    weights = torch.stack(torch._foreach_norm(params)).double()
+    squared = torch.stack(torch._foreach_norm(raw)).double().square()
+    if decay:
+        products = torch.stack([_dot(g, w) for g, w in zip(raw, params, strict=True)]).double()
+        squared += 2 * decay * products + decay**2 * weights.square()
+    gradients = squared.clamp_(min=0).sqrt()
+    usable = (weights > 0) & (gradients > 0)
+    rates = torch.where(usable, trust * weights / gradients, torch.ones_like(weights))
+    if group["clip_lr"]:
+        rates = (rates / group["lr"]).clamp(max=1.0)
+    return [float(rate) for rate in rates]
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ a·b of two dense tensors of one layout, without a copy."""
+    return torch.dot(*(t.as_strided((t.numel(),), (1,)) for t in (a, b)))
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return `tensor` in the memory layout of `like`: itself where it has it."""
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def _is_dense_on_cpu(tensor: Tensor) -> bool:
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.device.type == "cpu" and (last or tensor.is_contiguous())
 
 
 def learning_rate_at(step: int, peak: float, warmup: int, total: int) -> float:

@@ -23,7 +23,7 @@ SLOT_BYTES: Final = 64 * 1024  # of one message
 LINE: Final = 64  # counters of two ranks never share a cache line
 SPINS, YIELDS = 200, 20_000  # then sleep: a peer may be decoding, or dead
 NAP_S: Final = 0.0002
-FOLDER: Final = "/dev/shm"  # noqa: S108 - memory, and the name is random and soon unlinked
+FOLDER: Final = "/dev/shm"
 
 
 def is_supported() -> bool:

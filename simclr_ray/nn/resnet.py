@@ -30,7 +30,7 @@ BASIC_DEPTHS = (10, 18, 34)
 # The standard deviation of a unit normal truncated at ±2, which TensorFlow divides out.
 TRUNCATED_STD = 0.87962566103423978
 
-Norm = Callable[[int], GlobalBatchNorm]
+Norm = Callable[[int], nn.Module]
 
 
 class ResNet(nn.Module):
@@ -40,7 +40,7 @@ class ResNet(nn.Module):
         depth: 10, 18, 34, 50, 101, 152 or 200; F is 512·width (basic) or 2048·width.
         width: Channel multiplier, stem included.
         stem: `imagenet` 7x7/2 and 3x3/2 max pool; `cifar` 3x3; `strided` 3x3/2.
-        norm: Makes the batch norm of a channel count.
+        norm: Makes the batch norm (or another norm with `weight`) of a channel count.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class _Block(nn.Module):
         self.shortcut = shortcut
         self.branch = nn.ModuleList(branch)
         last = branch[-1][1]
-        assert isinstance(last, GlobalBatchNorm)
+        assert isinstance(last.weight, Tensor)
         nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def follow(
     adapt: bool = True,
     weight_decay: float = 0.01,
     steps: int = 20,
+    fused: bool = True,
 ) -> list[float]:
     """Return each tensor's relative distance from the oracle after `steps` with moving rates."""
     rng = np.random.default_rng(1)
@@ -35,7 +36,7 @@ def follow(
         for w in starts
     ]
     groups: list[dict[str, Any]] = [{"params": ours, "adapt": adapt}]
-    optimizer = LARS(groups, lr=0.0, weight_decay=weight_decay, momentum_form=form)
+    optimizer = LARS(groups, lr=0.0, weight_decay=weight_decay, momentum_form=form, fused=fused)
     for step in range(steps):
         rate = oracle.learning_rate(step, 4.8, 10, 2 * steps)
         optimizer.param_groups[0]["lr"] = rate
@@ -50,10 +51,28 @@ def follow(
     ]
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("adapt", [True, False])
-def test_twenty_steps_through_warm_up_equal_the_authors_rule(adapt: bool) -> None:
-    assert max(follow("authors", torch.float64, adapt=adapt)) < 1e-12
-    assert max(follow("authors", torch.float32, adapt=adapt)) < 1e-6 * 5  # float32 over 20 steps
+def test_twenty_steps_through_warm_up_equal_the_authors_rule(adapt: bool, fused: bool) -> None:
+    assert max(follow("authors", torch.float64, adapt=adapt, fused=fused)) < 1e-12
+    in_float32 = follow("authors", torch.float32, adapt=adapt, fused=fused)
+    assert max(in_float32) < 1e-6 * 5  # float32 over 20 steps
+
+
+def test_the_fused_kernel_takes_channels_last_tensors_of_any_layout_to_the_same_weights() -> None:
+    def stepped(fused: bool, layout: torch.memory_format) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        w = nn.Parameter(torch.randn(6, 3, 3, 3, generator=generator, dtype=torch.float64))
+        w.grad = torch.randn(w.shape, generator=generator, dtype=torch.float64)
+        w.data = w.data.to(memory_format=torch.channels_last)
+        w.grad = w.grad.to(memory_format=layout)
+        LARS([w], lr=0.7, weight_decay=0.1, fused=fused).step()
+        return w.detach()
+
+    for layout in (torch.channels_last, torch.contiguous_format):
+        torch.testing.assert_close(
+            stepped(True, layout), stepped(False, layout), rtol=1e-13, atol=0
+        )
 
 
 def test_the_outside_form_is_that_of_other_libraries() -> None:
