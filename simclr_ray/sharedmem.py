@@ -21,8 +21,8 @@ from torch import Tensor
 
 SLOT_BYTES: Final = 64 * 1024  # of one message
 LINE: Final = 64  # counters of two ranks never share a cache line
-SPINS, YIELDS = 200, 20_000  # then sleep: a peer may be decoding, or dead
-NAP_S: Final = 0.0002
+SPINS = 100  # some 20 µs; then sleep: the core may be what the peer or a decoder waits for
+NAP_S: Final = 0.00005
 FOLDER: Final = "/dev/shm"
 
 
@@ -75,9 +75,6 @@ class SharedVectors:
             while counters[other] < calls:
                 tries += 1
                 if tries <= SPINS:
-                    continue
-                if tries <= YIELDS:
-                    os.sched_yield()
                     continue
                 began = began or time.monotonic()
                 if time.monotonic() - began > self.timeout_s:
