@@ -56,6 +56,11 @@ def derived(experiment: Experiment, source: Source) -> dict[str, str]:
         f"activations {memory.activations / MIB:,.0f}, weights {memory.weights / MIB:,.0f}, "
         f"loss {memory.loss / MIB:,.0f}",
     }
+    if experiment.num_groups > 1:
+        rows["gradient caching"] = (
+            f"{experiment.num_groups} groups of {experiment.batch_norm.images:,} images a step, "
+            "each passed forward twice"
+        )
     if warmup >= total:
         rows["note"] = "warm-up is as long as the run: the rate never reaches its peak"
     return rows

@@ -37,7 +37,7 @@ def cached_backward(
     loss: Callable[[Tensor, Tensor], Tensor],
     groups: list[slice],
 ) -> Cached:
-    """Add to the parameters' gradients what one pass over all groups together would. Collective.
+    """Return the loss, and add to the parameters' gradients what one pass would. Collective.
 
     Running statistics of batch norm move in the first pass only.
 

@@ -18,10 +18,11 @@ import typer
 
 from simclr_ray import config as cfg
 from simclr_ray import logs
+from simclr_ray.config import preset_names
 from simclr_ray.console import Progress, ShardProgress, err, out, show_pairs, show_table
 from simclr_ray.data.decode import ImageError
 from simclr_ray.errors import ConfigError, SimclrRayError
-from simclr_ray.experiment import Experiment, Preparation, preset_names
+from simclr_ray.experiment import Experiment, Preparation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

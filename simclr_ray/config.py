@@ -14,6 +14,8 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
@@ -246,3 +248,26 @@ def _configs_in(annotation: Any) -> list[type[Config]]:
 def _name_of(schema: type[Config]) -> str:
     field = schema.model_fields.get("name")
     return str(field.default) if field else ""
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package."""
+    folder = resources.files("simclr_ray") / "presets"
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def read_source(source: str) -> tuple[str, str]:
+    """Return the text of a YAML file or of a preset, and the name to show for it."""
+    if source.endswith((".yaml", ".yml")):
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError([Mistake(source, "no such file")])
+        return path.read_text(encoding="utf-8"), source
+    names = preset_names()
+    if source not in names:
+        hint = nearest(source, names)
+        message = f"no preset and no .yaml file{hint}; presets: {', '.join(names)}"
+        raise ConfigError([Mistake(source, message)])
+    return (resources.files("simclr_ray") / "presets" / f"{source}.yaml").read_text("utf-8"), source

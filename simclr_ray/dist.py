@@ -8,7 +8,9 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import socket
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -31,8 +33,6 @@ BUFFER_OPTION = next(
 _all_gather: Callable[[Tensor, Tensor], object] = getattr(
     td, "all_gather_single", td.all_gather_into_tensor
 )
-
-MAILBOX_TIMEOUT_S = 1800.0  # as the default of torch's groups
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,9 +68,7 @@ def row_counts(num_rows: int, device: torch.device) -> list[int]:
     if not is_distributed():
         return [num_rows]
     mine = torch.tensor([num_rows], dtype=torch.int64, device=device)
-    everyone = torch.empty(world_size(), dtype=torch.int64, device=device)
-    _all_gather(everyone, mine)
-    counts: list[int] = everyone.tolist()
+    counts: list[int] = all_gather_vector(mine).flatten().tolist()
     return counts
 
 
@@ -125,7 +123,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 class _Mail(NamedTuple):
-    group: td.ProcessGroup | None
+    group: weakref.ref[td.ProcessGroup] | None
     mailbox: sharedmem.SharedVectors | None
 
 
@@ -140,27 +138,45 @@ def _mailbox(vector: Tensor) -> sharedmem.SharedVectors | None:
     global _mail
     if vector.device.type != "cpu" or vector.nbytes > sharedmem.SLOT_BYTES:
         return None
-    if _mail.group is not td.group.WORLD:
-        _mail = _Mail(td.group.WORLD, _open_mailbox())
+    group = td.group.WORLD
+    assert group is not None
+    if _mail.group is None or _mail.group() is not group:
+        _mail = _Mail(weakref.ref(group), _open_mailbox(group))
     return _mail.mailbox
 
 
-def _open_mailbox() -> sharedmem.SharedVectors | None:
-    """Return a mailbox if every rank can open the file that rank 0 makes. A collective."""
-    mine = ""
+def uses_shared_memory() -> bool:
+    """Return whether small CPU vectors travel through shared memory. The first call: collective."""
+    return is_distributed() and _mailbox(torch.zeros(1)) is not None
+
+
+def _open_mailbox(group: td.ProcessGroup) -> sharedmem.SharedVectors | None:
+    """Return a mailbox if every rank can open the file that rank 0 makes. A collective.
+
+    Whatever fails on one rank, all reach both exchanges; then the process group carries.
+    """
+    mine, mailbox = "", None
     if rank() == 0 and sharedmem.is_supported():
-        mine = str(sharedmem.create(world_size()))
-    path = Path(broadcast_text(mine))
-    mailbox = None
+        with suppress(OSError):
+            mine = str(sharedmem.create(world_size()))
     try:
+        path = Path(broadcast_text(mine))
         if sharedmem.is_supported() and path.is_file():
-            mailbox = sharedmem.SharedVectors(path, rank(), world_size(), MAILBOX_TIMEOUT_S)
+            with suppress(OSError):
+                mailbox = sharedmem.SharedVectors(path, rank(), world_size(), _timeout_s(group))
         everyone: list[bool] = [False] * world_size()
         td.all_gather_object(everyone, mailbox is not None)
     finally:
-        if mine:  # what is mapped stays; nothing is left behind, whatever ends the processes
-            path.unlink()
+        if mine:  # what is mapped stays
+            Path(mine).unlink()
     return mailbox if all(everyone) else None
+
+
+def _timeout_s(group: td.ProcessGroup) -> float:
+    """Return the time limit of the group's CPU collectives."""
+    backend: Any = group._get_backend(torch.device("cpu"))
+    limit: timedelta = backend.options._timeout
+    return limit.total_seconds()
 
 
 def broadcast_text(text: str) -> str:

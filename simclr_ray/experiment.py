@@ -8,7 +8,6 @@ the same on one worker and on sixty-four. `digest` covers what changes the resul
 from __future__ import annotations
 
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -294,6 +293,14 @@ class Experiment(Config):
                 f"batch_size is global: {self.batch_size} images cannot be shared by "
                 f"{self.scaling.num_workers} workers; raise batch_size or lower scaling.num_workers"
             )
+        fixed = isinstance(self.encoder, TorchvisionEncoder) and self.encoder.model.startswith(
+            "vit"
+        )
+        if 0 < self.evaluation.size < 8 or (fixed and self.evaluation_size != self.augment.size):
+            raise ValueError(
+                f"evaluation.size={self.evaluation.size} must be 0 or at least 8, and for vit "
+                f"augment.size={self.augment.size}, the only one that it takes"
+            )
         images = self.batch_norm.images
         if images and (self.batch_size % images or images < self.scaling.num_workers):
             raise ValueError(
@@ -305,7 +312,7 @@ class Experiment(Config):
     @classmethod
     def load(cls, source: str, *overrides: str) -> Experiment:
         """Return the preset or YAML file `source` with `key.path=value` overrides applied."""
-        text, shown = read_source(source)
+        text, shown = cfg.read_source(source)
         tree = cfg.parse_yaml(text, shown)
         if not isinstance(tree, dict):
             raise ConfigError([Mistake(shown, f"holds {type(tree).__name__}, not keys and values")])
@@ -315,6 +322,8 @@ class Experiment(Config):
         """Return 16 hex digits over everything that changes the trained weights, and only that."""
         tree = {k: v for k, v in cfg.to_tree(self).items() if k not in PLACEMENT}
         tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
+        if self.num_groups == 1:
+            tree["batch_norm"] = {**tree["batch_norm"], "images": 0}  # the same by another name
         return cfg.digest_of(tree)
 
     def run_name(self, fingerprint: str) -> str:
@@ -375,26 +384,3 @@ class Experiment(Config):
 def absolute_path(where: str) -> str:
     """Return a local path made absolute; URIs and empty text as they are."""
     return where if "://" in where or not where else str(Path(where).expanduser().resolve())
-
-
-def preset_names() -> list[str]:
-    """Return the names of the presets that come with the package."""
-    folder = resources.files("simclr_ray") / "presets"
-    return sorted(
-        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
-    )
-
-
-def read_source(source: str) -> tuple[str, str]:
-    """Return the text of a YAML file or of a preset, and the name to show for it."""
-    if source.endswith((".yaml", ".yml")):
-        path = Path(source)
-        if not path.is_file():
-            raise ConfigError([Mistake(source, "no such file")])
-        return path.read_text(encoding="utf-8"), source
-    names = preset_names()
-    if source not in names:
-        hint = cfg.nearest(source, names)
-        message = f"no preset and no .yaml file{hint}; presets: {', '.join(names)}"
-        raise ConfigError([Mistake(source, message)])
-    return (resources.files("simclr_ray") / "presets" / f"{source}.yaml").read_text("utf-8"), source

@@ -177,8 +177,8 @@ class _Projector:
     def __call__(self, group: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Return z1, z2 [m, D]. Both views pass together: batch norm's statistics are joint."""
         # a backbone may have dropout: keyed, a resumed run and a second pass draw the same
-        place = self.batch.step * dist.world_size() + dist.rank()
-        torch.manual_seed((self.seed << 32) + place * self.num_groups + group)
+        turn = self.batch.step * dist.world_size() + dist.rank()
+        torch.manual_seed((self.seed << 32) + turn * self.num_groups + group)
         images = torch.cat([self.batch.a[rows], self.batch.b[rows]])  # [2m, 3, S, S]
         with autocast(self.device, self.precision):
             _, z = self.model(as_input(images, self.device, self.precision))

@@ -87,7 +87,8 @@ class LARS(torch.optim.Optimizer):
             # the fused kernel walks memory, so layouts must agree; a loaded buffer's may not
             self.state[p]["momentum_buffer"] = _laid_out(self.state[p]["momentum_buffer"], p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        if group["fused"] and inside and all(_is_dense_on_cpu(p) for p in params):
+        fused = group["fused"] and inside and group["momentum"] > 0
+        if fused and all(_is_dense_on_cpu(p) for p in params):
             self._update_fused(params, raw, buffers, group)
             return
         decayed = list(torch._foreach_add(raw, params, alpha=group["weight_decay"]))
@@ -103,7 +104,8 @@ class LARS(torch.optim.Optimizer):
         params: list[Tensor], raw: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
     ) -> None:
         """Write v = μ·v + (lr·r)·(g + wd·w), w = w − v as SGD of rate 1 and dampening 1 − lr·r."""
-        raw = [_laid_out(g, w) for g, w in zip(raw, params, strict=True)]
+        raw = [_flat(_laid_out(g, w)) for g, w in zip(raw, params, strict=True)]
+        params, buffers = [_flat(w) for w in params], [_flat(v) for v in buffers]
         rates, parts = [1.0], [(params, raw, buffers)]
         if group["adapt"]:
             rates = _local_rates(params, raw, group)
@@ -140,7 +142,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _local_rates(params: list[Tensor], raw: list[Tensor], group: dict[str, Any]) -> list[float]:
-    """Return r of each CPU tensor, reading w and g but writing nothing.
+    """Return r of each flat CPU tensor, reading w and g but writing nothing.
 
     ‖g + wd·w‖² = ‖g‖² + 2·wd·g·w + wd²·‖w‖².
     """
@@ -148,26 +150,27 @@ def _local_rates(params: list[Tensor], raw: list[Tensor], group: dict[str, Any])
     weights = torch.stack(torch._foreach_norm(params)).double()
     squared = torch.stack(torch._foreach_norm(raw)).double().square()
     if decay:
-        products = torch.stack([_dot(g, w) for g, w in zip(raw, params, strict=True)]).double()
+        products = torch.stack([torch.dot(g, w) for g, w in zip(raw, params, strict=True)]).double()
         squared += 2 * decay * products + decay**2 * weights.square()
     gradients = squared.clamp_(min=0).sqrt()
     usable = (weights > 0) & (gradients > 0)
-    rates = torch.where(usable, trust * weights / gradients, torch.ones_like(weights))
+    rates = trust * weights / gradients
     if group["clip_lr"]:
         rates = (rates / group["lr"]).clamp(max=1.0)
-    return [float(rate) for rate in rates]
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return Σ a·b of two dense tensors of one layout, without a copy."""
-    return torch.dot(*(t.as_strided((t.numel(),), (1,)) for t in (a, b)))
+    return [float(rate) for rate in torch.where(usable, rates, torch.ones_like(rates))]
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """Return `tensor` in the memory layout of `like`: itself where it has it."""
-    if tensor.stride() == like.stride():
+    sides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
+    if all(mine == theirs for length, mine, theirs in sides if length > 1):
         return tensor
     return torch.empty_like(like).copy_(tensor)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return a dense tensor's memory as a vector: kernels copy what is not contiguous."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _is_dense_on_cpu(tensor: Tensor) -> bool:

@@ -1,12 +1,14 @@
 """All-gather of small vectors between processes of one machine, through shared memory.
 
 Global batch norm exchanges some hundred numbers, twice a layer. gloo hands each such message
-through four threads, 0.6 to 3 ms where cores are busy; a slot in shared memory takes
-microseconds. Nothing here knows torch.distributed: `dist.py` decides when it is used.
+through four threads, which sleep and are woken; here a rank writes a slot and the others read it.
+`benchmarks/collectives.py` measures both. Nothing here knows torch.distributed: `dist.py` decides
+when it is used.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import platform
@@ -19,11 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SLOT_BYTES: Final = 64 * 1024  # of one message
-LINE: Final = 64  # counters of two ranks never share a cache line
-SPINS = 100  # some 20 µs; then sleep: the core may be what the peer or a decoder waits for
-NAP_S: Final = 0.00005
 FOLDER: Final = "/dev/shm"
+LINE: Final = 64  # counters of two ranks never share a cache line
+HEAD: Final = 8  # bytes of a slot that hold the message's length
+SLOT_BYTES: Final = 64 * 1024 - HEAD  # of a message; 8,000 numbers, and batch norm has 4,097
+SPINS = 100  # some 20 µs; then sleep: the core may be what the peer or a decoder waits for
+NAP_S: Final = 0.00005  # the kernel's own timer slack
+LOOK_S: Final = 1.0  # how often a waiting rank looks whether the other is alive
 
 
 def is_supported() -> bool:
@@ -35,23 +39,29 @@ class SharedVectors:
     """One mapped file: of each rank a counter and two slots.
 
     Call number c writes slot c mod 2, then the counter. Two slots suffice: a rank writes call
-    c + 2 only when all counters have reached c + 1, so when all ranks have read call c.
+    c + 2 only when all counters have reached c + 1, so when all ranks have read call c. A rank
+    holds a lock on the byte of its number, which the kernel drops when the process ends, however
+    it ends.
 
     Args:
         path: A file of `num_bytes(num_ranks)`, opened by every rank.
         rank: This rank.
         num_ranks: R.
         timeout_s: How long a call waits for the others.
+
+    Raises:
+        OSError: The file cannot be opened or mapped.
     """
 
     def __init__(self, path: Path, rank: int, num_ranks: int, timeout_s: float) -> None:
-        with path.open("r+b") as file:
-            self.memory = mmap.mmap(file.fileno(), num_bytes(num_ranks))
+        self.file = path.open("r+b")  # closing it would drop the lock
+        fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        self.memory = mmap.mmap(self.file.fileno(), num_bytes(num_ranks))
         self.rank, self.num_ranks, self.timeout_s = rank, num_ranks, timeout_s
-        counters = memoryview(self.memory)[: num_ranks * LINE].cast("q")
-        self.counters = counters[:: LINE // 8]
+        self.counters = memoryview(self.memory)[: num_ranks * LINE].cast("q")[:: LINE // 8]
         bodies = np.frombuffer(self.memory, np.uint8, offset=num_ranks * LINE)
-        self.slots = torch.from_numpy(bodies).view(2, num_ranks, SLOT_BYTES)
+        slots = torch.from_numpy(bodies).view(2, num_ranks, HEAD + SLOT_BYTES)
+        self.lengths, self.bodies = slots[..., :HEAD].view(torch.int64), slots[..., HEAD:]
         self.calls = 0
 
     def all_gather(self, vector: Tensor) -> Tensor:
@@ -59,40 +69,67 @@ class SharedVectors:
 
         Raises:
             TimeoutError: A rank did not come.
+            ConnectionError: A rank has ended.
+            RuntimeError: Ranks brought vectors of different lengths: they are at different calls.
         """
         raw = vector.view(torch.uint8)
-        slots = self.slots[self.calls % 2]
-        slots[self.rank, : len(raw)] = raw
+        slot = self.calls % 2
+        self.bodies[slot, self.rank, : len(raw)] = raw
+        self.lengths[slot, self.rank] = len(raw)
         self.calls += 1
         self.counters[self.rank] = self.calls
         self._wait()
-        return slots[:, : len(raw)].clone().view(vector.dtype)
+        lengths = self.lengths[slot, :, 0].tolist()
+        if lengths != [len(raw)] * self.num_ranks:
+            raise RuntimeError(f"ranks exchange vectors of different lengths, in bytes: {lengths}")
+        return self.bodies[slot, :, : len(raw)].clone().view(vector.dtype)
 
     def _wait(self) -> None:
         counters, calls = self.counters, self.calls
         for other in range(self.num_ranks):
-            tries, began = 0, 0.0
+            tries = 0
             while counters[other] < calls:
                 tries += 1
-                if tries <= SPINS:
-                    continue
-                began = began or time.monotonic()
-                if time.monotonic() - began > self.timeout_s:
-                    raise TimeoutError(
-                        f"rank {other} did not exchange within {self.timeout_s:.0f} s; "
-                        "it has died or hangs"
-                    )
-                time.sleep(NAP_S)
+                if tries > SPINS:
+                    self._wait_asleep(other)
+
+    def _wait_asleep(self, other: int) -> None:
+        began = looked = time.monotonic()
+        while self.counters[other] < self.calls:
+            time.sleep(NAP_S)
+            now = time.monotonic()
+            if now - began > self.timeout_s:
+                raise TimeoutError(f"rank {other} did not come within {self.timeout_s:.0f} s")
+            if now - looked > LOOK_S:
+                looked = now
+                self._check_alive(other)
+
+    def _check_alive(self, other: int) -> None:
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, other)
+        except OSError:
+            return  # it holds its lock
+        if self.counters[other] < self.calls:
+            raise ConnectionError(f"rank {other} has ended")
 
 
 def num_bytes(num_ranks: int) -> int:
     """Return the size of the file that `num_ranks` ranks share."""
-    return num_ranks * (LINE + 2 * SLOT_BYTES)
+    return num_ranks * (LINE + 2 * (HEAD + SLOT_BYTES))
 
 
 def create(num_ranks: int) -> Path:
-    """Return a new file of zeros for `num_ranks` ranks; the caller unlinks it once all have it."""
-    handle, name = tempfile.mkstemp(prefix="simclr_ray-", dir=FOLDER)
-    with os.fdopen(handle, "wb") as file:
-        file.truncate(num_bytes(num_ranks))
+    """Return a new file of zeros for `num_ranks` ranks; the caller unlinks it once all have it.
+
+    Raises:
+        OSError: There is no room, or no right to write.
+    """
+    handle, name = tempfile.mkstemp(prefix=f"simclr_ray-{os.getpid()}-", dir=FOLDER)
+    with os.fdopen(handle, "wb"):
+        try:
+            # not a sparse file: a full tmpfs would kill the ranks that touch it
+            os.posix_fallocate(handle, 0, num_bytes(num_ranks))
+        except OSError:
+            Path(name).unlink()
+            raise
     return Path(name)

@@ -49,7 +49,7 @@ class GlobalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x normalised per channel, same shape and dtype. Collective while training."""
-        momentum = self.momentum if self.moves_statistics or not self.training else 0.0
+        momentum = self.momentum if self.moves_statistics else 0.0
         if not (self.training and dist.is_distributed()):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias,

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from simclr_ray import dist
 
@@ -103,9 +104,10 @@ def contrastive_metrics(
         others = dist.all_gather_rows(partners, counts)  # [N, D]
         first = sum(counts[: dist.rank()])
         sums = z.new_zeros(2)
-        for rows in _strips(0, len(z1)):
+        strip = max(1, TILE * TILE // len(others))  # of logits, as many as in one tile
+        for rows in (slice(i, i + strip) for i in range(0, len(z1), strip)):
             logits = mine[rows] @ others.T / temperature  # [t, N]
-            labels = torch.arange(first + rows.start, first + rows.stop, device=z.device)
+            labels = first + torch.arange(len(z1), device=z.device)[rows]
             log_p = F.log_softmax(logits, dim=1)
             sums[0] += (logits.argmax(1) == labels).sum()
             sums[1] -= (log_p.exp() * log_p).sum()
@@ -144,12 +146,14 @@ class _NTXent(torch.autograd.Function):
         return (lse.sum() - 2 * aligned) * (dist.world_size() / len(everyone))
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None]:
         z, norms, everyone, all_lse = ctx.saved_tensors  # type: ignore[attr-defined]
         first, temperature, shift, *dtypes = ctx.rest  # type: ignore[attr-defined]
-        gradient = _Sweep(z, everyone, first, temperature, shift).gradient(all_lse)
+        with torch.autocast(z.device.type, enabled=False):  # whoever calls backward
+            gradient = _Sweep(z, everyone, first, temperature, shift).gradient(all_lse)
         pairs, partners = gradient.view(-1, 2, z.shape[1]), z.view(-1, 2, z.shape[1])
         pairs[:, 0].sub_(partners[:, 1], alpha=2)
         pairs[:, 1].sub_(partners[:, 0], alpha=2)
@@ -179,11 +183,11 @@ class _Sweep(NamedTuple):
                 tile.exp_()
                 lse[rows] += tile.sum(1)
                 if mirrored:
-                    lse[columns.start - self.first : columns.stop - self.first] += tile.sum(0)
+                    lse[self._own(columns)] += tile.sum(0)
                 continue
             lse[rows] = torch.logaddexp(lse[rows], tile.logsumexp(1))
             if mirrored:
-                mirror = slice(columns.start - self.first, columns.stop - self.first)
+                mirror = self._own(columns)
                 lse[mirror] = torch.logaddexp(lse[mirror], tile.logsumexp(0))
         return lse if self.shift is None else lse.log_().add_(self.shift)
 
@@ -202,9 +206,12 @@ class _Sweep(NamedTuple):
                 p += tile.sub_(all_lse[columns]).exp_()
             out[rows].addmm_(p, self.everyone[columns])
             if mirrored:
-                mirror = slice(columns.start - self.first, columns.stop - self.first)
-                out[mirror].addmm_(p.T, self.z[rows])
+                out[self._own(columns)].addmm_(p.T, self.z[rows])
         return out
+
+    def _own(self, columns: slice) -> slice:
+        """Return the rows of z that columns of this rank's part of `everyone` are."""
+        return slice(columns.start - self.first, columns.stop - self.first)
 
     def _tile(self, rows: slice, columns: slice) -> Tensor:
         """Return s − shift of a tile, −inf where a row meets itself."""
@@ -213,7 +220,7 @@ class _Sweep(NamedTuple):
         if self.shift is None:
             tile = scaled @ right
         else:
-            tile = torch.addmm(scaled.new_tensor(-self.shift), scaled, right)
+            tile = torch.addmm(scaled.new_full((), -self.shift), scaled, right)
         if columns.start == self.first + rows.start:
             tile.fill_diagonal_(float("-inf"))
         return tile

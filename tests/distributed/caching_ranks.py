@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simclr_ray import dist
+from simclr_ray import dist, loop
 from simclr_ray.caching import cached_backward, group_rows
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss
@@ -53,6 +53,39 @@ def cached_gradients(rank: int, num: int, num_groups: int) -> list[list[float]]:
 
     cached_backward(parallel, project, LOSS, group_rows(last - first, first, num_groups))
     return [g.flatten().tolist() for g in gradients(model)]
+
+
+def trained(rank: int, num: int, num_groups: int) -> list[list[float]]:
+    """Return weights and running statistics after the loop's steps on this rank's share, flat."""
+    model = Both(network())
+    first, last = dist.share(num, rank, dist.world_size())
+    views = images(num).mul(40).add(128).clamp(0, 255).to(torch.uint8)[:, first:last]
+    nothing = torch.empty(0, dtype=torch.int64)
+    stream = (loop.Batch(k, views[0], views[1].roll(k, -1), nothing, nothing) for k in range(3))
+    loop.train(
+        dist.data_parallel(model),
+        LOSS,
+        torch.optim.SGD(model.parameters(), 0.1),
+        stream,
+        loop.Timetable(3, 3, 0, 0.1, num),
+        loop.Hooks(lambda m: None, lambda e, s: None, lambda s: None),
+        precision="float64",
+        num_groups=num_groups,
+    )
+    return [t.flatten().tolist() for t in model.state_dict().values()]
+
+
+class Both(nn.Module):
+    """An encoder as the loop wants it: images -> (h, z)."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return h, and h again for z."""
+        h = self.encoder(images)
+        return h, h
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr_ray import dist
+from simclr_ray import dist, sharedmem
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
 
@@ -72,8 +71,7 @@ def small_exchanges(rank: int) -> list[str]:
         length = 1 + (call * 37) % 700
         dtype = (torch.float32, torch.float64, torch.int64)[call % 3]
         mine = torch.arange(length).to(dtype) + 1000 * rank + call
-        if rng.random() < 0.1:  # ranks come at different times
-            time.sleep(rng.random() * 0.003)
+        torch.ones(int(rng.integers(1, 300)), 300).sum()  # ranks come at different times
         everyone = dist.all_gather_vector(mine)
         expected = [torch.arange(length).to(dtype) + 1000 * r + call for r in range(len(everyone))]
         if not torch.equal(everyone, torch.stack(expected)):
@@ -83,4 +81,30 @@ def small_exchanges(rank: int) -> list[str]:
     large = torch.full((20_000,), float(rank))  # 80 KB: the process group carries it
     if dist.all_reduce_sum(large)[0] != sum(range(dist.world_size())):
         wrong.append("large")
+    if dist.uses_shared_memory() != sharedmem.is_supported():
+        wrong.append("carried by the process group")
     return wrong
+
+
+def ends_while_awaited(rank: int) -> str:
+    """Return how rank 0 hears of a rank that ends; that rank's locks go with its file."""
+    dist.all_gather_vector(torch.zeros(1))
+    mailbox = dist._mail.mailbox  # what a killed process leaves: a closed file
+    assert mailbox is not None
+    if rank:
+        mailbox.file.close()
+        return ""
+    try:
+        dist.all_gather_vector(torch.zeros(1))
+    except ConnectionError as error:
+        return str(error)
+    return "nothing"
+
+
+def lengths_differ(rank: int) -> str:
+    """Return what a rank hears when ranks are at different calls."""
+    try:
+        dist.all_gather_vector(torch.zeros(1 + rank))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"

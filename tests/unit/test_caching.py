@@ -14,6 +14,7 @@ from simclr_ray.caching import cached_backward, group_rows
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.resnet import ResNet
+from tests.distributed.caching_ranks import Both
 from tests.unit.test_loop import batches, timetable
 
 N = 12
@@ -127,15 +128,3 @@ def test_the_loop_trains_the_same_weights_with_groups_where_nothing_joins_images
 
     for a, b in zip(trained(1).parameters(), trained(3).parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
-
-
-class Both(nn.Module):
-    """An encoder as the loop wants it: images -> (h, z)."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.encoder(images)
-        return h, h

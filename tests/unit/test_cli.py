@@ -16,7 +16,8 @@ from PIL import Image
 
 import simclr_ray
 from simclr_ray import config as cfg
-from simclr_ray.experiment import Experiment, preset_names
+from simclr_ray.config import preset_names
+from simclr_ray.experiment import Experiment
 
 ROOT = Path(simclr_ray.__file__).parents[1]
 # Runs the command line, then says which engines it has loaded: none may be, before it is needed.

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from simclr_ray import config as cfg
+from simclr_ray.config import preset_names
 from simclr_ray.errors import ConfigError, Mistake
-from simclr_ray.experiment import Experiment, preset_names
+from simclr_ray.experiment import Experiment
 
 MINIMAL: dict[str, Any] = {"name": "t", "data": {"train": "somewhere"}}
 UNION_TAGS = {"resnet", "torchvision", "none", "linear", "mlp", "lars", "sgd", "adamw"}

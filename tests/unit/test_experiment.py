@@ -25,7 +25,8 @@ OTHER: dict[str, Any] = {
     "encoder.depth": 18,
     "encoder.model": "resnet18",
     "optimizer.momentum_form": "outside",
-    "batch_norm.images": 256,
+    "batch_norm.images": 128,
+    "evaluation.size": 40,
 }
 VARIANTS = [
     {},
@@ -190,9 +191,28 @@ def test_a_global_batch_smaller_than_the_workers_is_refused() -> None:
         experiment(batch_size=8, scaling={"num_workers": 9})
 
 
-def test_joint_statistics_over_less_than_the_batch_are_refused_until_they_exist() -> None:
-    with pytest.raises(ConfigError, match=r"batch_norm\.images=64 is not supported yet"):
-        experiment(batch_size=256, batch_norm={"images": 64})
+@pytest.mark.parametrize(("images", "workers"), [(100, 1), (512, 1), (64, 65)])
+def test_joint_statistics_over_what_does_not_divide_the_batch_are_refused(
+    images: int, workers: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"batch_norm.images={images} must divide"):
+        experiment(batch_size=256, batch_norm={"images": images}, scaling={"num_workers": workers})
+
+
+def test_groups_follow_from_the_images_with_joint_statistics() -> None:
+    whole = experiment(batch_size=256)
+    assert whole.num_groups == 1
+    assert experiment(batch_size=256, batch_norm={"images": 64}).num_groups == 4
+    named = experiment(batch_size=256, batch_norm={"images": 256})
+    assert (named.num_groups, named.digest()) == (1, whole.digest())
+
+
+def test_a_size_of_evaluation_that_the_encoder_cannot_take_is_refused() -> None:
+    assert experiment(evaluation={"size": 40}).evaluation_size == 40
+    vit = {"name": "torchvision", "model": "vit_b_16"}
+    for changes in ({"evaluation": {"size": 7}}, {"evaluation": {"size": 40}, "encoder": vit}):
+        with pytest.raises(ConfigError, match=r"evaluation\.size"):
+            experiment(**changes)
 
 
 def test_an_experiment_cannot_be_changed() -> None:

@@ -59,14 +59,25 @@ def test_twenty_steps_through_warm_up_equal_the_authors_rule(adapt: bool, fused:
     assert max(in_float32) < 1e-6 * 5  # float32 over 20 steps
 
 
-def test_the_fused_kernel_takes_channels_last_tensors_of_any_layout_to_the_same_weights() -> None:
+def test_fused_or_not_a_weight_of_zero_norm_steps_by_the_rate_when_clipped() -> None:
+    for fused in (True, False):
+        w = nn.Parameter(torch.zeros(3))
+        w.grad = torch.ones(3)
+        LARS([w], lr=4.0, clip_lr=True, fused=fused).step()
+        assert w.tolist() == [-4.0] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"clip_lr": True}])
+def test_the_fused_kernel_takes_tensors_of_any_layout_to_the_same_weights(
+    options: dict[str, Any],
+) -> None:
     def stepped(fused: bool, layout: torch.memory_format) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         w = nn.Parameter(torch.randn(6, 3, 3, 3, generator=generator, dtype=torch.float64))
         w.grad = torch.randn(w.shape, generator=generator, dtype=torch.float64)
         w.data = w.data.to(memory_format=torch.channels_last)
         w.grad = w.grad.to(memory_format=layout)
-        LARS([w], lr=0.7, weight_decay=0.1, fused=fused).step()
+        LARS([w], lr=0.7, weight_decay=0.1, fused=fused, **options).step()
         return w.detach()
 
     for layout in (torch.channels_last, torch.contiguous_format):

@@ -52,18 +52,23 @@ def test_value_and_gradient_equal_the_numpy_oracle(
         np.testing.assert_allclose(ours.numpy(), oracle, rtol=1e-9, atol=1e-11)
 
 
-def test_tiles_smaller_than_the_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("temperature", "normalize"), [(0.1, True), (0.02, True), (1.0, False)])
+def test_tiles_smaller_than_the_batch_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, normalize: bool
+) -> None:
     monkeypatch.setattr(losses, "TILE", 3)
     z1, z2 = (z.requires_grad_() for z in random_views(3, 9, 5))
-    loss = NTXentLoss(0.1)(z1, z2)
+    loss = NTXentLoss(temperature, normalize=normalize)(z1, z2)
     loss.backward()
-    expected, d1, _ = ntxent.ntxent(z1.detach().numpy(), z2.detach().numpy(), 0.1)
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
-    assert z1.grad is not None
-    np.testing.assert_allclose(z1.grad.numpy(), d1, rtol=1e-9, atol=1e-12)
+    arrays = z1.detach().numpy(), z2.detach().numpy()
+    expected, d1, d2 = ntxent.ntxent(*arrays, temperature, normalize=normalize)
+    assert loss.item() == pytest.approx(expected, rel=1e-11)
+    for ours, oracle in ((z1.grad, d1), (z2.grad, d2)):
+        assert ours is not None
+        np.testing.assert_allclose(ours.numpy(), oracle, rtol=1e-9, atol=1e-12)
     logged = contrastive_metrics(z1, z2, 0.1)
-    oracle = ntxent.contrastive_accuracy_entropy(z1.detach().numpy(), z2.detach().numpy(), 0.1)
-    assert [v.item() for v in logged] == pytest.approx(oracle, rel=1e-12)
+    by_hand = ntxent.contrastive_accuracy_entropy(*arrays, 0.1)
+    assert [v.item() for v in logged] == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_swapping_the_views_and_permuting_the_images_change_nothing() -> None:
@@ -97,7 +102,7 @@ def test_autocast_does_not_reach_inside() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = NTXentLoss(0.05)(z1, z2)
         logged = contrastive_metrics(z1, z2, 0.05)
-    inside.backward()
+        inside.backward()
     assert inside.dtype == torch.float32
     assert inside.item() == pytest.approx(outside.item(), rel=1e-6)
     torch.testing.assert_close(z1.grad, gradient, rtol=1e-6, atol=1e-9)
