@@ -19,11 +19,14 @@ test-long: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-long
 
 # uv only installs: it resolves nothing, since every version and hash stands in the lock file.
+# Compiled once: a run starts a dozen processes, and where PYTHONDONTWRITEBYTECODE is set each would
+# compile torch and ray for itself. (A few files of theirs are templates, so the exit code is 1.)
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5,<1"
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes -r requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
+	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1
 	touch $@
 
 clean:

@@ -37,7 +37,7 @@ def main() -> None:
         lines = (scores.parent / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         result = {
-            "command": "simclr-ray pretrain " + " ".join(map(_portable, arguments)),
+            "command": "simclr-ray pretrain " + " ".join(map(portable, arguments)),
             "exit_code": done.returncode,
             "wall_s": round(wall_s, 1),
             "scores": json.loads(scores.read_text()),
@@ -71,7 +71,8 @@ def machine() -> dict[str, object]:
     }
 
 
-def _portable(argument: str) -> str:
+def portable(argument: str) -> str:
+    """Return the argument with the folder of pictures by the name of its variable."""
     data = os.environ.get("SIMCLR_RAY_DATA", "")
     return argument.replace(data.rstrip("/"), "$SIMCLR_RAY_DATA") if data else argument
 

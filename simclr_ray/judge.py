@@ -52,9 +52,10 @@ def judge_as(
         raise ConfigError([Mistake(p, t) for p, t in zip(wrong, problems, strict=True)])
     trained, untrained = load_model(folder), build_model(experiment)
     bank, test = _splits(experiment)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: list[tuple[str, nn.Module]] = [
-        ("trained encoder", trained.encoder),
-        ("untrained encoder", untrained.encoder),
+        ("trained encoder", trained.encoder.to(device)),
+        ("untrained encoder", untrained.encoder.to(device)),
     ]
     scores = [
         score_encoder(name, encoder, bank, test, experiment, protocols) for name, encoder in models

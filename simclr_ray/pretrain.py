@@ -134,6 +134,7 @@ def connect(experiment: Experiment | None = None) -> None:
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
         object_store_memory=2**30,
+        include_dashboard=False,  # five processes; MLflow and the terminal show the run
         logging_level=logging.ERROR,
         log_to_driver=False,
     )

@@ -30,7 +30,7 @@ from simclr_ray.loop import Batch
 MAX_BLOCKS = 64
 BLOCK_BYTES = 4 * 2**20
 MAX_STEPS_PER_CALL = 8
-LOOP_PAUSE_S = 0.02
+LOOP_PAUSE_S = 0.05
 REASON_BYTES = 2048  # of a part of a step; what is beyond is counted and not named
 NO_ID = np.iinfo(np.int64).min
 FAILED = -1  # in place of a step: the part holds an error

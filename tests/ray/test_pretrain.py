@@ -89,6 +89,7 @@ def test_one_and_two_workers_have_the_same_losses_in_float64(
     assert len(set(one.values())) == len(one)  # the runs moved
 
 
+@pytest.mark.long  # two more runs; float64 shows the same more sharply
 def test_one_and_two_workers_start_alike_in_float32(folder: Path, ray_cluster: str) -> None:
     one, two = (
         losses_of(Path(run_of(folder, f"{workers}f", workers, "float32").folder))
@@ -189,6 +190,7 @@ def test_too_many_bad_pictures_stop_the_run_at_once_with_the_reason(
     assert time.monotonic() - began < 180  # no retries
 
 
+@pytest.mark.long  # `tests/unit/data/test_maker.py` has the rule; this, that it is told
 def test_unusable_pictures_are_replaced_and_named(
     pictures: Path, tmp_path: Path, ray_cluster: str
 ) -> None:

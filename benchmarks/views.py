@@ -1,0 +1,185 @@
+"""Two views of each picture, ours against per-image libraries: images a second on one process.
+
+    python -m benchmarks.views PARQUET [--size 32] [--strength 0.5] [--blur 0] [--seconds 4]
+
+From encoded bytes, and, for pictures of one size, from decoded pixels in memory. Rounds take turns,
+one thread each; what is counted are source pictures, of which each gives two views. Peers that are
+not installed are left out and named. Writes `benchmarks/results/views_SIZE.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.recipe import RESULTS, machine, portable
+from simclr_ray.augment.views import TwoViews
+from simclr_ray.data.decode import decode_image
+
+Pixels = NDArray[np.uint8]
+Make = Callable[[Sequence[Any]], object]
+PICTURES, ROUNDS = 512, 5
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Settings(argparse.Namespace):
+    """The command line."""
+
+    parquet: str
+    size: int
+    strength: float
+    blur: float
+    seconds: float
+    batch: int
+
+
+def main() -> None:
+    """Measure and store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parquet")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--strength", type=float, default=0.5)
+    parser.add_argument("--blur", type=float, default=0.0)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each form and round")
+    parser.add_argument("--batch", type=int, default=256)
+    settings = parser.parse_args(namespace=Settings())
+    torch.set_num_threads(1)
+    table = pq.read_table(settings.parquet, columns=["image"]).slice(0, PICTURES)
+    encoded: list[bytes] = table["image"].to_pylist()
+    decoded = [decode_image(e) for e in encoded]
+    sources: dict[str, Sequence[Any]] = {"encoded": encoded}
+    if len({p.shape for p in decoded}) == 1:
+        sources["decoded"] = decoded
+    found: dict[str, dict[str, float]] = {}
+    for kind, pictures in sources.items():
+        forms = {"simclr_ray": ours(settings), **peers(settings, encoded=kind == "encoded")}
+        found[kind] = _rates(forms, pictures, settings)
+        print(kind, json.dumps(found[kind]), flush=True)
+    result = {
+        "command": "python -m benchmarks.views " + " ".join(map(portable, sys.argv[1:])),
+        "threads": 1,
+        "images_per_s": found,
+        "ratio": {
+            kind: {n: round(rates["simclr_ray"] / r, 2) for n, r in rates.items()}
+            for kind, rates in found.items()
+        },
+        **machine(),
+    }
+    (RESULTS / f"views_{settings.size}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def ours(settings: Settings) -> Make:
+    """Return our pipeline: uint8 views of a batch; the worker scales them as it casts."""
+    views = TwoViews.simclr(settings.size, settings.strength, settings.blur)
+    turn = iter(range(2**31))
+
+    def make(pictures: Sequence[Any]) -> object:
+        pair = views(pictures, np.arange(len(pictures)), next(turn))
+        return [v.float().mul_(1 / 255) for v in pair]  # what the others hand over
+
+    return make
+
+
+def peers(settings: Settings, *, encoded: bool) -> dict[str, Make]:
+    """Return the pipelines of other libraries, each picture by itself as they work."""
+    found: dict[str, Make] = {}
+    for name, build in (("albumentations", _albumentations), ("torchvision", _torchvision)):
+        try:
+            found[name] = build(settings, encoded)
+        except ImportError:
+            print(f"{name} is not installed: left out", file=sys.stderr)
+    return found
+
+
+def _albumentations(settings: Settings, encoded: bool) -> Make:  # noqa: FBT001
+    a: Any = importlib.import_module("albumentations")
+    cv2: Any = importlib.import_module("cv2")
+    cv2.setNumThreads(0)
+    s, size = 0.8 * settings.strength, settings.size
+    steps = [
+        a.RandomResizedCrop(size=(size, size), scale=(0.08, 1.0)),
+        a.HorizontalFlip(p=0.5),
+        a.ColorJitter((1 - s, 1 + s), (1 - s, 1 + s), (1 - s, 1 + s), (-s / 4, s / 4), p=0.8),
+        a.ToGray(p=0.2),
+    ]
+    if settings.blur:
+        taps = size // 20 * 2 + 1
+        steps.append(
+            a.GaussianBlur(blur_limit=(taps, taps), sigma_limit=(0.1, 2.0), p=settings.blur)
+        )
+    transform = a.Compose([*steps, a.Normalize(MEAN, STD)])
+
+    def view(pixels: Pixels) -> torch.Tensor:
+        out: Pixels = transform(image=pixels)["image"]
+        return torch.from_numpy(np.ascontiguousarray(out.transpose(2, 0, 1)))
+
+    def make(pictures: Sequence[Any]) -> object:
+        pairs = []
+        for picture in pictures:
+            pixels = picture
+            if encoded:
+                raw = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
+                pixels = cv2.cvtColor(raw, cv2.COLOR_BGR2RGB)
+            pairs.append((view(pixels), view(pixels)))
+        return [torch.stack(v) for v in zip(*pairs, strict=True)]
+
+    return make
+
+
+def _torchvision(settings: Settings, encoded: bool) -> Make:  # noqa: FBT001
+    t: Any = importlib.import_module("torchvision.transforms.v2")
+    s, size = 0.8 * settings.strength, settings.size
+    steps = [
+        t.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True),
+        t.RandomHorizontalFlip(0.5),
+        t.RandomApply([t.ColorJitter(s, s, s, s / 4)], 0.8),
+        t.RandomGrayscale(0.2),
+    ]
+    if settings.blur:
+        steps.append(t.RandomApply([t.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))], settings.blur))
+    transform = t.Compose(
+        [*steps, t.PILToTensor(), t.ToDtype(torch.float32, scale=True), t.Normalize(MEAN, STD)]
+    )
+
+    def make(pictures: Sequence[Any]) -> object:
+        pairs = []
+        for picture in pictures:
+            opened = Image.open(io.BytesIO(picture)) if encoded else Image.fromarray(picture)
+            image = opened.convert("RGB")
+            pairs.append((transform(image), transform(image)))
+        return [torch.stack(v) for v in zip(*pairs, strict=True)]
+
+    return make
+
+
+def _rates(forms: dict[str, Make], pictures: Sequence[Any], settings: Settings) -> dict[str, float]:
+    """Return the median images a second of each form; the first round warms up."""
+    found: dict[str, list[float]] = {name: [] for name in forms}
+    batches = [pictures[i : i + settings.batch] for i in range(0, len(pictures), settings.batch)]
+    for turn in range(ROUNDS + 1):
+        for name, make in forms.items():
+            began, done = time.perf_counter(), 0
+            while time.perf_counter() - began < settings.seconds / (1 if turn else 4):
+                for batch in batches:
+                    make(batch)
+                    done += len(batch)
+            if turn:
+                found[name].append(done / (time.perf_counter() - began))
+    return {name: round(statistics.median(rates), 1) for name, rates in found.items()}
+
+
+if __name__ == "__main__":
+    main()
