@@ -8,6 +8,8 @@ result is the same in any order of summation. (TF32 and bf16 products must stay 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,13 +28,18 @@ def bicubic_weights(
     Antialiased bicubic (a = −1/2) of the pixels [start, start + length) to `size_out`, edges
     clamped to the crop, as Pillow resizes a cropped image.
     """
-    scale = (lengths / size_out)[:, None, None]  # input pixels an output pixel
+    scale = (lengths / size_out)[:, None]  # input pixels an output pixel
     reach = np.maximum(scale, 1.0)
-    centre = starts[:, None, None] + (np.arange(size_out)[None, :, None] + 0.5) * scale
-    pixel = np.arange(size_in)[None, None, :]
-    weights = _cubic(np.abs(pixel + 0.5 - centre) / reach)
+    centre = starts[:, None] + (np.arange(size_out) + 0.5) * scale  # [n, size_out]
+    taps = 2 * math.ceil(2 * float(reach.max())) + 1  # all that lies within 2·reach of a centre
+    pixel = np.floor(centre).astype(np.int64)[..., None] + np.arange(taps) - taps // 2
+    weights = _cubic(np.abs(pixel + 0.5 - centre[..., None]) / reach[..., None])
     first, last = starts[:, None, None], (starts + lengths)[:, None, None]
-    return _quantised(np.where((pixel >= first) & (pixel < last), weights, 0.0))
+    band = _quantised(np.where((pixel >= first) & (pixel < last), weights, 0.0))
+    # taps beyond the edges are zero; they fall into a margin that is cut off
+    padded = torch.zeros(len(starts), size_out, size_in + 2 * taps)
+    padded.scatter_(2, torch.from_numpy(pixel + taps), band)
+    return padded[..., taps : taps + size_in]
 
 
 def blur_weights(sigmas: NDArray[np.float64], taps: int, size: int) -> Tensor:

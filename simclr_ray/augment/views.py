@@ -105,8 +105,12 @@ class TwoViews:
         groups = _by_shape(images)
         a, b = (torch.empty(len(ids), 3, self.size, self.size, dtype=torch.uint8) for _ in "ab")
         for rows, pixels in groups:
-            for view, out in enumerate((a, b)):
-                out[rows] = self.make(pixels, self.draw(ids[rows], epoch, view)).cpu()
+            draws = [self.draw(ids[rows], epoch, view) for view in (0, 1)]
+            if len(rows) == 1:  # each crops for itself before it touches the pixels
+                a[rows], b[rows] = (self.make(pixels, d).cpu() for d in draws)
+            else:
+                both = self.make(torch.cat([pixels, pixels]), _joined(*draws)).cpu()
+                a[rows], b[rows] = both.chunk(2)
         return ViewPair(a, b)
 
     def draw(self, ids: NDArray[np.int64], epoch: int, view: int) -> Draws:
@@ -188,6 +192,18 @@ class TwoViews:
         first = fits.argmax(axis=1)
         picked: NDArray[np.float64] = shares[np.arange(len(u)), first]
         return np.where(fits.any(axis=1, keepdims=True), picked, 1.0)
+
+
+def _joined(first: Draws, second: Draws) -> Draws:
+    """Return the parameters of both views, one after the other."""
+    jitter = colour.JitterDraws(
+        *(torch.cat(pair) for pair in zip(first.jitter, second.jitter, strict=True))
+    )
+    rest = {
+        name: np.concatenate([getattr(first, name), getattr(second, name)])
+        for name in ("crop", "flip", "gray", "blur", "sigma")
+    }
+    return Draws(jitter=jitter, **rest)
 
 
 def _by_shape(images: Pictures) -> list[tuple[NDArray[np.int64], Tensor]]:
