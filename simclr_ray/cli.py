@@ -168,12 +168,27 @@ def embed(
         str, typer.Option(help="MLflow store; empty: as MLflow finds it.")
     ] = "",
 ) -> None:
-    """Print the embedding of each picture: its path, then F numbers, tab-separated."""
+    """Print the embedding of each picture: its path, then F numbers, tab-separated.
+
+    Files that are no pictures are named on stderr and left out; the exit code is then 1.
+    """
+    from simclr_ray.data.decode import ImageError, decode_image
     from simclr_ray.export import embed_images
 
-    rows = embed_images(model, [p.read_bytes() for p in pictures], tracking_uri=tracking_uri)
-    for path, row in zip(pictures, rows, strict=True):
-        print(path, *(f"{value:.6g}" for value in row), sep="\t")
+    good: dict[Path, bytes] = {}
+    for path in pictures:
+        encoded = path.read_bytes()
+        try:
+            decode_image(encoded)
+            good[path] = encoded
+        except ImageError as error:
+            err.print(f"left out: {path}: {error}", markup=False, soft_wrap=True)
+    if good:
+        rows = embed_images(model, list(good.values()), tracking_uri=tracking_uri)
+        for path, row in zip(good, rows, strict=True):
+            print(path, *(f"{value:.6g}" for value in row), sep="\t")
+    if len(good) < len(set(pictures)):
+        raise typer.Exit(1)
 
 
 @app.command(name="config")

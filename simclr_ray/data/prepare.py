@@ -162,7 +162,7 @@ class _Limit:
         shown = [f"{r.name}: {r.reason}" for r in rejected[:NUM_REASONS_SHOWN]]
         raise TooManyBadImages(
             f"{len(rejected)} of {self.num_rows} pictures are unusable so far, more than the share "
-            f"of {self.share:.2%} that is allowed; the first: {'; '.join(shown)}"
+            f"of {self.share:.2%} that is allowed (max_bad_share); the first: {'; '.join(shown)}"
         )
 
 

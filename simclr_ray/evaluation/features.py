@@ -75,7 +75,9 @@ def load_split(source: Source, size: int, limit: int = 0, max_pixels: int = 50_0
                 bad.append(BadRow(int(ids[rows[place]]), view))
                 good[place] = False
             else:
-                images[place] = torch.from_numpy(view).permute(2, 0, 1)
+                images[place] = torch.tensor(view).permute(
+                    2, 0, 1
+                )  # a view of Pillow's is read-only
         if part.labels is not None:
             labels[torch.from_numpy(places)] = torch.from_numpy(part.labels)
     if not good.any():
