@@ -17,6 +17,7 @@ def pictures() -> Path:
     """Return the folder with `cifar10/`, `caltech101/` and `odd/`; skip, saying so, when unset."""
     value = os.environ.get(DATA_VARIABLE)
     if not value:
+        # photographs of others are not ours to store; every rule they show has a test on drawn ones
         pytest.skip(f"{DATA_VARIABLE} is unset: this test needs real pictures")
     folder = Path(value)
     missing = [n for n in ("cifar10", "caltech101", "odd") if not (folder / n).is_dir()]

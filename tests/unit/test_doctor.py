@@ -139,7 +139,9 @@ def test_a_run_that_does_not_fit_is_told_the_number_of_workers_that_does() -> No
 def test_an_address_where_nothing_listens_is_found_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if ray.is_initialized():  # after Ray tests in one session; the unit run never is
+    if ray.is_initialized():
+        # only when somebody runs everything in one session: `scripts/check`, where this test
+        # belongs, deselects Ray tests, and to disconnect would end the cluster that they share
         pytest.skip("this process is connected to a cluster")
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
