@@ -172,22 +172,20 @@ def embed(
 
     Files that are no pictures are named on stderr and left out; the exit code is then 1.
     """
-    from simclr_ray.data.decode import ImageError, decode_image
     from simclr_ray.export import embed_images
 
-    good: dict[Path, bytes] = {}
-    for path in pictures:
-        encoded = path.read_bytes()
-        try:
-            decode_image(encoded)
-            good[path] = encoded
-        except ImageError as error:
-            err.print(f"left out: {path}: {error}", markup=False, soft_wrap=True)
-    if good:
-        rows = embed_images(model, list(good.values()), tracking_uri=tracking_uri)
-        for path, row in zip(good, rows, strict=True):
+    bad: set[int] = set()
+
+    def left_out(place: int, reason: str) -> None:
+        bad.add(place)
+        err.print(f"left out: {pictures[place]}: {reason}", markup=False, soft_wrap=True)
+
+    images = [p.read_bytes() for p in pictures]
+    rows = embed_images(model, images, tracking_uri=tracking_uri, on_bad=left_out)
+    for place, (path, row) in enumerate(zip(pictures, rows, strict=True)):
+        if place not in bad:
             print(path, *(f"{value:.6g}" for value in row), sep="\t")
-    if len(good) < len(set(pictures)):
+    if bad:
         raise typer.Exit(1)
 
 

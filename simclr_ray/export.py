@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -173,7 +173,11 @@ def _checkpoint_encoder(folder: Path) -> nn.Module:
 
 
 def embed_images(
-    where: str | Path, images: Sequence[bytes], *, tracking_uri: str = ""
+    where: str | Path,
+    images: Sequence[bytes],
+    *,
+    tracking_uri: str = "",
+    on_bad: Callable[[int, str], None] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Return the embeddings of N encoded images, float32 [N, F], by the evaluation view.
 
@@ -181,22 +185,32 @@ def embed_images(
         where: as in `load_encoder`.
         images: encoded images (JPEG, PNG, WebP, ...).
         tracking_uri: as in `load_encoder`.
+        on_bad: is told position and reason of an image that cannot be decoded; its row is NaN.
 
     Raises:
-        ImageError: an image cannot be decoded; the message names its position.
+        ImageError: an image cannot be decoded and there is no `on_bad`; it names the position.
         CheckpointError: as in `load_encoder`.
         TrackingError: as in `load_encoder`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = _encoder_folder(where, Path(scratch), tracking_uri)
         card, encoder = read_card(folder), read_encoder(folder)
-    embeddings = np.empty((len(images), card.feature_dim), dtype=np.float32)  # [N, F]
+    embeddings = np.full((len(images), card.feature_dim), np.nan, dtype=np.float32)  # [N, F]
     for start in range(0, len(images), BATCH_SIZE):
-        some = images[start : start + BATCH_SIZE]
-        views = np.stack([_view(item, card.size, start + k) for k, item in enumerate(some)])
-        batch = torch.from_numpy(views).permute(0, 3, 1, 2).float().div(255)  # [n, 3, S, S]
+        views: dict[int, npt.NDArray[np.uint8]] = {}
+        for place in range(start, min(start + BATCH_SIZE, len(images))):
+            try:
+                views[place] = decode.evaluation_view(decode.decode_image(images[place]), card.size)
+            except decode.ImageError as error:
+                if on_bad is None:
+                    raise decode.ImageError(f"image {place}: {error}") from error
+                on_bad(place, str(error))
+        if not views:
+            continue
+        stacked = torch.from_numpy(np.stack(list(views.values())))
+        batch = stacked.permute(0, 3, 1, 2).float().div(255)  # [n, 3, S, S]
         with torch.inference_mode():
-            embeddings[start : start + len(some)] = encoder(batch.contiguous()).numpy()
+            embeddings[list(views)] = encoder(batch.contiguous()).numpy()
     return embeddings
 
 
@@ -287,13 +301,6 @@ def _encoder_folder(where: str | Path, scratch: Path, tracking_uri: str) -> Path
     if not found:
         raise CheckpointError(f"{where} holds no {CARD}, and is no models:/name@alias either")
     return found[0]
-
-
-def _view(encoded: bytes, size: int, position: int) -> npt.NDArray[np.uint8]:
-    try:
-        return decode.evaluation_view(decode.decode_image(encoded), size)
-    except decode.ImageError as error:
-        raise decode.ImageError(f"image {position}: {error}") from error
 
 
 def _write_program(path: Path, encoder: nn.Module, size: int, feature_dim: int) -> None:

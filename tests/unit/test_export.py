@@ -258,6 +258,14 @@ def test_an_undecodable_image_is_named_by_its_row(registered: Registered) -> Non
         predict(registered.uri, "models:/m@newest", [*registered.images[:2], b"no picture"])
     with pytest.raises(decode.ImageError, match="image 1: truncated"):
         export.embed_images(registered.folder, [registered.images[0], registered.images[0][:900]])
+    told: list[tuple[int, str]] = []
+    images = [registered.images[0][:900], registered.images[0]]
+    rows = export.embed_images(
+        registered.folder, images, on_bad=lambda place, why: told.append((place, why))
+    )
+    assert told == [(0, "truncated")]
+    assert np.isnan(rows[0]).all()
+    np.testing.assert_array_equal(rows[1:], export.embed_images(registered.folder, images[1:]))
 
 
 def test_the_version_says_what_it_needs_and_where_it_comes_from(registered: Registered) -> None:
