@@ -140,10 +140,11 @@ class _NTXent(torch.autograd.Function):
         sweep = _Sweep(z, everyone, first, temperature, shift)
         lse = sweep.log_sum_exp()  # [2n]
         all_lse = dist.all_gather_rows(lse[:, None], row_counts).squeeze(1)  # [2N]
-        aligned = (z[0::2] * z[1::2]).sum() / temperature
+        aligned = (z[0::2] * z[1::2]).sum(1) / temperature  # [n]
         ctx.save_for_backward(z, norms, everyone, all_lse)
         ctx.rest = (first, temperature, shift, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
-        return (lse.sum() - 2 * aligned) * (dist.world_size() / len(everyone))
+        # row by row: two large sums would cancel
+        return (lse.view(-1, 2).sum(1) - 2 * aligned).sum() * (dist.world_size() / len(everyone))
 
     @staticmethod
     @once_differentiable
