@@ -19,7 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,6 @@ from simclr_ray.nn.losses import NTXentLoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 DIM, TEMPERATURE = 128, 0.1
-LARGEST_TIMED_DENSE = 8192
 # freed blocks go back to the system at once, so that the high-water mark is what is alive
 RETURN_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -97,6 +98,7 @@ def tiled(z1: Tensor, z2: Tensor) -> Tensor:
     return lse.mean() - (a * b).sum(1).mean() / TEMPERATURE
 
 
+@cache
 def forms() -> dict[str, Loss]:
     """Return every form that can run here."""
     found: dict[str, Loss] = {
@@ -125,7 +127,7 @@ def main() -> None:
         form, n = arguments.peak
         print(_peak_mib(forms()[form], int(n)))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for n in map(int, arguments.batches.split(",")):
         times = _times(n, arguments.rounds)
         for name in times:
@@ -148,9 +150,9 @@ def main() -> None:
     (RESULTS / "loss.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _ratio(rows: list[dict[str, object]], n: int, other: str) -> float:
+def _ratio(rows: list[dict[str, Any]], n: int, other: str) -> float:
     seconds = {r["form"]: r["step_s"] for r in rows if r["n"] == n and "step_s" in r}
-    return round(float(str(seconds["simclr_ray"])) / float(str(seconds[other])), 3)
+    return round(float(seconds["simclr_ray"] / seconds[other]), 3)
 
 
 def _inputs(n: int) -> tuple[Tensor, Tensor]:
@@ -164,9 +166,8 @@ def _inputs(n: int) -> tuple[Tensor, Tensor]:
 def _times(n: int, rounds: int) -> dict[str, float]:
     z1, z2 = _inputs(n)
     taken: dict[str, list[float]] = {name: [] for name in forms()}
-    losses = forms()
     for turn in range(rounds + 1):  # the first round warms up
-        for name, loss in losses.items():
+        for name, loss in forms().items():
             z1.grad = z2.grad = None
             began = time.perf_counter()
             loss(z1, z2).backward()  # type: ignore[no-untyped-call]
