@@ -197,7 +197,7 @@ def _peak(form: str, n: int) -> float:
     done = subprocess.run(
         command, env=os.environ | RETURN_MEMORY, check=True, capture_output=True, text=True
     )
-    return float(done.stdout)
+    return float(done.stdout.split()[-1])  # peers print while they are imported
 
 
 def _peak_mib(loss: Loss, n: int) -> float:
