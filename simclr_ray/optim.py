@@ -81,12 +81,7 @@ class LARS(torch.optim.Optimizer):
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         lr, inside = group["lr"], group["momentum_form"] == "authors"
         raw = [p.grad for p in params if p.grad is not None]
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            # the fused kernel walks memory, so layouts must agree; a loaded buffer's may not
-            self.state[p]["momentum_buffer"] = _laid_out(self.state[p]["momentum_buffer"], p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        buffers = [self._buffer(p) for p in params]
         fused = group["fused"] and inside and group["momentum"] > 0
         if fused and all(_is_dense_on_cpu(p) for p in params):
             self._update_fused(params, raw, buffers, group)
@@ -99,6 +94,16 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_add_(buffers, decayed, alpha=lr if inside else 1.0)
         torch._foreach_add_(params, buffers, alpha=-1.0 if inside else -lr)
 
+    def _buffer(self, p: Tensor) -> Tensor:
+        """Return the momentum buffer of a parameter, laid out as it is."""
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        elif state["momentum_buffer"].stride() != p.stride():  # a loaded buffer's may differ
+            state["momentum_buffer"] = _laid_out(state["momentum_buffer"], p)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
     @staticmethod
     def _update_fused(
         params: list[Tensor], raw: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
@@ -106,13 +111,12 @@ class LARS(torch.optim.Optimizer):
         """Write v = μ·v + (lr·r)·(g + wd·w), w = w − v as SGD of rate 1 and dampening 1 − lr·r."""
         raw = [_flat(_laid_out(g, w)) for g, w in zip(raw, params, strict=True)]
         params, buffers = [_flat(w) for w in params], [_flat(v) for v in buffers]
-        rates, parts = [1.0], [(params, raw, buffers)]
-        if group["adapt"]:
-            rates = _local_rates(params, raw, group)
-            parts = [([w], [g], [v]) for w, g, v in zip(params, raw, buffers, strict=True)]
-        for rate, tensors in zip(rates, parts, strict=True):
+
+        def update(w: list[Tensor], g: list[Tensor], v: list[Tensor], rate: float) -> None:
             torch._fused_sgd_(
-                *tensors,
+                w,
+                g,
+                v,
                 weight_decay=group["weight_decay"],
                 momentum=group["momentum"],
                 lr=1.0,
@@ -121,6 +125,12 @@ class LARS(torch.optim.Optimizer):
                 maximize=False,
                 is_first_step=False,
             )
+
+        if not group["adapt"]:
+            update(params, raw, buffers, 1.0)
+            return
+        for w, g, v in zip(params, raw, buffers, strict=True):
+            update([w], [g], [v], _local_rate(w, g, group))  # w and g are still in cache
 
     @staticmethod
     def _ratios(
@@ -141,27 +151,25 @@ class LARS(torch.optim.Optimizer):
         return list(torch.where(usable, ratios, torch.ones_like(ratios)).unbind())
 
 
-def _local_rates(params: list[Tensor], raw: list[Tensor], group: dict[str, Any]) -> list[float]:
-    """Return r of each flat CPU tensor, reading w and g but writing nothing.
+def _local_rate(w: Tensor, g: Tensor, group: dict[str, Any]) -> float:
+    """Return r of one flat CPU tensor, reading w and g but writing nothing.
 
     ‖g + wd·w‖² = ‖g‖² + 2·wd·g·w + wd²·‖w‖².
     """
-    decay, trust = group["weight_decay"], group["trust_coefficient"]
-    weights = torch.stack(torch._foreach_norm(params)).double()
-    squared = torch.stack(torch._foreach_norm(raw)).double().square()
+    decay = group["weight_decay"]
+    squared, weight = float(torch.dot(g, g)), float(torch.dot(w, w))
     if decay:
-        products = torch.stack([torch.dot(g, w) for g, w in zip(raw, params, strict=True)]).double()
-        squared += 2 * decay * products + decay**2 * weights.square()
-    gradients = squared.clamp_(min=0).sqrt()
-    usable = (weights > 0) & (gradients > 0)
-    rates = trust * weights / gradients
-    if group["clip_lr"]:
-        rates = (rates / group["lr"]).clamp(max=1.0)
-    return [float(rate) for rate in torch.where(usable, rates, torch.ones_like(rates))]
+        squared += 2 * decay * float(torch.dot(g, w)) + decay**2 * weight
+    if weight <= 0 or squared <= 0:
+        return 1.0
+    rate: float = group["trust_coefficient"] * math.sqrt(weight / squared)
+    return min(rate / group["lr"], 1.0) if group["clip_lr"] else rate
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """Return `tensor` in the memory layout of `like`: itself where it has it."""
+    if tensor.stride() == like.stride():
+        return tensor
     sides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
     if all(mine == theirs for length, mine, theirs in sides if length > 1):
         return tensor
@@ -170,12 +178,19 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _flat(tensor: Tensor) -> Tensor:
     """Return a dense tensor's memory as a vector: kernels copy what is not contiguous."""
+    if tensor.ndim == 1:
+        return tensor
+    if tensor.is_contiguous():
+        return tensor.view(-1)
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _is_dense_on_cpu(tensor: Tensor) -> bool:
-    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return tensor.device.type == "cpu" and (last or tensor.is_contiguous())
+    if not tensor.is_cpu:
+        return False
+    if tensor.is_contiguous():
+        return True
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def learning_rate_at(step: int, peak: float, warmup: int, total: int) -> float:
