@@ -30,14 +30,18 @@ class JitterDraws(NamedTuple):
 
 
 def jitter(images: Tensor, draws: JitterDraws) -> Tensor:
-    """Return images after colour jitter where `draws.apply`; float32 [n, 3, S, S] in [0, 1]."""
+    """Return images after colour jitter where `draws.apply`; float32 [n, 3, S, S] in [0, 1].
+
+    The draws are on CPU, so that a device is never waited for.
+    """
     out = images.clone()
     for slot in range(4):
         for op, function in enumerate(OPERATIONS):
             chosen = (draws.apply & (draws.order[:, slot] == op)).nonzero().squeeze(1)
             if len(chosen):
-                factor = draws.factors[chosen, op].view(-1, 1, 1, 1)
-                out[chosen] = function(out[chosen], factor).clamp_(0, 1)
+                factor = draws.factors[chosen, op].view(-1, 1, 1, 1).to(images.device)
+                rows = chosen.to(images.device)
+                out[rows] = function(out[rows], factor).clamp_(0, 1)
     return out
 
 
@@ -67,21 +71,22 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 def hue(images: Tensor, shift: Tensor) -> Tensor:
     """Return images with hue turned by `shift` of a full circle, through HSV."""
     red, green, blue = images.unbind(1)
-    value = images.amax(1)
-    chroma = value - images.amin(1)
+    value, least = images.amax(1), images.amin(1)
+    chroma = value - least
     safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
     sector = torch.where(
         value == red,
         (green - blue) / safe,
         torch.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
     )
-    turned = sector + shift.view(-1, 1, 1) * 6.0
-    # f(k) = v − c·clamp(min(k, 4 − k), 0, 1), k = (n + 6h) mod 6, n = 5, 3, 1 for R, G, B
-    channels = []
-    for n in (5.0, 3.0, 1.0):
-        k = torch.remainder(turned + n, 6.0)
-        channels.append(value - chroma * torch.minimum(k, 4.0 - k).clamp_(0, 1))
-    return torch.stack(channels, 1)
+    u = sector + shift.view(-1, 1, 1) * 6.0
+    u = u - torch.floor(u * (1 / 6)) * 6.0  # sixths of the circle, in [0, 6]
+    shares = (
+        (u - 3.0).abs() - 1.0,
+        2.0 - (u - 2.0).abs(),
+        2.0 - (u - 4.0).abs(),
+    )
+    return torch.stack([share.clamp_(0, 1) * chroma + least for share in shares], 1)
 
 
 OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (

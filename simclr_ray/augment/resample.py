@@ -1,9 +1,10 @@
 """Crop, resize and blur as products with small-integer matrices, exact in float32.
 
 A floating-point product may round differently in another batch, on another kernel or device, and
-then a view would depend on where it was made. Here weights are multiples of 1/2048 and pixels of
-1/8 gray level, so every partial sum is an integer below 2²⁴, which float32 holds exactly: the
-result is the same in any order of summation. (TF32 and bf16 products must stay off.)
+then a view would depend on where it was made. Here weights are multiples of 1/2048 and pixels,
+between passes, of 1/8 gray level, so every partial sum is an integer below 2²⁴, which float32
+holds exactly: the result is the same in any order of summation. (TF32 and bf16 products must stay
+off.)
 """
 
 from __future__ import annotations
@@ -42,23 +43,27 @@ def bicubic_weights(
     return padded[..., taps : taps + size_in]
 
 
+def blur_kernels(sigmas: NDArray[np.float64], taps: int) -> Tensor:
+    """Return one normalised Gaussian an image: float32 integers over UNIT, [n, taps]."""
+    offset = np.arange(taps) - taps // 2
+    kernel = np.exp(-(offset[None] ** 2) / (2.0 * sigmas[:, None] ** 2))
+    return _quantised(kernel[:, None, :])[:, 0]
+
+
 def blur_weights(sigmas: NDArray[np.float64], taps: int, size: int) -> Tensor:
     """Return one Gaussian band matrix an image: float32 integers over UNIT, [n, size, size].
 
     `taps` wide, normalised, zero-padded at the edges as the authors' depthwise convolution is.
     """
-    radius = taps // 2
-    offset = np.arange(-radius, radius + 1)
-    kernel = np.exp(-(offset[None] ** 2) / (2.0 * sigmas[:, None] ** 2))  # [n, taps]
-    whole = _quantised(kernel[:, None, :])[:, 0]
+    radius, kernels = taps // 2, blur_kernels(sigmas, taps)
     band = torch.zeros(len(sigmas), size, size + 2 * radius)
     for tap in range(taps):
-        band.diagonal(tap, 1, 2)[:, :size] = whole[:, tap, None]
+        band.diagonal(tap, 1, 2)[:, :size] = kernels[:, tap, None]
     return band[:, :, radius : radius + size].contiguous()
 
 
 def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return images resampled by one matrix along each axis, in steps of 1/FINE gray level.
+    """Return images resampled by one matrix along each axis.
 
     Args:
         images: uint8 [n, 3, H, W].
@@ -66,28 +71,32 @@ def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         columns: [n, S, W] likewise.
 
     Returns:
-        float32 [n, 3, S, S], integers in [0, FULL].
+        uint8 [n, 3, S, S].
     """
     n, channels, height, width = images.shape
     flat = images.to(columns.dtype).reshape(n, channels * height, width)
     across = torch.bmm(flat, columns.transpose(1, 2))  # [n, 3H, S], below 2²⁰
     across = across.mul_(FINE / UNIT).round_()
-    return _down(across.view(n, channels, height, -1), rows).clamp_(0, FULL)
+    whole = _down(across.view(n, channels, height, -1), rows, UNIT * FINE)
+    return whole.clamp_(0, 255).to(torch.uint8)
 
 
 def blur(images: Tensor, band: Tensor) -> Tensor:
-    """Return images blurred by `band` [n, S, S] along both axes; in and out as `resize` returns."""
+    """Return images blurred by `band` [n, S, S] along both axes.
+
+    In and out are float32 [n, c, S, S], whole steps of 1/FINE gray level in [0, FULL].
+    """
     n, channels, height, width = images.shape
     flat = images.reshape(n, channels * height, width)
     across = torch.bmm(flat, band.transpose(1, 2)).mul_(1 / UNIT).round_()
-    return _down(across.view(n, channels, height, width), band)
+    return _down(across.view(n, channels, height, width), band, UNIT)
 
 
-def _down(images: Tensor, rows: Tensor) -> Tensor:
-    """Return the product along the vertical axis, rounded back to whole steps."""
+def _down(images: Tensor, rows: Tensor, unit: int) -> Tensor:
+    """Return the product along the vertical axis, divided by `unit` and rounded."""
     n, channels, height, width = images.shape
     flat = images.transpose(1, 2).reshape(n, height, channels * width)
-    down = torch.bmm(rows, flat).mul_(1 / UNIT).round_()
+    down = torch.bmm(rows, flat).mul_(1 / unit).round_()
     return down.view(n, -1, channels, width).transpose(1, 2)
 
 
@@ -100,8 +109,8 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _quantised(weights: NDArray[np.float64]) -> Tensor:
     """Return rows that sum to exactly UNIT, as integers; what rounding lost goes to the largest."""
-    normal = weights / weights.sum(axis=2, keepdims=True)
-    whole = np.rint(normal * UNIT)
+    total = np.cumsum(weights, axis=2)[..., -1:]  # one after the other, as native.c adds
+    whole = np.rint(weights / total * UNIT)
     lost = UNIT - whole.sum(axis=2)
     largest = whole.argmax(axis=2)
     i, j = np.indices(largest.shape, sparse=True)

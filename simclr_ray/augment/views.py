@@ -15,9 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_ray.augment import colour
+from simclr_ray.augment import colour, native
 from simclr_ray.augment.keyed import uniforms
-from simclr_ray.augment.resample import FULL, bicubic_weights, blur, blur_weights, resize
+from simclr_ray.augment.resample import (
+    FULL,
+    bicubic_weights,
+    blur,
+    blur_kernels,
+    blur_weights,
+    resize,
+)
 from simclr_ray.data.decode import decode_image
 
 CROP_ATTEMPTS = 10  # as torchvision; then the whole image, as the authors
@@ -25,7 +32,8 @@ ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)  # [24, 4]
 SIGMAS = (0.1, 2.0)  # blur, App. A
 ASPECTS = (3 / 4, 4 / 3)  # relative to the picture's own aspect, App. A
 
-Pictures = Sequence[bytes] | Sequence[NDArray[np.uint8]] | Tensor
+Pixels = NDArray[np.uint8]
+Pictures = Sequence[bytes] | Sequence[Pixels] | Tensor
 
 
 class ViewPair(NamedTuple):
@@ -36,7 +44,7 @@ class ViewPair(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """All parameters of one view of n pictures."""
+    """All parameters of n views."""
 
     crop: NDArray[np.float64]  # [n, 4]: height and width share, vertical and horizontal place
     flip: NDArray[np.bool_]  # [n]
@@ -67,6 +75,7 @@ class TwoViews:
         flip: Probability of a left-right flip.
         jitter: Probability of colour jitter.
         grayscale: Probability of dropping colour.
+        compiled: On CPU, use `native.c` where it can be built: the same bytes, sooner.
     """
 
     def __init__(
@@ -80,10 +89,12 @@ class TwoViews:
         flip: float = 0.5,
         jitter: float = 0.8,
         grayscale: float = 0.2,
+        compiled: bool = True,
     ) -> None:
         self.size, self.strength, self.blur, self.seed = size, strength, blur, seed
         self.min_area, self.flip = min_area, flip
         self.jitter, self.grayscale = jitter, grayscale
+        self.compiled = compiled
 
     @classmethod
     def simclr(cls, size: int, strength: float = 1.0, blur: float = 0.5, seed: int = 0) -> TwoViews:
@@ -102,16 +113,52 @@ class TwoViews:
         Raises:
             ImageError: A picture cannot be decoded.
         """
-        groups = _by_shape(images)
-        a, b = (torch.empty(len(ids), 3, self.size, self.size, dtype=torch.uint8) for _ in "ab")
-        for rows, pixels in groups:
-            draws = [self.draw(ids[rows], epoch, view) for view in (0, 1)]
-            if len(rows) == 1:  # each crops for itself before it touches the pixels
-                a[rows], b[rows] = (self.make(pixels, d).cpu() for d in draws)
-            else:
-                both = self.make(torch.cat([pixels, pixels]), _joined(*draws)).cpu()
-                a[rows], b[rows] = both.chunk(2)
-        return ViewPair(a, b)
+        crops = self.crops(images, ids, epoch)
+        draws = self.both(ids, epoch)
+        return ViewPair(*self.distort(torch.cat(crops), draws).chunk(2))
+
+    def crops(self, images: Pictures, ids: NDArray[np.int64], epoch: int) -> ViewPair:
+        """Return the first stage alone, crop, resize and flip; arguments as of a call."""
+        draws = self.both(ids, epoch)
+        if isinstance(images, Tensor) and images.device.type != "cpu":
+            return ViewPair(*self._crop_stack(torch.cat([images, images]), draws).chunk(2))
+        pictures = _decoded(images)
+        if self.compiled and native.available():
+            heights, widths = (np.array([p.shape[d] for p in pictures] * 2) for d in (0, 1))
+            boxes = np.stack(self.boxes(draws, heights, widths), axis=1)
+            crops = native.crop_views(pictures, boxes, draws.flip, self.size)
+        else:
+            crops = self._crop_by_shape(pictures, draws)
+        return ViewPair(*crops.chunk(2))
+
+    def distort(self, crops: Tensor, draws: Draws) -> Tensor:
+        """Return the second stage: jitter, grayscale and blur of uint8 [n, 3, S, S], on its device.
+
+        Args:
+            crops: The first stage's.
+            draws: Of these n views.
+        """
+        taps = 2 * ((self.size // 10) // 2) + 1  # the authors': 23 at 224, 3 at 32
+        if crops.device.type == "cpu" and self.compiled and native.available():
+            kernels = blur_kernels(draws.sigma, taps).numpy()
+            factors, order, jitter = (t.numpy() for t in draws.jitter)
+            return native.distort_colour(
+                crops, factors, order, jitter, draws.gray, draws.blur, kernels
+            )
+        x = colour.jitter(crops.float().mul_(1 / 255), draws.jitter)
+        gray = torch.from_numpy(np.flatnonzero(draws.gray)).to(crops.device)
+        if len(gray):
+            x[gray] = colour.grayscale(x[gray]).expand(-1, 3, -1, -1)
+        chosen = np.flatnonzero(draws.blur)
+        if len(chosen):
+            band = blur_weights(draws.sigma[chosen], taps, self.size).to(crops.device)
+            rows = torch.from_numpy(chosen).to(crops.device)
+            x[rows] = blur(x[rows].mul_(FULL).round_(), band).mul_(1 / FULL)
+        return x.mul_(255).round_().to(torch.uint8)
+
+    def both(self, ids: NDArray[np.int64], epoch: int) -> Draws:
+        """Return the parameters of view 0 of all ids, then of view 1."""
+        return _joined(*(self.draw(ids, epoch, view) for view in (0, 1)))
 
     def draw(self, ids: NDArray[np.int64], epoch: int, view: int) -> Draws:
         """Return the parameters of view 0 or 1 of each id in an epoch."""
@@ -134,22 +181,33 @@ class TwoViews:
             sigma=SIGMAS[0] + u[:, 11] * (SIGMAS[1] - SIGMAS[0]),
         )
 
-    def boxes(self, draws: Draws, height: int, width: int) -> Boxes:
-        """Return the crops of pictures of one size."""
+    def boxes(
+        self, draws: Draws, height: int | NDArray[np.int64], width: int | NDArray[np.int64]
+    ) -> Boxes:
+        """Return the crops, in pixels, of pictures of these sizes (one for all, or [n])."""
         box_height = np.maximum(1, np.rint(draws.crop[:, 0] * height)).astype(np.int64)
         box_width = np.maximum(1, np.rint(draws.crop[:, 1] * width)).astype(np.int64)
         top = np.floor(draws.crop[:, 2] * (height - box_height + 1)).astype(np.int64)
         left = np.floor(draws.crop[:, 3] * (width - box_width + 1)).astype(np.int64)
         return Boxes(top, left, box_height, box_width)
 
-    def make(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """Return one view of n pictures of one size: uint8 [n, 3, S, S] on the pixels' device.
+    def _crop_by_shape(self, pictures: Sequence[Pixels], draws: Draws) -> Tensor:
+        """Return the crops of pictures of any sizes, with torch; 2n draws for n pictures."""
+        out = torch.empty(len(draws.flip), 3, self.size, self.size, dtype=torch.uint8)
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for row in range(len(out)):
+            shapes.setdefault(pictures[row % len(pictures)].shape, []).append(row)
+        for shape, rows in shapes.items():
+            # above 64 px one picture a product is faster than a batch of sparse matrices
+            parts = [rows] if max(shape[:2]) <= 64 else [[row] for row in rows]
+            for part in parts:
+                stacked = np.stack([pictures[row % len(pictures)] for row in part])
+                pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2)
+                out[part] = self._crop_stack(pixels, _taken(draws, part))
+        return out
 
-        Args:
-            pixels: uint8 [n, 3, H, W].
-            draws: Of these n rows.
-        """
-        device = pixels.device
+    def _crop_stack(self, pixels: Tensor, draws: Draws) -> Tensor:
+        """Return one crop of each of n pictures of one size, uint8 [n, 3, H, W], on its device."""
         height, width = pixels.shape[2:]
         box = self.boxes(draws, height, width)
         if len(pixels) == 1:  # a large photograph: touch only what the crop shows
@@ -161,22 +219,7 @@ class TwoViews:
         columns = bicubic_weights(box.left, box.width, width, self.size)
         mirrored = torch.from_numpy(draws.flip)[:, None, None]
         columns = torch.where(mirrored, columns.flip(1), columns)
-        x = resize(pixels, rows.to(device), columns.to(device)).mul_(1 / FULL)
-        x = colour.jitter(x, colour.JitterDraws(*(t.to(device) for t in draws.jitter)))
-        gray = torch.from_numpy(draws.gray).to(device).nonzero().squeeze(1)
-        if len(gray):
-            x[gray] = colour.grayscale(x[gray]).expand(-1, 3, -1, -1)
-        if draws.blur.any():
-            x = self._blurred(x, draws)
-        return x.mul_(255).round_().to(torch.uint8)
-
-    def _blurred(self, x: Tensor, draws: Draws) -> Tensor:
-        taps = 2 * ((self.size // 10) // 2) + 1  # the authors': 23 at 224, 3 at 32
-        chosen = np.flatnonzero(draws.blur)
-        band = blur_weights(draws.sigma[chosen], taps, self.size).to(x.device)
-        rows = torch.from_numpy(chosen).to(x.device)
-        x[rows] = blur(x[rows].mul(FULL).round_(), band).mul_(1 / FULL)
-        return x
+        return resize(pixels, rows.to(pixels.device), columns.to(pixels.device))
 
     def _shares(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the share of height and width that each crop takes: [n, 2].
@@ -206,19 +249,15 @@ def _joined(first: Draws, second: Draws) -> Draws:
     return Draws(jitter=jitter, **rest)
 
 
-def _by_shape(images: Pictures) -> list[tuple[NDArray[np.int64], Tensor]]:
-    """Return (rows, uint8 [m, 3, H, W]) for each size of picture; photographs of their own."""
+def _taken(draws: Draws, rows: list[int]) -> Draws:
+    """Return the parameters of some views."""
+    jitter = colour.JitterDraws(*(t[rows] for t in draws.jitter))
+    rest = {name: getattr(draws, name)[rows] for name in ("crop", "flip", "gray", "blur", "sigma")}
+    return Draws(jitter=jitter, **rest)
+
+
+def _decoded(images: Pictures) -> list[Pixels]:
+    """Return n pictures, uint8 [H, W, 3] each."""
     if isinstance(images, Tensor):
-        return [(np.arange(len(images)), images)]
-    decoded = [decode_image(i) if isinstance(i, bytes) else i for i in images]
-    shapes: dict[tuple[int, ...], list[int]] = {}
-    for row, pixels in enumerate(decoded):
-        shapes.setdefault(pixels.shape, []).append(row)
-    groups = []
-    for shape, rows in shapes.items():
-        # above 64 px one picture a product is faster than a batch of sparse matrices
-        parts = [rows] if max(shape[:2]) <= 64 else [[row] for row in rows]
-        for part in parts:
-            stacked = torch.from_numpy(np.stack([decoded[row] for row in part]))
-            groups.append((np.array(part), stacked.permute(0, 3, 1, 2).contiguous()))
-    return groups
+        return list(images.permute(0, 2, 3, 1).contiguous().numpy())
+    return [decode_image(i) if isinstance(i, bytes) else i for i in images]

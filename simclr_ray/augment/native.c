@@ -1,0 +1,360 @@
+/* Views on CPU, one picture after the other, each while it is in cache.
+ *
+ * Every line does what `resample.py` and `colour.py` do on whole batches with torch, in the same
+ * order of operations, so that both give the same bytes: sums are of integers that float32 holds
+ * exactly, the rest is elementwise IEEE arithmetic. Built without contraction to fused
+ * multiply-add, which would round differently. No state, no threads.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define UNIT 2048.0          /* weights are integers over this */
+#define FINE 8.0f            /* steps of a gray level kept between passes */
+#define FULL 2040.0f         /* 255 * FINE */
+#define ROUND 12582912.0f    /* x + ROUND - ROUND rounds |x| < 2^22 to even */
+#define BLOCK 1024           /* pixels whose three channels stay in L1 */
+
+typedef float v4 __attribute__((vector_size(16)));
+
+static const float TO_UNIT = (float)(1.0 / 255.0), FROM_FULL = (float)(1.0 / 2040.0);
+static const float LUMA_R = 0.299f, LUMA_G = 0.587f, LUMA_B = 0.114f;
+
+/* ---------------------------------------------------------------- crop and resize */
+
+static double cubic(double x)
+{
+    if (x < 1.0)
+        return (1.5 * x - 2.5) * x * x + 1.0;
+    return x < 2.0 ? ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0 : 0.0;
+}
+
+static int taps_of(int64_t length, int size)
+{
+    double reach = (double)length / size;
+    return 2 * (int)ceil(2.0 * (reach > 1.0 ? reach : 1.0)) + 1;
+}
+
+/* Weights of each output pixel over input pixels lo .. lo + count - 1 (`bicubic_weights`). */
+static void band(int64_t start, int64_t length, int size, int taps, int32_t *lo, int32_t *count,
+                 float *weights, double *raw)
+{
+    double scale = (double)length / size, reach = scale > 1.0 ? scale : 1.0;
+    for (int i = 0; i < size; i++) {
+        double centre = (double)start + (i + 0.5) * scale, sum = 0.0, lost = UNIT;
+        int64_t first = (int64_t)floor(centre) - taps / 2, last = first + taps;
+        first = first < start ? start : first;
+        last = last > start + length ? start + length : last;
+        for (int64_t p = first; p < last; p++)
+            sum += raw[p - first] = cubic(fabs((double)p + 0.5 - centre) / reach);
+        float *w = weights + (int64_t)i * taps;
+        int most = 0;
+        for (int t = 0; t < last - first; t++) {
+            double whole = rint(raw[t] / sum * UNIT);
+            lost -= whole;
+            w[t] = (float)whole;
+            most = w[t] > w[most] ? t : most;
+        }
+        w[most] += (float)lost;
+        int from = 0, to = (int)(last - first);
+        while (to > from + 1 && w[to - 1] == 0.0f)
+            to--;
+        while (from < to - 1 && w[from] == 0.0f)
+            from++;
+        if (from)
+            memmove(w, w + from, (to - from) * sizeof *w);
+        lo[i] = (int32_t)(first + from);
+        count[i] = to - from;
+    }
+}
+
+typedef struct {
+    int32_t *lo_x, *lo_y, *count_x, *count_y;
+    float *x, *y;   /* weights */
+    double *raw;
+    v4 *row;
+    float *mid;     /* [3, h, size] */
+    float *line;    /* [size] */
+} Crop;
+
+static void free_crop(Crop *c)
+{
+    free(c->lo_x), free(c->lo_y), free(c->count_x), free(c->count_y), free(c->x), free(c->y);
+    free(c->raw), free(c->row), free(c->mid), free(c->line);
+}
+
+static int make_crop(Crop *c, int size, int64_t h, int64_t w)
+{
+    int taps_y = taps_of(h, size), taps_x = taps_of(w, size);
+    size_t most = taps_x > taps_y ? taps_x : taps_y;
+    c->lo_x = malloc(size * sizeof *c->lo_x), c->lo_y = malloc(size * sizeof *c->lo_y);
+    c->count_x = malloc(size * sizeof *c->count_x), c->count_y = malloc(size * sizeof *c->count_y);
+    c->x = malloc((size_t)size * taps_x * sizeof *c->x);
+    c->y = malloc((size_t)size * taps_y * sizeof *c->y);
+    c->raw = malloc(most * sizeof *c->raw), c->row = malloc(w * sizeof *c->row);
+    c->mid = malloc((size_t)3 * h * size * sizeof *c->mid);
+    c->line = malloc(size * sizeof *c->line);
+    return c->lo_x && c->lo_y && c->count_x && c->count_y && c->x && c->y && c->raw && c->row &&
+           c->mid && c->line;
+}
+
+static void across(const Crop *c, const uint8_t *pixels, int64_t stride, const int64_t *box,
+                   int flip, int size, int taps)
+{
+    int64_t top = box[0], left = box[1], h = box[2], w = box[3], plane = h * size;
+    for (int64_t y = 0; y < h; y++) {
+        const uint8_t *p = pixels + (top + y) * stride + 3 * left;
+        for (int64_t i = 0; i < w; i++)
+            c->row[i] = (v4){p[3 * i], p[3 * i + 1], p[3 * i + 2], 0.0f};
+        float *to = c->mid + y * size;
+        for (int x = 0; x < size; x++) {
+            const float *weight = c->x + (int64_t)x * taps;
+            const v4 *from = c->row + (c->lo_x[x] - left);
+            v4 sum = {0};
+            for (int t = 0; t < c->count_x[x]; t++)
+                sum += from[t] * weight[t];
+            sum = sum * (float)(FINE / UNIT) + ROUND - ROUND;
+            int at = flip ? size - 1 - x : x;
+            to[at] = sum[0], to[plane + at] = sum[1], to[2 * plane + at] = sum[2];
+        }
+    }
+}
+
+static void down(const Crop *c, int64_t top, int64_t h, int size, int taps, uint8_t *restrict out)
+{
+    float *restrict line = c->line;
+    for (int channel = 0; channel < 3; channel++)
+        for (int y = 0; y < size; y++) {
+            const float *weight = c->y + (int64_t)y * taps;
+            memset(line, 0, size * sizeof *line);
+            for (int t = 0; t < c->count_y[y]; t++) {
+                const float *from = c->mid + ((channel * h) + c->lo_y[y] - top + t) * size;
+                float one = weight[t];
+                for (int x = 0; x < size; x++)
+                    line[x] += one * from[x];
+            }
+            uint8_t *restrict to = out + ((int64_t)channel * size + y) * size;
+            for (int x = 0; x < size; x++) {
+                float v = line[x] * (float)(1.0 / (UNIT * FINE)) + ROUND - ROUND;
+                v = v < 0.0f ? 0.0f : v;
+                to[x] = (uint8_t)(int32_t)(v > 255.0f ? 255.0f : v);
+            }
+        }
+}
+
+/* pixels: n pictures [H, W, 3]; widths [n]; boxes [n, 4] of top, left, height, width; flip [n];
+ * out [n, 3, size, size]. Returns 0, or 1 without memory. */
+int crop_views(int64_t n, const uint8_t *const *pixels, const int64_t *widths,
+               const int64_t *boxes, const uint8_t *flip, int32_t size, uint8_t *out)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t *box = boxes + 4 * i;
+        int taps_y = taps_of(box[2], size), taps_x = taps_of(box[3], size);
+        Crop c;
+        if (!make_crop(&c, size, box[2], box[3])) {
+            free_crop(&c);
+            return 1;
+        }
+        band(box[0], box[2], size, taps_y, c.lo_y, c.count_y, c.y, c.raw);
+        band(box[1], box[3], size, taps_x, c.lo_x, c.count_x, c.x, c.raw);
+        across(&c, pixels[i], 3 * widths[i], box, flip[i], size, taps_x);
+        down(&c, box[0], box[2], size, taps_y, out + i * 3 * size * size);
+        free_crop(&c);
+    }
+    return 0;
+}
+
+/* ---------------------------------------------------------------- colour */
+
+static inline float unit(float x)
+{
+    x = x < 0.0f ? 0.0f : x;
+    return x > 1.0f ? 1.0f : x;
+}
+
+static inline float luma(float r, float g, float b)
+{
+    return r * LUMA_R + g * LUMA_G + b * LUMA_B;
+}
+
+static void brightness(float *restrict r, float *restrict g, float *restrict b, int m, float f)
+{
+    for (int i = 0; i < m; i++)
+        r[i] = unit(r[i] * f), g[i] = unit(g[i] * f), b[i] = unit(b[i] * f);
+}
+
+static int64_t luma_steps(const float *restrict r, const float *restrict g,
+                          const float *restrict b, int m)
+{
+    int32_t sum = 0; /* of at most BLOCK * 4097 */
+    for (int i = 0; i < m; i++)
+        sum += (int32_t)(luma(r[i], g[i], b[i]) * 4096.0f + ROUND - ROUND);
+    return sum;
+}
+
+static void contrast(float *restrict r, float *restrict g, float *restrict b, int m, float f,
+                     float mean)
+{
+    float rest = (1.0f - f) * mean;
+    for (int i = 0; i < m; i++) {
+        r[i] = unit(f * r[i] + rest);
+        g[i] = unit(f * g[i] + rest);
+        b[i] = unit(f * b[i] + rest);
+    }
+}
+
+static void saturation(float *restrict r, float *restrict g, float *restrict b, int m, float f)
+{
+    float other = 1.0f - f;
+    for (int i = 0; i < m; i++) {
+        float gray = other * luma(r[i], g[i], b[i]);
+        r[i] = unit(f * r[i] + gray);
+        g[i] = unit(f * g[i] + gray);
+        b[i] = unit(f * b[i] + gray);
+    }
+}
+
+static void hue(float *restrict r, float *restrict g, float *restrict b, int m, float shift)
+{
+    float turn = shift * 6.0f;
+    for (int i = 0; i < m; i++) {
+        float red = r[i], green = g[i], blue = b[i];
+        float most = red > green ? red : green, least = red < green ? red : green;
+        most = most > blue ? most : blue, least = least < blue ? least : blue;
+        float chroma = most - least, safe = chroma > 0.0f ? chroma : 1.0f;
+        float a = (green - blue) / safe, c = (blue - red) / safe + 2.0f;
+        float d = (red - green) / safe + 4.0f;
+        float sector = most == green ? c : d;
+        sector = most == red ? a : sector;
+        float u = sector + turn;
+        u = u - floorf(u * (float)(1.0 / 6.0)) * 6.0f;
+        r[i] = unit(unit(fabsf(u - 3.0f) - 1.0f) * chroma + least);
+        g[i] = unit(unit(2.0f - fabsf(u - 2.0f)) * chroma + least);
+        b[i] = unit(unit(2.0f - fabsf(u - 4.0f)) * chroma + least);
+    }
+}
+
+static void apply(int op, float *r, float *g, float *b, int m, const float *factors, float mean)
+{
+    switch (op) {
+    case 0: brightness(r, g, b, m, factors[0]); break;
+    case 1: contrast(r, g, b, m, factors[1], mean); break;
+    case 2: saturation(r, g, b, m, factors[2]); break;
+    case 3: hue(r, g, b, m, factors[3]); break;
+    }
+}
+
+static void blur(float *restrict x, float *restrict work, float *restrict line, int size,
+                 const float *kernel, int taps)
+{
+    int radius = taps / 2, reach = radius;
+    while (reach && kernel[radius - reach] == 0.0f)
+        reach--;
+    memset(work, 0, (size + 2 * radius) * sizeof *work);
+    for (int y = 0; y < size; y++) {
+        float *row = x + (int64_t)y * size;
+        for (int i = 0; i < size; i++)
+            work[radius + i] = row[i] * FULL + ROUND - ROUND;
+        memset(line, 0, size * sizeof *line);
+        for (int t = radius - reach; t <= radius + reach; t++) {
+            float one = kernel[t];
+            for (int i = 0; i < size; i++)
+                line[i] += one * work[i + t];
+        }
+        for (int i = 0; i < size; i++)
+            row[i] = line[i] * (float)(1.0 / UNIT) + ROUND - ROUND;
+    }
+    memcpy(work, x, (size_t)size * size * sizeof *x);
+    for (int y = 0; y < size; y++) {
+        memset(line, 0, size * sizeof *line);
+        for (int t = radius - reach; t <= radius + reach; t++) {
+            int from = y + t - radius;
+            if (from < 0 || from >= size)
+                continue;
+            float one = kernel[t];
+            const float *row = work + (int64_t)from * size;
+            for (int i = 0; i < size; i++)
+                line[i] += one * row[i];
+        }
+        for (int i = 0; i < size; i++)
+            x[(int64_t)y * size + i] = (line[i] * (float)(1.0 / UNIT) + ROUND - ROUND) * FROM_FULL;
+    }
+}
+
+static void to_bytes(const float *restrict x, uint8_t *restrict out, int64_t m)
+{
+    for (int64_t i = 0; i < m; i++)
+        out[i] = (uint8_t)(int32_t)(x[i] * 255.0f + ROUND - ROUND);
+}
+
+static void from_bytes(const uint8_t *restrict x, float *restrict out, int64_t m)
+{
+    for (int64_t i = 0; i < m; i++)
+        out[i] = (float)x[i] * TO_UNIT;
+}
+
+static void grayscale(float *restrict r, float *restrict g, float *restrict b, int m)
+{
+    for (int i = 0; i < m; i++)
+        r[i] = g[i] = b[i] = luma(r[i], g[i], b[i]);
+}
+
+/* One image's jitter and grayscale, in blocks; contrast needs the mean of all blocks first. */
+static void distort(const uint8_t *in, float *x, int64_t plane, const float *factors,
+                    const int64_t *order, int jitter, int gray)
+{
+    int stops = 0; /* operations before contrast */
+    float mean = 0.0f;
+    if (jitter) {
+        int64_t sum = 0;
+        while (order[stops] != 1)
+            stops++;
+        for (int64_t at = 0; at < plane; at += BLOCK) {
+            int m = (int)(plane - at < BLOCK ? plane - at : BLOCK);
+            float *r = x + at, *g = r + plane, *b = g + plane;
+            for (int c = 0; c < 3; c++)
+                from_bytes(in + c * plane + at, x + c * plane + at, m);
+            for (int k = 0; k < stops; k++)
+                apply((int)order[k], r, g, b, m, factors, 0.0f);
+            sum += luma_steps(r, g, b, m);
+        }
+        mean = (float)((double)sum / (4096.0 * (double)plane));
+    } else {
+        from_bytes(in, x, 3 * plane);
+    }
+    for (int64_t at = 0; at < plane; at += BLOCK) {
+        int m = (int)(plane - at < BLOCK ? plane - at : BLOCK);
+        float *r = x + at, *g = r + plane, *b = g + plane;
+        for (int k = stops; jitter && k < 4; k++)
+            apply((int)order[k], r, g, b, m, factors, mean);
+        if (gray)
+            grayscale(r, g, b, m);
+    }
+}
+
+/* in, out [n, 3, size, size]; factors [n, 4]; order [n, 4]; jitter, gray, blurred [n];
+ * kernels [n, taps], integers over UNIT. Returns 0, or 1 without memory. */
+int distort_colour(int64_t n, int32_t size, const uint8_t *in, const float *factors,
+                   const int64_t *order, const uint8_t *jitter, const uint8_t *gray,
+                   const uint8_t *blurred, const float *kernels, int32_t taps, uint8_t *out)
+{
+    int64_t plane = (int64_t)size * size;
+    float *x = malloc(3 * plane * sizeof *x), *work = malloc((plane + size + taps) * sizeof *work);
+    float *line = malloc(size * sizeof *line);
+    int failed = !x || !work || !line;
+    for (int64_t i = 0; i < n && !failed; i++) {
+        const uint8_t *from = in + 3 * plane * i;
+        uint8_t *to = out + 3 * plane * i;
+        distort(from, x, plane, factors + 4 * i, order + 4 * i, jitter[i], gray[i]);
+        int channels = gray[i] ? 1 : 3; /* of a gray image all three are equal */
+        for (int c = 0; c < channels && blurred[i]; c++)
+            blur(x + c * plane, work, line, size, kernels + (int64_t)taps * i, taps);
+        to_bytes(x, to, channels * plane);
+        for (int c = channels; c < 3; c++)
+            memcpy(to + c * plane, to, plane);
+    }
+    free(x), free(work), free(line);
+    return failed;
+}

@@ -1,0 +1,148 @@
+"""`native.c` gives the bytes that torch gives, and is done without where it cannot be built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from simclr_ray.augment import native
+from simclr_ray.augment.colour import JitterDraws
+from simclr_ray.augment.views import ORDERS, Draws, TwoViews
+
+Pixels = NDArray[np.uint8]
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler here")
+
+# In a process of its own: what is built is kept for the life of a process.
+PROBE = """
+import numpy as np
+from simclr_ray.augment import TwoViews, native
+pixels = np.arange(40 * 30 * 3, dtype=np.int64).reshape(40, 30, 3) * 7 % 256
+pair = TwoViews.simclr(24)([pixels.astype(np.uint8)] * 3, np.arange(3), 0)
+print(native.available(), int(pair.a.sum()), int(pair.b.sum()))
+"""
+
+
+def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[Pixels]:
+    rng = np.random.default_rng(seed)
+    found = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    found[0][:] = found[0] // 128 * 255  # extremes overshoot the most
+    found[-1][:] = 77  # no chroma, no contrast
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [8, 20, 33, 96])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.0])
+def test_compiled_views_are_those_of_torch_to_the_last_bit(size: int, strength: float) -> None:
+    shapes = [(32, 32), (32, 32), (1, 40), (90, 61), (300, 7), (2, 2), (200, 260), (32, 32)]
+    images, ids = pictures(*shapes * 4), np.arange(32) * 7 - 50
+    forms = [
+        TwoViews(size, strength=strength, blur=0.6, grayscale=0.4, seed=3, compiled=compiled)
+        for compiled in (True, False)
+    ]
+    for first, second in zip(*(views(images, ids, 5) for views in forms), strict=True):
+        assert torch.equal(first, second)
+
+
+@needs_compiler
+def test_compiled_colour_is_that_of_torch_on_every_colour_and_order() -> None:
+    rng = np.random.default_rng(0)
+    levels = np.array([0, 1, 2, 63, 64, 127, 128, 200, 254, 255], np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    grid = np.concatenate([grid, rng.integers(0, 256, (1024 - len(grid), 3), dtype=np.uint8)])
+    crop = torch.from_numpy(grid.T.reshape(3, 32, 32).copy())
+    n = 240
+    factors = rng.uniform([0, 0, 0, -0.5], [2.6, 2.6, 2.6, 0.5], (n, 4)).astype(np.float32)
+    special = [[1, 1, 1, 0], [0, 0, 0, 0.5], [2, 2, 2, -0.5], [1, 0, 1, 1 / 6]]
+    factors[:4] = np.array(special, np.float32)
+    draws = Draws(
+        crop=np.zeros((n, 4)),
+        flip=np.zeros(n, bool),
+        jitter=JitterDraws(
+            torch.from_numpy(factors),
+            torch.from_numpy(np.tile(ORDERS, (n // 24, 1))),
+            torch.from_numpy(rng.random(n) < 0.9),
+        ),
+        gray=rng.random(n) < 0.2,
+        blur=rng.random(n) < 0.5,
+        sigma=rng.uniform(0.1, 2.0, n),
+    )
+    crops = crop.expand(n, -1, -1, -1)
+    ours, plain = (TwoViews(32, compiled=c).distort(crops, draws) for c in (True, False))
+    assert torch.equal(ours, plain)
+    assert len({tuple(x.flatten().tolist()) for x in ours}) > n // 2
+
+
+@needs_compiler
+def test_pixels_that_are_not_touched_come_out_as_they_went_in() -> None:
+    images = pictures((32, 32), (32, 32))
+    views = TwoViews(32, strength=0, blur=0, flip=0, jitter=0, grayscale=0, min_area=1.0)
+    for view in views(images, np.arange(2), 0):
+        assert torch.equal(view, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+
+
+@needs_compiler
+def test_a_slice_of_a_larger_array_is_read_as_what_it_is() -> None:
+    whole = pictures((60, 80), (60, 80))[0]
+    part = whole[5:45, 10:70]
+    views = TwoViews.simclr(24)
+    assert torch.equal(views([part], np.array([4]), 0).a, views([part.copy()], np.array([4]), 0).a)
+
+
+@needs_compiler
+@pytest.mark.parametrize("box", [(-1, 0, 4, 4), (0, 7, 4, 4), (0, 0, 11, 4), (0, 0, 0, 4)])
+def test_a_crop_outside_its_picture_is_refused(box: tuple[int, ...]) -> None:
+    picture = np.zeros((10, 10, 3), np.uint8)
+    with pytest.raises(ValueError, match="outside its picture"):
+        native.crop_views([picture], np.array([box]), np.zeros(1, bool), 8)
+
+
+def test_no_pictures_give_no_views() -> None:
+    pair = TwoViews.simclr(24)([], np.zeros(0, np.int64), 0)
+    assert pair.a.shape == (0, 3, 24, 24)
+
+
+def probe(cache: Path, **environment: str) -> tuple[str, str]:
+    """Return what PROBE prints and what it writes to standard error."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip(), done.stderr
+
+
+@needs_compiler
+def test_without_a_compiler_or_with_a_broken_one_the_views_are_the_same(tmp_path: Path) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    broken.chmod(0o755)
+    built, _ = probe(tmp_path / "cache")
+    (library,) = (tmp_path / "cache" / "simclr-ray").iterdir()
+    first = library.stat().st_mtime_ns
+    again, _ = probe(tmp_path / "cache")
+    missing, _ = probe(tmp_path / "none", PATH=str(tmp_path / "nothing"))
+    failing, said = probe(tmp_path / "broken", CC=str(broken))
+    assert built.startswith("True ")
+    assert library.stat().st_mtime_ns == first  # built once
+    assert again == built
+    assert missing == failing == built.replace("True", "False")
+    assert "no such flag" in said
+
+
+@needs_compiler
+def test_a_cache_that_others_can_write_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "simclr-ray").mkdir()
+    (tmp_path / "simclr-ray").chmod(0o777)
+    built, _ = probe(tmp_path, TMPDIR=str(tmp_path))
+    assert built.startswith("True ")
+    assert not list((tmp_path / "simclr-ray").iterdir())
