@@ -11,14 +11,14 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.batchnorm import statistics_kept
 
 Project = Callable[[int, slice], tuple[Tensor, Tensor]]
 
@@ -57,7 +57,7 @@ def cached_backward(
     sizes = [len(z) for z, _ in parts]
     upstream = list(zip(torch.split(z1.grad, sizes), torch.split(z2.grad, sizes), strict=True))
     del parts
-    with _running_statistics_kept(model):
+    with statistics_kept(model):
         for g, rows in enumerate(groups):
             with _reduced_later(model) if g + 1 < len(groups) else nullcontext():
                 torch.autograd.backward(project(g, rows), upstream[g])
@@ -67,18 +67,6 @@ def cached_backward(
 def group_rows(num_rows: int, first: int, num_groups: int) -> list[slice]:
     """Return the rows of each group on a rank that holds places [first, first + num_rows)."""
     return [slice((g - first) % num_groups, num_rows, num_groups) for g in range(num_groups)]
-
-
-@contextmanager
-def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    norms = [m for m in model.modules() if isinstance(m, GlobalBatchNorm)]
-    for norm in norms:
-        norm.moves_statistics = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.moves_statistics = True
 
 
 def _reduced_later(model: nn.Module) -> AbstractContextManager[None]:

@@ -235,6 +235,9 @@ class Scaling(Config):
     data_resource: str = Field(
         "", description="Custom Ray resource that marks nodes for data actors."
     )
+    recompute_activations: bool = Field(
+        default=False, description="Encoder blocks run again in the backward pass: less memory."
+    )
     max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint.")
     collective_timeout_s: float = Field(1800.0, gt=0)
 
@@ -279,6 +282,9 @@ class Experiment(Config):
     )
     epochs: int = Field(100, ge=1)
     precision: Literal["float64", "float32", "bf16"] = "float32"
+    compress_gradients: bool = Field(
+        default=False, description="Send gradients between workers as bf16: half the traffic."
+    )
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()
     scaling: Scaling = Scaling()
@@ -301,6 +307,8 @@ class Experiment(Config):
                 f"evaluation.size={self.evaluation.size} must be 0 or at least 8, and for vit "
                 f"augment.size={self.augment.size}, the only one that it takes"
             )
+        if self.scaling.recompute_activations and not isinstance(self.encoder, ResNetEncoder):
+            raise ValueError("scaling.recompute_activations is for encoder.name=resnet")
         images = self.batch_norm.images
         if images and (self.batch_size % images or images < self.scaling.num_workers):
             raise ValueError(

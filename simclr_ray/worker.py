@@ -28,6 +28,7 @@ from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.experiment import Experiment
 from simclr_ray.model import build_model, build_optimizer
 from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.nn.resnet import ResNet
 from simclr_ray.storage import RunFolder
 
 
@@ -65,6 +66,8 @@ class Rank:
         _set_threads(self.experiment, context.get_local_world_size())
         keep_freed_memory()
         self.model = build_model(self.experiment)
+        if isinstance(self.model.encoder, ResNet):
+            self.model.encoder.recompute = self.experiment.scaling.recompute_activations
         loop.place(self.model, self.device, self.experiment.precision)
         self.optimizer = build_optimizer(self.model, self.experiment.optimizer)
 
@@ -78,7 +81,7 @@ class Rank:
         batches = _started(stream(experiment, self.source, steps, self.rank, self.num_ranks))
         self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
         loop.train(
-            dist.data_parallel(self.model),
+            dist.data_parallel(self.model, compressed=experiment.compress_gradients),
             NTXentLoss(
                 experiment.loss.temperature,
                 normalize=experiment.loss.normalize,

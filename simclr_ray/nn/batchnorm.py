@@ -7,6 +7,9 @@ fused native kernels, with one small collective in each direction, weighted by t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +75,20 @@ class GlobalBatchNorm(nn.Module):
     def extra_repr(self) -> str:
         """Return the arguments, for printing."""
         return f"{len(self.weight)}, eps={self.eps}, momentum={self.momentum}"
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of all global batch norms below `module` as they are."""
+    norms = [m for m in module.modules() if isinstance(m, GlobalBatchNorm)]
+    before = [norm.moves_statistics for norm in norms]
+    for norm in norms:
+        norm.moves_statistics = False
+    try:
+        yield
+    finally:
+        for norm, moved in zip(norms, before, strict=True):
+            norm.moves_statistics = moved
 
 
 class _GlobalNorm(torch.autograd.Function):

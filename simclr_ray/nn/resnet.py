@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.batchnorm import GlobalBatchNorm, statistics_kept
 
 BLOCKS = {
     10: (1, 1, 1, 1),  # not in the paper; for CPUs
@@ -41,6 +44,11 @@ class ResNet(nn.Module):
         width: Channel multiplier, stem included.
         stem: `imagenet` 7x7/2 and 3x3/2 max pool; `cifar` 3x3; `strided` 3x3/2.
         norm: Makes the batch norm (or another norm with `weight`) of a channel count.
+
+    Attributes:
+        recompute: Keep only what passes between blocks, and make the rest again in the backward
+            pass (activation checkpointing): the same gradient for less memory and a third more
+            work.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class ResNet(nn.Module):
                 channels = filters * block.expansion
         self.blocks = nn.Sequential(*groups)
         self.feature_dim = channels
+        self.recompute = False
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 _init_conv(module)
@@ -74,8 +83,21 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return h, the global average of the last group: [N, F]."""
         x = self.pool(F.relu(self.stem(images), inplace=True))
-        features: Tensor = self.blocks(x).mean((2, 3))
+        if self.recompute and torch.is_grad_enabled():
+            for block in self.blocks:
+                twice = partial(_contexts, block)
+                x = checkpoint(block, x, use_reentrant=False, context_fn=twice)
+        else:
+            x = self.blocks(x)
+        features: Tensor = x.mean((2, 3))
         return features
+
+
+def _contexts(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a block's first pass, and of its second: one moves statistics."""
+    return nullcontext(), statistics_kept(block)
 
 
 class ConvNorm(nn.Sequential):

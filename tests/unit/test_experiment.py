@@ -89,6 +89,8 @@ def test_the_digest_changes_with_every_leaf_that_changes_the_result_and_with_no_
     for path in leaf_paths(tree):
         if path[-1] == "name" and len(path) > 1 and path[0] != "register_as":
             continue  # variants have a test of their own
+        if path[-1] == "recompute_activations" and base.encoder.name != "resnet":
+            continue  # refused there
         other = changed(tree, path)
         assert other != base, path
         if is_placement(path):

@@ -115,3 +115,23 @@ def test_heads_have_the_authors_layers_and_no_shift_at_the_end() -> None:
     assert [m.bias is None for m in norms] == [False, False, True]
     assert [type(m).__name__ for m in linear_head(8, 4)] == ["Linear", "GlobalBatchNorm"]
     assert mlp_head(8, 4, hidden=6)[0].weight.shape == (6, 8)
+
+
+def test_blocks_that_run_again_give_the_same_gradient_and_move_statistics_once() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(6, 3, 16, 16, dtype=torch.float64)
+    plain, again = (ResNet(18, 0.125, "cifar").double().train() for _ in "ab")
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.add_(torch.randn_like(p) * 0.1)  # zero gammas would hide the residual branches
+    again.load_state_dict(plain.state_dict())
+    again.recompute = True
+    for encoder in (plain, again):
+        encoder(images).square().sum().backward()
+    for p, q in zip(plain.parameters(), again.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, again.get_buffer(name))
+    assert all(m.moves_statistics for m in again.modules() if isinstance(m, GlobalBatchNorm))
