@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as td
 
-from benchmarks.recipe import RESULTS, machine
+from benchmarks.common import store
 from simclr_ray import dist
 
 CALLS, BLOCKS = 60, 5
@@ -36,10 +36,8 @@ def main() -> None:
         "ranks": arguments.ranks,
         "floats": arguments.floats,
         "added_us": {name: round(1e6 * s) for name, s in taken.items()},
-        **machine(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "collectives.json").write_text(json.dumps(result, indent=1) + "\n")
+    store("collectives", result)
     print(json.dumps(result["added_us"]))
 
 

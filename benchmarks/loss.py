@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.recipe import RESULTS, machine
+from benchmarks.common import store
 from simclr_ray.nn.losses import NTXentLoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -145,9 +145,8 @@ def main() -> None:
             f"{n}": {o: _ratio(rows, n, o) for o in forms() if o != "simclr_ray"}
             for n in map(int, arguments.batches.split(","))
         },
-        **machine(),
     }
-    (RESULTS / "loss.json").write_text(json.dumps(result, indent=1) + "\n")
+    store("loss", result)
 
 
 def _ratio(rows: list[dict[str, Any]], n: int, other: str) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.recipe import RESULTS, machine
+from benchmarks.common import store
 from simclr_ray.experiment import ResNetEncoder
 from simclr_ray.model import build_encoder
 from simclr_ray.optim import LARS
@@ -103,9 +103,8 @@ def main() -> None:
         "threads": arguments.threads,
         "step_ms": {name: round(1e3 * s, 2) for name, s in seconds.items()},
         "ratio": {n: round(mine / s, 3) for n, s in seconds.items() if n != "simclr_ray"},
-        **machine(),
     }
-    (RESULTS / "optimizer.json").write_text(json.dumps(result, indent=1) + "\n")
+    store("optimizer", result)
     print(json.dumps({k: result[k] for k in ("step_ms", "ratio")}, indent=1))
 
 

@@ -38,7 +38,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from benchmarks.recipe import RESULTS, machine, portable
+from benchmarks.common import portable, store
 from simclr_ray import config as cfg
 from simclr_ray import dist, loop
 from simclr_ray.allocator import keep_freed_memory
@@ -89,10 +89,8 @@ def main() -> None:
         "images_per_s": medians,
         "rounds": found,
         "ratio": {f: round(medians["ray"] / v, 3) for f, v in medians.items() if "ray" in medians},
-        **machine(),
     }
-    name = f"step_{settings.width:g}_{settings.precision}.json"
-    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+    store(f"step_{settings.width:g}_{settings.precision}", result)
     print(json.dumps({k: result[k] for k in ("images_per_s", "ratio")}, indent=1))
 
 

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.recipe import RESULTS, machine, portable
+from benchmarks.common import portable, store
 from simclr_ray.augment.views import TwoViews
 from simclr_ray.data.decode import decode_image
 
@@ -76,9 +76,8 @@ def main() -> None:
             kind: {n: round(rates["simclr_ray"] / r, 2) for n, r in rates.items()}
             for kind, rates in found.items()
         },
-        **machine(),
     }
-    (RESULTS / f"views_{settings.size}.json").write_text(json.dumps(result, indent=1) + "\n")
+    store(f"views_{settings.size}", result)
 
 
 def ours(settings: Settings) -> Make:

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.loss import DIM, TEMPERATURE, Loss, lean_dense
-from benchmarks.recipe import RESULTS, machine
+from benchmarks.common import RESULTS, machine
 from simclr_ray import dist, sharedmem
 from simclr_ray.nn.losses import NTXentLoss
 
