@@ -1,6 +1,6 @@
 """Bytes on the wire of one NT-Xent step over gloo processes, against gathering with gradient.
 
-    python -m benchmarks.wire [--batches 1024,4096,1023] [--ranks 4] [--steps 3] [--rounds 3]
+    python -m benchmarks.wire [--batches 1024,4096,1023] [--ranks 4] [--steps 2] [--rounds 3]
 
 What is counted is the kernel's: the loopback interface's byte counter over some steps of forward
 and backward, less that of the same barriers without steps, TCP's and IP's own bytes included. As
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", default="1024,4096,1023")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     batches = [int(n) for n in arguments.batches.split(",")]
