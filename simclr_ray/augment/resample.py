@@ -9,6 +9,7 @@ off.)
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 UNIT = 2048  # weights are integers over this
 FINE = 8  # steps of a gray level kept between passes
 FULL = 255 * FINE  # 1.0 in those steps
+TABLE_SIDE = 64  # up to here the weights of every crop fit a table: 34 MiB at 64 px
 
 
 def bicubic_weights(
@@ -41,6 +43,27 @@ def bicubic_weights(
     padded = torch.zeros(len(starts), size_out, size_in + 2 * taps)
     padded.scatter_(2, torch.from_numpy(pixel + taps), band)
     return padded[..., taps : taps + size_in]
+
+
+def crop_weights(
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    size_in: int,
+    size_out: int,
+    device: torch.device,
+) -> Tensor:
+    """Return what `bicubic_weights` does, on `device`; of small pictures from a table."""
+    if size_in > TABLE_SIDE or size_out > TABLE_SIDE:
+        return bicubic_weights(starts, lengths, size_in, size_out).to(device)
+    crop = starts * size_in - starts * (starts - 1) // 2 + lengths - 1
+    return _table(size_in, size_out, device)[torch.from_numpy(crop).to(device)]
+
+
+@functools.lru_cache(maxsize=4)
+def _table(size_in: int, size_out: int, device: torch.device) -> Tensor:
+    """Return the weights of every crop of `size_in` pixels, by start and then by length."""
+    starts, ends = np.triu_indices(size_in)
+    return bicubic_weights(starts, ends - starts + 1, size_in, size_out).to(device)
 
 
 def blur_kernels(sigmas: NDArray[np.float64], taps: int) -> Tensor:

@@ -19,10 +19,10 @@ from simclr_ray.augment import colour, native
 from simclr_ray.augment.keyed import uniforms
 from simclr_ray.augment.resample import (
     FULL,
-    bicubic_weights,
     blur,
     blur_kernels,
     blur_weights,
+    crop_weights,
     resize,
 )
 from simclr_ray.data.decode import decode_image
@@ -215,11 +215,10 @@ class TwoViews:
             pixels = pixels[:, :, t : t + h, e : e + w]
             box = box._replace(top=box.top * 0, left=box.left * 0)
             height, width = h, w
-        rows = bicubic_weights(box.top, box.height, height, self.size)
-        columns = bicubic_weights(box.left, box.width, width, self.size)
-        mirrored = torch.from_numpy(draws.flip)[:, None, None]
-        columns = torch.where(mirrored, columns.flip(1), columns)
-        return resize(pixels, rows.to(pixels.device), columns.to(pixels.device))
+        rows = crop_weights(box.top, box.height, height, self.size, pixels.device)
+        columns = crop_weights(box.left, box.width, width, self.size, pixels.device)
+        mirrored = torch.from_numpy(draws.flip).to(pixels.device)[:, None, None]
+        return resize(pixels, rows, torch.where(mirrored, columns.flip(1), columns))
 
     def _shares(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the share of height and width that each crop takes: [n, 2].

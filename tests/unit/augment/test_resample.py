@@ -15,6 +15,7 @@ from simclr_ray.augment.resample import (
     bicubic_weights,
     blur,
     blur_weights,
+    crop_weights,
     resize,
 )
 
@@ -91,6 +92,16 @@ def test_weights_of_several_pictures_are_those_of_each_alone() -> None:
     together = bicubic_weights(starts, lengths, 32, 24)
     for i in range(3):
         assert torch.equal(together[i], weights(int(starts[i]), int(lengths[i]), 32, 24)[0])
+
+
+@pytest.mark.parametrize(("size_in", "size_out"), [(32, 32), (5, 24), (64, 20), (65, 32)])
+def test_weights_from_the_table_are_those_made_for_the_crop(size_in: int, size_out: int) -> None:
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, size_in, 50)
+    lengths = rng.integers(1, size_in - starts + 1)
+    starts[:3], lengths[:3] = [0, size_in - 1, 0], [size_in, 1, 1]
+    found = crop_weights(starts, lengths, size_in, size_out, torch.device("cpu"))
+    assert torch.equal(found, bicubic_weights(starts, lengths, size_in, size_out))
 
 
 @pytest.mark.parametrize(
