@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import store
 from benchmarks.loss import RETURN_MEMORY
 from simclr_ray import loop
 from simclr_ray.allocator import keep_freed_memory
@@ -71,10 +71,8 @@ def main() -> None:
         "above_one_group_mib": round(above, 1),
         "limit_mib": LIMIT_MIB,
         "within_limit": above <= LIMIT_MIB,
-        **machine(),
     }
-    name = "memory_kept.json" if arguments.keep_freed else "memory.json"
-    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+    store("memory_kept" if arguments.keep_freed else "memory", result)
     print(json.dumps({k: result[k] for k in ("above_one_group_mib", "limit_mib", "within_limit")}))
 
 

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import store
 from benchmarks.loss import DIM, TEMPERATURE, Loss, lean_dense
 from simclr_ray import dist, sharedmem
 from simclr_ray.nn.losses import NTXentLoss
@@ -122,9 +122,8 @@ def main() -> None:
         "dim": DIM,
         "rows": rows,
         "peers": peers,
-        **machine(),
     }
-    (RESULTS / "wire.json").write_text(json.dumps(result, indent=1) + "\n")
+    store("wire", result)
 
 
 def enter_private_network() -> bool:
