@@ -22,7 +22,7 @@ MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "logs", "allocator", "dist", "sharedmem", "data.decode"),
     ("nn", "optim", "augment"),
-    ("experiment", "model", "checkpoint", "storage", "selfcheck", "caching"),
+    ("sections", "experiment", "model", "checkpoint", "storage", "selfcheck", "caching"),
     ("loop", "data", "tracking", "mlflow_store"),
     ("evaluation",),
     ("pretrain", "worker", "judge", "export", "embedder", "doctor", "machine", "arithmetic"),

@@ -1,0 +1,269 @@
+"""The same parts on a GPU, where only torch and torchvision are installed; under ten minutes.
+
+    python -m benchmarks.gpu [--device cuda] [--quick]
+
+Loss: ours against the lean dense form, time and peak memory. Views: images a second of batches that
+lie on the device. Step: the loop's own, views included, of ResNet-18 at 32 px and ResNet-50 at
+224 px in bf16, plain and compiled: images a second, share of the device's peak operations, peak
+memory, seconds to compile. Parity: loss, batch norm and views on the device against the CPU.
+Writes `benchmarks/results/gpu.json`; with `--device cpu` it only shows that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import median, store
+from simclr_ray import loop
+from simclr_ray.augment import TwoViews
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.heads import mlp_head
+from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.nn.resnet import ResNet
+from simclr_ray.optim import LARS
+
+DIM, TEMPERATURE = 128, 0.1
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, by the makers' data sheets
+
+
+class Case(NamedTuple):
+    """A training step."""
+
+    name: str
+    depth: int
+    stem: Any
+    size: int
+    batch: int
+    strength: float
+    blur: float
+
+
+CASES = (
+    Case("ResNet-18, 32 px", 18, "cifar", 32, 512, 0.5, 0.0),
+    Case("ResNet-50, 224 px", 50, "imagenet", 224, 256, 1.0, 0.5),
+)
+QUICK = (Case("ResNet-10, 32 px", 10, "strided", 32, 16, 0.5, 0.5),)
+
+
+class Model(nn.Module):
+    """Encoder and head: images -> (h, z)."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.encoder: nn.Module = ResNet(case.depth, 1.0, case.stem)
+        width = 512 if case.depth < 50 else 2048
+        self.head = mlp_head(width, DIM, 2, 0, GlobalBatchNorm)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return h and z."""
+        h = self.encoder(images)
+        return h, self.head(h)
+
+
+def main() -> None:
+    """Measure and store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    device, quick = torch.device(arguments.device), arguments.quick
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    result: dict[str, Any] = {"command": f"python -m benchmarks.gpu --device {device}"}
+    parts: dict[str, Callable[[], Any]] = {
+        "parity": partial(parity, device),
+        "loss": lambda: [loss(device, n) for n in ((256,) if quick else (4096, 16384, 65536))],
+        "views": lambda: [views(device, case, quick) for case in (QUICK if quick else CASES)],
+        "step": lambda: [
+            step(device, case, quick, compiled=compiled)
+            for case in (QUICK if quick else CASES)
+            for compiled in (False, True)
+        ],
+    }
+    for name, part in parts.items():
+        began = time.perf_counter()
+        result[name] = part()
+        print(name, f"{time.perf_counter() - began:.0f} s", json.dumps(result[name]), flush=True)
+        if device.type == "cuda" and not quick:  # what is measured stays if the rest is cut off
+            store("gpu", result)
+
+
+def parity(device: torch.device) -> dict[str, float]:
+    """Return the largest differences between the device and the CPU."""
+    torch.manual_seed(0)
+    z = torch.randn(2, 512, DIM)
+    found: dict[str, float] = {}
+    gradients, values = [], []
+    for where in (torch.device("cpu"), device):
+        inputs = z.to(where).requires_grad_()
+        value = NTXentLoss(TEMPERATURE)(inputs[0], inputs[1])
+        value.backward()
+        assert inputs.grad is not None
+        gradients.append(inputs.grad.cpu())
+        values.append(value.item())
+    found["loss"] = abs(values[0] - values[1])
+    found["loss_gradient"] = _relative(gradients[1], gradients[0])
+    x = torch.randn(64, 32, 8, 8)
+    norms = [GlobalBatchNorm(32).to(where)(x.to(where)).detach().cpu() for where in ("cpu", device)]
+    found["batch_norm"] = _relative(norms[1], norms[0])
+    pixels = torch.randint(0, 256, (64, 3, 40, 48), dtype=torch.uint8)
+    pairs = [TwoViews.simclr(32)(pixels.to(where), np.arange(64), 1) for where in ("cpu", device)]
+    differences = [(a.int() - b.cpu().int()).abs() for a, b in zip(pairs[0], pairs[1], strict=True)]
+    found["views_largest_gray_levels"] = float(torch.stack(differences).max())
+    found["views_pixels_that_differ"] = float((torch.stack(differences) > 0).float().mean())
+    return found
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def dense(z1: Tensor, z2: Tensor) -> Tensor:
+    """The matrix once, its diagonal written in place, and a log-sum-exp."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    s = (z / TEMPERATURE) @ z.T
+    s.fill_diagonal_(float("-inf"))
+    a, b = z.chunk(2)
+    return torch.logsumexp(s, 1).mean() - (a * b).sum(1).mean() / TEMPERATURE
+
+
+def loss(device: torch.device, n: int) -> dict[str, Any]:
+    """Return seconds and MiB of forward and backward over N images, of each form that fits."""
+    forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "simclr_ray": NTXentLoss(TEMPERATURE, global_batch_size=n),
+        "dense": dense,
+    }
+    found: dict[str, Any] = {"n": n}
+    for name, form in forms.items():
+        z1, z2 = (torch.randn(n, DIM, device=device, requires_grad=True) for _ in "ab")
+
+        def turn(
+            form: Callable[[Tensor, Tensor], Tensor] = form, z1: Tensor = z1, z2: Tensor = z2
+        ) -> None:
+            z1.grad = z2.grad = None
+            form(z1, z2).backward()  # type: ignore[no-untyped-call]
+
+        try:
+            seconds, mib = timed(turn, device)
+            found[name] = {"step_s": seconds, "peak_mib": mib}
+        except torch.OutOfMemoryError:
+            found[name] = "out of memory"
+    return found
+
+
+def views(device: torch.device, case: Case, quick: bool) -> dict[str, Any]:  # noqa: FBT001
+    """Return images a second, both views, from pictures that lie on the device."""
+    side = case.size if case.size <= 64 else 256
+    shape = (case.batch, 3, side, side)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    pipeline = TwoViews.simclr(case.size, case.strength, case.blur)
+    ids, epochs = np.arange(case.batch), iter(range(10**6))
+    seconds, mib = timed(lambda: pipeline(pixels, ids, next(epochs)), device, 2 if quick else 10)
+    return {"case": case.name, "images_per_s": round(case.batch / seconds, 1), "peak_mib": mib}
+
+
+def step(
+    device: torch.device,
+    case: Case,
+    quick: bool,  # noqa: FBT001
+    *,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Return images a second of the loop, views made on the device at each step."""
+    torch.manual_seed(0)
+    model = Model(case)
+    loop.place(model, device, "bf16")
+    operations = _operations(model, case, device)
+    if compiled:
+        model.encoder = torch.compile(model.encoder)  # type: ignore[assignment]
+    side = case.size if case.size <= 64 else 256
+    shape = (case.batch, 3, side, side)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    pipeline, ids = TwoViews.simclr(case.size, case.strength, case.blur), np.arange(case.batch)
+    steps, every = (4, 2) if quick else (60, 10)
+    nothing = torch.empty(0, dtype=torch.int64)
+    made = (pipeline(pixels, ids, k) for k in range(steps))
+    batches = (loop.Batch(k, *pair, torch.from_numpy(ids), nothing) for k, pair in enumerate(made))
+    reports: list[tuple[float, float]] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    loop.train(
+        model,
+        NTXentLoss(TEMPERATURE, global_batch_size=case.batch),
+        LARS(model.parameters(), 0.1),
+        batches,
+        loop.Timetable(steps, steps, 0, 0.1, case.batch, every),
+        loop.Hooks(
+            lambda m: reports.append((time.perf_counter(), m.images_per_s)),
+            lambda *_: None,
+            lambda _: None,
+        ),
+        precision="bf16",
+    )
+    rate = median([r for _, r in reports[1:]], 1)
+    peak = next((p for name, p in PEAK_BF16.items() if name in _name(device)), None)
+    return {
+        "case": case.name,
+        "compiled": compiled,
+        "images_per_s": rate,
+        "flop_utilisation": peak and round(rate / case.batch * operations / peak, 4),
+        "first_report_s": round(reports[0][0] - began, 1),
+        "peak_mib": _peak_mib(device),
+    }
+
+
+def _operations(model: Model, case: Case, device: torch.device) -> float:
+    """Return the floating-point operations of a step: of two images, times as many as there are."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        x = torch.zeros(2, 3, case.size, case.size, device=device)
+        model(x)[1].sum().backward()
+    model.zero_grad(set_to_none=True)
+    return float(counter.get_total_flops()) * case.batch  # two views an image, two images counted
+
+
+def timed(
+    turn: Callable[[], object], device: torch.device, rounds: int = 10
+) -> tuple[float, float]:
+    """Return the median seconds of a call, the first two left out, and the peak MiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    taken = []
+    for _ in range(rounds + 2):
+        _wait(device)
+        began = time.perf_counter()
+        turn()
+        _wait(device)
+        taken.append(time.perf_counter() - began)
+    return median(taken[2:], 6), _peak_mib(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_mib(device: torch.device) -> float:
+    if device.type != "cuda":
+        return 0.0
+    return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+
+
+if __name__ == "__main__":
+    main()
