@@ -86,6 +86,7 @@ def main() -> None:
     result = {
         "command": "python -m benchmarks.step " + " ".join(map(portable, sys.argv[1:])),
         "encoder": f"ResNet-{settings.depth} x {settings.width}, {settings.stem} stem",
+        "precision": settings.precision,
         "images_per_s": medians,
         "rounds": found,
         "ratio": {f: round(medians["ray"] / v, 3) for f, v in medians.items() if "ray" in medians},

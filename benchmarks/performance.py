@@ -1,0 +1,233 @@
+"""Writes docs/performance.md from what is stored in benchmarks/results, and from nothing else.
+
+    python -m benchmarks.performance [--check]
+
+`--check` only says whether the page is what the results make, for `make test`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+Result = dict[str, Any]
+
+HEAD = """# Performance
+
+Written by `python -m benchmarks.performance` from the files in
+[benchmarks/results](../benchmarks/results); do not edit. Figures are medians of rounds in which all
+forms take their turn in one run, on one machine of two slow cores without bf16 units unless a
+section says otherwise. Ratios travel between machines better than times do; the command above each
+table makes it anew. Peers are the published packages of the versions in the result files.
+"""
+
+
+def main() -> None:
+    """Write the page, or check it."""
+    page = HEAD + "\n" + "\n".join(_section(*section) for section in SECTIONS)
+    if "--check" in sys.argv[1:]:
+        if PAGE.read_text() != page:
+            raise SystemExit(
+                f"{PAGE} is not what the results make: python -m benchmarks.performance"
+            )
+        return
+    PAGE.write_text(page)
+
+
+def _section(title: str, names: tuple[str, ...], write: Callable[..., str], about: str) -> str:
+    found = [_read(name) for name in names]
+    if any(result is None for result in found):
+        missing = ", ".join(n for n, r in zip(names, found, strict=True) if r is None)
+        return f"## {title}\n\n{about}\n\nNot measured yet ({missing}).\n"
+    text = write(*found)
+    made = "\n\n".join(_made(result) for result in found if result is not None)
+    return f"## {title}\n\n{about}\n\n{made}\n\n{text}\n"
+
+
+def _read(name: str) -> Result | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _made(result: Result) -> str:
+    hardware = result["hardware"]
+    where = hardware["gpu"] if hardware["gpu"] != "none" else hardware["cpu"]
+    command = result["command"].strip()
+    return f"`{command}`, commit {result['commit'][:10]}, {where}, {hardware['cores']} cores."
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _loss(result: Result) -> str:
+    rows = [
+        (
+            f"{r['n']:,}",
+            r["form"],
+            f"{1e3 * r['step_s']:.1f}" if "step_s" in r else "",
+            f"{r['peak_mib']:,.0f}",
+            f"{r['gradient_error']:.1e}" if "gradient_error" in r else "",
+        )
+        for r in result["rows"]
+    ]
+    head = ("N", "form", "forward + backward, ms", "peak above inputs, MiB", "gradient error")
+    return _table(head, rows)
+
+
+def _optimizer(result: Result) -> str:
+    rows = [(n, ms, result["ratio"].get(n, "")) for n, ms in result["step_ms"].items()]
+    return _table(("form", "step, ms", "ours / this"), rows)
+
+
+def _views(*results: Result) -> str:
+    rows = [
+        (f"{result['size']} px, {kind}", form, f"{rate:,.0f}", result["ratio"][kind][form])
+        for result in results
+        for kind, rates in result["images_per_s"].items()
+        for form, rate in rates.items()
+    ]
+    return _table(("from", "form", "images/s", "ours / this"), rows)
+
+
+def _step(*results: Result) -> str:
+    rows = [
+        (f"{result['encoder']}, {result['precision']}", form, f"{rate:,.1f}", result["ratio"][form])
+        for result in results
+        for form, rate in result["images_per_s"].items()
+    ]
+    return _table(("what", "form", "images/s", "ours / this"), rows)
+
+
+def _wire(result: Result) -> str:
+    rows = [
+        (f"{r['n']:,}", r["form"], f"{r['bytes_per_step'] / 1e6:.2f}", r.get("ratio", ""))
+        for r in result["rows"]
+        if not r["shared_memory"]
+    ]
+    return _table(("N", "form", "MB a step", "of gather with gradient"), rows)
+
+
+def _memory(result: Result) -> str:
+    rows = [
+        (f"{r['batch_size']:,}", r["groups"], f"{r['peak_mib']:,.0f}", r["step_s"])
+        for r in result["rows"]
+    ]
+    table = _table(("global batch", "groups", "peak of the process, MiB", "step, s"), rows)
+    above = result["above_one_group_mib"]
+    return f"{table}\nAbove a plain step of one group: {above:,.0f} MiB.\n"
+
+
+def _scaling(result: Result) -> str:
+    fitted = result["loss_fit"]
+    batches = sorted({r["batch_size"] for r in result["steps"]})
+    rows = []
+    for workers in sorted({r["workers"] for r in result["steps"]}):
+        mine = {r["batch_size"]: r for r in result["steps"] if r["workers"] == workers}
+        rows.append((workers, *(f"{mine[b]['images_per_s']:,.0f}" for b in batches)))
+    table = _table(("workers", *(f"B = {b:,}" for b in batches)), rows)
+    return (
+        f"Images a second:\n\n{table}\n![growth](figures/growth.png)\n\n"
+        f"Loss time grows as N^{fitted['time_exponent']:.2f} from N = {fitted['from_n']:,}; memory "
+        f"as {fitted['memory_fixed_mib']:.1f} MiB + {fitted['memory_kib_per_image']:.2f} KiB an "
+        f"image (R² {fitted['memory_line_r2']}).\n"
+    )
+
+
+def _collectives(result: Result) -> str:
+    return _table(("way", "added, µs"), result["added_us"].items())
+
+
+def _stream(result: Result) -> str:
+    return str(result)
+
+
+def _gpu(result: Result) -> str:
+    found = {name: result[name] for name in ("parity", "loss", "views", "step") if name in result}
+    parts = [f"```json\n{json.dumps({k: v}, indent=1)}\n```" for k, v in found.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., str], str], ...] = (
+    (
+        "Loss",
+        ("loss",),
+        _loss,
+        "NT-Xent forward and backward on CPU, D = 128, float32. `tiled` is the method of Inf-CL "
+        "(arXiv:2410.17243) in plain torch. Errors are against float64, where that is affordable.",
+    ),
+    (
+        "Bytes on the wire",
+        ("wire",),
+        _wire,
+        "One step of the loss over four processes, counted by the kernel, as between machines.",
+    ),
+    (
+        "Batches larger than memory",
+        ("memory",),
+        _memory,
+        "ResNet-18, 32 px, float32, one CPU worker: gradient caching in groups of 256 images.",
+    ),
+    (
+        "LARS",
+        ("optimizer",),
+        _optimizer,
+        "One step on the parameters of ResNet-50. SGD does less: LARS must read weights and "
+        "gradients once more for their norms.",
+    ),
+    (
+        "Views",
+        ("views_32", "views_224"),
+        _views,
+        "Two views of each picture in one process with one thread, crop, flip, colour and (at "
+        "224 px) blur, to float32. Ours are compiled where there is a C compiler; without one they "
+        "are made with torch, to the same bytes.",
+    ),
+    (
+        "Stream",
+        ("stream",),
+        _stream,
+        "From parquet to the worker's tensors through Ray Data.",
+    ),
+    (
+        "Step",
+        ("step_1_bf16", "step_1_float32", "step_0.25_float32"),
+        _step,
+        "Whole training steps on two cores, data included. `torchrun` is the same loop fed from "
+        "memory; `lightly` a script with a DataLoader of two workers, in one process or two. This "
+        "machine multiplies bf16 in software, an order of magnitude slower than float32.",
+    ),
+    (
+        "Growth",
+        ("scaling",),
+        _scaling,
+        "The loop alone over workers and global batch, gradient caching above 256 images, "
+        "one thread a worker; four workers share two cores.",
+    ),
+    (
+        "Small messages",
+        ("collectives",),
+        _collectives,
+        "What a batch-norm-sized exchange between two processes of one machine adds to a block of "
+        "arithmetic.",
+    ),
+    (
+        "GPU",
+        ("gpu",),
+        _gpu,
+        "The same parts on one GPU: `python -m benchmarks.gpu`.",
+    ),
+)
+
+
+if __name__ == "__main__":
+    main()
