@@ -6,89 +6,90 @@ without Ray. What it returns depends on the plan alone.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from simclr_ray.augment.views import TwoViews
 from simclr_ray.data.decode import ImageError, decode_image
+from simclr_ray.data.pictures import Picture, PictureCache
 from simclr_ray.data.plan import BatchPlan, replacement
+from simclr_ray.data.rowgroups import Encoded, RecentGroups, RowGroups
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.experiment import Data, Experiment, SimCLRViews
 from simclr_ray.loop import Batch
 
-Pixels = NDArray[np.uint8]
+Take = Callable[[int], Encoded | None]
 GIB = 2**30
 MAX_ATTEMPTS = 64  # then any row that is left
 
 
-class Picture(NamedTuple):
-    """A decoded row: its id, and uint8 [H, W, 3]."""
+class Bad(NamedTuple):
+    """A row that cannot be used: its id, and why."""
 
     id: int
-    pixels: Pixels
+    reason: str
 
 
 class RowReader:
     """Decoded rows by number, through a bounded cache.
 
-    Decoded rows are kept until the budget is used up, and never dropped: an epoch visits each
-    once, so whatever is kept is hit once an epoch. Beside them the last row groups read are held
-    encoded. `bad` names each row that could not be decoded, and why.
+    `bad` names each row that could not be decoded, by its id and why.
+
+    Args:
+        source: The dataset.
+        max_pixels: Larger images count as bad.
+        cache_gib: For decoded rows.
+        shared: Whether the readers of this node that share a dataset share the cache, too.
     """
 
-    def __init__(self, source: Source, *, max_pixels: int, cache_gib: float) -> None:
-        self.source, self.max_pixels = source, max_pixels
-        self.budget = int(cache_gib * GIB)
-        self.kept: dict[int, Picture] = {}
-        self.bad: dict[int, str] = {}
-        self._starts = np.array([g.first_row for g in source.row_groups])
-        self._groups: OrderedDict[int, tuple[NDArray[np.int64], list[bytes | None]]] = OrderedDict()
-        self._group_bytes = 0
+    def __init__(
+        self, source: Source, *, max_pixels: int, cache_gib: float, shared: bool = False
+    ) -> None:
+        self.max_pixels = max_pixels
+        name = f"{source.uri} {source.fingerprint} {max_pixels}" if shared else ""
+        self.cache = PictureCache(name, source.num_rows, int(cache_gib * GIB))
+        self.recent = RecentGroups(source)
+        self.bad: dict[int, Bad] = {}
 
-    def picture(self, row: int) -> Picture | None:
-        """Return the decoded row, or None where it cannot be used."""
-        if row in self.kept:
-            return self.kept[row]
-        if row in self.bad:
-            return None
-        ids, images = self._group(int(np.searchsorted(self._starts, row, side="right")) - 1)
-        place = row - int(self._starts[np.searchsorted(self._starts, row, side="right") - 1])
-        encoded = images[place]
-        try:
-            if encoded is None:
-                raise ImageError("null image")
-            found = Picture(int(ids[place]), decode_image(encoded, self.max_pixels))
-        except ImageError as error:
-            self.bad[row] = str(error)
-            return None
-        if found.pixels.nbytes <= self.budget:
-            self.budget -= found.pixels.nbytes
-            self.kept[row] = found
+    def pictures(self, rows: Sequence[int], take: Take) -> list[Picture | None]:
+        """Return the decoded rows, None for each that cannot be used.
+
+        Args:
+            rows: Row numbers.
+            take: Where encoded rows come from; those for which it has None are read one by one.
+        """
+        found = self.cache.find(rows)
+        new: dict[int, Picture] = {}
+        for place, (row, picture) in enumerate(zip(rows, found, strict=True)):
+            if picture is None and row not in self.bad:
+                found[place] = decoded = self._decode(row, take(row) or self.recent.take(row))
+                if decoded is not None:
+                    new[row] = decoded
+        self.cache.keep(new)
         return found
 
-    def row_id(self, row: int) -> int:
-        """Return the id of a row, decodable or not."""
-        index = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return int(self._group(index)[0][row - int(self._starts[index])])
+    def picture(self, row: int) -> Picture | None:
+        """Return one decoded row, or None where it cannot be used."""
+        return self.pictures([row], self.recent.take)[0]
 
-    def _group(self, index: int) -> tuple[NDArray[np.int64], list[bytes | None]]:
-        if index in self._groups:
-            self._groups.move_to_end(index)
-            return self._groups[index]
-        rows = self.source.read_group(index)
-        self._groups[index] = (rows.ids, rows.images)
-        self._group_bytes += _size(rows.images)
-        limit = max(self.budget, GIB // 4)
-        while self._group_bytes > limit and len(self._groups) > 1:
-            _, (_, dropped) = self._groups.popitem(last=False)
-            self._group_bytes -= _size(dropped)
-        return rows.ids, rows.images
+    def missing(self, first: int, last: int) -> list[int]:
+        """Return those of the rows [first, last) that were never decoded, or not kept."""
+        unknown = np.flatnonzero(~self.cache.holds(first, last)) + first
+        return [row for row in unknown.tolist() if row not in self.bad]
+
+    def _decode(self, row: int, encoded: Encoded) -> Picture | None:
+        try:
+            if encoded.image is None:
+                raise ImageError("null image")
+            return Picture(encoded.id, decode_image(encoded.image, self.max_pixels))
+        except ImageError as error:
+            self.bad[row] = Bad(encoded.id, str(error))
+            return None
 
 
 class PartMaker:
@@ -100,14 +101,32 @@ class PartMaker:
         views: The pipeline.
         data: Limits and cache.
         places: [first, last) of the global batch's list.
+        stop: The step before which the run ends.
     """
 
     def __init__(
-        self, source: Source, plan: BatchPlan, views: TwoViews, data: Data, places: tuple[int, int]
+        self,
+        source: Source,
+        plan: BatchPlan,
+        views: TwoViews,
+        data: Data,
+        places: tuple[int, int],
+        *,
+        stop: int = sys.maxsize,
     ) -> None:
         self.plan, self.views, self.places = plan, views, places
         self.max_bad_share = data.max_bad_share
-        self.reader = RowReader(source, max_pixels=data.max_pixels, cache_gib=data.cache_gib)
+        self.reader = RowReader(
+            source, max_pixels=data.max_pixels, cache_gib=data.cache_gib, shared=True
+        )
+        self.groups = RowGroups(
+            source,
+            plan,
+            places,
+            stop,
+            missing=self.reader.missing,
+            read_beyond_epoch=lambda: self.reader.cache.full,
+        )
 
     def make(self, step: int) -> Batch:
         """Return this part of global step `step`.
@@ -118,20 +137,22 @@ class PartMaker:
         """
         epoch = self.plan.epoch_of(step)
         first, last = self.places
-        rows = self.plan.rows_of(step, first, last)
-        pictures, bad, reasons = [], [], []
-        for place, row in enumerate(rows.tolist(), start=first):
-            picture = self.reader.picture(row)
+        rows = self.plan.rows_of(step, first, last).tolist()
+        self.groups.advance(step)
+        pictures, bad = [], []
+        found = self.reader.pictures(rows, self.groups.take)
+        for place, (row, planned) in enumerate(zip(rows, found, strict=True), start=first):
+            picture = planned
             if picture is None:
                 self._check_share()
-                bad.append(self.reader.row_id(row))
-                reasons.append(self.reader.bad[row])
+                bad.append(self.reader.bad[row])
                 picture = self._stand_in(row, place, step)
             pictures.append(picture)
         ids = np.array([p.id for p in pictures], np.int64)
         a, b = self.views([p.pixels for p in pictures], ids, epoch)
-        unusable = torch.tensor(bad, dtype=torch.int64)
-        return Batch(step, a, b, torch.from_numpy(ids), unusable, tuple(reasons))
+        unusable = torch.tensor([b.id for b in bad], dtype=torch.int64)
+        reasons = tuple(b.reason for b in bad)
+        return Batch(step, a, b, torch.from_numpy(ids), unusable, reasons)
 
     def _stand_in(self, row: int, place: int, step: int) -> Picture:
         found = self._keyed(row, place, step)
@@ -173,7 +194,7 @@ class PartMaker:
     def _check_share(self) -> None:
         found, rows = len(self.reader.bad), self.plan.num_rows
         if found > self.max_bad_share * rows:
-            reasons = sorted(set(self.reader.bad.values()))
+            reasons = sorted({bad.reason for bad in self.reader.bad.values()})
             raise TooManyBadImages(
                 f"{found} of {rows} rows cannot be used, more than data.max_bad_share="
                 f"{self.max_bad_share:g} allows; reasons: {'; '.join(reasons[:5])}; "
@@ -208,7 +229,8 @@ def local_batches(
     n = experiment.batch_size
     places = (rank * n // num_ranks, (rank + 1) * n // num_ranks)
     views = two_views(experiment.augment, experiment.seed)
-    maker = PartMaker(source, plan_of(experiment, source), views, experiment.data, places)
+    plan = plan_of(experiment, source)
+    maker = PartMaker(source, plan, views, experiment.data, places, stop=steps.stop)
     for step in steps:
         yield maker.make(step)
 
@@ -223,7 +245,3 @@ def join(parts: list[Batch]) -> Batch:
     a, b, ids, bad = (torch.cat(c) for c in zip(*(part[1:5] for part in parts), strict=True))
     reasons = tuple(reason for part in parts for reason in part.reasons)
     return Batch(parts[0].step, a, b, ids, bad, reasons)
-
-
-def _size(images: list[bytes | None]) -> int:
-    return sum(len(i) for i in images if i is not None)

@@ -9,9 +9,11 @@ each row group is read once an epoch and in one piece, and the batch is the same
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,31 @@ from simclr_ray.dist import share
 from simclr_ray.errors import DataError
 
 ROW_GROUPS_PER_LANE = 20
+# Parts whose number divides that of the lanes share none: L lanes in R parts are cut at
+# ⌊r·B/R⌋ = ⌊(r·L/R)·B/L⌋, whatever B. So the usual numbers of parts divide the larger of these. The
+# largest bounds the memory of a single part, which holds a window and its row groups of each lane.
+LANES = (1, 2, 3, 4, 6, 12, 24, 48, 96, 192)
 Rows = NDArray[np.int64]
+
+
+class Run(NamedTuple):
+    """What a part takes of a lane at each step: places [low, high) of the lane's `width`."""
+
+    lane: int
+    low: int
+    high: int
+    width: int
+
+
+class Visits(NamedTuple):
+    """The row groups that a part reads in an epoch, in the order in which it needs them.
+
+    All int64 [m]; the steps count from the epoch's first.
+    """
+
+    groups: Rows
+    first_step: Rows  # before which no window asks for a row of the group
+    last_step: Rows  # after which none does
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,7 @@ class BatchPlan:
                 "lower batch_size or bring more pictures"
             )
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows of the dataset."""
         return sum(self.group_sizes)
@@ -60,10 +86,16 @@ class BatchPlan:
         """Whole global batches in an epoch; the tail is dropped."""
         return self.num_rows // self.batch_size
 
-    @property
+    @cached_property
     def num_lanes(self) -> int:
-        """At most one lane per 20 row groups, at least one, never more than B."""
-        return min(max(1, len(self.group_sizes) // ROW_GROUPS_PER_LANE), self.batch_size)
+        """The largest of `LANES` that is at most one per 20 row groups and at most B."""
+        most = min(len(self.group_sizes) // ROW_GROUPS_PER_LANE, self.batch_size)
+        return max(number for number in LANES if number <= max(1, most))
+
+    @cached_property
+    def window_rows(self) -> int:
+        """Rows of a lane that are shuffled together: at least the largest row group's."""
+        return max(self.shuffle_rows // self.num_lanes, max(self.group_sizes))
 
     def rows(self, step: int) -> Rows:
         """Return the rows of global step `step`, lane by lane: int64 [B]."""
@@ -72,55 +104,114 @@ class BatchPlan:
     def rows_of(self, step: int, first: int, last: int) -> Rows:
         """Return places [first, last) of the list of `step`, touching only their lanes."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        parts = []
-        for lane in range(self.num_lanes):
-            lane_first, lane_last = share(self.batch_size, lane, self.num_lanes)
-            low, high = max(first, lane_first), min(last, lane_last)
-            if low < high:
-                taken = k * (lane_last - lane_first)
-                inside = np.arange(taken + low - lane_first, taken + high - lane_first)
-                parts.append(self._lane_rows(epoch, lane, inside))
+        parts = [
+            self._lane_rows(epoch, run.lane, k * run.width + run.low, k * run.width + run.high)
+            for run in self.runs(first, last)
+        ]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def epoch_of(self, step: int) -> int:
         """Return the epoch that `step` belongs to, from 0."""
         return step // self.steps_per_epoch
 
-    def _lane_rows(self, epoch: int, lane: int, places: Rows) -> Rows:
-        """Return the rows at `places` of a lane."""
-        first, last = (
-            self.steps_per_epoch * b for b in share(self.batch_size, lane, self.num_lanes)
-        )
-        window = max(self.shuffle_rows // self.num_lanes, max(self.group_sizes))
-        rows = np.empty(len(places), np.int64)
-        for index in np.unique(places // window):
-            start = first + int(index) * window
-            order = _window(self, epoch, start, min(start + window, last))
-            chosen = places // window == index
-            rows[chosen] = order[places[chosen] - int(index) * window]
+    def runs(self, first: int, last: int) -> Iterator[Run]:
+        """Yield what places [first, last) of a global batch take of each lane they touch."""
+        lanes, batch = self.num_lanes, self.batch_size
+        for lane in range(first * lanes // batch, lanes):
+            lane_first, lane_last = share(batch, lane, lanes)
+            if lane_first >= last:
+                return
+            low, high = max(first, lane_first), min(last, lane_last)
+            if low < high:
+                yield Run(lane, low - lane_first, high - lane_first, lane_last - lane_first)
+
+    def visits(self, epoch: int, first: int, last: int) -> Visits:
+        """Return which row groups places [first, last) need in `epoch`, and in which steps.
+
+        A row group on the border of two lanes of a part is needed at the end of the one and at the
+        beginning of the other: it is visited once, for the whole of that time.
+        """
+        window = self.window_rows
+        order, ends = self._epoch_order(epoch)
+        found: list[Rows] = []
+        for run in self.runs(first, last):
+            start, stop = self._lane_places(run.lane)
+            low = int(np.searchsorted(ends, start, side="right")) - 1
+            high = int(np.searchsorted(ends, stop, side="left"))
+            begin = np.maximum(ends[low:high], start) - start
+            end = np.minimum(ends[low + 1 : high + 1], stop) - start
+            opens = begin // window * window
+            closes = np.minimum(-(-end // window) * window, stop - start) - 1
+            found.append(np.stack([order[low:high], opens // run.width, closes // run.width]))
+        if not found:
+            return Visits(*np.empty((3, 0), np.int64))
+        groups, opens, closes = np.concatenate(found, axis=1)
+        unique, where = np.unique(groups, return_inverse=True)
+        first_step = np.full(len(unique), self.steps_per_epoch)
+        last_step = np.zeros(len(unique), np.int64)
+        np.minimum.at(first_step, where, opens)
+        np.maximum.at(last_step, where, closes)
+        by_need = np.argsort(first_step, kind="stable")
+        return Visits(unique[by_need], first_step[by_need], last_step[by_need])
+
+    def _lane_places(self, lane: int) -> tuple[int, int]:
+        """Return [start, stop) of a lane among the places of an epoch."""
+        first, last = share(self.batch_size, lane, self.num_lanes)
+        return self.steps_per_epoch * first, self.steps_per_epoch * last
+
+    def _lane_rows(self, epoch: int, lane: int, low: int, high: int) -> Rows:
+        """Return the rows at places [low, high) of a lane."""
+        window = self.window_rows
+        start, stop = self._lane_places(lane)
+        parts = []
+        for index in range(low // window, (high - 1) // window + 1):
+            begin = index * window
+            order = self._window(epoch, start + begin, min(start + begin + window, stop))
+            parts.append(order[max(low - begin, 0) : high - begin])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _window(self, epoch: int, start: int, stop: int) -> Rows:
+        """Return the shuffled rows of places [start, stop) of the epoch."""
+        key = (epoch, start)
+        if key in self._windows:
+            self._windows.move_to_end(key)
+            return self._windows[key]
+        places = np.arange(start, stop)
+        keys = integers(places, seed=self.seed, epoch=epoch, sub=0, purpose="window")
+        shuffled = places[np.argsort(keys, kind="stable")]
+        order, ends = self._epoch_order(epoch)
+        at = np.searchsorted(ends, shuffled, side="right") - 1
+        rows: Rows = self._starts[order[at]] + shuffled - ends[at]
+        self._windows[key] = rows
+        while len(self._windows) > 2 * self.num_lanes + 2:  # this one and the next of each lane
+            self._windows.popitem(last=False)
         return rows
 
+    def _epoch_order(self, epoch: int) -> tuple[Rows, Rows]:
+        """Return the row groups in the epoch's order, and the places between them [m + 1]."""
+        if epoch not in self._orders:
+            count = len(self.group_sizes)
+            order = permutation(count, seed=self.seed, epoch=epoch, sub=0, purpose="order")
+            self._orders[epoch] = order, np.concatenate([[0], np.cumsum(self._sizes[order])])
+            while len(self._orders) > 3:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
 
-@lru_cache(maxsize=4)
-def _group_order(plan: BatchPlan, epoch: int) -> tuple[Rows, Rows]:
-    """Return the first row of each row group in the epoch's order, and its place in the epoch."""
-    order = permutation(len(plan.group_sizes), seed=plan.seed, epoch=epoch, sub=0, purpose="order")
-    sizes = np.array(plan.group_sizes, np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    places = np.concatenate([[0], np.cumsum(sizes[order])])
-    return starts[order], places
+    @cached_property
+    def _sizes(self) -> Rows:
+        return np.array(self.group_sizes, np.int64)
 
+    @cached_property
+    def _starts(self) -> Rows:
+        return np.cumsum(self._sizes) - self._sizes
 
-@lru_cache(maxsize=256)
-def _window(plan: BatchPlan, epoch: int, start: int, stop: int) -> Rows:
-    """Return the shuffled rows of places [start, stop) of the epoch."""
-    places = np.arange(start, stop)
-    keys = integers(places, seed=plan.seed, epoch=epoch, sub=0, purpose="window")
-    shuffled = places[np.argsort(keys, kind="stable")]
-    starts, ends = _group_order(plan, epoch)
-    group = np.searchsorted(ends, shuffled, side="right") - 1
-    rows: Rows = starts[group] + shuffled - ends[group]
-    return rows
+    @cached_property
+    def _windows(self) -> OrderedDict[tuple[int, int], Rows]:
+        return OrderedDict()
+
+    @cached_property
+    def _orders(self) -> OrderedDict[int, tuple[Rows, Rows]]:
+        return OrderedDict()
 
 
 def replacement(

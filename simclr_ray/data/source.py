@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simclr_ray import config as cfg
-from simclr_ray.data.files import filesystem, list_parquet, one_line, read_images
+from simclr_ray.data.files import filesystem, is_local, list_parquet, one_line, read_images
 from simclr_ray.data.footer import Footer, read_footers
 from simclr_ray.errors import DataError
 from simclr_ray.experiment import Columns
@@ -97,14 +97,18 @@ class Source:
             fingerprint=_fingerprint(footers, root, columns, limit),
         )
 
-    def read_group(self, index: int) -> Rows:
+    def read_group(self, index: int, *, labels: bool = True) -> Rows:
         """Return row group `index` of `row_groups`, its rows in order.
+
+        Args:
+            index: Of the group.
+            labels: Whether to read the labels, where there are any.
 
         Raises:
             DataError: the file is gone, changed, or broken.
         """
         group = self.row_groups[index]
-        table = self._read(group, self._wanted(self.columns.image))
+        table = self._read(group, self._wanted(self.columns.image, labels=labels))
         return self._rows(table, np.arange(group.num_rows, dtype=np.int64) + group.first_row, group)
 
     def read_rows(self, rows: npt.NDArray[np.integer]) -> Rows:
@@ -153,11 +157,11 @@ class Source:
             return np.arange(self.num_rows, dtype=np.int64)
         return self._column(self.columns.id, None)
 
-    def _wanted(self, image: str) -> list[str]:
+    def _wanted(self, image: str, *, labels: bool = True) -> list[str]:
         wanted = [image]
         if self.has_ids:
             wanted.append(self.columns.id)
-        if self.has_labels:
+        if self.has_labels and labels:
             wanted.append(self.columns.label)
         return list(dict.fromkeys(wanted))
 
@@ -175,7 +179,7 @@ class Source:
         ids, labels = positions.astype(np.int64), None
         if self.has_ids:
             ids = _integers(table.column(self.columns.id), None, path, self.columns.id)
-        if self.has_labels:
+        if self.has_labels and self.columns.label in table.column_names:
             labels = _integers(table.column(self.columns.label), NO_LABEL, path, self.columns.label)
         return Rows(ids, images, labels)
 
@@ -186,7 +190,8 @@ class Source:
         try:
             footer = _metadata(self.uri, path, self.fingerprint)
             with fs.open_input_file(path) as stream:
-                file = pq.ParquetFile(stream, metadata=footer)
+                # the columns of a group in one request where each takes a while
+                file = pq.ParquetFile(stream, metadata=footer, pre_buffer=not is_local(fs))
                 table = file.read_row_group(group.group, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
@@ -197,7 +202,7 @@ class Source:
         return table.slice(0, group.num_rows)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16_384)  # files; of each some kilobytes, and 64 to read it again
 def _metadata(uri: str, path: str, fingerprint: str) -> pq.FileMetaData:
     """Return a footer, kept per process: row groups of one file are read many times."""
     del fingerprint  # only part of the key: a changed dataset must not meet an old footer

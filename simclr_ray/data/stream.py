@@ -40,11 +40,14 @@ FAILED = -1  # in place of a step: the part holds an error
 class _Actor:
     """A Ray Data actor around a `PartMaker`."""
 
-    def __init__(self, experiment: Experiment, source: Source, places: tuple[int, int]) -> None:
+    def __init__(
+        self, experiment: Experiment, source: Source, places: tuple[int, int], stop: int
+    ) -> None:
         torch.set_num_threads(1)
         keep_freed_memory()
         views = two_views(experiment.augment, experiment.seed)
-        self.maker = PartMaker(source, plan_of(experiment, source), views, experiment.data, places)
+        plan = plan_of(experiment, source)
+        self.maker = PartMaker(source, plan, views, experiment.data, places, stop=stop)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -98,12 +101,14 @@ def stream(
     _set_context()
     first, last = share(experiment.batch_size, rank, num_ranks)
     actors = min(experiment.scaling.data_actors_per_worker, last - first)
-    pipelines = []
-    for index in range(actors):
-        low, high = share(last - first, index, actors)
-        pipelines.append(_pipeline(experiment, source, steps, (first + low, first + high)))
-    for parts in zip(*pipelines, strict=True):
-        yield join(list(parts))
+    # shares of the global batch, so that they are cut where lanes are cut
+    parts = [
+        share(experiment.batch_size, rank * actors + index, num_ranks * actors)
+        for index in range(actors)
+    ]
+    pipelines = [_pipeline(experiment, source, steps, places) for places in parts]
+    for made in zip(*pipelines, strict=True):
+        yield join(list(made))
 
 
 def _pipeline(
@@ -118,7 +123,7 @@ def _pipeline(
     numbers = np.array_split(np.arange(steps.start, steps.stop), min(MAX_BLOCKS, len(steps)))
     dataset = ray.data.from_blocks([pa.table({"step": part}) for part in numbers]).map_batches(
         _Actor,
-        fn_constructor_args=(experiment, source, places),
+        fn_constructor_args=(experiment, source, places, steps.stop),
         batch_size=per_call,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=scaling.cpus_per_data_actor,

@@ -1,0 +1,156 @@
+"""Each row group of a part is read once an epoch, and what is held stays within the windows."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from simclr_ray import config as cfg
+from simclr_ray.data.maker import PartMaker, plan_of, two_views
+from simclr_ray.data.rowgroups import RecentGroups, read_encoded
+from simclr_ray.data.source import Rows, Source
+from simclr_ray.dist import share
+from simclr_ray.errors import DataError
+from simclr_ray.experiment import Experiment
+
+NUM_ROWS, GROUP_ROWS, BATCH = 2410, 10, 24  # 241 groups, 12 lanes of 200 rows
+
+
+class Counted(Source):
+    """A source that counts how often it reads each row group."""
+
+    reads: ClassVar[Counter[int]] = Counter()
+
+    def read_group(self, index: int, *, labels: bool = True) -> Rows:
+        self.reads[index] += 1
+        return super().read_group(index, labels=labels)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    images = [png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(NUM_ROWS)]
+    target = tmp_path_factory.mktemp("rowgroups") / "set.parquet"
+    table = pa.table({"image": pa.array(images, pa.binary())})
+    pq.write_table(table, target, row_group_size=GROUP_ROWS)
+    return target
+
+
+@pytest.fixture
+def counted(path: Path) -> Iterator[Counted]:
+    source = Source.open(str(path))
+    yield Counted(**{name: getattr(source, name) for name in source.__dataclass_fields__})
+    Counted.reads.clear()
+
+
+def experiment(path: Path, cache_gib: float, shuffle_rows: int) -> Experiment:
+    return cfg.validate(
+        Experiment,
+        {
+            "name": "t",
+            "data": {"train": str(path), "cache_gib": cache_gib, "shuffle_rows": shuffle_rows},
+            "augment": {"size": 8},
+            "batch_size": BATCH,
+        },
+    )
+
+
+def maker_of(
+    source: Source, e: Experiment, part: int = 0, parts: int = 1, stop: int = 10**6
+) -> PartMaker:
+    places = share(BATCH, part, parts)
+    views = two_views(e.augment, e.seed)
+    return PartMaker(source, plan_of(e, source), views, e.data, places, stop=stop)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+@pytest.mark.parametrize("cache_gib", [0, 300 * (192 + 16) / 2**30], ids=["no cache", "an eighth"])
+def test_a_part_reads_each_row_group_once_an_epoch_though_windows_exceed_the_cache(
+    path: Path, counted: Counted, parts: int, cache_gib: float
+) -> None:
+    e = experiment(path, cache_gib, shuffle_rows=600)
+    spe = NUM_ROWS // BATCH
+    makers = [maker_of(counted, e, part, parts, stop=2 * spe) for part in range(parts)]
+    assert makers[0].plan.num_lanes == 12
+    assert makers[0].plan.window_rows == 50
+    for step in range(2 * spe):
+        for maker in makers:
+            maker.make(step)
+    # two epochs; a group on the border of two parts is read by both
+    assert max(counted.reads.values()) <= 4
+    assert sum(counted.reads.values()) <= 2 * (241 + parts - 1)
+
+
+def test_what_is_held_stays_within_the_windows_and_two_row_groups_a_lane(
+    path: Path, counted: Counted
+) -> None:
+    e = experiment(path, 0, shuffle_rows=600)
+    maker = maker_of(counted, e)
+    held = []
+    for step in range(110):
+        maker.make(step)
+        held.append(maker.groups.num_held)
+    assert max(held) <= 600 + 12 * 2 * GROUP_ROWS
+    assert np.median(held) >= 400  # reading ahead keeps it near that bound
+
+
+def test_a_cached_set_is_read_once_in_the_whole_run(path: Path, counted: Counted) -> None:
+    e = experiment(path, 1, shuffle_rows=600)
+    maker = maker_of(counted, e)
+    for step in range(3 * maker.plan.steps_per_epoch):
+        maker.make(step)
+    # the first epoch drops a tail of 10 rows, whose groups the second may read again
+    assert sum(counted.reads.values()) <= 243
+
+
+def test_nothing_is_read_for_steps_after_the_last(path: Path, counted: Counted) -> None:
+    e = experiment(path, 0, shuffle_rows=120)
+    maker = maker_of(counted, e, stop=3)
+    for step in range(3):
+        maker.make(step)
+    steps = [maker.plan.rows(step) // GROUP_ROWS for step in range(5)]  # a window of 10: 5 steps
+    assert set(counted.reads) == set(np.concatenate(steps).tolist())
+
+
+@pytest.mark.parametrize("order", [[5, 6, 5, 2, 3], [0, 60, 150, 90, 91]])
+def test_steps_may_be_made_again_and_in_any_order(path: Path, order: list[int]) -> None:
+    e = experiment(path, 0, shuffle_rows=300)
+    source = Source.open(str(path))
+    maker = maker_of(source, e)
+    for step in order:
+        made, alone = maker.make(step), maker_of(source, e).make(step)
+        assert made.ids.tolist() == alone.ids.tolist()
+        assert made.a.equal(alone.a)
+
+
+def test_a_file_that_is_gone_is_an_error_of_the_data(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "set.parquet"
+    shutil.copy(path, copy)
+    maker = maker_of(Source.open(str(copy)), experiment(copy, 0, shuffle_rows=120))
+    maker.make(0)
+    copy.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        maker.make(50)
+
+
+def test_stand_ins_are_found_in_any_group_and_few_groups_are_kept(path: Path) -> None:
+    source = Source.open(str(path))
+    recent = RecentGroups(source)
+    for row in (0, 2409, 1200, 9, 11):
+        assert recent.take(row) == read_encoded(source, row // GROUP_ROWS)[row]
