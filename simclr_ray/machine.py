@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
+from simclr_ray.augment import native
+
 Status = Literal["ok", "warn", "fail"]
 PACKAGE: Final = "simclr-ray"
 BF16_WORTHWHILE: Final = 1.2  # below that the lost digits buy nothing
@@ -112,7 +114,16 @@ def check_device() -> Findings:
     return [
         Finding("device", "ok", shown, advice),
         precision_finding(bf16_speedup(device)),
+        views_finding(compiled=native.available()),
     ]
+
+
+def views_finding(*, compiled: bool) -> Finding:
+    """Return how views are made on this machine's CPU."""
+    if compiled:
+        return Finding("views on CPU", "ok", "compiled")
+    advice = "install a C compiler on the nodes that decode (apt install gcc): same pixels, sooner"
+    return Finding("views on CPU", "warn", "made with torch, several times slower", advice)
 
 
 def precision_finding(gain: float) -> Finding:

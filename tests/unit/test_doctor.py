@@ -70,6 +70,13 @@ def test_the_device_is_named() -> None:
     assert expected in found["device"].detail
 
 
+def test_views_without_a_compiler_are_a_warning_that_says_what_to_do() -> None:
+    assert machine.views_finding(compiled=True).status == "ok"
+    slow = machine.views_finding(compiled=False)
+    assert slow.status == "warn"
+    assert "gcc" in slow.advice
+
+
 @pytest.mark.parametrize(("gain", "advised"), [(0.3, "float32"), (1.0, "float32"), (3.0, "bf16")])
 def test_the_faster_precision_is_advised(gain: float, advised: str) -> None:
     finding = machine.precision_finding(gain)
