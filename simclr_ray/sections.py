@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from simclr_ray.config import Config, Field
+from simclr_ray.config import Config, Field, model_validator
 
 
 class Columns(Config):
@@ -61,6 +61,12 @@ class SimCLRViews(Config):
 
     name: Literal["simclr"] = "simclr"
     size: int = Field(32, ge=8, description="Side of a view in pixels.")
+    first_size: int = Field(
+        0, ge=0, description="Side in the first epoch, growing to `size`; 0: `size` throughout."
+    )
+    full_size_at: float = Field(
+        0.75, gt=0, le=1, description="Share of the epochs after which views have full size."
+    )
     strength: float = Field(1.0, ge=0, le=2, description="Colour strength s of App. A.")
     blur: float = Field(0.5, ge=0, le=1, description="Probability of Gaussian blur.")
     min_area: float = Field(
@@ -69,6 +75,25 @@ class SimCLRViews(Config):
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a left-right flip.")
     jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
     grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping colour.")
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> SimCLRViews:
+        if self.first_size and not 8 <= self.first_size <= self.size:
+            raise ValueError(
+                f"first_size={self.first_size} must be 0, or between 8 and size={self.size}"
+            )
+        return self
+
+    def size_at(self, epoch: int, epochs: int) -> int:
+        """Return the side of views in an epoch: linear growth, in steps (FFCV-SSL does likewise).
+
+        Steps of 32 px, or of 4 px where `size` is at most 64.
+        """
+        grown = epoch / (self.full_size_at * epochs)
+        if not self.first_size or grown >= 1:
+            return self.size
+        step = 4 if self.size <= 64 else 32
+        return self.first_size + int((self.size - self.first_size) * grown) // step * step
 
 
 class ResNetEncoder(Config):
@@ -221,6 +246,9 @@ class Scaling(Config):
         1, ge=1, description="Decode actors, each its own pipeline."
     )
     cpus_per_data_actor: float = Field(0.5, gt=0)
+    colour_on: Literal["data", "worker"] = Field(
+        "data", description="Where colour and blur run: data actors, or the worker's device."
+    )
     data_resource: str = Field(
         "", description="Custom Ray resource that marks nodes for data actors."
     )

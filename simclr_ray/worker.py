@@ -21,6 +21,8 @@ from ray.util.queue import Queue
 from simclr_ray import checkpoint, dist, loop
 from simclr_ray import config as cfg
 from simclr_ray.allocator import keep_freed_memory
+from simclr_ray.augment.views import TwoViews, ViewPair
+from simclr_ray.data.maker import two_views
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import SimclrRayError
@@ -88,7 +90,7 @@ class Rank:
                 global_batch_size=experiment.batch_size,
             ),
             self.optimizer,
-            self._named(batches),
+            self._coloured(self._named(batches)),
             self._timetable(),
             loop.Hooks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
@@ -152,6 +154,17 @@ class Rank:
                     self.inbox.put({"step": batch.step, "id": row_id, "reason": reason})
             yield batch
 
+    def _coloured(self, batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
+        """Colour and blur the crops on this worker's device, if that is where it is to be done."""
+        if self.experiment.scaling.colour_on == "data":
+            return batches
+        per_epoch = self.experiment.steps_per_epoch(self.source.num_rows)
+        views = two_views(self.experiment.augment, self.experiment.seed)
+        return (
+            batch._replace(**colour(views, batch, batch.step // per_epoch, self.device)._asdict())
+            for batch in batches
+        )
+
     def _tell(self, step: int, epoch: float, values: dict[str, float]) -> None:
         if self.rank == 0:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
@@ -167,6 +180,13 @@ class Rank:
             log_every=experiment.tracking.log_every_steps,
             checkpoint_every=experiment.checkpoint.every_steps,
         )
+
+
+def colour(views: TwoViews, batch: loop.Batch, epoch: int, device: torch.device) -> ViewPair:
+    """Return the views whose crops are in `batch`: uint8 [n, 3, S, S] each, on `device`."""
+    crops = torch.cat([batch.a, batch.b]).to(device)
+    draws = views.both(batch.ids.numpy(), epoch)
+    return ViewPair(*views.resized(crops.shape[-1]).distort(crops, draws).chunk(2))
 
 
 def our_error(error: BaseException) -> SimclrRayError | None:

@@ -6,6 +6,7 @@ What a view shows is a pure function of (seed, epoch, id, view).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
@@ -100,6 +101,12 @@ class TwoViews:
     def simclr(cls, size: int, strength: float = 1.0, blur: float = 0.5, seed: int = 0) -> TwoViews:
         """Return the paper's ImageNet pipeline; for CIFAR pass strength=0.5, blur=0 (B.9)."""
         return cls(size, strength=strength, blur=blur, seed=seed)
+
+    def resized(self, size: int) -> TwoViews:
+        """Return the same pipeline for views of another side."""
+        other = copy.copy(self)
+        other.size = size
+        return other
 
     def __call__(self, images: Pictures, ids: NDArray[np.int64], epoch: int) -> ViewPair:
         """Return both views of each picture.

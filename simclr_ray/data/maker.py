@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from simclr_ray.augment.views import TwoViews
+from simclr_ray.augment.views import Pixels, TwoViews, ViewPair
 from simclr_ray.data.decode import ImageError, decode_image
 from simclr_ray.data.pictures import Picture, PictureCache
 from simclr_ray.data.plan import BatchPlan, replacement
@@ -24,6 +25,7 @@ from simclr_ray.experiment import Data, Experiment, SimCLRViews
 from simclr_ray.loop import Batch
 
 Take = Callable[[int], Encoded | None]
+MakeViews = Callable[[list[Pixels], NDArray[np.int64], int], ViewPair]
 GIB = 2**30
 MAX_ATTEMPTS = 64  # then any row that is left
 
@@ -98,7 +100,7 @@ class PartMaker:
     Args:
         source: The dataset.
         plan: Over its row groups.
-        views: The pipeline.
+        views: Makes both views of pictures with these ids in this epoch; see `view_maker`.
         data: Limits and cache.
         places: [first, last) of the global batch's list.
         stop: The step before which the run ends.
@@ -108,7 +110,7 @@ class PartMaker:
         self,
         source: Source,
         plan: BatchPlan,
-        views: TwoViews,
+        views: MakeViews,
         data: Data,
         places: tuple[int, int],
         *,
@@ -216,6 +218,20 @@ def two_views(views: SimCLRViews, seed: int) -> TwoViews:
     )
 
 
+def view_maker(experiment: Experiment) -> MakeViews:
+    """Return what a run makes of pictures: views of the epoch's size, or crops for the worker."""
+    config = experiment.augment
+    views = two_views(config, experiment.seed)
+
+    def make(pictures: list[Pixels], ids: NDArray[np.int64], epoch: int) -> ViewPair:
+        sized = views.resized(config.size_at(epoch, experiment.epochs))
+        if experiment.scaling.colour_on == "worker":
+            return sized.crops(pictures, ids, epoch)
+        return sized(pictures, ids, epoch)
+
+    return make
+
+
 def plan_of(experiment: Experiment, source: Source) -> BatchPlan:
     """Return the experiment's plan over `source`. Raises `DataError` if it fills no batch."""
     sizes = tuple(g.num_rows for g in source.row_groups)
@@ -228,8 +244,7 @@ def local_batches(
     """Yield this rank's batches of `steps`, made in this process: for tests and lone machines."""
     n = experiment.batch_size
     places = (rank * n // num_ranks, (rank + 1) * n // num_ranks)
-    views = two_views(experiment.augment, experiment.seed)
-    plan = plan_of(experiment, source)
+    plan, views = plan_of(experiment, source), view_maker(experiment)
     maker = PartMaker(source, plan, views, experiment.data, places, stop=steps.stop)
     for step in steps:
         yield maker.make(step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_ray.allocator import keep_freed_memory
-from simclr_ray.data.maker import PartMaker, join, plan_of, two_views
+from simclr_ray.data.maker import PartMaker, join, plan_of, view_maker
 from simclr_ray.data.source import Source
 from simclr_ray.dist import share
 from simclr_ray.errors import DataError, TooManyBadImages
@@ -45,21 +46,25 @@ class _Actor:
     ) -> None:
         torch.set_num_threads(1)
         keep_freed_memory()
-        views = two_views(experiment.augment, experiment.seed)
-        plan = plan_of(experiment, source)
+        plan, views = plan_of(experiment, source), view_maker(experiment)
         self.maker = PartMaker(source, plan, views, experiment.data, places, stop=stop)
 
-    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             batches = [self.maker.make(int(step)) for step in rows["step"]]
         except DataError as error:
-            return self._failed(error, len(rows["step"]))
+            yield self._failed(error, len(rows["step"]))
+            return
+        for _, alike in groupby(batches, lambda batch: batch.a.shape):  # views may grow in between
+            yield self._packed(list(alike))
+
+    def _packed(self, batches: list[Batch]) -> dict[str, Any]:
         n = len(batches[0].ids)
         bad = np.full((len(batches), n), NO_ID, np.int64)  # a column needs one width
         for row, batch in zip(bad, batches, strict=True):
             row[: len(batch.bad)] = batch.bad.numpy()
         return {
-            "step": rows["step"],
+            "step": np.array([b.step for b in batches]),
             "a": np.stack([b.a.numpy() for b in batches]),
             "b": np.stack([b.b.numpy() for b in batches]),
             "ids": np.stack([b.ids.numpy() for b in batches]),
@@ -70,8 +75,7 @@ class _Actor:
     def _failed(self, error: DataError, count: int) -> dict[str, Any]:
         """Return an error as data: one that is raised here loses its type on the way."""
         first, last = self.maker.places
-        size = self.maker.views.size
-        nothing = np.zeros((count, last - first, 3, size, size), np.uint8)
+        nothing = np.zeros((count, last - first, 3, 1, 1), np.uint8)
         ids = np.full((count, last - first), NO_ID, np.int64)
         text = _as_bytes((type(error).__name__, " ".join(str(error).split())))
         return {

@@ -11,6 +11,7 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.errors import ConfigError
 from simclr_ray.experiment import Experiment
+from simclr_ray.sections import SimCLRViews
 
 IMAGENET_ROWS, CIFAR_ROWS = 1_281_167, 50_000
 PLACED = ("scaling", "tracking", "checkpoint", "evaluation", "register_as")
@@ -27,6 +28,8 @@ OTHER: dict[str, Any] = {
     "optimizer.momentum_form": "outside",
     "batch_norm.images": 128,
     "evaluation.size": 40,
+    "augment.first_size": 16,
+    "scaling.colour_on": "worker",
 }
 VARIANTS = [
     {},
@@ -98,6 +101,19 @@ def test_the_digest_changes_with_every_leaf_that_changes_the_result_and_with_no_
         else:
             assert other.digest() not in seen, path
             seen.add(other.digest())
+
+
+def test_views_grow_in_steps_from_the_first_size_to_the_full_one() -> None:
+    views = experiment(augment={"size": 224, "first_size": 160}).augment
+    assert [views.size_at(epoch, 100) for epoch in (0, 37, 38, 74, 75, 99)] == [
+        160, 160, 192, 192, 224, 224,
+    ]  # fmt: skip
+    small = experiment(augment={"size": 32, "first_size": 20, "full_size_at": 1.0}).augment
+    assert [small.size_at(epoch, 6) for epoch in range(6)] == [20, 20, 24, 24, 28, 28]
+    assert [SimCLRViews(size=32).size_at(epoch, 2) for epoch in (0, 1)] == [32, 32]
+    for wrong in (4, 33):
+        with pytest.raises(ConfigError, match="first_size"):
+            experiment(augment={"size": 32, "first_size": wrong})
 
 
 def test_naming_what_has_no_variants_keeps_what_stands_beside_the_name() -> None:
