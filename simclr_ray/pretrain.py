@@ -87,6 +87,8 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     with _tracked(experiment, source, folder) as tracked:
         scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
         newest = folder.newest(scratch)
+        if newest is not None:
+            log.info("continuing after step %d of %d", checkpoint.step_of(newest.name), total)
         if newest is None or checkpoint.step_of(newest.name) < total:
             for name in folder.repair_snapshot():
                 log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
