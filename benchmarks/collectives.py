@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as td
 
-from benchmarks.common import store
+from benchmarks.record import store
 from simclr_ray import dist
 
 CALLS, BLOCKS = 60, 5

@@ -16,15 +16,15 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import median, store
+from benchmarks.loss import lean_dense
+from benchmarks.record import median, store
 from simclr_ray import loop
 from simclr_ray.augment import TwoViews
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
@@ -42,18 +42,19 @@ class Case(NamedTuple):
 
     name: str
     depth: int
-    stem: Any
+    stem: Literal["imagenet", "cifar", "strided"]
     size: int
     batch: int
     strength: float
     blur: float
+    layers: int  # of the head
 
 
 CASES = (
-    Case("ResNet-18, 32 px", 18, "cifar", 32, 512, 0.5, 0.0),
-    Case("ResNet-50, 224 px", 50, "imagenet", 224, 256, 1.0, 0.5),
+    Case("ResNet-18, 32 px", 18, "cifar", 32, 512, 0.5, 0.0, 3),
+    Case("ResNet-50, 224 px", 50, "imagenet", 224, 256, 1.0, 0.5, 2),
 )
-QUICK = (Case("ResNet-10, 32 px", 10, "strided", 32, 16, 0.5, 0.5),)
+QUICK = (Case("ResNet-10, 32 px", 10, "strided", 32, 16, 0.5, 0.5, 2),)
 
 
 class Model(nn.Module):
@@ -63,7 +64,7 @@ class Model(nn.Module):
         super().__init__()
         self.encoder: nn.Module = ResNet(case.depth, 1.0, case.stem)
         width = 512 if case.depth < 50 else 2048
-        self.head = mlp_head(width, DIM, 2, 0, GlobalBatchNorm)
+        self.head = mlp_head(width, DIM, case.layers)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return h and z."""
@@ -84,9 +85,9 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "parity": partial(parity, device),
         "loss": lambda: [loss(device, n) for n in ((256,) if quick else (4096, 16384, 65536))],
-        "views": lambda: [views(device, case, quick) for case in (QUICK if quick else CASES)],
+        "views": lambda: [views(device, case, quick=quick) for case in (QUICK if quick else CASES)],
         "step": lambda: [
-            step(device, case, quick, compiled=compiled)
+            step(device, case, quick=quick, compiled=compiled)
             for case in (QUICK if quick else CASES)
             for compiled in (False, True)
         ],
@@ -129,20 +130,11 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def dense(z1: Tensor, z2: Tensor) -> Tensor:
-    """The matrix once, its diagonal written in place, and a log-sum-exp."""
-    z = F.normalize(torch.cat([z1, z2]), dim=1)
-    s = (z / TEMPERATURE) @ z.T
-    s.fill_diagonal_(float("-inf"))
-    a, b = z.chunk(2)
-    return torch.logsumexp(s, 1).mean() - (a * b).sum(1).mean() / TEMPERATURE
-
-
 def loss(device: torch.device, n: int) -> dict[str, Any]:
     """Return seconds and MiB of forward and backward over N images, of each form that fits."""
     forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "simclr_ray": NTXentLoss(TEMPERATURE, global_batch_size=n),
-        "dense": dense,
+        "dense": lean_dense,
     }
     found: dict[str, Any] = {"n": n}
     for name, form in forms.items():
@@ -162,7 +154,7 @@ def loss(device: torch.device, n: int) -> dict[str, Any]:
     return found
 
 
-def views(device: torch.device, case: Case, quick: bool) -> dict[str, Any]:  # noqa: FBT001
+def views(device: torch.device, case: Case, *, quick: bool) -> dict[str, Any]:
     """Return images a second, both views, from pictures that lie on the device."""
     side = case.size if case.size <= 64 else 256
     shape = (case.batch, 3, side, side)
@@ -173,13 +165,7 @@ def views(device: torch.device, case: Case, quick: bool) -> dict[str, Any]:  # n
     return {"case": case.name, "images_per_s": round(case.batch / seconds, 1), "peak_mib": mib}
 
 
-def step(
-    device: torch.device,
-    case: Case,
-    quick: bool,  # noqa: FBT001
-    *,
-    compiled: bool,
-) -> dict[str, Any]:
+def step(device: torch.device, case: Case, *, quick: bool, compiled: bool) -> dict[str, Any]:
     """Return images a second of the loop, views made on the device at each step."""
     torch.manual_seed(0)
     model = Model(case)

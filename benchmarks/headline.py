@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import store
 from benchmarks.gpu import Case, Model
+from benchmarks.record import store
 from simclr_ray import loop
 from simclr_ray.augment import TwoViews
 from simclr_ray.data.decode import decode_image
@@ -37,7 +37,7 @@ from simclr_ray.optim import LARS
 from simclr_ray.sections import Linear
 
 BATCH, TEMPERATURE, RATE, DECAY, WARMUP_EPOCHS = 512, 0.5, 1.0, 1e-4, 10
-CASE = Case("ResNet-18, 32 px", 18, "cifar", 32, BATCH, 0.5, 0.0)
+CASE = Case("ResNet-18, 32 px", 18, "cifar", 32, BATCH, 0.5, 0.0, 3)
 CLASSES, PACKED = 10, 20_000
 
 

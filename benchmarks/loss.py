@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import store
+from benchmarks.record import store
 from simclr_ray.nn.losses import NTXentLoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]

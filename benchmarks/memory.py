@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import store
 from benchmarks.loss import RETURN_MEMORY
+from benchmarks.record import store
 from simclr_ray import loop
 from simclr_ray.allocator import keep_freed_memory
 from simclr_ray.experiment import Experiment

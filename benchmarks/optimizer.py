@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import store
+from benchmarks.record import store
 from simclr_ray.experiment import ResNetEncoder
 from simclr_ray.model import build_encoder
 from simclr_ray.optim import LARS

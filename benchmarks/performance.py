@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.record import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 Result = dict[str, Any]
@@ -59,7 +59,7 @@ def _made(result: Result) -> str:
     hardware = result["hardware"]
     where = hardware["gpu"] if hardware["gpu"] != "none" else hardware["cpu"]
     command = result["command"].strip()
-    return f"`{command}`, commit {result['commit'][:10]}, {where}, {hardware['cores']} cores."
+    return f"`{command}`, commit {result['commit']}, {where}, {hardware['cores']} cores."
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import median, portable, store
+from benchmarks.record import median, portable, store
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, machine
 from benchmarks.loss import DIM, RETURN_MEMORY, TEMPERATURE
+from benchmarks.record import RESULTS, machine
 from simclr_ray import dist, loop
 from simclr_ray.allocator import keep_freed_memory
 from simclr_ray.experiment import Experiment

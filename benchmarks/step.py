@@ -8,8 +8,8 @@ and the stream cost is the difference. `lightly` is a plain script as its docume
 a DataLoader of two workers on the same parquet, the same encoder, head, batch and precision, in
 one process with two threads; `lightly_ddp` the same in two processes with one loader worker each,
 with gathered negatives. Every form uses two cores and is a process of its own; rounds take turns.
-Counted are source images a second, the median over the reports of a run without the first, then
-over rounds. Writes `benchmarks/results/step_WIDTH_PRECISION.json`.
+Counted are source images a second over the same first steps, the median over the reports of a run
+without the first, then over rounds. Writes `benchmarks/results/step_WIDTH_PRECISION.json`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from benchmarks.common import portable, store
+from benchmarks.record import portable, store
 from simclr_ray import config as cfg
 from simclr_ray import dist, loop
 from simclr_ray.allocator import keep_freed_memory
@@ -168,7 +168,8 @@ def ray(settings: Settings) -> None:
         run = pretrain(experiment(settings, storage))
         lines = (Path(run.folder) / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    say([r["train/images_per_s"] for r in records if "train/images_per_s" in r])
+    reports = [r for r in records if "train/images_per_s" in r and r["step"] <= settings.steps]
+    say([r["train/images_per_s"] for r in reports])
 
 
 def torchrun(settings: Settings) -> None:
@@ -230,6 +231,7 @@ def lightly(settings: Settings) -> None:
     if ranks > 1:
         td.init_process_group("gloo")
     torch.set_num_threads(WORKERS // ranks)
+    keep_freed_memory()  # as ours do
     pictures = Pictures(settings)
     loader = DataLoader(
         pictures,

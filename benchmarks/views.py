@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.common import portable, store
+from benchmarks.record import portable, store
 from simclr_ray.allocator import keep_freed_memory
 from simclr_ray.augment.views import TwoViews
 from simclr_ray.data.decode import decode_image

@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.common import store
 from benchmarks.loss import DIM, TEMPERATURE, Loss, lean_dense
+from benchmarks.record import store
 from simclr_ray import dist, sharedmem
 from simclr_ray.nn.losses import NTXentLoss
 

@@ -95,7 +95,9 @@ class Experiment(Config):
     epochs: int = Field(100, ge=1)
     precision: Literal["float64", "float32", "bf16"] = "float32"
     compress_gradients: bool = Field(
-        default=False, description="Send gradients between workers as bf16: half the traffic."
+        default=False,
+        description="Send gradients between workers as bf16: half the traffic, rounded; "
+        "the one option whose result depends on the number of workers.",
     )
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()
@@ -114,11 +116,17 @@ class Experiment(Config):
         fixed = isinstance(self.encoder, TorchvisionEncoder) and self.encoder.model.startswith(
             "vit"
         )
-        if 0 < self.evaluation.size < 8 or (fixed and self.evaluation_size != self.augment.size):
+        if 0 < self.evaluation.size < 8 or (
+            fixed
+            and {self.evaluation_size, self.augment.first_size or self.augment.size}
+            != {self.augment.size}
+        ):
             raise ValueError(
-                f"evaluation.size={self.evaluation.size} must be 0 or at least 8, and for vit "
-                f"augment.size={self.augment.size}, the only one that it takes"
+                f"evaluation.size={self.evaluation.size} must be 0 or at least 8, and for vit it "
+                f"and augment.first_size augment.size={self.augment.size}, the only one it takes"
             )
+        if self.compress_gradients and self.precision == "float64":
+            raise ValueError("compress_gradients rounds to 8 bits; precision=float64 is for exact")
         if self.scaling.recompute_activations and not isinstance(self.encoder, ResNetEncoder):
             raise ValueError("scaling.recompute_activations is for encoder.name=resnet")
         images = self.batch_norm.images
@@ -142,6 +150,8 @@ class Experiment(Config):
         """Return 16 hex digits over everything that changes the trained weights, and only that."""
         tree = {k: v for k, v in cfg.to_tree(self).items() if k not in PLACEMENT}
         tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
+        if not self.augment.first_size:
+            tree["augment"] = {**tree["augment"], "full_size_at": 0.75}  # nothing grows
         if self.num_groups == 1:
             tree["batch_norm"] = {**tree["batch_norm"], "images": 0}  # the same by another name
         return cfg.digest_of(tree)

@@ -227,8 +227,9 @@ class _Meter:
     def read(self, done: int, z1: Tensor, z2: Tensor, loss: NTXentLoss) -> Metrics:
         """Return the interval's metrics and start the next. Collective."""
         accuracy, entropy = contrastive_metrics(z1, z2, loss.temperature, normalize=loss.normalize)
-        elapsed = time.perf_counter() - self.began
+        # reading the loss waits for the device: only then is the interval's work done
         mine = [float(done), float(self.last_loss), float(self.loss_sum) / self.steps]
+        elapsed = time.perf_counter() - self.began
         mine += [self.waited / elapsed, float(self.bad_rows)]
         everyone = dist.all_gather_vector(
             torch.tensor(mine, dtype=torch.float64, device=self.device)

@@ -163,7 +163,9 @@ def _local_rate(w: Tensor, g: Tensor, group: dict[str, Any]) -> float:
     if weight <= 0 or squared <= 0:
         return 1.0
     rate: float = group["trust_coefficient"] * math.sqrt(weight / squared)
-    return min(rate / group["lr"], 1.0) if group["clip_lr"] else rate
+    if not group["clip_lr"]:
+        return rate
+    return min(rate / group["lr"], 1.0) if group["lr"] > 0 else 1.0  # warm-up starts at rate 0
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class JitterDraws(NamedTuple):
 def jitter(images: Tensor, draws: JitterDraws) -> Tensor:
     """Return images after colour jitter where `draws.apply`; float32 [n, 3, S, S] in [0, 1].
 
-    The draws are on CPU, so that a device is never waited for.
+    The draws are on CPU: which images an operation is for is known without asking the device.
     """
     out = images.clone()
     for slot in range(4):

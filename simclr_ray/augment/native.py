@@ -13,10 +13,12 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,15 @@ def crop_views(
             picture i mod n.
         flip: [k].
         size: Side of a crop.
+
+    Raises:
+        ValueError: A picture is not uint8 [H, W, 3], or a crop lies outside of it.
     """
-    whole = [np.ascontiguousarray(p, dtype=np.uint8) for p in pictures]
+    _check_pictures(pictures)
+    whole = [np.ascontiguousarray(p) for p in pictures]
     times = len(boxes) // max(1, len(whole))
+    if not len(flip) == len(boxes) == times * len(whole):
+        raise ValueError(f"{len(boxes)} boxes and {len(flip)} flips for {len(whole)} pictures")
     pointers = np.array([p.__array_interface__["data"][0] for p in whole] * times, np.uintp)
     widths = np.array([p.shape[1] for p in whole] * times, np.int64)
     heights = np.array([p.shape[0] for p in whole] * times, np.int64)
@@ -111,6 +119,13 @@ def distort_colour(
         ctypes.c_void_p(out.data_ptr()),
     )
     return out
+
+
+def _check_pictures(pictures: Sequence[Pixels]) -> None:
+    """Raise `ValueError` for what is no picture: C would read past its end."""
+    for p in pictures:
+        if p.dtype != np.uint8 or p.ndim != 3 or p.shape[2] != 3:
+            raise ValueError(f"a picture is uint8 [H, W, 3], not {p.dtype} {[*p.shape]}")
 
 
 def _check_boxes(
@@ -179,14 +194,19 @@ def _compile(compiler: str, tuning: str, made: Path) -> None:
 
 def _cache() -> Path:
     """Return a folder that only this user can write: what lies there is loaded as code."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for folder in (base / "simclr-ray", Path(tempfile.gettempdir()) / f"simclr-ray-{os.getuid()}"):
+    places: list[Path] = []
+    with suppress(RuntimeError):  # a user may have no home
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        places.append(base / "simclr-ray")
+    places.append(Path(tempfile.gettempdir()) / f"simclr-ray-{os.getuid()}")
+    for folder in places:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            about = folder.stat()
+            about = folder.lstat()  # a link could be pointed elsewhere after this look
         except OSError:
             continue
-        if about.st_uid == os.getuid() and not about.st_mode & 0o022 and os.access(folder, os.W_OK):
+        mine = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
+        if mine and not about.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
     raise OSError("no folder of this user's to keep the compiled library in")
 

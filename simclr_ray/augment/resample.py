@@ -3,8 +3,8 @@
 A floating-point product may round differently in another batch, on another kernel or device, and
 then a view would depend on where it was made. Here weights are multiples of 1/2048 and pixels,
 between passes, of 1/8 gray level, so every partial sum is an integer below 2²⁴, which float32
-holds exactly: the result is the same in any order of summation. (TF32 and bf16 products must stay
-off.)
+holds exactly: the result is the same in any order of summation. (TF32, which a process may have
+switched on, is off meanwhile.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 UNIT = 2048  # weights are integers over this
 FINE = 8  # steps of a gray level kept between passes
 FULL = 255 * FINE  # 1.0 in those steps
-TABLE_SIDE = 64  # up to here the weights of every crop fit a table: 34 MiB at 64 px
+TABLE_SIDE = 64  # up to here the weights of every crop fit a table: 33 MiB at 64 px
 
 
 def bicubic_weights(
@@ -98,7 +98,7 @@ def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     n, channels, height, width = images.shape
     flat = images.to(columns.dtype).reshape(n, channels * height, width)
-    across = torch.bmm(flat, columns.transpose(1, 2))  # [n, 3H, S], below 2²⁰
+    across = _product(flat, columns.transpose(1, 2))  # [n, 3H, S], below 2²⁰
     across = across.mul_(FINE / UNIT).round_()
     whole = _down(across.view(n, channels, height, -1), rows, UNIT * FINE)
     return whole.clamp_(0, 255).to(torch.uint8)
@@ -111,7 +111,7 @@ def blur(images: Tensor, band: Tensor) -> Tensor:
     """
     n, channels, height, width = images.shape
     flat = images.reshape(n, channels * height, width)
-    across = torch.bmm(flat, band.transpose(1, 2)).mul_(1 / UNIT).round_()
+    across = _product(flat, band.transpose(1, 2)).mul_(1 / UNIT).round_()
     return _down(across.view(n, channels, height, width), band, UNIT)
 
 
@@ -119,8 +119,20 @@ def _down(images: Tensor, rows: Tensor, unit: int) -> Tensor:
     """Return the product along the vertical axis, divided by `unit` and rounded."""
     n, channels, height, width = images.shape
     flat = images.transpose(1, 2).reshape(n, height, channels * width)
-    down = torch.bmm(rows, flat).mul_(1 / unit).round_()
+    down = _product(rows, flat).mul_(1 / unit).round_()
     return down.view(n, -1, channels, width).transpose(1, 2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the batched product in whole float32: TF32 would round what has 11 bits and more."""
+    if not a.is_cuda:
+        return torch.bmm(a, b)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return torch.bmm(a, b)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from simclr_ray.augment import colour, native
 from simclr_ray.augment.keyed import uniforms
 from simclr_ray.augment.resample import (
     FULL,
+    bicubic_weights,
     blur,
     blur_kernels,
     blur_weights,
@@ -120,23 +121,23 @@ class TwoViews:
         Raises:
             ImageError: A picture cannot be decoded.
         """
-        crops = self.crops(images, ids, epoch)
         draws = self.both(ids, epoch)
-        return ViewPair(*self.distort(torch.cat(crops), draws).chunk(2))
+        return ViewPair(*self.distort(self._crops(images, draws), draws).chunk(2))
 
     def crops(self, images: Pictures, ids: NDArray[np.int64], epoch: int) -> ViewPair:
         """Return the first stage alone, crop, resize and flip; arguments as of a call."""
-        draws = self.both(ids, epoch)
+        return ViewPair(*self._crops(images, self.both(ids, epoch)).chunk(2))
+
+    def _crops(self, images: Pictures, draws: Draws) -> Tensor:
+        """Return the crops of n pictures by 2n draws: uint8 [2n, 3, S, S]."""
         if isinstance(images, Tensor) and images.device.type != "cpu":
-            return ViewPair(*self._crop_stack(torch.cat([images, images]), draws).chunk(2))
+            return self._crop_stack(torch.cat([images, images]), draws)
         pictures = _decoded(images)
         if self.compiled and native.available():
             heights, widths = (np.array([p.shape[d] for p in pictures] * 2) for d in (0, 1))
             boxes = np.stack(self.boxes(draws, heights, widths), axis=1)
-            crops = native.crop_views(pictures, boxes, draws.flip, self.size)
-        else:
-            crops = self._crop_by_shape(pictures, draws)
-        return ViewPair(*crops.chunk(2))
+            return native.crop_views(pictures, boxes, draws.flip, self.size)
+        return self._crop_by_shape(pictures, draws)
 
     def distort(self, crops: Tensor, draws: Draws) -> Tensor:
         """Return the second stage: jitter, grayscale and blur of uint8 [n, 3, S, S], on its device.
@@ -220,10 +221,12 @@ class TwoViews:
         if len(pixels) == 1:  # a large photograph: touch only what the crop shows
             t, e, h, w = (int(side[0]) for side in box)
             pixels = pixels[:, :, t : t + h, e : e + w]
-            box = box._replace(top=box.top * 0, left=box.left * 0)
-            height, width = h, w
-        rows = crop_weights(box.top, box.height, height, self.size, pixels.device)
-        columns = crop_weights(box.left, box.width, width, self.size, pixels.device)
+            zero = np.zeros(1, np.int64)
+            rows = bicubic_weights(zero, box.height, h, self.size).to(pixels.device)
+            columns = bicubic_weights(zero, box.width, w, self.size).to(pixels.device)
+        else:
+            rows = crop_weights(box.top, box.height, height, self.size, pixels.device)
+            columns = crop_weights(box.left, box.width, width, self.size, pixels.device)
         mirrored = torch.from_numpy(draws.flip).to(pixels.device)[:, None, None]
         return resize(pixels, rows, torch.where(mirrored, columns.flip(1), columns))
 

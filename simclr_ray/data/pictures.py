@@ -15,6 +15,7 @@ import mmap
 import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_ray.logs import get_logger
+
 Pixels = NDArray[np.uint8]
+log = get_logger(__name__)
 LAYOUT: Final = 1  # of the file; processes of different layouts share none
 HEAD_BYTES: Final = 64  # of the file: one int64, the bytes in use
 ENTRY: Final = struct.Struct("=qii")  # id, height, width; the pixels follow
@@ -57,6 +61,8 @@ class PictureCache:
         index_bytes = -(-8 * num_rows // ALIGNMENT) * ALIGNMENT
         size = HEAD_BYTES + index_bytes + max(budget, 0)
         self._file = _shared_file(name, num_rows, size) if name and not self.full else -1
+        if self._file >= 0:
+            weakref.finalize(self, os.close, self._file)
         # pages take memory when they are written to, not before
         self._memory = mmap.mmap(self._file, size)
         head = np.frombuffer(self._memory, np.int64, (HEAD_BYTES + index_bytes) // 8)
@@ -140,14 +146,23 @@ def _shared_file(name: str, num_rows: int, size: int) -> int:
             register.seek(0)
             entries = [line.strip() for line in register]
             alive = [entry for entry in entries if _leads_to(entry, key)]
-            file = (
-                os.open(f"/proc/{alive[0]}", os.O_RDWR | os.O_CLOEXEC) if alive else _new(key, size)
-            )
+            opened = (_opened(entry) for entry in alive)
+            file = next((file for file in opened if file >= 0), -1)
+            file = file if file >= 0 else _new(key, size)
             register.truncate(0)
             register.write("\n".join([*alive, f"{os.getpid()}/fd/{file}"]) + "\n")
-    except OSError:
+    except OSError as error:
+        log.warning("decoded pictures are kept by each process for itself: %s", error)
         return -1
     return file
+
+
+def _opened(entry: str) -> int:
+    """Return a descriptor of the file at `PID/fd/N`, -1 where its process has just ended."""
+    try:
+        return os.open(f"/proc/{entry}", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
 
 
 def _new(key: str, size: int) -> int:

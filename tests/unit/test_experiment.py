@@ -92,6 +92,9 @@ def test_the_digest_changes_with_every_leaf_that_changes_the_result_and_with_no_
     for path in leaf_paths(tree):
         if path[-1] == "name" and len(path) > 1 and path[0] != "register_as":
             continue  # variants have a test of their own
+        if path[-1] == "full_size_at":
+            assert changed(tree, path).digest() == base.digest()  # nothing grows
+            continue
         if path[-1] == "recompute_activations" and base.encoder.name != "resnet":
             continue  # refused there
         other = changed(tree, path)
@@ -228,7 +231,11 @@ def test_groups_follow_from_the_images_with_joint_statistics() -> None:
 def test_a_size_of_evaluation_that_the_encoder_cannot_take_is_refused() -> None:
     assert experiment(evaluation={"size": 40}).evaluation_size == 40
     vit = {"name": "torchvision", "model": "vit_b_16"}
-    for changes in ({"evaluation": {"size": 7}}, {"evaluation": {"size": 40}, "encoder": vit}):
+    for changes in (
+        {"evaluation": {"size": 7}},
+        {"evaluation": {"size": 40}, "encoder": vit},
+        {"augment": {"first_size": 16}, "encoder": vit},
+    ):
         with pytest.raises(ConfigError, match=r"evaluation\.size"):
             experiment(**changes)
 

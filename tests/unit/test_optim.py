@@ -67,7 +67,9 @@ def test_fused_or_not_a_weight_of_zero_norm_steps_by_the_rate_when_clipped() -> 
         assert w.tolist() == [-4.0] * 3
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"clip_lr": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.0}, {"clip_lr": True}, {"clip_lr": True, "lr": 0.0}]
+)
 def test_the_fused_kernel_takes_tensors_of_any_layout_to_the_same_weights(
     options: dict[str, Any],
 ) -> None:
@@ -77,7 +79,7 @@ def test_the_fused_kernel_takes_tensors_of_any_layout_to_the_same_weights(
         w.grad = torch.randn(w.shape, generator=generator, dtype=torch.float64)
         w.data = w.data.to(memory_format=torch.channels_last)
         w.grad = w.grad.to(memory_format=layout)
-        LARS([w], lr=0.7, weight_decay=0.1, fused=fused, **options).step()
+        LARS([w], **({"lr": 0.7} | options), weight_decay=0.1, fused=fused).step()
         return w.detach()
 
     for layout in (torch.channels_last, torch.contiguous_format):

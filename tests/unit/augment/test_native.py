@@ -104,6 +104,21 @@ def test_a_crop_outside_its_picture_is_refused(box: tuple[int, ...]) -> None:
         native.crop_views([picture], np.array([box]), np.zeros(1, bool), 8)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((10, 10), np.uint8),
+        np.zeros((10, 10, 1), np.uint8),
+        np.zeros((10, 10, 4), np.uint8),
+        np.zeros((10, 10, 3), np.float32),
+    ],
+)
+def test_what_is_no_picture_is_refused_and_not_read(wrong: NDArray[np.generic]) -> None:
+    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
+        TwoViews.simclr(8)([wrong], np.zeros(1, np.int64), 0)  # type: ignore[arg-type] # wrong
+
+
 def test_no_pictures_give_no_views() -> None:
     pair = TwoViews.simclr(24)([], np.zeros(0, np.int64), 0)
     assert pair.a.shape == (0, 3, 24, 24)

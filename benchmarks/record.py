@@ -73,7 +73,7 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "..", ":!results")
+        changed = git("status", "--porcelain", "..", ":!results", ":!../docs")
         return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
