@@ -30,6 +30,17 @@ GIB = 2**30
 MAX_ATTEMPTS = 64  # then any row that is left
 
 
+class Part(NamedTuple):
+    """A part of a step, in memory that may be another's: as `Batch`, but arrays."""
+
+    step: int
+    a: Pixels  # uint8 [n, 3, S, S]
+    b: Pixels  # uint8 [n, 3, S, S]
+    ids: NDArray[np.int64]  # [n]
+    bad: NDArray[np.int64]  # [m]
+    reasons: tuple[str, ...]
+
+
 class Bad(NamedTuple):
     """A row that cannot be used: its id, and why."""
 
@@ -250,13 +261,12 @@ def local_batches(
         yield maker.make(step)
 
 
-def join(parts: list[Batch]) -> Batch:
-    """Return the parts of one step, in the order of their places, as one batch."""
-    if len(parts) == 1:
-        return parts[0]
+def join(parts: Sequence[Batch] | Sequence[Part]) -> Batch:
+    """Return the parts of one step, in the order of their places, as a batch of its own memory."""
     steps = {part.step for part in parts}
     if len(steps) != 1:
         raise DataError(f"parts of different steps met: {sorted(steps)}")
-    a, b, ids, bad = (torch.cat(c) for c in zip(*(part[1:5] for part in parts), strict=True))
+    columns = zip(*(part[1:5] for part in parts), strict=True)
+    a, b, ids, bad = (torch.from_numpy(np.concatenate(column)) for column in columns)
     reasons = tuple(reason for part in parts for reason in part.reasons)
     return Batch(parts[0].step, a, b, ids, bad, reasons)

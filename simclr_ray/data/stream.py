@@ -8,9 +8,9 @@ then both read everything; a rank with several actors opens several pipelines an
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,22 +20,23 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_ray.allocator import keep_freed_memory
-from simclr_ray.data.maker import PartMaker, join, plan_of, view_maker
+from simclr_ray.data.maker import Part, PartMaker, join, plan_of, view_maker
 from simclr_ray.data.source import Source
 from simclr_ray.dist import share
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.experiment import Experiment
 from simclr_ray.loop import Batch
 
-# Measured (Ray 2.60): many more blocks delay the first batch by minutes on long runs.
-MAX_BLOCKS = 64
-BLOCK_BYTES = 4 * 2**20
-MAX_STEPS_PER_CALL = 8
+# Blocks of step numbers, each a task of the actor. Measured (Ray 2.60): many more delay the first
+# batch by minutes on long runs; between two tasks the actor waits some 0.05 s; an actor that is
+# restarted makes the steps of its block again.
+MAX_BLOCKS, STEPS_PER_BLOCK = 64, 1000
+# An actor hands over what it has made when either is reached. Each hand-over costs 5 ms of Python
+# in the training process, and what waits in the actor is not there for the next step.
+HAND_OVER_BYTES, HAND_OVER_S = 4 * 2**20, 0.08
 LOOP_PAUSE_S = (0.005, 0.25)  # least and most
-REASON_BYTES = 2048  # of a part of a step; what is beyond is counted and not named
 T = TypeVar("T")
-NO_ID = np.iinfo(np.int64).min
-FAILED = -1  # in place of a step: the part holds an error
+COLUMNS = ("about", "ids", "pixels")
 
 
 class _Actor:
@@ -49,43 +50,24 @@ class _Actor:
         plan, views = plan_of(experiment, source), view_maker(experiment)
         self.maker = PartMaker(source, plan, views, experiment.data, places, stop=stop)
 
-    def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def __call__(self, rows: dict[str, Any]) -> Iterator[pa.Table]:
+        """Yield the part of each step, some steps at a time."""
+        made: list[Batch] = []
+        num_bytes, began = 0, time.perf_counter()
         try:
-            batches = [self.maker.make(int(step)) for step in rows["step"]]
+            for step in rows["step"].tolist():
+                batch = self.maker.make(step)
+                made.append(batch)
+                num_bytes += 2 * batch.a.nbytes
+                if num_bytes >= HAND_OVER_BYTES or time.perf_counter() - began >= HAND_OVER_S:
+                    yield _packed(made)
+                    made, num_bytes, began = [], 0, time.perf_counter()
+            if made:
+                yield _packed(made)
         except DataError as error:
-            yield self._failed(error, len(rows["step"]))
-            return
-        for _, alike in groupby(batches, lambda batch: batch.a.shape):  # views may grow in between
-            yield self._packed(list(alike))
-
-    def _packed(self, batches: list[Batch]) -> dict[str, Any]:
-        n = len(batches[0].ids)
-        bad = np.full((len(batches), n), NO_ID, np.int64)  # a column needs one width
-        for row, batch in zip(bad, batches, strict=True):
-            row[: len(batch.bad)] = batch.bad.numpy()
-        return {
-            "step": np.array([b.step for b in batches]),
-            "a": np.stack([b.a.numpy() for b in batches]),
-            "b": np.stack([b.b.numpy() for b in batches]),
-            "ids": np.stack([b.ids.numpy() for b in batches]),
-            "bad": bad,
-            "reasons": np.stack([_as_bytes(b.reasons) for b in batches]),
-        }
-
-    def _failed(self, error: DataError, count: int) -> dict[str, Any]:
-        """Return an error as data: one that is raised here loses its type on the way."""
-        first, last = self.maker.places
-        nothing = np.zeros((count, last - first, 3, 1, 1), np.uint8)
-        ids = np.full((count, last - first), NO_ID, np.int64)
-        text = _as_bytes((type(error).__name__, " ".join(str(error).split())))
-        return {
-            "step": np.full(count, FAILED),
-            "a": nothing,
-            "b": nothing,
-            "ids": ids,
-            "bad": ids,
-            "reasons": np.stack([text] * count),
-        }
+            if made:
+                yield _packed(made)
+            yield _failed(error)
 
 
 def stream(
@@ -99,62 +81,108 @@ def stream(
         steps: Global steps, consecutive.
         rank: This worker's rank.
         num_ranks: R.
+
+    Raises:
+        DataError: A file cannot be read, or no row is left to stand in for a bad one.
+        TooManyBadImages: More rows than allowed cannot be used.
     """
     if not steps:
         return
-    _set_context()
     first, last = share(experiment.batch_size, rank, num_ranks)
     actors = min(experiment.scaling.data_actors_per_worker, last - first)
     # shares of the global batch, so that they are cut where lanes are cut
-    parts = [
+    places = [
         share(experiment.batch_size, rank * actors + index, num_ranks * actors)
         for index in range(actors)
     ]
-    pipelines = [_pipeline(experiment, source, steps, places) for places in parts]
-    for made in zip(*pipelines, strict=True):
-        yield join(list(made))
+    pipelines = [_pipeline(experiment, source, steps, part) for part in places]
+    for parts in zip(*pipelines, strict=True):
+        yield join(parts)
 
 
 def _pipeline(
     experiment: Experiment, source: Source, steps: range, places: tuple[int, int]
-) -> Iterator[Batch]:
+) -> Iterator[Part]:
     scaling = experiment.scaling
-    step_bytes = (places[1] - places[0]) * 2 * 3 * experiment.augment.size**2
-    per_call = max(1, min(MAX_STEPS_PER_CALL, BLOCK_BYTES // step_bytes))
     resources = {scaling.data_resource: 0.001} if scaling.data_resource else {}
     # The step numbers themselves, as blocks: `ray.data.range` would make them in tasks that each
     # wait for a whole CPU, which workers and actors may have taken.
-    numbers = np.array_split(np.arange(steps.start, steps.stop), min(MAX_BLOCKS, len(steps)))
-    dataset = ray.data.from_blocks([pa.table({"step": part}) for part in numbers]).map_batches(
+    blocks = min(MAX_BLOCKS, -(-len(steps) // STEPS_PER_BLOCK))
+    numbers = np.array_split(np.arange(steps.start, steps.stop), blocks)
+    planned = ray.data.from_blocks([pa.table({"step": part}) for part in numbers])
+    _configure(planned.context)
+    dataset = planned.map_batches(
         _Actor,
         fn_constructor_args=(experiment, source, places, steps.stop),
-        batch_size=per_call,
-        compute=ray.data.ActorPoolStrategy(size=1),
+        batch_size=None,
+        # With a second task waiting at the actor, Ray Data's loop waits 0.1 s for both in each of
+        # its rounds, and takes two blocks at most: measured, 68 steps a second at any speed.
+        compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),
         num_cpus=scaling.cpus_per_data_actor,
         resources=resources,
     )
-    items = dataset.iter_torch_batches(batch_size=1, prefetch_batches=4, device="cpu")
-    for item in _Pace.observed(iter(items)):
-        step, bad = int(item["step"]), item["bad"][0]
-        if step == FAILED:
-            name, message = _as_reasons(item["reasons"][0].numpy(), 2)
-            raise TooManyBadImages(message) if name == "TooManyBadImages" else DataError(message)
-        bad = bad[bad != NO_ID]
-        reasons = _as_reasons(item["reasons"][0].numpy(), len(bad))
-        a, b, ids = (item[name][0] for name in ("a", "b", "ids"))
-        yield Batch(step, a, b, ids, bad, reasons)
+    tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    for table in _Pace.observed(iter(tables)):
+        yield from _unpacked(table)
 
 
-def _as_bytes(reasons: tuple[str, ...]) -> NDArray[np.uint8]:
-    """Return reasons as one row of bytes: a tensor column has no text, and needs one width."""
-    text = "\n".join(reasons).encode()[:REASON_BYTES]
-    return np.frombuffer(text.ljust(REASON_BYTES, b"\0"), np.uint8)
+def _packed(batches: list[Batch]) -> pa.Table:
+    """Return parts of consecutive steps as a table of one row.
+
+    Bytes in one piece, and one row a hand-over: Ray Data's own columns for tensors cost it ten
+    times the work, and it groups rows by their size, so that some would wait for others.
+    """
+    about = {
+        "steps": [b.step for b in batches],
+        "sizes": [b.a.shape[-1] for b in batches],
+        "bad": [b.bad.tolist() for b in batches],
+        "reasons": [b.reasons for b in batches],
+    }
+    ids = np.concatenate([b.ids.numpy() for b in batches])
+    pixels = np.concatenate([view.numpy().ravel() for b in batches for view in (b.a, b.b)])
+    return _row(about, ids, pixels)
 
 
-def _as_reasons(row: NDArray[np.uint8], count: int) -> tuple[str, ...]:
-    """Return `count` reasons; those that did not fit are empty."""
-    found = row.tobytes().rstrip(b"\0").decode(errors="replace").split("\n")
-    return tuple((found + [""] * count)[:count])
+def _failed(error: DataError) -> pa.Table:
+    """Return an error as data: one that is raised in an actor loses its type on the way."""
+    nothing = np.empty(0, np.uint8)
+    return _row({"error": type(error).__name__, "message": str(error)}, nothing, nothing)
+
+
+def _row(about: dict[str, Any], *columns: NDArray[Any]) -> pa.Table:
+    values = [np.frombuffer(json.dumps(about).encode(), np.uint8), *columns]
+    arrays = [
+        pa.Array.from_buffers(
+            pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, v.nbytes])), pa.py_buffer(v)]
+        )
+        for v in values
+    ]
+    return pa.table(dict(zip(COLUMNS, arrays, strict=True)))
+
+
+def _unpacked(table: pa.Table) -> Iterator[Part]:
+    """Yield the parts in a table; their arrays lie in Ray's memory."""
+    about, ids, pixels = (_value(table[name].chunk(0)) for name in COLUMNS)
+    told = json.loads(about.tobytes())
+    if "error" in told:
+        kind = TooManyBadImages if told["error"] == "TooManyBadImages" else DataError
+        raise kind(told["message"])
+    numbers = ids.view(np.int64).reshape(len(told["steps"]), -1)
+    rest = pixels
+    columns = (told[name] for name in ("steps", "sizes", "bad", "reasons"))
+    for row, step, size, bad, reasons in zip(numbers, *columns, strict=True):
+        shape = (len(row), 3, size, size)
+        num = int(np.prod(shape))
+        a, b, rest = rest[:num], rest[num : 2 * num], rest[2 * num :]
+        unusable = np.array(bad, np.int64)
+        yield Part(step, a.reshape(shape), b.reshape(shape), row, unusable, tuple(reasons))
+
+
+def _value(column: pa.Array) -> NDArray[np.uint8]:
+    """Return the bytes of a column of one row, where they lie: a scalar of it would be a copy."""
+    _, ends, content = column.buffers()
+    begin, end = np.frombuffer(ends, np.int64, 2, 8 * column.offset).tolist()
+    return np.frombuffer(content, np.uint8, end - begin, begin)
 
 
 class _Pace:
@@ -199,12 +227,13 @@ class _Pace:
         """Do nothing."""
 
 
-def _set_context() -> None:
-    context = ray.data.DataContext.get_current()
+def _configure(context: ray.data.DataContext) -> None:
+    """Set how Ray Data runs a pipeline, in that pipeline's own context."""
     callbacks: list[Any] = context.custom_execution_callback_classes
     if _Pace not in callbacks:
         callbacks.append(_Pace)
     context.execution_options.preserve_order = True
-    context.target_max_block_size = BLOCK_BYTES
+    context.target_max_block_size = 1  # a block for each row: nothing waits for more to come
+    context.memory_usage_poll_interval_s = None  # a thread in the actor that nobody asks
     context.enable_progress_bars = False
     context.print_on_execution_start = False
