@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from simclr_ray.data.decode import decode_image
 
 Pixels = NDArray[np.uint8]
 Make = Callable[[Sequence[Any]], object]
+Pair = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 PICTURES, ROUNDS = 512, 5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -99,73 +101,73 @@ def ours(settings: Settings) -> Make:
 def peers(settings: Settings, *, encoded: bool) -> dict[str, Make]:
     """Return the pipelines of other libraries, each picture by itself as they work."""
     found: dict[str, Make] = {}
-    for name, build in (("albumentations", _albumentations), ("torchvision", _torchvision)):
+    for name, build in (("albumentations", albumentations_pair), ("torchvision", torchvision_pair)):
         try:
-            found[name] = build(settings, encoded)
+            pair = build(settings.size, settings.strength, settings.blur, encoded=encoded)
         except ImportError:
             print(f"{name} is not installed: left out", file=sys.stderr)
+        else:
+            found[name] = partial(_stacked, pair)
     return found
 
 
-def _albumentations(settings: Settings, encoded: bool) -> Make:  # noqa: FBT001
+def _stacked(pair: Pair, pictures: Sequence[Any]) -> object:
+    return [torch.stack(v) for v in zip(*map(pair, pictures), strict=True)]
+
+
+def albumentations_pair(size: int, strength: float, blur: float, *, encoded: bool) -> Pair:
+    """Return albumentations' two views of one picture: float32 [3, size, size] each."""
     a: Any = importlib.import_module("albumentations")
     cv2: Any = importlib.import_module("cv2")
     cv2.setNumThreads(0)
-    s, size = 0.8 * settings.strength, settings.size
+    s = 0.8 * strength
     steps = [
         a.RandomResizedCrop(size=(size, size), scale=(0.08, 1.0)),
         a.HorizontalFlip(p=0.5),
         a.ColorJitter((1 - s, 1 + s), (1 - s, 1 + s), (1 - s, 1 + s), (-s / 4, s / 4), p=0.8),
         a.ToGray(p=0.2),
     ]
-    if settings.blur:
+    if blur:
         taps = size // 20 * 2 + 1
-        steps.append(
-            a.GaussianBlur(blur_limit=(taps, taps), sigma_limit=(0.1, 2.0), p=settings.blur)
-        )
+        steps.append(a.GaussianBlur(blur_limit=(taps, taps), sigma_limit=(0.1, 2.0), p=blur))
     transform = a.Compose([*steps, a.Normalize(MEAN, STD)])
 
     def view(pixels: Pixels) -> torch.Tensor:
         out: Pixels = transform(image=pixels)["image"]
         return torch.from_numpy(np.ascontiguousarray(out.transpose(2, 0, 1)))
 
-    def make(pictures: Sequence[Any]) -> object:
-        pairs = []
-        for picture in pictures:
-            pixels = picture
-            if encoded:
-                raw = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
-                pixels = cv2.cvtColor(raw, cv2.COLOR_BGR2RGB)
-            pairs.append((view(pixels), view(pixels)))
-        return [torch.stack(v) for v in zip(*pairs, strict=True)]
+    def pair(picture: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = picture
+        if encoded:
+            raw = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
+            pixels = cv2.cvtColor(raw, cv2.COLOR_BGR2RGB)
+        return view(pixels), view(pixels)
 
-    return make
+    return pair
 
 
-def _torchvision(settings: Settings, encoded: bool) -> Make:  # noqa: FBT001
+def torchvision_pair(size: int, strength: float, blur: float, *, encoded: bool) -> Pair:
+    """Return torchvision's two views of one picture, through Pillow: float32 [3, size, size]."""
     t: Any = importlib.import_module("torchvision.transforms.v2")
-    s, size = 0.8 * settings.strength, settings.size
+    s = 0.8 * strength
     steps = [
         t.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True),
         t.RandomHorizontalFlip(0.5),
         t.RandomApply([t.ColorJitter(s, s, s, s / 4)], 0.8),
         t.RandomGrayscale(0.2),
     ]
-    if settings.blur:
-        steps.append(t.RandomApply([t.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))], settings.blur))
+    if blur:
+        steps.append(t.RandomApply([t.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))], blur))
     transform = t.Compose(
         [*steps, t.PILToTensor(), t.ToDtype(torch.float32, scale=True), t.Normalize(MEAN, STD)]
     )
 
-    def make(pictures: Sequence[Any]) -> object:
-        pairs = []
-        for picture in pictures:
-            opened = Image.open(io.BytesIO(picture)) if encoded else Image.fromarray(picture)
-            image = opened.convert("RGB")
-            pairs.append((transform(image), transform(image)))
-        return [torch.stack(v) for v in zip(*pairs, strict=True)]
+    def pair(picture: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        opened = Image.open(io.BytesIO(picture)) if encoded else Image.fromarray(picture)
+        image = opened.convert("RGB")
+        return transform(image), transform(image)
 
-    return make
+    return pair
 
 
 def _rates(forms: dict[str, Make], pictures: Sequence[Any], settings: Settings) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,22 +66,20 @@ class Rank:
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.total = self.experiment.total_steps(self.source.num_rows)
+        self._per_epoch = self.experiment.steps_per_epoch(self.source.num_rows)
         _set_threads(self.experiment, context.get_local_world_size())
         keep_freed_memory()
-        self.model = build_model(self.experiment)
-        if isinstance(self.model.encoder, ResNet):
-            self.model.encoder.recompute = self.experiment.scaling.recompute_activations
-        loop.place(self.model, self.device, self.experiment.precision)
-        self.optimizer = build_optimizer(self.model, self.experiment.optimizer)
 
     def run(self) -> None:
         """Train from the newest whole checkpoint to the end. A collective."""
-        experiment = self.experiment
-        start = self._restore()
+        experiment, kept = self.experiment, self._newest()
+        start = kept.step if kept else 0
         if start >= self.total:
             return
+        # first of all: its actors take seconds to start, and start behind the rest of this
         steps = range(start, self.total)
         batches = _started(stream(experiment, self.source, steps, self.rank, self.num_ranks))
+        self._build(kept)
         self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
         loop.train(
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
@@ -133,21 +132,34 @@ class Rank:
             delete_local_checkpoint_after_upload=True,
         )
 
-    def _restore(self) -> int:
-        """Load the newest whole checkpoint, the one that rank 0 finds; return the steps done."""
+    def _newest(self) -> checkpoint.Checkpoint | None:
+        """Return the newest whole checkpoint, the one that rank 0 finds. A collective."""
         with tempfile.TemporaryDirectory() as scratch:
             found = self.folder.newest(Path(scratch)) if self.rank == 0 else None
             name = dist.broadcast_text(found.name if found else "")
-            if not name:
-                return 0
-            kept = checkpoint.read(self.folder.fetch(name, Path(scratch)))
+            return checkpoint.read(self.folder.fetch(name, Path(scratch))) if name else None
+
+    def _build(self, kept: checkpoint.Checkpoint | None) -> None:
+        """Make the model and the optimizer, as they were when the checkpoint was written."""
+        self.model = build_model(self.experiment)
+        if isinstance(self.model.encoder, ResNet):
+            self.model.encoder.recompute = self.experiment.scaling.recompute_activations
+        loop.place(self.model, self.device, self.experiment.precision)
+        self.optimizer = build_optimizer(self.model, self.experiment.optimizer)
+        if kept is not None:
             checkpoint.unpack(kept.tensors, self.model, self.optimizer)
-            return kept.step
 
     def _named(self, batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
-        """Pass batches on; tell the driver, once, of each row that had to be replaced."""
+        """Pass batches on; tell the driver, once, of each row that had to be replaced.
+
+        And how long the first one was waited for, all else being ready.
+        """
         told: set[int] = set()
-        for batch in batches:
+        asked = time.perf_counter()
+        for index, batch in enumerate(batches):
+            if index == 0:
+                waited = {"start/first_batch_s": time.perf_counter() - asked}
+                self._tell(batch.step, batch.step / self._per_epoch, waited)
             for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=True):
                 if row_id not in told:
                     told.add(row_id)
@@ -158,10 +170,11 @@ class Rank:
         """Colour and blur the crops on this worker's device, if that is where it is to be done."""
         if self.experiment.scaling.colour_on == "data":
             return batches
-        per_epoch = self.experiment.steps_per_epoch(self.source.num_rows)
         views = two_views(self.experiment.augment, self.experiment.seed)
         return (
-            batch._replace(**colour(views, batch, batch.step // per_epoch, self.device)._asdict())
+            batch._replace(
+                **colour(views, batch, batch.step // self._per_epoch, self.device)._asdict()
+            )
             for batch in batches
         )
 
