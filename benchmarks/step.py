@@ -157,8 +157,9 @@ def experiment(settings: Settings, storage: str) -> Experiment:
         "tracking": {"log_every_steps": settings.log_every},
         "storage": storage,
     }
-    trial = cfg.validate(Experiment, tree)
-    per_epoch = trial.steps_per_epoch(Source.open(settings.parquet).num_rows)
+    rows = min(settings.steps * settings.batch, Source.open(settings.parquet).num_rows)
+    tree["data"]["limit"] = rows
+    per_epoch = cfg.validate(Experiment, tree).steps_per_epoch(rows)
     return cfg.validate(Experiment, tree | {"epochs": -(-settings.steps // per_epoch)})
 
 
@@ -178,7 +179,7 @@ def torchrun(settings: Settings) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     trained = experiment(settings, "unused")
-    source = Source.open(settings.parquet)
+    source = Source.open(settings.parquet, limit=trained.data.limit)
     places = dist.share(trained.batch_size, dist.rank(), WORKERS)
     plan = plan_of(trained, source)
     maker = PartMaker(source, plan, two_views(trained.augment, 0), trained.data, places)
