@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,7 +246,7 @@ def short_run(settings: Settings) -> Row:
     """Train a small network for a few steps; return what starting took."""
     import ray
 
-    from simclr_ray.pretrain import connect, pretrain
+    from simclr_ray.pretrain import pretrain
 
     source = Source.open(settings.parquet)
     with tempfile.TemporaryDirectory() as storage:
@@ -259,14 +260,19 @@ def short_run(settings: Settings) -> Row:
             data={"train": settings.parquet, "limit": min(20 * settings.batch, source.num_rows)},
             scaling={"num_workers": 2, "threads_per_worker": 1},
         )
-        connect(trained)
-        assert ray.is_initialized()
-        up, first = time.perf_counter(), []
+        up: list[float] = []
+        first: list[tuple[float, float]] = []
+
+        def watch() -> None:
+            while not ray.is_initialized():
+                time.sleep(0.01)
+            up.append(time.perf_counter())
 
         def on_progress(record: dict[str, float]) -> None:
             if "start/first_batch_s" in record:
-                first.append((time.perf_counter() - up, record["start/first_batch_s"]))
+                first.append((time.perf_counter() - up[0], record["start/first_batch_s"]))
 
+        threading.Thread(target=watch, daemon=True).start()
         run = pretrain(trained, on_progress=on_progress)
         records = (Path(run.folder) / "metrics.jsonl").read_text().splitlines()
     shares = [json.loads(r).get("train/data_wait_share") for r in records]

@@ -82,9 +82,10 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     folder = RunFolder.of(experiment.storage, experiment.run_name(source.fingerprint))
     total = experiment.total_steps(source.num_rows)
     folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(experiment)))
+    tracker = Tracker.open(experiment.tracking, experiment.storage)  # before the cluster waits
     connect(experiment)
     _check_cluster(experiment)
-    with _tracked(experiment, source, folder) as tracked:
+    with _tracked(experiment, source, folder, tracker) as tracked:
         scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
         newest = folder.newest(scratch)
         if newest is not None:
@@ -96,8 +97,7 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
             newest = folder.newest(scratch)
         if newest is None:
             raise RunError(f"{folder.uri} holds no whole checkpoint after training")
-        last = _last_metrics(folder)
-        return Run(folder.name, folder.uri, newest, tracked.run_id, last)
+        return Run(folder.name, folder.uri, newest, tracked.run_id, _last_metrics(folder))
 
 
 def _check_late_needs(experiment: Experiment) -> None:
@@ -173,11 +173,12 @@ def _check_cluster(experiment: Experiment) -> None:
 
 
 @contextmanager
-def _tracked(experiment: Experiment, source: Source, folder: RunFolder) -> Iterator[TrackedRun]:
+def _tracked(
+    experiment: Experiment, source: Source, folder: RunFolder, tracker: Tracker
+) -> Iterator[TrackedRun]:
     """Open the MLflow run, new or continued, and give it its status at the end."""
     text = folder.read_text(RUN_FILE)
     resume_id = json.loads(text)["mlflow_run_id"] if text else ""
-    tracker = Tracker.open(experiment.tracking, experiment.storage)
     if text and json.loads(text)["tracking_uri"] != tracker.uri:
         log.warning("the run was tracked elsewhere; it goes on as a new MLflow run here")
         resume_id = ""

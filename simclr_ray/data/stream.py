@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,9 +32,10 @@ from simclr_ray.loop import Batch
 # batch by minutes on long runs; between two tasks the actor waits some 0.05 s; an actor that is
 # restarted makes the steps of its block again.
 MAX_BLOCKS, STEPS_PER_BLOCK = 64, 1000
-# An actor hands over what it has made when either is reached. Each hand-over costs 5 ms of Python
-# in the training process, and what waits in the actor is not there for the next step.
-HAND_OVER_BYTES, HAND_OVER_S = 4 * 2**20, 0.08
+# An actor hands over what it has made when either is reached, the first step by itself. Each
+# hand-over costs 5 ms of Python in the training process, and what waits in the actor is not there
+# for the next step.
+HAND_OVER_BYTES, HAND_OVER_S = 16 * 2**20, 0.25
 LOOP_PAUSE_S = (0.005, 0.25)  # least and most
 T = TypeVar("T")
 COLUMNS = ("about", "ids", "pixels")
@@ -49,6 +51,7 @@ class _Actor:
         keep_freed_memory()
         plan, views = plan_of(experiment, source), view_maker(experiment)
         self.maker = PartMaker(source, plan, views, experiment.data, places, stop=stop)
+        self.handed_over = False
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[pa.Table]:
         """Yield the part of each step, some steps at a time."""
@@ -59,9 +62,11 @@ class _Actor:
                 batch = self.maker.make(step)
                 made.append(batch)
                 num_bytes += 2 * batch.a.nbytes
-                if num_bytes >= HAND_OVER_BYTES or time.perf_counter() - began >= HAND_OVER_S:
+                late = time.perf_counter() - began >= HAND_OVER_S
+                if num_bytes >= HAND_OVER_BYTES or late or not self.handed_over:
                     yield _packed(made)
                     made, num_bytes, began = [], 0, time.perf_counter()
+                    self.handed_over = True
             if made:
                 yield _packed(made)
         except DataError as error:
@@ -96,6 +101,9 @@ def stream(
         for index in range(actors)
     ]
     pipelines = [_pipeline(experiment, source, steps, part) for part in places]
+    with ThreadPoolExecutor(actors) as pool:  # one by one, each would wait for the other's actor
+        first_parts = list(pool.map(next, pipelines))
+    yield join(first_parts)
     for parts in zip(*pipelines, strict=True):
         yield join(parts)
 
