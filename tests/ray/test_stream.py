@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -11,14 +14,16 @@ from simclr_ray import config as cfg
 from simclr_ray.data.maker import join, local_batches, two_views
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
+from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.experiment import Experiment
+from simclr_ray.loop import Batch
 from simclr_ray.worker import colour
 from tests.ray.pictures import write_shapes
 
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize(("num_ranks", "actors", "first_size"), [(1, 2, 0), (2, 1, 16), (3, 1, 0)])
+@pytest.mark.parametrize(("num_ranks", "actors", "first_size"), [(1, 2, 0), (2, 1, 16), (3, 2, 0)])
 def test_ids_and_pixels_of_every_global_batch_are_those_of_one_process(
     ray_cluster: str, tmp_path: Path, num_ranks: int, actors: int, first_size: int
 ) -> None:
@@ -68,3 +73,36 @@ def test_views_coloured_by_the_worker_are_those_of_the_data_actors(tmp_path: Pat
         a, b = colour(views, crops, crops.step // 3, torch.device("cpu"))
         assert torch.equal(a, expected.a)
         assert torch.equal(b, expected.b)
+
+
+def until_error(batches: Iterator[Batch]) -> tuple[list[Batch], Exception]:
+    made: list[Batch] = []
+    try:
+        made.extend(batches)
+    except DataError as error:
+        return made, error
+    raise AssertionError("no error")
+
+
+def test_an_error_keeps_its_type_and_comes_after_the_steps_that_were_made(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    write_shapes(tmp_path / "a.parquet", 70, row_group_size=10)
+    ids = pa.array(range(10), pa.int64())
+    text = pa.table({"id": ids, "image": pa.array([b"no picture"] * 10, pa.binary()), "label": ids})
+    pq.write_table(text, tmp_path / "b.parquet")
+    tree = {
+        "name": "t",
+        "seed": 1,
+        "data": {"train": str(tmp_path), "shuffle_rows": 1, "max_bad_share": 0.02},
+        "batch_size": 10,  # a row group, or nearly so
+        "scaling": {"cpus_per_data_actor": 0.3},
+    }
+    experiment = cfg.validate(Experiment, tree)
+    source = Source.open(experiment.data.train)
+    expected, alone = until_error(local_batches(experiment, source, range(8)))
+    made, error = until_error(stream(experiment, source, range(8), 0, 1))
+    assert type(error) is type(alone) is TooManyBadImages
+    assert str(error) == str(alone)
+    assert 0 < len(made) == len(expected) < 8
+    assert all(torch.equal(x.a, y.a) for x, y in zip(made, expected, strict=True))

@@ -81,6 +81,15 @@ def test_rows_come_in_the_order_asked_for_and_may_repeat(folder: Path) -> None:
         source.read_rows(np.array([-1]))
 
 
+def test_labels_are_read_only_where_they_are_wanted(folder: Path) -> None:
+    source = Source.open(str(folder))
+    with_labels, without = source.read_group(1), source.read_group(1, labels=False)
+    assert with_labels.labels is not None
+    assert without.labels is None
+    assert without.images == with_labels.images
+    np.testing.assert_array_equal(without.ids, with_labels.ids)
+
+
 def test_a_limit_keeps_the_first_rows_in_file_order(folder: Path) -> None:
     source = Source.open(str(folder), limit=9)
     assert source.num_rows == 9

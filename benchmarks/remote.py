@@ -1,0 +1,270 @@
+"""A set ten times larger than the cache: from a bucket, and from the local disk.
+
+    python -m benchmarks.remote PARQUET [--rows 11520] [--group-rows 48] [--size 96] [--epochs 2]
+        [--batch 128] [--rounds 3] [--quick]
+
+Rows of PARQUET are repeated until there are enough and written anew, in eight files. The bucket is
+served by moto on loopback, by a process of its own that counts the bytes of its answers. Of decoded
+pictures a tenth of the set's bytes are kept, and the shuffle windows span a tenth of its rows.
+Streamed is as by one rank with two data actors, and, for the bytes alone, as by three ranks with
+one each; the consumer does nothing else. The server takes time of the same cores: `of_cores_left`
+is the ratio of rates, each by the cores that the server leaves. Every form has a process of its
+own, rounds take turns. Needs `moto[server]`. Writes `benchmarks/results/stream_remote.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from benchmarks.record import portable, store
+from simclr_ray import config as cfg
+from simclr_ray.data.files import filesystem, list_parquet
+from simclr_ray.data.maker import join, plan_of
+from simclr_ray.data.source import Source
+from simclr_ray.experiment import Experiment
+
+BUCKET, FILES, SHARE = "pictures", 8, 10
+KEYS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}  # moto asks for some
+FORMS = {"disk": 1, "bucket": 1, "bucket, three ranks": 3}
+Row = dict[str, float]
+
+
+class Settings(argparse.Namespace):
+    """The command line."""
+
+    parquet: str
+    rows: int
+    group_rows: int
+    size: int
+    epochs: int
+    batch: int
+    rounds: int
+    quick: bool
+    child: str
+    ranks: int
+    server: int
+
+
+class Server(NamedTuple):
+    """A bucket server: its process, its port, and the bytes that it has sent so far."""
+
+    pid: int
+    port: int
+    sent: Any  # multiprocessing's Value
+
+
+def main() -> None:
+    """Measure and store; or, as a child, stream once."""
+    settings = parse(sys.argv[1:])
+    if settings.child:
+        print("ROW " + json.dumps(streamed(settings)), flush=True)
+        os._exit(0)  # a cluster takes seconds to end
+    os.environ.update(KEYS, AWS_EC2_METADATA_DISABLED="true", RAY_AUTH_MODE="disabled")
+    with tempfile.TemporaryDirectory() as folder, serving() as server:
+        num_bytes = write(settings, Path(folder))
+        upload(Path(folder), server.port)
+        where = f"s3://{BUCKET}/set?scheme=http&endpoint_override=127.0.0.1%3A{server.port}"
+        uris = {form: folder if form == "disk" else where for form in FORMS}
+        found: dict[str, list[Row]] = {form: [] for form in FORMS}
+        for _ in range(settings.rounds):
+            for form, ranks in FORMS.items():
+                found[form].append(one(uris[form], ranks, server, settings.epochs * num_bytes))
+                print(form, json.dumps(found[form][-1]), flush=True)
+    result = {
+        "command": "python -m benchmarks.remote " + " ".join(map(portable, sys.argv[1:])),
+        "set": {"bytes": num_bytes, "rows": settings.rows, "group_rows": settings.group_rows},
+        **summary(found),
+        "rounds": found,
+    }
+    store("stream_remote", result)
+    print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Return the command line's settings."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parquet")
+    parser.add_argument("--rows", type=int, default=11_520)
+    parser.add_argument("--group-rows", type=int, default=48)
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round of smaller pictures")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--server", type=int, default=0, help=argparse.SUPPRESS)
+    settings = parser.parse_args(arguments, namespace=Settings())
+    if settings.quick:
+        settings.size, settings.rounds = 32, 1
+    return settings
+
+
+def summary(found: dict[str, list[Row]]) -> dict[str, object]:
+    """Return what the rounds show: rates, their ratio, the server's share, and bytes read."""
+    rates = {
+        form: statistics.median(r["images_per_s"] for r in rows) for form, rows in found.items()
+    }
+    cores = os.cpu_count() or 1
+    taken = statistics.median(row["server_cores"] for row in found["bucket"])
+    ratio = rates["bucket"] / rates["disk"]
+    return {
+        "images_per_s": {form: round(rate, 1) for form, rate in rates.items()},
+        "ratio": round(ratio, 3),
+        "server_cores": taken,
+        "of_cores_left": round(ratio * cores / (cores - taken), 3),
+        "bytes_read_of_set": {
+            form: max(row["bytes_read_of_set"] for row in rows)
+            for form, rows in found.items()
+            if form != "disk"
+        },
+    }
+
+
+def write(settings: Settings, folder: Path) -> int:
+    """Write the set and return its bytes."""
+    source = pq.read_table(settings.parquet, columns=["image"])["image"].combine_chunks()
+    images = source.take(pa.array(i % len(source) for i in range(settings.rows)))
+    per_file = -(-settings.rows // FILES)
+    for file in range(FILES):
+        table = pa.table({"image": images[file * per_file : (file + 1) * per_file]})
+        path = folder / f"{file}.parquet"
+        pq.write_table(table, path, row_group_size=settings.group_rows, compression="none")
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def upload(folder: Path, port: int) -> None:
+    """Put the files of a folder into the bucket."""
+    fs = pafs.S3FileSystem(
+        endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True
+    )
+    fs.create_dir(BUCKET)
+    for path in folder.iterdir():
+        with fs.open_output_stream(f"{BUCKET}/set/{path.name}") as stream:
+            stream.write(path.read_bytes())
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """Serve a bucket from a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    sent, port = context.Value("q", 0), context.Value("i", 0)
+    process = context.Process(target=serve, args=(sent, port), daemon=True)
+    process.start()
+    while not port.value:
+        if not process.is_alive():
+            raise SystemExit("the bucket server did not start; it needs moto[server]")
+        time.sleep(0.05)
+    try:
+        yield Server(process.pid or 0, port.value, sent)
+    finally:
+        process.terminate()
+        process.join()
+
+
+def serve(sent: Any, port: Any) -> None:
+    """Run moto's server, adding up the bytes of its answers' bodies in `sent`."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto: Any = importlib.import_module("moto.server")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    server._server.app = counted(server._server.app, sent)
+    port.value = server.get_host_and_port()[1]
+    time.sleep(10**6)
+
+
+def counted(app: Callable[..., Iterable[bytes]], sent: Any) -> Callable[..., Iterator[bytes]]:
+    """Return the WSGI application, the bytes of its bodies added up."""
+
+    def answer(*request: Any) -> Iterator[bytes]:
+        for piece in app(*request):
+            with sent.get_lock():
+                sent.value += len(piece)
+            yield piece
+
+    return answer
+
+
+def one(uri: str, ranks: int, server: Server, expected: int) -> Row:
+    """Stream once in a process of its own; return its row, with what the server sent for it."""
+    options = ["--child", uri, "--ranks", str(ranks), "--server", str(server.pid)]
+    command = [sys.executable, "-m", "benchmarks.remote", *sys.argv[1:], *options]
+    sent = server.sent.value
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    if not rows:
+        raise SystemExit(f"{uri} failed:\n{done.stderr[-4000:]}")
+    row: Row = json.loads(rows[-1].removeprefix("ROW "))
+    row["bytes_read_of_set"] = round((server.sent.value - sent) / expected, 4)
+    return row
+
+
+def experiment(settings: Settings, source: Source) -> Experiment:
+    """Return what is streamed."""
+    fs, root = filesystem(settings.child)
+    num_bytes = sum(file.size for file in list_parquet(fs, root, settings.child))
+    tree: dict[str, Any] = {
+        "name": "remote",
+        "data": {
+            "train": settings.child,
+            "cache_gib": num_bytes / SHARE / 2**30,
+            "shuffle_rows": source.num_rows // SHARE,
+        },
+        "augment": {"size": settings.size, "strength": 0.5, "blur": 0.0},
+        "batch_size": settings.batch,
+        "epochs": settings.epochs,
+        "scaling": {"data_actors_per_worker": 2 if settings.ranks == 1 else 1},
+    }
+    return cfg.validate(Experiment, tree)
+
+
+def streamed(settings: Settings) -> Row:
+    """Stream all epochs as each of the ranks does, and return the rate after the first batch."""
+    import ray
+
+    from simclr_ray.data.stream import stream
+
+    source = Source.open(settings.child)
+    trained = experiment(settings, source)
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR,
+        log_to_driver=False,
+    )  # fmt: skip
+    steps = range(trained.total_steps(source.num_rows))
+    ranks = [stream(trained, source, steps, r, settings.ranks) for r in range(settings.ranks)]
+    server = psutil.Process(settings.server)
+    times, taken = [], []
+    for parts in zip(*ranks, strict=True):
+        join(parts)
+        times.append(time.perf_counter())
+        if len(times) in (1, len(steps)):
+            taken.append(sum(server.cpu_times()[:2]))
+    streamed_s = times[-1] - times[0]
+    return {
+        "images_per_s": round(settings.batch * (len(times) - 1) / streamed_s, 1),
+        "server_cores": round((taken[-1] - taken[0]) / streamed_s, 3),
+        "lanes": plan_of(trained, source).num_lanes,
+    }
+
+
+if __name__ == "__main__":
+    main()
