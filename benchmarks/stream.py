@@ -1,6 +1,6 @@
 """From parquet to the worker's tensors: through Ray Data, and through a torch DataLoader.
 
-    python -m benchmarks.stream PARQUET [--epochs 3] [--batch 256] [--rounds 3]
+    python -m benchmarks.stream PARQUET [--epochs 3] [--batch 256] [--rounds 5]
 
 `simclr_ray` is the stream of a rank as a worker takes it, with two data actors. `dataloader, ours`
 is a DataLoader of two workers whose item is a whole batch of the same views, made by the same code;
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("parquet")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     settings = parser.parse_args(namespace=Settings())
     torch.set_num_threads(1)
@@ -155,6 +155,7 @@ def _streamed(trained: Experiment, source: Source, steps: range, take: int = 0) 
         address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR,
         log_to_driver=False,
     )  # fmt: skip
+    keep_freed_memory()  # as a worker does
     up = time.perf_counter()
     batches = stream(trained, source, steps, 0, 1)
     if take:

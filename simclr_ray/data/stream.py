@@ -35,11 +35,11 @@ from simclr_ray.loop import Batch
 # restarted makes the steps of its block again.
 MAX_BLOCKS, STEPS_PER_BLOCK = 64, 1000
 # An actor hands over what it has made when either is reached. Each hand-over costs 5 ms of Python
-# in the training process (0.08 s instead of 0.25 s: 5 % of the images a second on two cores), and
+# in the training process (0.08 s instead of 0.25 s: 5 % of the images/s on two cores), and
 # what waits in the actor is not there for the next step.
-HAND_OVER_BYTES, HAND_OVER_S = 16 * 2**20, 0.25
+HAND_OVER_BYTES, HAND_OVER_S = 16 * 2**20, 0.4
 BATCHES_AHEAD = 2
-LOOP_PAUSE_S = (0.005, 0.25)  # least and most
+LOOP_PAUSE_S = (0.01, 0.25)  # least and most
 T = TypeVar("T")
 COLUMNS = ("about", "ids", "pixels")
 
