@@ -7,8 +7,8 @@ is a DataLoader of two workers whose item is a whole batch of the same views, ma
 `dataloader, albumentations` one with the fastest peer's transform, picture by picture. All start
 from the same encoded parquet, hand over host tensors, and their consumer does nothing else. Every
 form has a process of its own; rounds take turns. Rates are of all batches after the first;
-an epoch's gap is the longest wait for the first batch of a later epoch. `run` is a short training
-run, for how long its first batch is waited for when all else is ready. Peers that are not
+an epoch's gap is the longest wait for the first batch of a later epoch. `run` is the median of
+short training runs, for how long their first batch is waited for when all else is ready. Peers that are not
 installed are left out and named. Writes `benchmarks/results/stream.json`.
 """
 
@@ -43,6 +43,7 @@ from simclr_ray.experiment import Experiment
 
 ACTORS = 2
 LONG_PLAN = 200_000  # steps
+RUNS = 3
 FORMS = ("simclr_ray", "dataloader, ours", "dataloader, albumentations")
 Row = dict[str, float]
 
@@ -75,6 +76,7 @@ def main() -> None:
         for form in FORMS:
             found[form].append(one(form))
             print(form, json.dumps(found[form][-1]), flush=True)
+    runs = [one("run") for _ in range(RUNS)]
     rates = {f: round(statistics.median(r["images_per_s"] for r in found[f])) for f in FORMS}
     result = {
         "command": "python -m benchmarks.stream " + " ".join(map(portable, sys.argv[1:])),
@@ -82,7 +84,8 @@ def main() -> None:
         "ratio": {form: round(rates["simclr_ray"] / rate, 3) for form, rate in rates.items()},
         "rounds": found,
         "long_plan": one("long plan"),
-        "run": one("run"),
+        "run": {key: statistics.median(run[key] for run in runs) for key in runs[0]},
+        "runs": runs,
     }
     store("stream", result)
     print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))
