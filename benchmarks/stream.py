@@ -8,8 +8,8 @@ is a DataLoader of two workers whose item is a whole batch of the same views, ma
 from the same encoded parquet, hand over host tensors, and their consumer does nothing else. Every
 form has a process of its own; rounds take turns. Rates are of all batches after the first;
 an epoch's gap is the longest wait for the first batch of a later epoch. `run` is the median of
-short training runs, for how long their first batch is waited for when all else is ready. Peers that are not
-installed are left out and named. Writes `benchmarks/results/stream.json`.
+short training runs, for how long their first batch is waited for when all else is ready. Peers that
+are not installed are left out and named. Writes `benchmarks/results/stream.json`.
 """
 
 from __future__ import annotations

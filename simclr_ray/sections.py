@@ -37,7 +37,12 @@ class Data(Config):
     )
     max_pixels: int = Field(50_000_000, ge=1, description="Larger images are refused undecoded.")
     shuffle_rows: int = Field(
-        65_536, ge=1, description="Rows held by the shuffle windows together."
+        65_536, ge=1, description="Rows held by the shuffle windows together, over all workers."
+    )
+    shuffle_gib: float = Field(
+        2.0,
+        gt=0,
+        description="Their encoded bytes, GiB: with large pictures, windows of fewer rows.",
     )
     cache_gib: float = Field(2.0, ge=0, description="Decoded-row cache of one node's actors, GiB.")
 

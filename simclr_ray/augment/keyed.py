@@ -47,7 +47,13 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
 
 
 def uniforms(
-    ids: NDArray[np.int64], num: int, *, seed: int, epoch: int, sub: int, purpose: Purpose
+    ids: NDArray[np.int64],
+    num: int,
+    *,
+    seed: int,
+    epoch: int,
+    sub: int | NDArray[np.int64],
+    purpose: Purpose,
 ) -> NDArray[np.float64]:
     """Return `num` uniform draws in [0, 1) for each id, multiples of 2⁻³²: float64 [n, num].
 
@@ -56,7 +62,8 @@ def uniforms(
         num: Draws a row.
         seed: 32 bits.
         epoch: Below 2³².
-        sub: What tells draws of one row and epoch apart (the view, the attempt), below 2¹⁶.
+        sub: What tells draws of one row and epoch apart (the view, the attempt), below 2¹⁶: one for
+            all rows, or int64 [n].
         purpose: The stream.
     """
     words = _words(ids, -(-num // 4), seed=seed, epoch=epoch, sub=sub, purpose=purpose)
@@ -80,12 +87,19 @@ def permutation(
 
 
 def _words(
-    ids: NDArray[np.int64], blocks: int, *, seed: int, epoch: int, sub: int, purpose: Purpose
+    ids: NDArray[np.int64],
+    blocks: int,
+    *,
+    seed: int,
+    epoch: int,
+    sub: int | NDArray[np.int64],
+    purpose: Purpose,
 ) -> NDArray[np.uint64]:
-    if not 0 <= sub < 2**16 or not 0 <= blocks < 2**16 or not 0 <= epoch < 2**32:
+    subs = np.asarray(sub, np.int64)
+    if ((subs < 0) | (subs >= 2**16)).any() or not 0 <= blocks < 2**16 or not 0 <= epoch < 2**32:
         raise ValueError(f"key out of range: epoch={epoch} sub={sub} blocks={blocks}")
     wide = ids.astype(np.int64).view(np.uint64)[:, None]
-    block = np.arange(blocks, dtype=np.uint64)[None] | np.uint64(sub << 16)
+    block = np.arange(blocks, dtype=np.uint64) | (subs << 16).astype(np.uint64)[..., None]
     shape = (len(ids), blocks)
     counter = np.stack(
         [

@@ -148,7 +148,9 @@ class TwoViews:
         """
         taps = 2 * ((self.size // 10) // 2) + 1  # the authors': 23 at 224, 3 at 32
         if crops.device.type == "cpu" and self.compiled and native.available():
-            kernels = blur_kernels(draws.sigma, taps).numpy()
+            kernels = np.zeros((len(draws.blur), taps), np.float32)
+            if draws.blur.any():
+                kernels[draws.blur] = blur_kernels(draws.sigma[draws.blur], taps)
             factors, order, jitter = (t.numpy() for t in draws.jitter)
             return native.distort_colour(
                 crops, factors, order, jitter, draws.gray, draws.blur, kernels
@@ -166,10 +168,10 @@ class TwoViews:
 
     def both(self, ids: NDArray[np.int64], epoch: int) -> Draws:
         """Return the parameters of view 0 of all ids, then of view 1."""
-        return _joined(*(self.draw(ids, epoch, view) for view in (0, 1)))
+        return self.draw(np.tile(ids, 2), epoch, np.repeat([0, 1], len(ids)))
 
-    def draw(self, ids: NDArray[np.int64], epoch: int, view: int) -> Draws:
-        """Return the parameters of view 0 or 1 of each id in an epoch."""
+    def draw(self, ids: NDArray[np.int64], epoch: int, view: int | NDArray[np.int64]) -> Draws:
+        """Return the parameters of view 0 or 1, of all ids or [n], of each id in an epoch."""
         num = 14 + 2 * CROP_ATTEMPTS
         u = uniforms(ids, num, seed=self.seed, epoch=epoch, sub=view, purpose="views")
         s = self.strength
@@ -244,18 +246,6 @@ class TwoViews:
         first = fits.argmax(axis=1)
         picked: NDArray[np.float64] = shares[np.arange(len(u)), first]
         return np.where(fits.any(axis=1, keepdims=True), picked, 1.0)
-
-
-def _joined(first: Draws, second: Draws) -> Draws:
-    """Return the parameters of both views, one after the other."""
-    jitter = colour.JitterDraws(
-        *(torch.cat(pair) for pair in zip(first.jitter, second.jitter, strict=True))
-    )
-    rest = {
-        name: np.concatenate([getattr(first, name), getattr(second, name)])
-        for name in ("crop", "flip", "gray", "blur", "sigma")
-    }
-    return Draws(jitter=jitter, **rest)
 
 
 def _taken(draws: Draws, rows: list[int]) -> Draws:

@@ -142,13 +142,34 @@ class PartMaker:
         )
 
     def make(self, step: int) -> Batch:
-        """Return this part of global step `step`.
+        """Return this part of global step `step`; raises what `make_several` does."""
+        return self.make_several([step])[0]
+
+    def make_several(self, steps: Sequence[int]) -> list[Batch]:
+        """Return this part of global steps of one epoch, the views of all made together.
 
         Raises:
             TooManyBadImages: More than `data.max_bad_share` of all rows were found unusable.
             DataError: A parquet file cannot be read, or no row is left to stand in for a bad one.
+            ValueError: The steps are not of one epoch.
         """
-        epoch = self.plan.epoch_of(step)
+        epochs = {self.plan.epoch_of(step) for step in steps}
+        if len(epochs) != 1:
+            raise ValueError(f"steps {[*steps]} are of epochs {sorted(epochs)}")
+        gathered = [self._gathered(step) for step in steps]
+        pictures = [p for found, _ in gathered for p in found]
+        ids = np.array([p.id for p in pictures], np.int64)
+        views = self.views([p.pixels for p in pictures], ids, epochs.pop())
+        columns = (*views, torch.from_numpy(ids))
+        parts = zip(*(column.chunk(len(steps)) for column in columns), strict=True)
+        batches = []
+        for step, (_, bad), (a, b, own) in zip(steps, gathered, parts, strict=True):
+            unusable = torch.tensor([b.id for b in bad], dtype=torch.int64)
+            batches.append(Batch(step, a, b, own, unusable, tuple(b.reason for b in bad)))
+        return batches
+
+    def _gathered(self, step: int) -> tuple[list[Picture], list[Bad]]:
+        """Return the pictures of this part of a step, and the rows that others stand in for."""
         first, last = self.places
         rows = self.plan.rows_of(step, first, last).tolist()
         self.groups.advance(step)
@@ -161,11 +182,7 @@ class PartMaker:
                 bad.append(self.reader.bad[row])
                 picture = self._stand_in(row, place, step)
             pictures.append(picture)
-        ids = np.array([p.id for p in pictures], np.int64)
-        a, b = self.views([p.pixels for p in pictures], ids, epoch)
-        unusable = torch.tensor([b.id for b in bad], dtype=torch.int64)
-        reasons = tuple(b.reason for b in bad)
-        return Batch(step, a, b, torch.from_numpy(ids), unusable, reasons)
+        return pictures, bad
 
     def _stand_in(self, row: int, place: int, step: int) -> Picture:
         found = self._keyed(row, place, step)
@@ -245,8 +262,10 @@ def view_maker(experiment: Experiment) -> MakeViews:
 
 def plan_of(experiment: Experiment, source: Source) -> BatchPlan:
     """Return the experiment's plan over `source`. Raises `DataError` if it fills no batch."""
+    data = experiment.data
     sizes = tuple(g.num_rows for g in source.row_groups)
-    return BatchPlan(sizes, experiment.batch_size, experiment.seed, experiment.data.shuffle_rows)
+    most = int(data.shuffle_gib * GIB / source.row_bytes)
+    return BatchPlan(sizes, experiment.batch_size, experiment.seed, min(data.shuffle_rows, most))
 
 
 def local_batches(

@@ -58,6 +58,7 @@ class Source:
     files: tuple[str, ...]
     row_groups: tuple[RowGroup, ...]
     num_rows: int
+    row_bytes: float  # of the files, on average
     columns: Columns
     has_ids: bool
     has_labels: bool
@@ -90,6 +91,7 @@ class Source:
             files=tuple(f.path for f in footers),
             row_groups=groups,
             num_rows=groups[-1].first_row + groups[-1].num_rows,
+            row_bytes=sum(f.size for f in footers) / sum(sum(f.group_rows) for f in footers),
             columns=columns,
             has_ids=has_ids,
             has_labels=has_labels,

@@ -38,6 +38,9 @@ MAX_BLOCKS, STEPS_PER_BLOCK = 64, 1000
 # in the training process (0.08 s instead of 0.25 s: 5 % of the images/s on two cores), and
 # what waits in the actor is not there for the next step.
 HAND_OVER_BYTES, HAND_OVER_S = 16 * 2**20, 0.4
+# Views of so many bytes are made in one call, if need be those of several steps: what a call costs
+# whatever it makes is a tenth of 128 small pictures' time.
+CALL_BYTES = 4 * 2**20
 BATCHES_AHEAD = 2
 LOOP_PAUSE_S = (0.01, 0.25)  # least and most
 T = TypeVar("T")
@@ -54,6 +57,8 @@ class _Actor:
         keep_freed_memory()
         plan, views = plan_of(experiment, source), view_maker(experiment)
         self.maker = PartMaker(source, plan, views, experiment.data, places, stop=stop)
+        first, last = places
+        self.step_bytes = 2 * (last - first) * 3 * experiment.augment.size**2
         self.first_step = True
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[pa.Table]:
@@ -61,12 +66,12 @@ class _Actor:
         made: list[Batch] = []
         num_bytes, began = 0, time.perf_counter()
         try:
-            for step in rows["step"].tolist():
-                batch = self.maker.make(step)
-                made.append(batch)
-                num_bytes += 2 * batch.a.nbytes
+            for steps, waited_for in self._calls(rows["step"].tolist()):
+                batches = self.maker.make_several(steps)
+                made += batches
+                num_bytes += sum(2 * batch.a.nbytes for batch in batches)
                 late = time.perf_counter() - began >= HAND_OVER_S
-                if num_bytes >= HAND_OVER_BYTES or late or self._is_waited_for(step):
+                if num_bytes >= HAND_OVER_BYTES or late or waited_for:
                     yield _packed(made)
                     made, num_bytes, began = [], 0, time.perf_counter()
             if made:
@@ -76,14 +81,26 @@ class _Actor:
                 yield _packed(made)
             yield _failed(error)
 
-    def _is_waited_for(self, step: int) -> bool:
-        """Return whether a step goes by itself: of the run and an epoch the first, and the last.
+    def _calls(self, steps: list[int]) -> Iterator[tuple[list[int], bool]]:
+        """Yield the steps that are made together, and whether somebody may wait for them.
 
-        An evaluation waits for the last one, and nobody is to wait for what comes after the first.
+        Of the run and an epoch that is the first, alone, and the last: an evaluation waits for the
+        last one, and nobody is to wait for what comes after the first.
         """
-        first, self.first_step = self.first_step, False
-        per_epoch = self.maker.plan.steps_per_epoch
-        return first or step % per_epoch in (0, per_epoch - 1)
+        most, per_epoch = max(1, CALL_BYTES // self.step_bytes), self.maker.plan.steps_per_epoch
+        together: list[int] = []
+        for step in steps:
+            waited_for = self.first_step or step % per_epoch in (0, per_epoch - 1)
+            self.first_step = False
+            if together and (waited_for or len(together) == most):
+                yield together, False
+                together = []
+            together.append(step)
+            if waited_for:
+                yield together, True
+                together = []
+        if together:
+            yield together, False
 
 
 def stream(

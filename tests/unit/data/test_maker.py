@@ -141,6 +141,23 @@ def test_a_step_does_not_depend_on_those_made_before_it(write: Write) -> None:
     assert_equal(whole(e, range(4, 8)), whole(e, range(8))[4:])
 
 
+def test_steps_made_together_are_those_made_one_by_one(write: Write) -> None:
+    e = experiment(write(bad=(9,), null=(2, 17)))
+    source = opened(e)
+    per_epoch = NUM_ROWS // BATCH
+
+    def maker() -> PartMaker:
+        views = two_views(e.augment, e.seed)
+        return PartMaker(source, plan_of(e, source), views, e.data, (3, BATCH - 2))
+
+    one_by_one, together = maker(), maker()
+    for epoch in range(2):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        assert_equal(together.make_several(steps), [one_by_one.make(step) for step in steps])
+    with pytest.raises(ValueError, match="epochs"):
+        together.make_several([per_epoch - 1, per_epoch])
+
+
 def test_bad_rows_are_named_and_replaced_by_rows_that_are_not_in_the_batch(write: Write) -> None:
     bad = (0, 5, 17, 33, 34, 59)
     e = experiment(write(bad=bad, null=(8,)))

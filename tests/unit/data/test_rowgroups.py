@@ -110,6 +110,17 @@ def test_what_is_held_stays_within_the_windows_and_two_row_groups_a_lane(
     assert np.median(held) >= 400  # reading ahead keeps it near that bound
 
 
+def test_windows_are_bounded_by_their_bytes_too(path: Path) -> None:
+    source = Source.open(str(path))
+    assert source.row_bytes == pytest.approx(path.stat().st_size / NUM_ROWS)
+    tree = {"train": str(path), "shuffle_rows": 600}
+    small = 240.5 * source.row_bytes / 2**30
+    for gib, rows in [(1.0, 600), (small, 240)]:
+        data = tree | {"shuffle_gib": gib}
+        e = cfg.validate(Experiment, {"name": "t", "data": data, "batch_size": BATCH})
+        assert plan_of(e, source).shuffle_rows == rows
+
+
 def test_a_cached_set_is_read_once_in_the_whole_run(path: Path, counted: Counted) -> None:
     e = experiment(path, 1, shuffle_rows=600)
     maker = maker_of(counted, e)
