@@ -103,7 +103,12 @@ def _views(*results: Result) -> str:
 
 def _step(*results: Result) -> str:
     rows = [
-        (f"{result['encoder']}, {result['precision']}", form, f"{rate:,.1f}", result["ratio"][form])
+        (
+            f"{result['encoder']}, {result['precision']}",
+            form,
+            f"{rate:,.1f}",
+            result["ratio"].get(form, ""),
+        )
         for result in results
         for form, rate in result["images_per_s"].items()
     ]
@@ -156,7 +161,7 @@ def _stream(result: Result) -> str:
         rows.append((form, f"{rate:,.0f}", result["ratio"][form], f"{1e3 * gap:.0f}"))
     table = _table(("form", "images/s", "ours / this", "longest gap between epochs, ms"), rows)
     ours, run, plan = result["rounds"]["simclr_ray"], result["run"], result["long_plan"]
-    memory = max(r["actors_peak_mib"] for r in ours)
+    memory = max(r["actors_mib"] for r in ours)
     first = max(r["first_batch_after_init_s"] for r in ours)
     return (
         f"{table}\nThe first batch comes at most {first} s after `ray.init` returns, "
@@ -164,7 +169,21 @@ def _stream(result: Result) -> str:
         f"of two workers it comes {run['first_batch_after_init_s']} s after `ray.init`, and is "
         f"waited for {run['first_batch_when_model_is_ready_s']} s when all else is ready; "
         f"{run['data_wait_share']:.1%} of its time is spent waiting for data. The two data actors "
-        f"hold {memory:,.0f} MiB of memory, decoded pictures (`data.cache_gib` at most) included.\n"
+        f"hold {memory:,.0f} MiB at the end, decoded pictures (`data.cache_gib` at most) "
+        "included.\n"
+    )
+
+
+def _remote(result: Result) -> str:
+    read = result["bytes_read_of_set"]
+    rows = [
+        (form, f"{rate:,.0f}", read.get(form, "")) for form, rate in result["images_per_s"].items()
+    ]
+    table = _table(("from", "images/s", "bytes read an epoch / bytes of the set"), rows)
+    return (
+        f"{table}\nFrom the bucket at {result['ratio']} of the local rate; the server takes "
+        f"{result['server_cores']} of the same cores, and by the cores that it leaves the rate is "
+        f"{result['of_cores_left']}.\n"
     )
 
 
@@ -218,8 +237,15 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., str], str], ...] = (
         "views on either side; the consumer does nothing else.",
     ),
     (
+        "Object storage",
+        ("stream_remote",),
+        _remote,
+        "Photographs ten times the allowed cache, from a bucket that moto serves on loopback, and "
+        "from the local disk. The consumer does nothing else.",
+    ),
+    (
         "Step",
-        ("step_0.25_float32", "step_1_float32"),
+        ("step_0.25_float32", "step_1_float32", "step_0.25_bf16", "step_1_bf16"),
         _step,
         "Whole training steps on two cores, data included. `torchrun` is the same loop fed from "
         "memory; `lightly` a script with a DataLoader of two workers, in one process or two; "

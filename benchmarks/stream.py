@@ -70,7 +70,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if settings.child:
         print("ROW " + json.dumps(CHILDREN[settings.child](settings)), flush=True)
-        os._exit(0)  # loaders and clusters take seconds to end
+        os._exit(0)  # loaders take seconds to end
     found: dict[str, list[Row]] = {form: [] for form in FORMS}
     for _ in range(settings.rounds):
         for form in FORMS:
@@ -166,7 +166,9 @@ def _streamed(trained: Experiment, source: Source, steps: range, take: int = 0) 
     row = clocked(batches, trained.batch_size, trained.steps_per_epoch(source.num_rows))
     row["first_batch_after_init_s"] = row["first_batch_s"]
     row["wall_s"] = round(time.perf_counter() - up, 2)
-    return row | {"actors_peak_mib": _actors_mib()}
+    row["actors_mib"] = _actors_mib()
+    ray.shutdown()  # what its actors have decoded is gone before the next form
+    return row
 
 
 def _actors_mib() -> float:

@@ -95,8 +95,8 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
                 log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
             _fit(experiment, source, folder, tracked, on_progress)
             newest = folder.newest(scratch)
-        if newest is None:
-            raise RunError(f"{folder.uri} holds no whole checkpoint after training")
+        if newest is None or checkpoint.step_of(newest.name) < total:
+            raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
         return Run(folder.name, folder.uri, newest, tracked.run_id, _last_metrics(folder))
 
 

@@ -221,13 +221,14 @@ def our_error(error: BaseException) -> SimclrRayError | None:
 def _started(batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
     """Return the same stream, its actors already starting while the caller goes on."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
-    first = pool.submit(next, batches, None)
+    pending = [pool.submit(next, batches, None)]
     pool.shutdown(wait=False)
 
     def go_on() -> Iterator[loop.Batch]:
-        batch = first.result()
+        batch = pending.pop().result()
         if batch is not None:
             yield batch
+            del batch  # its memory would be held for the whole run
             yield from batches
 
     return go_on()

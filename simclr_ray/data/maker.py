@@ -20,6 +20,7 @@ from simclr_ray.data.pictures import Picture, PictureCache
 from simclr_ray.data.plan import BatchPlan, replacement
 from simclr_ray.data.rowgroups import Encoded, RecentGroups, RowGroups
 from simclr_ray.data.source import Source
+from simclr_ray.dist import share
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.experiment import Data, Experiment, SimCLRViews
 from simclr_ray.loop import Batch
@@ -272,8 +273,7 @@ def local_batches(
     experiment: Experiment, source: Source, steps: range, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[Batch]:
     """Yield this rank's batches of `steps`, made in this process: for tests and lone machines."""
-    n = experiment.batch_size
-    places = (rank * n // num_ranks, (rank + 1) * n // num_ranks)
+    places = share(experiment.batch_size, rank, num_ranks)
     plan, views = plan_of(experiment, source), view_maker(experiment)
     maker = PartMaker(source, plan, views, experiment.data, places, stop=steps.stop)
     for step in steps:

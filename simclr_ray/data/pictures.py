@@ -46,8 +46,8 @@ class PictureCache:
 
     An epoch visits each row once, so whatever is kept is found once an epoch, and dropping one
     picture for another could only lose. The file holds the bytes in use, for each row the place of
-    its entry (0: none), and the entries. Places are read and written under a lock on the file,
-    entries are written before their place: what is found is whole.
+    its entry (0: none), and the entries. Places are written, and read by `find`, under a lock on
+    the file, entries are written before their place: what is found is whole.
 
     Args:
         name: What the pictures depend on. Processes of a node that give the same name, number of

@@ -153,7 +153,10 @@ class RowGroups:
 
 
 class RecentGroups:
-    """Any row of the dataset, through the row groups that were asked for last: for stand-ins."""
+    """Any row of the dataset, through the row groups that were asked for last: for stand-ins.
+
+    Each stand-in that is not decoded yet costs the reading of a row group.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -214,9 +217,13 @@ class _Held:
         return self._expected if self._rows is None else len(self._rows)
 
     def rows(self) -> Rows:
-        """Return the rows, read here if the thread has not come to it."""
+        """Return the rows, read here if the thread has not come to it, or has failed.
+
+        A bucket that did not answer some minutes ago is no reason to end a run.
+        """
         if self._rows is None:
-            self._rows = self._read() if self._future.cancel() else self._future.result()
+            failed = self._future.cancel() or self._future.exception() is not None
+            self._rows = self._read() if failed else self._future.result()
         return self._rows
 
     def drop(self) -> None:

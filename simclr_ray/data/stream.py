@@ -34,13 +34,11 @@ from simclr_ray.loop import Batch
 # batch by minutes on long runs; between two tasks the actor waits some 0.05 s; an actor that is
 # restarted makes the steps of its block again.
 MAX_BLOCKS, STEPS_PER_BLOCK = 64, 1000
-# An actor hands over what it has made when either is reached. Each hand-over costs 5 ms of Python
-# in the training process (0.08 s instead of 0.25 s: 5 % of the images/s on two cores), and
-# what waits in the actor is not there for the next step.
-HAND_OVER_BYTES, HAND_OVER_S = 16 * 2**20, 0.4
-# Views of so many bytes are made in one call, if need be those of several steps: what a call costs
-# whatever it makes is a tenth of 128 small pictures' time.
-CALL_BYTES = 4 * 2**20
+# What an actor makes in one call, and hands over at once: steps of so many bytes of views, or of
+# encoded pictures, whichever are fewer. A call and a hand-over each cost some milliseconds whatever
+# they hold; what is decoded in a call is in memory together; and what waits in the actor is not
+# there for the next step.
+CALL_BYTES, HAND_OVER_BYTES = 4 * 2**20, 16 * 2**20
 BATCHES_AHEAD = 2
 LOOP_PAUSE_S = (0.01, 0.25)  # least and most
 T = TypeVar("T")
@@ -57,50 +55,52 @@ class _Actor:
         keep_freed_memory()
         plan, views = plan_of(experiment, source), view_maker(experiment)
         self.maker = PartMaker(source, plan, views, experiment.data, places, stop=stop)
-        first, last = places
-        self.step_bytes = 2 * (last - first) * 3 * experiment.augment.size**2
-        self.first_step = True
+        pictures = places[1] - places[0]
+        views_bytes = 6 * pictures * experiment.augment.size**2
+        self.step_bytes = max(views_bytes, int(pictures * source.row_bytes))
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[pa.Table]:
-        """Yield the part of each step, some steps at a time."""
+        """Yield the part of each step, some steps at a time.
+
+        Which ones depends on their numbers alone: if the actor dies, Ray makes the block again in
+        another, and leaves out as many tables as have been taken.
+        """
         made: list[Batch] = []
-        num_bytes, began = 0, time.perf_counter()
         try:
-            for steps, waited_for in self._calls(rows["step"].tolist()):
-                batches = self.maker.make_several(steps)
-                made += batches
-                num_bytes += sum(2 * batch.a.nbytes for batch in batches)
-                late = time.perf_counter() - began >= HAND_OVER_S
-                if num_bytes >= HAND_OVER_BYTES or late or waited_for:
-                    yield _packed(made)
-                    made, num_bytes, began = [], 0, time.perf_counter()
-            if made:
+            for handed_over in self._grouped(rows["step"].tolist(), HAND_OVER_BYTES):
+                for steps in self._grouped(handed_over, CALL_BYTES):
+                    self._make(steps, made)
                 yield _packed(made)
+                made = []
         except DataError as error:
             if made:
                 yield _packed(made)
             yield _failed(error)
 
-    def _calls(self, steps: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """Yield the steps that are made together, and whether somebody may wait for them.
+    def _make(self, steps: list[int], made: list[Batch]) -> None:
+        """Add these steps to `made`: where one fails, those before it, and raise its error."""
+        try:
+            made += self.maker.make_several(steps)
+        except DataError:
+            for step in steps:
+                made.append(self.maker.make(step))
 
-        Of the run and an epoch that is the first, alone, and the last: an evaluation waits for the
-        last one, and nobody is to wait for what comes after the first.
+    def _grouped(self, steps: list[int], num_bytes: int) -> Iterator[list[int]]:
+        """Yield consecutive steps that have about so many bytes together, at least one.
+
+        The first of the block and of an epoch is alone, so that nobody waits for those after it;
+        an epoch's last one is the last of its group: an evaluation waits for it.
         """
-        most, per_epoch = max(1, CALL_BYTES // self.step_bytes), self.maker.plan.steps_per_epoch
-        together: list[int] = []
+        most, per_epoch = max(1, num_bytes // self.step_bytes), self.maker.plan.steps_per_epoch
+        group: list[int] = []
         for step in steps:
-            waited_for = self.first_step or step % per_epoch in (0, per_epoch - 1)
-            self.first_step = False
-            if together and (waited_for or len(together) == most):
-                yield together, False
-                together = []
-            together.append(step)
-            if waited_for:
-                yield together, True
-                together = []
-        if together:
-            yield together, False
+            group.append(step)
+            whole = len(group) == most or step == steps[0]
+            if whole or step % per_epoch in (0, per_epoch - 1):
+                yield group
+                group = []
+        if group:
+            yield group
 
 
 def stream(
@@ -118,11 +118,13 @@ def stream(
     Raises:
         DataError: A file cannot be read, or no row is left to stand in for a bad one.
         TooManyBadImages: More rows than allowed cannot be used.
+        RuntimeError: Ray Data lost or repeated a step, as it might where an actor died; a restart
+            from the checkpoint mends it.
     """
     if not steps:
         return
-    # Ray reads this at its first execution. With the thread, what it fetched is passed on when the
-    # next block comes, or after 0.1 s.
+    # Read when Ray Data is first used. With the thread, what it fetched is passed on when the next
+    # block comes, or after 0.1 s.
     os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
     first, last = share(experiment.batch_size, rank, num_ranks)
     actors = min(experiment.scaling.data_actors_per_worker, last - first)
@@ -136,11 +138,15 @@ def stream(
 
 
 def _joined(pipelines: list[Iterator[Part]]) -> Iterator[Batch]:
-    with ThreadPoolExecutor(len(pipelines)) as pool:  # else each waits for the other's actor
-        first_parts = list(pool.map(next, pipelines))
-    yield join(first_parts)
+    yield _first(pipelines)
     for parts in zip(*pipelines, strict=True):
         yield join(parts)
+
+
+def _first(pipelines: list[Iterator[Part]]) -> Batch:
+    """Return the first step; it keeps nothing that would hold Ray's memory for the whole run."""
+    with ThreadPoolExecutor(len(pipelines)) as pool:  # else each waits for the other's actor
+        return join(list(pool.map(next, pipelines)))
 
 
 def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
@@ -179,8 +185,15 @@ def _pipeline(
     # Ray Data passes a block on when so many others have come after it: those of an epoch's end
     # would wait for the next epoch's. `_ahead` overlaps what prefetching would.
     tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    expected = steps.start
     for table in tables:
-        yield from _unpacked(table)
+        for part in _unpacked(table):
+            if part.step != expected:
+                raise RuntimeError(f"the stream gave step {part.step} for {expected}")
+            expected += 1
+            yield part
+    if expected != steps.stop:
+        raise RuntimeError(f"the stream ended before step {expected} of {steps.stop}")
 
 
 def _packed(batches: list[Batch]) -> pa.Table:

@@ -14,7 +14,7 @@ from simclr_ray.nn.resnet import ResNet
 LOSS = NTXentLoss(0.2)
 
 
-def network() -> nn.Module:
+def network() -> ResNet:
     """Return a whole encoder in float64 with no batch norm gamma at zero."""
     torch.manual_seed(0)
     model = ResNet(10, 0.125, "cifar", GlobalBatchNorm).double()
@@ -40,9 +40,12 @@ def plain_gradients(num: int, num_groups: int) -> list[Tensor]:
     return gradients(model)
 
 
-def cached_gradients(rank: int, num: int, num_groups: int) -> list[list[float]]:
+def cached_gradients(
+    rank: int, num: int, num_groups: int, *, recompute: bool = False
+) -> list[list[float]]:
     """Return the averaged gradients of this rank's share by caching, flat."""
     model = network()
+    model.recompute = recompute
     parallel = dist.data_parallel(model)
     first, last = dist.share(num, rank, dist.world_size())
     views = images(num)[:, first:last]

@@ -35,7 +35,8 @@ def loss_and_norm(
     """Return loss, metrics and batch norm of this rank's rows of the global arrays."""
     first, last = dist.share(len(views[0]), rank, dist.world_size())
     z1, z2 = (torch.from_numpy(v[first:last].copy()).requires_grad_() for v in views)
-    loss = NTXentLoss(temperature)(z1, z2)
+    loss = NTXentLoss(temperature, global_batch_size=len(views[0]))(z1, z2)
+    assert loss.equal(NTXentLoss(temperature)(z1, z2))  # which asks the ranks for their counts
     loss.backward()
     logged = contrastive_metrics(z1, z2, temperature)
     rows, upstream, gamma = (torch.from_numpy(a) for a in bn_case)

@@ -23,11 +23,13 @@ BATCH, GROUP = 1024, 256  # images in the global batch, and in what passes the m
 Norm = Callable[[int], nn.Module]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_groups_over_ranks_give_the_gradient_of_the_groups_in_one_process(num_ranks: int) -> None:
+@pytest.mark.parametrize(("num_ranks", "recompute"), [(2, True), (3, False)])
+def test_groups_over_ranks_give_the_gradient_of_the_groups_in_one_process(
+    num_ranks: int, recompute: bool
+) -> None:
     num, num_groups = 20, 4  # 7, 7 and 6 images over three ranks
     reference = plain_gradients(num, num_groups)
-    for flat in dist.spawn(cached_gradients, num_ranks, num, num_groups):
+    for flat in dist.spawn(cached_gradients, num_ranks, num, num_groups, recompute=recompute):
         assert len(flat) == len(reference)
         for ours, expected in zip(flat, reference, strict=True):
             difference = torch.tensor(ours, dtype=torch.float64) - expected.flatten()

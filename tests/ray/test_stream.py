@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from simclr_ray import config as cfg
-from simclr_ray.data.maker import join, local_batches, two_views
+from simclr_ray.data.maker import join, local_batches, plan_of, two_views
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import DataError, TooManyBadImages
@@ -75,6 +78,36 @@ def test_views_coloured_by_the_worker_are_those_of_the_data_actors(tmp_path: Pat
         assert torch.equal(b, expected.b)
 
 
+def test_a_data_actor_that_is_killed_loses_and_repeats_no_step(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    write_shapes(tmp_path / "shapes.parquet", 220, row_group_size=50)
+    tree = {
+        "name": "t",
+        "data": {"train": str(tmp_path / "shapes.parquet")},
+        "batch_size": 20,
+        "epochs": 200,
+        "scaling": {"cpus_per_data_actor": 0.3},
+    }
+    experiment = cfg.validate(Experiment, tree)
+    source = Source.open(experiment.data.train)
+    steps = range(experiment.total_steps(source.num_rows))
+    plan, seen = plan_of(experiment, source), []
+    before = set(data_actors())
+    for batch in stream(experiment, source, steps, 0, 1):
+        seen.append(batch.step)
+        assert (batch.ids - 1000).tolist() == plan.rows(batch.step).tolist()
+        if batch.step == 30:
+            (actor,) = set(data_actors()) - before
+            os.kill(actor, signal.SIGKILL)
+    assert seen == list(steps)
+
+
+def data_actors() -> list[int]:
+    processes = psutil.process_iter(["pid", "cmdline"])
+    return [p.pid for p in processes if "MapWorker" in " ".join(p.info["cmdline"] or ())]
+
+
 def until_error(batches: Iterator[Batch]) -> tuple[list[Batch], Exception]:
     made: list[Batch] = []
     try:
@@ -106,3 +139,5 @@ def test_an_error_keeps_its_type_and_comes_after_the_steps_that_were_made(
     assert str(error) == str(alone)
     assert 0 < len(made) == len(expected) < 8
     assert all(torch.equal(x.a, y.a) for x, y in zip(made, expected, strict=True))
+    for x, y in zip(made, expected, strict=True):
+        assert (x.bad.tolist(), x.reasons) == (y.bad.tolist(), y.reasons)
