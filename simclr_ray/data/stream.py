@@ -66,10 +66,11 @@ class _Actor:
         another, and leaves out as many tables as have been taken.
         """
         made: list[Batch] = []
+        in_a_call = max(1, CALL_BYTES // self.step_bytes)
         try:
-            for handed_over in self._grouped(rows["step"].tolist(), HAND_OVER_BYTES):
-                for steps in self._grouped(handed_over, CALL_BYTES):
-                    self._make(steps, made)
+            for steps in self._handed_over(rows["step"].tolist()):
+                for at in range(0, len(steps), in_a_call):
+                    self._make(steps[at : at + in_a_call], made)
                 yield _packed(made)
                 made = []
         except DataError as error:
@@ -85,20 +86,24 @@ class _Actor:
             for step in steps:
                 made.append(self.maker.make(step))
 
-    def _grouped(self, steps: list[int], num_bytes: int) -> Iterator[list[int]]:
-        """Yield consecutive steps that have about so many bytes together, at least one.
+    def _handed_over(self, steps: list[int]) -> Iterator[list[int]]:
+        """Yield the steps that are handed over together.
 
-        The first of the block and of an epoch is alone, so that nobody waits for those after it;
-        an epoch's last one is the last of its group: an evaluation waits for it.
+        From the first of the block and of an epoch on they double until they have enough bytes, so
+        that nobody waits for those after it; an epoch's last one ends a group: an evaluation waits
+        for it.
         """
-        most, per_epoch = max(1, num_bytes // self.step_bytes), self.maker.plan.steps_per_epoch
+        most = max(1, HAND_OVER_BYTES // self.step_bytes)
+        per_epoch = self.maker.plan.steps_per_epoch
         group: list[int] = []
+        size = 1
         for step in steps:
+            if step % per_epoch == 0:
+                size = 1
             group.append(step)
-            whole = len(group) == most or step == steps[0]
-            if whole or step % per_epoch in (0, per_epoch - 1):
+            if len(group) == size or step % per_epoch == per_epoch - 1:
                 yield group
-                group = []
+                group, size = [], min(2 * size, most)
         if group:
             yield group
 
