@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -26,20 +27,23 @@ from tests.ray.pictures import write_shapes
 pytestmark = pytest.mark.ray
 
 
+def experiment_on(folder: Path, **changes: Any) -> Experiment:
+    tree = {"name": "t", "data": {"train": str(folder / "shapes.parquet")}}
+    return cfg.validate(Experiment, tree | changes)
+
+
 @pytest.mark.parametrize(("num_ranks", "actors", "first_size"), [(1, 2, 0), (2, 1, 16), (3, 2, 0)])
 def test_ids_and_pixels_of_every_global_batch_are_those_of_one_process(
     ray_cluster: str, tmp_path: Path, num_ranks: int, actors: int, first_size: int
 ) -> None:
     write_shapes(tmp_path / "shapes.parquet", 200, row_group_size=9)  # two lanes
-    tree = {
-        "name": "t",
-        "data": {"train": str(tmp_path / "shapes.parquet")},
-        "batch_size": 22,
-        "epochs": 3,
-        "augment": {"size": 32, "first_size": first_size},
-        "scaling": {"data_actors_per_worker": actors, "cpus_per_data_actor": 0.3},
-    }
-    experiment = cfg.validate(Experiment, tree)
+    experiment = experiment_on(
+        tmp_path,
+        batch_size=22,
+        epochs=3,
+        augment={"size": 32, "first_size": first_size},
+        scaling={"data_actors_per_worker": actors, "cpus_per_data_actor": 0.3},
+    )
     source = Source.open(experiment.data.train)
     steps = range(5, 21)  # from within an epoch, over two of its ends
     streams = [stream(experiment, source, steps, r, num_ranks) for r in range(num_ranks)]
@@ -58,15 +62,11 @@ def test_ids_and_pixels_of_every_global_batch_are_those_of_one_process(
 
 def test_views_coloured_by_the_worker_are_those_of_the_data_actors(tmp_path: Path) -> None:
     write_shapes(tmp_path / "shapes.parquet", 60, row_group_size=9)
-    tree = {
-        "name": "t",
-        "data": {"train": str(tmp_path / "shapes.parquet")},
-        "batch_size": 20,
-        "epochs": 2,
-        "augment": {"size": 24, "first_size": 16},
-    }
-    whole = cfg.validate(Experiment, tree)
-    split = cfg.validate(Experiment, tree | {"scaling": {"colour_on": "worker"}})
+    sizes = {"size": 24, "first_size": 16}
+    whole, split = (
+        experiment_on(tmp_path, batch_size=20, epochs=2, augment=sizes, scaling={"colour_on": on})
+        for on in ("data", "worker")
+    )
     assert split.digest() == whole.digest()
     source = Source.open(whole.data.train)
     views = two_views(split.augment, split.seed)
@@ -82,14 +82,9 @@ def test_a_data_actor_that_is_killed_loses_and_repeats_no_step(
     ray_cluster: str, tmp_path: Path
 ) -> None:
     write_shapes(tmp_path / "shapes.parquet", 220, row_group_size=50)
-    tree = {
-        "name": "t",
-        "data": {"train": str(tmp_path / "shapes.parquet")},
-        "batch_size": 20,
-        "epochs": 200,
-        "scaling": {"cpus_per_data_actor": 0.3},
-    }
-    experiment = cfg.validate(Experiment, tree)
+    experiment = experiment_on(
+        tmp_path, batch_size=20, epochs=200, scaling={"cpus_per_data_actor": 0.3}
+    )
     source = Source.open(experiment.data.train)
     steps = range(experiment.total_steps(source.num_rows))
     plan, seen = plan_of(experiment, source), []
@@ -124,14 +119,13 @@ def test_an_error_keeps_its_type_and_comes_after_the_steps_that_were_made(
     ids = pa.array(range(10), pa.int64())
     text = pa.table({"id": ids, "image": pa.array([b"no picture"] * 10, pa.binary()), "label": ids})
     pq.write_table(text, tmp_path / "b.parquet")
-    tree = {
-        "name": "t",
-        "seed": 1,
-        "data": {"train": str(tmp_path), "shuffle_rows": 1, "max_bad_share": 0.02},
-        "batch_size": 10,  # a row group, or nearly so
-        "scaling": {"cpus_per_data_actor": 0.3},
-    }
-    experiment = cfg.validate(Experiment, tree)
+    experiment = experiment_on(
+        tmp_path,
+        seed=1,
+        data={"train": str(tmp_path), "shuffle_rows": 1, "max_bad_share": 0.02},
+        batch_size=10,  # a row group, or nearly so
+        scaling={"cpus_per_data_actor": 0.3},
+    )
     source = Source.open(experiment.data.train)
     expected, alone = until_error(local_batches(experiment, source, range(8)))
     made, error = until_error(stream(experiment, source, range(8), 0, 1))
