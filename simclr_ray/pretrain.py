@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from ray.util.queue import Empty, Queue
 
 from simclr_ray import checkpoint
 from simclr_ray import config as cfg
+from simclr_ray.allocator import one_arena
 from simclr_ray.data.maker import plan_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ClusterError, RunError, SimclrRayError, TooManyBadImages
@@ -198,7 +199,7 @@ def _tracked(
     run.log_dataset("train", source.uri, source.fingerprint, source.num_rows, "pretraining")
     status = "KILLED"
     try:
-        with run.system_metrics() if experiment.tracking.system_metrics else _nothing():
+        with run.system_metrics() if experiment.tracking.system_metrics else nullcontext():
             yield run
         status = "FINISHED"
     except Exception:
@@ -206,11 +207,6 @@ def _tracked(
         raise
     finally:
         run.finish(status)  # type: ignore[arg-type] # one of the three literals
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _fit(
@@ -240,6 +236,7 @@ def _fit(
         run_config=ray.train.RunConfig(  # type: ignore[call-arg] # Train V2 puts its own there
             name=folder.name,
             storage_path=folder.storage,
+            worker_runtime_env={"env_vars": one_arena()},
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=experiment.checkpoint.keep),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
