@@ -43,7 +43,7 @@ log = get_logger(__name__)
 
 Record = dict[str, float]
 Progress = Callable[[Record], None]
-POLL_S = 0.5
+POLL_S = 2.0  # a call of an actor each
 UPLOAD_EVERY_S = 60.0
 _started_here: set[str] = set()  # addresses of the local clusters of this process
 METRICS, BAD_ROWS, RUN_FILE, CONFIG_FILE = (
@@ -138,6 +138,7 @@ def connect(experiment: Experiment | None = None) -> None:
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
         object_store_memory=2**30,
         include_dashboard=False,  # five processes; MLflow and the terminal show the run
+        _system_config={"enable_metrics_collection": False},  # each process's own, for nobody
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
@@ -307,7 +308,7 @@ class _Watcher:
                 self._end(RunError(f"the log of the run cannot be written: {error}"))
             if last:
                 return
-            time.sleep(POLL_S)
+            self._stop.wait(POLL_S)
 
     def _drain(self) -> list[Any]:
         items = []
