@@ -32,9 +32,9 @@ from simclr_ray.augment import TwoViews
 from simclr_ray.data.decode import decode_image
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.linear import fit_linear
+from simclr_ray.experiment import Linear
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.optim import LARS
-from simclr_ray.sections import Linear
 
 BATCH, TEMPERATURE, RATE, DECAY, WARMUP_EPOCHS = 512, 0.5, 1.0, 1e-4, 10
 CASE = Case("ResNet-18, 32 px", 18, "cifar", 32, BATCH, 0.5, 0.0, 3)

@@ -30,8 +30,7 @@ from benchmarks.record import store
 from simclr_ray import loop
 from simclr_ray.allocator import keep_freed_memory
 from simclr_ray.experiment import Experiment
-from simclr_ray.model import build_model, build_optimizer
-from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.model import build_loss, build_model, build_optimizer
 
 LIMIT_MIB = 1024  # what the large batch may take above the small one
 CACHED_COST = 4 / 3  # passes: forward twice and backward, of forward once and backward
@@ -110,7 +109,7 @@ def peak(exp: Experiment) -> dict[str, Any]:
 
     loop.train(
         model,
-        NTXentLoss(exp.loss.temperature, normalize=exp.loss.normalize),
+        build_loss(exp),
         optimizer,
         batches(),
         loop.Timetable(2, 2, 0, exp.peak_learning_rate(), exp.batch_size, log_every=1),

@@ -35,7 +35,7 @@ from benchmarks.record import RESULTS, machine
 from simclr_ray import dist, loop
 from simclr_ray.allocator import keep_freed_memory
 from simclr_ray.experiment import Experiment
-from simclr_ray.model import build_model, build_optimizer
+from simclr_ray.model import build_loss, build_model, build_optimizer
 from simclr_ray.nn.losses import NTXentLoss
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -143,7 +143,7 @@ def _step_times(rank: int, exp: Experiment, steps: int) -> list[float]:
     never = 10**9  # reports sweep all pairs once more; a run has one in ten steps or fewer
     loop.train(
         dist.data_parallel(model),
-        NTXentLoss(exp.loss.temperature, global_batch_size=exp.batch_size),
+        build_loss(exp),
         build_optimizer(model, exp.optimizer),
         batches(),
         loop.Timetable(never, never, 0, 0.1, exp.batch_size, log_every=never),

@@ -42,7 +42,7 @@ from benchmarks.record import portable, store
 from simclr_ray import config as cfg
 from simclr_ray import dist, loop
 from simclr_ray.allocator import keep_freed_memory
-from simclr_ray.data.maker import PartMaker, plan_of, two_views
+from simclr_ray.data.maker import PartMaker, plan_of, views_of
 from simclr_ray.data.source import Source
 from simclr_ray.experiment import Experiment
 from simclr_ray.model import build_model, build_optimizer
@@ -182,7 +182,7 @@ def torchrun(settings: Settings) -> None:
     source = Source.open(settings.parquet, limit=trained.data.limit)
     places = dist.share(trained.batch_size, dist.rank(), WORKERS)
     plan = plan_of(trained, source)
-    maker = PartMaker(source, plan, two_views(trained.augment, 0), trained.data, places)
+    maker = PartMaker(source, plan, views_of(trained.augment, 0), trained.data, places)
     made = [maker.make(step) for step in range(min(8, settings.steps))]
     batches = (made[step % len(made)]._replace(step=step) for step in range(settings.steps))
     model = build_model(trained)

@@ -18,7 +18,6 @@ import sys
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-LARGEST = 2**31 - 1
 ARENAS = "MALLOC_ARENA_MAX"
 
 
@@ -37,7 +36,7 @@ def keep_freed_memory() -> bool:
         return False
     results = [
         mallopt(M_MMAP_MAX, 0),  # large blocks come from the heap, which can be kept
-        mallopt(M_TRIM_THRESHOLD, LARGEST),
+        mallopt(M_TRIM_THRESHOLD, -1),  # never
         mallopt(M_TOP_PAD, 64 * 2**20),
     ]
     return all(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,18 @@ from torch import Tensor
 
 from simclr_ray.data.maker import plan_of
 from simclr_ray.data.source import Source
-from simclr_ray.experiment import Experiment
+from simclr_ray.experiment import (
+    DCL,
+    ClassifierHead,
+    CrossEntropy,
+    Distillation,
+    Experiment,
+    NTXent,
+    SupCon,
+)
 from simclr_ray.loop import DTYPES
 from simclr_ray.model import build_model
-from simclr_ray.nn.losses import TILE
+from simclr_ray.nn.ntxent import TILE
 
 MIB = 2**20
 SAMPLE = 4  # images in the pass that is counted; the result is per image
@@ -44,13 +53,12 @@ def derived(experiment: Experiment, source: Source) -> dict[str, str]:
         "images": f"{source.num_rows:,} in {len(source.files)} files, "
         f"{len(source.row_groups)} row groups, {plan.num_lanes} lanes",
         "global batch": f"{experiment.batch_size:,} images, {2 * experiment.batch_size:,} views",
-        "negatives": f"{2 * (experiment.batch_size - 1):,} per anchor",
+        **_of_the_loss(experiment),
         "local batch": " or ".join(str(n) for n in local) + f" on {len(ranks)} workers",
         "steps": f"{plan.steps_per_epoch:,} per epoch, {total:,} in {experiment.epochs} epochs",
         "warm-up": f"{warmup:,} steps",
         "peak learning rate": f"{experiment.peak_learning_rate():g} "
         f"({experiment.schedule.scaling} scaling of {experiment.schedule.learning_rate:g})",
-        "loss without learning": f"{_chance(experiment.batch_size):.4f} = ln(2N-1)",
         "parameters": f"{num_parameters(experiment) / 1e6:,.2f} M",
         "memory of a step": f"{memory.total / MIB:,.0f} MiB on the largest worker: "
         f"activations {memory.activations / MIB:,.0f}, weights {memory.weights / MIB:,.0f}, "
@@ -111,5 +119,24 @@ def step_memory(experiment: Experiment) -> StepMemory:
     )
 
 
-def _chance(batch_size: int) -> float:
-    return float(torch.log(torch.tensor(2.0 * batch_size - 1)))
+def _of_the_loss(experiment: Experiment) -> dict[str, str]:
+    """Return the negatives of an anchor, and what the loss is where nothing is learned."""
+    loss, others = experiment.loss, experiment.batch_size - 1
+    if isinstance(loss, CrossEntropy | Distillation):
+        assert isinstance(experiment.head, ClassifierHead)
+        classes = experiment.head.num_classes
+        return {"classes": f"{classes:,}", "loss without learning": _log(classes, "ln(K)")}
+    one_view = getattr(loss, "negatives", "both") == "other"
+    rows = {"negatives": f"{others if one_view else 2 * others:,} per anchor"}
+    match loss:
+        case NTXent() if one_view:
+            rows["loss without learning"] = _log(others + 1, "ln(N)")
+        case NTXent() | SupCon():
+            rows["loss without learning"] = _log(2 * others + 1, "ln(2N-1)")
+        case DCL():
+            rows["loss without learning"] = _log(2 * others, "ln(2N-2)")
+    return rows
+
+
+def _log(number: int, name: str) -> str:
+    return f"{math.log(number):.4f} = {name}"

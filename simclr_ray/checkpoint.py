@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pickle
 import re
 import secrets
 from collections.abc import Mapping
@@ -150,6 +151,23 @@ def read(folder: Path) -> Checkpoint:
     except SafetensorError as error:
         raise CheckpointError(f"{folder / STATE}: {error}") from error
     return Checkpoint(int(record["step"]), tensors, record)
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file, or of one that torch wrote; no code is run.
+
+    Raises:
+        CheckpointError: It holds something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise CheckpointError(f"{path} is no state dict: names and tensors")
+    return found
 
 
 def newest(root: Path) -> Path | None:

@@ -27,7 +27,9 @@ from simclr_ray.experiment import Experiment, Preparation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from simclr_ray.evaluation.scoring import Classification
     from simclr_ray.evaluation.table import Score
+    from simclr_ray.pretrain import Run
 
 DEMO_TRAIN_IMAGES, DEMO_TEST_IMAGES = 6_000, 2_000
 STOPPED_BY_SYSTEM = 75  # EX_TEMPFAIL: schedulers and shells take it as "try again"
@@ -113,10 +115,11 @@ def pretrain(
 def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
     from simclr_ray.arithmetic import derived
     from simclr_ray.data.source import Source as Pictures
+    from simclr_ray.resolve import resolved
 
     data = experiment.data
     pictures = Pictures.open(data.train, data.columns, data.limit)
-    show_pairs(derived(experiment, pictures))
+    show_pairs(derived(resolved(experiment, pictures), pictures))
     if dry_run:
         return
     from simclr_ray.pipeline import complete
@@ -136,7 +139,9 @@ def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder or its URI, or one checkpoint in it.")],
     overrides: Overrides = None,
-    protocols: Annotated[str, typer.Option(help="Comma-separated: knn, linear.")] = "knn,linear",
+    protocols: Annotated[
+        str, typer.Option(help="Comma-separated: knn, linear, lbfgs, knn_solo, knn_1.")
+    ] = "knn,linear",
 ) -> None:
     """Score a run's encoder beside the untrained encoder and raw pixels.
 
@@ -145,6 +150,44 @@ def evaluate(
     from simclr_ray.judge import judge
 
     _show_scores(judge(_checkpoint_in(run), protocols.split(","), *(overrides or [])))
+
+
+@app.command()
+def finetune(
+    run: Annotated[str, typer.Argument(help="Folder or URI of a pretraining run.")],
+    overrides: Overrides = None,
+    labels: Annotated[float, typer.Option(help="Share of the labels, class-balanced.")] = 0.1,
+    random: Annotated[  # noqa: FBT002 - typer makes it a flag
+        bool, typer.Option("--random", help="Start from random weights, for comparison.")
+    ] = False,
+) -> None:
+    """Fine-tune a run's encoder on a share of the labels, and test the classifier.
+
+    Example: simclr-ray finetune runs/cifar10_cpu-1a2b3c4d --labels 0.01 data.test=cifar/test
+    """
+    from simclr_ray.finetune import finetune as tune
+
+    _connect()
+    with Progress() as progress:
+        tuned = tune(run, labels, *(overrides or []), from_random=random, on_progress=progress)
+    _show_classifier(f"test, after {tuned.num_labels:,} labels", tuned.scores, tuned.run)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str, typer.Argument(help="Folder or URI of a fine-tuning.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a student of any size on what a fine-tuned classifier says of unlabelled pictures.
+
+    Example: simclr-ray distill runs/x-tuned-10pct-1a2b3c4d data.train=more encoder.width=0.25
+    """
+    from simclr_ray.finetune import distill as train
+
+    _connect()
+    with Progress() as progress:
+        run, scores = train(teacher, *(overrides or []), on_progress=progress)
+    _show_classifier("test, of the student", scores, run)
 
 
 @app.command()
@@ -274,14 +317,23 @@ def _checkpoint_in(run: str) -> Path:
     return found
 
 
-def _show_scores(scores: Sequence[Score]) -> None:
-    from simclr_ray.evaluation.table import COLUMNS, cells
+def _show_classifier(title: str, scores: Classification, run: Run) -> None:
+    names = ["top-1", "top-5", "mean per class", "11-point mAP"]
+    show_table(title, names, [[f"{100 * value:.1f} %" for value in scores]])
+    out.print(f"checkpoint  {run.checkpoint}", soft_wrap=True, markup=False)
+    out.print(f"run folder  {run.folder}", soft_wrap=True, markup=False)
 
-    if any(score.knn_top1 is not None or score.linear_top1 is not None for score in scores):
-        shown = [0, 1, 2]
-    else:
-        shown = [0, *range(3, len(COLUMNS))]
+
+def _show_scores(scores: Sequence[Score]) -> None:
+    from simclr_ray.evaluation.table import COLUMNS, NUM_ACCURACIES, cells, shown_columns
+
+    shown = shown_columns(scores)
     rows = [cells(score) for score in scores]
+    accuracies = [i for i in shown if 0 < i <= NUM_ACCURACIES]
+    if any(row[i] != "-" for row in rows for i in accuracies):
+        shown = [0, *accuracies]
+    else:
+        shown = [i for i in shown if i not in accuracies]
     show_table("scores", [COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 

@@ -1,8 +1,9 @@
 """Typed config: YAML and dotted overrides in, a frozen checked tree out, one line per mistake.
 
 The only place that knows pydantic and YAML. YAML is 1.2, so `1e-4` is a number and `yes` a string.
-A union of configs is told apart by its `name` key; overriding `name` drops the keys of the old
-variant. Errors say the dotted path, what was given, what is allowed, and the nearest valid name.
+A union of configs is told apart by its `name` key, which may be left out for the default variant;
+overriding `name` drops the keys of the old variant. Errors say the dotted path, what was given,
+what is allowed, and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -38,6 +39,21 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, strict=True, extra="forbid", validate_default=True, allow_inf_nan=False
     )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _name_variants(cls, tree: Any) -> Any:
+        """Give a union's node without a name that of the field's default."""
+        if not isinstance(tree, Mapping):
+            return tree
+        named = {
+            key: {"name": default, **tree[key]}
+            for key, field in cls.model_fields.items()
+            if (default := _default_name(field))
+            and isinstance(tree.get(key), Mapping)
+            and "name" not in tree[key]
+        }
+        return {**tree, **named}
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -91,9 +107,11 @@ def apply_overrides(
                 mistakes.append(Mistake(".".join(keys), f"{at} is a value and has no keys"))
                 break
         else:
-            other = keys[-1] == "name" and len(keys) > 1 and node.get("name", value) != value
-            if other and (schema is None or _has_variants(schema, keys[:-1])):
-                node.clear()
+            if keys[-1] == "name" and len(keys) > 1:
+                usual = _usual_name(schema, keys[:-1]) if schema else value
+                other = node.get("name", usual or value) != value
+                if other and (schema is None or _has_variants(schema, keys[:-1])):
+                    node.clear()
             node[keys[-1]] = "" if value is None else value
     if mistakes:
         raise ConfigError(mistakes)
@@ -205,7 +223,9 @@ def _keys_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
 
 
 def _variants_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
-    """Return the names that the union at `where` knows."""
+    """Return the names that the union at `where` knows, or the list of one."""
+    if isinstance(where[-1], int):
+        where = where[:-1]
     parent = _node_at(schema, tree, where[:-1])
     annotation = parent.model_fields[str(where[-1])].annotation if parent else None
     return [_name_of(variant) for variant in _configs_in(annotation)]
@@ -214,12 +234,21 @@ def _variants_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
 def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | None:
     """Return the config class of the node at `where`, None where it is no config."""
     current: type[Config] = schema
+    variants: list[type[Config]] = []
     node = tree
     for part in where:
+        if isinstance(part, int):  # a list's: its items have the variants of the field
+            node = node[part] if isinstance(node, list) and part < len(node) else {}
+            named = [
+                v for v in variants if isinstance(node, Mapping) and _name_of(v) == node.get("name")
+            ]
+            current = (named or variants or [schema])[0]
+            continue
         node = node[part] if isinstance(node, Mapping) and part in node else {}
-        annotation = current.model_fields[str(part)].annotation if isinstance(part, str) else None
-        variants = _configs_in(annotation)
-        named = [v for v in variants if _name_of(v) == (node or {}).get("name", _name_of(v))]
+        field = current.model_fields[part]
+        variants, usual = _configs_in(field.annotation), _default_name(field)
+        given = node.get("name", usual) if isinstance(node, Mapping) else usual
+        named = [v for v in variants if _name_of(v) == (given or _name_of(v))]
         if not (named or variants):
             return None
         current = (named or variants)[0]
@@ -235,6 +264,23 @@ def _has_variants(schema: type[Config], keys: Sequence[str]) -> bool:
         if not found:
             return False
     return len(found) > 1
+
+
+def _usual_name(schema: type[Config], keys: Sequence[str]) -> str:
+    """Return the name that the union at `keys` has by default, or nothing."""
+    found, usual = [schema], ""
+    for key in keys:
+        field = found[0].model_fields.get(key) if found else None
+        if field is None:
+            return ""
+        usual, found = _default_name(field), _configs_in(field.annotation)
+    return usual
+
+
+def _default_name(field: pydantic.fields.FieldInfo) -> str:
+    """Return the variant that a union's field has by default, or nothing where it is no union."""
+    name = getattr(field.default, "name", "") if field.discriminator else ""
+    return str(name)
 
 
 def _configs_in(annotation: Any) -> list[type[Config]]:

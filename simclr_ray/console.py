@@ -72,7 +72,7 @@ class Progress(_Line):
         line = (
             f"epoch {record['epoch']:6.2f}  step {step}/{total}  "
             f"loss {record['train/mean_loss']:.4f}  "
-            f"acc {record['train/contrastive_accuracy']:.2f}  "
+            f"acc {record['train/accuracy']:.2f}  "
             f"{record['train/images_per_s']:,.0f} images/s  "
             f"left {left}  data wait {record['train/data_wait_share']:.0%}{self.scores}"
         )

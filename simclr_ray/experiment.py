@@ -14,46 +14,62 @@ from typing import Annotated, Literal
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field
 from simclr_ray.errors import ConfigError, Mistake
-from simclr_ray.sections import (
-    KNN,
-    AdamWOptimizer,
+from simclr_ray.sections.data import Columns, Data, Preparation
+from simclr_ray.sections.model import (
     BatchNorm,
-    Checkpointing,
-    Columns,
-    Data,
-    Evaluation,
-    LARSOptimizer,
-    Linear,
+    ClassifierHead,
     LinearHead,
     MLPHead,
     NoHead,
-    NTXent,
-    Preparation,
-    Registration,
     ResNetEncoder,
-    Scaling,
-    Schedule,
-    SGDOptimizer,
-    SimCLRViews,
+    Start,
     TorchvisionEncoder,
+)
+from simclr_ray.sections.running import (
+    KNN,
+    Checkpointing,
+    Evaluation,
+    Linear,
+    Registration,
+    Scaling,
     Tracking,
 )
+from simclr_ray.sections.training import (
+    DCL,
+    AdamWOptimizer,
+    CrossEntropy,
+    Distillation,
+    LARSOptimizer,
+    NTLogistic,
+    NTXent,
+    Schedule,
+    SGDOptimizer,
+    SupCon,
+    Triplet,
+)
+from simclr_ray.sections.views import PipelineViews, SimCLRViews
 
 __all__ = [
+    "DCL",
     "KNN",
     "AdamWOptimizer",
     "BatchNorm",
     "Checkpointing",
+    "ClassifierHead",
     "Columns",
+    "CrossEntropy",
     "Data",
+    "Distillation",
     "Evaluation",
     "Experiment",
     "LARSOptimizer",
     "Linear",
     "LinearHead",
     "MLPHead",
+    "NTLogistic",
     "NTXent",
     "NoHead",
+    "PipelineViews",
     "Preparation",
     "Registration",
     "ResNetEncoder",
@@ -61,8 +77,11 @@ __all__ = [
     "Scaling",
     "Schedule",
     "SimCLRViews",
+    "Start",
+    "SupCon",
     "TorchvisionEncoder",
     "Tracking",
+    "Triplet",
     "absolute_path",
 ]
 
@@ -78,13 +97,19 @@ class Experiment(Config):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0, lt=2**32)
     data: Data
-    augment: SimCLRViews = SimCLRViews()
+    augment: Annotated[SimCLRViews | PipelineViews, Field(discriminator="name")] = SimCLRViews()
     encoder: Annotated[ResNetEncoder | TorchvisionEncoder, Field(discriminator="name")] = (
         ResNetEncoder()
     )
-    head: Annotated[NoHead | LinearHead | MLPHead, Field(discriminator="name")] = MLPHead()
+    head: Annotated[NoHead | LinearHead | MLPHead | ClassifierHead, Field(discriminator="name")] = (
+        MLPHead()
+    )
+    start: Start = Start()
     batch_norm: BatchNorm = BatchNorm()
-    loss: NTXent = NTXent()
+    loss: Annotated[
+        NTXent | NTLogistic | Triplet | DCL | SupCon | CrossEntropy | Distillation,
+        Field(discriminator="name"),
+    ] = NTXent()
     optimizer: Annotated[
         LARSOptimizer | SGDOptimizer | AdamWOptimizer, Field(discriminator="name")
     ] = LARSOptimizer()
@@ -125,8 +150,16 @@ class Experiment(Config):
                 f"evaluation.size={self.evaluation.size} must be 0 or at least 8, and for vit it "
                 f"and augment.first_size augment.size={self.augment.size}, the only one it takes"
             )
+        classifies = isinstance(self.loss, CrossEntropy | Distillation)
+        if classifies != isinstance(self.head, ClassifierHead):
+            raise ValueError(
+                f"loss.name={self.loss.name} does not go with head.name={self.head.name}: "
+                "a classifier and cross_entropy or distillation belong together"
+            )
         if self.compress_gradients and self.precision == "float64":
             raise ValueError("compress_gradients rounds to 8 bits; precision=float64 is for exact")
+        if self.scaling.colour_on == "worker" and not isinstance(self.augment, SimCLRViews):
+            raise ValueError("scaling.colour_on=worker is for augment.name=simclr")
         if self.scaling.recompute_activations and not isinstance(self.encoder, ResNetEncoder):
             raise ValueError("scaling.recompute_activations is for encoder.name=resnet")
         images = self.batch_norm.images
@@ -149,8 +182,12 @@ class Experiment(Config):
     def digest(self) -> str:
         """Return 16 hex digits over everything that changes the trained weights, and only that."""
         tree = {k: v for k, v in cfg.to_tree(self).items() if k not in PLACEMENT}
+        if isinstance(self.loss, Distillation) and self.loss.sha256:
+            tree["loss"] = {**tree["loss"], "teacher": ""}
+        if self.start.sha256:
+            tree["start"] = {**tree["start"], "weights": ""}  # which they are, not where they lie
         tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
-        if not self.augment.first_size:
+        if isinstance(self.augment, SimCLRViews) and not self.augment.first_size:
             tree["augment"] = {**tree["augment"], "full_size_at": 0.75}  # nothing grows
         if self.num_groups == 1:
             tree["batch_norm"] = {**tree["batch_norm"], "images": 0}  # the same by another name
@@ -172,13 +209,27 @@ class Experiment(Config):
                 key: absolute_path(getattr(self.data, key)) for key in ("train", "bank", "test")
             }
         )
-        storage = absolute_path(self.storage)
-        return self.model_copy(update={"data": data, "storage": storage})
+        start = self.start.model_copy(update={"weights": absolute_path(self.start.weights)})
+        loss = self.loss
+        if isinstance(loss, Distillation):
+            loss = loss.model_copy(update={"teacher": absolute_path(loss.teacher)})
+        update = {
+            "data": data,
+            "start": start,
+            "loss": loss,
+            "storage": absolute_path(self.storage),
+        }
+        return self.model_copy(update=update)
 
     @property
     def evaluation_size(self) -> int:
         """Return the side in pixels of the views that are judged and embedded."""
         return self.evaluation.size or self.augment.size
+
+    @property
+    def takes_labels(self) -> bool:
+        """Return whether training needs the labels of `data.train`."""
+        return isinstance(self.loss, SupCon | CrossEntropy)
 
     def local_batch_size(self, rank: int) -> int:
         """Return the images of rank `rank`: they differ by at most one between ranks."""

@@ -11,10 +11,17 @@ from torch import nn
 from simclr_ray import checkpoint
 from simclr_ray import config as cfg
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, Mistake
-from simclr_ray.evaluation.features import Split, load_split
-from simclr_ray.evaluation.table import PROTOCOLS, Score, score_encoder, score_pixels
-from simclr_ray.experiment import Experiment
+from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.evaluation.features import Split, extract_features, load_split
+from simclr_ray.evaluation.scoring import Classification, classification
+from simclr_ray.evaluation.table import (
+    DEFAULT_PROTOCOLS,
+    PROTOCOLS,
+    Score,
+    score_encoder,
+    score_pixels,
+)
+from simclr_ray.experiment import Experiment, NoHead, NTXent
 from simclr_ray.model import SimCLRModel, build_model
 
 LABEL_FREE_ROWS = 5_000
@@ -22,15 +29,15 @@ LABEL_FREE_ROWS = 5_000
 
 def judge(
     folder: Path,
-    protocols: Sequence[str] = ("knn", "linear"),
+    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
     *overrides: str,
 ) -> list[Score]:
     """Return one score row each for the trained encoder, the untrained one, and raw pixels.
 
     Args:
         folder: A checkpoint.
-        protocols: Of `knn` and `linear`; without labelled splits both are left out, and only the
-            label-free columns are filled.
+        protocols: Of `evaluation.table.PROTOCOLS`; without labelled splits all are left out, and
+            only the label-free columns are filled.
         overrides: Of the experiment that the checkpoint holds, such as `data.test=DIR`.
 
     Raises:
@@ -42,7 +49,7 @@ def judge(
 
 
 def judge_as(
-    experiment: Experiment, folder: Path, protocols: Sequence[str] = PROTOCOLS
+    experiment: Experiment, folder: Path, protocols: Sequence[str] = DEFAULT_PROTOCOLS
 ) -> list[Score]:
     """Return what `judge` does, by the splits and settings of `experiment`."""
     wrong = [p for p in protocols if p not in PROTOCOLS]
@@ -50,7 +57,8 @@ def judge_as(
         allowed = ", ".join(PROTOCOLS)
         problems = [f"allowed: {allowed}{cfg.nearest(p, PROTOCOLS)}" for p in wrong]
         raise ConfigError([Mistake(p, t) for p, t in zip(wrong, problems, strict=True)])
-    trained, untrained = load_model(folder), build_model(experiment)
+    trained = load_model(folder)
+    untrained = build_model(experiment.model_copy(update={"head": NoHead(), "loss": NTXent()}))
     bank, test = _splits(experiment)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: list[tuple[str, nn.Module]] = [
@@ -61,6 +69,29 @@ def judge_as(
         score_encoder(name, encoder, bank, test, experiment, protocols) for name, encoder in models
     ]
     return [*scores, score_pixels(bank, test, experiment, protocols)]
+
+
+def score_classifier(folder: Path, experiment: Experiment) -> Classification:
+    """Return how the classifier in a checkpoint does on the labelled rows of `data.test`.
+
+    Pictures are resized and cropped in the middle, without augmentation.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole.
+        DataError: The split cannot be read, or has no labels.
+    """
+    model = load_model(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = nn.Sequential(model.encoder, model.head).to(device)
+    data = experiment.data
+    test = Source.open(data.test, data.columns)
+    split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
+    if not len(split.labels):
+        raise DataError(f"{data.test} has no labels to test a classifier by")
+    scores = extract_features(
+        network, split.images, experiment.evaluation.batch_size, device, experiment.precision
+    )
+    return classification(scores, split.labels)
 
 
 def experiment_of(folder: Path, *overrides: str) -> Experiment:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from simclr_ray import dist
 from simclr_ray.caching import cached_backward, group_rows
 from simclr_ray.errors import RunError
-from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
+from simclr_ray.nn.losses import BatchMetrics, Loss
 from simclr_ray.optim import learning_rate_at
 
 _NOT_FINITE = (
@@ -38,6 +39,9 @@ class Batch(NamedTuple):
     ids: Tensor  # int64 [n]
     bad: Tensor  # int64 [m], ids of rows that had to be replaced
     reasons: tuple[str, ...] = ()  # why, of each of `bad`
+    labels: Tensor | None = (
+        None  # int64 [n] or a teacher's scores [n, 2, K], if the loss takes them
+    )
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class Metrics(NamedTuple):
     loss: float  # of the last step: the paper's L over the global batch
     mean_loss: float
     learning_rate: float
-    contrastive_accuracy: float
-    contrastive_entropy: float
+    accuracy: float  # of picking the partner, or the class
+    entropy: float  # of that choice, nats
     images_per_s: float
     data_wait_share: float  # of the wall time
     bad_rows: int  # ids replaced since the last report, all ranks
@@ -83,7 +87,7 @@ class Hooks:
 
 def train(
     model: nn.Module,
-    loss: NTXentLoss,
+    loss: Loss,
     optimizer: torch.optim.Optimizer,
     stream: Iterable[Batch],
     timetable: Timetable,
@@ -97,7 +101,7 @@ def train(
 
     Args:
         model: Maps images [2n, 3, S, S] to (h, z); may be wrapped in `dist.data_parallel`.
-        loss: Of z1, z2.
+        loss: Of z1, z2, and the labels where it takes them.
         optimizer: Over the model's parameters; its rate is set here at each step.
         stream: Batches of consecutive steps, from where the run stands.
         timetable: The run's arithmetic.
@@ -117,15 +121,18 @@ def train(
         step = batch.step
         for group in optimizer.param_groups:
             group["lr"] = timetable.learning_rate(step)
-        project = _Projector(model, batch, device, precision, seed, num_groups)
+        labels = batch.labels.to(device) if batch.labels is not None else None
+        project = _Projector(model, batch, device, precision, seed, num_groups, loss.one_view)
         if num_groups == 1:
             z1, z2 = project(0, slice(None))
-            value = loss(z1, z2)
+            value = loss(z1, z2, labels)
             value.backward()
         else:
             first, _ = dist.share(timetable.global_batch_size, dist.rank(), dist.world_size())
             groups = group_rows(len(batch.a), first, num_groups)
-            value, z1, z2 = cached_backward(model, project, loss, groups)
+            if labels is not None:
+                labels = torch.cat([labels[rows] for rows in groups])
+            value, z1, z2 = cached_backward(model, project, partial(loss, labels=labels), groups)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(batch, value.detach())
@@ -133,7 +140,7 @@ def train(
         done = step + 1
         epoch_ends = done % timetable.steps_per_epoch == 0
         if done % timetable.log_every == 0 or epoch_ends:
-            hooks.report(meter.read(done, z1.detach(), z2.detach(), loss))
+            hooks.report(meter.read(done, loss.metrics(z1.detach(), z2.detach(), labels)))
         if epoch_ends:
             hooks.epoch_end(done // timetable.steps_per_epoch, done)
             model.train()
@@ -173,17 +180,22 @@ class _Projector:
     precision: Precision
     seed: int
     num_groups: int
+    one_view: bool
 
     def __call__(self, group: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return z1, z2 [m, D]. Both views pass together: batch norm's statistics are joint."""
+        """Return z1, z2 [m, D]. Both views pass together: batch norm's statistics are joint.
+
+        A loss of one view gets z1 twice.
+        """
         # a backbone may have dropout: keyed, a resumed run and a second pass draw the same
         turn = self.batch.step * dist.world_size() + dist.rank()
         torch.manual_seed((self.seed << 32) + turn * self.num_groups + group)
-        images = torch.cat([self.batch.a[rows], self.batch.b[rows]])  # [2m, 3, S, S]
+        views = [self.batch.a] if self.one_view else [self.batch.a, self.batch.b]
+        images = torch.cat([view[rows] for view in views])  # [2m, 3, S, S]
         with autocast(self.device, self.precision):
             _, z = self.model(as_input(images, self.device, self.precision))
-        z1, z2 = z.chunk(2)
-        return z1, z2
+        parts = z.chunk(len(views))
+        return parts[0], parts[-1]
 
 
 class _Meter:
@@ -224,9 +236,8 @@ class _Meter:
         if not torch.isfinite(total):
             raise RunError(_NOT_FINITE.format(step=done, mean=float(self.loss_sum) / self.steps))
 
-    def read(self, done: int, z1: Tensor, z2: Tensor, loss: NTXentLoss) -> Metrics:
+    def read(self, done: int, of_batch: BatchMetrics) -> Metrics:
         """Return the interval's metrics and start the next. Collective."""
-        accuracy, entropy = contrastive_metrics(z1, z2, loss.temperature, normalize=loss.normalize)
         # reading the loss waits for the device: only then is the interval's work done
         mine = [float(done), float(self.last_loss), float(self.loss_sum) / self.steps]
         elapsed = time.perf_counter() - self.began
@@ -246,8 +257,8 @@ class _Meter:
             loss=last,
             mean_loss=mean,
             learning_rate=self.timetable.learning_rate(done - 1),
-            contrastive_accuracy=float(accuracy),
-            contrastive_entropy=float(entropy),
+            accuracy=float(of_batch.accuracy),
+            entropy=float(of_batch.entropy),
             images_per_s=images / elapsed,
             data_wait_share=wait,
             bad_rows=int(everyone[:, 4].sum()),

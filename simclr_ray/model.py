@@ -1,4 +1,4 @@
-"""What is trained, and by what: encoder f, head g and optimizer, built from config."""
+"""What is trained, and by what: encoder f, head g, loss and optimizer, built from config."""
 
 from __future__ import annotations
 
@@ -11,20 +11,30 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.errors import ConfigError, Mistake
 from simclr_ray.experiment import (
+    DCL,
     AdamWOptimizer,
     BatchNorm,
+    ClassifierHead,
+    CrossEntropy,
+    Distillation,
     Experiment,
     LARSOptimizer,
     LinearHead,
     MLPHead,
     NoHead,
+    NTLogistic,
+    NTXent,
     ResNetEncoder,
     SGDOptimizer,
+    SupCon,
     TorchvisionEncoder,
+    Triplet,
 )
+from simclr_ray.nn import losses
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
-from simclr_ray.nn.heads import linear_head, mlp_head
+from simclr_ray.nn.heads import Tempered, classifier_head, linear_head, mlp_head
 from simclr_ray.nn.resnet import ResNet
+from simclr_ray.nn.supervised import CrossEntropyLoss, DistillationLoss
 from simclr_ray.optim import LARS
 
 
@@ -55,19 +65,76 @@ def build_model(experiment: Experiment) -> SimCLRModel:
         encoder = build_encoder(
             experiment.encoder, experiment.batch_norm, size=experiment.augment.size
         )
-        features = feature_dim(encoder)
-        norm = partial(GlobalBatchNorm, momentum=experiment.batch_norm.momentum)
-        head: nn.Module
-        match experiment.head:
-            case NoHead():
-                head = nn.Identity()
-            case LinearHead() as c:
-                head = linear_head(features, c.dim, norm)
-            case MLPHead() as c:
-                head = mlp_head(features, c.dim, c.layers, c.hidden, norm)
-            case _ as never:
-                assert_never(never)
+        head = _head(experiment, feature_dim(encoder))
     return SimCLRModel(encoder, head)
+
+
+def _head(experiment: Experiment, features: int) -> nn.Module:
+    norm = partial(GlobalBatchNorm, momentum=experiment.batch_norm.momentum)
+    head: nn.Module
+    match experiment.head:
+        case NoHead():
+            head = nn.Identity()
+        case LinearHead() as c:
+            head = linear_head(features, c.dim, norm, batch_norm=c.batch_norm)
+        case MLPHead() as c:
+            head = mlp_head(features, c.dim, c.layers, c.hidden, norm, batch_norm=c.batch_norm)
+        case ClassifierHead() as c:
+            head = classifier_head(
+                features, c.num_classes, c.layers, c.hidden, norm, batch_norm=c.batch_norm
+            )
+        case _ as never:
+            assert_never(never)
+    loss = experiment.loss
+    if isinstance(loss, NTXent) and loss.learn_temperature:
+        layers = head if isinstance(head, nn.Sequential) else [head]
+        return nn.Sequential(*layers, Tempered(loss.temperature))
+    return head
+
+
+def build_loss(experiment: Experiment) -> losses.Loss:
+    """Return the experiment's loss; its ranks hold the batch plan's shares of the global batch."""
+    size = experiment.batch_size
+    match experiment.loss:
+        case NTXent(learn_temperature=True) as c:  # the head scales z
+            return losses.NTXentLoss(
+                1.0, normalize=False, global_batch_size=size, negatives=c.negatives
+            )
+        case NTXent() as c:
+            return losses.NTXentLoss(
+                c.temperature,
+                normalize=c.normalize,
+                global_batch_size=size,
+                negatives=c.negatives,
+            )
+        case NTLogistic() as c:
+            return losses.NTLogisticLoss(
+                c.temperature,
+                normalize=c.normalize,
+                global_batch_size=size,
+                semi_hard=c.semi_hard,
+                negatives=c.negatives,
+            )
+        case Triplet() as c:
+            return losses.TripletLoss(
+                c.margin,
+                normalize=c.normalize,
+                global_batch_size=size,
+                semi_hard=c.semi_hard,
+                negatives=c.negatives,
+            )
+        case DCL() as c:
+            return losses.DCLLoss(
+                c.temperature, normalize=c.normalize, global_batch_size=size, sigma=c.sigma
+            )
+        case SupCon() as c:
+            return losses.SupConLoss(c.temperature, normalize=c.normalize, global_batch_size=size)
+        case CrossEntropy() as c:
+            return CrossEntropyLoss(c.label_smoothing, views=c.views, global_batch_size=size)
+        case Distillation() as c:
+            return DistillationLoss(c.temperature, global_batch_size=size)
+        case _ as never:
+            assert_never(never)
 
 
 def build_encoder(
@@ -84,7 +151,13 @@ def build_encoder(
     momentum = (batch_norm or BatchNorm()).momentum
     norm = partial(GlobalBatchNorm, momentum=momentum)
     if isinstance(encoder, ResNetEncoder):
-        return ResNet(encoder.depth, encoder.width, encoder.stem, norm)
+        return ResNet(
+            encoder.depth,
+            encoder.width,
+            encoder.stem,
+            norm,
+            selective_kernel=encoder.selective_kernel,
+        )
     return _torchvision_backbone(encoder.model, size, momentum)
 
 
@@ -93,13 +166,14 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer of `model` at rate 0; the loop sets the rate of each step.
 
-    Batch norm and biases are neither decayed nor, under LARS, adapted (authors' exclusions).
+    Batch norm, biases and a learned temperature are neither decayed nor, under LARS, adapted
+    (authors' exclusions).
     """
     plain = {
         id(p)
         for m in model.modules()
         for name, p in m.named_parameters(recurse=False)
-        if isinstance(m, GlobalBatchNorm | nn.LayerNorm | nn.GroupNorm) or name == "bias"
+        if isinstance(m, GlobalBatchNorm | nn.LayerNorm | nn.GroupNorm | Tempered) or name == "bias"
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [

@@ -35,6 +35,7 @@ from simclr_ray.errors import ClusterError, RunError, SimclrRayError, TooManyBad
 from simclr_ray.experiment import Experiment
 from simclr_ray.logs import get_logger
 from simclr_ray.mlflow_store import check_alias, store_uri
+from simclr_ray.resolve import resolved
 from simclr_ray.storage import RunFolder
 from simclr_ray.tracking import TrackedRun, Tracker
 from simclr_ray.worker import Task, our_error, work
@@ -46,9 +47,8 @@ Progress = Callable[[Record], None]
 POLL_S = 2.0  # a call of an actor each
 UPLOAD_EVERY_S = 60.0
 _started_here: set[str] = set()  # addresses of the local clusters of this process
-METRICS, BAD_ROWS, RUN_FILE, CONFIG_FILE = (
-    "metrics.jsonl", "bad_rows.jsonl", "run.json", "experiment.yaml",
-)  # fmt: skip
+METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"
+RUN_FILE, CONFIG_FILE = "run.json", "experiment.yaml"
 
 
 class Run(NamedTuple):
@@ -79,6 +79,7 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     experiment = experiment.absolute()
     _check_late_needs(experiment)
     source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
+    experiment = resolved(experiment, source)
     plan_of(experiment, source)  # fails here when the rows fill no batch
     folder = RunFolder.of(experiment.storage, experiment.run_name(source.fingerprint))
     total = experiment.total_steps(source.num_rows)
@@ -189,6 +190,7 @@ def _tracked(
         params=cfg.leaves(experiment),
         tags={"digest": experiment.digest(), "storage": folder.uri},
         resume_id=resume_id,
+        parent_id=experiment.tracking.parent_run,
     )
     stored = {
         "mlflow_run_id": run.run_id,

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from simclr_ray import dist
 from simclr_ray.experiment import Data, Experiment, MLPHead, ResNetEncoder
-from simclr_ray.model import SimCLRModel, build_model, build_optimizer
+from simclr_ray.model import SimCLRModel, build_loss, build_model, build_optimizer
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
-from simclr_ray.nn.losses import NTXentLoss
 
 IMAGES: Final = 10  # 3, 3 and 4 over three ranks
 SIDE_PX: Final = 8
@@ -116,7 +115,7 @@ def take_steps(precision: Literal["float64", "float32"]) -> Outcome:
     model = build_model(experiment).to(dtype)
     _randomise_batch_norm(model)
     optimizer = build_optimizer(model, experiment.optimizer)
-    loss_fn = NTXentLoss(experiment.loss.temperature)
+    loss_fn = build_loss(experiment)
     first, last = dist.share(IMAGES, dist.rank(), dist.world_size())
     views = _global_views().to(dtype)[:, first:last].flatten(0, 1)  # [2n, 3, S, S]
     parallel = dist.data_parallel(model)

@@ -18,6 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.util.queue import Queue
+from torch import Tensor
 
 from simclr_ray import checkpoint, dist, loop
 from simclr_ray import config as cfg
@@ -28,10 +29,10 @@ from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import SimclrRayError
 from simclr_ray.evaluation.online import OnlineEvaluation
-from simclr_ray.experiment import Experiment
-from simclr_ray.model import build_model, build_optimizer
-from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.experiment import Distillation, Experiment, SimCLRViews
+from simclr_ray.model import SimCLRModel, build_loss, build_model, build_optimizer
 from simclr_ray.nn.resnet import ResNet
+from simclr_ray.starting import load_start, load_teacher
 from simclr_ray.storage import RunFolder
 
 
@@ -83,13 +84,9 @@ class Rank:
         self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
         loop.train(
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
-            NTXentLoss(
-                experiment.loss.temperature,
-                normalize=experiment.loss.normalize,
-                global_batch_size=experiment.batch_size,
-            ),
+            build_loss(experiment),
             self.optimizer,
-            self._coloured(self._named(batches)),
+            self._labelled(self._coloured(self._named(batches))),
             self._timetable(),
             loop.Hooks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
@@ -142,6 +139,8 @@ class Rank:
     def _build(self, kept: checkpoint.Checkpoint | None) -> None:
         """Make the model and the optimizer, as they were when the checkpoint was written."""
         self.model = build_model(self.experiment)
+        if kept is None:
+            load_start(self.model, self.experiment)
         if isinstance(self.model.encoder, ResNet):
             self.model.encoder.recompute = self.experiment.scaling.recompute_activations
         loop.place(self.model, self.device, self.experiment.precision)
@@ -168,14 +167,27 @@ class Rank:
 
     def _coloured(self, batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
         """Colour and blur the crops on this worker's device, if that is where it is to be done."""
-        if self.experiment.scaling.colour_on == "data":
+        config = self.experiment.augment
+        if self.experiment.scaling.colour_on == "data" or not isinstance(config, SimCLRViews):
             return batches
-        views = two_views(self.experiment.augment, self.experiment.seed)
+        views = two_views(config, self.experiment.seed)
         return (
             batch._replace(
                 **colour(views, batch, batch.step // self._per_epoch, self.device)._asdict()
             )
             for batch in batches
+        )
+
+    def _labelled(self, batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
+        """Add the labels of the images, or a teacher's scores, if the loss takes them."""
+        if isinstance(self.experiment.loss, Distillation):
+            teacher = load_teacher(self.experiment).to(self.device)
+            return (batch._replace(labels=taught(teacher, batch, self.device)) for batch in batches)
+        if not self.experiment.takes_labels:
+            return batches
+        find = self.source.label_of()
+        return (
+            batch._replace(labels=torch.from_numpy(find(batch.ids.numpy()))) for batch in batches
         )
 
     def _tell(self, step: int, epoch: float, values: dict[str, float]) -> None:
@@ -200,6 +212,13 @@ def colour(views: TwoViews, batch: loop.Batch, epoch: int, device: torch.device)
     crops = torch.cat([batch.a, batch.b]).to(device)
     draws = views.both(batch.ids.numpy(), epoch)
     return ViewPair(*views.resized(crops.shape[-1]).distort(crops, draws).chunk(2))
+
+
+@torch.no_grad()
+def taught(teacher: SimCLRModel, batch: loop.Batch, device: torch.device) -> Tensor:
+    """Return a teacher's class scores of both views: float32 [n, 2, K]."""
+    views = (batch.a, batch.b)
+    return torch.stack([teacher(loop.as_input(v, device, "float32")).z for v in views], 1)
 
 
 def our_error(error: BaseException) -> SimclrRayError | None:

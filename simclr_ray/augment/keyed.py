@@ -18,8 +18,8 @@ LOW = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
 
 # What a key is used for: each purpose has its own stream.
-Purpose = Literal["views", "order", "window", "replacement"]
-STREAMS: dict[Purpose, int] = {"views": 1, "order": 2, "window": 3, "replacement": 4}
+Purpose = Literal["views", "order", "window", "replacement", "stages"]
+STREAMS: dict[Purpose, int] = {"views": 1, "order": 2, "window": 3, "replacement": 4, "stages": 5}
 
 
 def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:

@@ -32,6 +32,7 @@ from simclr_ray.data.decode import decode_image
 CROP_ATTEMPTS = 10  # as torchvision; then the whole image, as the authors
 ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)  # [24, 4]
 SIGMAS = (0.1, 2.0)  # blur, App. A
+AMOUNTS = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue at strength 1, App. A
 ASPECTS = (3 / 4, 4 / 3)  # relative to the picture's own aspect, App. A
 
 Pixels = NDArray[np.uint8]
@@ -55,6 +56,14 @@ class Draws(NamedTuple):
     blur: NDArray[np.bool_]  # [n]
     sigma: NDArray[np.float64]  # [n], pixels
 
+    @classmethod
+    def of_crops(cls, crop: NDArray[np.float64], flip: NDArray[np.bool_]) -> Draws:
+        """Return the parameters of views that are cropped and flipped and no more."""
+        num = len(flip)
+        never = np.zeros(num, np.bool_)
+        still = jitter_draws(np.full((num, 4), 0.5), np.zeros(num), never, 0.0)
+        return cls(crop, flip, still, never, never, np.ones(num))
+
 
 class Boxes(NamedTuple):
     """Crops in pixels: int64 [n] each."""
@@ -63,6 +72,14 @@ class Boxes(NamedTuple):
     left: NDArray[np.int64]
     height: NDArray[np.int64]
     width: NDArray[np.int64]
+
+
+class Step(NamedTuple):
+    """What a view is after a stage."""
+
+    name: str
+    images: Tensor  # uint8 [n, 3, S, S]
+    draws: Draws | None  # of a crop of the original
 
 
 class TwoViews:
@@ -122,19 +139,45 @@ class TwoViews:
             ImageError: A picture cannot be decoded.
         """
         draws = self.both(ids, epoch)
-        return ViewPair(*self.distort(self._crops(images, draws), draws).chunk(2))
+        return ViewPair(*self.distort(self.cropped(images, draws), draws).chunk(2))
 
     def crops(self, images: Pictures, ids: NDArray[np.int64], epoch: int) -> ViewPair:
         """Return the first stage alone, crop, resize and flip; arguments as of a call."""
-        return ViewPair(*self._crops(images, self.both(ids, epoch)).chunk(2))
+        return ViewPair(*self.cropped(images, self.both(ids, epoch)).chunk(2))
 
-    def _crops(self, images: Pictures, draws: Draws) -> Tensor:
-        """Return the crops of n pictures by 2n draws: uint8 [2n, 3, S, S]."""
+    def trace(
+        self, images: Pictures, ids: NDArray[np.int64], epoch: int
+    ) -> tuple[list[Step], list[Step]]:
+        """Return what each view is after each stage; arguments as of a call."""
+        return self._traced(images, ids, epoch, 0), self._traced(images, ids, epoch, 1)
+
+    def _traced(
+        self, images: Pictures, ids: NDArray[np.int64], epoch: int, view: int
+    ) -> list[Step]:
+        draws = self.draw(ids, epoch, view)
+        never = np.zeros(len(ids), np.bool_)
+        crops = self.cropped(images, draws)
+        steps = [Step("crop", crops, draws)]
+        for name, so_far in (
+            ("jitter", draws._replace(gray=never, blur=never)),
+            ("grayscale", draws._replace(blur=never)),
+            ("blur", draws),
+        ):
+            steps.append(Step(name, self.distort(crops, so_far), None))
+        return steps
+
+    def cropped(self, images: Pictures, draws: Draws) -> Tensor:
+        """Return the crops of n pictures by k draws, k a multiple of n: uint8 [k, 3, S, S].
+
+        Draw i is of picture i mod n.
+        """
         if isinstance(images, Tensor) and images.device.type != "cpu":
-            return self._crop_stack(torch.cat([images, images]), draws)
+            times = len(draws.flip) // len(images)
+            return self._crop_stack(images.repeat(times, 1, 1, 1), draws)
         pictures = _decoded(images)
         if self.compiled and native.available():
-            heights, widths = (np.array([p.shape[d] for p in pictures] * 2) for d in (0, 1))
+            times = len(draws.flip) // max(1, len(pictures))
+            heights, widths = (np.array([p.shape[d] for p in pictures] * times) for d in (0, 1))
             boxes = np.stack(self.boxes(draws, heights, widths), axis=1)
             return native.crop_views(pictures, boxes, draws.flip, self.size)
         return self._crop_by_shape(pictures, draws)
@@ -174,18 +217,10 @@ class TwoViews:
         """Return the parameters of view 0 or 1, of all ids or [n], of each id in an epoch."""
         num = 14 + 2 * CROP_ATTEMPTS
         u = uniforms(ids, num, seed=self.seed, epoch=epoch, sub=view, purpose="views")
-        s = self.strength
-        low = np.array([max(0.0, 1 - 0.8 * s)] * 3 + [-min(0.5, 0.2 * s)])
-        high = np.array([1 + 0.8 * s] * 3 + [min(0.5, 0.2 * s)])
-        factors = low + u[:, 0:4] * (high - low)
         return Draws(
-            crop=np.concatenate([self._shares(u[:, 14:]), u[:, 4:6]], axis=1),
+            crop=np.concatenate([crop_shares(u[:, 14:], self.min_area), u[:, 4:6]], axis=1),
             flip=u[:, 6] < self.flip,
-            jitter=colour.JitterDraws(
-                torch.from_numpy(factors.astype(np.float32)),
-                torch.from_numpy(ORDERS[(u[:, 7] * len(ORDERS)).astype(np.int64)]),
-                torch.from_numpy((u[:, 8] < self.jitter) & (s > 0)),
-            ),
+            jitter=jitter_draws(u[:, 0:4], u[:, 7], u[:, 8] < self.jitter, self.strength),
             gray=u[:, 9] < self.grayscale,
             blur=u[:, 10] < self.blur,
             sigma=SIGMAS[0] + u[:, 11] * (SIGMAS[1] - SIGMAS[0]),
@@ -232,20 +267,58 @@ class TwoViews:
         mirrored = torch.from_numpy(draws.flip).to(pixels.device)[:, None, None]
         return resize(pixels, rows, torch.where(mirrored, columns.flip(1), columns))
 
-    def _shares(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the share of height and width that each crop takes: [n, 2].
 
-        The first of ten draws that fits; area uniform, aspect log-uniform.
-        """
-        tries = u.reshape(len(u), CROP_ATTEMPTS, 2)
-        area = self.min_area + tries[..., 0] * (1 - self.min_area)
-        low, high = np.log(ASPECTS)
-        aspect = np.exp(low + tries[..., 1] * (high - low))
-        shares = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # [n, attempts, 2]
-        fits = (shares <= 1.0).all(axis=-1)
-        first = fits.argmax(axis=1)
-        picked: NDArray[np.float64] = shares[np.arange(len(u)), first]
-        return np.where(fits.any(axis=1, keepdims=True), picked, 1.0)
+def crop_shares(
+    u: NDArray[np.float64], min_area: float, max_area: float = 1.0
+) -> NDArray[np.float64]:
+    """Return the share of height and width that each crop takes: [n, 2].
+
+    The first of ten draws that fits; area uniform, aspect log-uniform.
+
+    Args:
+        u: [n, 2·CROP_ATTEMPTS].
+        min_area: Least share of the area.
+        max_area: Largest.
+    """
+    tries = u.reshape(len(u), CROP_ATTEMPTS, 2)
+    area = min_area + tries[..., 0] * (max_area - min_area)
+    low, high = np.log(ASPECTS)
+    aspect = np.exp(low + tries[..., 1] * (high - low))
+    shares = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # [n, attempts, 2]
+    fits = (shares <= 1.0).all(axis=-1)
+    first = fits.argmax(axis=1)
+    picked: NDArray[np.float64] = shares[np.arange(len(u)), first]
+    return np.where(fits.any(axis=1, keepdims=True), picked, 1.0)
+
+
+def jitter_draws(
+    u: NDArray[np.float64],
+    order: NDArray[np.float64],
+    chosen: NDArray[np.bool_],
+    strength: float,
+    amounts: tuple[float, float, float, float] = AMOUNTS,
+) -> colour.JitterDraws:
+    """Return the parameters of colour jitter of strength s: ±0.8s, hue ±0.2s (App. A).
+
+    Args:
+        u: [n, 4], of the factors.
+        order: [n], of the order.
+        chosen: [n], which images are jittered.
+        strength: s.
+        amounts: Of brightness, contrast, saturation and hue at s = 1.
+    """
+    reach = np.array([amount * strength for amount in amounts])
+    reach[3] = min(0.5, reach[3])
+    low, high = (
+        np.append(np.maximum(0.0, 1 - reach[:3]), -reach[3]),
+        np.append(1 + reach[:3], reach[3]),
+    )
+    factors = low + u * (high - low)
+    return colour.JitterDraws(
+        torch.from_numpy(factors.astype(np.float32)),
+        torch.from_numpy(ORDERS[(order * len(ORDERS)).astype(np.int64)]),
+        torch.from_numpy(chosen & (strength > 0)),
+    )
 
 
 def _taken(draws: Draws, rows: list[int]) -> Draws:

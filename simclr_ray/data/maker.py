@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from simclr_ray.augment.ops import OPS
+from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
 from simclr_ray.augment.views import Pixels, TwoViews, ViewPair
+from simclr_ray.config import Config
 from simclr_ray.data.decode import ImageError, decode_image
 from simclr_ray.data.pictures import Picture, PictureCache
 from simclr_ray.data.plan import BatchPlan, replacement
@@ -22,7 +25,7 @@ from simclr_ray.data.rowgroups import Encoded, RecentGroups, RowGroups
 from simclr_ray.data.source import Source
 from simclr_ray.dist import share
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.experiment import Data, Experiment, SimCLRViews
+from simclr_ray.experiment import Data, Experiment, PipelineViews, SimCLRViews
 from simclr_ray.loop import Batch
 
 Take = Callable[[int], Encoded | None]
@@ -234,7 +237,7 @@ class PartMaker:
 
 
 def two_views(views: SimCLRViews, seed: int) -> TwoViews:
-    """Return the pipeline that a config describes."""
+    """Return the paper's pipeline as a config describes it."""
     return TwoViews(
         views.size,
         strength=views.strength,
@@ -247,14 +250,28 @@ def two_views(views: SimCLRViews, seed: int) -> TwoViews:
     )
 
 
+def views_of(views: SimCLRViews | PipelineViews, seed: int) -> TwoViews | Pipelines:
+    """Return what makes views as a config describes it."""
+    if isinstance(views, SimCLRViews):
+        return two_views(views, seed)
+    lists = ([_stage(s) for s in part] for part in (views.shared, views.a, views.stages_of_b))
+    return Pipelines(views.size, *lists, seed=seed)
+
+
+def _stage(config: Config) -> Stage:
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    name, probability = fields.pop("name"), fields.pop("p")
+    return Stage(name, (Crop if name == "crop" else OPS[name])(**fields), probability)
+
+
 def view_maker(experiment: Experiment) -> MakeViews:
     """Return what a run makes of pictures: views of the epoch's size, or crops for the worker."""
     config = experiment.augment
-    views = two_views(config, experiment.seed)
+    views = views_of(config, experiment.seed)
 
     def make(pictures: list[Pixels], ids: NDArray[np.int64], epoch: int) -> ViewPair:
         sized = views.resized(config.size_at(epoch, experiment.epochs))
-        if experiment.scaling.colour_on == "worker":
+        if isinstance(sized, TwoViews) and experiment.scaling.colour_on == "worker":
             return sized.crops(pictures, ids, epoch)
         return sized(pictures, ids, epoch)
 

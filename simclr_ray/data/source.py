@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -152,6 +152,20 @@ class Source:
         if not self.has_labels:
             raise DataError(f"{self.uri} has no label column {self.columns.label!r}")
         return self._column(self.columns.label, NO_LABEL)
+
+    def label_of(self) -> Callable[[Int64s], Int64s]:
+        """Return what finds the labels of ids: int64 [m] -> int64 [m], -1 where null.
+
+        Raises:
+            DataError: the dataset has no label column.
+        """
+        labels = self.labels()
+        if not self.has_ids:
+            return labels.__getitem__
+        ids = self.ids()
+        order = np.argsort(ids, kind="stable")
+        ids, labels = ids[order], labels[order]
+        return lambda wanted: labels[np.searchsorted(ids, wanted)]
 
     def ids(self) -> Int64s:
         """Return the id of every row, int64 [num_rows]; reads no image."""

@@ -6,8 +6,8 @@ splits have labels, and what needs no labels always. Shares lie in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,20 @@ from simclr_ray.errors import DataError, RunError
 from simclr_ray.evaluation.features import Split, extract_features
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.label_free import label_free
+from simclr_ray.evaluation.lbfgs import sweep_lbfgs
 from simclr_ray.evaluation.linear import fit_linear
 from simclr_ray.experiment import Experiment
 
-PROTOCOLS: Final = ("knn", "linear")
+DEFAULT_PROTOCOLS: Final = ("knn", "linear")
+# Peers' kNN: solo-learn's is k=20, τ=0.07; `knn_1` is the nearest neighbour, unweighted. `knn` is
+# by default that of InstDisc and lightly, k=200 and τ=0.1.
+PROTOCOLS: Final = (*DEFAULT_PROTOCOLS, "lbfgs", "knn_solo", "knn_1")
+SOLO_K, SOLO_TEMPERATURE = 20, 0.07
 COLUMNS: Final = (
-    "features", "kNN top-1", "linear top-1", "uniformity", "effective rank", "spread"
+    "features", "kNN top-1", "linear top-1", "L-BFGS top-1", "kNN (k=20) top-1", "1-NN top-1",
+    "uniformity", "effective rank", "spread",
 )  # fmt: skip
+NUM_ACCURACIES: Final = len(PROTOCOLS)  # columns after the first
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
 PIXEL_SIDE_PX: Final = 32  # raw pixels of larger views are averaged down: 3,072 features at most
 PIXEL_BLOCK_ROWS: Final = 4_096
@@ -38,6 +45,9 @@ class Score(NamedTuple):
     uniformity: float
     effective_rank: float
     spread: float
+    lbfgs_top1: float | None = None
+    knn_solo_top1: float | None = None
+    knn_1_top1: float | None = None
 
 
 def score_encoder(
@@ -46,7 +56,7 @@ def score_encoder(
     bank: Split,
     test: Split | None,
     experiment: Experiment,
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
 ) -> Score:
     """Return the scores of a frozen encoder, on the device where its weights are.
 
@@ -82,7 +92,7 @@ def score_pixels(
     bank: Split,
     test: Split | None,
     experiment: Experiment,
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
 ) -> Score:
     """Return the scores of the pixels themselves; arguments and `DataError` as above."""
     name = "raw pixels"
@@ -110,7 +120,14 @@ def pixels_of(images: Tensor) -> Tensor:
 
 def cells(score: Score) -> list[str]:
     """Return a row of the table as text, one cell for each of `COLUMNS`."""
-    shares = ["-" if s is None else f"{100 * s:.1f} %" for s in (score.knn_top1, score.linear_top1)]
+    accuracies = (
+        score.knn_top1,
+        score.linear_top1,
+        score.lbfgs_top1,
+        score.knn_solo_top1,
+        score.knn_1_top1,
+    )
+    shares = ["-" if a is None else f"{100 * a:.1f} %" for a in accuracies]
     return [
         score.name,
         *shares,
@@ -122,12 +139,23 @@ def cells(score: Score) -> list[str]:
 
 def format_table(scores: Sequence[Score]) -> str:
     """Return the table as aligned Markdown, which reads well in a terminal too."""
-    rows = [list(COLUMNS), *(cells(score) for score in scores)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    shown = shown_columns(scores)
+    rows = [[row[i] for i in shown] for row in (list(COLUMNS), *map(cells, scores))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(shown))]
     lines = [_line(row, widths) for row in rows]
     rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     lines.insert(1, _line(rule, widths))
     return "\n".join(lines) + "\n"
+
+
+def shown_columns(scores: Sequence[Score]) -> list[int]:
+    """Return the places in `COLUMNS` that hold anything, those of the usual protocols always."""
+    rows = [cells(score) for score in scores]
+    return [
+        i
+        for i in range(len(COLUMNS))
+        if not len(DEFAULT_PROTOCOLS) < i <= NUM_ACCURACIES or any(row[i] != "-" for row in rows)
+    ]
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -158,20 +186,32 @@ def _judge(
     asked, truth = test[0], test[1].labels
     num_classes = int(max(labels.max(), truth.max())) + 1
     settings = experiment.evaluation
-    knn = linear = None
-    if "knn" in protocols:
-        k, temperature = settings.knn.k, settings.knn.temperature
-        knn = top_k_accuracy(knn_scores(known, labels, asked, k, temperature, num_classes), truth)
-    if "linear" in protocols:
+
+    def nearest(k: int, temperature: float) -> float:
+        votes = knn_scores(known, labels, asked, k, temperature, num_classes)
+        return top_k_accuracy(votes, truth)
+
+    def linear() -> float:
         probe = fit_linear(known, labels, num_classes, settings.linear, experiment.seed)
-        linear = top_k_accuracy(probe.logits(asked), truth)
-    return _score(name, asked, knn, linear)
+        return top_k_accuracy(probe.logits(asked), truth)
+
+    def lbfgs() -> float:
+        chosen = sweep_lbfgs(known, labels, num_classes, experiment.seed)
+        return top_k_accuracy(chosen.probe.logits(asked), truth)
+
+    judges: dict[str, Callable[[], float]] = {
+        "knn": lambda: nearest(settings.knn.k, settings.knn.temperature),
+        "linear": linear,
+        "lbfgs": lbfgs,
+        "knn_solo": lambda: nearest(SOLO_K, SOLO_TEMPERATURE),
+        "knn_1": lambda: nearest(1, 1.0),
+    }
+    found: dict[str, Any] = {f"{protocol}_top1": judges[protocol]() for protocol in protocols}
+    return _score(name, asked)._replace(**found)
 
 
-def _score(
-    name: str, features: Tensor, knn: float | None = None, linear: float | None = None
-) -> Score:
+def _score(name: str, features: Tensor) -> Score:
     if len(features) > LABEL_FREE_ROWS:
         places = torch.linspace(0, len(features) - 1, LABEL_FREE_ROWS).round().long()
         features = features[places]
-    return Score(name, knn, linear, *label_free(features))
+    return Score(name, None, None, *label_free(features))

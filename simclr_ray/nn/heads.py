@@ -1,42 +1,99 @@
 """Projection heads g: h [N, F] -> z [N, D] (SimCLR §4.2; rules of the authors' code).
 
-A dense layer has no bias since batch norm follows; the last batch norm has no shift. Dense
-weights start from N(0, 0.01).
+A dense layer has no bias where batch norm follows, and the last batch norm has no shift; without
+batch norm dense layers have a bias. Dense weights start from N(0, 0.01).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 
 Norm = Callable[..., GlobalBatchNorm]
 
 
-def linear_head(features: int, dim: int, norm: Norm = GlobalBatchNorm) -> nn.Sequential:
+def linear_head(
+    features: int, dim: int, norm: Norm = GlobalBatchNorm, *, batch_norm: bool = True
+) -> nn.Sequential:
     """Return dense, then batch norm without shift: [N, features] -> [N, dim]."""
-    return nn.Sequential(_dense(features, dim), norm(dim, shift=False))
+    dense = _dense(features, dim, bias=not batch_norm)
+    return nn.Sequential(dense, norm(dim, shift=False)) if batch_norm else nn.Sequential(dense)
 
 
 def mlp_head(
-    features: int, dim: int, layers: int = 2, hidden: int = 0, norm: Norm = GlobalBatchNorm
+    features: int,
+    dim: int,
+    layers: int = 2,
+    hidden: int = 0,
+    norm: Norm = GlobalBatchNorm,
+    *,
+    batch_norm: bool = True,
 ) -> nn.Sequential:
     """Return `layers` dense layers, batch norm after each, ReLU between: [N, features] -> [N, dim].
 
     Hidden layers are as wide as h, or `hidden` where above 0.
     """
+    parts = _hidden_layers(features, layers - 1, hidden, norm, batch_norm=batch_norm)
+    width = (hidden or features) if parts else features
+    return nn.Sequential(*parts, *linear_head(width, dim, norm, batch_norm=batch_norm))
+
+
+def classifier_head(
+    features: int,
+    num_classes: int,
+    layers: int = 0,
+    hidden: int = 0,
+    norm: Norm = GlobalBatchNorm,
+    *,
+    batch_norm: bool = True,
+) -> nn.Sequential:
+    """Return `layers` hidden layers as of an `mlp_head`, and scores from zero: [N, F] -> [N, K]."""
+    parts = _hidden_layers(features, layers, hidden, norm, batch_norm=batch_norm)
+    scores = nn.Linear((hidden or features) if parts else features, num_classes)
+    nn.init.zeros_(scores.weight)
+    nn.init.zeros_(scores.bias)
+    return nn.Sequential(*parts, scores)
+
+
+class Tempered(nn.Module):
+    """z / (‖z‖·√τ) with τ learned: [N, D] -> [N, D], whose products are cosines over τ.
+
+    The loss then takes τ = 1 and does not normalise. τ is a parameter of the model, so that it is
+    averaged, optimised and kept as all others are.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.tensor(temperature).log())
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return z scaled, in float32 or float64."""
+        with torch.autocast(z.device.type, enabled=False):
+            wide = z if z.dtype == torch.float64 else z.float()
+            return F.normalize(wide) * (-0.5 * self.log_temperature).exp()
+
+
+def _hidden_layers(
+    features: int, layers: int, hidden: int, norm: Norm, *, batch_norm: bool
+) -> list[nn.Module]:
     parts: list[nn.Module] = []
-    width = features
-    for _ in range(layers - 1):
-        wide = hidden or features
-        parts += [_dense(width, wide), norm(wide), nn.ReLU(inplace=True)]
+    width, wide = features, hidden or features
+    for _ in range(layers):
+        parts.append(_dense(width, wide, bias=not batch_norm))
+        parts += [norm(wide)] if batch_norm else []
+        parts.append(nn.ReLU(inplace=True))
         width = wide
-    return nn.Sequential(*parts, *linear_head(width, dim, norm))
+    return parts
 
 
-def _dense(inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=False)
+def _dense(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.normal_(layer.weight, std=0.01)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer

@@ -1,46 +1,63 @@
-"""NT-Xent over the global batch, exact, without a gradient collective and without the matrix.
+"""The contrastive losses: modules of z1, z2 over the global batch, exact on any number of ranks.
 
-SimCLR (Chen et al. 2020, arXiv:2002.05709) eq. 1. Write s_ij = z_i·z_j/τ and
-p_ij = exp(s_ij − lse_i), 0 for i = j. As an anchor, row i contributes Σ_j p_ij z_j − z_pos(i) to
-its own gradient; as a column of row j, p_ji z_j, and as its partner −z_pos(i) again. s is
-symmetric, so p_ji = exp(s_ij − lse_j) comes from the same number:
+NT-Xent is SimCLR's (Chen et al. 2020, arXiv:2002.05709, eq. 1); NT-Logistic and margin triplet are
+its Table 2 and 4; decoupled (Yeh et al. 2022, arXiv:2110.06848) and supervised contrastive (Khosla
+et al. 2020, arXiv:2004.11362) come after it. `ntxent` and `pairwise` hold the arithmetic.
 
-    dL/dz_i = 1/(2N·τ) · [ Σ_j (p_ij + p_ji) z_j − 2 z_pos(i) ]
-
-So with all z (2N rows) and then all row log-sum-exps gathered, the gradient of the *global* mean
-with respect to a rank's own rows is local arithmetic: gathers forward, no collective backward.
-
-Tiles of s are made, used and forgotten, forward and again backward, so no 2N x 2N matrix is ever
-held. Among a rank's own rows a tile above the diagonal also serves its mirror image, which halves
-products and exponentials. Where 1/τ bounds s (normalised z) one shift serves all rows.
+The contract of all. The value is R/(2N) times the sum over this rank's own anchors: its own mean
+when ranks hold equally many images, and the mean of the global batch when averaged over ranks. The
+gradient to z1, z2 is R times that of the global mean, so gradients must afterwards be *averaged*
+over ranks, as DDP does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from simclr_ray import dist
+from simclr_ray.nn import ntxent, pairwise
+from simclr_ray.nn.ntxent import interleave
 
-TILE = 1024  # a 1024 x 1024 float32 tile is 4 MiB: it stays in a core's share of L3
-LARGEST_SHIFT = 40.0  # exp(−2·40) is still a normal float32
+Negatives = Literal["both", "other"]
 
 
-class NTXentLoss(nn.Module):
-    """The normalised temperature-scaled cross entropy of the global batch (SimCLR eq. 1).
+class BatchMetrics(NamedTuple):
+    """What is logged beside the loss, a mean over the global batch each."""
 
-    Contract. The value is R/(2N) times the sum over this rank's own anchors: its own mean when
-    ranks hold equally many images, and the paper's L when averaged over ranks. The gradient to
-    z1, z2 is R times that of the global mean, so gradients must afterwards be *averaged* over
-    ranks, as DDP does. The authors' code returns twice this value.
+    accuracy: Tensor  # scalar in [0, 1]
+    entropy: Tensor  # scalar, nats
+
+
+class Loss(nn.Module, ABC):
+    """What the loop asks of a loss.
+
+    Attributes:
+        takes_labels: `forward` needs the images' labels.
+        one_view: It looks at z1 alone; the loop then makes no z2.
+    """
+
+    takes_labels = False
+    one_view = False
+
+    @abstractmethod
+    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the loss by the module's contract, a float32 or float64 scalar. Collective."""
+
+    @abstractmethod
+    def metrics(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> BatchMetrics:
+        """Return accuracy and entropy of what the loss makes the model do. Collective."""
+
+
+class ContrastiveLoss(Loss):
+    """What the losses over pairs of views share.
 
     Args:
-        temperature: τ > 0.
+        temperature: τ > 0, which divides the products of z.
         normalize: Divide each z by its l2 norm first (Table 5 has both).
         global_batch_size: N, when ranks hold the batch plan's shares of it; 0: counts are
             exchanged at each call, which on GPU waits for the device.
@@ -56,23 +73,43 @@ class NTXentLoss(nn.Module):
         self.normalize = normalize
         self.global_batch_size = global_batch_size
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Return the loss, a float32 scalar (float64 for float64 input). Collective: two gathers.
+    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the loss, a float32 scalar (float64 for float64 input). Collective: gathers.
 
         Args:
             z1: [n, D], this rank's projections of view 1, not normalised, any float dtype.
             z2: [n, D], those of view 2, row by row the same images.
+            labels: int64 [n], of losses that take them; below 0: none.
 
         Raises:
-            ValueError: The shapes differ or are not [n, D].
+            ValueError: The shapes differ or are not [n, D], or labels are missing.
         """
         with torch.autocast(z1.device.type, enabled=False):
             _check(z1, z2)
-            counts = self._counts(len(z1), z1.device)
-            loss: Tensor = _NTXent.apply(z1, z2, self.temperature, self.normalize, counts)
-        return loss
+            if self.takes_labels and (labels is None or len(labels) != len(z1)):
+                raise ValueError(f"{type(self).__name__} needs one label for each image")
+            counts, form = self._counts(len(z1), z1.device), self._form()
+            if form is None:
+                loss: Tensor = ntxent.NTXent.apply(z1, z2, self.temperature, self.normalize, counts)
+                return loss
+            own = labels if self.takes_labels else None
+            return pairwise.loss(z1, z2, form, counts, normalize=self.normalize, labels=own)
+
+    def metrics(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        labels: Tensor | None = None,  # noqa: ARG002 - of other losses
+    ) -> BatchMetrics:
+        """Return accuracy and entropy of picking a view's partner. Collective."""
+        return contrastive_metrics(z1, z2, self.temperature, normalize=self.normalize)
+
+    @abstractmethod
+    def _form(self) -> pairwise.Form | None:
+        """Return the term of an anchor; None: NT-Xent by its own faster core."""
 
     def _counts(self, local: int, device: torch.device) -> list[int]:
+        """Return n of each rank."""
         if not self.global_batch_size:
             return dist.row_counts(local, device)
         ranks = range(dist.world_size())
@@ -80,31 +117,149 @@ class NTXentLoss(nn.Module):
         return [last - first for first, last in shares]
 
 
-class ContrastiveMetrics(NamedTuple):
-    """What the authors log beside the loss, from view 1 against all of view 2."""
+class NTXentLoss(ContrastiveLoss):
+    """The normalised temperature-scaled cross entropy of the global batch (SimCLR eq. 1).
 
-    accuracy: Tensor  # scalar in [0, 1]
-    entropy: Tensor  # scalar, nats
+    The paper's L; the authors' code returns twice this value. Arguments as of `ContrastiveLoss`.
+
+    Args:
+        negatives: `both` views of the other images, or those of the `other` view alone, as in
+            the comparison of Table 4 (§B.10).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        normalize: bool = True,
+        global_batch_size: int = 0,
+        negatives: Negatives = "both",
+    ) -> None:
+        super().__init__(temperature, normalize=normalize, global_batch_size=global_batch_size)
+        self.negatives = negatives
+
+    def _form(self) -> pairwise.Form | None:
+        if self.negatives == "both":
+            return None
+        return pairwise.Softmax(self.temperature, other_view_only=True)
+
+
+class DCLLoss(ContrastiveLoss):
+    """Decoupled contrastive loss: NT-Xent without the positive in its denominator (DCL, DCLW).
+
+    Arguments as of `ContrastiveLoss`.
+
+    Args:
+        sigma: Above 0, the positive of image k weighs 2 − N·softmax(s⁺/σ)_k, over the global batch
+            and not differentiated (DCLW's von Mises-Fisher weights; the paper has σ = 0.5).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        normalize: bool = True,
+        global_batch_size: int = 0,
+        sigma: float = 0.0,
+    ) -> None:
+        super().__init__(temperature, normalize=normalize, global_batch_size=global_batch_size)
+        self.sigma = sigma
+
+    def _form(self) -> pairwise.Form:
+        return pairwise.Softmax(self.temperature, decoupled=True, sigma=self.sigma)
+
+
+class SupConLoss(ContrastiveLoss):
+    """Supervised contrastive loss, L_out of Khosla et al. eq. 2, without their factor τ/τ_base.
+
+    The positives of an anchor are all views of its class, its own image's other view among them; an
+    image without a label has that one alone. Arguments as of `ContrastiveLoss`.
+    """
+
+    takes_labels = True
+
+    def _form(self) -> pairwise.Form:
+        return pairwise.Supervised(self.temperature)
+
+
+class NTLogisticLoss(ContrastiveLoss):
+    """NT-Logistic of Table 2: −log σ(s⁺/τ) − mean over negatives of log σ(−s⁻/τ).
+
+    The paper leaves the sum over negatives open; it is a mean here (`docs/paper_ledger.md`).
+    Arguments as of `ContrastiveLoss`.
+
+    Args:
+        semi_hard: One negative an anchor: the most similar of those less similar than the positive;
+            where there is none, the positive's term alone.
+        negatives: `both` views of the other images, or those of the `other` view alone.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        normalize: bool = True,
+        global_batch_size: int = 0,
+        semi_hard: bool = False,
+        negatives: Negatives = "both",
+    ) -> None:
+        super().__init__(temperature, normalize=normalize, global_batch_size=global_batch_size)
+        self.semi_hard, self.negatives = semi_hard, negatives
+
+    def _form(self) -> pairwise.Form:
+        kind = pairwise.MinedLogistic if self.semi_hard else pairwise.Logistic
+        return kind(self.temperature, other_view_only=self.negatives == "other")
+
+
+class TripletLoss(ContrastiveLoss):
+    """Margin triplet of Table 2: the mean over negatives of max(s⁻ − s⁺ + m, 0), without τ.
+
+    Arguments as of `ContrastiveLoss`.
+
+    Args:
+        margin: m >= 0; the paper tried 0, 0.4, 0.8 and 1.6.
+        semi_hard: One negative an anchor: the most similar of those less similar than the positive
+            by less than m; where there is none, the anchor counts 0.
+        negatives: `both` views of the other images, or those of the `other` view alone.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.8,
+        *,
+        normalize: bool = True,
+        global_batch_size: int = 0,
+        semi_hard: bool = False,
+        negatives: Negatives = "both",
+    ) -> None:
+        super().__init__(1.0, normalize=normalize, global_batch_size=global_batch_size)
+        if margin < 0:
+            raise ValueError(f"margin must not be below 0, got {margin}")
+        self.margin, self.semi_hard, self.negatives = margin, semi_hard, negatives
+
+    def _form(self) -> pairwise.Form:
+        kind = pairwise.MinedTriplet if self.semi_hard else pairwise.Triplet
+        return kind(self.margin, other_view_only=self.negatives == "other")
 
 
 @torch.no_grad()
 def contrastive_metrics(
     z1: Tensor, z2: Tensor, temperature: float, *, normalize: bool = True
-) -> ContrastiveMetrics:
+) -> BatchMetrics:
     """Return accuracy and entropy of picking a view's partner among the N of the other view.
 
-    As the authors log them: N-way, without the 2N − 2 negatives of the own view; means over the
-    global batch. Arguments as for `NTXentLoss.forward`. Collective.
+    As the authors log them, from view 1 against all of view 2: N-way, without the 2N − 2 negatives
+    of the own view; means over the global batch. Arguments as for `NTXentLoss`. Collective.
     """
     with torch.autocast(z1.device.type, enabled=False):
         _check(z1, z2)
-        z, _ = _interleave(z1, z2, normalize=normalize)
+        z, _ = interleave(z1, z2, normalize=normalize)
         mine, partners = z[0::2], z[1::2]
         counts = dist.row_counts(len(z1), z.device)
         others = dist.all_gather_rows(partners, counts)  # [N, D]
         first = sum(counts[: dist.rank()])
         sums = z.new_zeros(2)
-        strip = max(1, TILE * TILE // len(others))  # of logits, as many as in one tile
+        strip = max(1, ntxent.TILE**2 // len(others))  # of logits, as many as in one tile
         for rows in (slice(i, i + strip) for i in range(0, len(z1), strip)):
             logits = mine[rows] @ others.T / temperature  # [t, N]
             labels = first + torch.arange(len(z1), device=z.device)[rows]
@@ -112,142 +267,9 @@ def contrastive_metrics(
             sums[0] += (logits.argmax(1) == labels).sum()
             sums[1] -= (log_p.exp() * log_p).sum()
         accuracy, entropy = dist.all_reduce_sum(sums) / sum(counts)
-    return ContrastiveMetrics(accuracy, entropy)
+    return BatchMetrics(accuracy, entropy)
 
 
 def _check(z1: Tensor, z2: Tensor) -> None:
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"z1 and z2 must both be [n, D], got {[*z1.shape]} and {[*z2.shape]}")
-
-
-class _NTXent(torch.autograd.Function):
-    """The streaming core. Rows are interleaved, both views of an image side by side."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        z1: Tensor,
-        z2: Tensor,
-        temperature: float,
-        normalize: bool,  # noqa: FBT001 - autograd passes by position
-        counts: list[int],
-    ) -> Tensor:
-        z, norms = _interleave(z1, z2, normalize=normalize)
-        row_counts = [2 * count for count in counts]
-        everyone = dist.all_gather_rows(z, row_counts)  # [2N, D], this rank's rows in one piece
-        first = sum(row_counts[: dist.rank()])
-        shift = 1 / temperature if normalize and 1 / temperature <= LARGEST_SHIFT else None
-        sweep = _Sweep(z, everyone, first, temperature, shift)
-        lse = sweep.log_sum_exp()  # [2n]
-        all_lse = dist.all_gather_rows(lse[:, None], row_counts).squeeze(1)  # [2N]
-        aligned = (z[0::2] * z[1::2]).sum(1) / temperature  # [n]
-        ctx.save_for_backward(z, norms, everyone, all_lse)
-        ctx.rest = (first, temperature, shift, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
-        # row by row: two large sums would cancel
-        return (lse.view(-1, 2).sum(1) - 2 * aligned).sum() * (dist.world_size() / len(everyone))
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None]:
-        z, norms, everyone, all_lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        first, temperature, shift, *dtypes = ctx.rest  # type: ignore[attr-defined]
-        with torch.autocast(z.device.type, enabled=False):  # whoever calls backward
-            gradient = _Sweep(z, everyone, first, temperature, shift).gradient(all_lse)
-        pairs, partners = gradient.view(-1, 2, z.shape[1]), z.view(-1, 2, z.shape[1])
-        pairs[:, 0].sub_(partners[:, 1], alpha=2)
-        pairs[:, 1].sub_(partners[:, 0], alpha=2)
-        gradient.mul_(upstream * (dist.world_size() / (len(everyone) * temperature)))
-        if len(norms):  # through z / ‖z‖, in strips
-            for rows in _strips(0, len(z)):
-                along = (z[rows] * gradient[rows]).sum(1, keepdim=True)
-                gradient[rows].sub_(z[rows] * along).div_(norms[rows])
-        return pairs[:, 0].to(dtypes[0]), pairs[:, 1].to(dtypes[1]), None, None, None
-
-
-class _Sweep(NamedTuple):
-    """Tiles of s: of a rank's own rows the upper triangle, and own rows against all others."""
-
-    z: Tensor  # [2n, D], this rank's rows
-    everyone: Tensor  # [2N, D]
-    first: int  # z is everyone[first : first + 2n]
-    temperature: float
-    shift: float | None  # subtracted from s before exp; None: s has no bound
-
-    def log_sum_exp(self) -> Tensor:
-        """Return log Σ_j≠i exp(s_ij) of this rank's rows: [2n]."""
-        lse = self.z.new_full((len(self.z),), 0.0 if self.shift is not None else float("-inf"))
-        for rows, columns, mirrored in self._tiles():
-            tile = self._tile(rows, columns)
-            if self.shift is not None:  # sums of exp(s − shift) until the end
-                tile.exp_()
-                lse[rows] += tile.sum(1)
-                if mirrored:
-                    lse[self._own(columns)] += tile.sum(0)
-                continue
-            lse[rows] = torch.logaddexp(lse[rows], tile.logsumexp(1))
-            if mirrored:
-                mirror = self._own(columns)
-                lse[mirror] = torch.logaddexp(lse[mirror], tile.logsumexp(0))
-        return lse if self.shift is None else lse.log_().add_(self.shift)
-
-    def gradient(self, all_lse: Tensor) -> Tensor:
-        """Return Σ_j (p_ij + p_ji) z_j of this rank's rows: [2n, D]."""
-        out = torch.zeros_like(self.z)
-        # with one shift, p_ij + p_ji = exp(s_ij − shift)·(w_i + w_j)
-        weights = None if self.shift is None else (self.shift - all_lse).exp_()
-        for rows, columns, mirrored in self._tiles():
-            tile = self._tile(rows, columns)
-            own = slice(self.first + rows.start, self.first + rows.stop)
-            if weights is not None:
-                p = tile.exp_().mul_(weights[own, None] + weights[columns])
-            else:
-                p = (tile - all_lse[own, None]).exp_()
-                p += tile.sub_(all_lse[columns]).exp_()
-            out[rows].addmm_(p, self.everyone[columns])
-            if mirrored:
-                out[self._own(columns)].addmm_(p.T, self.z[rows])
-        return out
-
-    def _own(self, columns: slice) -> slice:
-        """Return the rows of z that columns of this rank's part of `everyone` are."""
-        return slice(columns.start - self.first, columns.stop - self.first)
-
-    def _tile(self, rows: slice, columns: slice) -> Tensor:
-        """Return s − shift of a tile, −inf where a row meets itself."""
-        scaled = self.z[rows] / self.temperature
-        right = self.everyone[columns].T
-        if self.shift is None:
-            tile = scaled @ right
-        else:
-            tile = torch.addmm(scaled.new_full((), -self.shift), scaled, right)
-        if columns.start == self.first + rows.start:
-            tile.fill_diagonal_(float("-inf"))
-        return tile
-
-    def _tiles(self) -> Iterator[tuple[slice, slice, bool]]:
-        """Yield rows of z, columns of `everyone`, and whether the tile's mirror is wanted too."""
-        own, stop = len(self.z), self.first + len(self.z)
-        for rows in _strips(0, own):
-            for columns in _strips(self.first + rows.start, stop):
-                yield rows, columns, columns.start > self.first + rows.start
-            for columns in [*_strips(0, self.first), *_strips(stop, len(self.everyone))]:
-                yield rows, columns, False
-
-
-def _strips(start: int, stop: int) -> list[slice]:
-    return [slice(i, min(i + TILE, stop)) for i in range(start, stop, TILE)]
-
-
-def _interleave(z1: Tensor, z2: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Return [2n, D] in float32 or float64, z1 in even rows, and [2n, 1] norms or [0]."""
-    n, dim = z1.shape
-    dtype = z1.dtype if z1.dtype == torch.float64 else torch.float32
-    pairs = torch.empty(n, 2, dim, dtype=dtype, device=z1.device)
-    pairs[:, 0], pairs[:, 1] = z1, z2
-    z = pairs.view(2 * n, dim)
-    if not normalize:
-        return z, z.new_empty(0)
-    norms = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_(min=1e-12)
-    return z.div_(norms), norms

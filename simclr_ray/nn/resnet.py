@@ -2,7 +2,9 @@
 
 Differences from torchvision: the first block of *every* group has a projection shortcut (so
 ResNet-18/34 have one that torchvision lacks), the last BN gamma of each block starts at zero, and
-weights start from a truncated normal of variance 1/fan_in. Stride sits on the 3x3 (v1.5).
+weights start from a truncated normal of variance 1/fan_in. Stride sits on the 3x3 (v1.5). With
+selective kernels (SimCLRv2, arXiv:2006.10029; Li et al. 2019, arXiv:1903.06586) come ResNet-D's
+stem and shortcuts (arXiv:1812.01187).
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class ResNet(nn.Module):
         width: Channel multiplier, stem included.
         stem: `imagenet` 7x7/2 and 3x3/2 max pool; `cifar` 3x3; `strided` 3x3/2.
         norm: Makes the batch norm (or another norm with `weight`) of a channel count.
+        selective_kernel: Ratio of SimCLRv2's selective kernels, 0.0625 there; 0: none.
 
     Attributes:
         recompute: Keep only what passes between blocks, and make the rest again in the backward
@@ -57,22 +60,30 @@ class ResNet(nn.Module):
         width: float = 1.0,
         stem: Literal["imagenet", "cifar", "strided"] = "imagenet",
         norm: Norm = GlobalBatchNorm,
+        *,
+        selective_kernel: float = 0.0,
     ) -> None:
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {sorted(BLOCKS)}, got {depth}")
-        block = BasicBlock if depth in BASIC_DEPTHS else Bottleneck
+        if selective_kernel and depth in BASIC_DEPTHS:
+            raise ValueError(f"selective kernels need a bottleneck, depth 50 or more, not {depth}")
+        block: Callable[[int, int, int, bool], _Block]
+        if depth in BASIC_DEPTHS:
+            expansion, block = 1, partial(BasicBlock, norm=norm)
+        else:
+            expansion = Bottleneck.expansion
+            block = partial(Bottleneck, norm=norm, selective_kernel=selective_kernel)
         channels = round(64 * width)
-        kernel, stride = {"imagenet": (7, 2), "cifar": (3, 1), "strided": (3, 2)}[stem]
-        self.stem = ConvNorm(3, channels, kernel, stride, norm)
+        self.stem = _stem(stem, channels, norm, deep=selective_kernel > 0)
         self.pool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         groups = []
         for index, repeats in enumerate(BLOCKS[depth]):
             filters = round(64 * width) * 2**index
             for repeat in range(repeats):
                 first = repeat == 0
-                groups.append(block(channels, filters, 2 if first and index else 1, first, norm))
-                channels = filters * block.expansion
+                groups.append(block(channels, filters, 2 if first and index else 1, first))
+                channels = filters * expansion
         self.blocks = nn.Sequential(*groups)
         self.feature_dim = channels
         self.recompute = False
@@ -108,16 +119,68 @@ class ConvNorm(nn.Sequential):
         super().__init__(conv, norm(outputs))
 
 
+def _stem(kind: str, channels: int, norm: Norm, *, deep: bool) -> nn.Sequential:
+    """Return the layers before the first block, without their last ReLU and the pool.
+
+    Args:
+        kind: `imagenet`, `cifar` or `strided`.
+        channels: 64·width.
+        norm: Makes a norm.
+        deep: ResNet-D's three 3x3 in place of the 7x7.
+    """
+    if deep and kind == "imagenet":
+        half = channels // 2
+        first, second = ConvNorm(3, half, 3, 2, norm), ConvNorm(half, half, 3, 1, norm)
+        last = ConvNorm(half, channels, 3, 1, norm)
+        return nn.Sequential(*first, nn.ReLU(inplace=True), *second, nn.ReLU(inplace=True), *last)
+    kernel, stride = {"imagenet": (7, 2), "cifar": (3, 1), "strided": (3, 2)}[kind]
+    return ConvNorm(3, channels, kernel, stride, norm)
+
+
+class SelectiveKernel(nn.Module):
+    """Two 3x3 streams, mixed per channel by weights that depend on the image (SK, both 3x3)."""
+
+    LEAST_WIDTH = 32  # the authors' min_dim
+
+    def __init__(self, inputs: int, filters: int, stride: int, ratio: float, norm: Norm) -> None:
+        super().__init__()
+        middle = max(int(filters * ratio), self.LEAST_WIDTH)
+        self.streams = ConvNorm(inputs, 2 * filters, 3, stride, norm)
+        self.squeeze = ConvNorm(filters, middle, 1, 1, norm)
+        self.mix = nn.Conv2d(middle, 2 * filters, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [N, filters, H, W], not below 0."""
+        both: Tensor = F.relu(self.streams(x), inplace=True)
+        streams = torch.unflatten(both, 1, (2, -1))  # [N, 2, C, H, W]
+        seen = streams.sum(1).mean((2, 3), keepdim=True)
+        mixing = torch.unflatten(self.mix(F.relu(self.squeeze(seen), inplace=True)), 1, (2, -1))
+        mixed: Tensor = (streams * mixing.softmax(1)).sum(1)
+        return mixed
+
+
+class _Averaged(nn.Module):
+    """The 2x2 mean before ResNet-D's shortcut; at an edge the mean of what is there."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [N, C, ⌈H/stride⌉, ⌈W/stride⌉]."""
+        if self.stride == 1:  # TensorFlow's "SAME": a row and a column more at the end
+            return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2, 1)
+        return F.avg_pool2d(x, 2, self.stride, ceil_mode=True, count_include_pad=False)
+
+
 class _Block(nn.Module):
     """What both blocks share: shortcut, residual branch with zero-initialised last gamma, ReLU."""
 
-    expansion = 1
-
-    def __init__(self, shortcut: nn.Module, branch: list[ConvNorm]) -> None:
+    def __init__(self, shortcut: nn.Module, branch: list[nn.Module], last: nn.Module) -> None:
         super().__init__()
         self.shortcut = shortcut
-        self.branch = nn.ModuleList(branch)
-        last = branch[-1][1]
+        self.branch = nn.ModuleList([*branch, last])
+        last = last.get_submodule("1")
         assert isinstance(last.weight, Tensor)
         nn.init.zeros_(last.weight)
 
@@ -135,7 +198,7 @@ class BasicBlock(_Block):
     def __init__(self, inputs: int, filters: int, stride: int, project: bool, norm: Norm) -> None:  # noqa: FBT001
         shortcut = ConvNorm(inputs, filters, 1, stride, norm) if project else nn.Identity()
         first = ConvNorm(inputs, filters, 3, stride, norm)
-        super().__init__(shortcut, [first, ConvNorm(filters, filters, 3, 1, norm)])
+        super().__init__(shortcut, [first], ConvNorm(filters, filters, 3, 1, norm))
 
 
 class Bottleneck(_Block):
@@ -143,12 +206,28 @@ class Bottleneck(_Block):
 
     expansion = 4
 
-    def __init__(self, inputs: int, filters: int, stride: int, project: bool, norm: Norm) -> None:  # noqa: FBT001
+    def __init__(
+        self,
+        inputs: int,
+        filters: int,
+        stride: int,
+        project: bool,  # noqa: FBT001
+        norm: Norm,
+        selective_kernel: float = 0.0,
+    ) -> None:
         outputs = filters * self.expansion
-        shortcut = ConvNorm(inputs, outputs, 1, stride, norm) if project else nn.Identity()
-        middle = ConvNorm(filters, filters, 3, stride, norm)
+        shortcut: nn.Module = nn.Identity()
+        middle: nn.Module
+        if selective_kernel:
+            middle = SelectiveKernel(filters, filters, stride, selective_kernel, norm)
+            if project:
+                shortcut = nn.Sequential(_Averaged(stride), *ConvNorm(inputs, outputs, 1, 1, norm))
+        else:
+            middle = ConvNorm(filters, filters, 3, stride, norm)
+            if project:
+                shortcut = ConvNorm(inputs, outputs, 1, stride, norm)
         first, last = ConvNorm(inputs, filters, 1, 1, norm), ConvNorm(filters, outputs, 1, 1, norm)
-        super().__init__(shortcut, [first, middle, last])
+        super().__init__(shortcut, [first, middle], last)
 
 
 def _init_conv(conv: nn.Conv2d) -> None:

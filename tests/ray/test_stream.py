@@ -19,7 +19,7 @@ from simclr_ray.data.maker import join, local_batches, plan_of, two_views
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.experiment import Experiment
+from simclr_ray.experiment import Experiment, SimCLRViews
 from simclr_ray.loop import Batch
 from simclr_ray.worker import colour
 from tests.ray.pictures import write_shapes
@@ -68,6 +68,7 @@ def test_views_coloured_by_the_worker_are_those_of_the_data_actors(tmp_path: Pat
         for on in ("data", "worker")
     )
     assert split.digest() == whole.digest()
+    assert isinstance(split.augment, SimCLRViews)
     source = Source.open(whole.data.train)
     views = two_views(split.augment, split.seed)
     made = [list(local_batches(e, source, range(6))) for e in (whole, split)]

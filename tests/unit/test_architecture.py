@@ -22,11 +22,30 @@ MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "logs", "allocator", "dist", "sharedmem", "data.decode"),
     ("nn", "optim", "augment"),
-    ("sections", "experiment", "model", "checkpoint", "storage", "selfcheck", "caching"),
+    (
+        "sections",
+        "experiment",
+        "model",
+        "checkpoint",
+        "storage",
+        "selfcheck",
+        "caching",
+        "starting",
+    ),
     ("loop", "data", "tracking", "mlflow_store"),
     ("evaluation",),
-    ("pretrain", "worker", "judge", "export", "embedder", "doctor", "machine", "arithmetic"),
-    ("pipeline", "report"),
+    (
+        "pretrain",
+        "worker",
+        "judge",
+        "export",
+        "embedder",
+        "doctor",
+        "machine",
+        "arithmetic",
+        "resolve",
+    ),
+    ("pipeline", "finetune", "report"),
     ("cli", "console", ""),
 )
 # Package -> who may import it. `embedder` travels with a registered model.

@@ -121,7 +121,7 @@ def test_an_unknown_key_is_told_with_its_nearest_and_all_that_are_allowed(
 def test_the_keys_allowed_in_a_union_are_those_of_the_named_variant() -> None:
     mistake = only(tree(head={"name": "linear", "layers": 3}))
     assert mistake.path == "head.layers"
-    assert mistake.problem.endswith("allowed here: dim, name")
+    assert mistake.problem.endswith("allowed here: batch_norm, dim, name")
 
 
 def test_a_key_that_is_like_no_other_gets_no_hint() -> None:
@@ -200,6 +200,18 @@ def test_a_value_out_of_bounds_is_told_with_the_bound(
     assert bound in mistake.problem.split(";")[1]
 
 
+def test_a_variant_without_a_name_is_the_default_one() -> None:
+    built = cfg.validate(Experiment, tree(optimizer={"momentum": 0.5}, loss={"temperature": 0.2}))
+    assert (built.optimizer.name, built.loss.name) == ("lars", "ntxent")
+    mistake = only(tree(head={"width": 3}))
+    assert mistake.path == "head.width"
+    assert mistake.problem.endswith("batch_norm, dim, hidden, layers, name")
+    overridden = cfg.apply_overrides(
+        tree(loss={"temperature": 0.2}), ["loss.name=triplet"], Experiment
+    )
+    assert overridden["loss"] == {"name": "triplet"}
+
+
 @pytest.mark.parametrize(
     ("node", "given", "shown", "allowed"),
     [
@@ -208,9 +220,9 @@ def test_a_value_out_of_bounds_is_told_with_the_bound(
             "head",
             {"name": "nonlinear"},
             "'nonlinear'",
-            "none, linear, mlp (did you mean 'linear'?)",
+            "none, linear, mlp, classifier (did you mean 'linear'?)",
         ),
-        ("optimizer", {"momentum": 0.5}, "missing", "lars, sgd, adamw"),
+        ("optimizer", {"name": None}, "missing", "lars, sgd, adamw"),
     ],
 )
 def test_a_wrong_or_missing_variant_name_is_told_at_its_name(

@@ -190,8 +190,8 @@ def test_metrics_are_in_their_ranges_and_replaced_rows_are_counted() -> None:
     for m in log.metrics:
         assert 0 <= m.data_wait_share <= 1
         assert m.images_per_s > 0
-        assert 0 <= m.contrastive_accuracy <= 1
-        assert 0 <= m.contrastive_entropy <= math.log(N) + 1e-6
+        assert 0 <= m.accuracy <= 1
+        assert 0 <= m.entropy <= math.log(N) + 1e-6
 
 
 def test_waiting_for_data_is_measured() -> None:
@@ -223,8 +223,8 @@ def test_a_step_under_bf16_keeps_weights_and_loss_in_float32() -> None:
     seen: list[tuple[torch.dtype, torch.dtype]] = []
 
     class Watched(NTXentLoss):
-        def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-            value = super().forward(z1, z2)
+        def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
+            value = super().forward(z1, z2, labels)
             seen.append((z1.dtype, value.dtype))
             return value
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from simclr_ray import config as cfg
-from simclr_ray.data.maker import PartMaker, RowReader, join, local_batches, plan_of, two_views
+from simclr_ray.data.maker import PartMaker, RowReader, join, local_batches, plan_of, views_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.experiment import Experiment
@@ -80,7 +80,7 @@ def in_parts(e: Experiment, steps: range, cuts: list[int]) -> list[Batch]:
     source = opened(e)
     edges = [0, *cuts, e.batch_size]
     makers = [
-        PartMaker(source, plan_of(e, source), two_views(e.augment, e.seed), e.data, places)
+        PartMaker(source, plan_of(e, source), views_of(e.augment, e.seed), e.data, places)
         for places in pairwise(edges)
     ]
     return [join([maker.make(step) for maker in makers]) for step in steps]
@@ -97,7 +97,7 @@ def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
 def test_a_batch_holds_the_planned_rows_and_the_views_of_their_ids(write: Write) -> None:
     e = experiment(write())
     source = opened(e)
-    plan, views = plan_of(e, source), two_views(e.augment, e.seed)
+    plan, views = plan_of(e, source), views_of(e.augment, e.seed)
     for batch in whole(e, range(7)):
         rows = plan.rows(batch.step)
         assert batch.ids.tolist() == (rows + FIRST_ID).tolist()
@@ -147,7 +147,7 @@ def test_steps_made_together_are_those_made_one_by_one(write: Write) -> None:
     per_epoch = NUM_ROWS // BATCH
 
     def maker() -> PartMaker:
-        views = two_views(e.augment, e.seed)
+        views = views_of(e.augment, e.seed)
         return PartMaker(source, plan_of(e, source), views, e.data, (3, BATCH - 2))
 
     one_by_one, together = maker(), maker()

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from simclr_ray import config as cfg
-from simclr_ray.data.maker import PartMaker, plan_of, two_views
+from simclr_ray.data.maker import PartMaker, plan_of, views_of
 from simclr_ray.data.rowgroups import RecentGroups, read_encoded
 from simclr_ray.data.source import Rows, Source
 from simclr_ray.dist import share
@@ -75,7 +75,7 @@ def maker_of(
     source: Source, e: Experiment, part: int = 0, parts: int = 1, stop: int = 10**6
 ) -> PartMaker:
     places = share(BATCH, part, parts)
-    views = two_views(e.augment, e.seed)
+    views = views_of(e.augment, e.seed)
     return PartMaker(source, plan_of(e, source), views, e.data, places, stop=stop)
 
 

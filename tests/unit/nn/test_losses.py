@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from simclr_ray.nn import losses
+from simclr_ray.nn import ntxent as core
 from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
 from tests.reference import ntxent
 
@@ -56,7 +56,7 @@ def test_value_and_gradient_equal_the_numpy_oracle(
 def test_tiles_smaller_than_the_batch_change_nothing(
     monkeypatch: pytest.MonkeyPatch, temperature: float, normalize: bool
 ) -> None:
-    monkeypatch.setattr(losses, "TILE", 3)
+    monkeypatch.setattr(core, "TILE", 3)
     z1, z2 = (z.requires_grad_() for z in random_views(3, 9, 5))
     loss = NTXentLoss(temperature, normalize=normalize)(z1, z2)
     loss.backward()

@@ -9,7 +9,8 @@ from torch import nn
 
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.heads import linear_head, mlp_head
-from simclr_ray.nn.resnet import TRUNCATED_STD, ResNet
+from simclr_ray.nn.resnet import TRUNCATED_STD, ResNet, SelectiveKernel
+from simclr_ray.nn.resnet import _Averaged as averaged
 
 
 def millions(module: nn.Module) -> float:
@@ -31,6 +32,47 @@ def test_parameters_are_as_many_as_published(depth: int, width: int, published: 
         encoder = ResNet(depth, width)
     assert millions(encoder) == pytest.approx(published, rel=0.005)
     assert encoder.feature_dim == (512 if depth < 50 else 2048) * width
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "published"), [(50, 1, 35), (152, 3, 795)]
+)  # README of the authors, in millions
+def test_selective_kernels_have_as_many_parameters_as_published(
+    depth: int, width: int, published: float
+) -> None:
+    with torch.device("meta"):
+        encoder = ResNet(depth, width, selective_kernel=0.0625)
+        classifier = nn.Linear(encoder.feature_dim, 1000)  # the published count has one
+    whole = millions(encoder) + millions(classifier)
+    assert min(abs(millions(encoder) - published), abs(whole - published)) < 0.01 * published
+
+
+@pytest.mark.parametrize(("stem", "size"), [("imagenet", 64), ("imagenet", 57), ("cifar", 16)])
+def test_selective_kernels_change_no_shapes_and_mix_two_streams(stem: str, size: int) -> None:
+    torch.manual_seed(0)
+    plain = ResNet(50, 1 / 16, stem)  # type: ignore[arg-type] # parametrised text
+    encoder = ResNet(50, 1 / 16, stem, selective_kernel=0.0625)  # type: ignore[arg-type] # as above
+    shapes: list[list[torch.Size]] = [[], []]
+    for found, network in zip(shapes, (plain, encoder), strict=True):
+        for block in network.blocks:
+            block.register_forward_hook(lambda _m, _i, out, into=found: into.append(out.shape))
+        network(torch.rand(2, 3, size, size))
+    assert shapes[0] == shapes[1]
+    kernel = next(m for m in encoder.modules() if isinstance(m, SelectiveKernel))
+    x = torch.rand(2, next(kernel.streams.parameters()).shape[1], 6, 6)
+    kernel.eval()
+    nn.init.zeros_(kernel.mix.weight)  # equal shares: the mean of the streams
+    both = torch.unflatten(torch.relu(kernel.streams(x)), 1, (2, -1))
+    torch.testing.assert_close(kernel(x), both.mean(1))
+    with pytest.raises(ValueError, match="bottleneck"):
+        ResNet(18, selective_kernel=0.0625)
+
+
+def test_the_mean_before_a_shortcut_leaves_what_lies_outside_out() -> None:
+    x = torch.arange(9.0).view(1, 1, 3, 3)
+    same = torch.tensor([[[[2.0, 3.0, 3.5], [5.0, 6.0, 6.5], [6.5, 7.5, 8.0]]]])
+    torch.testing.assert_close(averaged(1)(x), same)
+    torch.testing.assert_close(averaged(2)(x), torch.tensor([[[[2.0, 3.5], [6.5, 8.0]]]]))
 
 
 @pytest.mark.parametrize(("depth", "extra"), [(18, True), (34, True), (50, False), (101, False)])

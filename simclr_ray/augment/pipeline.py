@@ -1,0 +1,175 @@
+"""Any list of transformations as two views: shared ones first, then those of each view.
+
+SimCLR's composition study (§3.1) crops each image once, then transforms one branch and leaves the
+other as it is: `shared=[crop]`, `a=[...]`, `b=[]`. The paper's usual pipeline is `a=[crop, colour,
+blur]` and the same, drawn anew, for b; `TwoViews` is its faster form.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simclr_ray.augment.keyed import uniforms
+from simclr_ray.augment.ops import Op
+from simclr_ray.augment.views import (
+    CROP_ATTEMPTS,
+    Boxes,
+    Draws,
+    Pictures,
+    Step,
+    TwoViews,
+    ViewPair,
+    crop_shares,
+)
+
+MOST_DRAWS = 4 * (2**16 - 1)  # of one key
+SHARED, VIEW_A, VIEW_B = 0, 1, 2
+MAX_STAGES = 32
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Random crop, resized to S x S and flipped: what turns pictures of any size into views.
+
+    Attributes:
+        min_area: Least share of the area; with 1, the whole picture is resized.
+        max_area: Largest.
+        flip: Probability of a left-right flip.
+    """
+
+    min_area: float = 0.08
+    max_area: float = 1.0
+    flip: float = 0.5
+
+    def num_draws(self, size: int) -> int:  # noqa: ARG002 - as of an op
+        """Return those of place, flip and shape."""
+        return 3 + 2 * CROP_ATTEMPTS
+
+    def draws(self, u: NDArray[np.float64]) -> Draws:
+        """Return the parameters of n crops."""
+        if self.min_area == 1:
+            shares = np.ones((len(u), 2))
+        else:
+            shares = crop_shares(u[:, 3:], self.min_area, self.max_area)
+        return Draws.of_crops(np.concatenate([shares, u[:, :2]], axis=1), u[:, 2] < self.flip)
+
+
+class Stage(NamedTuple):
+    """One entry of a list."""
+
+    name: str
+    op: Crop | Op
+    probability: float = 1.0
+
+
+class Pipelines:
+    """Two views by lists of transformations.
+
+    Args:
+        size: Side S of a view in pixels.
+        shared: Stages whose outcome both views share.
+        a: Stages of view a after these.
+        b: Of view b. The first stage that a view meets must be a `Crop` of probability 1.
+        seed: 32 bits.
+
+    Raises:
+        ValueError: A view does not begin with a crop, or lists are too long.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        shared: Sequence[Stage],
+        a: Sequence[Stage],
+        b: Sequence[Stage],
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.size, self.seed = size, seed
+        self.shared, self.a, self.b = tuple(shared), tuple(a), tuple(b)
+        for own in (self.a, self.b):
+            stages = [*self.shared, *own]
+            if not stages or not isinstance(stages[0].op, Crop) or stages[0].probability < 1:
+                raise ValueError("a view must begin with a crop of probability 1")
+            if len(stages) > MAX_STAGES:
+                raise ValueError(f"a view can have {MAX_STAGES} stages at most, got {len(stages)}")
+        self._cropper = TwoViews(size)
+
+    def resized(self, size: int) -> Pipelines:
+        """Return the same pipelines for views of another side."""
+        other = copy.copy(self)
+        other.size, other._cropper = size, TwoViews(size)
+        return other
+
+    def __call__(self, images: Pictures, ids: NDArray[np.int64], epoch: int) -> ViewPair:
+        """Return both views of each picture; arguments and errors as of `TwoViews`."""
+        a, b = self.trace(images, ids, epoch)
+        return ViewPair(a[-1].images, b[-1].images)
+
+    def trace(
+        self, images: Pictures, ids: NDArray[np.int64], epoch: int
+    ) -> tuple[list[Step], list[Step]]:
+        """Return what each view is after each of its stages."""
+        shared = list(self._run(images, ids, epoch, SHARED, self.shared, 0))
+        begun: Pictures | Tensor = shared[-1].images if shared else images
+        views = []
+        for lane, stages in ((VIEW_A, self.a), (VIEW_B, self.b)):
+            first = len(self.shared)
+            views.append([*shared, *self._run(begun, ids, epoch, lane, stages, first)])
+        return views[0], views[1]
+
+    def boxes(self, draws: Draws, height: int, width: int) -> Boxes:
+        """Return the crops, in pixels, of pictures of one size."""
+        return self._cropper.boxes(draws, height, width)
+
+    def _run(
+        self,
+        images: Pictures,
+        ids: NDArray[np.int64],
+        epoch: int,
+        lane: int,
+        stages: Sequence[Stage],
+        first: int,
+    ) -> Iterator[Step]:
+        """Yield the images after each stage; `first` is the place of the first one in its view."""
+        current: Pictures = images
+        for place, stage in enumerate(stages, start=first):
+            num = 1 + stage.op.num_draws(self.size)
+            u = self._draw(ids, num, epoch, lane + 4 * place)
+            draws = None
+            if isinstance(stage.op, Crop):
+                draws = stage.op.draws(u[:, 1:])
+                done = self._cropper.cropped(current, draws)
+            else:
+                assert isinstance(current, Tensor)
+                done = stage.op(current.float() / 255, u[:, 1:])
+                done = (done * 255).round_().to(torch.uint8)
+            if stage.probability < 1:
+                assert isinstance(current, Tensor)
+                chosen = torch.from_numpy(u[:, 0] < stage.probability)
+                done = torch.where(chosen[:, None, None, None], done, current)
+            current = done
+            yield Step(stage.name, done, draws if place == 0 else None)
+
+    def _draw(self, ids: NDArray[np.int64], num: int, epoch: int, sub: int) -> NDArray[np.float64]:
+        """Return [n, num] draws for one stage of one view."""
+        parts = [
+            uniforms(
+                ids,
+                min(MOST_DRAWS, num - start),
+                seed=self.seed,
+                epoch=epoch,
+                sub=sub + 4 * MAX_STAGES * part,
+                purpose="stages",
+            )
+            for part, start in enumerate(range(0, num, MOST_DRAWS))
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

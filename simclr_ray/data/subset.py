@@ -1,0 +1,78 @@
+"""A class-balanced share of a labelled dataset, fixed by a seed: what 1 % and 10 % are (§B.5).
+
+The rows are copied, encoded bytes and ids as they are, into one parquet of their own, so that a
+run on them is a run like any other, and which they were stays on record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from simclr_ray.data.files import filesystem
+from simclr_ray.data.source import NO_LABEL, Int64s, Source
+from simclr_ray.errors import DataError
+
+GROUP_ROWS = 500
+
+
+def balanced_rows(labels: Int64s, share: float, seed: int) -> Int64s:
+    """Return the rows of a class-balanced share, ascending: of each class equally many.
+
+    That many is `share` of the labelled rows over the number of classes, at least 1; a class that
+    has fewer gives all it has.
+
+    Args:
+        labels: int64 [M], below 0: none.
+        share: In (0, 1].
+        seed: Which rows.
+
+    Raises:
+        DataError: There are no labels, or fewer labelled rows asked for than classes.
+    """
+    labelled = np.flatnonzero(labels >= 0)
+    classes = np.unique(labels[labelled])
+    wanted = round(share * len(labelled))
+    if not len(classes) or wanted < len(classes):
+        raise DataError(
+            f"{share:g} of {len(labelled)} labelled rows are {wanted}, fewer than the "
+            f"{len(classes)} classes; ask for a larger share"
+        )
+    if share == 1:
+        return labelled
+    each = max(1, round(wanted / len(classes)))
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(labelled)
+    chosen = [order[labels[order] == label][:each] for label in classes]
+    return np.sort(np.concatenate(chosen))
+
+
+def write_subset(source: Source, share: float, seed: int, storage: str) -> str:
+    """Return the path or URI of the share's parquet below `storage`, written if it is not there.
+
+    Raises:
+        DataError: As `balanced_rows`, or a file cannot be read.
+    """
+    rows = balanced_rows(source.labels(), share, seed)
+    identity = json.dumps([source.fingerprint, share, seed, NO_LABEL])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    uri = f"{storage.rstrip('/')}/labelled-{share:g}-seed{seed}-{digest}.parquet"
+    fs, path = filesystem(uri)
+    if fs.get_file_info(path).is_file:
+        return uri
+    fs.create_dir(path.rpartition("/")[0], recursive=True)
+    schema = pa.schema([("id", pa.int64()), ("image", pa.binary()), ("label", pa.int64())])
+    names = {"class_names": json.dumps(list(source.class_names))} if source.class_names else {}
+    partial = f"{path}.partial"
+    with (
+        fs.open_output_stream(partial) as stream,
+        pq.ParquetWriter(stream, schema.with_metadata(names)) as writer,
+    ):
+        for start in range(0, len(rows), GROUP_ROWS):
+            part = source.read_rows(rows[start : start + GROUP_ROWS])
+            writer.write_table(pa.table([part.ids, part.images, part.labels], schema=schema))
+    fs.move(partial, path)
+    return uri

@@ -1,0 +1,133 @@
+"""Training by labels, and fine-tuning from a run: the same program, and where its scores appear."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from simclr_ray import config as cfg
+from simclr_ray.checkpoint import read_record
+from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, DataError
+from simclr_ray.experiment import Experiment
+from simclr_ray.finetune import distill, finetune, prepare
+from simclr_ray.pretrain import Run, pretrain
+from tests.ray.pictures import write_shapes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finetune")
+    write_shapes(path / "train.parquet", 256, row_group_size=64)
+    write_shapes(path / "test.parquet", 60)
+    return path
+
+
+def experiment(folder: Path, **changes: Any) -> Experiment:
+    tree = {
+        "name": "t",
+        "data": {"train": str(folder / "train.parquet"), "test": str(folder / "test.parquet")},
+        "augment": {"name": "simclr", "size": 16, "blur": 0.0},
+        "encoder": {"name": "resnet", "depth": 10, "width": 0.125, "stem": "strided"},
+        "head": {"name": "mlp", "dim": 16},
+        "batch_size": 64,
+        "epochs": 2,
+        "evaluation": {"every_epochs": 0},
+        "scaling": {"num_workers": 2, "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.3},
+        "tracking": {"log_every_steps": 1, "system_metrics": False},
+        "storage": str(folder / "runs"),
+    }
+    return cfg.validate(Experiment, tree | changes)
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, ray_cluster: str) -> Run:
+    # temperature learned, one view's negatives, a list of transformations: each in a whole run
+    return pretrain(
+        experiment(
+            folder,
+            loss={"name": "ntxent", "temperature": 0.2, "learn_temperature": True},
+            augment={
+                "name": "pipeline",
+                "size": 16,
+                "a": [{"name": "crop"}, {"name": "colour", "strength": 0.5}, {"name": "rotate"}],
+            },
+        )
+    )
+
+
+def records(run: Run) -> list[dict[str, float]]:
+    lines = (Path(run.folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, run: Run) -> None:
+    tuned = finetune(run.folder, 0.25, "epochs=2", "batch_size=32", "head.layers=1")
+    record = read_record(tuned.run.checkpoint)["experiment"]
+    assert record["start"]["weights"] == str(run.checkpoint)
+    assert record["head"]["num_classes"] == 10
+    assert tuned.num_labels == 60
+    rows = Source.open(record["data"]["train"])
+    assert np.bincount(rows.labels()).tolist() == [6] * 10
+    assert 0 <= tuned.scores.top1 <= tuned.scores.top5 <= 1
+    first = next(r for r in records(tuned.run) if "train/loss" in r)
+    assert first["train/loss"] == pytest.approx(np.log(10), abs=1e-4)  # the classifier is zero
+    stored = json.loads((Path(run.folder) / "run.json").read_text())
+    client = MlflowClient(stored["tracking_uri"])
+    child = client.get_run(tuned.run.mlflow_run_id)
+    assert child.data.tags["mlflow.parentRunId"] == run.mlflow_run_id
+    assert child.data.metrics["test/top1"] == pytest.approx(tuned.scores.top1)
+    parent = client.get_run(run.mlflow_run_id)
+    assert parent.data.metrics["t-tuned-25pct/top1"] == pytest.approx(tuned.scores.top1)
+
+    train = f"data.train={folder / 'train.parquet'}"
+    student, scores = distill(tuned.run.folder, train, "epochs=1", "encoder.width=0.25")
+    record = read_record(student.checkpoint)["experiment"]
+    assert record["loss"]["teacher"] == str(tuned.run.checkpoint)
+    assert record["encoder"]["width"] == 0.25
+    first = next(r for r in records(student) if "train/loss" in r)
+    # whatever the teacher says, scores of zero cost ln K
+    assert first["train/loss"] == pytest.approx(np.log(10), abs=1e-4)
+    child = client.get_run(student.mlflow_run_id)
+    assert child.data.tags["mlflow.parentRunId"] == tuned.run.mlflow_run_id
+    assert child.data.metrics["test/top1"] == pytest.approx(scores.top1)
+
+
+def test_the_supervised_counterpart_runs_by_the_same_program(
+    folder: Path, ray_cluster: str
+) -> None:
+    supervised = pretrain(
+        experiment(
+            folder,
+            loss={"name": "cross_entropy", "views": 2},
+            head={"name": "classifier"},
+            schedule={"learning_rate": 0.3, "warmup_steps": 1},
+        )
+    )
+    losses = [r["train/loss"] for r in records(supervised) if "train/loss" in r]
+    assert losses[0] == pytest.approx(np.log(10), abs=1e-4)
+    assert np.isfinite(losses).all()
+    assert losses[-1] != losses[0]  # it moved
+    assert read_record(supervised.checkpoint)["experiment"]["head"]["num_classes"] == 10
+
+
+def test_what_cannot_be_tuned_is_said_before_anything_starts(folder: Path, run: Run) -> None:
+    for share in (0.0, 1.5):
+        with pytest.raises(ConfigError, match="above 0 and at most 1"):
+            prepare(run.folder, share)
+    with pytest.raises(DataError, match="fewer than the 10 classes"):
+        prepare(run.folder, 0.01)
+    with pytest.raises(ConfigError, match="no run folder"):
+        prepare(str(folder), 0.1)
+    with pytest.raises(ConfigError, match=r"data.test: is empty"):
+        prepare(run.folder, 0.5, "data.test=")
+    random, _ = prepare(run.folder, 0.5, from_random=True)
+    assert random.start.weights == ""
+    assert random.name == "t-random-50pct"

@@ -1,0 +1,48 @@
+"""A share of the labels: balanced over classes, fixed by its seed, bytes and ids as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from simclr_ray.data.source import Source
+from simclr_ray.data.subset import balanced_rows, write_subset
+from simclr_ray.errors import DataError
+from tests.ray.pictures import write_shapes
+
+LABELS = np.repeat([0, 1, 2, -1], [500, 300, 200, 50])
+
+
+def test_classes_give_equally_many_rows_by_the_seed_alone() -> None:
+    rows = balanced_rows(LABELS, 0.1, 0)
+    assert np.bincount(LABELS[rows]).tolist() == [33, 33, 33]  # of 100 asked for
+    assert (np.diff(rows) > 0).all()
+    assert np.array_equal(rows, balanced_rows(LABELS, 0.1, 0))
+    assert not np.array_equal(rows, balanced_rows(LABELS, 0.1, 1))
+    assert len(balanced_rows(LABELS, 1.0, 0)) == 1000  # all that have a label
+    assert np.bincount(LABELS[balanced_rows(LABELS, 0.9, 0)]).tolist() == [300, 300, 200]
+
+
+@pytest.mark.parametrize(("labels", "share"), [(LABELS, 0.001), (np.full(9, -1), 0.5)])
+def test_fewer_rows_than_classes_are_refused(labels: NDArray[np.int64], share: float) -> None:
+    with pytest.raises(DataError, match="classes"):
+        balanced_rows(labels, share, 0)
+
+
+def test_the_rows_are_written_once_with_their_ids_and_bytes(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "all.parquet", 200, row_group_size=30)
+    source = Source.open(str(tmp_path / "all.parquet"))
+    where = write_subset(source, 0.25, 3, str(tmp_path / "runs"))
+    subset = Source.open(where)
+    rows = balanced_rows(source.labels(), 0.25, 3)
+    assert np.array_equal(subset.ids(), source.ids()[rows])
+    assert np.array_equal(subset.labels(), source.labels()[rows])
+    kept = subset.read_rows(np.arange(subset.num_rows)).images
+    assert kept == source.read_rows(rows).images
+    stamp = Path(where).stat().st_mtime_ns
+    assert write_subset(source, 0.25, 3, str(tmp_path / "runs")) == where
+    assert Path(where).stat().st_mtime_ns == stamp
+    assert write_subset(source, 0.25, 4, str(tmp_path / "runs")) != where
