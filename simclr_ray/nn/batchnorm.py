@@ -17,7 +17,7 @@ from torch.nn.modules._functions import SyncBatchNorm as _CudaSyncBatchNorm
 
 from simclr_ray import dist
 
-EVAL = False  # native kernels: take the statistics that are given
+EVAL, TRAIN = False, True  # native kernels: take the statistics that are given, or their own
 
 
 class GlobalBatchNorm(nn.Module):
@@ -105,9 +105,12 @@ class _GlobalNorm(torch.autograd.Function):
         channels = x.shape[1]
         if x.dtype in (torch.float32, torch.float64):
             local_mean, local_variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-        else:  # the kernel would return them in x's dtype, and counts beside them
-            axes = [d for d in range(x.ndim) if d != 1]
-            local_variance, local_mean = torch.var_mean(x.float(), axes, correction=0)
+        else:  # that kernel would return them in x's dtype, and a reduction of x.float() is slow
+            _, local_mean, inverse = torch.native_batch_norm(
+                x, weight, bias, None, None, TRAIN, 0.0, 0.0
+            )
+            # eps is 0, and of a constant the kernel gives 0
+            local_variance = torch.where(inverse > 0, inverse.square().reciprocal(), 0)
         local_count = x.numel() // channels
         packed = torch.cat([local_mean, local_variance, local_mean.new_tensor([local_count])])
         gathered = dist.all_gather_vector(packed)  # [R, 2C + 1]
@@ -141,6 +144,11 @@ class _GlobalNorm(torch.autograd.Function):
         slope = -scale * inverse_std * global_d_weight
         offset = -scale * global_d_bias - slope * mean
         # scale·(dy − mean of dy − x̂·mean of dy·x̂), as dy·scale + x·slope + offset
-        dx = torch.addcmul(offset.view(shape), x, slope.view(shape))
-        dx = dx.addcmul_(upstream, scale.view(shape)).to(x.dtype)
+        if x.dtype in (torch.float32, torch.float64):
+            dx = torch.addcmul(offset.view(shape), x, slope.view(shape))
+            dx.addcmul_(upstream, scale.view(shape))
+        else:  # mixed dtypes are slow in elementwise kernels and not in those of batch norm
+            zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+            dx = F.batch_norm(x, zero, one, slope, offset, eps=0.0)
+            dx += F.batch_norm(upstream, zero, one, scale, zero, eps=0.0)
         return dx, d_weight, d_bias, None
