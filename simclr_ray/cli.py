@@ -153,6 +153,22 @@ def evaluate(
 
 
 @app.command()
+def probe(
+    run: Annotated[str, typer.Argument(help="A run folder or its URI, or one checkpoint in it.")],
+    overrides: Overrides = None,
+) -> None:
+    """Ask what h and g(h) know of colour, rotation, noise and edges (Table 3); needs no labels.
+
+    Example: simclr-ray probe runs/cifar10_cpu-1a2b3c4d data.test=cifar/test
+    """
+    from simclr_ray.judge import probe_run
+
+    probes = probe_run(_checkpoint_in(run), *(overrides or []))
+    rows = [[p.target, *(f"{100 * value:.1f} %" for value in p[1:])] for p in probes]
+    show_table("what features know", ["target", "chance", "h", "g(h)"], rows)
+
+
+@app.command()
 def finetune(
     run: Annotated[str, typer.Argument(help="Folder or URI of a pretraining run.")],
     overrides: Overrides = None,
@@ -298,7 +314,7 @@ def _write_shape(path: Path) -> None:
 
 
 def _connect(experiment: Experiment | None = None) -> None:
-    from simclr_ray.pretrain import connect
+    from simclr_ray.cluster import connect
 
     connect(experiment)
     signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own handler there

@@ -10,15 +10,21 @@ from torch import nn
 
 from simclr_ray import checkpoint
 from simclr_ray import config as cfg
+from simclr_ray.cluster import connect
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError, Mistake
 from simclr_ray.evaluation.features import Split, extract_features, load_split
+from simclr_ray.evaluation.probes import Probe, probe
 from simclr_ray.evaluation.scoring import Classification, classification
 from simclr_ray.evaluation.table import (
     DEFAULT_PROTOCOLS,
+    PIXELS,
     PROTOCOLS,
+    Features,
+    Pixels,
     Score,
     score_encoder,
+    score_features,
     score_pixels,
 )
 from simclr_ray.experiment import Experiment, NoHead, NTXent
@@ -59,6 +65,8 @@ def judge_as(
         raise ConfigError([Mistake(p, t) for p, t in zip(wrong, problems, strict=True)])
     trained = load_model(folder)
     untrained = build_model(experiment.model_copy(update={"head": NoHead(), "loss": NTXent()}))
+    if experiment.evaluation.actors:
+        return _judge_by_actors(experiment, trained.encoder, untrained.encoder, protocols)
     bank, test = _splits(experiment)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: list[tuple[str, nn.Module]] = [
@@ -69,6 +77,41 @@ def judge_as(
         score_encoder(name, encoder, bank, test, experiment, protocols) for name, encoder in models
     ]
     return [*scores, score_pixels(bank, test, experiment, protocols)]
+
+
+def _judge_by_actors(
+    experiment: Experiment, trained: nn.Module, untrained: nn.Module, protocols: Sequence[str]
+) -> list[Score]:
+    """Return the three rows, features made by Ray Data's actors; the cluster is up."""
+    from simclr_ray.evaluation.extract import Encoded, extract  # Ray is loaded where it is used
+
+    connect(experiment)
+    networks = {"trained encoder": trained, "untrained encoder": untrained, PIXELS: Pixels()}
+    bank, test = _sources(experiment)
+
+    def encoded(source: Source, limit: int) -> Encoded:
+        return extract(
+            source,
+            list(networks.values()),
+            experiment.evaluation_size,
+            experiment.evaluation,
+            limit=limit,
+            max_pixels=experiment.data.max_pixels,
+            precision=experiment.precision,
+        )
+
+    known = encoded(bank, 0 if test else LABEL_FREE_ROWS)
+    asked = encoded(test, 0) if test else None
+    return [
+        score_features(
+            name,
+            Features(known.features[i], known.labels),
+            Features(asked.features[i], asked.labels) if asked else None,
+            experiment,
+            protocols,
+        )
+        for i, name in enumerate(networks)
+    ]
 
 
 def score_classifier(folder: Path, experiment: Experiment) -> Classification:
@@ -94,6 +137,37 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
     return classification(scores, split.labels)
 
 
+def probe_run(folder: Path, *overrides: str) -> list[Probe]:
+    """Return what h and g(h) of a checkpoint know of transformations (Table 3).
+
+    The MLPs learn from `data.bank` (or `data.train`) and are asked about `data.test`; without a
+    test split, about the last fifth of the rows. No labels are needed.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole.
+        ConfigError: An override is unknown.
+        DataError: A split cannot be read.
+    """
+    experiment = experiment_of(folder, *overrides)
+    data, size = experiment.data, experiment.evaluation_size
+    train = Source.open(data.bank or data.train, data.columns, 0 if data.bank else data.limit)
+    known = load_split(train, size, max_pixels=data.max_pixels).images
+    if data.test:
+        asked = load_split(Source.open(data.test, data.columns), size, max_pixels=data.max_pixels)
+        unseen = asked.images
+    else:
+        known, unseen = known[: -(-4 * len(known) // 5)], known[-(-4 * len(known) // 5) :]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return probe(
+        load_model(folder).to(device),
+        known,
+        unseen,
+        seed=experiment.seed,
+        batch_size=experiment.evaluation.batch_size,
+        precision=experiment.precision,
+    )
+
+
 def experiment_of(folder: Path, *overrides: str) -> Experiment:
     """Return the experiment that a checkpoint was trained by."""
     tree = checkpoint.read_record(folder)["experiment"]
@@ -110,13 +184,22 @@ def load_model(folder: Path) -> SimCLRModel:
 
 def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
     """Return what is learned from and what is scored; the second is None without labels."""
-    data, size = experiment.data, experiment.evaluation_size
+    size, max_pixels = experiment.evaluation_size, experiment.data.max_pixels
+    bank, test = _sources(experiment)
+    if test is None:
+        return load_split(bank, size, LABEL_FREE_ROWS, max_pixels), None
+    return (
+        load_split(bank, size, max_pixels=max_pixels),
+        load_split(test, size, max_pixels=max_pixels),
+    )
+
+
+def _sources(experiment: Experiment) -> tuple[Source, Source | None]:
+    """Return the bank and the test split; without labels, the training pictures and None."""
+    data = experiment.data
     train = Source.open(data.train, data.columns, data.limit)
     bank = Source.open(data.bank, data.columns) if data.bank else train
     test = Source.open(data.test, data.columns) if data.test else None
     if test is None or not (test.has_labels and bank.has_labels):
-        return load_split(train, size, LABEL_FREE_ROWS, data.max_pixels), None
-    return (
-        load_split(bank, size, max_pixels=data.max_pixels),
-        load_split(test, size, max_pixels=data.max_pixels),
-    )
+        return train, None
+    return bank, test

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import _thread
 import json
-import logging
-import math
 import os
 import signal
 import tempfile
@@ -29,9 +27,10 @@ from ray.util.queue import Empty, Queue
 from simclr_ray import checkpoint
 from simclr_ray import config as cfg
 from simclr_ray.allocator import one_arena
+from simclr_ray.cluster import check_cluster, connect
 from simclr_ray.data.maker import plan_of
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ClusterError, RunError, SimclrRayError, TooManyBadImages
+from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
 from simclr_ray.experiment import Experiment
 from simclr_ray.logs import get_logger
 from simclr_ray.mlflow_store import check_alias, store_uri
@@ -46,7 +45,6 @@ Record = dict[str, float]
 Progress = Callable[[Record], None]
 POLL_S = 2.0  # a call of an actor each
 UPLOAD_EVERY_S = 60.0
-_started_here: set[str] = set()  # addresses of the local clusters of this process
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"
 RUN_FILE, CONFIG_FILE = "run.json", "experiment.yaml"
 
@@ -86,7 +84,7 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(experiment)))
     tracker = Tracker.open(experiment.tracking, experiment.storage)  # before the cluster waits
     connect(experiment)
-    _check_cluster(experiment)
+    check_cluster(experiment)
     with _tracked(experiment, source, folder, tracker) as tracked:
         scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
         newest = folder.newest(scratch)
@@ -110,69 +108,6 @@ def _check_late_needs(experiment: Experiment) -> None:
     if experiment.register_as.name:
         check_alias(experiment.register_as.alias)
     store_uri(experiment.tracking.uri, experiment.storage)
-
-
-def connect(experiment: Experiment | None = None) -> None:
-    """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
-
-    A cluster that is started here offers as many logical CPUs as `experiment` needs.
-    """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if os.environ.get("RAY_ADDRESS") in _started_here:  # of a cluster that is down again
-        del os.environ["RAY_ADDRESS"]
-    if "RAY_ADDRESS" in os.environ:
-        try:
-            ray.init(logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
-            where = os.environ["RAY_ADDRESS"]
-            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={where}") from error
-        return
-    # one machine is not preempted, and the watcher costs a process
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # logical CPUs may exceed cores: workers and decode actors share them by time
-    wanted = _cpus_wanted(experiment) if experiment else 0.0
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
-        object_store_memory=2**30,
-        include_dashboard=False,  # five processes; MLflow and the terminal show the run
-        _system_config={"enable_metrics_collection": False},  # each process's own, for nobody
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
-    # Ray Train's helpers find the cluster by this, where several run on one machine
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    _started_here.add(os.environ["RAY_ADDRESS"])
-
-
-def _cpus_wanted(experiment: Experiment) -> float:
-    scaling = experiment.scaling
-    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
-    return scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
-
-
-def _check_cluster(experiment: Experiment) -> None:
-    scaling = experiment.scaling
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
-    cpus = _cpus_wanted(experiment)
-    gpus = scaling.num_workers * scaling.gpus_per_worker
-    for what, needed in (("CPU", cpus), ("GPU", gpus)):
-        if needed > cluster.get(what, 0.0):
-            raise ClusterError(
-                f"scaling asks for {needed:g} {what}s ({scaling.num_workers} workers"
-                + (f", each with {data_cpus:g} for decoding" if what == "CPU" else "")
-                + f"), the cluster has {cluster.get(what, 0.0):g}; lower scaling.num_workers or "
-                f"scaling.{'cpus' if what == 'CPU' else 'gpus'}_per_worker"
-            )
-    if scaling.data_resource and scaling.data_resource not in cluster:
-        raise ClusterError(
-            f"no node has the resource {scaling.data_resource!r} of scaling.data_resource; "
-            f"there are: {', '.join(sorted(cluster))}"
-        )
 
 
 @contextmanager

@@ -112,6 +112,8 @@ def _tasks(views: TwoViews | Pipelines, pictures: Sequence[Picture]) -> str:
     a, b = (steps[0].draws for steps in views.resized(8).trace(blank, ids, 0))
     if a is None or b is None:
         return ""
+    if isinstance(views, Pipelines) and views.shared:
+        return "both views begin with one crop"
     boxes = [views.boxes(draws, 10 * size[0], 10 * size[1]) for draws in (a, b)]
     shares = pair_shares(*boxes)
     return (

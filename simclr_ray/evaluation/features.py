@@ -63,29 +63,45 @@ def load_split(source: Source, size: int, limit: int = 0, max_pixels: int = 50_0
     Raises:
         DataError: the files cannot be read, or no chosen row can be decoded.
     """
+    split = decoded_rows(source, sample_rows(source, limit), size, max_pixels)
+    if not len(split.images):
+        reason = split.bad[0].reason
+        raise DataError(f"{source.uri}: none of {len(split.bad)} rows is an image: {reason}")
+    return split
+
+
+def sample_rows(source: Source, limit: int = 0) -> Int64s:
+    """Return the rows that `load_split` takes, in order of id."""
     ids = source.ids()
-    rows = np.argsort(ids, kind="stable")[_spread(len(ids), limit)]
+    rows: Int64s = np.argsort(ids, kind="stable")[_spread(len(ids), limit)]
+    return rows
+
+
+def decoded_rows(source: Source, rows: Int64s, size: int, max_pixels: int) -> Split:
+    """Return the evaluation views of `rows`, in their order; those that are none are `bad`.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
     labels = torch.full((len(rows),), -1, dtype=torch.int64)
+    ids = torch.empty(len(rows), dtype=torch.int64)
     good = torch.ones(len(rows), dtype=torch.bool)
     bad: list[BadRow] = []
-    for places, part in _by_group(source, rows):
+    for places, wanted in grouped(source, rows):
+        part = source.read_rows(wanted)
+        ids[torch.from_numpy(places)] = torch.from_numpy(part.ids)
         for place, view in zip(places, _views(part, size, max_pixels), strict=True):
             if isinstance(view, str):
-                bad.append(BadRow(int(ids[rows[place]]), view))
+                bad.append(BadRow(int(ids[place]), view))
                 good[place] = False
-            else:
-                images[place] = torch.tensor(view).permute(
-                    2, 0, 1
-                )  # a view of Pillow's is read-only
+            else:  # Pillow's memory is read-only
+                images[place] = torch.tensor(view).permute(2, 0, 1)
         if part.labels is not None:
             labels[torch.from_numpy(places)] = torch.from_numpy(part.labels)
-    if not good.any():
-        raise DataError(f"{source.uri}: none of {len(rows)} rows is an image: {bad[0].reason}")
-    found = torch.from_numpy(ids[rows])
     if not bad:
-        return Split(images, labels, found, bad)
-    return Split(images[good], labels[good], found[good], sorted(bad))
+        return Split(images, labels, ids, bad)
+    return Split(images[good], labels[good], ids[good], sorted(bad))
 
 
 @torch.inference_mode()
@@ -139,13 +155,13 @@ def _spread(num_rows: int, limit: int) -> Int64s:
     return borders[:-1] + (within * np.diff(borders)).astype(np.int64)
 
 
-def _by_group(source: Source, rows: Int64s) -> Iterator[tuple[Int64s, Rows]]:
-    """Yield each row group's share of `rows`, and where it belongs: one group in memory at once."""
+def grouped(source: Source, rows: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
+    """Yield of each row group that has some of `rows` their places in `rows`, and these rows."""
     firsts = np.array([group.first_row for group in source.row_groups])
     owner = np.searchsorted(firsts, rows, side="right") - 1
     for group in np.unique(owner):
         places = np.flatnonzero(owner == group)
-        yield places, source.read_rows(rows[places])
+        yield places, rows[places]
 
 
 def _views(rows: Rows, size: int, max_pixels: int) -> list[Pixels | str]:

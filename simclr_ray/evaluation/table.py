@@ -32,8 +32,21 @@ COLUMNS: Final = (
 )  # fmt: skip
 NUM_ACCURACIES: Final = len(PROTOCOLS)  # columns after the first
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
+PIXELS: Final = "raw pixels"
 PIXEL_SIDE_PX: Final = 32  # raw pixels of larger views are averaged down: 3,072 features at most
 PIXEL_BLOCK_ROWS: Final = 4_096
+
+
+class Features(NamedTuple):
+    """A split as features."""
+
+    rows: Tensor  # float32 [M, F]
+    labels: Tensor  # int64 [M], -1 where there is none
+
+    def labelled(self) -> Features:
+        """Return the rows that have a label."""
+        kept = self.labels >= 0
+        return self if kept.all() else Features(self.rows[kept], self.labels[kept])
 
 
 class Score(NamedTuple):
@@ -74,18 +87,17 @@ def score_encoder(
     """
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
 
-    def features(split: Split) -> Tensor:
+    def features(split: Split | None) -> Features | None:
+        if split is None:
+            return None
         h = extract_features(
             encoder, split.images, experiment.evaluation.batch_size, device, experiment.precision
         )
-        if not torch.isfinite(h).all():
-            raise RunError(f"{name} gives values that are no numbers: the training has diverged")
-        return h
+        return Features(h, split.labels)
 
-    bank, test = _usable(bank, test)
-    if test is None:
-        return _score(name, features(bank))
-    return _judge(name, (features(bank), bank), (features(test), test), experiment, protocols)
+    known = features(bank)
+    assert known is not None
+    return score_features(name, known, features(test), experiment, protocols)
 
 
 def score_pixels(
@@ -95,17 +107,38 @@ def score_pixels(
     protocols: Sequence[str] = DEFAULT_PROTOCOLS,
 ) -> Score:
     """Return the scores of the pixels themselves; arguments and `DataError` as above."""
-    name = "raw pixels"
-    bank, test = _usable(bank, test)
+    known = Features(pixels_of(bank.images), bank.labels)
+    asked = None if test is None else Features(pixels_of(test.images), test.labels)
+    return score_features(PIXELS, known, asked, experiment, protocols)
+
+
+def score_features(
+    name: str,
+    bank: Features,
+    test: Features | None,
+    experiment: Experiment,
+    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
+) -> Score:
+    """Return the scores of features; arguments and errors as of `score_encoder`."""
+    for part in (bank, test):
+        if part is not None and not torch.isfinite(part.rows).all():
+            raise RunError(f"{name} gives values that are no numbers: the training has diverged")
     if test is None:
-        return _score(name, pixels_of(bank.images))
-    return _judge(
-        name,
-        (pixels_of(bank.images), bank),
-        (pixels_of(test.images), test),
-        experiment,
-        protocols,
-    )
+        return _score(name, bank.rows)
+    bank, test = bank.labelled(), test.labelled()
+    for kind, part in (("bank", bank), ("test", test)):
+        if not len(part.labels):
+            raise DataError(f"the {kind} split has no labelled rows; nothing can be scored on it")
+    return _judge(name, bank, test, experiment, protocols)
+
+
+class Pixels(nn.Module):
+    """The pixels themselves, as an encoder: `[m, 3, S, S]` in [0, 1] -> `[m, 3·min(S, 32)²]`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the pixels, larger pictures averaged down."""
+        side = min(images.shape[-1], PIXEL_SIDE_PX)
+        return F.adaptive_avg_pool2d(images, side).flatten(1)
 
 
 def pixels_of(images: Tensor) -> Tensor:
@@ -164,26 +197,14 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join([first, *rest]) + " |"
 
 
-def _usable(bank: Split, test: Split | None) -> tuple[Split, Split | None]:
-    """Return the labelled rows of both splits, or the bank whole when there is nothing to score."""
-    if test is None:
-        return bank, None
-    bank, test = bank.labelled(), test.labelled()
-    for kind, split in (("bank", bank), ("test", test)):
-        if not len(split.labels):
-            raise DataError(f"the {kind} split has no labelled rows; nothing can be scored on it")
-    return bank, test
-
-
 def _judge(
     name: str,
-    bank: tuple[Tensor, Split],
-    test: tuple[Tensor, Split],
+    bank: Features,
+    test: Features,
     experiment: Experiment,
     protocols: Sequence[str],
 ) -> Score:
-    known, labels = bank[0], bank[1].labels
-    asked, truth = test[0], test[1].labels
+    (known, labels), (asked, truth) = bank, test
     num_classes = int(max(labels.max(), truth.max())) + 1
     settings = experiment.evaluation
 

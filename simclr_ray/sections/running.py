@@ -34,6 +34,13 @@ class Evaluation(Config):
     knn: KNN = KNN()
     linear: Linear = Linear()
     batch_size: int = Field(512, ge=1, description="Images per forward pass.")
+    actors: int = Field(
+        0,
+        ge=0,
+        description="Ray Data actors that encode the splits after training; 0: this process.",
+    )
+    cpus_per_actor: float = Field(1.0, gt=0, description="Logical CPUs that one reserves.")
+    gpus_per_actor: float = Field(0.0, ge=0)
 
 
 class Checkpointing(Config):

@@ -16,6 +16,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.experiment import Experiment
 from simclr_ray.finetune import distill, finetune, prepare
+from simclr_ray.judge import probe_run
 from simclr_ray.pretrain import Run, pretrain
 from tests.ray.pictures import write_shapes
 
@@ -98,6 +99,12 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     child = client.get_run(student.mlflow_run_id)
     assert child.data.tags["mlflow.parentRunId"] == tuned.run.mlflow_run_id
     assert child.data.metrics["test/top1"] == pytest.approx(scores.top1)
+
+
+def test_what_h_and_z_know_is_asked_without_labels(run: Run) -> None:
+    found = probe_run(run.checkpoint)
+    assert [p.target for p in found][1] == "rotation"
+    assert all(0 <= value <= 1 for p in found for value in p[1:])
 
 
 def test_the_supervised_counterpart_runs_by_the_same_program(

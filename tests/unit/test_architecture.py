@@ -51,7 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # Package -> who may import it. `embedder` travels with a registered model.
 DOORS: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("dist",),
-    "ray.data": ("data",),
+    "ray.data": ("data", "evaluation.extract"),
     "ray.train": ("pretrain", "worker"),
     "ray.tune": (),
     "mlflow": ("tracking", "mlflow_store", "embedder"),

@@ -20,12 +20,15 @@ from simclr_ray.experiment import (
 from simclr_ray.model import (
     SimCLRModel,
     build_encoder,
+    build_loss,
     build_model,
     build_optimizer,
     encoder_from_tree,
     feature_dim,
 )
+from simclr_ray.nn import losses
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.supervised import CrossEntropyLoss, DistillationLoss
 
 BACKBONES = {
     "resnet18": 512,
@@ -166,3 +169,60 @@ def test_frozen_parameters_are_not_optimized() -> None:
     model.encoder.requires_grad_(requires_grad=False)
     held = [p for g in build_optimizer(model, SGDOptimizer()).param_groups for p in g["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.head.parameters()}
+
+
+CLASSIFIER = {"name": "classifier", "num_classes": 4}
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "fields"),
+    [
+        ({"temperature": 0.3}, losses.NTXentLoss, {"temperature": 0.3, "negatives": "both"}),
+        ({"negatives": "other", "normalize": False}, losses.NTXentLoss, {"normalize": False}),
+        (
+            {"temperature": 0.3, "learn_temperature": True},
+            losses.NTXentLoss,
+            {"temperature": 1.0, "normalize": False},
+        ),
+        (
+            {"name": "ntlogistic", "semi_hard": True},
+            losses.NTLogisticLoss,
+            {"semi_hard": True, "temperature": 0.1},
+        ),
+        (
+            {"name": "triplet", "margin": 0.4, "negatives": "other"},
+            losses.TripletLoss,
+            {"margin": 0.4, "negatives": "other", "semi_hard": False},
+        ),
+        ({"name": "dcl", "sigma": 0.5}, losses.DCLLoss, {"sigma": 0.5}),
+        ({"name": "supcon", "temperature": 0.2}, losses.SupConLoss, {"temperature": 0.2}),
+        ({"name": "cross_entropy", "views": 2}, CrossEntropyLoss, {"one_view": False}),
+        ({"name": "cross_entropy", "label_smoothing": 0.1}, CrossEntropyLoss, {"one_view": True}),
+        (
+            {"name": "distillation", "teacher": "t", "temperature": 0.1},
+            DistillationLoss,
+            {"temperature": 0.1},
+        ),
+    ],
+)
+def test_a_loss_is_what_its_config_says(
+    loss: dict[str, Any], kind: type[losses.Loss], fields: dict[str, Any]
+) -> None:
+    classifies = loss.get("name") in ("cross_entropy", "distillation")
+    changes = {"head": CLASSIFIER} if classifies else {}
+    built = build_loss(experiment(loss=loss, batch_size=48, **changes))
+    assert type(built) is kind
+    for name, value in {**fields, "global_batch_size": 48}.items():
+        assert getattr(built, name) == value, name
+
+
+def test_a_learned_temperature_is_a_parameter_that_is_not_decayed() -> None:
+    trained = experiment(loss={"temperature": 0.3, "learn_temperature": True})
+    model = build_model(trained)
+    (name,) = [n for n, _ in model.named_parameters() if "temperature" in n]
+    optimizer = build_optimizer(model, trained.optimizer)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert id(model.get_parameter(name)) not in decayed
+    assert optimizer.param_groups[1]["weight_decay"] == 0
+    z = model(torch.rand(4, 3, 16, 16)).z
+    torch.testing.assert_close(z.norm(dim=1), torch.full((4,), 0.3**-0.5))

@@ -1,0 +1,81 @@
+"""The Ray cluster at hand: connecting to it, or starting one, and what it can hold."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+
+import ray
+
+from simclr_ray.errors import ClusterError
+from simclr_ray.experiment import Experiment
+
+_started_here: set[str] = set()  # addresses of the local clusters of this process
+
+
+def connect(experiment: Experiment | None = None) -> None:
+    """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
+
+    A cluster that is started here offers as many logical CPUs as `experiment` needs.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if os.environ.get("RAY_ADDRESS") in _started_here:  # of a cluster that is down again
+        del os.environ["RAY_ADDRESS"]
+    if "RAY_ADDRESS" in os.environ:
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError as error:
+            where = os.environ["RAY_ADDRESS"]
+            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={where}") from error
+        return
+    # one machine is not preempted, and the watcher costs a process
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # logical CPUs may exceed cores: workers and decode actors share them by time
+    wanted = 0.0
+    if experiment:
+        judging = experiment.evaluation
+        wanted = max(_cpus_wanted(experiment), judging.actors * judging.cpus_per_actor)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
+        object_store_memory=2**30,
+        include_dashboard=False,  # five processes; MLflow and the terminal show the run
+        _system_config={"enable_metrics_collection": False},  # each process's own, for nobody
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    # Ray Train's helpers find the cluster by this, where several run on one machine
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    _started_here.add(os.environ["RAY_ADDRESS"])
+
+
+def _cpus_wanted(experiment: Experiment) -> float:
+    scaling = experiment.scaling
+    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    return scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
+
+
+def check_cluster(experiment: Experiment) -> None:
+    """Raise `ClusterError` if the cluster cannot hold what `experiment` asks for."""
+    scaling = experiment.scaling
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    cpus = _cpus_wanted(experiment)
+    gpus = scaling.num_workers * scaling.gpus_per_worker
+    for what, needed in (("CPU", cpus), ("GPU", gpus)):
+        if needed > cluster.get(what, 0.0):
+            raise ClusterError(
+                f"scaling asks for {needed:g} {what}s ({scaling.num_workers} workers"
+                + (f", each with {data_cpus:g} for decoding" if what == "CPU" else "")
+                + f"), the cluster has {cluster.get(what, 0.0):g}; lower scaling.num_workers or "
+                f"scaling.{'cpus' if what == 'CPU' else 'gpus'}_per_worker"
+            )
+    if scaling.data_resource and scaling.data_resource not in cluster:
+        raise ClusterError(
+            f"no node has the resource {scaling.data_resource!r} of scaling.data_resource; "
+            f"there are: {', '.join(sorted(cluster))}"
+        )

@@ -1,0 +1,60 @@
+"""Probes find what features hold, and find nothing where there is nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from simclr_ray.data.shapes import render
+from simclr_ray.evaluation.probes import TARGETS, probe, transformed
+from simclr_ray.model import SimCLRModel
+
+
+class Small(nn.Module):
+    """The picture itself, smaller."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
+
+
+def images(num: int, seed: int) -> torch.Tensor:
+    pictures = [torch.from_numpy(render(i, seed).pixels.copy()) for i in range(num)]
+    return torch.stack(pictures).permute(0, 3, 1, 2)
+
+
+def test_answers_have_their_chances_and_what_was_done_is_what_is_said() -> None:
+    pictures = images(400, 0)
+    for target in TARGETS:
+        rng = np.random.default_rng(1)
+        moved, answers = transformed(target, pictures, rng)
+        counts = np.bincount(answers.numpy(), minlength=len(target.chances)) / 400
+        np.testing.assert_allclose(counts, target.chances, atol=0.08)
+        same = (moved == pictures).flatten(1).all(1)
+        assert same[answers == 0].all()
+        assert same[answers > 0].float().mean() < 0.2  # a gray or symmetric one may stay
+
+
+@pytest.mark.slow
+def test_what_a_feature_cannot_tell_is_chance_and_what_it_can_is_not() -> None:
+    torch.manual_seed(0)
+    model = SimCLRModel(Small(), nn.Sequential(nn.Unflatten(1, (3, 64)), _Turnless()))
+    found = {p.target: p for p in probe(model, images(1500, 0), images(600, 1))}
+    for name in ("color vs grayscale", "orig. vs Sobel filtered"):
+        assert found[name].h > found[name].chance + 0.1
+        assert found[name].z > found[name].chance + 0.1
+    assert found["rotation"].h > 0.4
+    assert found["rotation"].z < 0.34  # sums over the picture do not turn
+    assert found["color vs grayscale"].chance == 0.8
+
+
+class _Turnless(nn.Module):
+    """Of [N, 3, 64] cells, mean and spread of each channel: quarter turns only permute cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, cells: torch.Tensor) -> torch.Tensor:
+        return self.scale * torch.cat([cells.mean(2), cells.std(2)], 1)
