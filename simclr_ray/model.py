@@ -32,7 +32,7 @@ from simclr_ray.experiment import (
 )
 from simclr_ray.nn import losses
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
-from simclr_ray.nn.heads import Tempered, classifier_head, linear_head, mlp_head
+from simclr_ray.nn.heads import Scores, Tempered, classifier_head, linear_head, mlp_head
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.nn.supervised import CrossEntropyLoss, DistillationLoss
 from simclr_ray.optim import LARS
@@ -167,7 +167,7 @@ def build_optimizer(
     """Return the optimizer of `model` at rate 0; the loop sets the rate of each step.
 
     Batch norm, biases and a learned temperature are neither decayed nor, under LARS, adapted
-    (authors' exclusions).
+    (authors' exclusions). A classifier's last layer is decayed and not adapted.
     """
     plain = {
         id(p)
@@ -176,13 +176,18 @@ def build_optimizer(
         if isinstance(m, GlobalBatchNorm | nn.LayerNorm | nn.GroupNorm | Tempered) or name == "bias"
     }
     trained = [p for p in model.parameters() if p.requires_grad]
+    scores = {id(m.weight) for m in model.modules() if isinstance(m, Scores)}
+    special, decay = plain | scores, config.weight_decay
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if id(p) not in plain], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if id(p) not in special], "weight_decay": decay},
         {"params": [p for p in trained if id(p) in plain], "weight_decay": 0.0},
     ]
+    if scores:
+        groups.append({"params": [p for p in trained if id(p) in scores], "weight_decay": decay})
     match config:
         case LARSOptimizer():
-            groups[1]["adapt"] = False
+            for group in groups[1:]:
+                group["adapt"] = False
             return LARS(
                 groups,
                 lr=0.0,

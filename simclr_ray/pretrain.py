@@ -43,7 +43,7 @@ log = get_logger(__name__)
 
 Record = dict[str, float]
 Progress = Callable[[Record], None]
-POLL_S = 2.0  # a call of an actor each
+POLL_S = 3.0  # a call of an actor each
 UPLOAD_EVERY_S = 60.0
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"
 RUN_FILE, CONFIG_FILE = "run.json", "experiment.yaml"

@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "machine",
         "arithmetic",
         "resolve",
+        "cluster",
     ),
     ("pipeline", "finetune", "report"),
     ("cli", "console", ""),

@@ -226,3 +226,15 @@ def test_a_learned_temperature_is_a_parameter_that_is_not_decayed() -> None:
     assert optimizer.param_groups[1]["weight_decay"] == 0
     z = model(torch.rand(4, 3, 16, 16)).z
     torch.testing.assert_close(z.norm(dim=1), torch.full((4,), 0.3**-0.5))
+
+
+def test_a_classifiers_last_layer_is_decayed_and_not_adapted() -> None:
+    head = CLASSIFIER | {"layers": 1}
+    trained = experiment(head=head, loss={"name": "cross_entropy"})
+    model = build_model(trained)
+    groups = build_optimizer(model, trained.optimizer).param_groups
+    (last,) = groups[2]["params"]
+    assert last is list(model.head.parameters())[-2]
+    assert groups[2]["weight_decay"] == trained.optimizer.weight_decay > 0
+    assert [group["adapt"] for group in groups] == [True, False, False]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))

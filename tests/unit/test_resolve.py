@@ -88,7 +88,7 @@ PIPELINE = {"name": "pipeline", "size": 32}
 @pytest.mark.parametrize(
     ("augment", "told"),
     [
-        ({"a": [{"name": "crop"}, {"name": "blurr"}]}, r"augment.a.1.*blurr.*did you mean 'blur'"),
+        ({"a": [{"name": "crop"}, {"name": "blurs"}]}, r"augment.a.1.*blurs.*did you mean 'blur'"),
         ({"a": [{"name": "crop"}, {"name": "flip", "p": 1.5}]}, r"augment.a.1.p: got 1.5"),
         ({"a": [{"name": "crop"}, {"name": "jitter", "hue": 0.6}]}, "above 0.5"),
         (
