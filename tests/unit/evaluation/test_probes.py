@@ -20,8 +20,10 @@ class Small(nn.Module):
 
 
 def images(num: int, seed: int) -> torch.Tensor:
+    """Return shapes, brighter below than above: they have an upright."""
     pictures = [torch.from_numpy(render(i, seed).pixels.copy()) for i in range(num)]
-    return torch.stack(pictures).permute(0, 3, 1, 2)
+    stacked = torch.stack(pictures).permute(0, 3, 1, 2).float()
+    return (stacked * torch.linspace(0.3, 1, stacked.shape[2])[:, None]).byte()
 
 
 def test_answers_have_their_chances_and_what_was_done_is_what_is_said() -> None:
