@@ -20,7 +20,7 @@ from simclr_ray.experiment import (
     SupCon,
 )
 from simclr_ray.loop import DTYPES
-from simclr_ray.model import build_model
+from simclr_ray.model import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 
 MIB = 2**20
@@ -52,7 +52,8 @@ def derived(experiment: Experiment, source: Source) -> dict[str, str]:
         "run": experiment.run_name(source.fingerprint),
         "images": f"{source.num_rows:,} in {len(source.files)} files, "
         f"{len(source.row_groups)} row groups, {plan.num_lanes} lanes",
-        "global batch": f"{experiment.batch_size:,} images, {2 * experiment.batch_size:,} views",
+        "global batch": f"{experiment.batch_size:,} images, "
+        f"{(1 if build_loss(experiment).one_view else 2) * experiment.batch_size:,} views",
         **_of_the_loss(experiment),
         "local batch": " or ".join(str(n) for n in local) + f" on {len(ranks)} workers",
         "steps": f"{plan.steps_per_epoch:,} per epoch, {total:,} in {experiment.epochs} epochs",
@@ -88,7 +89,8 @@ def step_memory(experiment: Experiment) -> StepMemory:
     """
     with torch.device("meta"):
         model = build_model(experiment).to(DTYPES[experiment.precision])
-        images = torch.rand(2 * SAMPLE, 3, experiment.augment.size, experiment.augment.size)
+        views = 1 if build_loss(experiment).one_view else 2
+        images = torch.rand(views * SAMPLE, 3, experiment.augment.size, experiment.augment.size)
         images = images.to(DTYPES[experiment.precision])
     own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}

@@ -128,8 +128,10 @@ def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
     with Progress() as progress:
         outcome = complete(experiment, on_progress=progress)
     _show_scores(outcome.scores)
-    out.print(f"checkpoint  {outcome.run.checkpoint}", soft_wrap=True, markup=False)
-    out.print(f"run folder  {outcome.run.folder}", soft_wrap=True, markup=False)
+    if outcome.classifier is not None:
+        _show_classifier("test, of the classifier", outcome.classifier, outcome.run)
+    else:
+        _show_where(outcome.run)
     if outcome.registered is not None:
         uri = f"models:/{outcome.registered.name}@{experiment.register_as.alias}"
         out.print(f"registered  {uri} (version {outcome.registered.version})", markup=False)
@@ -181,12 +183,13 @@ def finetune(
 
     Example: simclr-ray finetune runs/cifar10_cpu-1a2b3c4d --labels 0.01 data.test=cifar/test
     """
-    from simclr_ray.finetune import finetune as tune
+    from simclr_ray.finetune import plan_finetuning, train
 
-    _connect()
+    planned = plan_finetuning(run, labels, *(overrides or []), from_random=random)
+    _connect(planned.experiment)
     with Progress() as progress:
-        tuned = tune(run, labels, *(overrides or []), from_random=random, on_progress=progress)
-    _show_classifier(f"test, after {tuned.num_labels:,} labels", tuned.scores, tuned.run)
+        tuned = train(planned, on_progress=progress)
+    _show_classifier(f"test, after {tuned.num_images:,} labels", tuned.scores, tuned.run)
 
 
 @app.command()
@@ -198,12 +201,13 @@ def distill(
 
     Example: simclr-ray distill runs/x-tuned-10pct-1a2b3c4d data.train=more encoder.width=0.25
     """
-    from simclr_ray.finetune import distill as train
+    from simclr_ray.finetune import plan_distillation, train
 
-    _connect()
+    planned = plan_distillation(teacher, *(overrides or []))
+    _connect(planned.experiment)
     with Progress() as progress:
-        run, scores = train(teacher, *(overrides or []), on_progress=progress)
-    _show_classifier("test, of the student", scores, run)
+        student = train(planned, on_progress=progress)
+    _show_classifier("test, of the student", student.scores, student.run)
 
 
 @app.command()
@@ -336,6 +340,10 @@ def _checkpoint_in(run: str) -> Path:
 def _show_classifier(title: str, scores: Classification, run: Run) -> None:
     names = ["top-1", "top-5", "mean per class", "11-point mAP"]
     show_table(title, names, [[f"{100 * value:.1f} %" for value in scores]])
+    _show_where(run)
+
+
+def _show_where(run: Run) -> None:
     out.print(f"checkpoint  {run.checkpoint}", soft_wrap=True, markup=False)
     out.print(f"run folder  {run.folder}", soft_wrap=True, markup=False)
 

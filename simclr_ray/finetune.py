@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ from simclr_ray.data.source import Source
 from simclr_ray.data.subset import write_subset
 from simclr_ray.errors import ConfigError, DataError, Mistake
 from simclr_ray.evaluation.scoring import Classification
-from simclr_ray.experiment import Experiment, absolute_path
+from simclr_ray.experiment import ClassifierHead, Experiment, absolute_path
 from simclr_ray.judge import experiment_of, score_classifier
 from simclr_ray.pretrain import RUN_FILE, Progress, Run, pretrain
+from simclr_ray.resolve import resolved
 from simclr_ray.storage import RunFolder
 from simclr_ray.tracking import TrackedRun
 
@@ -27,12 +29,19 @@ FEW_LABELS, EPOCHS_OF_FEW, EPOCHS = 0.01, 60, 30
 SCORES = "classification.json"
 
 
+class Planned(NamedTuple):
+    """What is to be trained, and the record of the run that it is of."""
+
+    experiment: Experiment
+    parent: dict[str, str]
+
+
 class FineTuned(NamedTuple):
-    """A finished fine-tuning."""
+    """A finished fine-tuning or distillation."""
 
     run: Run
     scores: Classification  # of the test split
-    num_labels: int
+    num_images: int  # that it was trained on
 
 
 def finetune(
@@ -44,66 +53,35 @@ def finetune(
 ) -> FineTuned:
     """Train a classifier from a run's encoder on a share of its labelled rows, and test it.
 
+    Arguments and errors as of `plan_finetuning`.
+    """
+    return train(
+        plan_finetuning(run, share, *overrides, from_random=from_random), on_progress=on_progress
+    )
+
+
+def distill(teacher: str, *overrides: str, on_progress: Progress | None = None) -> FineTuned:
+    """Train a student on what a classifier says of pictures, and test it.
+
+    Arguments and errors as of `plan_distillation`.
+    """
+    return train(plan_distillation(teacher, *overrides), on_progress=on_progress)
+
+
+def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool = False) -> Planned:
+    """Return the experiment of a fine-tuning, its rows written; nothing has started.
+
+    The batch is the run's, or as many rows as there are; with gradient caching whole groups.
+
     Args:
-        run: Folder or URI of a pretraining run.
+        run: Folder or URI of a pretraining run, whose newest checkpoint is taken.
         share: Of the labelled rows of `data.train`, class-balanced, in (0, 1].
         overrides: Of the fine-tuning's config.
         from_random: Start from random weights instead, for comparison.
-        on_progress: As of `pretrain`.
 
     Raises:
         ConfigError: `run` is no run folder, or the share or an override cannot be.
-        DataError: There are no labels, too few of them, or no labelled test split.
-    """
-    experiment, parent = prepare(run, share, *overrides, from_random=from_random)
-    done = pretrain(experiment, on_progress=on_progress)
-    scores = score_classifier(done.checkpoint, experiment)
-    _log(done, parent, experiment.name, scores)
-    return FineTuned(done, scores, Source.open(experiment.data.train).num_rows)
-
-
-def distill(
-    teacher: str, *overrides: str, on_progress: Progress | None = None
-) -> tuple[Run, Classification]:
-    """Train a student on what a classifier says of pictures, which need no labels (SimCLRv2).
-
-    LARS at 0.1·√B, crop and flip alone, the teacher's encoder unless `encoder` is overridden,
-    from random weights unless `start.weights` is.
-
-    Args:
-        teacher: Folder or URI of a run that has a classifier, such as a fine-tuning.
-        overrides: Of the student's config: `data.train=...`, `encoder.width=...`.
-        on_progress: As of `pretrain`.
-
-    Raises:
-        ConfigError: `teacher` is no such run, or an override cannot be.
-        DataError: There is no labelled test split.
-    """
-    folder = RunFolder.at(teacher)
-    tree, stored = _record(folder, teacher)
-    settings = tree | {
-        "name": f"{tree['name']}-distilled",
-        "head": {"name": "classifier"},
-        "start": {},
-        "loss": {"name": "distillation", "teacher": folder.uri},
-        "optimizer": {"name": "lars", "weight_decay": 1e-4},
-        "schedule": {"learning_rate": 0.1, "scaling": "sqrt", "warmup_epochs": 1.0},
-        "tracking": tree["tracking"] | {"parent_run": stored["mlflow_run_id"]},
-    }
-    chosen = cfg.validate(Experiment, cfg.apply_overrides(settings, overrides, Experiment))
-    _check_test(chosen)
-    done = pretrain(chosen, on_progress=on_progress)
-    scores = score_classifier(done.checkpoint, chosen)
-    _log(done, stored, chosen.name, scores)
-    return done, scores
-
-
-def prepare(
-    run: str, share: float, *overrides: str, from_random: bool = False
-) -> tuple[Experiment, dict[str, str]]:
-    """Return the experiment of a fine-tuning, its rows written, and the record of the run it is of.
-
-    Arguments and errors as of `finetune`.
+        DataError: There are no labels, too few of them, or no test split that they fit.
     """
     if not 0 < share <= 1:
         raise ConfigError([Mistake("labels", f"got {share:g}; it must be above 0 and at most 1")])
@@ -111,16 +89,90 @@ def prepare(
     tree, stored = _record(folder, run)
     settings = _settings(tree, folder, share, from_random=from_random)
     settings["tracking"] |= {"parent_run": stored["mlflow_run_id"]}
-    chosen = cfg.validate(Experiment, cfg.apply_overrides(settings, overrides, Experiment))
-    _check_test(chosen)
+    chosen = _validated(settings, overrides)
     data = chosen.data
     source = Source.open(data.train, data.columns, data.limit)
     rows = write_subset(source, share, chosen.seed, absolute_path(chosen.storage))
-    update = {"train": rows, "limit": 0, "columns": type(data.columns)()}
-    subset = Source.open(rows)
-    size = min(chosen.batch_size, subset.num_rows)
-    chosen = chosen.model_copy(update={"data": data.model_copy(update=update), "batch_size": size})
-    return cfg.validate(Experiment, cfg.to_tree(chosen)), stored
+    num_rows = Source.open(rows, data.columns).num_rows
+    size, group = min(chosen.batch_size, num_rows), chosen.batch_norm.images
+    group = group if group <= size else 0
+    tuned = cfg.to_tree(chosen)
+    tuned["data"] |= {"train": rows, "limit": 0}
+    tuned["batch_norm"]["images"] = group
+    tuned["batch_size"] = size // group * group if group else size
+    return _checked(Planned(cfg.validate(Experiment, tuned), stored))
+
+
+def plan_distillation(teacher: str, *overrides: str) -> Planned:
+    """Return the experiment of a distillation (SimCLRv2); its pictures need no labels.
+
+    LARS at 0.1·√B, crop and flip alone, the teacher's encoder unless `encoder` is overridden, from
+    random weights unless `start.weights` is.
+
+    Args:
+        teacher: Folder or URI of a run that has a classifier, such as a fine-tuning.
+        overrides: Of the student's config: `data.train=...`, `encoder.width=...`.
+
+    Raises:
+        ConfigError: `teacher` is no such run, or an override cannot be.
+        DataError: There is no labelled test split that the teacher's classes fit.
+    """
+    folder = RunFolder.at(teacher)
+    tree, stored = _record(folder, teacher)
+    settings = tree | {
+        "name": f"{tree['name']}-distilled",
+        "augment": _crop_and_flip(tree),
+        "head": {"name": "classifier"},
+        "start": {},
+        "loss": {"name": "distillation", "teacher": folder.uri},
+        "optimizer": {"name": "lars", "weight_decay": 1e-4},
+        "schedule": {"learning_rate": 0.1, "scaling": "sqrt", "warmup_epochs": 1.0},
+        "tracking": tree["tracking"] | {"parent_run": stored["mlflow_run_id"]},
+        "register_as": {},
+    }
+    return _checked(Planned(_validated(settings, overrides), stored))
+
+
+def train(planned: Planned, *, on_progress: Progress | None = None) -> FineTuned:
+    """Train what was planned, test it, and store the scores with it and with the run it is of."""
+    experiment, parent = planned
+    done = pretrain(experiment, on_progress=on_progress)
+    scores = score_classifier(done.checkpoint, experiment)
+    _log(done, parent, experiment.name, scores)
+    data = experiment.data
+    return FineTuned(done, scores, Source.open(data.train, data.columns, data.limit).num_rows)
+
+
+def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment:
+    """Return the experiment; what neither verb does is refused, not passed over."""
+    chosen = cfg.validate(Experiment, cfg.apply_overrides(settings, overrides, Experiment))
+    mistakes = []
+    if not chosen.data.test:
+        told = "is empty: a classifier needs a split to be tested"
+        mistakes.append(Mistake("data.test", told))
+    if chosen.register_as.name:
+        told = "is for pretrain; `simclr-ray register` takes any run folder"
+        mistakes.append(Mistake("register_as.name", told))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return chosen
+
+
+def _checked(planned: Planned) -> Planned:
+    """Return what was planned, after comparing the test split's labels with the classes known."""
+    data = planned.experiment.data
+    source = Source.open(data.train, data.columns, data.limit)
+    head = resolved(planned.experiment.absolute(), source).head
+    assert isinstance(head, ClassifierHead)
+    test = Source.open(data.test, data.columns)
+    if not test.has_labels:
+        raise DataError(f"{data.test} has no labels to test a classifier by")
+    largest = int(test.labels().max())
+    if largest >= head.num_classes:
+        raise DataError(
+            f"{data.test} has label {largest}; the classifier knows 0 to {head.num_classes - 1}"
+        )
+    return planned
 
 
 def _record(folder: RunFolder, shown: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -133,16 +185,6 @@ def _record(folder: RunFolder, shown: str) -> tuple[dict[str, Any], dict[str, st
         return cfg.to_tree(experiment_of(newest)), json.loads(text)
 
 
-def _check_test(experiment: Experiment) -> None:
-    where = experiment.data.test
-    if not where:
-        raise ConfigError(
-            [Mistake("data.test", "is empty: a classifier needs a split to be tested")]
-        )
-    if not Source.open(where, experiment.data.columns).has_labels:
-        raise DataError(f"{where} has no labels to test a classifier by")
-
-
 def _settings(
     tree: dict[str, Any], folder: RunFolder, share: float, *, from_random: bool
 ) -> dict[str, Any]:
@@ -152,16 +194,9 @@ def _settings(
     few = share <= FEW_LABELS
     return tree | {
         "name": name,
-        "augment": {
-            "size": tree["augment"]["size"],
-            "strength": 0.0,
-            "blur": 0.0,
-            "jitter": 0.0,
-            "grayscale": 0.0,
-        },
+        "augment": _crop_and_flip(tree),
         "head": {"name": "classifier"},
         "start": {"weights": "" if from_random else folder.uri},
-        "batch_norm": tree["batch_norm"] | {"images": 0},
         "loss": {"name": "cross_entropy"},
         "optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.0},
         "schedule": {"learning_rate": 0.05, "warmup_epochs": 0.0},
@@ -172,6 +207,12 @@ def _settings(
         "tracking": tree["tracking"] | {"parent_run": ""},
         "register_as": {},
     }
+
+
+def _crop_and_flip(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the views of fine-tuning, as large as the run's."""
+    none = dict.fromkeys(("strength", "blur", "jitter", "grayscale"), 0.0)
+    return {"name": "simclr", "size": tree["augment"]["size"], **none}
 
 
 def _log(run: Run, parent: dict[str, str], name: str, scores: Classification) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 
 from simclr_ray import checkpoint
 from simclr_ray import config as cfg
-from simclr_ray.cluster import connect
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError, Mistake
 from simclr_ray.evaluation.features import Split, extract_features, load_split
@@ -27,10 +26,11 @@ from simclr_ray.evaluation.table import (
     score_features,
     score_pixels,
 )
-from simclr_ray.experiment import Experiment, NoHead, NTXent
+from simclr_ray.experiment import ClassifierHead, Experiment, NoHead, NTXent
 from simclr_ray.model import SimCLRModel, build_model
 
 LABEL_FREE_ROWS = 5_000
+PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
 
 
 def judge(
@@ -49,6 +49,7 @@ def judge(
     Raises:
         CheckpointError: The checkpoint is not whole.
         ConfigError: A protocol or an override is unknown.
+        ClusterError: `evaluation.actors` ask for more than the cluster has.
         DataError: A split cannot be read.
     """
     return judge_as(experiment_of(folder, *overrides), folder, protocols)
@@ -83,7 +84,8 @@ def _judge_by_actors(
     experiment: Experiment, trained: nn.Module, untrained: nn.Module, protocols: Sequence[str]
 ) -> list[Score]:
     """Return the three rows, features made by Ray Data's actors; the cluster is up."""
-    from simclr_ray.evaluation.extract import Encoded, extract  # Ray is loaded where it is used
+    from simclr_ray.cluster import connect  # Ray is loaded where it is used
+    from simclr_ray.evaluation.extract import Encoded, extract
 
     connect(experiment)
     networks = {"trained encoder": trained, "untrained encoder": untrained, PIXELS: Pixels()}
@@ -131,6 +133,13 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
     split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
     if not len(split.labels):
         raise DataError(f"{data.test} has no labels to test a classifier by")
+    head = experiment_of(folder).head
+    assert isinstance(head, ClassifierHead)
+    if split.labels.max() >= head.num_classes:
+        raise DataError(
+            f"{data.test} has label {int(split.labels.max())}; the classifier knows 0 to "
+            f"{head.num_classes - 1}"
+        )
     scores = extract_features(
         network, split.images, experiment.evaluation.batch_size, device, experiment.precision
     )
@@ -141,7 +150,8 @@ def probe_run(folder: Path, *overrides: str) -> list[Probe]:
     """Return what h and g(h) of a checkpoint know of transformations (Table 3).
 
     The MLPs learn from `data.bank` (or `data.train`) and are asked about `data.test`; without a
-    test split, about the last fifth of the rows. No labels are needed.
+    test split, about the last fifth of the rows. Of larger splits a sample is taken. No labels are
+    needed. Of a run with a learned temperature, g(h) is what the loss sees, of length 1/√τ.
 
     Raises:
         CheckpointError: The checkpoint is not whole.
@@ -151,9 +161,10 @@ def probe_run(folder: Path, *overrides: str) -> list[Probe]:
     experiment = experiment_of(folder, *overrides)
     data, size = experiment.data, experiment.evaluation_size
     train = Source.open(data.bank or data.train, data.columns, 0 if data.bank else data.limit)
-    known = load_split(train, size, max_pixels=data.max_pixels).images
+    known = load_split(train, size, PROBE_ROWS, data.max_pixels).images
     if data.test:
-        asked = load_split(Source.open(data.test, data.columns), size, max_pixels=data.max_pixels)
+        test = Source.open(data.test, data.columns)
+        asked = load_split(test, size, PROBE_ROWS // 2, data.max_pixels)
         unseen = asked.images
     else:
         known, unseen = known[: -(-4 * len(known) // 5)], known[-(-4 * len(known) // 5) :]

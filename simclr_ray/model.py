@@ -166,27 +166,27 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer of `model` at rate 0; the loop sets the rate of each step.
 
-    Batch norm, biases and a learned temperature are neither decayed nor, under LARS, adapted
-    (authors' exclusions). A classifier's last layer is decayed and not adapted.
+    Batch norm and biases are neither decayed nor, under LARS, adapted
+    (authors' exclusions). A classifier's last layer is decayed and not adapted. A learned
+    temperature is adapted: the raw rate, made for adapted layers, would throw it out of its bounds.
     """
     plain = {
         id(p)
         for m in model.modules()
         for name, p in m.named_parameters(recurse=False)
-        if isinstance(m, GlobalBatchNorm | nn.LayerNorm | nn.GroupNorm | Tempered) or name == "bias"
+        if isinstance(m, GlobalBatchNorm | nn.LayerNorm | nn.GroupNorm) or name == "bias"
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     scores = {id(m.weight) for m in model.modules() if isinstance(m, Scores)}
-    special, decay = plain | scores, config.weight_decay
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if id(p) not in special], "weight_decay": decay},
-        {"params": [p for p in trained if id(p) in plain], "weight_decay": 0.0},
-    ]
-    if scores:
-        groups.append({"params": [p for p in trained if id(p) in scores], "weight_decay": decay})
+    tempered = {id(m.log_temperature) for m in model.modules() if isinstance(m, Tempered)}
+    decay = config.weight_decay
+    groups = [_only(trained, {id(p) for p in trained} - plain - scores - tempered, decay)]
+    groups += [_only(trained, plain, 0.0)]
+    groups += [_only(trained, scores, decay)] if scores else []
+    groups += [_only(trained, tempered, 0.0)] if tempered else []
     match config:
         case LARSOptimizer():
-            for group in groups[1:]:
+            for group in groups[1 : len(groups) - bool(tempered)]:
                 group["adapt"] = False
             return LARS(
                 groups,
@@ -202,6 +202,10 @@ def build_optimizer(
             )
         case AdamWOptimizer():
             return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2))
+
+
+def _only(trained: list[nn.Parameter], chosen: set[int], decay: float) -> dict[str, Any]:
+    return {"params": [p for p in trained if id(p) in chosen], "weight_decay": decay}
 
 
 def encoder_from_tree(tree: dict[str, object], *, size: int = 224) -> nn.Module:

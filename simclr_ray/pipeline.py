@@ -11,10 +11,11 @@ from typing import NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.evaluation.scoring import Classification
 from simclr_ray.evaluation.table import Score, format_table
-from simclr_ray.experiment import Experiment
+from simclr_ray.experiment import ClassifierHead, Experiment
 from simclr_ray.export import register, write_encoder
-from simclr_ray.judge import experiment_of, judge_as, load_model
+from simclr_ray.judge import experiment_of, judge_as, load_model, score_classifier
 from simclr_ray.mlflow_store import RegisteredEncoder
 from simclr_ray.model import feature_dim
 from simclr_ray.pretrain import CONFIG_FILE, METRICS, RUN_FILE, Progress, Run, pretrain
@@ -31,6 +32,7 @@ class Outcome(NamedTuple):
     run: Run
     scores: list[Score]
     registered: RegisteredEncoder | None
+    classifier: Classification | None  # on the test split, where the head is one
 
 
 def complete(experiment: Experiment, *, on_progress: Progress | None = None) -> Outcome:
@@ -38,12 +40,28 @@ def complete(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     run = pretrain(experiment, on_progress=on_progress)
     scores = judge_as(experiment.absolute(), run.checkpoint)
     publish(run, experiment, scores)
+    classifier = _test_classifier(run, experiment.absolute())
     registered = None
     if experiment.register_as.name:
         registered = register_run(
             run.folder, experiment.register_as.name, experiment.register_as.alias
         )
-    return Outcome(run, scores, registered)
+    return Outcome(run, scores, registered, classifier)
+
+
+def _test_classifier(run: Run, experiment: Experiment) -> Classification | None:
+    """Return and log how a supervised run's own classifier does, if there is a labelled test."""
+    data = experiment.data
+    if not isinstance(experiment.head, ClassifierHead) or not data.test:
+        return None
+    if not Source.open(data.test, data.columns).has_labels:
+        return None
+    scores = score_classifier(run.checkpoint, experiment)
+    stored = json.loads(RunFolder.at(run.folder).read_text(RUN_FILE) or "{}")
+    named = {f"test/{key}": value for key, value in scores._asdict().items()}
+    tracked = TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id)
+    tracked.log_metrics(named, int(run.metrics.get("step", 0)))
+    return scores
 
 
 def publish(run: Run, experiment: Experiment, scores: Sequence[Score]) -> None:

@@ -121,7 +121,12 @@ def _checkpoint(weights: str, scratch: Path, option: str = WHERE) -> tuple[str, 
     folder = RunFolder.at(weights)
     if checkpoint.step_of(folder.name) >= 0:
         run = RunFolder.at(folder.storage)
-        return folder.uri, run.fetch(folder.name, scratch)
+        try:
+            here = run.fetch(folder.name, scratch)
+            checkpoint.read_record(here)
+        except (CheckpointError, FileNotFoundError) as error:
+            raise ConfigError([Mistake(option, f"{weights} is no checkpoint: {error}")]) from error
+        return folder.uri, here
     newest = folder.newest(scratch)
     if newest is None:
         raise ConfigError([Mistake(option, f"{weights} holds no whole checkpoint")])
@@ -142,10 +147,12 @@ def _check_fits(experiment: Experiment, other: Mapping[str, object]) -> None:
         raise _mistake(f"is of another encoder: {'; '.join(apart)}")
     head, brought = experiment.head, other["head"]
     assert isinstance(brought, dict)
-    if isinstance(head, ClassifierHead) and head.layers >= int(brought.get("layers", 1)):
+    hidden = int(brought.get("layers", 0))
+    if brought["name"] != "classifier":  # an mlp counts its last layer, too
+        hidden = max(0, hidden - 1)
+    if isinstance(head, ClassifierHead) and head.layers > hidden:
         raise _mistake(
-            f"head.layers={head.layers} hidden layers are to come from a head that has "
-            f"{int(brought.get('layers', 1)) - 1}"
+            f"head.layers={head.layers} hidden layers are to come from a head that has {hidden}"
         )
 
 

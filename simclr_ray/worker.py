@@ -31,6 +31,7 @@ from simclr_ray.errors import SimclrRayError
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.experiment import Distillation, Experiment, SimCLRViews
 from simclr_ray.model import SimCLRModel, build_loss, build_model, build_optimizer
+from simclr_ray.nn.heads import Tempered
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.starting import load_start, load_teacher
 from simclr_ray.storage import RunFolder
@@ -98,7 +99,11 @@ class Rank:
         """Send the metrics to the driver."""
         named = metrics._asdict()
         step, epoch = named.pop("step"), named.pop("epoch")
-        self._tell(step, epoch, {f"train/{name}": value for name, value in named.items()})
+        told = {f"train/{name}": value for name, value in named.items()}
+        for module in self.model.modules():
+            if isinstance(module, Tempered):
+                told["train/temperature"] = module.log_temperature.exp().item()
+        self._tell(step, epoch, told)
 
     def epoch_end(self, epoch: int, step: int) -> None:
         """Judge and save when it is due. A collective."""

@@ -53,6 +53,8 @@ def balanced_rows(labels: Int64s, share: float, seed: int) -> Int64s:
 def write_subset(source: Source, share: float, seed: int, storage: str) -> str:
     """Return the path or URI of the share's parquet below `storage`, written if it is not there.
 
+    Its columns are called as those of `source`.
+
     Raises:
         DataError: As `balanced_rows`, or a file cannot be read.
     """
@@ -64,12 +66,13 @@ def write_subset(source: Source, share: float, seed: int, storage: str) -> str:
     if fs.get_file_info(path).is_file:
         return uri
     fs.create_dir(path.rpartition("/")[0], recursive=True)
-    schema = pa.schema([("id", pa.int64()), ("image", pa.binary()), ("label", pa.int64())])
-    names = {"class_names": json.dumps(list(source.class_names))} if source.class_names else {}
+    names = (source.columns.id, source.columns.image, source.columns.label)
+    schema = pa.schema(list(zip(names, (pa.int64(), pa.binary(), pa.int64()), strict=True)))
+    about = {"class_names": json.dumps(list(source.class_names))} if source.class_names else {}
     partial = f"{path}.partial"
     with (
         fs.open_output_stream(partial) as stream,
-        pq.ParquetWriter(stream, schema.with_metadata(names)) as writer,
+        pq.ParquetWriter(stream, schema.with_metadata(about)) as writer,
     ):
         for start in range(0, len(rows), GROUP_ROWS):
             part = source.read_rows(rows[start : start + GROUP_ROWS])

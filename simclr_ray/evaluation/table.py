@@ -217,7 +217,10 @@ def _judge(
         return top_k_accuracy(probe.logits(asked), truth)
 
     def lbfgs() -> float:
-        chosen = sweep_lbfgs(known, labels, num_classes, experiment.seed)
+        try:
+            chosen = sweep_lbfgs(known, labels, num_classes, experiment.seed)
+        except ValueError as error:
+            raise DataError(f"lbfgs: {error}") from error
         return top_k_accuracy(chosen.probe.logits(asked), truth)
 
     judges: dict[str, Callable[[], float]] = {

@@ -6,6 +6,7 @@ batch norm dense layers have a bias. Dense weights start from N(0, 0.01).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -71,8 +72,10 @@ class Tempered(nn.Module):
     """z / (‖z‖·√τ) with τ learned: [N, D] -> [N, D], whose products are cosines over τ.
 
     The loss then takes τ = 1 and does not normalise. τ is a parameter of the model, so that it is
-    averaged, optimised and kept as all others are.
+    averaged, optimised and kept as all others are. It stays within BOUNDS.
     """
+
+    BOUNDS = (1e-3, 100.0)  # the config's
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
@@ -82,7 +85,8 @@ class Tempered(nn.Module):
         """Return z scaled, in float32 or float64."""
         with torch.autocast(z.device.type, enabled=False):
             wide = z if z.dtype == torch.float64 else z.float()
-            return F.normalize(wide) * (-0.5 * self.log_temperature).exp()
+            low, high = (math.log(bound) for bound in self.BOUNDS)
+            return F.normalize(wide) * (-0.5 * self.log_temperature.clamp(low, high)).exp()
 
 
 def _hidden_layers(

@@ -235,6 +235,8 @@ class TripletLoss(ContrastiveLoss):
         super().__init__(1.0, normalize=normalize, global_batch_size=global_batch_size)
         if margin < 0:
             raise ValueError(f"margin must not be below 0, got {margin}")
+        if semi_hard and not margin:
+            raise ValueError("semi_hard needs a margin above 0: no negative lies within 0")
         self.margin, self.semi_hard, self.negatives = margin, semi_hard, negatives
 
     def _form(self) -> pairwise.Form:

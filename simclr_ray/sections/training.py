@@ -46,6 +46,12 @@ class Triplet(Config):
     semi_hard: bool = Field(default=False, description="One negative an anchor (Table 4, sh).")
     negatives: Literal["both", "other"] = Field("both", description="As of ntxent.")
 
+    @model_validator(mode="after")
+    def _check_margin(self) -> Triplet:
+        if self.semi_hard and not self.margin:
+            raise ValueError("semi_hard needs a margin above 0: no negative lies within 0")
+        return self
+
 
 class DCL(Config):
     """Decoupled contrastive loss (arXiv:2110.06848): NT-Xent, its denominator negatives only."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
@@ -14,27 +15,35 @@ from simclr_ray import config as cfg
 from simclr_ray.checkpoint import read_record
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
-from simclr_ray.experiment import Experiment
-from simclr_ray.finetune import distill, finetune, prepare
+from simclr_ray.experiment import Columns, Experiment
+from simclr_ray.finetune import distill, finetune, plan_finetuning
 from simclr_ray.judge import probe_run
 from simclr_ray.pretrain import Run, pretrain
 from tests.ray.pictures import write_shapes
 
+NAMES = {"id": "key", "image": "picture", "label": "class"}
+COLUMNS = Columns(**NAMES)
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("finetune")
-    write_shapes(path / "train.parquet", 256, row_group_size=64)
-    write_shapes(path / "test.parquet", 60)
+    for name, rows in (("train", 256), ("test", 60)):  # a user's own names of columns
+        write_shapes(path / f"{name}.parquet", rows)
+        table = pq.read_table(path / f"{name}.parquet").rename_columns([*NAMES.values()])
+        pq.write_table(table, path / f"{name}.parquet", row_group_size=64)
     return path
 
 
 def experiment(folder: Path, **changes: Any) -> Experiment:
     tree = {
         "name": "t",
-        "data": {"train": str(folder / "train.parquet"), "test": str(folder / "test.parquet")},
+        "data": {
+            "train": str(folder / "train.parquet"),
+            "test": str(folder / "test.parquet"),
+            "columns": NAMES,
+        },
         "augment": {"name": "simclr", "size": 16, "blur": 0.0},
         "encoder": {"name": "resnet", "depth": 10, "width": 0.125, "stem": "strided"},
         "head": {"name": "mlp", "dim": 16},
@@ -74,8 +83,8 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     record = read_record(tuned.run.checkpoint)["experiment"]
     assert record["start"]["weights"] == str(run.checkpoint)
     assert record["head"]["num_classes"] == 10
-    assert tuned.num_labels == 60
-    rows = Source.open(record["data"]["train"])
+    assert tuned.num_images == 60
+    rows = Source.open(record["data"]["train"], COLUMNS)
     assert np.bincount(rows.labels()).tolist() == [6] * 10
     assert 0 <= tuned.scores.top1 <= tuned.scores.top5 <= 1
     first = next(r for r in records(tuned.run) if "train/loss" in r)
@@ -89,7 +98,7 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     assert parent.data.metrics["t-tuned-25pct/top1"] == pytest.approx(tuned.scores.top1)
 
     train = f"data.train={folder / 'train.parquet'}"
-    student, scores = distill(tuned.run.folder, train, "epochs=1", "encoder.width=0.25")
+    student, scores, _ = distill(tuned.run.folder, train, "epochs=1", "encoder.width=0.25")
     record = read_record(student.checkpoint)["experiment"]
     assert record["loss"]["teacher"] == str(tuned.run.checkpoint)
     assert record["encoder"]["width"] == 0.25
@@ -128,13 +137,17 @@ def test_the_supervised_counterpart_runs_by_the_same_program(
 def test_what_cannot_be_tuned_is_said_before_anything_starts(folder: Path, run: Run) -> None:
     for share in (0.0, 1.5):
         with pytest.raises(ConfigError, match="above 0 and at most 1"):
-            prepare(run.folder, share)
+            plan_finetuning(run.folder, share)
     with pytest.raises(DataError, match="fewer than the 10 classes"):
-        prepare(run.folder, 0.01)
+        plan_finetuning(run.folder, 0.01)
     with pytest.raises(ConfigError, match="no run folder"):
-        prepare(str(folder), 0.1)
+        plan_finetuning(str(folder), 0.1)
     with pytest.raises(ConfigError, match=r"data.test: is empty"):
-        prepare(run.folder, 0.5, "data.test=")
-    random, _ = prepare(run.folder, 0.5, from_random=True)
+        plan_finetuning(run.folder, 0.5, "data.test=")
+    with pytest.raises(ConfigError, match=r"register_as.name: is for pretrain"):
+        plan_finetuning(run.folder, 0.5, "register_as.name=x")
+    caching, _ = plan_finetuning(run.folder, 0.5, "batch_size=300", "batch_norm.images=50")
+    assert (caching.batch_size, caching.batch_norm.images) == (100, 50)  # of some 128 rows
+    random, _ = plan_finetuning(run.folder, 0.5, from_random=True)
     assert random.start.weights == ""
     assert random.name == "t-random-50pct"

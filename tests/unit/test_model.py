@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -220,10 +221,9 @@ def test_a_learned_temperature_is_a_parameter_that_is_not_decayed() -> None:
     trained = experiment(loss={"temperature": 0.3, "learn_temperature": True})
     model = build_model(trained)
     (name,) = [n for n, _ in model.named_parameters() if "temperature" in n]
-    optimizer = build_optimizer(model, trained.optimizer)
-    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
-    assert id(model.get_parameter(name)) not in decayed
-    assert optimizer.param_groups[1]["weight_decay"] == 0
+    groups = build_optimizer(model, trained.optimizer).param_groups
+    assert [id(p) for p in groups[2]["params"]] == [id(model.get_parameter(name))]
+    assert (groups[2]["weight_decay"], groups[2]["adapt"], groups[1]["adapt"]) == (0, True, False)
     z = model(torch.rand(4, 3, 16, 16)).z
     torch.testing.assert_close(z.norm(dim=1), torch.full((4,), 0.3**-0.5))
 
@@ -238,3 +238,26 @@ def test_a_classifiers_last_layer_is_decayed_and_not_adapted() -> None:
     assert groups[2]["weight_decay"] == trained.optimizer.weight_decay > 0
     assert [group["adapt"] for group in groups] == [True, False, False]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_learned_temperature_stays_where_it_is_of_use_at_the_rates_of_the_presets() -> None:
+    torch.manual_seed(0)
+    trained = experiment(loss={"temperature": 0.2, "learn_temperature": True}, head={"dim": 16})
+    model = build_model(trained)
+    optimizer = build_optimizer(model, trained.optimizer)
+    loss = losses.NTXentLoss(1.0, normalize=False)
+    images = torch.rand(16, 3, 8, 8)
+    values = []
+    for step in range(60):
+        for group in optimizer.param_groups:
+            group["lr"] = 4.8 * min(1.0, step / 10)  # the paper's peak on ImageNet
+        noisy = torch.cat([images, images]) + 0.05 * torch.randn(32, 3, 8, 8)
+        z1, z2 = model(noisy).z.chunk(2)
+        value = loss(z1, z2)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    (name,) = [n for n, _ in model.named_parameters() if "temperature" in n]
+    assert 0.01 < model.get_parameter(name).exp().item() < 2
+    assert values[-1] < np.log(31) - 0.1

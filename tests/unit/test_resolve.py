@@ -72,6 +72,7 @@ def test_supcon_needs_a_column_and_no_more(tmp_path: Path) -> None:
         ({"head": {"name": "mpl"}}, r"head.name: got 'mpl'.*mlp"),
         ({"loss": {"name": "triplet", "margin": -1}}, r"loss.margin: got -1"),
         ({"loss": {"learn_temperature": True, "normalize": False}}, "needs normalize"),
+        ({"loss": {"name": "triplet", "semi_hard": True, "margin": 0.0}}, "margin above 0"),
         ({"encoder": {"name": "resnet", "depth": 18, "selective_kernel": 0.0625}}, "depth >= 50"),
     ],
 )

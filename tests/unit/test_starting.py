@@ -119,7 +119,15 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path: Path) -> Non
     classifier = {"name": "classifier", "num_classes": 5, "layers": 2}
     with pytest.raises(ConfigError, match="from a head that has 1"):
         with_start(experiment(head=classifier, loss={"name": "cross_entropy"}, start=start))
-    for missing in ("nowhere", "nowhere.pth"):
+    tuned = experiment(head=classifier, loss={"name": "cross_entropy"})
+    write_run(tmp_path / "tuned", tuned)
+    again = experiment(
+        head=classifier,
+        loss={"name": "cross_entropy"},
+        start={"weights": str(tmp_path / "tuned")},
+    )
+    assert with_start(again).start.sha256  # a classifier counts hidden layers alone
+    for missing in ("nowhere", "nowhere.pth", "nowhere/step-00000003-00000000"):
         with pytest.raises(ConfigError, match=r"start.weights: .*nowhere"):
             with_start(experiment(start={"weights": str(tmp_path / missing)}))
 
