@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ log = get_logger(__name__)
 
 Record = dict[str, float]
 Progress = Callable[[Record], None]
-POLL_S = 3.0  # a call of an actor each
+WAIT_S = 10.0  # for a record; what comes is taken at once
 UPLOAD_EVERY_S = 60.0
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"
 RUN_FILE, CONFIG_FILE = "run.json", "experiment.yaml"
@@ -229,6 +229,8 @@ class _Watcher:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        with suppress(ray.exceptions.RayError):
+            self.inbox.put(None)  # so that the thread need not wait for a record
         self._thread.join(timeout=60)
         self.inbox.shutdown(force=True)
         self._upload()
@@ -237,7 +239,7 @@ class _Watcher:
         while True:
             last = self._stop.is_set()  # read before draining: nothing put before is missed
             try:
-                for item in self._drain():
+                for item in self._drain() if last else self._arrived():
                     self._take(item)
                 if time.monotonic() - self._uploaded_at > UPLOAD_EVERY_S:
                     self._upload()
@@ -245,7 +247,16 @@ class _Watcher:
                 self._end(RunError(f"the log of the run cannot be written: {error}"))
             if last:
                 return
-            self._stop.wait(POLL_S)
+
+    def _arrived(self) -> list[Any]:
+        """Return what has come, after waiting for it: asking again and again costs CPU."""
+        try:
+            return [self.inbox.get(timeout=WAIT_S), *self._drain()]
+        except Empty:
+            return []
+        except ray.exceptions.RayError:  # the queue is gone, and the run is about to end
+            self._stop.wait(1.0)
+            return []
 
     def _drain(self) -> list[Any]:
         items = []
@@ -256,6 +267,8 @@ class _Watcher:
             return items
 
     def _take(self, item: Any) -> None:
+        if item is None:
+            return
         if isinstance(item, SimclrRayError):
             self._end(item)
         elif "reason" in item:
