@@ -21,7 +21,7 @@ from simclr_ray import logs
 from simclr_ray.config import preset_names
 from simclr_ray.console import Progress, ShardProgress, err, out, show_pairs, show_table
 from simclr_ray.data.decode import ImageError
-from simclr_ray.errors import ConfigError, SimclrRayError
+from simclr_ray.errors import ConfigError, Mistake, SimclrRayError
 from simclr_ray.experiment import Experiment, Preparation
 
 if TYPE_CHECKING:
@@ -89,8 +89,11 @@ def preview(
     from simclr_ray.data.source import Source as Pictures
     from simclr_ray.report import draw_views
 
+    if picture.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError([Mistake("--out", f"got {picture}; it must end in .png, .svg or .pdf")])
     experiment = Experiment.load(source, *(overrides or []))
     data = experiment.data
+    picture.parent.mkdir(parents=True, exist_ok=True)
     draw_views(experiment, Pictures.open(data.train, data.columns, data.limit), picture)
     out.print(f"wrote {picture}", markup=False)
 
@@ -326,14 +329,13 @@ def _connect(experiment: Experiment | None = None) -> None:
 
 def _checkpoint_in(run: str) -> Path:
     from simclr_ray.checkpoint import RECORD
-    from simclr_ray.errors import CheckpointError
     from simclr_ray.storage import RunFolder
 
     if (Path(run) / RECORD).is_file():
         return Path(run)
     found = RunFolder.at(run).newest(Path(tempfile.mkdtemp(prefix="simclr_ray-")))
     if found is None:
-        raise CheckpointError(f"{run} holds no whole checkpoint")
+        raise ConfigError([Mistake(run, "is no run folder with a whole checkpoint")])
     return found
 
 

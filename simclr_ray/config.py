@@ -310,7 +310,10 @@ def read_source(source: str) -> tuple[str, str]:
         path = Path(source)
         if not path.is_file():
             raise ConfigError([Mistake(source, "no such file")])
-        return path.read_text(encoding="utf-8"), source
+        try:
+            return path.read_text(encoding="utf-8"), source
+        except UnicodeDecodeError as error:
+            raise ConfigError([Mistake(source, f"is not UTF-8: {error}")]) from error
     names = preset_names()
     if source not in names:
         hint = nearest(source, names)

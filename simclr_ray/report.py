@@ -22,6 +22,7 @@ from simclr_ray.augment.views import Step, TwoViews
 from simclr_ray.data.maker import RowReader, views_of
 from simclr_ray.data.pictures import Picture
 from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError
 from simclr_ray.experiment import Experiment
 
 PAIRS = 2000
@@ -48,6 +49,8 @@ def draw_views(
     """
     views = views_of(experiment.augment, experiment.seed)
     pictures = _pictures(experiment, source, rows)
+    if not pictures:
+        raise DataError(f"{source.uri}: none of the rows looked at is a picture")
     ids = np.array([p.id for p in pictures], np.int64)
     traces = views.trace([p.pixels for p in pictures], ids, epoch)
     columns = 1 + max(map(len, traces))

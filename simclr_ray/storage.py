@@ -15,7 +15,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from simclr_ray import checkpoint
-from simclr_ray.errors import CheckpointError
+from simclr_ray.errors import CheckpointError, ConfigError, Mistake
 from simclr_ray.logs import get_logger
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -41,8 +41,10 @@ class RunFolder:
 
     @classmethod
     def at(cls, run: str) -> RunFolder:
-        """Return the run folder at a path or URI."""
+        """Return the run folder at a path or URI; raise `ConfigError` where a file lies there."""
         if "://" not in run:
+            if Path(run).is_file():
+                raise ConfigError([Mistake(run, "is a file; a run is a folder")])
             run = str(Path(run).expanduser().resolve())
         storage, _, name = run.rstrip("/").rpartition("/")
         return cls(storage, name)

@@ -160,3 +160,24 @@ def test_help_shows_every_verb(tmp_path: Path) -> None:
     assert done.returncode == 0
     for verb in ("prepare", "pretrain", "evaluate", "register", "preview", "config", "doctor"):
         assert verb in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "probe", "finetune", "distill", "register"])
+def test_a_file_where_a_run_is_expected_ends_in_2(verb: str, parquet: Path, tmp_path: Path) -> None:
+    done = run(verb, str(parquet), *(["name"] if verb == "register" else []), cwd=tmp_path)
+    assert done.returncode == 2
+    assert errors(done) == [f"error: {parquet}: is a file; a run is a folder"]
+
+
+def test_a_preview_that_cannot_be_drawn_or_written_ends_in_2(tmp_path: Path) -> None:
+    table = pa.table({"image": pa.array([b"no picture"] * 4, pa.binary())})
+    pq.write_table(table, tmp_path / "bad.parquet")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
+    for arguments, told in (
+        (("photos_cpu", "data.train=bad.parquet", "--out", "new/x.png"), "is a picture"),
+        (("photos_cpu", "data.train=bad.parquet", "--out", "x.txt"), "must end in .png"),
+        (("latin.yaml",), "is not UTF-8"),
+    ):
+        done = run("preview", *arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert told in errors(done)[0]
