@@ -82,7 +82,9 @@ def server(tmp_path: Path) -> Iterator[str]:
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if "Application startup complete" in line:
+            told = "".join(lines)
+            # on its own, either may come before the port is open
+            if "Application startup complete" in told and "Uvicorn running on" in told:
                 break
         else:
             pytest.fail("the server did not start:\n" + "".join(lines))
