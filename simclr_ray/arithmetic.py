@@ -53,7 +53,7 @@ def derived(experiment: Experiment, source: Source) -> dict[str, str]:
         "images": f"{source.num_rows:,} in {len(source.files)} files, "
         f"{len(source.row_groups)} row groups, {plan.num_lanes} lanes",
         "global batch": f"{experiment.batch_size:,} images, "
-        f"{(1 if build_loss(experiment).one_view else 2) * experiment.batch_size:,} views",
+        f"{_views(experiment) * experiment.batch_size:,} views",
         **_of_the_loss(experiment),
         "local batch": " or ".join(str(n) for n in local) + f" on {len(ranks)} workers",
         "steps": f"{plan.steps_per_epoch:,} per epoch, {total:,} in {experiment.epochs} epochs",
@@ -89,7 +89,7 @@ def step_memory(experiment: Experiment) -> StepMemory:
     """
     with torch.device("meta"):
         model = build_model(experiment).to(DTYPES[experiment.precision])
-        views = 1 if build_loss(experiment).one_view else 2
+        views = _views(experiment)
         images = torch.rand(views * SAMPLE, 3, experiment.augment.size, experiment.augment.size)
         images = images.to(DTYPES[experiment.precision])
     own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
@@ -119,6 +119,11 @@ def step_memory(experiment: Experiment) -> StepMemory:
         activations=sum(saved.values()) * n // SAMPLE // halved,
         loss=2 * gathered + 3 * tile,
     )
+
+
+def _views(experiment: Experiment) -> int:
+    """Return the views of an image that pass the model in a step."""
+    return 1 if build_loss(experiment).one_view else 2
 
 
 def _of_the_loss(experiment: Experiment) -> dict[str, str]:

@@ -27,7 +27,8 @@ from simclr_ray.evaluation.table import (
     score_pixels,
 )
 from simclr_ray.experiment import ClassifierHead, Experiment, NoHead, NTXent
-from simclr_ray.model import SimCLRModel, build_model
+from simclr_ray.model import build_model
+from simclr_ray.starting import load_model
 
 LABEL_FREE_ROWS = 5_000
 PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
@@ -183,14 +184,6 @@ def experiment_of(folder: Path, *overrides: str) -> Experiment:
     """Return the experiment that a checkpoint was trained by."""
     tree = checkpoint.read_record(folder)["experiment"]
     return cfg.validate(Experiment, cfg.apply_overrides(tree, overrides, Experiment))
-
-
-def load_model(folder: Path) -> SimCLRModel:
-    """Return encoder and head of a checkpoint in float32 and eval mode."""
-    kept = checkpoint.read(folder)
-    model = build_model(cfg.validate(Experiment, kept.record["experiment"]))
-    checkpoint.restore_model(kept.tensors, model)
-    return model.to(torch.float32).eval()
 
 
 def _splits(experiment: Experiment) -> tuple[Split, Split | None]:

@@ -15,11 +15,12 @@ from simclr_ray.evaluation.scoring import Classification
 from simclr_ray.evaluation.table import Score, format_table
 from simclr_ray.experiment import ClassifierHead, Experiment
 from simclr_ray.export import register, write_encoder
-from simclr_ray.judge import experiment_of, judge_as, load_model, score_classifier
+from simclr_ray.judge import experiment_of, judge_as, score_classifier
 from simclr_ray.mlflow_store import RegisteredEncoder
 from simclr_ray.model import feature_dim
 from simclr_ray.pretrain import CONFIG_FILE, METRICS, RUN_FILE, Progress, Run, pretrain
 from simclr_ray.report import draw_curves, draw_views
+from simclr_ray.starting import load_model
 from simclr_ray.storage import RunFolder
 from simclr_ray.tracking import TrackedRun
 

@@ -77,15 +77,20 @@ def with_teacher(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update=update)
 
 
+def load_model(folder: Path) -> SimCLRModel:
+    """Return encoder and head of a checkpoint in float32 and eval mode."""
+    kept = checkpoint.read(folder)
+    model = build_model(cfg.validate(Experiment, kept.record["experiment"]))
+    checkpoint.restore_model(kept.tensors, model)
+    return model.to(torch.float32).eval()
+
+
 def load_teacher(experiment: Experiment) -> SimCLRModel:
     """Return the teacher of a distillation, in float32 and eval mode."""
     assert isinstance(experiment.loss, Distillation)
     with tempfile.TemporaryDirectory() as scratch:
         _, folder = _checkpoint(experiment.loss.teacher, Path(scratch), TEACHER)
-        kept = checkpoint.read(folder)
-    model = build_model(cfg.validate(Experiment, kept.record["experiment"]))
-    checkpoint.restore_model(kept.tensors, model)
-    return model.to(torch.float32).eval()
+        return load_model(folder)
 
 
 def load_start(model: SimCLRModel, experiment: Experiment) -> None:

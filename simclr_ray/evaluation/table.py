@@ -7,7 +7,7 @@ splits have labels, and what needs no labels always. Shares lie in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class Features(NamedTuple):
         """Return the rows that have a label."""
         kept = self.labels >= 0
         return self if kept.all() else Features(self.rows[kept], self.labels[kept])
+
+
+SplitT = TypeVar("SplitT", Split, Features)
 
 
 class Score(NamedTuple):
@@ -95,6 +98,7 @@ def score_encoder(
         )
         return Features(h, split.labels)
 
+    bank, test = _scorable(bank, test)
     known = features(bank)
     assert known is not None
     return score_features(name, known, features(test), experiment, protocols)
@@ -107,6 +111,7 @@ def score_pixels(
     protocols: Sequence[str] = DEFAULT_PROTOCOLS,
 ) -> Score:
     """Return the scores of the pixels themselves; arguments and `DataError` as above."""
+    bank, test = _scorable(bank, test)
     known = Features(pixels_of(bank.images), bank.labels)
     asked = None if test is None else Features(pixels_of(test.images), test.labels)
     return score_features(PIXELS, known, asked, experiment, protocols)
@@ -125,11 +130,20 @@ def score_features(
             raise RunError(f"{name} gives values that are no numbers: the training has diverged")
     if test is None:
         return _score(name, bank.rows)
+    bank, test = _scorable(bank, test)
+    assert test is not None
+    return _judge(name, bank, test, experiment, protocols)
+
+
+def _scorable(bank: SplitT, test: SplitT | None) -> tuple[SplitT, SplitT | None]:
+    """Return the labelled rows of both splits, or the bank whole when there is nothing to score."""
+    if test is None:
+        return bank, None
     bank, test = bank.labelled(), test.labelled()
     for kind, part in (("bank", bank), ("test", test)):
         if not len(part.labels):
             raise DataError(f"the {kind} split has no labelled rows; nothing can be scored on it")
-    return _judge(name, bank, test, experiment, protocols)
+    return bank, test
 
 
 class Pixels(nn.Module):
@@ -147,7 +161,7 @@ def pixels_of(images: Tensor) -> Tensor:
     pixels = torch.empty(len(images), 3 * side**2)
     for start in range(0, len(images), PIXEL_BLOCK_ROWS):
         part = images[start : start + PIXEL_BLOCK_ROWS].float() / 255
-        pixels[start : start + len(part)] = F.adaptive_avg_pool2d(part, side).flatten(1)
+        pixels[start : start + len(part)] = Pixels()(part)
     return pixels
 
 

@@ -113,3 +113,17 @@ def test_the_table_reads_as_markdown_with_one_line_a_row() -> None:
         "| trained encoder |    81.2 % |       90.0 % |      -2.50 |           40.2 | 0.0500 |",
         "| raw pixels      |         - |            - |      -1.00 |            3.0 | 0.1000 |",
     ]
+
+
+def test_rows_without_a_label_are_not_encoded_where_labels_are_scored() -> None:
+    seen: list[int] = []
+
+    class Counting(MeanColour):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return super().forward(images)
+
+    bank, test = split(7, 60), split(8, 30)
+    bank.labels[10:] = -1
+    score_encoder("h", Counting(), bank, test, EXPERIMENT)
+    assert sum(seen) == 10 + 30
