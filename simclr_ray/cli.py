@@ -18,6 +18,7 @@ import typer
 
 from simclr_ray import config as cfg
 from simclr_ray import logs
+from simclr_ray.cli_study import study_app
 from simclr_ray.config import preset_names
 from simclr_ray.console import Progress, ShardProgress, err, out, show_pairs, show_table
 from simclr_ray.data.decode import ImageError
@@ -38,6 +39,7 @@ STOPPED_BY_USER = 130
 _terminated = threading.Event()
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(study_app, name="study", help="Studies: what the paper varied, as commands.")
 Source = Annotated[str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Values to override.")

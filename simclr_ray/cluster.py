@@ -21,10 +21,10 @@ QUIET = {
 _started_here: set[str] = set()  # addresses of the local clusters of this process
 
 
-def connect(experiment: Experiment | None = None) -> None:
+def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
 
-    A cluster that is started here offers as many logical CPUs as `experiment` needs.
+    A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
@@ -45,7 +45,7 @@ def connect(experiment: Experiment | None = None) -> None:
     wanted = 0.0
     if experiment:
         judging = experiment.evaluation
-        wanted = max(_cpus_wanted(experiment), judging.actors * judging.cpus_per_actor)
+        wanted = max(copies * cpus_wanted(experiment), judging.actors * judging.cpus_per_actor)
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
@@ -60,7 +60,13 @@ def connect(experiment: Experiment | None = None) -> None:
     _started_here.add(os.environ["RAY_ADDRESS"])
 
 
-def _cpus_wanted(experiment: Experiment) -> float:
+def is_local() -> bool:
+    """Return whether the cluster at hand was started by this process."""
+    return os.environ.get("RAY_ADDRESS") in _started_here
+
+
+def cpus_wanted(experiment: Experiment) -> float:
+    """Return the logical CPUs of a run, decoding included."""
     scaling = experiment.scaling
     data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
     return scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
@@ -71,7 +77,7 @@ def check_cluster(experiment: Experiment) -> None:
     scaling = experiment.scaling
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
-    cpus = _cpus_wanted(experiment)
+    cpus = cpus_wanted(experiment)
     gpus = scaling.num_workers * scaling.gpus_per_worker
     for what, needed in (("CPU", cpus), ("GPU", gpus)):
         if needed > cluster.get(what, 0.0):

@@ -8,6 +8,7 @@
     ├── ClusterError         the Ray cluster cannot hold what was asked for        (exit code 2)
     ├── TrackingError        MLflow refused or cannot be reached
     └── RunError             the training run itself failed                        (exit code 1)
+        └── CollapsedRun     it is not worth going on: collapsed or diverged
 
 `simclr_ray.data.decode.ImageError` stands apart: that file travels alone with exported models.
 Everything else that escapes is a defect.
@@ -77,3 +78,7 @@ class TrackingError(SimclrRayError):
 
 class RunError(SimclrRayError):
     """The training run failed; the message holds the worker's own error."""
+
+
+class CollapsedRun(RunError):  # noqa: N818 - it is the run that collapsed
+    """A run whose features or loss show that it learns nothing more."""

@@ -189,6 +189,8 @@ class Experiment(Config):
         tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
         if isinstance(self.augment, SimCLRViews) and not self.augment.first_size:
             tree["augment"] = {**tree["augment"], "full_size_at": 0.75}  # nothing grows
+        if self.schedule.decay == "cosine":  # runs from before there was a choice keep their names
+            tree["schedule"] = {k: v for k, v in tree["schedule"].items() if k != "decay"}
         if self.num_groups == 1:
             tree["batch_norm"] = {**tree["batch_norm"], "images": 0}  # the same by another name
         return cfg.digest_of(tree)

@@ -33,7 +33,8 @@ from simclr_ray import model as networks
 from simclr_ray.data import decode
 from simclr_ray.errors import CheckpointError, SimclrRayError
 from simclr_ray.mlflow_store import ModelParts, RegisteredEncoder, store_uri
-from simclr_ray.tracking import TrackedRun, fetch_model
+from simclr_ray.registry import fetch_model, register_model
+from simclr_ray.tracking import TrackedRun
 
 FORMAT_VERSION: Final = 1
 WEIGHTS: Final = "model.safetensors"
@@ -257,7 +258,7 @@ def register(
             feature_dim=card.feature_dim,
             metadata={"encoder": card._asdict(), "tags": all_tags},
         )
-        return run.register_model(name, parts, alias=alias, tags=all_tags)
+        return register_model(run, name, parts, alias=alias, tags=all_tags)
 
 
 def pinned_requirements() -> list[str]:

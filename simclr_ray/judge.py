@@ -30,6 +30,7 @@ from simclr_ray.experiment import ClassifierHead, Experiment, NoHead, NTXent
 from simclr_ray.model import build_model
 from simclr_ray.starting import load_model
 
+TRAINED = "trained encoder"
 LABEL_FREE_ROWS = 5_000
 PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
 
@@ -72,13 +73,21 @@ def judge_as(
     bank, test = _splits(experiment)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: list[tuple[str, nn.Module]] = [
-        ("trained encoder", trained.encoder.to(device)),
+        (TRAINED, trained.encoder.to(device)),
         ("untrained encoder", untrained.encoder.to(device)),
     ]
     scores = [
         score_encoder(name, encoder, bank, test, experiment, protocols) for name, encoder in models
     ]
     return [*scores, score_pixels(bank, test, experiment, protocols)]
+
+
+def score_trained(experiment: Experiment, folder: Path, protocols: Sequence[str]) -> Score:
+    """Return the row of the trained encoder alone; arguments and errors as of `judge_as`."""
+    bank, test = _splits(experiment)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = load_model(folder).encoder.to(device)
+    return score_encoder(TRAINED, encoder, bank, test, experiment, protocols)
 
 
 def _judge_by_actors(
@@ -89,7 +98,7 @@ def _judge_by_actors(
     from simclr_ray.evaluation.extract import Encoded, extract
 
     connect(experiment)
-    networks = {"trained encoder": trained, "untrained encoder": untrained, PIXELS: Pixels()}
+    networks = {TRAINED: trained, "untrained encoder": untrained, PIXELS: Pixels()}
     bank, test = _sources(experiment)
 
     def encoded(source: Source, limit: int) -> Encoded:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from simclr_ray import dist
 from simclr_ray.caching import cached_backward, group_rows
-from simclr_ray.errors import RunError
+from simclr_ray.errors import CollapsedRun, RunError
 from simclr_ray.nn.losses import BatchMetrics, Loss
 from simclr_ray.optim import learning_rate_at
 
@@ -55,10 +55,17 @@ class Timetable:
     global_batch_size: int
     log_every: int = 10
     checkpoint_every: int = 0  # steps, besides the ends of epochs; 0: none
+    constant: bool = False  # the rate after warm-up; else a cosine to zero
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of `step`."""
-        return learning_rate_at(step, self.peak_learning_rate, self.warmup_steps, self.total_steps)
+        return learning_rate_at(
+            step,
+            self.peak_learning_rate,
+            self.warmup_steps,
+            self.total_steps,
+            constant=self.constant,
+        )
 
 
 class Metrics(NamedTuple):
@@ -112,7 +119,8 @@ def train(
             batch norm's statistics are those of a group.
 
     Raises:
-        RunError: The loss is not finite, or ranks stand at different steps.
+        CollapsedRun: The loss is not finite.
+        RunError: Ranks stand at different steps.
     """
     device = next(model.parameters()).device
     meter = _Meter(device, timetable)
@@ -231,10 +239,12 @@ class _Meter:
         self.bad_rows += len(batch.bad)
 
     def check_finite(self, done: int) -> None:
-        """Raise `RunError` on all ranks if a loss of the interval was not finite. Collective."""
+        """Raise `CollapsedRun` on all ranks if a loss was not finite. Collective."""
         total = dist.all_reduce_sum(self.loss_sum.clone())
         if not torch.isfinite(total):
-            raise RunError(_NOT_FINITE.format(step=done, mean=float(self.loss_sum) / self.steps))
+            raise CollapsedRun(
+                _NOT_FINITE.format(step=done, mean=float(self.loss_sum) / self.steps)
+            )
 
     def read(self, done: int, of_batch: BatchMetrics) -> Metrics:
         """Return the interval's metrics and start the next. Collective."""
@@ -249,7 +259,7 @@ class _Meter:
             raise RunError(f"ranks stand at different steps: {everyone[:, 0].int().tolist()}")
         _, last, mean, wait, _ = everyone.mean(0).tolist()
         if not torch.isfinite(everyone[:, 1:3]).all():
-            raise RunError(_NOT_FINITE.format(step=done, mean=mean))
+            raise CollapsedRun(_NOT_FINITE.format(step=done, mean=mean))
         images = self.steps * self.timetable.global_batch_size
         metrics = Metrics(
             step=done,

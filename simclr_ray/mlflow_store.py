@@ -27,6 +27,7 @@ ARTIFACTS: Final = "mlartifacts"
 # mlflow.utils.validation of MLflow 3; it refuses most of what is longer instead of cutting it.
 MAX_PER_BATCH: Final = 100  # parameters or tags
 MAX_METRICS_PER_BATCH: Final = 1000
+MAX_RUNS: Final = 5000  # of one search
 MAX_PARAM_CHARS: Final = 6000
 MAX_TAG_CHARS: Final = 5000  # 8000 in 3.x; servers of 2.x took 5000
 MAX_KEY_CHARS: Final = 250

@@ -195,11 +195,16 @@ def _is_dense_on_cpu(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def learning_rate_at(step: int, peak: float, warmup: int, total: int) -> float:
+def learning_rate_at(
+    step: int, peak: float, warmup: int, total: int, *, constant: bool = False
+) -> float:
     """Return the rate of step 0 ≤ `step` < `total`: linear from 0, then cosine to 0.
 
-    lr(t) = peak·t/w for t < w, then peak·½(1 + cos(π(t − w)/(T − w))) (authors' `model.py`).
+    lr(t) = peak·t/w for t < w, then peak·½(1 + cos(π(t − w)/(T − w))) (authors' `model.py`); with
+    `constant`, peak instead.
     """
     if step < warmup:
         return peak * step / warmup
+    if constant:
+        return peak
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

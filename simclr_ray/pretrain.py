@@ -31,9 +31,10 @@ from simclr_ray.cluster import check_cluster, connect
 from simclr_ray.data.maker import plan_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
-from simclr_ray.experiment import Experiment
+from simclr_ray.experiment import PLACEMENT, Experiment
 from simclr_ray.logs import get_logger
 from simclr_ray.mlflow_store import check_alias, store_uri
+from simclr_ray.records import read_records
 from simclr_ray.resolve import resolved
 from simclr_ray.storage import RunFolder
 from simclr_ray.tracking import TrackedRun, Tracker
@@ -67,7 +68,8 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
 
     Args:
         experiment: What to train and where.
-        on_progress: Called on this process with each record of metrics.
+        on_progress: Called on this process with each record of metrics; a `SimclrRayError` that
+            it raises ends the run.
 
     Raises:
         DataError: The data cannot be used.
@@ -110,6 +112,19 @@ def _check_late_needs(experiment: Experiment) -> None:
     store_uri(experiment.tracking.uri, experiment.storage)
 
 
+def _params(experiment: Experiment) -> dict[str, cfg.Scalar]:
+    """Return what MLflow shows as parameters: every leaf, or those asked for and the rest's digest.
+
+    A path that names a node of the config stands for all below it.
+    """
+    leaves, asked = cfg.leaves(experiment), experiment.tracking.only_params
+    if not asked:
+        return leaves
+    shown = {k: v for k, v in leaves.items() if any(f"{k}.".startswith(f"{a}.") for a in asked)}
+    rest = {k: v for k, v in leaves.items() if k not in shown and k.split(".")[0] not in PLACEMENT}
+    return shown | {"rest": cfg.digest_of(rest)}
+
+
 @contextmanager
 def _tracked(
     experiment: Experiment, source: Source, folder: RunFolder, tracker: Tracker
@@ -122,7 +137,7 @@ def _tracked(
         resume_id = ""
     run = tracker.start_run(
         folder.name,
-        params=cfg.leaves(experiment),
+        params=_params(experiment),
         tags={"digest": experiment.digest(), "storage": folder.uri},
         resume_id=resume_id,
         parent_id=experiment.tracking.parent_run,
@@ -221,7 +236,8 @@ class _Watcher:
         if folder.local is None:  # what earlier starts of this run have logged
             for name in (METRICS, BAD_ROWS):
                 (self._local / name).write_text(folder.read_text(name) or "", encoding="utf-8")
-        self._bad = {int(row["id"]): str(row["reason"]) for row in _records(folder, BAD_ROWS)}
+        bad_rows = read_records(folder.read_text(BAD_ROWS) or "")
+        self._bad = {int(row["id"]): str(row["reason"]) for row in bad_rows}
 
     def __enter__(self) -> _Watcher:
         self._thread.start()
@@ -284,7 +300,10 @@ class _Watcher:
         except SimclrRayError as error:  # the run is worth more than its log
             log.warning("not logged to MLflow: %s", error)
         if self.on_progress is not None:
-            self.on_progress(item)
+            try:
+                self.on_progress(item)
+            except SimclrRayError as error:  # who watches may end a run
+                self._end(error)
 
     def _take_bad(self, item: dict[str, Any]) -> None:
         """Name the row; end the run when more are unusable than `data.max_bad_share` allows."""
@@ -332,17 +351,6 @@ def _append(path: Path, line: str) -> None:
 
 def _last_metrics(folder: RunFolder) -> Record:
     last: Record = {}
-    for record in _records(folder, METRICS):
+    for record in read_records(folder.read_text(METRICS) or ""):
         last.update(record)
     return last
-
-
-def _records(folder: RunFolder, name: str) -> list[dict[str, Any]]:
-    """Return the records of a log file; a line that a kill has cut off is passed over."""
-    records = []
-    for line in (folder.read_text(name) or "").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            log.debug("%s has a line that was cut off", name)
-    return records

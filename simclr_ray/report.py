@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -24,6 +22,7 @@ from simclr_ray.data.pictures import Picture
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.experiment import Experiment
+from simclr_ray.records import read_series
 
 PAIRS = 2000
 VIEW_COLOURS = ("tab:orange", "tab:cyan")
@@ -143,20 +142,3 @@ def draw_curves(lines: str, path: Path) -> None:
     for axis in list(axes):
         axis.set_axis_off()
     figure.savefig(path, dpi=100)
-
-
-def read_series(lines: str) -> dict[str, dict[int, float]]:
-    """Return name -> step -> value of a `metrics.jsonl`; the last of a repeated step counts.
-
-    A line that a kill has cut off is left out.
-    """
-    series: dict[str, dict[int, float]] = {}
-    for line in lines.splitlines():
-        try:
-            record: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        for key, value in record.items():
-            if "/" in key:
-                series.setdefault(key, {})[int(record["step"])] = float(value)
-    return series

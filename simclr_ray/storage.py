@@ -78,6 +78,18 @@ class RunFolder:
             stream.write(text.encode())
         files.move(partial, f"{root}/{name}")
 
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        files, root = self._open()
+        if files.get_file_info(f"{root}/{name}").type == fs.FileType.File:
+            files.delete_file(f"{root}/{name}")
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the files of a folder in here, hidden ones aside, in order."""
+        files, root = self._open()
+        found = files.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
+        return sorted(f.base_name for f in found if f.is_file and not f.base_name.startswith("."))
+
     def put_folder(self, local: Path, name: str) -> None:
         """Copy a local folder or file to `name`."""
         files, root = self._open()

@@ -1,4 +1,4 @@
-"""Runs, metrics, lineage and the model registry: the one door to MLflow.
+"""Runs, metrics and lineage in MLflow; `registry` has the models.
 
 Everything goes through `MlflowClient` and explicit run ids. The fluent API keeps one active run per
 process and one tracking URI per interpreter, which is wrong as soon as a driver, its workers and a
@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from simclr_ray.logs import get_logger
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import Run as MlflowRun
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     from simclr_ray.config import Scalar
@@ -82,7 +81,7 @@ class Tracker:
         all_tags = store.tags_of(tags)
         if parent_id:
             all_tags["mlflow.parentRunId"] = parent_id
-        with _door(f"start run {name!r}", self.uri) as client:
+        with door(f"start run {name!r}", self.uri) as client:
             if resume_id:
                 run = client.get_run(resume_id)
                 client.update_run(resume_id, status="RUNNING")
@@ -94,6 +93,24 @@ class Tracker:
         tracked = TrackedRun(self.uri, info.run_id, info.experiment_id, resumed=bool(resume_id))
         tracked.log_params(params)
         return tracked
+
+    def end_left_running(self, parent_id: str) -> list[str]:
+        """Set runs under a run, and those under them, from RUNNING to KILLED; return their ids.
+
+        A process that is killed leaves its runs so; call it when nobody works on them.
+        """
+        ended: list[str] = []
+        with door("end runs that were left", self.uri) as client:
+            for child in self._under(client, parent_id):
+                for run in (child, *self._under(client, child.info.run_id)):
+                    if run.info.status == "RUNNING":
+                        client.set_terminated(run.info.run_id, "KILLED")
+                        ended.append(run.info.run_id)
+        return ended
+
+    def _under(self, client: MlflowClient, parent_id: str) -> list[MlflowRun]:
+        wanted = f"tags.mlflow.parentRunId = '{parent_id}'"
+        return list(client.search_runs([self.experiment_id], wanted, max_results=store.MAX_RUNS))
 
 
 class TrackedRun:
@@ -109,7 +126,7 @@ class TrackedRun:
     @classmethod
     def attach(cls, uri: str, run_id: str) -> TrackedRun:
         """Return the existing run `run_id` of the store `uri`, its status as it is."""
-        with _door(f"find run {run_id}", uri) as client:
+        with door(f"find run {run_id}", uri) as client:
             experiment_id = client.get_run(run_id).info.experiment_id
         return cls(uri, run_id, experiment_id, resumed=True)
 
@@ -123,7 +140,7 @@ class TrackedRun:
         Raises:
             TrackingError: the store refuses or cannot be reached.
         """
-        with _door(f"log metrics of step {step}", self.uri) as client:
+        with door(f"log metrics of step {step}", self.uri) as client:
             from mlflow.entities import Metric
 
             now_ms = int(time.time() * 1000)
@@ -146,7 +163,7 @@ class TrackedRun:
             TrackingError: the store refuses or cannot be reached.
         """
         wanted = store.params_of(params)
-        with _door("log parameters", self.uri) as client:
+        with door("log parameters", self.uri) as client:
             from mlflow.entities import Param
 
             stored = client.get_run(self.run_id).data.params if self._resumed else {}
@@ -158,7 +175,7 @@ class TrackedRun:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the run, replacing values of the same keys; long values are cut."""
-        with _door("set tags", self.uri) as client:
+        with door("set tags", self.uri) as client:
             from mlflow.entities import RunTag
 
             made = [RunTag(k, v) for k, v in store.tags_of(tags).items()]
@@ -177,7 +194,7 @@ class TrackedRun:
             num_rows: rows used.
             context: what for, such as `train`, `bank` or `test`.
         """
-        with _door(f"log dataset {name!r}", self.uri) as client:
+        with door(f"log dataset {name!r}", self.uri) as client:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
             name, digest = (
@@ -192,22 +209,22 @@ class TrackedRun:
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file, or a folder with all in it, to `folder` among the run's artifacts."""
-        with _door(f"store {path.name}", self.uri) as client:
+        with door(f"store {path.name}", self.uri) as client:
             client.log_artifact(self.run_id, str(path), folder or None)
 
     def log_text(self, text: str, file: str) -> None:
         """Store `text` as the artifact `file` (a path like `tables/scores.md`)."""
-        with _door(f"store {file}", self.uri) as client:
+        with door(f"store {file}", self.uri) as client:
             client.log_text(self.run_id, text, file)
 
     def log_dict(self, tree: Mapping[str, Any], file: str) -> None:
         """Store `tree` as the artifact `file`: JSON or YAML by its ending."""
-        with _door(f"store {file}", self.uri) as client:
+        with door(f"store {file}", self.uri) as client:
             client.log_dict(self.run_id, dict(tree), file)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Set the run's last status and end time."""
-        with _door("end the run", self.uri) as client:
+        with door("end the run", self.uri) as client:
             client.set_terminated(self.run_id, status)
 
     @contextlib.contextmanager
@@ -223,34 +240,6 @@ class TrackedRun:
             if monitor is not None:
                 with store.quiet():
                     monitor.finish()  # type: ignore[no-untyped-call] # MLflow's is not annotated
-
-    def register_model(
-        self, name: str, parts: store.ModelParts, *, alias: str, tags: Mapping[str, str]
-    ) -> store.RegisteredEncoder:
-        """Store a pyfunc model under this run and make it a new version of `name`.
-
-        The alias moves last, so it never points to a version that is not whole.
-
-        Raises:
-            TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
-        """
-        store.check_alias(alias)
-        with store.quiet(), _door(f"register {name!r}", self.uri) as client:
-            model = client.create_logged_model(
-                self.experiment_id, name="encoder", source_run_id=self.run_id, model_type="encoder"
-            )
-            try:
-                with tempfile.TemporaryDirectory() as scratch:
-                    folder = Path(scratch) / "model"
-                    _save_pyfunc(folder, parts, self.run_id, model)
-                    client.log_model_artifacts(model.model_id, str(folder))
-            except BaseException:
-                client.finalize_logged_model(model.model_id, "FAILED")
-                raise
-            client.finalize_logged_model(model.model_id, "READY")
-            version = _create_version(client, name, model, self.run_id, tags)
-            client.set_registered_model_alias(name, alias, str(version))
-        return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", self.run_id)
 
     def _started_monitor(self, interval_s: float) -> SystemMetricsMonitor | None:
         try:
@@ -277,89 +266,8 @@ class TrackedRun:
         return self._highest[key]
 
 
-def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
-    """Return the path in `folder` of the downloaded model `where`, or of a part of it.
-
-    Args:
-        where: `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
-        folder: an existing folder.
-        uri: tracking URI of the store; its registry is asked.
-        part: path inside of the model; empty: the whole model.
-
-    Raises:
-        TrackingError: `where` has another form, or there is no such model, version or alias.
-    """
-    address = store.model_address(where)
-    name, version = address.name, address.version
-    with store.quiet(), _door(f"find {where}", uri) as client:
-        from mlflow.artifacts import download_artifacts
-
-        if address.alias:
-            version = str(client.get_model_version_by_alias(name, address.alias).version)
-        elif version == "latest":
-            found = client.search_model_versions(f"name = '{name}'")
-            version = str(max((int(v.version) for v in found), default=1))
-        source = client.get_model_version_download_uri(name, version)
-        got = download_artifacts(
-            artifact_uri=f"{source}/{part}".rstrip("/"),
-            dst_path=str(folder),
-            tracking_uri=uri,
-            registry_uri=uri,
-        )
-    return Path(got)
-
-
-def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: LoggedModel) -> None:
-    """Write the MLflow model folder that `Model.log` would write, without an active run."""
-    import numpy as np
-    import pandas as pd
-    from mlflow import pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
-
-    image = Schema([ColSpec(DataType.binary, "image")])
-    features = Schema([TensorSpec(np.dtype(np.float32), (-1, parts.feature_dim))])
-    pyfunc.save_model(
-        path=str(folder),
-        python_model=str(parts.code),
-        artifacts={name: str(path) for name, path in parts.artifacts.items()},
-        signature=ModelSignature(inputs=image, outputs=features),
-        input_example=pd.DataFrame({"image": [parts.example]}),
-        pip_requirements=list(parts.requirements),
-        metadata=dict(parts.metadata),
-        mlflow_model=Model(
-            artifact_path=logged.artifact_location,
-            run_id=run_id,
-            model_uuid=logged.model_id,
-            model_id=logged.model_id,
-        ),
-    )
-
-
-def _create_version(
-    client: MlflowClient, name: str, model: LoggedModel, run_id: str, tags: Mapping[str, str]
-) -> int:
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.exceptions import MlflowException
-
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    made = client.create_model_version(
-        name,
-        model.artifact_location,  # `models:/<id>` is looked up in the global store, not in this one
-        run_id,
-        tags=store.tags_of(tags),
-        model_id=model.model_id,
-    )
-    return int(made.version)
-
-
 def _experiment_id(uri: str, name: str, artifact_location: str | None) -> str:
-    with _door(f"open experiment {name!r}", uri) as client:
+    with door(f"open experiment {name!r}", uri) as client:
         from mlflow.exceptions import MlflowException
 
         experiment = client.get_experiment_by_name(name)
@@ -379,7 +287,7 @@ def _experiment_id(uri: str, name: str, artifact_location: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _door(action: str, uri: str) -> Iterator[MlflowClient]:
+def door(action: str, uri: str) -> Iterator[MlflowClient]:
     """Give a client for `uri`; whatever MLflow or its stores raise becomes a `TrackingError`."""
     try:
         yield _client(uri)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simclr_ray.errors import DataError, RunError
+from simclr_ray.errors import CollapsedRun, DataError
 from simclr_ray.evaluation.features import Split, extract_features
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.label_free import label_free
@@ -86,7 +86,7 @@ def score_encoder(
 
     Raises:
         DataError: a protocol was asked for and a split has no labels.
-        RunError: the encoder gives values that are no numbers.
+        CollapsedRun: the encoder gives values that are no numbers.
     """
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
 
@@ -127,7 +127,9 @@ def score_features(
     """Return the scores of features; arguments and errors as of `score_encoder`."""
     for part in (bank, test):
         if part is not None and not torch.isfinite(part.rows).all():
-            raise RunError(f"{name} gives values that are no numbers: the training has diverged")
+            raise CollapsedRun(
+                f"{name} gives values that are no numbers: the training has diverged"
+            )
     if test is None:
         return _score(name, bank.rows)
     bank, test = _scorable(bank, test)

@@ -83,6 +83,9 @@ class Tracking(Config):
     uri: str = Field("", description="Tracking URI; empty: sqlite in `storage`.")
     experiment: str = Field("simclr-ray", min_length=1)
     parent_run: str = Field("", description="MLflow run under which this one is shown.")
+    only_params: list[str] = Field(
+        [], description="Dotted keys that become parameters, the rest a digest; empty: all."
+    )
     log_every_steps: int = Field(10, ge=1)
     system_metrics: bool = True
 

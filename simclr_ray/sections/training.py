@@ -127,3 +127,6 @@ class Schedule(Config):
     )
     warmup_epochs: float = Field(10.0, ge=0)
     warmup_steps: int = Field(0, ge=0, description="If above 0, instead of warmup_epochs.")
+    decay: Literal["cosine", "constant"] = Field(
+        "cosine", description="After warm-up; with constant, a run passes through shorter ones."
+    )

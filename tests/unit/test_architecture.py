@@ -31,8 +31,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "selfcheck",
         "caching",
         "starting",
+        "records",
     ),
-    ("loop", "data", "tracking", "mlflow_store"),
+    ("loop", "data", "tracking", "registry", "mlflow_store"),
     ("evaluation",),
     (
         "pretrain",
@@ -46,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "resolve",
         "cluster",
     ),
-    ("pipeline", "finetune", "report"),
+    ("pipeline", "finetune", "report", "studies"),
     ("cli", "console", ""),
 )
 # Package -> who may import it. `embedder` travels with a registered model.
@@ -54,8 +55,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("dist",),
     "ray.data": ("data", "evaluation.extract"),
     "ray.train": ("pretrain", "worker"),
-    "ray.tune": (),
-    "mlflow": ("tracking", "mlflow_store", "embedder"),
+    "ray.tune": ("studies.run",),
+    "mlflow": ("tracking", "registry", "mlflow_store", "embedder"),
     "matplotlib": ("report",),
     "pydantic": ("config",),
     "ruamel": ("config",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -48,8 +49,8 @@ def batches(first: int, last: int, bad: tuple[int, ...] = ()) -> Iterator[Batch]
 
 
 def timetable(**changes: int) -> Timetable:
-    default = {"steps_per_epoch": 5, "total_steps": 15, "warmup_steps": 4, "log_every": 2}
-    return Timetable(**{**default, **changes}, peak_learning_rate=0.8, global_batch_size=N)
+    table = Timetable(5, 15, 4, 0.8, N, log_every=2)
+    return replace(table, **changes)  # type: ignore[arg-type] # all are int
 
 
 class Log:

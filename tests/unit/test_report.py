@@ -15,7 +15,8 @@ from PIL import Image
 from simclr_ray import config as cfg
 from simclr_ray.data.source import Source
 from simclr_ray.experiment import Experiment
-from simclr_ray.report import draw_curves, draw_views, read_series
+from simclr_ray.records import read_series
+from simclr_ray.report import draw_curves, draw_views
 
 
 def png(height: int, width: int, seed: int) -> bytes:

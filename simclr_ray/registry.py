@@ -1,0 +1,130 @@
+"""Models in MLflow's registry: an encoder stored under its run, and fetched again by its name."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simclr_ray import mlflow_store as store
+from simclr_ray.tracking import TrackedRun, door
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+
+def register_model(
+    run: TrackedRun,
+    name: str,
+    parts: store.ModelParts,
+    *,
+    alias: str,
+    tags: Mapping[str, str],
+) -> store.RegisteredEncoder:
+    """Store a pyfunc model under a run and make it a new version of `name`.
+
+    The alias moves last, so it never points to a version that is not whole.
+
+    Raises:
+        TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
+    """
+    store.check_alias(alias)
+    with store.quiet(), door(f"register {name!r}", run.uri) as client:
+        model = client.create_logged_model(
+            run.experiment_id, name="encoder", source_run_id=run.run_id, model_type="encoder"
+        )
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch) / "model"
+                _save_pyfunc(folder, parts, run.run_id, model)
+                client.log_model_artifacts(model.model_id, str(folder))
+        except BaseException:
+            client.finalize_logged_model(model.model_id, "FAILED")
+            raise
+        client.finalize_logged_model(model.model_id, "READY")
+        version = _create_version(client, name, model, run.run_id, tags)
+        client.set_registered_model_alias(name, alias, str(version))
+    return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
+
+
+def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
+    """Return the path in `folder` of the downloaded model `where`, or of a part of it.
+
+    Args:
+        where: `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
+        folder: an existing folder.
+        uri: tracking URI of the store; its registry is asked.
+        part: path inside of the model; empty: the whole model.
+
+    Raises:
+        TrackingError: `where` has another form, or there is no such model, version or alias.
+    """
+    address = store.model_address(where)
+    name, version = address.name, address.version
+    with store.quiet(), door(f"find {where}", uri) as client:
+        from mlflow.artifacts import download_artifacts
+
+        if address.alias:
+            version = str(client.get_model_version_by_alias(name, address.alias).version)
+        elif version == "latest":
+            found = client.search_model_versions(f"name = '{name}'")
+            version = str(max((int(v.version) for v in found), default=1))
+        source = client.get_model_version_download_uri(name, version)
+        got = download_artifacts(
+            artifact_uri=f"{source}/{part}".rstrip("/"),
+            dst_path=str(folder),
+            tracking_uri=uri,
+            registry_uri=uri,
+        )
+    return Path(got)
+
+
+def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: LoggedModel) -> None:
+    """Write the MLflow model folder that `Model.log` would write, without an active run."""
+    import numpy as np
+    import pandas as pd
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    image = Schema([ColSpec(DataType.binary, "image")])
+    features = Schema([TensorSpec(np.dtype(np.float32), (-1, parts.feature_dim))])
+    pyfunc.save_model(
+        path=str(folder),
+        python_model=str(parts.code),
+        artifacts={name: str(path) for name, path in parts.artifacts.items()},
+        signature=ModelSignature(inputs=image, outputs=features),
+        input_example=pd.DataFrame({"image": [parts.example]}),
+        pip_requirements=list(parts.requirements),
+        metadata=dict(parts.metadata),
+        mlflow_model=Model(
+            artifact_path=logged.artifact_location,
+            run_id=run_id,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+        ),
+    )
+
+
+def _create_version(
+    client: MlflowClient, name: str, model: LoggedModel, run_id: str, tags: Mapping[str, str]
+) -> int:
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(
+        name,
+        model.artifact_location,  # `models:/<id>` is looked up in the global store, not in this one
+        run_id,
+        tags=store.tags_of(tags),
+        model_id=model.model_id,
+    )
+    return int(made.version)

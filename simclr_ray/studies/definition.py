@@ -1,0 +1,328 @@
+"""A study's definition: the question, what varies, how it is searched and drawn, and the paper.
+
+A file of `tune_configs/` holds one. `set` and `space` name dotted paths of the experiment; a scale
+(`cpu`, `cifar10`, `imagenet`) is the same question at another size and replaces some of the keys.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from simclr_ray import config as cfg
+from simclr_ray.config import Config, Field, Scalar
+from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.evaluation.table import PROTOCOLS
+
+NO_PBT = (
+    "pbt is refused: it copies weights and changes settings while training, which leaves no run "
+    "that could be named or repeated, and a cosine schedule has no meaning halfway"
+)
+NEVER_MERGED = ("name", "scales")
+# Reported at epoch ends, so that a scheduler can compare; what else there is comes at the end.
+EPOCH_METRICS = (
+    "eval/knn_top1", "eval/alignment", "eval/uniformity", "eval/effective_rank",
+    "train/mean_loss", "train/accuracy", "train/entropy",
+)  # fmt: skip
+CLASSIFIER_METRICS = ("test/top1", "test/top5", "test/mean_per_class")
+EITHER = "top1"  # linear evaluation of h, or the run's own classifier where it has one
+
+
+class Dimension(Config):
+    """What varies: one of the five keys.
+
+    A path of the experiment has values; `cases` move several paths together, each case with a name.
+    """
+
+    grid: list[Any] = Field([], description="Every value is run.")
+    choice: list[Any] = Field([], description="One of these is drawn.")
+    uniform: list[float] = Field([], description="[low, high]: drawn evenly.")
+    loguniform: list[float] = Field([], description="[low, high]: drawn evenly in the logarithm.")
+    cases: dict[str, dict[str, Any]] = Field(
+        {},
+        description="Name -> path -> value; all are run. A value of null takes a path away that "
+        "another dimension sets.",
+    )
+
+    @cfg.model_validator(mode="after")
+    def _check_one(self) -> Dimension:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("needs one of: grid, choice, uniform, loguniform, cases")
+        for bounds in (self.uniform, self.loguniform):
+            if bounds and (len(bounds) != 2 or not bounds[0] < bounds[1]):
+                raise ValueError(f"needs [low, high] with low below high, got {bounds}")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("loguniform needs bounds above 0")
+        if not (self.listed or self.uniform or self.loguniform):
+            raise ValueError("is empty: there is nothing to run")
+        labels = [label_of(value) for value in self.listed]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"names a value twice: {', '.join(map(str, labels))}")
+        return self
+
+    @property
+    def listed(self) -> list[Any]:
+        """Return the values, or the names of the cases; none where they are drawn from a range."""
+        return list(self.cases) or self.grid or self.choice
+
+    @property
+    def values(self) -> list[Any]:
+        """Return what is listed, or the two ends of the range."""
+        return self.listed or self.uniform or self.loguniform
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether all values can be run, one after the other."""
+        return bool(self.grid or self.cases)
+
+
+class Scheduler(Config):
+    """What ends hopeless trials, comparing them at equal epochs."""
+
+    name: Literal["none", "asha", "median"] = "none"
+    grace_epochs: int = Field(1, ge=1, description="No trial ends before.")
+    reduction_factor: int = Field(3, ge=2, description="asha: one in so many goes on.")
+    max_epochs: int = Field(0, ge=0, description="asha: of the last rung; 0: the longest trial's.")
+
+    @cfg.model_validator(mode="before")
+    @classmethod
+    def _refuse_pbt(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("name") in ("pbt", "pb2"):
+            raise ValueError(NO_PBT)
+        return tree
+
+
+class Search(Config):
+    """How points of the space are chosen."""
+
+    name: Literal["grid", "random", "optuna"] = "grid"
+    trials: int = Field(0, ge=0, description="random, optuna: points that are tried.")
+    seed: int = Field(0, ge=0)
+
+
+class Budget(Config):
+    """What a study may take at most; 0 is no limit."""
+
+    trials: int = Field(0, ge=0, description="More are refused before anything starts.")
+    hours: float = Field(0.0, ge=0, description="Of wall time; the study stops and can be resumed.")
+
+
+class Figure(Config):
+    """How the result is drawn."""
+
+    kind: Literal["lines", "bars", "matrix"] = "lines"
+    x: str = Field(min_length=1, description="Dimension along the axis (matrix: columns).")
+    series: str = Field("", description="Dimension of the lines or groups (matrix: rows).")
+    panel: str = Field("", description="Dimension that has a picture for each value.")
+    x_scale: Literal["linear", "log2", "log10", "category"] = "category"
+    x_label: str = ""
+    y_label: str = ""
+
+
+class Comparison(Config):
+    """A claim: `better` beats `worse`, all else being equal."""
+
+    claim: str = Field(min_length=1)
+    better: dict[str, Scalar] = Field(description="Dimension -> value (of cases: the name).")
+    worse: dict[str, Scalar]
+
+
+class Paper(Config):
+    """The paper's numbers, as data."""
+
+    source: str = Field(min_length=1, description="Figure or table.")
+    metric: str = Field(min_length=1)
+    columns: list[str] = Field(description="Dimensions, in order; the value comes last.")
+    rows: list[list[Scalar]]
+    like: dict[str, dict[str, Scalar]] = Field(
+        {}, description="Dimension -> our value -> the paper's that it stands for."
+    )
+
+    @cfg.model_validator(mode="after")
+    def _check_rows(self) -> Paper:
+        wanted = len(self.columns) + 1
+        wrong = [row for row in self.rows if len(row) != wanted or isinstance(row[-1], str)]
+        if wrong:
+            raise ValueError(f"each row needs {wanted} entries, the last a number; got {wrong[0]}")
+        return self
+
+
+class Study(Config):
+    """One study at one scale."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    question: str = Field(min_length=1)
+    answers: str = Field(min_length=1, description="Figure or table of the paper.")
+    notes: str = ""
+    base: str = Field(min_length=1, description="Preset or YAML file of the experiment.")
+    set: dict[str, Any] = Field({}, description="Path -> value, for all trials.")
+    space: dict[str, Dimension] = Field(description="Path, or name of cases, -> what varies.")
+    seeds: list[int] = Field([0], min_length=1)
+    metric: str = "final/linear_top1"
+    also: list[str] = Field([], description="Metrics that the table shows besides.")
+    mode: Literal["max", "min"] = "max"
+    judge: list[Literal["knn", "linear", "lbfgs", "knn_solo", "knn_1"]] = Field(
+        ["knn", "linear"], description="Protocols after training; final/... metrics."
+    )
+    scheduler: Scheduler = Scheduler()
+    search: Search = Search()
+    budget: Budget = Budget()
+    concurrency: int = Field(0, ge=0, description="Trials at a time; 0: as many as the CPUs hold.")
+    images_per_s: float = Field(0.0, ge=0, description="Of one trial, for the forecast.")
+    figure: Figure
+    comparisons: list[Comparison] = Field([], description="The claims that are tested.")
+    paper: Paper
+    scale: str = Field("", description="The scale that was chosen.")
+
+    @cfg.model_validator(mode="after")
+    def _check_together(self) -> Study:
+        if not self.space:
+            raise ValueError("space is empty: nothing varies")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds names one twice: {self.seeds}")
+        known = self.metrics()
+        for metric in (self.metric, *self.also):
+            if metric not in known:
+                hint = cfg.nearest(metric, known)
+                raise ValueError(
+                    f"metric: nobody reports {metric!r}{hint}; reported are: {', '.join(known)}"
+                )
+        if self.scheduler.name != "none" and self.metric not in EPOCH_METRICS:
+            raise ValueError(
+                f"scheduler.name={self.scheduler.name} compares trials at epoch ends; metric must "
+                f"be one of: {', '.join(EPOCH_METRICS)}"
+            )
+        self._check_search()
+        self._check_names()
+        return self
+
+    def _check_search(self) -> None:
+        if self.search.name == "grid":
+            drawn = [name for name, dim in self.space.items() if not dim.is_whole]
+            if drawn:
+                raise ValueError(
+                    f"search.name=grid runs every value, but values of {', '.join(drawn)} are "
+                    "drawn; use grid or cases there, or search.name=random"
+                )
+        elif not self.search.trials:
+            raise ValueError(f"search.name={self.search.name} needs search.trials above 0")
+        if self.search.name == "optuna" and len(self.seeds) > 1:
+            raise ValueError("search.name=optuna learns from one seed; give one")
+
+    def _check_names(self) -> None:
+        """Raise for a figure or comparison that speaks of what does not vary."""
+        wanted = [self.figure.x, self.figure.series, self.figure.panel]
+        wanted += [k for c in self.comparisons for k in (*c.better, *c.worse)]
+        for name in filter(None, wanted):
+            if name not in self.space:
+                hint = cfg.nearest(name, self.space)
+                raise ValueError(
+                    f"figure or comparison: {name!r} does not vary{hint}; space has: "
+                    f"{', '.join(self.space)}"
+                )
+        for comparison in self.comparisons:
+            for side in (comparison.better, comparison.worse):
+                for name, value in side.items():
+                    listed = [label_of(v) for v in self.space[name].listed]
+                    if listed and label_of(value) not in listed:
+                        raise ValueError(
+                            f"comparison {comparison.claim!r}: {name}={value} is not run; "
+                            f"there are: {', '.join(map(str, listed))}"
+                        )
+
+    def metrics(self) -> list[str]:
+        """Return the metrics that trials of this study report."""
+        final = [f"final/{protocol}_top1" for protocol in PROTOCOLS if protocol in self.judge]
+        return [*EPOCH_METRICS, *final, *CLASSIFIER_METRICS, *([EITHER] if self.judge else [])]
+
+
+def label_of(value: Any) -> Scalar:
+    """Return a value of the space as a scalar that can name it; lists and nodes as JSON."""
+    return value if isinstance(value, str | int | float | bool) else json.dumps(value)
+
+
+def study_names() -> list[str]:
+    """Return the names of the studies that come with the package."""
+    return sorted(p.stem for p in _folder().glob("*.yaml"))
+
+
+def load_study(source: str, scale: str = "", *overrides: str) -> Study:
+    """Return a study at one of its scales; every scale is checked, whichever is asked for.
+
+    Args:
+        source: A .yaml file, or the name of a study that comes with the package.
+        scale: Of its `scales`; empty: the first one, or the study as it stands if it has none.
+        overrides: `path=value` of every trial's experiment, or `study.key=value` of the study.
+
+    Raises:
+        ConfigError: The file or a value is wrong; one mistake each.
+    """
+    tree, shown = _read(source)
+    scales = tree.pop("scales", {}) or {}
+    if not isinstance(scales, dict) or not all(isinstance(v, dict) for v in scales.values()):
+        raise ConfigError([Mistake("scales", "must be a mapping: scale -> keys of the study")])
+    if scale and scale not in scales:
+        hint = cfg.nearest(scale, scales)
+        there = ", ".join(scales) or "none"
+        raise ConfigError([Mistake("--scale", f"{shown} has no {scale!r}{hint}; it has: {there}")])
+    chosen = scale or next(iter(scales), "")
+    trees = {name: _merged(tree, name, values) for name, values in scales.items()} or {"": tree}
+    for name, merged in trees.items():
+        if name != chosen:
+            cfg.validate(Study, merged)
+    return cfg.validate(Study, _overridden(trees[chosen], overrides))
+
+
+def scales_of(source: str) -> list[str]:
+    """Return the scales that a study file has."""
+    return list(_read(source)[0].get("scales", {}))
+
+
+def _read(source: str) -> tuple[dict[str, Any], str]:
+    if not source.endswith((".yaml", ".yml")):
+        if source not in study_names():
+            hint = cfg.nearest(source, study_names())
+            known = ", ".join(study_names())
+            told = f"no study and no .yaml file{hint}; studies: {known}"
+            raise ConfigError([Mistake(source, told)])
+        source = str(_folder() / f"{source}.yaml")
+    text, shown = cfg.read_source(source)
+    tree = cfg.parse_yaml(text, shown)
+    if not isinstance(tree, dict):
+        raise ConfigError([Mistake(shown, f"holds {type(tree).__name__}, not keys and values")])
+    return tree, shown
+
+
+def _folder() -> Path:
+    """Return where the study files lie: in the package, or beside it in a checkout."""
+    package = Path(str(resources.files("simclr_ray")))
+    inside = package / "tune_configs"
+    return inside if inside.is_dir() else package.parent / "tune_configs"
+
+
+def _merged(tree: dict[str, Any], scale: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the study at a scale: `set` and `paper` are added to, other keys replaced."""
+    wrong = [key for key in values if key in NEVER_MERGED]
+    if wrong:
+        raise ConfigError([Mistake(f"scales.{scale}.{wrong[0]}", "is the same at every scale")])
+    merged = {**tree, **values, "scale": scale}
+    for key in ("set", "paper"):
+        merged[key] = {**tree.get(key, {}), **values.get(key, {})}
+    return merged
+
+
+def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    prefix = "study."
+    own = [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
+    rest = [text for text in overrides if not text.startswith(prefix)]
+    tree = cfg.apply_overrides(tree, own)
+    given = {}
+    for text in rest:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError([Mistake(text, "is no override; the form is key.path=value")])
+        given[path] = cfg.parse_yaml(value, text)
+    tree["set"] = {**tree.get("set", {}), **given}
+    return tree

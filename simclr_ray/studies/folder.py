@@ -1,0 +1,191 @@
+"""The folder of a study: its definition, and what became of each trial.
+
+<storage>/studies/<name>/
+    study.yaml   base.yaml      the definition, whole: nothing outside of here is needed to go on
+    study.json                  digest, pictures, the MLflow run of the study
+    outcomes/<trial>.json       written last by each trial, whole or not at all
+    runs/<run>/                 the run folders of the trials
+    report/                     figure, table, page
+    stop                        there when somebody asked it to stop
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from simclr_ray import config as cfg
+from simclr_ray.errors import ConfigError, Mistake, RunError
+from simclr_ray.experiment import Experiment
+from simclr_ray.records import read_records
+from simclr_ray.storage import RunFolder
+from simclr_ray.studies.definition import EPOCH_METRICS, Study
+from simclr_ray.studies.trials import RUNS
+
+DEFINITION, BASE, STATE, STOP, LOCK = "study.yaml", "base.yaml", "study.json", "stop", "lock"
+OUTCOMES, REPORT = "outcomes", "report"
+
+Status = Literal["finished", "collapsed", "stopped", "failed"]
+FINAL: tuple[Status, ...] = ("finished", "collapsed")  # running them again would give the same
+Curve = dict[int, dict[str, float]]  # epoch -> metric -> value
+
+
+class Outcome(NamedTuple):
+    """What became of a trial. `metrics` and `curve` repeat bit for bit; `cost` and `run` do not."""
+
+    trial: str
+    status: Status
+    reason: str
+    cells: list[dict[str, Any]]  # point and epoch
+    seed: int
+    metrics: dict[str, float]
+    curve: Curve
+    cost: dict[str, float]  # images, seconds, device_seconds
+    run: dict[str, str]  # folder, checkpoint, mlflow_run_id, digest
+
+
+class StudyFolder:
+    """Where one study lies, on a local disk or any `pyarrow.fs` URI."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        self.files = RunFolder.of(storage, name)
+
+    @classmethod
+    def at(cls, where: str) -> StudyFolder:
+        """Return the study's folder at a path or URI.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        files = RunFolder.at(where)
+        folder = cls(files.storage, files.name)
+        if folder.files.read_text(DEFINITION) is None:
+            raise ConfigError([Mistake(where, f"is no folder of a study: it has no {DEFINITION}")])
+        return folder
+
+    @property
+    def uri(self) -> str:
+        """The folder's path or URI."""
+        return self.files.uri
+
+    def define(self, study: Study, base: Experiment, digest: str) -> None:
+        """Store the definition; one that is there already must be the same.
+
+        Raises:
+            ConfigError: The name is taken by another definition.
+        """
+        state = self.state()
+        if state and state["digest"] != digest:
+            told = (
+                f"{self.uri} holds a study of this name with another definition; give this one "
+                "another name (study.name=...), or remove that folder"
+            )
+            raise ConfigError([Mistake("name", told)])
+        tree = cfg.to_tree(study) | {"base": BASE, "set": {}}
+        tree["space"] = {
+            name: {next(iter(dim.model_fields_set)): tree["space"][name][key]}
+            for name, dim in study.space.items()
+            for key in dim.model_fields_set
+        }
+        self.files.write_text(BASE, cfg.dump_yaml(cfg.to_tree(base)))
+        self.files.write_text(DEFINITION, cfg.dump_yaml(tree))
+        if not state:
+            self.files.write_text(STATE, json.dumps({"digest": digest}, indent=1))
+
+    def definition(self) -> tuple[Study, dict[str, Any]]:
+        """Return the study and the whole tree of its base experiment."""
+        study = cfg.validate(Study, cfg.parse_yaml(self.files.read_text(DEFINITION) or ""))
+        return study, cfg.parse_yaml(self.files.read_text(BASE) or "")
+
+    def state(self) -> dict[str, Any]:
+        """Return what is stored of the study as a whole, or nothing before it began."""
+        return dict(json.loads(self.files.read_text(STATE) or "{}"))
+
+    def update_state(self, **values: Any) -> None:
+        """Store values of the study as a whole."""
+        self.files.write_text(STATE, json.dumps(self.state() | values, indent=1))
+
+    def outcome(self, trial: str) -> Outcome | None:
+        """Return what became of a trial, or None while it is open."""
+        text = self.files.read_text(f"{OUTCOMES}/{trial}.json")
+        return _read(text) if text else None
+
+    def outcomes(self) -> list[Outcome]:
+        """Return what became of all trials that have ended, by name."""
+        texts = (self.files.read_text(f"{OUTCOMES}/{name}") for name in self.files.names(OUTCOMES))
+        return [_read(text) for text in texts if text]
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Store what became of a trial."""
+        text = json.dumps(outcome._asdict(), indent=1, sort_keys=True)
+        RunFolder(f"{self.uri}", OUTCOMES).write_text(f"{outcome.trial}.json", text)
+
+    def run(self, name: str) -> RunFolder:
+        """Return the run folder of a trial's run."""
+        return RunFolder(f"{self.uri}/{RUNS}", name)
+
+    def ask_to_stop(self) -> None:
+        """Ask the driver, wherever it runs, to stop; the trials keep their checkpoints."""
+        self.files.write_text(STOP, "")
+
+    def take_back_stop(self) -> None:
+        """Let the study go on."""
+        self.files.remove(STOP)
+
+    def is_to_stop(self) -> bool:
+        """Return whether somebody asked."""
+        return self.files.read_text(STOP) is not None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the study, so that no second driver runs it; of a local folder only.
+
+        Raises:
+            RunError: Another driver holds it.
+        """
+        if self.files.local is None:
+            yield
+            return
+        self.files.local.mkdir(parents=True, exist_ok=True)
+        with (self.files.local / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.uri} is being run by another process") from None
+            yield
+
+    def report_folder(self) -> Path | None:
+        """Return the local folder of the report, made if absent; None where it is remote."""
+        if self.files.local is None:
+            return None
+        folder = self.files.local / REPORT
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def curve_of(lines: str, last_epoch: int = 0) -> Curve:
+    """Return the values at epoch ends from a run's `metrics.jsonl`, up to `last_epoch` (0: all).
+
+    An epoch counts where the encoder was judged; with it goes the last training record before.
+    """
+    curve: Curve = {}
+    training: dict[str, float] = {}
+    for record in read_records(lines):
+        values = {key: float(record[key]) for key in EPOCH_METRICS if key in record}
+        if any(key.startswith("eval/") for key in values):
+            epoch = round(record["epoch"])
+            if not last_epoch or epoch <= last_epoch:
+                curve[epoch] = training | values
+        else:
+            training |= values
+    return dict(sorted(curve.items()))
+
+
+def _read(text: str) -> Outcome:
+    tree = json.loads(text)
+    tree["curve"] = {int(epoch): values for epoch, values in tree["curve"].items()}
+    return Outcome(**tree)
