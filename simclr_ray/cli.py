@@ -7,23 +7,21 @@ Exit codes: 0 done · 1 the run failed · 2 bad config, arguments or data · 75 
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simclr_ray import cli_study, logs
 from simclr_ray import config as cfg
-from simclr_ray import logs
-from simclr_ray.cli_study import study_app
 from simclr_ray.config import preset_names
 from simclr_ray.console import Progress, ShardProgress, err, out, show_pairs, show_table
 from simclr_ray.data.decode import ImageError
 from simclr_ray.errors import ConfigError, Mistake, SimclrRayError
 from simclr_ray.experiment import Experiment, Preparation
+from simclr_ray.stopping import STOPPED_BY_USER, exit_code_of_stop, listen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,13 +31,11 @@ if TYPE_CHECKING:
     from simclr_ray.pretrain import Run
 
 DEMO_TRAIN_IMAGES, DEMO_TEST_IMAGES = 6_000, 2_000
-STOPPED_BY_SYSTEM = 75  # EX_TEMPFAIL: schedulers and shells take it as "try again"
-STOPPED_BY_USER = 130
-
-_terminated = threading.Event()
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(study_app, name="study", help="Studies: what the paper varied, as commands.")
+app.add_typer(
+    cli_study.study_app, name="study", help="Studies: what the paper varied, as commands."
+)
 Source = Annotated[str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Values to override.")
@@ -326,7 +322,7 @@ def _connect(experiment: Experiment | None = None) -> None:
     from simclr_ray.cluster import connect
 
     connect(experiment)
-    signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own handler there
+    listen()  # Ray has put its own handler there
 
 
 def _checkpoint_in(run: str) -> Path:
@@ -368,7 +364,7 @@ def _show_scores(scores: Sequence[Score]) -> None:
 def main() -> None:
     """Run the command line, mapping errors to exit codes."""
     logs.configure()
-    signal.signal(signal.SIGTERM, _terminate)
+    listen()
     code = 0
     try:
         app()
@@ -384,17 +380,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED_BY_USER
     if code == STOPPED_BY_USER:
-        again = shlex.join(["simclr-ray", *sys.argv[1:]])
-        by = " by the system" if _terminated.is_set() else ""
-        err.print(f"stopped{by}; to continue: {again}", markup=False, soft_wrap=True)
-        code = STOPPED_BY_SYSTEM if _terminated.is_set() else STOPPED_BY_USER
+        code = exit_code_of_stop()
     sys.exit(code)
-
-
-def _terminate(*_: object) -> None:
-    # Ray's blocking calls let KeyboardInterrupt through and swallow everything else
-    _terminated.set()
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

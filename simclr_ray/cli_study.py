@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simclr_ray import config as cfg
+from simclr_ray.console import StudyProgress, out, show_pairs, show_table, study_table
+from simclr_ray.errors import ConfigError, Mistake, RunError
+from simclr_ray.stopping import listen
+
 if TYPE_CHECKING:
     from simclr_ray.studies.definition import Study
+    from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.results import Results
+    from simclr_ray.studies.trials import Trial
 
 study_app = typer.Typer(no_args_is_help=True, add_completion=False)
 Where = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URI of a study.")]
+
+
+@study_app.command(name="list")
+def list_studies() -> None:
+    """List the studies that come with the package, with their scales."""
+    from simclr_ray.studies.definition import load_study, scales_of, study_names
+
+    for name in study_names():
+        study = load_study(name)
+        scales = ", ".join(scales_of(name))
+        text = f"{name:<18} {study.answers}: {study.question} [{scales}]"
+        out.print(text, markup=False, soft_wrap=True)
 
 
 @study_app.command()
@@ -34,18 +59,159 @@ def run(
     Example: simclr-ray study run batch_size --scale cpu data.train=cifar/train data.test=cifar/test
     """
     from simclr_ray.studies.definition import load_study
+    from simclr_ray.studies.run import plan
+    from simclr_ray.studies.trials import base_tree
 
-    _run(load_study(source, scale, *(overrides or [])), dry_run=dry_run)
+    study = load_study(source, scale, *(overrides or []))
+    tree = base_tree(study)
+    trials = plan(study, tree)
+    _show_plan(study, trials)
+    if not dry_run:
+        _run(study, trials)
 
 
-def _run(study: Study, *, dry_run: bool = False) -> None:
-    from simclr_ray.studies.run import plan, run_study
-    from simclr_ray.studies.trials import base_tree, forecast
+@study_app.command()
+def resume(where: Where) -> None:
+    """Go on with a study; finished trials are not run again, open ones go on where they stood."""
+    study, trials = _stored(where)
+    _run(study, trials)
 
-    trials = plan(study, base_tree(study))
-    print(forecast(study, trials))
-    if dry_run:
-        return
-    folder = run_study(study)
-    for o in folder.outcomes():
-        print(o.trial, o.status, o.reason, o.metrics)
+
+@study_app.command()
+def status(where: Where) -> None:
+    """Show how the trials of a study stand."""
+    from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.status import status_of
+
+    study, trials = _stored(where)
+    out.print(study_table(status_of(study, StudyFolder.at(where), trials)))
+
+
+@study_app.command()
+def stop(where: Where) -> None:
+    """Ask a running study to stop; `resume` goes on with it."""
+    from simclr_ray.studies.folder import StudyFolder
+
+    StudyFolder.at(where).ask_to_stop()
+    out.print(f"asked; to go on: simclr-ray study resume {shlex.quote(where)}", soft_wrap=True)
+
+
+@study_app.command()
+def report(where: Where) -> None:
+    """Draw figure, table and page again from what is stored."""
+    from simclr_ray.studies.folder import StudyFolder
+
+    _report(StudyFolder.at(where))
+
+
+@study_app.command()
+def best(
+    where: Where,
+    register: Annotated[
+        str, typer.Option(help="Registered model that its encoder becomes a version of.")
+    ] = "",
+    alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "best",
+) -> None:
+    """Name the best trial, and register its encoder if asked."""
+    from simclr_ray.pipeline import register_run
+    from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.results import best_outcome, results_of, shown
+
+    folder = StudyFolder.at(where)
+    study, _ = folder.definition()
+    outcomes = folder.outcomes()
+    results = results_of(study, outcomes)
+    if results.best is None:
+        raise RunError(f"no trial of {where} has finished")
+    chosen = best_outcome(results, outcomes)
+    show_pairs(
+        {
+            "best point": ", ".join(f"{k}={v}" for k, v in results.best.point.items()),
+            study.metric: f"{shown(study.metric, results.best.mean)}, mean of "
+            f"{results.best.num_seeds} seeds",
+            "trial": chosen.trial,
+            "run folder": chosen.run["folder"],
+        }
+    )
+    if register:
+        made = register_run(chosen.run["folder"], register, alias)
+        out.print(f"registered  models:/{made.name}@{alias} (version {made.version})", markup=False)
+
+
+def _run(study: Study, trials: Sequence[Trial]) -> None:
+    from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.run import run_study
+    from simclr_ray.studies.status import status_of
+    from simclr_ray.studies.trials import study_folder
+
+    folder = StudyFolder(*study_folder(study))
+    command = shlex.join(["simclr-ray", *sys.argv[1:]])
+    with StudyProgress(lambda: status_of(study, folder, trials)):
+        run_study(study, command=command, on_connected=listen)
+    _report(folder)
+    if folder.is_to_stop():
+        again = f"simclr-ray study resume {shlex.quote(folder.uri)}"
+        out.print(f"stopped; to go on: {again}", markup=False, soft_wrap=True)
+
+
+def _report(folder: StudyFolder) -> None:
+    from simclr_ray.studies.page import PAGE, publish_report, verdict_cells
+
+    place, results = publish_report(folder)
+    _show_results(results)
+    for verdict in results.verdicts:
+        difference, won, p, text = verdict_cells(results.study, verdict)
+        out.print(f"{verdict.claim}: {difference}, {won} pairs, p {p}: {text}", soft_wrap=True)
+    failed = [o for o in results.others if o.status == "failed"]
+    for outcome in failed:
+        out.print(f"failed: {outcome.trial}: {outcome.reason}", soft_wrap=True, markup=False)
+    out.print(f"report  {place / PAGE}", markup=False, soft_wrap=True)
+    if failed:
+        raise RunError(f"{len(failed)} of {results.num_trials} trials failed; resume tries again")
+
+
+def _show_results(results: Results) -> None:
+    from simclr_ray.studies.page import points_of_table
+
+    head, rows = points_of_table(results)
+    shown = head.index("paper") + 1  # what a point cost is in the report
+    show_table(results.study.question, head[:shown], [row[:shown] for row in rows])
+
+
+def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
+    from simclr_ray.studies.trials import forecast, note_on_lengths
+
+    taken = forecast(study, trials)
+    drawn = study.search.trials if study.search.name == "optuna" else taken.num_trials
+    rows = {
+        "study": f"{study.name}{f' ({study.scale})' if study.scale else ''}: {study.question}",
+        "answers": study.answers,
+        "trials": f"{drawn}: {taken.num_points} points, {len(study.seeds)} seeds",
+        "images": f"{taken.images:,} in {taken.epochs:,} epochs",
+        "metric": f"{study.metric} ({study.mode})",
+    }
+    if taken.hours:
+        rows["time"] = (
+            f"{taken.hours:.1f} h of one trial after the other at {study.images_per_s:,.0f} "
+            f"images/s, {taken.device_hours:.1f} worker-hours"
+        )
+    else:
+        rows["time"] = "unknown: study.images_per_s=... gives a forecast"
+    note = note_on_lengths(study, trials)
+    show_pairs(rows | ({"lengths": note} if note else {}))
+
+
+def _stored(where: str) -> tuple[Study, list[Trial]]:
+    """Return a stored study, its base lying as a file on this machine, and its trials."""
+    from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.run import plan
+    from simclr_ray.studies.trials import base_tree, restored
+
+    folder = StudyFolder.at(where)
+    study, tree = folder.definition()
+    base = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / "base.yaml"
+    base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")
+    study = study.model_copy(update={"base": str(base)})
+    if study.name != folder.files.name:
+        raise ConfigError([Mistake(where, f"holds study {study.name!r}; folders keep their names")])
+    return study, plan(study, base_tree(study))

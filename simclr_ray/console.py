@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Mapping
-from typing import Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from simclr_ray.studies.status import StudyStatus
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -89,6 +93,93 @@ class ShardProgress(_Line):
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` shards are finished."""
         self.show(f"{self.target}: {done} of {total} shards", last=done == total)
+
+
+class StudyProgress:
+    """Shows how a study stands, again and again: a table on a terminal, elsewhere lines.
+
+    Args:
+        read: Returns the status; called in a thread of its own while the block runs.
+    """
+
+    EVERY_S, LINES_EVERY_S = 2.0, 30.0
+
+    def __init__(self, read: Callable[[], StudyStatus]) -> None:
+        self.read = read
+        self.live = Live(console=err, refresh_per_second=2) if err.is_terminal else None
+        self.began, self.first_epochs = time.monotonic(), -1.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._said: set[str] = set()
+
+    def __enter__(self) -> Self:
+        if self.live is not None:
+            self.live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(timeout=30)
+        if self.live is not None:
+            self.live.stop()
+
+    def _watch(self) -> None:
+        last = False
+        shown_at = float("-inf")
+        while not last:
+            last = self._end.wait(self.EVERY_S)
+            status = self.read()
+            if self.live is not None:
+                self.live.update(study_table(status, self._left(status)))
+                continue
+            self._say_ended(status)
+            if last or time.monotonic() - shown_at >= self.LINES_EVERY_S:
+                shown_at = time.monotonic()
+                running = [t for t in status.trials if t.state == "running"]
+                now = "; ".join(f"{t.name} epoch {t.epoch:.1f}/{t.epochs}" for t in running)
+                err.print(
+                    f"{status.done} of {len(status.trials)} trials, left {self._left(status)}"
+                    + (f"; {now}" if now else ""),
+                    soft_wrap=True,
+                    markup=False,
+                )
+
+    def _say_ended(self, status: StudyStatus) -> None:
+        """Print a line for each trial that has ended since."""
+        for trial in status.trials:
+            if trial.state in ("waiting", "running") or trial.name in self._said:
+                continue
+            self._said.add(trial.name)
+            err.print(
+                f"{trial.name}: {trial.state}, {status.metric} {trial.metric}",
+                soft_wrap=True,
+                markup=False,
+            )
+
+    def _left(self, status: StudyStatus) -> str:
+        if self.first_epochs < 0:
+            self.began, self.first_epochs = time.monotonic(), status.epochs_done
+        done = status.epochs_done - self.first_epochs
+        if not status.epochs_left:
+            return _clock(0)
+        return _clock((time.monotonic() - self.began) / done * status.epochs_left) if done else "?"
+
+
+def study_table(status: StudyStatus, left: str = "") -> Table:
+    """Return the table of trials, those that wait only counted."""
+    title = f"{status.done} of {len(status.trials)} trials" + (f", left {left}" if left else "")
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(("trial", "state", "epoch", status.metric)):
+        table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
+    for trial in status.trials:
+        if trial.state != "waiting":
+            epoch = f"{trial.epoch:.1f}/{trial.epochs}"
+            table.add_row(trial.name, trial.state, epoch, trial.metric)
+    waiting = sum(t.state == "waiting" for t in status.trials)
+    if waiting:
+        table.add_row(f"{waiting} more", "waiting", "", "")
+    return table
 
 
 def show_pairs(rows: Mapping[str, str]) -> None:

@@ -90,6 +90,12 @@ class RunFolder:
         found = files.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
         return sorted(f.base_name for f in found if f.is_file and not f.base_name.startswith("."))
 
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of the folders in a folder in here, in order."""
+        files, root = self._open()
+        found = files.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
+        return sorted(f.base_name for f in found if f.type == fs.FileType.Directory)
+
     def put_folder(self, local: Path, name: str) -> None:
         """Copy a local folder or file to `name`."""
         files, root = self._open()

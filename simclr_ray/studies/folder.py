@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,6 +129,10 @@ class StudyFolder:
         """Return the run folder of a trial's run."""
         return RunFolder(f"{self.uri}/{RUNS}", name)
 
+    def runs(self) -> list[str]:
+        """Return the names of the run folders that there are."""
+        return self.files.folders(RUNS)
+
     def ask_to_stop(self) -> None:
         """Ask the driver, wherever it runs, to stop; the trials keep their checkpoints."""
         self.files.write_text(STOP, "")
@@ -158,13 +163,17 @@ class StudyFolder:
                 raise RunError(f"{self.uri} is being run by another process") from None
             yield
 
-    def report_folder(self) -> Path | None:
-        """Return the local folder of the report, made if absent; None where it is remote."""
-        if self.files.local is None:
-            return None
-        folder = self.files.local / REPORT
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    @contextmanager
+    def report_folder(self) -> Iterator[Path]:
+        """Give a local folder for the report; of a remote study it is copied there at the end."""
+        if self.files.local is not None:
+            folder = self.files.local / REPORT
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+            return
+        folder = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+        yield folder
+        self.files.put_folder(folder, REPORT)
 
 
 def curve_of(lines: str, last_epoch: int = 0) -> Curve:

@@ -1,4 +1,4 @@
-"""Running a study by Ray Tune: the one door to it.
+"""Running a study by Ray Tune: with `search`, the one door to it.
 
 A Tune trial is a small actor that starts one run (`trial.run_trial`) as a Ray task of its own and
 reports the run's epoch ends, so that a scheduler can compare and end it. Nothing of Tune's own
@@ -9,7 +9,6 @@ the rest follows: the same decisions, without training.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -18,10 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
-import numpy as np
 import ray
+import torch
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.util.queue import Empty, Queue
 
 from simclr_ray import config as cfg
@@ -29,11 +27,12 @@ from simclr_ray.cluster import check_cluster, connect, cpus_wanted, is_local
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, Mistake, RunError
 from simclr_ray.experiment import Experiment
-from simclr_ray.studies.definition import Dimension, Study, label_of
+from simclr_ray.machine import version_of
+from simclr_ray.studies.definition import Study, label_of
 from simclr_ray.studies.folder import FINAL, Outcome, StudyFolder
+from simclr_ray.studies.search import EPOCH, optuna_search, random_points, scheduler_of
 from simclr_ray.studies.trial import Job, outcome_of, run_name, run_trial, tag
 from simclr_ray.studies.trials import (
-    Point,
     Trial,
     base_tree,
     digest_of_study,
@@ -45,7 +44,6 @@ from simclr_ray.tracking import TrackedRun, Tracker
 
 DRIVER_CPUS = 0.01  # of the actor that reports; Tune refuses 0
 WAIT_S = 1.0
-EPOCH = "epoch"
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -54,8 +52,15 @@ QUIET = {
 }
 
 
-def run_study(study: Study) -> StudyFolder:
+def run_study(
+    study: Study, *, command: str = "", on_connected: Callable[[], None] | None = None
+) -> StudyFolder:
     """Run a study to its end, or go on with one that was stopped; return its folder.
+
+    Args:
+        study: What to run.
+        command: The command line, to be shown in the report.
+        on_connected: Called when Ray is up, which sets signal handlers of its own.
 
     Raises:
         ConfigError: A trial cannot be, or the name is taken by another definition.
@@ -71,9 +76,12 @@ def run_study(study: Study) -> StudyFolder:
     with folder.locked():
         tracker = Tracker.open(base.tracking, base.storage)
         _start_cluster(study, trials)
+        if on_connected is not None:
+            on_connected()
         parent = _parent_run(study, folder, tracker)
         tracker.end_left_running(parent.run_id)
         folder.take_back_stop()
+        folder.update_state(command=command, versions=_versions())
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
         try:
             is_whole = _tune(study, folder, tree, trials, parent.run_id)
@@ -93,7 +101,7 @@ def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:
     if study.search.name == "grid":
         return make_trials(study, tree, points_of(study))
     if study.search.name == "random":
-        return make_trials(study, tree, _random_points(study))
+        return make_trials(study, tree, random_points(study))
     ends = ({name: label_of(dim.values[at]) for name, dim in dims.items()} for at in (0, -1))
     return make_trials(study, tree, ends)
 
@@ -122,6 +130,17 @@ def _start_cluster(study: Study, trials: Sequence[Trial]) -> None:
     connect(largest, copies=copies)
     for trial in trials:
         check_cluster(trial.experiment)
+
+
+def _versions() -> dict[str, str]:
+    names = ("simclr-ray", "ray", "torch", "mlflow", "numpy")
+    return {name: version_of(name) for name in names} | {"machine": _machine()}
+
+
+def _machine() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores, {capability}, {gpu}"
 
 
 def _check_pictures(folder: StudyFolder, base: Experiment) -> None:
@@ -185,8 +204,8 @@ def _tune(
             tune_config=tune.TuneConfig(
                 metric=study.metric if comparing else None,
                 mode=study.mode if comparing else None,
-                scheduler=_scheduler(study, trials),
-                search_alg=_optuna(study) if searched else None,
+                scheduler=scheduler_of(study, trials),
+                search_alg=optuna_search(study) if searched else None,
                 num_samples=study.search.trials if searched else 1,
                 max_concurrent_trials=concurrency_of(study, trials),
                 reuse_actors=False,
@@ -249,59 +268,6 @@ class _Watch(tune.Callback, tune.Stopper):
         tracked = TrackedRun.attach(outcome.run["tracking_uri"], outcome.run["mlflow_run_id"])
         tracked.finish("KILLED")
         self.folder.write_outcome(outcome)
-
-
-def _scheduler(study: Study, trials: Sequence[Trial]) -> TrialScheduler | None:
-    """Return what compares trials at epoch ends; metric and mode are Tune's to give."""
-    settings = study.scheduler
-    if settings.name == "asha":
-        longest = max(t.experiment.epochs for t in trials)
-        return AsyncHyperBandScheduler(
-            time_attr=EPOCH,
-            grace_period=settings.grace_epochs,
-            reduction_factor=settings.reduction_factor,
-            max_t=settings.max_epochs or longest,
-        )
-    if settings.name == "median":
-        return MedianStoppingRule(time_attr=EPOCH, grace_period=settings.grace_epochs)
-    return None
-
-
-def _domain(dim: Dimension) -> Any:
-    """Return a dimension as Tune draws it."""
-    if dim.uniform:
-        return tune.uniform(*dim.uniform)
-    if dim.loguniform:
-        return tune.loguniform(*dim.loguniform)
-    return tune.choice([label_of(value) for value in dim.listed])
-
-
-def _random_points(study: Study) -> list[Point]:
-    """Return points drawn by the study's own seed: the same after every restart."""
-    rng = np.random.default_rng(study.search.seed)
-    domains = {name: _domain(dim) for name, dim in study.space.items()}
-    draws = [
-        {name: domain.sample(random_state=rng) for name, domain in domains.items()}
-        for _ in range(study.search.trials)
-    ]
-    return list({json.dumps(point, default=float): point for point in draws}.values())
-
-
-def _optuna(study: Study) -> Any:
-    """Return the search. Raises `ConfigError` without optuna, an optional package."""
-    try:
-        import optuna
-        from ray.tune.search.optuna import OptunaSearch
-    except ImportError as error:
-        told = "optuna is not installed: pip install 'simclr-ray[search]'"
-        raise ConfigError([Mistake("search.name", told)]) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(
-        {name: _domain(dim) for name, dim in study.space.items()},
-        sampler=optuna.samplers.TPESampler(seed=study.search.seed),
-        metric=study.metric,
-        mode=study.mode,
-    )
 
 
 @contextmanager

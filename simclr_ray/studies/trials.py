@@ -163,6 +163,16 @@ def base_tree(study: Study) -> dict[str, Any]:
     return cfg.to_tree(base.model_copy(update={"storage": runs, "tracking": tracking}))
 
 
+def restored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return the tree of a stored base as it was given: its storage is the one above the study.
+
+    A study's folder that was moved goes on where it lies now.
+    """
+    storage = folder.rsplit("/", 2)[0]
+    tracking = {k: v for k, v in tree["tracking"].items() if k != "only_params"}
+    return {**tree, "storage": storage, "tracking": tracking}
+
+
 def digest_of_study(study: Study, base: Experiment) -> str:
     """Return 16 hex digits over what decides the results: the base by its content, not its name."""
     looks = ("question", "answers", "notes", "figure", "comparisons", "paper", "budget", "also")

@@ -48,20 +48,20 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "cluster",
     ),
     ("pipeline", "finetune", "report", "studies"),
-    ("cli", "console", ""),
+    ("cli", "cli_study", "console", "stopping", ""),
 )
 # Package -> who may import it. `embedder` travels with a registered model.
 DOORS: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("dist",),
     "ray.data": ("data", "evaluation.extract"),
     "ray.train": ("pretrain", "worker"),
-    "ray.tune": ("studies.run",),
+    "ray.tune": ("studies.run", "studies.search"),
     "mlflow": ("tracking", "registry", "mlflow_store", "embedder"),
-    "matplotlib": ("report",),
+    "matplotlib": ("report", "studies.figures"),
     "pydantic": ("config",),
     "ruamel": ("config",),
     "rich": ("console",),
-    "typer": ("cli",),
+    "typer": ("cli", "cli_study"),
     "safetensors": ("checkpoint", "export", "embedder"),
 }
 

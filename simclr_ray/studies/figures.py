@@ -1,0 +1,163 @@
+"""A study's figure: ours beside the paper's, from stored results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # no display, whatever the machine
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simclr_ray.config import Scalar
+from simclr_ray.studies.definition import Study, label_of
+from simclr_ray.studies.results import Results, is_share
+
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
+COLOURS = "viridis"
+
+
+class Datum(NamedTuple):
+    """One value in the figure."""
+
+    panel: str
+    series: str
+    x: Scalar
+    value: float
+    deviation: float
+
+
+def draw_study(results: Results, path: Path) -> None:
+    """Write the figure, PNG or SVG by its ending: our panels, then the paper's where it has one."""
+    study = results.study
+    percent = 100 if is_share(study.metric) else 1
+    ours = [
+        Datum(*_places(study, row.point), percent * row.mean, percent * row.deviation)
+        for row in results.rows
+    ]
+    paper = _paper(study)
+    panels: list[tuple[str, list[Datum]]] = []
+    for name in dict.fromkeys(d.panel for d in ours):
+        title = (
+            f"here: {study.figure.panel} = {name}" if name else f"here ({study.scale or 'as is'})"
+        )
+        panels.append((title, [d for d in ours if d.panel == name]))
+    if paper:
+        panels.append((f"paper: {study.paper.source}", paper))
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type] # keys are literals there
+        figure = Figure(figsize=(5.2 * max(1, len(panels)), 4.2), layout="constrained")
+        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        for axis, (title, data) in zip(axes, panels, strict=False):
+            is_ours = title.startswith("here")
+            _draw(study, axis, data)
+            axis.set_title(title, fontsize=9)
+            label = study.figure.y_label or study.metric
+            unit = " (%)" if percent == 100 else ""
+            shown = f"{label}{unit}" if is_ours else study.paper.metric
+            if study.figure.kind == "matrix":
+                axis.set_xlabel(f"{study.figure.x}; {shown}", fontsize=8)
+            else:
+                axis.set_ylabel(shown, fontsize=8)
+        figure.suptitle(study.question, fontsize=10)
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, dpi=130, metadata=metadata)
+
+
+def _places(study: Study, point: dict[str, Scalar]) -> tuple[str, str, Scalar]:
+    """Return panel, series and x of a point."""
+    figure = study.figure
+    panel = str(point[figure.panel]) if figure.panel else ""
+    series = str(point[figure.series]) if figure.series else ""
+    return panel, series, point[figure.x]
+
+
+def _paper(study: Study) -> list[Datum]:
+    """Return the paper's values, where its columns hold the figure's axis."""
+    paper, figure = study.paper, study.figure
+    if figure.x not in paper.columns or (figure.series and figure.series not in paper.columns):
+        return []
+    data = []
+    for row in paper.rows:
+        point = dict(zip(paper.columns, row[:-1], strict=True))
+        series = str(point[figure.series]) if figure.series else ""
+        data.append(Datum("", series, point[figure.x], float(row[-1]), 0.0))
+    return data
+
+
+def _draw(study: Study, axis: Axes, data: Sequence[Datum]) -> None:
+    names = list(dict.fromkeys(d.series for d in data))
+    xs = _ordered(study, [d.x for d in data])
+    if study.figure.kind == "matrix":
+        _draw_matrix(axis, data, xs, names)
+        axis.set_ylabel(study.figure.series, fontsize=8)
+        return
+    if study.figure.kind == "bars":
+        _draw_bars(axis, data, xs, names)
+    else:
+        _draw_lines(study, axis, data, xs, names)
+    axis.set_xlabel(study.figure.x_label or study.figure.x, fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(visible=True, axis="y", alpha=0.3)
+    if names != [""]:
+        axis.legend(title=study.figure.series, fontsize=7, title_fontsize=7)
+
+
+def _draw_lines(
+    study: Study, axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: list[str]
+) -> None:
+    scale = study.figure.x_scale
+    colours = mpl.colormaps[COLOURS](np.linspace(0.1, 0.85, max(1, len(names))))
+    for name, colour in zip(names, colours, strict=True):
+        mine = sorted((d for d in data if d.series == name), key=lambda d: xs.index(d.x))
+        at = [xs.index(d.x) if scale == "category" else float(d.x) for d in mine]
+        values, deviations = [d.value for d in mine], [d.deviation for d in mine]
+        axis.errorbar(at, values, deviations, marker="o", ms=4, capsize=3, color=colour, label=name)
+    if scale in ("log2", "log10"):
+        axis.set_xscale("log", base=2 if scale == "log2" else 10)
+    ticks = range(len(xs)) if scale == "category" else [float(x) for x in xs]
+    axis.set_xticks(list(ticks), [str(x) for x in xs])
+    axis.minorticks_off()
+
+
+def _draw_bars(axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: list[str]) -> None:
+    width = 0.8 / max(1, len(names))
+    colours = mpl.colormaps[COLOURS](np.linspace(0.25, 0.75, max(1, len(names))))
+    for place, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        mine = [d for d in data if d.series == name]
+        at = [xs.index(d.x) + (place - (len(names) - 1) / 2) * width for d in mine]
+        values, deviations = [d.value for d in mine], [d.deviation for d in mine]
+        axis.bar(at, values, width, yerr=deviations, capsize=3, color=colour, label=name)
+        for x, d in zip(at, mine, strict=True):
+            axis.annotate(
+                f"{d.value:.1f}", (x, d.value + d.deviation), ha="center", va="bottom", fontsize=7
+            )
+    axis.set_xticks(range(len(xs)), [str(x) for x in xs])
+    axis.margins(y=0.12)  # room for the numbers; bars begin at zero, so that lengths do not lie
+
+
+def _draw_matrix(axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: list[str]) -> None:
+    grid = np.full((len(names), len(xs)), np.nan)
+    for d in data:
+        grid[names.index(d.series), xs.index(d.x)] = d.value
+    axis.imshow(grid, cmap=COLOURS)
+    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+    for i, j in np.ndindex(*grid.shape):
+        if not np.isnan(grid[i, j]):
+            colour = "white" if grid[i, j] < middle else "black"
+            axis.text(j, i, f"{grid[i, j]:.1f}", ha="center", va="center", size=8, color=colour)
+    axis.set_xticks(range(len(xs)), [str(x) for x in xs], fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+
+
+def _ordered(study: Study, values: Sequence[Scalar]) -> list[Scalar]:
+    """Return the different values in the order of the study, the paper's own after them."""
+    found = list(dict.fromkeys(values))
+    if all(isinstance(v, int | float) for v in found):
+        return sorted(found, key=float)
+    listed = [label_of(v) for v in study.space[study.figure.x].listed]
+    return sorted(found, key=lambda v: listed.index(v) if v in listed else len(listed))

@@ -1,0 +1,70 @@
+"""What Ray Tune chooses: the points of a random or learning search, and which trials end early."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
+
+from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.studies.definition import Dimension, Study, label_of
+from simclr_ray.studies.trials import Point, Trial
+
+EPOCH: Final = "epoch"  # what trials are compared at: the key of their reports
+
+
+def scheduler_of(study: Study, trials: Sequence[Trial]) -> TrialScheduler | None:
+    """Return what compares trials at epoch ends; metric and mode are Tune's to give."""
+    settings = study.scheduler
+    if settings.name == "asha":
+        longest = max(t.experiment.epochs for t in trials)
+        return AsyncHyperBandScheduler(
+            time_attr=EPOCH,
+            grace_period=settings.grace_epochs,
+            reduction_factor=settings.reduction_factor,
+            max_t=settings.max_epochs or longest,
+        )
+    if settings.name == "median":
+        return MedianStoppingRule(time_attr=EPOCH, grace_period=settings.grace_epochs)
+    return None
+
+
+def _domain(dim: Dimension) -> Any:
+    """Return a dimension as Tune draws it."""
+    if dim.uniform:
+        return tune.uniform(*dim.uniform)
+    if dim.loguniform:
+        return tune.loguniform(*dim.loguniform)
+    return tune.choice([label_of(value) for value in dim.listed])
+
+
+def random_points(study: Study) -> list[Point]:
+    """Return points drawn by the study's own seed: the same after every restart."""
+    rng = np.random.default_rng(study.search.seed)
+    domains = {name: _domain(dim) for name, dim in study.space.items()}
+    draws = [
+        {name: domain.sample(random_state=rng) for name, domain in domains.items()}
+        for _ in range(study.search.trials)
+    ]
+    return list({json.dumps(point, default=float): point for point in draws}.values())
+
+
+def optuna_search(study: Study) -> Any:
+    """Return the search. Raises `ConfigError` without optuna, an optional package."""
+    try:
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+    except ImportError as error:
+        told = "optuna is not installed: pip install 'simclr-ray[search]'"
+        raise ConfigError([Mistake("search.name", told)]) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return OptunaSearch(
+        {name: _domain(dim) for name, dim in study.space.items()},
+        sampler=optuna.samplers.TPESampler(seed=study.search.seed),
+        metric=study.metric,
+        mode=study.mode,
+    )
