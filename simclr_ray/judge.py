@@ -168,7 +168,11 @@ def probe_run(folder: Path, *overrides: str) -> list[Probe]:
         ConfigError: An override is unknown.
         DataError: A split cannot be read.
     """
-    experiment = experiment_of(folder, *overrides)
+    return probe_as(experiment_of(folder, *overrides), folder)
+
+
+def probe_as(experiment: Experiment, folder: Path) -> list[Probe]:
+    """Return what `probe_run` does, by the splits and settings of `experiment`."""
     data, size = experiment.data, experiment.evaluation_size
     train = Source.open(data.bank or data.train, data.columns, 0 if data.bank else data.limit)
     known = load_split(train, size, PROBE_ROWS, data.max_pixels).images

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from simclr_ray.augment.pairs import BESIDE, WITHIN, pair_shares
+from simclr_ray.augment.pairs import BESIDE, WITHIN, shares_of_views
 from simclr_ray.augment.pipeline import Pipelines
 from simclr_ray.augment.views import Step, TwoViews
 from simclr_ray.data.maker import RowReader, views_of
@@ -24,7 +24,6 @@ from simclr_ray.errors import DataError
 from simclr_ray.experiment import Experiment
 from simclr_ray.records import read_series
 
-PAIRS = 2000
 VIEW_COLOURS = ("tab:orange", "tab:cyan")
 CURVES = (
     ("train/loss", "loss (paper's L)"),
@@ -108,16 +107,11 @@ def _tasks(views: TwoViews | Pipelines, pictures: Sequence[Picture]) -> str:
     """Return how often pairs of crops set each task, over 2,000 pairs of pictures of one size."""
     if not pictures:
         return ""
-    size = pictures[0].pixels.shape
-    blank = [np.zeros((8, 8 * size[1] // size[0] or 8, 3), np.uint8)] * PAIRS
-    ids = np.arange(PAIRS, dtype=np.int64)
-    a, b = (steps[0].draws for steps in views.resized(8).trace(blank, ids, 0))
-    if a is None or b is None:
-        return ""
     if isinstance(views, Pipelines) and views.shared:
         return "both views begin with one crop"
-    boxes = [views.boxes(draws, 10 * size[0], 10 * size[1]) for draws in (a, b)]
-    shares = pair_shares(*boxes)
+    shares = shares_of_views(views, *pictures[0].pixels.shape[:2])
+    if shares is None:
+        return ""
     return (
         f"crop pairs: {shares.global_to_local:.0%} global to local (one holds {WITHIN:.0%} of the "
         f"other, twice its area), {shares.adjacent:.0%} adjacent (overlap {BESIDE:.0%} at most)"

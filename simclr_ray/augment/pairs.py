@@ -12,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_ray.augment.views import Boxes
+from simclr_ray.augment.pipeline import Pipelines
+from simclr_ray.augment.views import Boxes, TwoViews
 
+PAIRS = 2000  # of crops that shares are counted over
 WITHIN = 0.75  # of the smaller box lies in the larger one, which has at least twice its area
 BESIDE = 0.25  # of the smaller box, at most, lies in the other
 
@@ -23,6 +25,21 @@ class PairShares(NamedTuple):
 
     global_to_local: float
     adjacent: float
+
+
+def shares_of_views(views: TwoViews | Pipelines, height: int, width: int) -> PairShares | None:
+    """Return the shares of a pipeline over 2,000 pairs of crops of pictures of one size.
+
+    None where views do not begin with a crop each: without one, or with one crop for both.
+    """
+    if isinstance(views, Pipelines) and views.shared:
+        return None
+    blank = [np.zeros((8, 8 * width // height or 8, 3), np.uint8)] * PAIRS
+    ids = np.arange(PAIRS, dtype=np.int64)
+    a, b = (steps[0].draws for steps in views.resized(8).trace(blank, ids, 0))
+    if a is None or b is None:
+        return None
+    return pair_shares(*(views.boxes(draws, 10 * height, 10 * width) for draws in (a, b)))
 
 
 def pair_shares(a: Boxes, b: Boxes) -> PairShares:

@@ -26,7 +26,15 @@ EPOCH_METRICS = (
     "eval/knn_top1", "eval/alignment", "eval/uniformity", "eval/effective_rank",
     "train/mean_loss", "train/accuracy", "train/entropy",
 )  # fmt: skip
-CLASSIFIER_METRICS = ("test/top1", "test/top5", "test/mean_per_class")
+CLASSIFIER_METRICS = ("test/top1", "test/top5", "test/mean_per_class", "test/map11")
+PROBES = {  # our name -> that of `evaluation.probes`
+    "colour": "color vs grayscale",
+    "rotation": "rotation",
+    "noise": "orig. vs corrupted",
+    "sobel": "orig. vs Sobel filtered",
+}
+PROBE_METRICS = tuple(f"probe/{name}_{part}" for name in PROBES for part in ("h", "z"))
+VIEW_METRICS = ("views/global_to_local", "views/adjacent")  # of pairs of crops (`augment.pairs`)
 EITHER = "top1"  # linear evaluation of h, or the run's own classifier where it has one
 
 
@@ -43,7 +51,7 @@ class Dimension(Config):
     cases: dict[str, dict[str, Any]] = Field(
         {},
         description="Name -> path -> value; all are run. A value of null takes a path away that "
-        "another dimension sets.",
+        "another dimension sets; a path that ends with + adds the items to a list.",
     )
 
     @cfg.model_validator(mode="after")
@@ -163,8 +171,8 @@ class Study(Config):
     metric: str = "final/linear_top1"
     also: list[str] = Field([], description="Metrics that the table shows besides.")
     mode: Literal["max", "min"] = "max"
-    judge: list[Literal["knn", "linear", "lbfgs", "knn_solo", "knn_1"]] = Field(
-        ["knn", "linear"], description="Protocols after training; final/... metrics."
+    judge: list[Literal["knn", "linear", "lbfgs", "knn_solo", "knn_1", "probe"]] = Field(
+        ["knn", "linear"], description="Protocols after training: final/... and probe/... metrics."
     )
     scheduler: Scheduler = Scheduler()
     search: Search = Search()
@@ -235,7 +243,9 @@ class Study(Config):
     def metrics(self) -> list[str]:
         """Return the metrics that trials of this study report."""
         final = [f"final/{protocol}_top1" for protocol in PROTOCOLS if protocol in self.judge]
-        return [*EPOCH_METRICS, *final, *CLASSIFIER_METRICS, *([EITHER] if self.judge else [])]
+        probes = PROBE_METRICS if "probe" in self.judge else ()
+        either = (EITHER,) if self.judge else ()
+        return [*EPOCH_METRICS, *final, *probes, *CLASSIFIER_METRICS, *VIEW_METRICS, *either]
 
 
 def label_of(value: Any) -> Scalar:
@@ -310,7 +320,8 @@ def _merged(tree: dict[str, Any], scale: str, values: dict[str, Any]) -> dict[st
     merged = {**tree, **values, "scale": scale}
     for key in ("set", "paper"):
         merged[key] = {**tree.get(key, {}), **values.get(key, {})}
-    return merged
+    whole: dict[str, Any] = json.loads(json.dumps(merged))  # keys that look like numbers are text
+    return whole
 
 
 def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:

@@ -11,15 +11,17 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from simclr_ray.augment.pairs import shares_of_views
+from simclr_ray.data.maker import views_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CollapsedRun, SimclrRayError
 from simclr_ray.experiment import ClassifierHead, Experiment, NTXent
-from simclr_ray.judge import score_classifier, score_trained
+from simclr_ray.judge import probe_as, score_classifier, score_trained
 from simclr_ray.pretrain import METRICS, RUN_FILE, Record, Run, pretrain
 from simclr_ray.records import read_records
 from simclr_ray.resolve import resolved
 from simclr_ray.storage import RunFolder
-from simclr_ray.studies.definition import EITHER, Study
+from simclr_ray.studies.definition import EITHER, PROBES, Study
 from simclr_ray.studies.folder import Outcome, Status, StudyFolder, curve_of
 from simclr_ray.studies.trials import Trial
 from simclr_ray.tracking import TrackedRun, Tracker
@@ -118,17 +120,24 @@ def outcome_of(
 
 def judge_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
     """Return the metrics after training, and log them in an MLflow run under the trial's."""
-    if not experiment.data.test:
-        return {}
     experiment = experiment.absolute()
     metrics: dict[str, float] = {}
-    if study.judge:
-        score = score_trained(experiment, run.checkpoint, study.judge)
+    protocols = [name for name in study.judge if name != "probe"]
+    if protocols:
+        score = score_trained(experiment, run.checkpoint, protocols)
         named = {k: v for k, v in score._asdict().items() if isinstance(v, float)}
         metrics |= {f"final/{key}": value for key, value in named.items()}
+    if "probe" in study.judge:
+        found = {p.target: p for p in probe_as(experiment, run.checkpoint)}
+        for name, target in PROBES.items():
+            metrics |= {f"probe/{name}_h": found[target].h, f"probe/{name}_z": found[target].z}
+    side = experiment.evaluation_size
+    shares = shares_of_views(views_of(experiment.augment, experiment.seed), side, side)
+    if shares is not None:
+        metrics |= {f"views/{key}": value for key, value in shares._asdict().items()}
     if isinstance(experiment.head, ClassifierHead):
-        shares = score_classifier(run.checkpoint, experiment)._asdict()
-        metrics |= {f"test/{key}": float(value) for key, value in shares.items()}
+        classified = score_classifier(run.checkpoint, experiment)._asdict()
+        metrics |= {f"test/{key}": float(value) for key, value in classified.items()}
     either = metrics.get("test/top1", metrics.get("final/linear_top1"))
     if either is not None:
         metrics[EITHER] = either

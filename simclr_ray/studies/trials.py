@@ -198,7 +198,8 @@ _OURS = ("seed", "name", "tracking.parent_run", "tracking.only_params", "registe
 
 def _dimensions(study: Study) -> Iterator[list[str]]:
     for name, dim in study.space.items():
-        yield [path for case in dim.cases.values() for path in case] if dim.cases else [name]
+        paths = [path.rstrip("+") for case in dim.cases.values() for path in case]
+        yield paths if dim.cases else [name]
 
 
 def _trial(study: Study, tree: Mapping[str, Any], point: Point, seed: int) -> Trial:
@@ -207,12 +208,14 @@ def _trial(study: Study, tree: Mapping[str, Any], point: Point, seed: int) -> Tr
         if not dim.cases:
             listed = {label_of(v): v for v in dim.listed}
             values[name] = listed.get(point[name], point[name])
-    for name, dim in study.space.items():  # a case may say that another dimension has no place
-        if dim.cases:
-            values |= dim.cases[str(point[name])]
-    values = {path: value for path, value in values.items() if value is not None}
+    cases = [dim.cases[str(point[name])] for name, dim in study.space.items() if dim.cases]
+    for case in cases:  # one may say that another dimension has no place
+        values |= {path: value for path, value in case.items() if not path.endswith("+")}
+    made = _with(tree, {path: value for path, value in values.items() if value is not None})
+    for case in cases:
+        made = _appended(made, {p[:-1]: v for p, v in case.items() if p.endswith("+")})
     name = name_of(study, point, seed)
-    experiment = cfg.validate(Experiment, {**_with(tree, values), "name": name})
+    experiment = cfg.validate(Experiment, {**made, "name": name})
     return Trial(name, (Cell(point, 0),), seed, experiment)
 
 
@@ -231,6 +234,19 @@ def _with(tree: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a tree with `path=value` set; JSON is YAML, so that any value can be written down."""
     texts = [f"{path}={json.dumps(value)}" for path, value in values.items()]
     return cfg.apply_overrides(tree, texts, Experiment)
+
+
+def _appended(tree: Mapping[str, Any], added: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Return a tree with items added to its lists; what is there already is not added again."""
+    texts = []
+    for path, items in added.items():
+        node: Any = tree
+        for key in path.split("."):
+            node = node.get(key, []) if isinstance(node, Mapping) else []
+        if not isinstance(node, list):
+            raise ConfigError([Mistake(f"{path}+", "is no list, so nothing can be added to it")])
+        texts.append((path, [*node, *(item for item in items if item not in node)]))
+    return _with(tree, dict(texts))
 
 
 def _merged(trials: Iterable[Trial]) -> list[Trial]:

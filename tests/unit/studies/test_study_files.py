@@ -1,0 +1,36 @@
+"""Every study file is whole: at each scale all trials are experiments that would start."""
+
+from __future__ import annotations
+
+import pytest
+
+from simclr_ray.studies.definition import load_study, scales_of, study_names
+from simclr_ray.studies.trials import base_tree, make_trials, points_of
+
+ALL = [(name, scale) for name in study_names() for scale in scales_of(name)]
+
+
+def test_the_studies_of_the_paper_are_there() -> None:
+    assert study_names() == [
+        "batch_size", "cifar10_grid", "colour_strength", "composition", "crop_scale",
+        "encoder_size", "long_training", "losses", "optimizer", "projection_head",
+        "temperature", "what_h_keeps",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "scale"), ALL)
+def test_every_trial_of_a_study_is_a_valid_experiment(name: str, scale: str) -> None:
+    study = load_study(name, scale)
+    trials = make_trials(study, base_tree(study), points_of(study))
+    assert len(trials) >= 2
+    assert len({t.name for t in trials}) == len(trials)
+    digests = {(t.experiment.digest(), t.experiment.batch_size) for t in trials}
+    assert len(digests) == len(trials)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_a_study_has_a_scale_for_a_machine_without_gpu(name: str) -> None:
+    study = load_study(name, "cpu")
+    assert study.scale == "cpu"
+    assert study.base == "cifar10_study_cpu"
+    assert study.paper.rows
