@@ -218,6 +218,8 @@ class Study(Config):
             raise ValueError(f"search.name={self.search.name} needs search.trials above 0")
         if self.search.name == "optuna" and len(self.seeds) > 1:
             raise ValueError("search.name=optuna learns from one seed; give one")
+        if self.search.name == "optuna" and all(d.listed for d in self.space.values()):
+            raise ValueError("search.name=optuna needs a range; run listed values by grid")
 
     def _check_names(self) -> None:
         """Raise for a figure or comparison that speaks of what does not vary."""

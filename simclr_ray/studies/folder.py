@@ -171,7 +171,8 @@ class StudyFolder:
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
             return
-        folder = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+        folder = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / REPORT
+        folder.mkdir()
         yield folder
         self.files.put_folder(folder, REPORT)
 

@@ -63,7 +63,7 @@ def publish_report(folder: StudyFolder) -> tuple[Path, Results]:
     state = folder.state()
     if state.get("mlflow_run_id"):
         run = TrackedRun.attach(state["tracking_uri"], state["mlflow_run_id"])
-        run.log_artifact(target, "report")
+        run.log_artifact(target)
         best = results.best
         if best is not None:
             run.log_metrics({f"best/{results.study.metric}": best.mean}, results.num_trials)

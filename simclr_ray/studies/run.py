@@ -30,7 +30,13 @@ from simclr_ray.experiment import Experiment
 from simclr_ray.machine import version_of
 from simclr_ray.studies.definition import Study, label_of
 from simclr_ray.studies.folder import FINAL, Outcome, StudyFolder
-from simclr_ray.studies.search import EPOCH, optuna_search, random_points, scheduler_of
+from simclr_ray.studies.search import (
+    EPOCH,
+    optuna_search,
+    random_points,
+    scheduler_of,
+    searched_space,
+)
 from simclr_ray.studies.trial import Job, outcome_of, run_name, run_trial, tag
 from simclr_ray.studies.trials import (
     Trial,
@@ -200,7 +206,9 @@ def _tune(
     with _quiet():
         tune.Tuner(
             tune.with_resources(report, {"CPU": DRIVER_CPUS}),
-            param_space={} if searched else {"trial": tune.grid_search(list(todo))},
+            param_space=searched_space(study)
+            if searched
+            else {"trial": tune.grid_search(list(todo))},
             tune_config=tune.TuneConfig(
                 metric=study.metric if comparing else None,
                 mode=study.mode if comparing else None,

@@ -45,12 +45,17 @@ def _domain(dim: Dimension) -> Any:
 def random_points(study: Study) -> list[Point]:
     """Return points drawn by the study's own seed: the same after every restart."""
     rng = np.random.default_rng(study.search.seed)
-    domains = {name: _domain(dim) for name, dim in study.space.items()}
+    domains = searched_space(study)
     draws = [
         {name: domain.sample(random_state=rng) for name, domain in domains.items()}
         for _ in range(study.search.trials)
     ]
     return list({json.dumps(point, default=float): point for point in draws}.values())
+
+
+def searched_space(study: Study) -> dict[str, Any]:
+    """Return the space as Tune knows it, for a search that draws from it."""
+    return {name: _domain(dim) for name, dim in study.space.items()}
 
 
 def optuna_search(study: Study) -> Any:
@@ -63,7 +68,6 @@ def optuna_search(study: Study) -> Any:
         raise ConfigError([Mistake("search.name", told)]) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
-        {name: _domain(dim) for name, dim in study.space.items()},
         sampler=optuna.samplers.TPESampler(seed=study.search.seed),
         metric=study.metric,
         mode=study.mode,

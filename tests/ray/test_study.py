@@ -1,0 +1,228 @@
+"""Studies under Ray Tune: outcomes, MLflow, kills, and what a scheduler has ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from simclr_ray import config as cfg
+from simclr_ray.errors import ConfigError
+from simclr_ray.studies.definition import load_study
+from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.page import publish_report
+from simclr_ray.studies.run import run_study
+from tests.ray.pictures import write_shapes
+from tests.ray.test_pretrain import tree_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study")
+    write_shapes(path / "train.parquet", 130, row_group_size=100)
+    write_shapes(path / "test.parquet", 60)
+    return path
+
+
+def study_file(folder: Path, storage: str, **changes: Any) -> Path:
+    base = {**tree_of(folder, storage, 1, "float32"), "epochs": 2}
+    base["evaluation"] = {"every_epochs": 1, "linear": {"epochs": 3}}
+    base["scaling"] = {"threads_per_worker": 1}
+    (folder / f"{storage}.base.yaml").write_text(cfg.dump_yaml(base))
+    study = {
+        "name": "s",
+        "question": "?",
+        "answers": "nothing",
+        "base": str(folder / f"{storage}.base.yaml"),
+        "space": {"loss.temperature": {"grid": [0.1, 0.5]}},
+        "figure": {"x": "loss.temperature"},
+        "comparisons": [
+            {
+                "claim": "0.1 beats 0.5",
+                "better": {"loss.temperature": 0.1},
+                "worse": {"loss.temperature": 0.5},
+            }
+        ],
+        "paper": {"source": "-", "metric": "-", "columns": ["loss.temperature"], "rows": []},
+        **changes,
+    }
+    path = folder / f"{storage}.yaml"
+    path.write_text(cfg.dump_yaml(study))
+    return path
+
+
+def runs_of(folder: StudyFolder) -> dict[str, Any]:
+    """Return name -> MLflow run: the study's, its children and theirs."""
+    state = folder.state()
+    client = MlflowClient(state["tracking_uri"])
+    found = {"": client.get_run(state["mlflow_run_id"])}
+    experiments = [found[""].info.experiment_id]
+    for parent in (found[""], *client.search_runs(experiments, "tags.study = 's'")):
+        wanted = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+        found |= {run.info.run_name: run for run in client.search_runs(experiments, wanted)}
+    return found
+
+
+def facts(folder: StudyFolder) -> dict[str, Any]:
+    """Return everything of a study that must repeat bit for bit."""
+    publish_report(folder)
+    results = json.loads((Path(folder.uri) / "report" / "results.json").read_text())
+    keys = ("point", "mean", "deviation", "num_seeds", "also", "paper", "images")
+    return {
+        "outcomes": {
+            o.trial: (o.status, o.cells, o.seed, o.metrics, o.curve) for o in folder.outcomes()
+        },
+        "rows": [{k: row[k] for k in keys} for row in results["rows"]],
+        "claims": results["claims"],
+        "figure": (Path(folder.uri) / "report" / "figure.svg").read_text(),
+    }
+
+
+def test_a_study_ends_with_outcomes_and_one_family_of_mlflow_runs(
+    folder: Path, ray_cluster: str
+) -> None:
+    cases = {
+        "fine": {"loss.temperature": 0.2},
+        "diverging": {"optimizer.name": "sgd", "schedule.learning_rate": 1e30},
+    }
+    space = {"setting": {"cases": cases}}
+    study = load_study(
+        str(study_file(folder, "first", space=space, figure={"x": "setting"}, comparisons=[]))
+    )
+    study_folder = run_study(study, command="the command")
+    by_name = {o.trial: o for o in study_folder.outcomes()}
+    fine, lost = by_name["setting-fine_seed-0"], by_name["setting-diverging_seed-0"]
+    assert (fine.status, sorted(fine.curve)) == ("finished", [1, 2])
+    assert {"final/linear_top1", "final/knn_top1", "top1"} <= set(fine.metrics)
+    assert lost.status == "collapsed"
+    assert "not finite" in lost.reason
+    publish_report(study_folder)
+    runs = runs_of(study_folder)
+    statuses = {name.split("_seed")[0]: run.info.status for name, run in runs.items()}
+    assert statuses == {
+        "": "FINISHED",
+        "setting-fine": "FINISHED",
+        "setting-diverging": "FAILED",
+    } | {name: "FINISHED" for name in statuses if name.endswith("-evaluation")}
+    (child,) = (r for r in runs.values() if r.info.run_id == fine.run["mlflow_run_id"])
+    shown = {"seed", "rest", "loss.temperature", "optimizer.name", "schedule.learning_rate"}
+    assert set(child.data.params) <= shown
+    assert len(runs) == 4  # with the evaluation of the one that finished
+    client = MlflowClient(study_folder.state()["tracking_uri"])
+    files = {f.path for f in client.list_artifacts(runs[""].info.run_id, "report")}
+    wanted = ("report.html", "figure.png", "figure.svg", "results.md", "results.json")
+    assert {f"report/{name}" for name in wanted} == files
+
+    began = time.monotonic()
+    before = facts(study_folder)
+    run_study(study)
+    assert time.monotonic() - began < 15  # nothing is run again
+    assert facts(study_folder) == before
+
+
+def test_a_name_that_is_taken_by_another_definition_is_refused(
+    folder: Path, ray_cluster: str
+) -> None:
+    study = load_study(str(study_file(folder, "taken", budget={"hours": 1e-9})))
+    taken = run_study(study)  # out of time at once
+    assert not taken.outcomes()
+    other = load_study(str(study_file(folder, "taken")), "", "study.seeds=[5]")
+    with pytest.raises(ConfigError, match="another definition"):
+        run_study(other)
+    assert runs_of(taken)[""].info.status == "KILLED"
+
+
+def program(source: Path) -> list[str]:
+    return [sys.executable, "-m", "simclr_ray.cli", "study", "run", str(source)]
+
+
+def _ended(program: list[str]) -> None:
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_killed_study_goes_on_to_the_last_bit(folder: Path) -> None:
+    settings: dict[str, Any] = {"seeds": [0, 1], "concurrency": 1}
+    whole = study_file(folder, "whole", **settings)
+    _ended(program(whole))
+    undisturbed = StudyFolder(str(folder / "whole" / "studies"), "s")
+
+    source = study_file(folder, "killed", **settings)
+    driver = subprocess.Popen(program(source), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    broken = StudyFolder(str(folder / "killed" / "studies"), "s")
+    deadline = time.monotonic() + 300
+    while not _within_second_trial(broken):  # one trial is whole, the next past its first epoch
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    finished = broken.outcomes()
+    assert len(finished) == 1
+    first = Path(finished[0].run["folder"]) / "metrics.jsonl"
+    log_of_first, stamp = first.read_bytes(), first.stat().st_mtime_ns
+
+    _ended([sys.executable, "-m", "simclr_ray.cli", "study", "resume", broken.uri])
+    assert (first.read_bytes(), first.stat().st_mtime_ns) == (log_of_first, stamp)
+    assert facts(broken) == facts(undisturbed)
+    statuses = {run.info.status for run in runs_of(broken).values()}
+    assert statuses <= {"FINISHED", "KILLED"}
+    assert "RUNNING" not in statuses
+
+
+def _within_second_trial(folder: StudyFolder) -> bool:
+    if len(folder.outcomes()) != 1 or len(folder.runs()) != 2:
+        return False
+    done = {Path(o.run["folder"]).name for o in folder.outcomes()}
+    (open_run,) = (name for name in folder.runs() if name not in done)
+    return bool(folder.run(open_run).checkpoints())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_scheduler_ends_trials_and_decides_alike_after_a_stop(folder: Path) -> None:
+    settings: dict[str, Any] = {
+        "space": {"schedule.learning_rate": {"grid": [1.0, 0.01, 0.001]}},
+        "figure": {"x": "schedule.learning_rate"},
+        "comparisons": [],
+        "metric": "eval/effective_rank",
+        "judge": [],
+        "scheduler": {"name": "asha", "reduction_factor": 2},
+        "set": {"epochs": 4},
+        "concurrency": 1,
+    }
+    whole = study_file(folder, "asha", **settings)
+    _ended(program(whole))
+    undisturbed = StudyFolder(str(folder / "asha" / "studies"), "s")
+    statuses = [o.status for o in undisturbed.outcomes()]
+    assert "stopped" in statuses
+    assert "finished" in statuses
+    for outcome in undisturbed.outcomes():
+        if outcome.status == "stopped":
+            assert max(outcome.curve) < 4
+            assert "others were better" in outcome.reason
+
+    source = study_file(folder, "asha_stopped", **settings)
+    driver = subprocess.Popen(program(source), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    broken = StudyFolder(str(folder / "asha_stopped" / "studies"), "s")
+    deadline = time.monotonic() + 300
+    while not broken.outcomes():
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    broken.ask_to_stop()
+    assert driver.wait(timeout=120) == 0
+    assert len(broken.outcomes()) < 3
+    _ended([sys.executable, "-m", "simclr_ray.cli", "study", "resume", broken.uri])
+    assert facts(broken) == facts(undisturbed)

@@ -1,0 +1,210 @@
+"""A study is checked whole before anything starts, and says what is wrong where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simclr_ray import config as cfg
+from simclr_ray.errors import ConfigError
+from simclr_ray.experiment import Experiment
+from simclr_ray.studies.definition import Study, load_study
+from simclr_ray.studies.trials import (
+    base_tree,
+    digest_of_study,
+    make_trials,
+    note_on_lengths,
+    points_of,
+)
+
+BASE = """
+name: t
+data: {train: train, test: test}
+augment: {name: simclr, size: 16, blur: 0.0}
+encoder: {name: resnet, depth: 10, width: 0.125, stem: strided}
+batch_size: 16
+epochs: 2
+"""
+
+
+def tree_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    (folder / "base.yaml").write_text(BASE)
+    return {
+        "name": "s",
+        "question": "?",
+        "answers": "Figure 0",
+        "base": str(folder / "base.yaml"),
+        "space": {"batch_size": {"grid": [8, 16]}, "epochs": {"grid": [1, 2, 4]}},
+        "figure": {"x": "batch_size"},
+        "paper": {"source": "-", "metric": "-", "columns": ["batch_size"], "rows": [[8, 1.0]]},
+        **changes,
+    }
+
+
+def written(folder: Path, **changes: Any) -> str:
+    path = folder / "study.yaml"
+    path.write_text(cfg.dump_yaml(tree_of(folder, **changes)))
+    return str(path)
+
+
+def trials_of(source: str, *overrides: str) -> list[Any]:
+    study = load_study(source, "", *overrides)
+    return make_trials(study, base_tree(study), points_of(study))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"space": {}}, "space is empty"),
+        ({"space": {"batch_size": {"grid": []}}}, "is empty: there is nothing to run"),
+        ({"space": {"batch_size": {}}}, "needs one of: grid"),
+        ({"space": {"batch_size": {"grid": [8, 8]}}}, "names a value twice"),
+        ({"space": {"batch_size": {"uniform": [2.0, 1.0]}}}, "low below high"),
+        ({"space": {"batch_size": {"loguniform": [0.0, 1.0]}}}, "above 0"),
+        ({"space": {"batch_size": {"choice": [8]}}}, "search.name=random"),
+        ({"metric": "final/linear_top2"}, "did you mean 'final/linear_top1'?"),
+        ({"metric": "final/lbfgs_top1"}, "nobody reports"),
+        ({"scheduler": {"name": "pbt"}}, "pbt is refused"),
+        ({"scheduler": {"name": "asha"}}, "metric must be one of"),
+        ({"search": {"name": "random"}}, "needs search.trials above 0"),
+        ({"figure": {"x": "batch"}}, "did you mean 'batch_size'?"),
+        ({"seeds": [1, 1]}, "names one twice"),
+        ({"comparisons": [{"claim": "c", "better": {"epochs": 3}, "worse": {}}]}, "is not run"),
+        ({"questions": "?"}, "unknown key"),
+    ],
+)
+def test_what_cannot_be_is_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_study(written(tmp_path, **changes))
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"space": {"batchsize": {"grid": [8]}}, "figure": {"x": "batchsize"}}, "batch_size"),
+        ({"space": {"batch_size": {"grid": [1, 8]}}}, "got 1"),
+        ({"set": {"loss.temprature": 1.0}}, "temperature"),
+        ({"space": {"seed": {"grid": [1, 2]}}, "figure": {"x": "seed"}}, "varies by `seeds`"),
+        ({"metric": "eval/knn_top1", "set": {"evaluation.every_epochs": 0}}, "every_epochs is 0"),
+        ({"metric": "test/top1"}, "is a classifier's"),
+        ({"budget": {"trials": 3}}, "6 trials are wanted"),
+    ],
+)
+def test_a_trial_that_cannot_be_is_named_before_any_runs(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        trials_of(written(tmp_path, **changes))
+    assert says in str(raised.value)
+
+
+def test_a_mistake_of_many_trials_is_said_once(tmp_path: Path) -> None:
+    space = {"batch_size": {"grid": [1, 8]}, "epochs": {"grid": [1, 2, 4]}}
+    with pytest.raises(ConfigError) as raised:
+        trials_of(written(tmp_path, space=space))
+    assert len(raised.value.mistakes) == 1
+
+
+def test_a_mistake_at_a_scale_that_was_not_asked_for_is_found(tmp_path: Path) -> None:
+    source = written(tmp_path, scales={"cpu": {}, "imagenet": {"seedz": [1]}})
+    with pytest.raises(ConfigError, match="seedz"):
+        load_study(source, "cpu")
+    with pytest.raises(ConfigError, match="did you mean 'cpu'"):
+        load_study(written(tmp_path, scales={"cpu": {}}), "cpus")
+
+
+def test_overrides_go_to_the_trials_or_to_the_study(tmp_path: Path) -> None:
+    trials = trials_of(written(tmp_path), "loss.temperature=0.7", "study.seeds=[3, 4]")
+    assert {t.experiment.loss.temperature for t in trials} == {0.7}
+    assert [t.seed for t in trials] == [3] * 6 + [4] * 6
+
+
+def test_every_point_is_run_with_every_seed_under_a_name_of_its_own(tmp_path: Path) -> None:
+    trials = trials_of(written(tmp_path), "study.seeds=[0, 1]")
+    assert [t.name for t in trials[:2]] == [
+        "batch_size-8_epochs-1_seed-0",
+        "batch_size-8_epochs-2_seed-0",
+    ]
+    assert len({t.name for t in trials}) == 12
+    assert {(t.experiment.batch_size, t.experiment.epochs, t.experiment.seed) for t in trials} == {
+        (b, e, s) for b in (8, 16) for e in (1, 2, 4) for s in (0, 1)
+    }
+
+
+def test_a_constant_rate_reads_lengths_off_one_run_and_a_cosine_does_not(tmp_path: Path) -> None:
+    source = written(tmp_path, metric="eval/knn_top1")
+    apart = trials_of(source)
+    assert len(apart) == 6
+    shared = trials_of(source, "schedule.decay=constant")
+    assert [[(c.point["epochs"], c.epoch) for c in t.cells] for t in shared] == [
+        [(1, 1), (2, 2), (4, 4)]
+    ] * 2
+    assert {t.experiment.epochs for t in shared} == {4}
+    study = load_study(source)
+    assert "cosine" in note_on_lengths(study, apart)
+    assert "one run" in note_on_lengths(study, shared)
+
+
+def test_cases_move_several_paths_and_take_others_away(tmp_path: Path) -> None:
+    space = {
+        "head": {
+            "cases": {
+                "none": {"head.name": "none", "head.dim": None},
+                "mlp": {"head.name": "mlp", "head.layers": 3},
+            }
+        },
+        "head.dim": {"grid": [8, 16]},
+    }
+    trials = trials_of(written(tmp_path, space=space, figure={"x": "head.dim"}))
+    heads = {t.experiment.head.model_dump_json() for t in trials}
+    assert len(heads) == 3
+    (none,) = (t for t in trials if t.experiment.head.name == "none")
+    assert [c.point["head.dim"] for c in none.cells] == [8, 16]  # one run stands for both
+
+
+def test_lists_are_added_to_and_nothing_twice(tmp_path: Path) -> None:
+    base = {
+        "name": "pipeline",
+        "size": 16,
+        "shared": [{"name": "crop"}],
+        "a": [],
+        "symmetric": False,
+    }
+    stages = {
+        "cut": {"augment.a+": [{"name": "cutout"}]},
+        "sobel": {"augment.a+": [{"name": "sobel"}]},
+    }
+    space = {"first": {"cases": stages}, "second": {"cases": stages}}
+    trials = trials_of(written(tmp_path, set={"augment": base}, space=space, figure={"x": "first"}))
+    found = [[stage.name for stage in t.experiment.augment.a] for t in trials]
+    assert found == [["cutout"], ["cutout", "sobel"], ["sobel", "cutout"], ["sobel"]]
+
+
+def test_the_digest_knows_results_from_looks_and_placement(tmp_path: Path) -> None:
+    def digest(*overrides: str) -> str:
+        study = load_study(written(tmp_path), "", *overrides)
+        return digest_of_study(study, cfg.validate(Experiment, base_tree(study)))
+
+    same = digest()
+    for looks in (
+        "study.question=why",
+        "study.concurrency=3",
+        "storage=elsewhere",
+        "scaling.num_workers=2",
+    ):
+        assert digest(looks) == same, looks
+    for changed in ("study.seeds=[1]", "loss.temperature=0.3", "evaluation.test_limit=5"):
+        assert digest(changed) != same, changed
+
+
+def test_only_what_varies_becomes_a_parameter(tmp_path: Path) -> None:
+    (trial, *_) = trials_of(written(tmp_path))
+    assert trial.experiment.tracking.only_params == ["batch_size", "epochs", "seed"]
+
+
+def test_a_study_is_the_same_whatever_class_reads_it(tmp_path: Path) -> None:
+    study = cfg.validate(Study, tree_of(tmp_path))
+    assert study == load_study(written(tmp_path))

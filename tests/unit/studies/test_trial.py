@@ -1,0 +1,78 @@
+"""A trial that has collapsed is ended, with the reason; a healthy one is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from simclr_ray import config as cfg
+from simclr_ray.errors import CollapsedRun
+from simclr_ray.experiment import Experiment
+from simclr_ray.pretrain import METRICS
+from simclr_ray.storage import RunFolder
+from simclr_ray.studies.trial import _Watch, outcome_of
+from simclr_ray.studies.trials import Cell, Trial
+
+N = 64
+STUCK = math.log(2 * N - 1)
+
+
+def experiment(**changes: object) -> Experiment:
+    tree = {"name": "t", "data": {"train": "x"}, "batch_size": N, "epochs": 20, **changes}
+    return cfg.validate(Experiment, {**tree, "schedule": {"warmup_epochs": 1.0}})
+
+
+def told() -> tuple[list[tuple[int, dict[str, float]]], _Watch]:
+    epochs: list[tuple[int, dict[str, float]]] = []
+    return epochs, _Watch(experiment(), lambda epoch, values: epochs.append((epoch, values)))
+
+
+def test_epoch_ends_carry_the_training_record_before_them() -> None:
+    epochs, watch = told()
+    watch({"step": 5, "epoch": 1.0, "total": 9, "train/mean_loss": 3.0})
+    watch({"step": 5, "epoch": 1, "total": 9, "eval/knn_top1": 0.5, "eval/effective_rank": 9.0})
+    assert epochs == [
+        (1, {"train/mean_loss": 3.0, "eval/knn_top1": 0.5, "eval/effective_rank": 9.0})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "loss", "ends"),
+    [(2.9, STUCK, False), (3.1, STUCK, True), (3.1, STUCK - 0.2, False), (9.0, STUCK, True)],
+)
+def test_a_loss_of_equal_embeddings_ends_a_run_once_it_has_had_its_time(
+    epoch: float, loss: float, *, ends: bool
+) -> None:
+    _, watch = told()
+    record = {"step": 1, "epoch": epoch, "total": 9, "train/mean_loss": loss}
+    if not ends:
+        watch(record)
+        return
+    with pytest.raises(CollapsedRun, match=r"stuck: .* 4\.8442"):
+        watch(record)
+
+
+def test_features_of_one_direction_end_a_run() -> None:
+    _, watch = told()
+    with pytest.raises(CollapsedRun, match=r"effective rank is 1\.02"):
+        watch({"step": 1, "epoch": 1, "total": 9, "eval/effective_rank": 1.02})
+
+
+def test_a_loss_that_is_not_ntxent_is_not_judged_by_it() -> None:
+    watch = _Watch(experiment(loss={"name": "triplet"}), lambda *_: None)
+    watch({"step": 1, "epoch": 9.0, "total": 9, "train/mean_loss": STUCK})
+
+
+def test_cost_is_read_off_the_records_whatever_was_repeated(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    (tmp_path / "run").mkdir()
+    records = [(10, 64.0), (20, 128.0), (10, 32.0)]  # step 10 again, after a kill
+    lines = [json.dumps({"step": s, "epoch": 1, "train/images_per_s": v}) for s, v in records]
+    (tmp_path / "run" / METRICS).write_text("\n".join(lines))
+    made = experiment(scaling={"num_workers": 2})
+    trial = Trial("t", (Cell({"a": 1}, 0),), 0, made)
+    cost = outcome_of(trial, folder, "finished").cost
+    assert cost == {"images": 20 * N, "seconds": 20.0 + 5.0, "device_seconds": 50.0}
