@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from simclr_ray.pipeline import register_run as register
     from simclr_ray.pretrain import Run
     from simclr_ray.pretrain import pretrain as pretrain
+    from simclr_ray.studies.definition import load_study
+    from simclr_ray.studies.page import publish_report
+    from simclr_ray.studies.run import run_study
 
 _WHERE = {
     "Experiment": "experiment",
@@ -47,9 +50,12 @@ _WHERE = {
     "evaluate": "judge:judge",
     "format_table": "evaluation.table",
     "load_encoder": "export",
+    "load_study": "studies.definition",
     "prepare": "data.prepare",
     "pretrain": "pretrain",
+    "publish_report": "studies.page",
     "register": "pipeline:register_run",
+    "run_study": "studies.run",
 }
 
 __all__ = [
@@ -66,9 +72,12 @@ __all__ = [
     "evaluate",
     "format_table",
     "load_encoder",
+    "load_study",
     "prepare",
     "pretrain",
+    "publish_report",
     "register",
+    "run_study",
 ]
 
 
