@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import io
 import math
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,64 +53,25 @@ def register_one(tracker: Tracker, folder: Path) -> TrackedRun:
     return run
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """Run `mlflow server` with served artifacts in a process group of its own; give its URI."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--workers", "1",
-        "--artifacts-destination", str(tmp_path / "served"), "--serve-artifacts",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-    )
-    assert process.stderr is not None
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            told = "".join(lines)
-            # on its own, either may come before the port is open
-            if "Application startup complete" in told and "Uvicorn running on" in told:
-                break
-        else:
-            pytest.fail("the server did not start:\n" + "".join(lines))
-        rest = collections.deque[str](maxlen=1)  # read on, or the server blocks on a full pipe
-        reader = threading.Thread(target=rest.extend, args=(process.stderr,), daemon=True)
-        reader.start()
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    reader.join()
-    process.stderr.close()
-
-
 @pytest.mark.slow
 def test_a_real_server_gives_back_runs_metrics_artifacts_and_the_model(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    run = register_one(Tracker.open(Tracking(uri=server), "s3://never/touched"), tmp_path / "e")
+    run = register_one(
+        Tracker.open(Tracking(uri=mlflow_server), "s3://never/touched"), tmp_path / "e"
+    )
     run.log_metrics({"train/loss": 1.0, "nan": math.nan, "up": math.inf}, 0)
     run.log_dataset("cifar10", "s3://bucket/x", "f" * 64, 10, "train")
     run.log_text("hello", "notes/a.txt")
 
-    again = TrackedRun.attach(server, run.run_id)
+    again = TrackedRun.attach(mlflow_server, run.run_id)
     again.log_metrics({"train/loss": 9.0}, 0)
     again.log_metrics({"train/loss": 0.5}, 1)
     again.finish("FINISHED")
 
-    client = MlflowClient(tracking_uri=server)
+    client = MlflowClient(tracking_uri=mlflow_server)
     history = client.get_metric_history(run.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(0, 1.0), (1, 0.5)]
     stored = client.get_run(run.run_id)
@@ -126,7 +82,7 @@ def test_a_real_server_gives_back_runs_metrics_artifacts_and_the_model(
 
     want = export.embed_images(tmp_path / "e", [picture()])
     for where in ("models:/m@newest", "models:/m/1", "models:/m/latest"):
-        got = export.embed_images(where, [picture()], tracking_uri=server)
+        got = export.embed_images(where, [picture()], tracking_uri=mlflow_server)
         np.testing.assert_array_equal(got, want)
     assert not list((tmp_path / "elsewhere").iterdir())  # nothing falls into the working directory
 
