@@ -73,12 +73,8 @@ class StudyFolder:
         """The folder's path or URI."""
         return self.files.uri
 
-    def define(self, study: Study, base: Experiment, digest: str) -> None:
-        """Store the definition; one that is there already must be the same.
-
-        Raises:
-            ConfigError: The name is taken by another definition.
-        """
+    def check(self, digest: str) -> None:
+        """Raise `ConfigError` where the name is taken by another definition."""
         state = self.state()
         if state and state["digest"] != digest:
             told = (
@@ -86,6 +82,10 @@ class StudyFolder:
                 "another name (study.name=...), or remove that folder"
             )
             raise ConfigError([Mistake("name", told)])
+
+    def define(self, study: Study, base: Experiment, digest: str) -> None:
+        """Store the definition; raise `ConfigError` where the name is taken by another."""
+        self.check(digest)
         tree = cfg.to_tree(study) | {"base": BASE, "set": {}}
         tree["space"] = {
             name: {next(iter(dim.model_fields_set)): tree["space"][name][key]}
@@ -94,7 +94,7 @@ class StudyFolder:
         }
         self.files.write_text(BASE, cfg.dump_yaml(cfg.to_tree(base)))
         self.files.write_text(DEFINITION, cfg.dump_yaml(tree))
-        if not state:
+        if not self.state():
             self.files.write_text(STATE, json.dumps({"digest": digest}, indent=1))
 
     def definition(self) -> tuple[Study, dict[str, Any]]:

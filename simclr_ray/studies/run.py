@@ -77,11 +77,14 @@ def run_study(
     folder = StudyFolder(*study_folder(study))
     tree = base_tree(study)
     base, trials = cfg.validate(Experiment, tree), plan(study, tree)
-    folder.define(study, base, digest_of_study(study, base))
-    _check_pictures(folder, base)
+    digest = digest_of_study(study, base)
+    folder.check(digest)
+    fingerprint = _checked_pictures(folder, base)
+    _start_cluster(study, trials)
     with folder.locked():
+        folder.define(study, base, digest)
+        folder.update_state(fingerprint=fingerprint)
         tracker = Tracker.open(base.tracking, base.storage)
-        _start_cluster(study, trials)
         if on_connected is not None:
             on_connected()
         parent = _parent_run(study, folder, tracker)
@@ -149,15 +152,15 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores, {capability}, {gpu}"
 
 
-def _check_pictures(folder: StudyFolder, base: Experiment) -> None:
-    """Raise where the pictures have changed since the study began."""
+def _checked_pictures(folder: StudyFolder, base: Experiment) -> str:
+    """Return the fingerprint of the pictures; raise where they changed since the study began."""
     data = base.data
     fingerprint = Source.open(data.train, data.columns, data.limit).fingerprint
     known = folder.state().get("fingerprint", fingerprint)
     if known != fingerprint:
         told = f"{data.train} has changed since {folder.uri} was begun; give the study another name"
         raise ConfigError([Mistake("data.train", told)])
-    folder.update_state(fingerprint=fingerprint)
+    return fingerprint
 
 
 def _parent_run(study: Study, folder: StudyFolder, tracker: Tracker) -> TrackedRun:

@@ -1,0 +1,40 @@
+"""Keep a study's report in `docs/studies/NAME`, without the paths of the machine that ran it.
+
+    python -m benchmarks.studies FOLDER [FOLDER ...]
+
+The report is drawn again from what the study's folder holds, and copied; of the page and the data,
+paths become `$SIMCLR_RAY_DATA` and `runs`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from benchmarks.record import portable
+from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.page import write_report
+
+KEPT = Path(__file__).parents[1] / "docs" / "studies"
+
+
+def main(folders: list[str]) -> None:
+    """Draw and keep each report."""
+    for folder in folders:
+        study = StudyFolder.at(folder)
+        place, _ = write_report(study)
+        target = KEPT / study.files.name
+        target.mkdir(parents=True, exist_ok=True)
+        storage = study.files.storage.removesuffix("/studies")
+        for source in sorted(place.iterdir()):
+            if source.suffix == ".png":
+                shutil.copy(source, target / source.name)
+                continue
+            text = portable(source.read_text(encoding="utf-8")).replace(storage, "runs")
+            (target / source.name).write_text(text, encoding="utf-8")
+        print(f"{target.relative_to(KEPT.parents[1])}: {len(list(target.iterdir()))} files")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
