@@ -133,6 +133,12 @@ def best(
             "run folder": chosen.run["folder"],
         }
     )
+    (cell,) = (c for c in chosen.cells if c["point"] == results.best.point)
+    if register and cell["epoch"] not in (0, max(chosen.curve, default=0)):
+        raise RunError(
+            "the best length is read off a longer run, whose encoder was trained on; run it alone "
+            "to register it"
+        )
     if register:
         made = register_run(chosen.run["folder"], register, alias)
         out.print(f"registered  models:/{made.name}@{alias} (version {made.version})", markup=False)
@@ -145,11 +151,13 @@ def _run(study: Study, trials: Sequence[Trial]) -> None:
     from simclr_ray.studies.trials import study_folder
 
     folder = StudyFolder(*study_folder(study))
+    if study.search.name == "optuna":
+        trials = []  # it suggests its own
     command = shlex.join(["simclr-ray", *sys.argv[1:]])
     with StudyProgress(lambda: status_of(study, folder, trials)):
         run_study(study, command=command, on_connected=listen)
     _report(folder)
-    if folder.is_to_stop():
+    if len(folder.outcomes()) < len(trials) and study.search.name != "optuna":
         again = f"simclr-ray study resume {shlex.quote(folder.uri)}"
         out.print(f"stopped; to go on: {again}", markup=False, soft_wrap=True)
 

@@ -148,7 +148,7 @@ class StudyProgress:
     def _say_ended(self, status: StudyStatus) -> None:
         """Print a line for each trial that has ended since."""
         for trial in status.trials:
-            if trial.state in ("waiting", "running") or trial.name in self._said:
+            if trial.state in ("waiting", "running", "open") or trial.name in self._said:
                 continue
             self._said.add(trial.name)
             err.print(

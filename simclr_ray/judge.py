@@ -69,7 +69,8 @@ def judge_as(
     trained = load_model(folder)
     untrained = build_model(experiment.model_copy(update={"head": NoHead(), "loss": NTXent()}))
     if experiment.evaluation.actors:
-        return _judge_by_actors(experiment, trained.encoder, untrained.encoder, protocols)
+        networks = {TRAINED: trained.encoder, "untrained encoder": untrained.encoder}
+        return _score_by_actors(experiment, {**networks, PIXELS: Pixels()}, protocols)
     bank, test = _splits(experiment)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: list[tuple[str, nn.Module]] = [
@@ -84,21 +85,22 @@ def judge_as(
 
 def score_trained(experiment: Experiment, folder: Path, protocols: Sequence[str]) -> Score:
     """Return the row of the trained encoder alone; arguments and errors as of `judge_as`."""
+    encoder = load_model(folder).encoder
+    if experiment.evaluation.actors:
+        return _score_by_actors(experiment, {TRAINED: encoder}, protocols)[0]
     bank, test = _splits(experiment)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = load_model(folder).encoder.to(device)
-    return score_encoder(TRAINED, encoder, bank, test, experiment, protocols)
+    return score_encoder(TRAINED, encoder.to(device), bank, test, experiment, protocols)
 
 
-def _judge_by_actors(
-    experiment: Experiment, trained: nn.Module, untrained: nn.Module, protocols: Sequence[str]
+def _score_by_actors(
+    experiment: Experiment, networks: dict[str, nn.Module], protocols: Sequence[str]
 ) -> list[Score]:
-    """Return the three rows, features made by Ray Data's actors; the cluster is up."""
+    """Return a row of each network, features made by Ray Data's actors; the cluster is up."""
     from simclr_ray.cluster import connect  # Ray is loaded where it is used
     from simclr_ray.evaluation.extract import Encoded, extract
 
     connect(experiment)
-    networks = {TRAINED: trained, "untrained encoder": untrained, PIXELS: Pixels()}
     bank, test = _sources(experiment)
 
     def encoded(source: Source, limit: int) -> Encoded:

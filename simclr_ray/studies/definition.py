@@ -232,7 +232,19 @@ class Study(Config):
                     f"figure or comparison: {name!r} does not vary{hint}; space has: "
                     f"{', '.join(self.space)}"
                 )
+        axis = self.space[self.figure.x]
+        if self.figure.x_scale != "category" and not all(
+            isinstance(v, int | float) for v in axis.values
+        ):
+            raise ValueError(f"figure.x_scale={self.figure.x_scale} needs numbers along x")
+        strange = [c for c in self.paper.columns if self.paper.rows and c not in self.space]
+        if strange:
+            raise ValueError(f"paper.columns: {strange[0]!r} does not vary in space")
         for comparison in self.comparisons:
+            if set(comparison.better) != set(comparison.worse):
+                raise ValueError(
+                    f"comparison {comparison.claim!r}: both sides must name the same dimensions"
+                )
             for side in (comparison.better, comparison.worse):
                 for name, value in side.items():
                     listed = [label_of(v) for v in self.space[name].listed]

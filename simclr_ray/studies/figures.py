@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from simclr_ray.config import Scalar
 from simclr_ray.studies.definition import Study, label_of
-from simclr_ray.studies.results import Results, is_share
+from simclr_ray.studies.results import Results, Row, is_share
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
 COLOURS = "viridis"
@@ -36,19 +37,19 @@ def draw_study(results: Results, path: Path) -> None:
     """Write the figure, PNG or SVG by its ending: our panels, then the paper's where it has one."""
     study = results.study
     percent = 100 if is_share(study.metric) else 1
-    ours = [
-        Datum(*_places(study, row.point), percent * row.mean, percent * row.deviation)
-        for row in results.rows
-    ]
-    paper = _paper(study)
+    ours = _ours(results, percent)
     panels: list[tuple[str, list[Datum]]] = []
     for name in dict.fromkeys(d.panel for d in ours):
         title = (
             f"here: {study.figure.panel} = {name}" if name else f"here ({study.scale or 'as is'})"
         )
         panels.append((title, [d for d in ours if d.panel == name]))
-    if paper:
-        panels.append((f"paper: {study.paper.source}", paper))
+    paper = _paper(study)
+    for name in dict.fromkeys(d.panel for d in paper):
+        title = f"paper: {study.paper.source}" + (
+            f"; {study.figure.panel} = {name}" if name else ""
+        )
+        panels.append((title, [d for d in paper if d.panel == name]))
     with mpl.rc_context(STYLE):  # type: ignore[arg-type] # keys are literals there
         figure = Figure(figsize=(5.2 * max(1, len(panels)), 4.2), layout="constrained")
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
@@ -68,6 +69,19 @@ def draw_study(results: Results, path: Path) -> None:
         figure.savefig(path, dpi=130, metadata=metadata)
 
 
+def _ours(results: Results, percent: int) -> list[Datum]:
+    """Return our points; over dimensions that are not drawn, means and deviations of the points."""
+    groups: dict[tuple[str, str, Scalar], list[Row]] = {}
+    for row in results.rows:
+        groups.setdefault(_places(results.study, row.point), []).append(row)
+    data = []
+    for place, rows in groups.items():
+        means = [row.mean for row in rows]
+        deviation = statistics.stdev(means) if len(means) > 1 else rows[0].deviation
+        data.append(Datum(*place, percent * statistics.fmean(means), percent * deviation))
+    return data
+
+
 def _places(study: Study, point: dict[str, Scalar]) -> tuple[str, str, Scalar]:
     """Return panel, series and x of a point."""
     figure = study.figure
@@ -79,13 +93,14 @@ def _places(study: Study, point: dict[str, Scalar]) -> tuple[str, str, Scalar]:
 def _paper(study: Study) -> list[Datum]:
     """Return the paper's values, where its columns hold the figure's axis."""
     paper, figure = study.paper, study.figure
-    if figure.x not in paper.columns or (figure.series and figure.series not in paper.columns):
+    if any(k not in paper.columns for k in (figure.x, figure.series) if k):
         return []
     data = []
     for row in paper.rows:
         point = dict(zip(paper.columns, row[:-1], strict=True))
+        panel = str(point[figure.panel]) if figure.panel in point else ""
         series = str(point[figure.series]) if figure.series else ""
-        data.append(Datum("", series, point[figure.x], float(row[-1]), 0.0))
+        data.append(Datum(panel, series, point[figure.x], float(row[-1]), 0.0))
     return data
 
 

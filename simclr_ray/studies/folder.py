@@ -31,7 +31,7 @@ DEFINITION, BASE, STATE, STOP, LOCK = "study.yaml", "base.yaml", "study.json", "
 OUTCOMES, REPORT = "outcomes", "report"
 
 Status = Literal["finished", "collapsed", "stopped", "failed"]
-FINAL: tuple[Status, ...] = ("finished", "collapsed")  # running them again would give the same
+FINAL: tuple[Status, ...] = ("finished", "collapsed", "stopped")  # not to be run again
 Curve = dict[int, dict[str, float]]  # epoch -> metric -> value
 
 
@@ -144,6 +144,20 @@ class StudyFolder:
     def is_to_stop(self) -> bool:
         """Return whether somebody asked."""
         return self.files.read_text(STOP) is not None
+
+    def is_held(self) -> bool:
+        """Return whether a driver holds the study; of a remote one that is not known: True."""
+        if self.files.local is None:
+            return True
+        path = self.files.local / LOCK
+        if not path.exists():
+            return False
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -66,7 +66,8 @@ def publish_report(folder: StudyFolder) -> tuple[Path, Results]:
         run.log_artifact(target)
         best = results.best
         if best is not None:
-            run.log_metrics({f"best/{results.study.metric}": best.mean}, results.num_trials)
+            finished = results.num_trials - len(results.others)
+            run.log_metrics({f"best/{results.study.metric}": best.mean}, finished)
             run.set_tags({f"best/{key}": str(value) for key, value in best.point.items()})
     return target, results
 

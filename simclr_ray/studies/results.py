@@ -30,6 +30,7 @@ NOT_SHARES = (*WITHOUT_PERCENT, "train/mean_loss")
 class Reading(NamedTuple):
     """One value: of a point with a seed."""
 
+    trial: str
     point: Point
     seed: int
     value: float
@@ -101,8 +102,8 @@ def results_of(study: Study, outcomes: Sequence[Outcome]) -> Results:
         study,
         rows,
         [_verdict(study, comparison, readings) for comparison in study.comparisons],
-        _agreement(rows),
-        [o for o in outcomes if o.status != "finished"],
+        _agreement(study, rows),
+        [o for o in outcomes if not readings_of(study, o)],
         len(outcomes),
         sum(o.cost["images"] for o in outcomes),
         sum(o.cost["device_seconds"] for o in outcomes) / 3600,
@@ -120,15 +121,24 @@ def best_outcome(results: Results, outcomes: Sequence[Outcome]) -> Outcome:
 
 def readings_of(study: Study, outcome: Outcome) -> list[Reading]:
     """Return what a finished trial says: a value for each of its points."""
-    if outcome.status != "finished":
-        return []
     readings = []
+    trained = max(outcome.curve, default=0)
     for cell in outcome.cells:
-        values = values_at(outcome, int(cell["epoch"]))
+        epoch = int(cell["epoch"])
+        # of a trunk that collapsed later, the lengths before are what runs of their own would give
+        if outcome.status != "finished" and not (
+            outcome.status == "collapsed" and 0 < epoch < trained
+        ):
+            continue
+        values = values_at(outcome, epoch)
+        if study.metric not in values:
+            continue
         also = {name: values[name] for name in study.also if name in values}
-        if study.metric in values:
-            value = values[study.metric]
-            readings.append(Reading(cell["point"], outcome.seed, value, also, outcome.cost))
+        share = epoch / trained if epoch else 1.0
+        cost = {key: share * value for key, value in outcome.cost.items()}
+        readings.append(
+            Reading(outcome.trial, cell["point"], outcome.seed, values[study.metric], also, cost)
+        )
     return readings
 
 
@@ -192,16 +202,30 @@ def paper_value(study: Study, point: Point) -> float | None:
     for name in paper.columns:
         if name not in point:
             return None
-        value = point[name]
-        wanted.append(str(paper.like.get(name, {}).get(str(value), value)))
+        like = paper.like.get(name, {})
+        named = (theirs for ours, theirs in like.items() if _same(ours, point[name]))
+        wanted.append(next(named, point[name]))
     for row in paper.rows:
-        if [str(entry) for entry in row[:-1]] == wanted:
+        if all(map(_same, row[:-1], wanted)):
             return float(row[-1])
     return None
 
 
-def _agreement(rows: Sequence[Row]) -> Agreement | None:
-    pairs = [(row.mean, row.paper) for row in rows if row.paper is not None]
+def _same(a: Scalar, b: Scalar) -> bool:
+    """Return whether two values are one: numbers as numbers, whatever they are written as."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return str(a) == str(b)
+
+
+def _agreement(study: Study, rows: Sequence[Row]) -> Agreement | None:
+    """Compare orders; what the paper's numbers do not tell apart is averaged."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.paper is not None:
+            groups.setdefault(_key({k: row.point[k] for k in study.paper.columns}), []).append(row)
+    pairs = [(statistics.fmean(r.mean for r in g), g[0].paper) for g in groups.values()]
     if len(pairs) < 3:
         return None
     found = kendalltau([a for a, _ in pairs], [b for _, b in pairs])
@@ -212,17 +236,19 @@ def _agreement(rows: Sequence[Row]) -> Agreement | None:
 
 def _verdict(study: Study, comparison: Comparison, readings: Sequence[Reading]) -> Verdict:
     """Return what pairs of trials say of a claim."""
-    sides = [
+    better, worse = (
         {
-            _key({**{k: v for k, v in r.point.items() if k not in side}, "seed": r.seed}): r.value
+            _key({**{k: v for k, v in r.point.items() if k not in side}, "seed": r.seed}): r
             for r in readings
-            if all(r.point.get(k) == v for k, v in side.items())
+            if all(_same(r.point[k], v) for k, v in side.items())
         }
         for side in (comparison.better, comparison.worse)
-    ]
+    )
     sign = 1 if study.mode == "max" else -1
-    better, worse = sides
-    differences = [sign * (better[key] - worse[key]) for key in better if key in worse]
+    pairs = [(better[key], worse[key]) for key in better if key in worse]
+    differences = [
+        statistics.fmean(sign * (a.value - b.value) for a, b in group) for group in _apart(pairs)
+    ]
     num = len(differences)
     if not num:
         return Verdict(comparison.claim, float("nan"), 0.0, 0, 0, 1.0, 1.0)
@@ -235,6 +261,19 @@ def _verdict(study: Study, comparison: Comparison, readings: Sequence[Reading]) 
         sign_flip_p(differences),
         min(1.0, 2 / 2**num),
     )
+
+
+def _apart(pairs: Sequence[tuple[Reading, Reading]]) -> list[list[tuple[Reading, Reading]]]:
+    """Return the pairs in groups that share no run: each run is one observation."""
+    groups: list[tuple[set[str], list[tuple[Reading, Reading]]]] = []
+    for pair in pairs:
+        names = {reading.trial for reading in pair}
+        joined = [group for group in groups if group[0] & names]
+        groups = [group for group in groups if not group[0] & names]
+        groups.append(
+            (names.union(*(g[0] for g in joined)), [p for g in joined for p in g[1]] + [pair])
+        )
+    return [group for _, group in groups]
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

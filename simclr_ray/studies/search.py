@@ -14,6 +14,7 @@ from simclr_ray.errors import ConfigError, Mistake
 from simclr_ray.studies.definition import Dimension, Study, label_of
 from simclr_ray.studies.trials import Point, Trial
 
+NEVER_S: Final = 10**9
 EPOCH: Final = "epoch"  # what trials are compared at: the key of their reports
 
 
@@ -27,9 +28,14 @@ def scheduler_of(study: Study, trials: Sequence[Trial]) -> TrialScheduler | None
             grace_period=settings.grace_epochs,
             reduction_factor=settings.reduction_factor,
             max_t=settings.max_epochs or longest,
+            stop_last_trials=False,  # who reaches the last rung goes on to its end
         )
     if settings.name == "median":
-        return MedianStoppingRule(time_attr=EPOCH, grace_period=settings.grace_epochs)
+        return MedianStoppingRule(
+            time_attr=EPOCH,
+            grace_period=settings.grace_epochs,
+            min_time_slice=NEVER_S,  # it would pause trials until others report: ours cannot be
+        )
     return None
 
 

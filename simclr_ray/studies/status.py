@@ -13,12 +13,14 @@ from simclr_ray.studies.folder import Outcome, StudyFolder, curve_of
 from simclr_ray.studies.results import shown, values_at
 from simclr_ray.studies.trials import Trial
 
+OPEN = ("waiting", "running", "open")
+
 
 class TrialStatus(NamedTuple):
     """One line of the table."""
 
     name: str
-    state: str  # waiting, running, or the outcome's
+    state: str  # waiting, running, open (its driver is gone), or the outcome's
     epoch: float
     epochs: int
     metric: str  # as text; of the last epoch where the end is still open
@@ -34,7 +36,7 @@ class StudyStatus(NamedTuple):
     @property
     def done(self) -> int:
         """Trials that have ended."""
-        return sum(t.state not in ("waiting", "running") for t in self.trials)
+        return sum(t.state not in OPEN for t in self.trials)
 
     @property
     def epochs_done(self) -> float:
@@ -44,7 +46,7 @@ class StudyStatus(NamedTuple):
     @property
     def epochs_left(self) -> float:
         """Epochs that may still be trained."""
-        return sum(t.epochs - t.epoch for t in self.trials if t.state in ("waiting", "running"))
+        return sum(t.epochs - t.epoch for t in self.trials if t.state in OPEN)
 
 
 def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> StudyStatus:
@@ -52,7 +54,16 @@ def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> Stu
     outcomes = {o.trial: o for o in folder.outcomes()}
     runs = folder.runs()
     lines = [_status(study, folder, t, outcomes.get(t.name), runs) for t in trials]
+    planned = {t.name for t in trials}
+    lines += [_ended(study, o) for o in outcomes.values() if o.trial not in planned]
     return StudyStatus(lines, study.metric)
+
+
+def _ended(study: Study, outcome: Outcome) -> TrialStatus:
+    values, last = values_at(outcome), max(outcome.curve, default=0)
+    text = shown(study.metric, values[study.metric]) if study.metric in values else "-"
+    point = outcome.cells[-1]["point"]
+    return TrialStatus(outcome.trial, outcome.status, last, last, text, point)
 
 
 def _status(
@@ -60,10 +71,7 @@ def _status(
 ) -> TrialStatus:
     epochs, metric = trial.experiment.epochs, study.metric
     if outcome is not None:
-        values = values_at(outcome)
-        text = shown(metric, values[metric]) if metric in values else "-"
-        last = epochs if outcome.status == "finished" else max(outcome.curve, default=0)
-        return TrialStatus(trial.name, outcome.status, last, epochs, text, trial.point)
+        return _ended(study, outcome)._replace(epochs=epochs)
     run = next((name for name in runs if name.rpartition("-")[0] == trial.name), "")
     log = (folder.run(run).read_text(METRICS) or "") if run else ""
     records = read_records(log)
@@ -71,5 +79,5 @@ def _status(
     values = curve[max(curve)] if curve else {}
     text = shown(metric, values[metric]) if metric in values else "-"
     epoch = float(records[-1]["epoch"]) if records else 0.0
-    state = "running" if run else "waiting"
+    state = ("running" if folder.is_held() else "open") if run else "waiting"
     return TrialStatus(trial.name, state, epoch, epochs, text, trial.point)

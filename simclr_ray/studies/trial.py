@@ -11,20 +11,21 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from simclr_ray.augment.pairs import shares_of_views
-from simclr_ray.data.maker import views_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CollapsedRun, SimclrRayError
 from simclr_ray.experiment import ClassifierHead, Experiment, NTXent
 from simclr_ray.judge import probe_as, score_classifier, score_trained
+from simclr_ray.logs import get_logger
 from simclr_ray.pretrain import METRICS, RUN_FILE, Record, Run, pretrain
 from simclr_ray.records import read_records
 from simclr_ray.resolve import resolved
 from simclr_ray.storage import RunFolder
 from simclr_ray.studies.definition import EITHER, PROBES, Study
-from simclr_ray.studies.folder import Outcome, Status, StudyFolder, curve_of
-from simclr_ray.studies.trials import Trial
+from simclr_ray.studies.folder import FINAL, Curve, Outcome, Status, StudyFolder, curve_of
+from simclr_ray.studies.trials import Trial, shares_of
 from simclr_ray.tracking import TrackedRun, Tracker
+
+log = get_logger(__name__)
 
 # RankMe of features that all point one way is 1. An untrained ResNet-10 has 2.3
 # (`benchmarks/results/cifar10_cpu.json`), so that 1.1 is no healthy start either.
@@ -59,23 +60,27 @@ def run_trial(job: Job, trial: Trial, tell: Tell) -> Outcome:
         tell: Called at each epoch end where the encoder was judged.
     """
     experiment = _under(trial.experiment, job.parent_run)
-    watch = _Watch(experiment, tell)
+    watch = RunWatch(experiment, tell)
     run: Run | None = None
     status: Status = "finished"
     reason = ""
     metrics: dict[str, float] = {}
+    folder = job.folder.run(run_name(experiment))
     try:
+        watch.replay(folder.read_text(METRICS) or "")
         run = pretrain(experiment, on_progress=watch)
         metrics = judge_trial(job.study, experiment, run)
     except CollapsedRun as error:
         status, reason = "collapsed", str(error)
     except SimclrRayError as error:
         status, reason = "failed", str(error)
-    folder = job.folder.run(run_name(experiment))
-    outcome = outcome_of(trial, folder, status, reason=reason, metrics=metrics)
-    tag(outcome, job.study.name)
-    job.folder.write_outcome(outcome)
-    return outcome
+    except Exception as error:
+        log.debug("trial %s", trial.name, exc_info=error)
+        status, reason = "failed", f"{type(error).__name__}: {error}"
+    outcome = outcome_of(
+        trial, folder, status, reason=reason, metrics=metrics, last_epoch=watch.collapsed_at
+    )
+    return settle(outcome, job.study.name, job.folder)
 
 
 def run_name(experiment: Experiment) -> str:
@@ -92,10 +97,11 @@ def outcome_of(
     *,
     reason: str = "",
     metrics: dict[str, float] | None = None,
+    curve: Curve | None = None,
     last_epoch: int = 0,
 ) -> Outcome:
-    """Return what became of a trial, read off its run's folder."""
-    log = folder.read_text(METRICS) or ""
+    """Return what became of a trial, read off its run's folder; `curve` if it is known better."""
+    records = folder.read_text(METRICS) or ""
     stored = json.loads(folder.read_text(RUN_FILE) or "{}")
     checkpoints = folder.checkpoints()
     return Outcome(
@@ -105,8 +111,8 @@ def outcome_of(
         [cell._asdict() for cell in trial.cells],
         trial.seed,
         metrics or {},
-        curve_of(log, last_epoch),
-        _cost(log, trial.experiment),
+        curve_of(records, last_epoch) if curve is None else curve,
+        _cost(records, trial.experiment),
         {
             "folder": folder.uri,
             "checkpoint": checkpoints[0] if checkpoints else "",
@@ -131,8 +137,7 @@ def judge_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, flo
         found = {p.target: p for p in probe_as(experiment, run.checkpoint)}
         for name, target in PROBES.items():
             metrics |= {f"probe/{name}_h": found[target].h, f"probe/{name}_z": found[target].z}
-    side = experiment.evaluation_size
-    shares = shares_of_views(views_of(experiment.augment, experiment.seed), side, side)
+    shares = shares_of(experiment)
     if shares is not None:
         metrics |= {f"views/{key}": value for key, value in shares._asdict().items()}
     if isinstance(experiment.head, ClassifierHead):
@@ -153,6 +158,22 @@ def judge_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, flo
     return metrics
 
 
+def settle(outcome: Outcome, study: str, folder: StudyFolder) -> Outcome:
+    """Store an outcome, then say it in MLflow; return it, or the one that was there before.
+
+    A run that a scheduler has ended may live on for a moment and must not have the last word.
+    """
+    known = folder.outcome(outcome.trial)
+    if known is not None and known.status in FINAL:
+        return known
+    folder.write_outcome(outcome)
+    try:
+        tag(outcome, study)
+    except SimclrRayError as error:  # the outcome is worth more than its tags
+        log.warning("trial %s is not tagged in MLflow: %s", outcome.trial, error)
+    return outcome
+
+
 def tag(outcome: Outcome, study: str) -> None:
     """Say in MLflow of which study and point a run is, and how it ended."""
     if not outcome.run["mlflow_run_id"]:
@@ -165,12 +186,20 @@ def tag(outcome: Outcome, study: str) -> None:
         run.log_metrics(outcome.metrics, max(outcome.curve, default=0))
 
 
-class _Watch:
+class RunWatch:
     """Passes epoch ends on, and ends a run that has collapsed."""
 
     def __init__(self, experiment: Experiment, tell: Tell) -> None:
         self.experiment, self.tell = experiment, tell
+        self.collapsed_at = 0  # the epoch whose end is the last that counts; 0: all do
         self.training: dict[str, float] = {}
+
+    def replay(self, lines: str) -> None:
+        """Look at what a run had logged before it was stopped; raise as for new records."""
+        tell, self.tell = self.tell, lambda *_: None
+        for record in read_records(lines):
+            self(record)
+        self.tell = tell
 
     def __call__(self, record: Record) -> None:
         """Take one record of metrics."""
@@ -183,6 +212,7 @@ class _Watch:
         self.tell(round(record["epoch"]), self.training | values)
         rank = record.get("eval/effective_rank", math.inf)
         if rank < COLLAPSED_RANK:
+            self.collapsed_at = round(record["epoch"])
             raise CollapsedRun(
                 f"collapsed: the features' effective rank is {rank:.2f} after epoch "
                 f"{record['epoch']:.0f}; all pictures look alike to the encoder"
@@ -192,11 +222,14 @@ class _Watch:
         loss = self.experiment.loss
         if not isinstance(loss, NTXent) or "train/mean_loss" not in record:
             return
+        if loss.temperature > 1 or not loss.normalize:  # a healthy loss may lie there, too
+            return
         stuck = math.log(2 * self.experiment.batch_size - 1)
         if loss.negatives == "other":
             stuck = math.log(self.experiment.batch_size)
         since = self.experiment.schedule.warmup_epochs + STUCK_AFTER_EPOCHS
         if record["epoch"] > since and record["train/mean_loss"] > STUCK_SHARE * stuck:
+            self.collapsed_at = max(1, math.floor(record["epoch"]))
             raise CollapsedRun(
                 f"stuck: the loss is {record['train/mean_loss']:.4f} after epoch "
                 f"{record['epoch']:.2f}, that of embeddings that are all equal ({stuck:.4f})"

@@ -15,15 +15,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
+from simclr_ray.augment.pairs import PairShares, shares_of_views
 from simclr_ray.config import Scalar
+from simclr_ray.data.maker import views_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, Mistake
 from simclr_ray.experiment import Experiment, absolute_path
-from simclr_ray.mlflow_store import store_uri
+from simclr_ray.mlflow_store import DATABASE, store_uri
 from simclr_ray.studies.definition import (
     CLASSIFIER_METRICS,
     EITHER,
     EPOCH_METRICS,
+    VIEW_METRICS,
     Study,
     label_of,
 )
@@ -103,6 +106,12 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
     made = _trunks(study, _merged(trials.values()))
     for trial in made:
         _check_reports(study, trial)
+    longest = max((t.experiment.epochs for t in made), default=1)
+    if study.scheduler.grace_epochs > (study.scheduler.max_epochs or longest):
+        told = (
+            f"must be at most {study.scheduler.max_epochs or longest}, the epochs of the last rung"
+        )
+        raise ConfigError([Mistake("scheduler.grace_epochs", told)])
     if study.budget.trials and len(made) > study.budget.trials:
         told = f"{len(made)} trials are wanted, budget.trials={study.budget.trials} allows fewer"
         raise ConfigError([Mistake("budget.trials", told)])
@@ -128,6 +137,12 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     )
 
 
+def shares_of(experiment: Experiment) -> PairShares | None:
+    """Return how often pairs of crops of square pictures set each task, or None without crops."""
+    side = experiment.evaluation_size
+    return shares_of_views(views_of(experiment.augment, experiment.seed), side, side)
+
+
 def images_of(experiment: Experiment) -> int:
     """Return the images that a run passes through its encoder, two views each."""
     data = experiment.data
@@ -150,7 +165,12 @@ def base_tree(study: Study) -> dict[str, Any]:
     """
     text, shown = cfg.read_source(study.base)
     wrong = [Mistake(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
-    wrong += [Mistake(f"space.{k}", "varies by `seeds`") for k in study.space if k == "seed"]
+    wrong += [
+        Mistake(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))
+        for paths in _dimensions(study)
+        for path in paths
+        if path in _NOT_VARIED or path.split(".")[0] in _NOT_VARIED
+    ]
     if wrong:
         raise ConfigError(wrong)
     base = cfg.validate(Experiment, _with(cfg.parse_yaml(text, shown), study.set)).absolute()
@@ -170,6 +190,9 @@ def restored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
     """
     storage = folder.rsplit("/", 2)[0]
     tracking = {k: v for k, v in tree["tracking"].items() if k != "only_params"}
+    before = tree["storage"].rsplit("/", 3)[0]
+    if tracking["uri"] == f"sqlite:///{before}/{DATABASE}":  # that of the storage, wherever it is
+        tracking["uri"] = ""
     return {**tree, "storage": storage, "tracking": tracking}
 
 
@@ -182,18 +205,33 @@ def digest_of_study(study: Study, base: Experiment) -> str:
     return cfg.digest_of({"study": tree, "base": base.digest(), "evaluation": judged})
 
 
+def check_labels(study: Study, trials: Sequence[Trial]) -> None:
+    """Raise `ConfigError` for a metric that needs labels where splits have none; opens them."""
+    free = ("train/", "views/", "probe/", "eval/alignment", "eval/uniformity", "eval/effective")
+    if study.metric.startswith(free):
+        return
+    for data in {t.experiment.data for t in trials}:
+        for path in (data.test, data.bank or data.train):
+            if not Source.open(path, data.columns).has_labels:
+                told = f"{study.metric} needs labels, and {path} has none"
+                raise ConfigError([Mistake("metric", told)])
+
+
 def note_on_lengths(study: Study, trials: Sequence[Trial]) -> str:
     """Return whether lengths share runs, and why; nothing where length does not vary."""
     if EPOCHS not in study.space:
         return ""
     if any(len(trial.cells) > 1 for trial in trials):
         return "lengths are read off one run each, since the rate does not depend on the length"
-    if all(trial.experiment.schedule.decay == "constant" for trial in trials):
+    if study.metric not in EPOCH_METRICS:
         return f"each length is a run of its own: {study.metric} is known at the end alone"
+    if all(trial.experiment.schedule.decay == "constant" for trial in trials):
+        return "each length is a run of its own: a scheduler, a case or growing views need it"
     return "each length is a run of its own: the cosine schedule has another rate at every step"
 
 
 _OURS = ("seed", "name", "tracking.parent_run", "tracking.only_params", "register_as.name")
+_NOT_VARIED = (*_OURS, "storage", "tracking")
 
 
 def _dimensions(study: Study) -> Iterator[list[str]]:
@@ -269,6 +307,7 @@ def _trunks(study: Study, trials: list[Trial]) -> list[Trial]:
         and study.metric in EPOCH_METRICS
         and study.scheduler.name == "none"
         and all(t.experiment.schedule.decay == "constant" for t in trials)
+        and not any(t.experiment.augment.first_size for t in trials)  # grows with the length
     )
     if not shared:
         return trials
@@ -304,5 +343,7 @@ def _check_reports(study: Study, trial: Trial) -> None:
         problem = f"is a classifier's; trial {trial.name} has head.name={experiment.head.name}"
     elif metric == EITHER and experiment.head.name != "classifier" and "linear" not in study.judge:
         problem = "needs `linear` among judge"
+    elif metric in VIEW_METRICS and shares_of(experiment) is None:
+        problem = "views that do not begin with a crop each have no such shares"
     if problem:
         raise ConfigError([Mistake("metric", f"{metric}: {problem}")])

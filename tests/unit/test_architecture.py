@@ -55,7 +55,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("dist",),
     "ray.data": ("data", "evaluation.extract"),
     "ray.train": ("pretrain", "worker"),
-    "ray.tune": ("studies.run", "studies.search"),
+    "ray.tune": ("studies.tuning", "studies.search"),
     "mlflow": ("tracking", "registry", "mlflow_store", "embedder"),
     "matplotlib": ("report", "studies.figures"),
     "pydantic": ("config",),

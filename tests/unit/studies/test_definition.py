@@ -38,7 +38,7 @@ def tree_of(folder: Path, **changes: Any) -> dict[str, Any]:
         "base": str(folder / "base.yaml"),
         "space": {"batch_size": {"grid": [8, 16]}, "epochs": {"grid": [1, 2, 4]}},
         "figure": {"x": "batch_size"},
-        "paper": {"source": "-", "metric": "-", "columns": ["batch_size"], "rows": [[8, 1.0]]},
+        "paper": {"source": "-", "metric": "-", "columns": [], "rows": []},
         **changes,
     }
 
@@ -71,8 +71,28 @@ def trials_of(source: str, *overrides: str) -> list[Any]:
         ({"search": {"name": "random"}}, "needs search.trials above 0"),
         ({"figure": {"x": "batch"}}, "did you mean 'batch_size'?"),
         ({"seeds": [1, 1]}, "names one twice"),
-        ({"comparisons": [{"claim": "c", "better": {"epochs": 3}, "worse": {}}]}, "is not run"),
+        (
+            {"comparisons": [{"claim": "c", "better": {"epochs": 3}, "worse": {"epochs": 1}}]},
+            "is not run",
+        ),
         ({"questions": "?"}, "unknown key"),
+        (
+            {"comparisons": [{"claim": "c", "better": {"epochs": 1}, "worse": {"batch_size": 8}}]},
+            "both sides must name the same dimensions",
+        ),
+        (
+            {
+                "space": {"c": {"cases": {"a": {}, "b": {"epochs": 3}}}},
+                "figure": {"x": "c", "x_scale": "log2"},
+                "paper": {"source": "-", "metric": "-", "columns": [], "rows": []},
+            },
+            "needs numbers along x",
+        ),
+        (
+            {"paper": {"source": "-", "metric": "-", "columns": ["loss"], "rows": [["a", 1.0]]}},
+            "'loss' does not vary",
+        ),
+        ({"search": {"name": "optuna", "trials": 3}}, "needs a range"),
     ],
 )
 def test_what_cannot_be_is_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -87,10 +107,28 @@ def test_what_cannot_be_is_named(tmp_path: Path, changes: dict[str, Any], says: 
         ({"space": {"batchsize": {"grid": [8]}}, "figure": {"x": "batchsize"}}, "batch_size"),
         ({"space": {"batch_size": {"grid": [1, 8]}}}, "got 1"),
         ({"set": {"loss.temprature": 1.0}}, "temperature"),
-        ({"space": {"seed": {"grid": [1, 2]}}, "figure": {"x": "seed"}}, "varies by `seeds`"),
+        (
+            {"space": {"seed": {"grid": [1, 2]}}, "figure": {"x": "seed"}},
+            "but by `seeds`",
+        ),
         ({"metric": "eval/knn_top1", "set": {"evaluation.every_epochs": 0}}, "every_epochs is 0"),
         ({"metric": "test/top1"}, "is a classifier's"),
         ({"budget": {"trials": 3}}, "6 trials are wanted"),
+        (
+            {"space": {"c": {"cases": {"a": {"seed": 3}, "b": {}}}}, "figure": {"x": "c"}},
+            "but by `seeds`",
+        ),
+        (
+            {"space": {"storage": {"grid": ["a", "b"]}}, "figure": {"x": "storage"}},
+            "storage: cannot vary",
+        ),
+        (
+            {
+                "metric": "eval/knn_top1",
+                "scheduler": {"name": "asha", "grace_epochs": 9},
+            },
+            "scheduler.grace_epochs: must be at most 4",
+        ),
     ],
 )
 def test_a_trial_that_cannot_be_is_named_before_any_runs(

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau, permutation_test
 
-from simclr_ray.studies.definition import Study, load_study
-from simclr_ray.studies.figures import draw_study
-from simclr_ray.studies.folder import Curve, Outcome, curve_of
+from simclr_ray.studies.definition import Dimension, Study, load_study
+from simclr_ray.studies.figures import _ours, _paper, draw_study
+from simclr_ray.studies.folder import Curve, Outcome, Status, curve_of
 from simclr_ray.studies.page import markdown, page, verdict_text
 from simclr_ray.studies.results import (
     Results,
     as_json,
     best_outcome,
+    paper_value,
     results_of,
     sign_flip_p,
 )
@@ -180,3 +181,69 @@ def test_a_curve_takes_what_was_repeated_last_and_the_training_record_before() -
     text = "\n".join(map(json.dumps, records)) + '\n{"step": 3'
     assert curve_of(text)[2] == {"train/mean_loss": 0.9, "eval/knn_top1": 0.3}
     assert list(curve_of(text, last_epoch=1)) == [1]
+
+
+def test_a_run_that_stands_for_many_points_is_one_observation() -> None:
+    study = load_study("projection_head", "imagenet")
+    heads = {"none": 0.1, "linear": 0.2, "nonlinear": 0.3}
+    dims = study.space["head.dim"].listed
+    outcomes = [
+        outcome(f"{head}-{dim}", value + 0.001 * i, {"head": head, "head.dim": dim})
+        for head, value in heads.items()
+        for i, dim in enumerate(dims)
+        if head != "none"
+    ]
+    none = outcome("none", 0.1, {})
+    cells = [{"point": {"head": "none", "head.dim": dim}, "epoch": 0} for dim in dims]
+    found = results_of(study, [*outcomes, none._replace(cells=cells)])
+    nonlinear, linear = found.verdicts
+    assert (nonlinear.num_pairs, linear.num_pairs) == (7, 1)
+    assert linear.difference == pytest.approx(0.1 + 0.003)
+    assert linear.smallest_p == 1.0
+
+
+def trunk(status: Status = "finished", epochs: int = 4) -> Outcome:
+    curve: Curve = {e: {"eval/knn_top1": 0.1 * e} for e in range(1, epochs + 1)}
+    cells = [{"point": {"epochs": e}, "epoch": e} for e in (1, 2, 4)]
+    return outcome("t", 0.0, {})._replace(status=status, curve=curve, cells=cells)
+
+
+def trunk_study() -> Study:
+    study = load_study("long_training", "cpu")
+    space = {"epochs": Dimension(grid=[1, 2, 4])}
+    return study.model_copy(update={"space": space, "comparisons": []})
+
+
+def test_a_length_read_off_a_longer_run_costs_its_share() -> None:
+    found = results_of(trunk_study(), [trunk()])
+    assert [row.mean for row in found.rows] == pytest.approx([0.1, 0.2, 0.4])
+    assert [row.images for row in found.rows] == pytest.approx([25, 50, 100])
+    assert found.images == 100
+
+
+def test_a_trunk_that_collapsed_keeps_the_lengths_before() -> None:
+    found = results_of(trunk_study(), [trunk("collapsed", epochs=3)])
+    assert [row.point["epochs"] for row in found.rows] == [1, 2]
+
+
+def test_values_are_compared_as_numbers_however_they_are_written() -> None:
+    study = load_study("encoder_size", "cpu")
+    like = {"encoder.width": {"0.125": 1, "0.25": 2}, "encoder.depth": {"10": 18.0, "18": 34}}
+    study = study.model_copy(update={"paper": study.paper.model_copy(update={"like": like})})
+    point: Point = {"learning": "self-supervised", "encoder.depth": 10, "encoder.width": 0.125}
+    assert paper_value(study, point) == 50.4
+
+
+def test_what_is_not_drawn_is_averaged(tmp_path: Path) -> None:
+    study = load_study("cifar10_grid", "cifar10")
+    rates = {0.5: 0.4, 1.0: 0.5, 1.5: 0.9}
+    outcomes = [
+        outcome(str(i), rates[float(point["schedule.learning_rate"])], point)
+        for i, point in enumerate(points_of(study))
+    ]
+    data = _ours(results_of(study, outcomes), 100)
+    assert len(data) == 5 * 3 * 2
+    assert {round(d.value, 9) for d in data} == {60.0}
+    paper = _paper(study)
+    assert {d.panel for d in paper} == {"300", "1000"}
+    assert len({(d.panel, d.series, d.x) for d in paper}) == len(paper)

@@ -13,7 +13,7 @@ from simclr_ray.errors import CollapsedRun
 from simclr_ray.experiment import Experiment
 from simclr_ray.pretrain import METRICS
 from simclr_ray.storage import RunFolder
-from simclr_ray.studies.trial import _Watch, outcome_of
+from simclr_ray.studies.trial import RunWatch, outcome_of
 from simclr_ray.studies.trials import Cell, Trial
 
 N = 64
@@ -25,9 +25,9 @@ def experiment(**changes: object) -> Experiment:
     return cfg.validate(Experiment, {**tree, "schedule": {"warmup_epochs": 1.0}})
 
 
-def told() -> tuple[list[tuple[int, dict[str, float]]], _Watch]:
+def told() -> tuple[list[tuple[int, dict[str, float]]], RunWatch]:
     epochs: list[tuple[int, dict[str, float]]] = []
-    return epochs, _Watch(experiment(), lambda epoch, values: epochs.append((epoch, values)))
+    return epochs, RunWatch(experiment(), lambda epoch, values: epochs.append((epoch, values)))
 
 
 def test_epoch_ends_carry_the_training_record_before_them() -> None:
@@ -62,7 +62,7 @@ def test_features_of_one_direction_end_a_run() -> None:
 
 
 def test_a_loss_that_is_not_ntxent_is_not_judged_by_it() -> None:
-    watch = _Watch(experiment(loss={"name": "triplet"}), lambda *_: None)
+    watch = RunWatch(experiment(loss={"name": "triplet"}), lambda *_: None)
     watch({"step": 1, "epoch": 9.0, "total": 9, "train/mean_loss": STUCK})
 
 
