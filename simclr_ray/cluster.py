@@ -51,7 +51,9 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
         object_store_memory=2**30,
         include_dashboard=False,  # five processes; MLflow and the terminal show the run
-        _system_config=QUIET,
+        # several runs start their processes side by side; else Ray warns of their number
+        _system_config=QUIET
+        | ({"worker_maximum_startup_concurrency": 4 * copies} if copies > 1 else {}),
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
