@@ -8,6 +8,7 @@ paths become `$SIMCLR_RAY_DATA` and `runs`.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ KEPT = Path(__file__).parents[1] / "docs" / "studies"
 
 def main(folders: list[str]) -> None:
     """Draw and keep each report."""
+    if not os.environ.get("SIMCLR_RAY_DATA"):
+        raise SystemExit("set SIMCLR_RAY_DATA: its folder is written as the variable")
     for folder in folders:
         study = StudyFolder.at(folder)
         place, _ = write_report(study)

@@ -46,17 +46,22 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
     if experiment:
         judging = experiment.evaluation
         wanted = max(copies * cpus_wanted(experiment), judging.actors * judging.cpus_per_actor)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
-        object_store_memory=2**30,
-        include_dashboard=False,  # five processes; MLflow and the terminal show the run
-        # several runs start their processes side by side; else Ray warns of their number
-        _system_config=QUIET
-        | ({"worker_maximum_startup_concurrency": 4 * copies} if copies > 1 else {}),
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
+            object_store_memory=2**30,
+            include_dashboard=False,  # five processes; MLflow and the terminal show the run
+            # several runs start their processes side by side; else Ray warns of their number
+            _system_config=QUIET
+            | ({"worker_maximum_startup_concurrency": 4 * copies} if copies > 1 else {}),
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except Exception as error:  # Ray has no type of its own for it
+        raise ClusterError(
+            f"Ray did not start on this machine; is it very busy, or out of memory? {error}"
+        ) from error
     # Ray Train's helpers find the cluster by this, where several run on one machine
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     _started_here.add(os.environ["RAY_ADDRESS"])
