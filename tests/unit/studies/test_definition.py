@@ -106,7 +106,7 @@ def test_what_cannot_be_is_named(tmp_path: Path, changes: dict[str, Any], says: 
     [
         ({"space": {"batchsize": {"grid": [8]}}, "figure": {"x": "batchsize"}}, "batch_size"),
         ({"space": {"batch_size": {"grid": [1, 8]}}}, "got 1"),
-        ({"set": {"loss.temprature": 1.0}}, "temperature"),
+        ({"set": {"loss.temperatures": 1.0}}, "temperature"),
         (
             {"space": {"seed": {"grid": [1, 2]}}, "figure": {"x": "seed"}},
             "but by `seeds`",
