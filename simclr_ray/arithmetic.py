@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,9 @@ def derived(experiment: Experiment, source: Source) -> dict[str, str]:
             f"{experiment.num_groups} groups of {experiment.batch_norm.images:,} images a step, "
             "each passed forward twice"
         )
+    cores, workers = os.cpu_count() or 1, experiment.scaling.num_workers
+    if workers > cores and "RAY_ADDRESS" not in os.environ:
+        rows["workers"] = f"{workers} share the {cores} cores of this machine: slower than {cores}"
     if warmup >= total:
         rows["note"] = "warm-up is as long as the run: the rate never reaches its peak"
     return rows

@@ -14,7 +14,7 @@ import typer
 from simclr_ray import config as cfg
 from simclr_ray.console import StudyProgress, out, show_pairs, show_table, study_table
 from simclr_ray.errors import ConfigError, Mistake, RunError
-from simclr_ray.stopping import listen
+from simclr_ray.stopping import STOPPED_BY_SYSTEM, listen
 
 if TYPE_CHECKING:
     from simclr_ray.studies.definition import Study
@@ -49,7 +49,9 @@ def run(
             metavar="[key.path=value ...]", help="Of every trial; study.key=value of the study."
         ),
     ] = None,
-    scale: Annotated[str, typer.Option(help="Size of the question, such as cpu.")] = "",
+    scale: Annotated[
+        str, typer.Option(help="Size of the question, such as cpu; without it, the file's first.")
+    ] = "",
     dry_run: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool, typer.Option("--dry-run", help="Check all trials, print what they take, and stop.")
     ] = False,
@@ -59,12 +61,12 @@ def run(
     Example: simclr-ray study run batch_size --scale cpu data.train=cifar/train data.test=cifar/test
     """
     from simclr_ray.studies.definition import load_study
-    from simclr_ray.studies.run import plan
+    from simclr_ray.studies.run import check_startable, plan
     from simclr_ray.studies.trials import base_tree
 
     study = load_study(source, scale, *(overrides or []))
-    tree = base_tree(study)
-    trials = plan(study, tree)
+    trials = plan(study, base_tree(study))
+    check_startable(study, trials)
     _show_plan(study, trials)
     if not dry_run:
         _run(study, trials)
@@ -122,7 +124,8 @@ def best(
     outcomes = folder.outcomes()
     results = results_of(study, outcomes)
     if results.best is None:
-        raise RunError(f"no trial of {where} has finished")
+        told = f"no trial of {where} has finished; see `simclr-ray study status {where}`"
+        raise RunError(told)
     chosen = best_outcome(results, outcomes)
     show_pairs(
         {
@@ -156,10 +159,12 @@ def _run(study: Study, trials: Sequence[Trial]) -> None:
     command = shlex.join(["simclr-ray", *sys.argv[1:]])
     with StudyProgress(lambda: status_of(study, folder, trials)):
         run_study(study, command=command, on_connected=listen)
-    _report(folder)
-    if len(folder.outcomes()) < len(trials) and study.search.name != "optuna":
+    if folder.outcomes():
+        _report(folder)
+    if len(folder.outcomes()) < len(trials):
         again = f"simclr-ray study resume {shlex.quote(folder.uri)}"
         out.print(f"stopped; to go on: {again}", markup=False, soft_wrap=True)
+        raise typer.Exit(STOPPED_BY_SYSTEM)
 
 
 def _report(folder: StudyFolder) -> None:
@@ -169,7 +174,8 @@ def _report(folder: StudyFolder) -> None:
     _show_results(results)
     for verdict in results.verdicts:
         difference, won, p, text = verdict_cells(results.study, verdict)
-        out.print(f"{verdict.claim}: {difference}, {won} pairs, p {p}: {text}", soft_wrap=True)
+        line = f"{verdict.claim}: {difference}, {won} pairs won, p = {p}: {text}"
+        out.print(line, soft_wrap=True, markup=False)
     failed = [o for o in results.others if o.status == "failed"]
     for outcome in failed:
         out.print(f"failed: {outcome.trial}: {outcome.reason}", soft_wrap=True, markup=False)
@@ -182,7 +188,7 @@ def _show_results(results: Results) -> None:
     from simclr_ray.studies.page import points_of_table
 
     head, rows = points_of_table(results)
-    shown = head.index("paper") + 1  # what a point cost is in the report
+    shown = head.index("images")  # what a point cost is in the report
     show_table(results.study.question, head[:shown], [row[:shown] for row in rows])
 
 
@@ -204,7 +210,7 @@ def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
             f"images/s, {taken.device_hours:.1f} worker-hours"
         )
     else:
-        rows["time"] = "unknown: study.images_per_s=... gives a forecast"
+        rows["time"] = "unknown: study.images_per_s=... (a trial's, as pretrain shows it) tells"
     note = note_on_lengths(study, trials)
     show_pairs(rows | ({"lengths": note} if note else {}))
 

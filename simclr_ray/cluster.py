@@ -18,6 +18,7 @@ QUIET = {
     "num_workers_soft_limit": 0,
     "idle_worker_killing_time_threshold_ms": 30_000,
 }
+WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of its own
 _started_here: set[str] = set()  # addresses of the local clusters of this process
 
 
@@ -39,6 +40,7 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
             where = os.environ["RAY_ADDRESS"]
             raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={where}") from error
         return
+    _check_machine(experiment)
     # one machine is not preempted, and the watcher costs a process
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # logical CPUs may exceed cores: workers and decode actors share them by time
@@ -65,6 +67,17 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
     # Ray Train's helpers find the cluster by this, where several run on one machine
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     _started_here.add(os.environ["RAY_ADDRESS"])
+
+
+def _check_machine(experiment: Experiment | None) -> None:
+    """Raise `ClusterError` for far more workers than this machine has cores."""
+    cores = os.cpu_count() or 1
+    workers = experiment.scaling.num_workers if experiment else 1
+    if workers > WORKERS_PER_CORE * cores:
+        raise ClusterError(
+            f"scaling.num_workers={workers} on a machine of {cores} cores; more than "
+            f"{WORKERS_PER_CORE * cores} would wait for each other (RAY_ADDRESS names a cluster)"
+        )
 
 
 def is_local() -> bool:

@@ -49,6 +49,9 @@ def with_start(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"start": start})
 
 
+NO_CLASSIFIER = "is a run without a classifier: `simclr-ray finetune` trains one from it"
+
+
 def with_teacher(experiment: Experiment) -> Experiment:
     """Return the experiment, its teacher one checkpoint, and as many classes as that knows.
 
@@ -63,7 +66,7 @@ def with_teacher(experiment: Experiment) -> Experiment:
         record = checkpoint.read_record(folder)
     head = cfg.validate(Experiment, record["experiment"]).head
     if not isinstance(head, ClassifierHead):
-        raise ConfigError([Mistake(TEACHER, f"{loss.teacher} is a run without a classifier")])
+        raise ConfigError([Mistake(TEACHER, f"{loss.teacher} {NO_CLASSIFIER}")])
     own = experiment.head
     assert isinstance(own, ClassifierHead)
     if own.num_classes not in (0, head.num_classes):

@@ -36,8 +36,18 @@ class RunFolder:
 
     @classmethod
     def of(cls, storage: str, name: str) -> RunFolder:
-        """Return the folder of run `name`; a local storage path is made absolute."""
-        return cls(storage if "://" in storage else str(Path(storage).resolve()), name)
+        """Return the folder of run `name`; a local storage path is made absolute.
+
+        Raises:
+            ConfigError: There is a file where the storage, or a folder above it, would be.
+        """
+        if "://" in storage:
+            return cls(storage, name)
+        place = Path(storage).resolve()
+        file = next((p for p in (place, *place.parents) if p.is_file()), None)
+        if file is not None:
+            raise ConfigError([Mistake("storage", f"{file} is a file; runs need a folder")])
+        return cls(str(place), name)
 
     @classmethod
     def at(cls, run: str) -> RunFolder:

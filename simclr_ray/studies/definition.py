@@ -162,7 +162,7 @@ class Study(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     question: str = Field(min_length=1)
-    answers: str = Field(min_length=1, description="Figure or table of the paper.")
+    answers: str = Field("", description="Figure or table of the paper.")
     notes: str = ""
     base: str = Field(min_length=1, description="Preset or YAML file of the experiment.")
     set: dict[str, Any] = Field({}, description="Path -> value, for all trials.")
@@ -181,8 +181,18 @@ class Study(Config):
     images_per_s: float = Field(0.0, ge=0, description="Of one trial, for the forecast.")
     figure: Figure
     comparisons: list[Comparison] = Field([], description="The claims that are tested.")
-    paper: Paper
+    paper: Paper = Paper(source="-", metric="-", columns=[], rows=[])
     scale: str = Field("", description="The scale that was chosen.")
+
+    @cfg.model_validator(mode="before")
+    @classmethod
+    def _fill_figure(cls, tree: Any) -> Any:
+        """Draw along the first dimension where nothing is said of the figure."""
+        if not isinstance(tree, dict) or "figure" in tree:
+            return tree
+        space = tree.get("space")
+        first = next(iter(space), "") if isinstance(space, dict) else ""
+        return {**tree, "figure": {"x": first or "space"}}
 
     @cfg.model_validator(mode="after")
     def _check_together(self) -> Study:
@@ -193,7 +203,10 @@ class Study(Config):
         known = self.metrics()
         for metric in (self.metric, *self.also):
             if metric not in known:
+                protocol = metric.removeprefix("final/").removesuffix("_top1")
                 hint = cfg.nearest(metric, known)
+                if protocol in PROTOCOLS:
+                    hint = f" without {protocol!r} in judge"
                 raise ValueError(
                     f"metric: nobody reports {metric!r}{hint}; reported are: {', '.join(known)}"
                 )

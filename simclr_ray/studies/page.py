@@ -78,13 +78,15 @@ def page(results: Results, svg: str, state: dict[str, Any]) -> str:
     drawing = svg[svg.index("<svg") :]
     parts = [
         f"<h1>{_e(study.name)}{_e(f' ({study.scale})' if study.scale else '')}</h1>",
-        f"<p class=q>{_e(study.question)} &mdash; answers {_e(study.answers)}.</p>",
+        f"<p class=q>{_e(study.question)}"
+        + (f" &mdash; answers {_e(study.answers)}.</p>" if study.answers else "</p>"),
         f"<p>{_e(study.notes)}</p>" if study.notes else "",
         "<h2>Figure</h2>",
         drawing,
         f"<p class=q>Points are means over {len(study.seeds)} "
         f"seed{'s' * (len(study.seeds) > 1)}, bars standard deviations. Metric here: "
-        f"<code>{_e(study.metric)}</code>; the paper's: {_e(study.paper.metric)}.</p>",
+        f"<code>{_e(study.metric)}</code>"
+        + (f"; the paper's: {_e(study.paper.metric)}.</p>" if study.paper.rows else ".</p>"),
         "<h2>Claims</h2>",
         claims_table(results),
         "<h2>The paper's order</h2>",
@@ -134,7 +136,7 @@ def verdict_cells(study: Study, verdict: Verdict) -> list[str]:
 
 def verdict_text(verdict: Verdict) -> str:
     """Return a verdict in words, no stronger than the pairs allow."""
-    sign = "as claimed" if verdict.difference > 0 else "against the claim"
+    sign = "the sign is as claimed" if verdict.difference > 0 else "the sign is against the claim"
     if verdict.p <= SIGNIFICANT:
         return f"{sign}, significant"
     if verdict.smallest_p > SIGNIFICANT:
@@ -194,9 +196,10 @@ def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows of the table of points, as text."""
     study = results.study
     unit = " (%)" if is_share(study.metric) else ""
+    has_paper = ["paper"] if study.paper.rows else []
     also = [f"{name}{' (%)' if is_share(name) else ''}" for name in study.also]
     head = [
-        *study.space, f"{study.metric}{unit}", "seeds", *also, "paper",
+        *study.space, f"{study.metric}{unit}", "seeds", *also, *has_paper,
         "images", "seconds", "worker-hours",
     ]  # fmt: skip
     rows = []
@@ -208,7 +211,7 @@ def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:
                 f"{shown(study.metric, row.mean)}{spread}",
                 str(row.num_seeds),
                 *(shown(n, row.also[n]) if n in row.also else "-" for n in study.also),
-                "-" if row.paper is None else f"{row.paper:g}",
+                *(["-" if row.paper is None else f"{row.paper:g}"] if has_paper else []),
                 f"{row.images:,.0f}",
                 f"{row.seconds:,.0f}",
                 f"{row.device_hours:.3f}",

@@ -13,7 +13,7 @@ import torch
 from simclr_ray import config as cfg
 from simclr_ray.cluster import check_cluster, connect, cpus_wanted, is_local
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ClusterError, ConfigError, Mistake
+from simclr_ray.errors import ClusterError, ConfigError, Mistake, RunError
 from simclr_ray.experiment import Experiment
 from simclr_ray.machine import version_of
 from simclr_ray.studies.definition import Budget, Study, label_of
@@ -54,9 +54,7 @@ def run_study(
     tree = base_tree(study)
     base, trials = cfg.validate(Experiment, tree), plan(study, tree)
     digest = digest_of_study(study, base)
-    folder.check(digest)
-    check_labels(study, trials)
-    fingerprints = _checked_pictures(folder, base)
+    fingerprints = check_startable(study, trials)
     folder.take_back_stop()
     at_a_time = _start_cluster(study, trials)
     if on_connected is not None:
@@ -80,6 +78,23 @@ def run_study(
             finally:
                 parent.finish(status)
     return folder
+
+
+def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
+    """Return the fingerprints of the splits, if nothing stands against running this study.
+
+    Raises:
+        ConfigError: The name is taken, the metric needs labels, or pictures have changed.
+        DataError: A split cannot be read.
+        RunError: Another driver is at it.
+    """
+    folder = StudyFolder(*study_folder(study))
+    base = cfg.validate(Experiment, base_tree(study))
+    folder.check(digest_of_study(study, base))
+    if folder.files.local is not None and folder.is_held():
+        raise RunError(f"{folder.uri} is being run by another process")
+    check_labels(study, trials)
+    return _checked_pictures(folder, base)
 
 
 def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:

@@ -16,6 +16,8 @@ IMAGENET_ROWS, CIFAR_ROWS = 1_281_167, 50_000
 PLACED = ("scaling", "tracking", "checkpoint", "evaluation", "register_as")
 # Each other leaf with a value that it may have beside the default.
 OTHER: dict[str, Any] = {
+    "schedule.decay": "constant",
+    "tracking.only_params": ["seed"],
     "data.columns.image": "img",
     "data.columns.label": "y",
     "data.columns.id": "key",
