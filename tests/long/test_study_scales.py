@@ -14,7 +14,7 @@ from tests.ray.pictures import write_shapes
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(900)]
 
-NUM_IMAGES = 300  # a batch of 256, and one more step of the smaller ones
+NUM_IMAGES = 600  # a batch of 512 is the largest of those run
 
 
 @pytest.fixture(scope="module")
