@@ -160,7 +160,11 @@ def _per_machine(experiment: Experiment) -> int:
 def _start_cluster(study: Study, trials: Sequence[Trial]) -> int:
     """Connect, and return how many trials run at a time."""
     largest = _largest(trials)
-    connect(largest, copies=study.concurrency or _per_machine(largest))
+    connect(
+        largest,
+        copies=study.concurrency or _per_machine(largest),
+        ends_runs=study.scheduler.name != "none",
+    )
     for trial in trials:
         check_cluster(trial.experiment)
     return concurrency_of(study, trials)
