@@ -28,9 +28,8 @@ def connect(
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
 
     A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
-    With `ends_runs` it has the dashboard's processes: when a driver of Ray Train is killed while the
-    cluster goes on, as a study's scheduler does, it is by their State API that the CPUs of its
-    workers are found and freed.
+    With `ends_runs` it has the dashboard's processes: where a driver of Ray Train is killed while
+    the cluster goes on, as by a study's scheduler, the State API finds and frees its workers' CPUs.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
