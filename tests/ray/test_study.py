@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from simclr_ray import config as cfg
 from simclr_ray.errors import ConfigError
+from simclr_ray.stopping import STOPPED_BY_SYSTEM
 from simclr_ray.studies.definition import load_study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.page import publish_report
@@ -223,7 +224,7 @@ def test_a_scheduler_ends_trials_and_decides_alike_after_a_stop(folder: Path) ->
         assert time.monotonic() < deadline
         time.sleep(0.05)
     broken.ask_to_stop()
-    assert driver.wait(timeout=120) == 0
+    assert driver.wait(timeout=120) == STOPPED_BY_SYSTEM
     assert len(broken.outcomes()) < 3
     _ended([sys.executable, "-m", "simclr_ray.cli", "study", "resume", broken.uri])
     assert facts(broken) == facts(undisturbed)
