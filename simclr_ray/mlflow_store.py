@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from simclr_ray.errors import TrackingError
+from simclr_ray.logs import held_back
 
 URI_VARIABLE: Final = "MLFLOW_TRACKING_URI"
 DATABASE: Final = "mlflow.db"
@@ -190,17 +191,9 @@ def quiet() -> Iterator[None]:
     and environments that we set on purpose, and migrations are logged revision by revision. Not
     used around the logging of metrics: `catch_warnings` acts on all threads of the process.
     """
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), held_back(("mlflow", "alembic"), logging.ERROR):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from simclr_ray.config import Scalar
 from simclr_ray.pretrain import METRICS
 from simclr_ray.records import read_records
 from simclr_ray.studies.definition import Study
@@ -24,7 +23,6 @@ class TrialStatus(NamedTuple):
     epoch: float
     epochs: int
     metric: str  # as text; of the last epoch where the end is still open
-    point: dict[str, Scalar]
 
 
 class StudyStatus(NamedTuple):
@@ -62,8 +60,7 @@ def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> Stu
 def _ended(study: Study, outcome: Outcome) -> TrialStatus:
     values, last = values_at(outcome), max(outcome.curve, default=0)
     text = shown(study.metric, values[study.metric]) if study.metric in values else "-"
-    point = outcome.cells[-1]["point"]
-    return TrialStatus(outcome.trial, outcome.status, last, last, text, point)
+    return TrialStatus(outcome.trial, outcome.status, last, last, text)
 
 
 def _status(
@@ -80,4 +77,4 @@ def _status(
     text = shown(metric, values[metric]) if metric in values else "-"
     epoch = float(records[-1]["epoch"]) if records else 0.0
     state = ("running" if folder.is_held() else "open") if run else "waiting"
-    return TrialStatus(trial.name, state, epoch, epochs, text, trial.point)
+    return TrialStatus(trial.name, state, epoch, epochs, text)

@@ -19,7 +19,7 @@ from simclr_ray.augment.pairs import PairShares, shares_of_views
 from simclr_ray.config import Scalar
 from simclr_ray.data.maker import views_of
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.errors import ConfigError, DataError, Mistake
 from simclr_ray.experiment import Experiment, absolute_path
 from simclr_ray.mlflow_store import DATABASE, store_uri
 from simclr_ray.studies.definition import (
@@ -121,8 +121,17 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
 def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     """Return what trials take; opens their pictures. Raises `DataError` if they fill no batch."""
     images = device_s = 0.0
+    num_rows = {  # each set is opened once, however many trials read it
+        data: Source.open(data.train, data.columns, data.limit).num_rows
+        for data in {trial.experiment.data for trial in trials}
+    }
     for trial in trials:
-        seen = images_of(trial.experiment)
+        experiment = trial.experiment
+        rows = num_rows[experiment.data]
+        seen = experiment.total_steps(rows) * experiment.batch_size
+        if not seen:
+            told = f"{rows} rows fill no batch of {experiment.batch_size}"
+            raise DataError(f"{trial.name}: {experiment.data.train}: {told}")
         images += seen
         if study.images_per_s:
             device_s += seen / study.images_per_s * trial.experiment.scaling.num_workers
@@ -141,13 +150,6 @@ def shares_of(experiment: Experiment) -> PairShares | None:
     """Return how often pairs of crops of square pictures set each task, or None without crops."""
     side = experiment.evaluation_size
     return shares_of_views(views_of(experiment.augment, experiment.seed), side, side)
-
-
-def images_of(experiment: Experiment) -> int:
-    """Return the images that a run passes through its encoder, two views each."""
-    data = experiment.data
-    num_rows = Source.open(data.train, data.columns, data.limit).num_rows
-    return experiment.total_steps(num_rows) * experiment.batch_size
 
 
 def study_folder(study: Study) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from ray import tune
 from ray.util.queue import Empty, Queue
 
 from simclr_ray.errors import RunError, TrackingError
+from simclr_ray.logs import held_back
 from simclr_ray.pretrain import METRICS
 from simclr_ray.studies.definition import EPOCH_METRICS, Study
 from simclr_ray.studies.folder import FINAL, Curve, Outcome, StudyFolder, curve_of
@@ -253,15 +254,10 @@ def _quiet() -> Iterator[None]:
     """Keep Tune's own tables and handlers away while it runs: ours show the study."""
     before = {key: os.environ.get(key) for key in QUIET}
     os.environ.update(QUIET)
-    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with held_back(("ray.tune", "ray.air", "ray.train"), logging.CRITICAL):
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         for key, value in before.items():
             os.environ.pop(key, None)
             if value is not None:

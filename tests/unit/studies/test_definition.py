@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 
 from simclr_ray import config as cfg
-from simclr_ray.errors import ConfigError
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.experiment import Experiment
 from simclr_ray.studies.definition import Study, load_study
 from simclr_ray.studies.trials import (
     base_tree,
     digest_of_study,
+    forecast,
     make_trials,
     note_on_lengths,
     points_of,
 )
+from tests.ray.pictures import write_shapes
 
 BASE = """
 name: t
@@ -219,6 +221,16 @@ def test_lists_are_added_to_and_nothing_twice(tmp_path: Path) -> None:
     trials = trials_of(written(tmp_path, set={"augment": base}, space=space, figure={"x": "first"}))
     found = [[stage.name for stage in t.experiment.augment.a] for t in trials]
     assert found == [["cutout"], ["cutout", "sobel"], ["sobel", "cutout"], ["sobel"]]
+
+
+def test_a_trial_whose_rows_fill_no_batch_is_named_before_any_runs(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "train.parquet", 12)
+    study = load_study(written(tmp_path), "", f"data.train={tmp_path}/train.parquet")
+    trials = make_trials(study, base_tree(study), points_of(study))
+    with pytest.raises(DataError, match=r"batch_size-16_.*12 rows fill no batch of 16"):
+        forecast(study, trials)
+    small = [t for t in trials if t.experiment.batch_size == 8]
+    assert forecast(study, small).images == 8 * (1 + 2 + 4)
 
 
 def test_the_digest_knows_results_from_looks_and_placement(tmp_path: Path) -> None:
