@@ -30,6 +30,7 @@ from simclr_ray.studies.definition import EPOCH_METRICS, Study
 from simclr_ray.studies.folder import FINAL, Curve, Outcome, StudyFolder, curve_of
 from simclr_ray.studies.search import (
     EPOCH,
+    in_drawn_order,
     optuna_search,
     scheduler_of,
     searched_space,
@@ -64,6 +65,8 @@ def run_trials(
     study, folder = job.study, job.folder
     searched = study.search.name == "optuna"
     compared = searched or study.scheduler.name != "none"
+    if study.search.name == "grid" and study.scheduler.name != "none":
+        trials = in_drawn_order(study, trials)
     known = {o.trial for o in folder.outcomes() if o.status in FINAL}
     todo = {t.name: t for t in trials if compared or t.name not in known}
     if not searched and known >= set(todo):

@@ -1,0 +1,76 @@
+"""Which trials a scheduler sees first, and what it lets through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from simclr_ray import config as cfg
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of
+from simclr_ray.studies.trials import Trial, base_tree, make_trials, points_of
+
+RATES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+EPOCHS = 18
+
+
+def study(seed: int = 0) -> Study:
+    tree: dict[str, Any] = {
+        "name": "s",
+        "question": "?",
+        "base": "cifar10_study_cpu",
+        "set": {"epochs": EPOCHS},
+        "space": {"schedule.learning_rate": {"grid": RATES}},
+        "metric": "eval/knn_top1",
+        "judge": [],
+        "scheduler": {"name": "asha", "grace_epochs": 2},
+        "search": {"seed": seed},
+    }
+    return cfg.validate(Study, tree)
+
+
+def trials_of(study: Study) -> list[Trial]:
+    return make_trials(study, base_tree(study), points_of(study))
+
+
+class TuneTrial:
+    def __init__(self, trial: Trial) -> None:
+        self.trial_id = self.trial_name = trial.name
+        self.config: dict[str, Any] = {}
+
+
+def epochs_run(study: Study, trials: list[Trial]) -> int:
+    """Return what halving takes, one trial after the other, where a higher rate is better."""
+    scheduler = scheduler_of(study, trials)
+    assert scheduler is not None
+    scheduler.set_search_properties(study.metric, study.mode)
+    taken = 0
+    for trial in trials:
+        one, value = TuneTrial(trial), trial.experiment.schedule.learning_rate
+        scheduler.on_trial_add(None, one)  # type: ignore[arg-type]
+        for epoch in range(1, EPOCHS + 1):
+            taken += 1
+            result = {EPOCH: epoch, study.metric: value}
+            decision = scheduler.on_trial_result(None, one, result)  # type: ignore[arg-type]
+            if decision == TrialScheduler.STOP:
+                break
+    return taken
+
+
+def test_the_drawn_order_is_of_all_trials_and_the_same_after_a_restart() -> None:
+    trials = trials_of(study())
+    drawn = in_drawn_order(study(), trials)
+    assert sorted(t.name for t in drawn) == sorted(t.name for t in trials)
+    assert drawn == in_drawn_order(study(), trials_of(study()))
+    assert drawn != trials
+    assert drawn != in_drawn_order(study(seed=1), trials)
+
+
+def test_halving_saves_nothing_on_values_from_bad_to_good_and_half_in_a_drawn_order() -> None:
+    trials = trials_of(study())
+    all_epochs = EPOCHS * len(RATES)
+    assert epochs_run(study(), trials) == all_epochs
+    taken = [epochs_run(study(s), in_drawn_order(study(s), trials)) for s in range(50)]
+    assert sum(taken) / len(taken) == pytest.approx(0.5 * all_epochs, rel=0.15)
