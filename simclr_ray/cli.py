@@ -227,27 +227,39 @@ def register(
 @app.command()
 def embed(
     model: Annotated[str, typer.Argument(help="models:/name@alias, or a run or encoder folder.")],
-    pictures: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False)],
+    pictures: Annotated[list[Path], typer.Argument(help="Image files.")],
     tracking_uri: Annotated[
         str, typer.Option(help="MLflow store; empty: as MLflow finds it.")
     ] = "",
 ) -> None:
     """Print the embedding of each picture: its path, then F numbers, tab-separated.
 
-    Files that are no pictures are named on stderr and left out; the exit code is then 1.
+    Files that cannot be read or are no pictures are named on stderr and left out; the exit code is
+    then 1.
     """
     from simclr_ray.export import embed_images
 
-    bad: set[int] = set()
+    bad: set[Path] = set()
 
-    def left_out(place: int, reason: str) -> None:
-        bad.add(place)
-        err.print(f"left out: {pictures[place]}: {reason}", markup=False, soft_wrap=True)
+    def left_out(path: Path, reason: str) -> None:
+        bad.add(path)
+        err.print(f"left out: {path}: {reason}", markup=False, soft_wrap=True)
 
-    images = [p.read_bytes() for p in pictures]
-    rows = embed_images(model, images, tracking_uri=tracking_uri, on_bad=left_out)
-    for place, (path, row) in enumerate(zip(pictures, rows, strict=True)):
-        if place not in bad:
+    read: dict[Path, bytes] = {}
+    for path in pictures:
+        try:
+            read[path] = path.read_bytes()
+        except OSError as error:
+            left_out(path, error.strerror or str(error))
+    files = list(read)
+    rows = embed_images(
+        model,
+        list(read.values()),
+        tracking_uri=tracking_uri,
+        on_bad=lambda place, reason: left_out(files[place], reason),
+    )
+    for path, row in zip(files, rows, strict=True):
+        if path not in bad:
             print(path, *(f"{value:.6g}" for value in row), sep="\t")
     if bad:
         raise typer.Exit(1)

@@ -53,7 +53,8 @@ def run(
         str, typer.Option(help="Size of the question, such as cpu; without it, the file's first.")
     ] = "",
     dry_run: Annotated[  # noqa: FBT002 - typer makes it a flag
-        bool, typer.Option("--dry-run", help="Check all trials, print what they take, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Check all trials and the cluster, time steps, and stop."),
     ] = False,
 ) -> None:
     """Run a study, or go on with one that was stopped.
@@ -68,7 +69,9 @@ def run(
     trials = plan(study, base_tree(study))
     check_startable(study, trials)
     _show_plan(study, trials)
-    if not dry_run:
+    if dry_run:
+        _show_time(study, trials)
+    else:
         _run(study, trials)
 
 
@@ -173,8 +176,9 @@ def _report(folder: StudyFolder) -> None:
     place, results = publish_report(folder)
     _show_results(results)
     for verdict in results.verdicts:
-        difference, won, p, text = verdict_cells(results.study, verdict)
-        line = f"{verdict.claim}: {difference}, {won} pairs won, p = {p}: {text}"
+        difference, won, _, text = verdict_cells(results.study, verdict)
+        tested = f"p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g} with so many pairs"
+        line = f"{verdict.claim}: {difference}, {won} pairs won, {tested}: {text}"
         out.print(line, soft_wrap=True, markup=False)
     failed = [o for o in results.others if o.status == "failed"]
     for outcome in failed:
@@ -209,10 +213,29 @@ def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
             f"{taken.hours:.1f} h of one trial after the other at {study.images_per_s:,.0f} "
             f"images/s, {taken.device_hours:.1f} worker-hours"
         )
-    else:
-        rows["time"] = "unknown: study.images_per_s=... (a trial's, as pretrain shows it) tells"
     note = note_on_lengths(study, trials)
     show_pairs(rows | ({"lengths": note} if note else {}))
+
+
+def _show_time(study: Study, trials: Sequence[Trial]) -> None:
+    """Show what the cluster at hand makes of a plan; steps are timed on it if the study tells none.
+
+    Raises what `start_cluster` and `pace_of` do.
+    """
+    from simclr_ray.studies.run import start_cluster
+    from simclr_ray.studies.speed import pace_of
+
+    at_a_time = start_cluster(study, trials)
+    rows = {"at a time": f"{at_a_time} of the trials fit the cluster"}
+    if not study.images_per_s:
+        searched = study.search.trials / len(trials) if study.search.name == "optuna" else 1.0
+        pace = pace_of(trials)
+        hours = searched * pace.seconds / 3600
+        rows["training"] = (
+            f"about {hours / at_a_time:.2f} h, {searched * pace.device_seconds / 3600:.2f} "
+            "worker-hours, by steps timed just now; starts and evaluation come on top"
+        )
+    show_pairs(rows)
 
 
 def _stored(where: str) -> tuple[Study, list[Trial]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +17,12 @@ from rich.text import Text
 if TYPE_CHECKING:
     from simclr_ray.studies.status import StudyStatus
 
-out = Console(highlight=False)
+# a log has no edge: there tables are as wide as they need to be
+LOG_COLUMNS = 200
+out = Console(
+    highlight=False,
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_COLUMNS,
+)
 err = Console(stderr=True, highlight=False)
 PLAIN_EVERY_S = 10.0  # without a terminal: a line each, no more often
 
@@ -127,6 +134,7 @@ class StudyProgress:
     def _watch(self) -> None:
         last = False
         shown_at = float("-inf")
+        said: StudyStatus | None = None
         while not last:
             last = self._end.wait(self.EVERY_S)
             status = self.read()
@@ -134,8 +142,9 @@ class StudyProgress:
                 self.live.update(study_table(status, self._left(status)))
                 continue
             self._say_ended(status)
-            if last or time.monotonic() - shown_at >= self.LINES_EVERY_S:
-                shown_at = time.monotonic()
+            due = time.monotonic() - shown_at >= self.LINES_EVERY_S
+            if last or (due and status != said):
+                shown_at, said = time.monotonic(), status
                 running = [t for t in status.trials if t.state == "running"]
                 now = "; ".join(f"{t.name} epoch {t.epoch:.1f}/{t.epochs}" for t in running)
                 err.print(
@@ -193,7 +202,7 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]
     """Print a table."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     out.print(table)

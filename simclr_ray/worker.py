@@ -87,7 +87,7 @@ class Rank:
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
             build_loss(experiment),
             self.optimizer,
-            self._labelled(self._coloured(self._named(batches))),
+            labelled(experiment, self.source, self._coloured(self._named(batches)), self.device),
             self._timetable(),
             loop.Hooks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
@@ -183,18 +183,6 @@ class Rank:
             for batch in batches
         )
 
-    def _labelled(self, batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
-        """Add the labels of the images, or a teacher's scores, if the loss takes them."""
-        if isinstance(self.experiment.loss, Distillation):
-            teacher = load_teacher(self.experiment).to(self.device)
-            return (batch._replace(labels=taught(teacher, batch, self.device)) for batch in batches)
-        if not self.experiment.takes_labels:
-            return batches
-        find = self.source.label_of()
-        return (
-            batch._replace(labels=torch.from_numpy(find(batch.ids.numpy()))) for batch in batches
-        )
-
     def _tell(self, step: int, epoch: float, values: dict[str, float]) -> None:
         if self.rank == 0:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
@@ -218,6 +206,19 @@ def colour(views: TwoViews, batch: loop.Batch, epoch: int, device: torch.device)
     crops = torch.cat([batch.a, batch.b]).to(device)
     draws = views.both(batch.ids.numpy(), epoch)
     return ViewPair(*views.resized(crops.shape[-1]).distort(crops, draws).chunk(2))
+
+
+def labelled(
+    experiment: Experiment, source: Source, batches: Iterator[loop.Batch], device: torch.device
+) -> Iterator[loop.Batch]:
+    """Add the labels of the images, or a teacher's scores, if the loss takes them."""
+    if isinstance(experiment.loss, Distillation):
+        teacher = load_teacher(experiment).to(device)
+        return (batch._replace(labels=taught(teacher, batch, device)) for batch in batches)
+    if not experiment.takes_labels:
+        return batches
+    find = source.label_of()
+    return (batch._replace(labels=torch.from_numpy(find(batch.ids.numpy()))) for batch in batches)
 
 
 @torch.no_grad()

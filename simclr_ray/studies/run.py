@@ -56,7 +56,7 @@ def run_study(
     digest = digest_of_study(study, base)
     fingerprints = check_startable(study, trials)
     folder.take_back_stop()
-    at_a_time = _start_cluster(study, trials)
+    at_a_time = start_cluster(study, trials)
     if on_connected is not None:
         on_connected()
     with folder.locked():
@@ -157,8 +157,12 @@ def _per_machine(experiment: Experiment) -> int:
     return max(1, (os.cpu_count() or 1) // experiment.scaling.num_workers)
 
 
-def _start_cluster(study: Study, trials: Sequence[Trial]) -> int:
-    """Connect, and return how many trials run at a time."""
+def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
+    """Connect, or start a cluster on this machine; return how many trials it runs at a time.
+
+    Raises:
+        ClusterError: No cluster answers, or it cannot hold one trial.
+    """
     largest = _largest(trials)
     connect(
         largest,

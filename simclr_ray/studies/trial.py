@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import ray
+
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CollapsedRun, SimclrRayError
 from simclr_ray.experiment import ClassifierHead, Experiment, NTXent
@@ -69,7 +71,7 @@ def run_trial(job: Job, trial: Trial, tell: Tell) -> Outcome:
     try:
         watch.replay(folder.read_text(METRICS) or "")
         run = pretrain(experiment, on_progress=watch)
-        metrics = judge_trial(job.study, experiment, run)
+        metrics = _judge_on_own_gpu(job.study, experiment, run)
     except CollapsedRun as error:
         status, reason = "collapsed", str(error)
     except SimclrRayError as error:
@@ -122,6 +124,16 @@ def outcome_of(
             "fingerprint": stored.get("fingerprint", ""),
         },
     )
+
+
+def _judge_on_own_gpu(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
+    """Judge where Ray gives a GPU: several trials on a node would otherwise all take its first."""
+    gpus = min(1.0, experiment.scaling.gpus_per_worker)
+    if not gpus:
+        return judge_trial(study, experiment, run)
+    on_gpu = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(judge_trial)
+    metrics: dict[str, float] = ray.get(on_gpu.remote(study, experiment, run))
+    return metrics
 
 
 def judge_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:

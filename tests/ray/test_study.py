@@ -19,7 +19,9 @@ from simclr_ray.stopping import STOPPED_BY_SYSTEM
 from simclr_ray.studies.definition import load_study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.page import publish_report
-from simclr_ray.studies.run import run_study
+from simclr_ray.studies.run import plan, run_study
+from simclr_ray.studies.speed import pace_of
+from simclr_ray.studies.trials import base_tree, study_folder
 from tests.ray.pictures import write_shapes
 from tests.ray.test_pretrain import tree_of
 
@@ -140,6 +142,62 @@ def test_a_name_that_is_taken_by_another_definition_is_refused(
     with pytest.raises(ConfigError, match="another definition"):
         run_study(other)
     assert runs_of(taken)[""].info.status == "KILLED"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_search_that_learns_suggests_its_points_and_goes_on_from_them(
+    folder: Path, ray_cluster: str
+) -> None:
+    space = {
+        "loss.temperature": {"loguniform": [0.05, 1.0]},
+        "schedule.learning_rate": {"choice": [0.3, 3.0]},
+    }
+    settings: dict[str, Any] = {
+        "space": space,
+        "search": {"name": "optuna", "trials": 3, "seed": 1},
+        "metric": "eval/knn_top1",
+        "judge": [],
+        "set": {"epochs": 1},
+        "figure": {"x": "loss.temperature"},
+        "comparisons": [],
+    }
+    study = load_study(str(study_file(folder, "searched", **settings)))
+    searched = run_study(study)
+    outcomes = {o.trial: o for o in searched.outcomes()}
+    assert len(outcomes) == 3
+    for outcome in outcomes.values():
+        assert outcome.status == "finished"
+        point = outcome.cells[0]["point"]
+        assert 0.05 <= point["loss.temperature"] <= 1.0
+        assert point["schedule.learning_rate"] in ("0.3", "3.0", 0.3, 3.0)
+        assert 0 <= outcome.curve[1]["eval/knn_top1"] <= 1
+    publish_report(searched)
+
+    stamps = {name: Path(o.run["folder"]).stat().st_mtime_ns for name, o in outcomes.items()}
+    run_study(study)  # it suggests the same, is told the same, and trains nothing
+    again = {o.trial: o for o in searched.outcomes()}
+    assert again == outcomes
+    assert {n: Path(o.run["folder"]).stat().st_mtime_ns for n, o in again.items()} == stamps
+
+
+def test_steps_of_each_kind_of_trial_are_timed_once(folder: Path, ray_cluster: str) -> None:
+    cases = {
+        "contrastive": {"loss.temperature": 0.5},
+        "supervised": {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}},
+        "in groups": {"batch_norm.images": 16},
+    }
+    space = {"learning": {"cases": cases}}
+    source = study_file(folder, "paced", space=space, figure={"x": "learning"}, comparisons=[])
+    study = load_study(str(source), "", "study.seeds=[0,1]")
+    trials = plan(study, base_tree(study))
+    began = time.monotonic()
+    pace = pace_of(trials)
+    assert pace.seconds > 0
+    assert pace.device_seconds == pytest.approx(pace.seconds)  # one worker each
+    assert pace_of(trials * 4).seconds < 10 * pace.seconds  # no slower for more of the same kind
+    assert time.monotonic() - began < 120
+    assert not Path(*study_folder(study)).exists()  # nothing is left of it
 
 
 def program(source: Path) -> list[str]:

@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "cluster",
     ),
     ("pipeline", "finetune", "report", "studies"),
-    ("cli", "cli_study", "console", "stopping", ""),
+    ("__main__", "cli", "cli_study", "console", "stopping", ""),
 )
 # Package -> who may import it. `embedder` travels with a registered model.
 DOORS: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,5 @@
+"""`python -m simclr_ray`: the command line where its script is not on the path."""
+
+from simclr_ray.cli import main
+
+main()
