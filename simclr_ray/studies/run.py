@@ -15,6 +15,7 @@ from simclr_ray.cluster import check_cluster, connect, cpus_wanted, is_local
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ClusterError, ConfigError, Mistake, RunError
 from simclr_ray.experiment import Experiment
+from simclr_ray.export import code_commit
 from simclr_ray.machine import version_of
 from simclr_ray.studies.definition import Budget, Study, label_of
 from simclr_ray.studies.folder import StudyFolder
@@ -176,7 +177,9 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
 
 def _versions() -> dict[str, str]:
     names = ("simclr-ray", "ray", "torch", "mlflow", "numpy")
-    return {name: version_of(name) for name in names} | {"machine": _machine()}
+    commit = code_commit()
+    ours = {"commit": commit} if commit else {}
+    return {name: version_of(name) for name in names} | ours | {"machine": _machine()}
 
 
 def _machine() -> str:
