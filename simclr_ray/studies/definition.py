@@ -355,7 +355,7 @@ def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, A
     prefix = "study."
     own = [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
     rest = [text for text in overrides if not text.startswith(prefix)]
-    tree = cfg.apply_overrides(tree, own)
+    tree = cfg.apply_overrides(tree, own, Study)
     given = {}
     for text in rest:
         path, equals, value = text.partition("=")

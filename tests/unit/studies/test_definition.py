@@ -162,6 +162,13 @@ def test_overrides_go_to_the_trials_or_to_the_study(tmp_path: Path) -> None:
     assert [t.seed for t in trials] == [3] * 6 + [4] * 6
 
 
+def test_the_name_of_a_scheduler_leaves_its_other_settings_as_they_are(tmp_path: Path) -> None:
+    settings = {"scheduler": {"name": "none", "grace_epochs": 3}, "metric": "eval/knn_top1"}
+    source = written(tmp_path, **settings)
+    study = load_study(source, "", "study.scheduler.name=asha")
+    assert (study.scheduler.name, study.scheduler.grace_epochs) == ("asha", 3)
+
+
 def test_every_point_is_run_with_every_seed_under_a_name_of_its_own(tmp_path: Path) -> None:
     trials = trials_of(written(tmp_path), "study.seeds=[0, 1]")
     assert [t.name for t in trials[:2]] == [
