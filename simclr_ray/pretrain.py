@@ -46,6 +46,7 @@ Record = dict[str, float]
 Progress = Callable[[Record], None]
 WAIT_S = 10.0  # for a record; what comes is taken at once
 UPLOAD_EVERY_S = 60.0
+HELD_S = 30.0  # what is left of a driver that was killed lets go of its run within seconds
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"
 RUN_FILE, CONFIG_FILE = "run.json", "experiment.yaml"
 
@@ -74,7 +75,7 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     Raises:
         DataError: The data cannot be used.
         ClusterError: The cluster cannot hold the workers.
-        RunError: Training failed; the message has the cause.
+        RunError: Training failed, with its cause; or another process is at this very run.
     """
     experiment = experiment.absolute()
     _check_late_needs(experiment)
@@ -87,7 +88,7 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     tracker = Tracker.open(experiment.tracking, experiment.storage)  # before the cluster waits
     connect(experiment)
     check_cluster(experiment)
-    with _tracked(experiment, source, folder, tracker) as tracked:
+    with folder.held(HELD_S), _tracked(experiment, source, folder, tracker) as tracked:
         scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
         newest = folder.newest(scratch)
         if newest is not None:

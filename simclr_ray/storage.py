@@ -2,22 +2,29 @@
 
 <storage>/<run name>/
     experiment.yaml  metrics.jsonl  bad_rows.jsonl  run.json  encoder/
+    lock                                held by the driver, on a local disk
     step-00001200-<attempt>/            checkpoints, owned by Ray's manager
     checkpoint_manager_snapshot.json    Ray's
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from pyarrow import fs
 
 from simclr_ray import checkpoint
-from simclr_ray.errors import CheckpointError, ConfigError, Mistake
+from simclr_ray.errors import CheckpointError, ConfigError, Mistake, RunError
 from simclr_ray.logs import get_logger
 
+LOCK = "lock"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 log = get_logger(__name__)
 
@@ -144,6 +151,35 @@ class RunFolder:
             return folder
         return None
 
+    def is_held(self) -> bool:
+        """Return whether a driver holds the folder; of a remote one that is not known: False."""
+        if self.local is None or not (self.local / LOCK).exists():
+            return False
+        with (self.local / LOCK).open() as file:
+            return not _locks(file, fcntl.LOCK_SH)
+
+    @contextmanager
+    def held(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Hold the folder, so that no second driver writes to it; nothing is held of a remote one.
+
+        Args:
+            wait_s: For another to let go of it: one that was killed may take a moment to end.
+
+        Raises:
+            RunError: Another driver holds it.
+        """
+        if self.local is None:
+            yield
+            return
+        self.local.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + wait_s
+        with (self.local / LOCK).open("w") as file:
+            while not _locks(file, fcntl.LOCK_EX):
+                if time.monotonic() >= deadline:
+                    raise RunError(f"{self.uri} is being run by another process")
+                time.sleep(0.5)
+            yield
+
     def repair_snapshot(self) -> list[str]:
         """Set Ray's snapshot aside if it names checkpoints that are gone; return their names.
 
@@ -169,3 +205,14 @@ class RunFolder:
             return fs.LocalFileSystem(), self.uri
         files, root = fs.FileSystem.from_uri(self.uri)
         return files, root
+
+
+def _locks(file: IO[str], kind: int) -> bool:
+    """Return whether a lock could be taken; it goes with the file, or with the process."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks: then nobody holds anything
+        return True
+    return True

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import tempfile
 from collections.abc import Iterator
@@ -20,14 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from simclr_ray import config as cfg
-from simclr_ray.errors import ConfigError, Mistake, RunError
+from simclr_ray.errors import ConfigError, Mistake
 from simclr_ray.experiment import Experiment
 from simclr_ray.records import read_records
 from simclr_ray.storage import RunFolder
 from simclr_ray.studies.definition import EPOCH_METRICS, Study
 from simclr_ray.studies.trials import RUNS
 
-DEFINITION, BASE, STATE, STOP, LOCK = "study.yaml", "base.yaml", "study.json", "stop", "lock"
+DEFINITION, BASE, STATE, STOP = "study.yaml", "base.yaml", "study.json", "stop"
 OUTCOMES, REPORT = "outcomes", "report"
 
 Status = Literal["finished", "collapsed", "stopped", "failed"]
@@ -147,35 +146,7 @@ class StudyFolder:
 
     def is_held(self) -> bool:
         """Return whether a driver holds the study; of a remote one that is not known: True."""
-        if self.files.local is None:
-            return True
-        path = self.files.local / LOCK
-        if not path.exists():
-            return False
-        with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the study, so that no second driver runs it; of a local folder only.
-
-        Raises:
-            RunError: Another driver holds it.
-        """
-        if self.files.local is None:
-            yield
-            return
-        self.files.local.mkdir(parents=True, exist_ok=True)
-        with (self.files.local / LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.uri} is being run by another process") from None
-            yield
+        return self.files.local is None or self.files.is_held()
 
     @contextmanager
     def report_folder(self) -> Iterator[Path]:

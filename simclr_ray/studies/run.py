@@ -60,7 +60,7 @@ def run_study(
     at_a_time = start_cluster(study, trials)
     if on_connected is not None:
         on_connected()
-    with folder.locked():
+    with folder.files.held():
         folder.define(study, base, digest)
         tracker = Tracker.open(base.tracking, base.storage)
         parent = _parent_run(study, folder, tracker)
@@ -92,7 +92,7 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     folder = StudyFolder(*study_folder(study))
     base = cfg.validate(Experiment, base_tree(study))
     folder.check(digest_of_study(study, base))
-    if folder.files.local is not None and folder.is_held():
+    if folder.files.is_held():
         raise RunError(f"{folder.uri} is being run by another process")
     check_labels(study, trials)
     return _checked_pictures(folder, base)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from simclr_ray import checkpoint
+from simclr_ray.errors import RunError
 from simclr_ray.storage import SNAPSHOT, RunFolder
 
 
@@ -106,6 +110,33 @@ def test_no_checkpoint_that_verifies_is_none(
     assert folder.newest(tmp_path) is None
     (add(on_disk, "step-00000001-00000001", 1) / checkpoint.STATE).unlink()
     assert folder.newest(tmp_path / "s") is None
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_gone(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder.of(str(tmp_path), "r-1")
+    program = (
+        "import sys, time; from simclr_ray.storage import RunFolder\n"
+        "with RunFolder(*sys.argv[1:]).held():\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    assert not folder.is_held()
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, folder.storage, folder.name],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    assert folder.is_held()
+    with pytest.raises(RunError, match="run by another process"), folder.held():
+        pass
+    threading.Timer(0.5, other.kill).start()
+    with folder.held(wait_s=30):
+        assert folder.is_held()
+    assert not folder.is_held()
+    other.communicate()
 
 
 def test_a_snapshot_that_names_what_is_there_stays(folder: RunFolder, on_disk: Path) -> None:
