@@ -233,7 +233,7 @@ def register(
         alias: moved to the new version at the very end.
         example: one encoded image, kept as the input example.
         tags: lineage and scores, such as `dataset_fingerprint`, `experiment_digest`, `seed`,
-            `knn_top1`; `code_commit` is added where the package runs from a git checkout.
+            `knn_top1`; `weights_sha256` is added, and `code_commit` in a git checkout.
 
     Raises:
         CheckpointError: `folder` is no whole encoder.
@@ -245,6 +245,7 @@ def register(
     decode.decode_image(example)
     commit = code_commit()
     all_tags = {key: str(value) for key, value in tags.items()}
+    all_tags["weights_sha256"] = card.weights_sha256
     if commit:
         all_tags.setdefault("code_commit", commit)
     with tempfile.TemporaryDirectory() as scratch:

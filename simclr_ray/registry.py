@@ -25,6 +25,7 @@ def register_model(
 ) -> store.RegisteredEncoder:
     """Store a pyfunc model under a run and make it a new version of `name`.
 
+    A version that this run has under this name with the same tags is it already, and is returned.
     The alias moves last, so it never points to a version that is not whole.
 
     Raises:
@@ -32,6 +33,10 @@ def register_model(
     """
     store.check_alias(alias)
     with store.quiet(), door(f"register {name!r}", run.uri) as client:
+        version = _known_version(client, name, run.run_id, tags)
+        if version:
+            client.set_registered_model_alias(name, alias, str(version))
+            return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
         model = client.create_logged_model(
             run.experiment_id, name="encoder", source_run_id=run.run_id, model_type="encoder"
         )
@@ -106,6 +111,14 @@ def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: Log
             model_id=logged.model_id,
         ),
     )
+
+
+def _known_version(client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> int:
+    """Return the newest version of a run with these very tags, or 0."""
+    wanted = store.tags_of(tags)
+    found = client.search_model_versions(f"name = '{name}'")
+    same = [v for v in found if v.run_id == run_id and dict(v.tags) == wanted]
+    return max((int(v.version) for v in same if v.status == "READY"), default=0)
 
 
 def _create_version(

@@ -268,6 +268,23 @@ def test_an_undecodable_image_is_named_by_its_row(registered: Registered) -> Non
     np.testing.assert_array_equal(rows[1:], export.embed_images(registered.folder, images[1:]))
 
 
+def test_the_same_encoder_of_a_run_is_one_version_and_the_alias_moves(
+    registered: Registered,
+) -> None:
+    tracker = Tracker.open(Tracking(uri=registered.uri), "unused")
+    run = tracker.start_run("again", params={}, tags={})
+    image = registered.images[0]
+    first: dict[str, str | int | float] = {"checkpoint": "a"}
+    versions = [
+        export.register(registered.folder, run, name="twice", alias=alias, example=image, tags=tags)
+        for alias, tags in (("old", first), ("newest", first), ("newest", {"checkpoint": "b"}))
+    ]
+    assert [v.version for v in versions] == [1, 1, 2]
+    client = MlflowClient(tracking_uri=registered.uri)
+    found = (client.get_model_version_by_alias("twice", alias) for alias in ("old", "newest"))
+    assert [int(version.version) for version in found] == [1, 2]
+
+
 def test_the_version_says_what_it_needs_and_where_it_comes_from(registered: Registered) -> None:
     client = MlflowClient(tracking_uri=registered.uri)
     version = client.get_model_version("m", str(registered.version.version))
