@@ -13,6 +13,7 @@ from simclr_ray import config as cfg
 from simclr_ray import loop
 from simclr_ray.data.maker import local_batches
 from simclr_ray.data.source import Source
+from simclr_ray.errors import ClusterError, RunError
 from simclr_ray.experiment import Experiment
 from simclr_ray.model import build_loss, build_model, build_optimizer
 from simclr_ray.resolve import resolved
@@ -22,6 +23,7 @@ from simclr_ray.worker import labelled, our_error
 STEPS: Final = 3  # the first is not counted
 MOST_IMAGES: Final = {"cpu": 64, "cuda": 512}  # of a step; larger ones are not faster by much
 NEVER: Final = 10**9
+FREE_S: Final = 300  # for a worker's share of the cluster to come free, and its steps
 
 
 class Pace(NamedTuple):
@@ -35,8 +37,10 @@ def pace_of(trials: Sequence[Trial]) -> Pace:
     """Return what trials take, timing each kind of them once, in a worker's share of the cluster.
 
     Raises:
+        ClusterError: No worker's share of the cluster comes free.
         ConfigError: A model cannot be made as configured.
         DataError: The pictures cannot be read.
+        RunError: A step fails, as for want of memory.
     """
     known: dict[str, float] = {}
     seconds = device_s = 0.0
@@ -58,9 +62,12 @@ def _timed(experiment: Experiment) -> float:
         num_cpus=scaling.cpus_per_worker, num_gpus=scaling.gpus_per_worker, max_retries=0
     )(seconds_per_image)
     try:
-        seconds: float = ray.get(task.remote(cfg.to_tree(experiment)))
+        seconds: float = ray.get(task.remote(cfg.to_tree(experiment)), timeout=FREE_S)
+    except ray.exceptions.GetTimeoutError:
+        told = f"no worker's share of it came free in {FREE_S} s to time steps in"
+        raise ClusterError(f"the cluster is busy: {told}") from None
     except ray.exceptions.RayTaskError as error:
-        raise our_error(error) or error from None
+        raise our_error(error) or RunError(f"a step of {experiment.name}: {error.cause}") from error
     return seconds
 
 
