@@ -105,9 +105,10 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
 
 def _check_late_needs(experiment: Experiment) -> None:
     """Fail now for what would otherwise fail after hours of training."""
-    for split in (experiment.data.bank, experiment.data.test):
-        if split:
-            Source.open(split, experiment.data.columns)
+    data = experiment.data
+    known = Source.open(data.bank or data.train, data.columns)
+    if data.test and Source.open(data.test, data.columns).fingerprint == known.fingerprint:
+        log.warning("%s holds the pictures of %s: scores flatter", data.test, known.uri)
     if experiment.register_as.name:
         check_alias(experiment.register_as.alias)
     store_uri(experiment.tracking.uri, experiment.storage)
