@@ -239,28 +239,25 @@ def embed(
     """
     from simclr_ray.export import embed_images
 
-    bad: set[Path] = set()
+    bad: set[int] = set()
 
-    def left_out(path: Path, reason: str) -> None:
-        bad.add(path)
-        err.print(f"left out: {path}: {reason}", markup=False, soft_wrap=True)
+    def left_out(place: int, reason: str) -> None:
+        bad.add(place)
+        err.print(f"left out: {pictures[place]}: {reason}", markup=False, soft_wrap=True)
 
-    read: dict[Path, bytes] = {}
-    for path in pictures:
+    read: dict[int, bytes] = {}
+    for place, path in enumerate(pictures):
         try:
-            read[path] = path.read_bytes()
+            read[place] = path.read_bytes()
         except OSError as error:
-            left_out(path, error.strerror or str(error))
-    files = list(read)
+            left_out(place, error.strerror or str(error))
+    places, images = list(read), list(read.values())
     rows = embed_images(
-        model,
-        list(read.values()),
-        tracking_uri=tracking_uri,
-        on_bad=lambda place, reason: left_out(files[place], reason),
+        model, images, tracking_uri=tracking_uri, on_bad=lambda at, why: left_out(places[at], why)
     )
-    for path, row in zip(files, rows, strict=True):
-        if path not in bad:
-            print(path, *(f"{value:.6g}" for value in row), sep="\t")
+    for place, row in zip(places, rows, strict=True):
+        if place not in bad:
+            print(pictures[place], *(f"{value:.6g}" for value in row), sep="\t")
     if bad:
         raise typer.Exit(1)
 

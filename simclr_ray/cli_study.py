@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simclr_ray import config as cfg
-from simclr_ray.console import StudyProgress, out, show_pairs, show_table, study_table
+from simclr_ray.console import StudyProgress, clock, out, show_pairs, show_table, study_table
 from simclr_ray.errors import ConfigError, Mistake, RunError
 from simclr_ray.stopping import STOPPED_BY_SYSTEM, listen
 
@@ -157,14 +157,12 @@ def _run(study: Study, trials: Sequence[Trial]) -> None:
     from simclr_ray.studies.trials import study_folder
 
     folder = StudyFolder(*study_folder(study))
-    if study.search.name == "optuna":
-        trials = []  # it suggests its own
     command = shlex.join(["simclr-ray", *sys.argv[1:]])
     with StudyProgress(lambda: status_of(study, folder, trials)):
         run_study(study, command=command, on_connected=listen)
     if folder.outcomes():
         _report(folder)
-    if len(folder.outcomes()) < len(trials):
+    if not folder.state()["is_complete"]:
         again = f"simclr-ray study resume {shlex.quote(folder.uri)}"
         out.print(f"stopped; to go on: {again}", markup=False, soft_wrap=True)
         raise typer.Exit(STOPPED_BY_SYSTEM)
@@ -177,8 +175,10 @@ def _report(folder: StudyFolder) -> None:
     _show_results(results)
     for verdict in results.verdicts:
         difference, won, _, text = verdict_cells(results.study, verdict)
-        tested = f"p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g} with so many pairs"
-        line = f"{verdict.claim}: {difference}, {won} pairs won, {tested}: {text}"
+        line = f"{verdict.claim}: {text}"
+        if verdict.num_pairs:
+            tested = f"p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g} with so many pairs"
+            line = f"{verdict.claim}: {difference}, {won} pairs won, {tested}: {text}"
         out.print(line, soft_wrap=True, markup=False)
     failed = [o for o in results.others if o.status == "failed"]
     for outcome in failed:
@@ -200,11 +200,10 @@ def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
     from simclr_ray.studies.trials import forecast, note_on_lengths
 
     taken = forecast(study, trials)
-    drawn = study.search.trials if study.search.name == "optuna" else taken.num_trials
     rows = {
         "study": f"{study.name}{f' ({study.scale})' if study.scale else ''}: {study.question}",
         "answers": study.answers,
-        "trials": f"{drawn}: {taken.num_points} points, {len(study.seeds)} seeds",
+        "trials": f"{taken.num_trials}: {taken.num_points} points, {len(study.seeds)} seeds",
         "images": f"{taken.images:,} in {taken.epochs:,} epochs",
         "metric": f"{study.metric} ({study.mode})",
     }
@@ -226,16 +225,18 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
     from simclr_ray.studies.speed import pace_of
 
     at_a_time = start_cluster(study, trials)
-    rows = {"at a time": f"{at_a_time} of the trials fit the cluster"}
-    if not study.images_per_s:
-        searched = study.search.trials / len(trials) if study.search.name == "optuna" else 1.0
-        pace = pace_of(trials)
-        hours = searched * pace.seconds / 3600
-        rows["training"] = (
-            f"about {hours / at_a_time:.2f} h, {searched * pace.device_seconds / 3600:.2f} "
-            "worker-hours, by steps timed just now; starts and evaluation come on top"
-        )
-    show_pairs(rows)
+    listen()  # Ray has set handlers of its own
+    show_pairs({"at a time": f"{at_a_time} trials"})
+    if study.images_per_s:
+        return
+    share = study.search.trials / len(trials) if study.search.name == "optuna" else 1.0
+    pace = pace_of(trials, at_a_time)
+    most = "at most " if study.scheduler.name != "none" else ""
+    told = (
+        f"{most}{clock(share * pace.seconds)} of training, {clock(share * pace.device_seconds)} of "
+        "workers' time, by steps timed just now; starts and evaluation come on top"
+    )
+    show_pairs({"time": told})
 
 
 def _stored(where: str) -> tuple[Study, list[Trial]]:

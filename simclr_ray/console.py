@@ -17,7 +17,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from simclr_ray.studies.status import StudyStatus
 
-# a log has no edge: there tables are as wide as they need to be
+# a log has no edge, and rich takes 80 columns where it finds none
 LOG_COLUMNS = 200
 out = Console(
     highlight=False,
@@ -79,7 +79,7 @@ class Progress(_Line):
         if self.first_step < 0:
             self.first_step, self.began = step, time.monotonic()
         done = step - self.first_step
-        left = _clock((time.monotonic() - self.began) / done * (total - step)) if done else "?"
+        left = clock((time.monotonic() - self.began) / done * (total - step)) if done else "?"
         line = (
             f"epoch {record['epoch']:6.2f}  step {step}/{total}  "
             f"loss {record['train/mean_loss']:.4f}  "
@@ -137,7 +137,10 @@ class StudyProgress:
         said: StudyStatus | None = None
         while not last:
             last = self._end.wait(self.EVERY_S)
-            status = self.read()
+            try:
+                status = self.read()
+            except OSError:  # a storage that does not answer now
+                continue
             if self.live is not None:
                 self.live.update(study_table(status, self._left(status)))
                 continue
@@ -148,7 +151,7 @@ class StudyProgress:
                 running = [t for t in status.trials if t.state == "running"]
                 now = "; ".join(f"{t.name} epoch {t.epoch:.1f}/{t.epochs}" for t in running)
                 err.print(
-                    f"{status.done} of {len(status.trials)} trials, left {self._left(status)}"
+                    f"{status.done} of {status.num_trials} trials, left {self._left(status)}"
                     + (f"; {now}" if now else ""),
                     soft_wrap=True,
                     markup=False,
@@ -157,7 +160,7 @@ class StudyProgress:
     def _say_ended(self, status: StudyStatus) -> None:
         """Print a line for each trial that has ended since."""
         for trial in status.trials:
-            if trial.state in ("waiting", "running", "open") or trial.name in self._said:
+            if trial.is_open or trial.name in self._said:
                 continue
             self._said.add(trial.name)
             err.print(
@@ -171,21 +174,21 @@ class StudyProgress:
             self.began, self.first_epochs = time.monotonic(), status.epochs_done
         done = status.epochs_done - self.first_epochs
         if not status.epochs_left:
-            return _clock(0)
-        return _clock((time.monotonic() - self.began) / done * status.epochs_left) if done else "?"
+            return clock(0)
+        return clock((time.monotonic() - self.began) / done * status.epochs_left) if done else "?"
 
 
 def study_table(status: StudyStatus, left: str = "") -> Table:
     """Return the table of trials, those that wait only counted."""
-    title = f"{status.done} of {len(status.trials)} trials" + (f", left {left}" if left else "")
+    title = f"{status.done} of {status.num_trials} trials" + (f", left {left}" if left else "")
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(("trial", "state", "epoch", status.metric)):
-        table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
     for trial in status.trials:
         if trial.state != "waiting":
             epoch = f"{trial.epoch:.1f}/{trial.epochs}"
             table.add_row(trial.name, trial.state, epoch, trial.metric)
-    waiting = sum(t.state == "waiting" for t in status.trials)
+    waiting = sum(t.state == "waiting" for t in status.trials) + status.unknown
     if waiting:
         table.add_row(f"{waiting} more", "waiting", "", "")
     return table
@@ -208,7 +211,8 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]
     out.print(table)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a time as `h:mm:ss`, or `m:ss`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

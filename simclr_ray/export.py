@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from simclr_ray import checkpoint
 from simclr_ray import model as networks
 from simclr_ray.data import decode
 from simclr_ray.errors import CheckpointError, SimclrRayError
+from simclr_ray.machine import code_commit
 from simclr_ray.mlflow_store import ModelParts, RegisteredEncoder, store_uri
 from simclr_ray.registry import fetch_model, register_model
 from simclr_ray.tracking import TrackedRun
@@ -226,6 +226,8 @@ def register(
 ) -> RegisteredEncoder:
     """Make the encoder in `folder` a new version of the registered model `name`.
 
+    The same weights and checkpoint of a run are one version, however often they are registered.
+
     Args:
         folder: written by `write_encoder`; travels in the version, for `load_encoder`.
         run: the run that the version belongs to.
@@ -259,7 +261,14 @@ def register(
             feature_dim=card.feature_dim,
             metadata={"encoder": card._asdict(), "tags": all_tags},
         )
-        return register_model(run, name, parts, alias=alias, tags=all_tags)
+        return register_model(
+            run,
+            name,
+            parts,
+            alias=alias,
+            tags=all_tags,
+            same=[key for key in ("weights_sha256", "checkpoint") if key in all_tags],
+        )
 
 
 def pinned_requirements() -> list[str]:
@@ -268,30 +277,6 @@ def pinned_requirements() -> list[str]:
     Local parts such as `+cpu` or `+cu130` are dropped: the package index knows no such versions.
     """
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
-
-
-def code_commit() -> str:
-    """Return the commit of the checkout this package runs from, `-dirty` if changed, or nothing.
-
-    Nothing for an installed package, even where its environment lies inside of another checkout.
-    """
-    package = Path(__file__).resolve().parent
-    try:
-        top = _git(package, "rev-parse", "--show-toplevel")
-        if Path(top).resolve() != package.parent:
-            return ""
-        changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".")
-        return _git(package, "rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        capture_output=True, text=True, check=True, timeout=20,
-    )  # fmt: skip
-    return done.stdout.strip()
 
 
 def _encoder_folder(where: str | Path, scratch: Path, tracking_uri: str) -> Path:

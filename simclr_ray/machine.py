@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Iterable
 from importlib import metadata
@@ -170,3 +171,27 @@ def _at_least(check: str, have_gib: float, need_gib: float, advice: str) -> Find
     if have_gib >= need_gib:
         return Finding(check, "ok", f"{have_gib:.1f} GiB")
     return Finding(check, "warn", f"{have_gib:.1f} GiB, below {need_gib:g}", advice)
+
+
+def code_commit() -> str:
+    """Return the commit of the checkout this package runs from, `-dirty` if changed, or nothing.
+
+    Nothing for an installed package, even where its environment lies inside of another checkout.
+    """
+    package = Path(__file__).resolve().parent
+    try:
+        top = _git(package, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() != package.parent:
+            return ""
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".")
+        return _git(package, "rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True, text=True, check=True, timeout=20,
+    )  # fmt: skip
+    return done.stdout.strip()

@@ -46,7 +46,7 @@ Record = dict[str, float]
 Progress = Callable[[Record], None]
 WAIT_S = 10.0  # for a record; what comes is taken at once
 UPLOAD_EVERY_S = 60.0
-HELD_S = 30.0  # what is left of a driver that was killed lets go of its run within seconds
+HELD_S = 30.0  # a trial's driver is a task of Ray's, which outlives a study's by seconds
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"
 RUN_FILE, CONFIG_FILE = "run.json", "experiment.yaml"
 
@@ -83,32 +83,47 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     experiment = resolved(experiment, source)
     plan_of(experiment, source)  # fails here when the rows fill no batch
     folder = RunFolder.of(experiment.storage, experiment.run_name(source.fingerprint))
+    with folder.held(HELD_S):
+        folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(experiment)))
+        tracker = Tracker.open(experiment.tracking, experiment.storage)  # before the cluster waits
+        connect(experiment)
+        check_cluster(experiment)
+        with _tracked(experiment, source, folder, tracker) as tracked:
+            return _trained(experiment, source, folder, tracked, on_progress)
+
+
+def _trained(
+    experiment: Experiment,
+    source: Source,
+    folder: RunFolder,
+    tracked: TrackedRun,
+    on_progress: Progress | None,
+) -> Run:
+    """Train what is left of a run; return it."""
     total = experiment.total_steps(source.num_rows)
-    folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(experiment)))
-    tracker = Tracker.open(experiment.tracking, experiment.storage)  # before the cluster waits
-    connect(experiment)
-    check_cluster(experiment)
-    with folder.held(HELD_S), _tracked(experiment, source, folder, tracker) as tracked:
-        scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+    scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+    newest = folder.newest(scratch)
+    if newest is not None:
+        log.info("continuing after step %d of %d", checkpoint.step_of(newest.name), total)
+    if newest is None or checkpoint.step_of(newest.name) < total:
+        for name in folder.repair_snapshot():
+            log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
+        _fit(experiment, source, folder, tracked, on_progress)
         newest = folder.newest(scratch)
-        if newest is not None:
-            log.info("continuing after step %d of %d", checkpoint.step_of(newest.name), total)
-        if newest is None or checkpoint.step_of(newest.name) < total:
-            for name in folder.repair_snapshot():
-                log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
-            _fit(experiment, source, folder, tracked, on_progress)
-            newest = folder.newest(scratch)
-        if newest is None or checkpoint.step_of(newest.name) < total:
-            raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
-        return Run(folder.name, folder.uri, newest, tracked.run_id, _last_metrics(folder))
+    if newest is None or checkpoint.step_of(newest.name) < total:
+        raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
+    return Run(folder.name, folder.uri, newest, tracked.run_id, _last_metrics(folder))
 
 
 def _check_late_needs(experiment: Experiment) -> None:
-    """Fail now for what would otherwise fail after hours of training."""
+    """Fail now for what would otherwise fail, or mislead, after hours of training."""
     data = experiment.data
-    known = Source.open(data.bank or data.train, data.columns)
-    if data.test and Source.open(data.test, data.columns).fingerprint == known.fingerprint:
-        log.warning("%s holds the pictures of %s: scores flatter", data.test, known.uri)
+    others = [path for path in dict.fromkeys((data.train, data.bank)) if path]
+    known = {Source.open(path, data.columns).fingerprint: path for path in others}
+    if data.test:
+        same = known.get(Source.open(data.test, data.columns).fingerprint)
+        if same:
+            log.warning("%s holds the pictures of %s: scores on it flatter", data.test, same)
     if experiment.register_as.name:
         check_alias(experiment.register_as.alias)
     store_uri(experiment.tracking.uri, experiment.storage)

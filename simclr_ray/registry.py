@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,36 +22,52 @@ def register_model(
     *,
     alias: str,
     tags: Mapping[str, str],
+    same: Sequence[str] = (),
 ) -> store.RegisteredEncoder:
     """Store a pyfunc model under a run and make it a new version of `name`.
 
-    A version that this run has under this name with the same tags is it already, and is returned.
     The alias moves last, so it never points to a version that is not whole.
+
+    Args:
+        run: The run that the version belongs to.
+        name: Registered model, created where it does not exist.
+        parts: What is stored.
+        alias: Moved to the version at the very end.
+        tags: Of the version.
+        same: Keys of `tags`. A version of this run that has the same values of them is the model
+            already: it gets the other tags and the alias, and nothing is stored again.
 
     Raises:
         TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
     """
     store.check_alias(alias)
     with store.quiet(), door(f"register {name!r}", run.uri) as client:
-        version = _known_version(client, name, run.run_id, tags)
+        wanted = store.tags_of({key: tags[key] for key in same})
+        version = _known_version(client, name, run.run_id, wanted) if wanted else 0
         if version:
-            client.set_registered_model_alias(name, alias, str(version))
-            return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
-        model = client.create_logged_model(
-            run.experiment_id, name="encoder", source_run_id=run.run_id, model_type="encoder"
-        )
-        try:
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = Path(scratch) / "model"
-                _save_pyfunc(folder, parts, run.run_id, model)
-                client.log_model_artifacts(model.model_id, str(folder))
-        except BaseException:
-            client.finalize_logged_model(model.model_id, "FAILED")
-            raise
-        client.finalize_logged_model(model.model_id, "READY")
-        version = _create_version(client, name, model, run.run_id, tags)
+            for key, value in store.tags_of(tags).items():
+                client.set_model_version_tag(name, str(version), key, value)
+        else:
+            version = _create_version(client, name, _stored(client, run, parts), run.run_id, tags)
         client.set_registered_model_alias(name, alias, str(version))
     return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
+
+
+def _stored(client: MlflowClient, run: TrackedRun, parts: store.ModelParts) -> LoggedModel:
+    """Return the model, stored under the run."""
+    model = client.create_logged_model(
+        run.experiment_id, name="encoder", source_run_id=run.run_id, model_type="encoder"
+    )
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            _save_pyfunc(folder, parts, run.run_id, model)
+            client.log_model_artifacts(model.model_id, str(folder))
+    except BaseException:
+        client.finalize_logged_model(model.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(model.model_id, "READY")
+    return model
 
 
 def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
@@ -114,11 +130,14 @@ def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: Log
 
 
 def _known_version(client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> int:
-    """Return the newest version of a run with these very tags, or 0."""
-    wanted = store.tags_of(tags)
+    """Return the newest version of a run that has these tags, or 0."""
     found = client.search_model_versions(f"name = '{name}'")
-    same = [v for v in found if v.run_id == run_id and dict(v.tags) == wanted]
-    return max((int(v.version) for v in same if v.status == "READY"), default=0)
+    same = [
+        v
+        for v in found
+        if v.run_id == run_id and v.status == "READY" and v.tags.items() >= tags.items()
+    ]
+    return max((int(v.version) for v in same), default=0)
 
 
 def _create_version(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,12 +160,17 @@ class RunFolder:
         with (self.local / LOCK).open() as file:
             return not _locks(file, fcntl.LOCK_SH)
 
+    def check_free(self) -> None:
+        """Raise `RunError` where another driver is known to hold the folder."""
+        if self.local is not None and self.is_held():
+            raise self._taken(self.local / LOCK)
+
     @contextmanager
     def held(self, wait_s: float = 0.0) -> Iterator[None]:
         """Hold the folder, so that no second driver writes to it; nothing is held of a remote one.
 
         Args:
-            wait_s: For another to let go of it: one that was killed may take a moment to end.
+            wait_s: For another to let go of it.
 
         Raises:
             RunError: Another driver holds it.
@@ -172,12 +179,18 @@ class RunFolder:
             yield
             return
         self.local.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + wait_s
-        with (self.local / LOCK).open("w") as file:
+        deadline, is_told = time.monotonic() + wait_s, False
+        with (self.local / LOCK).open("a+") as file:
             while not _locks(file, fcntl.LOCK_EX):
                 if time.monotonic() >= deadline:
-                    raise RunError(f"{self.uri} is being run by another process")
+                    raise self._taken(self.local / LOCK)
+                if not is_told:
+                    is_told = True
+                    log.warning("%s; waiting %g s", self._taken(self.local / LOCK), wait_s)
                 time.sleep(0.5)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
             yield
 
     def repair_snapshot(self) -> list[str]:
@@ -199,6 +212,10 @@ class RunFolder:
             files, root = self._open()
             files.move(f"{root}/{SNAPSHOT}", f"{root}/{SNAPSHOT}.set-aside")
         return gone
+
+    def _taken(self, lock: Path) -> RunError:
+        holder = lock.read_text(encoding="utf-8") or "another process"
+        return RunError(f"{self.uri} is being run by {holder}")
 
     def _open(self) -> tuple[fs.FileSystem, str]:
         if self.local is not None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ray.train
 import ray.train.torch
 import torch
+from ray.exceptions import RayTaskError
 from ray.util.queue import Queue
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class Rank:
         self.device = ray.train.torch.get_device()
         self.total = self.experiment.total_steps(self.source.num_rows)
         self._per_epoch = self.experiment.steps_per_epoch(self.source.num_rows)
-        _set_threads(self.experiment, context.get_local_world_size())
+        set_threads(self.experiment, context.get_local_world_size())
         keep_freed_memory()
 
     def run(self) -> None:
@@ -87,7 +88,7 @@ class Rank:
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
             build_loss(experiment),
             self.optimizer,
-            labelled(experiment, self.source, self._coloured(self._named(batches)), self.device),
+            finished(experiment, self.source, self._named(batches), self.device),
             self._timetable(),
             loop.Hooks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
@@ -146,10 +147,7 @@ class Rank:
         self.model = build_model(self.experiment)
         if kept is None:
             load_start(self.model, self.experiment)
-        if isinstance(self.model.encoder, ResNet):
-            self.model.encoder.recompute = self.experiment.scaling.recompute_activations
-        loop.place(self.model, self.device, self.experiment.precision)
-        self.optimizer = build_optimizer(self.model, self.experiment.optimizer)
+        self.optimizer = placed(self.model, self.experiment, self.device)
         if kept is not None:
             checkpoint.unpack(kept.tensors, self.model, self.optimizer)
 
@@ -169,19 +167,6 @@ class Rank:
                     told.add(row_id)
                     self.inbox.put({"step": batch.step, "id": row_id, "reason": reason})
             yield batch
-
-    def _coloured(self, batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
-        """Colour and blur the crops on this worker's device, if that is where it is to be done."""
-        config = self.experiment.augment
-        if self.experiment.scaling.colour_on == "data" or not isinstance(config, SimCLRViews):
-            return batches
-        views = two_views(config, self.experiment.seed)
-        return (
-            batch._replace(
-                **colour(views, batch, batch.step // self._per_epoch, self.device)._asdict()
-            )
-            for batch in batches
-        )
 
     def _tell(self, step: int, epoch: float, values: dict[str, float]) -> None:
         if self.rank == 0:
@@ -208,10 +193,28 @@ def colour(views: TwoViews, batch: loop.Batch, epoch: int, device: torch.device)
     return ViewPair(*views.resized(crops.shape[-1]).distort(crops, draws).chunk(2))
 
 
-def labelled(
+def placed(
+    model: SimCLRModel, experiment: Experiment, device: torch.device
+) -> torch.optim.Optimizer:
+    """Put a model where and how it is trained, in place; return its optimizer."""
+    if isinstance(model.encoder, ResNet):
+        model.encoder.recompute = experiment.scaling.recompute_activations
+    loop.place(model, device, experiment.precision)
+    return build_optimizer(model, experiment.optimizer)
+
+
+def finished(
     experiment: Experiment, source: Source, batches: Iterator[loop.Batch], device: torch.device
 ) -> Iterator[loop.Batch]:
-    """Add the labels of the images, or a teacher's scores, if the loss takes them."""
+    """Do on a worker's device what is left to it: colour and blur, if so asked, and labels."""
+    config = experiment.augment
+    if experiment.scaling.colour_on == "worker" and isinstance(config, SimCLRViews):
+        views = two_views(config, experiment.seed)
+        per_epoch = experiment.steps_per_epoch(source.num_rows)
+        batches = (
+            batch._replace(**colour(views, batch, batch.step // per_epoch, device)._asdict())
+            for batch in batches
+        )
     if isinstance(experiment.loss, Distillation):
         teacher = load_teacher(experiment).to(device)
         return (batch._replace(labels=taught(teacher, batch, device)) for batch in batches)
@@ -237,7 +240,8 @@ def our_error(error: BaseException) -> SimclrRayError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, SimclrRayError):
+        # what a task raised comes back as a class of Ray's that is ours too, its text a traceback
+        if isinstance(current, SimclrRayError) and not isinstance(current, RayTaskError):
             return current
         todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         todo += list(getattr(current, "worker_failures", {}).values())
@@ -260,7 +264,7 @@ def _started(batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
     return go_on()
 
 
-def _set_threads(experiment: Experiment, workers_here: int) -> None:
+def set_threads(experiment: Experiment, workers_here: int) -> None:
     """Share the node's cores between its workers; Ray sets one thread where CPUs are below 1."""
     wanted = experiment.scaling.threads_per_worker
     torch.set_num_threads(wanted or max(1, (os.cpu_count() or 1) // workers_here))

@@ -107,7 +107,9 @@ class Search(Config):
 
     name: Literal["grid", "random", "optuna"] = "grid"
     trials: int = Field(0, ge=0, description="random, optuna: points that are tried.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(
+        0, ge=0, description="Of points, and of the order in which a grid is compared."
+    )
 
 
 class Budget(Config):

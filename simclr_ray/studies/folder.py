@@ -7,6 +7,7 @@
     runs/<run>/                 the run folders of the trials
     report/                     figure, table, page
     stop                        there when somebody asked it to stop
+    lock                        held by the driver, on a local disk
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class StudyFolder:
     def write_outcome(self, outcome: Outcome) -> None:
         """Store what became of a trial."""
         text = json.dumps(outcome._asdict(), indent=1, sort_keys=True)
-        RunFolder(f"{self.uri}", OUTCOMES).write_text(f"{outcome.trial}.json", text)
+        RunFolder(self.uri, OUTCOMES).write_text(f"{outcome.trial}.json", text)
 
     def run(self, name: str) -> RunFolder:
         """Return the run folder of a trial's run."""
@@ -144,7 +145,7 @@ class StudyFolder:
         """Return whether somebody asked."""
         return self.files.read_text(STOP) is not None
 
-    def is_held(self) -> bool:
+    def may_be_running(self) -> bool:
         """Return whether a driver holds the study; of a remote one that is not known: True."""
         return self.files.local is None or self.files.is_held()
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from simclr_ray import config as cfg
+from simclr_ray.errors import TrackingError
+from simclr_ray.logs import get_logger
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import draw_study
 from simclr_ray.studies.folder import StudyFolder
@@ -21,6 +23,8 @@ from simclr_ray.studies.results import (
     shown,
 )
 from simclr_ray.tracking import TrackedRun
+
+log = get_logger(__name__)
 
 FIGURE, PAGE, TABLE, DATA = "figure", "report.html", "results.md", "results.json"
 SIGNIFICANT = 0.05
@@ -44,7 +48,9 @@ def write_report(folder: StudyFolder, command: str = "") -> tuple[Path, Results]
         command: The command line to show; empty: the last one known.
     """
     study, _ = folder.definition()
-    results = results_of(study, folder.outcomes())
+    outcomes = folder.outcomes()
+    results = results_of(study, outcomes)
+    commits = {outcome.run.get("commit", "") for outcome in outcomes} - {""}
     with folder.report_folder() as target:
         for ending in ("png", "svg"):
             draw_study(results, target / f"{FIGURE}.{ending}")
@@ -52,7 +58,8 @@ def write_report(folder: StudyFolder, command: str = "") -> tuple[Path, Results]
         (target / TABLE).write_text(markdown(results), encoding="utf-8")
         state = folder.state()
         svg = (target / f"{FIGURE}.svg").read_text(encoding="utf-8")
-        text = page(results, svg, {**state, "command": command or state.get("command", "")})
+        state |= {"command": command or state.get("command", ""), "commits": sorted(commits)}
+        text = page(results, svg, state)
         (target / PAGE).write_text(text, encoding="utf-8")
         return target, results
 
@@ -62,14 +69,21 @@ def publish_report(folder: StudyFolder) -> tuple[Path, Results]:
     target, results = write_report(folder)
     state = folder.state()
     if state.get("mlflow_run_id"):
-        run = TrackedRun.attach(state["tracking_uri"], state["mlflow_run_id"])
-        run.log_artifact(target)
-        best = results.best
-        if best is not None:
-            finished = results.num_trials - len(results.others)
-            run.log_metrics({f"best/{results.study.metric}": best.mean}, finished)
-            run.set_tags({f"best/{key}": str(value) for key, value in best.point.items()})
+        try:
+            _log_report(target, results, state)
+        except TrackingError as error:  # the report is worth more than its copy
+            log.warning("the report is not in MLflow: %s", error)
     return target, results
+
+
+def _log_report(target: Path, results: Results, state: dict[str, Any]) -> None:
+    run = TrackedRun.attach(state["tracking_uri"], state["mlflow_run_id"])
+    run.log_artifact(target)
+    best = results.best
+    if best is not None:
+        finished = results.num_trials - len(results.others)
+        run.log_metrics({f"best/{results.study.metric}": best.mean}, finished)
+        run.set_tags({f"best/{key}": str(value) for key, value in best.point.items()})
 
 
 def page(results: Results, svg: str, state: dict[str, Any]) -> str:
@@ -221,8 +235,11 @@ def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def _versions(state: dict[str, Any]) -> dict[str, str]:
-    known = {key: str(state[key]) for key in ("fingerprint", "digest") if state.get(key)}
-    return {**state.get("versions", {}), **known}
+    """Return what made the numbers: code, libraries, machine, pictures, definition."""
+    made = {"commit": "; ".join(state.get("commits", []))} if state.get("commits") else {}
+    pictures = {f"{k} pictures": v for k, v in state.get("fingerprints", {}).items()}
+    known = {"definition": state["digest"]} if state.get("digest") else {}
+    return {**made, **state.get("versions", {}), **pictures, **known}
 
 
 def _table(

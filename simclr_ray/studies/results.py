@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from simclr_ray.config import Scalar
-from simclr_ray.studies.definition import Comparison, Study
+from simclr_ray.studies.definition import Comparison, Study, label_of
 from simclr_ray.studies.folder import Outcome
 from simclr_ray.studies.trials import Point
 
@@ -189,7 +189,7 @@ def _place(study: Study, point: Point) -> list[tuple[int, float]]:
     """Return where a point stands in the order in which the space lists its values."""
     place = []
     for name, dim in study.space.items():
-        listed = dim.listed
+        listed = [label_of(value) for value in dim.listed]
         value = point.get(name)
         at = listed.index(value) if value in listed else len(listed)
         place.append((at, float(value) if isinstance(value, int | float) else 0.0))

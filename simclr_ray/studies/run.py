@@ -13,9 +13,8 @@ import torch
 from simclr_ray import config as cfg
 from simclr_ray.cluster import check_cluster, connect, cpus_wanted, is_local
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ClusterError, ConfigError, Mistake, RunError
+from simclr_ray.errors import ClusterError, ConfigError, Mistake
 from simclr_ray.experiment import Experiment
-from simclr_ray.export import code_commit
 from simclr_ray.machine import version_of
 from simclr_ray.studies.definition import Budget, Study, label_of
 from simclr_ray.studies.folder import StudyFolder
@@ -32,6 +31,8 @@ from simclr_ray.studies.trials import (
 )
 from simclr_ray.studies.tuning import DRIVER_CPUS, run_trials
 from simclr_ray.tracking import TrackedRun, Tracker
+
+LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment
 
 
 def run_study(
@@ -60,16 +61,23 @@ def run_study(
     at_a_time = start_cluster(study, trials)
     if on_connected is not None:
         on_connected()
-    with folder.files.held():
+    with folder.files.held(LOOKED_AT_S):
         folder.define(study, base, digest)
         tracker = Tracker.open(base.tracking, base.storage)
         parent = _parent_run(study, folder, tracker)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
         try:
             tracker.end_left_running(parent.run_id)
-            folder.update_state(fingerprints=fingerprints, command=command, versions=_versions())
+            folder.update_state(
+                fingerprints=fingerprints,
+                command=command,
+                versions=_versions(folder.state().get("versions", {})),
+                is_complete=False,
+            )
             job = Job(study, folder.files.storage, folder.files.name, parent.run_id)
-            status = "FINISHED" if run_trials(job, tree, trials, at_a_time) else "KILLED"
+            if run_trials(job, tree, trials, at_a_time):
+                status = "FINISHED"
+                folder.update_state(is_complete=True)
         except Exception:
             status = "FAILED"
             raise
@@ -92,8 +100,7 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     folder = StudyFolder(*study_folder(study))
     base = cfg.validate(Experiment, base_tree(study))
     folder.check(digest_of_study(study, base))
-    if folder.files.is_held():
-        raise RunError(f"{folder.uri} is being run by another process")
+    folder.files.check_free()
     check_labels(study, trials)
     return _checked_pictures(folder, base)
 
@@ -134,10 +141,14 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
     largest = _largest(trials)
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus = cpus_wanted(largest) + DRIVER_CPUS
+    scaling = largest.scaling
+    gpus = scaling.num_workers * scaling.gpus_per_worker
+    decoding = scaling.num_workers * scaling.data_actors_per_worker * scaling.cpus_per_data_actor
     fits = math.floor(cluster.get("CPU", 0.0) / cpus)
-    gpus = largest.scaling.num_workers * largest.scaling.gpus_per_worker
     if gpus:
         fits = min(fits, math.floor(cluster.get("GPU", 0.0) / gpus))
+    if scaling.data_resource and decoding:  # only some nodes decode
+        fits = min(fits, math.floor(_cpus_of_nodes_with(scaling.data_resource) / decoding))
     if fits < max(1, study.concurrency):
         raise ClusterError(
             f"concurrency={max(1, study.concurrency)} asks for trials of {cpus:g} CPUs and "
@@ -147,6 +158,11 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
     if study.concurrency or study.search.name == "optuna":
         return study.concurrency or 1
     return min(fits, _per_machine(largest)) if is_local() else fits
+
+
+def _cpus_of_nodes_with(resource: str) -> float:
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    return sum(float(node.get("CPU", 0.0)) for node in nodes if resource in node)
 
 
 def _largest(trials: Sequence[Trial]) -> Experiment:
@@ -175,11 +191,15 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
     return concurrency_of(study, trials)
 
 
-def _versions() -> dict[str, str]:
+def _versions(before: dict[str, str]) -> dict[str, str]:
+    """Return what runs the study now, after what ran it before."""
     names = ("simclr-ray", "ray", "torch", "mlflow", "numpy")
-    commit = code_commit()
-    ours = {"commit": commit} if commit else {}
-    return {name: version_of(name) for name in names} | ours | {"machine": _machine()}
+    now = {name: version_of(name) for name in names} | {"machine": _machine()}
+    known = {name: before.get(name, "").split("; ") for name in now}
+    return {
+        name: "; ".join([*(v for v in known[name] if v and v != value), value])
+        for name, value in now.items()
+    }
 
 
 def _machine() -> str:

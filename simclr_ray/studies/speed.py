@@ -8,33 +8,39 @@ from typing import Any, Final, NamedTuple
 
 import ray
 import torch
+from ray.exceptions import GetTimeoutError, RayError
 
 from simclr_ray import config as cfg
 from simclr_ray import loop
+from simclr_ray.allocator import keep_freed_memory, one_arena
 from simclr_ray.data.maker import local_batches
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ClusterError, RunError
-from simclr_ray.experiment import Experiment
-from simclr_ray.model import build_loss, build_model, build_optimizer
+from simclr_ray.experiment import Experiment, SimCLRViews
+from simclr_ray.model import build_loss, build_model
 from simclr_ray.resolve import resolved
-from simclr_ray.studies.trials import Trial
-from simclr_ray.worker import labelled, our_error
+from simclr_ray.studies.trials import Trial, images_of
+from simclr_ray.worker import finished, our_error, placed, set_threads
 
-STEPS: Final = 3  # the first is not counted
-MOST_IMAGES: Final = {"cpu": 64, "cuda": 512}  # of a step; larger ones are not faster by much
+STEPS: Final = 3  # the first is not counted: it decodes, allocates and compiles
+MOST_IMAGES: Final = {"cpu": 64, "cuda": 512}  # of a step, so that all of them take seconds
 NEVER: Final = 10**9
 FREE_S: Final = 300  # for a worker's share of the cluster to come free, and its steps
 
 
 class Pace(NamedTuple):
-    """What trials take by themselves: without start, checkpoints and evaluation."""
+    """What training takes by itself: no start, checkpoint, evaluation, or word between nodes."""
 
-    seconds: float  # of all trials, one after the other
+    seconds: float  # of all trials, with so many at a time
     device_seconds: float  # of all their workers
 
 
-def pace_of(trials: Sequence[Trial]) -> Pace:
+def pace_of(trials: Sequence[Trial], at_a_time: int) -> Pace:
     """Return what trials take, timing each kind of them once, in a worker's share of the cluster.
+
+    Args:
+        trials: Of a study.
+        at_a_time: How many trials the cluster runs at a time; as many kinds are timed at a time.
 
     Raises:
         ClusterError: No worker's share of the cluster comes free.
@@ -42,32 +48,41 @@ def pace_of(trials: Sequence[Trial]) -> Pace:
         DataError: The pictures cannot be read.
         RunError: A step fails, as for want of memory.
     """
+    kinds = {kind_of(trial.experiment): trial.experiment for trial in trials}
     known: dict[str, float] = {}
-    seconds = device_s = 0.0
-    for trial in trials:
-        experiment, data = trial.experiment.absolute(), trial.experiment.data
-        source = Source.open(data.train, data.columns, data.limit)
-        kind = _kind_of(experiment)
-        if kind not in known:
-            known[kind] = _timed(resolved(experiment, source))
-        images = experiment.total_steps(source.num_rows) * experiment.batch_size
-        device_s += images * known[kind]
-        seconds += images * known[kind] / experiment.scaling.num_workers
-    return Pace(seconds, device_s)
+    while len(known) < len(kinds):
+        wave = [kind for kind in kinds if kind not in known][:at_a_time]
+        known |= zip(wave, _timed([kinds[kind] for kind in wave]), strict=True)
+    images = images_of(trials)
+    device_s = [images[t.name] * known[kind_of(t.experiment)] for t in trials]
+    whole = [s / t.experiment.scaling.num_workers for s, t in zip(device_s, trials, strict=True)]
+    seconds = max(max(whole), sum(whole) / min(at_a_time, len(trials)))
+    return Pace(seconds, sum(device_s))
 
 
-def _timed(experiment: Experiment) -> float:
-    scaling = experiment.scaling
-    task = ray.remote(
-        num_cpus=scaling.cpus_per_worker, num_gpus=scaling.gpus_per_worker, max_retries=0
-    )(seconds_per_image)
+def _timed(experiments: Sequence[Experiment]) -> list[float]:
+    """Return the seconds an image takes in each of some experiments, timed side by side."""
+    refs = []
+    for experiment in experiments:
+        scaling = experiment.scaling
+        task = ray.remote(
+            num_cpus=scaling.cpus_per_worker,
+            num_gpus=scaling.gpus_per_worker,
+            runtime_env={"env_vars": one_arena()},
+            max_retries=0,
+        )(seconds_per_image)
+        refs.append(task.remote(cfg.to_tree(experiment.absolute())))
     try:
-        seconds: float = ray.get(task.remote(cfg.to_tree(experiment)), timeout=FREE_S)
-    except ray.exceptions.GetTimeoutError:
-        told = f"no worker's share of it came free in {FREE_S} s to time steps in"
-        raise ClusterError(f"the cluster is busy: {told}") from None
-    except ray.exceptions.RayTaskError as error:
-        raise our_error(error) or RunError(f"a step of {experiment.name}: {error.cause}") from error
+        seconds: list[float] = ray.get(refs, timeout=FREE_S)
+    except GetTimeoutError:
+        told = f"no worker's share of the cluster came free within {FREE_S} s, or no {STEPS} steps"
+        raise ClusterError(f"{told} fit in them; is it busy?") from None
+    except RayError as error:
+        reason = str(getattr(error, "cause", None) or error).strip().splitlines()[0]
+        raise our_error(error) or RunError(f"a step could not be timed: {reason}") from error
+    finally:
+        for ref in refs:
+            ray.cancel(ref, force=True)  # does nothing to what has ended
     return seconds
 
 
@@ -78,52 +93,76 @@ def seconds_per_image(tree: dict[str, Any]) -> float:
     two counts; cores are shared by time.
 
     Args:
-        tree: Of the experiment.
+        tree: An experiment's, its paths absolute.
+
+    Raises:
+        ConfigError: The model cannot be made as configured.
+        DataError: The pictures cannot be read.
     """
     whole = cfg.validate(Experiment, tree)
     scaling = whole.scaling
-    small = _small(whole)
+    source = Source.open(whole.data.train, whole.data.columns, whole.data.limit)
+    small = shortened(resolved(whole, source))
     device = torch.device("cuda" if scaling.gpus_per_worker else "cpu")
-    if scaling.threads_per_worker:
-        torch.set_num_threads(scaling.threads_per_worker)
+    set_threads(whole, scaling.num_workers)
+    keep_freed_memory()
     model = build_model(small)
-    loop.place(model, device, small.precision)
-    source = Source.open(small.data.train, small.data.columns, small.data.limit)
+    optimizer = placed(model, small, device)
     batches = local_batches(small, source, range(STEPS))
     told: list[loop.Metrics] = []
     loop.train(
         model,
         build_loss(small),
-        build_optimizer(model, small.optimizer),
-        labelled(small, source, batches, device),
+        optimizer,
+        finished(small, source, batches, device),
         loop.Timetable(NEVER, NEVER, 0, 0.0, small.batch_size, log_every=1),
         loop.Hooks(told.append, lambda *_: None, lambda *_: None),
         precision=small.precision,
         num_groups=min(2, whole.num_groups),
     )
     counted = told[1:]
-    both = sum(1 / m.images_per_s for m in counted) / len(counted)
-    views = sum(m.data_wait_share / m.images_per_s for m in counted) / len(counted)
+    both_s = sum(1 / m.images_per_s for m in counted) / len(counted)
+    views_s = sum(m.data_wait_share / m.images_per_s for m in counted) / len(counted)
     if device.type == "cpu":
-        return both
-    return max(both - views, views / max(1, scaling.data_actors_per_worker))
+        return both_s
+    return max(both_s - views_s, views_s / max(1, scaling.data_actors_per_worker))
 
 
-def _small(experiment: Experiment) -> Experiment:
-    """Return an experiment whose steps are short, and take as long for a picture."""
+def shortened(experiment: Experiment) -> Experiment:
+    """Return an experiment whose steps take as long for a picture, and hold no more of them.
+
+    One worker's part of a batch; of a batch in groups, two of them. Views have their full size.
+    """
     scaling = experiment.scaling
     most = MOST_IMAGES["cuda" if scaling.gpus_per_worker else "cpu"]
-    size = min(most, math.ceil(experiment.batch_size / scaling.num_workers))
-    alone = scaling.model_copy(update={"num_workers": 1})
-    return experiment.model_copy(
-        update={"batch_size": max(2, size), "epochs": STEPS, "scaling": alone}
-    )
+    size = math.ceil(experiment.batch_size / scaling.num_workers)
+    if experiment.num_groups > 1:
+        size = 2 * math.ceil(size / experiment.num_groups)
+    changes: dict[str, Any] = {
+        "batch_size": max(2, min(most, size)),
+        "epochs": STEPS,
+        "scaling": scaling.model_copy(update={"num_workers": 1}),
+    }
+    if isinstance(experiment.augment, SimCLRViews):
+        changes["augment"] = experiment.augment.model_copy(update={"first_size": 0})
+    return experiment.model_copy(update=changes)
 
 
-def _kind_of(experiment: Experiment) -> str:
-    """Return the digest of what decides a trial's speed."""
-    parts = ("data", "augment", "encoder", "head", "optimizer", "scaling", "precision")
-    tree = cfg.to_tree(_small(experiment))
-    same = {part: tree[part] for part in (*parts, "batch_size")}
-    groups = min(2, experiment.num_groups)
-    return cfg.digest_of({**same, "loss": experiment.loss.name, "groups": groups})
+def kind_of(experiment: Experiment) -> str:
+    """Return the digest of what decides a trial's speed: trials of one kind are timed once."""
+    tree = cfg.to_tree(shortened(experiment))
+    same = {part: tree[part] for part in ("data", "encoder", "head", "scaling", "precision")}
+    loss, augment = tree["loss"], tree["augment"]
+    if isinstance(experiment.augment, SimCLRViews):  # what is drawn more often takes longer
+        views = {"size": augment["size"], "blurs": augment["blur"] > 0}
+    else:
+        lists = ("shared", "a", "b")
+        views = {k: [s["name"] for s in augment[k] or []] for k in lists}
+        views["size"] = augment["size"]
+    costs = {
+        "batch_size": tree["batch_size"],
+        "groups": min(2, experiment.num_groups),
+        "optimizer": tree["optimizer"]["name"],
+        "loss": {key: loss[key] for key in ("name", "views", "teacher") if key in loss},
+    }
+    return cfg.digest_of({**same, **costs, "augment": views})

@@ -24,17 +24,28 @@ class TrialStatus(NamedTuple):
     epochs: int
     metric: str  # as text; of the last epoch where the end is still open
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not ended."""
+        return self.state in OPEN
+
 
 class StudyStatus(NamedTuple):
     """The study as a whole."""
 
     trials: list[TrialStatus]
     metric: str
+    unknown: int = 0  # trials that a search has not suggested yet
+
+    @property
+    def num_trials(self) -> int:
+        """All there are to be."""
+        return len(self.trials) + self.unknown
 
     @property
     def done(self) -> int:
         """Trials that have ended."""
-        return sum(t.state not in OPEN for t in self.trials)
+        return sum(not t.is_open for t in self.trials)
 
     @property
     def epochs_done(self) -> float:
@@ -43,38 +54,44 @@ class StudyStatus(NamedTuple):
 
     @property
     def epochs_left(self) -> float:
-        """Epochs that may still be trained."""
-        return sum(t.epochs - t.epoch for t in self.trials if t.state in OPEN)
+        """Epochs that may still be trained; of trials that are not known, as many as of others."""
+        known = sum(t.epochs - t.epoch for t in self.trials if t.is_open)
+        usual = sum(t.epochs for t in self.trials) / max(1, len(self.trials))
+        return known + self.unknown * usual
 
 
 def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> StudyStatus:
-    """Return how the trials of a study stand."""
+    """Return how the trials of a study stand; those of a search that learns are what there is."""
     outcomes = {o.trial: o for o in folder.outcomes()}
-    runs = folder.runs()
-    lines = [_status(study, folder, t, outcomes.get(t.name), runs) for t in trials]
-    planned = {t.name for t in trials}
-    lines += [_ended(study, o) for o in outcomes.values() if o.trial not in planned]
-    return StudyStatus(lines, study.metric)
+    runs = {name.rpartition("-")[0]: name for name in folder.runs()}
+    learns = study.search.name == "optuna"
+    planned = {t.name: t.experiment.epochs for t in ([] if learns else trials)}
+    names = dict.fromkeys([*planned, *outcomes, *runs])
+    lines = [
+        _ended(study, outcomes[name], planned.get(name, 0))
+        if name in outcomes
+        else _open(study, folder, name, runs.get(name, ""), planned.get(name, 0))
+        for name in names
+    ]
+    unknown = max(0, study.search.trials - len(lines)) if learns else 0
+    return StudyStatus(lines, study.metric, unknown)
 
 
-def _ended(study: Study, outcome: Outcome) -> TrialStatus:
+def _ended(study: Study, outcome: Outcome, epochs: int) -> TrialStatus:
     values, last = values_at(outcome), max(outcome.curve, default=0)
     text = shown(study.metric, values[study.metric]) if study.metric in values else "-"
-    return TrialStatus(outcome.trial, outcome.status, last, last, text)
+    return TrialStatus(outcome.trial, outcome.status, last, epochs or last, text)
 
 
-def _status(
-    study: Study, folder: StudyFolder, trial: Trial, outcome: Outcome | None, runs: Sequence[str]
-) -> TrialStatus:
-    epochs, metric = trial.experiment.epochs, study.metric
-    if outcome is not None:
-        return _ended(study, outcome)._replace(epochs=epochs)
-    run = next((name for name in runs if name.rpartition("-")[0] == trial.name), "")
+def _open(study: Study, folder: StudyFolder, name: str, run: str, epochs: int) -> TrialStatus:
     log = (folder.run(run).read_text(METRICS) or "") if run else ""
     records = read_records(log)
     curve = curve_of(log)
     values = curve[max(curve)] if curve else {}
-    text = shown(metric, values[metric]) if metric in values else "-"
-    epoch = float(records[-1]["epoch"]) if records else 0.0
-    state = ("running" if folder.is_held() else "open") if run else "waiting"
-    return TrialStatus(trial.name, state, epoch, epochs, text)
+    text = shown(study.metric, values[study.metric]) if study.metric in values else "-"
+    last = records[-1] if records else {"epoch": 0.0, "step": 0, "total": 0}
+    epoch = float(last["epoch"])
+    if not epochs and last["step"]:  # a plan would say it
+        epochs = round(epoch * last["total"] / last["step"])
+    state = ("running" if folder.may_be_running() else "open") if run else "waiting"
+    return TrialStatus(name, state, epoch, epochs, text)

@@ -1,6 +1,7 @@
 """One trial: a whole Ray Train run, watched, judged, and its outcome stored.
 
-It runs on any node of the cluster, in the main thread of a process of its own, as a command would.
+It runs on any node of the cluster, in the main thread of a process of its own, as a command would;
+what was trained on GPUs is judged in a task that has one.
 A trial that is started again goes on where its run stands.
 """
 
@@ -8,16 +9,20 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import ray
+from ray.exceptions import RayTaskError
 
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CollapsedRun, SimclrRayError
 from simclr_ray.experiment import ClassifierHead, Experiment, NTXent
 from simclr_ray.judge import probe_as, score_classifier, score_trained
 from simclr_ray.logs import get_logger
+from simclr_ray.machine import code_commit
 from simclr_ray.pretrain import METRICS, RUN_FILE, Record, Run, pretrain
 from simclr_ray.records import read_records
 from simclr_ray.resolve import resolved
@@ -26,6 +31,7 @@ from simclr_ray.studies.definition import EITHER, PROBES, Study
 from simclr_ray.studies.folder import FINAL, Curve, Outcome, Status, StudyFolder, curve_of
 from simclr_ray.studies.trials import Trial, shares_of
 from simclr_ray.tracking import TrackedRun, Tracker
+from simclr_ray.worker import our_error
 
 log = get_logger(__name__)
 
@@ -71,7 +77,7 @@ def run_trial(job: Job, trial: Trial, tell: Tell) -> Outcome:
     try:
         watch.replay(folder.read_text(METRICS) or "")
         run = pretrain(experiment, on_progress=watch)
-        metrics = _judge_on_own_gpu(job.study, experiment, run)
+        metrics = _judged(job.study, experiment, run)
     except CollapsedRun as error:
         status, reason = "collapsed", str(error)
     except SimclrRayError as error:
@@ -122,18 +128,33 @@ def outcome_of(
             "tracking_uri": stored.get("tracking_uri", ""),
             "digest": stored.get("digest", ""),
             "fingerprint": stored.get("fingerprint", ""),
+            "commit": code_commit(),
         },
     )
 
 
-def _judge_on_own_gpu(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
-    """Judge where Ray gives a GPU: several trials on a node would otherwise all take its first."""
+def _judged(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
+    """Judge a run, one that was trained on GPUs in a task that has one.
+
+    Several trials on a node would otherwise all take its first. Actors that encode ask for GPUs
+    themselves, and find none if the task holds it.
+    """
     gpus = min(1.0, experiment.scaling.gpus_per_worker)
-    if not gpus:
+    if not gpus or experiment.evaluation.actors:
         return judge_trial(study, experiment, run)
-    on_gpu = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(judge_trial)
-    metrics: dict[str, float] = ray.get(on_gpu.remote(study, experiment, run))
+    task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_judge_anywhere)
+    try:
+        metrics: dict[str, float] = ray.get(task.remote(study, experiment, run))
+    except RayTaskError as error:
+        raise our_error(error) or error from error
     return metrics
+
+
+def _judge_anywhere(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
+    """Judge a run whose checkpoint another node may have fetched to a folder of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        fetched = RunFolder.at(run.folder).fetch(run.checkpoint.name, Path(scratch))
+        return judge_trial(study, experiment, run._replace(checkpoint=fetched))
 
 
 def judge_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:

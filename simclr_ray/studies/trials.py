@@ -118,31 +118,46 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
     return made
 
 
-def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
-    """Return what trials take; opens their pictures. Raises `DataError` if they fill no batch."""
-    images = device_s = 0.0
-    num_rows = {  # each set is opened once, however many trials read it
+def images_of(trials: Sequence[Trial]) -> dict[str, int]:
+    """Return how many images each trial trains on, by name; opens each set once.
+
+    Raises:
+        DataError: Pictures cannot be read, or fill no batch.
+    """
+    num_rows = {
         data: Source.open(data.train, data.columns, data.limit).num_rows
         for data in {trial.experiment.data for trial in trials}
     }
+    images = {}
     for trial in trials:
         experiment = trial.experiment
         rows = num_rows[experiment.data]
-        seen = experiment.total_steps(rows) * experiment.batch_size
-        if not seen:
+        images[trial.name] = experiment.total_steps(rows) * experiment.batch_size
+        if not images[trial.name]:
             told = f"{rows} rows fill no batch of {experiment.batch_size}"
             raise DataError(f"{trial.name}: {experiment.data.train}: {told}")
-        images += seen
-        if study.images_per_s:
-            device_s += seen / study.images_per_s * trial.experiment.scaling.num_workers
+    return images
+
+
+def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
+    """Return what trials take, those of a search that learns by the mean of some.
+
+    Raises:
+        DataError: As of `images_of`.
+    """
+    learns = study.search.name == "optuna"
+    share = study.search.trials / len(trials) if learns else 1.0
+    images = images_of(trials)
+    workers = {trial.name: trial.experiment.scaling.num_workers for trial in trials}
+    rate = study.images_per_s
     points = {json.dumps(cell.point) for trial in trials for cell in trial.cells}
     return Forecast(
-        len(trials),
-        len(points),
-        sum(trial.experiment.epochs for trial in trials),
-        int(images),
-        images / study.images_per_s / 3600 if study.images_per_s else 0.0,
-        device_s / 3600,
+        round(share * len(trials)),
+        round(share * len(points)),
+        round(share * sum(trial.experiment.epochs for trial in trials)),
+        round(share * sum(images.values())),
+        share * sum(images.values()) / rate / 3600 if rate else 0.0,
+        share * sum(n * workers[k] for k, n in images.items()) / rate / 3600 if rate else 0.0,
     )
 
 

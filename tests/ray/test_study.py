@@ -181,7 +181,7 @@ def test_a_search_that_learns_suggests_its_points_and_goes_on_from_them(
     assert {n: Path(o.run["folder"]).stat().st_mtime_ns for n, o in again.items()} == stamps
 
 
-def test_steps_of_each_kind_of_trial_are_timed_once(folder: Path, ray_cluster: str) -> None:
+def test_a_dry_run_times_steps_and_leaves_nothing_behind(folder: Path, ray_cluster: str) -> None:
     cases = {
         "contrastive": {"loss.temperature": 0.5},
         "supervised": {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}},
@@ -191,12 +191,9 @@ def test_steps_of_each_kind_of_trial_are_timed_once(folder: Path, ray_cluster: s
     source = study_file(folder, "paced", space=space, figure={"x": "learning"}, comparisons=[])
     study = load_study(str(source), "", "study.seeds=[0,1]")
     trials = plan(study, base_tree(study))
-    began = time.monotonic()
-    pace = pace_of(trials)
+    pace = pace_of(trials, 2)
     assert pace.seconds > 0
-    assert pace.device_seconds == pytest.approx(pace.seconds)  # one worker each
-    assert pace_of(trials * 4).seconds < 10 * pace.seconds  # no slower for more of the same kind
-    assert time.monotonic() - began < 120
+    assert pace.device_seconds == pytest.approx(2 * pace.seconds)  # two at a time
     assert not Path(*study_folder(study)).exists()  # nothing is left of it
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 from simclr_ray import config as cfg
-from simclr_ray import export, mlflow_store
+from simclr_ray import export, machine, mlflow_store
 from simclr_ray.data import decode
 from simclr_ray.errors import CheckpointError, TrackingError
 from simclr_ray.experiment import ResNetEncoder, TorchvisionEncoder, Tracking
@@ -405,7 +405,7 @@ def test_the_registered_model_runs_where_neither_ray_nor_this_package_can_be_imp
 
 def test_the_commit_is_that_of_this_checkout_and_of_no_other(tmp_path: Path) -> None:
     top = Path(export.__file__).parents[1]
-    commit = export.code_commit()
+    commit = machine.code_commit()
     if (top / ".git").exists():
         assert len(commit.removesuffix("-dirty")) == 40
     else:

@@ -121,22 +121,26 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_go
         "with RunFolder(*sys.argv[1:]).held():\n"
         "    print('held', flush=True); time.sleep(60)"
     )
-    assert not folder.is_held()
+    folder.check_free()
     other = subprocess.Popen(
         [sys.executable, "-c", program, folder.storage, folder.name],
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
-    assert folder.is_held()
-    with pytest.raises(RunError, match="run by another process"), folder.held():
-        pass
-    threading.Timer(0.5, other.kill).start()
-    with folder.held(wait_s=30):
-        assert folder.is_held()
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"run by process {other.pid} on "):
+            folder.check_free()
+        with pytest.raises(RunError, match=f"run by process {other.pid} on "), folder.held():
+            pass
+        threading.Timer(0.5, other.kill).start()
+        with folder.held(wait_s=30):
+            assert folder.is_held()
+    finally:
+        other.kill()
+        other.communicate()
     assert not folder.is_held()
-    other.communicate()
 
 
 def test_a_snapshot_that_names_what_is_there_stays(folder: RunFolder, on_disk: Path) -> None:

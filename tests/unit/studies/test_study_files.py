@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from simclr_ray.studies.definition import load_study, scales_of, study_names
@@ -34,3 +36,12 @@ def test_a_study_has_a_scale_for_a_machine_without_gpu(name: str) -> None:
     assert study.scale == "cpu"
     assert study.base == "cifar10_study_cpu"
     assert study.paper.rows
+
+
+def test_the_searches_that_were_run_are_valid() -> None:
+    folder = Path(__file__).parents[3] / "docs" / "studies"
+    found = sorted(folder.glob("*.yaml"))
+    assert found
+    for path in found:
+        study = load_study(str(path))
+        assert make_trials(study, base_tree(study), points_of(study)), path

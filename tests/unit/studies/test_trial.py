@@ -11,12 +11,15 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.errors import CollapsedRun
 from simclr_ray.experiment import Experiment
-from simclr_ray.pretrain import METRICS
+from simclr_ray.pretrain import METRICS, Run
 from simclr_ray.storage import RunFolder
+from simclr_ray.studies import trial as trial_module
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.trial import RunWatch, outcome_of
 from simclr_ray.studies.trials import Cell, Trial
 
 N = 64
+SPACE = {"loss.temperature": {"grid": [0.1, 0.5]}}
 STUCK = math.log(2 * N - 1)
 
 
@@ -76,3 +79,21 @@ def test_cost_is_read_off_the_records_whatever_was_repeated(tmp_path: Path) -> N
     trial = Trial("t", (Cell({"a": 1}, 0),), 0, made)
     cost = outcome_of(trial, folder, "finished").cost
     assert cost == {"images": 20 * N, "seconds": 20.0 + 5.0, "device_seconds": 50.0}
+
+
+def test_a_run_that_another_node_fetched_is_judged_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "step-00000007-a").mkdir(parents=True)
+    elsewhere = Path("/nowhere") / "step-00000007-a"
+    run = Run("run", str(tmp_path / "run"), elsewhere, "id", {})
+    judged: list[Path] = []
+
+    def judge(_study: Study, _experiment: Experiment, run: Run) -> dict[str, float]:
+        judged.append(run.checkpoint)
+        return {"top1": 0.5}
+
+    monkeypatch.setattr(trial_module, "judge_trial", judge)
+    given = cfg.validate(Study, {"name": "s", "question": "?", "base": "b", "space": SPACE})
+    assert trial_module._judge_anywhere(given, experiment(), run) == {"top1": 0.5}
+    assert judged == [tmp_path / "run" / "step-00000007-a"]

@@ -1,0 +1,69 @@
+"""How a study stands: what is planned, what runs, and what a search has yet to suggest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from simclr_ray import config as cfg
+from simclr_ray.pretrain import METRICS
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.folder import Outcome, StudyFolder
+from simclr_ray.studies.status import status_of
+from simclr_ray.studies.trials import Trial, base_tree, make_trials, points_of
+
+
+def study(**changes: Any) -> Study:
+    tree: dict[str, Any] = {
+        "name": "s",
+        "question": "?",
+        "base": "cifar10_study_cpu",
+        "set": {"epochs": 4},
+        "space": {"loss.temperature": {"grid": [0.1, 0.2, 0.5]}},
+        "metric": "eval/knn_top1",
+        "judge": [],
+        **changes,
+    }
+    return cfg.validate(Study, tree)
+
+
+def log(folder: StudyFolder, trial: str) -> None:
+    """Write a run's log: half of its 40 steps, two epochs."""
+    record = {"step": 20, "epoch": 2, "total": 40, "eval/knn_top1": 0.25}
+    folder.run(f"{trial}-0123").write_text(METRICS, json.dumps(record))
+
+
+def end(folder: StudyFolder, trial: str) -> None:
+    curve = {4: {"eval/knn_top1": 0.5}}
+    folder.write_outcome(Outcome(trial, "finished", "", [], 0, {}, curve, {}, {}))
+
+
+def test_a_grid_has_what_waits_what_is_open_and_what_has_ended(tmp_path: Path) -> None:
+    folder = StudyFolder(str(tmp_path), "s")
+    trials: list[Trial] = make_trials(study(), base_tree(study()), points_of(study()))
+    end(folder, trials[0].name)
+    log(folder, trials[1].name)
+    status = status_of(study(), folder, trials)
+    states = [(t.state, t.epoch, t.epochs, t.metric) for t in status.trials]
+    assert states == [("finished", 4, 4, "50.0"), ("open", 2, 4, "25.0"), ("waiting", 0, 4, "-")]
+    assert (status.done, status.num_trials, status.epochs_left) == (1, 3, 6)
+    with folder.files.held():
+        assert [t.state for t in status_of(study(), folder, trials).trials][1] == "running"
+
+
+def test_of_a_search_that_learns_only_what_it_has_suggested_is_known(tmp_path: Path) -> None:
+    searched = study(
+        space={"loss.temperature": {"loguniform": [0.05, 1.0]}},
+        search={"name": "optuna", "trials": 5},
+    )
+    folder = StudyFolder(str(tmp_path), "s")
+    end(folder, "first")
+    log(folder, "second")
+    status = status_of(searched, folder, [])
+    assert [(t.name, t.state, t.epochs) for t in status.trials] == [
+        ("first", "finished", 4),
+        ("second", "open", 4),
+    ]
+    assert (status.done, status.num_trials) == (1, 5)
+    assert status.epochs_left == 2 + 3 * 4
