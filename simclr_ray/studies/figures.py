@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from simclr_ray.studies.definition import Study, label_of
 from simclr_ray.studies.results import Results, Row, is_share
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
+LABEL_CHARS = 45  # of an axis label; more lines instead of more characters
 COLOURS = "viridis"
 
 
@@ -59,7 +61,7 @@ def draw_study(results: Results, path: Path) -> None:
             axis.set_title(title, fontsize=9)
             label = study.figure.y_label or study.metric
             unit = " (%)" if percent == 100 else ""
-            shown = f"{label}{unit}" if is_ours else study.paper.metric
+            shown = textwrap.fill(f"{label}{unit}" if is_ours else study.paper.metric, LABEL_CHARS)
             if study.figure.kind == "matrix":
                 axis.set_xlabel(f"{study.figure.x}; {shown}", fontsize=8)
             else:
@@ -119,7 +121,11 @@ def _draw(study: Study, axis: Axes, data: Sequence[Datum]) -> None:
     axis.tick_params(labelsize=8)
     axis.grid(visible=True, axis="y", alpha=0.3)
     if names != [""]:
-        axis.legend(title=study.figure.series, fontsize=7, title_fontsize=7)
+        across = 1
+        if study.figure.kind == "bars":  # they leave no corner free
+            axis.margins(y=0.25)
+            across = len(names)
+        axis.legend(title=study.figure.series, fontsize=7, title_fontsize=7, ncols=across)
 
 
 def _draw_lines(
@@ -146,7 +152,8 @@ def _draw_bars(axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: list[
         mine = [d for d in data if d.series == name]
         at = [xs.index(d.x) + (place - (len(names) - 1) / 2) * width for d in mine]
         values, deviations = [d.value for d in mine], [d.deviation for d in mine]
-        axis.bar(at, values, width, yerr=deviations, capsize=3, color=colour, label=name)
+        spread = deviations if any(deviations) else None
+        axis.bar(at, values, width, yerr=spread, capsize=3, color=colour, label=name)
         for x, d in zip(at, mine, strict=True):
             axis.annotate(
                 f"{d.value:.1f}", (x, d.value + d.deviation), ha="center", va="bottom", fontsize=7

@@ -150,7 +150,10 @@ def verdict_cells(study: Study, verdict: Verdict) -> list[str]:
 
 def verdict_text(verdict: Verdict) -> str:
     """Return a verdict in words, no stronger than the pairs allow."""
-    sign = "the sign is as claimed" if verdict.difference > 0 else "the sign is against the claim"
+    if 0 < verdict.wins < verdict.num_pairs:
+        sign = "the pairs do not agree"
+    else:
+        sign = f"the sign is {'as claimed' if verdict.difference > 0 else 'against the claim'}"
     if verdict.p <= SIGNIFICANT:
         return f"{sign}, significant"
     if verdict.smallest_p > SIGNIFICANT:
