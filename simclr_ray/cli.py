@@ -284,13 +284,14 @@ def doctor(
     from simclr_ray.doctor import run_checks
 
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
-    findings = run_checks(storage, num_workers=workers)
-    for finding in findings:
+    failed = False
+    for finding in run_checks(storage, num_workers=workers):
+        failed |= finding.status == "fail"
         out.print(f"{marks[finding.status]}  {finding.check}: ", end="")
         out.print(finding.detail, markup=False, soft_wrap=True)
         if finding.advice:
             out.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
-    if any(f.status == "fail" for f in findings):
+    if failed:
         raise typer.Exit(1)
 
 

@@ -61,8 +61,8 @@ def run_checks(
     num_workers: int = 2,
     tracking_uri: str = "",
     parity: Parity | None = None,
-) -> Findings:
-    """Return what was found on this machine and its Ray cluster, in the order of the checks.
+) -> Iterator[Finding]:
+    """Yield what is found on this machine and its Ray cluster, as each check ends.
 
     Connects to the cluster of $RAY_ADDRESS, or starts a local one and stops it again. A check that
     itself breaks becomes a finding; nothing is raised.
@@ -84,7 +84,8 @@ def run_checks(
         "mlflow": lambda: [check_tracking(tracking_uri, storage)],
         "gradient": lambda: [check_gradient(min(num_workers, MOST), parity or _selfcheck)],
     }
-    return [finding for name, check in checks.items() for finding in _guarded(name, check)]
+    for name, check in checks.items():
+        yield from _guarded(name, check)
 
 
 def check_storage(storage: str) -> Finding:

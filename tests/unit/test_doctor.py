@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def node(
     return NodeReport(host, VERSIONS | versions, sees_storage=sees_storage, loopback=loopback)
 
 
-def by_check(findings: list[Finding]) -> dict[str, Finding]:
+def by_check(findings: Iterable[Finding]) -> dict[str, Finding]:
     return {finding.check: finding for finding in findings}
 
 
