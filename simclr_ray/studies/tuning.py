@@ -227,7 +227,13 @@ def _logged(job: Job, trial: Trial) -> Curve:
 def _run(job: Job, trial: Trial, told: int) -> Outcome:
     """Start the run and report its epochs beyond `told`; return its outcome."""
     inbox = Queue(actor_options={"num_cpus": 0})
-    ref = _run_remotely.options(scheduling_strategy="SPREAD").remote(job, trial, inbox)
+    # Ray Train's cleaner, a process below it, asks the State API what has died, and finds that by
+    # this address alone where several clusters run on one machine
+    known = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    quiet = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+    ref = _run_remotely.options(
+        scheduling_strategy="SPREAD", runtime_env={"env_vars": known | quiet}
+    ).remote(job, trial, inbox)
     is_done = False
     while not is_done:
         is_done = bool(ray.wait([ref], timeout=0)[0])  # before draining: nothing told is missed
@@ -247,8 +253,6 @@ def _run(job: Job, trial: Trial, told: int) -> Outcome:
 @ray.remote(num_cpus=0, max_retries=0)
 def _run_remotely(job: Job, trial: Trial, inbox: Queue) -> Outcome:
     """Run one trial in a process of its own, which looks like that of a command."""
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     return run_trial(job, trial, lambda epoch, values: inbox.put((epoch, values)))
 
 
