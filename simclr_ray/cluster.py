@@ -22,14 +22,10 @@ WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of
 _started_here: set[str] = set()  # addresses of the local clusters of this process
 
 
-def connect(
-    experiment: Experiment | None = None, *, copies: int = 1, ends_runs: bool = False
-) -> None:
+def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
 
     A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
-    With `ends_runs` it has the dashboard's processes: where a driver of Ray Train is killed while
-    the cluster goes on, as by a study's scheduler, the State API finds and frees its workers' CPUs.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
@@ -57,7 +53,7 @@ def connect(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
             object_store_memory=2**30,
-            include_dashboard=ends_runs,  # five processes; MLflow and the terminal show the run
+            include_dashboard=False,  # five processes; MLflow and the terminal show the run
             # several runs start their processes side by side; else Ray warns of their number
             _system_config=QUIET
             | ({"worker_maximum_startup_concurrency": 4 * copies} if copies > 1 else {}),

@@ -184,7 +184,6 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
     connect(
         largest,
         copies=study.concurrency or _per_machine(largest),
-        ends_runs=study.scheduler.name != "none",
     )
     for trial in trials:
         check_cluster(trial.experiment)

@@ -59,14 +59,22 @@ class Job(NamedTuple):
         return StudyFolder(self.storage, self.name)
 
 
-def run_trial(job: Job, trial: Trial, tell: Tell) -> Outcome:
+def run_trial(
+    job: Job, trial: Trial, tell: Tell, check: Callable[[], None] = lambda: None
+) -> Outcome:
     """Train, judge, store and return the outcome; failures are outcomes too.
 
     Args:
         job: The study.
         trial: What to train.
         tell: Called at each epoch end where the encoder was judged.
+        check: Called whenever the run logs; a `SimclrRayError` that it raises ends the run.
     """
+
+    def watched(record: Record) -> None:
+        watch(record)
+        check()
+
     experiment = _under(trial.experiment, job.parent_run)
     watch = RunWatch(experiment, tell)
     run: Run | None = None
@@ -76,7 +84,7 @@ def run_trial(job: Job, trial: Trial, tell: Tell) -> Outcome:
     folder = job.folder.run(run_name(experiment))
     try:
         watch.replay(folder.read_text(METRICS) or "")
-        run = pretrain(experiment, on_progress=watch)
+        run = pretrain(experiment, on_progress=watched)
         metrics = _judged(job.study, experiment, run)
     except CollapsedRun as error:
         status, reason = "collapsed", str(error)

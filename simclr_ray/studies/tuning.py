@@ -24,7 +24,7 @@ from ray import tune
 from ray.util.queue import Empty, Queue
 
 from simclr_ray.errors import RunError, TrackingError
-from simclr_ray.logs import held_back
+from simclr_ray.logs import get_logger, held_back
 from simclr_ray.pretrain import METRICS
 from simclr_ray.studies.definition import EPOCH_METRICS, Study
 from simclr_ray.studies.folder import FINAL, Curve, Outcome, StudyFolder, curve_of
@@ -39,8 +39,11 @@ from simclr_ray.studies.trial import Job, outcome_of, run_name, run_trial, settl
 from simclr_ray.studies.trials import Trial, make_trials
 from simclr_ray.tracking import TrackedRun
 
+log = get_logger(__name__)
+
 DRIVER_CPUS = 0.01  # of the actor that reports; Tune refuses 0
 WAIT_S = 1.0
+END_S = 120.0  # for a run to end by itself: it looks whenever it logs
 # What a trial without a value is told to have: finite, since ASHA takes percentiles.
 WORST = 1e9
 QUIET = {
@@ -76,13 +79,14 @@ def run_trials(
         return make_trials(study, tree, [config])[0] if searched else todo[config["trial"]]
 
     def report(config: dict[str, Any]) -> None:
-        _report(job, trial_of(config))
+        _report(job, trial_of(config), ends)
 
     def named(trial: Any) -> str:
         name = trial_of(trial.config).name
         return f"{name}-{trial.trial_id}" if searched else name  # it may suggest a point twice
 
-    watch = _Driver(study, folder, trial_of)
+    ends = ray.remote(num_cpus=0)(_Ends).remote()
+    watch = _Driver(study, folder, trial_of, ends)
     names = {"trial": tune.grid_search(list(todo))}
     with _quiet():
         tune.Tuner(
@@ -116,9 +120,13 @@ class _Driver(tune.Callback, tune.Stopper):
     """The study's side of Tune: stops when asked or out of time; stores what Tune has ended."""
 
     def __init__(
-        self, study: Study, folder: StudyFolder, trial_of: Callable[[dict[str, Any]], Trial]
+        self,
+        study: Study,
+        folder: StudyFolder,
+        trial_of: Callable[[dict[str, Any]], Trial],
+        ends: Any,
     ) -> None:
-        self.study, self.folder, self.trial_of = study, folder, trial_of
+        self.study, self.folder, self.trial_of, self.ends = study, folder, trial_of, ends
         self.is_stopping = False
         hours = study.budget.hours
         self._ends_at = time.monotonic() + 3600 * hours if hours else math.inf
@@ -157,7 +165,11 @@ class _Driver(tune.Callback, tune.Stopper):
         trial: Any,
         **_: Any,
     ) -> None:
-        """Store the outcome of a trial that the scheduler has ended."""
+        """Store the outcome of a trial that the scheduler ends, and have its run end.
+
+        Tune would kill it. A run of Ray Train that is killed while its cluster goes on can keep its
+        CPUs and GPUs for good; one that ends by itself gives them back.
+        """
         ours = self.trial_of(trial.config)
         if self.is_stopping or self._is_final(ours):
             return
@@ -166,6 +178,7 @@ class _Driver(tune.Callback, tune.Stopper):
         run = self.folder.run(run_name(ours.experiment))
         outcome = outcome_of(ours, run, "stopped", reason=reason, curve=self._told[ours.name])
         settle(outcome, self.study.name, self.folder)
+        self._end(ours)
         with suppress(TrackingError):  # the study ends what is left running
             tracked = TrackedRun.attach(outcome.run["tracking_uri"], outcome.run["mlflow_run_id"])
             tracked.finish("KILLED")
@@ -186,12 +199,45 @@ class _Driver(tune.Callback, tune.Stopper):
         run = self.folder.run(run_name(ours.experiment))
         settle(outcome_of(ours, run, "failed", reason=reason.strip()), self.study.name, self.folder)
 
+    def _end(self, trial: Trial) -> None:
+        """Have a trial's run end, if there is one; wait until it has."""
+        deadline = time.monotonic() + END_S
+        ray.get(self.ends.ask.remote(trial.name))
+        while ray.get(self.ends.is_running.remote(trial.name)):
+            if time.monotonic() > deadline:
+                log.warning("%s does not end by itself and is killed", trial.name)
+                return
+            time.sleep(0.1)
+
     def _is_final(self, trial: Trial) -> bool:
         known = self.folder.outcome(trial.name)
         return known is not None and known.status in FINAL
 
 
-def _report(job: Job, trial: Trial) -> None:
+class _Ends:
+    """Which runs are to end, and which run: between the study's driver and the trials'."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+        self.running: set[str] = set()
+
+    def ask(self, trial: str) -> None:
+        self.asked.add(trial)
+
+    def begin(self, trial: str) -> None:
+        self.running.add(trial)
+
+    def end(self, trial: str) -> None:
+        self.running.discard(trial)
+
+    def is_asked(self, trial: str) -> bool:
+        return trial in self.asked
+
+    def is_running(self, trial: str) -> bool:
+        return trial in self.running
+
+
+def _report(job: Job, trial: Trial, ends: Any) -> None:
     """Be one Tune trial: report what is stored, then what a run of its own tells.
 
     The last epoch is reported when the outcome is stored: a scheduler may end the trial there.
@@ -209,7 +255,7 @@ def _report(job: Job, trial: Trial) -> None:
     else:
         told = last  # nobody compares
     if stored is None or not is_final:
-        stored = _run(job, trial, told)
+        stored = _run(job, trial, told, ends)
     if stored.status == "stopped":
         return  # by other trials than those of now; it is not trained again
     worst = -WORST if job.study.mode == "max" else WORST
@@ -224,16 +270,16 @@ def _logged(job: Job, trial: Trial) -> Curve:
     return curve_of(job.folder.run(run_name(trial.experiment)).read_text(METRICS) or "")
 
 
-def _run(job: Job, trial: Trial, told: int) -> Outcome:
+def _run(job: Job, trial: Trial, told: int, ends: Any) -> Outcome:
     """Start the run and report its epochs beyond `told`; return its outcome."""
     inbox = Queue(actor_options={"num_cpus": 0})
-    # Ray Train's cleaner, a process below it, asks the State API what has died, and finds that by
-    # this address alone where several clusters run on one machine
-    known = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    quiet = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
-    ref = _run_remotely.options(
-        scheduling_strategy="SPREAD", runtime_env={"env_vars": known | quiet}
-    ).remote(job, trial, inbox)
+    env = {
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+    ref = _run_remotely.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": env}).remote(
+        job, trial, inbox, ends
+    )
     is_done = False
     while not is_done:
         is_done = bool(ray.wait([ref], timeout=0)[0])  # before draining: nothing told is missed
@@ -251,9 +297,18 @@ def _run(job: Job, trial: Trial, told: int) -> Outcome:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _run_remotely(job: Job, trial: Trial, inbox: Queue) -> Outcome:
+def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> Outcome:
     """Run one trial in a process of its own, which looks like that of a command."""
-    return run_trial(job, trial, lambda epoch, values: inbox.put((epoch, values)))
+
+    def check() -> None:
+        if ray.get(ends.is_asked.remote(trial.name)):
+            raise RunError("the study's scheduler has ended it")
+
+    ray.get(ends.begin.remote(trial.name))
+    try:
+        return run_trial(job, trial, lambda epoch, values: inbox.put((epoch, values)), check)
+    finally:
+        ray.get(ends.end.remote(trial.name))
 
 
 @contextmanager
