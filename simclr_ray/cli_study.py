@@ -134,7 +134,7 @@ def best(
         {
             "best point": ", ".join(f"{k}={v}" for k, v in results.best.point.items()),
             study.metric: f"{shown(study.metric, results.best.mean)}, mean of "
-            f"{results.best.num_seeds} seeds",
+            f"{results.best.num_seeds} seed{'s' * (results.best.num_seeds > 1)}",
             "trial": chosen.trial,
             "run folder": chosen.run["folder"],
         }
@@ -180,6 +180,10 @@ def _report(folder: StudyFolder) -> None:
             tested = f"p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g} with so many pairs"
             line = f"{verdict.claim}: {difference}, {won} pairs won, {tested}: {text}"
         out.print(line, soft_wrap=True, markup=False)
+    for status in ("stopped", "collapsed"):
+        named = [o.trial for o in results.others if o.status == status]
+        if named:
+            out.print(f"{status} early: {', '.join(named)}", soft_wrap=True, markup=False)
     failed = [o for o in results.others if o.status == "failed"]
     for outcome in failed:
         out.print(f"failed: {outcome.trial}: {outcome.reason}", soft_wrap=True, markup=False)
@@ -197,13 +201,15 @@ def _show_results(results: Results) -> None:
 
 
 def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
+    from simclr_ray.resolve import split_like_test
     from simclr_ray.studies.trials import forecast, note_on_lengths
 
     taken = forecast(study, trials)
     rows = {
         "study": f"{study.name}{f' ({study.scale})' if study.scale else ''}: {study.question}",
-        "answers": study.answers,
-        "trials": f"{taken.num_trials}: {taken.num_points} points, {len(study.seeds)} seeds",
+        **({"answers": study.answers} if study.answers else {}),
+        "trials": f"{taken.num_trials}: {taken.num_points} points, "
+        f"{len(study.seeds)} seed{'s' * (len(study.seeds) > 1)}",
         "images": f"{taken.images:,} in {taken.epochs:,} epochs",
         "metric": f"{study.metric} ({study.mode})",
     }
@@ -213,7 +219,13 @@ def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
             f"images/s, {taken.device_hours:.1f} worker-hours"
         )
     note = note_on_lengths(study, trials)
-    show_pairs(rows | ({"lengths": note} if note else {}))
+    if note:
+        rows["lengths"] = note
+    data = trials[0].experiment.data
+    same = split_like_test(data)
+    if same:
+        rows["beware"] = f"{data.test} holds the pictures of {same}: scores flatter"
+    show_pairs(rows)
 
 
 def _show_time(study: Study, trials: Sequence[Trial]) -> None:
@@ -221,20 +233,20 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
 
     Raises what `start_cluster` and `pace_of` do.
     """
-    from simclr_ray.studies.run import start_cluster
+    from simclr_ray.studies.run import shared_cores, start_cluster
     from simclr_ray.studies.speed import pace_of
 
     at_a_time = start_cluster(study, trials)
     listen()  # Ray has set handlers of its own
-    show_pairs({"at a time": f"{at_a_time} trials"})
+    show_pairs({"at a time": f"{at_a_time} trial{'s' * (at_a_time > 1)}"})
     if study.images_per_s:
         return
     share = study.search.trials / len(trials) if study.search.name == "optuna" else 1.0
-    pace = pace_of(trials, at_a_time)
+    pace = pace_of(trials, at_a_time, shared_cores(trials))
     most = "at most " if study.scheduler.name != "none" else ""
     told = (
         f"{most}{clock(share * pace.seconds)} of training, {clock(share * pace.device_seconds)} of "
-        "workers' time, by steps timed just now; starts and evaluation come on top"
+        "workers' time, by steps timed on it as busy as it is; starts and evaluation come on top"
     )
     show_pairs({"time": told})
 

@@ -177,7 +177,8 @@ def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:
     if kind == "extra_forbidden":
         keys = _keys_at(schema, tree, where[:-1])
         hint = nearest(str(where[-1]), keys)
-        return Mistake(path, f"unknown key{hint}; allowed here: {', '.join(sorted(keys))}")
+        allowed = f"; allowed here: {', '.join(sorted(keys))}" if keys else ""
+        return Mistake(path, f"unknown key{hint}{allowed}")
     if kind == "missing":
         return Mistake(path, "missing key, and it has no default")
     if kind == "literal_error":
@@ -245,7 +246,9 @@ def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | No
             current = (named or variants or [schema])[0]
             continue
         node = node[part] if isinstance(node, Mapping) and part in node else {}
-        field = current.model_fields[part]
+        field = current.model_fields.get(part)
+        if field is None:  # below a mapping, whose keys are the user's
+            return None
         variants, usual = _configs_in(field.annotation), _default_name(field)
         given = node.get("name", usual) if isinstance(node, Mapping) else usual
         named = [v for v in variants if _name_of(v) == (given or _name_of(v))]

@@ -35,7 +35,7 @@ from simclr_ray.experiment import PLACEMENT, Experiment
 from simclr_ray.logs import get_logger
 from simclr_ray.mlflow_store import check_alias, store_uri
 from simclr_ray.records import read_records
-from simclr_ray.resolve import resolved
+from simclr_ray.resolve import resolved, split_like_test
 from simclr_ray.storage import RunFolder
 from simclr_ray.tracking import TrackedRun, Tracker
 from simclr_ray.worker import Task, our_error, work
@@ -117,13 +117,9 @@ def _trained(
 
 def _check_late_needs(experiment: Experiment) -> None:
     """Fail now for what would otherwise fail, or mislead, after hours of training."""
-    data = experiment.data
-    others = [path for path in dict.fromkeys((data.train, data.bank)) if path]
-    known = {Source.open(path, data.columns).fingerprint: path for path in others}
-    if data.test:
-        same = known.get(Source.open(data.test, data.columns).fingerprint)
-        if same:
-            log.warning("%s holds the pictures of %s: scores on it flatter", data.test, same)
+    same = split_like_test(experiment.data)
+    if same:
+        log.warning("%s holds the pictures of %s: scores flatter", experiment.data.test, same)
     if experiment.register_as.name:
         check_alias(experiment.register_as.alias)
     store_uri(experiment.tracking.uri, experiment.storage)

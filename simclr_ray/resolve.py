@@ -6,7 +6,7 @@ import numpy as np
 
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import DataError
-from simclr_ray.experiment import ClassifierHead, Experiment
+from simclr_ray.experiment import ClassifierHead, Data, Experiment
 from simclr_ray.starting import with_start, with_teacher
 
 
@@ -18,6 +18,16 @@ def resolved(experiment: Experiment, source: Source) -> Experiment:
         DataError: Labels are missing; see `with_classes`.
     """
     return with_classes(with_teacher(with_start(experiment)), source)
+
+
+def split_like_test(data: Data) -> str:
+    """Return which of `data.train` and `data.bank` holds the pictures of `data.test`, or nothing.
+
+    Opens all three. Raises `DataError` where one cannot be read.
+    """
+    others = [path for path in dict.fromkeys((data.train, data.bank)) if path]
+    known = {Source.open(path, data.columns).fingerprint: path for path in others}
+    return known.get(Source.open(data.test, data.columns).fingerprint, "") if data.test else ""
 
 
 def with_classes(experiment: Experiment, source: Source) -> Experiment:

@@ -311,7 +311,17 @@ def load_study(source: str, scale: str = "", *overrides: str) -> Study:
     for name, merged in trees.items():
         if name != chosen:
             cfg.validate(Study, merged)
-    return cfg.validate(Study, _overridden(trees[chosen], overrides))
+    study = cfg.validate(Study, _overridden(trees[chosen], overrides))
+    given = [text.partition("=")[0] for text in overrides]
+    wrong = [
+        Mistake(path, f"varies in space.{name}: what is given here would never count")
+        for name, dim in study.space.items()
+        for path in given
+        if path == name or (dim.cases and all(path in case for case in dim.cases.values()))
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    return study
 
 
 def scales_of(source: str) -> list[str]:
@@ -357,6 +367,10 @@ def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, A
     prefix = "study."
     own = [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
     rest = [text for text in overrides if not text.startswith(prefix)]
+    inside = [text for text in own if text.startswith("space.")]
+    if inside:  # its keys are paths themselves
+        told = "values of the space are set as a whole: study.space='{path: {grid: [...]}}'"
+        raise ConfigError([Mistake(f"{prefix}{inside[0].partition('=')[0]}", told)])
     tree = cfg.apply_overrides(tree, own, Study)
     given = {}
     for text in rest:

@@ -103,12 +103,12 @@ def page(results: Results, svg: str, state: dict[str, Any]) -> str:
         + (f"; the paper's: {_e(study.paper.metric)}.</p>" if study.paper.rows else ".</p>"),
         "<h2>Claims</h2>",
         claims_table(results),
-        "<h2>The paper's order</h2>",
-        f"<p>{_e(agreement_text(results))}</p>",
+        f"<h2>The paper's order</h2><p>{_e(agreement_text(results))}</p>"
+        if study.paper.rows
+        else "",
         "<h2>Every point, and what it cost</h2>",
         points_table(results),
-        f"<p class=q>In all {results.num_trials} trials, {results.images:,.0f} images through the "
-        f"encoder (two views each), {results.device_hours:.2f} worker-hours of training.</p>",
+        f"<p class=q>{total_text(results)}</p>",
         "<h2>Trials that failed, collapsed or were stopped</h2>",
         others_table(results),
         "<h2>How it was made</h2>",
@@ -150,12 +150,11 @@ def verdict_cells(study: Study, verdict: Verdict) -> list[str]:
 
 def verdict_text(verdict: Verdict) -> str:
     """Return a verdict in words, no stronger than the pairs allow."""
-    if 0 < verdict.wins < verdict.num_pairs:
-        sign = "the pairs do not agree"
-    else:
-        sign = f"the sign is {'as claimed' if verdict.difference > 0 else 'against the claim'}"
+    sign = f"the sign is {'as claimed' if verdict.difference > 0 else 'against the claim'}"
     if verdict.p <= SIGNIFICANT:
         return f"{sign}, significant"
+    if 0 < verdict.wins < verdict.num_pairs:
+        sign = "the pairs do not agree"
     if verdict.smallest_p > SIGNIFICANT:
         return f"{sign}; too few pairs to be significant"
     return f"{sign}, not significant"
@@ -186,11 +185,26 @@ def markdown(results: Results) -> str:
     head, rows = points_of_table(results)
     lines = [f"# {results.study.question}", "", _line(head), _line(["---"] * len(head))]
     lines += [_line(row) for row in rows]
-    lines += ["", agreement_text(results), ""]
+    lines += ["", total_text(results), ""]
+    if results.study.paper.rows:
+        lines += [agreement_text(results), ""]
     for verdict in results.verdicts:
         difference, won, p, text = verdict_cells(results.study, verdict)
         lines.append(f"- {verdict.claim}: {difference}, {won} pairs, p = {p}: {text}")
+    lines += [
+        f"- {o.trial}: {o.status} after {max(o.curve, default=0)} epochs: {_first_line(o.reason)}"
+        for o in results.others
+    ]
     return "\n".join(lines) + "\n"
+
+
+def total_text(results: Results) -> str:
+    """Return in a sentence what the whole study took."""
+    return (
+        f"In all {results.num_trials} trials, {results.epochs:,} epochs, {results.images:,.0f} "
+        f"images through the encoder (two views each), {results.device_hours:.2f} worker-hours of "
+        "training."
+    )
 
 
 def others_table(results: Results) -> str:
@@ -202,11 +216,15 @@ def others_table(results: Results) -> str:
             o.trial,
             o.status,
             str(max(o.curve, default=0)),
-            o.reason.splitlines()[0] if o.reason else "",
+            _first_line(o.reason),
         ]
         for o in results.others
     ]
     return _table(["trial", "status", "epochs", "reason"], rows, left=4)
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -82,6 +82,7 @@ class Results(NamedTuple):
     agreement: Agreement | None
     others: list[Outcome]  # trials that did not finish
     num_trials: int
+    epochs: int
     images: float
     device_hours: float
 
@@ -106,6 +107,7 @@ def results_of(study: Study, outcomes: Sequence[Outcome]) -> Results:
         _agreement(study, rows),
         [o for o in outcomes if not readings_of(study, o)],
         len(outcomes),
+        sum(max(o.curve, default=0) for o in outcomes),
         sum(o.cost["images"] for o in outcomes),
         sum(o.cost["device_seconds"] for o in outcomes) / 3600,
     )
@@ -299,8 +301,15 @@ def as_json(results: Results) -> str:
         "claims": [verdict._asdict() for verdict in results.verdicts],
         "agreement": results.agreement._asdict() if results.agreement else None,
         "not_finished": [
-            {"trial": o.trial, "status": o.status, "reason": o.reason} for o in results.others
+            {
+                "trial": o.trial,
+                "status": o.status,
+                "reason": o.reason,
+                "epochs": max(o.curve, default=0),
+            }
+            for o in results.others
         ],
+        "epochs": results.epochs,
         "images": results.images,
         "device_hours": results.device_hours,
     }

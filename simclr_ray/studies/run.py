@@ -190,6 +190,12 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
     return concurrency_of(study, trials)
 
 
+def shared_cores(trials: Sequence[Trial]) -> float:
+    """Return the cores that workers share by time: this machine's, where the cluster is no more."""
+    on_gpus = any(trial.experiment.scaling.gpus_per_worker for trial in trials)
+    return float(os.cpu_count() or 1) if is_local() and not on_gpus else math.inf
+
+
 def _versions(before: dict[str, str]) -> dict[str, str]:
     """Return what runs the study now, after what ran it before."""
     names = ("simclr-ray", "ray", "torch", "mlflow", "numpy")

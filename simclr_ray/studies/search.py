@@ -15,6 +15,7 @@ from simclr_ray.studies.definition import Dimension, Study, label_of
 from simclr_ray.studies.trials import Point, Trial
 
 NEVER_S: Final = 10**9
+DIGITS: Final = 4
 EPOCH: Final = "epoch"  # what trials are compared at: the key of their reports
 
 
@@ -63,10 +64,15 @@ def random_points(study: Study) -> list[Point]:
     rng = np.random.default_rng(study.search.seed)
     domains = searched_space(study)
     draws = [
-        {name: domain.sample(random_state=rng) for name, domain in domains.items()}
+        {name: shortened(domain.sample(random_state=rng)) for name, domain in domains.items()}
         for _ in range(study.search.trials)
     ]
     return list({json.dumps(point, default=float): point for point in draws}.values())
+
+
+def shortened(value: Any) -> Any:
+    """Return a drawn number with so many digits that it can be read, named and typed again."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def searched_space(study: Study) -> dict[str, Any]:

@@ -35,12 +35,13 @@ class Pace(NamedTuple):
     device_seconds: float  # of all their workers
 
 
-def pace_of(trials: Sequence[Trial], at_a_time: int) -> Pace:
+def pace_of(trials: Sequence[Trial], at_a_time: int, cores: float = math.inf) -> Pace:
     """Return what trials take, timing each kind of them once, in a worker's share of the cluster.
 
     Args:
         trials: Of a study.
         at_a_time: How many trials the cluster runs at a time; as many kinds are timed at a time.
+        cores: That all workers share by time; not those of machines with a GPU.
 
     Raises:
         ClusterError: No worker's share of the cluster comes free.
@@ -56,7 +57,7 @@ def pace_of(trials: Sequence[Trial], at_a_time: int) -> Pace:
     images = images_of(trials)
     device_s = [images[t.name] * known[kind_of(t.experiment)] for t in trials]
     whole = [s / t.experiment.scaling.num_workers for s, t in zip(device_s, trials, strict=True)]
-    seconds = max(max(whole), sum(whole) / min(at_a_time, len(trials)))
+    seconds = max(max(whole), sum(whole) / min(at_a_time, len(trials)), sum(device_s) / cores)
     return Pace(seconds, sum(device_s))
 
 
@@ -81,8 +82,9 @@ def _timed(experiments: Sequence[Experiment]) -> list[float]:
         reason = str(getattr(error, "cause", None) or error).strip().splitlines()[0]
         raise our_error(error) or RunError(f"a step could not be timed: {reason}") from error
     finally:
-        for ref in refs:
-            ray.cancel(ref, force=True)  # does nothing to what has ended
+        _, left = ray.wait(refs, num_returns=len(refs), timeout=0)
+        for ref in left:  # cancelling what has just ended can bring this process down (Ray 2.60)
+            ray.cancel(ref, force=True)
     return seconds
 
 

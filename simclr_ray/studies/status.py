@@ -66,11 +66,12 @@ def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> Stu
     runs = {name.rpartition("-")[0]: name for name in folder.runs()}
     learns = study.search.name == "optuna"
     planned = {t.name: t.experiment.epochs for t in ([] if learns else trials)}
+    usual = max((t.experiment.epochs for t in trials), default=0)
     names = dict.fromkeys([*planned, *outcomes, *runs])
     lines = [
         _ended(study, outcomes[name], planned.get(name, 0))
         if name in outcomes
-        else _open(study, folder, name, runs.get(name, ""), planned.get(name, 0))
+        else _open(study, folder, name, runs.get(name, ""), planned.get(name, usual))
         for name in names
     ]
     unknown = max(0, study.search.trials - len(lines)) if learns else 0
@@ -89,9 +90,6 @@ def _open(study: Study, folder: StudyFolder, name: str, run: str, epochs: int) -
     curve = curve_of(log)
     values = curve[max(curve)] if curve else {}
     text = shown(study.metric, values[study.metric]) if study.metric in values else "-"
-    last = records[-1] if records else {"epoch": 0.0, "step": 0, "total": 0}
-    epoch = float(last["epoch"])
-    if not epochs and last["step"]:  # a plan would say it
-        epochs = round(epoch * last["total"] / last["step"])
+    epoch = float(records[-1]["epoch"]) if records else 0.0
     state = ("running" if folder.may_be_running() else "open") if run else "waiting"
     return TrialStatus(name, state, epoch, epochs, text)

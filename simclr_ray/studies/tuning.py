@@ -34,6 +34,7 @@ from simclr_ray.studies.search import (
     optuna_search,
     scheduler_of,
     searched_space,
+    shortened,
 )
 from simclr_ray.studies.trial import Job, outcome_of, run_name, run_trial, settle
 from simclr_ray.studies.trials import Trial, make_trials
@@ -76,7 +77,10 @@ def run_trials(
         return True
 
     def trial_of(config: dict[str, Any]) -> Trial:
-        return make_trials(study, tree, [config])[0] if searched else todo[config["trial"]]
+        if not searched:
+            return todo[config["trial"]]
+        point = {name: shortened(value) for name, value in config.items()}
+        return make_trials(study, tree, [point])[0]
 
     def report(config: dict[str, Any]) -> None:
         _report(job, trial_of(config), ends)

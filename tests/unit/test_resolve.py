@@ -12,8 +12,9 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
-from simclr_ray.experiment import ClassifierHead, Experiment
-from simclr_ray.resolve import resolved
+from simclr_ray.experiment import ClassifierHead, Data, Experiment
+from simclr_ray.resolve import resolved, split_like_test
+from tests.ray.pictures import write_shapes
 
 CLASSIFIER = {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}}
 
@@ -105,3 +106,15 @@ PIPELINE = {"name": "pipeline", "size": 32}
 def test_pipelines_that_cannot_be_are_named(augment: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         experiment(augment=PIPELINE | augment)
+
+
+def test_a_test_split_of_the_training_pictures_is_noticed_and_another_is_not(
+    tmp_path: Path,
+) -> None:
+    for name, rows in (("a", 12), ("b", 9)):
+        write_shapes(tmp_path / f"{name}.parquet", rows)
+    a, b = (str(tmp_path / f"{name}.parquet") for name in "ab")
+    assert split_like_test(Data(train=a, test=a, limit=5)) == a
+    assert split_like_test(Data(train=a, bank=b, test=b)) == b
+    assert split_like_test(Data(train=a, test=b)) == ""
+    assert split_like_test(Data(train=a)) == ""

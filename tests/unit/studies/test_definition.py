@@ -169,6 +169,13 @@ def test_the_name_of_a_scheduler_leaves_its_other_settings_as_they_are(tmp_path:
     assert (study.scheduler.name, study.scheduler.grace_epochs) == ("asha", 3)
 
 
+def test_an_override_that_could_not_count_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"batch_size: varies in space\.batch_size"):
+        load_study(written(tmp_path), "", "batch_size=8")
+    with pytest.raises(ConfigError, match=r"study\.space\.loss\.temperature: .* as a whole"):
+        load_study(written(tmp_path), "", "study.space.loss.temperature={grid: [0.1]}")
+
+
 def test_every_point_is_run_with_every_seed_under_a_name_of_its_own(tmp_path: Path) -> None:
     trials = trials_of(written(tmp_path), "study.seeds=[0, 1]")
     assert [t.name for t in trials[:2]] == [

@@ -9,7 +9,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from simclr_ray import config as cfg
 from simclr_ray.studies.definition import Study
-from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of
+from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of, shortened
 from simclr_ray.studies.trials import Trial, base_tree, make_trials, points_of
 
 RATES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -74,3 +74,9 @@ def test_halving_saves_nothing_on_values_from_bad_to_good_and_half_in_a_drawn_or
     assert epochs_run(study(), trials) == all_epochs
     taken = [epochs_run(study(s), in_drawn_order(study(s), trials)) for s in range(50)]
     assert sum(taken) / len(taken) == pytest.approx(0.5 * all_epochs, rel=0.15)
+
+
+def test_drawn_numbers_have_few_digits_and_other_values_stay() -> None:
+    assert shortened(0.25881702149) == 0.2588
+    assert shortened(0.000123456) == 0.0001235
+    assert (shortened("l2 0.1"), shortened(256), shortened(True)) == ("l2 0.1", 256, True)

@@ -29,8 +29,8 @@ def study(**changes: Any) -> Study:
 
 
 def log(folder: StudyFolder, trial: str) -> None:
-    """Write a run's log: half of its 40 steps, two epochs."""
-    record = {"step": 20, "epoch": 2, "total": 40, "eval/knn_top1": 0.25}
+    """Write a run's log of two epochs."""
+    record = {"step": 20, "epoch": 2, "eval/knn_top1": 0.25}
     folder.run(f"{trial}-0123").write_text(METRICS, json.dumps(record))
 
 
@@ -60,7 +60,8 @@ def test_of_a_search_that_learns_only_what_it_has_suggested_is_known(tmp_path: P
     folder = StudyFolder(str(tmp_path), "s")
     end(folder, "first")
     log(folder, "second")
-    status = status_of(searched, folder, [])
+    examples = make_trials(searched, base_tree(searched), [{"loss.temperature": 0.05}])
+    status = status_of(searched, folder, examples)
     assert [(t.name, t.state, t.epochs) for t in status.trials] == [
         ("first", "finished", 4),
         ("second", "open", 4),
