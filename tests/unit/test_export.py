@@ -21,9 +21,11 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
 from simclr_ray import config as cfg
 from simclr_ray import export, machine, mlflow_store
+from simclr_ray.cli import app
 from simclr_ray.data import decode
 from simclr_ray.errors import CheckpointError, TrackingError
 from simclr_ray.experiment import ResNetEncoder, TorchvisionEncoder, Tracking
@@ -349,6 +351,27 @@ def test_a_second_version_takes_the_alias_and_the_first_stays(
         for w in ("models:/two/1", "models:/two@champion")
     )
     torch.testing.assert_close(second, 2 * first, rtol=0, atol=0)
+
+
+def test_files_that_cannot_be_embedded_are_named_and_the_others_are_embedded(
+    registered: Registered, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good, broken = tmp_path / "good.png", tmp_path / "broken.png"
+    good.write_bytes(registered.images[0])
+    broken.write_bytes(b"no picture")
+    missing = tmp_path / "missing.png"
+    given = [str(p) for p in (missing, good, broken, good)]
+    done = CliRunner().invoke(app, ["embed", str(registered.folder), *given])
+    assert done.exit_code == 1
+    shown = capfd.readouterr()
+    rows = [line.split("\t") for line in (done.stdout + shown.out).splitlines()]
+    assert [row[0] for row in rows] == [str(good), str(good)]
+    want = export.embed_images(registered.folder, registered.images[:1])[0]
+    for row in rows:
+        np.testing.assert_allclose([float(v) for v in row[1:]], want, rtol=1e-5)
+    told = (done.stderr + shown.err).splitlines()
+    assert told[0] == f"left out: {missing}: No such file or directory"
+    assert told[1].startswith(f"left out: {broken}: ")
 
 
 def test_what_is_not_there_is_said_so(registered: Registered, tmp_path: Path) -> None:
