@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simclr_ray import config as cfg
 from simclr_ray.console import StudyProgress, clock, out, show_pairs, show_table, study_table
-from simclr_ray.errors import ConfigError, Mistake, RunError
+from simclr_ray.errors import RunError
 from simclr_ray.stopping import STOPPED_BY_SYSTEM, listen
 
 if TYPE_CHECKING:
@@ -78,7 +75,9 @@ def run(
 @study_app.command()
 def resume(where: Where) -> None:
     """Go on with a study; finished trials are not run again, open ones go on where they stood."""
-    study, trials = _stored(where)
+    from simclr_ray.studies.run import stored_study
+
+    study, trials = stored_study(where)
     _run(study, trials)
 
 
@@ -86,9 +85,10 @@ def resume(where: Where) -> None:
 def status(where: Where) -> None:
     """Show how the trials of a study stand."""
     from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.run import stored_study
     from simclr_ray.studies.status import status_of
 
-    study, trials = _stored(where)
+    study, trials = stored_study(where)
     out.print(study_table(status_of(study, StudyFolder.at(where), trials)))
 
 
@@ -249,19 +249,3 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
         "workers' time, by steps timed on it as busy as it is; starts and evaluation come on top"
     )
     show_pairs({"time": told})
-
-
-def _stored(where: str) -> tuple[Study, list[Trial]]:
-    """Return a stored study, its base lying as a file on this machine, and its trials."""
-    from simclr_ray.studies.folder import StudyFolder
-    from simclr_ray.studies.run import plan
-    from simclr_ray.studies.trials import base_tree, restored
-
-    folder = StudyFolder.at(where)
-    study, tree = folder.definition()
-    base = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / "base.yaml"
-    base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")
-    study = study.model_copy(update={"base": str(base)})
-    if study.name != folder.files.name:
-        raise ConfigError([Mistake(where, f"holds study {study.name!r}; folders keep their names")])
-    return study, plan(study, base_tree(study))

@@ -21,6 +21,7 @@ from simclr_ray.studies.definition import Study, label_of
 from simclr_ray.studies.results import Results, Row, is_share
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
+TITLE_CHARS = 60  # of the title above a panel
 LABEL_CHARS = 45  # of an axis label; more lines instead of more characters
 COLOURS = "viridis"
 
@@ -66,7 +67,7 @@ def draw_study(results: Results, path: Path) -> None:
                 axis.set_xlabel(f"{study.figure.x}; {shown}", fontsize=8)
             else:
                 axis.set_ylabel(shown, fontsize=8)
-        figure.suptitle(study.question, fontsize=10)
+        figure.suptitle(textwrap.fill(study.question, TITLE_CHARS * len(axes)), fontsize=10)
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, dpi=130, metadata=metadata)
 
@@ -107,8 +108,8 @@ def _paper(study: Study) -> list[Datum]:
 
 
 def _draw(study: Study, axis: Axes, data: Sequence[Datum]) -> None:
-    names = list(dict.fromkeys(d.series for d in data))
-    xs = _ordered(study, [d.x for d in data])
+    names = [str(v) for v in _ordered(study, study.figure.series, [d.series for d in data])]
+    xs = _ordered(study, study.figure.x, [d.x for d in data])
     if study.figure.kind == "matrix":
         _draw_matrix(axis, data, xs, names)
         axis.set_ylabel(study.figure.series, fontsize=8)
@@ -137,7 +138,8 @@ def _draw_lines(
         mine = sorted((d for d in data if d.series == name), key=lambda d: xs.index(d.x))
         at = [xs.index(d.x) if scale == "category" else float(d.x) for d in mine]
         values, deviations = [d.value for d in mine], [d.deviation for d in mine]
-        axis.errorbar(at, values, deviations, marker="o", ms=4, capsize=3, color=colour, label=name)
+        spread = deviations if any(deviations) else None
+        axis.errorbar(at, values, spread, marker="o", ms=4, capsize=3, color=colour, label=name)
     if scale in ("log2", "log10"):
         axis.set_xscale("log", base=2 if scale == "log2" else 10)
     ticks = range(len(xs)) if scale == "category" else [float(x) for x in xs]
@@ -176,10 +178,10 @@ def _draw_matrix(axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: lis
     axis.set_yticks(range(len(names)), names, fontsize=8)
 
 
-def _ordered(study: Study, values: Sequence[Scalar]) -> list[Scalar]:
+def _ordered(study: Study, dimension: str, values: Sequence[Scalar]) -> list[Scalar]:
     """Return the different values in the order of the study, the paper's own after them."""
     found = list(dict.fromkeys(values))
     if all(isinstance(v, int | float) for v in found):
         return sorted(found, key=float)
-    listed = [label_of(v) for v in study.space[study.figure.x].listed]
-    return sorted(found, key=lambda v: listed.index(v) if v in listed else len(listed))
+    listed = [str(label_of(v)) for v in study.space[dimension].listed] if dimension else []
+    return sorted(found, key=lambda v: listed.index(str(v)) if str(v) in listed else len(listed))

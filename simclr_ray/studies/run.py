@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -27,6 +29,7 @@ from simclr_ray.studies.trials import (
     digest_of_study,
     make_trials,
     points_of,
+    restored,
     study_folder,
 )
 from simclr_ray.studies.tuning import DRIVER_CPUS, run_trials
@@ -126,6 +129,22 @@ def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:
         for at in range(longest)
     ]
     return make_trials(study.model_copy(update={"budget": Budget()}), tree, points)
+
+
+def stored_study(where: str) -> tuple[Study, list[Trial]]:
+    """Return a study that was begun, its base as a file on this machine, and its trials.
+
+    Raises:
+        ConfigError: There is none, or its folder has another name than it.
+    """
+    folder = StudyFolder.at(where)
+    study, tree = folder.definition()
+    base = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / "base.yaml"
+    base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")
+    study = study.model_copy(update={"base": str(base)})
+    if study.name != folder.files.name:
+        raise ConfigError([Mistake(where, f"holds study {study.name!r}; folders keep their names")])
+    return study, plan(study, base_tree(study))
 
 
 def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
