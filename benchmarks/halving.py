@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.tune.schedulers import TrialScheduler
 
-from simclr_ray.studies.definition import Study
+from simclr_ray.studies.definition import EPOCH_METRICS, Study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.run import stored_study
 from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of
@@ -30,6 +30,10 @@ def main() -> None:
     given = parser.parse_args()
     study, trials = stored_study(given.folder)
     outcomes = StudyFolder.at(given.folder).outcomes()
+    if study.metric not in EPOCH_METRICS or any(o.status != "finished" for o in outcomes):
+        raise SystemExit(
+            f"{given.folder}: all trials must have finished, and told eval/… or train/…"
+        )
     curves = {o.trial: {e: v[study.metric] for e, v in o.curve.items()} for o in outcomes}
     print("one in  finds the best  epochs  both, within 60 %")
     for factor in (2, 3, 4):

@@ -266,5 +266,11 @@ def _started(batches: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
 
 def set_threads(experiment: Experiment, workers_here: int) -> None:
     """Share the node's cores between its workers; Ray sets one thread where CPUs are below 1."""
-    wanted = experiment.scaling.threads_per_worker
-    torch.set_num_threads(wanted or max(1, (os.cpu_count() or 1) // workers_here))
+    torch.set_num_threads(threads_of(experiment, workers_here))
+
+
+def threads_of(experiment: Experiment, workers_here: int = 0) -> int:
+    """Return the threads of a worker, on a node of so many of them; 0: of all."""
+    scaling = experiment.scaling
+    cores = os.cpu_count() or 1
+    return scaling.threads_per_worker or max(1, cores // (workers_here or scaling.num_workers))

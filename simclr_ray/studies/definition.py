@@ -7,6 +7,7 @@ A file of `tune_configs/` holds one. `set` and `space` name dotted paths of the 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from simclr_ray.config import Config, Field, Scalar
 from simclr_ray.errors import ConfigError, Mistake
 from simclr_ray.evaluation.table import PROTOCOLS
 
+DIGITS = 4  # of numbers drawn from a range
 NO_PBT = (
     "pbt is refused: it copies weights and changes settings while training, which leaves no run "
     "that could be named or repeated, and a cosine schedule has no meaning halfway"
@@ -277,6 +279,18 @@ class Study(Config):
         return [*EPOCH_METRICS, *final, *probes, *CLASSIFIER_METRICS, *VIEW_METRICS, *either]
 
 
+def point_of(study: Study, drawn: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Return what was drawn as a point: of a range, numbers that can be read, named and typed."""
+    point = {}
+    for name, dim in study.space.items():
+        value = drawn[name]
+        bounds = dim.uniform or dim.loguniform
+        if bounds:
+            value = min(max(float(f"{value:.{DIGITS}g}"), bounds[0]), bounds[1])
+        point[name] = value
+    return point
+
+
 def label_of(value: Any) -> Scalar:
     """Return a value of the space as a scalar that can name it; lists and nodes as JSON."""
     return value if isinstance(value, str | int | float | bool) else json.dumps(value)
@@ -317,7 +331,8 @@ def load_study(source: str, scale: str = "", *overrides: str) -> Study:
         Mistake(path, f"varies in space.{name}: what is given here would never count")
         for name, dim in study.space.items()
         for path in given
-        if path == name or (dim.cases and all(path in case for case in dim.cases.values()))
+        if path == name
+        or (dim.cases and all(case.get(path) is not None for case in dim.cases.values()))
     ]
     if wrong:
         raise ConfigError(wrong)

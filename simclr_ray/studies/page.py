@@ -257,10 +257,12 @@ def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def _versions(state: dict[str, Any]) -> dict[str, str]:
     """Return what made the numbers: code, libraries, machine, pictures, definition."""
-    made = {"commit": "; ".join(state.get("commits", []))} if state.get("commits") else {}
+    versions = dict(state.get("versions", {}))
+    commits = {*state.get("commits", []), versions.pop("commit", "")} - {""}
+    made = {"commit": "; ".join(sorted(commits))} if commits else {}
     pictures = {f"{k} pictures": v for k, v in state.get("fingerprints", {}).items()}
     known = {"definition": state["digest"]} if state.get("digest") else {}
-    return {**made, **state.get("versions", {}), **pictures, **known}
+    return {**made, **versions, **pictures, **known}
 
 
 def _table(

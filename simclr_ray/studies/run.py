@@ -220,7 +220,8 @@ def _versions(before: dict[str, str]) -> dict[str, str]:
     names = ("simclr-ray", "ray", "torch", "mlflow", "numpy")
     now = {name: version_of(name) for name in names} | {"machine": _machine()}
     known = {name: before.get(name, "").split("; ") for name in now}
-    return {
+    earlier = {name: text for name, text in before.items() if name not in now}
+    return earlier | {
         name: "; ".join([*(v for v in known[name] if v and v != value), value])
         for name, value in now.items()
     }

@@ -11,11 +11,10 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from simclr_ray.errors import ConfigError, Mistake
-from simclr_ray.studies.definition import Dimension, Study, label_of
+from simclr_ray.studies.definition import Dimension, Study, label_of, point_of
 from simclr_ray.studies.trials import Point, Trial
 
 NEVER_S: Final = 10**9
-DIGITS: Final = 4
 EPOCH: Final = "epoch"  # what trials are compared at: the key of their reports
 
 
@@ -64,15 +63,10 @@ def random_points(study: Study) -> list[Point]:
     rng = np.random.default_rng(study.search.seed)
     domains = searched_space(study)
     draws = [
-        {name: shortened(domain.sample(random_state=rng)) for name, domain in domains.items()}
+        point_of(study, {k: domain.sample(random_state=rng) for k, domain in domains.items()})
         for _ in range(study.search.trials)
     ]
     return list({json.dumps(point, default=float): point for point in draws}.values())
-
-
-def shortened(value: Any) -> Any:
-    """Return a drawn number with so many digits that it can be read, named and typed again."""
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def searched_space(study: Study) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from simclr_ray.experiment import Experiment, SimCLRViews
 from simclr_ray.model import build_loss, build_model
 from simclr_ray.resolve import resolved
 from simclr_ray.studies.trials import Trial, images_of
-from simclr_ray.worker import finished, our_error, placed, set_threads
+from simclr_ray.worker import finished, our_error, placed, set_threads, threads_of
 
 STEPS: Final = 3  # the first is not counted: it decodes, allocates and compiles
 MOST_IMAGES: Final = {"cpu": 64, "cuda": 512}  # of a step, so that all of them take seconds
@@ -57,7 +57,8 @@ def pace_of(trials: Sequence[Trial], at_a_time: int, cores: float = math.inf) ->
     images = images_of(trials)
     device_s = [images[t.name] * known[kind_of(t.experiment)] for t in trials]
     whole = [s / t.experiment.scaling.num_workers for s, t in zip(device_s, trials, strict=True)]
-    seconds = max(max(whole), sum(whole) / min(at_a_time, len(trials)), sum(device_s) / cores)
+    busy = sum(s * threads_of(t.experiment) for s, t in zip(device_s, trials, strict=True))
+    seconds = max(max(whole), sum(whole) / min(at_a_time, len(trials)), busy / cores)
     return Pace(seconds, sum(device_s))
 
 

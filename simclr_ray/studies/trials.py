@@ -24,6 +24,7 @@ from simclr_ray.experiment import Experiment, absolute_path
 from simclr_ray.mlflow_store import DATABASE, store_uri
 from simclr_ray.studies.definition import (
     CLASSIFIER_METRICS,
+    DIGITS,
     EITHER,
     EPOCH_METRICS,
     VIEW_METRICS,
@@ -218,6 +219,8 @@ def digest_of_study(study: Study, base: Experiment) -> str:
     looks = ("question", "answers", "notes", "figure", "comparisons", "paper", "budget", "also")
     placed = ("concurrency", "images_per_s", "scale", "base", "set")
     tree = {k: v for k, v in cfg.to_tree(study).items() if k not in (*looks, *placed)}
+    if any(dim.uniform or dim.loguniform for dim in study.space.values()):
+        tree["digits"] = DIGITS  # of drawn numbers
     judged = cfg.to_tree(base.evaluation)
     return cfg.digest_of({"study": tree, "base": base.digest(), "evaluation": judged})
 

@@ -21,12 +21,14 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.errors import RunError, TrackingError
 from simclr_ray.logs import get_logger, held_back
 from simclr_ray.pretrain import METRICS
-from simclr_ray.studies.definition import EPOCH_METRICS, Study
+from simclr_ray.studies.definition import EPOCH_METRICS, Study, point_of
 from simclr_ray.studies.folder import FINAL, Curve, Outcome, StudyFolder, curve_of
 from simclr_ray.studies.search import (
     EPOCH,
@@ -34,7 +36,6 @@ from simclr_ray.studies.search import (
     optuna_search,
     scheduler_of,
     searched_space,
-    shortened,
 )
 from simclr_ray.studies.trial import Job, outcome_of, run_name, run_trial, settle
 from simclr_ray.studies.trials import Trial, make_trials
@@ -79,8 +80,7 @@ def run_trials(
     def trial_of(config: dict[str, Any]) -> Trial:
         if not searched:
             return todo[config["trial"]]
-        point = {name: shortened(value) for name, value in config.items()}
-        return make_trials(study, tree, [point])[0]
+        return make_trials(study, tree, [point_of(study, config)])[0]
 
     def report(config: dict[str, Any]) -> None:
         _report(job, trial_of(config), ends)
@@ -89,7 +89,8 @@ def run_trials(
         name = trial_of(trial.config).name
         return f"{name}-{trial.trial_id}" if searched else name  # it may suggest a point twice
 
-    ends = ray.remote(num_cpus=0)(_Ends).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    ends = ray.remote(num_cpus=0)(_Ends).options(scheduling_strategy=here).remote()
     watch = _Driver(study, folder, trial_of, ends)
     names = {"trial": tune.grid_search(list(todo))}
     with _quiet():
@@ -117,7 +118,7 @@ def run_trials(
             ),
         ).fit()
     ended = {o.trial for o in folder.outcomes()}
-    return not watch.is_stopping and (searched or ended >= set(todo))
+    return not watch.is_stopping if searched else ended >= set(todo)
 
 
 class _Driver(tune.Callback, tune.Stopper):
@@ -305,14 +306,17 @@ def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> Outcome:
     """Run one trial in a process of its own, which looks like that of a command."""
 
     def check() -> None:
-        if ray.get(ends.is_asked.remote(trial.name)):
-            raise RunError("the study's scheduler has ended it")
+        with suppress(RayError):  # the driver's node is gone: who asks, then?
+            if ray.get(ends.is_asked.remote(trial.name)):
+                raise RunError("the study's scheduler has ended it")
 
-    ray.get(ends.begin.remote(trial.name))
+    with suppress(RayError):
+        ray.get(ends.begin.remote(trial.name))
     try:
         return run_trial(job, trial, lambda epoch, values: inbox.put((epoch, values)), check)
     finally:
-        ray.get(ends.end.remote(trial.name))
+        with suppress(RayError):
+            ray.get(ends.end.remote(trial.name))
 
 
 @contextmanager

@@ -191,8 +191,8 @@ def test_a_dry_run_times_steps_and_leaves_nothing_behind(folder: Path, ray_clust
     source = study_file(folder, "paced", space=space, figure={"x": "learning"}, comparisons=[])
     study = load_study(str(source), "", "study.seeds=[0,1]")
     trials = plan(study, base_tree(study))
-    for _ in range(3):  # cancelling what had just ended brought the process down, now and then
-        pace = pace_of(trials, 2)
+    paces = [pace_of(trials, 2) for _ in range(3)]  # Ray once died of what had just ended
+    pace = paces[-1]
     assert pace.seconds > 0
     assert pace.device_seconds == pytest.approx(2 * pace.seconds)  # two at a time
     assert not Path(*study_folder(study)).exists()  # nothing is left of it

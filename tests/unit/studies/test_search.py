@@ -8,8 +8,8 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from simclr_ray import config as cfg
-from simclr_ray.studies.definition import Study
-from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of, shortened
+from simclr_ray.studies.definition import Study, point_of
+from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of
 from simclr_ray.studies.trials import Trial, base_tree, make_trials, points_of
 
 RATES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -76,7 +76,33 @@ def test_halving_saves_nothing_on_values_from_bad_to_good_and_half_in_a_drawn_or
     assert sum(taken) / len(taken) == pytest.approx(0.5 * all_epochs, rel=0.15)
 
 
-def test_drawn_numbers_have_few_digits_and_other_values_stay() -> None:
-    assert shortened(0.25881702149) == 0.2588
-    assert shortened(0.000123456) == 0.0001235
-    assert (shortened("l2 0.1"), shortened(256), shortened(True)) == ("l2 0.1", 256, True)
+def test_drawn_numbers_have_few_digits_within_their_range_and_listed_ones_stay() -> None:
+    space = {
+        "loss.temperature": {"loguniform": [0.12345678, 1.0]},
+        "augment.strength": {"uniform": [0.0, 1.0]},
+        "optimizer.weight_decay": {"choice": [0.046875, 0.1]},
+    }
+    searched = cfg.validate(
+        Study,
+        {
+            "name": "s",
+            "question": "?",
+            "base": "cifar10_study_cpu",
+            "space": space,
+            "search": {"name": "random", "trials": 3},
+            "metric": "eval/knn_top1",
+        },
+    )
+    drawn = {
+        "loss.temperature": 0.123456781,
+        "augment.strength": 0.99999,
+        "optimizer.weight_decay": 0.046875,
+    }
+    assert point_of(searched, drawn) == {
+        "loss.temperature": 0.1235,
+        "augment.strength": 1.0,
+        "optimizer.weight_decay": 0.046875,
+    }
+    assert point_of(searched, {**drawn, "loss.temperature": 0.12342})["loss.temperature"] == (
+        0.12345678
+    )
