@@ -117,9 +117,12 @@ def _trained(
 
 def _check_late_needs(experiment: Experiment) -> None:
     """Fail now for what would otherwise fail, or mislead, after hours of training."""
-    same = split_like_test(experiment.data)
+    data = experiment.data
+    same = split_like_test(data)
     if same:
-        log.warning("%s holds the pictures of %s: scores flatter", experiment.data.test, same)
+        log.warning("%s holds the pictures of %s: scores flatter", data.test, same)
+    if data.bank and not data.test:
+        Source.open(data.bank, data.columns)
     if experiment.register_as.name:
         check_alias(experiment.register_as.alias)
     store_uri(experiment.tracking.uri, experiment.storage)

@@ -23,11 +23,13 @@ def resolved(experiment: Experiment, source: Source) -> Experiment:
 def split_like_test(data: Data) -> str:
     """Return which of `data.train` and `data.bank` holds the pictures of `data.test`, or nothing.
 
-    Opens all three. Raises `DataError` where one cannot be read.
+    Opens what there is to compare. Raises `DataError` where one cannot be read.
     """
+    if not data.test:
+        return ""
     others = [path for path in dict.fromkeys((data.train, data.bank)) if path]
     known = {Source.open(path, data.columns).fingerprint: path for path in others}
-    return known.get(Source.open(data.test, data.columns).fingerprint, "") if data.test else ""
+    return known.get(Source.open(data.test, data.columns).fingerprint, "")
 
 
 def with_classes(experiment: Experiment, source: Source) -> Experiment:

@@ -200,10 +200,7 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
         ClusterError: No cluster answers, or it cannot hold one trial.
     """
     largest = _largest(trials)
-    connect(
-        largest,
-        copies=study.concurrency or _per_machine(largest),
-    )
+    connect(largest, copies=study.concurrency or _per_machine(largest))
     for trial in trials:
         check_cluster(trial.experiment)
     return concurrency_of(study, trials)

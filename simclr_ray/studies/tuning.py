@@ -89,8 +89,10 @@ def run_trials(
         name = trial_of(trial.config).name
         return f"{name}-{trial.trial_id}" if searched else name  # it may suggest a point twice
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    ends = ray.remote(num_cpus=0)(_Ends).options(scheduling_strategy=here).remote()
+    ends = None
+    if study.scheduler.name != "none":
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        ends = ray.remote(num_cpus=0)(_Ends).options(scheduling_strategy=here).remote()
     watch = _Driver(study, folder, trial_of, ends)
     names = {"trial": tune.grid_search(list(todo))}
     with _quiet():
@@ -206,6 +208,8 @@ class _Driver(tune.Callback, tune.Stopper):
 
     def _end(self, trial: Trial) -> None:
         """Have a trial's run end, if there is one; wait until it has."""
+        if self.ends is None:
+            return
         deadline = time.monotonic() + END_S
         ray.get(self.ends.ask.remote(trial.name))
         while ray.get(self.ends.is_running.remote(trial.name)):
@@ -305,6 +309,12 @@ def _run(job: Job, trial: Trial, told: int, ends: Any) -> Outcome:
 def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> Outcome:
     """Run one trial in a process of its own, which looks like that of a command."""
 
+    def tell(epoch: int, values: dict[str, float]) -> None:
+        inbox.put((epoch, values))
+
+    if ends is None:  # nobody ends trials
+        return run_trial(job, trial, tell)
+
     def check() -> None:
         with suppress(RayError):  # the driver's node is gone: who asks, then?
             if ray.get(ends.is_asked.remote(trial.name)):
@@ -313,7 +323,7 @@ def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> Outcome:
     with suppress(RayError):
         ray.get(ends.begin.remote(trial.name))
     try:
-        return run_trial(job, trial, lambda epoch, values: inbox.put((epoch, values)), check)
+        return run_trial(job, trial, tell, check)
     finally:
         with suppress(RayError):
             ray.get(ends.end.remote(trial.name))
