@@ -7,6 +7,8 @@ import math
 import os
 
 import ray
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.errors import ClusterError
 from simclr_ray.experiment import Experiment
@@ -83,6 +85,17 @@ def _check_machine(experiment: Experiment | None) -> None:
 def is_local() -> bool:
     """Return whether the cluster at hand was started by this process."""
     return os.environ.get("RAY_ADDRESS") in _started_here
+
+
+def driver_queue() -> Queue:
+    """Return a new queue whose actor lives on this process's node.
+
+    Ray places an actor without CPUs on any node. A run would then die with a node that holds nothing
+    of it but the queue; on the driver's own node it is lost only where the driver is lost as well.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": strategy})
 
 
 def cpus_wanted(experiment: Experiment) -> float:

@@ -27,7 +27,7 @@ from ray.util.queue import Empty, Queue
 from simclr_ray import checkpoint
 from simclr_ray import config as cfg
 from simclr_ray.allocator import one_arena
-from simclr_ray.cluster import check_cluster, connect
+from simclr_ray.cluster import check_cluster, connect, driver_queue
 from simclr_ray.data.maker import plan_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
@@ -186,7 +186,7 @@ def _fit(
     on_progress: Progress | None,
 ) -> None:
     scaling = experiment.scaling
-    inbox = Queue(actor_options={"num_cpus": 0})
+    inbox = driver_queue()
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker

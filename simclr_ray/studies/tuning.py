@@ -25,6 +25,7 @@ from ray.exceptions import RayError
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from simclr_ray.cluster import driver_queue
 from simclr_ray.errors import RunError, TrackingError
 from simclr_ray.logs import get_logger, held_back
 from simclr_ray.pretrain import METRICS
@@ -281,7 +282,7 @@ def _logged(job: Job, trial: Trial) -> Curve:
 
 def _run(job: Job, trial: Trial, told: int, ends: Any) -> Outcome:
     """Start the run and report its epochs beyond `told`; return its outcome."""
-    inbox = Queue(actor_options={"num_cpus": 0})
+    inbox = driver_queue()
     env = {
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

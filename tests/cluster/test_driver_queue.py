@@ -1,0 +1,56 @@
+"""What the driver listens to lives where the driver lives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# In a process of its own: the test session has its own cluster. Of ten actors without CPUs that Ray
+# may place as it likes on three nodes, some land elsewhere; the queues' actors never do.
+PROGRAM = """
+import logging
+import ray
+from ray.cluster_utils import Cluster
+
+from simclr_ray.cluster import driver_queue
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+for _ in range(2):
+    cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+
+
+@ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
+class Anywhere:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+
+def node_of(actor):
+    return ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
+
+
+here = ray.get_runtime_context().get_node_id()
+free = [Anywhere.remote() for _ in range(6)]
+assert len({node_of(actor) for actor in free}) > 1, "the cluster has one node after all"
+queues = [driver_queue() for _ in range(6)]
+for queue in queues:
+    queue.put("told")
+    assert queue.get() == "told"
+    assert node_of(queue.actor) == here
+print("all here")
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_the_queue_of_a_run_lives_on_the_drivers_node() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "all here" in done.stdout
