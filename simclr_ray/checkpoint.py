@@ -16,12 +16,12 @@ import os
 import pickle
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -94,7 +94,14 @@ def restore_model(tensors: Mapping[str, Tensor], model: nn.Module, prefix: str =
 def write(
     folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint into `folder`, which is made and must not exist."""
+    """Write a checkpoint into `folder`, which is made and must not exist.
+
+    Raises:
+        CheckpointError: A tensor holds a value that is not finite; nothing is written.
+    """
+    name = first_not_finite(tensors.items())
+    if name:
+        raise CheckpointError(f"{name} is not finite at step {step}; no checkpoint is written")
     folder.mkdir(parents=True)
     save_file(dict(tensors), folder / STATE)
     _sync(folder / STATE)
@@ -113,11 +120,17 @@ def write(
     partial.rename(folder / RECORD)
 
 
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the name of the first tensor that holds a NaN or an infinity, or nothing."""
+    return next((name for name, t in tensors if not torch.isfinite(t).all()), "")
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint after checking every file that it names.
 
     Raises:
-        CheckpointError: There is no manifest, its format is newer, or a file is missing or altered.
+        CheckpointError: There is no manifest, its format is newer, a file is missing or altered, or
+            a weight is not finite: training from it could only fail again.
     """
     path = folder / RECORD
     if not path.is_file():
@@ -140,7 +153,22 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: missing or of the wrong size")
         if sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file}: altered; its hash is not the recorded one")
+    name = first_not_finite(_tensors_in(folder / STATE))
+    if name:
+        raise CheckpointError(f"{folder / STATE}: {name} is not finite; the training had diverged")
     return record
+
+
+def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor one after the other, so that one is in memory at a time."""
+    if not path.is_file():  # a record without a state file: `read` says so
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read(folder: Path) -> Checkpoint:

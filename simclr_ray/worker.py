@@ -28,7 +28,7 @@ from simclr_ray.augment.views import TwoViews, ViewPair
 from simclr_ray.data.maker import two_views
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
-from simclr_ray.errors import SimclrRayError
+from simclr_ray.errors import CollapsedRun, SimclrRayError
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.experiment import Distillation, Experiment, SimCLRViews
 from simclr_ray.model import SimCLRModel, build_loss, build_model, build_optimizer
@@ -36,6 +36,8 @@ from simclr_ray.nn.heads import Tempered
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.starting import load_start, load_teacher
 from simclr_ray.storage import RunFolder
+
+LOWER_THE_RATE = "lower schedule.learning_rate, or lengthen the warm-up"
 
 
 class Task(NamedTuple):
@@ -115,7 +117,15 @@ class Rank:
             self.save(step)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint. A collective: Ray's report is a barrier."""
+        """Write a checkpoint. A collective: Ray's report is a barrier.
+
+        Raises:
+            CollapsedRun: A weight is not finite, on all ranks at once, since they hold the same.
+        """
+        tensors = checkpoint.pack(self.model, self.optimizer)
+        wrong = checkpoint.first_not_finite(tensors.items())
+        if wrong:
+            raise CollapsedRun(f"{wrong} is not finite at step {step}; {LOWER_THE_RATE}")
         kept = None
         name = dist.broadcast_text(checkpoint.new_name(step))
         if self.rank == 0:
@@ -126,7 +136,7 @@ class Rank:
                 "fingerprint": self.source.fingerprint,
                 "class_names": list(self.source.class_names),
             }
-            checkpoint.write(local, step, checkpoint.pack(self.model, self.optimizer), record)
+            checkpoint.write(local, step, tensors, record)
             kept = ray.train.Checkpoint.from_directory(local)
         ray.train.report(
             {"step": step},

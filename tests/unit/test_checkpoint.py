@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from simclr_ray import checkpoint
@@ -158,6 +159,16 @@ def newer(folder: Path) -> None:
     (folder / checkpoint.RECORD).write_text(json.dumps({**record, "format_version": 2}))
 
 
+def diverged(folder: Path) -> None:
+    """Make the state one that an earlier release would have written: whole, with a NaN in it."""
+    save_file({"model.w": torch.tensor([0.0, float("nan")])}, folder / checkpoint.STATE)
+    record = json.loads((folder / checkpoint.RECORD).read_text())
+    state = folder / checkpoint.STATE
+    entry = {"size": state.stat().st_size, "sha256": checkpoint.sha256(state)}
+    record["files"] = {checkpoint.STATE: entry}
+    (folder / checkpoint.RECORD).write_text(json.dumps(record))
+
+
 def nameless(folder: Path) -> None:
     record = json.loads((folder / checkpoint.RECORD).read_text())
     del record["files"]
@@ -174,6 +185,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (no_record_at_all, "no checkpoint's record"),
     (newer, "format 2, this release reads 1"),
     (nameless, "no checkpoint's record"),
+    (diverged, r"model\.w is not finite"),
 ]
 
 
@@ -189,6 +201,15 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_the_older_whole_one_taken
         with pytest.raises(CheckpointError, match=message):
             read(broken)
     assert checkpoint.newest(tmp_path) == older
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.w", "optimizer.0.momentum_buffer"])
+def test_what_is_not_finite_is_never_written(tmp_path: Path, name: str, value: float) -> None:
+    tensors = {"model.n": torch.tensor(3), "model.v": torch.ones(2), name: torch.tensor([1, value])}
+    with pytest.raises(CheckpointError, match=f"{name} is not finite at step 7"):
+        checkpoint.write(tmp_path / "c", 7, tensors, {})
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_newest_is_by_step_and_other_names_are_no_checkpoints(tmp_path: Path) -> None:
