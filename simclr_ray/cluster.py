@@ -90,8 +90,8 @@ def is_local() -> bool:
 def driver_queue() -> Queue:
     """Return a new queue whose actor lives on this process's node.
 
-    Ray places an actor without CPUs on any node. A run would then die with a node that holds nothing
-    of it but the queue; on the driver's own node it is lost only where the driver is lost as well.
+    Ray places an actor without CPUs on any node. A run would then die with a node that holds
+    nothing of it but the queue; on the driver's own node it is lost only with the driver.
     """
     here = ray.get_runtime_context().get_node_id()
     strategy = NodeAffinitySchedulingStrategy(here, soft=False)
