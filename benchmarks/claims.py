@@ -23,16 +23,18 @@ import torch
 
 from benchmarks.record import portable, store
 from simclr_ray import config as cfg
-from simclr_ray import loop
-from simclr_ray.allocator import keep_freed_memory
-from simclr_ray.data.maker import local_batches
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batches import local_batches
 from simclr_ray.data.source import Source
+from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.evaluation.features import Split, extract_features, load_split
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.linear import fit_linear
 from simclr_ray.evaluation.probes import probe
-from simclr_ray.experiment import Experiment
-from simclr_ray.model import SimCLRModel, build_loss, build_model, build_optimizer
+from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
+from simclr_ray.nn.precision import place
+from simclr_ray.optim import build_optimizer
+from simclr_ray.train import loop
 
 CROP = {"name": "crop", "min_area": 0.2}
 COLOUR = {"name": "colour", "strength": 0.5}
@@ -139,7 +141,7 @@ def run(settings: Settings) -> dict[str, float]:
     trained = experiment(settings, settings.child, settings.seed)
     source = Source.open(trained.data.train, limit=trained.data.limit)
     model = build_model(trained)
-    loop.place(model, torch.device("cpu"), trained.precision)
+    place(model, torch.device("cpu"), trained.precision)
     per_epoch, total = (
         trained.steps_per_epoch(source.num_rows),
         trained.total_steps(source.num_rows),

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as td
 
 from benchmarks.record import store
-from simclr_ray import dist
+from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed.spawn import spawn
 
 CALLS, BLOCKS = 60, 5
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--floats", type=int, default=129)
     arguments = parser.parse_args()
-    taken = dist.spawn(measure, arguments.ranks, arguments.floats)[0]
+    taken = spawn(measure, arguments.ranks, arguments.floats)[0]
     result = {
         "command": "python -m benchmarks.collectives " + " ".join(sys.argv[1:]),
         "ranks": arguments.ranks,

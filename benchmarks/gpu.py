@@ -25,13 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.loss import lean_dense
 from benchmarks.record import median, store
-from simclr_ray import loop
 from simclr_ray.augment import TwoViews
+from simclr_ray.data.batch import Batch
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.heads import mlp_head
 from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.nn.precision import place
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.optim import LARS
+from simclr_ray.train import loop
 
 DIM, TEMPERATURE = 128, 0.1
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, by the makers' data sheets
@@ -169,7 +171,7 @@ def step(device: torch.device, case: Case, *, quick: bool, compiled: bool) -> di
     """Return images a second of the loop, views made on the device at each step."""
     torch.manual_seed(0)
     model = Model(case)
-    loop.place(model, device, "bf16")
+    place(model, device, "bf16")
     operations = _operations(model, case, device)
     if compiled:
         model.encoder = torch.compile(model.encoder)  # type: ignore[assignment]
@@ -180,7 +182,7 @@ def step(device: torch.device, case: Case, *, quick: bool, compiled: bool) -> di
     steps, every = (4, 2) if quick else (60, 10)
     nothing = torch.empty(0, dtype=torch.int64)
     made = (pipeline(pixels, ids, k) for k in range(steps))
-    batches = (loop.Batch(k, *pair, torch.from_numpy(ids), nothing) for k, pair in enumerate(made))
+    batches = (Batch(k, *pair, torch.from_numpy(ids), nothing) for k, pair in enumerate(made))
     reports: list[tuple[float, float]] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -27,14 +27,16 @@ from torch import Tensor
 
 from benchmarks.gpu import Case, Model
 from benchmarks.record import store
-from simclr_ray import loop
 from simclr_ray.augment import TwoViews
-from simclr_ray.data.decode import decode_image
+from simclr_ray.augment.decode import decode_image
+from simclr_ray.config.experiment import Linear
+from simclr_ray.data.batch import Batch
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.linear import fit_linear
-from simclr_ray.experiment import Linear
 from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.nn.precision import as_input, autocast, place
 from simclr_ray.optim import LARS
+from simclr_ray.train import loop
 
 BATCH, TEMPERATURE, RATE, DECAY, WARMUP_EPOCHS = 512, 0.5, 1.0, 1e-4, 10
 CASE = Case("ResNet-18, 32 px", 18, "cifar", 32, BATCH, 0.5, 0.0, 3)
@@ -89,7 +91,7 @@ def train(arguments: argparse.Namespace) -> None:
     per_epoch = len(pixels) // BATCH
     torch.manual_seed(0)
     model = Model(CASE)
-    loop.place(model, device, "bf16")
+    place(model, device, "bf16")
     curve: list[dict[str, float]] = []
     decoded_s = time.perf_counter() - began
 
@@ -151,7 +153,7 @@ def _decoded(folder: Path, split: str, limit: int, device: torch.device) -> tupl
     return stacked.to(device), torch.tensor(labels[: len(chosen)], device=device)
 
 
-def _batches(pixels: Tensor, epochs: int, per_epoch: int) -> Iterator[loop.Batch]:
+def _batches(pixels: Tensor, epochs: int, per_epoch: int) -> Iterator[Batch]:
     views = TwoViews.simclr(CASE.size, CASE.strength, CASE.blur)
     nothing = torch.empty(0, dtype=torch.int64)
     for epoch in range(epochs):
@@ -159,7 +161,7 @@ def _batches(pixels: Tensor, epochs: int, per_epoch: int) -> Iterator[loop.Batch
         for k in range(per_epoch):
             ids = order[k * BATCH : (k + 1) * BATCH]
             pair = views(pixels[ids.to(pixels.device)], ids.numpy(), epoch)
-            yield loop.Batch(epoch * per_epoch + k, *pair, ids, nothing)
+            yield Batch(epoch * per_epoch + k, *pair, ids, nothing)
 
 
 def _optimizer(model: Model) -> LARS:
@@ -177,8 +179,8 @@ def _features(model: Model, pixels: Tensor) -> Tensor:
     model.eval()
     parts = []
     for part in torch.split(pixels, 2048):
-        with loop.autocast(pixels.device, "bf16"):
-            parts.append(model.encoder(loop.as_input(part, pixels.device, "bf16")).float())
+        with autocast(pixels.device, "bf16"):
+            parts.append(model.encoder(as_input(part, pixels.device, "bf16")).float())
     model.train()
     return torch.cat(parts)
 

@@ -27,10 +27,13 @@ import torch
 
 from benchmarks.loss import RETURN_MEMORY
 from benchmarks.record import store
-from simclr_ray import loop
-from simclr_ray.allocator import keep_freed_memory
-from simclr_ray.experiment import Experiment
-from simclr_ray.model import build_loss, build_model, build_optimizer
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batch import Batch
+from simclr_ray.distributed.malloc import keep_freed_memory
+from simclr_ray.nn.build import build_loss, build_model
+from simclr_ray.nn.precision import place
+from simclr_ray.optim import build_optimizer
+from simclr_ray.train import loop
 
 LIMIT_MIB = 1024  # what the large batch may take above the small one
 CACHED_COST = 4 / 3  # passes: forward twice and backward, of forward once and backward
@@ -91,12 +94,12 @@ def experiment(batch_size: int, images: int, width: float) -> Experiment:
 def peak(exp: Experiment) -> dict[str, Any]:
     """Return memory and time of one step of `exp` in this process."""
     model = build_model(exp)
-    loop.place(model, torch.device("cpu"), exp.precision)
+    place(model, torch.device("cpu"), exp.precision)
     optimizer = build_optimizer(model, exp.optimizer)
     reports: list[tuple[float, float]] = []  # (time, peak so far), after each step
     found: dict[str, Any] = {"batch_size": exp.batch_size, "groups": exp.num_groups}
 
-    def batches() -> Iterator[loop.Batch]:
+    def batches() -> Iterator[Batch]:
         # allocates momenta and wakes the libraries' own buffers; two images a group
         yield _batch(0, 2 * exp.num_groups, exp.augment.size)
         gc.collect()
@@ -126,11 +129,11 @@ def peak(exp: Experiment) -> dict[str, Any]:
     return found | {"step_s": round(ended - found.pop("began"), 2)}
 
 
-def _batch(step: int, num_images: int, size: int) -> loop.Batch:
+def _batch(step: int, num_images: int, size: int) -> Batch:
     generator = torch.Generator().manual_seed(step)
     shape = (num_images, 3, size, size)
     a, b = (torch.randint(256, shape, generator=generator, dtype=torch.uint8) for _ in "ab")
-    return loop.Batch(step, a, b, torch.arange(num_images), torch.empty(0, dtype=torch.int64))
+    return Batch(step, a, b, torch.arange(num_images), torch.empty(0, dtype=torch.int64))
 
 
 def _in_a_process(batch_size: int) -> dict[str, Any]:

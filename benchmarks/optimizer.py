@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import store
-from simclr_ray.experiment import ResNetEncoder
-from simclr_ray.model import build_encoder
+from simclr_ray.config.experiment import ResNetEncoder
+from simclr_ray.nn.build import build_encoder
 from simclr_ray.optim import LARS
 
 RATE, MOMENTUM, DECAY, TRUST = 4.8, 0.9, 1e-6, 1e-3

@@ -37,10 +37,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.record import portable, store
 from simclr_ray import config as cfg
-from simclr_ray.data.files import filesystem, list_parquet
-from simclr_ray.data.maker import join, plan_of
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batches import join, plan_of
+from simclr_ray.data.files import list_parquet
 from simclr_ray.data.source import Source
-from simclr_ray.experiment import Experiment
+from simclr_ray.storage.filesystem import filesystem
 
 BUCKET, FILES, SHARE = "pictures", 8, 10
 KEYS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}  # moto asks for some

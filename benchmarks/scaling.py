@@ -32,11 +32,16 @@ from matplotlib.figure import Figure
 
 from benchmarks.loss import DIM, RETURN_MEMORY, TEMPERATURE
 from benchmarks.record import RESULTS, machine
-from simclr_ray import dist, loop
-from simclr_ray.allocator import keep_freed_memory
-from simclr_ray.experiment import Experiment
-from simclr_ray.model import build_loss, build_model, build_optimizer
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batch import Batch
+from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed.malloc import keep_freed_memory
+from simclr_ray.distributed.spawn import spawn
+from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.nn.precision import place
+from simclr_ray.optim import build_optimizer
+from simclr_ray.train import loop
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 GROUP, FIT_FROM = 256, 1024
@@ -98,7 +103,7 @@ def measure_steps(workers: list[int], batches: tuple[int, ...], rounds: int, ste
     taken: dict[tuple[int, int], list[float]] = {(w, n): [] for w in workers for n in batches}
     for _ in range(rounds):
         for w in workers:
-            found = dist.spawn(step_times, w, batches, steps)[0]  # ranks keep in step
+            found = spawn(step_times, w, batches, steps)[0]  # ranks keep in step
             for n, seconds in found.items():
                 taken[w, n] += seconds
     rows: Rows = []
@@ -130,11 +135,11 @@ def step_times(rank: int, batches: tuple[int, ...], steps: int) -> dict[int, lis
 
 def _step_times(rank: int, exp: Experiment, steps: int) -> list[float]:
     model = build_model(exp)
-    loop.place(model, torch.device("cpu"), exp.precision)
+    place(model, torch.device("cpu"), exp.precision)
     batch = _batch(exp.local_batch_size(rank), exp.augment.size, seed=rank)
     asked: list[float] = []  # when the loop asks for a batch, it has ended a step
 
-    def batches() -> Iterator[loop.Batch]:
+    def batches() -> Iterator[Batch]:
         for step in range(steps + 1):  # the first one warms up
             asked.append(time.perf_counter())
             yield batch._replace(step=step)
@@ -155,11 +160,11 @@ def _step_times(rank: int, exp: Experiment, steps: int) -> list[float]:
     return [end - start for start, end in pairwise(asked)][1:]
 
 
-def _batch(num_images: int, size: int, seed: int) -> loop.Batch:
+def _batch(num_images: int, size: int, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     shape = (num_images, 3, size, size)
     a, b = (torch.randint(256, shape, generator=generator, dtype=torch.uint8) for _ in "ab")
-    return loop.Batch(0, a, b, torch.arange(num_images), torch.empty(0, dtype=torch.int64))
+    return Batch(0, a, b, torch.arange(num_images), torch.empty(0, dtype=torch.int64))
 
 
 def measure_loss(batches: tuple[int, ...]) -> Rows:

@@ -40,15 +40,18 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from benchmarks.record import portable, store
 from simclr_ray import config as cfg
-from simclr_ray import dist, loop
-from simclr_ray.allocator import keep_freed_memory
-from simclr_ray.data.maker import PartMaker, plan_of, views_of
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batches import PartMaker, plan_of, views_of
 from simclr_ray.data.source import Source
-from simclr_ray.experiment import Experiment
-from simclr_ray.model import build_model, build_optimizer
+from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed.malloc import keep_freed_memory
+from simclr_ray.nn.build import build_model
 from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.nn.precision import place
 from simclr_ray.nn.resnet import ResNet
-from simclr_ray.pretrain import pretrain
+from simclr_ray.optim import build_optimizer
+from simclr_ray.train import loop
+from simclr_ray.train.driver import pretrain
 
 WORKERS = 2
 TEMPERATURE = 0.5
@@ -186,7 +189,7 @@ def torchrun(settings: Settings) -> None:
     made = [maker.make(step) for step in range(min(8, settings.steps))]
     batches = (made[step % len(made)]._replace(step=step) for step in range(settings.steps))
     model = build_model(trained)
-    loop.place(model, torch.device("cpu"), trained.precision)
+    place(model, torch.device("cpu"), trained.precision)
     rates: list[float] = []
     loop.train(
         dist.data_parallel(model),

@@ -36,10 +36,10 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.record import portable, store
 from benchmarks.views import albumentations_pair
 from simclr_ray import config as cfg
-from simclr_ray.allocator import keep_freed_memory
-from simclr_ray.data.maker import PartMaker, plan_of, view_maker
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batches import PartMaker, plan_of, view_maker
 from simclr_ray.data.source import Source
-from simclr_ray.experiment import Experiment
+from simclr_ray.distributed.malloc import keep_freed_memory
 
 ACTORS = 2
 LONG_PLAN = 200_000  # steps
@@ -252,7 +252,7 @@ def short_run(settings: Settings) -> Row:
     """Train a small network for a few steps; return what starting took."""
     import ray
 
-    from simclr_ray.pretrain import pretrain
+    from simclr_ray.train.driver import pretrain
 
     source = Source.open(settings.parquet)
     with tempfile.TemporaryDirectory() as storage:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.record import portable
 from simclr_ray.studies.folder import StudyFolder
-from simclr_ray.studies.page import write_report
+from simclr_ray.studies.report import write_report
 
 KEPT = Path(__file__).parents[1] / "docs" / "studies"
 

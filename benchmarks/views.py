@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.record import portable, store
-from simclr_ray.allocator import keep_freed_memory
+from simclr_ray.augment.decode import decode_image
 from simclr_ray.augment.views import TwoViews
-from simclr_ray.data.decode import decode_image
+from simclr_ray.distributed.malloc import keep_freed_memory
 
 Pixels = NDArray[np.uint8]
 Make = Callable[[Sequence[Any]], object]

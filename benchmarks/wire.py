@@ -40,7 +40,9 @@ from torch import Tensor
 
 from benchmarks.loss import DIM, TEMPERATURE, Loss, lean_dense
 from benchmarks.record import store
-from simclr_ray import dist, sharedmem
+from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import shared_memory as sharedmem
+from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.losses import NTXentLoss
 
 BASE, OURS = "gather with gradient", ("simclr_ray", "simclr_ray, batch known")
@@ -104,7 +106,7 @@ def main() -> None:
     private = enter_private_network()
     rows = []
     for shared in (False, True):
-        ranks = dist.spawn(
+        ranks = spawn(
             measure, arguments.ranks, batches, arguments.steps, arguments.rounds, shared=shared
         )
         for n in batches:

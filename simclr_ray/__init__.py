@@ -13,49 +13,47 @@ Names are loaded when first used: importing the package imports neither torch, r
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from simclr_ray.augment import TwoViews, ViewPair
+    from simclr_ray.config.experiment import Experiment
     from simclr_ray.data.prepare import prepare
     from simclr_ray.data.source import Source
-    from simclr_ray.evaluation.table import Score, format_table
-    from simclr_ray.experiment import Experiment
-    from simclr_ray.export import embed_images, load_encoder
-    from simclr_ray.judge import judge as evaluate
+    from simclr_ray.evaluation.evaluate import judge as evaluate
+    from simclr_ray.evaluation.scores import Score, format_table
+    from simclr_ray.inference.embed import embed_images, load_encoder
     from simclr_ray.nn.losses import NTXentLoss
     from simclr_ray.optim import LARS
-    from simclr_ray.pipeline import complete
-    from simclr_ray.pipeline import register_run as register
-    from simclr_ray.pretrain import Run
-    from simclr_ray.pretrain import pretrain as pretrain
     from simclr_ray.studies.definition import load_study
-    from simclr_ray.studies.page import publish_report
-    from simclr_ray.studies.run import run_study
+    from simclr_ray.studies.driver import run_study
+    from simclr_ray.studies.report import publish_report
+    from simclr_ray.train.driver import Run
+    from simclr_ray.train.driver import pretrain as pretrain
+    from simclr_ray.train.pipeline import complete
+    from simclr_ray.train.pipeline import register_run as register
 
 _WHERE = {
-    "Experiment": "experiment",
+    "Experiment": "config.experiment",
     "LARS": "optim",
     "NTXentLoss": "nn.losses",
-    "Run": "pretrain",
-    "Score": "evaluation.table",
+    "Run": "train.driver",
+    "Score": "evaluation.scores",
     "Source": "data.source",
     "TwoViews": "augment",
     "ViewPair": "augment",
-    "complete": "pipeline",
-    "embed_images": "export",
-    "evaluate": "judge:judge",
-    "format_table": "evaluation.table",
-    "load_encoder": "export",
+    "complete": "train.pipeline",
+    "embed_images": "inference.embed",
+    "evaluate": "evaluation.evaluate:judge",
+    "format_table": "evaluation.scores",
+    "load_encoder": "inference.embed",
     "load_study": "studies.definition",
     "prepare": "data.prepare",
-    "pretrain": "pretrain",
-    "publish_report": "studies.page",
-    "register": "pipeline:register_run",
-    "run_study": "studies.run",
+    "pretrain": "train.driver",
+    "publish_report": "studies.report",
+    "register": "train.pipeline:register_run",
+    "run_study": "studies.driver",
 }
 
 __all__ = [
@@ -89,16 +87,3 @@ def __getattr__(name: str) -> object:
     found = getattr(import_module(f"{__name__}.{module}"), attribute or name)
     globals()[name] = found
     return found
-
-
-class _Door(ModuleType):
-    """This package: a public name does not become the submodule of that name once it is loaded."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """Set an attribute, except where the import system would cover a public name."""
-        if name in _WHERE and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Door

@@ -10,7 +10,7 @@
     └── RunError             the training run itself failed                        (exit code 1)
         └── CollapsedRun     it is not worth going on: collapsed or diverged
 
-`simclr_ray.data.decode.ImageError` stands apart: that file travels alone with exported models.
+`simclr_ray.augment.decode.ImageError` stands apart: that file travels alone with exported models.
 Everything else that escapes is a defect.
 """
 

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from simclr_ray.config.experiment import (
+    AdamWOptimizer,
+    LARSOptimizer,
+    SGDOptimizer,
+)
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.heads import Scores, Tempered
 
 
 class LARS(torch.optim.Optimizer):
@@ -208,3 +216,50 @@ def learning_rate_at(
     if constant:
         return peak
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def build_optimizer(
+    model: nn.Module, config: LARSOptimizer | SGDOptimizer | AdamWOptimizer
+) -> torch.optim.Optimizer:
+    """Return the optimizer of `model` at rate 0; the loop sets the rate of each step.
+
+    Batch norm and biases are neither decayed nor, under LARS, adapted
+    (authors' exclusions). A classifier's last layer is decayed and not adapted. A learned
+    temperature is adapted: the raw rate, made for adapted layers, would throw it out of its bounds.
+    """
+    plain = {
+        id(p)
+        for m in model.modules()
+        for name, p in m.named_parameters(recurse=False)
+        if isinstance(m, GlobalBatchNorm | nn.LayerNorm | nn.GroupNorm) or name == "bias"
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    scores = {id(m.weight) for m in model.modules() if isinstance(m, Scores)}
+    tempered = {id(m.log_temperature) for m in model.modules() if isinstance(m, Tempered)}
+    decay = config.weight_decay
+    groups = [_only(trained, {id(p) for p in trained} - plain - scores - tempered, decay)]
+    groups += [_only(trained, plain, 0.0)]
+    groups += [_only(trained, scores, decay)] if scores else []
+    groups += [_only(trained, tempered, 0.0)] if tempered else []
+    match config:
+        case LARSOptimizer():
+            for group in groups[1 : len(groups) - bool(tempered)]:
+                group["adapt"] = False
+            return LARS(
+                groups,
+                lr=0.0,
+                momentum=config.momentum,
+                trust_coefficient=config.trust_coefficient,
+                momentum_form=config.momentum_form,
+                clip_lr=config.clip_lr,
+            )
+        case SGDOptimizer():
+            return torch.optim.SGD(
+                groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov
+            )
+        case AdamWOptimizer():
+            return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2))
+
+
+def _only(trained: list[nn.Parameter], chosen: set[int], decay: float) -> dict[str, Any]:
+    return {"params": [p for p in trained if id(p) in chosen], "weight_decay": decay}

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_ray.logs import get_logger
+from simclr_ray.config.logging import get_logger
 
 SOURCE = Path(__file__).with_name("native.c")
 # No contraction: a fused multiply-add rounds differently. The others change no result.

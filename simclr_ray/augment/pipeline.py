@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_ray.augment.keyed import uniforms
 from simclr_ray.augment.ops import Op
+from simclr_ray.augment.philox import uniforms
 from simclr_ray.augment.views import (
     CROP_ATTEMPTS,
     Boxes,

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr_ray.augment import colour, native
-from simclr_ray.augment.keyed import uniforms
+from simclr_ray.augment.decode import decode_image
+from simclr_ray.augment.philox import uniforms
 from simclr_ray.augment.resample import (
     FULL,
     bicubic_weights,
@@ -27,7 +28,6 @@ from simclr_ray.augment.resample import (
     crop_weights,
     resize,
 )
-from simclr_ray.data.decode import decode_image
 
 CROP_ATTEMPTS = 10  # as torchvision; then the whole image, as the authors
 ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)  # [24, 4]

@@ -1,1 +1,1 @@
-"""Pictures in: parquet sources, the batch plan, and the two-view stream on Ray Data."""
+"""Parquet in, planned batches out, through Ray Data."""

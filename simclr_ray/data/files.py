@@ -5,11 +5,9 @@ Everything goes through `pyarrow.fs`, so a bucket serves as well as a folder.
 
 from __future__ import annotations
 
-import functools
 import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import pyarrow as pa
@@ -17,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from simclr_ray.errors import DataError
+from simclr_ray.storage.filesystem import filesystem, is_local, one_line
 
 # Requests to a bucket take tens of milliseconds and no processor; local files do neither.
 REMOTE_THREADS = 16
@@ -27,27 +26,6 @@ class Listed(NamedTuple):
 
     path: str
     size: int
-
-
-@functools.lru_cache(maxsize=64)
-def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return the file system of a local path or URI, and the path on it.
-
-    Raises:
-        DataError: pyarrow knows no such scheme, or cannot reach it.
-    """
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), Path(uri).expanduser().absolute().as_posix()
-    try:
-        fs, path = pafs.FileSystem.from_uri(uri)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{uri} cannot be opened: {one_line(error)}") from error
-    return fs, path.rstrip("/")
-
-
-def is_local(fs: pafs.FileSystem) -> bool:
-    """Return whether `fs` is the disk of this machine."""
-    return isinstance(fs, pafs.LocalFileSystem)
 
 
 def list_parquet(fs: pafs.FileSystem, root: str, uri: str) -> list[Listed]:
@@ -142,8 +120,3 @@ def _read_one(target: tuple[pafs.FileSystem, str]) -> bytes | None:
 def _is_data(path: str, root: str) -> bool:
     parts = path.removeprefix(root).strip("/").split("/")
     return path.endswith(".parquet") and not any(p.startswith((".", "_")) for p in parts)
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of a foreign error on one line."""
-    return " ".join(str(error).split())

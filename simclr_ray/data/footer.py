@@ -14,8 +14,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.config import nearest
-from simclr_ray.data.files import REMOTE_THREADS, Listed, is_local, one_line
+from simclr_ray.data.files import REMOTE_THREADS, Listed
 from simclr_ray.errors import DataError
+from simclr_ray.storage.filesystem import is_local, one_line
 
 MAGIC = b"PAR1"
 # The footer's length (4 bytes, little endian) and the magic number end every file.

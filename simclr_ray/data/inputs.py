@@ -20,11 +20,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from simclr_ray.config import nearest
+from simclr_ray.config.experiment import Columns
 from simclr_ray.data import shapes
-from simclr_ray.data.files import filesystem
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import DataError
-from simclr_ray.experiment import Columns
+from simclr_ray.storage.filesystem import filesystem
 
 Int64s = npt.NDArray[np.int64]
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_ray.augment.keyed import integers, permutation
-from simclr_ray.dist import share
+from simclr_ray.augment.philox import integers, permutation
+from simclr_ray.distributed.collectives import share
 from simclr_ray.errors import DataError
 
 ROW_GROUPS_PER_LANE = 20

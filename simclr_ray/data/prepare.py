@@ -21,7 +21,8 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from simclr_ray.config import digest_of
-from simclr_ray.data.files import filesystem
+from simclr_ray.config.experiment import Columns
+from simclr_ray.config.logging import get_logger
 from simclr_ray.data.inputs import Input, open_input
 from simclr_ray.data.shards import (
     SCHEMA_VERSION,
@@ -35,8 +36,7 @@ from simclr_ray.data.shards import (
 )
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.experiment import Columns
-from simclr_ray.logs import get_logger
+from simclr_ray.storage.filesystem import filesystem
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("numpy", "pillow", "pyarrow", "ray", "simclr-ray")

@@ -15,9 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from simclr_ray.data.files import filesystem, is_local
 from simclr_ray.data.plan import BatchPlan
 from simclr_ray.data.source import Source
+from simclr_ray.storage.filesystem import filesystem, is_local
 
 # A request to a bucket waits for the network; local files are read faster than they are decoded.
 LOCAL_THREADS, REMOTE_THREADS = 1, 4

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from simclr_ray.data.decode import Pixels
+from simclr_ray.augment.decode import Pixels
 
 Floats = npt.NDArray[np.float64]
 Outline = list[Floats]  # closed loops [V, 2], x right, y up; holes run the other way round

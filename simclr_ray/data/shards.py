@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from simclr_ray.data.decode import ImageError, decode_image
-from simclr_ray.data.files import is_local
+from simclr_ray.augment.decode import ImageError, decode_image
 from simclr_ray.data.inputs import Item, Part
 from simclr_ray.data.source import NO_LABEL
+from simclr_ray.storage.filesystem import is_local
 
 SCHEMA_VERSION = 1
 MAX_GROUP_ROWS = 1000

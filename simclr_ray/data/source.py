@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simclr_ray import config as cfg
-from simclr_ray.data.files import filesystem, is_local, list_parquet, one_line, read_images
+from simclr_ray.config.experiment import Columns
+from simclr_ray.config.logging import get_logger
+from simclr_ray.data.files import list_parquet, read_images
 from simclr_ray.data.footer import Footer, read_footers
 from simclr_ray.errors import DataError
-from simclr_ray.experiment import Columns
-from simclr_ray.logs import get_logger
+from simclr_ray.storage.filesystem import filesystem, is_local, one_line
 
 Int64s = npt.NDArray[np.int64]
 NO_LABEL = -1

@@ -22,13 +22,13 @@ import ray.data
 import torch
 from numpy.typing import NDArray
 
-from simclr_ray.allocator import keep_freed_memory
-from simclr_ray.data.maker import Part, PartMaker, join, plan_of, view_maker
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batch import Batch
+from simclr_ray.data.batches import Part, PartMaker, join, plan_of, view_maker
 from simclr_ray.data.source import Source
-from simclr_ray.dist import share
+from simclr_ray.distributed.collectives import share
+from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.experiment import Experiment
-from simclr_ray.loop import Batch
 
 # Blocks of step numbers, each a task of the actor. Measured (Ray 2.60): many more delay the first
 # batch by minutes on long runs; between two tasks the actor waits some 0.05 s; an actor that is

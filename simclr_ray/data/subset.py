@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simclr_ray.data.files import filesystem
 from simclr_ray.data.source import NO_LABEL, Int64s, Source
 from simclr_ray.errors import DataError
+from simclr_ray.storage.filesystem import filesystem
 
 GROUP_ROWS = 500
 

@@ -1,1 +1,1 @@
-"""Judging frozen encoders: features, kNN, linear probe, and metrics that need no labels."""
+"""How good is a frozen encoder, by which protocol."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simclr_ray.data.decode import ImageError, Pixels, decode_image, evaluation_view
+from simclr_ray.augment.decode import ImageError, Pixels, decode_image, evaluation_view
 from simclr_ray.data.source import Int64s, Rows, Source
 from simclr_ray.errors import DataError
 

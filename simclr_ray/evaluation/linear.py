@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from simclr_ray import experiment
+from simclr_ray.config import experiment
 
 MOMENTUM: Final = 0.9
 # Gradient descent with momentum m is stable below 2(1+m)/L; the softmax loss has L <= λ/2 for

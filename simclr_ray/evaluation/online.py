@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simclr_ray import dist
-from simclr_ray.data.maker import views_of
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batches import views_of
 from simclr_ray.data.source import Source
+from simclr_ray.distributed import collectives as dist
 from simclr_ray.evaluation.features import extract_features, load_split
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.label_free import alignment, effective_rank, uniformity
-from simclr_ray.experiment import Experiment
-from simclr_ray.model import SimCLRModel
+from simclr_ray.nn.build import SimCLRModel
 
 PROBE_IMAGES = 1024  # RankMe needs more rows than the rank it is to find
 PROBE_EPOCH = 2**32 - 1  # views of the probe never coincide with views of training

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from simclr_ray.augment import ops
 from simclr_ray.evaluation.features import extract_features
 from simclr_ray.evaluation.knn import top_k_accuracy
-from simclr_ray.loop import Precision
-from simclr_ray.model import SimCLRModel
+from simclr_ray.nn.build import SimCLRModel
+from simclr_ray.nn.precision import Precision
 
 EPOCHS: Final = 30
 BATCH: Final = 256

@@ -1,1 +1,1 @@
-"""Network parts: encoders, heads, global batch norm and losses, each usable on its own."""
+"""Encoders, heads, losses, batch norm, and how config builds them."""

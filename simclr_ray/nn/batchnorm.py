@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _CudaSyncBatchNorm
 
-from simclr_ray import dist
+from simclr_ray.distributed import collectives as dist
 
 EVAL, TRAIN = False, True  # native kernels: take the statistics that are given, or their own
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_ray import dist
+from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn import ntxent, pairwise
 from simclr_ray.nn.ntxent import interleave
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simclr_ray import dist
+from simclr_ray.distributed import collectives as dist
 
 TILE = 1024  # a 1024 x 1024 float32 tile is 4 MiB: it stays in a core's share of L3
 LARGEST_SHIFT = 40.0  # exp(−2·40) is still a normal float32

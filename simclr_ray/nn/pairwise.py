@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simclr_ray import dist
+from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn.ntxent import interleave, strips
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr_ray import dist
+from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn.losses import BatchMetrics, Loss
 
 

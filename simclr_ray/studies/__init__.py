@@ -1,1 +1,1 @@
-"""Studies: what varies, the trials that it takes, and the figure that answers the question."""
+"""A question, its trials on Ray Tune, and the answer."""

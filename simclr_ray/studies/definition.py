@@ -15,7 +15,7 @@ from typing import Any, Literal
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field, Scalar
 from simclr_ray.errors import ConfigError, Mistake
-from simclr_ray.evaluation.table import PROTOCOLS
+from simclr_ray.evaluation.scores import PROTOCOLS
 
 DIGITS = 4  # of numbers drawn from a range
 NO_PBT = (

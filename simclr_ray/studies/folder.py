@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError, Mistake
-from simclr_ray.experiment import Experiment
-from simclr_ray.records import read_records
-from simclr_ray.storage import RunFolder
+from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.studies.definition import EPOCH_METRICS, Study
-from simclr_ray.studies.trials import RUNS
+from simclr_ray.studies.plan import RUNS
 
 DEFINITION, BASE, STATE, STOP = "study.yaml", "base.yaml", "study.json", "stop"
 OUTCOMES, REPORT = "outcomes", "report"

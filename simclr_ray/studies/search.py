@@ -12,7 +12,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, Tri
 
 from simclr_ray.errors import ConfigError, Mistake
 from simclr_ray.studies.definition import Dimension, Study, label_of, point_of
-from simclr_ray.studies.trials import Point, Trial
+from simclr_ray.studies.plan import Point, Trial
 
 NEVER_S: Final = 10**9
 EPOCH: Final = "epoch"  # what trials are compared at: the key of their reports

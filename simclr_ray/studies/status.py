@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from simclr_ray.pretrain import METRICS
-from simclr_ray.records import read_records
+from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.run_folder import METRICS
+from simclr_ray.studies.analysis import shown, values_at
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import Outcome, StudyFolder, curve_of
-from simclr_ray.studies.results import shown, values_at
-from simclr_ray.studies.trials import Trial
+from simclr_ray.studies.plan import Trial
 
 OPEN = ("waiting", "running", "open")
 

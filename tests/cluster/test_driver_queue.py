@@ -16,7 +16,7 @@ import logging
 import ray
 from ray.cluster_utils import Cluster
 
-from simclr_ray.cluster import driver_queue
+from simclr_ray.distributed.ray_cluster import driver_queue
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 for _ in range(2):

@@ -15,7 +15,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]  # what Ray reads them with; has no stubs
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from simclr_ray.experiment import Experiment
+from simclr_ray.config.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simclr_ray import dist
+from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 
 Numbers = list[object]

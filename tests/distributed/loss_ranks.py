@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr_ray import dist
+from simclr_ray.distributed import collectives as dist
 from tests.reference.contrastive import CASES
 
 Array = NDArray[np.float64]

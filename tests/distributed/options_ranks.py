@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from simclr_ray import dist
+from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.resnet import ResNet

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr_ray import dist, sharedmem
+from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import shared_memory as sharedmem
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simclr_ray import dist
+from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from tests.distributed import bf16_ranks
 
@@ -16,7 +16,7 @@ def test_two_ranks_normalise_bf16_as_one_process_does() -> None:
     whole = bf16_ranks.inputs()
     norm = GlobalBatchNorm(5).train()
     out = norm(whole)
-    parts = dist.spawn(bf16_ranks.normalise, 2)
+    parts = spawn(bf16_ranks.normalise, 2)
     together = torch.cat([torch.tensor(p) for p, _, _ in parts])
     assert out.dtype == torch.bfloat16
     # one unit in the last place of bf16 near 4 is 1/64

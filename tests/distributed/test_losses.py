@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simclr_ray import dist
+from simclr_ray.distributed.spawn import spawn
 from tests.distributed.loss_ranks import losses
 from tests.reference.contrastive import CASES
 
@@ -19,7 +19,7 @@ def test_values_and_gradients_are_those_of_one_process(ranks: int) -> None:
     views = place + (0.3 + place) * rng.normal(size=(2, 10, 5))
     labels = rng.integers(-1, 3, size=10)
     alone = losses(0, views, labels)
-    shared = dist.spawn(losses, ranks, views, labels)
+    shared = spawn(losses, ranks, views, labels)
     for index, case in enumerate(CASES):
         found = [rank[index] for rank in shared]
         value = np.mean([f.value for f in found])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from simclr_ray import dist
+from simclr_ray.distributed.spawn import spawn
 from tests.distributed.ranks import Shares, loss_and_norm
 from tests.reference import batchnorm, ntxent
 
@@ -35,7 +35,7 @@ def case() -> Case:
         size=(7, 5, 2, 3)
     )
     upstream, gamma = rng.normal(size=rows.shape), rng.normal(size=5)
-    ranks = dist.spawn(loss_and_norm, RANKS, (z1, z2), (rows, upstream, gamma), TEMPERATURE)
+    ranks = spawn(loss_and_norm, RANKS, (z1, z2), (rows, upstream, gamma), TEMPERATURE)
     return Case(z1, z2, rows, upstream, gamma, ranks)
 
 

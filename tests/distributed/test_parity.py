@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simclr_ray.selfcheck import Comparison, compare_processes, gradient_parity
+from simclr_ray.train.gradient_parity import Comparison, compare_processes, gradient_parity
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

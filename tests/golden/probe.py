@@ -46,12 +46,11 @@ NAMES = {
     "load_split": ("evaluation.features:load_split",),
     "local_batches": ("data.batches:local_batches", "data.maker:local_batches"),
     "loop": ("train.loop", "loop"),
-    "place": ("nn.precision:prepare_model", "loop:place"),
+    "place": ("nn.precision:prepare_model", "nn.precision:place", "loop:place"),
     "preset_names": ("config.loader:preset_names", "config:preset_names"),
     "render": ("data.shapes:render",),
     "to_tree": ("config.loader:to_tree", "config:to_tree"),
     "validate": ("config.loader:validate", "config:validate"),
-    "views_of": ("data.batches:build_views", "data.maker:views_of"),
 }
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from simclr_ray.studies.definition import Dimension, Study, load_study, study_names
-from simclr_ray.studies.page import publish_report
-from simclr_ray.studies.run import run_study
-from tests.ray.pictures import write_shapes
+from simclr_ray.studies.driver import run_study
+from simclr_ray.studies.report import publish_report
+from tests.ray.images import write_shapes
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(900)]
 

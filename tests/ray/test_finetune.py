@@ -12,14 +12,14 @@ import pytest
 from mlflow import MlflowClient
 
 from simclr_ray import config as cfg
-from simclr_ray.checkpoint import read_record
+from simclr_ray.config.experiment import Columns, Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
-from simclr_ray.experiment import Columns, Experiment
-from simclr_ray.finetune import distill, finetune, plan_finetuning
-from simclr_ray.judge import probe_run
-from simclr_ray.pretrain import Run, pretrain
-from tests.ray.pictures import write_shapes
+from simclr_ray.evaluation.evaluate import probe_run
+from simclr_ray.storage.checkpoint import read_record
+from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.finetune import distill, finetune, plan_finetuning
+from tests.ray.images import write_shapes
 
 NAMES = {"id": "key", "image": "picture", "label": "class"}
 COLUMNS = Columns(**NAMES)

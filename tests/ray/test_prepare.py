@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from simclr_ray.data.decode import decode_image
+from simclr_ray.augment.decode import decode_image
 from simclr_ray.data.prepare import MANIFEST, Manifest, prepare, read_manifest
 from simclr_ray.data.shapes import CLASS_NAMES, render
 from simclr_ray.data.source import Source

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from simclr_ray import config as cfg
-from simclr_ray.checkpoint import newest, read
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import TooManyBadImages
-from simclr_ray.experiment import Experiment
-from simclr_ray.export import load_encoder
-from simclr_ray.pipeline import complete
-from simclr_ray.pretrain import Run, pretrain
-from tests.ray.pictures import write_shapes
+from simclr_ray.inference.embed import load_encoder
+from simclr_ray.storage.checkpoint import newest, read
+from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.pipeline import complete
+from tests.ray.images import write_shapes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -211,7 +211,7 @@ def _program(folder: Path, storage: str, workers: int) -> list[str]:
     """Return the command of a float64 run that a test means to break."""
     config = folder / f"{storage}.yaml"
     config.write_text(cfg.dump_yaml(tree_of(folder, storage, workers, "float64")))
-    return [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(config)]
+    return [sys.executable, "-m", "simclr_ray.cli.app", "pretrain", str(config)]
 
 
 def _steps_kept(run_folder: Path) -> int:

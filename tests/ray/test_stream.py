@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from simclr_ray import config as cfg
-from simclr_ray.data.maker import join, local_batches, plan_of, two_views
+from simclr_ray.config.experiment import Experiment, SimCLRViews
+from simclr_ray.data.batch import Batch
+from simclr_ray.data.batches import join, local_batches, plan_of, two_views
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.experiment import Experiment, SimCLRViews
-from simclr_ray.loop import Batch
-from simclr_ray.worker import colour
-from tests.ray.pictures import write_shapes
+from simclr_ray.train.worker import colour
+from tests.ray.images import write_shapes
 
 pytestmark = pytest.mark.ray
 

@@ -14,15 +14,15 @@ import pytest
 from mlflow import MlflowClient
 
 from simclr_ray import config as cfg
+from simclr_ray.cli.signals import STOPPED_BY_SYSTEM
 from simclr_ray.errors import ConfigError
-from simclr_ray.stopping import STOPPED_BY_SYSTEM
 from simclr_ray.studies.definition import load_study
+from simclr_ray.studies.driver import plan, run_study
 from simclr_ray.studies.folder import StudyFolder
-from simclr_ray.studies.page import publish_report
-from simclr_ray.studies.run import plan, run_study
-from simclr_ray.studies.speed import pace_of
-from simclr_ray.studies.trials import base_tree, study_folder
-from tests.ray.pictures import write_shapes
+from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.report import publish_report
+from simclr_ray.studies.step_timing import pace_of
+from tests.ray.images import write_shapes
 from tests.ray.test_pretrain import tree_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -199,7 +199,7 @@ def test_a_dry_run_times_steps_and_leaves_nothing_behind(folder: Path, ray_clust
 
 
 def program(source: Path) -> list[str]:
-    return [sys.executable, "-m", "simclr_ray.cli", "study", "run", str(source)]
+    return [sys.executable, "-m", "simclr_ray.cli.app", "study", "run", str(source)]
 
 
 def _ended(program: list[str]) -> None:
@@ -230,7 +230,7 @@ def test_a_killed_study_goes_on_to_the_last_bit(folder: Path) -> None:
     first = Path(finished[0].run["folder"]) / "metrics.jsonl"
     log_of_first, stamp = first.read_bytes(), first.stat().st_mtime_ns
 
-    _ended([sys.executable, "-m", "simclr_ray.cli", "study", "resume", broken.uri])
+    _ended([sys.executable, "-m", "simclr_ray.cli.app", "study", "resume", broken.uri])
     assert (first.read_bytes(), first.stat().st_mtime_ns) == (log_of_first, stamp)
     assert facts(broken) == facts(undisturbed)
     statuses = {run.info.status for run in runs_of(broken).values()}
@@ -282,5 +282,5 @@ def test_a_scheduler_ends_trials_and_decides_alike_after_a_stop(folder: Path) ->
     broken.ask_to_stop()
     assert driver.wait(timeout=120) == STOPPED_BY_SYSTEM
     assert len(broken.outcomes()) < 3
-    _ended([sys.executable, "-m", "simclr_ray.cli", "study", "resume", broken.uri])
+    _ended([sys.executable, "-m", "simclr_ray.cli.app", "study", "resume", broken.uri])
     assert facts(broken) == facts(undisturbed)

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from simclr_ray.experiment import AdamWOptimizer, LARSOptimizer, SGDOptimizer
-from simclr_ray.model import build_optimizer
+from simclr_ray.config.experiment import AdamWOptimizer, LARSOptimizer, SGDOptimizer
 from simclr_ray.nn.heads import mlp_head
-from simclr_ray.optim import LARS, learning_rate_at
+from simclr_ray.optim import LARS, build_optimizer, learning_rate_at
 from tests.reference import lars as oracle
 
 SHAPES = [(4, 3, 3, 3), (7, 5), (5,), (1,)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from simclr_ray.augment import ops
-from simclr_ray.data.decode import decode_image
+from simclr_ray.augment.decode import decode_image
 
 LEVEL = 1 / 255
 SIZE = 32

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from simclr_ray.augment.decode import ImageError, decode_image
 from simclr_ray.augment.views import ORDERS, SIGMAS, Draws, TwoViews
-from simclr_ray.data.decode import ImageError, decode_image
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from simclr_ray.data.decode import decode_image
+from simclr_ray.augment.decode import decode_image
+from simclr_ray.config.experiment import Columns
 from simclr_ray.data.inputs import (
     FolderInput,
     Input,
@@ -26,7 +27,6 @@ from simclr_ray.data.inputs import (
 )
 from simclr_ray.data.shapes import render
 from simclr_ray.errors import DataError
-from simclr_ray.experiment import Columns
 
 
 def opened(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simclr_ray.data.plan import BatchPlan, replacement
-from simclr_ray.dist import share
+from simclr_ray.distributed.collectives import share
 from simclr_ray.errors import DataError
 
 MANY = BatchPlan(tuple([50, 70, 13] * 35), batch_size=64, seed=3, shuffle_rows=600)

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from simclr_ray import config as cfg
-from simclr_ray.data.maker import PartMaker, plan_of, views_of
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batches import PartMaker, plan_of, views_of
 from simclr_ray.data.rowgroups import RecentGroups, read_encoded
 from simclr_ray.data.source import Rows, Source
-from simclr_ray.dist import share
+from simclr_ray.distributed.collectives import share
 from simclr_ray.errors import DataError
-from simclr_ray.experiment import Experiment
 
 NUM_ROWS, GROUP_ROWS, BATCH = 2410, 10, 24  # 241 groups, 12 lanes of 200 rows
 

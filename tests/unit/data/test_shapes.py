@@ -10,7 +10,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from simclr_ray.data.decode import Pixels
+from simclr_ray.augment.decode import Pixels
 from simclr_ray.data.shapes import CLASS_NAMES, render
 
 Int64s = npt.NDArray[np.int64]

@@ -13,9 +13,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from simclr_ray.config.experiment import Columns
 from simclr_ray.data.source import RowGroup, Source
 from simclr_ray.errors import DataError
-from simclr_ray.experiment import Columns
 
 Write = Callable[..., Path]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from simclr_ray.data.source import Source
 from simclr_ray.data.subset import balanced_rows, write_subset
 from simclr_ray.errors import DataError
-from tests.ray.pictures import write_shapes
+from tests.ray.images import write_shapes
 
 LABELS = np.repeat([0, 1, 2, -1], [500, 300, 200, 50])
 

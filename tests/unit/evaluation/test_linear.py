@@ -7,9 +7,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from simclr_ray.config.experiment import Linear
 from simclr_ray.evaluation.knn import top_k_accuracy
 from simclr_ray.evaluation.linear import fit_linear
-from simclr_ray.experiment import Linear
 
 CFG = Linear(epochs=40, batch_size=64, learning_rate=0.1)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from simclr_ray.data.shapes import render
 from simclr_ray.evaluation.probes import TARGETS, probe, transformed
-from simclr_ray.model import SimCLRModel
+from simclr_ray.nn.build import SimCLRModel
 
 
 class Small(nn.Module):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError, DataError
-from simclr_ray.experiment import Experiment
 from simclr_ray.studies.definition import Study, load_study
-from simclr_ray.studies.trials import (
+from simclr_ray.studies.plan import (
     base_tree,
     digest_of_study,
     forecast,
@@ -19,7 +19,7 @@ from simclr_ray.studies.trials import (
     note_on_lengths,
     points_of,
 )
-from tests.ray.pictures import write_shapes
+from tests.ray.images import write_shapes
 
 BASE = """
 name: t

@@ -9,8 +9,8 @@ from ray.tune.schedulers import TrialScheduler
 
 from simclr_ray import config as cfg
 from simclr_ray.studies.definition import Study, point_of
+from simclr_ray.studies.plan import Trial, base_tree, make_trials, points_of
 from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of
-from simclr_ray.studies.trials import Trial, base_tree, make_trials, points_of
 
 RATES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 EPOCHS = 18

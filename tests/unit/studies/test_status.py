@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from simclr_ray import config as cfg
-from simclr_ray.pretrain import METRICS
+from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import Outcome, StudyFolder
+from simclr_ray.studies.plan import Trial, base_tree, make_trials, points_of
 from simclr_ray.studies.status import status_of
-from simclr_ray.studies.trials import Trial, base_tree, make_trials, points_of
 
 
 def study(**changes: Any) -> Study:

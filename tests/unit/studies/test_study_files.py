@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from simclr_ray.studies.definition import load_study, scales_of, study_names
-from simclr_ray.studies.trials import base_tree, make_trials, points_of
+from simclr_ray.studies.plan import base_tree, make_trials, points_of
 
 ALL = [(name, scale) for name in study_names() for scale in scales_of(name)]
 

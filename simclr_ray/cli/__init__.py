@@ -1,0 +1,1 @@
+"""The terminal: verbs, progress, signals, exit codes."""

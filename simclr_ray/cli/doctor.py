@@ -1,0 +1,335 @@
+"""What can be wrong with a machine or a cluster, found before a run finds it, and what to do.
+
+Each check measures or tries the thing itself (writes a file, times a step, runs a task on every
+node, computes a gradient in several processes); none trusts a setting. Data in, findings out: the
+command line prints them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from pyarrow import fs
+
+from simclr_ray.cli.environment import (
+    PACKAGE,
+    Finding,
+    Findings,
+    check_device,
+    check_machine,
+    check_versions,
+)
+from simclr_ray.config.experiment import Scaling, Tracking
+from simclr_ray.errors import TrackingError
+from simclr_ray.storage.provenance import version_of
+from simclr_ray.tracking.runs import Tracker
+
+__all__ = ["Finding", "run_checks"]
+
+# Must be equal on all nodes: Ray insists on its own version; the others decide what a gradient is
+# and whether an object that one node pickles can be read on the next.
+COMPARED: Final = ("ray", "torch", "torchvision", "pyarrow", "numpy", PACKAGE)
+NODE_TIMEOUT_S: Final = 180.0  # a first task on a loaded machine imports torch for a minute
+KNOCK_TIMEOUT_S: Final = 10.0
+MOST: Final = 4  # processes of the gradient check, all on this machine; more show nothing new
+PARITY_BOUND: Final = 1e-9  # float64; rounding alone gives some 1e-13 (design, load-bearing 3)
+
+
+class NodeReport(NamedTuple):
+    """What a node says of itself: its name, versions, whether storage is seen and gloo can bind."""
+
+    host: str
+    versions: dict[str, str]
+    sees_storage: bool
+    loopback: bool
+
+
+Parity = Callable[[int], float]
+
+
+def run_checks(
+    storage: str,
+    *,
+    num_workers: int = 2,
+    tracking_uri: str = "",
+    parity: Parity | None = None,
+) -> Iterator[Finding]:
+    """Yield what is found on this machine and its Ray cluster, as each check ends.
+
+    Connects to the cluster of $RAY_ADDRESS, or starts a local one and stops it again. A check that
+    itself breaks becomes a finding; nothing is raised.
+
+    Args:
+        storage: Folder or URI that is to hold the runs.
+        num_workers: Workers of the planned run, and processes of the gradient check.
+        tracking_uri: MLflow tracking URI; empty as in the config (`tracking.uri`).
+        parity: Gives the largest relative difference between the gradients of that many processes
+            and of one; `simclr_ray.train.gradient_parity` by default.
+    """
+    checks: dict[str, Callable[[], Findings]] = {
+        "versions": check_versions,
+        "machine": check_machine,
+        "device": check_device,
+        "storage": lambda: [check_storage(storage)],
+        "auth": lambda: [check_auth(os.environ)],
+        "cluster": lambda: check_cluster(storage, num_workers),
+        "mlflow": lambda: [check_tracking(tracking_uri, storage)],
+        "gradient": lambda: [check_gradient(min(num_workers, MOST), parity or _selfcheck)],
+    }
+    for name, check in checks.items():
+        yield from _guarded(name, check)
+
+
+def check_storage(storage: str) -> Finding:
+    """Return whether a file can be written, renamed, read back and deleted in `storage`."""
+    content = uuid.uuid4().hex
+    try:
+        with _probe(storage, content) as (files, path), files.open_input_stream(path) as stream:
+            same = stream.read().decode() == content
+    except (OSError, ValueError) as error:
+        # pyarrow raises ArrowInvalid, a ValueError, for a URI that it cannot parse.
+        advice = "create the folder, grant write access, or choose another `storage=`"
+        return Finding("storage", "fail", f"{storage}: {_line(error)}", advice)
+    if not same:
+        advice = "choose another `storage=`: this one does not keep what is written"
+        return Finding("storage", "fail", f"{storage}: read back something else", advice)
+    return Finding("storage", "ok", f"{storage}: write, rename, read and delete work")
+
+
+def check_auth(environment: Mapping[str, str]) -> Finding:
+    """Return whether Ray's authentication is chosen, rather than left to which files exist."""
+    mode = environment.get("RAY_AUTH_MODE", "")
+    remote = "RAY_ADDRESS" in environment
+    if mode == "token" or (mode == "disabled" and not remote):
+        return Finding("auth", "ok", f"RAY_AUTH_MODE={mode}")
+    if mode == "disabled":
+        advice = "set RAY_AUTH_MODE=token on every node and client (docs/cluster.md)"
+        return Finding("auth", "warn", "anyone who reaches the cluster may run code on it", advice)
+    shown = f"RAY_AUTH_MODE={mode} is no mode" if mode else "RAY_AUTH_MODE is unset"
+    advice = "set RAY_AUTH_MODE=token on every node and client; =disabled on a machine of your own"
+    return Finding("auth", "warn", f"{shown}: Ray then decides by the token files it finds", advice)
+
+
+def check_cluster(storage: str, num_workers: int) -> Findings:
+    """Return findings on the Ray cluster: reachable, large enough, observable, nodes alike."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        try:
+            _connect()
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            where = os.environ.get("RAY_ADDRESS", "a local cluster")
+            advice = "is it up, is $RAY_ADDRESS right, and do token and Ray version agree?"
+            return [Finding("ray", "fail", f"{where}: {_line(error)}", advice)]
+    try:
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types
+        return [
+            check_resources(ray.nodes(), resources, num_workers),  # type: ignore[no-untyped-call]
+            _check_state_api(),
+            *_check_nodes(storage),
+        ]
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def check_resources(
+    nodes: Iterable[Mapping[str, object]], resources: Mapping[str, float], num_workers: int
+) -> Finding:
+    """Return whether `num_workers` with their decode actors fit the cluster's logical CPUs."""
+    alive = sum(bool(node["Alive"]) for node in nodes)
+    kinds = {k: v for k, v in resources.items() if ":" not in k and "memory" not in k}
+    shown = ", ".join(f"{k} {v:g}" for k, v in sorted(kinds.items()))
+    detail = f"{alive} node{'s' if alive != 1 else ''} alive: {shown}"
+    scaling = Scaling()
+    each = scaling.cpus_per_worker + scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    need, have = num_workers * each, resources.get("CPU", 0.0)
+    if need <= have:
+        return Finding("ray", "ok", detail)
+    advice = f"lower scaling.num_workers to {max(1, int(have / each))}, or add nodes"
+    return Finding("ray", "warn", f"{detail}; {num_workers} workers need {need:g} CPU", advice)
+
+
+def check_tracking(uri: str, storage: str) -> Finding:
+    """Return whether the MLflow store opens; an SQLite file is made where a run would make it."""
+    try:
+        tracker = Tracker.open(Tracking(uri=uri), storage)
+    except TrackingError as error:
+        advice = "start the server, or correct tracking.uri or $MLFLOW_TRACKING_URI"
+        return Finding("mlflow", "fail", _line(error), advice)
+    return Finding("mlflow", "ok", f"{tracker.uri} opens")
+
+
+def check_gradient(num_workers: int, parity: Parity) -> Finding:
+    """Return whether `num_workers` processes compute the gradient that one computes."""
+    difference = parity(num_workers)
+    detail = f"{num_workers} processes against 1: largest relative difference {difference:.1e}"
+    if difference <= PARITY_BOUND:  # false for NaN, too
+        return Finding("gradient", "ok", detail)
+    advice = "do not train here: a build of torch or gloo computes wrongly; install the locked ones"
+    return Finding("gradient", "fail", f"{detail}, allowed {PARITY_BOUND:.0e}", advice)
+
+
+def compare_nodes(reports: list[NodeReport]) -> Findings:
+    """Return findings on whether all nodes have the first one's versions, storage and network."""
+    first, *others = reports
+    odd = [
+        f"{node.host}: {name} {node.versions[name]}, not {version}"
+        for node in others
+        for name, version in first.versions.items()
+        if node.versions[name] != version
+    ]
+    findings = []
+    if odd:
+        advice = "install the same requirements.lock and wheel on every node"
+        findings.append(Finding("nodes", "fail", "; ".join(odd), advice))
+    else:
+        detail = f"{len(reports)} answered, all with the same versions"
+        findings.append(Finding("nodes", "ok", detail))
+    if blind := [node.host for node in reports if not node.sees_storage]:
+        advice = "choose a storage that all nodes share: s3://..., gs://..., or an NFS folder"
+        detail = f"what this machine writes is not seen on {', '.join(blind)}"
+        findings.append(Finding("shared storage", "fail", detail, advice))
+    if bound := [node.host for node in reports if node.loopback and others]:
+        advice = (
+            "set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to the network's interface on each node"
+        )
+        detail = f"the host name means 127.0.0.1 on {', '.join(bound)}"
+        findings.append(Finding("network", "warn", detail, advice))
+    return findings
+
+
+def report_node(storage: str, probe: str) -> NodeReport:
+    """Return what the node that runs this says of itself; `probe` is a file in `storage`."""
+    host = socket.gethostname()
+    versions = {"python": platform.python_version()} | {n: version_of(n) for n in COMPARED}
+    try:
+        files, _ = _open(storage)
+        seen = files.get_file_info(probe).type == fs.FileType.File
+    except (OSError, ValueError):
+        seen = False
+    try:
+        loopback = socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        loopback = False
+    return NodeReport(host, versions, seen, loopback)
+
+
+def _check_nodes(storage: str) -> Findings:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote = ray.remote(num_cpus=0, max_retries=0)(report_node)
+    known = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types
+    alive = [node for node in known if node["Alive"]]
+    reports, findings = [], []
+    with contextlib.ExitStack() as stack:
+        try:
+            _, probe = stack.enter_context(_probe(storage, "seen"))
+        except (OSError, ValueError):
+            probe = ""  # check_storage has said why
+        tasks = {}
+        for node in alive:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            tasks[node["NodeManagerAddress"], node["NodeID"]] = remote.options(
+                scheduling_strategy=here
+            ).remote(storage, probe)
+        ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
+        for (address, _), task in tasks.items():
+            try:
+                report: NodeReport = ray.get(task, timeout=1.0)
+            except ray.exceptions.RayError as error:
+                advice = f"is {PACKAGE} installed there, and is the node not overloaded?"
+                findings.append(Finding("nodes", "fail", f"{address}: {_line(error)}", advice))
+            else:
+                reports.append(report if probe else report._replace(sees_storage=True))
+    return [*findings, *(compare_nodes(reports) if reports else [])]
+
+
+def _check_state_api() -> Finding:
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        list_nodes(timeout=30)
+    except (RayStateApiException, OSError, RuntimeError, ValueError) as error:
+        advice = "start Ray with its dashboard and ray[default]: Ray Train frees lost workers by it"
+        return Finding("state API", "warn", _line(error), advice)
+    return Finding("state API", "ok", "the dashboard answers")
+
+
+def _connect() -> None:
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _knock(address)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        return
+    ray.init(
+        address="local",
+        object_store_memory=128 * 2**20,
+        include_dashboard=True,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
+
+
+def _selfcheck(num_workers: int) -> float:
+    from simclr_ray.train.gradient_parity import gradient_parity
+
+    return gradient_parity(num_workers).max_relative_difference
+
+
+def _guarded(name: str, check: Callable[[], Findings]) -> Findings:
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - a doctor reports what breaks, whatever it is
+        advice = "the check itself broke; please report this line"
+        return [Finding(name, "fail", f"{type(error).__name__}: {_line(error)}", advice)]
+
+
+@contextlib.contextmanager
+def _probe(storage: str, content: str) -> Iterator[tuple[fs.FileSystem, str]]:
+    """Give a file that was written and renamed in `storage`; delete it in the end."""
+    files, root = _open(storage)
+    files.create_dir(root, recursive=True)
+    path = f"{root}/.doctor-{uuid.uuid4().hex}"
+    try:
+        with files.open_output_stream(f"{path}.partial") as stream:
+            stream.write(content.encode())
+        files.move(f"{path}.partial", path)
+        yield files, path
+    finally:
+        for left in files.get_file_info([path, f"{path}.partial"]):
+            if left.type == fs.FileType.File:
+                files.delete_file(left.path)
+
+
+def _open(storage: str) -> tuple[fs.FileSystem, str]:
+    if "://" not in storage:
+        return fs.LocalFileSystem(), str(Path(storage).resolve())
+    files, root = fs.FileSystem.from_uri(storage)
+    return files, root
+
+
+def _line(error: Exception) -> str:
+    """Return the last line of an error that says something: where Ray and Arrow put the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]

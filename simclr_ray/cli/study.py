@@ -1,0 +1,251 @@
+"""The command line's `study` verbs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from simclr_ray.cli.console import StudyProgress, clock, out, show_pairs, show_table, study_table
+from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, listen
+from simclr_ray.errors import RunError
+
+if TYPE_CHECKING:
+    from simclr_ray.studies.analysis import Results
+    from simclr_ray.studies.definition import Study
+    from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.plan import Trial
+
+study_app = typer.Typer(no_args_is_help=True, add_completion=False)
+Where = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URI of a study.")]
+
+
+@study_app.command(name="list")
+def list_studies() -> None:
+    """List the studies that come with the package, with their scales."""
+    from simclr_ray.studies.definition import load_study, scales_of, study_names
+
+    for name in study_names():
+        study = load_study(name)
+        scales = ", ".join(scales_of(name))
+        text = f"{name:<18} {study.answers}: {study.question} [{scales}]"
+        out.print(text, markup=False, soft_wrap=True)
+
+
+@study_app.command()
+def run(
+    source: Annotated[
+        str, typer.Argument(metavar="STUDY_OR_YAML", help="A study's name, or a .yaml file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key.path=value ...]", help="Of every trial; study.key=value of the study."
+        ),
+    ] = None,
+    scale: Annotated[
+        str, typer.Option(help="Size of the question, such as cpu; without it, the file's first.")
+    ] = "",
+    dry_run: Annotated[  # noqa: FBT002 - typer makes it a flag
+        bool,
+        typer.Option("--dry-run", help="Check all trials and the cluster, time steps, and stop."),
+    ] = False,
+) -> None:
+    """Run a study, or go on with one that was stopped.
+
+    Example: simclr-ray study run batch_size --scale cpu data.train=cifar/train data.test=cifar/test
+    """
+    from simclr_ray.studies.definition import load_study
+    from simclr_ray.studies.driver import check_startable, plan
+    from simclr_ray.studies.plan import base_tree
+
+    study = load_study(source, scale, *(overrides or []))
+    trials = plan(study, base_tree(study))
+    check_startable(study, trials)
+    _show_plan(study, trials)
+    if dry_run:
+        _show_time(study, trials)
+    else:
+        _run(study, trials)
+
+
+@study_app.command()
+def resume(where: Where) -> None:
+    """Go on with a study; finished trials are not run again, open ones go on where they stood."""
+    from simclr_ray.studies.driver import stored_study
+
+    study, trials = stored_study(where)
+    _run(study, trials)
+
+
+@study_app.command()
+def status(where: Where) -> None:
+    """Show how the trials of a study stand."""
+    from simclr_ray.studies.driver import stored_study
+    from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.status import status_of
+
+    study, trials = stored_study(where)
+    out.print(study_table(status_of(study, StudyFolder.at(where), trials)))
+
+
+@study_app.command()
+def stop(where: Where) -> None:
+    """Ask a running study to stop; `resume` goes on with it."""
+    from simclr_ray.studies.folder import StudyFolder
+
+    StudyFolder.at(where).ask_to_stop()
+    out.print(f"asked; to go on: simclr-ray study resume {shlex.quote(where)}", soft_wrap=True)
+
+
+@study_app.command()
+def report(where: Where) -> None:
+    """Draw figure, table and page again from what is stored."""
+    from simclr_ray.studies.folder import StudyFolder
+
+    _report(StudyFolder.at(where))
+
+
+@study_app.command()
+def best(
+    where: Where,
+    register: Annotated[
+        str, typer.Option(help="Registered model that its encoder becomes a version of.")
+    ] = "",
+    alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "best",
+) -> None:
+    """Name the best trial, and register its encoder if asked."""
+    from simclr_ray.studies.analysis import best_outcome, results_of, shown
+    from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.train.pipeline import register_run
+
+    folder = StudyFolder.at(where)
+    study, _ = folder.definition()
+    outcomes = folder.outcomes()
+    results = results_of(study, outcomes)
+    if results.best is None:
+        told = f"no trial of {where} has finished; see `simclr-ray study status {where}`"
+        raise RunError(told)
+    chosen = best_outcome(results, outcomes)
+    show_pairs(
+        {
+            "best point": ", ".join(f"{k}={v}" for k, v in results.best.point.items()),
+            study.metric: f"{shown(study.metric, results.best.mean)}, mean of "
+            f"{results.best.num_seeds} seed{'s' * (results.best.num_seeds > 1)}",
+            "trial": chosen.trial,
+            "run folder": chosen.run["folder"],
+        }
+    )
+    (cell,) = (c for c in chosen.cells if c["point"] == results.best.point)
+    if register and cell["epoch"] not in (0, max(chosen.curve, default=0)):
+        raise RunError(
+            "the best length is read off a longer run, whose encoder was trained on; run it alone "
+            "to register it"
+        )
+    if register:
+        made = register_run(chosen.run["folder"], register, alias)
+        out.print(f"registered  models:/{made.name}@{alias} (version {made.version})", markup=False)
+
+
+def _run(study: Study, trials: Sequence[Trial]) -> None:
+    from simclr_ray.studies.driver import run_study
+    from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.plan import study_folder
+    from simclr_ray.studies.status import status_of
+
+    folder = StudyFolder(*study_folder(study))
+    command = shlex.join(["simclr-ray", *sys.argv[1:]])
+    with StudyProgress(lambda: status_of(study, folder, trials)):
+        run_study(study, command=command, on_connected=listen)
+    if folder.outcomes():
+        _report(folder)
+    if not folder.state()["is_complete"]:
+        again = f"simclr-ray study resume {shlex.quote(folder.uri)}"
+        out.print(f"stopped; to go on: {again}", markup=False, soft_wrap=True)
+        raise typer.Exit(STOPPED_BY_SYSTEM)
+
+
+def _report(folder: StudyFolder) -> None:
+    from simclr_ray.studies.report import PAGE, publish_report, verdict_cells
+
+    place, results = publish_report(folder)
+    _show_results(results)
+    for verdict in results.verdicts:
+        difference, won, _, text = verdict_cells(results.study, verdict)
+        line = f"{verdict.claim}: {text}"
+        if verdict.num_pairs:
+            tested = f"p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g} with so many pairs"
+            line = f"{verdict.claim}: {difference}, {won} pairs won, {tested}: {text}"
+        out.print(line, soft_wrap=True, markup=False)
+    for status in ("stopped", "collapsed"):
+        named = [o.trial for o in results.others if o.status == status]
+        if named:
+            out.print(f"{status} early: {', '.join(named)}", soft_wrap=True, markup=False)
+    failed = [o for o in results.others if o.status == "failed"]
+    for outcome in failed:
+        out.print(f"failed: {outcome.trial}: {outcome.reason}", soft_wrap=True, markup=False)
+    out.print(f"report  {place / PAGE}", markup=False, soft_wrap=True)
+    if failed:
+        raise RunError(f"{len(failed)} of {results.num_trials} trials failed; resume tries again")
+
+
+def _show_results(results: Results) -> None:
+    from simclr_ray.studies.report import points_of_table
+
+    head, rows = points_of_table(results)
+    shown = head.index("images")  # what a point cost is in the report
+    show_table(results.study.question, head[:shown], [row[:shown] for row in rows])
+
+
+def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
+    from simclr_ray.studies.plan import forecast, note_on_lengths
+    from simclr_ray.train.resolve import split_like_test
+
+    taken = forecast(study, trials)
+    rows = {
+        "study": f"{study.name}{f' ({study.scale})' if study.scale else ''}: {study.question}",
+        **({"answers": study.answers} if study.answers else {}),
+        "trials": f"{taken.num_trials}: {taken.num_points} points, "
+        f"{len(study.seeds)} seed{'s' * (len(study.seeds) > 1)}",
+        "images": f"{taken.images:,} in {taken.epochs:,} epochs",
+        "metric": f"{study.metric} ({study.mode})",
+    }
+    if taken.hours:
+        rows["time"] = (
+            f"{taken.hours:.1f} h of one trial after the other at {study.images_per_s:,.0f} "
+            f"images/s, {taken.device_hours:.1f} worker-hours"
+        )
+    note = note_on_lengths(study, trials)
+    if note:
+        rows["lengths"] = note
+    data = trials[0].experiment.data
+    same = split_like_test(data)
+    if same:
+        rows["beware"] = f"{data.test} holds the pictures of {same}: scores flatter"
+    show_pairs(rows)
+
+
+def _show_time(study: Study, trials: Sequence[Trial]) -> None:
+    """Show what the cluster at hand makes of a plan; steps are timed on it if the study tells none.
+
+    Raises what `start_cluster` and `pace_of` do.
+    """
+    from simclr_ray.studies.driver import shared_cores, start_cluster
+    from simclr_ray.studies.step_timing import pace_of
+
+    at_a_time = start_cluster(study, trials)
+    listen()  # Ray has set handlers of its own
+    show_pairs({"at a time": f"{at_a_time} trial{'s' * (at_a_time > 1)}"})
+    if study.images_per_s:
+        return
+    share = study.search.trials / len(trials) if study.search.name == "optuna" else 1.0
+    pace = pace_of(trials, at_a_time, shared_cores(trials))
+    most = "at most " if study.scheduler.name != "none" else ""
+    told = (
+        f"{most}{clock(share * pace.seconds)} of training, {clock(share * pace.device_seconds)} of "
+        "workers' time, by steps timed on it as busy as it is; starts and evaluation come on top"
+    )
+    show_pairs({"time": told})

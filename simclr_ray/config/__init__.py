@@ -1,0 +1,35 @@
+"""What a run is: typed, frozen, checked whole. Imports neither torch nor ray."""
+
+from simclr_ray.config.loader import (
+    apply_overrides,
+    differences,
+    digest_of,
+    dump_yaml,
+    leaves,
+    parse_yaml,
+    preset_names,
+    read_source,
+    to_tree,
+    validate,
+)
+from simclr_ray.config.schema import Config, Field, Scalar, Tree, model_validator
+from simclr_ray.config.validation import nearest
+
+__all__ = [
+    "Config",
+    "Field",
+    "Scalar",
+    "Tree",
+    "apply_overrides",
+    "differences",
+    "digest_of",
+    "dump_yaml",
+    "leaves",
+    "model_validator",
+    "nearest",
+    "parse_yaml",
+    "preset_names",
+    "read_source",
+    "to_tree",
+    "validate",
+]

@@ -1,0 +1,269 @@
+"""The experiment: the whole config tree, and everything that is derived from it.
+
+Units and bounds are checked here, before anything starts. Nothing derived is stored: local batch,
+steps and learning rate are functions of the *global* batch (design, load-bearing 1), so they mean
+the same on one worker and on sixty-four. `digest` covers what changes the result and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from simclr_ray.config import loader as cfg
+from simclr_ray.config.schema import Config, Field, model_validator
+from simclr_ray.config.sections.data import Columns, Data, Preparation
+from simclr_ray.config.sections.model import (
+    BatchNorm,
+    ClassifierHead,
+    LinearHead,
+    MLPHead,
+    NoHead,
+    ResNetEncoder,
+    Start,
+    TorchvisionEncoder,
+)
+from simclr_ray.config.sections.running import (
+    KNN,
+    Checkpointing,
+    Evaluation,
+    Linear,
+    Registration,
+    Scaling,
+    Tracking,
+)
+from simclr_ray.config.sections.training import (
+    DCL,
+    AdamWOptimizer,
+    CrossEntropy,
+    Distillation,
+    LARSOptimizer,
+    NTLogistic,
+    NTXent,
+    Schedule,
+    SGDOptimizer,
+    SupCon,
+    Triplet,
+)
+from simclr_ray.config.sections.views import PipelineViews, SimCLRViews
+from simclr_ray.errors import ConfigError, Mistake
+
+__all__ = [
+    "DCL",
+    "KNN",
+    "AdamWOptimizer",
+    "BatchNorm",
+    "Checkpointing",
+    "ClassifierHead",
+    "Columns",
+    "CrossEntropy",
+    "Data",
+    "Distillation",
+    "Evaluation",
+    "Experiment",
+    "LARSOptimizer",
+    "Linear",
+    "LinearHead",
+    "MLPHead",
+    "NTLogistic",
+    "NTXent",
+    "NoHead",
+    "PipelineViews",
+    "Preparation",
+    "Registration",
+    "ResNetEncoder",
+    "SGDOptimizer",
+    "Scaling",
+    "Schedule",
+    "SimCLRViews",
+    "Start",
+    "SupCon",
+    "TorchvisionEncoder",
+    "Tracking",
+    "Triplet",
+    "absolute_path",
+]
+
+# What changes where or how a run runs, but not what it computes.
+PLACEMENT = ("name", "storage", "scaling", "tracking", "checkpoint", "evaluation", "register_as")
+# `data.train` is where the pictures lie; which they are, the fingerprint says.
+DATA_PLACEMENT = ("train", "cache_gib", "bank", "test", "max_bad_share")
+
+
+class Experiment(Config):
+    """Everything that one pretraining run is."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(0, ge=0, lt=2**32)
+    data: Data
+    augment: Annotated[SimCLRViews | PipelineViews, Field(discriminator="name")] = SimCLRViews()
+    encoder: Annotated[ResNetEncoder | TorchvisionEncoder, Field(discriminator="name")] = (
+        ResNetEncoder()
+    )
+    head: Annotated[NoHead | LinearHead | MLPHead | ClassifierHead, Field(discriminator="name")] = (
+        MLPHead()
+    )
+    start: Start = Start()
+    batch_norm: BatchNorm = BatchNorm()
+    loss: Annotated[
+        NTXent | NTLogistic | Triplet | DCL | SupCon | CrossEntropy | Distillation,
+        Field(discriminator="name"),
+    ] = NTXent()
+    optimizer: Annotated[
+        LARSOptimizer | SGDOptimizer | AdamWOptimizer, Field(discriminator="name")
+    ] = LARSOptimizer()
+    schedule: Schedule = Schedule()
+    batch_size: int = Field(
+        256, ge=2, description="Images in the global batch N, over all workers."
+    )
+    epochs: int = Field(100, ge=1)
+    precision: Literal["float64", "float32", "bf16"] = "float32"
+    compress_gradients: bool = Field(
+        default=False,
+        description="Send gradients between workers as bf16: half the traffic, rounded; "
+        "the one option whose result depends on the number of workers.",
+    )
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpointing = Checkpointing()
+    scaling: Scaling = Scaling()
+    tracking: Tracking = Tracking()
+    register_as: Registration = Registration()
+    storage: str = Field("runs", min_length=1, description="Folder or URI that holds the runs.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Experiment:
+        if self.batch_size < self.scaling.num_workers:
+            raise ValueError(
+                f"batch_size is global: {self.batch_size} images cannot be shared by "
+                f"{self.scaling.num_workers} workers; raise batch_size or lower scaling.num_workers"
+            )
+        fixed = isinstance(self.encoder, TorchvisionEncoder) and self.encoder.model.startswith(
+            "vit"
+        )
+        if 0 < self.evaluation.size < 8 or (
+            fixed
+            and {self.evaluation_size, self.augment.first_size or self.augment.size}
+            != {self.augment.size}
+        ):
+            raise ValueError(
+                f"evaluation.size={self.evaluation.size} must be 0 or at least 8, and for vit it "
+                f"and augment.first_size augment.size={self.augment.size}, the only one it takes"
+            )
+        classifies = isinstance(self.loss, CrossEntropy | Distillation)
+        if classifies != isinstance(self.head, ClassifierHead):
+            raise ValueError(
+                f"loss.name={self.loss.name} does not go with head.name={self.head.name}: "
+                "a classifier and cross_entropy or distillation belong together"
+            )
+        if self.compress_gradients and self.precision == "float64":
+            raise ValueError("compress_gradients rounds to 8 bits; precision=float64 is for exact")
+        if self.scaling.colour_on == "worker" and not isinstance(self.augment, SimCLRViews):
+            raise ValueError("scaling.colour_on=worker is for augment.name=simclr")
+        if self.scaling.recompute_activations and not isinstance(self.encoder, ResNetEncoder):
+            raise ValueError("scaling.recompute_activations is for encoder.name=resnet")
+        images = self.batch_norm.images
+        if images and (self.batch_size % images or images < self.scaling.num_workers):
+            raise ValueError(
+                f"batch_norm.images={images} must divide batch_size={self.batch_size} and be no "
+                f"less than scaling.num_workers={self.scaling.num_workers}"
+            )
+        return self
+
+    @classmethod
+    def load(cls, source: str, *overrides: str) -> Experiment:
+        """Return the preset or YAML file `source` with `key.path=value` overrides applied."""
+        text, shown = cfg.read_source(source)
+        tree = cfg.parse_yaml(text, shown)
+        if not isinstance(tree, dict):
+            raise ConfigError([Mistake(shown, f"holds {type(tree).__name__}, not keys and values")])
+        return cfg.validate(cls, cfg.apply_overrides(tree, overrides, cls))
+
+    def digest(self) -> str:
+        """Return 16 hex digits over everything that changes the trained weights, and only that."""
+        tree = {k: v for k, v in cfg.to_tree(self).items() if k not in PLACEMENT}
+        if isinstance(self.loss, Distillation) and self.loss.sha256:
+            tree["loss"] = {**tree["loss"], "teacher": ""}
+        if self.start.sha256:
+            tree["start"] = {**tree["start"], "weights": ""}  # which they are, not where they lie
+        tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
+        if isinstance(self.augment, SimCLRViews) and not self.augment.first_size:
+            tree["augment"] = {**tree["augment"], "full_size_at": 0.75}  # nothing grows
+        if self.schedule.decay == "cosine":  # runs from before there was a choice keep their names
+            tree["schedule"] = {k: v for k, v in tree["schedule"].items() if k != "decay"}
+        if self.num_groups == 1:
+            tree["batch_norm"] = {**tree["batch_norm"], "images": 0}  # the same by another name
+        return cfg.digest_of(tree)
+
+    def run_name(self, fingerprint: str) -> str:
+        """Return the name under which a run on these pictures is stored.
+
+        The same command on the same pictures continues the run; anything that changes the result
+        starts another.
+        """
+        identity = cfg.digest_of({"experiment": self.digest(), "data": fingerprint})
+        return f"{self.name}-{identity[:8]}"
+
+    def absolute(self) -> Experiment:
+        """Return the experiment with local paths made absolute: workers have other folders."""
+        data = self.data.model_copy(
+            update={
+                key: absolute_path(getattr(self.data, key)) for key in ("train", "bank", "test")
+            }
+        )
+        start = self.start.model_copy(update={"weights": absolute_path(self.start.weights)})
+        loss = self.loss
+        if isinstance(loss, Distillation):
+            loss = loss.model_copy(update={"teacher": absolute_path(loss.teacher)})
+        update = {
+            "data": data,
+            "start": start,
+            "loss": loss,
+            "storage": absolute_path(self.storage),
+        }
+        return self.model_copy(update=update)
+
+    @property
+    def evaluation_size(self) -> int:
+        """Return the side in pixels of the views that are judged and embedded."""
+        return self.evaluation.size or self.augment.size
+
+    @property
+    def takes_labels(self) -> bool:
+        """Return whether training needs the labels of `data.train`."""
+        return isinstance(self.loss, SupCon | CrossEntropy)
+
+    def local_batch_size(self, rank: int) -> int:
+        """Return the images of rank `rank`: they differ by at most one between ranks."""
+        n, workers = self.batch_size, self.scaling.num_workers
+        return (rank + 1) * n // workers - rank * n // workers
+
+    @property
+    def num_groups(self) -> int:
+        """Return the groups that a step's images pass the model in; above 1: gradient caching."""
+        return self.batch_size // (self.batch_norm.images or self.batch_size)
+
+    def peak_learning_rate(self) -> float:
+        """Return the rate after warm-up, scaled by the global batch (App. B.1)."""
+        base = self.schedule.learning_rate
+        factor = {"linear": self.batch_size / 256, "sqrt": math.sqrt(self.batch_size), "none": 1.0}
+        return base * factor[self.schedule.scaling]
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Return whole global batches in an epoch of `num_rows`; the rest is dropped."""
+        return num_rows // self.batch_size
+
+    def total_steps(self, num_rows: int) -> int:
+        """Return the steps of the whole run."""
+        return self.epochs * self.steps_per_epoch(num_rows)
+
+    def warmup_steps(self, num_rows: int) -> int:
+        """Return the steps of linear warm-up: `warmup_epochs·N // B`, as the authors have it."""
+        if self.schedule.warmup_steps:
+            return self.schedule.warmup_steps
+        return int(self.schedule.warmup_epochs * num_rows // self.batch_size)
+
+
+def absolute_path(where: str) -> str:
+    """Return a local path made absolute; URIs and empty text as they are."""
+    return where if "://" in where or not where else str(Path(where).expanduser().resolve())

@@ -1,0 +1,187 @@
+"""Typed config: YAML and dotted overrides in, a frozen checked tree out, one line per mistake.
+
+The only place that knows pydantic and YAML. YAML is 1.2, so `1e-4` is a number and `yes` a string.
+A union of configs is told apart by its `name` key, which may be left out for the default variant;
+overriding `name` drops the keys of the old variant. Errors say the dotted path, what was given,
+what is allowed, and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from simclr_ray.config.schema import (
+    Config,
+    ConfigT,
+    Scalar,
+    Tree,
+    _configs_in,
+    _default_name,
+)
+from simclr_ray.config.validation import _mistake, nearest
+from simclr_ray.errors import ConfigError, Mistake
+
+
+def parse_yaml(text: str, source: str = "config") -> Any:
+    """Return the value of one YAML 1.2 document; raise `ConfigError` naming `source` if broken."""
+    try:
+        return YAML(typ="safe", pure=True).load(io.StringIO(text))
+    except YAMLError as error:
+        first_line = " ".join(str(error).split())
+        raise ConfigError([Mistake(source, f"is not YAML: {first_line}")]) from error
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """Return `tree` as a YAML 1.2 document, keys in the order given."""
+    out = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    for option in ("default_flow_style", "sort_base_mapping_type_on_output"):
+        setattr(yaml, option, False)  # typed by its default, None
+    yaml.dump(dict(tree), out)
+    return out.getvalue()
+
+
+def apply_overrides(
+    tree: Mapping[str, Any], overrides: Sequence[str], schema: type[Config] | None = None
+) -> Tree:
+    """Return a copy of `tree` with each `dotted.path=value` set; values are YAML scalars or lists.
+
+    Setting `x.name` to another variant drops the other keys of `x`, since they belong to the old
+    one; with a `schema`, only where `x` has variants.
+
+    Raises:
+        ConfigError: One mistake per override that is not of the form `path=value`.
+    """
+    out: Tree = json.loads(json.dumps(tree))
+    mistakes = []
+    parsed = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not all(path.split(".")):
+            mistakes.append(Mistake(text, "is no override; the form is key.path=value"))
+        else:
+            parsed.append((path.split("."), parse_yaml(value, text)))
+    for keys, value in sorted(parsed, key=lambda item: item[0][-1] != "name"):  # variants first
+        node = out
+        for depth, key in enumerate(keys[:-1]):
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                at = ".".join(keys[: depth + 1])
+                mistakes.append(Mistake(".".join(keys), f"{at} is a value and has no keys"))
+                break
+        else:
+            if keys[-1] == "name" and len(keys) > 1:
+                usual = _usual_name(schema, keys[:-1]) if schema else value
+                other = node.get("name", usual or value) != value
+                if other and (schema is None or _has_variants(schema, keys[:-1])):
+                    node.clear()
+            node[keys[-1]] = "" if value is None else value
+    if mistakes:
+        raise ConfigError(mistakes)
+    return out
+
+
+def validate(schema: type[ConfigT], tree: Any) -> ConfigT:
+    """Return `tree` as a `schema`; raise `ConfigError` with a mistake per wrong key or value."""
+    try:
+        return schema.model_validate(tree)
+    except pydantic.ValidationError as error:
+        found = [_mistake(schema, tree, item) for item in error.errors()]
+        raise ConfigError(list(dict.fromkeys(found))) from None
+
+
+def to_tree(config: Config) -> Tree:
+    """Return the config as plain dicts, lists and scalars, defaults included."""
+    tree: Tree = config.model_dump(mode="json")
+    return tree
+
+
+def leaves(config: Config) -> dict[str, Scalar]:
+    """Return every dotted leaf of the config, in order: what a tracker stores as parameters."""
+    return dict(_leaves(to_tree(config), ""))
+
+
+def digest_of(tree: Mapping[str, Any]) -> str:
+    """Return 16 hex digits that change if and only if `tree` does (key order aside)."""
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return `path: old -> new` for each leaf that differs between two trees."""
+    a, b = dict(_leaves(old, "")), dict(_leaves(new, ""))
+    return [
+        f"{k}: {a.get(k, '(absent)')} -> {b.get(k, '(absent)')}"
+        for k in dict.fromkeys([*a, *b])
+        if a.get(k) != b.get(k)
+    ]
+
+
+def _leaves(node: Any, path: str) -> Iterable[tuple[str, Scalar]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, Mapping | list):
+        yield path, json.dumps(node)
+    else:
+        yield path, node
+
+
+def _has_variants(schema: type[Config], keys: Sequence[str]) -> bool:
+    """Return whether the node at `keys` is a union of configs, told apart by `name`."""
+    found = [schema]
+    for key in keys:
+        field = found[0].model_fields.get(key)
+        found = _configs_in(field.annotation) if field else []
+        if not found:
+            return False
+    return len(found) > 1
+
+
+def _usual_name(schema: type[Config], keys: Sequence[str]) -> str:
+    """Return the name that the union at `keys` has by default, or nothing."""
+    found, usual = [schema], ""
+    for key in keys:
+        field = found[0].model_fields.get(key) if found else None
+        if field is None:
+            return ""
+        usual, found = _default_name(field), _configs_in(field.annotation)
+    return usual
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package."""
+    folder = resources.files("simclr_ray.config") / "presets"
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def read_source(source: str) -> tuple[str, str]:
+    """Return the text of a YAML file or of a preset, and the name to show for it."""
+    if source.endswith((".yaml", ".yml")):
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError([Mistake(source, "no such file")])
+        try:
+            return path.read_text(encoding="utf-8"), source
+        except UnicodeDecodeError as error:
+            raise ConfigError([Mistake(source, f"is not UTF-8: {error}")]) from error
+    names = preset_names()
+    if source not in names:
+        hint = nearest(source, names)
+        message = f"no preset and no .yaml file{hint}; presets: {', '.join(names)}"
+        raise ConfigError([Mistake(source, message)])
+    return (resources.files("simclr_ray.config") / "presets" / f"{source}.yaml").read_text(
+        "utf-8"
+    ), source

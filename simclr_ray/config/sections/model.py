@@ -1,0 +1,97 @@
+"""What is trained: encoder, head, batch norm."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from simclr_ray.config.schema import Config, Field, model_validator
+
+
+class ResNetEncoder(Config):
+    """The authors' ResNet: v1.5 strides, projection shortcut in every group, zero-init last BN."""
+
+    name: Literal["resnet"] = "resnet"
+    depth: Literal[10, 18, 34, 50, 101, 152, 200] = Field(50, description="10 is not in the paper.")
+    width: float = Field(1.0, gt=0, le=16, description="Multiplier of every channel count.")
+    stem: Literal["imagenet", "cifar", "strided"] = Field(
+        "imagenet", description="7x7/2 and pool; 3x3; or 3x3/2 (ours, for CPUs)."
+    )
+    selective_kernel: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Ratio of SimCLRv2's selective kernels, with ResNet-D's stem and shortcuts "
+        "(there 0.0625); 0: none.",
+    )
+
+    @model_validator(mode="after")
+    def _check_kernels(self) -> ResNetEncoder:
+        if self.selective_kernel and (self.depth < 50 or self.stem == "strided"):
+            raise ValueError("selective_kernel is for depth >= 50 and stem imagenet or cifar")
+        return self
+
+
+class TorchvisionEncoder(Config):
+    """Any torchvision classification backbone, its classifier removed."""
+
+    name: Literal["torchvision"] = "torchvision"
+    model: str = Field("resnet50", min_length=1, description="A name of torchvision.models.")
+
+
+class NoHead(Config):
+    """z = h."""
+
+    name: Literal["none"] = "none"
+
+
+class LinearHead(Config):
+    """One dense layer and BN without shift, as in the authors' code."""
+
+    name: Literal["linear"] = "linear"
+    dim: int = Field(128, ge=1, description="Width of z.")
+    batch_norm: bool = Field(default=True, description="Without it, dense layers have a bias.")
+
+
+class MLPHead(Config):
+    """Dense-BN-ReLU layers as wide as h (or `hidden`), then dense and BN without shift."""
+
+    name: Literal["mlp"] = "mlp"
+    layers: int = Field(2, ge=2, le=8, description="Dense layers; the paper has 2, its code 3.")
+    dim: int = Field(128, ge=1, description="Width of z.")
+    hidden: int = Field(0, ge=0, description="Width of the hidden layers; 0: as wide as h.")
+    batch_norm: bool = Field(default=True, description="Without it, dense layers have a bias.")
+
+
+class ClassifierHead(Config):
+    """Class scores from h, or from hidden layers as an mlp head has them (SimCLRv2 keeps one)."""
+
+    name: Literal["classifier"] = "classifier"
+    num_classes: int = Field(0, ge=0, description="K; 0: as many as the training labels have.")
+    layers: int = Field(
+        0, ge=0, le=8, description="Hidden layers below; with `start.weights`, its head's first."
+    )
+    hidden: int = Field(0, ge=0, description="Their width; 0: as wide as h.")
+    batch_norm: bool = Field(default=True, description="Without it, hidden layers have a bias.")
+
+
+class Start(Config):
+    """Where the weights come from."""
+
+    weights: str = Field(
+        "",
+        description="A run folder, a checkpoint in one, or a torchvision-style state dict (.pth, "
+        ".safetensors); empty: random.",
+    )
+    sha256: str = Field("", description="Of the weights; filled in.")
+
+
+class BatchNorm(Config):
+    """Batch normalisation over all workers."""
+
+    images: int = Field(
+        0,
+        ge=0,
+        description="Images with joint statistics; 0: the global batch. Below it, gradient "
+        "caching: a step takes the memory of so many.",
+    )
+    momentum: float = Field(0.1, gt=0, le=1, description="PyTorch's momentum; 1 - TF's decay.")

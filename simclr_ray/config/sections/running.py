@@ -1,0 +1,99 @@
+"""Where it runs, how it is judged, kept and tracked."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from simclr_ray.config.schema import Config, Field
+
+
+class KNN(Config):
+    """Weighted cosine kNN on h: weight exp(cos/τ)."""
+
+    k: int = Field(200, ge=1)
+    temperature: float = Field(0.1, gt=0)
+
+
+class Linear(Config):
+    """Logistic regression on frozen h."""
+
+    epochs: int = Field(60, ge=1)
+    batch_size: int = Field(256, ge=1)
+    learning_rate: float = Field(0.1, gt=0, description="Per 256 samples; Nesterov SGD, cosine.")
+
+
+class Evaluation(Config):
+    """When and how the encoder is judged."""
+
+    every_epochs: int = Field(
+        1, ge=0, description="kNN (or label-free metrics) while training; 0: never."
+    )
+    size: int = Field(0, ge=0, description="Side of the views it judges; 0: augment.size.")
+    bank_limit: int = Field(5_000, ge=0, description="Bank rows used while training; 0: all.")
+    test_limit: int = Field(2_000, ge=0, description="Test rows used while training; 0: all.")
+    knn: KNN = KNN()
+    linear: Linear = Linear()
+    batch_size: int = Field(512, ge=1, description="Images per forward pass.")
+    actors: int = Field(
+        0,
+        ge=0,
+        description="Ray Data actors that encode the splits after training; 0: this process.",
+    )
+    cpus_per_actor: float = Field(1.0, gt=0, description="Logical CPUs that one reserves.")
+    gpus_per_actor: float = Field(0.0, ge=0)
+
+
+class Checkpointing(Config):
+    """When state is written, and how many are kept."""
+
+    every_epochs: int = Field(1, ge=1)
+    every_steps: int = Field(0, ge=0, description="Also within an epoch; 0: at epoch ends only.")
+    keep: int = Field(2, ge=1)
+
+
+class Scaling(Config):
+    """Where it runs; never what it computes."""
+
+    num_workers: int = Field(1, ge=1, description="Data-parallel workers.")
+    cpus_per_worker: float = Field(0.5, gt=0, description="Logical CPUs a worker reserves.")
+    gpus_per_worker: float = Field(0.0, ge=0)
+    threads_per_worker: int = Field(
+        0, ge=0, description="torch threads; 0: the node's cores shared."
+    )
+    data_actors_per_worker: int = Field(
+        1, ge=1, description="Decode actors, each its own pipeline."
+    )
+    cpus_per_data_actor: float = Field(0.5, gt=0)
+    colour_on: Literal["data", "worker"] = Field(
+        "data", description="Where colour and blur run: data actors, or the worker's device."
+    )
+    data_resource: str = Field(
+        "", description="Custom Ray resource that marks nodes for data actors."
+    )
+    recompute_activations: bool = Field(
+        default=False, description="Encoder blocks run again in the backward pass: less memory."
+    )
+    max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint.")
+    collective_timeout_s: float = Field(1800.0, gt=0)
+
+
+class Tracking(Config):
+    """MLflow."""
+
+    uri: str = Field("", description="Tracking URI; empty: sqlite in `storage`.")
+    experiment: str = Field("simclr-ray", min_length=1)
+    parent_run: str = Field("", description="MLflow run under which this one is shown.")
+    only_params: list[str] = Field(
+        [], description="Dotted keys that become parameters, the rest a digest; empty: all."
+    )
+    log_every_steps: int = Field(10, ge=1)
+    system_metrics: bool = True
+
+
+class Registration(Config):
+    """The registered model; an empty `name` registers nothing."""
+
+    name: str = ""
+    alias: str = Field(
+        "newest", min_length=1, description="Alias that is moved to the new version."
+    )

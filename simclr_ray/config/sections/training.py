@@ -1,0 +1,132 @@
+"""By what it is trained: loss, optimizer, schedule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from simclr_ray.config.schema import Config, Field, model_validator
+
+
+class NTXent(Config):
+    """NT-Xent (eq. 1) over the global batch."""
+
+    name: Literal["ntxent"] = "ntxent"
+    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
+    normalize: bool = Field(default=True, description="l2-normalise z (Table 5).")
+    negatives: Literal["both", "other"] = Field(
+        "both", description="Views of the other images that count: both, or the other one (B.10)."
+    )
+    learn_temperature: bool = Field(
+        default=False, description="Learn τ, from `temperature` on; needs normalize."
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> NTXent:
+        if self.learn_temperature and not self.normalize:
+            raise ValueError("learn_temperature needs normalize: the length of z is learned anyway")
+        return self
+
+
+class NTLogistic(Config):
+    """NT-Logistic of Tables 2 and 4."""
+
+    name: Literal["ntlogistic"] = "ntlogistic"
+    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
+    normalize: bool = Field(default=True, description="l2-normalise z.")
+    semi_hard: bool = Field(default=False, description="One negative an anchor (Table 4, sh).")
+    negatives: Literal["both", "other"] = Field("both", description="As of ntxent.")
+
+
+class Triplet(Config):
+    """Margin triplet of Tables 2 and 4."""
+
+    name: Literal["triplet"] = "triplet"
+    margin: float = Field(0.8, ge=0, le=100, description="m; B.10 tried 0, 0.4, 0.8, 1.6.")
+    normalize: bool = Field(default=True, description="l2-normalise z.")
+    semi_hard: bool = Field(default=False, description="One negative an anchor (Table 4, sh).")
+    negatives: Literal["both", "other"] = Field("both", description="As of ntxent.")
+
+    @model_validator(mode="after")
+    def _check_margin(self) -> Triplet:
+        if self.semi_hard and not self.margin:
+            raise ValueError("semi_hard needs a margin above 0: no negative lies within 0")
+        return self
+
+
+class DCL(Config):
+    """Decoupled contrastive loss (arXiv:2110.06848): NT-Xent, its denominator negatives only."""
+
+    name: Literal["dcl"] = "dcl"
+    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
+    normalize: bool = Field(default=True, description="l2-normalise z.")
+    sigma: float = Field(0.0, ge=0, description="σ of DCLW's weights (there 0.5); 0: DCL.")
+
+
+class SupCon(Config):
+    """Supervised contrastive loss (arXiv:2004.11362); unlabelled images stand alone."""
+
+    name: Literal["supcon"] = "supcon"
+    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
+    normalize: bool = Field(default=True, description="l2-normalise z.")
+
+
+class CrossEntropy(Config):
+    """Supervised training with the same encoder, views, stream and loop."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    views: Literal[1, 2] = Field(1, description="Views of an image that a step classifies.")
+
+
+class Distillation(Config):
+    """A teacher's class probabilities as targets, for pictures without labels (SimCLRv2 eq. 2)."""
+
+    name: Literal["distillation"] = "distillation"
+    teacher: str = Field(min_length=1, description="Run folder or checkpoint of a classifier.")
+    sha256: str = Field("", description="Of the teacher's weights; filled in.")
+    temperature: float = Field(
+        1.0, ge=1e-3, le=100, description="τ; SimCLRv2 has 0.1 for a student like the teacher."
+    )
+
+
+class LARSOptimizer(Config):
+    """LARS by the authors' rule: the rate inside the momentum buffer."""
+
+    name: Literal["lars"] = "lars"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-6, ge=0)
+    trust_coefficient: float = Field(1e-3, gt=0)
+    momentum_form: Literal["authors", "outside"] = "authors"
+    clip_lr: bool = False
+
+
+class SGDOptimizer(Config):
+    """SGD with momentum; BN and biases are not decayed."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    nesterov: bool = False
+
+
+class AdamWOptimizer(Config):
+    """AdamW; BN and biases are not decayed."""
+
+    name: Literal["adamw"] = "adamw"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+
+
+class Schedule(Config):
+    """Linear warm-up, then cosine to zero, without restarts; a pure function of the step."""
+
+    learning_rate: float = Field(0.3, gt=0, description="Base rate before scaling by batch.")
+    scaling: Literal["linear", "sqrt", "none"] = Field(
+        "linear", description="base·B/256, base·√B, or base, of the global batch B."
+    )
+    warmup_epochs: float = Field(10.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="If above 0, instead of warmup_epochs.")
+    decay: Literal["cosine", "constant"] = Field(
+        "cosine", description="After warm-up; with constant, a run passes through shorter ones."
+    )

@@ -1,0 +1,238 @@
+"""How two views are made of a picture: the paper's pipeline, or any list of transformations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from simclr_ray.config.schema import Config, Field, model_validator
+
+
+class SimCLRViews(Config):
+    """The paper's pipeline: crop and resize, flip, colour jitter, grayscale, blur (App. A)."""
+
+    name: Literal["simclr"] = "simclr"
+    size: int = Field(32, ge=8, description="Side of a view in pixels.")
+    first_size: int = Field(
+        0, ge=0, description="Side in the first epoch, growing to `size`; 0: `size` throughout."
+    )
+    full_size_at: float = Field(
+        0.75, gt=0, le=1, description="Share of the epochs after which views have full size."
+    )
+    strength: float = Field(1.0, ge=0, le=2, description="Colour strength s of App. A.")
+    blur: float = Field(0.5, ge=0, le=1, description="Probability of Gaussian blur.")
+    min_area: float = Field(
+        0.08, gt=0, le=1, description="Smallest share of the area that is cropped."
+    )
+    flip: float = Field(0.5, ge=0, le=1, description="Probability of a left-right flip.")
+    jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
+    grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping colour.")
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> SimCLRViews:
+        if self.first_size and not 8 <= self.first_size <= self.size:
+            raise ValueError(
+                f"first_size={self.first_size} must be 0, or between 8 and size={self.size}"
+            )
+        return self
+
+    def size_at(self, epoch: int, epochs: int) -> int:
+        """Return the side of views in an epoch: linear growth, in steps (FFCV-SSL does likewise).
+
+        Steps of 32 px, or of 4 px where `size` is at most 64.
+        """
+        grown = epoch / (self.full_size_at * epochs)
+        if not self.first_size or grown >= 1:
+            return self.size
+        step = 4 if self.size <= 64 else 32
+        return self.first_size + int((self.size - self.first_size) * grown) // step * step
+
+
+class _Stage(Config):
+    """What all transformations have."""
+
+    p: float = Field(1.0, ge=0, le=1, description="Probability, drawn for each image.")
+
+
+class CropStage(_Stage):
+    """Random crop, resized to `size`, and flipped; with min_area 1 the whole picture, resized."""
+
+    name: Literal["crop"] = "crop"
+    min_area: float = Field(0.08, gt=0, le=1, description="Smallest share of the area.")
+    max_area: float = Field(1.0, gt=0, le=1, description="Largest share of the area.")
+    flip: float = Field(0.5, ge=0, le=1, description="Probability of a left-right flip.")
+
+    @model_validator(mode="after")
+    def _check_areas(self) -> CropStage:
+        if self.min_area > self.max_area:
+            raise ValueError(f"min_area={self.min_area} is above max_area={self.max_area}")
+        return self
+
+
+class FlipStage(_Stage):
+    """Left-right flip."""
+
+    name: Literal["flip"] = "flip"
+    p: float = Field(0.5, ge=0, le=1, description="Probability, drawn for each image.")
+
+
+class RotateStage(_Stage):
+    """Rotation by 90, 180 or 270 degrees."""
+
+    name: Literal["rotate"] = "rotate"
+
+
+class CutoutStage(_Stage):
+    """A square of one gray."""
+
+    name: Literal["cutout"] = "cutout"
+    side: float = Field(0.5, gt=0, le=1, description="Of the image's side.")
+    fill: float = Field(0.5, ge=0, le=1, description="Gray value.")
+
+
+class JitterStage(_Stage):
+    """Brightness, contrast, saturation and hue, in a random order."""
+
+    name: Literal["jitter"] = "jitter"
+    p: float = Field(0.8, ge=0, le=1, description="Probability, drawn for each image.")
+    strength: float = Field(1.0, ge=0, description="Factor of the four below.")
+    brightness: float = Field(0.8, ge=0)
+    contrast: float = Field(0.8, ge=0)
+    saturation: float = Field(0.8, ge=0)
+    hue: float = Field(0.2, ge=0, description="Of a full circle; times strength 0.5 at most.")
+
+    @model_validator(mode="after")
+    def _check_hue(self) -> JitterStage:
+        if self.hue * self.strength > 0.5:
+            raise ValueError(
+                f"hue={self.hue:g} times strength={self.strength:g} is above 0.5, a half turn"
+            )
+        return self
+
+
+class GrayscaleStage(_Stage):
+    """Colour dropped."""
+
+    name: Literal["grayscale"] = "grayscale"
+    p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
+
+
+class ColourStage(_Stage):
+    """The paper's colour distortion: jitter, then grayscale, each by chance."""
+
+    name: Literal["colour"] = "colour"
+    strength: float = Field(1.0, ge=0, le=2, description="s: ±0.8s, hue ±0.2s.")
+    jitter: float = Field(0.8, ge=0, le=1, description="Probability of jitter.")
+    grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping colour.")
+
+
+class NoiseStage(_Stage):
+    """Gaussian noise."""
+
+    name: Literal["noise"] = "noise"
+    sigma: float = Field(0.1, ge=0, le=1, description="Standard deviation; 1 is white.")
+
+
+class BlurStage(_Stage):
+    """Gaussian blur, its kernel a tenth of the side."""
+
+    name: Literal["blur"] = "blur"
+    p: float = Field(0.5, ge=0, le=1, description="Probability, drawn for each image.")
+    min_sigma: float = Field(0.1, gt=0, description="Pixels.")
+    max_sigma: float = Field(2.0, gt=0, description="Pixels.")
+    kernel: float = Field(0.1, gt=0, le=1, description="Width, as a share of the image's side.")
+
+    @model_validator(mode="after")
+    def _check_sigmas(self) -> BlurStage:
+        if self.min_sigma > self.max_sigma:
+            raise ValueError(f"min_sigma={self.min_sigma} is above max_sigma={self.max_sigma}")
+        return self
+
+
+class SobelStage(_Stage):
+    """Edges by Sobel's kernels, without colour."""
+
+    name: Literal["sobel"] = "sobel"
+
+
+class SolarizeStage(_Stage):
+    """What is above the threshold, inverted."""
+
+    name: Literal["solarize"] = "solarize"
+    p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
+    threshold: float = Field(0.5, ge=0, le=1)
+
+
+class EqualizeStage(_Stage):
+    """Histogram equalised."""
+
+    name: Literal["equalize"] = "equalize"
+    p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
+
+
+class AutoAugmentStage(_Stage):
+    """torchvision's AutoAugment."""
+
+    name: Literal["autoaugment"] = "autoaugment"
+    policy: Literal["imagenet", "cifar10", "svhn"] = "imagenet"
+
+
+AnyStage = Annotated[
+    CropStage
+    | FlipStage
+    | RotateStage
+    | CutoutStage
+    | JitterStage
+    | GrayscaleStage
+    | ColourStage
+    | NoiseStage
+    | BlurStage
+    | SobelStage
+    | SolarizeStage
+    | EqualizeStage
+    | AutoAugmentStage,
+    Field(discriminator="name"),
+]
+
+
+class PipelineViews(Config):
+    """Views by lists of transformations, in order: `shared` first, then each view's own (§3)."""
+
+    name: Literal["pipeline"] = "pipeline"
+    size: int = Field(32, ge=8, description="Side of a view in pixels.")
+    shared: list[AnyStage] = Field(
+        default=[], description="Stages whose outcome both views share, such as one crop of both."
+    )
+    a: list[AnyStage] = Field(default=[CropStage()], description="Stages of view a after these.")
+    symmetric: bool = Field(
+        default=True, description="View b has the stages of a, drawn anew; else those of `b`."
+    )
+    b: list[AnyStage] = Field(default=[], description="Stages of view b, if not symmetric.")
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> PipelineViews:
+        for own in (self.a, self.stages_of_b):
+            stages = [*self.shared, *own]
+            if not stages or stages[0].name != "crop" or stages[0].p < 1:
+                raise ValueError(
+                    "each view must begin with crop, its p 1: `shared` and `a` (or `b`) together "
+                    f"are {[stage.name for stage in stages]}"
+                )
+            if len(stages) > 32:
+                raise ValueError(f"a view can have 32 stages at most, got {len(stages)}")
+        if self.b and self.symmetric:
+            raise ValueError("b has stages, so symmetric must be false")
+        return self
+
+    @property
+    def stages_of_b(self) -> list[AnyStage]:
+        """Return the stages of view b after the shared ones."""
+        return self.a if self.symmetric else self.b
+
+    @property
+    def first_size(self) -> int:
+        """Return 0: these views do not grow."""
+        return 0
+
+    def size_at(self, epoch: int, epochs: int) -> int:  # noqa: ARG002 - as of the paper's pipeline
+        """Return the side of views in an epoch."""
+        return self.size

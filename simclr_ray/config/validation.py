@@ -1,0 +1,111 @@
+"""What pydantic finds wrong, one line a mistake: path, value, what is allowed, nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from simclr_ray.config.schema import (
+    Config,
+    _configs_in,
+    _default_name,
+    _name_of,
+)
+from simclr_ray.errors import Mistake
+
+Where = tuple[str | int, ...]
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the closest of `allowed`, or nothing when none is close."""
+    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:
+    where = _without_tags(tree, item["loc"])
+    path = ".".join(str(part) for part in where)
+    kind, given, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        keys = _keys_at(schema, tree, where[:-1])
+        hint = nearest(str(where[-1]), keys)
+        allowed = f"; allowed here: {', '.join(sorted(keys))}" if keys else ""
+        return Mistake(path, f"unknown key{hint}{allowed}")
+    if kind == "missing":
+        return Mistake(path, "missing key, and it has no default")
+    if kind == "literal_error":
+        options = [part.strip("' ") for part in context["expected"].replace(" or ", ",").split(",")]
+        return Mistake(
+            path, f"got {given!r}; allowed: {', '.join(options)}{nearest(str(given), options)}"
+        )
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        options = _variants_at(schema, tree, where)
+        tag = given.get("name") if isinstance(given, Mapping) else given
+        hint = nearest(str(tag), options)
+        shown = "missing" if tag is None else f"got {tag!r}"
+        return Mistake(f"{path}.name", f"{shown}; allowed: {', '.join(options)}{hint}")
+    if kind == "value_error":
+        return Mistake(path, str(context["error"]))
+    return Mistake(path, f"got {given!r}; {_sentence(item['msg'])}")
+
+
+def _sentence(message: str) -> str:
+    return message.replace("Input should be", "it must be").replace("Input", "it").strip()
+
+
+def _without_tags(tree: Any, loc: Where) -> Where:
+    """Drop the union tags that pydantic puts into a path: they are no keys of the user's file."""
+    kept: list[str | int] = []
+    node = tree
+    for index, part in enumerate(loc):
+        last = index == len(loc) - 1
+        if isinstance(node, Mapping) and part not in node and not last:
+            continue
+        kept.append(part)
+        if isinstance(node, Mapping):
+            node = node.get(part, {})
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+    return tuple(kept)
+
+
+def _keys_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
+    """Return the keys that the node at `where` may have, following unions by their `name`."""
+    node = _node_at(schema, tree, where)
+    return list(node.model_fields) if node else []
+
+
+def _variants_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
+    """Return the names that the union at `where` knows, or the list of one."""
+    if isinstance(where[-1], int):
+        where = where[:-1]
+    parent = _node_at(schema, tree, where[:-1])
+    annotation = parent.model_fields[str(where[-1])].annotation if parent else None
+    return [_name_of(variant) for variant in _configs_in(annotation)]
+
+
+def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | None:
+    """Return the config class of the node at `where`, None where it is no config."""
+    current: type[Config] = schema
+    variants: list[type[Config]] = []
+    node = tree
+    for part in where:
+        if isinstance(part, int):  # a list's: its items have the variants of the field
+            node = node[part] if isinstance(node, list) and part < len(node) else {}
+            named = [
+                v for v in variants if isinstance(node, Mapping) and _name_of(v) == node.get("name")
+            ]
+            current = (named or variants or [schema])[0]
+            continue
+        node = node[part] if isinstance(node, Mapping) and part in node else {}
+        field = current.model_fields.get(part)
+        if field is None:  # below a mapping, whose keys are the user's
+            return None
+        variants, usual = _configs_in(field.annotation), _default_name(field)
+        given = node.get("name", usual) if isinstance(node, Mapping) else usual
+        named = [v for v in variants if _name_of(v) == (given or _name_of(v))]
+        if not (named or variants):
+            return None
+        current = (named or variants)[0]
+    return current

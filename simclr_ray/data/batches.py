@@ -1,0 +1,308 @@
+"""Makes one part of a planned batch: reads the rows it names, decodes them, makes both views.
+
+Plain Python and torch, no Ray: the same object serves a Ray Data actor, a test, and a GPU machine
+without Ray. What it returns depends on the plan alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simclr_ray.augment.decode import ImageError, decode_image
+from simclr_ray.augment.ops import OPS
+from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
+from simclr_ray.augment.views import Pixels, TwoViews, ViewPair
+from simclr_ray.config import Config
+from simclr_ray.config.experiment import Data, Experiment, PipelineViews, SimCLRViews
+from simclr_ray.data.batch import Batch
+from simclr_ray.data.image_cache import Picture, PictureCache
+from simclr_ray.data.plan import BatchPlan, replacement
+from simclr_ray.data.rowgroups import Encoded, RecentGroups, RowGroups
+from simclr_ray.data.source import Source
+from simclr_ray.distributed.collectives import share
+from simclr_ray.errors import DataError, TooManyBadImages
+
+Take = Callable[[int], Encoded | None]
+MakeViews = Callable[[list[Pixels], NDArray[np.int64], int], ViewPair]
+GIB = 2**30
+MAX_ATTEMPTS = 64  # then any row that is left
+
+
+class Part(NamedTuple):
+    """A part of a step, in memory that may be another's: as `Batch`, but arrays."""
+
+    step: int
+    a: Pixels  # uint8 [n, 3, S, S]
+    b: Pixels  # uint8 [n, 3, S, S]
+    ids: NDArray[np.int64]  # [n]
+    bad: NDArray[np.int64]  # [m]
+    reasons: tuple[str, ...]
+
+
+class Bad(NamedTuple):
+    """A row that cannot be used: its id, and why."""
+
+    id: int
+    reason: str
+
+
+class RowReader:
+    """Decoded rows by number, through a bounded cache.
+
+    `bad` names each row that could not be decoded, by its id and why.
+
+    Args:
+        source: The dataset.
+        max_pixels: Larger images count as bad.
+        cache_gib: For decoded rows.
+        shared: Whether the readers of this node that share a dataset share the cache, too.
+    """
+
+    def __init__(
+        self, source: Source, *, max_pixels: int, cache_gib: float, shared: bool = False
+    ) -> None:
+        self.max_pixels = max_pixels
+        name = f"{source.uri} {source.fingerprint} {max_pixels}" if shared else ""
+        self.cache = PictureCache(name, source.num_rows, int(cache_gib * GIB))
+        self.recent = RecentGroups(source)
+        self.bad: dict[int, Bad] = {}
+
+    def pictures(self, rows: Sequence[int], take: Take) -> list[Picture | None]:
+        """Return the decoded rows, None for each that cannot be used.
+
+        Args:
+            rows: Row numbers.
+            take: Where encoded rows come from; those for which it has None are read one by one.
+        """
+        found = self.cache.find(rows)
+        new: dict[int, Picture] = {}
+        for place, (row, picture) in enumerate(zip(rows, found, strict=True)):
+            if picture is None and row not in self.bad:
+                found[place] = decoded = self._decode(row, take(row) or self.recent.take(row))
+                if decoded is not None:
+                    new[row] = decoded
+        self.cache.keep(new)
+        return found
+
+    def picture(self, row: int) -> Picture | None:
+        """Return one decoded row, or None where it cannot be used."""
+        return self.pictures([row], self.recent.take)[0]
+
+    def missing(self, first: int, last: int) -> list[int]:
+        """Return those of the rows [first, last) that were never decoded, or not kept."""
+        unknown = np.flatnonzero(~self.cache.holds(first, last)) + first
+        return [row for row in unknown.tolist() if row not in self.bad]
+
+    def _decode(self, row: int, encoded: Encoded) -> Picture | None:
+        try:
+            if encoded.image is None:
+                raise ImageError("null image")
+            return Picture(encoded.id, decode_image(encoded.image, self.max_pixels))
+        except ImageError as error:
+            self.bad[row] = Bad(encoded.id, str(error))
+            return None
+
+
+class PartMaker:
+    """Makes places [first, last) of each planned batch.
+
+    Args:
+        source: The dataset.
+        plan: Over its row groups.
+        views: Makes both views of pictures with these ids in this epoch; see `view_maker`.
+        data: Limits and cache.
+        places: [first, last) of the global batch's list.
+        stop: The step before which the run ends.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: BatchPlan,
+        views: MakeViews,
+        data: Data,
+        places: tuple[int, int],
+        *,
+        stop: int = sys.maxsize,
+    ) -> None:
+        self.plan, self.views, self.places = plan, views, places
+        self.max_bad_share = data.max_bad_share
+        self.reader = RowReader(
+            source, max_pixels=data.max_pixels, cache_gib=data.cache_gib, shared=True
+        )
+        self.groups = RowGroups(
+            source,
+            plan,
+            places,
+            stop,
+            missing=self.reader.missing,
+            read_beyond_epoch=lambda: self.reader.cache.full,
+        )
+
+    def make(self, step: int) -> Batch:
+        """Return this part of global step `step`; raises what `make_several` does."""
+        return self.make_several([step])[0]
+
+    def make_several(self, steps: Sequence[int]) -> list[Batch]:
+        """Return this part of global steps of one epoch, the views of all made together.
+
+        Raises:
+            TooManyBadImages: More than `data.max_bad_share` of all rows were found unusable.
+            DataError: A parquet file cannot be read, or no row is left to stand in for a bad one.
+            ValueError: The steps are not of one epoch.
+        """
+        epochs = {self.plan.epoch_of(step) for step in steps}
+        if len(epochs) != 1:
+            raise ValueError(f"steps {[*steps]} are of epochs {sorted(epochs)}")
+        gathered = [self._gathered(step) for step in steps]
+        pictures = [p for found, _ in gathered for p in found]
+        ids = np.array([p.id for p in pictures], np.int64)
+        views = self.views([p.pixels for p in pictures], ids, epochs.pop())
+        columns = (*views, torch.from_numpy(ids))
+        parts = zip(*(column.chunk(len(steps)) for column in columns), strict=True)
+        batches = []
+        for step, (_, bad), (a, b, own) in zip(steps, gathered, parts, strict=True):
+            unusable = torch.tensor([b.id for b in bad], dtype=torch.int64)
+            batches.append(Batch(step, a, b, own, unusable, tuple(b.reason for b in bad)))
+        return batches
+
+    def _gathered(self, step: int) -> tuple[list[Picture], list[Bad]]:
+        """Return the pictures of this part of a step, and the rows that others stand in for."""
+        first, last = self.places
+        rows = self.plan.rows_of(step, first, last).tolist()
+        self.groups.advance(step)
+        pictures, bad = [], []
+        found = self.reader.pictures(rows, self.groups.take)
+        for place, (row, planned) in enumerate(zip(rows, found, strict=True), start=first):
+            picture = planned
+            if picture is None:
+                self._check_share()
+                bad.append(self.reader.bad[row])
+                picture = self._stand_in(row, place, step)
+            pictures.append(picture)
+        return pictures, bad
+
+    def _stand_in(self, row: int, place: int, step: int) -> Picture:
+        found = self._keyed(row, place, step)
+        if found < 0:
+            found = self._left_over(place, step)
+        picture = self.reader.picture(found) if found >= 0 else None
+        if picture is None:
+            raise DataError(f"no usable row is left to stand in for row {row} of step {step}")
+        return picture
+
+    def _keyed(self, row: int, place: int, step: int) -> int:
+        """Return the row that the key names to stand in at `place`, or -1."""
+        batch: set[int] = set(self.plan.rows(step).tolist())
+        epoch = self.plan.epoch_of(step)
+        for attempt in range(MAX_ATTEMPTS):
+            candidate = replacement(row, place, batch, attempt, plan=self.plan, epoch=epoch)
+            if candidate >= 0:
+                if self.reader.picture(candidate) is not None:
+                    return candidate
+                self._check_share()
+        return -1
+
+    def _left_over(self, place: int, step: int) -> int:
+        """Return the row for a place that the key names none for, or -1: in a set of few batches.
+
+        All bad places of the batch are gone through in order, those of other parts too, so that
+        every part agrees on who takes what, and no row is taken twice.
+        """
+        rows = self.plan.rows(step).tolist()
+        bad = [(p, row) for p, row in enumerate(rows) if self.reader.picture(row) is None]
+        keyed = {p: self._keyed(row, p, step) for p, row in bad}
+        used = {*rows, *keyed.values()}
+        free = (r for r in range(self.plan.num_rows) if r not in used and self.reader.picture(r))
+        waiting = [p for p, row in keyed.items() if row < 0]
+        given = dict(zip(waiting, free, strict=False))
+        self._check_share()
+        return given.get(place, -1)
+
+    def _check_share(self) -> None:
+        found, rows = len(self.reader.bad), self.plan.num_rows
+        if found > self.max_bad_share * rows:
+            reasons = sorted({bad.reason for bad in self.reader.bad.values()})
+            raise TooManyBadImages(
+                f"{found} of {rows} rows cannot be used, more than data.max_bad_share="
+                f"{self.max_bad_share:g} allows; reasons: {'; '.join(reasons[:5])}; "
+                f"first rows: {sorted(self.reader.bad)[:10]}"
+            )
+
+
+def two_views(views: SimCLRViews, seed: int) -> TwoViews:
+    """Return the paper's pipeline as a config describes it."""
+    return TwoViews(
+        views.size,
+        strength=views.strength,
+        blur=views.blur,
+        seed=seed,
+        min_area=views.min_area,
+        flip=views.flip,
+        jitter=views.jitter,
+        grayscale=views.grayscale,
+    )
+
+
+def views_of(views: SimCLRViews | PipelineViews, seed: int) -> TwoViews | Pipelines:
+    """Return what makes views as a config describes it."""
+    if isinstance(views, SimCLRViews):
+        return two_views(views, seed)
+    lists = ([_stage(s) for s in part] for part in (views.shared, views.a, views.stages_of_b))
+    return Pipelines(views.size, *lists, seed=seed)
+
+
+def _stage(config: Config) -> Stage:
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    name, probability = fields.pop("name"), fields.pop("p")
+    return Stage(name, (Crop if name == "crop" else OPS[name])(**fields), probability)
+
+
+def view_maker(experiment: Experiment) -> MakeViews:
+    """Return what a run makes of pictures: views of the epoch's size, or crops for the worker."""
+    config = experiment.augment
+    views = views_of(config, experiment.seed)
+
+    def make(pictures: list[Pixels], ids: NDArray[np.int64], epoch: int) -> ViewPair:
+        sized = views.resized(config.size_at(epoch, experiment.epochs))
+        if isinstance(sized, TwoViews) and experiment.scaling.colour_on == "worker":
+            return sized.crops(pictures, ids, epoch)
+        return sized(pictures, ids, epoch)
+
+    return make
+
+
+def plan_of(experiment: Experiment, source: Source) -> BatchPlan:
+    """Return the experiment's plan over `source`. Raises `DataError` if it fills no batch."""
+    data = experiment.data
+    sizes = tuple(g.num_rows for g in source.row_groups)
+    most = int(data.shuffle_gib * GIB / source.row_bytes)
+    return BatchPlan(sizes, experiment.batch_size, experiment.seed, min(data.shuffle_rows, most))
+
+
+def local_batches(
+    experiment: Experiment, source: Source, steps: range, rank: int = 0, num_ranks: int = 1
+) -> Iterator[Batch]:
+    """Yield this rank's batches of `steps`, made in this process: for tests and lone machines."""
+    places = share(experiment.batch_size, rank, num_ranks)
+    plan, views = plan_of(experiment, source), view_maker(experiment)
+    maker = PartMaker(source, plan, views, experiment.data, places, stop=steps.stop)
+    for step in steps:
+        yield maker.make(step)
+
+
+def join(parts: Sequence[Batch] | Sequence[Part]) -> Batch:
+    """Return the parts of one step, in the order of their places, as a batch of its own memory."""
+    steps = {part.step for part in parts}
+    if len(steps) != 1:
+        raise DataError(f"parts of different steps met: {sorted(steps)}")
+    columns = zip(*(part[1:5] for part in parts), strict=True)
+    a, b, ids, bad = (torch.from_numpy(np.concatenate(column)) for column in columns)
+    reasons = tuple(reason for part in parts for reason in part.reasons)
+    return Batch(parts[0].step, a, b, ids, bad, reasons)

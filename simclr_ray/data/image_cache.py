@@ -1,0 +1,179 @@
+"""Decoded pictures, kept once on a node and shared by the processes there.
+
+A set that fits is decoded once by all decode actors of a node together, and lies in memory once.
+The pictures are in an anonymous file (memfd) that each process maps. The kernel frees it when the
+last process that has it ends, however it ends, so nothing is left behind; what finds it is a small
+text file that names processes and their descriptors. Where there is no such file (another system,
+no /proc), a process keeps its pictures for itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import struct
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_ray.config.logging import get_logger
+
+Pixels = NDArray[np.uint8]
+log = get_logger(__name__)
+LAYOUT: Final = 1  # of the file; processes of different layouts share none
+HEAD_BYTES: Final = 64  # of the file: one int64, the bytes in use
+ENTRY: Final = struct.Struct("=qii")  # id, height, width; the pixels follow
+ALIGNMENT: Final = 16
+
+
+class Picture(NamedTuple):
+    """A decoded row: its id, and uint8 [H, W, 3], not to be written to."""
+
+    id: int
+    pixels: Pixels
+
+
+class PictureCache:
+    """Decoded pictures by row number, up to a budget; what is kept is never dropped.
+
+    An epoch visits each row once, so whatever is kept is found once an epoch, and dropping one
+    picture for another could only lose. The file holds the bytes in use, for each row the place of
+    its entry (0: none), and the entries. Places are written, and read by `find`, under a lock on
+    the file, entries are written before their place: what is found is whole.
+
+    Args:
+        name: What the pictures depend on. Processes of a node that give the same name, number of
+            rows and budget share; an empty name shares with none.
+        num_rows: Of the dataset.
+        budget: Bytes for pictures.
+    """
+
+    def __init__(self, name: str, num_rows: int, budget: int) -> None:
+        self.full = budget <= 0
+        index_bytes = -(-8 * num_rows // ALIGNMENT) * ALIGNMENT
+        size = HEAD_BYTES + index_bytes + max(budget, 0)
+        self._file = _shared_file(name, num_rows, size) if name and not self.full else -1
+        if self._file >= 0:
+            weakref.finalize(self, os.close, self._file)
+        # pages take memory when they are written to, not before
+        self._memory = mmap.mmap(self._file, size)
+        head = np.frombuffer(self._memory, np.int64, (HEAD_BYTES + index_bytes) // 8)
+        self._used, self._places = head[:1], head[HEAD_BYTES // 8 :][:num_rows]
+        with self._locked():
+            self._used[0] = max(int(self._used[0]), HEAD_BYTES + index_bytes)
+
+    def find(self, rows: Sequence[int]) -> list[Picture | None]:
+        """Return the picture of each row, None where it is not kept."""
+        with self._locked():
+            places = self._places[np.asarray(rows, np.int64)].tolist()
+        return [self._entry(place) if place else None for place in places]
+
+    def holds(self, first: int, last: int) -> NDArray[np.bool_]:
+        """Return which of the rows [first, last) are kept: bool [last - first]."""
+        kept: NDArray[np.bool_] = self._places[first:last] != 0
+        return kept
+
+    def keep(self, pictures: dict[int, Picture]) -> None:
+        """Keep these pictures of rows, as many as there is room for."""
+        if self.full or not pictures:
+            return
+        placed = self._reserve(pictures)
+        for row, place in placed.items():
+            number, pixels = pictures[row]
+            ENTRY.pack_into(self._memory, place, number, *pixels.shape[:2])
+            begin = place + ENTRY.size
+            self._memory[begin : begin + pixels.nbytes] = np.ascontiguousarray(pixels).data.cast(
+                "B"
+            )
+        with self._locked():
+            for row, place in placed.items():
+                self._places[row] = place
+
+    def _reserve(self, pictures: dict[int, Picture]) -> dict[int, int]:
+        """Return a place for each picture that is new and has room."""
+        placed = {}
+        with self._locked():
+            end = int(self._used[0])
+            for row, picture in pictures.items():
+                if self._places[row]:
+                    continue
+                size = ENTRY.size + picture.pixels.nbytes
+                if end + size > len(self._memory):
+                    self.full = True
+                    break
+                placed[row] = end
+                end += -(-size // ALIGNMENT) * ALIGNMENT
+            self._used[0] = min(end, len(self._memory))
+        return placed
+
+    def _entry(self, place: int) -> Picture:
+        number, height, width = ENTRY.unpack_from(self._memory, place)
+        begin = place + ENTRY.size
+        return Picture(number, np.ndarray((height, width, 3), np.uint8, self._memory, begin))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if self._file < 0:
+            yield
+            return
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def _shared_file(name: str, num_rows: int, size: int) -> int:
+    """Return a descriptor of the file that processes of this name share, -1 where none can be."""
+    key = hashlib.sha256(repr((LAYOUT, name, num_rows, size)).encode()).hexdigest()[:24]
+    if not hasattr(os, "memfd_create"):
+        return -1
+    try:
+        folder = Path(tempfile.gettempdir()) / f"simclr_ray-pictures-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            return -1
+        with (folder / key).open("a+") as register:
+            fcntl.flock(register, fcntl.LOCK_EX)
+            register.seek(0)
+            entries = [line.strip() for line in register]
+            alive = [entry for entry in entries if _leads_to(entry, key)]
+            opened = (_opened(entry) for entry in alive)
+            file = next((file for file in opened if file >= 0), -1)
+            file = file if file >= 0 else _new(key, size)
+            register.truncate(0)
+            register.write("\n".join([*alive, f"{os.getpid()}/fd/{file}"]) + "\n")
+    except OSError as error:
+        log.warning("decoded pictures are kept by each process for itself: %s", error)
+        return -1
+    return file
+
+
+def _opened(entry: str) -> int:
+    """Return a descriptor of the file at `PID/fd/N`, -1 where its process has just ended."""
+    try:
+        return os.open(f"/proc/{entry}", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
+
+
+def _new(key: str, size: int) -> int:
+    file = os.memfd_create(key)
+    os.ftruncate(file, size)
+    return file
+
+
+def _leads_to(entry: str, key: str) -> bool:
+    """Return whether `PID/fd/N` is the file of that key: a number may have gone to another."""
+    try:
+        return str(Path("/proc", entry).readlink()).startswith(f"/memfd:{key} ")
+    except OSError:
+        return False

@@ -1,0 +1,1 @@
+"""One door to torch.distributed, one to the Ray cluster."""

@@ -1,0 +1,127 @@
+"""The Ray cluster at hand: connecting to it, or starting one, and what it can hold."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+
+import ray
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.errors import ClusterError
+
+# Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
+# that were started in advance and have found no work are ended after a while.
+QUIET = {
+    "enable_metrics_collection": False,
+    "num_workers_soft_limit": 0,
+    "idle_worker_killing_time_threshold_ms": 30_000,
+}
+WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of its own
+_started_here: set[str] = set()  # addresses of the local clusters of this process
+
+
+def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
+    """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
+
+    A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if os.environ.get("RAY_ADDRESS") in _started_here:  # of a cluster that is down again
+        del os.environ["RAY_ADDRESS"]
+    if "RAY_ADDRESS" in os.environ:
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError as error:
+            where = os.environ["RAY_ADDRESS"]
+            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={where}") from error
+        return
+    _check_machine(experiment)
+    # one machine is not preempted, and the watcher costs a process
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # logical CPUs may exceed cores: workers and decode actors share them by time
+    wanted = 0.0
+    if experiment:
+        judging = experiment.evaluation
+        wanted = max(copies * cpus_wanted(experiment), judging.actors * judging.cpus_per_actor)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
+            object_store_memory=2**30,
+            include_dashboard=False,  # five processes; MLflow and the terminal show the run
+            # several runs start their processes side by side; else Ray warns of their number
+            _system_config=QUIET
+            | ({"worker_maximum_startup_concurrency": 4 * copies} if copies > 1 else {}),
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except Exception as error:  # Ray has no type of its own for it
+        raise ClusterError(
+            f"Ray did not start on this machine; is it very busy, or out of memory? {error}"
+        ) from error
+    # Ray Train's helpers find the cluster by this, where several run on one machine
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    _started_here.add(os.environ["RAY_ADDRESS"])
+
+
+def _check_machine(experiment: Experiment | None) -> None:
+    """Raise `ClusterError` for far more workers than this machine has cores."""
+    cores = os.cpu_count() or 1
+    workers = experiment.scaling.num_workers if experiment else 1
+    if workers > WORKERS_PER_CORE * cores:
+        raise ClusterError(
+            f"scaling.num_workers={workers} on a machine of {cores} cores; more than "
+            f"{WORKERS_PER_CORE * cores} would wait for each other (RAY_ADDRESS names a cluster)"
+        )
+
+
+def is_local() -> bool:
+    """Return whether the cluster at hand was started by this process."""
+    return os.environ.get("RAY_ADDRESS") in _started_here
+
+
+def driver_queue() -> Queue:
+    """Return a new queue whose actor lives on this process's node.
+
+    Ray places an actor without CPUs on any node. A run would then die with a node that holds
+    nothing of it but the queue; on the driver's own node it is lost only with the driver.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": strategy})
+
+
+def cpus_wanted(experiment: Experiment) -> float:
+    """Return the logical CPUs of a run, decoding included."""
+    scaling = experiment.scaling
+    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    return scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
+
+
+def check_cluster(experiment: Experiment) -> None:
+    """Raise `ClusterError` if the cluster cannot hold what `experiment` asks for."""
+    scaling = experiment.scaling
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    cpus = cpus_wanted(experiment)
+    gpus = scaling.num_workers * scaling.gpus_per_worker
+    for what, needed in (("CPU", cpus), ("GPU", gpus)):
+        if needed > cluster.get(what, 0.0):
+            raise ClusterError(
+                f"scaling asks for {needed:g} {what}s ({scaling.num_workers} workers"
+                + (f", each with {data_cpus:g} for decoding" if what == "CPU" else "")
+                + f"), the cluster has {cluster.get(what, 0.0):g}; lower scaling.num_workers or "
+                f"scaling.{'cpus' if what == 'CPU' else 'gpus'}_per_worker"
+            )
+    if scaling.data_resource and scaling.data_resource not in cluster:
+        raise ClusterError(
+            f"no node has the resource {scaling.data_resource!r} of scaling.data_resource; "
+            f"there are: {', '.join(sorted(cluster))}"
+        )

@@ -1,0 +1,224 @@
+"""Judging a finished run: the trained encoder, the untrained one and raw pixels, by one code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import ClassifierHead, Experiment, NoHead, NTXent
+from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.evaluation.classification import Classification, classification
+from simclr_ray.evaluation.features import Split, extract_features, load_split
+from simclr_ray.evaluation.probes import Probe, probe
+from simclr_ray.evaluation.scores import (
+    DEFAULT_PROTOCOLS,
+    PIXELS,
+    PROTOCOLS,
+    Features,
+    Pixels,
+    Score,
+    score_encoder,
+    score_features,
+    score_pixels,
+)
+from simclr_ray.nn.build import build_model
+from simclr_ray.nn.pretrained import load_model
+from simclr_ray.storage import checkpoint
+
+TRAINED = "trained encoder"
+LABEL_FREE_ROWS = 5_000
+PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
+
+
+def judge(
+    folder: Path,
+    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
+    *overrides: str,
+) -> list[Score]:
+    """Return one score row each for the trained encoder, the untrained one, and raw pixels.
+
+    Args:
+        folder: A checkpoint.
+        protocols: Of `evaluation.table.PROTOCOLS`; without labelled splits all are left out, and
+            only the label-free columns are filled.
+        overrides: Of the experiment that the checkpoint holds, such as `data.test=DIR`.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole.
+        ConfigError: A protocol or an override is unknown.
+        ClusterError: `evaluation.actors` ask for more than the cluster has.
+        DataError: A split cannot be read.
+    """
+    return judge_as(experiment_of(folder, *overrides), folder, protocols)
+
+
+def judge_as(
+    experiment: Experiment, folder: Path, protocols: Sequence[str] = DEFAULT_PROTOCOLS
+) -> list[Score]:
+    """Return what `judge` does, by the splits and settings of `experiment`."""
+    wrong = [p for p in protocols if p not in PROTOCOLS]
+    if wrong:
+        allowed = ", ".join(PROTOCOLS)
+        problems = [f"allowed: {allowed}{cfg.nearest(p, PROTOCOLS)}" for p in wrong]
+        raise ConfigError([Mistake(p, t) for p, t in zip(wrong, problems, strict=True)])
+    trained = load_model(folder)
+    untrained = build_model(experiment.model_copy(update={"head": NoHead(), "loss": NTXent()}))
+    if experiment.evaluation.actors:
+        networks = {TRAINED: trained.encoder, "untrained encoder": untrained.encoder}
+        return _score_by_actors(experiment, {**networks, PIXELS: Pixels()}, protocols)
+    bank, test = _splits(experiment)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models: list[tuple[str, nn.Module]] = [
+        (TRAINED, trained.encoder.to(device)),
+        ("untrained encoder", untrained.encoder.to(device)),
+    ]
+    scores = [
+        score_encoder(name, encoder, bank, test, experiment, protocols) for name, encoder in models
+    ]
+    return [*scores, score_pixels(bank, test, experiment, protocols)]
+
+
+def score_trained(experiment: Experiment, folder: Path, protocols: Sequence[str]) -> Score:
+    """Return the row of the trained encoder alone; arguments and errors as of `judge_as`."""
+    encoder = load_model(folder).encoder
+    if experiment.evaluation.actors:
+        return _score_by_actors(experiment, {TRAINED: encoder}, protocols)[0]
+    bank, test = _splits(experiment)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return score_encoder(TRAINED, encoder.to(device), bank, test, experiment, protocols)
+
+
+def _score_by_actors(
+    experiment: Experiment, networks: dict[str, nn.Module], protocols: Sequence[str]
+) -> list[Score]:
+    """Return a row of each network, features made by Ray Data's actors; the cluster is up."""
+    from simclr_ray.distributed.ray_cluster import connect  # Ray is loaded where it is used
+    from simclr_ray.evaluation.ray_features import Encoded, extract
+
+    connect(experiment)
+    bank, test = _sources(experiment)
+
+    def encoded(source: Source, limit: int) -> Encoded:
+        return extract(
+            source,
+            list(networks.values()),
+            experiment.evaluation_size,
+            experiment.evaluation,
+            limit=limit,
+            max_pixels=experiment.data.max_pixels,
+            precision=experiment.precision,
+        )
+
+    known = encoded(bank, 0 if test else LABEL_FREE_ROWS)
+    asked = encoded(test, 0) if test else None
+    return [
+        score_features(
+            name,
+            Features(known.features[i], known.labels),
+            Features(asked.features[i], asked.labels) if asked else None,
+            experiment,
+            protocols,
+        )
+        for i, name in enumerate(networks)
+    ]
+
+
+def score_classifier(folder: Path, experiment: Experiment) -> Classification:
+    """Return how the classifier in a checkpoint does on the labelled rows of `data.test`.
+
+    Pictures are resized and cropped in the middle, without augmentation.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole.
+        DataError: The split cannot be read, or has no labels.
+    """
+    model = load_model(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = nn.Sequential(model.encoder, model.head).to(device)
+    data = experiment.data
+    test = Source.open(data.test, data.columns)
+    split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
+    if not len(split.labels):
+        raise DataError(f"{data.test} has no labels to test a classifier by")
+    head = experiment_of(folder).head
+    assert isinstance(head, ClassifierHead)
+    if split.labels.max() >= head.num_classes:
+        raise DataError(
+            f"{data.test} has label {int(split.labels.max())}; the classifier knows 0 to "
+            f"{head.num_classes - 1}"
+        )
+    scores = extract_features(
+        network, split.images, experiment.evaluation.batch_size, device, experiment.precision
+    )
+    return classification(scores, split.labels)
+
+
+def probe_run(folder: Path, *overrides: str) -> list[Probe]:
+    """Return what h and g(h) of a checkpoint know of transformations (Table 3).
+
+    The MLPs learn from `data.bank` (or `data.train`) and are asked about `data.test`; without a
+    test split, about the last fifth of the rows. Of larger splits a sample is taken. No labels are
+    needed. Of a run with a learned temperature, g(h) is what the loss sees, of length 1/√τ.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole.
+        ConfigError: An override is unknown.
+        DataError: A split cannot be read.
+    """
+    return probe_as(experiment_of(folder, *overrides), folder)
+
+
+def probe_as(experiment: Experiment, folder: Path) -> list[Probe]:
+    """Return what `probe_run` does, by the splits and settings of `experiment`."""
+    data, size = experiment.data, experiment.evaluation_size
+    train = Source.open(data.bank or data.train, data.columns, 0 if data.bank else data.limit)
+    known = load_split(train, size, PROBE_ROWS, data.max_pixels).images
+    if data.test:
+        test = Source.open(data.test, data.columns)
+        asked = load_split(test, size, PROBE_ROWS // 2, data.max_pixels)
+        unseen = asked.images
+    else:
+        known, unseen = known[: -(-4 * len(known) // 5)], known[-(-4 * len(known) // 5) :]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return probe(
+        load_model(folder).to(device),
+        known,
+        unseen,
+        seed=experiment.seed,
+        batch_size=experiment.evaluation.batch_size,
+        precision=experiment.precision,
+    )
+
+
+def experiment_of(folder: Path, *overrides: str) -> Experiment:
+    """Return the experiment that a checkpoint was trained by."""
+    tree = checkpoint.read_record(folder)["experiment"]
+    return cfg.validate(Experiment, cfg.apply_overrides(tree, overrides, Experiment))
+
+
+def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
+    """Return what is learned from and what is scored; the second is None without labels."""
+    size, max_pixels = experiment.evaluation_size, experiment.data.max_pixels
+    bank, test = _sources(experiment)
+    if test is None:
+        return load_split(bank, size, LABEL_FREE_ROWS, max_pixels), None
+    return (
+        load_split(bank, size, max_pixels=max_pixels),
+        load_split(test, size, max_pixels=max_pixels),
+    )
+
+
+def _sources(experiment: Experiment) -> tuple[Source, Source | None]:
+    """Return the bank and the test split; without labels, the training pictures and None."""
+    data = experiment.data
+    train = Source.open(data.train, data.columns, data.limit)
+    bank = Source.open(data.bank, data.columns) if data.bank else train
+    test = Source.open(data.test, data.columns) if data.test else None
+    if test is None or not (test.has_labels and bank.has_labels):
+        return train, None
+    return bank, test

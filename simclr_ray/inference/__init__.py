@@ -1,0 +1,1 @@
+"""The trained encoder in use: registry, embedding, exports."""

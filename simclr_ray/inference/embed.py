@@ -1,0 +1,103 @@
+"""Use a trained encoder: load it from wherever it is, and embed images with it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from simclr_ray.augment import decode
+from simclr_ray.errors import CheckpointError
+from simclr_ray.inference.encoder_files import CARD, ENCODER_FOLDER, read_card, read_encoder
+from simclr_ray.inference.registry import fetch_model
+from simclr_ray.nn import build as networks
+from simclr_ray.storage import checkpoint
+from simclr_ray.tracking.store import store_uri
+
+BATCH_SIZE: Final = 256
+
+
+def load_encoder(where: str | Path, *, tracking_uri: str = "") -> nn.Module:
+    """Return an encoder in eval mode, [N, 3, H, W] in [0, 1] -> [N, F].
+
+    Args:
+        where: a checkpoint, a folder with `encoder.json` in it or in its `encoder/`, or a
+            registered model:
+            `models:/name@alias`, `models:/name/3`, `models:/name/latest`.
+        tracking_uri: store of the registry; empty: $MLFLOW_TRACKING_URI, else SQLite in `runs`.
+
+    Raises:
+        CheckpointError: there is no whole encoder.
+        TrackingError: there is no such model, or the store cannot be reached.
+    """
+    if (Path(where) / checkpoint.RECORD).is_file():
+        return _checkpoint_encoder(Path(where))
+    with tempfile.TemporaryDirectory() as scratch:
+        return read_encoder(_encoder_folder(where, Path(scratch), tracking_uri))
+
+
+def _checkpoint_encoder(folder: Path) -> nn.Module:
+    kept = checkpoint.read(folder)
+    tree = kept.record["experiment"]
+    encoder = networks.encoder_from_tree(tree["encoder"], size=tree["augment"]["size"])
+    checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
+    return encoder.float().eval().requires_grad_(requires_grad=False)
+
+
+def embed_images(
+    where: str | Path,
+    images: Sequence[bytes],
+    *,
+    tracking_uri: str = "",
+    on_bad: Callable[[int, str], None] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return the embeddings of N encoded images, float32 [N, F], by the evaluation view.
+
+    Args:
+        where: as in `load_encoder`.
+        images: encoded images (JPEG, PNG, WebP, ...).
+        tracking_uri: as in `load_encoder`.
+        on_bad: is told position and reason of an image that cannot be decoded; its row is NaN.
+
+    Raises:
+        ImageError: an image cannot be decoded and there is no `on_bad`; it names the position.
+        CheckpointError: as in `load_encoder`.
+        TrackingError: as in `load_encoder`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _encoder_folder(where, Path(scratch), tracking_uri)
+        card, encoder = read_card(folder), read_encoder(folder)
+    embeddings = np.full((len(images), card.feature_dim), np.nan, dtype=np.float32)  # [N, F]
+    for start in range(0, len(images), BATCH_SIZE):
+        views: dict[int, npt.NDArray[np.uint8]] = {}
+        for place in range(start, min(start + BATCH_SIZE, len(images))):
+            try:
+                views[place] = decode.evaluation_view(decode.decode_image(images[place]), card.size)
+            except decode.ImageError as error:
+                if on_bad is None:
+                    raise decode.ImageError(f"image {place}: {error}") from error
+                on_bad(place, str(error))
+        if not views:
+            continue
+        stacked = torch.from_numpy(np.stack(list(views.values())))
+        batch = stacked.permute(0, 3, 1, 2).float().div(255)  # [n, 3, S, S]
+        with torch.inference_mode():
+            embeddings[list(views)] = encoder(batch.contiguous()).numpy()
+    return embeddings
+
+
+def _encoder_folder(where: str | Path, scratch: Path, tracking_uri: str) -> Path:
+    """Return the folder that holds `encoder.json`, downloaded to `scratch` if need be."""
+    if str(where).startswith("models:"):
+        uri = store_uri(tracking_uri)
+        return fetch_model(str(where), scratch, uri=uri, part=f"artifacts/{ENCODER_FOLDER}")
+    found = [f for f in (Path(where), Path(where) / ENCODER_FOLDER) if (f / CARD).is_file()]
+    if not found:
+        raise CheckpointError(f"{where} holds no {CARD}, and is no models:/name@alias either")
+    return found[0]

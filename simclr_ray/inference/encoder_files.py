@@ -1,0 +1,170 @@
+"""The finished encoder outside of training: three files, the registry version, and back.
+
+`model.safetensors` holds the weights, `encoder.json` says what they are weights of, `encoder.pt2`
+is the same network as a `torch.export` program that needs no code of ours. None of them is a
+pickle. A registry version carries all three, with `pyfunc.py` and `augment/decode.py` as plain
+source, so it runs with mlflow, torch, pillow, numpy and pandas alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from simclr_ray.errors import CheckpointError, SimclrRayError
+from simclr_ray.nn import build as networks
+
+FORMAT_VERSION: Final = 1
+WEIGHTS: Final = "model.safetensors"
+CARD: Final = "encoder.json"
+PROGRAM: Final = "encoder.pt2"
+ENCODER_FOLDER: Final = "encoder"
+REQUIREMENTS: Final = ("mlflow", "torch", "pillow", "numpy", "pandas")
+
+# Program and module do the same float32 arithmetic with kernels that may be fused differently:
+# a relative 1e-4 of the largest feature is far above rounding and far below any real fault.
+PROGRAM_TOLERANCE: Final = 1e-4
+CHECKED_BATCHES: Final = (1, 3)  # the exported batch size is 2: neither is what was traced
+
+
+class EncoderCard(NamedTuple):
+    """What `encoder.json` says: enough to rebuild the module and to judge its weights.
+
+    Attributes:
+        format: version of this layout.
+        encoder: config tree of the encoder (`experiment.encoder`).
+        size: side of the evaluation view in pixels, S.
+        feature_dim: F.
+        weights_sha256: of `model.safetensors`.
+        versions: of the libraries that wrote it.
+    """
+
+    format: int
+    encoder: dict[str, Any]
+    size: int
+    feature_dim: int
+    weights_sha256: str
+    versions: dict[str, str]
+
+
+def write_encoder(
+    folder: Path, encoder: nn.Module, *, config: Mapping[str, Any], size: int, feature_dim: int
+) -> None:
+    """Write the three files of an encoder to `folder`, which appears whole or not at all.
+
+    Args:
+        folder: created; files of an earlier export in it are replaced.
+        encoder: float [N, 3, H, W] in [0, 1] -> [N, F]; it is copied to CPU, float32, eval mode.
+        config: tree of its config, such as `to_tree(experiment)["encoder"]`.
+        size: side S of the views that it is for.
+        feature_dim: F.
+
+    Raises:
+        CheckpointError: the exported program does not compute what the module computes.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    frozen = (
+        copy.deepcopy(encoder).to("cpu", torch.float32).eval().requires_grad_(requires_grad=False)
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        weights = {k: v.contiguous().clone() for k, v in frozen.state_dict().items()}
+        save_file(weights, new / WEIGHTS)
+        _write_program(new / PROGRAM, frozen, size, feature_dim)
+        card = EncoderCard(
+            format=FORMAT_VERSION,
+            encoder=dict(config),
+            size=size,
+            feature_dim=feature_dim,
+            weights_sha256=_sha256(new / WEIGHTS),
+            versions={name: metadata.version(name) for name in (*REQUIREMENTS, "safetensors")},
+        )
+        text = json.dumps(card._asdict(), indent=2) + "\n"
+        (new / CARD).write_text(text, encoding="utf-8")
+        if folder.exists():
+            shutil.move(folder, Path(scratch) / "old")
+        os.replace(new, folder)  # noqa: PTH105 - says that an existing folder would be an error
+
+
+def read_card(folder: Path) -> EncoderCard:
+    """Return the checked `encoder.json` of an encoder folder.
+
+    Raises:
+        CheckpointError: it is missing, broken, or of a later format.
+    """
+    path = folder / CARD
+    try:
+        card = EncoderCard(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} describes no encoder: {error}") from error
+    if card.format != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {card.format}; this version reads {FORMAT_VERSION}"
+        )
+    return card
+
+
+def read_encoder(folder: Path) -> nn.Module:
+    """Return the encoder in `folder` in eval mode, on CPU, rebuilt from config and safetensors.
+
+    Raises:
+        CheckpointError: a file is missing or altered, or the weights do not fit the config.
+    """
+    card = read_card(folder)
+    path = folder / WEIGHTS
+    if not path.is_file() or _sha256(path) != card.weights_sha256:
+        raise CheckpointError(f"{path} is not the file that {CARD} was written for")
+    try:
+        encoder = networks.encoder_from_tree(card.encoder, size=card.size)
+        encoder.load_state_dict(load_file(path))
+    except (SimclrRayError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: weights and config do not fit: {error}") from error
+    return encoder.eval().requires_grad_(requires_grad=False)
+
+
+def _write_program(path: Path, encoder: nn.Module, size: int, feature_dim: int) -> None:
+    """Export the module with a free batch size, and check the *stored* program against it."""
+    generator = torch.Generator().manual_seed(0)
+    example = torch.rand(2, 3, size, size, generator=generator)
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings(), torch.no_grad():
+        # torch.export warns of its own deprecated internals, differently in each release.
+        warnings.simplefilter("ignore")
+        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: batch},))
+        program.example_inputs = None  # the only part of the file that would be a pickle
+        torch.export.save(program, path)
+        stored = torch.export.load(path).module()
+    for n in CHECKED_BATCHES:
+        images = torch.rand(n, 3, size, size, generator=generator)
+        with torch.inference_mode():
+            got, want = stored(images), encoder(images)
+        if want.shape != (n, feature_dim):
+            raise CheckpointError(
+                f"the encoder gives {tuple(want.shape)}, not ({n}, {feature_dim})"
+            )
+        worst = float((got - want).abs().max() / want.abs().max().clamp(min=1e-6))
+        if not worst <= PROGRAM_TOLERANCE:
+            raise CheckpointError(
+                f"the exported program differs from the module by {worst:.1e} of the largest "
+                f"feature on a batch of {n}"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,233 @@
+"""Models in MLflow's registry: an encoder stored under its run, and fetched again by its name."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from simclr_ray.augment import decode
+from simclr_ray.inference.encoder_files import ENCODER_FOLDER, REQUIREMENTS, read_card, read_encoder
+from simclr_ray.storage.provenance import code_commit
+from simclr_ray.tracking import store
+from simclr_ray.tracking.runs import TrackedRun, door
+from simclr_ray.tracking.store import ModelParts, RegisteredEncoder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+
+def register_model(
+    run: TrackedRun,
+    name: str,
+    parts: store.ModelParts,
+    *,
+    alias: str,
+    tags: Mapping[str, str],
+    same: Sequence[str] = (),
+) -> store.RegisteredEncoder:
+    """Store a pyfunc model under a run and make it a new version of `name`.
+
+    The alias moves last, so it never points to a version that is not whole.
+
+    Args:
+        run: The run that the version belongs to.
+        name: Registered model, created where it does not exist.
+        parts: What is stored.
+        alias: Moved to the version at the very end.
+        tags: Of the version.
+        same: Keys of `tags`. A version of this run that has the same values of them is the model
+            already: it gets the other tags and the alias, and nothing is stored again.
+
+    Raises:
+        TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
+    """
+    store.check_alias(alias)
+    with store.quiet(), door(f"register {name!r}", run.uri) as client:
+        wanted = store.tags_of({key: tags[key] for key in same})
+        version = _known_version(client, name, run.run_id, wanted) if wanted else 0
+        if version:
+            for key, value in store.tags_of(tags).items():
+                client.set_model_version_tag(name, str(version), key, value)
+        else:
+            version = _create_version(client, name, _stored(client, run, parts), run.run_id, tags)
+        client.set_registered_model_alias(name, alias, str(version))
+    return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
+
+
+def _stored(client: MlflowClient, run: TrackedRun, parts: store.ModelParts) -> LoggedModel:
+    """Return the model, stored under the run."""
+    model = client.create_logged_model(
+        run.experiment_id, name="encoder", source_run_id=run.run_id, model_type="encoder"
+    )
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            _save_pyfunc(folder, parts, run.run_id, model)
+            client.log_model_artifacts(model.model_id, str(folder))
+    except BaseException:
+        client.finalize_logged_model(model.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(model.model_id, "READY")
+    return model
+
+
+def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
+    """Return the path in `folder` of the downloaded model `where`, or of a part of it.
+
+    Args:
+        where: `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
+        folder: an existing folder.
+        uri: tracking URI of the store; its registry is asked.
+        part: path inside of the model; empty: the whole model.
+
+    Raises:
+        TrackingError: `where` has another form, or there is no such model, version or alias.
+    """
+    address = store.model_address(where)
+    name, version = address.name, address.version
+    with store.quiet(), door(f"find {where}", uri) as client:
+        from mlflow.artifacts import download_artifacts
+
+        if address.alias:
+            version = str(client.get_model_version_by_alias(name, address.alias).version)
+        elif version == "latest":
+            found = client.search_model_versions(f"name = '{name}'")
+            version = str(max((int(v.version) for v in found), default=1))
+        source = client.get_model_version_download_uri(name, version)
+        got = download_artifacts(
+            artifact_uri=f"{source}/{part}".rstrip("/"),
+            dst_path=str(folder),
+            tracking_uri=uri,
+            registry_uri=uri,
+        )
+    return Path(got)
+
+
+def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: LoggedModel) -> None:
+    """Write the MLflow model folder that `Model.log` would write, without an active run."""
+    import pandas as pd
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    image = Schema([ColSpec(DataType.binary, "image")])
+    features = Schema([TensorSpec(np.dtype(np.float32), (-1, parts.feature_dim))])
+    pyfunc.save_model(
+        path=str(folder),
+        python_model=str(parts.code),
+        artifacts={name: str(path) for name, path in parts.artifacts.items()},
+        signature=ModelSignature(inputs=image, outputs=features),
+        input_example=pd.DataFrame({"image": [parts.example]}),
+        pip_requirements=list(parts.requirements),
+        metadata=dict(parts.metadata),
+        mlflow_model=Model(
+            artifact_path=logged.artifact_location,
+            run_id=run_id,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+        ),
+    )
+
+
+def _known_version(client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> int:
+    """Return the newest version of a run that has these tags, or 0."""
+    found = client.search_model_versions(f"name = '{name}'")
+    same = [
+        v
+        for v in found
+        if v.run_id == run_id and v.status == "READY" and v.tags.items() >= tags.items()
+    ]
+    return max((int(v.version) for v in same), default=0)
+
+
+def _create_version(
+    client: MlflowClient, name: str, model: LoggedModel, run_id: str, tags: Mapping[str, str]
+) -> int:
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(
+        name,
+        model.artifact_location,  # `models:/<id>` is looked up in the global store, not in this one
+        run_id,
+        tags=store.tags_of(tags),
+        model_id=model.model_id,
+    )
+    return int(made.version)
+
+
+def register(
+    folder: Path,
+    run: TrackedRun,
+    *,
+    name: str,
+    alias: str,
+    example: bytes,
+    tags: Mapping[str, str | int | float],
+) -> RegisteredEncoder:
+    """Make the encoder in `folder` a new version of the registered model `name`.
+
+    The same weights and checkpoint of a run are one version, however often they are registered.
+
+    Args:
+        folder: written by `write_encoder`; travels in the version, for `load_encoder`.
+        run: the run that the version belongs to.
+        name: registered model, created where it does not exist.
+        alias: moved to the new version at the very end.
+        example: one encoded image, kept as the input example.
+        tags: lineage and scores, such as `dataset_fingerprint`, `experiment_digest`, `seed`,
+            `knn_top1`; `weights_sha256` is added, and `code_commit` in a git checkout.
+
+    Raises:
+        CheckpointError: `folder` is no whole encoder.
+        ImageError: `example` cannot be decoded.
+        TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
+    """
+    card = read_card(folder)
+    read_encoder(folder)
+    decode.decode_image(example)
+    commit = code_commit()
+    all_tags = {key: str(value) for key, value in tags.items()}
+    all_tags["weights_sha256"] = card.weights_sha256
+    if commit:
+        all_tags.setdefault("code_commit", commit)
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = Path(scratch) / ENCODER_FOLDER  # MLflow names an artifact by its last path part
+        shutil.copytree(folder, staged)
+        parts = ModelParts(
+            code=Path(__file__).with_name("pyfunc.py"),
+            artifacts={"encoder": staged, "decode": Path(decode.__file__)},
+            requirements=pinned_requirements(),
+            example=example,
+            feature_dim=card.feature_dim,
+            metadata={"encoder": card._asdict(), "tags": all_tags},
+        )
+        return register_model(
+            run,
+            name,
+            parts,
+            alias=alias,
+            tags=all_tags,
+            same=[key for key in ("weights_sha256", "checkpoint") if key in all_tags],
+        )
+
+
+def pinned_requirements() -> list[str]:
+    """Return `name==version` of what a registered model needs, as installed here.
+
+    Local parts such as `+cpu` or `+cu130` are dropped: the package index knows no such versions.
+    """
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]

@@ -1,0 +1,31 @@
+"""What dtype a model runs in, and how images and weights get there."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["float64", "float32", "bf16"]
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}
+
+
+def as_input(images: Tensor, device: torch.device, precision: Precision) -> Tensor:
+    """Return uint8 images as [0, 1] in the dtype of `precision`, channels last, on `device`."""
+    moved = images.to(device, non_blocking=True)
+    x = moved.to(DTYPES[precision], memory_format=torch.channels_last)
+    return x.mul_(1 / 255)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return the autocast context of `precision`."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def place(model: nn.Module, device: torch.device, precision: Precision) -> None:
+    """Move `model` in place to `device`, in the dtype and memory format that `train` feeds it."""
+    model.to(device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)

@@ -1,0 +1,150 @@
+"""Weights of other runs: to start from, or of a teacher; and torchvision-style state dicts.
+
+torchvision's weights are for pictures less a mean and over a deviation; ours are in [0, 1]. Both
+are folded into the first convolution and its batch norm, exact but for the border that it pads.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import ClassifierHead, Distillation, Experiment, ResNetEncoder
+from simclr_ray.errors import CheckpointError, ConfigError, Mistake
+from simclr_ray.nn.build import SimCLRModel, build_model
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.run_folder import RunFolder
+
+FILES = (".pth", ".pt", ".safetensors")
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's of ImageNet
+WHERE, TEACHER = "start.weights", "loss.teacher"
+
+
+def load_model(folder: Path) -> SimCLRModel:
+    """Return encoder and head of a checkpoint in float32 and eval mode."""
+    kept = checkpoint.read(folder)
+    model = build_model(cfg.validate(Experiment, kept.record["experiment"]))
+    checkpoint.restore_model(kept.tensors, model)
+    return model.to(torch.float32).eval()
+
+
+def load_teacher(experiment: Experiment) -> SimCLRModel:
+    """Return the teacher of a distillation, in float32 and eval mode."""
+    assert isinstance(experiment.loss, Distillation)
+    with tempfile.TemporaryDirectory() as scratch:
+        _, folder = _checkpoint(experiment.loss.teacher, Path(scratch), TEACHER)
+        return load_model(folder)
+
+
+def load_start(model: SimCLRModel, experiment: Experiment) -> None:
+    """Load what `experiment.start` names into `model`, in place.
+
+    That is the encoder, and of a classifier the hidden layers, too.
+
+    Raises:
+        CheckpointError: The weights do not fit.
+    """
+    weights = experiment.start.weights
+    if not weights:
+        return
+    if weights.endswith(FILES):
+        _load_torchvision(model.encoder, checkpoint.read_file(Path(weights)), experiment)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        _, folder = _checkpoint(weights, Path(scratch))
+        tensors = checkpoint.read(folder).tensors
+    checkpoint.restore_model(tensors, model.encoder, "model.encoder.")
+    head = experiment.head
+    if isinstance(head, ClassifierHead) and head.layers:
+        kept = head.layers * (3 if head.batch_norm else 2)
+        hidden = nn.Sequential(*list(model.head.children())[:kept])
+        wanted = {f"model.head.{name}" for name in hidden.state_dict()}
+        checkpoint.restore_model(
+            {name: t for name, t in tensors.items() if name in wanted}, hidden, "model.head."
+        )
+
+
+def _checkpoint(weights: str, scratch: Path, option: str = WHERE) -> tuple[str, Path]:
+    """Return the path or URI of a checkpoint, and where it lies here."""
+    folder = RunFolder.at(weights)
+    if checkpoint.step_of(folder.name) >= 0:
+        run = RunFolder.at(folder.storage)
+        try:
+            here = run.fetch(folder.name, scratch)
+            checkpoint.read_record(here)
+        except (CheckpointError, FileNotFoundError) as error:
+            raise ConfigError([Mistake(option, f"{weights} is no checkpoint: {error}")]) from error
+        return folder.uri, here
+    newest = folder.newest(scratch)
+    if newest is None:
+        raise ConfigError([Mistake(option, f"{weights} holds no whole checkpoint")])
+    return f"{folder.uri}/{newest.name}", newest
+
+
+def _load_torchvision(
+    encoder: nn.Module, tensors: dict[str, Tensor], experiment: Experiment
+) -> None:
+    """Load a torchvision classifier's state dict, its last layer left out."""
+    tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
+    config = experiment.encoder
+    if isinstance(config, ResNetEncoder):
+        if config.depth < 50 or config.stem != "imagenet" or config.selective_kernel:
+            raise CheckpointError(
+                f"{WHERE}: torchvision has no such ResNet: depth 50 or more, stem imagenet, no "
+                "selective kernels; for its others take encoder.name=torchvision"
+            )
+        tensors = _renamed(tensors)
+    wanted = encoder.state_dict()
+    fitting = {n: t for n, t in tensors.items() if n in wanted}
+    convolution, norm = _first(encoder)
+    if convolution in fitting and fitting[convolution].shape == wanted[convolution].shape:
+        _fold_input(fitting, convolution, norm)
+    try:
+        encoder.load_state_dict(fitting)
+    except RuntimeError as error:
+        raise CheckpointError(f"{WHERE} does not fit the encoder: {error}") from error
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return torchvision's ResNet's tensors under our names."""
+    names = {"conv1": "stem.0", "bn1": "stem.1"}
+    block = 0
+    for group in range(1, 5):
+        repeats = {n.split(".")[1] for n in tensors if n.startswith(f"layer{group}.")}
+        for repeat in range(len(repeats)):
+            theirs, ours = f"layer{group}.{repeat}", f"blocks.{block}"
+            for place in range(3):
+                names[f"{theirs}.conv{place + 1}"] = f"{ours}.branch.{place}.0"
+                names[f"{theirs}.bn{place + 1}"] = f"{ours}.branch.{place}.1"
+            names |= {f"{theirs}.downsample.{i}": f"{ours}.shortcut.{i}" for i in (0, 1)}
+            block += 1
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if layer in names:
+            out[f"{names[layer]}.{kind}"] = tensor
+    return out
+
+
+def _first(encoder: nn.Module) -> tuple[str, str]:
+    """Return the names of the first convolution's weight and of the norm that follows it."""
+    names = [n for n, m in encoder.named_modules() if not list(m.children())]
+    return f"{names[0]}.weight", names[1]
+
+
+def _fold_input(tensors: dict[str, Tensor], convolution: str, norm: str) -> None:
+    """Make the first layer take pictures in [0, 1] where it took them less mean, over deviation."""
+    deviation = torch.tensor(DEVIATION)[:, None, None]
+    weight = tensors[convolution] / deviation
+    tensors[convolution] = weight
+    shift = (weight * torch.tensor(MEAN)[:, None, None]).sum((1, 2, 3))
+    bias = convolution.replace("weight", "bias")
+    if bias in tensors:
+        tensors[bias] = tensors[bias] - shift
+    elif f"{norm}.running_mean" in tensors:
+        tensors[f"{norm}.running_mean"] = tensors[f"{norm}.running_mean"] + shift

@@ -1,0 +1,225 @@
+"""A checkpoint is a record: tensors and a manifest, read without pickle, whole or not at all.
+
+    step-00001200-<attempt>/
+        state.safetensors     model.*, optimizer.*
+        record.json           written last: names every file with size and SHA-256
+
+The loader walks from the newest and takes the first that verifies.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pickle
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from simclr_ray.errors import CheckpointError
+from simclr_ray.storage.provenance import sha256
+
+FORMAT_VERSION = 1
+STATE, RECORD = "state.safetensors", "record.json"
+NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}")
+LIBRARIES = ("simclr-ray", "torch", "torchvision", "ray", "numpy")
+
+
+class Checkpoint(NamedTuple):
+    """One verified checkpoint."""
+
+    step: int  # steps done
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]  # the manifest: experiment, digest, fingerprint, versions, extra
+
+
+def new_name(step: int) -> str:
+    """Return a directory name for `step` that is never used again."""
+    return f"step-{step:08d}-{secrets.token_hex(4)}"
+
+
+def step_of(name: str) -> int:
+    """Return the step in a directory name, or -1 where the name is no checkpoint's."""
+    match = NAME.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return all state as named tensors: `model.<name>`, `optimizer.<index>.<name>`.
+
+    On the CPU they share memory with the model: write them before the next step.
+    """
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def unpack(
+    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Load what `pack` returned, in place.
+
+    Raises:
+        CheckpointError: The tensors do not fit the model.
+    """
+    restore_model(tensors, model)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def restore_model(tensors: Mapping[str, Tensor], model: nn.Module, prefix: str = "model.") -> None:
+    """Load the tensors under `prefix` into `model`, strictly. Raises `CheckpointError`."""
+    found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    try:
+        model.load_state_dict(found)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit the model: {error}") from error
+
+
+def write(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint into `folder`, which is made and must not exist.
+
+    Raises:
+        CheckpointError: A tensor holds a value that is not finite; nothing is written.
+    """
+    name = first_not_finite(tensors.items())
+    if name:
+        raise CheckpointError(f"{name} is not finite at step {step}; no checkpoint is written")
+    folder.mkdir(parents=True)
+    save_file(dict(tensors), folder / STATE)
+    _sync(folder / STATE)
+    whole = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        **record,
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "files": {
+            STATE: {"size": (folder / STATE).stat().st_size, "sha256": sha256(folder / STATE)}
+        },
+    }
+    partial = folder / f".{RECORD}.partial"
+    partial.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    _sync(partial)
+    partial.rename(folder / RECORD)
+
+
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the name of the first tensor that holds a NaN or an infinity, or nothing."""
+    return next((name for name, t in tensors if not torch.isfinite(t).all()), "")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint after checking every file that it names.
+
+    Raises:
+        CheckpointError: There is no manifest, its format is newer, a file is missing or altered, or
+            a weight is not finite: training from it could only fail again.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {RECORD}; the checkpoint was not finished")
+    try:
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: no checkpoint's record")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {record.get('format_version')}, this release reads {FORMAT_VERSION}"
+        )
+    if not isinstance(record.get("files"), dict) or not isinstance(record.get("step"), int):
+        raise CheckpointError(f"{path}: no checkpoint's record")
+    for name, entry in record["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["size"]:
+            raise CheckpointError(f"{file}: missing or of the wrong size")
+        if sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{file}: altered; its hash is not the recorded one")
+    name = first_not_finite(_tensors_in(folder / STATE))
+    if name:
+        raise CheckpointError(f"{folder / STATE}: {name} is not finite; the training had diverged")
+    return record
+
+
+def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor one after the other, so that one is in memory at a time."""
+    if not path.is_file():  # a record without a state file: `read` says so
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read(folder: Path) -> Checkpoint:
+    """Return the checkpoint in `folder`, verified. Raises `CheckpointError`."""
+    record = read_record(folder)
+    try:
+        tensors = load_file(folder / STATE)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / STATE}: {error}") from error
+    return Checkpoint(int(record["step"]), tensors, record)
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file, or of one that torch wrote; no code is run.
+
+    Raises:
+        CheckpointError: It holds something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise CheckpointError(f"{path} is no state dict: names and tensors")
+    return found
+
+
+def newest(root: Path) -> Path | None:
+    """Return the newest checkpoint below `root` that verifies, or None where there is none."""
+    if not root.is_dir():
+        return None
+    for folder in sorted(root.iterdir(), key=lambda f: step_of(f.name), reverse=True):
+        if step_of(folder.name) < 0:
+            continue
+        try:
+            read_record(folder)
+        except CheckpointError:
+            continue
+        return folder
+    return None
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,31 @@
+"""What a run's log of records (`metrics.jsonl`) says: one JSON object a line, newest last."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from simclr_ray.config.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def read_records(lines: str) -> list[dict[str, Any]]:
+    """Return the records of a log; a line that a kill has cut off is passed over."""
+    records = []
+    for line in lines.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            log.debug("a record was cut off: %s", line[:80])
+    return records
+
+
+def read_series(lines: str) -> dict[str, dict[int, float]]:
+    """Return name -> step -> value of a log; the last of a repeated step counts."""
+    series: dict[str, dict[int, float]] = {}
+    for record in read_records(lines):
+        for key, value in record.items():
+            if "/" in key:
+                series.setdefault(key, {})[int(record["step"])] = float(value)
+    return series

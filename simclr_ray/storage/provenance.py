@@ -1,0 +1,46 @@
+"""Where a result comes from: library versions, the commit of the code, hashes of files."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+
+def version_of(package: str) -> str:
+    """Return the installed version of a package, or `absent`."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def code_commit() -> str:
+    """Return the commit of the checkout this package runs from, `-dirty` if changed, or nothing.
+
+    Nothing for an installed package, even where its environment lies inside of another checkout.
+    """
+    package = Path(__file__).resolve().parents[1]
+    try:
+        top = _git(package, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() != package.parent:
+            return ""
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".")
+        return _git(package, "rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True, text=True, check=True, timeout=20,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def sha256(path: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

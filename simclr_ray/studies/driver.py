@@ -1,0 +1,265 @@
+"""Running a study, from its definition to the last outcome; the same call goes on with it."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import torch
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.source import Source
+from simclr_ray.distributed.ray_cluster import check_cluster, connect, cpus_wanted, is_local
+from simclr_ray.errors import ClusterError, ConfigError, Mistake
+from simclr_ray.storage.provenance import version_of
+from simclr_ray.studies.definition import Budget, Study, label_of
+from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.plan import (
+    Trial,
+    base_tree,
+    check_labels,
+    digest_of_study,
+    make_trials,
+    points_of,
+    restored,
+    study_folder,
+)
+from simclr_ray.studies.search import random_points
+from simclr_ray.studies.trial_runner import Job
+from simclr_ray.studies.tune import DRIVER_CPUS, run_trials
+from simclr_ray.tracking.runs import TrackedRun, Tracker
+
+LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment
+
+
+def run_study(
+    study: Study, *, command: str = "", on_connected: Callable[[], None] | None = None
+) -> StudyFolder:
+    """Run a study to its end, or go on with one that was stopped; return its folder.
+
+    Args:
+        study: What to run.
+        command: The command line, to be shown in the report.
+        on_connected: Called when Ray is up, which sets signal handlers of its own.
+
+    Raises:
+        ConfigError: A trial cannot be, or the name is taken by another definition.
+        ClusterError: The cluster cannot hold one trial.
+        DataError: The pictures cannot be used.
+        RunError: Another driver is at it.
+        TrackingError: MLflow refuses or cannot be reached.
+    """
+    folder = StudyFolder(*study_folder(study))
+    tree = base_tree(study)
+    base, trials = cfg.validate(Experiment, tree), plan(study, tree)
+    digest = digest_of_study(study, base)
+    fingerprints = check_startable(study, trials)
+    folder.take_back_stop()
+    at_a_time = start_cluster(study, trials)
+    if on_connected is not None:
+        on_connected()
+    with folder.files.held(LOOKED_AT_S):
+        folder.define(study, base, digest)
+        tracker = Tracker.open(base.tracking, base.storage)
+        parent = _parent_run(study, folder, tracker)
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
+        try:
+            tracker.end_left_running(parent.run_id)
+            folder.update_state(
+                fingerprints=fingerprints,
+                command=command,
+                versions=_versions(folder.state().get("versions", {})),
+                is_complete=False,
+            )
+            job = Job(study, folder.files.storage, folder.files.name, parent.run_id)
+            if run_trials(job, tree, trials, at_a_time):
+                status = "FINISHED"
+                folder.update_state(is_complete=True)
+        except Exception:
+            status = "FAILED"
+            raise
+        finally:
+            try:
+                tracker.end_left_running(parent.run_id)
+            finally:
+                parent.finish(status)
+    return folder
+
+
+def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
+    """Return the fingerprints of the splits, if nothing stands against running this study.
+
+    Raises:
+        ConfigError: The name is taken, the metric needs labels, or pictures have changed.
+        DataError: A split cannot be read.
+        RunError: Another driver is at it.
+    """
+    folder = StudyFolder(*study_folder(study))
+    base = cfg.validate(Experiment, base_tree(study))
+    folder.check(digest_of_study(study, base))
+    folder.files.check_free()
+    check_labels(study, trials)
+    return _checked_pictures(folder, base)
+
+
+def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:
+    """Return the trials of a study; for optuna some that hold every listed value, to be checked.
+
+    Raises:
+        ConfigError: A trial cannot be.
+    """
+    if study.search.name == "grid":
+        return make_trials(study, tree, points_of(study))
+    if study.search.name == "random":
+        return make_trials(study, tree, random_points(study))
+    wanted, allowed = study.search.trials, study.budget.trials
+    if allowed and wanted > allowed:
+        told = f"search.trials={wanted} are wanted, budget.trials={allowed} allows fewer"
+        raise ConfigError([Mistake("budget.trials", told)])
+    dims = study.space
+    longest = max(len(dim.values) for dim in dims.values())
+    points = [
+        {name: label_of(dim.values[at % len(dim.values)]) for name, dim in dims.items()}
+        for at in range(longest)
+    ]
+    return make_trials(study.model_copy(update={"budget": Budget()}), tree, points)
+
+
+def stored_study(where: str) -> tuple[Study, list[Trial]]:
+    """Return a study that was begun, its base as a file on this machine, and its trials.
+
+    Raises:
+        ConfigError: There is none, or its folder has another name than it.
+    """
+    folder = StudyFolder.at(where)
+    study, tree = folder.definition()
+    base = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / "base.yaml"
+    base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")
+    study = study.model_copy(update={"base": str(base)})
+    if study.name != folder.files.name:
+        raise ConfigError([Mistake(where, f"holds study {study.name!r}; folders keep their names")])
+    return study, plan(study, base_tree(study))
+
+
+def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
+    """Return how many trials the cluster at hand runs at a time, decoding included.
+
+    On one machine logical CPUs are shared by time, and cores count: one for each worker. A search
+    that learns takes one trial after the other, unless told otherwise: else it could not be
+    repeated.
+
+    Raises:
+        ClusterError: Not one fits, or not as many as `concurrency` asks for.
+    """
+    largest = _largest(trials)
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus = cpus_wanted(largest) + DRIVER_CPUS
+    scaling = largest.scaling
+    gpus = scaling.num_workers * scaling.gpus_per_worker
+    decoding = scaling.num_workers * scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    fits = math.floor(cluster.get("CPU", 0.0) / cpus)
+    if gpus:
+        fits = min(fits, math.floor(cluster.get("GPU", 0.0) / gpus))
+    if scaling.data_resource and decoding:  # only some nodes decode
+        fits = min(fits, math.floor(_cpus_of_nodes_with(scaling.data_resource) / decoding))
+    if fits < max(1, study.concurrency):
+        raise ClusterError(
+            f"concurrency={max(1, study.concurrency)} asks for trials of {cpus:g} CPUs and "
+            f"{gpus:g} GPUs each; the cluster holds {fits} of them: it has "
+            f"{cluster.get('CPU', 0.0):g} CPUs and {cluster.get('GPU', 0.0):g} GPUs"
+        )
+    if study.concurrency or study.search.name == "optuna":
+        return study.concurrency or 1
+    return min(fits, _per_machine(largest)) if is_local() else fits
+
+
+def _cpus_of_nodes_with(resource: str) -> float:
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    return sum(float(node.get("CPU", 0.0)) for node in nodes if resource in node)
+
+
+def _largest(trials: Sequence[Trial]) -> Experiment:
+    return max((t.experiment for t in trials), key=cpus_wanted)
+
+
+def _per_machine(experiment: Experiment) -> int:
+    """Return how many trials the cores of this machine are for."""
+    return max(1, (os.cpu_count() or 1) // experiment.scaling.num_workers)
+
+
+def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
+    """Connect, or start a cluster on this machine; return how many trials it runs at a time.
+
+    Raises:
+        ClusterError: No cluster answers, or it cannot hold one trial.
+    """
+    largest = _largest(trials)
+    connect(largest, copies=study.concurrency or _per_machine(largest))
+    for trial in trials:
+        check_cluster(trial.experiment)
+    return concurrency_of(study, trials)
+
+
+def shared_cores(trials: Sequence[Trial]) -> float:
+    """Return the cores that workers share by time: this machine's, where the cluster is no more."""
+    on_gpus = any(trial.experiment.scaling.gpus_per_worker for trial in trials)
+    return float(os.cpu_count() or 1) if is_local() and not on_gpus else math.inf
+
+
+def _versions(before: dict[str, str]) -> dict[str, str]:
+    """Return what runs the study now, after what ran it before."""
+    names = ("simclr-ray", "ray", "torch", "mlflow", "numpy")
+    now = {name: version_of(name) for name in names} | {"machine": _machine()}
+    known = {name: before.get(name, "").split("; ") for name in now}
+    earlier = {name: text for name, text in before.items() if name not in now}
+    return earlier | {
+        name: "; ".join([*(v for v in known[name] if v and v != value), value])
+        for name, value in now.items()
+    }
+
+
+def _machine() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores, {capability}, {gpu}"
+
+
+def _checked_pictures(folder: StudyFolder, base: Experiment) -> dict[str, str]:
+    """Return the fingerprints of the splits; raise where one changed since the study began."""
+    data = base.data
+    found = {"train": Source.open(data.train, data.columns, data.limit).fingerprint}
+    for name in ("bank", "test"):
+        if getattr(data, name):
+            found[name] = Source.open(getattr(data, name), data.columns).fingerprint
+    known = folder.state().get("fingerprints", found)
+    changed = [name for name in {**known, **found} if known.get(name) != found.get(name)]
+    if changed:
+        told = f"has changed since {folder.uri} was begun; give the study another name"
+        raise ConfigError([Mistake(f"data.{name}", told) for name in changed])
+    return found
+
+
+def _parent_run(study: Study, folder: StudyFolder, tracker: Tracker) -> TrackedRun:
+    state = folder.state()
+    known = state.get("mlflow_run_id", "") if state.get("tracking_uri") == tracker.uri else ""
+    run = tracker.start_run(
+        study.name,
+        params={
+            "question": study.question,
+            "metric": study.metric,
+            "seeds": str(study.seeds),
+            "search": study.search.name,
+            "scheduler": study.scheduler.name,
+            **{f"space.{k}": str(d.values) for k, d in study.space.items()},
+        },
+        tags={"study": study.name, "digest": state["digest"], "storage": folder.uri},
+        resume_id=known,
+    )
+    folder.update_state(mlflow_run_id=run.run_id, tracking_uri=tracker.uri)
+    return run

@@ -1,0 +1,369 @@
+"""The trials of a study: every point of its space as a whole experiment, checked before any runs.
+
+Where the rate does not depend on the length of the run (`schedule.decay=constant`), a run of 1,000
+epochs passes through those of 100 to 900: such lengths are read off one trunk. A cosine that ends
+at zero has another rate at every step for every length, so there each length is a run of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from simclr_ray import config as cfg
+from simclr_ray.augment.crop_statistics import PairShares, shares_of_views
+from simclr_ray.config import Scalar
+from simclr_ray.config.experiment import Experiment, absolute_path
+from simclr_ray.data.batches import views_of
+from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.studies.definition import (
+    CLASSIFIER_METRICS,
+    DIGITS,
+    EITHER,
+    EPOCH_METRICS,
+    VIEW_METRICS,
+    Study,
+    label_of,
+)
+from simclr_ray.tracking.store import DATABASE, store_uri
+
+FOLDER, RUNS = "studies", "runs"
+EPOCHS = "epochs"
+MAX_NAME_CHARS = 100
+
+Point = dict[str, Scalar]  # dimension -> value, or the name of a case
+
+
+class Cell(NamedTuple):
+    """One point of the space, and where in its trial's run it is read."""
+
+    point: Point
+    epoch: int  # 0: at the end
+
+
+class Trial(NamedTuple):
+    """One run: usually one point with one seed, of a trunk several lengths."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    seed: int
+    experiment: Experiment
+
+    @property
+    def point(self) -> Point:
+        """The point that names it: the longest."""
+        return self.cells[-1].point
+
+
+class Forecast(NamedTuple):
+    """What a study will take."""
+
+    num_trials: int
+    num_points: int
+    epochs: int
+    images: int  # that pass the encoder, two views each
+    hours: float  # of one trial after the other; 0: unknown
+    device_hours: float
+
+
+def points_of(study: Study) -> list[Point]:
+    """Return every point of a space whose dimensions are all listed."""
+    names = list(study.space)
+    values = ([label_of(v) for v in dim.listed] for dim in study.space.values())
+    return [
+        dict(zip(names, combination, strict=True)) for combination in itertools.product(*values)
+    ]
+
+
+def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) -> list[Trial]:
+    """Return the trials of some points, all seeds; the first seed's come first.
+
+    Args:
+        study: What varies.
+        tree: As `base_tree` returns it.
+        points: Of the study's space.
+
+    Raises:
+        ConfigError: A path or value cannot be; every mistake once.
+    """
+    trials: dict[str, Trial] = {}
+    mistakes: dict[Mistake, None] = {}
+    points = list(points)
+    for seed in study.seeds:
+        for point in points:
+            try:
+                trial = _trial(study, tree, point, seed)
+            except ConfigError as error:
+                mistakes |= dict.fromkeys(error.mistakes)
+                continue
+            trials.setdefault(trial.name, trial)
+    if mistakes:
+        raise ConfigError(list(mistakes))
+    made = _trunks(study, _merged(trials.values()))
+    for trial in made:
+        _check_reports(study, trial)
+    longest = max((t.experiment.epochs for t in made), default=1)
+    if study.scheduler.grace_epochs > (study.scheduler.max_epochs or longest):
+        told = (
+            f"must be at most {study.scheduler.max_epochs or longest}, the epochs of the last rung"
+        )
+        raise ConfigError([Mistake("scheduler.grace_epochs", told)])
+    if study.budget.trials and len(made) > study.budget.trials:
+        told = f"{len(made)} trials are wanted, budget.trials={study.budget.trials} allows fewer"
+        raise ConfigError([Mistake("budget.trials", told)])
+    return made
+
+
+def images_of(trials: Sequence[Trial]) -> dict[str, int]:
+    """Return how many images each trial trains on, by name; opens each set once.
+
+    Raises:
+        DataError: Pictures cannot be read, or fill no batch.
+    """
+    num_rows = {
+        data: Source.open(data.train, data.columns, data.limit).num_rows
+        for data in {trial.experiment.data for trial in trials}
+    }
+    images = {}
+    for trial in trials:
+        experiment = trial.experiment
+        rows = num_rows[experiment.data]
+        images[trial.name] = experiment.total_steps(rows) * experiment.batch_size
+        if not images[trial.name]:
+            told = f"{rows} rows fill no batch of {experiment.batch_size}"
+            raise DataError(f"{trial.name}: {experiment.data.train}: {told}")
+    return images
+
+
+def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
+    """Return what trials take, those of a search that learns by the mean of some.
+
+    Raises:
+        DataError: As of `images_of`.
+    """
+    learns = study.search.name == "optuna"
+    share = study.search.trials / len(trials) if learns else 1.0
+    images = images_of(trials)
+    workers = {trial.name: trial.experiment.scaling.num_workers for trial in trials}
+    rate = study.images_per_s
+    points = {json.dumps(cell.point) for trial in trials for cell in trial.cells}
+    return Forecast(
+        round(share * len(trials)),
+        round(share * len(points)),
+        round(share * sum(trial.experiment.epochs for trial in trials)),
+        round(share * sum(images.values())),
+        share * sum(images.values()) / rate / 3600 if rate else 0.0,
+        share * sum(n * workers[k] for k, n in images.items()) / rate / 3600 if rate else 0.0,
+    )
+
+
+def shares_of(experiment: Experiment) -> PairShares | None:
+    """Return how often pairs of crops of square pictures set each task, or None without crops."""
+    side = experiment.evaluation_size
+    return shares_of_views(views_of(experiment.augment, experiment.seed), side, side)
+
+
+def study_folder(study: Study) -> tuple[str, str]:
+    """Return the storage and the name of a study's folder."""
+    text, shown = cfg.read_source(study.base)
+    storage = _with(cfg.parse_yaml(text, shown), study.set).get("storage", "runs")
+    return f"{absolute_path(str(storage)).rstrip('/')}/{FOLDER}", study.name
+
+
+def base_tree(study: Study) -> dict[str, Any]:
+    """Return the tree of the experiment that all points start from, its runs in the study's folder.
+
+    Raises:
+        ConfigError: The base or a value of `set` cannot be.
+    """
+    text, shown = cfg.read_source(study.base)
+    wrong = [Mistake(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
+    wrong += [
+        Mistake(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))
+        for paths in _dimensions(study)
+        for path in paths
+        if path in _NOT_VARIED or path.split(".")[0] in _NOT_VARIED
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    base = cfg.validate(Experiment, _with(cfg.parse_yaml(text, shown), study.set)).absolute()
+    paths = {path for dim in _dimensions(study) for path in dim}
+    uri = store_uri(base.tracking.uri, base.storage)
+    tracking = base.tracking.model_copy(
+        update={"uri": uri, "only_params": [*sorted(paths), "seed"]}
+    )
+    runs = "/".join((*study_folder(study), RUNS))
+    return cfg.to_tree(base.model_copy(update={"storage": runs, "tracking": tracking}))
+
+
+def restored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return the tree of a stored base as it was given: its storage is the one above the study.
+
+    A study's folder that was moved goes on where it lies now.
+    """
+    storage = folder.rsplit("/", 2)[0]
+    tracking = {k: v for k, v in tree["tracking"].items() if k != "only_params"}
+    before = tree["storage"].rsplit("/", 3)[0]
+    if tracking["uri"] == f"sqlite:///{before}/{DATABASE}":  # that of the storage, wherever it is
+        tracking["uri"] = ""
+    return {**tree, "storage": storage, "tracking": tracking}
+
+
+def digest_of_study(study: Study, base: Experiment) -> str:
+    """Return 16 hex digits over what decides the results: the base by its content, not its name."""
+    looks = ("question", "answers", "notes", "figure", "comparisons", "paper", "budget", "also")
+    placed = ("concurrency", "images_per_s", "scale", "base", "set")
+    tree = {k: v for k, v in cfg.to_tree(study).items() if k not in (*looks, *placed)}
+    if any(dim.uniform or dim.loguniform for dim in study.space.values()):
+        tree["digits"] = DIGITS  # of drawn numbers
+    judged = cfg.to_tree(base.evaluation)
+    return cfg.digest_of({"study": tree, "base": base.digest(), "evaluation": judged})
+
+
+def check_labels(study: Study, trials: Sequence[Trial]) -> None:
+    """Raise `ConfigError` for a metric that needs labels where splits have none; opens them."""
+    free = ("train/", "views/", "probe/", "eval/alignment", "eval/uniformity", "eval/effective")
+    if study.metric.startswith(free):
+        return
+    for data in {t.experiment.data for t in trials}:
+        for path in (data.test, data.bank or data.train):
+            if not Source.open(path, data.columns).has_labels:
+                told = f"{study.metric} needs labels, and {path} has none"
+                raise ConfigError([Mistake("metric", told)])
+
+
+def note_on_lengths(study: Study, trials: Sequence[Trial]) -> str:
+    """Return whether lengths share runs, and why; nothing where length does not vary."""
+    if EPOCHS not in study.space:
+        return ""
+    if any(len(trial.cells) > 1 for trial in trials):
+        return "lengths are read off one run each, since the rate does not depend on the length"
+    if study.metric not in EPOCH_METRICS:
+        return f"each length is a run of its own: {study.metric} is known at the end alone"
+    if all(trial.experiment.schedule.decay == "constant" for trial in trials):
+        return "each length is a run of its own: a scheduler, a case or growing views need it"
+    return "each length is a run of its own: the cosine schedule has another rate at every step"
+
+
+_OURS = ("seed", "name", "tracking.parent_run", "tracking.only_params", "register_as.name")
+_NOT_VARIED = (*_OURS, "storage", "tracking")
+
+
+def _dimensions(study: Study) -> Iterator[list[str]]:
+    for name, dim in study.space.items():
+        paths = [path.rstrip("+") for case in dim.cases.values() for path in case]
+        yield paths if dim.cases else [name]
+
+
+def _trial(study: Study, tree: Mapping[str, Any], point: Point, seed: int) -> Trial:
+    values: dict[str, Any] = {"seed": seed}
+    for name, dim in study.space.items():
+        if not dim.cases:
+            listed = {label_of(v): v for v in dim.listed}
+            values[name] = listed.get(point[name], point[name])
+    cases = [dim.cases[str(point[name])] for name, dim in study.space.items() if dim.cases]
+    for case in cases:  # one may say that another dimension has no place
+        values |= {path: value for path, value in case.items() if not path.endswith("+")}
+    made = _with(tree, {path: value for path, value in values.items() if value is not None})
+    for case in cases:
+        made = _appended(made, {p[:-1]: v for p, v in case.items() if p.endswith("+")})
+    name = name_of(study, point, seed)
+    experiment = cfg.validate(Experiment, {**made, "name": name})
+    return Trial(name, (Cell(point, 0),), seed, experiment)
+
+
+def name_of(study: Study, point: Point, seed: int) -> str:
+    """Return the name of a trial, which is that of its run: readable, and its own."""
+    parts = [f"{key.split('.')[-1]}-{value}" for key, value in point.items()]
+    text = "_".join([*parts, f"seed-{seed}"])
+    short = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    if len(short) > MAX_NAME_CHARS or short != text:
+        digest = cfg.digest_of({"point": point, "seed": seed, "study": study.name})[:6]
+        short = f"{short[: MAX_NAME_CHARS - 7]}-{digest}"
+    return short.lstrip("_.-")
+
+
+def _with(tree: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree with `path=value` set; JSON is YAML, so that any value can be written down."""
+    texts = [f"{path}={json.dumps(value)}" for path, value in values.items()]
+    return cfg.apply_overrides(tree, texts, Experiment)
+
+
+def _appended(tree: Mapping[str, Any], added: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Return a tree with items added to its lists; what is there already is not added again."""
+    texts = []
+    for path, items in added.items():
+        node: Any = tree
+        for key in path.split("."):
+            node = node.get(key, []) if isinstance(node, Mapping) else []
+        if not isinstance(node, list):
+            raise ConfigError([Mistake(f"{path}+", "is no list, so nothing can be added to it")])
+        texts.append((path, [*node, *(item for item in items if item not in node)]))
+    return _with(tree, dict(texts))
+
+
+def _merged(trials: Iterable[Trial]) -> list[Trial]:
+    """Return trials that are one experiment as one, which stands for all their points."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        same = {k: v for k, v in cfg.to_tree(trial.experiment).items() if k != "name"}
+        groups.setdefault(cfg.digest_of(same), []).append(trial)
+    return [
+        group[-1]._replace(cells=tuple(cell for trial in group for cell in trial.cells))
+        for group in groups.values()
+    ]
+
+
+def _trunks(study: Study, trials: list[Trial]) -> list[Trial]:
+    """Return trials that differ in length alone as one, where one run passes through all."""
+    shared = (
+        EPOCHS in study.space
+        and not study.space[EPOCHS].cases
+        and study.metric in EPOCH_METRICS
+        and study.scheduler.name == "none"
+        and all(t.experiment.schedule.decay == "constant" for t in trials)
+        and not any(t.experiment.augment.first_size for t in trials)  # grows with the length
+    )
+    if not shared:
+        return trials
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        rest = {k: v for k, v in trial.point.items() if k != EPOCHS}
+        groups.setdefault(json.dumps([rest, trial.seed]), []).append(trial)
+    return [_trunk(group) for group in groups.values()]
+
+
+def _trunk(group: list[Trial]) -> Trial:
+    group = sorted(group, key=lambda t: t.experiment.epochs)
+    lengths = [t.experiment.epochs for t in group]
+    every = math.gcd(*lengths)
+    longest = group[-1]
+    judged = longest.experiment.evaluation.model_copy(update={"every_epochs": every})
+    experiment = longest.experiment.model_copy(update={"evaluation": judged})
+    cells = tuple(Cell(c.point, t.experiment.epochs) for t in group for c in t.cells)
+    return Trial(longest.name, cells, longest.seed, experiment)
+
+
+def _check_reports(study: Study, trial: Trial) -> None:
+    """Raise for a metric that this trial cannot report."""
+    experiment, metric = trial.experiment, study.metric
+    problem = ""
+    if metric in EPOCH_METRICS and not experiment.evaluation.every_epochs:
+        problem = "nobody reports it: evaluation.every_epochs is 0"
+    elif metric == "eval/knn_top1" and not experiment.data.test:
+        problem = "nobody reports it: data.test is empty"
+    elif metric not in EPOCH_METRICS and not experiment.data.test:
+        problem = "needs labelled pictures in data.test"
+    elif metric in CLASSIFIER_METRICS and experiment.head.name != "classifier":
+        problem = f"is a classifier's; trial {trial.name} has head.name={experiment.head.name}"
+    elif metric == EITHER and experiment.head.name != "classifier" and "linear" not in study.judge:
+        problem = "needs `linear` among judge"
+    elif metric in VIEW_METRICS and shares_of(experiment) is None:
+        problem = "views that do not begin with a crop each have no such shares"
+    if problem:
+        raise ConfigError([Mistake("metric", f"{metric}: {problem}")])

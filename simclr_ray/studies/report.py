@@ -1,0 +1,295 @@
+"""A study's page: one HTML file with everything in it, written from stored results alone."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from simclr_ray import config as cfg
+from simclr_ray.config.logging import get_logger
+from simclr_ray.errors import TrackingError
+from simclr_ray.studies.analysis import (
+    Results,
+    Verdict,
+    as_json,
+    is_share,
+    results_of,
+    shown,
+)
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.figures import draw_study
+from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.tracking.runs import TrackedRun
+
+log = get_logger(__name__)
+
+FIGURE, PAGE, TABLE, DATA = "figure", "report.html", "results.md", "results.json"
+SIGNIFICANT = 0.05
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff }
+h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; font-size: 13px } td, th { padding: .25rem .7rem;
+  border-bottom: 1px solid #ddd; text-align: right } th { background: #f5f5f5 }
+td.l, th.l { text-align: left } svg { max-width: 100%; height: auto } code, pre { font-size: 12px;
+  background: #f5f5f5; padding: .1rem .3rem; overflow-x: auto } pre { padding: .6rem }
+.q { color: #555; margin-top: .3rem } .best td { font-weight: 600 }
+"""
+
+
+def write_report(folder: StudyFolder, command: str = "") -> tuple[Path, Results]:
+    """Write page, figure, table and data to the study's report folder; return it and the results.
+
+    Args:
+        folder: The study; of a remote one the report is written to a local folder first.
+        command: The command line to show; empty: the last one known.
+    """
+    study, _ = folder.definition()
+    outcomes = folder.outcomes()
+    results = results_of(study, outcomes)
+    commits = {outcome.run.get("commit", "") for outcome in outcomes} - {""}
+    with folder.report_folder() as target:
+        for ending in ("png", "svg"):
+            draw_study(results, target / f"{FIGURE}.{ending}")
+        (target / DATA).write_text(as_json(results) + "\n", encoding="utf-8")
+        (target / TABLE).write_text(markdown(results), encoding="utf-8")
+        state = folder.state()
+        svg = (target / f"{FIGURE}.svg").read_text(encoding="utf-8")
+        state |= {"command": command or state.get("command", ""), "commits": sorted(commits)}
+        text = page(results, svg, state)
+        (target / PAGE).write_text(text, encoding="utf-8")
+        return target, results
+
+
+def publish_report(folder: StudyFolder) -> tuple[Path, Results]:
+    """Write the report, and store it with the study's MLflow run; as `write_report`."""
+    target, results = write_report(folder)
+    state = folder.state()
+    if state.get("mlflow_run_id"):
+        try:
+            _log_report(target, results, state)
+        except TrackingError as error:  # the report is worth more than its copy
+            log.warning("the report is not in MLflow: %s", error)
+    return target, results
+
+
+def _log_report(target: Path, results: Results, state: dict[str, Any]) -> None:
+    run = TrackedRun.attach(state["tracking_uri"], state["mlflow_run_id"])
+    run.log_artifact(target)
+    best = results.best
+    if best is not None:
+        finished = results.num_trials - len(results.others)
+        run.log_metrics({f"best/{results.study.metric}": best.mean}, finished)
+        run.set_tags({f"best/{key}": str(value) for key, value in best.point.items()})
+
+
+def page(results: Results, svg: str, state: dict[str, Any]) -> str:
+    """Return the page as HTML that needs nothing else."""
+    study = results.study
+    drawing = svg[svg.index("<svg") :]
+    parts = [
+        f"<h1>{_e(study.name)}{_e(f' ({study.scale})' if study.scale else '')}</h1>",
+        f"<p class=q>{_e(study.question)}"
+        + (f" &mdash; answers {_e(study.answers)}.</p>" if study.answers else "</p>"),
+        f"<p>{_e(study.notes)}</p>" if study.notes else "",
+        "<h2>Figure</h2>",
+        drawing,
+        f"<p class=q>Points are means over {len(study.seeds)} "
+        f"seed{'s' * (len(study.seeds) > 1)}, bars standard deviations. Metric here: "
+        f"<code>{_e(study.metric)}</code>"
+        + (f"; the paper's: {_e(study.paper.metric)}.</p>" if study.paper.rows else ".</p>"),
+        "<h2>Claims</h2>",
+        claims_table(results),
+        f"<h2>The paper's order</h2><p>{_e(agreement_text(results))}</p>"
+        if study.paper.rows
+        else "",
+        "<h2>Every point, and what it cost</h2>",
+        points_table(results),
+        f"<p class=q>{total_text(results)}</p>",
+        "<h2>Trials that failed, collapsed or were stopped</h2>",
+        others_table(results),
+        "<h2>How it was made</h2>",
+        f"<pre>{_e(state.get('command') or '(from Python)')}</pre>",
+        _table(["what", "version"], [[n, v] for n, v in _versions(state).items()]),
+        "<details><summary>The definition, whole</summary>"
+        f"<pre>{_e(cfg.dump_yaml(cfg.to_tree(study)))}</pre></details>",
+    ]
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{_e(study.name)}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def claims_table(results: Results) -> str:
+    """Return the claims and what the pairs say of them."""
+    if not results.verdicts:
+        return "<p>None is stated.</p>"
+    rows = [[v.claim, *verdict_cells(results.study, v)] for v in results.verdicts]
+    head = ["claim", "difference", "pairs won", "p (smallest possible)", "verdict"]
+    return _table(head, rows)
+
+
+def verdict_cells(study: Study, verdict: Verdict) -> list[str]:
+    """Return difference, pairs won, p and the verdict in words."""
+    if not verdict.num_pairs:
+        return ["-", "0 of 0", "-", "not run yet"]
+    points = 100 if is_share(study.metric) else 1
+    unit = " points" if points == 100 else ""
+    spread = f" ± {points * verdict.deviation:.2f}" if verdict.num_pairs > 1 else ""
+    return [
+        f"{points * verdict.difference:+.2f}{spread}{unit}",
+        f"{verdict.wins} of {verdict.num_pairs}",
+        f"{verdict.p:.3g} ({verdict.smallest_p:.3g})",
+        verdict_text(verdict),
+    ]
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Return a verdict in words, no stronger than the pairs allow."""
+    sign = f"the sign is {'as claimed' if verdict.difference > 0 else 'against the claim'}"
+    if verdict.p <= SIGNIFICANT:
+        return f"{sign}, significant"
+    if 0 < verdict.wins < verdict.num_pairs:
+        sign = "the pairs do not agree"
+    if verdict.smallest_p > SIGNIFICANT:
+        return f"{sign}; too few pairs to be significant"
+    return f"{sign}, not significant"
+
+
+def agreement_text(results: Results) -> str:
+    """Return in a sentence how alike the order of the points is to the paper's."""
+    found = results.agreement
+    if found is None:
+        return "Fewer than three points stand for settings of the paper: no order to compare."
+    return (
+        f"Kendall's tau of {found.tau:+.2f} over {found.num_points} points that stand for settings "
+        f"of the paper (1: the same order, 0: none, -1: reversed; p = {found.p:.2g})."
+    )
+
+
+def points_table(results: Results) -> str:
+    """Return every point with its value, its cost and the paper's value."""
+    study = results.study
+    head, rows = points_of_table(results)
+    best = results.best
+    marks = [row is best for row in results.rows]
+    return _table(head, rows, marks, left=len(study.space))
+
+
+def markdown(results: Results) -> str:
+    """Return points and claims as Markdown."""
+    head, rows = points_of_table(results)
+    lines = [f"# {results.study.question}", "", _line(head), _line(["---"] * len(head))]
+    lines += [_line(row) for row in rows]
+    lines += ["", total_text(results), ""]
+    if results.study.paper.rows:
+        lines += [agreement_text(results), ""]
+    for verdict in results.verdicts:
+        difference, won, p, text = verdict_cells(results.study, verdict)
+        lines.append(f"- {verdict.claim}: {difference}, {won} pairs, p = {p}: {text}")
+    lines += [
+        f"- {o.trial}: {o.status} after {max(o.curve, default=0)} epochs: {_first_line(o.reason)}"
+        for o in results.others
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def total_text(results: Results) -> str:
+    """Return in a sentence what the whole study took."""
+    return (
+        f"In all {results.num_trials} trials, {results.epochs:,} epochs, {results.images:,.0f} "
+        f"images through the encoder (two views each), {results.device_hours:.2f} worker-hours of "
+        "training."
+    )
+
+
+def others_table(results: Results) -> str:
+    """Return the trials without a value, and why."""
+    if not results.others:
+        return "<p>None.</p>"
+    rows = [
+        [
+            o.trial,
+            o.status,
+            str(max(o.curve, default=0)),
+            _first_line(o.reason),
+        ]
+        for o in results.others
+    ]
+    return _table(["trial", "status", "epochs", "reason"], rows, left=4)
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
+
+
+def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of the table of points, as text."""
+    study = results.study
+    unit = " (%)" if is_share(study.metric) else ""
+    has_paper = ["paper"] if study.paper.rows else []
+    also = [f"{name}{' (%)' if is_share(name) else ''}" for name in study.also]
+    head = [
+        *study.space, f"{study.metric}{unit}", "seeds", *also, *has_paper,
+        "images", "seconds", "worker-hours",
+    ]  # fmt: skip
+    rows = []
+    for row in results.rows:
+        spread = f" ± {shown(study.metric, row.deviation)}" if row.num_seeds > 1 else ""
+        rows.append(
+            [
+                *(str(row.point[name]) for name in study.space),
+                f"{shown(study.metric, row.mean)}{spread}",
+                str(row.num_seeds),
+                *(shown(n, row.also[n]) if n in row.also else "-" for n in study.also),
+                *(["-" if row.paper is None else f"{row.paper:g}"] if has_paper else []),
+                f"{row.images:,.0f}",
+                f"{row.seconds:,.0f}",
+                f"{row.device_hours:.3f}",
+            ]
+        )
+    return head, rows
+
+
+def _versions(state: dict[str, Any]) -> dict[str, str]:
+    """Return what made the numbers: code, libraries, machine, pictures, definition."""
+    versions = dict(state.get("versions", {}))
+    commits = {*state.get("commits", []), versions.pop("commit", "")} - {""}
+    made = {"commit": "; ".join(sorted(commits))} if commits else {}
+    pictures = {f"{k} pictures": v for k, v in state.get("fingerprints", {}).items()}
+    known = {"definition": state["digest"]} if state.get("digest") else {}
+    return {**made, **versions, **pictures, **known}
+
+
+def _table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    marked: Sequence[bool] = (),
+    *,
+    left: int = 1,
+) -> str:
+    def cells(row: Sequence[str], kind: str) -> str:
+        return "".join(
+            f"<{kind}{' class=l' if at < left else ''}>{_e(cell)}</{kind}>"
+            for at, cell in enumerate(row)
+        )
+
+    lines = [f"<tr>{cells(head, 'th')}</tr>"]
+    for at, row in enumerate(rows):
+        mark = " class=best" if at < len(marked) and marked[at] else ""
+        lines.append(f"<tr{mark}>{cells(row, 'td')}</tr>")
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _e(text: object) -> str:
+    if isinstance(text, float) and math.isnan(text):
+        return "-"
+    return html.escape(str(text))

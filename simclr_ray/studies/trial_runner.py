@@ -1,0 +1,303 @@
+"""One trial: a whole Ray Train run, watched, judged, and its outcome stored.
+
+It runs on any node of the cluster, in the main thread of a process of its own, as a command would;
+what was trained on GPUs is judged in a task that has one.
+A trial that is started again goes on where its run stands.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import ray
+from ray.exceptions import RayTaskError
+
+from simclr_ray.config.experiment import ClassifierHead, Experiment, NTXent
+from simclr_ray.config.logging import get_logger
+from simclr_ray.data.source import Source
+from simclr_ray.errors import CollapsedRun, SimclrRayError
+from simclr_ray.evaluation.evaluate import probe_as, score_classifier, score_trained
+from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.provenance import code_commit
+from simclr_ray.storage.run_folder import METRICS, RUN_FILE, RunFolder
+from simclr_ray.studies.definition import EITHER, PROBES, Study
+from simclr_ray.studies.folder import FINAL, Curve, Outcome, Status, StudyFolder, curve_of
+from simclr_ray.studies.plan import Trial, shares_of
+from simclr_ray.tracking.runs import TrackedRun, Tracker
+from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.monitor import Record
+from simclr_ray.train.resolve import resolved
+from simclr_ray.train.worker import our_error
+
+log = get_logger(__name__)
+
+# RankMe of features that all point one way is 1. An untrained ResNet-10 has 2.3
+# (`benchmarks/results/cifar10_cpu.json`), so that 1.1 is no healthy start either.
+COLLAPSED_RANK = 1.1
+# NT-Xent of embeddings that are all equal is ln(2N − 1). Trained at τ = 1 it is about 1 below.
+STUCK_SHARE = 0.998
+STUCK_AFTER_EPOCHS = 2  # beyond warm-up: before, a healthy loss may still lie there
+
+Tell = Callable[[int, dict[str, float]], None]  # epoch, its metrics
+
+
+class Job(NamedTuple):
+    """What all trials of a study share; it pickles."""
+
+    study: Study
+    storage: str
+    name: str
+    parent_run: str  # MLflow run of the study
+
+    @property
+    def folder(self) -> StudyFolder:
+        """The study's folder."""
+        return StudyFolder(self.storage, self.name)
+
+
+def run_trial(
+    job: Job, trial: Trial, tell: Tell, check: Callable[[], None] = lambda: None
+) -> Outcome:
+    """Train, judge, store and return the outcome; failures are outcomes too.
+
+    Args:
+        job: The study.
+        trial: What to train.
+        tell: Called at each epoch end where the encoder was judged.
+        check: Called whenever the run logs; a `SimclrRayError` that it raises ends the run.
+    """
+
+    def watched(record: Record) -> None:
+        watch(record)
+        check()
+
+    experiment = _under(trial.experiment, job.parent_run)
+    watch = RunWatch(experiment, tell)
+    run: Run | None = None
+    status: Status = "finished"
+    reason = ""
+    metrics: dict[str, float] = {}
+    folder = job.folder.run(run_name(experiment))
+    try:
+        watch.replay(folder.read_text(METRICS) or "")
+        run = pretrain(experiment, on_progress=watched)
+        metrics = _judged(job.study, experiment, run)
+    except CollapsedRun as error:
+        status, reason = "collapsed", str(error)
+    except SimclrRayError as error:
+        status, reason = "failed", str(error)
+    except Exception as error:
+        log.debug("trial %s", trial.name, exc_info=error)
+        status, reason = "failed", f"{type(error).__name__}: {error}"
+    outcome = outcome_of(
+        trial, folder, status, reason=reason, metrics=metrics, last_epoch=watch.collapsed_at
+    )
+    return settle(outcome, job.study.name, job.folder)
+
+
+def run_name(experiment: Experiment) -> str:
+    """Return the name of a trial's run."""
+    data = experiment.data
+    source = Source.open(data.train, data.columns, data.limit)
+    return resolved(experiment.absolute(), source).run_name(source.fingerprint)
+
+
+def outcome_of(
+    trial: Trial,
+    folder: RunFolder,
+    status: Status,
+    *,
+    reason: str = "",
+    metrics: dict[str, float] | None = None,
+    curve: Curve | None = None,
+    last_epoch: int = 0,
+) -> Outcome:
+    """Return what became of a trial, read off its run's folder; `curve` if it is known better."""
+    records = folder.read_text(METRICS) or ""
+    stored = json.loads(folder.read_text(RUN_FILE) or "{}")
+    checkpoints = folder.checkpoints()
+    return Outcome(
+        trial.name,
+        status,
+        reason,
+        [cell._asdict() for cell in trial.cells],
+        trial.seed,
+        metrics or {},
+        curve_of(records, last_epoch) if curve is None else curve,
+        _cost(records, trial.experiment),
+        {
+            "folder": folder.uri,
+            "checkpoint": checkpoints[0] if checkpoints else "",
+            "mlflow_run_id": stored.get("mlflow_run_id", ""),
+            "tracking_uri": stored.get("tracking_uri", ""),
+            "digest": stored.get("digest", ""),
+            "fingerprint": stored.get("fingerprint", ""),
+            "commit": code_commit(),
+        },
+    )
+
+
+def _judged(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
+    """Judge a run, one that was trained on GPUs in a task that has one.
+
+    Several trials on a node would otherwise all take its first. Actors that encode ask for GPUs
+    themselves, and find none if the task holds it.
+    """
+    gpus = min(1.0, experiment.scaling.gpus_per_worker)
+    if not gpus or experiment.evaluation.actors:
+        return judge_trial(study, experiment, run)
+    task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_judge_anywhere)
+    try:
+        metrics: dict[str, float] = ray.get(task.remote(study, experiment, run))
+    except RayTaskError as error:
+        raise our_error(error) or error from error
+    return metrics
+
+
+def _judge_anywhere(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
+    """Judge a run whose checkpoint another node may have fetched to a folder of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        fetched = RunFolder.at(run.folder).fetch(run.checkpoint.name, Path(scratch))
+        return judge_trial(study, experiment, run._replace(checkpoint=fetched))
+
+
+def judge_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
+    """Return the metrics after training, and log them in an MLflow run under the trial's."""
+    experiment = experiment.absolute()
+    metrics: dict[str, float] = {}
+    protocols = [name for name in study.judge if name != "probe"]
+    if protocols:
+        score = score_trained(experiment, run.checkpoint, protocols)
+        named = {k: v for k, v in score._asdict().items() if isinstance(v, float)}
+        metrics |= {f"final/{key}": value for key, value in named.items()}
+    if "probe" in study.judge:
+        found = {p.target: p for p in probe_as(experiment, run.checkpoint)}
+        for name, target in PROBES.items():
+            metrics |= {f"probe/{name}_h": found[target].h, f"probe/{name}_z": found[target].z}
+    shares = shares_of(experiment)
+    if shares is not None:
+        metrics |= {f"views/{key}": value for key, value in shares._asdict().items()}
+    if isinstance(experiment.head, ClassifierHead):
+        classified = score_classifier(run.checkpoint, experiment)._asdict()
+        metrics |= {f"test/{key}": float(value) for key, value in classified.items()}
+    either = metrics.get("test/top1", metrics.get("final/linear_top1"))
+    if either is not None:
+        metrics[EITHER] = either
+    tracker = Tracker.open(experiment.tracking, experiment.storage)
+    judged = tracker.start_run(
+        f"{run.name}-evaluation",
+        params={"protocols": ",".join(study.judge)},
+        tags={"checkpoint": run.checkpoint.name},
+        parent_id=run.mlflow_run_id,
+    )
+    judged.log_metrics(metrics, int(run.metrics.get("step", 0)))
+    judged.finish("FINISHED")
+    return metrics
+
+
+def settle(outcome: Outcome, study: str, folder: StudyFolder) -> Outcome:
+    """Store an outcome, then say it in MLflow; return it, or the one that was there before.
+
+    A run that a scheduler has ended may live on for a moment and must not have the last word.
+    """
+    known = folder.outcome(outcome.trial)
+    if known is not None and known.status in FINAL:
+        return known
+    folder.write_outcome(outcome)
+    try:
+        tag(outcome, study)
+    except SimclrRayError as error:  # the outcome is worth more than its tags
+        log.warning("trial %s is not tagged in MLflow: %s", outcome.trial, error)
+    return outcome
+
+
+def tag(outcome: Outcome, study: str) -> None:
+    """Say in MLflow of which study and point a run is, and how it ended."""
+    if not outcome.run["mlflow_run_id"]:
+        return
+    run = TrackedRun.attach(outcome.run["tracking_uri"], outcome.run["mlflow_run_id"])
+    point = {f"point/{k}": str(v) for k, v in outcome.cells[-1]["point"].items()}
+    named = {"study": study, "trial": outcome.trial, "outcome": outcome.status}
+    run.set_tags({**named, **point, "reason": outcome.reason})
+    if outcome.metrics:
+        run.log_metrics(outcome.metrics, max(outcome.curve, default=0))
+
+
+class RunWatch:
+    """Passes epoch ends on, and ends a run that has collapsed."""
+
+    def __init__(self, experiment: Experiment, tell: Tell) -> None:
+        self.experiment, self.tell = experiment, tell
+        self.collapsed_at = 0  # the epoch whose end is the last that counts; 0: all do
+        self.training: dict[str, float] = {}
+
+    def replay(self, lines: str) -> None:
+        """Look at what a run had logged before it was stopped; raise as for new records."""
+        tell, self.tell = self.tell, lambda *_: None
+        for record in read_records(lines):
+            self(record)
+        self.tell = tell
+
+    def __call__(self, record: Record) -> None:
+        """Take one record of metrics."""
+        judged = any(key.startswith("eval/") for key in record)
+        values = {key: value for key, value in record.items() if "/" in key}
+        if not judged:
+            self.training |= values
+            self._check_loss(record)
+            return
+        self.tell(round(record["epoch"]), self.training | values)
+        rank = record.get("eval/effective_rank", math.inf)
+        if rank < COLLAPSED_RANK:
+            self.collapsed_at = round(record["epoch"])
+            raise CollapsedRun(
+                f"collapsed: the features' effective rank is {rank:.2f} after epoch "
+                f"{record['epoch']:.0f}; all pictures look alike to the encoder"
+            )
+
+    def _check_loss(self, record: Record) -> None:
+        loss = self.experiment.loss
+        if not isinstance(loss, NTXent) or "train/mean_loss" not in record:
+            return
+        if loss.temperature > 1 or not loss.normalize:  # a healthy loss may lie there, too
+            return
+        stuck = math.log(2 * self.experiment.batch_size - 1)
+        if loss.negatives == "other":
+            stuck = math.log(self.experiment.batch_size)
+        since = self.experiment.schedule.warmup_epochs + STUCK_AFTER_EPOCHS
+        if record["epoch"] > since and record["train/mean_loss"] > STUCK_SHARE * stuck:
+            self.collapsed_at = max(1, math.floor(record["epoch"]))
+            raise CollapsedRun(
+                f"stuck: the loss is {record['train/mean_loss']:.4f} after epoch "
+                f"{record['epoch']:.2f}, that of embeddings that are all equal ({stuck:.4f})"
+            )
+
+
+def _under(experiment: Experiment, parent_run: str) -> Experiment:
+    tracking = experiment.tracking.model_copy(update={"parent_run": parent_run})
+    return experiment.model_copy(update={"tracking": tracking})
+
+
+def _cost(log: str, experiment: Experiment) -> dict[str, float]:
+    """Return images and seconds of training, from the records: right after restarts, too."""
+    speeds = {
+        int(record["step"]): float(record["train/images_per_s"])
+        for record in read_records(log)
+        if record.get("train/images_per_s")
+    }
+    images = seconds = 0.0
+    before = 0
+    for step in sorted(speeds):
+        done = (step - before) * experiment.batch_size
+        images, seconds, before = images + done, seconds + done / speeds[step], step
+    workers = experiment.scaling.num_workers
+    return {
+        "images": images,
+        "seconds": round(seconds, 2),
+        "device_seconds": round(seconds * workers, 2),
+    }

@@ -1,0 +1,345 @@
+"""Trials under Ray Tune: with `search`, the one door to it.
+
+A Tune trial is a small actor that starts one run (`trial.run_trial`) as a Ray task of its own and
+reports the run's epoch ends, so that a scheduler can compare and end it. Nothing of Tune's own
+state is needed to go on after a kill. Trials that have an outcome are not run again; where a
+scheduler or a search has to see them, they report once more what is stored, and open trials what
+their runs have logged. One trial at a time, that is the order in which it was seen, so that the
+same is decided; with several at a time a scheduler's decisions depend on who is quicker, always.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.exceptions import RayError
+from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from simclr_ray.config.logging import get_logger, held_back
+from simclr_ray.distributed.ray_cluster import driver_queue
+from simclr_ray.errors import RunError, TrackingError
+from simclr_ray.storage.run_folder import METRICS
+from simclr_ray.studies.definition import EPOCH_METRICS, Study, point_of
+from simclr_ray.studies.folder import FINAL, Curve, Outcome, StudyFolder, curve_of
+from simclr_ray.studies.plan import Trial, make_trials
+from simclr_ray.studies.search import (
+    EPOCH,
+    in_drawn_order,
+    optuna_search,
+    scheduler_of,
+    searched_space,
+)
+from simclr_ray.studies.trial_runner import Job, outcome_of, run_name, run_trial, settle
+from simclr_ray.tracking.runs import TrackedRun
+
+log = get_logger(__name__)
+
+DRIVER_CPUS = 0.01  # of the actor that reports; Tune refuses 0
+WAIT_S = 1.0
+END_S = 120.0  # for a run to end by itself: it looks whenever it logs
+# What a trial without a value is told to have: finite, since ASHA takes percentiles.
+WORST = 1e9
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_RESTORE_RETRY_NUM": "0",
+}
+
+
+def run_trials(
+    job: Job, tree: dict[str, Any], trials: Sequence[Trial], max_concurrent_trials: int
+) -> bool:
+    """Run what has no outcome yet; return whether all trials have one now.
+
+    Args:
+        job: The study.
+        tree: Of its base, as `trials.base_tree` returns it.
+        trials: All of the study; of a search, any: it suggests its own.
+        max_concurrent_trials: At a time.
+    """
+    study, folder = job.study, job.folder
+    searched = study.search.name == "optuna"
+    compared = searched or study.scheduler.name != "none"
+    if study.search.name == "grid" and study.scheduler.name != "none":
+        trials = in_drawn_order(study, trials)
+    known = {o.trial for o in folder.outcomes() if o.status in FINAL}
+    todo = {t.name: t for t in trials if compared or t.name not in known}
+    if not searched and known >= set(todo):
+        return True
+
+    def trial_of(config: dict[str, Any]) -> Trial:
+        if not searched:
+            return todo[config["trial"]]
+        return make_trials(study, tree, [point_of(study, config)])[0]
+
+    def report(config: dict[str, Any]) -> None:
+        _report(job, trial_of(config), ends)
+
+    def named(trial: Any) -> str:
+        name = trial_of(trial.config).name
+        return f"{name}-{trial.trial_id}" if searched else name  # it may suggest a point twice
+
+    ends = None
+    if study.scheduler.name != "none":
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        ends = ray.remote(num_cpus=0)(_Ends).options(scheduling_strategy=here).remote()
+    watch = _Driver(study, folder, trial_of, ends)
+    names = {"trial": tune.grid_search(list(todo))}
+    with _quiet():
+        tune.Tuner(
+            tune.with_resources(report, {"CPU": DRIVER_CPUS}),
+            param_space=searched_space(study) if searched else names,
+            tune_config=tune.TuneConfig(
+                metric=study.metric if compared else None,
+                mode=study.mode if compared else None,
+                scheduler=scheduler_of(study, trials),
+                search_alg=optuna_search(study) if searched else None,
+                num_samples=study.search.trials if searched else 1,
+                max_concurrent_trials=max_concurrent_trials,
+                reuse_actors=False,
+                trial_name_creator=named,
+                trial_dirname_creator=named,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=folder.uri,
+                stop=watch,
+                callbacks=[watch],
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        ).fit()
+    ended = {o.trial for o in folder.outcomes()}
+    return not watch.is_stopping if searched else ended >= set(todo)
+
+
+class _Driver(tune.Callback, tune.Stopper):
+    """The study's side of Tune: stops when asked or out of time; stores what Tune has ended."""
+
+    def __init__(
+        self,
+        study: Study,
+        folder: StudyFolder,
+        trial_of: Callable[[dict[str, Any]], Trial],
+        ends: Any,
+    ) -> None:
+        self.study, self.folder, self.trial_of, self.ends = study, folder, trial_of, ends
+        self.is_stopping = False
+        hours = study.budget.hours
+        self._ends_at = time.monotonic() + 3600 * hours if hours else math.inf
+        self._asked_at = 0.0
+        self._told: dict[str, Curve] = {}  # a remote run's own log may lag behind
+
+    def __call__(self, *_: Any) -> bool:
+        """Return whether one trial is to end: that is the scheduler's to say."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether the study is to stop now."""
+        now = time.monotonic()
+        if not self.is_stopping and now - self._asked_at > WAIT_S:
+            self._asked_at = now
+            self.is_stopping = now > self._ends_at or self.folder.is_to_stop()
+        return self.is_stopping
+
+    def on_trial_result(
+        self,
+        iteration: int,  # noqa: ARG002 - Tune's
+        trials: list[Any],  # noqa: ARG002
+        trial: Any,
+        result: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        """Remember what a trial has reported."""
+        values = {key: float(result[key]) for key in EPOCH_METRICS if key in result}
+        curve = self._told.setdefault(self.trial_of(trial.config).name, {})
+        curve[int(result[EPOCH])] = values
+
+    def on_trial_complete(
+        self,
+        iteration: int,  # noqa: ARG002 - Tune's
+        trials: list[Any],  # noqa: ARG002
+        trial: Any,
+        **_: Any,
+    ) -> None:
+        """Store the outcome of a trial that the scheduler ends, and have its run end.
+
+        Tune would kill it. A run of Ray Train that is killed while its cluster goes on can keep its
+        CPUs and GPUs for good; one that ends by itself gives them back.
+        """
+        ours = self.trial_of(trial.config)
+        if self.is_stopping or self._is_final(ours):
+            return
+        epoch = int(trial.last_result[EPOCH])
+        reason = f"{self.study.scheduler.name}: others were better at epoch {epoch}"
+        run = self.folder.run(run_name(ours.experiment))
+        outcome = outcome_of(ours, run, "stopped", reason=reason, curve=self._told[ours.name])
+        settle(outcome, self.study.name, self.folder)
+        self._end(ours)
+        with suppress(TrackingError):  # the study ends what is left running
+            tracked = TrackedRun.attach(outcome.run["tracking_uri"], outcome.run["mlflow_run_id"])
+            tracked.finish("KILLED")
+
+    def on_trial_error(
+        self,
+        iteration: int,  # noqa: ARG002 - Tune's
+        trials: list[Any],  # noqa: ARG002
+        trial: Any,
+        **_: Any,
+    ) -> None:
+        """Store the outcome of a trial that died without one: a lost node, no memory."""
+        ours = self.trial_of(trial.config)
+        if self.is_stopping or self.folder.outcome(ours.name) is not None:
+            return
+        text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+        reason = next(reversed([ln for ln in text.splitlines() if ln.strip()]), "its process died")
+        run = self.folder.run(run_name(ours.experiment))
+        settle(outcome_of(ours, run, "failed", reason=reason.strip()), self.study.name, self.folder)
+
+    def _end(self, trial: Trial) -> None:
+        """Have a trial's run end, if there is one; wait until it has."""
+        if self.ends is None:
+            return
+        deadline = time.monotonic() + END_S
+        ray.get(self.ends.ask.remote(trial.name))
+        while ray.get(self.ends.is_running.remote(trial.name)):
+            if time.monotonic() > deadline:
+                log.warning("%s does not end by itself and is killed", trial.name)
+                return
+            time.sleep(0.1)
+
+    def _is_final(self, trial: Trial) -> bool:
+        known = self.folder.outcome(trial.name)
+        return known is not None and known.status in FINAL
+
+
+class _Ends:
+    """Which runs are to end, and which run: between the study's driver and the trials'."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+        self.running: set[str] = set()
+
+    def ask(self, trial: str) -> None:
+        self.asked.add(trial)
+
+    def begin(self, trial: str) -> None:
+        self.running.add(trial)
+
+    def end(self, trial: str) -> None:
+        self.running.discard(trial)
+
+    def is_asked(self, trial: str) -> bool:
+        return trial in self.asked
+
+    def is_running(self, trial: str) -> bool:
+        return trial in self.running
+
+
+def _report(job: Job, trial: Trial, ends: Any) -> None:
+    """Be one Tune trial: report what is stored, then what a run of its own tells.
+
+    The last epoch is reported when the outcome is stored: a scheduler may end the trial there.
+    """
+    last = trial.experiment.epochs
+    stored = job.folder.outcome(trial.name)
+    is_final = stored is not None and stored.status in FINAL
+    told = 0
+    if job.study.scheduler.name != "none":
+        curve = stored.curve if stored is not None and is_final else _logged(job, trial)
+        for epoch, values in curve.items():
+            if epoch < last:
+                tune.report({**values, EPOCH: epoch})  # comes back when the trial may go on
+                told = epoch
+    else:
+        told = last  # nobody compares
+    if stored is None or not is_final:
+        stored = _run(job, trial, told, ends)
+    if stored.status == "stopped":
+        return  # by other trials than those of now; it is not trained again
+    worst = -WORST if job.study.mode == "max" else WORST
+    values = {**(stored.curve[max(stored.curve)] if stored.curve else {}), **stored.metrics}
+    value = values.get(job.study.metric, worst) if stored.status == "finished" else worst
+    epoch = last if stored.status == "finished" else max(stored.curve, default=0) + 1
+    tune.report({**values, job.study.metric: value, EPOCH: epoch})
+
+
+def _logged(job: Job, trial: Trial) -> Curve:
+    """Return what the run of an open trial has logged before it was stopped."""
+    return curve_of(job.folder.run(run_name(trial.experiment)).read_text(METRICS) or "")
+
+
+def _run(job: Job, trial: Trial, told: int, ends: Any) -> Outcome:
+    """Start the run and report its epochs beyond `told`; return its outcome."""
+    inbox = driver_queue()
+    env = {
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+    ref = _run_remotely.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": env}).remote(
+        job, trial, inbox, ends
+    )
+    is_done = False
+    while not is_done:
+        is_done = bool(ray.wait([ref], timeout=0)[0])  # before draining: nothing told is missed
+        with suppress(Empty):
+            while True:
+                epoch, values = inbox.get(timeout=0.01 if is_done else WAIT_S)
+                if told < epoch < trial.experiment.epochs:
+                    tune.report({**values, EPOCH: epoch})
+                    told = epoch
+    inbox.shutdown(force=True)
+    outcome: Outcome = ray.get(ref)
+    if outcome.status == "failed":
+        raise RunError(outcome.reason)
+    return outcome
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> Outcome:
+    """Run one trial in a process of its own, which looks like that of a command."""
+
+    def tell(epoch: int, values: dict[str, float]) -> None:
+        inbox.put((epoch, values))
+
+    if ends is None:  # nobody ends trials
+        return run_trial(job, trial, tell)
+
+    def check() -> None:
+        with suppress(RayError):  # the driver's node is gone: who asks, then?
+            if ray.get(ends.is_asked.remote(trial.name)):
+                raise RunError("the study's scheduler has ended it")
+
+    with suppress(RayError):
+        ray.get(ends.begin.remote(trial.name))
+    try:
+        return run_trial(job, trial, tell, check)
+    finally:
+        with suppress(RayError):
+            ray.get(ends.end.remote(trial.name))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Tune's own tables and handlers away while it runs: ours show the study."""
+    before = {key: os.environ.get(key) for key in QUIET}
+    os.environ.update(QUIET)
+    try:
+        with held_back(("ray.tune", "ray.air", "ray.train"), logging.CRITICAL):
+            yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value

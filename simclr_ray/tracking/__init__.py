@@ -1,0 +1,1 @@
+"""Runs in MLflow; imports only errors and config."""

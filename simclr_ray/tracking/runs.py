@@ -1,0 +1,308 @@
+"""Runs, metrics and lineage in MLflow; `registry` has the models.
+
+Everything goes through `MlflowClient` and explicit run ids. The fluent API keeps one active run per
+process and one tracking URI per interpreter, which is wrong as soon as a driver, its workers and a
+study write to different runs. MLflow takes seconds to import, so it is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from simclr_ray.config.logging import get_logger
+from simclr_ray.errors import TrackingError
+from simclr_ray.tracking import store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    from simclr_ray.config import Scalar
+    from simclr_ray.config.experiment import Tracking
+
+_log = get_logger(__name__)
+
+
+class Tracker:
+    """One experiment in one MLflow store, seen from the driver."""
+
+    def __init__(self, uri: str, experiment_id: str) -> None:
+        self.uri = uri
+        self.experiment_id = experiment_id
+
+    @classmethod
+    def open(cls, tracking: Tracking, storage: str) -> Tracker:
+        """Return the tracker of `tracking.experiment`, which is created where it does not exist.
+
+        Creates the database and the folder of the default store too; call it once on the driver
+        before workers start, since the first opening of a SQLite store runs its migrations.
+
+        Raises:
+            TrackingError: the store is unreachable, refuses, or has the experiment as deleted.
+        """
+        uri = store.store_uri(tracking.uri, storage)
+        database = store.sqlite_file(uri)
+        location = None
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+            location = (database.parent / store.ARTIFACTS).as_uri()
+        with store.quiet(), store.first_contact():
+            return cls(uri, _experiment_id(uri, tracking.experiment, location))
+
+    def start_run(
+        self,
+        name: str,
+        *,
+        params: Mapping[str, Scalar],
+        tags: Mapping[str, str],
+        resume_id: str = "",
+        parent_id: str = "",
+    ) -> TrackedRun:
+        """Return a new running run, or the run `resume_id` set to running again.
+
+        Args:
+            name: shown in MLflow; runs are told apart by id, not by name.
+            params: dotted config leaves; see `TrackedRun.log_params` for a resumed run.
+            tags: set on the run, replacing values of the same keys.
+            resume_id: run to continue; its metric history goes on without duplicate points.
+            parent_id: run under which MLflow's UI nests this one.
+
+        Raises:
+            TrackingError: the store refuses, or does not know `resume_id`.
+        """
+        all_tags = store.tags_of(tags)
+        if parent_id:
+            all_tags["mlflow.parentRunId"] = parent_id
+        with door(f"start run {name!r}", self.uri) as client:
+            if resume_id:
+                run = client.get_run(resume_id)
+                client.update_run(resume_id, status="RUNNING")
+                for key, value in all_tags.items():
+                    client.set_tag(resume_id, key, value)
+            else:
+                run = client.create_run(self.experiment_id, tags=all_tags, run_name=name)
+        info = run.info
+        tracked = TrackedRun(self.uri, info.run_id, info.experiment_id, resumed=bool(resume_id))
+        tracked.log_params(params)
+        return tracked
+
+    def end_left_running(self, parent_id: str) -> list[str]:
+        """Set runs under a run, and those under them, from RUNNING to KILLED; return their ids.
+
+        A process that is killed leaves its runs so; call it when nobody works on them.
+        """
+        ended: list[str] = []
+        with door("end runs that were left", self.uri) as client:
+            for child in self._under(client, parent_id):
+                for run in (child, *self._under(client, child.info.run_id)):
+                    if run.info.status == "RUNNING":
+                        client.set_terminated(run.info.run_id, "KILLED")
+                        ended.append(run.info.run_id)
+        return ended
+
+    def _under(self, client: MlflowClient, parent_id: str) -> list[MlflowRun]:
+        wanted = f"tags.mlflow.parentRunId = '{parent_id}'"
+        return list(client.search_runs([self.experiment_id], wanted, max_results=store.MAX_RUNS))
+
+
+class TrackedRun:
+    """One run, by its id. Holds no connection, so it can be pickled and used on any machine."""
+
+    def __init__(self, uri: str, run_id: str, experiment_id: str, *, resumed: bool) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self.experiment_id = experiment_id
+        self._resumed = resumed
+        self._highest: dict[str, int] = {}
+
+    @classmethod
+    def attach(cls, uri: str, run_id: str) -> TrackedRun:
+        """Return the existing run `run_id` of the store `uri`, its status as it is."""
+        with door(f"find run {run_id}", uri) as client:
+            experiment_id = client.get_run(run_id).info.experiment_id
+        return cls(uri, run_id, experiment_id, resumed=True)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Store one point per key in one request; drop those that the run has already.
+
+        A run that goes on from a checkpoint repeats the steps since that checkpoint. MLflow would
+        keep both points, so a key's point at or below the highest step stored for it is dropped.
+        NaN and infinities are stored (SQL stores clamp infinities to the largest double).
+
+        Raises:
+            TrackingError: the store refuses or cannot be reached.
+        """
+        with door(f"log metrics of step {step}", self.uri) as client:
+            from mlflow.entities import Metric
+
+            now_ms = int(time.time() * 1000)
+            fresh = [
+                Metric(key, float(value), now_ms, step)
+                for key, value in metrics.items()
+                if step > self._highest_step(client, key)
+            ]
+            for some in store.batches(fresh, store.MAX_METRICS_PER_BATCH):
+                client.log_batch(self.run_id, metrics=some, synchronous=True)
+        self._highest.update({metric.key: step for metric in fresh})
+
+    def log_params(self, params: Mapping[str, Scalar]) -> None:
+        """Store parameters; long values are cut, with their length said.
+
+        MLflow's parameters cannot change. Where a resumed run has another value (placement may
+        differ), the old parameter stays and the new value becomes the tag `resumed/<key>`.
+
+        Raises:
+            TrackingError: the store refuses or cannot be reached.
+        """
+        wanted = store.params_of(params)
+        with door("log parameters", self.uri) as client:
+            from mlflow.entities import Param
+
+            stored = client.get_run(self.run_id).data.params if self._resumed else {}
+            new = [Param(k, v) for k, v in wanted.items() if k not in stored]
+            other = {f"resumed/{k}": v for k, v in wanted.items() if stored.get(k, v) != v}
+            for some in store.batches(new, store.MAX_PER_BATCH):
+                client.log_batch(self.run_id, params=some, synchronous=True)
+        self.set_tags(other)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags on the run, replacing values of the same keys; long values are cut."""
+        with door("set tags", self.uri) as client:
+            from mlflow.entities import RunTag
+
+            made = [RunTag(k, v) for k, v in store.tags_of(tags).items()]
+            for some in store.batches(made, store.MAX_PER_BATCH):
+                client.log_batch(self.run_id, tags=some, synchronous=True)
+
+    def log_dataset(
+        self, name: str, uri: str, fingerprint: str, num_rows: int, context: str
+    ) -> None:
+        """Record that the run read a dataset: MLflow shows it as an input, by fingerprint.
+
+        Args:
+            name: shown in MLflow.
+            uri: where the data lies.
+            fingerprint: of its content; MLflow's digest is its first 36 characters.
+            num_rows: rows used.
+            context: what for, such as `train`, `bank` or `test`.
+        """
+        with door(f"log dataset {name!r}", self.uri) as client:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            name, digest = (
+                name[: store.MAX_DATASET_NAME_CHARS],
+                fingerprint[: store.MAX_DIGEST_CHARS],
+            )
+            profile = json.dumps({"num_rows": num_rows, "fingerprint": fingerprint})
+            source = json.dumps({"uri": uri})
+            dataset = Dataset(name, digest, "uri", source, profile=profile)
+            tag = InputTag("mlflow.data.context", context)
+            client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags=[tag])])
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Upload a file, or a folder with all in it, to `folder` among the run's artifacts."""
+        with door(f"store {path.name}", self.uri) as client:
+            client.log_artifact(self.run_id, str(path), folder or None)
+
+    def log_text(self, text: str, file: str) -> None:
+        """Store `text` as the artifact `file` (a path like `tables/scores.md`)."""
+        with door(f"store {file}", self.uri) as client:
+            client.log_text(self.run_id, text, file)
+
+    def log_dict(self, tree: Mapping[str, Any], file: str) -> None:
+        """Store `tree` as the artifact `file`: JSON or YAML by its ending."""
+        with door(f"store {file}", self.uri) as client:
+            client.log_dict(self.run_id, dict(tree), file)
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Set the run's last status and end time."""
+        with door("end the run", self.uri) as client:
+            client.set_terminated(self.run_id, status)
+
+    @contextlib.contextmanager
+    def system_metrics(self, interval_s: float = 10.0) -> Iterator[None]:
+        """Log this machine's `system/...` metrics every `interval_s` while the block runs.
+
+        Needs psutil, and pynvml for GPUs; without psutil one line is logged and the block runs.
+        """
+        monitor = self._started_monitor(interval_s)
+        try:
+            yield
+        finally:
+            if monitor is not None:
+                with store.quiet():
+                    monitor.finish()  # type: ignore[no-untyped-call] # MLflow's is not annotated
+
+    def _started_monitor(self, interval_s: float) -> SystemMetricsMonitor | None:
+        try:
+            with store.quiet():
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+                    self.run_id,
+                    sampling_interval=interval_s,
+                    resume_logging=True,
+                    tracking_uri=self.uri,
+                )
+                monitor.start()  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001 - psutil, its kernel files, drivers: all optional
+            _log.warning("no system metrics: %s", error)
+            return None
+        return monitor
+
+    def _highest_step(self, client: MlflowClient, key: str) -> int:
+        """Return the highest step that the store has for `key`, or one below every step."""
+        if key not in self._highest:
+            history = client.get_metric_history(self.run_id, key) if self._resumed else []
+            self._highest[key] = max((metric.step for metric in history), default=-(2**63))
+        return self._highest[key]
+
+
+def _experiment_id(uri: str, name: str, artifact_location: str | None) -> str:
+    with door(f"open experiment {name!r}", uri) as client:
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=artifact_location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was quicker
+                    raise
+                experiment = client.get_experiment_by_name(name)
+        if experiment is None or experiment.lifecycle_stage != "active":
+            raise TrackingError(
+                f"experiment {name!r} is deleted in {store.without_password(uri)}: restore it, "
+                "or set tracking.experiment to another name"
+            )
+        return str(experiment.experiment_id)
+
+
+@contextlib.contextmanager
+def door(action: str, uri: str) -> Iterator[MlflowClient]:
+    """Give a client for `uri`; whatever MLflow or its stores raise becomes a `TrackingError`."""
+    try:
+        yield _client(uri)
+    except TrackingError:
+        raise
+    except Exception as error:
+        where, reason = store.without_password(uri), store.reason_of(error)
+        raise TrackingError(f"MLflow at {where} could not {action}: {reason}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _client(uri: str) -> MlflowClient:
+    for variable, value in store.MANNERS.items():
+        os.environ.setdefault(variable, value)
+    with store.quiet():
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=uri)

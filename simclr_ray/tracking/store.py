@@ -1,0 +1,208 @@
+"""What an MLflow store is called, what it takes, and how it is kept quiet. Imports no MLflow.
+
+The default store is SQLite inside the storage folder, and its experiments get an absolute artifact
+location: SQLite's own default is `./mlruns` *relative to the working directory*, and a Ray worker's
+is somewhere in the session folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from simclr_ray.config.logging import held_back
+from simclr_ray.errors import TrackingError
+
+URI_VARIABLE: Final = "MLFLOW_TRACKING_URI"
+DATABASE: Final = "mlflow.db"
+ARTIFACTS: Final = "mlartifacts"
+
+# mlflow.utils.validation of MLflow 3; it refuses most of what is longer instead of cutting it.
+MAX_PER_BATCH: Final = 100  # parameters or tags
+MAX_METRICS_PER_BATCH: Final = 1000
+MAX_RUNS: Final = 5000  # of one search
+MAX_PARAM_CHARS: Final = 6000
+MAX_TAG_CHARS: Final = 5000  # 8000 in 3.x; servers of 2.x took 5000
+MAX_KEY_CHARS: Final = 250
+MAX_DIGEST_CHARS: Final = 36
+MAX_DATASET_NAME_CHARS: Final = 500
+
+_RESERVED_ALIAS: Final = re.compile(r"(?i:latest|v\d+)")  # the registry refuses these names
+_MODEL_URI: Final = re.compile(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+|(?i:latest)))")
+
+# MLflow's own defaults are 7 retries with doubling waits and 120 s per request: minutes before a
+# mistyped address is reported. Used while a store is opened; a user's own values win.
+FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# A library prints no links on its host's stdout, reports no migrations, and makes no calls home on
+# its users' behalf; set before the import, since MLflow reads the level once.
+MANNERS = {
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+T = TypeVar("T")
+
+
+class ModelParts(NamedTuple):
+    """What a pyfunc model is made of; nothing in it is pickled.
+
+    Attributes:
+        code: models-from-code file, which calls `mlflow.models.set_model`.
+        artifacts: files and folders that the code finds in `context.artifacts`.
+        requirements: pinned, as in a requirements file.
+        example: one encoded image, stored as the input example.
+        feature_dim: F, the width of the output.
+        metadata: a JSON tree that is stored in the MLmodel file.
+    """
+
+    code: Path
+    artifacts: Mapping[str, Path]
+    requirements: Sequence[str]
+    example: bytes
+    feature_dim: int
+    metadata: Mapping[str, Any]
+
+
+class RegisteredEncoder(NamedTuple):
+    """One version in the model registry."""
+
+    name: str
+    version: int
+    uri: str
+    run_id: str
+
+
+class ModelAddress(NamedTuple):
+    """A registered model's name, and one of alias and version (`latest` or a number)."""
+
+    name: str
+    alias: str
+    version: str
+
+
+def store_uri(setting: str = "", storage: str = "runs") -> str:
+    """Return the tracking URI: `setting`, else $MLFLOW_TRACKING_URI, else SQLite in `storage`.
+
+    A relative SQLite path becomes absolute: workers have other working directories.
+
+    Raises:
+        TrackingError: the default is asked of a storage that is no local folder.
+    """
+    given = setting or os.environ.get(URI_VARIABLE, "")
+    if given:
+        database = sqlite_file(given)
+        return f"sqlite:///{database}" if database is not None else given
+    if storage.startswith("file://"):
+        folder = Path(url2pathname(urlsplit(storage).path))
+    elif "://" not in storage:
+        folder = Path(storage).expanduser().resolve()
+    else:
+        raise TrackingError(
+            f"storage {storage} is not a local folder, and the default SQLite store needs one; "
+            f"set tracking.uri (or ${URI_VARIABLE}) to an MLflow server"
+        )
+    return f"sqlite:///{folder / DATABASE}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the absolute path of a SQLite URI's file, or None for other stores."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///")).resolve()
+
+
+def model_address(where: str) -> ModelAddress:
+    """Return the parts of `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
+
+    Raises:
+        TrackingError: `where` has another form.
+    """
+    found = _MODEL_URI.fullmatch(where)
+    if found is None:
+        raise TrackingError(f"{where}: the form is models:/name@alias or models:/name/version")
+    name, alias, version = found.groups(default="")
+    return ModelAddress(name, alias, version.lower())
+
+
+def check_alias(alias: str) -> None:
+    """Raise `TrackingError` for an alias that MLflow reserves, before anything is uploaded."""
+    if _RESERVED_ALIAS.fullmatch(alias):
+        raise TrackingError(
+            f"alias {alias!r} is reserved by MLflow, where `models:/name/latest` and "
+            "`models:/name/3` work without any alias; choose another, such as `newest`"
+        )
+
+
+def without_password(uri: str) -> str:
+    """Return the URI without the password that it may hold, for messages."""
+    return re.sub(r"(://[^:/@]*):[^/@]*@", r"\1:***@", uri)
+
+
+def reason_of(error: Exception) -> str:
+    """Return one line that says what MLflow's exception means to a user."""
+    text = str(error)
+    if "Max retries exceeded" in text or "Connection refused" in text:
+        return "no answer; is the server running, and tracking.uri right?"
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:400]}"
+
+
+def key_of(text: str) -> str:
+    """Return a key that MLflow takes: letters, digits and `_-./ :`, at most 250 characters."""
+    return re.sub(r"[^\w\-./ :]", "_", text)[:MAX_KEY_CHARS]
+
+
+def shortened(text: str, most: int) -> str:
+    """Return `text` in at most `most` characters, saying how long it was when it is cut."""
+    note = f" ... ({len(text)} characters)"
+    return text if len(text) <= most else text[: most - len(note)] + note
+
+
+def params_of(params: Mapping[str, object]) -> dict[str, str]:
+    """Return parameters that MLflow takes: keys cleaned, values as text, long ones cut."""
+    return {key_of(key): shortened(str(v), MAX_PARAM_CHARS) for key, v in params.items()}
+
+
+def tags_of(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return tags that MLflow takes: keys cleaned, long values cut."""
+    return {key_of(key): shortened(value, MAX_TAG_CHARS) for key, value in tags.items()}
+
+
+def batches(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:
+    """Return consecutive runs of at most `most` items; none for no items."""
+    return (items[at : at + most] for at in range(0, len(items), most))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what MLflow says on import, migration and saving: none of it is for our users.
+
+    Its imports raise deprecation warnings of its own dependencies, saving warns about type hints
+    and environments that we set on purpose, and migrations are logged revision by revision. Not
+    used around the logging of metrics: `catch_warnings` acts on all threads of the process.
+    """
+    with warnings.catch_warnings(), held_back(("mlflow", "alembic"), logging.ERROR):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def first_contact() -> Iterator[None]:
+    """Fail within seconds at a wrong address, unless the user has set other limits."""
+    ours = {k: v for k, v in FIRST_CONTACT.items() if k not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for variable in ours:
+            os.environ.pop(variable, None)

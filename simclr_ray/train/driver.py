@@ -1,0 +1,233 @@
+"""Pretraining under Ray Train: workers that run the loop, and the driver that watches them.
+
+The driver's side: it checks what is asked for against the cluster, starts the workers (`worker`),
+writes what they report to the run's folder and to MLflow, and shows it. A run has one name, made
+of the experiment and the pictures' fingerprint, so the same command continues it.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import ray
+import ray.train
+import ray.train.torch
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import PLACEMENT, Experiment
+from simclr_ray.config.logging import get_logger
+from simclr_ray.data.batches import plan_of
+from simclr_ray.data.source import Source
+from simclr_ray.distributed.malloc import one_arena
+from simclr_ray.distributed.ray_cluster import check_cluster, connect, driver_queue
+from simclr_ray.errors import RunError
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RUN_FILE, RunFolder
+from simclr_ray.tracking.runs import TrackedRun, Tracker
+from simclr_ray.tracking.store import check_alias, store_uri
+from simclr_ray.train.monitor import Progress, Record, _Watcher
+from simclr_ray.train.resolve import resolved, split_like_test
+from simclr_ray.train.worker import Task, our_error, work
+
+log = get_logger(__name__)
+
+HELD_S = 30.0  # a trial's driver is a task of Ray's, which outlives a study's by seconds
+
+
+class Run(NamedTuple):
+    """One pretraining run, finished."""
+
+    name: str
+    folder: str  # path or URI
+    checkpoint: Path  # local path of the last one
+    mlflow_run_id: str
+    metrics: Record  # the last of each
+
+
+def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> Run:
+    """Train `experiment` to its end on the Ray cluster at hand, and return the run.
+
+    Connects to the cluster of `RAY_ADDRESS`, else starts a local one. Continues the run of the
+    same name and digest; a finished one is returned as it is.
+
+    Args:
+        experiment: What to train and where.
+        on_progress: Called on this process with each record of metrics; a `SimclrRayError` that
+            it raises ends the run.
+
+    Raises:
+        DataError: The data cannot be used.
+        ClusterError: The cluster cannot hold the workers.
+        RunError: Training failed, with its cause; or another process is at this very run.
+    """
+    experiment = experiment.absolute()
+    _check_late_needs(experiment)
+    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
+    experiment = resolved(experiment, source)
+    plan_of(experiment, source)  # fails here when the rows fill no batch
+    folder = RunFolder.of(experiment.storage, experiment.run_name(source.fingerprint))
+    with folder.held(HELD_S):
+        folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(experiment)))
+        tracker = Tracker.open(experiment.tracking, experiment.storage)  # before the cluster waits
+        connect(experiment)
+        check_cluster(experiment)
+        with _tracked(experiment, source, folder, tracker) as tracked:
+            return _trained(experiment, source, folder, tracked, on_progress)
+
+
+def _trained(
+    experiment: Experiment,
+    source: Source,
+    folder: RunFolder,
+    tracked: TrackedRun,
+    on_progress: Progress | None,
+) -> Run:
+    """Train what is left of a run; return it."""
+    total = experiment.total_steps(source.num_rows)
+    scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+    newest = folder.newest(scratch)
+    if newest is not None:
+        log.info("continuing after step %d of %d", checkpoint.step_of(newest.name), total)
+    if newest is None or checkpoint.step_of(newest.name) < total:
+        for name in folder.repair_snapshot():
+            log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
+        _fit(experiment, source, folder, tracked, on_progress)
+        newest = folder.newest(scratch)
+    if newest is None or checkpoint.step_of(newest.name) < total:
+        raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
+    return Run(folder.name, folder.uri, newest, tracked.run_id, _last_metrics(folder))
+
+
+def _check_late_needs(experiment: Experiment) -> None:
+    """Fail now for what would otherwise fail, or mislead, after hours of training."""
+    data = experiment.data
+    same = split_like_test(data)
+    if same:
+        log.warning("%s holds the pictures of %s: scores flatter", data.test, same)
+    if data.bank and not data.test:
+        Source.open(data.bank, data.columns)
+    if experiment.register_as.name:
+        check_alias(experiment.register_as.alias)
+    store_uri(experiment.tracking.uri, experiment.storage)
+
+
+def _params(experiment: Experiment) -> dict[str, cfg.Scalar]:
+    """Return what MLflow shows as parameters: every leaf, or those asked for and the rest's digest.
+
+    A path that names a node of the config stands for all below it.
+    """
+    leaves, asked = cfg.leaves(experiment), experiment.tracking.only_params
+    if not asked:
+        return leaves
+    shown = {k: v for k, v in leaves.items() if any(f"{k}.".startswith(f"{a}.") for a in asked)}
+    rest = {k: v for k, v in leaves.items() if k not in shown and k.split(".")[0] not in PLACEMENT}
+    return shown | {"rest": cfg.digest_of(rest)}
+
+
+@contextmanager
+def _tracked(
+    experiment: Experiment, source: Source, folder: RunFolder, tracker: Tracker
+) -> Iterator[TrackedRun]:
+    """Open the MLflow run, new or continued, and give it its status at the end."""
+    text = folder.read_text(RUN_FILE)
+    resume_id = json.loads(text)["mlflow_run_id"] if text else ""
+    if text and json.loads(text)["tracking_uri"] != tracker.uri:
+        log.warning("the run was tracked elsewhere; it goes on as a new MLflow run here")
+        resume_id = ""
+    run = tracker.start_run(
+        folder.name,
+        params=_params(experiment),
+        tags={"digest": experiment.digest(), "storage": folder.uri},
+        resume_id=resume_id,
+        parent_id=experiment.tracking.parent_run,
+    )
+    stored = {
+        "mlflow_run_id": run.run_id,
+        "tracking_uri": tracker.uri,
+        "fingerprint": source.fingerprint,
+        "digest": experiment.digest(),
+    }
+    folder.write_text(RUN_FILE, json.dumps(stored, indent=1))
+    run.log_dataset("train", source.uri, source.fingerprint, source.num_rows, "pretraining")
+    status = "KILLED"
+    try:
+        with run.system_metrics() if experiment.tracking.system_metrics else nullcontext():
+            yield run
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        run.finish(status)  # type: ignore[arg-type] # one of the three literals
+
+
+def _fit(
+    experiment: Experiment,
+    source: Source,
+    folder: RunFolder,
+    tracked: TrackedRun,
+    on_progress: Progress | None,
+) -> None:
+    scaling = experiment.scaling
+    inbox = driver_queue()
+    resources = {"CPU": scaling.cpus_per_worker}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = scaling.gpus_per_worker
+    trainer = ray.train.torch.TorchTrainer(
+        work,
+        train_loop_config={"task": Task(cfg.to_tree(experiment), source, folder, inbox)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if scaling.gpus_per_worker else "gloo",
+            timeout_s=int(scaling.collective_timeout_s),
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg] # Train V2 puts its own there
+            name=folder.name,
+            storage_path=folder.storage,
+            worker_runtime_env={"env_vars": one_arena()},
+            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=experiment.checkpoint.keep),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    watcher = _Watcher(inbox, folder, tracked, on_progress, experiment, source)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with watcher:
+            trainer.fit()
+    except (KeyboardInterrupt, SystemExit):  # Ray's handler aborts the run and exits by 0
+        if watcher.fatal is None:
+            raise KeyboardInterrupt from None
+    except ray.train.TrainingFailedError as error:
+        ours = watcher.fatal or our_error(error)
+        raise ours or RunError(f"training failed: {_root_message(error)}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
+    if watcher.fatal is not None:
+        raise watcher.fatal
+
+
+def _root_message(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", {})
+    root = next(iter(failures.values()), error)
+    return " ".join(str(root).split())[-2000:]
+
+
+def _last_metrics(folder: RunFolder) -> Record:
+    last: Record = {}
+    for record in read_records(folder.read_text(METRICS) or ""):
+        last.update(record)
+    return last

@@ -1,0 +1,138 @@
+"""Figures, as PNG: what the views show, and how a run went. The only door to matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # no display, whatever the machine
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from simclr_ray.augment.crop_statistics import BESIDE, WITHIN, shares_of_views
+from simclr_ray.augment.pipeline import Pipelines
+from simclr_ray.augment.views import Step, TwoViews
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batches import RowReader, views_of
+from simclr_ray.data.image_cache import Picture
+from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError
+from simclr_ray.storage.metrics_log import read_series
+
+VIEW_COLOURS = ("tab:orange", "tab:cyan")
+CURVES = (
+    ("train/loss", "loss (paper's L)"),
+    ("train/accuracy", "accuracy"),
+    ("train/entropy", "entropy (nats)"),
+    ("train/learning_rate", "learning rate"),
+    ("eval/knn_top1", "kNN top-1"),
+    ("eval/effective_rank", "effective rank (RankMe)"),
+    ("eval/alignment", "alignment"),
+    ("eval/uniformity", "uniformity"),
+    ("train/images_per_s", "images/s"),
+)
+
+
+def draw_views(
+    experiment: Experiment, source: Source, path: Path, *, rows: int = 6, epoch: int = 0
+) -> None:
+    """Write a picture of view pairs: each original with both crop boxes, and its views by stages.
+
+    Above it stands how often pairs of crops set each of the two tasks of §3 (`augment.pairs`).
+    """
+    views = views_of(experiment.augment, experiment.seed)
+    pictures = _pictures(experiment, source, rows)
+    if not pictures:
+        raise DataError(f"{source.uri}: none of the rows looked at is a picture")
+    ids = np.array([p.id for p in pictures], np.int64)
+    traces = views.trace([p.pixels for p in pictures], ids, epoch)
+    columns = 1 + max(map(len, traces))
+    width, height = 1.25 * (columns + 1), 2.5 * len(pictures)
+    figure = Figure(figsize=(width, height + 0.6), layout="constrained")
+    grid = figure.add_gridspec(2 * len(pictures), columns, width_ratios=[2, *[1] * (columns - 1)])
+    for i, picture in enumerate(pictures):
+        left = figure.add_subplot(grid[2 * i : 2 * i + 2, 0])
+        left.imshow(picture.pixels)
+        size = picture.pixels.shape[:2]
+        left.set_title(f"id {picture.id}, {size[1]} x {size[0]} px", fontsize=7)
+        left.set_axis_off()
+        for view, (steps, colour) in enumerate(zip(traces, VIEW_COLOURS, strict=True)):
+            _mark(left, views, steps[0], i, size, colour, shared=traces[0][0] is traces[1][0])
+            for column, step in enumerate(steps, start=1):
+                axis = figure.add_subplot(grid[2 * i + view, column])
+                axis.imshow(step.images[i].permute(1, 2, 0).numpy())
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.spines[:].set_color(colour)
+                last = column == len(steps)
+                axis.spines[:].set_linewidth(2.0 if last else 0.6)
+                if i == 0:
+                    axis.set_title(f"{'ab'[view]}: {step.name}", fontsize=7, color=colour)
+    figure.suptitle(_tasks(views, pictures), fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _pictures(experiment: Experiment, source: Source, num: int) -> list[Picture]:
+    """Return some pictures that can be decoded, spread over the dataset."""
+    reader = RowReader(source, max_pixels=experiment.data.max_pixels, cache_gib=0)
+    chosen = np.linspace(0, source.num_rows - 1, min(4 * num, source.num_rows)).astype(int)
+    found = (reader.picture(row) for row in dict.fromkeys(chosen.tolist()))
+    good = [p for p in found if p is not None]
+    places = np.linspace(0, len(good) - 1, min(num, len(good))).astype(int)
+    return [good[place] for place in places]
+
+
+def _mark(
+    axis: Axes, views: TwoViews | Pipelines, step: Step, row: int, size: tuple[int, ...],
+    colour: str, *, shared: bool,
+) -> None:  # fmt: skip
+    """Draw the box of a crop; one that both views share is drawn dashed in both colours."""
+    if step.draws is None:
+        return
+    box = views.boxes(step.draws, size[0], size[1])
+    top, left, height, width = (int(side[row]) for side in box)
+    style = (0, (4, 4)) if shared and colour == VIEW_COLOURS[1] else "-"
+    patch = Rectangle(
+        (left - 0.5, top - 0.5), width, height, fill=False, ec=colour, lw=1.8, ls=style
+    )
+    axis.add_patch(patch)
+
+
+def _tasks(views: TwoViews | Pipelines, pictures: Sequence[Picture]) -> str:
+    """Return how often pairs of crops set each task, over 2,000 pairs of pictures of one size."""
+    if not pictures:
+        return ""
+    if isinstance(views, Pipelines) and views.shared:
+        return "both views begin with one crop"
+    shares = shares_of_views(views, *pictures[0].pixels.shape[:2])
+    if shares is None:
+        return ""
+    return (
+        f"crop pairs: {shares.global_to_local:.0%} global to local (one holds {WITHIN:.0%} of the "
+        f"other, twice its area), {shares.adjacent:.0%} adjacent (overlap {BESIDE:.0%} at most)"
+    )
+
+
+def draw_curves(lines: str, path: Path) -> None:
+    """Write the curves of a run from its `metrics.jsonl`; steps that were repeated count once."""
+    series = read_series(lines)
+    drawn = [(key, title) for key, title in CURVES if key in series]
+    columns = 3
+    rows = max(1, -(-len(drawn) // columns))
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (key, title) in zip(axes, drawn, strict=False):
+        steps = sorted(series[key])
+        marker = "o" if key.startswith("eval/") else None
+        axis.plot(steps, [series[key][s] for s in steps], marker=marker, markersize=3)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(visible=True, alpha=0.3)
+    for axis in list(axes):
+        axis.set_axis_off()
+    figure.savefig(path, dpi=100)

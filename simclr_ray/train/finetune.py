@@ -1,0 +1,228 @@
+"""Fine-tuning with a share of the labels (SimCLR §B.5), and distillation: other settings.
+
+A fine-tuning is a run of its own, by Ray Train like any other, that starts from a run's encoder and
+classifies: Nesterov SGD, rate 0.05·B/256, no warm-up, no decay, crop and flip alone, 60 epochs of
+1 % of the labels and 30 of more. In MLflow it lies under the run whose encoder it judges.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import ClassifierHead, Experiment, absolute_path
+from simclr_ray.data.source import Source
+from simclr_ray.data.subset import write_subset
+from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.evaluation.classification import Classification
+from simclr_ray.evaluation.evaluate import experiment_of, score_classifier
+from simclr_ray.storage.run_folder import RUN_FILE, RunFolder
+from simclr_ray.tracking.runs import TrackedRun
+from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.monitor import Progress
+from simclr_ray.train.resolve import resolved
+
+FEW_LABELS, EPOCHS_OF_FEW, EPOCHS = 0.01, 60, 30
+SCORES = "classification.json"
+
+
+class Planned(NamedTuple):
+    """What is to be trained, and the record of the run that it is of."""
+
+    experiment: Experiment
+    parent: dict[str, str]
+
+
+class FineTuned(NamedTuple):
+    """A finished fine-tuning or distillation."""
+
+    run: Run
+    scores: Classification  # of the test split
+    num_images: int  # that it was trained on
+
+
+def finetune(
+    run: str,
+    share: float,
+    *overrides: str,
+    from_random: bool = False,
+    on_progress: Progress | None = None,
+) -> FineTuned:
+    """Train a classifier from a run's encoder on a share of its labelled rows, and test it.
+
+    Arguments and errors as of `plan_finetuning`.
+    """
+    return train(
+        plan_finetuning(run, share, *overrides, from_random=from_random), on_progress=on_progress
+    )
+
+
+def distill(teacher: str, *overrides: str, on_progress: Progress | None = None) -> FineTuned:
+    """Train a student on what a classifier says of pictures, and test it.
+
+    Arguments and errors as of `plan_distillation`.
+    """
+    return train(plan_distillation(teacher, *overrides), on_progress=on_progress)
+
+
+def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool = False) -> Planned:
+    """Return the experiment of a fine-tuning, its rows written; nothing has started.
+
+    The batch is the run's, or as many rows as there are; with gradient caching whole groups.
+
+    Args:
+        run: Folder or URI of a pretraining run, whose newest checkpoint is taken.
+        share: Of the labelled rows of `data.train`, class-balanced, in (0, 1].
+        overrides: Of the fine-tuning's config.
+        from_random: Start from random weights instead, for comparison.
+
+    Raises:
+        ConfigError: `run` is no run folder, or the share or an override cannot be.
+        DataError: There are no labels, too few of them, or no test split that they fit.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError([Mistake("labels", f"got {share:g}; it must be above 0 and at most 1")])
+    folder = RunFolder.at(run)
+    tree, stored = _record(folder, run)
+    settings = _settings(tree, folder, share, from_random=from_random)
+    settings["tracking"] |= {"parent_run": stored["mlflow_run_id"]}
+    chosen = _validated(settings, overrides)
+    data = chosen.data
+    source = Source.open(data.train, data.columns, data.limit)
+    rows = write_subset(source, share, chosen.seed, absolute_path(chosen.storage))
+    num_rows = Source.open(rows, data.columns).num_rows
+    size, group = min(chosen.batch_size, num_rows), chosen.batch_norm.images
+    group = group if group <= size else 0
+    tuned = cfg.to_tree(chosen)
+    tuned["data"] |= {"train": rows, "limit": 0}
+    tuned["batch_norm"]["images"] = group
+    tuned["batch_size"] = size // group * group if group else size
+    return _checked(Planned(cfg.validate(Experiment, tuned), stored))
+
+
+def plan_distillation(teacher: str, *overrides: str) -> Planned:
+    """Return the experiment of a distillation (SimCLRv2); its pictures need no labels.
+
+    LARS at 0.1·√B, crop and flip alone, the teacher's encoder unless `encoder` is overridden, from
+    random weights unless `start.weights` is.
+
+    Args:
+        teacher: Folder or URI of a run that has a classifier, such as a fine-tuning.
+        overrides: Of the student's config: `data.train=...`, `encoder.width=...`.
+
+    Raises:
+        ConfigError: `teacher` is no such run, or an override cannot be.
+        DataError: There is no labelled test split that the teacher's classes fit.
+    """
+    folder = RunFolder.at(teacher)
+    tree, stored = _record(folder, teacher)
+    settings = tree | {
+        "name": f"{tree['name']}-distilled",
+        "augment": _crop_and_flip(tree),
+        "head": {"name": "classifier"},
+        "start": {},
+        "loss": {"name": "distillation", "teacher": folder.uri},
+        "optimizer": {"name": "lars", "weight_decay": 1e-4},
+        "schedule": {"learning_rate": 0.1, "scaling": "sqrt", "warmup_epochs": 1.0},
+        "tracking": tree["tracking"] | {"parent_run": stored["mlflow_run_id"]},
+        "register_as": {},
+    }
+    return _checked(Planned(_validated(settings, overrides), stored))
+
+
+def train(planned: Planned, *, on_progress: Progress | None = None) -> FineTuned:
+    """Train what was planned, test it, and store the scores with it and with the run it is of."""
+    experiment, parent = planned
+    done = pretrain(experiment, on_progress=on_progress)
+    scores = score_classifier(done.checkpoint, experiment)
+    _log(done, parent, experiment.name, scores)
+    data = experiment.data
+    return FineTuned(done, scores, Source.open(data.train, data.columns, data.limit).num_rows)
+
+
+def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment:
+    """Return the experiment; what neither verb does is refused, not passed over."""
+    chosen = cfg.validate(Experiment, cfg.apply_overrides(settings, overrides, Experiment))
+    mistakes = []
+    if not chosen.data.test:
+        told = "is empty: a classifier needs a split to be tested"
+        mistakes.append(Mistake("data.test", told))
+    if chosen.register_as.name:
+        told = "is for pretrain; `simclr-ray register` takes any run folder"
+        mistakes.append(Mistake("register_as.name", told))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return chosen
+
+
+def _checked(planned: Planned) -> Planned:
+    """Return what was planned, after comparing the test split's labels with the classes known."""
+    data = planned.experiment.data
+    source = Source.open(data.train, data.columns, data.limit)
+    head = resolved(planned.experiment.absolute(), source).head
+    assert isinstance(head, ClassifierHead)
+    test = Source.open(data.test, data.columns)
+    if not test.has_labels:
+        raise DataError(f"{data.test} has no labels to test a classifier by")
+    largest = int(test.labels().max())
+    if largest >= head.num_classes:
+        raise DataError(
+            f"{data.test} has label {largest}; the classifier knows 0 to {head.num_classes - 1}"
+        )
+    return planned
+
+
+def _record(folder: RunFolder, shown: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the config tree of a run's newest checkpoint, and where the run is tracked."""
+    text = folder.read_text(RUN_FILE)
+    with tempfile.TemporaryDirectory() as scratch:
+        newest = folder.newest(Path(scratch)) if text else None
+        if text is None or newest is None:
+            raise ConfigError([Mistake(shown, "is no run folder with a whole checkpoint")])
+        return cfg.to_tree(experiment_of(newest)), json.loads(text)
+
+
+def _settings(
+    tree: dict[str, Any], folder: RunFolder, share: float, *, from_random: bool
+) -> dict[str, Any]:
+    """Return the paper's settings of fine-tuning, on the run's encoder, data and placement."""
+    start = "random" if from_random else "tuned"
+    name = f"{tree['name']}-{start}-{100 * share:g}pct".replace("%", "")
+    few = share <= FEW_LABELS
+    return tree | {
+        "name": name,
+        "augment": _crop_and_flip(tree),
+        "head": {"name": "classifier"},
+        "start": {"weights": "" if from_random else folder.uri},
+        "loss": {"name": "cross_entropy"},
+        "optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.0},
+        "schedule": {"learning_rate": 0.05, "warmup_epochs": 0.0},
+        "epochs": EPOCHS_OF_FEW if few else EPOCHS,
+        "evaluation": tree["evaluation"] | {"every_epochs": 0},
+        "checkpoint": {"every_epochs": 10, "keep": 1},
+        "scaling": tree["scaling"] | {"colour_on": "data"},
+        "tracking": tree["tracking"] | {"parent_run": ""},
+        "register_as": {},
+    }
+
+
+def _crop_and_flip(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the views of fine-tuning, as large as the run's."""
+    none = dict.fromkeys(("strength", "blur", "jitter", "grayscale"), 0.0)
+    return {"name": "simclr", "size": tree["augment"]["size"], **none}
+
+
+def _log(run: Run, parent: dict[str, str], name: str, scores: Classification) -> None:
+    """Store the scores with the fine-tuning, and with the run whose encoder it judges."""
+    folder = RunFolder.at(run.folder)
+    folder.write_text(SCORES, json.dumps(scores._asdict(), indent=1))
+    stored = json.loads(folder.read_text(RUN_FILE) or "{}")
+    step = int(run.metrics.get("step", 0))
+    own = {f"test/{key}": value for key, value in scores._asdict().items()}
+    TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id).log_metrics(own, step)
+    for_parent = {f"{name}/{key}": value for key, value in scores._asdict().items()}
+    TrackedRun.attach(parent["tracking_uri"], parent["mlflow_run_id"]).log_metrics(for_parent, step)

@@ -1,0 +1,164 @@
+"""What workers report, taken by the driver: into the log first, then MLflow, then the terminal."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.util.queue import Empty, Queue
+
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.logging import get_logger
+from simclr_ray.data.source import Source
+from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
+from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, RunFolder
+from simclr_ray.tracking.runs import TrackedRun
+
+log = get_logger(__name__)
+
+Record = dict[str, float]
+Progress = Callable[[Record], None]
+WAIT_S = 10.0  # for a record; what comes is taken at once
+UPLOAD_EVERY_S = 60.0
+
+
+class _Watcher:
+    """Takes the workers' records, in a thread: to the log file first, then MLflow, then the eye."""
+
+    def __init__(
+        self,
+        inbox: Queue,
+        folder: RunFolder,
+        tracked: TrackedRun,
+        on_progress: Progress | None,
+        experiment: Experiment,
+        source: Source,
+    ) -> None:
+        self.inbox, self.folder, self.tracked = inbox, folder, tracked
+        self.on_progress, self.experiment, self.source = on_progress, experiment, source
+        self.fatal: SimclrRayError | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._local = folder.local or Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+        self._local.mkdir(parents=True, exist_ok=True)
+        self._uploaded_at = time.monotonic()
+        if folder.local is None:  # what earlier starts of this run have logged
+            for name in (METRICS, BAD_ROWS):
+                (self._local / name).write_text(folder.read_text(name) or "", encoding="utf-8")
+        bad_rows = read_records(folder.read_text(BAD_ROWS) or "")
+        self._bad = {int(row["id"]): str(row["reason"]) for row in bad_rows}
+
+    def __enter__(self) -> _Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        with suppress(ray.exceptions.RayError):
+            self.inbox.put(None)  # so that the thread need not wait for a record
+        self._thread.join(timeout=60)
+        self.inbox.shutdown(force=True)
+        self._upload()
+
+    def _watch(self) -> None:
+        while True:
+            last = self._stop.is_set()  # read before draining: nothing put before is missed
+            try:
+                for item in self._drain() if last else self._arrived():
+                    self._take(item)
+                if time.monotonic() - self._uploaded_at > UPLOAD_EVERY_S:
+                    self._upload()
+            except OSError as error:
+                self._end(RunError(f"the log of the run cannot be written: {error}"))
+            if last:
+                return
+
+    def _arrived(self) -> list[Any]:
+        """Return what has come, after waiting for it: asking again and again costs CPU."""
+        try:
+            return [self.inbox.get(timeout=WAIT_S), *self._drain()]
+        except Empty:
+            return []
+        except ray.exceptions.RayError:  # the queue is gone, and the run is about to end
+            self._stop.wait(1.0)
+            return []
+
+    def _drain(self) -> list[Any]:
+        items = []
+        try:
+            while True:
+                items.append(self.inbox.get_nowait())
+        except (Empty, ray.exceptions.RayError):
+            return items
+
+    def _take(self, item: Any) -> None:
+        if item is None:
+            return
+        if isinstance(item, SimclrRayError):
+            self._end(item)
+        elif "reason" in item:
+            self._take_bad(item)
+        else:
+            self._take_metrics(item)
+
+    def _take_metrics(self, item: Record) -> None:
+        _append(self._local / METRICS, json.dumps(item))
+        metrics = {k: v for k, v in item.items() if "/" in k}
+        try:
+            self.tracked.log_metrics(metrics, int(item["step"]))
+        except SimclrRayError as error:  # the run is worth more than its log
+            log.warning("not logged to MLflow: %s", error)
+        if self.on_progress is not None:
+            try:
+                self.on_progress(item)
+            except SimclrRayError as error:  # who watches may end a run
+                self._end(error)
+
+    def _take_bad(self, item: dict[str, Any]) -> None:
+        """Name the row; end the run when more are unusable than `data.max_bad_share` allows."""
+        if item["id"] in self._bad:
+            return
+        self._bad[item["id"]] = item["reason"]
+        _append(self._local / BAD_ROWS, json.dumps(item))
+        share, rows = self.experiment.data.max_bad_share, self.source.num_rows
+        if len(self._bad) > share * rows:
+            reasons = "; ".join(sorted(set(self._bad.values()))[:5])
+            self._end(
+                TooManyBadImages(
+                    f"{len(self._bad)} of {rows} rows cannot be used, more than data.max_bad_share="
+                    f"{share:g} allows; reasons: {reasons}; ids: {sorted(self._bad)[:10]}"
+                )
+            )
+
+    def _end(self, error: SimclrRayError) -> None:
+        """End `fit` now, once: no retry can mend it."""
+        if self.fatal is None:
+            self.fatal = error
+            if not self._stop.is_set():
+                _thread.interrupt_main()
+
+    def _upload(self) -> None:
+        self._uploaded_at = time.monotonic()
+        if self.folder.local is None:
+            for name in (METRICS, BAD_ROWS):
+                self.folder.put_folder(self._local / name, name)
+
+
+def _append(path: Path, line: str) -> None:
+    """Append a line; where a kill has cut the last one off, start on a new one."""
+    with path.open("ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")
+        file.write(line.encode() + b"\n")

@@ -1,0 +1,150 @@
+"""From a config to a registered encoder: train, judge, publish, register."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import ClassifierHead, Experiment
+from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.evaluation.classification import Classification
+from simclr_ray.evaluation.evaluate import experiment_of, judge_as, score_classifier
+from simclr_ray.evaluation.scores import Score, format_table
+from simclr_ray.inference.encoder_files import write_encoder
+from simclr_ray.inference.registry import register
+from simclr_ray.nn.build import feature_dim
+from simclr_ray.nn.pretrained import load_model
+from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RUN_FILE, RunFolder
+from simclr_ray.tracking.runs import TrackedRun
+from simclr_ray.tracking.store import RegisteredEncoder
+from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.figures import draw_curves, draw_views
+from simclr_ray.train.monitor import Progress
+
+SCORES = "scores.json"
+
+
+class Outcome(NamedTuple):
+    """What one `simclr-ray pretrain` leaves behind."""
+
+    run: Run
+    scores: list[Score]
+    registered: RegisteredEncoder | None
+    classifier: Classification | None  # on the test split, where the head is one
+
+
+def complete(experiment: Experiment, *, on_progress: Progress | None = None) -> Outcome:
+    """Train, judge, publish to MLflow and, where `register_as.name` is set, register."""
+    run = pretrain(experiment, on_progress=on_progress)
+    scores = judge_as(experiment.absolute(), run.checkpoint)
+    publish(run, experiment, scores)
+    classifier = _test_classifier(run, experiment.absolute())
+    registered = None
+    if experiment.register_as.name:
+        registered = register_run(
+            run.folder, experiment.register_as.name, experiment.register_as.alias
+        )
+    return Outcome(run, scores, registered, classifier)
+
+
+def _test_classifier(run: Run, experiment: Experiment) -> Classification | None:
+    """Return and log how a supervised run's own classifier does, if there is a labelled test."""
+    data = experiment.data
+    if not isinstance(experiment.head, ClassifierHead) or not data.test:
+        return None
+    if not Source.open(data.test, data.columns).has_labels:
+        return None
+    scores = score_classifier(run.checkpoint, experiment)
+    stored = json.loads(RunFolder.at(run.folder).read_text(RUN_FILE) or "{}")
+    named = {f"test/{key}": value for key, value in scores._asdict().items()}
+    tracked = TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id)
+    tracked.log_metrics(named, int(run.metrics.get("step", 0)))
+    return scores
+
+
+def publish(run: Run, experiment: Experiment, scores: Sequence[Score]) -> None:
+    """Store config, view pairs, curves and the score table as artifacts of the MLflow run."""
+    folder = RunFolder.at(run.folder)
+    stored = json.loads(folder.read_text(RUN_FILE) or "{}")
+    tracked = TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id)
+    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
+    folder.write_text(SCORES, json.dumps([s._asdict() for s in scores], indent=1))
+    with tempfile.TemporaryDirectory() as scratch:
+        views, curves = Path(scratch) / "views.png", Path(scratch) / "curves.png"
+        draw_views(experiment, source, views)
+        draw_curves(folder.read_text(METRICS) or "", curves)
+        for figure in (views, curves):
+            folder.put_folder(figure, figure.name)
+            tracked.log_artifact(figure)
+    tracked.log_text(cfg.dump_yaml(cfg.to_tree(experiment)), CONFIG_FILE)
+    tracked.log_text(format_table(scores), "scores.md")
+    tracked.log_metrics(score_metrics(scores), step=int(run.metrics.get("step", 0)))
+
+
+def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """Return `final/<row>/<column>` -> value for every score there is."""
+    return {
+        f"final/{score.name.replace(' ', '_')}/{column}": value
+        for score in scores
+        for column, value in score._asdict().items()
+        if isinstance(value, float)
+    }
+
+
+def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
+    """Make the newest checkpoint of a run folder a version of the registered model `name`.
+
+    Raises:
+        ConfigError: `run` is no run folder.
+        CheckpointError: It holds no whole checkpoint.
+        TrackingError: The registry refuses or cannot be reached.
+    """
+    folder = RunFolder.at(run)
+    text = folder.read_text(RUN_FILE)
+    if text is None:
+        raise ConfigError([Mistake(run, f"is no run folder: it has no {RUN_FILE}")])
+    stored = json.loads(text)
+    with tempfile.TemporaryDirectory() as scratch:
+        newest = folder.newest(Path(scratch))
+        if newest is None:
+            raise ConfigError([Mistake(run, "holds no whole checkpoint to register")])
+        experiment, model = experiment_of(newest), load_model(newest)
+        target = Path(scratch) / "encoder"
+        write_encoder(
+            target,
+            model.encoder,
+            config=cfg.to_tree(experiment)["encoder"],
+            size=experiment.evaluation_size,
+            feature_dim=feature_dim(model.encoder),
+        )
+        folder.put_folder(target, "encoder")
+        tags: dict[str, str | int | float] = {
+            "experiment_digest": experiment.digest(),
+            "dataset_fingerprint": stored["fingerprint"],
+            "seed": experiment.seed,
+            "checkpoint": newest.name,
+        }
+        for score in json.loads(folder.read_text(SCORES) or "[]"):
+            if score["name"] == "trained encoder":
+                tags |= {k: v for k, v in score.items() if isinstance(v, float)}
+        return register(
+            target,
+            TrackedRun.attach(stored["tracking_uri"], stored["mlflow_run_id"]),
+            name=name,
+            alias=alias,
+            example=_example(experiment),
+            tags=tags,
+        )
+
+
+def _example(experiment: Experiment) -> bytes:
+    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
+    for image in source.read_group(0).images:
+        if image is not None:
+            return image
+    raise DataError(f"{source.uri}: the first row group holds no image")

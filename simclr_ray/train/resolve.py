@@ -1,0 +1,161 @@
+"""What a config leaves to the data and to other runs, checked and filled in before it starts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import (
+    ClassifierHead,
+    Data,
+    Distillation,
+    Experiment,
+)
+from simclr_ray.data.source import NO_LABEL, Source
+from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, _checkpoint
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.provenance import sha256
+
+
+def resolved(experiment: Experiment, source: Source) -> Experiment:
+    """Return the experiment, complete: classes counted, first weights and teacher named.
+
+    Raises:
+        ConfigError: Weights are not there or do not fit.
+        DataError: Labels are missing; see `with_classes`.
+    """
+    return with_classes(with_teacher(with_start(experiment)), source)
+
+
+def split_like_test(data: Data) -> str:
+    """Return which of `data.train` and `data.bank` holds the pictures of `data.test`, or nothing.
+
+    Opens what there is to compare. Raises `DataError` where one cannot be read.
+    """
+    if not data.test:
+        return ""
+    others = [path for path in dict.fromkeys((data.train, data.bank)) if path]
+    known = {Source.open(path, data.columns).fingerprint: path for path in others}
+    return known.get(Source.open(data.test, data.columns).fingerprint, "")
+
+
+def with_classes(experiment: Experiment, source: Source) -> Experiment:
+    """Return the experiment, the number of classes filled in where its head is a classifier.
+
+    Raises:
+        DataError: The loss takes labels and the pictures have none; of a classifier, too, where a
+            picture has none, there are fewer than two classes, or more than `head.num_classes`.
+    """
+    if not experiment.takes_labels:
+        return experiment
+    if not source.has_labels:
+        raise DataError(
+            f"loss.name={experiment.loss.name} needs labels, and {source.uri} has no integer "
+            f"column {source.columns.label!r} (data.columns.label)"
+        )
+    head = experiment.head
+    if not isinstance(head, ClassifierHead):
+        return experiment
+    labels = source.labels()
+    if (labels == NO_LABEL).any() or labels.min() < 0:
+        raise DataError(
+            f"{int((labels < 0).sum())} of {len(labels)} rows of {source.uri} have no label; "
+            "a classifier is trained on labelled rows alone"
+        )
+    found = int(labels.max()) + 1
+    if len(np.unique(labels)) < 2:
+        raise DataError(f"all rows of {source.uri} are of one class; there is nothing to learn")
+    if head.num_classes and found > head.num_classes:
+        raise DataError(
+            f"{source.uri} has labels up to {found - 1}, more than "
+            f"head.num_classes={head.num_classes} allows"
+        )
+    filled = head.model_copy(update={"num_classes": head.num_classes or found})
+    return experiment.model_copy(update={"head": filled})
+
+
+def with_start(experiment: Experiment) -> Experiment:
+    """Return the experiment with `start` naming one checkpoint or file, and its hash.
+
+    Raises:
+        ConfigError: There is nothing, or it is of another encoder or head.
+    """
+    weights = experiment.start.weights
+    if not weights:
+        return experiment
+    if weights.endswith(FILES):
+        path = Path(weights)
+        if not path.is_file():
+            raise _mistake(f"no file {weights}")
+        found = {"weights": weights, "sha256": sha256(path)}
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            where, folder = _checkpoint(weights, Path(scratch))
+            record = checkpoint.read_record(folder)
+            _check_fits(experiment, record["experiment"])
+            found = {"weights": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
+    start = experiment.start.model_copy(update=found)
+    return experiment.model_copy(update={"start": start})
+
+
+NO_CLASSIFIER = "is a run without a classifier: `simclr-ray finetune` trains one from it"
+
+
+def with_teacher(experiment: Experiment) -> Experiment:
+    """Return the experiment, its teacher one checkpoint, and as many classes as that knows.
+
+    Raises:
+        ConfigError: The teacher is no classifier, or knows other classes.
+    """
+    loss = experiment.loss
+    if not isinstance(loss, Distillation):
+        return experiment
+    with tempfile.TemporaryDirectory() as scratch:
+        where, folder = _checkpoint(loss.teacher, Path(scratch), TEACHER)
+        record = checkpoint.read_record(folder)
+    head = cfg.validate(Experiment, record["experiment"]).head
+    if not isinstance(head, ClassifierHead):
+        raise ConfigError([Mistake(TEACHER, f"{loss.teacher} {NO_CLASSIFIER}")])
+    own = experiment.head
+    assert isinstance(own, ClassifierHead)
+    if own.num_classes not in (0, head.num_classes):
+        told = f"knows {head.num_classes} classes, head.num_classes={own.num_classes}"
+        raise ConfigError([Mistake(TEACHER, told)])
+    found = {"teacher": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
+    update = {
+        "loss": loss.model_copy(update=found),
+        "head": own.model_copy(update={"num_classes": head.num_classes}),
+    }
+    return experiment.model_copy(update=update)
+
+
+def _check_fits(experiment: Experiment, other: Mapping[str, object]) -> None:
+    encoder = cfg.to_tree(experiment.encoder)
+    theirs = other["encoder"]
+    assert isinstance(theirs, dict)
+    kind = type(experiment.encoder)
+    apart = (
+        cfg.differences(cfg.to_tree(cfg.validate(kind, theirs)), encoder)
+        if (theirs.get("name") == encoder["name"])
+        else [f"name: {theirs.get('name')} -> {encoder['name']}"]
+    )
+    if apart:
+        raise _mistake(f"is of another encoder: {'; '.join(apart)}")
+    head, brought = experiment.head, other["head"]
+    assert isinstance(brought, dict)
+    hidden = int(brought.get("layers", 0))
+    if brought["name"] != "classifier":  # an mlp counts its last layer, too
+        hidden = max(0, hidden - 1)
+    if isinstance(head, ClassifierHead) and head.layers > hidden:
+        raise _mistake(
+            f"head.layers={head.layers} hidden layers are to come from a head that has {hidden}"
+        )
+
+
+def _mistake(problem: str) -> ConfigError:
+    return ConfigError([Mistake(WHERE, problem)])

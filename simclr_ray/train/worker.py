@@ -1,0 +1,291 @@
+"""One rank of a run under Ray Train: model, stream, loop, checkpoints.
+
+Workers know no MLflow. What the driver is to know goes into its inbox, a Ray queue: records of
+metrics, rows that had to be replaced, and errors that no restart can mend.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.exceptions import RayTaskError
+from ray.util.queue import Queue
+from torch import Tensor
+
+from simclr_ray import config as cfg
+from simclr_ray.augment.views import TwoViews, ViewPair
+from simclr_ray.config.experiment import Distillation, Experiment, SimCLRViews
+from simclr_ray.data.batch import Batch
+from simclr_ray.data.batches import two_views
+from simclr_ray.data.source import Source
+from simclr_ray.data.stream import stream
+from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed.malloc import keep_freed_memory
+from simclr_ray.errors import CollapsedRun, SimclrRayError
+from simclr_ray.evaluation.online import OnlineEvaluation
+from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
+from simclr_ray.nn.heads import Tempered
+from simclr_ray.nn.precision import as_input, place
+from simclr_ray.nn.pretrained import load_start, load_teacher
+from simclr_ray.nn.resnet import ResNet
+from simclr_ray.optim import build_optimizer
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train import loop
+
+LOWER_THE_RATE = "lower schedule.learning_rate, or lengthen the warm-up"
+
+
+class Task(NamedTuple):
+    """What a worker is given; all of it pickles."""
+
+    experiment: dict[str, Any]  # its tree
+    source: Source
+    folder: RunFolder
+    inbox: Queue
+
+
+def work(config: dict[str, Task]) -> None:
+    """Train on one rank; an error that no restart can mend is sent to the driver first."""
+    task = config["task"]
+    try:
+        Rank(task).run()
+    except Exception as error:
+        ours = our_error(error)
+        if ours is not None:
+            task.inbox.put(ours)
+        raise
+
+
+class Rank:
+    """One rank's state, and the hooks that the loop calls."""
+
+    def __init__(self, task: Task) -> None:
+        self.experiment = cfg.validate(Experiment, task.experiment)
+        self.source, self.folder, self.inbox = task.source, task.folder, task.inbox
+        context = ray.train.get_context()
+        self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.total = self.experiment.total_steps(self.source.num_rows)
+        self._per_epoch = self.experiment.steps_per_epoch(self.source.num_rows)
+        set_threads(self.experiment, context.get_local_world_size())
+        keep_freed_memory()
+
+    def run(self) -> None:
+        """Train from the newest whole checkpoint to the end. A collective."""
+        experiment, kept = self.experiment, self._newest()
+        start = kept.step if kept else 0
+        if start >= self.total:
+            return
+        # first of all: its actors take seconds to start, and start behind the rest of this
+        steps = range(start, self.total)
+        batches = _started(stream(experiment, self.source, steps, self.rank, self.num_ranks))
+        self._build(kept)
+        self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
+        loop.train(
+            dist.data_parallel(self.model, compressed=experiment.compress_gradients),
+            build_loss(experiment),
+            self.optimizer,
+            finished(experiment, self.source, self._named(batches), self.device),
+            self._timetable(),
+            loop.Hooks(self.report, self.epoch_end, self.save),
+            precision=experiment.precision,
+            seed=experiment.seed,
+            num_groups=experiment.num_groups,
+        )
+
+    def report(self, metrics: loop.Metrics) -> None:
+        """Send the metrics to the driver."""
+        named = metrics._asdict()
+        step, epoch = named.pop("step"), named.pop("epoch")
+        told = {f"train/{name}": value for name, value in named.items()}
+        for module in self.model.modules():
+            if isinstance(module, Tempered):
+                told["train/temperature"] = module.log_temperature.exp().item()
+        self._tell(step, epoch, told)
+
+    def epoch_end(self, epoch: int, step: int) -> None:
+        """Judge and save when it is due. A collective."""
+        every, last = self.experiment.evaluation.every_epochs, step == self.total
+        if every and (epoch % every == 0 or last):
+            self._tell(step, epoch, self.evaluation(self.model, self.device))
+        if epoch % self.experiment.checkpoint.every_epochs == 0 or last:
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint. A collective: Ray's report is a barrier.
+
+        Raises:
+            CollapsedRun: A weight is not finite, on all ranks at once, since they hold the same.
+        """
+        tensors = checkpoint.pack(self.model, self.optimizer)
+        wrong = checkpoint.first_not_finite(tensors.items())
+        if wrong:
+            raise CollapsedRun(f"{wrong} is not finite at step {step}; {LOWER_THE_RATE}")
+        kept = None
+        name = dist.broadcast_text(checkpoint.new_name(step))
+        if self.rank == 0:
+            local = Path(tempfile.gettempdir()) / f"simclr_ray-{name}"
+            record = {
+                "experiment": cfg.to_tree(self.experiment),
+                "digest": self.experiment.digest(),
+                "fingerprint": self.source.fingerprint,
+                "class_names": list(self.source.class_names),
+            }
+            checkpoint.write(local, step, tensors, record)
+            kept = ray.train.Checkpoint.from_directory(local)
+        ray.train.report(
+            {"step": step},
+            checkpoint=kept,
+            checkpoint_dir_name=name,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _newest(self) -> checkpoint.Checkpoint | None:
+        """Return the newest whole checkpoint, the one that rank 0 finds. A collective."""
+        with tempfile.TemporaryDirectory() as scratch:
+            found = self.folder.newest(Path(scratch)) if self.rank == 0 else None
+            name = dist.broadcast_text(found.name if found else "")
+            return checkpoint.read(self.folder.fetch(name, Path(scratch))) if name else None
+
+    def _build(self, kept: checkpoint.Checkpoint | None) -> None:
+        """Make the model and the optimizer, as they were when the checkpoint was written."""
+        self.model = build_model(self.experiment)
+        if kept is None:
+            load_start(self.model, self.experiment)
+        self.optimizer = placed(self.model, self.experiment, self.device)
+        if kept is not None:
+            checkpoint.unpack(kept.tensors, self.model, self.optimizer)
+
+    def _named(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass batches on; tell the driver, once, of each row that had to be replaced.
+
+        And how long the first one was waited for, all else being ready.
+        """
+        told: set[int] = set()
+        asked = time.perf_counter()
+        for index, batch in enumerate(batches):
+            if index == 0:
+                waited = {"start/first_batch_s": time.perf_counter() - asked}
+                self._tell(batch.step, batch.step / self._per_epoch, waited)
+            for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=True):
+                if row_id not in told:
+                    told.add(row_id)
+                    self.inbox.put({"step": batch.step, "id": row_id, "reason": reason})
+            yield batch
+
+    def _tell(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        if self.rank == 0:
+            self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
+
+    def _timetable(self) -> loop.Timetable:
+        experiment, rows = self.experiment, self.source.num_rows
+        return loop.Timetable(
+            steps_per_epoch=experiment.steps_per_epoch(rows),
+            total_steps=self.total,
+            warmup_steps=experiment.warmup_steps(rows),
+            peak_learning_rate=experiment.peak_learning_rate(),
+            global_batch_size=experiment.batch_size,
+            log_every=experiment.tracking.log_every_steps,
+            checkpoint_every=experiment.checkpoint.every_steps,
+            constant=experiment.schedule.decay == "constant",
+        )
+
+
+def colour(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:
+    """Return the views whose crops are in `batch`: uint8 [n, 3, S, S] each, on `device`."""
+    crops = torch.cat([batch.a, batch.b]).to(device)
+    draws = views.both(batch.ids.numpy(), epoch)
+    return ViewPair(*views.resized(crops.shape[-1]).distort(crops, draws).chunk(2))
+
+
+def placed(
+    model: SimCLRModel, experiment: Experiment, device: torch.device
+) -> torch.optim.Optimizer:
+    """Put a model where and how it is trained, in place; return its optimizer."""
+    if isinstance(model.encoder, ResNet):
+        model.encoder.recompute = experiment.scaling.recompute_activations
+    place(model, device, experiment.precision)
+    return build_optimizer(model, experiment.optimizer)
+
+
+def finished(
+    experiment: Experiment, source: Source, batches: Iterator[Batch], device: torch.device
+) -> Iterator[Batch]:
+    """Do on a worker's device what is left to it: colour and blur, if so asked, and labels."""
+    config = experiment.augment
+    if experiment.scaling.colour_on == "worker" and isinstance(config, SimCLRViews):
+        views = two_views(config, experiment.seed)
+        per_epoch = experiment.steps_per_epoch(source.num_rows)
+        batches = (
+            batch._replace(**colour(views, batch, batch.step // per_epoch, device)._asdict())
+            for batch in batches
+        )
+    if isinstance(experiment.loss, Distillation):
+        teacher = load_teacher(experiment).to(device)
+        return (batch._replace(labels=taught(teacher, batch, device)) for batch in batches)
+    if not experiment.takes_labels:
+        return batches
+    find = source.label_of()
+    return (batch._replace(labels=torch.from_numpy(find(batch.ids.numpy()))) for batch in batches)
+
+
+@torch.no_grad()
+def taught(teacher: SimCLRModel, batch: Batch, device: torch.device) -> Tensor:
+    """Return a teacher's class scores of both views: float32 [n, 2, K]."""
+    views = (batch.a, batch.b)
+    return torch.stack([teacher(as_input(v, device, "float32")).z for v in views], 1)
+
+
+def our_error(error: BaseException) -> SimclrRayError | None:
+    """Return the error of ours that is wrapped in one of Ray's, if there is one."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        current = todo.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        # what a task raised comes back as a class of Ray's that is ours too, its text a traceback
+        if isinstance(current, SimclrRayError) and not isinstance(current, RayTaskError):
+            return current
+        todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        todo += list(getattr(current, "worker_failures", {}).values())
+    return None
+
+
+def _started(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Return the same stream, its actors already starting while the caller goes on."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
+    pending = [pool.submit(next, batches, None)]
+    pool.shutdown(wait=False)
+
+    def go_on() -> Iterator[Batch]:
+        batch = pending.pop().result()
+        if batch is not None:
+            yield batch
+            del batch  # its memory would be held for the whole run
+            yield from batches
+
+    return go_on()
+
+
+def set_threads(experiment: Experiment, workers_here: int) -> None:
+    """Share the node's cores between its workers; Ray sets one thread where CPUs are below 1."""
+    torch.set_num_threads(threads_of(experiment, workers_here))
+
+
+def threads_of(experiment: Experiment, workers_here: int = 0) -> int:
+    """Return the threads of a worker, on a node of so many of them; 0: of all."""
+    scaling = experiment.scaling
+    cores = os.cpu_count() or 1
+    return scaling.threads_per_worker or max(1, cores // (workers_here or scaling.num_workers))

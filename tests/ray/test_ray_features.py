@@ -1,0 +1,83 @@
+"""Features by Ray Data's actors are those of one process, and so are the scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Evaluation, Experiment
+from simclr_ray.data.source import Source
+from simclr_ray.errors import ClusterError
+from simclr_ray.evaluation.evaluate import judge
+from simclr_ray.evaluation.features import extract_features, load_split
+from simclr_ray.evaluation.ray_features import extract
+from simclr_ray.evaluation.scores import Pixels, pixels_of
+from simclr_ray.nn.build import build_model
+from simclr_ray.nn.resnet import ResNet
+from simclr_ray.storage import checkpoint
+from tests.ray.images import write_shapes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+TWO = Evaluation(actors=2, cpus_per_actor=0.5, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with two splits; one picture of the first is broken, ids are in no order."""
+    path = tmp_path_factory.mktemp("extract")
+    for name, rows in (("bank", 110), ("test", 60)):
+        write_shapes(path / f"{name}.parquet", rows, row_group_size=25)
+    table = pq.read_table(path / "bank.parquet").take(list(range(109, -1, -1)))
+    images = table["image"].to_pylist()
+    images[40] = b"no picture"
+    table = table.set_column(1, "image", [images])
+    pq.write_table(table, path / "bank.parquet", row_group_size=25)
+    return path
+
+
+@pytest.mark.parametrize("limit", [0, 30])
+def test_features_are_those_of_one_process(folder: Path, ray_cluster: str, limit: int) -> None:
+    torch.manual_seed(0)
+    encoder = ResNet(10, 0.125, "strided")
+    source = Source.open(str(folder / "bank.parquet"))
+    split = load_split(source, 32, limit)
+    found = extract(source, [encoder, Pixels()], 32, TWO, limit=limit)
+    assert torch.equal(found.ids, split.ids)
+    assert torch.equal(found.labels, split.labels)
+    assert found.bad == split.bad
+    expected = extract_features(encoder, split.images)
+    torch.testing.assert_close(found.features[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.features[1], pixels_of(split.images))
+
+
+def test_the_table_is_that_of_one_process(folder: Path, ray_cluster: str) -> None:
+    tree = {
+        "name": "t",
+        "data": {"train": str(folder / "bank.parquet"), "test": str(folder / "test.parquet")},
+        "encoder": {"name": "resnet", "depth": 10, "width": 0.125, "stem": "strided"},
+        "head": {"name": "mlp", "dim": 16},
+        "evaluation": {"knn": {"k": 5}},
+    }
+    exp = cfg.validate(Experiment, tree)
+    model = build_model(exp)
+    record = {"experiment": cfg.to_tree(exp), "digest": "d", "fingerprint": "f", "class_names": []}
+    kept = folder / checkpoint.new_name(1)
+    checkpoint.write(kept, 1, checkpoint.pack(model, torch.optim.SGD(model.parameters())), record)
+    alone = judge(kept)
+    shared = judge(kept, ("knn", "linear"), "evaluation.actors=2", "evaluation.cpus_per_actor=0.5")
+    for a, b in zip(alone, shared, strict=True):
+        assert a.name == b.name
+        assert b.knn_top1 == pytest.approx(a.knn_top1, abs=0.02)  # one picture of sixty
+        assert b.linear_top1 == pytest.approx(a.linear_top1, abs=0.04)
+        assert b.uniformity == pytest.approx(a.uniformity, rel=1e-3)
+
+
+def test_more_actors_than_the_cluster_has_cpus_are_refused(folder: Path, ray_cluster: str) -> None:
+    source = Source.open(str(folder / "bank.parquet"))
+    with pytest.raises(ClusterError, match=r"evaluation.actors=99 with 1 CPUs each"):
+        extract(source, [Pixels()], 32, Evaluation(actors=99))

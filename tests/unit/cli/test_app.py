@@ -1,0 +1,183 @@
+"""The command line in a process of its own: what it prints, with which exit code, and when."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import simclr_ray
+from simclr_ray import config as cfg
+from simclr_ray.config import preset_names
+from simclr_ray.config.experiment import Experiment
+
+ROOT = Path(simclr_ray.__file__).parents[1]
+# Runs the command line, then says which engines it has loaded: none may be, before it is needed.
+PROGRAM = """
+import atexit, sys
+atexit.register(lambda: print("LOADED", *[m for m in ("ray", "mlflow") if m in sys.modules]))
+from simclr_ray.cli.app import main
+main()
+"""
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Return what `simclr-ray ARGUMENTS` printed and its exit code, run in `cwd`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment, check=False
+    )
+
+
+def started_an_engine(done: subprocess.CompletedProcess[str]) -> bool:
+    return done.stdout.rstrip().splitlines()[-1] != "LOADED"
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(out, "PNG")
+    table = pa.table({"picture": pa.array([out.getvalue()] * 100), "class": pa.array([0] * 100)})
+    pq.write_table(table, tmp_path / "set.parquet")
+    return tmp_path / "set.parquet"
+
+
+def test_wrong_keys_and_values_end_in_2_with_a_line_each_before_ray_starts(tmp_path: Path) -> None:
+    done = run("pretrain", "cifar10_cpu", "batchsize=3", "loss.temperature=hot", cwd=tmp_path)
+    assert done.returncode == 2
+    lines = errors(done)
+    assert len(lines) == 2
+    assert any(line.startswith("error: batchsize: unknown key (did you mean") for line in lines)
+    assert any(line.startswith("error: loss.temperature: got 'hot'") for line in lines)
+    assert "Traceback" not in done.stderr
+    assert not started_an_engine(done)
+    assert list(tmp_path.iterdir()) == []  # nothing was written either
+
+
+def test_an_unknown_preset_ends_in_2_and_is_told_with_the_nearest(tmp_path: Path) -> None:
+    done = run("pretrain", "cifar10_cpuu", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert "did you mean 'cifar10_cpu'?" in line
+    assert not started_an_engine(done)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["pretrain"], ["pretend", "cifar10_cpu"], ["pretrain", "cifar10_cpu", "--dry"]],
+    ids=["missing argument", "unknown verb", "unknown option"],
+)
+def test_arguments_that_make_no_command_end_in_2_without_a_traceback(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+
+
+def test_missing_pictures_end_in_2_and_are_named(tmp_path: Path) -> None:
+    done = run("pretrain", "cifar10_cpu", "data.train=not/there", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert "not/there" in line
+
+
+def test_a_parquet_without_the_image_column_is_told_with_the_columns_it_has(
+    tmp_path: Path, parquet: Path
+) -> None:
+    done = run("pretrain", "cifar10_cpu", f"data.train={parquet}", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert "no image column 'image'" in line
+    assert "picture, class" in line or "class, picture" in line
+    assert "data.columns.image=" in line
+
+
+def test_a_dry_run_prints_the_arithmetic_and_starts_nothing(tmp_path: Path, parquet: Path) -> None:
+    done = run(
+        "pretrain",
+        "cifar10_resnet18",
+        f"data.train={parquet}",
+        "data.columns.image=picture",
+        "data.limit=90",
+        "data.test=",
+        "batch_size=30",
+        "epochs=40",
+        "schedule.learning_rate=1.0",
+        "schedule.warmup_epochs=10",
+        "scaling.num_workers=4",
+        "storage=runs",
+        "--dry-run",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    for expected in (
+        "global batch 30 images, 60 views",
+        "local batch 8 or 7 on 4 workers",
+        "steps 3 per epoch, 120 in 40 epochs",
+        "warm-up 30 steps",
+        "peak learning rate 0.117188 (linear scaling of 1)",
+        "memory of a step",
+    ):
+        assert expected in text
+    assert "ray" not in done.stdout.splitlines()[-1].split()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_config_alone_lists_the_presets(tmp_path: Path) -> None:
+    done = run("config", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[:-1] == preset_names()
+    assert not started_an_engine(done)
+
+
+def test_config_prints_yaml_that_is_the_same_experiment(tmp_path: Path) -> None:
+    overrides = ("optimizer.name=adamw", "loss.temperature=1e-1", "data.train=yes")
+    done = run("config", "cifar10_cpu", *overrides, cwd=tmp_path)
+    assert done.returncode == 0
+    (tmp_path / "mine.yaml").write_text(done.stdout.rpartition("LOADED")[0])
+    again = Experiment.load(str(tmp_path / "mine.yaml"))
+    assert again == Experiment.load("cifar10_cpu", *overrides)
+    assert cfg.leaves(again)["optimizer.name"] == "adamw"
+
+
+def test_help_shows_every_verb(tmp_path: Path) -> None:
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for verb in ("prepare", "pretrain", "evaluate", "register", "preview", "config", "doctor"):
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "probe", "finetune", "distill", "register"])
+def test_a_file_where_a_run_is_expected_ends_in_2(verb: str, parquet: Path, tmp_path: Path) -> None:
+    done = run(verb, str(parquet), *(["name"] if verb == "register" else []), cwd=tmp_path)
+    assert done.returncode == 2
+    assert errors(done) == [f"error: {parquet}: is a file; a run is a folder"]
+
+
+def test_a_preview_that_cannot_be_drawn_or_written_ends_in_2(tmp_path: Path) -> None:
+    table = pa.table({"image": pa.array([b"no picture"] * 4, pa.binary())})
+    pq.write_table(table, tmp_path / "bad.parquet")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
+    for arguments, told in (
+        (("photos_cpu", "data.train=bad.parquet", "--out", "new/x.png"), "is a picture"),
+        (("photos_cpu", "data.train=bad.parquet", "--out", "x.txt"), "must end in .png"),
+        (("latin.yaml",), "is not UTF-8"),
+    ):
+        done = run("preview", *arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert told in errors(done)[0]

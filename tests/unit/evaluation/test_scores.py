@@ -1,0 +1,129 @@
+"""The score table: one code for encoders and pixels, and what it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from simclr_ray.config.experiment import KNN, Data, Evaluation, Experiment, Linear
+from simclr_ray.errors import DataError, RunError
+from simclr_ray.evaluation import scores as table
+from simclr_ray.evaluation.features import Split
+from simclr_ray.evaluation.label_free import label_free
+from simclr_ray.evaluation.scores import Score, format_table, pixels_of, score_encoder, score_pixels
+
+EXPERIMENT = Experiment(
+    name="table",
+    data=Data(train="unused"),
+    evaluation=Evaluation(knn=KNN(k=5), linear=Linear(epochs=20, batch_size=32)),
+)
+
+
+def split(seed: int, rows: int, side: int = 4) -> Split:
+    """Return images whose class is which channel is bright, half of the pixels being noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, rows)
+    images = rng.integers(0, 200, (rows, 3, side, side))
+    images[np.arange(rows), labels] += 55
+    return Split(
+        torch.from_numpy(images.astype(np.uint8)),
+        torch.from_numpy(labels),
+        torch.arange(rows),
+        [],
+    )
+
+
+class MeanColour(nn.Module):
+    """An encoder that sees what matters."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+
+def test_an_encoder_that_sees_the_class_beats_raw_pixels_in_both_protocols() -> None:
+    bank, test = split(1, 200), split(2, 100)
+    encoded = score_encoder("colour", MeanColour(), bank, test, EXPERIMENT)
+    pixels = score_pixels(bank, test, EXPERIMENT)
+    assert pixels.name == "raw pixels"
+    assert encoded.knn_top1 is not None
+    assert encoded.linear_top1 is not None
+    assert pixels.knn_top1 is not None
+    assert pixels.linear_top1 is not None
+    assert encoded.linear_top1 > 0.9
+    assert encoded.knn_top1 > 0.8
+    assert 1 / 3 < pixels.knn_top1 < encoded.knn_top1
+    assert pixels.linear_top1 > 1 / 3
+
+
+def test_an_encoder_that_passes_pixels_on_scores_exactly_as_raw_pixels() -> None:
+    bank, test = split(3, 80), split(4, 40)
+    encoded = score_encoder("raw pixels", nn.Flatten(), bank, test, EXPERIMENT)
+    assert encoded == score_pixels(bank, test, EXPERIMENT)
+
+
+def test_without_a_test_split_or_a_protocol_only_the_rest_is_filled() -> None:
+    bank, test = split(5, 60), split(6, 30)
+    alone = score_encoder("h", MeanColour(), bank, None, EXPERIMENT)
+    assert (alone.knn_top1, alone.linear_top1) == (None, None)
+    expected = label_free(bank.images.float().div(255).mean((2, 3)))
+    assert alone[3:6] == pytest.approx(tuple(expected), rel=1e-5)
+    assert score_pixels(bank, None, EXPERIMENT).knn_top1 is None
+    only = score_encoder("h", MeanColour(), bank, test, EXPERIMENT, ["knn"])
+    assert only.knn_top1 is not None
+    assert only.linear_top1 is None
+
+
+def test_rows_without_labels_are_not_scored_and_none_at_all_is_an_error() -> None:
+    bank, test = split(7, 60), split(8, 30)
+    partly = test._replace(labels=torch.where(torch.arange(30) < 10, test.labels, -1))
+    first = Split(test.images[:10], test.labels[:10], test.ids[:10], [])
+    assert score_pixels(bank, partly, EXPERIMENT) == score_pixels(bank, first, EXPERIMENT)
+    with pytest.raises(DataError, match="test split has no labelled rows"):
+        score_pixels(bank, test._replace(labels=torch.full((30,), -1)), EXPERIMENT)
+
+
+def test_an_encoder_that_diverged_is_named() -> None:
+    class Broken(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3)) * torch.nan
+
+    with pytest.raises(RunError, match="trained encoder gives values that are no numbers"):
+        score_encoder("trained encoder", Broken(), split(9, 20), split(10, 10), EXPERIMENT)
+
+
+def test_pixels_of_large_views_are_averaged_down_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "PIXEL_BLOCK_ROWS", 3)
+    large = split(11, 7, side=64)
+    features = pixels_of(large.images)
+    assert features.shape == (7, 3 * 32 * 32)
+    pairs = large.images.numpy().reshape(7, 3, 32, 2, 32, 2).mean((3, 5)) / 255
+    np.testing.assert_allclose(features.numpy(), pairs.reshape(7, -1), atol=1e-6)
+
+
+def test_the_table_reads_as_markdown_with_one_line_a_row() -> None:
+    rows = [
+        Score("trained encoder", 0.8123, 0.9, -2.5, 40.25, 0.05),
+        Score("raw pixels", None, None, -1.0, 3.0, 0.1),
+    ]
+    assert format_table(rows).splitlines() == [
+        "| features        | kNN top-1 | linear top-1 | uniformity | effective rank | spread |",
+        "| :-------------- | --------: | -----------: | ---------: | -------------: | -----: |",
+        "| trained encoder |    81.2 % |       90.0 % |      -2.50 |           40.2 | 0.0500 |",
+        "| raw pixels      |         - |            - |      -1.00 |            3.0 | 0.1000 |",
+    ]
+
+
+def test_rows_without_a_label_are_not_encoded_where_labels_are_scored() -> None:
+    seen: list[int] = []
+
+    class Counting(MeanColour):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return super().forward(images)
+
+    bank, test = split(7, 60), split(8, 30)
+    bank.labels[10:] = -1
+    score_encoder("h", Counting(), bank, test, EXPERIMENT)
+    assert sum(seen) == 10 + 30

@@ -1,0 +1,127 @@
+"""The registry on a real server, and a registered model in an environment of its own."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import ResNetEncoder, Tracking
+from simclr_ray.inference import embed, registry
+from simclr_ray.inference import encoder_files as export
+from simclr_ray.nn.build import build_encoder
+from simclr_ray.tracking.runs import TrackedRun, Tracker
+
+CONFIG = ResNetEncoder(depth=10, width=0.25, stem="cifar")
+SIZE = 32
+TOLERANCE = 1e-5  # float32 features of order 1
+
+EMBED = """
+import pathlib, sys
+import mlflow, numpy, pandas
+
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/m@newest")
+image = pathlib.Path("image.png").read_bytes()
+numpy.save("got.npy", model.predict(pandas.DataFrame({"image": [image]})))
+"""
+
+
+def picture() -> bytes:
+    pixels = np.random.default_rng(5).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def register_one(tracker: Tracker, folder: Path) -> TrackedRun:
+    torch.manual_seed(0)
+    encoder = build_encoder(CONFIG)
+    export.write_encoder(folder, encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=128)
+    run = tracker.start_run("run", params={"a.b": 1, "empty": ""}, tags={"digest": "abc"})
+    registry.register(folder, run, name="m", alias="newest", example=picture(), tags={"seed": 0})
+    return run
+
+
+@pytest.mark.slow
+def test_a_real_server_gives_back_runs_metrics_artifacts_and_the_model(
+    mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = register_one(
+        Tracker.open(Tracking(uri=mlflow_server), "s3://never/touched"), tmp_path / "e"
+    )
+    run.log_metrics({"train/loss": 1.0, "nan": math.nan, "up": math.inf}, 0)
+    run.log_dataset("cifar10", "s3://bucket/x", "f" * 64, 10, "train")
+    run.log_text("hello", "notes/a.txt")
+
+    again = TrackedRun.attach(mlflow_server, run.run_id)
+    again.log_metrics({"train/loss": 9.0}, 0)
+    again.log_metrics({"train/loss": 0.5}, 1)
+    again.finish("FINISHED")
+
+    client = MlflowClient(tracking_uri=mlflow_server)
+    history = client.get_metric_history(run.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(0, 1.0), (1, 0.5)]
+    stored = client.get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert math.isnan(stored.data.metrics["nan"])
+    assert stored.data.params["a.b"] == "1"
+    assert list((tmp_path / "served").rglob("a.txt"))
+
+    want = embed.embed_images(tmp_path / "e", [picture()])
+    for where in ("models:/m@newest", "models:/m/1", "models:/m/latest"):
+        got = embed.embed_images(where, [picture()], tracking_uri=mlflow_server)
+        np.testing.assert_array_equal(got, want)
+    assert not list((tmp_path / "elsewhere").iterdir())  # nothing falls into the working directory
+
+
+@pytest.mark.long
+def test_a_registered_model_embeds_in_an_environment_of_only_its_own_requirements(
+    tmp_path: Path,
+) -> None:
+    # `make` puts uv beside this interpreter, whatever PATH says
+    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+    if uv is None:
+        # a developer's own environment; pip alone would resolve and fetch torch anew
+        pytest.skip("uv is not installed: this test makes an environment with it")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run = register_one(Tracker.open(Tracking(uri=uri), "unused"), tmp_path / "e")
+    version = MlflowClient(tracking_uri=uri).get_model_version("m", "1")
+    assert version.run_id == run.run_id
+    requirements = Path(str(version.source).removeprefix("file://")) / "requirements.txt"
+
+    def uv_does(*arguments: str) -> str:
+        done = subprocess.run(
+            [str(uv), *arguments], capture_output=True, text=True, check=False, timeout=550
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    python = tmp_path / "venv" / "bin" / "python"
+    uv_does("venv", "--python", sys.executable, str(tmp_path / "venv"))
+    uv_does("pip", "install", "--python", str(python), "-r", str(requirements))
+    names = {
+        line.split("==")[0] for line in uv_does("pip", "freeze", "--python", str(python)).split()
+    }
+    assert not names & {"ray", "simclr-ray", "torchvision", "safetensors"}
+
+    (tmp_path / "image.png").write_bytes(picture())
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(
+        [str(python), "-c", EMBED, uri], cwd=tmp_path, env=environment, check=True, timeout=500
+    )
+    want = embed.embed_images(tmp_path / "e", [picture()])
+    np.testing.assert_allclose(np.load(tmp_path / "got.npy"), want, rtol=0, atol=TOLERANCE)

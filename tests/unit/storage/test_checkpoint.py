@@ -1,0 +1,260 @@
+"""A checkpoint continues training bit for bit, and is whole or passed over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from simclr_ray.config.experiment import AdamWOptimizer, LARSOptimizer, SGDOptimizer
+from simclr_ray.errors import CheckpointError
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.precision import place
+from simclr_ray.optim import build_optimizer
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.provenance import sha256
+
+Config = LARSOptimizer | SGDOptimizer | AdamWOptimizer
+OPTIMIZERS: list[Config] = [
+    LARSOptimizer(),
+    LARSOptimizer(momentum_form="outside", clip_lr=True),
+    SGDOptimizer(nesterov=True),
+    AdamWOptimizer(),
+]
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        GlobalBatchNorm(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 5),
+    )
+    place(model, torch.device("cpu"), "float32")  # channels last, as training has it
+    return model.train()
+
+
+def images(step: int) -> Tensor:
+    return torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * (step + 1)
+        model(images(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def write(folder: Path, step: int = 3) -> Path:
+    checkpoint.write(folder, step, {"model.w": torch.arange(6.0)}, {"digest": "abc"})
+    return folder
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda c: f"{c.name}")
+def test_a_restored_run_takes_the_same_next_steps_to_the_last_bit(
+    tmp_path: Path, config: Config
+) -> None:
+    model = tiny()
+    optimizer = build_optimizer(model, config)
+    train(model, optimizer, range(2))
+    packed = {name: t.clone() for name, t in checkpoint.pack(model, optimizer).items()}
+    checkpoint.write(tmp_path / "c", 2, packed, {"digest": "d"})
+    train(model, optimizer, range(2, 4))
+
+    again = tiny()
+    fresh = build_optimizer(again, config)
+    found = checkpoint.read(tmp_path / "c")
+    checkpoint.unpack(found.tensors, again, fresh)
+    assert found.step == 2
+    restored = checkpoint.pack(again, fresh)
+    assert restored.keys() == packed.keys()
+    assert all(torch.equal(restored[name], packed[name]) for name in packed)
+
+    train(again, fresh, range(2, 4))
+    expected, got = checkpoint.pack(model, optimizer), checkpoint.pack(again, fresh)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert any(name.startswith("optimizer.") for name in expected)
+
+
+def test_all_dtypes_come_back_as_they_were(tmp_path: Path) -> None:
+    tensors = {
+        "model.d": torch.rand(3, 4, dtype=torch.float64),
+        "model.h": torch.rand(3, 4).bfloat16(),
+        "model.n": torch.tensor(7),
+        "model.last": torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last).contiguous(),
+    }
+    checkpoint.write(tmp_path / "c", 0, tensors, {})
+    found = checkpoint.read(tmp_path / "c").tensors
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_the_record_holds_what_it_was_given_and_the_versions(tmp_path: Path) -> None:
+    write(tmp_path / "c")
+    record = checkpoint.read_record(tmp_path / "c")
+    assert (record["step"], record["digest"], record["format_version"]) == (3, "abc", 1)
+    assert set(record["versions"]) == {"simclr-ray", "torch", "torchvision", "ray", "numpy"}
+    assert record["versions"]["numpy"] == np.__version__
+    size = (tmp_path / "c" / checkpoint.STATE).stat().st_size
+    assert record["files"][checkpoint.STATE]["size"] == size
+
+
+def test_nothing_in_the_directory_is_a_pickle(tmp_path: Path) -> None:
+    model = tiny()
+    optimizer = build_optimizer(model, LARSOptimizer())
+    train(model, optimizer, range(1))
+    checkpoint.write(tmp_path / "c", 1, checkpoint.pack(model, optimizer), {})
+    files = sorted(p.name for p in (tmp_path / "c").iterdir())
+    assert files == [checkpoint.RECORD, checkpoint.STATE]
+    data = (tmp_path / "c" / checkpoint.STATE).read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    assert "model.0.weight" in json.loads(data[8 : 8 + header])  # safetensors: JSON, then numbers
+    assert not data.startswith((b"\x80", b"PK"))
+
+
+def cut(folder: Path) -> None:
+    data = (folder / checkpoint.STATE).read_bytes()
+    (folder / checkpoint.STATE).write_bytes(data[:-1])
+
+
+def alter(folder: Path) -> None:
+    data = bytearray((folder / checkpoint.STATE).read_bytes())
+    data[-1] ^= 1
+    (folder / checkpoint.STATE).write_bytes(bytes(data))
+
+
+def lose_state(folder: Path) -> None:
+    (folder / checkpoint.STATE).unlink()
+
+
+def lose_record(folder: Path) -> None:
+    (folder / checkpoint.RECORD).unlink()
+
+
+def killed_at_the_record(folder: Path) -> None:
+    (folder / checkpoint.RECORD).rename(folder / f".{checkpoint.RECORD}.partial")
+
+
+def half_a_record(folder: Path) -> None:
+    text = (folder / checkpoint.RECORD).read_text()
+    (folder / checkpoint.RECORD).write_text(text[: len(text) // 2])
+
+
+def no_record_at_all(folder: Path) -> None:
+    (folder / checkpoint.RECORD).write_text("[1, 2]")
+
+
+def newer(folder: Path) -> None:
+    record = json.loads((folder / checkpoint.RECORD).read_text())
+    (folder / checkpoint.RECORD).write_text(json.dumps({**record, "format_version": 2}))
+
+
+def diverged(folder: Path) -> None:
+    """Make the state one that an earlier release would have written: whole, with a NaN in it."""
+    save_file({"model.w": torch.tensor([0.0, float("nan")])}, folder / checkpoint.STATE)
+    record = json.loads((folder / checkpoint.RECORD).read_text())
+    state = folder / checkpoint.STATE
+    entry = {"size": state.stat().st_size, "sha256": sha256(state)}
+    record["files"] = {checkpoint.STATE: entry}
+    (folder / checkpoint.RECORD).write_text(json.dumps(record))
+
+
+def nameless(folder: Path) -> None:
+    record = json.loads((folder / checkpoint.RECORD).read_text())
+    del record["files"]
+    (folder / checkpoint.RECORD).write_text(json.dumps(record))
+
+
+FAULTS: list[tuple[Callable[[Path], None], str]] = [
+    (cut, "missing or of the wrong size"),
+    (alter, "altered; its hash is not the recorded one"),
+    (lose_state, "missing or of the wrong size"),
+    (lose_record, "the checkpoint was not finished"),
+    (killed_at_the_record, "the checkpoint was not finished"),
+    (half_a_record, "not JSON"),
+    (no_record_at_all, "no checkpoint's record"),
+    (newer, "format 2, this release reads 1"),
+    (nameless, "no checkpoint's record"),
+    (diverged, r"model\.w is not finite"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS, ids=lambda f: getattr(f, "__name__", ""))
+def test_a_checkpoint_that_is_not_whole_is_refused_and_the_older_whole_one_taken(
+    tmp_path: Path, fault: Callable[[Path], None], message: str
+) -> None:
+    older = write(tmp_path / "step-00000009-0000000a", 9)
+    broken = write(tmp_path / "step-00000010-0000000b", 10)
+    assert checkpoint.newest(tmp_path) == broken
+    fault(broken)
+    for read in (checkpoint.read, checkpoint.read_record):
+        with pytest.raises(CheckpointError, match=message):
+            read(broken)
+    assert checkpoint.newest(tmp_path) == older
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.w", "optimizer.0.momentum_buffer"])
+def test_what_is_not_finite_is_never_written(tmp_path: Path, name: str, value: float) -> None:
+    tensors = {"model.n": torch.tensor(3), "model.v": torch.ones(2), name: torch.tensor([1, value])}
+    with pytest.raises(CheckpointError, match=f"{name} is not finite at step 7"):
+        checkpoint.write(tmp_path / "c", 7, tensors, {})
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_newest_is_by_step_and_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path / "step-00000900-00000001", 900)
+    newest = write(tmp_path / "step-100000000-00000002", 100_000_000)
+    for name in ("best", "step-00009999", "step-x", "encoder"):
+        write(tmp_path / name, 9999)
+    (tmp_path / "step-00099999-00000003").write_text("a file")
+    assert checkpoint.newest(tmp_path) == newest
+
+
+def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "absent") is None
+    lose_record(write(tmp_path / "step-00000001-00000001", 1))
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_name_is_never_used_again_and_tells_its_step(tmp_path: Path) -> None:
+    names = {checkpoint.new_name(1200) for _ in range(50)}
+    assert len(names) == 50
+    assert {checkpoint.step_of(name) for name in names} == {1200}
+    assert all(name.startswith("step-00001200-") for name in names)
+    assert checkpoint.step_of("checkpoint_000001") == -1
+    write(tmp_path / "c")
+    with pytest.raises(FileExistsError):
+        write(tmp_path / "c")
+
+
+def test_tensors_of_another_model_are_refused() -> None:
+    model = tiny()
+    packed = checkpoint.pack(model, build_optimizer(model, SGDOptimizer()))
+    for wrong in (
+        {k: v for k, v in packed.items() if k != "model.0.bias"},
+        {**packed, "model.extra": torch.zeros(1)},
+        {**packed, "model.0.bias": torch.zeros(9)},
+    ):
+        with pytest.raises(CheckpointError, match="does not fit the model"):
+            checkpoint.restore_model(wrong, tiny())
+
+
+def test_one_part_of_a_model_can_be_restored_by_its_prefix() -> None:
+    whole = nn.ModuleDict({"encoder": nn.Linear(2, 3), "head": nn.Linear(3, 1)})
+    packed = checkpoint.pack(whole, torch.optim.SGD(whole.parameters(), lr=0.1))
+    encoder = nn.Linear(2, 3)
+    checkpoint.restore_model(packed, encoder, prefix="model.encoder.")
+    assert torch.equal(encoder.weight, whole["encoder"].get_parameter("weight"))

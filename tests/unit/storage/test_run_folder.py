@@ -1,0 +1,184 @@
+"""A run's folder: files whole or not at all, the newest checkpoint, Ray's snapshot repaired."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from simclr_ray.errors import RunError
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.run_folder import SNAPSHOT, RunFolder
+
+
+@pytest.fixture(params=["path", "uri"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> RunFolder:
+    storage = tmp_path / "runs"
+    return RunFolder.of(str(storage) if request.param == "path" else storage.as_uri(), "r-1")
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "r-1"
+
+
+def add(on_disk: Path, name: str, step: int) -> Path:
+    checkpoint.write(on_disk / name, step, {"model.w": torch.arange(4.0)}, {})
+    return on_disk / name
+
+
+def snapshot(on_disk: Path, *names: str) -> None:
+    on_disk.mkdir(parents=True, exist_ok=True)
+    results = [{"checkpoint_dir_name": n, "metrics": {}} for n in names]
+    (on_disk / SNAPSHOT).write_text(json.dumps({"checkpoint_results": results}))
+
+
+def test_a_local_storage_path_becomes_absolute_and_a_uri_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder.of("runs", "a").local == tmp_path / "runs" / "a"
+    remote = RunFolder.of("s3://bucket/runs/", "a")
+    assert (remote.local, remote.uri) == (None, "s3://bucket/runs/a")
+
+
+def test_text_is_read_back_and_an_absent_file_is_none(folder: RunFolder) -> None:
+    assert folder.read_text("a.json") is None
+    folder.write_text("a.json", "one é\n")
+    assert folder.read_text("a.json") == "one é\n"
+    folder.write_text("a.json", "two")
+    assert folder.read_text("a.json") == "two"
+
+
+def test_a_write_that_was_cut_off_leaves_the_old_text(folder: RunFolder, on_disk: Path) -> None:
+    folder.write_text("run.json", "old")
+    (on_disk / ".run.json.partial").write_text("ne")  # what a killed write leaves behind
+    assert folder.read_text("run.json") == "old"
+    folder.write_text("run.json", "new")
+    assert folder.read_text("run.json") == "new"
+    assert [p.name for p in on_disk.iterdir()] == ["run.json"]
+
+
+def test_checkpoints_are_listed_newest_first_and_nothing_else(
+    folder: RunFolder, on_disk: Path
+) -> None:
+    assert folder.checkpoints() == []
+    names = ["step-00000002-0000000a", "step-00000010-0000000b", "step-00000002-0000000c"]
+    for name in names:
+        add(on_disk, name, checkpoint.step_of(name))
+    (on_disk / "encoder").mkdir()
+    folder.write_text("run.json", "{}")
+    assert folder.checkpoints() == [names[1], names[2], names[0]]
+
+
+def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(
+    folder: RunFolder,
+    on_disk: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("simclr_ray"), "propagate", True)
+    add(on_disk, "step-00000001-00000001", 1)
+    add(on_disk, "step-00000002-00000002", 2)
+    broken = add(on_disk, "step-00000003-00000003", 3)
+    (broken / checkpoint.STATE).write_bytes(b"")
+    unfinished = add(on_disk, "step-00000004-00000004", 4)
+    (unfinished / checkpoint.RECORD).unlink()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    found = folder.newest(scratch)
+    assert found is not None
+    assert checkpoint.read(found).step == 2
+    assert (found.parent == on_disk) == (folder.local is not None)
+    passed = [r.getMessage() for r in caplog.records]
+    assert [name for name in (broken.name, unfinished.name) if any(name in m for m in passed)] == [
+        broken.name,
+        unfinished.name,
+    ]
+
+
+def test_no_checkpoint_that_verifies_is_none(
+    folder: RunFolder, on_disk: Path, tmp_path: Path
+) -> None:
+    assert folder.newest(tmp_path) is None
+    (add(on_disk, "step-00000001-00000001", 1) / checkpoint.STATE).unlink()
+    assert folder.newest(tmp_path / "s") is None
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_gone(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder.of(str(tmp_path), "r-1")
+    program = (
+        "import sys, time; from simclr_ray.storage.run_folder import RunFolder\n"
+        "with RunFolder(*sys.argv[1:]).held():\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    folder.check_free()
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, folder.storage, folder.name],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"run by process {other.pid} on "):
+            folder.check_free()
+        with pytest.raises(RunError, match=f"run by process {other.pid} on "), folder.held():
+            pass
+        threading.Timer(0.5, other.kill).start()
+        with folder.held(wait_s=30):
+            assert folder.is_held()
+    finally:
+        other.kill()
+        other.communicate()
+    assert not folder.is_held()
+
+
+def test_a_snapshot_that_names_what_is_there_stays(folder: RunFolder, on_disk: Path) -> None:
+    assert folder.repair_snapshot() == []
+    add(on_disk, "step-00000001-00000001", 1)
+    snapshot(on_disk, "step-00000001-00000001")
+    assert folder.repair_snapshot() == []
+    assert (on_disk / SNAPSHOT).is_file()
+
+
+def test_a_snapshot_that_names_a_missing_directory_is_set_aside(
+    folder: RunFolder, on_disk: Path
+) -> None:
+    add(on_disk, "step-00000001-00000001", 1)
+    snapshot(on_disk, "step-00000002-00000002", "step-00000001-00000001", "step-00000000-00000000")
+    gone = ["step-00000000-00000000", "step-00000002-00000002"]
+    assert folder.repair_snapshot() == gone
+    assert not (on_disk / SNAPSHOT).exists()
+    assert (on_disk / f"{SNAPSHOT}.set-aside").is_file()
+    assert folder.repair_snapshot() == []
+    snapshot(on_disk, "step-00000009-00000009")  # a second time, over the first one set aside
+    assert folder.repair_snapshot() == ["step-00000009-00000009"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"checkpoint_results": 3}', "null"])
+def test_a_snapshot_that_cannot_be_read_is_set_aside(
+    folder: RunFolder, on_disk: Path, text: str
+) -> None:
+    on_disk.mkdir(parents=True)
+    (on_disk / SNAPSHOT).write_text(text)
+    assert folder.repair_snapshot() == ["(an unreadable snapshot)"]
+    assert not (on_disk / SNAPSHOT).exists()
+
+
+def test_a_folder_is_copied_whole(folder: RunFolder, on_disk: Path, tmp_path: Path) -> None:
+    source = tmp_path / "made"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "x.bin").write_bytes(b"\x00\x01")
+    folder.write_text("run.json", "{}")
+    folder.put_folder(source, "encoder")
+    assert (on_disk / "encoder" / "deep" / "x.bin").read_bytes() == b"\x00\x01"

@@ -1,0 +1,101 @@
+"""What a dry run times: once for each kind of trial, in a step that stands for the run's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.studies import step_timing as speed
+from simclr_ray.studies.plan import Cell, Trial
+from tests.ray.images import write_shapes
+
+NUM_ROWS = 64
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> str:
+    write_shapes(tmp_path / "train.parquet", NUM_ROWS)
+    return str(tmp_path / "train.parquet")
+
+
+def experiment(train: str = "x", **changes: Any) -> Experiment:
+    tree = {"name": "t", "data": {"train": train}, "batch_size": 32, "epochs": 4, **changes}
+    return cfg.validate(Experiment, tree)
+
+
+def trials(*experiments: Experiment) -> list[Trial]:
+    return [
+        Trial(f"t{i}", (Cell({"i": i}, 0),), 0, made.model_copy(update={"name": f"t{i}"}))
+        for i, made in enumerate(experiments)
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": {"temperature": 0.1}},
+        {"schedule": {"learning_rate": 0.1}},
+        {"optimizer": {"weight_decay": 0.1}},
+        {"augment": {"strength": 0.1}},
+        {"seed": 7},
+        {"epochs": 100},
+    ],
+)
+def test_what_costs_no_time_makes_no_other_kind(changes: dict[str, Any]) -> None:
+    assert speed.kind_of(experiment(**changes)) == speed.kind_of(experiment())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder": {"depth": 34}},
+        {"augment": {"size": 64}},
+        {"augment": {"blur": 0.0}},
+        {"augment": {"name": "pipeline", "a": [{"name": "crop"}, {"name": "sobel"}]}},
+        {"optimizer": {"name": "adamw"}},
+        {"batch_size": 16},
+        {"batch_norm": {"images": 16}},
+        {"precision": "bf16"},
+        {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}},
+        {"loss": {"name": "cross_entropy", "views": 2}, "head": {"name": "classifier"}},
+    ],
+)
+def test_what_costs_time_makes_another_kind(changes: dict[str, Any]) -> None:
+    assert speed.kind_of(experiment(**changes)) != speed.kind_of(experiment())
+
+
+def test_a_step_is_no_larger_than_one_of_the_run_and_views_are_of_full_size() -> None:
+    four = experiment(batch_size=100, scaling={"num_workers": 4})
+    assert speed.shortened(four).batch_size == 25
+    groups = experiment(batch_size=4096, batch_norm={"images": 16})
+    assert speed.shortened(groups).batch_size == 32  # two of them
+    assert speed.shortened(experiment(batch_size=4096)).batch_size == speed.MOST_IMAGES["cpu"]
+    grown = experiment(augment={"size": 64, "first_size": 32})
+    assert speed.shortened(grown).augment.size_at(0, 3) == 64
+
+
+def test_each_kind_is_timed_once_and_time_is_shared_by_what_runs_side_by_side(
+    train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waves: list[int] = []
+
+    def timed(experiments: Sequence[Experiment]) -> list[float]:
+        waves.append(len(experiments))
+        return [0.5 if e.encoder.depth == 18 else 2.0 for e in experiments]  # type: ignore[union-attr]
+
+    monkeypatch.setattr(speed, "_timed", timed)
+    small = [experiment(train, seed=seed, encoder={"depth": 18}) for seed in range(4)]
+    large = experiment(train, encoder={"depth": 34})
+    images = NUM_ROWS * 4
+    pace = speed.pace_of(trials(*small), 2)
+    assert waves == [1]
+    assert (pace.seconds, pace.device_seconds) == (images, 2 * images)
+    pace = speed.pace_of(trials(*small, large), 2)
+    assert waves == [1, 2]
+    assert pace.seconds == 2 * images  # of 4 x 0.5 and 2.0, two at a time
+    assert speed.pace_of(trials(*small, large), 64).seconds == 2 * images  # the longest alone

@@ -1,0 +1,99 @@
+"""A trial that has collapsed is ended, with the reason; a healthy one is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.errors import CollapsedRun
+from simclr_ray.storage.run_folder import METRICS, RunFolder
+from simclr_ray.studies import trial_runner as trial_module
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.plan import Cell, Trial
+from simclr_ray.studies.trial_runner import RunWatch, outcome_of
+from simclr_ray.train.driver import Run
+
+N = 64
+SPACE = {"loss.temperature": {"grid": [0.1, 0.5]}}
+STUCK = math.log(2 * N - 1)
+
+
+def experiment(**changes: object) -> Experiment:
+    tree = {"name": "t", "data": {"train": "x"}, "batch_size": N, "epochs": 20, **changes}
+    return cfg.validate(Experiment, {**tree, "schedule": {"warmup_epochs": 1.0}})
+
+
+def told() -> tuple[list[tuple[int, dict[str, float]]], RunWatch]:
+    epochs: list[tuple[int, dict[str, float]]] = []
+    return epochs, RunWatch(experiment(), lambda epoch, values: epochs.append((epoch, values)))
+
+
+def test_epoch_ends_carry_the_training_record_before_them() -> None:
+    epochs, watch = told()
+    watch({"step": 5, "epoch": 1.0, "total": 9, "train/mean_loss": 3.0})
+    watch({"step": 5, "epoch": 1, "total": 9, "eval/knn_top1": 0.5, "eval/effective_rank": 9.0})
+    assert epochs == [
+        (1, {"train/mean_loss": 3.0, "eval/knn_top1": 0.5, "eval/effective_rank": 9.0})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "loss", "ends"),
+    [(2.9, STUCK, False), (3.1, STUCK, True), (3.1, STUCK - 0.2, False), (9.0, STUCK, True)],
+)
+def test_a_loss_of_equal_embeddings_ends_a_run_once_it_has_had_its_time(
+    epoch: float, loss: float, *, ends: bool
+) -> None:
+    _, watch = told()
+    record = {"step": 1, "epoch": epoch, "total": 9, "train/mean_loss": loss}
+    if not ends:
+        watch(record)
+        return
+    with pytest.raises(CollapsedRun, match=r"stuck: .* 4\.8442"):
+        watch(record)
+
+
+def test_features_of_one_direction_end_a_run() -> None:
+    _, watch = told()
+    with pytest.raises(CollapsedRun, match=r"effective rank is 1\.02"):
+        watch({"step": 1, "epoch": 1, "total": 9, "eval/effective_rank": 1.02})
+
+
+def test_a_loss_that_is_not_ntxent_is_not_judged_by_it() -> None:
+    watch = RunWatch(experiment(loss={"name": "triplet"}), lambda *_: None)
+    watch({"step": 1, "epoch": 9.0, "total": 9, "train/mean_loss": STUCK})
+
+
+def test_cost_is_read_off_the_records_whatever_was_repeated(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    (tmp_path / "run").mkdir()
+    records = [(10, 64.0), (20, 128.0), (10, 32.0)]  # step 10 again, after a kill
+    lines = [json.dumps({"step": s, "epoch": 1, "train/images_per_s": v}) for s, v in records]
+    (tmp_path / "run" / METRICS).write_text("\n".join(lines))
+    made = experiment(scaling={"num_workers": 2})
+    trial = Trial("t", (Cell({"a": 1}, 0),), 0, made)
+    cost = outcome_of(trial, folder, "finished").cost
+    assert cost == {"images": 20 * N, "seconds": 20.0 + 5.0, "device_seconds": 50.0}
+
+
+def test_a_run_that_another_node_fetched_is_judged_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "step-00000007-a").mkdir(parents=True)
+    elsewhere = Path("/nowhere") / "step-00000007-a"
+    run = Run("run", str(tmp_path / "run"), elsewhere, "id", {})
+    judged: list[Path] = []
+
+    def judge(_study: Study, _experiment: Experiment, run: Run) -> dict[str, float]:
+        judged.append(run.checkpoint)
+        return {"top1": 0.5}
+
+    monkeypatch.setattr(trial_module, "judge_trial", judge)
+    given = cfg.validate(Study, {"name": "s", "question": "?", "base": "b", "space": SPACE})
+    assert trial_module._judge_anywhere(given, experiment(), run) == {"top1": 0.5}
+    assert judged == [tmp_path / "run" / "step-00000007-a"]

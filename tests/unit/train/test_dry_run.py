@@ -1,0 +1,130 @@
+"""The arithmetic of a run before it starts: counts by hand, and memory as autograd keeps it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError
+from simclr_ray.nn.build import build_model
+from simclr_ray.nn.precision import DTYPES
+from simclr_ray.train.dry_run import derived, num_parameters, step_memory
+
+SMALL = {"name": "resnet", "depth": 10, "width": 0.25, "stem": "cifar"}
+
+
+def experiment(**changes: Any) -> Experiment:
+    tree = {"name": "t", "data": {"train": "x"}, "encoder": SMALL, "augment": {"size": 16}}
+    return cfg.validate(Experiment, {**tree, **changes})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(out, "PNG")
+    table = pa.table({"image": pa.array([out.getvalue()] * 1000, pa.binary())})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=25)
+    return Source.open(str(tmp_path / "a.parquet"))
+
+
+def saved_bytes(e: Experiment, images: int) -> int:
+    """Return the bytes that autograd really keeps for backward of both views of `images`."""
+    torch.manual_seed(0)
+    model = build_model(e).to(DTYPES[e.precision]).train()
+    size = e.augment.size
+    x = torch.rand(2 * images, 3, size, size, dtype=DTYPES[e.precision])
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    return sum(nbytes for nbytes, _ in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("head", [{"name": "none"}, {"name": "mlp", "layers": 3}])
+def test_activations_are_those_that_autograd_keeps(precision: str, head: dict[str, Any]) -> None:
+    e = experiment(batch_size=24, precision=precision, head=head)
+    counted = step_memory(e).activations
+    assert counted == pytest.approx(
+        saved_bytes(e, 24), rel=0.01
+    )  # what is not per image: below 1 %
+
+
+def test_a_torchvision_backbone_is_counted_too() -> None:
+    e = experiment(encoder={"name": "torchvision", "model": "resnet18"}, batch_size=4)
+    assert step_memory(e).activations == pytest.approx(saved_bytes(e, 4), rel=0.01)
+
+
+def test_memory_follows_the_largest_local_batch() -> None:
+    one = step_memory(experiment(batch_size=96)).activations
+    four = step_memory(experiment(batch_size=96, scaling={"num_workers": 4})).activations
+    uneven = step_memory(experiment(batch_size=96, scaling={"num_workers": 5})).activations
+    assert four == one // 4
+    assert uneven == one * 20 // 96
+
+
+def test_weights_are_counted_with_gradient_and_optimizer_state() -> None:
+    parameters = num_parameters(experiment())
+    assert parameters == sum(p.numel() for p in build_model(experiment()).parameters())
+    lars, sgd, adamw = (
+        step_memory(experiment(optimizer={"name": n})).weights for n in ("lars", "sgd", "adamw")
+    )
+    assert lars == sgd == parameters * 4 * 3  # weight, gradient, momentum
+    assert adamw == parameters * 4 * 4  # and a second moment
+    assert step_memory(experiment(precision="float64")).weights == 2 * lars
+
+
+def test_counting_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    num_parameters(experiment())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
+    e = experiment(
+        batch_size=96,
+        epochs=20,
+        schedule={"learning_rate": 0.5, "scaling": "linear", "warmup_epochs": 2.0},
+        scaling={"num_workers": 5},
+    )
+    rows = derived(e, source)
+    assert rows["images"] == "1,000 in 1 files, 40 row groups, 2 lanes"
+    assert rows["global batch"] == "96 images, 192 views"
+    assert rows["negatives"] == "190 per anchor"
+    assert rows["local batch"] == "20 or 19 on 5 workers"
+    assert rows["steps"] == "10 per epoch, 200 in 20 epochs"
+    assert rows["warm-up"] == "20 steps"
+    assert rows["peak learning rate"] == "0.1875 (linear scaling of 0.5)"
+    assert rows["loss without learning"] == f"{np.log(191):.4f} = ln(2N-1)"
+    assert rows["parameters"] == f"{num_parameters(e) / 1e6:.2f} M"
+    assert "note" not in rows
+
+
+def test_a_warm_up_as_long_as_the_run_is_noted(source: Source) -> None:
+    rows = derived(experiment(batch_size=100, epochs=3), source)
+    assert "never reaches its peak" in rows["note"]
+
+
+def test_rows_that_fill_no_batch_are_refused(source: Source) -> None:
+    with pytest.raises(DataError, match="1000 rows do not fill one global batch of 1001"):
+        derived(experiment(batch_size=1001), source)

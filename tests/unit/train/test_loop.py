@@ -1,0 +1,279 @@
+"""The loop is Algorithm 1: each step as written by hand, reports and hooks when they are due."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simclr_ray.data.batch import Batch
+from simclr_ray.errors import RunError
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.build import SimCLRModel
+from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.nn.precision import Precision, as_input, place
+from simclr_ray.optim import LARS, learning_rate_at
+from simclr_ray.train.loop import Hooks, Metrics, Timetable, train
+
+N, SIDE = 6, 8
+TEMPERATURE = 0.5
+Event = tuple[Literal["report", "epoch", "checkpoint"], int]
+
+
+def tiny(precision: Precision = "float32", seed: int = 0) -> SimCLRModel:
+    torch.manual_seed(seed)
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        GlobalBatchNorm(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    model = SimCLRModel(encoder, nn.Linear(4, 5))
+    place(model, torch.device("cpu"), precision)
+    return model
+
+
+def batches(first: int, last: int, bad: tuple[int, ...] = ()) -> Iterator[Batch]:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        a, b = (
+            torch.randint(0, 256, (N, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+            for _ in "ab"
+        )
+        unusable = torch.tensor([9] if step in bad else [], dtype=torch.int64)
+        yield Batch(step, a, b, torch.arange(N), unusable)
+
+
+def timetable(**changes: int) -> Timetable:
+    table = Timetable(5, 15, 4, 0.8, N, log_every=2)
+    return replace(table, **changes)  # type: ignore[arg-type] # all are int
+
+
+class Log:
+    """What the loop called, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.metrics: list[Metrics] = []
+
+    def hooks(self) -> Hooks:
+        return Hooks(self._report, self._epoch, lambda s: self.events.append(("checkpoint", s)))
+
+    def _report(self, metrics: Metrics) -> None:
+        self.events.append(("report", metrics.step))
+        self.metrics.append(metrics)
+
+    def _epoch(self, epochs: int, steps: int) -> None:
+        assert steps == epochs * 5
+        self.events.append(("epoch", steps))
+
+
+def run(
+    model: nn.Module,
+    stream: Iterator[Batch],
+    table: Timetable,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    precision: Precision = "float32",
+    loss: NTXentLoss | None = None,
+) -> Log:
+    log = Log()
+    optimizer = optimizer or LARS(model.parameters(), lr=0.0)
+    loss = loss or NTXentLoss(TEMPERATURE)
+    train(model, loss, optimizer, stream, table, log.hooks(), precision=precision)
+    return log
+
+
+def test_reports_and_hooks_come_at_their_steps_and_in_order() -> None:
+    log = run(tiny(), batches(0, 10), timetable(checkpoint_every=3))
+    assert log.events == [
+        ("report", 2),
+        ("checkpoint", 3),
+        ("report", 4),
+        ("report", 5),  # epochs end with a report, due or not
+        ("epoch", 5),
+        ("report", 6),
+        ("checkpoint", 6),
+        ("report", 8),
+        ("checkpoint", 9),
+        ("report", 10),
+        ("epoch", 10),
+    ]
+
+
+def test_a_stream_from_the_middle_of_an_epoch_keeps_the_runs_own_count() -> None:
+    log = run(tiny(), batches(7, 11), timetable(checkpoint_every=3))
+    assert log.events == [
+        ("report", 8),
+        ("checkpoint", 9),
+        ("report", 10),
+        ("epoch", 10),
+    ]
+    assert [m.epoch for m in log.metrics] == [8 / 5, 2.0]
+
+
+def test_a_checkpoint_that_falls_on_the_end_of_an_epoch_is_left_to_the_epochs_hook() -> None:
+    log = run(tiny(), batches(0, 5), timetable(checkpoint_every=5, log_every=100))
+    assert log.events == [("report", 5), ("epoch", 5)]
+
+
+def test_each_step_takes_the_rate_of_its_schedule() -> None:
+    seen: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override] # as torch has it
+            seen.extend(group["lr"] for group in self.param_groups)
+            return super().step(closure)  # type: ignore[no-any-return] # as above
+
+    model = tiny()
+    groups = [{"params": [p]} for p in list(model.parameters())[:2]]
+    log = run(model, batches(3, 15), timetable(), optimizer=Watched(groups, lr=9.0))
+    expected = [learning_rate_at(s, 0.8, 4, 15) for s in range(3, 15) for _ in groups]
+    assert seen == expected
+    assert [m.learning_rate for m in log.metrics] == [
+        learning_rate_at(m.step - 1, 0.8, 4, 15) for m in log.metrics
+    ]
+
+
+def by_hand(z: Tensor) -> Tensor:
+    """Return eq. 1 over z [2N, D], view 1 above view 2, as the paper writes it."""
+    z = z / z.norm(dim=1, keepdim=True)
+    s = z @ z.T / TEMPERATURE
+    total = z.new_zeros(())
+    for i in range(2 * N):
+        j = (i + N) % (2 * N)
+        others = torch.stack([s[i, k] for k in range(2 * N) if k != i])
+        total = total + torch.logsumexp(others, 0) - s[i, j]
+    return total / (2 * N)
+
+
+def test_a_step_is_the_step_written_by_hand() -> None:
+    ours, theirs = tiny("float64"), tiny("float64").train()
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0, momentum=0.9)
+    table = timetable(log_every=1)
+    log = run(
+        ours,
+        batches(2, 5),
+        table,
+        optimizer=torch.optim.SGD(ours.parameters(), lr=0.0, momentum=0.9),
+        precision="float64",
+    )
+    for metrics, batch in zip(log.metrics, batches(2, 5), strict=True):
+        x = torch.cat([batch.a, batch.b]).double() / 255
+        loss = by_hand(theirs(x).z)
+        assert metrics.loss == pytest.approx(loss.item(), rel=1e-12)
+        optimizer.param_groups[0]["lr"] = table.learning_rate(batch.step)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12), name
+
+
+def test_reported_losses_are_the_last_and_the_mean_since_the_last_report() -> None:
+    each = run(tiny(), batches(0, 5), timetable(log_every=1)).metrics
+    some = run(tiny(), batches(0, 5), timetable(log_every=3)).metrics
+    assert [m.step for m in some] == [3, 5]
+    losses = [m.loss for m in each]
+    assert [m.loss for m in some] == [losses[2], losses[4]]
+    assert some[0].mean_loss == pytest.approx(sum(losses[:3]) / 3, rel=1e-12)
+    assert some[1].mean_loss == pytest.approx(sum(losses[3:]) / 2, rel=1e-12)
+    assert all(m.mean_loss == m.loss for m in each)
+
+
+def test_metrics_are_in_their_ranges_and_replaced_rows_are_counted() -> None:
+    log = run(tiny(), batches(0, 10, bad=(0, 1, 4, 7)), timetable())
+    assert [m.bad_rows for m in log.metrics] == [2, 0, 1, 0, 1, 0]
+    for m in log.metrics:
+        assert 0 <= m.data_wait_share <= 1
+        assert m.images_per_s > 0
+        assert 0 <= m.accuracy <= 1
+        assert 0 <= m.entropy <= math.log(N) + 1e-6
+
+
+def test_waiting_for_data_is_measured() -> None:
+    def slow() -> Iterator[Batch]:
+        for batch in batches(0, 4):
+            sum(i for i in range(2_000_000))  # work, many times what a step takes
+            yield batch
+
+    log = run(tiny(), slow(), timetable(log_every=4))
+    assert 0.5 < log.metrics[0].data_wait_share <= 1
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(poison: float) -> None:
+    model = tiny()
+
+    def stream() -> Iterator[Batch]:
+        for batch in batches(0, 5):
+            if batch.step == 2:
+                with torch.no_grad():
+                    model.head.get_parameter("bias").fill_(poison)
+            yield batch
+
+    with pytest.raises(RunError, match=r"the loss is not finite at step 4 .*learning_rate"):
+        run(model, stream(), timetable(log_every=4))
+
+
+def test_a_step_under_bf16_keeps_weights_and_loss_in_float32() -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    class Watched(NTXentLoss):
+        def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
+            value = super().forward(z1, z2, labels)
+            seen.append((z1.dtype, value.dtype))
+            return value
+
+    model = tiny("bf16")
+    low = run(
+        model, batches(2, 5), timetable(log_every=1), precision="bf16", loss=Watched(TEMPERATURE)
+    )
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    full = run(tiny(), batches(2, 5), timetable(log_every=1))
+    for a, b in zip(low.metrics, full.metrics, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=2e-2)  # bf16 has 8 bits
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("float64", torch.float64), ("float32", torch.float32), ("bf16", torch.float32)],
+)
+def test_pictures_enter_as_numbers_from_0_to_1_channels_last(
+    precision: Precision, dtype: torch.dtype
+) -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    x = as_input(images, torch.device("cpu"), precision)
+    assert x.dtype == dtype
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert float(x.min()) == 0.0
+    assert float(x.max()) == pytest.approx(1.0, abs=1e-7)
+    assert torch.allclose(x[0, 0].flatten(), torch.arange(256, dtype=dtype) / 255)
+
+
+def test_training_resumes_training_mode_after_an_epochs_hook() -> None:
+    model = tiny()
+    modes: list[bool] = []
+    model.encoder.register_forward_pre_hook(lambda m, _: modes.append(m.training))
+
+    def judge(*_: int) -> None:
+        model.eval()
+
+    hooks = Hooks(lambda _: None, judge, lambda _: None)
+    model.eval()
+    loss, optimizer = NTXentLoss(TEMPERATURE), LARS(model.parameters(), lr=0.0)
+    train(model, loss, optimizer, batches(0, 7), timetable(), hooks)
+    assert modes == [True] * 7
+
+
+def test_gradients_do_not_reach_the_next_step() -> None:
+    model = tiny()
+    run(model, batches(0, 2), timetable())
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,120 @@
+"""What a config leaves to the data: classes, and the labels that a loss needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import ClassifierHead, Data, Experiment
+from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, DataError
+from simclr_ray.train.resolve import resolved, split_like_test
+from tests.ray.images import write_shapes
+
+CLASSIFIER = {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}}
+
+
+def experiment(**changes: Any) -> Experiment:
+    return cfg.validate(Experiment, {"name": "t", "data": {"train": "x"}, **changes})
+
+
+def source(folder: Path, labels: list[int | None] | None) -> Source:
+    columns: dict[str, Any] = {"image": pa.array([b"x"] * 6, pa.binary())}
+    if labels is not None:
+        columns["label"] = pa.array(labels, pa.int64())
+    pq.write_table(pa.table(columns), folder / "set.parquet")
+    return Source.open(str(folder / "set.parquet"))
+
+
+def test_classes_are_counted_and_no_other_loss_asks_for_labels(tmp_path: Path) -> None:
+    labelled = source(tmp_path, [0, 1, 4, 1, 0, 2])
+    head = resolved(experiment(**CLASSIFIER), labelled).head
+    assert isinstance(head, ClassifierHead)
+    assert head.num_classes == 5
+    plain = experiment()
+    assert resolved(plain, source(tmp_path, None)) == plain
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_classes", "told"),
+    [
+        (None, 0, "cross_entropy needs labels"),
+        ([0, 1, None, 1, 0, 2], 0, "1 of 6 rows .* have no label"),
+        ([3] * 6, 0, "one class"),
+        ([0, 1, 4, 1, 0, 2], 4, "labels up to 4, more than head.num_classes=4"),
+    ],
+)
+def test_labels_that_cannot_serve_are_named(
+    tmp_path: Path, labels: list[int | None] | None, num_classes: int, told: str
+) -> None:
+    asked = experiment(**CLASSIFIER | {"head": {"name": "classifier", "num_classes": num_classes}})
+    with pytest.raises(DataError, match=told):
+        resolved(asked, source(tmp_path, labels))
+
+
+def test_supcon_needs_a_column_and_no_more(tmp_path: Path) -> None:
+    asked = experiment(loss={"name": "supcon"})
+    with pytest.raises(DataError, match="supcon needs labels"):
+        resolved(asked, source(tmp_path, None))
+    assert resolved(asked, source(tmp_path, [0, None, None, 1, 0, 0])) == asked
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"loss": {"name": "cross_entropy"}}, "belong together"),
+        ({"head": {"name": "classifier"}}, "belong together"),
+        ({"loss": {"name": "ntxnet"}}, r"loss.name: got 'ntxnet'; .*did you mean 'ntxent'"),
+        ({"head": {"name": "mpl"}}, r"head.name: got 'mpl'.*mlp"),
+        ({"loss": {"name": "triplet", "margin": -1}}, r"loss.margin: got -1"),
+        ({"loss": {"learn_temperature": True, "normalize": False}}, "needs normalize"),
+        ({"loss": {"name": "triplet", "semi_hard": True, "margin": 0.0}}, "margin above 0"),
+        ({"encoder": {"name": "resnet", "depth": 18, "selective_kernel": 0.0625}}, "depth >= 50"),
+    ],
+)
+def test_losses_heads_and_encoders_that_cannot_be_are_named(
+    changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        experiment(**changes)
+
+
+PIPELINE = {"name": "pipeline", "size": 32}
+
+
+@pytest.mark.parametrize(
+    ("augment", "told"),
+    [
+        ({"a": [{"name": "crop"}, {"name": "blurs"}]}, r"augment.a.1.*blurs.*did you mean 'blur'"),
+        ({"a": [{"name": "crop"}, {"name": "flip", "p": 1.5}]}, r"augment.a.1.p: got 1.5"),
+        ({"a": [{"name": "crop"}, {"name": "jitter", "hue": 0.6}]}, "above 0.5"),
+        (
+            {"a": [{"name": "crop"}, {"name": "blur", "kernel": 1.5}]},
+            r"augment.a.1.kernel: got 1.5",
+        ),
+        ({"a": [{"name": "colour"}]}, "must begin with crop"),
+        ({"symmetric": False}, "must begin with crop"),
+        ({"b": [{"name": "crop"}]}, "symmetric must be false"),
+        ({"a": [{"name": "crop", "min_area": 0.5, "max_area": 0.1}]}, "above max_area"),
+    ],
+)
+def test_pipelines_that_cannot_be_are_named(augment: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        experiment(augment=PIPELINE | augment)
+
+
+def test_a_test_split_of_the_training_pictures_is_noticed_and_another_is_not(
+    tmp_path: Path,
+) -> None:
+    for name, rows in (("a", 12), ("b", 9)):
+        write_shapes(tmp_path / f"{name}.parquet", rows)
+    a, b = (str(tmp_path / f"{name}.parquet") for name in "ab")
+    assert split_like_test(Data(train=a, test=a, limit=5)) == a
+    assert split_like_test(Data(train=a, bank=b, test=b)) == b
+    assert split_like_test(Data(train=a, test=b)) == ""
+    assert split_like_test(Data(train=a)) == ""

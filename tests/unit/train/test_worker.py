@@ -1,0 +1,58 @@
+"""Errors of ours come out of whatever Ray wraps them in; a run is trained by one driver."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError, RunError
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train.resolve import resolved
+from simclr_ray.train.worker import our_error
+from tests.ray.images import write_shapes
+
+
+def raised_in_a_task(error: Exception) -> BaseException:
+    """Return what `ray.get` raises."""
+    raised = RayTaskError("f", "Traceback ...", error)  # type: ignore[no-untyped-call]
+    found: BaseException = raised.as_instanceof_cause()  # type: ignore[no-untyped-call]
+    return found
+
+
+def test_an_error_of_ours_that_a_task_raised_is_found_with_its_own_text() -> None:
+    own = DataError("train.parquet is no parquet")
+    raised = raised_in_a_task(own)
+    assert isinstance(raised, DataError)  # and a RayTaskError, whose text is a traceback
+    assert our_error(raised) is own
+    outer = RuntimeError("outer")
+    outer.__cause__ = raised
+    assert our_error(outer) is own
+
+
+def test_an_error_that_is_not_ours_is_not_found() -> None:
+    assert our_error(raised_in_a_task(ValueError("x"))) is None
+
+
+def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shapes(tmp_path / "train.parquet", 40)
+    given = {"data.train": tmp_path / "train.parquet", "storage": tmp_path / "runs"}
+    sizes = {"batch_size": 16, "epochs": 1}
+    overrides = [f"{key}={value}" for key, value in (given | sizes).items()]
+    experiment = Experiment.load("cifar10_study_cpu", *overrides, "data.test=''")
+    source = Source.open(str(tmp_path / "train.parquet"), experiment.data.columns, 10_000)
+    name = resolved(experiment.absolute(), source).run_name(source.fingerprint)
+    driver = import_module("simclr_ray.train.driver")  # the package has a function of that name
+    monkeypatch.setattr(driver, "HELD_S", 0.0)
+    monkeypatch.setattr(driver, "connect", lambda _: pytest.fail("a cluster was started"))
+    with (
+        RunFolder.of(str(tmp_path / "runs"), name).held(),
+        pytest.raises(RunError, match="is being run by process"),
+    ):
+        driver.pretrain(experiment)
