@@ -32,7 +32,7 @@ from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.linear import fit_linear
 from simclr_ray.evaluation.probes import probe
 from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
-from simclr_ray.nn.precision import place
+from simclr_ray.nn.precision import prepare_model
 from simclr_ray.optim import build_optimizer
 from simclr_ray.train import loop
 
@@ -141,7 +141,7 @@ def run(settings: Settings) -> dict[str, float]:
     trained = experiment(settings, settings.child, settings.seed)
     source = Source.open(trained.data.train, limit=trained.data.limit)
     model = build_model(trained)
-    place(model, torch.device("cpu"), trained.precision)
+    prepare_model(model, torch.device("cpu"), trained.precision)
     per_epoch, total = (
         trained.steps_per_epoch(source.num_rows),
         trained.total_steps(source.num_rows),
@@ -152,7 +152,7 @@ def run(settings: Settings) -> dict[str, float]:
         build_loss(trained),
         build_optimizer(model, trained.optimizer),
         local_batches(trained, source, range(total)),
-        loop.Timetable(
+        loop.StepSchedule(
             per_epoch,
             total,
             trained.warmup_steps(source.num_rows),
@@ -160,7 +160,7 @@ def run(settings: Settings) -> dict[str, float]:
             trained.batch_size,
             log_every=per_epoch,
         ),
-        loop.Hooks(lambda m: last.append(m.mean_loss), lambda *_: None, lambda _: None),
+        loop.Callbacks(lambda m: last.append(m.mean_loss), lambda *_: None, lambda _: None),
         seed=trained.seed,
     )
     size = trained.evaluation_size

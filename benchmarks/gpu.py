@@ -30,7 +30,7 @@ from simclr_ray.data.batch import Batch
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.heads import mlp_head
 from simclr_ray.nn.losses import NTXentLoss
-from simclr_ray.nn.precision import place
+from simclr_ray.nn.precision import prepare_model
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.optim import LARS
 from simclr_ray.train import loop
@@ -157,7 +157,7 @@ def loss(device: torch.device, n: int) -> dict[str, Any]:
 
 
 def views(device: torch.device, case: Case, *, quick: bool) -> dict[str, Any]:
-    """Return images a second, both views, from pictures that lie on the device."""
+    """Return images a second, both views, from images that lie on the device."""
     side = case.size if case.size <= 64 else 256
     shape = (case.batch, 3, side, side)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
@@ -171,7 +171,7 @@ def step(device: torch.device, case: Case, *, quick: bool, compiled: bool) -> di
     """Return images a second of the loop, views made on the device at each step."""
     torch.manual_seed(0)
     model = Model(case)
-    place(model, device, "bf16")
+    prepare_model(model, device, "bf16")
     operations = _operations(model, case, device)
     if compiled:
         model.encoder = torch.compile(model.encoder)  # type: ignore[assignment]
@@ -192,8 +192,8 @@ def step(device: torch.device, case: Case, *, quick: bool, compiled: bool) -> di
         NTXentLoss(TEMPERATURE, global_batch_size=case.batch),
         LARS(model.parameters(), 0.1),
         batches,
-        loop.Timetable(steps, steps, 0, 0.1, case.batch, every),
-        loop.Hooks(
+        loop.StepSchedule(steps, steps, 0, 0.1, case.batch, every),
+        loop.Callbacks(
             lambda m: reports.append((time.perf_counter(), m.images_per_s)),
             lambda *_: None,
             lambda _: None,

@@ -29,12 +29,12 @@ from benchmarks.gpu import Case, Model
 from benchmarks.record import store
 from simclr_ray.augment import TwoViews
 from simclr_ray.augment.decode import decode_image
-from simclr_ray.config.experiment import Linear
+from simclr_ray.config.experiment import LinearConfig
 from simclr_ray.data.batch import Batch
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.linear import fit_linear
 from simclr_ray.nn.losses import NTXentLoss
-from simclr_ray.nn.precision import as_input, autocast, place
+from simclr_ray.nn.precision import as_input, autocast, prepare_model
 from simclr_ray.optim import LARS
 from simclr_ray.train import loop
 
@@ -48,7 +48,7 @@ class OutOfTimeError(Exception):
 
 
 def main() -> None:
-    """Pack the pictures, or train on them."""
+    """Pack the images, or train on them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pack", action="store_true")
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def pack(folder: Path) -> None:
-    """Write the encoded pictures and labels of both splits, so many to a file."""
+    """Write the encoded images and labels of both splits, so many to a file."""
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def train(arguments: argparse.Namespace) -> None:
     per_epoch = len(pixels) // BATCH
     torch.manual_seed(0)
     model = Model(CASE)
-    place(model, device, "bf16")
+    prepare_model(model, device, "bf16")
     curve: list[dict[str, float]] = []
     decoded_s = time.perf_counter() - began
 
@@ -110,7 +110,7 @@ def train(arguments: argparse.Namespace) -> None:
             NTXentLoss(TEMPERATURE, global_batch_size=BATCH),
             _optimizer(model),
             _batches(pixels, arguments.epochs, per_epoch),
-            loop.Timetable(
+            loop.StepSchedule(
                 per_epoch,
                 per_epoch * arguments.epochs,
                 WARMUP_EPOCHS * per_epoch,
@@ -118,7 +118,7 @@ def train(arguments: argparse.Namespace) -> None:
                 BATCH,
                 50,
             ),
-            loop.Hooks(lambda m: print(m, flush=True), epoch_end, lambda _: None),
+            loop.Callbacks(lambda m: print(m, flush=True), epoch_end, lambda _: None),
             precision="bf16",
         )
     except OutOfTimeError:
@@ -195,7 +195,9 @@ def _knn(model: Model, splits: dict[str, tuple[Tensor, Tensor]]) -> float:
 
 def _linear(model: Model, splits: dict[str, tuple[Tensor, Tensor]]) -> float:
     (bank, bank_labels), (queries, labels) = splits["train"], splits["test"]
-    probe = fit_linear(_features(model, bank).cpu(), bank_labels.cpu(), CLASSES, Linear(), seed=0)
+    probe = fit_linear(
+        _features(model, bank).cpu(), bank_labels.cpu(), CLASSES, LinearConfig(), seed=0
+    )
     scores = probe.logits(_features(model, queries).cpu())
     return round(top_k_accuracy(scores, labels.cpu()), 4)
 

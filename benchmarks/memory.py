@@ -31,7 +31,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.nn.build import build_loss, build_model
-from simclr_ray.nn.precision import place
+from simclr_ray.nn.precision import prepare_model
 from simclr_ray.optim import build_optimizer
 from simclr_ray.train import loop
 
@@ -94,7 +94,7 @@ def experiment(batch_size: int, images: int, width: float) -> Experiment:
 def peak(exp: Experiment) -> dict[str, Any]:
     """Return memory and time of one step of `exp` in this process."""
     model = build_model(exp)
-    place(model, torch.device("cpu"), exp.precision)
+    prepare_model(model, torch.device("cpu"), exp.precision)
     optimizer = build_optimizer(model, exp.optimizer)
     reports: list[tuple[float, float]] = []  # (time, peak so far), after each step
     found: dict[str, Any] = {"batch_size": exp.batch_size, "groups": exp.num_groups}
@@ -115,8 +115,8 @@ def peak(exp: Experiment) -> dict[str, Any]:
         build_loss(exp),
         optimizer,
         batches(),
-        loop.Timetable(2, 2, 0, exp.peak_learning_rate(), exp.batch_size, log_every=1),
-        loop.Hooks(
+        loop.StepSchedule(2, 2, 0, exp.peak_learning_rate(), exp.batch_size, log_every=1),
+        loop.Callbacks(
             lambda _: reports.append((time.perf_counter(), _status_mib("VmHWM"))),
             lambda *_: None,
             lambda _: None,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import store
-from simclr_ray.config.experiment import ResNetEncoder
+from simclr_ray.config.experiment import ResNetConfig
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.optim import LARS
 
@@ -110,7 +110,7 @@ def main() -> None:
 
 def _parameters() -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(0)
-    parameters = list(build_encoder(ResNetEncoder(depth=50)).parameters())
+    parameters = list(build_encoder(ResNetConfig(depth=50)).parameters())
     for p in parameters:
         p.grad = torch.randn_like(p) * 1e-2
     return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]

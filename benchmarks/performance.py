@@ -169,7 +169,7 @@ def _stream(result: Result) -> str:
         f"of two workers it comes {run['first_batch_after_init_s']} s after `ray.init`, and is "
         f"waited for {run['first_batch_when_model_is_ready_s']} s when all else is ready; "
         f"{run['data_wait_share']:.1%} of its time is spent waiting for data. The two data actors "
-        f"hold {memory:,.0f} MiB at the end, decoded pictures (`data.cache_gib` at most) "
+        f"hold {memory:,.0f} MiB at the end, decoded images (`data.cache_gib` at most) "
         "included.\n"
     )
 
@@ -225,7 +225,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., str], str], ...] = (
         "Views",
         ("views_32", "views_224"),
         _views,
-        "Two views of each picture in one process with one thread, crop, flip, colour and (at "
+        "Two views of each image in one process with one thread, crop, flip, colour and (at "
         "224 px) blur, to float32. Ours are compiled where there is a C compiler; without one they "
         "are made with torch, to the same bytes.",
     ),

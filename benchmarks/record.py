@@ -45,7 +45,7 @@ def machine() -> dict[str, object]:
 
 
 def portable(argument: str) -> str:
-    """Return the argument with the folder of pictures by the name of its variable."""
+    """Return the argument with the folder of images by the name of its variable."""
     data = os.environ.get("SIMCLR_RAY_DATA", "")
     return argument.replace(data.rstrip("/"), "$SIMCLR_RAY_DATA") if data else argument
 

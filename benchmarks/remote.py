@@ -5,7 +5,7 @@
 
 Rows of PARQUET are repeated until there are enough and written anew, in eight files. The bucket is
 served by moto on loopback, by a process of its own that counts the bytes of its answers. Of decoded
-pictures a tenth of the set's bytes are kept, and the shuffle windows span a tenth of its rows.
+images a tenth of the set's bytes are kept, and the shuffle windows span a tenth of its rows.
 Streamed is as by one rank with two data actors, and, for the bytes alone, as by three ranks with
 one each; the consumer does nothing else. The server takes time of the same cores: `of_cores_left`
 is the ratio of rates, each by the cores that the server leaves. Every form has a process of its
@@ -38,12 +38,12 @@ import pyarrow.parquet as pq
 from benchmarks.record import portable, store
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.batches import join, plan_of
+from simclr_ray.data.batches import build_plan, join
 from simclr_ray.data.files import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.storage.filesystem import filesystem
 
-BUCKET, FILES, SHARE = "pictures", 8, 10
+BUCKET, FILES, SHARE = "images", 8, 10
 KEYS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}  # moto asks for some
 FORMS = {"disk": 1, "bucket": 1, "bucket, three ranks": 3}
 Row = dict[str, float]
@@ -110,7 +110,7 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one round of smaller pictures")
+    parser.add_argument("--quick", action="store_true", help="one round of smaller images")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--server", type=int, default=0, help=argparse.SUPPRESS)
@@ -264,7 +264,7 @@ def streamed(settings: Settings) -> Row:
     return {
         "images_per_s": round(settings.batch * (len(times) - 1) / streamed_s, 1),
         "server_cores": round((taken[-1] - taken[0]) / streamed_s, 3),
-        "lanes": plan_of(trained, source).num_lanes,
+        "lanes": build_plan(trained, source).num_lanes,
     }
 
 

@@ -39,7 +39,7 @@ from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.losses import NTXentLoss
-from simclr_ray.nn.precision import place
+from simclr_ray.nn.precision import prepare_model
 from simclr_ray.optim import build_optimizer
 from simclr_ray.train import loop
 
@@ -79,9 +79,9 @@ def main() -> None:
     scratch = Path(tempfile.gettempdir())
     stored = (scratch if arguments.quick else RESULTS) / "scaling.json"
     stored.write_text(json.dumps(result, indent=1) + "\n")
-    picture = (scratch if arguments.quick else FIGURES) / "growth.png"
-    draw(result, picture)
-    print(f"{stored}\n{picture}")
+    image = (scratch if arguments.quick else FIGURES) / "growth.png"
+    draw(result, image)
+    print(f"{stored}\n{image}")
 
 
 def experiment(batch_size: int, num_workers: int) -> Experiment:
@@ -135,7 +135,7 @@ def step_times(rank: int, batches: tuple[int, ...], steps: int) -> dict[int, lis
 
 def _step_times(rank: int, exp: Experiment, steps: int) -> list[float]:
     model = build_model(exp)
-    place(model, torch.device("cpu"), exp.precision)
+    prepare_model(model, torch.device("cpu"), exp.precision)
     batch = _batch(exp.local_batch_size(rank), exp.augment.size, seed=rank)
     asked: list[float] = []  # when the loop asks for a batch, it has ended a step
 
@@ -151,8 +151,8 @@ def _step_times(rank: int, exp: Experiment, steps: int) -> list[float]:
         build_loss(exp),
         build_optimizer(model, exp.optimizer),
         batches(),
-        loop.Timetable(never, never, 0, 0.1, exp.batch_size, log_every=never),
-        loop.Hooks(lambda _: None, lambda *_: None, lambda _: None),
+        loop.StepSchedule(never, never, 0, 0.1, exp.batch_size, log_every=never),
+        loop.Callbacks(lambda _: None, lambda *_: None, lambda _: None),
         precision=exp.precision,
         seed=exp.seed,
         num_groups=exp.num_groups,

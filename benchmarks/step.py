@@ -41,13 +41,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from benchmarks.record import portable, store
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.batches import PartMaker, plan_of, views_of
+from simclr_ray.data.batches import BatchBuilder, build_plan, build_views
 from simclr_ray.data.source import Source
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.losses import NTXentLoss
-from simclr_ray.nn.precision import place
+from simclr_ray.nn.precision import prepare_model
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.optim import build_optimizer
 from simclr_ray.train import loop
@@ -184,22 +184,22 @@ def torchrun(settings: Settings) -> None:
     trained = experiment(settings, "unused")
     source = Source.open(settings.parquet, limit=trained.data.limit)
     places = dist.share(trained.batch_size, dist.rank(), WORKERS)
-    plan = plan_of(trained, source)
-    maker = PartMaker(source, plan, views_of(trained.augment, 0), trained.data, places)
+    plan = build_plan(trained, source)
+    maker = BatchBuilder(source, plan, build_views(trained.augment, 0), trained.data, places)
     made = [maker.make(step) for step in range(min(8, settings.steps))]
     batches = (made[step % len(made)]._replace(step=step) for step in range(settings.steps))
     model = build_model(trained)
-    place(model, torch.device("cpu"), trained.precision)
+    prepare_model(model, torch.device("cpu"), trained.precision)
     rates: list[float] = []
     loop.train(
         dist.data_parallel(model),
         NTXentLoss(TEMPERATURE, global_batch_size=trained.batch_size),
         build_optimizer(model, trained.optimizer),
         batches,
-        loop.Timetable(
+        loop.StepSchedule(
             settings.steps, settings.steps, 0, 0.6, trained.batch_size, settings.log_every
         ),
-        loop.Hooks(
+        loop.Callbacks(
             lambda metrics: rates.append(metrics.images_per_s), lambda *_: None, lambda _: None
         ),
         precision=trained.precision,
@@ -208,8 +208,8 @@ def torchrun(settings: Settings) -> None:
         say(rates)
 
 
-class Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The parquet's encoded pictures, decoded and transformed one by one, twice."""
+class Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The parquet's encoded images, decoded and transformed one by one, twice."""
 
     def __init__(self, settings: Settings) -> None:
         transforms: Any = importlib.import_module("lightly.transforms")
@@ -236,12 +236,12 @@ def lightly(settings: Settings) -> None:
         td.init_process_group("gloo")
     torch.set_num_threads(WORKERS // ranks)
     keep_freed_memory()  # as ours do
-    pictures = Pictures(settings)
+    images = Images(settings)
     loader = DataLoader(
-        pictures,
+        images,
         batch_size=settings.batch // ranks,
         shuffle=ranks == 1,
-        sampler=DistributedSampler(pictures) if ranks > 1 else None,
+        sampler=DistributedSampler(images) if ranks > 1 else None,
         num_workers=WORKERS // ranks,
         drop_last=True,
         persistent_workers=True,

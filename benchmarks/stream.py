@@ -4,7 +4,7 @@
 
 `simclr_ray` is the stream of a rank as a worker takes it, with two data actors. `dataloader, ours`
 is a DataLoader of two workers whose item is a whole batch of the same views, made by the same code;
-`dataloader, albumentations` one with the fastest peer's transform, picture by picture. All start
+`dataloader, albumentations` one with the fastest peer's transform, image by image. All start
 from the same encoded parquet, hand over host tensors, and their consumer does nothing else. Every
 form has a process of its own; rounds take turns. Rates are of all batches after the first;
 an epoch's gap is the longest wait for the first batch of a later epoch. `run` is the median of
@@ -37,7 +37,7 @@ from benchmarks.record import portable, store
 from benchmarks.views import albumentations_pair
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.batches import PartMaker, plan_of, view_maker
+from simclr_ray.data.batches import BatchBuilder, build_plan, view_builder
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import keep_freed_memory
 
@@ -188,7 +188,7 @@ class Batches(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 
     def __init__(self, trained: Experiment, source: Source) -> None:
         self.trained, self.source = trained, source
-        self.maker: PartMaker | None = None
+        self.maker: BatchBuilder | None = None
 
     def __len__(self) -> int:
         return self.trained.total_steps(self.source.num_rows)
@@ -196,9 +196,9 @@ class Batches(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.maker is None:  # in the loader's worker
             keep_freed_memory()
-            plan, views = plan_of(self.trained, self.source), view_maker(self.trained)
+            plan, views = build_plan(self.trained, self.source), view_builder(self.trained)
             places = (0, self.trained.batch_size)
-            self.maker = PartMaker(self.source, plan, views, self.trained.data, places)
+            self.maker = BatchBuilder(self.source, plan, views, self.trained.data, places)
         batch = self.maker.make(step)
         return batch.a, batch.b, batch.ids
 
@@ -213,8 +213,8 @@ def loader_of_ours(settings: Settings) -> Row:
     return clocked(iter(loader), settings.batch, trained.steps_per_epoch(source.num_rows))
 
 
-class Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Encoded pictures, transformed one by one, twice."""
+class Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Encoded images, transformed one by one, twice."""
 
     def __init__(self, settings: Settings) -> None:
         source = Source.open(settings.parquet)
@@ -232,7 +232,7 @@ class Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 def loader_of_albumentations(settings: Settings) -> Row:
     """Make views with albumentations in a DataLoader."""
     loader = DataLoader(
-        Pictures(settings),
+        Images(settings),
         batch_size=settings.batch,
         shuffle=True,
         num_workers=ACTORS,

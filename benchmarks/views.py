@@ -1,9 +1,9 @@
-"""Two views of each picture, ours against per-image libraries: images a second on one process.
+"""Two views of each image, ours against per-image libraries: images a second on one process.
 
     python -m benchmarks.views PARQUET [--size 32] [--strength 0.5] [--blur 0] [--seconds 4]
 
-From encoded bytes, and, for pictures of one size, from decoded pixels in memory. Rounds take turns,
-one thread each; what is counted are source pictures, of which each gives two views. Peers that are
+From encoded bytes, and, for images of one size, from decoded pixels in memory. Rounds take turns,
+one thread each; what is counted are source images, of which each gives two views. Peers that are
 not installed are left out and named. Writes `benchmarks/results/views_SIZE.json`.
 """
 
@@ -68,9 +68,9 @@ def main() -> None:
     if len({p.shape for p in decoded}) == 1:
         sources["decoded"] = decoded
     found: dict[str, dict[str, float]] = {}
-    for kind, pictures in sources.items():
+    for kind, images in sources.items():
         forms = {"simclr_ray": ours(settings), **peers(settings, encoded=kind == "encoded")}
-        found[kind] = _rates(forms, pictures, settings)
+        found[kind] = _rates(forms, images, settings)
         print(kind, json.dumps(found[kind]), flush=True)
     result = {
         "command": "python -m benchmarks.views " + " ".join(map(portable, sys.argv[1:])),
@@ -91,15 +91,15 @@ def ours(settings: Settings) -> Make:
     turn = iter(range(2**31))
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
 
-    def make(pictures: Sequence[Any]) -> object:
-        pair = views(pictures, np.arange(len(pictures)), next(turn))
+    def make(images: Sequence[Any]) -> object:
+        pair = views(images, np.arange(len(images)), next(turn))
         return [v.float().sub_(mean).div_(std) for v in pair]  # what the others hand over
 
     return make
 
 
 def peers(settings: Settings, *, encoded: bool) -> dict[str, Make]:
-    """Return the pipelines of other libraries, each picture by itself as they work."""
+    """Return the pipelines of other libraries, each image by itself as they work."""
     found: dict[str, Make] = {}
     for name, build in (("albumentations", albumentations_pair), ("torchvision", torchvision_pair)):
         try:
@@ -111,12 +111,12 @@ def peers(settings: Settings, *, encoded: bool) -> dict[str, Make]:
     return found
 
 
-def _stacked(pair: Pair, pictures: Sequence[Any]) -> object:
-    return [torch.stack(v) for v in zip(*map(pair, pictures), strict=True)]
+def _stacked(pair: Pair, images: Sequence[Any]) -> object:
+    return [torch.stack(v) for v in zip(*map(pair, images), strict=True)]
 
 
 def albumentations_pair(size: int, strength: float, blur: float, *, encoded: bool) -> Pair:
-    """Return albumentations' two views of one picture: float32 [3, size, size] each."""
+    """Return albumentations' two views of one image: float32 [3, size, size] each."""
     a: Any = importlib.import_module("albumentations")
     cv2: Any = importlib.import_module("cv2")
     cv2.setNumThreads(0)
@@ -136,10 +136,10 @@ def albumentations_pair(size: int, strength: float, blur: float, *, encoded: boo
         out: Pixels = transform(image=pixels)["image"]
         return torch.from_numpy(np.ascontiguousarray(out.transpose(2, 0, 1)))
 
-    def pair(picture: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = picture
+    def pair(image: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = image
         if encoded:
-            raw = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
+            raw = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
             pixels = cv2.cvtColor(raw, cv2.COLOR_BGR2RGB)
         return view(pixels), view(pixels)
 
@@ -147,7 +147,7 @@ def albumentations_pair(size: int, strength: float, blur: float, *, encoded: boo
 
 
 def torchvision_pair(size: int, strength: float, blur: float, *, encoded: bool) -> Pair:
-    """Return torchvision's two views of one picture, through Pillow: float32 [3, size, size]."""
+    """Return torchvision's two views of one image, through Pillow: float32 [3, size, size]."""
     t: Any = importlib.import_module("torchvision.transforms.v2")
     s = 0.8 * strength
     steps = [
@@ -162,18 +162,18 @@ def torchvision_pair(size: int, strength: float, blur: float, *, encoded: bool) 
         [*steps, t.PILToTensor(), t.ToDtype(torch.float32, scale=True), t.Normalize(MEAN, STD)]
     )
 
-    def pair(picture: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        opened = Image.open(io.BytesIO(picture)) if encoded else Image.fromarray(picture)
+    def pair(image: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        opened = Image.open(io.BytesIO(image)) if encoded else Image.fromarray(image)
         image = opened.convert("RGB")
         return transform(image), transform(image)
 
     return pair
 
 
-def _rates(forms: dict[str, Make], pictures: Sequence[Any], settings: Settings) -> dict[str, float]:
+def _rates(forms: dict[str, Make], images: Sequence[Any], settings: Settings) -> dict[str, float]:
     """Return the median images a second of each form; the first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in forms}
-    batches = [pictures[i : i + settings.batch] for i in range(0, len(pictures), settings.batch)]
+    batches = [images[i : i + settings.batch] for i in range(0, len(images), settings.batch)]
     for turn in range(ROUNDS + 1):
         for name, make in forms.items():
             began, done = time.perf_counter(), 0

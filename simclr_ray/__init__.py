@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simclr_ray.config.experiment import Experiment
     from simclr_ray.data.prepare import prepare
     from simclr_ray.data.source import Source
-    from simclr_ray.evaluation.evaluate import judge as evaluate
+    from simclr_ray.evaluation.evaluate import evaluate
     from simclr_ray.evaluation.scores import Score, format_table
     from simclr_ray.inference.embed import embed_images, load_encoder
     from simclr_ray.nn.losses import NTXentLoss
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from simclr_ray.studies.report import publish_report
     from simclr_ray.train.driver import Run
     from simclr_ray.train.driver import pretrain as pretrain
-    from simclr_ray.train.pipeline import complete
     from simclr_ray.train.pipeline import register_run as register
+    from simclr_ray.train.pipeline import run_pipeline
 
 _WHERE = {
     "Experiment": "config.experiment",
@@ -43,9 +43,9 @@ _WHERE = {
     "Source": "data.source",
     "TwoViews": "augment",
     "ViewPair": "augment",
-    "complete": "train.pipeline",
+    "run_pipeline": "train.pipeline",
     "embed_images": "inference.embed",
-    "evaluate": "evaluation.evaluate:judge",
+    "evaluate": "evaluation.evaluate",
     "format_table": "evaluation.scores",
     "load_encoder": "inference.embed",
     "load_study": "studies.definition",
@@ -65,7 +65,6 @@ __all__ = [
     "Source",
     "TwoViews",
     "ViewPair",
-    "complete",
     "embed_images",
     "evaluate",
     "format_table",
@@ -75,6 +74,7 @@ __all__ = [
     "pretrain",
     "publish_report",
     "register",
+    "run_pipeline",
     "run_study",
 ]
 

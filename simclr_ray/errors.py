@@ -8,7 +8,9 @@
     ├── ClusterError         the Ray cluster cannot hold what was asked for        (exit code 2)
     ├── TrackingError        MLflow refused or cannot be reached
     └── RunError             the training run itself failed                        (exit code 1)
-        └── CollapsedRun     it is not worth going on: collapsed or diverged
+        └── UnhealthyRunError    it learns nothing more, so that going on is not worth it
+            ├── DivergedError    a loss, feature or weight is not finite
+            └── CollapseError    all images look alike to the encoder
 
 `simclr_ray.augment.decode.ImageError` stands apart: that file travels alone with exported models.
 Everything else that escapes is a defect.
@@ -25,7 +27,7 @@ class SimclrRayError(Exception):
     exit_code = 1
 
 
-class Mistake(NamedTuple):
+class ConfigIssue(NamedTuple):
     """One thing wrong in a config: the dotted path, what was given, and what would be right."""
 
     path: str
@@ -37,17 +39,17 @@ class Mistake(NamedTuple):
 
 
 class ConfigError(SimclrRayError):
-    """A config that cannot be run; `mistakes` holds every one of them, not the first only."""
+    """A config that cannot be run; `issues` holds every one of them, not the first only."""
 
     exit_code = 2
 
-    def __init__(self, mistakes: list[Mistake]) -> None:
-        super().__init__("\n".join(str(m) for m in mistakes))
-        self.mistakes = mistakes
+    def __init__(self, issues: list[ConfigIssue]) -> None:
+        super().__init__("\n".join(str(m) for m in issues))
+        self.issues = issues
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Mistake]]]:
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[ConfigIssue]]]:
         """Survive pickling through Ray, which rebuilds an exception from its arguments."""
-        return (type(self), (self.mistakes,))
+        return (type(self), (self.issues,))
 
 
 class DataError(SimclrRayError):
@@ -80,5 +82,13 @@ class RunError(SimclrRayError):
     """The training run failed; the message holds the worker's own error."""
 
 
-class CollapsedRun(RunError):  # noqa: N818 - it is the run that collapsed
-    """A run whose features or loss show that it learns nothing more."""
+class UnhealthyRunError(RunError):
+    """A run whose weights, features or loss show that it learns nothing more."""
+
+
+class DivergedError(UnhealthyRunError):
+    """A loss, feature or weight is not finite."""
+
+
+class CollapseError(UnhealthyRunError):
+    """All images look alike to the encoder: features of rank one, or the loss of equal ones."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray.config.experiment import (
-    AdamWOptimizer,
-    LARSOptimizer,
-    SGDOptimizer,
+    AdamWConfig,
+    LARSConfig,
+    SGDConfig,
 )
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
-from simclr_ray.nn.heads import Scores, Tempered
+from simclr_ray.nn.heads import ClassifierLayer, LearnableTemperature
 
 
 class LARS(torch.optim.Optimizer):
@@ -219,7 +219,7 @@ def learning_rate_at(
 
 
 def build_optimizer(
-    model: nn.Module, config: LARSOptimizer | SGDOptimizer | AdamWOptimizer
+    model: nn.Module, config: LARSConfig | SGDConfig | AdamWConfig
 ) -> torch.optim.Optimizer:
     """Return the optimizer of `model` at rate 0; the loop sets the rate of each step.
 
@@ -234,15 +234,17 @@ def build_optimizer(
         if isinstance(m, GlobalBatchNorm | nn.LayerNorm | nn.GroupNorm) or name == "bias"
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    scores = {id(m.weight) for m in model.modules() if isinstance(m, Scores)}
-    tempered = {id(m.log_temperature) for m in model.modules() if isinstance(m, Tempered)}
+    scores = {id(m.weight) for m in model.modules() if isinstance(m, ClassifierLayer)}
+    tempered = {
+        id(m.log_temperature) for m in model.modules() if isinstance(m, LearnableTemperature)
+    }
     decay = config.weight_decay
     groups = [_only(trained, {id(p) for p in trained} - plain - scores - tempered, decay)]
     groups += [_only(trained, plain, 0.0)]
     groups += [_only(trained, scores, decay)] if scores else []
     groups += [_only(trained, tempered, 0.0)] if tempered else []
     match config:
-        case LARSOptimizer():
+        case LARSConfig():
             for group in groups[1 : len(groups) - bool(tempered)]:
                 group["adapt"] = False
             return LARS(
@@ -253,11 +255,11 @@ def build_optimizer(
                 momentum_form=config.momentum_form,
                 clip_lr=config.clip_lr,
             )
-        case SGDOptimizer():
+        case SGDConfig():
             return torch.optim.SGD(
                 groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov
             )
-        case AdamWOptimizer():
+        case AdamWConfig():
             return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2))
 
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: where the real pictures are, and the one Ray cluster of a test session."""
+"""Shared fixtures: where the real images are, and the one Ray cluster of a test session."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DATA_VARIABLE = "SIMCLR_RAY_DATA"
 
 
 @pytest.fixture(scope="session")
-def pictures() -> Path:
+def image_root() -> Path:
     """Return the folder with `cifar10/`, `caltech101/` and `odd/`; skip, saying so, when unset."""
     value = os.environ.get(DATA_VARIABLE)
     if not value:
         # photographs of others are not ours to store; every rule they show has a test on drawn ones
-        pytest.skip(f"{DATA_VARIABLE} is unset: this test needs real pictures")
+        pytest.skip(f"{DATA_VARIABLE} is unset: this test needs real image_root")
     folder = Path(value)
     missing = [n for n in ("cifar10", "caltech101", "odd") if not (folder / n).is_dir()]
     assert not missing, f"{DATA_VARIABLE}={value} lacks {missing}"

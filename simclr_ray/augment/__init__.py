@@ -1,4 +1,4 @@
-"""Views: what an augmented picture shows is a pure function of (seed, epoch, image id, view)."""
+"""Views: what an augmented image shows is a pure function of (seed, epoch, image id, view)."""
 
 from simclr_ray.augment.views import TwoViews, ViewPair
 

@@ -3,7 +3,7 @@
 Forms are torchvision's (the paper's PyTorch pseudo-code names `ColorJitter`); order and clipping
 are the authors': the four jitter operations in a random order per image, clipped to [0, 1] after
 each. Everything is elementwise except the mean of contrast, which is summed over integers, so a
-picture's result does not depend on the batch it sits in.
+image's result does not depend on the batch it sits in.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 MEAN_STEPS = 4096.0  # resolution of the exact mean
 
-# Operations in the order of `JitterDraws.factors`.
+# Operations in the order of `JitterParams.factors`.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
-class JitterDraws(NamedTuple):
+class JitterParams(NamedTuple):
     """Parameters of colour jitter for n images."""
 
     factors: Tensor  # float32 [n, 4]: brightness, contrast, saturation, hue
@@ -29,7 +29,7 @@ class JitterDraws(NamedTuple):
     apply: Tensor  # bool [n]
 
 
-def jitter(images: Tensor, draws: JitterDraws) -> Tensor:
+def jitter(images: Tensor, draws: JitterParams) -> Tensor:
     """Return images after colour jitter where `draws.apply`; float32 [n, 3, S, S] in [0, 1].
 
     The draws are on CPU: which images an operation is for is known without asking the device.

@@ -1,4 +1,4 @@
-"""What two crops of one picture ask of the encoder: SimCLR §3 and Fig. 3.
+"""What two crops of one image ask of the encoder: SimCLR §3 and Fig. 3.
 
 Random cropping alone makes two prediction tasks: from a global view to a local one (the boxes lie
 one within the other) and from a view to its neighbour (the boxes lie side by side). The paper gives
@@ -20,15 +20,17 @@ WITHIN = 0.75  # of the smaller box lies in the larger one, which has at least t
 BESIDE = 0.25  # of the smaller box, at most, lies in the other
 
 
-class PairShares(NamedTuple):
+class CropTaskFractions(NamedTuple):
     """How often each task is set, in [0, 1]."""
 
     global_to_local: float
     adjacent: float
 
 
-def shares_of_views(views: TwoViews | Pipelines, height: int, width: int) -> PairShares | None:
-    """Return the shares of a pipeline over 2,000 pairs of crops of pictures of one size.
+def crop_task_fractions(
+    views: TwoViews | Pipelines, height: int, width: int
+) -> CropTaskFractions | None:
+    """Return the shares of a pipeline over 2,000 pairs of crops of images of one size.
 
     None where views do not begin with a crop each: without one, or with one crop for both.
     """
@@ -36,13 +38,13 @@ def shares_of_views(views: TwoViews | Pipelines, height: int, width: int) -> Pai
         return None
     blank = [np.zeros((8, 8 * width // height or 8, 3), np.uint8)] * PAIRS
     ids = np.arange(PAIRS, dtype=np.int64)
-    a, b = (steps[0].draws for steps in views.resized(8).trace(blank, ids, 0))
+    a, b = (steps[0].draws for steps in views.with_size(8).trace(blank, ids, 0))
     if a is None or b is None:
         return None
     return pair_shares(*(views.boxes(draws, 10 * height, 10 * width) for draws in (a, b)))
 
 
-def pair_shares(a: Boxes, b: Boxes) -> PairShares:
+def pair_shares(a: Boxes, b: Boxes) -> CropTaskFractions:
     """Return the shares over n pairs of crops."""
     height = _overlap(a.top, a.height, b.top, b.height)
     width = _overlap(a.left, a.width, b.left, b.width)
@@ -50,7 +52,7 @@ def pair_shares(a: Boxes, b: Boxes) -> PairShares:
     smaller, larger = areas.min(0), areas.max(0)
     inside = height * width / smaller
     within = (inside >= WITHIN) & (larger >= 2 * smaller)
-    return PairShares(float(within.mean()), float((inside <= BESIDE).mean()))
+    return CropTaskFractions(float(within.mean()), float((inside <= BESIDE).mean()))
 
 
 def _overlap(

@@ -1,4 +1,4 @@
-/* Views on CPU, one picture after the other, each while it is in cache.
+/* Views on CPU, one image after the other, each while it is in cache.
  *
  * Every line does what `resample.py` and `colour.py` do on whole batches with torch, in the same
  * order of operations, so that both give the same bytes: sums are of integers that float32 holds
@@ -144,7 +144,7 @@ static void down(const Crop *c, int64_t top, int64_t h, int size, int taps, uint
         }
 }
 
-/* pixels: n pictures [H, W, 3]; widths [n]; boxes [n, 4] of top, left, height, width; flip [n];
+/* pixels: n images [H, W, 3]; widths [n]; boxes [n, 4] of top, left, height, width; flip [n];
  * out [n, 3, size, size]. Returns 0, or 1 without memory. */
 int crop_views(int64_t n, const uint8_t *const *pixels, const int64_t *widths,
                const int64_t *boxes, const uint8_t *flip, int32_t size, uint8_t *out)

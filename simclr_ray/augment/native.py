@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -27,8 +28,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_ray.config.logging import get_logger
-
 SOURCE = Path(__file__).with_name("native.c")
 # No contraction: a fused multiply-add rounds differently. The others change no result.
 EXACT = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -36,7 +35,7 @@ SHARED = ("-shared", "-fPIC", "-lm")
 COMPILE_TIMEOUT_S = 120
 Pixels = NDArray[np.uint8]
 
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 
 def available() -> bool:
@@ -45,25 +44,25 @@ def available() -> bool:
 
 
 def crop_views(
-    pictures: Sequence[Pixels], boxes: NDArray[np.int64], flip: NDArray[np.bool_], size: int
+    images: Sequence[Pixels], boxes: NDArray[np.int64], flip: NDArray[np.bool_], size: int
 ) -> Tensor:
-    """Return pictures cropped, resized and flipped: uint8 [k, 3, size, size].
+    """Return images cropped, resized and flipped: uint8 [k, 3, size, size].
 
     Args:
-        pictures: n pictures, uint8 [H, W, 3] each.
+        images: n images, uint8 [H, W, 3] each.
         boxes: [k, 4] of top, left, height, width in pixels, k a multiple of n; row i crops
-            picture i mod n.
+            image i mod n.
         flip: [k].
         size: Side of a crop.
 
     Raises:
-        ValueError: A picture is not uint8 [H, W, 3], or a crop lies outside of it.
+        ValueError: An image is not uint8 [H, W, 3], or a crop lies outside of it.
     """
-    _check_pictures(pictures)
-    whole = [np.ascontiguousarray(p) for p in pictures]
+    _check_images(images)
+    whole = [np.ascontiguousarray(p) for p in images]
     times = len(boxes) // max(1, len(whole))
     if not len(flip) == len(boxes) == times * len(whole):
-        raise ValueError(f"{len(boxes)} boxes and {len(flip)} flips for {len(whole)} pictures")
+        raise ValueError(f"{len(boxes)} boxes and {len(flip)} flips for {len(whole)} images")
     pointers = np.array([p.__array_interface__["data"][0] for p in whole] * times, np.uintp)
     widths = np.array([p.shape[1] for p in whole] * times, np.int64)
     heights = np.array([p.shape[0] for p in whole] * times, np.int64)
@@ -95,7 +94,7 @@ def distort_colour(
 
     Args:
         crops: uint8 [n, 3, S, S] on CPU.
-        factors: [n, 4], as in `colour.JitterDraws`.
+        factors: [n, 4], as in `colour.JitterParams`.
         order: [n, 4] likewise.
         jitter: [n], whether an image is jittered.
         gray: [n], whether it loses its colour.
@@ -121,21 +120,21 @@ def distort_colour(
     return out
 
 
-def _check_pictures(pictures: Sequence[Pixels]) -> None:
-    """Raise `ValueError` for what is no picture: C would read past its end."""
-    for p in pictures:
+def _check_images(images: Sequence[Pixels]) -> None:
+    """Raise `ValueError` for what is no image: C would read past its end."""
+    for p in images:
         if p.dtype != np.uint8 or p.ndim != 3 or p.shape[2] != 3:
-            raise ValueError(f"a picture is uint8 [H, W, 3], not {p.dtype} {[*p.shape]}")
+            raise ValueError(f"an image is uint8 [H, W, 3], not {p.dtype} {[*p.shape]}")
 
 
 def _check_boxes(
     boxes: NDArray[np.int64], heights: NDArray[np.int64], widths: NDArray[np.int64]
 ) -> None:
-    """Raise `ValueError` for a crop outside its picture: C would read what is not there."""
+    """Raise `ValueError` for a crop outside its image: C would read what is not there."""
     top, left, height, width = boxes.T
     inside = (top >= 0) & (left >= 0) & (height > 0) & (width > 0)
     if not (inside & (top + height <= heights) & (left + width <= widths)).all():
-        raise ValueError("a crop lies outside its picture")
+        raise ValueError("a crop lies outside its image")
 
 
 def _pointer(array: NDArray[Any]) -> Any:  # ctypes'; it keeps the array alive

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from simclr_ray.augment import colour
 from simclr_ray.augment.resample import FULL, blur, blur_weights
-from simclr_ray.augment.views import AMOUNTS, jitter_draws
+from simclr_ray.augment.views import AMOUNTS, jitter_params
 
 Uniforms = NDArray[np.float64]  # [n, k] in [0, 1)
 
@@ -109,7 +109,7 @@ class Jitter:
         """Return the images jittered, clipped after each of the four."""
         everyone = np.ones(len(u), np.bool_)
         amounts = (self.brightness, self.contrast, self.saturation, self.hue)
-        draws = jitter_draws(u[:, :4], u[:, 4], everyone, self.strength, amounts)
+        draws = jitter_params(u[:, :4], u[:, 4], everyone, self.strength, amounts)
         return colour.jitter(images, draws)
 
 
@@ -140,7 +140,7 @@ class ColourDistortion:
 
     def __call__(self, images: Tensor, u: Uniforms) -> Tensor:
         """Return the images distorted."""
-        draws = jitter_draws(u[:, :4], u[:, 4], u[:, 5] < self.jitter, self.strength)
+        draws = jitter_params(u[:, :4], u[:, 4], u[:, 5] < self.jitter, self.strength)
         out = colour.jitter(images, draws)
         gray = torch.from_numpy(np.flatnonzero(u[:, 6] < self.grayscale))
         out[gray] = colour.grayscale(out[gray]).expand(-1, 3, -1, -1)

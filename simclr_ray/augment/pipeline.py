@@ -21,13 +21,13 @@ from simclr_ray.augment.ops import Op
 from simclr_ray.augment.philox import uniforms
 from simclr_ray.augment.views import (
     CROP_ATTEMPTS,
+    AugmentParams,
     Boxes,
-    Draws,
-    Pictures,
+    Images,
     Step,
     TwoViews,
     ViewPair,
-    crop_shares,
+    crop_fractions,
 )
 
 MOST_DRAWS = 4 * (2**16 - 1)  # of one key
@@ -37,10 +37,10 @@ MAX_STAGES = 32
 
 @dataclass(frozen=True)
 class Crop:
-    """Random crop, resized to S x S and flipped: what turns pictures of any size into views.
+    """Random crop, resized to S x S and flipped: what turns images of any size into views.
 
     Attributes:
-        min_area: Least share of the area; with 1, the whole picture is resized.
+        min_area: Least share of the area; with 1, the whole image is resized.
         max_area: Largest.
         flip: Probability of a left-right flip.
     """
@@ -53,13 +53,15 @@ class Crop:
         """Return those of place, flip and shape."""
         return 3 + 2 * CROP_ATTEMPTS
 
-    def draws(self, u: NDArray[np.float64]) -> Draws:
+    def draws(self, u: NDArray[np.float64]) -> AugmentParams:
         """Return the parameters of n crops."""
         if self.min_area == 1:
             shares = np.ones((len(u), 2))
         else:
-            shares = crop_shares(u[:, 3:], self.min_area, self.max_area)
-        return Draws.of_crops(np.concatenate([shares, u[:, :2]], axis=1), u[:, 2] < self.flip)
+            shares = crop_fractions(u[:, 3:], self.min_area, self.max_area)
+        return AugmentParams.of_crops(
+            np.concatenate([shares, u[:, :2]], axis=1), u[:, 2] < self.flip
+        )
 
 
 class Stage(NamedTuple):
@@ -103,36 +105,36 @@ class Pipelines:
                 raise ValueError(f"a view can have {MAX_STAGES} stages at most, got {len(stages)}")
         self._cropper = TwoViews(size)
 
-    def resized(self, size: int) -> Pipelines:
+    def with_size(self, size: int) -> Pipelines:
         """Return the same pipelines for views of another side."""
         other = copy.copy(self)
         other.size, other._cropper = size, TwoViews(size)
         return other
 
-    def __call__(self, images: Pictures, ids: NDArray[np.int64], epoch: int) -> ViewPair:
-        """Return both views of each picture; arguments and errors as of `TwoViews`."""
+    def __call__(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
+        """Return both views of each image; arguments and errors as of `TwoViews`."""
         a, b = self.trace(images, ids, epoch)
         return ViewPair(a[-1].images, b[-1].images)
 
     def trace(
-        self, images: Pictures, ids: NDArray[np.int64], epoch: int
+        self, images: Images, ids: NDArray[np.int64], epoch: int
     ) -> tuple[list[Step], list[Step]]:
         """Return what each view is after each of its stages."""
         shared = list(self._run(images, ids, epoch, SHARED, self.shared, 0))
-        begun: Pictures | Tensor = shared[-1].images if shared else images
+        begun: Images | Tensor = shared[-1].images if shared else images
         views = []
         for lane, stages in ((VIEW_A, self.a), (VIEW_B, self.b)):
             first = len(self.shared)
             views.append([*shared, *self._run(begun, ids, epoch, lane, stages, first)])
         return views[0], views[1]
 
-    def boxes(self, draws: Draws, height: int, width: int) -> Boxes:
-        """Return the crops, in pixels, of pictures of one size."""
+    def boxes(self, draws: AugmentParams, height: int, width: int) -> Boxes:
+        """Return the crops, in pixels, of images of one size."""
         return self._cropper.boxes(draws, height, width)
 
     def _run(
         self,
-        images: Pictures,
+        images: Images,
         ids: NDArray[np.int64],
         epoch: int,
         lane: int,
@@ -140,7 +142,7 @@ class Pipelines:
         first: int,
     ) -> Iterator[Step]:
         """Yield the images after each stage; `first` is the place of the first one in its view."""
-        current: Pictures = images
+        current: Images = images
         for place, stage in enumerate(stages, start=first):
             num = 1 + stage.op.num_draws(self.size)
             u = self._draw(ids, num, epoch, lane + 4 * place)

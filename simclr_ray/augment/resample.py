@@ -52,7 +52,7 @@ def crop_weights(
     size_out: int,
     device: torch.device,
 ) -> Tensor:
-    """Return what `bicubic_weights` does, on `device`; of small pictures from a table."""
+    """Return what `bicubic_weights` does, on `device`; of small images from a table."""
     if size_in > TABLE_SIDE or size_out > TABLE_SIDE:
         return bicubic_weights(starts, lengths, size_in, size_out).to(device)
     crop = starts * size_in - starts * (starts - 1) // 2 + lengths - 1

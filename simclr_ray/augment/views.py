@@ -1,4 +1,4 @@
-"""Two views of each picture: parameters drawn by key, pixels made on whole batches.
+"""Two views of each image: parameters drawn by key, pixels made on whole batches.
 
 SimCLR (Chen et al. 2020) §2.1 and App. A: crop and resize, flip, colour jitter, grayscale, blur.
 What a view shows is a pure function of (seed, epoch, id, view).
@@ -33,35 +33,35 @@ CROP_ATTEMPTS = 10  # as torchvision; then the whole image, as the authors
 ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)  # [24, 4]
 SIGMAS = (0.1, 2.0)  # blur, App. A
 AMOUNTS = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue at strength 1, App. A
-ASPECTS = (3 / 4, 4 / 3)  # relative to the picture's own aspect, App. A
+ASPECTS = (3 / 4, 4 / 3)  # relative to the image's own aspect, App. A
 
 Pixels = NDArray[np.uint8]
-Pictures = Sequence[bytes] | Sequence[Pixels] | Tensor
+Images = Sequence[bytes] | Sequence[Pixels] | Tensor
 
 
 class ViewPair(NamedTuple):
-    """Two views of the same pictures, row by row: uint8 [n, 3, S, S] each."""
+    """Two views of the same images, row by row: uint8 [n, 3, S, S] each."""
 
     a: Tensor
     b: Tensor
 
 
-class Draws(NamedTuple):
+class AugmentParams(NamedTuple):
     """All parameters of n views."""
 
     crop: NDArray[np.float64]  # [n, 4]: height and width share, vertical and horizontal place
     flip: NDArray[np.bool_]  # [n]
-    jitter: colour.JitterDraws
+    jitter: colour.JitterParams
     gray: NDArray[np.bool_]  # [n]
     blur: NDArray[np.bool_]  # [n]
     sigma: NDArray[np.float64]  # [n], pixels
 
     @classmethod
-    def of_crops(cls, crop: NDArray[np.float64], flip: NDArray[np.bool_]) -> Draws:
+    def of_crops(cls, crop: NDArray[np.float64], flip: NDArray[np.bool_]) -> AugmentParams:
         """Return the parameters of views that are cropped and flipped and no more."""
         num = len(flip)
         never = np.zeros(num, np.bool_)
-        still = jitter_draws(np.full((num, 4), 0.5), np.zeros(num), never, 0.0)
+        still = jitter_params(np.full((num, 4), 0.5), np.zeros(num), never, 0.0)
         return cls(crop, flip, still, never, never, np.ones(num))
 
 
@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
     name: str
     images: Tensor  # uint8 [n, 3, S, S]
-    draws: Draws | None  # of a crop of the original
+    draws: AugmentParams | None  # of a crop of the original
 
 
 class TwoViews:
@@ -120,40 +120,38 @@ class TwoViews:
         """Return the paper's ImageNet pipeline; for CIFAR pass strength=0.5, blur=0 (B.9)."""
         return cls(size, strength=strength, blur=blur, seed=seed)
 
-    def resized(self, size: int) -> TwoViews:
+    def with_size(self, size: int) -> TwoViews:
         """Return the same pipeline for views of another side."""
         other = copy.copy(self)
         other.size = size
         return other
 
-    def __call__(self, images: Pictures, ids: NDArray[np.int64], epoch: int) -> ViewPair:
-        """Return both views of each picture.
+    def __call__(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
+        """Return both views of each image.
 
         Args:
-            images: n encoded pictures, n decoded ones (uint8 [H, W, 3] each), or uint8
+            images: n encoded images, n decoded ones (uint8 [H, W, 3] each), or uint8
                 [n, 3, H, W].
             ids: int64 [n].
             epoch: From 0.
 
         Raises:
-            ImageError: A picture cannot be decoded.
+            ImageError: A image cannot be decoded.
         """
         draws = self.both(ids, epoch)
         return ViewPair(*self.distort(self.cropped(images, draws), draws).chunk(2))
 
-    def crops(self, images: Pictures, ids: NDArray[np.int64], epoch: int) -> ViewPair:
+    def crops(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
         """Return the first stage alone, crop, resize and flip; arguments as of a call."""
         return ViewPair(*self.cropped(images, self.both(ids, epoch)).chunk(2))
 
     def trace(
-        self, images: Pictures, ids: NDArray[np.int64], epoch: int
+        self, images: Images, ids: NDArray[np.int64], epoch: int
     ) -> tuple[list[Step], list[Step]]:
         """Return what each view is after each stage; arguments as of a call."""
         return self._traced(images, ids, epoch, 0), self._traced(images, ids, epoch, 1)
 
-    def _traced(
-        self, images: Pictures, ids: NDArray[np.int64], epoch: int, view: int
-    ) -> list[Step]:
+    def _traced(self, images: Images, ids: NDArray[np.int64], epoch: int, view: int) -> list[Step]:
         draws = self.draw(ids, epoch, view)
         never = np.zeros(len(ids), np.bool_)
         crops = self.cropped(images, draws)
@@ -166,23 +164,23 @@ class TwoViews:
             steps.append(Step(name, self.distort(crops, so_far), None))
         return steps
 
-    def cropped(self, images: Pictures, draws: Draws) -> Tensor:
-        """Return the crops of n pictures by k draws, k a multiple of n: uint8 [k, 3, S, S].
+    def cropped(self, images: Images, draws: AugmentParams) -> Tensor:
+        """Return the crops of n images by k draws, k a multiple of n: uint8 [k, 3, S, S].
 
-        Draw i is of picture i mod n.
+        Draw i is of image i mod n.
         """
         if isinstance(images, Tensor) and images.device.type != "cpu":
             times = len(draws.flip) // len(images)
             return self._crop_stack(images.repeat(times, 1, 1, 1), draws)
-        pictures = _decoded(images)
+        decoded = _decoded(images)
         if self.compiled and native.available():
-            times = len(draws.flip) // max(1, len(pictures))
-            heights, widths = (np.array([p.shape[d] for p in pictures] * times) for d in (0, 1))
+            times = len(draws.flip) // max(1, len(decoded))
+            heights, widths = (np.array([p.shape[d] for p in decoded] * times) for d in (0, 1))
             boxes = np.stack(self.boxes(draws, heights, widths), axis=1)
-            return native.crop_views(pictures, boxes, draws.flip, self.size)
-        return self._crop_by_shape(pictures, draws)
+            return native.crop_views(decoded, boxes, draws.flip, self.size)
+        return self._crop_by_shape(decoded, draws)
 
-    def distort(self, crops: Tensor, draws: Draws) -> Tensor:
+    def distort(self, crops: Tensor, draws: AugmentParams) -> Tensor:
         """Return the second stage: jitter, grayscale and blur of uint8 [n, 3, S, S], on its device.
 
         Args:
@@ -209,50 +207,52 @@ class TwoViews:
             x[rows] = blur(x[rows].mul_(FULL).round_(), band).mul_(1 / FULL)
         return x.mul_(255).round_().to(torch.uint8)
 
-    def both(self, ids: NDArray[np.int64], epoch: int) -> Draws:
+    def both(self, ids: NDArray[np.int64], epoch: int) -> AugmentParams:
         """Return the parameters of view 0 of all ids, then of view 1."""
         return self.draw(np.tile(ids, 2), epoch, np.repeat([0, 1], len(ids)))
 
-    def draw(self, ids: NDArray[np.int64], epoch: int, view: int | NDArray[np.int64]) -> Draws:
+    def draw(
+        self, ids: NDArray[np.int64], epoch: int, view: int | NDArray[np.int64]
+    ) -> AugmentParams:
         """Return the parameters of view 0 or 1, of all ids or [n], of each id in an epoch."""
         num = 14 + 2 * CROP_ATTEMPTS
         u = uniforms(ids, num, seed=self.seed, epoch=epoch, sub=view, purpose="views")
-        return Draws(
-            crop=np.concatenate([crop_shares(u[:, 14:], self.min_area), u[:, 4:6]], axis=1),
+        return AugmentParams(
+            crop=np.concatenate([crop_fractions(u[:, 14:], self.min_area), u[:, 4:6]], axis=1),
             flip=u[:, 6] < self.flip,
-            jitter=jitter_draws(u[:, 0:4], u[:, 7], u[:, 8] < self.jitter, self.strength),
+            jitter=jitter_params(u[:, 0:4], u[:, 7], u[:, 8] < self.jitter, self.strength),
             gray=u[:, 9] < self.grayscale,
             blur=u[:, 10] < self.blur,
             sigma=SIGMAS[0] + u[:, 11] * (SIGMAS[1] - SIGMAS[0]),
         )
 
     def boxes(
-        self, draws: Draws, height: int | NDArray[np.int64], width: int | NDArray[np.int64]
+        self, draws: AugmentParams, height: int | NDArray[np.int64], width: int | NDArray[np.int64]
     ) -> Boxes:
-        """Return the crops, in pixels, of pictures of these sizes (one for all, or [n])."""
+        """Return the crops, in pixels, of images of these sizes (one for all, or [n])."""
         box_height = np.maximum(1, np.rint(draws.crop[:, 0] * height)).astype(np.int64)
         box_width = np.maximum(1, np.rint(draws.crop[:, 1] * width)).astype(np.int64)
         top = np.floor(draws.crop[:, 2] * (height - box_height + 1)).astype(np.int64)
         left = np.floor(draws.crop[:, 3] * (width - box_width + 1)).astype(np.int64)
         return Boxes(top, left, box_height, box_width)
 
-    def _crop_by_shape(self, pictures: Sequence[Pixels], draws: Draws) -> Tensor:
-        """Return the crops of pictures of any sizes, with torch; 2n draws for n pictures."""
+    def _crop_by_shape(self, images: Sequence[Pixels], draws: AugmentParams) -> Tensor:
+        """Return the crops of images of any sizes, with torch; 2n draws for n images."""
         out = torch.empty(len(draws.flip), 3, self.size, self.size, dtype=torch.uint8)
         shapes: dict[tuple[int, ...], list[int]] = {}
         for row in range(len(out)):
-            shapes.setdefault(pictures[row % len(pictures)].shape, []).append(row)
+            shapes.setdefault(images[row % len(images)].shape, []).append(row)
         for shape, rows in shapes.items():
-            # above 64 px one picture a product is faster than a batch of sparse matrices
+            # above 64 px one image a product is faster than a batch of sparse matrices
             parts = [rows] if max(shape[:2]) <= 64 else [[row] for row in rows]
             for part in parts:
-                stacked = np.stack([pictures[row % len(pictures)] for row in part])
+                stacked = np.stack([images[row % len(images)] for row in part])
                 pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2)
                 out[part] = self._crop_stack(pixels, _taken(draws, part))
         return out
 
-    def _crop_stack(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """Return one crop of each of n pictures of one size, uint8 [n, 3, H, W], on its device."""
+    def _crop_stack(self, pixels: Tensor, draws: AugmentParams) -> Tensor:
+        """Return one crop of each of n images of one size, uint8 [n, 3, H, W], on its device."""
         height, width = pixels.shape[2:]
         box = self.boxes(draws, height, width)
         if len(pixels) == 1:  # a large photograph: touch only what the crop shows
@@ -268,7 +268,7 @@ class TwoViews:
         return resize(pixels, rows, torch.where(mirrored, columns.flip(1), columns))
 
 
-def crop_shares(
+def crop_fractions(
     u: NDArray[np.float64], min_area: float, max_area: float = 1.0
 ) -> NDArray[np.float64]:
     """Return the share of height and width that each crop takes: [n, 2].
@@ -291,13 +291,13 @@ def crop_shares(
     return np.where(fits.any(axis=1, keepdims=True), picked, 1.0)
 
 
-def jitter_draws(
+def jitter_params(
     u: NDArray[np.float64],
     order: NDArray[np.float64],
     chosen: NDArray[np.bool_],
     strength: float,
     amounts: tuple[float, float, float, float] = AMOUNTS,
-) -> colour.JitterDraws:
+) -> colour.JitterParams:
     """Return the parameters of colour jitter of strength s: ±0.8s, hue ±0.2s (App. A).
 
     Args:
@@ -314,22 +314,22 @@ def jitter_draws(
         np.append(1 + reach[:3], reach[3]),
     )
     factors = low + u * (high - low)
-    return colour.JitterDraws(
+    return colour.JitterParams(
         torch.from_numpy(factors.astype(np.float32)),
         torch.from_numpy(ORDERS[(order * len(ORDERS)).astype(np.int64)]),
         torch.from_numpy(chosen & (strength > 0)),
     )
 
 
-def _taken(draws: Draws, rows: list[int]) -> Draws:
+def _taken(draws: AugmentParams, rows: list[int]) -> AugmentParams:
     """Return the parameters of some views."""
-    jitter = colour.JitterDraws(*(t[rows] for t in draws.jitter))
+    jitter = colour.JitterParams(*(t[rows] for t in draws.jitter))
     rest = {name: getattr(draws, name)[rows] for name in ("crop", "flip", "gray", "blur", "sigma")}
-    return Draws(jitter=jitter, **rest)
+    return AugmentParams(jitter=jitter, **rest)
 
 
-def _decoded(images: Pictures) -> list[Pixels]:
-    """Return n pictures, uint8 [H, W, 3] each."""
+def _decoded(images: Images) -> list[Pixels]:
+    """Return n images, uint8 [H, W, 3] each."""
     if isinstance(images, Tensor):
         return list(images.permute(0, 2, 3, 1).contiguous().numpy())
     return [decode_image(i) if isinstance(i, bytes) else i for i in images]

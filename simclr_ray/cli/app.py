@@ -17,12 +17,12 @@ import typer
 from simclr_ray import config as cfg
 from simclr_ray.augment.decode import ImageError
 from simclr_ray.cli import study as cli_study
-from simclr_ray.cli.console import Progress, ShardProgress, err, out, show_pairs, show_table
+from simclr_ray.cli.console import RunProgress, ShardProgress, err, out, show_pairs, show_table
 from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen
 from simclr_ray.config import logging as logs
 from simclr_ray.config import preset_names
-from simclr_ray.config.experiment import Experiment, Preparation
-from simclr_ray.errors import ConfigError, Mistake, SimclrRayError
+from simclr_ray.config.experiment import Experiment, PreparationConfig
+from simclr_ray.errors import ConfigError, ConfigIssue, SimclrRayError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(
     cli_study.study_app, name="study", help="Studies: what the paper varied, as commands."
 )
-Source = Annotated[str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")]
+ConfigSource = Annotated[
+    str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Values to override.")
 ]
@@ -56,9 +58,9 @@ def prepare(
         bool, typer.Option("--overwrite", help="Start over where OUT holds other shards.")
     ] = False,
 ) -> None:
-    """Turn pictures into parquet shards that training reads.
+    """Turn images into parquet shards that training reads.
 
-    Example: simclr-ray prepare ~/pictures data/pictures
+    Example: simclr-ray prepare ~/images data/images
     Example: simclr-ray prepare shapes data/shapes num_images=12000
     """
     _prepare(what, to, *(options or []), overwrite=overwrite)
@@ -67,12 +69,12 @@ def prepare(
 def _prepare(what: str, to: str, *options: str, overwrite: bool = False) -> None:
     from simclr_ray.data.prepare import prepare as write_shards
 
-    chosen = cfg.validate(Preparation, cfg.apply_overrides({}, options))
+    chosen = cfg.validate(PreparationConfig, cfg.apply_overrides({}, options))
     fields = {name: getattr(chosen, name) for name in type(chosen).model_fields}
     _connect()
     with ShardProgress(to) as progress:
         manifest = write_shards(what, to, **fields, overwrite=overwrite, on_progress=progress)
-    out.print(f"{to}: {manifest.num_rows:,} pictures", markup=False)
+    out.print(f"{to}: {manifest.num_rows:,} images", markup=False)
     if manifest.rejected:
         shown = "; ".join(f"{r.name}: {r.reason}" for r in manifest.rejected[:5])
         out.print(f"left out {len(manifest.rejected)}: {shown}", markup=False, soft_wrap=True)
@@ -80,32 +82,32 @@ def _prepare(what: str, to: str, *options: str, overwrite: bool = False) -> None
 
 @app.command()
 def preview(
-    source: Source,
+    source: ConfigSource,
     overrides: Overrides = None,
-    picture: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("views.png"),
+    image: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("views.png"),
 ) -> None:
     """Draw what the views of a config show: originals with their crops, and both views."""
-    from simclr_ray.data.source import Source as Pictures
+    from simclr_ray.data.source import Source
     from simclr_ray.train.figures import draw_views
 
-    if picture.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError([Mistake("--out", f"got {picture}; it must end in .png, .svg or .pdf")])
+    if image.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError([ConfigIssue("--out", f"got {image}; it must end in .png, .svg or .pdf")])
     experiment = Experiment.load(source, *(overrides or []))
     data = experiment.data
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    draw_views(experiment, Pictures.open(data.train, data.columns, data.limit), picture)
-    out.print(f"wrote {picture}", markup=False)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    draw_views(experiment, Source.open(data.train, data.columns, data.limit), image)
+    out.print(f"wrote {image}", markup=False)
 
 
 @app.command()
 def pretrain(
-    source: Source,
+    source: ConfigSource,
     overrides: Overrides = None,
     dry_run: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")
     ] = False,
 ) -> None:
-    """Pretrain an encoder, judge it, and register it if `register_as.name` is set.
+    """Pretrain an encoder, evaluate it, and register it if `register_as.name` is set.
 
     The same command continues a run that was stopped.
     Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
@@ -115,20 +117,20 @@ def pretrain(
 
 
 def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
-    from simclr_ray.data.source import Source as Pictures
+    from simclr_ray.data.source import Source
     from simclr_ray.train.dry_run import derived
     from simclr_ray.train.resolve import resolved
 
     data = experiment.data
-    pictures = Pictures.open(data.train, data.columns, data.limit)
-    show_pairs(derived(resolved(experiment, pictures), pictures))
+    source = Source.open(data.train, data.columns, data.limit)
+    show_pairs(derived(resolved(experiment, source), source))
     if dry_run:
         return
-    from simclr_ray.train.pipeline import complete
+    from simclr_ray.train.pipeline import run_pipeline
 
     _connect(experiment)
-    with Progress() as progress:
-        outcome = complete(experiment, on_progress=progress)
+    with RunProgress() as progress:
+        outcome = run_pipeline(experiment, on_progress=progress)
     _show_scores(outcome.scores)
     if outcome.classifier is not None:
         _show_classifier("test, of the classifier", outcome.classifier, outcome.run)
@@ -151,9 +153,9 @@ def evaluate(
 
     Example: simclr-ray evaluate runs/cifar10_cpu-1a2b3c4d data.test=cifar/test
     """
-    from simclr_ray.evaluation.evaluate import judge
+    from simclr_ray.evaluation.evaluate import evaluate
 
-    _show_scores(judge(_checkpoint_in(run), protocols.split(","), *(overrides or [])))
+    _show_scores(evaluate(_checkpoint_in(run), protocols.split(","), *(overrides or [])))
 
 
 @app.command()
@@ -189,7 +191,7 @@ def finetune(
 
     planned = plan_finetuning(run, labels, *(overrides or []), from_random=random)
     _connect(planned.experiment)
-    with Progress() as progress:
+    with RunProgress() as progress:
         tuned = train(planned, on_progress=progress)
     _show_classifier(f"test, after {tuned.num_images:,} labels", tuned.scores, tuned.run)
 
@@ -199,7 +201,7 @@ def distill(
     teacher: Annotated[str, typer.Argument(help="Folder or URI of a fine-tuning.")],
     overrides: Overrides = None,
 ) -> None:
-    """Train a student of any size on what a fine-tuned classifier says of unlabelled pictures.
+    """Train a student of any size on what a fine-tuned classifier says of unlabelled images.
 
     Example: simclr-ray distill runs/x-tuned-10pct-1a2b3c4d data.train=more encoder.width=0.25
     """
@@ -207,7 +209,7 @@ def distill(
 
     planned = plan_distillation(teacher, *(overrides or []))
     _connect(planned.experiment)
-    with Progress() as progress:
+    with RunProgress() as progress:
         student = train(planned, on_progress=progress)
     _show_classifier("test, of the student", student.scores, student.run)
 
@@ -228,14 +230,14 @@ def register(
 @app.command()
 def embed(
     model: Annotated[str, typer.Argument(help="models:/name@alias, or a run or encoder folder.")],
-    pictures: Annotated[list[Path], typer.Argument(help="Image files.")],
+    files: Annotated[list[Path], typer.Argument(help="Image files.")],
     tracking_uri: Annotated[
         str, typer.Option(help="MLflow store; empty: as MLflow finds it.")
     ] = "",
 ) -> None:
-    """Print the embedding of each picture: its path, then F numbers, tab-separated.
+    """Print the embedding of each image: its path, then F numbers, tab-separated.
 
-    Files that cannot be read or are no pictures are named on stderr and left out; the exit code is
+    Files that cannot be read or are no images are named on stderr and left out; the exit code is
     then 1.
     """
     from simclr_ray.inference.embed import embed_images
@@ -244,10 +246,10 @@ def embed(
 
     def left_out(place: int, reason: str) -> None:
         bad.add(place)
-        err.print(f"left out: {pictures[place]}: {reason}", markup=False, soft_wrap=True)
+        err.print(f"left out: {files[place]}: {reason}", markup=False, soft_wrap=True)
 
     read: dict[int, bytes] = {}
-    for place, path in enumerate(pictures):
+    for place, path in enumerate(files):
         try:
             read[place] = path.read_bytes()
         except OSError as error:
@@ -258,7 +260,7 @@ def embed(
     )
     for place, row in zip(places, rows, strict=True):
         if place not in bad:
-            print(pictures[place], *(f"{value:.6g}" for value in row), sep="\t")
+            print(files[place], *(f"{value:.6g}" for value in row), sep="\t")
     if bad:
         raise typer.Exit(1)
 
@@ -300,7 +302,7 @@ def doctor(
 def demo(
     folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
 ) -> None:
-    """Prepare shapes, pretrain with two workers, judge, register, and show its use."""
+    """Prepare shapes, pretrain with two workers, evaluate, register, and show its use."""
     _connect(Experiment.load("shapes_demo"))  # one cluster for preparing and training
     for split, images, seed in (("train", DEMO_TRAIN_IMAGES, 0), ("test", DEMO_TEST_IMAGES, 1)):
         _prepare("shapes", str(folder / "shapes" / split), f"num_images={images}", f"seed={seed}")
@@ -311,13 +313,13 @@ def demo(
         f"storage={folder / 'runs'}",
     )
     _pretrain(experiment)
-    picture = folder / "shape.png"
-    _write_shape(picture)
+    image = folder / "shape.png"
+    _write_shape(image)
     model = f"models:/{experiment.register_as.name}@{experiment.register_as.alias}"
     store = f"sqlite:///{(folder / 'runs').resolve()}/mlflow.db"
-    out.print("embed a picture with the registered model:", markup=False)
+    out.print("embed an image with the registered model:", markup=False)
     program = Path(sys.argv[0])
-    command = [str(program), "embed", model, str(picture), "--tracking-uri", store]
+    command = [str(program), "embed", model, str(image), "--tracking-uri", store]
     out.print("  " + shlex.join(command), markup=False, soft_wrap=True)
 
 
@@ -344,7 +346,7 @@ def _checkpoint_in(run: str) -> Path:
         return Path(run)
     found = RunFolder.at(run).newest(Path(tempfile.mkdtemp(prefix="simclr_ray-")))
     if found is None:
-        raise ConfigError([Mistake(run, "is no run folder with a whole checkpoint")])
+        raise ConfigError([ConfigIssue(run, "is no run folder with a whole checkpoint")])
     return found
 
 
@@ -380,7 +382,7 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        for mistake in error.mistakes:
+        for mistake in error.issues:
             err.print(f"error: {mistake}", markup=False, soft_wrap=True)
         code = error.exit_code
     except (SimclrRayError, ImageError) as error:

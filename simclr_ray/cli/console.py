@@ -56,7 +56,7 @@ class _Line:
         err.print(text, soft_wrap=True, markup=False)
 
 
-class Progress(_Line):
+class RunProgress(_Line):
     """Shows records of a run: epoch, step, loss, images/s, time left, share of waiting for data."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ from simclr_ray.cli.environment import (
     check_machine,
     check_versions,
 )
-from simclr_ray.config.experiment import Scaling, Tracking
+from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
 from simclr_ray.errors import TrackingError
 from simclr_ray.storage.provenance import version_of
 from simclr_ray.tracking.runs import Tracker
@@ -150,7 +150,7 @@ def check_resources(
     kinds = {k: v for k, v in resources.items() if ":" not in k and "memory" not in k}
     shown = ", ".join(f"{k} {v:g}" for k, v in sorted(kinds.items()))
     detail = f"{alive} node{'s' if alive != 1 else ''} alive: {shown}"
-    scaling = Scaling()
+    scaling = ScalingConfig()
     each = scaling.cpus_per_worker + scaling.data_actors_per_worker * scaling.cpus_per_data_actor
     need, have = num_workers * each, resources.get("CPU", 0.0)
     if need <= have:
@@ -162,7 +162,7 @@ def check_resources(
 def check_tracking(uri: str, storage: str) -> Finding:
     """Return whether the MLflow store opens; an SQLite file is made where a run would make it."""
     try:
-        tracker = Tracker.open(Tracking(uri=uri), storage)
+        tracker = Tracker.open(TrackingConfig(uri=uri), storage)
     except TrackingError as error:
         advice = "start the server, or correct tracking.uri or $MLFLOW_TRACKING_URI"
         return Finding("mlflow", "fail", _line(error), advice)

@@ -97,7 +97,7 @@ def stop(where: Where) -> None:
     """Ask a running study to stop; `resume` goes on with it."""
     from simclr_ray.studies.folder import StudyFolder
 
-    StudyFolder.at(where).ask_to_stop()
+    StudyFolder.at(where).request_stop()
     out.print(f"asked; to go on: simclr-ray study resume {shlex.quote(where)}", soft_wrap=True)
 
 
@@ -224,7 +224,7 @@ def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
     data = trials[0].experiment.data
     same = split_like_test(data)
     if same:
-        rows["beware"] = f"{data.test} holds the pictures of {same}: scores flatter"
+        rows["beware"] = f"{data.test} holds the images of {same}: scores flatter"
     show_pairs(rows)
 
 

@@ -13,81 +13,81 @@ from typing import Annotated, Literal
 
 from simclr_ray.config import loader as cfg
 from simclr_ray.config.schema import Config, Field, model_validator
-from simclr_ray.config.sections.data import Columns, Data, Preparation
+from simclr_ray.config.sections.data import ColumnsConfig, DataConfig, PreparationConfig
 from simclr_ray.config.sections.model import (
-    BatchNorm,
-    ClassifierHead,
-    LinearHead,
-    MLPHead,
-    NoHead,
-    ResNetEncoder,
-    Start,
-    TorchvisionEncoder,
+    BatchNormConfig,
+    ClassifierHeadConfig,
+    InitConfig,
+    LinearHeadConfig,
+    MLPHeadConfig,
+    NoHeadConfig,
+    ResNetConfig,
+    TorchvisionConfig,
 )
 from simclr_ray.config.sections.running import (
-    KNN,
-    Checkpointing,
-    Evaluation,
-    Linear,
-    Registration,
-    Scaling,
-    Tracking,
+    CheckpointConfig,
+    EvaluationConfig,
+    KNNConfig,
+    LinearConfig,
+    RegistryConfig,
+    ScalingConfig,
+    TrackingConfig,
 )
 from simclr_ray.config.sections.training import (
-    DCL,
-    AdamWOptimizer,
-    CrossEntropy,
-    Distillation,
-    LARSOptimizer,
-    NTLogistic,
-    NTXent,
-    Schedule,
-    SGDOptimizer,
-    SupCon,
-    Triplet,
+    AdamWConfig,
+    CrossEntropyConfig,
+    DCLConfig,
+    DistillationConfig,
+    LARSConfig,
+    NTLogisticConfig,
+    NTXentConfig,
+    ScheduleConfig,
+    SGDConfig,
+    SupConConfig,
+    TripletConfig,
 )
-from simclr_ray.config.sections.views import PipelineViews, SimCLRViews
-from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.config.sections.views import PipelineViewsConfig, SimCLRViewsConfig
+from simclr_ray.errors import ConfigError, ConfigIssue
 
 __all__ = [
-    "DCL",
-    "KNN",
-    "AdamWOptimizer",
-    "BatchNorm",
-    "Checkpointing",
-    "ClassifierHead",
-    "Columns",
-    "CrossEntropy",
-    "Data",
-    "Distillation",
-    "Evaluation",
+    "AdamWConfig",
+    "BatchNormConfig",
+    "CheckpointConfig",
+    "ClassifierHeadConfig",
+    "ColumnsConfig",
+    "CrossEntropyConfig",
+    "DCLConfig",
+    "DataConfig",
+    "DistillationConfig",
+    "EvaluationConfig",
     "Experiment",
-    "LARSOptimizer",
-    "Linear",
-    "LinearHead",
-    "MLPHead",
-    "NTLogistic",
-    "NTXent",
-    "NoHead",
-    "PipelineViews",
-    "Preparation",
-    "Registration",
-    "ResNetEncoder",
-    "SGDOptimizer",
-    "Scaling",
-    "Schedule",
-    "SimCLRViews",
-    "Start",
-    "SupCon",
-    "TorchvisionEncoder",
-    "Tracking",
-    "Triplet",
+    "InitConfig",
+    "KNNConfig",
+    "LARSConfig",
+    "LinearConfig",
+    "LinearHeadConfig",
+    "MLPHeadConfig",
+    "NTLogisticConfig",
+    "NTXentConfig",
+    "NoHeadConfig",
+    "PipelineViewsConfig",
+    "PreparationConfig",
+    "RegistryConfig",
+    "ResNetConfig",
+    "SGDConfig",
+    "ScalingConfig",
+    "ScheduleConfig",
+    "SimCLRViewsConfig",
+    "SupConConfig",
+    "TorchvisionConfig",
+    "TrackingConfig",
+    "TripletConfig",
     "absolute_path",
 ]
 
 # What changes where or how a run runs, but not what it computes.
 PLACEMENT = ("name", "storage", "scaling", "tracking", "checkpoint", "evaluation", "register_as")
-# `data.train` is where the pictures lie; which they are, the fingerprint says.
+# `data.train` is where the images lie; which they are, the fingerprint says.
 DATA_PLACEMENT = ("train", "cache_gib", "bank", "test", "max_bad_share")
 
 
@@ -96,24 +96,33 @@ class Experiment(Config):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0, lt=2**32)
-    data: Data
-    augment: Annotated[SimCLRViews | PipelineViews, Field(discriminator="name")] = SimCLRViews()
-    encoder: Annotated[ResNetEncoder | TorchvisionEncoder, Field(discriminator="name")] = (
-        ResNetEncoder()
+    data: DataConfig
+    augment: Annotated[SimCLRViewsConfig | PipelineViewsConfig, Field(discriminator="name")] = (
+        SimCLRViewsConfig()
     )
-    head: Annotated[NoHead | LinearHead | MLPHead | ClassifierHead, Field(discriminator="name")] = (
-        MLPHead()
+    encoder: Annotated[ResNetConfig | TorchvisionConfig, Field(discriminator="name")] = (
+        ResNetConfig()
     )
-    start: Start = Start()
-    batch_norm: BatchNorm = BatchNorm()
-    loss: Annotated[
-        NTXent | NTLogistic | Triplet | DCL | SupCon | CrossEntropy | Distillation,
+    head: Annotated[
+        NoHeadConfig | LinearHeadConfig | MLPHeadConfig | ClassifierHeadConfig,
         Field(discriminator="name"),
-    ] = NTXent()
-    optimizer: Annotated[
-        LARSOptimizer | SGDOptimizer | AdamWOptimizer, Field(discriminator="name")
-    ] = LARSOptimizer()
-    schedule: Schedule = Schedule()
+    ] = MLPHeadConfig()
+    start: InitConfig = InitConfig()
+    batch_norm: BatchNormConfig = BatchNormConfig()
+    loss: Annotated[
+        NTXentConfig
+        | NTLogisticConfig
+        | TripletConfig
+        | DCLConfig
+        | SupConConfig
+        | CrossEntropyConfig
+        | DistillationConfig,
+        Field(discriminator="name"),
+    ] = NTXentConfig()
+    optimizer: Annotated[LARSConfig | SGDConfig | AdamWConfig, Field(discriminator="name")] = (
+        LARSConfig()
+    )
+    schedule: ScheduleConfig = ScheduleConfig()
     batch_size: int = Field(
         256, ge=2, description="Images in the global batch N, over all workers."
     )
@@ -124,11 +133,11 @@ class Experiment(Config):
         description="Send gradients between workers as bf16: half the traffic, rounded; "
         "the one option whose result depends on the number of workers.",
     )
-    evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpointing = Checkpointing()
-    scaling: Scaling = Scaling()
-    tracking: Tracking = Tracking()
-    register_as: Registration = Registration()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    register_as: RegistryConfig = RegistryConfig()
     storage: str = Field("runs", min_length=1, description="Folder or URI that holds the runs.")
 
     @model_validator(mode="after")
@@ -138,9 +147,7 @@ class Experiment(Config):
                 f"batch_size is global: {self.batch_size} images cannot be shared by "
                 f"{self.scaling.num_workers} workers; raise batch_size or lower scaling.num_workers"
             )
-        fixed = isinstance(self.encoder, TorchvisionEncoder) and self.encoder.model.startswith(
-            "vit"
-        )
+        fixed = isinstance(self.encoder, TorchvisionConfig) and self.encoder.model.startswith("vit")
         if 0 < self.evaluation.size < 8 or (
             fixed
             and {self.evaluation_size, self.augment.first_size or self.augment.size}
@@ -150,17 +157,17 @@ class Experiment(Config):
                 f"evaluation.size={self.evaluation.size} must be 0 or at least 8, and for vit it "
                 f"and augment.first_size augment.size={self.augment.size}, the only one it takes"
             )
-        classifies = isinstance(self.loss, CrossEntropy | Distillation)
-        if classifies != isinstance(self.head, ClassifierHead):
+        classifies = isinstance(self.loss, CrossEntropyConfig | DistillationConfig)
+        if classifies != isinstance(self.head, ClassifierHeadConfig):
             raise ValueError(
                 f"loss.name={self.loss.name} does not go with head.name={self.head.name}: "
                 "a classifier and cross_entropy or distillation belong together"
             )
         if self.compress_gradients and self.precision == "float64":
             raise ValueError("compress_gradients rounds to 8 bits; precision=float64 is for exact")
-        if self.scaling.colour_on == "worker" and not isinstance(self.augment, SimCLRViews):
+        if self.scaling.colour_on == "worker" and not isinstance(self.augment, SimCLRViewsConfig):
             raise ValueError("scaling.colour_on=worker is for augment.name=simclr")
-        if self.scaling.recompute_activations and not isinstance(self.encoder, ResNetEncoder):
+        if self.scaling.recompute_activations and not isinstance(self.encoder, ResNetConfig):
             raise ValueError("scaling.recompute_activations is for encoder.name=resnet")
         images = self.batch_norm.images
         if images and (self.batch_size % images or images < self.scaling.num_workers):
@@ -176,18 +183,20 @@ class Experiment(Config):
         text, shown = cfg.read_source(source)
         tree = cfg.parse_yaml(text, shown)
         if not isinstance(tree, dict):
-            raise ConfigError([Mistake(shown, f"holds {type(tree).__name__}, not keys and values")])
+            raise ConfigError(
+                [ConfigIssue(shown, f"holds {type(tree).__name__}, not keys and values")]
+            )
         return cfg.validate(cls, cfg.apply_overrides(tree, overrides, cls))
 
     def digest(self) -> str:
         """Return 16 hex digits over everything that changes the trained weights, and only that."""
         tree = {k: v for k, v in cfg.to_tree(self).items() if k not in PLACEMENT}
-        if isinstance(self.loss, Distillation) and self.loss.sha256:
+        if isinstance(self.loss, DistillationConfig) and self.loss.sha256:
             tree["loss"] = {**tree["loss"], "teacher": ""}
         if self.start.sha256:
             tree["start"] = {**tree["start"], "weights": ""}  # which they are, not where they lie
         tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
-        if isinstance(self.augment, SimCLRViews) and not self.augment.first_size:
+        if isinstance(self.augment, SimCLRViewsConfig) and not self.augment.first_size:
             tree["augment"] = {**tree["augment"], "full_size_at": 0.75}  # nothing grows
         if self.schedule.decay == "cosine":  # runs from before there was a choice keep their names
             tree["schedule"] = {k: v for k, v in tree["schedule"].items() if k != "decay"}
@@ -196,9 +205,9 @@ class Experiment(Config):
         return cfg.digest_of(tree)
 
     def run_name(self, fingerprint: str) -> str:
-        """Return the name under which a run on these pictures is stored.
+        """Return the name under which a run on these images is stored.
 
-        The same command on the same pictures continues the run; anything that changes the result
+        The same command on the same images continues the run; anything that changes the result
         starts another.
         """
         identity = cfg.digest_of({"experiment": self.digest(), "data": fingerprint})
@@ -213,7 +222,7 @@ class Experiment(Config):
         )
         start = self.start.model_copy(update={"weights": absolute_path(self.start.weights)})
         loss = self.loss
-        if isinstance(loss, Distillation):
+        if isinstance(loss, DistillationConfig):
             loss = loss.model_copy(update={"teacher": absolute_path(loss.teacher)})
         update = {
             "data": data,
@@ -231,7 +240,7 @@ class Experiment(Config):
     @property
     def takes_labels(self) -> bool:
         """Return whether training needs the labels of `data.train`."""
-        return isinstance(self.loss, SupCon | CrossEntropy)
+        return isinstance(self.loss, SupConConfig | CrossEntropyConfig)
 
     def local_batch_size(self, rank: int) -> int:
         """Return the images of rank `rank`: they differ by at most one between ranks."""

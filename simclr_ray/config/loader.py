@@ -28,8 +28,8 @@ from simclr_ray.config.schema import (
     _configs_in,
     _default_name,
 )
-from simclr_ray.config.validation import _mistake, nearest
-from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.config.validation import _issue, nearest
+from simclr_ray.errors import ConfigError, ConfigIssue
 
 
 def parse_yaml(text: str, source: str = "config") -> Any:
@@ -38,7 +38,7 @@ def parse_yaml(text: str, source: str = "config") -> Any:
         return YAML(typ="safe", pure=True).load(io.StringIO(text))
     except YAMLError as error:
         first_line = " ".join(str(error).split())
-        raise ConfigError([Mistake(source, f"is not YAML: {first_line}")]) from error
+        raise ConfigError([ConfigIssue(source, f"is not YAML: {first_line}")]) from error
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
@@ -63,12 +63,12 @@ def apply_overrides(
         ConfigError: One mistake per override that is not of the form `path=value`.
     """
     out: Tree = json.loads(json.dumps(tree))
-    mistakes = []
+    issues = []
     parsed = []
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not all(path.split(".")):
-            mistakes.append(Mistake(text, "is no override; the form is key.path=value"))
+            issues.append(ConfigIssue(text, "is no override; the form is key.path=value"))
         else:
             parsed.append((path.split("."), parse_yaml(value, text)))
     for keys, value in sorted(parsed, key=lambda item: item[0][-1] != "name"):  # variants first
@@ -77,7 +77,7 @@ def apply_overrides(
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 at = ".".join(keys[: depth + 1])
-                mistakes.append(Mistake(".".join(keys), f"{at} is a value and has no keys"))
+                issues.append(ConfigIssue(".".join(keys), f"{at} is a value and has no keys"))
                 break
         else:
             if keys[-1] == "name" and len(keys) > 1:
@@ -86,8 +86,8 @@ def apply_overrides(
                 if other and (schema is None or _has_variants(schema, keys[:-1])):
                     node.clear()
             node[keys[-1]] = "" if value is None else value
-    if mistakes:
-        raise ConfigError(mistakes)
+    if issues:
+        raise ConfigError(issues)
     return out
 
 
@@ -96,7 +96,7 @@ def validate(schema: type[ConfigT], tree: Any) -> ConfigT:
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
-        found = [_mistake(schema, tree, item) for item in error.errors()]
+        found = [_issue(schema, tree, item) for item in error.errors()]
         raise ConfigError(list(dict.fromkeys(found))) from None
 
 
@@ -172,16 +172,16 @@ def read_source(source: str) -> tuple[str, str]:
     if source.endswith((".yaml", ".yml")):
         path = Path(source)
         if not path.is_file():
-            raise ConfigError([Mistake(source, "no such file")])
+            raise ConfigError([ConfigIssue(source, "no such file")])
         try:
             return path.read_text(encoding="utf-8"), source
         except UnicodeDecodeError as error:
-            raise ConfigError([Mistake(source, f"is not UTF-8: {error}")]) from error
+            raise ConfigError([ConfigIssue(source, f"is not UTF-8: {error}")]) from error
     names = preset_names()
     if source not in names:
         hint = nearest(source, names)
         message = f"no preset and no .yaml file{hint}; presets: {', '.join(names)}"
-        raise ConfigError([Mistake(source, message)])
+        raise ConfigError([ConfigIssue(source, message)])
     return (resources.files("simclr_ray.config") / "presets" / f"{source}.yaml").read_text(
         "utf-8"
     ), source

@@ -12,7 +12,7 @@ from simclr_ray.config.schema import (
     _default_name,
     _name_of,
 )
-from simclr_ray.errors import Mistake
+from simclr_ray.errors import ConfigIssue
 
 Where = tuple[str | int, ...]
 
@@ -23,7 +23,7 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:
+def _issue(schema: type[Config], tree: Any, item: Any) -> ConfigIssue:
     where = _without_tags(tree, item["loc"])
     path = ".".join(str(part) for part in where)
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
@@ -31,12 +31,12 @@ def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:
         keys = _keys_at(schema, tree, where[:-1])
         hint = nearest(str(where[-1]), keys)
         allowed = f"; allowed here: {', '.join(sorted(keys))}" if keys else ""
-        return Mistake(path, f"unknown key{hint}{allowed}")
+        return ConfigIssue(path, f"unknown key{hint}{allowed}")
     if kind == "missing":
-        return Mistake(path, "missing key, and it has no default")
+        return ConfigIssue(path, "missing key, and it has no default")
     if kind == "literal_error":
         options = [part.strip("' ") for part in context["expected"].replace(" or ", ",").split(",")]
-        return Mistake(
+        return ConfigIssue(
             path, f"got {given!r}; allowed: {', '.join(options)}{nearest(str(given), options)}"
         )
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -44,10 +44,10 @@ def _mistake(schema: type[Config], tree: Any, item: Any) -> Mistake:
         tag = given.get("name") if isinstance(given, Mapping) else given
         hint = nearest(str(tag), options)
         shown = "missing" if tag is None else f"got {tag!r}"
-        return Mistake(f"{path}.name", f"{shown}; allowed: {', '.join(options)}{hint}")
+        return ConfigIssue(f"{path}.name", f"{shown}; allowed: {', '.join(options)}{hint}")
     if kind == "value_error":
-        return Mistake(path, str(context["error"]))
-    return Mistake(path, f"got {given!r}; {_sentence(item['msg'])}")
+        return ConfigIssue(path, str(context["error"]))
+    return ConfigIssue(path, f"got {given!r}; {_sentence(item['msg'])}")
 
 
 def _sentence(message: str) -> str:

@@ -19,22 +19,27 @@ from simclr_ray.augment.ops import OPS
 from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
 from simclr_ray.augment.views import Pixels, TwoViews, ViewPair
 from simclr_ray.config import Config
-from simclr_ray.config.experiment import Data, Experiment, PipelineViews, SimCLRViews
+from simclr_ray.config.experiment import (
+    DataConfig,
+    Experiment,
+    PipelineViewsConfig,
+    SimCLRViewsConfig,
+)
 from simclr_ray.data.batch import Batch
-from simclr_ray.data.image_cache import Picture, PictureCache
+from simclr_ray.data.image_cache import DecodedImage, ImageCache
 from simclr_ray.data.plan import BatchPlan, replacement
-from simclr_ray.data.rowgroups import Encoded, RecentGroups, RowGroups
+from simclr_ray.data.rowgroups import EncodedRow, RecentGroups, RowGroups
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.collectives import share
 from simclr_ray.errors import DataError, TooManyBadImages
 
-Take = Callable[[int], Encoded | None]
+Take = Callable[[int], EncodedRow | None]
 MakeViews = Callable[[list[Pixels], NDArray[np.int64], int], ViewPair]
 GIB = 2**30
 MAX_ATTEMPTS = 64  # then any row that is left
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """A part of a step, in memory that may be another's: as `Batch`, but arrays."""
 
     step: int
@@ -69,11 +74,11 @@ class RowReader:
     ) -> None:
         self.max_pixels = max_pixels
         name = f"{source.uri} {source.fingerprint} {max_pixels}" if shared else ""
-        self.cache = PictureCache(name, source.num_rows, int(cache_gib * GIB))
+        self.cache = ImageCache(name, source.num_rows, int(cache_gib * GIB))
         self.recent = RecentGroups(source)
         self.bad: dict[int, Bad] = {}
 
-    def pictures(self, rows: Sequence[int], take: Take) -> list[Picture | None]:
+    def images(self, rows: Sequence[int], take: Take) -> list[DecodedImage | None]:
         """Return the decoded rows, None for each that cannot be used.
 
         Args:
@@ -81,41 +86,41 @@ class RowReader:
             take: Where encoded rows come from; those for which it has None are read one by one.
         """
         found = self.cache.find(rows)
-        new: dict[int, Picture] = {}
-        for place, (row, picture) in enumerate(zip(rows, found, strict=True)):
-            if picture is None and row not in self.bad:
+        new: dict[int, DecodedImage] = {}
+        for place, (row, image) in enumerate(zip(rows, found, strict=True)):
+            if image is None and row not in self.bad:
                 found[place] = decoded = self._decode(row, take(row) or self.recent.take(row))
                 if decoded is not None:
                     new[row] = decoded
         self.cache.keep(new)
         return found
 
-    def picture(self, row: int) -> Picture | None:
+    def image(self, row: int) -> DecodedImage | None:
         """Return one decoded row, or None where it cannot be used."""
-        return self.pictures([row], self.recent.take)[0]
+        return self.images([row], self.recent.take)[0]
 
     def missing(self, first: int, last: int) -> list[int]:
         """Return those of the rows [first, last) that were never decoded, or not kept."""
         unknown = np.flatnonzero(~self.cache.holds(first, last)) + first
         return [row for row in unknown.tolist() if row not in self.bad]
 
-    def _decode(self, row: int, encoded: Encoded) -> Picture | None:
+    def _decode(self, row: int, encoded: EncodedRow) -> DecodedImage | None:
         try:
             if encoded.image is None:
                 raise ImageError("null image")
-            return Picture(encoded.id, decode_image(encoded.image, self.max_pixels))
+            return DecodedImage(encoded.id, decode_image(encoded.image, self.max_pixels))
         except ImageError as error:
             self.bad[row] = Bad(encoded.id, str(error))
             return None
 
 
-class PartMaker:
+class BatchBuilder:
     """Makes places [first, last) of each planned batch.
 
     Args:
         source: The dataset.
         plan: Over its row groups.
-        views: Makes both views of pictures with these ids in this epoch; see `view_maker`.
+        views: Makes both views of images with these ids in this epoch; see `view_builder`.
         data: Limits and cache.
         places: [first, last) of the global batch's list.
         stop: The step before which the run ends.
@@ -126,7 +131,7 @@ class PartMaker:
         source: Source,
         plan: BatchPlan,
         views: MakeViews,
-        data: Data,
+        data: DataConfig,
         places: tuple[int, int],
         *,
         stop: int = sys.maxsize,
@@ -146,10 +151,10 @@ class PartMaker:
         )
 
     def make(self, step: int) -> Batch:
-        """Return this part of global step `step`; raises what `make_several` does."""
-        return self.make_several([step])[0]
+        """Return this part of global step `step`; raises what `build` does."""
+        return self.build([step])[0]
 
-    def make_several(self, steps: Sequence[int]) -> list[Batch]:
+    def build(self, steps: Sequence[int]) -> list[Batch]:
         """Return this part of global steps of one epoch, the views of all made together.
 
         Raises:
@@ -161,9 +166,9 @@ class PartMaker:
         if len(epochs) != 1:
             raise ValueError(f"steps {[*steps]} are of epochs {sorted(epochs)}")
         gathered = [self._gathered(step) for step in steps]
-        pictures = [p for found, _ in gathered for p in found]
-        ids = np.array([p.id for p in pictures], np.int64)
-        views = self.views([p.pixels for p in pictures], ids, epochs.pop())
+        images = [p for found, _ in gathered for p in found]
+        ids = np.array([p.id for p in images], np.int64)
+        views = self.views([p.pixels for p in images], ids, epochs.pop())
         columns = (*views, torch.from_numpy(ids))
         parts = zip(*(column.chunk(len(steps)) for column in columns), strict=True)
         batches = []
@@ -172,30 +177,30 @@ class PartMaker:
             batches.append(Batch(step, a, b, own, unusable, tuple(b.reason for b in bad)))
         return batches
 
-    def _gathered(self, step: int) -> tuple[list[Picture], list[Bad]]:
-        """Return the pictures of this part of a step, and the rows that others stand in for."""
+    def _gathered(self, step: int) -> tuple[list[DecodedImage], list[Bad]]:
+        """Return the images of this part of a step, and the rows that others stand in for."""
         first, last = self.places
         rows = self.plan.rows_of(step, first, last).tolist()
         self.groups.advance(step)
-        pictures, bad = [], []
-        found = self.reader.pictures(rows, self.groups.take)
+        images, bad = [], []
+        found = self.reader.images(rows, self.groups.take)
         for place, (row, planned) in enumerate(zip(rows, found, strict=True), start=first):
-            picture = planned
-            if picture is None:
-                self._check_share()
+            image = planned
+            if image is None:
+                self._check_fraction()
                 bad.append(self.reader.bad[row])
-                picture = self._stand_in(row, place, step)
-            pictures.append(picture)
-        return pictures, bad
+                image = self._stand_in(row, place, step)
+            images.append(image)
+        return images, bad
 
-    def _stand_in(self, row: int, place: int, step: int) -> Picture:
+    def _stand_in(self, row: int, place: int, step: int) -> DecodedImage:
         found = self._keyed(row, place, step)
         if found < 0:
             found = self._left_over(place, step)
-        picture = self.reader.picture(found) if found >= 0 else None
-        if picture is None:
+        image = self.reader.image(found) if found >= 0 else None
+        if image is None:
             raise DataError(f"no usable row is left to stand in for row {row} of step {step}")
-        return picture
+        return image
 
     def _keyed(self, row: int, place: int, step: int) -> int:
         """Return the row that the key names to stand in at `place`, or -1."""
@@ -204,9 +209,9 @@ class PartMaker:
         for attempt in range(MAX_ATTEMPTS):
             candidate = replacement(row, place, batch, attempt, plan=self.plan, epoch=epoch)
             if candidate >= 0:
-                if self.reader.picture(candidate) is not None:
+                if self.reader.image(candidate) is not None:
                     return candidate
-                self._check_share()
+                self._check_fraction()
         return -1
 
     def _left_over(self, place: int, step: int) -> int:
@@ -216,16 +221,16 @@ class PartMaker:
         every part agrees on who takes what, and no row is taken twice.
         """
         rows = self.plan.rows(step).tolist()
-        bad = [(p, row) for p, row in enumerate(rows) if self.reader.picture(row) is None]
+        bad = [(p, row) for p, row in enumerate(rows) if self.reader.image(row) is None]
         keyed = {p: self._keyed(row, p, step) for p, row in bad}
         used = {*rows, *keyed.values()}
-        free = (r for r in range(self.plan.num_rows) if r not in used and self.reader.picture(r))
+        free = (r for r in range(self.plan.num_rows) if r not in used and self.reader.image(r))
         waiting = [p for p, row in keyed.items() if row < 0]
         given = dict(zip(waiting, free, strict=False))
-        self._check_share()
+        self._check_fraction()
         return given.get(place, -1)
 
-    def _check_share(self) -> None:
+    def _check_fraction(self) -> None:
         found, rows = len(self.reader.bad), self.plan.num_rows
         if found > self.max_bad_share * rows:
             reasons = sorted({bad.reason for bad in self.reader.bad.values()})
@@ -236,7 +241,7 @@ class PartMaker:
             )
 
 
-def two_views(views: SimCLRViews, seed: int) -> TwoViews:
+def build_two_views(views: SimCLRViewsConfig, seed: int) -> TwoViews:
     """Return the paper's pipeline as a config describes it."""
     return TwoViews(
         views.size,
@@ -250,10 +255,10 @@ def two_views(views: SimCLRViews, seed: int) -> TwoViews:
     )
 
 
-def views_of(views: SimCLRViews | PipelineViews, seed: int) -> TwoViews | Pipelines:
+def build_views(views: SimCLRViewsConfig | PipelineViewsConfig, seed: int) -> TwoViews | Pipelines:
     """Return what makes views as a config describes it."""
-    if isinstance(views, SimCLRViews):
-        return two_views(views, seed)
+    if isinstance(views, SimCLRViewsConfig):
+        return build_two_views(views, seed)
     lists = ([_stage(s) for s in part] for part in (views.shared, views.a, views.stages_of_b))
     return Pipelines(views.size, *lists, seed=seed)
 
@@ -264,21 +269,21 @@ def _stage(config: Config) -> Stage:
     return Stage(name, (Crop if name == "crop" else OPS[name])(**fields), probability)
 
 
-def view_maker(experiment: Experiment) -> MakeViews:
-    """Return what a run makes of pictures: views of the epoch's size, or crops for the worker."""
+def view_builder(experiment: Experiment) -> MakeViews:
+    """Return what a run makes of images: views of the epoch's size, or crops for the worker."""
     config = experiment.augment
-    views = views_of(config, experiment.seed)
+    views = build_views(config, experiment.seed)
 
-    def make(pictures: list[Pixels], ids: NDArray[np.int64], epoch: int) -> ViewPair:
-        sized = views.resized(config.size_at(epoch, experiment.epochs))
+    def make(images: list[Pixels], ids: NDArray[np.int64], epoch: int) -> ViewPair:
+        sized = views.with_size(config.size_at(epoch, experiment.epochs))
         if isinstance(sized, TwoViews) and experiment.scaling.colour_on == "worker":
-            return sized.crops(pictures, ids, epoch)
-        return sized(pictures, ids, epoch)
+            return sized.crops(images, ids, epoch)
+        return sized(images, ids, epoch)
 
     return make
 
 
-def plan_of(experiment: Experiment, source: Source) -> BatchPlan:
+def build_plan(experiment: Experiment, source: Source) -> BatchPlan:
     """Return the experiment's plan over `source`. Raises `DataError` if it fills no batch."""
     data = experiment.data
     sizes = tuple(g.num_rows for g in source.row_groups)
@@ -291,13 +296,13 @@ def local_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's batches of `steps`, made in this process: for tests and lone machines."""
     places = share(experiment.batch_size, rank, num_ranks)
-    plan, views = plan_of(experiment, source), view_maker(experiment)
-    maker = PartMaker(source, plan, views, experiment.data, places, stop=steps.stop)
+    plan, views = build_plan(experiment, source), view_builder(experiment)
+    maker = BatchBuilder(source, plan, views, experiment.data, places, stop=steps.stop)
     for step in steps:
         yield maker.make(step)
 
 
-def join(parts: Sequence[Batch] | Sequence[Part]) -> Batch:
+def join(parts: Sequence[Batch] | Sequence[BatchPart]) -> Batch:
     """Return the parts of one step, in the order of their places, as a batch of its own memory."""
     steps = {part.step for part in parts}
     if len(steps) != 1:

@@ -1,4 +1,4 @@
-"""Where files lie: a path or URI to a file system, its parquet files, and pictures named by path.
+"""Where files lie: a path or URI to a file system, its parquet files, and images named by path.
 
 Everything goes through `pyarrow.fs`, so a bucket serves as well as a folder.
 """
@@ -83,7 +83,7 @@ def read_images(column: pa.ChunkedArray, fs: pafs.FileSystem, path: str) -> list
 
 
 def _target(name: str, fs: pafs.FileSystem, path: str) -> tuple[pafs.FileSystem, str]:
-    """Return where the picture `name` of the parquet file `path` lies."""
+    """Return where the image `name` of the parquet file `path` lies."""
     if "://" in name:
         scheme, _, rest = name.partition("://")
         host, _, key = rest.partition("/")

@@ -1,16 +1,17 @@
-"""Decoded pictures, kept once on a node and shared by the processes there.
+"""Decoded images, kept once on a node and shared by the processes there.
 
 A set that fits is decoded once by all decode actors of a node together, and lies in memory once.
-The pictures are in an anonymous file (memfd) that each process maps. The kernel frees it when the
+The images are in an anonymous file (memfd) that each process maps. The kernel frees it when the
 last process that has it ends, however it ends, so nothing is left behind; what finds it is a small
 text file that names processes and their descriptors. Where there is no such file (another system,
-no /proc), a process keeps its pictures for itself.
+no /proc), a process keeps its images for itself.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import struct
@@ -24,36 +25,34 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_ray.config.logging import get_logger
-
 Pixels = NDArray[np.uint8]
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 LAYOUT: Final = 1  # of the file; processes of different layouts share none
 HEAD_BYTES: Final = 64  # of the file: one int64, the bytes in use
 ENTRY: Final = struct.Struct("=qii")  # id, height, width; the pixels follow
 ALIGNMENT: Final = 16
 
 
-class Picture(NamedTuple):
+class DecodedImage(NamedTuple):
     """A decoded row: its id, and uint8 [H, W, 3], not to be written to."""
 
     id: int
     pixels: Pixels
 
 
-class PictureCache:
-    """Decoded pictures by row number, up to a budget; what is kept is never dropped.
+class ImageCache:
+    """Decoded images by row number, up to a budget; what is kept is never dropped.
 
     An epoch visits each row once, so whatever is kept is found once an epoch, and dropping one
-    picture for another could only lose. The file holds the bytes in use, for each row the place of
+    image for another could only lose. The file holds the bytes in use, for each row the place of
     its entry (0: none), and the entries. Places are written, and read by `find`, under a lock on
     the file, entries are written before their place: what is found is whole.
 
     Args:
-        name: What the pictures depend on. Processes of a node that give the same name, number of
+        name: What the images depend on. Processes of a node that give the same name, number of
             rows and budget share; an empty name shares with none.
         num_rows: Of the dataset.
-        budget: Bytes for pictures.
+        budget: Bytes for images.
     """
 
     def __init__(self, name: str, num_rows: int, budget: int) -> None:
@@ -70,8 +69,8 @@ class PictureCache:
         with self._locked():
             self._used[0] = max(int(self._used[0]), HEAD_BYTES + index_bytes)
 
-    def find(self, rows: Sequence[int]) -> list[Picture | None]:
-        """Return the picture of each row, None where it is not kept."""
+    def find(self, rows: Sequence[int]) -> list[DecodedImage | None]:
+        """Return the image of each row, None where it is not kept."""
         with self._locked():
             places = self._places[np.asarray(rows, np.int64)].tolist()
         return [self._entry(place) if place else None for place in places]
@@ -81,13 +80,13 @@ class PictureCache:
         kept: NDArray[np.bool_] = self._places[first:last] != 0
         return kept
 
-    def keep(self, pictures: dict[int, Picture]) -> None:
-        """Keep these pictures of rows, as many as there is room for."""
-        if self.full or not pictures:
+    def keep(self, images: dict[int, DecodedImage]) -> None:
+        """Keep these images of rows, as many as there is room for."""
+        if self.full or not images:
             return
-        placed = self._reserve(pictures)
+        placed = self._reserve(images)
         for row, place in placed.items():
-            number, pixels = pictures[row]
+            number, pixels = images[row]
             ENTRY.pack_into(self._memory, place, number, *pixels.shape[:2])
             begin = place + ENTRY.size
             self._memory[begin : begin + pixels.nbytes] = np.ascontiguousarray(pixels).data.cast(
@@ -97,15 +96,15 @@ class PictureCache:
             for row, place in placed.items():
                 self._places[row] = place
 
-    def _reserve(self, pictures: dict[int, Picture]) -> dict[int, int]:
-        """Return a place for each picture that is new and has room."""
+    def _reserve(self, images: dict[int, DecodedImage]) -> dict[int, int]:
+        """Return a place for each image that is new and has room."""
         placed = {}
         with self._locked():
             end = int(self._used[0])
-            for row, picture in pictures.items():
+            for row, image in images.items():
                 if self._places[row]:
                     continue
-                size = ENTRY.size + picture.pixels.nbytes
+                size = ENTRY.size + image.pixels.nbytes
                 if end + size > len(self._memory):
                     self.full = True
                     break
@@ -114,10 +113,10 @@ class PictureCache:
             self._used[0] = min(end, len(self._memory))
         return placed
 
-    def _entry(self, place: int) -> Picture:
+    def _entry(self, place: int) -> DecodedImage:
         number, height, width = ENTRY.unpack_from(self._memory, place)
         begin = place + ENTRY.size
-        return Picture(number, np.ndarray((height, width, 3), np.uint8, self._memory, begin))
+        return DecodedImage(number, np.ndarray((height, width, 3), np.uint8, self._memory, begin))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -137,7 +136,7 @@ def _shared_file(name: str, num_rows: int, size: int) -> int:
     if not hasattr(os, "memfd_create"):
         return -1
     try:
-        folder = Path(tempfile.gettempdir()) / f"simclr_ray-pictures-{os.getuid()}"
+        folder = Path(tempfile.gettempdir()) / f"simclr_ray-images-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
             return -1
@@ -152,7 +151,7 @@ def _shared_file(name: str, num_rows: int, size: int) -> int:
             register.truncate(0)
             register.write("\n".join([*alive, f"{os.getpid()}/fd/{file}"]) + "\n")
     except OSError as error:
-        log.warning("decoded pictures are kept by each process for itself: %s", error)
+        log.warning("decoded images are kept by each process for itself: %s", error)
         return -1
     return file
 

@@ -1,7 +1,7 @@
 """What `prepare` can read: `shapes`, a folder of images, parquet, or a torchvision dataset.
 
-An `Input` knows how many rows there are and hands out `Part`s: small picklable descriptions of
-the rows of one shard, which a Ray task reads where it runs. The driver never holds pictures.
+An `Input` knows how many rows there are and hands out `ShardTask`s: small picklable descriptions of
+the rows of one shard, which a Ray task reads where it runs. The driver never holds images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from simclr_ray.config import nearest
-from simclr_ray.config.experiment import Columns
+from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data import shapes
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import DataError
@@ -35,7 +35,7 @@ MAX_SHARD_BYTES = 256 * 2**20
 
 
 class Item(NamedTuple):
-    """One picture to store: its id, what a person may call it, its bytes, its class or -1."""
+    """One image to store: its id, what a person may call it, its bytes, its class or -1."""
 
     id: int
     name: str
@@ -43,7 +43,7 @@ class Item(NamedTuple):
     label: int
 
 
-class Part(Protocol):
+class ShardTask(Protocol):
     """The rows of one shard, picklable."""
 
     def read(self) -> Iterator[Item]:
@@ -51,7 +51,7 @@ class Part(Protocol):
 
 
 class Input(Protocol):
-    """A set of pictures that can be cut into parts."""
+    """A set of images that can be cut into parts."""
 
     @property
     def identity(self) -> dict[str, object]:
@@ -65,13 +65,13 @@ class Input(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes in label order; empty without labels."""
 
-    def parts(self, rows_per_shard: int, seed: int) -> list[Part]:
+    def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         """Return the shuffled rows, cut into shards."""
 
 
 @dataclass(frozen=True)
 class ShapesInput:
-    """Pictures of the procedural set; `index` is the id."""
+    """Images of the procedural set; `index` is the id."""
 
     num_rows: int
     size: int
@@ -83,7 +83,7 @@ class ShapesInput:
         """The arguments of the generator."""
         return {"kind": "shapes", "n": self.num_rows, "size": self.size, "seed": self.set_seed}
 
-    def parts(self, rows_per_shard: int, seed: int) -> list[Part]:
+    def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         """Return the shuffled indices, cut."""
         return [
             ShapesPart(rows, self.size, self.set_seed)
@@ -93,14 +93,14 @@ class ShapesInput:
 
 @dataclass(frozen=True)
 class ShapesPart:
-    """Some pictures of the procedural set, drawn where the part is read."""
+    """Some images of the procedural set, drawn where the part is read."""
 
     rows: Int64s
     size: int
     set_seed: int
 
     def read(self) -> Iterator[Item]:
-        """Yield each picture as lossless WebP."""
+        """Yield each image as lossless WebP."""
         for index in self.rows.tolist():
             pixels, label = shapes.render(index, self.set_seed, self.size)
             yield Item(index, f"shapes {index}", encode(Image.fromarray(pixels)), label)
@@ -148,7 +148,7 @@ class FolderInput:
         """Number of files."""
         return len(self.names)
 
-    def parts(self, rows_per_shard: int, seed: int) -> list[Part]:
+    def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         """Return the shuffled files, cut."""
         label_of = {name: label for label, name in enumerate(self.class_names)}
         labels = [label_of.get(name.split("/")[0], NO_LABEL) for name in self.names]
@@ -182,7 +182,7 @@ class ParquetInput:
     bytes_per_row: int
 
     @classmethod
-    def open(cls, uri: str, columns: Columns, limit: int) -> ParquetInput:
+    def open(cls, uri: str, columns: ColumnsConfig, limit: int) -> ParquetInput:
         """Return the dataset at `uri`; raises `DataError` as `Source.open` does."""
         source = Source.open(uri, columns, limit)
         fs, _ = filesystem(uri)
@@ -204,7 +204,7 @@ class ParquetInput:
         """As the dataset names them."""
         return self.source.class_names
 
-    def parts(self, rows_per_shard: int, seed: int) -> list[Part]:
+    def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         """Return row groups in shuffled order, cut, each shard shuffled again.
 
         A shuffle of single rows would have every shard read every file.
@@ -264,7 +264,7 @@ class TorchvisionInput:
         """Name and split; the files are pinned by torchvision's own check sums."""
         return {"kind": self.dataset, "split": self.split, "n": self.num_rows}
 
-    def parts(self, rows_per_shard: int, seed: int) -> list[Part]:
+    def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         """Return the shuffled rows, cut."""
         return [
             TorchvisionPart(self.dataset, self.split, self.root, rows)
@@ -294,7 +294,7 @@ class TorchvisionPart:
 def open_input(
     kind_or_path: str,
     *,
-    columns: Columns,
+    columns: ColumnsConfig,
     split: str,
     root: str,
     num_images: int,

@@ -27,10 +27,10 @@ ROW_GROUPS_PER_LANE = 20
 # ⌊r·B/R⌋ = ⌊(r·L/R)·B/L⌋, whatever B. So the usual numbers of parts divide the larger of these. The
 # largest bounds the memory of a single part, which holds a window and its row groups of each lane.
 LANES = (1, 2, 3, 4, 6, 12, 24, 48, 96, 192)
-Rows = NDArray[np.int64]
+RowNumbers = NDArray[np.int64]
 
 
-class Run(NamedTuple):
+class LaneSlice(NamedTuple):
     """What a part takes of a lane at each step: places [low, high) of the lane's `width`."""
 
     lane: int
@@ -45,9 +45,9 @@ class Visits(NamedTuple):
     All int64 [m]; the steps count from the epoch's first.
     """
 
-    groups: Rows
-    first_step: Rows  # before which no window asks for a row of the group
-    last_step: Rows  # after which none does
+    groups: RowNumbers
+    first_step: RowNumbers  # before which no window asks for a row of the group
+    last_step: RowNumbers  # after which none does
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class BatchPlan:
     """Which rows each global batch holds.
 
     Args:
-        group_sizes: Rows of each row group, in file order.
+        group_sizes: RowNumbers of each row group, in file order.
         batch_size: B, images in a global batch.
         seed: 32 bits.
-        shuffle_rows: Rows that the windows of all lanes hold together.
+        shuffle_rows: RowNumbers that the windows of all lanes hold together.
 
     Raises:
         DataError: There are fewer rows than a batch takes.
@@ -73,12 +73,12 @@ class BatchPlan:
         if self.num_rows < self.batch_size:
             raise DataError(
                 f"{self.num_rows} rows do not fill one global batch of {self.batch_size}; "
-                "lower batch_size or bring more pictures"
+                "lower batch_size or bring more images"
             )
 
     @cached_property
     def num_rows(self) -> int:
-        """Rows of the dataset."""
+        """RowNumbers of the dataset."""
         return sum(self.group_sizes)
 
     @property
@@ -94,14 +94,14 @@ class BatchPlan:
 
     @cached_property
     def window_rows(self) -> int:
-        """Rows of a lane that are shuffled together: at least the largest row group's."""
+        """RowNumbers of a lane that are shuffled together: at least the largest row group's."""
         return max(self.shuffle_rows // self.num_lanes, max(self.group_sizes))
 
-    def rows(self, step: int) -> Rows:
+    def rows(self, step: int) -> RowNumbers:
         """Return the rows of global step `step`, lane by lane: int64 [B]."""
         return self.rows_of(step, 0, self.batch_size)
 
-    def rows_of(self, step: int, first: int, last: int) -> Rows:
+    def rows_of(self, step: int, first: int, last: int) -> RowNumbers:
         """Return places [first, last) of the list of `step`, touching only their lanes."""
         epoch, k = divmod(step, self.steps_per_epoch)
         parts = [
@@ -114,7 +114,7 @@ class BatchPlan:
         """Return the epoch that `step` belongs to, from 0."""
         return step // self.steps_per_epoch
 
-    def runs(self, first: int, last: int) -> Iterator[Run]:
+    def runs(self, first: int, last: int) -> Iterator[LaneSlice]:
         """Yield what places [first, last) of a global batch take of each lane they touch."""
         lanes, batch = self.num_lanes, self.batch_size
         for lane in range(first * lanes // batch, lanes):
@@ -123,7 +123,7 @@ class BatchPlan:
                 return
             low, high = max(first, lane_first), min(last, lane_last)
             if low < high:
-                yield Run(lane, low - lane_first, high - lane_first, lane_last - lane_first)
+                yield LaneSlice(lane, low - lane_first, high - lane_first, lane_last - lane_first)
 
     def visits(self, epoch: int, first: int, last: int) -> Visits:
         """Return which row groups places [first, last) need in `epoch`, and in which steps.
@@ -133,7 +133,7 @@ class BatchPlan:
         """
         window = self.window_rows
         order, ends = self._epoch_order(epoch)
-        found: list[Rows] = []
+        found: list[RowNumbers] = []
         for run in self.runs(first, last):
             start, stop = self._lane_places(run.lane)
             low = int(np.searchsorted(ends, start, side="right")) - 1
@@ -159,7 +159,7 @@ class BatchPlan:
         first, last = share(self.batch_size, lane, self.num_lanes)
         return self.steps_per_epoch * first, self.steps_per_epoch * last
 
-    def _lane_rows(self, epoch: int, lane: int, low: int, high: int) -> Rows:
+    def _lane_rows(self, epoch: int, lane: int, low: int, high: int) -> RowNumbers:
         """Return the rows at places [low, high) of a lane."""
         window = self.window_rows
         start, stop = self._lane_places(lane)
@@ -170,7 +170,7 @@ class BatchPlan:
             parts.append(order[max(low - begin, 0) : high - begin])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _window(self, epoch: int, start: int, stop: int) -> Rows:
+    def _window(self, epoch: int, start: int, stop: int) -> RowNumbers:
         """Return the shuffled rows of places [start, stop) of the epoch."""
         key = (epoch, start)
         if key in self._windows:
@@ -181,13 +181,13 @@ class BatchPlan:
         shuffled = places[np.argsort(keys, kind="stable")]
         order, ends = self._epoch_order(epoch)
         at = np.searchsorted(ends, shuffled, side="right") - 1
-        rows: Rows = self._starts[order[at]] + shuffled - ends[at]
+        rows: RowNumbers = self._starts[order[at]] + shuffled - ends[at]
         self._windows[key] = rows
         while len(self._windows) > 2 * self.num_lanes + 2:  # this one and the next of each lane
             self._windows.popitem(last=False)
         return rows
 
-    def _epoch_order(self, epoch: int) -> tuple[Rows, Rows]:
+    def _epoch_order(self, epoch: int) -> tuple[RowNumbers, RowNumbers]:
         """Return the row groups in the epoch's order, and the places between them [m + 1]."""
         if epoch not in self._orders:
             count = len(self.group_sizes)
@@ -198,19 +198,19 @@ class BatchPlan:
         return self._orders[epoch]
 
     @cached_property
-    def _sizes(self) -> Rows:
+    def _sizes(self) -> RowNumbers:
         return np.array(self.group_sizes, np.int64)
 
     @cached_property
-    def _starts(self) -> Rows:
+    def _starts(self) -> RowNumbers:
         return np.cumsum(self._sizes) - self._sizes
 
     @cached_property
-    def _windows(self) -> OrderedDict[tuple[int, int], Rows]:
+    def _windows(self) -> OrderedDict[tuple[int, int], RowNumbers]:
         return OrderedDict()
 
     @cached_property
-    def _orders(self) -> OrderedDict[int, tuple[Rows, Rows]]:
+    def _orders(self) -> OrderedDict[int, tuple[RowNumbers, RowNumbers]]:
         return OrderedDict()
 
 

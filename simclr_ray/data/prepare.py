@@ -1,8 +1,8 @@
-"""Pictures of any origin in, shuffled parquet shards and a manifest out.
+"""Images of any origin in, shuffled parquet shards and a manifest out.
 
-The rows are listed and shuffled with a seed (contiguous reads of sorted pictures make poor
+The rows are listed and shuffled with a seed (contiguous reads of sorted images make poor
 batches), cut into shards, and each shard is one task of a Ray Data stream: it reads, tests and
-stores its pictures where it runs, so neither the driver nor the object store ever holds one, and
+stores its images where it runs, so neither the driver nor the object store ever holds one, and
 Ray bounds how many are under way. A rerun after an interruption keeps the finished shards. The
 manifest is written last: a folder without one is unfinished.
 """
@@ -10,6 +10,7 @@ manifest is written last: a folder without one is unfinished.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from simclr_ray.config import digest_of
-from simclr_ray.config.experiment import Columns
-from simclr_ray.config.logging import get_logger
+from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.inputs import Input, open_input
 from simclr_ray.data.shards import (
     SCHEMA_VERSION,
@@ -44,7 +44,7 @@ NUM_REASONS_SHOWN = 5
 
 OnProgress = Callable[[int, int], None]
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def prepare(
     *,
     num_images: int = 0,
     seed: int = 0,
-    columns: Columns | None = None,
+    columns: ColumnsConfig | None = None,
     split: str = "train",
     size: int = 32,
     download_folder: str = "",
@@ -78,10 +78,10 @@ def prepare(
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
-    """Write the pictures of `kind_or_path` to `out` as parquet shards; return the manifest.
+    """Write the images of `kind_or_path` to `out` as parquet shards; return the manifest.
 
     Uses the Ray cluster that is connected, or starts one. Ids are the parquet's own, else the
-    place in the sorted listing; bad pictures are left out and leave a gap.
+    place in the sorted listing; bad images are left out and leave a gap.
 
     Args:
         kind_or_path: `shapes`, a folder of images, parquet (path or URI), or a torchvision name.
@@ -91,11 +91,11 @@ def prepare(
         seed: of the shuffle, and of the set of `shapes`.
         columns: which columns of a parquet input hold what.
         split: of a torchvision dataset that has splits.
-        size: side of the pictures of `shapes`, in pixels.
+        size: side of the images of `shapes`, in pixels.
         download_folder: where torchvision keeps its files; empty is a cache folder of the user.
         rows_per_shard: at most; fewer where parquet rows are large.
-        max_bad_share: share of unusable pictures that stops, in [0, 1].
-        max_pixels: larger pictures are rejected undecoded.
+        max_bad_share: share of unusable images that stops, in [0, 1].
+        max_pixels: larger images are rejected undecoded.
         overwrite: start over where `out` holds another dataset.
         on_progress: called with (finished shards, all shards), first with those found finished.
 
@@ -107,7 +107,7 @@ def prepare(
     _check_apart(kind_or_path, out)
     given = open_input(
         kind_or_path,
-        columns=columns or Columns(),
+        columns=columns or ColumnsConfig(),
         split=split,
         root=download_folder,
         num_images=num_images,
@@ -149,7 +149,7 @@ def read_manifest(out: str) -> Manifest:
 
 @dataclass(frozen=True)
 class _Limit:
-    """How many pictures may be unusable."""
+    """How many images may be unusable."""
 
     num_rows: int
     share: float
@@ -161,7 +161,7 @@ class _Limit:
             return
         shown = [f"{r.name}: {r.reason}" for r in rejected[:NUM_REASONS_SHOWN]]
         raise TooManyBadImages(
-            f"{len(rejected)} of {self.num_rows} pictures are unusable so far, more than the share "
+            f"{len(rejected)} of {self.num_rows} images are unusable so far, more than the share "
             f"of {self.share:.2%} that is allowed (max_bad_share); the first: {'; '.join(shown)}"
         )
 

@@ -27,14 +27,14 @@ MOST_AHEAD = 64
 RECENT_BYTES = 64 * 2**20
 
 
-class Encoded(NamedTuple):
+class EncodedRow(NamedTuple):
     """A row as the file has it: its id, and the encoded image, None where there is none."""
 
     id: int
     image: bytes | None
 
 
-Rows = dict[int, Encoded]
+EncodedRows = dict[int, EncodedRow]
 
 
 class RowGroups:
@@ -78,7 +78,7 @@ class RowGroups:
 
     @property
     def num_held(self) -> int:
-        """Rows that are held or being read."""
+        """EncodedRows that are held or being read."""
         return sum(held.num_rows for held in self._held.values())
 
     def advance(self, step: int) -> None:
@@ -101,7 +101,7 @@ class RowGroups:
             self._next = next(self._visits, None)
             ahead += not due
 
-    def take(self, row: int) -> Encoded | None:
+    def take(self, row: int) -> EncodedRow | None:
         """Return a row that the step asks for, and hold it no longer; None where it is not held.
 
         Raises:
@@ -146,7 +146,7 @@ class RowGroups:
         )
         return group.num_rows
 
-    def _read(self, index: int) -> Rows:
+    def _read(self, index: int) -> EncodedRows:
         group = self.source.row_groups[index]
         rows = read_encoded(self.source, index)
         return {r: rows[r] for r in self.missing(group.first_row, group.first_row + len(rows))}
@@ -161,9 +161,9 @@ class RecentGroups:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._starts = [g.first_row for g in source.row_groups]
-        self._groups: OrderedDict[int, Rows] = OrderedDict()
+        self._groups: OrderedDict[int, EncodedRows] = OrderedDict()
 
-    def take(self, row: int) -> Encoded:
+    def take(self, row: int) -> EncodedRow:
         """Return a row.
 
         Raises:
@@ -182,14 +182,14 @@ class RecentGroups:
         return sum(len(image) for image in images if image is not None)
 
 
-def read_encoded(source: Source, index: int) -> Rows:
+def read_encoded(source: Source, index: int) -> EncodedRows:
     """Return the rows of a row group by their number in the dataset.
 
     Raises:
         DataError: A file is gone, changed, or broken.
     """
     rows = source.read_group(index, labels=False)
-    pairs = map(Encoded, rows.ids.tolist(), rows.images)
+    pairs = map(EncodedRow, rows.ids.tolist(), rows.images)
     return dict(enumerate(pairs, start=source.row_groups[index].first_row))
 
 
@@ -206,17 +206,21 @@ class _Held:
     """A row group that is read, being read, or waiting for it: its rows that were not taken."""
 
     def __init__(
-        self, last_step: int, num_rows: int, future: Future[Rows], read: Callable[[], Rows]
+        self,
+        last_step: int,
+        num_rows: int,
+        future: Future[EncodedRows],
+        read: Callable[[], EncodedRows],
     ) -> None:
         self.last_step, self._expected = last_step, num_rows
         self._future, self._read = future, read
-        self._rows: Rows | None = None
+        self._rows: EncodedRows | None = None
 
     @property
     def num_rows(self) -> int:
         return self._expected if self._rows is None else len(self._rows)
 
-    def rows(self) -> Rows:
+    def rows(self) -> EncodedRows:
         """Return the rows, read here if the thread has not come to it, or has failed.
 
         A bucket that did not answer some minutes ago is no reason to end a run.

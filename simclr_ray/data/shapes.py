@@ -1,11 +1,11 @@
-"""`shapes`: pictures drawn from numbers, whose class is their form and nothing else.
+"""`shapes`: images drawn from numbers, whose class is their form and nothing else.
 
 Colour, texture, background, position, scale, rotation and reflection are drawn independently of
 the class, and all forms have the same area at the same scale, so neither a colour histogram nor
-the share of foreground tells the class. A picture is a pure function of (seed, index, size): a
-counter-based generator is keyed by the first two, so any worker can draw any picture.
+the share of foreground tells the class. An image is a pure function of (seed, index, size): a
+counter-based generator is keyed by the first two, so any worker can draw any image.
 
-Forms are outlines. Their signed distance is tabulated once per process; a picture looks it up at
+Forms are outlines. Their signed distance is tabulated once per process; an image looks it up at
 its own pose, which gives anti-aliased edges from one sample per pixel.
 """
 
@@ -25,7 +25,7 @@ Outline = list[Floats]  # closed loops [V, 2], x right, y up; holes run the othe
 
 # Radius of the disk of the same area, as a share of the side: forms then span 0.34-0.9 of it.
 RADIUS: Final = (0.17, 0.27)
-SHIFT: Final = 0.17  # centre of gravity to centre of the picture, at most, as a share of the side
+SHIFT: Final = 0.17  # centre of gravity to centre of the image, at most, as a share of the side
 TURN: Final = np.deg2rad(25.0)
 # Luminance gap of form and ground: visible in gray, as a fifth of SimCLR's views are.
 GAP: Final = (0.30, 0.65)
@@ -40,17 +40,17 @@ _NUM_DRAWS: Final = 18
 
 
 class Drawn(NamedTuple):
-    """A picture, uint8 [size, size, 3], and its class in `[0, len(CLASS_NAMES))`."""
+    """An image, uint8 [size, size, 3], and its class in `[0, len(CLASS_NAMES))`."""
 
     pixels: Pixels
     label: int
 
 
 def render(index: int, seed: int, size: int = 32) -> Drawn:
-    """Return picture `index` of the set `seed`; the class is `index % 10`, so sets are balanced.
+    """Return image `index` of the set `seed`; the class is `index % 10`, so sets are balanced.
 
     Args:
-        index: which picture, >= 0; sets have no end.
+        index: which image, >= 0; sets have no end.
         seed: which set, >= 0; a test set is a set of another seed.
         size: side in pixels, >= 8.
 

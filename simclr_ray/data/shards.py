@@ -1,8 +1,8 @@
-"""One shard of prepared pictures: written whole or not at all, and known again by its footer.
+"""One shard of prepared images: written whole or not at all, and known again by its footer.
 
 A shard carries in its own footer the plan that it belongs to, the rows that were rejected, and a
-hash of the pictures in it. So a rerun can tell a finished shard from a foreign one by reading its
-footer alone, and the fingerprint of the dataset follows the pictures, not only their sizes.
+hash of the images in it. So a rerun can tell a finished shard from a foreign one by reading its
+footer alone, and the fingerprint of the dataset follows the images, not only their sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.augment.decode import ImageError, decode_image
-from simclr_ray.data.inputs import Item, Part
+from simclr_ray.data.inputs import Item, ShardTask
 from simclr_ray.data.source import NO_LABEL
 from simclr_ray.storage.filesystem import is_local
 
@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
 
 
 class Rejected(NamedTuple):
-    """A picture that was left out: its id, what a person may call it, and why."""
+    """A image that was left out: its id, what a person may call it, and why."""
 
     id: int
     name: str
@@ -59,7 +59,7 @@ class ShardPlan:
     """Everything that decides the content of one shard; picklable."""
 
     index: int
-    part: Part
+    part: ShardTask
     plan: str
     class_names: tuple[str, ...]
     max_pixels: int

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,8 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import Columns
-from simclr_ray.config.logging import get_logger
+from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.files import list_parquet, read_images
 from simclr_ray.data.footer import Footer, read_footers
 from simclr_ray.errors import DataError
@@ -31,7 +31,7 @@ from simclr_ray.storage.filesystem import filesystem, is_local, one_line
 Int64s = npt.NDArray[np.int64]
 NO_LABEL = -1
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class RowGroup(NamedTuple):
@@ -43,7 +43,7 @@ class RowGroup(NamedTuple):
     num_rows: int
 
 
-class Rows(NamedTuple):
+class RowTable(NamedTuple):
     """Some rows: ids int64 [m], encoded images (None where there is none), labels int64 [m]."""
 
     ids: Int64s
@@ -60,14 +60,14 @@ class Source:
     row_groups: tuple[RowGroup, ...]
     num_rows: int
     row_bytes: float  # of the files, on average
-    columns: Columns
+    columns: ColumnsConfig
     has_ids: bool
     has_labels: bool
     class_names: tuple[str, ...]
     fingerprint: str
 
     @classmethod
-    def open(cls, uri: str, columns: Columns | None = None, limit: int = 0) -> Source:
+    def open(cls, uri: str, columns: ColumnsConfig | None = None, limit: int = 0) -> Source:
         """Return the dataset at `uri`: a parquet file, or a folder of them at any depth.
 
         Args:
@@ -79,7 +79,7 @@ class Source:
             DataError: nothing there, no parquet, a broken file, no rows, or a column that is
                 missing or of a type that cannot serve.
         """
-        columns = columns or Columns()
+        columns = columns or ColumnsConfig()
         fs, root = filesystem(uri)
         listed = list_parquet(fs, root, uri)
         footers = read_footers(fs, listed)
@@ -100,7 +100,7 @@ class Source:
             fingerprint=_fingerprint(footers, root, columns, limit),
         )
 
-    def read_group(self, index: int, *, labels: bool = True) -> Rows:
+    def read_group(self, index: int, *, labels: bool = True) -> RowTable:
         """Return row group `index` of `row_groups`, its rows in order.
 
         Args:
@@ -114,7 +114,7 @@ class Source:
         table = self._read(group, self._wanted(self.columns.image, labels=labels))
         return self._rows(table, np.arange(group.num_rows, dtype=np.int64) + group.first_row, group)
 
-    def read_rows(self, rows: npt.NDArray[np.integer]) -> Rows:
+    def read_rows(self, rows: npt.NDArray[np.integer]) -> RowTable:
         """Return the rows at positions `rows` (int [m], any order, repeats allowed), in that order.
 
         Each row group that holds a wanted row is read once, and one is in memory at a time: cheap
@@ -142,7 +142,7 @@ class Source:
                 labels[places] = part.labels
             for place, image in zip(places, part.images, strict=True):
                 images[place] = image
-        return Rows(ids, images, labels)
+        return RowTable(ids, images, labels)
 
     def labels(self) -> Int64s:
         """Return the label of every row, int64 [num_rows], -1 where null; reads no image.
@@ -189,7 +189,7 @@ class Source:
         ]
         return np.concatenate(parts)
 
-    def _rows(self, table: pa.Table, positions: Int64s, group: RowGroup) -> Rows:
+    def _rows(self, table: pa.Table, positions: Int64s, group: RowGroup) -> RowTable:
         path = self.files[group.file]
         fs, _ = filesystem(self.uri)
         images = read_images(table.column(self.columns.image), fs, path)
@@ -198,7 +198,7 @@ class Source:
             ids = _integers(table.column(self.columns.id), None, path, self.columns.id)
         if self.has_labels and self.columns.label in table.column_names:
             labels = _integers(table.column(self.columns.label), NO_LABEL, path, self.columns.label)
-        return Rows(ids, images, labels)
+        return RowTable(ids, images, labels)
 
     def _read(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Return those columns of the group's rows that are in the dataset (see `limit`)."""
@@ -240,11 +240,11 @@ def _row_groups(footers: Sequence[Footer], limit: int) -> tuple[RowGroup, ...]:
     return tuple(groups)
 
 
-def _check_columns(footers: Sequence[Footer], columns: Columns) -> tuple[bool, bool]:
+def _check_columns(footers: Sequence[Footer], columns: ColumnsConfig) -> tuple[bool, bool]:
     """Return (has ids, has labels), after checking that every file can serve."""
     for footer in footers:
         _check_image(footer, columns.image)
-    defaults = Columns()
+    defaults = ColumnsConfig()
     has_ids = _has_integers(footers, "id", columns.id, required=columns.id != defaults.id)
     wanted = columns.label not in ("", defaults.label)
     return has_ids, _has_integers(footers, "label", columns.label, required=wanted)
@@ -315,7 +315,7 @@ def _integers(column: pa.ChunkedArray, null: int | None, path: str, name: str) -
     return values
 
 
-def _fingerprint(footers: Sequence[Footer], root: str, columns: Columns, limit: int) -> str:
+def _fingerprint(footers: Sequence[Footer], root: str, columns: ColumnsConfig, limit: int) -> str:
     """Return 16 hex digits over all that decides the rows; where the folder lies does not.
 
     Sizes and footers stand for the contents: a footer holds the offsets and statistics of every

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
-from simclr_ray.data.batches import Part, PartMaker, join, plan_of, view_maker
+from simclr_ray.data.batches import BatchBuilder, BatchPart, build_plan, join, view_builder
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.collectives import share
 from simclr_ray.distributed.malloc import keep_freed_memory
@@ -35,7 +35,7 @@ from simclr_ray.errors import DataError, TooManyBadImages
 # restarted makes the steps of its block again.
 MAX_BLOCKS, STEPS_PER_BLOCK = 64, 1000
 # What an actor makes in one call, and hands over at once: steps of so many bytes of views, or of
-# encoded pictures, whichever are fewer. A call and a hand-over each cost some milliseconds whatever
+# encoded images, whichever are fewer. A call and a hand-over each cost some milliseconds whatever
 # they hold; what is decoded in a call is in memory together; and what waits in the actor is not
 # there for the next step.
 CALL_BYTES, HAND_OVER_BYTES = 4 * 2**20, 16 * 2**20
@@ -46,18 +46,18 @@ COLUMNS = ("about", "ids", "pixels")
 
 
 class _Actor:
-    """A Ray Data actor around a `PartMaker`."""
+    """A Ray Data actor around a `BatchBuilder`."""
 
     def __init__(
         self, experiment: Experiment, source: Source, places: tuple[int, int], stop: int
     ) -> None:
         torch.set_num_threads(1)
         keep_freed_memory()
-        plan, views = plan_of(experiment, source), view_maker(experiment)
-        self.maker = PartMaker(source, plan, views, experiment.data, places, stop=stop)
-        pictures = places[1] - places[0]
-        views_bytes = 6 * pictures * experiment.augment.size**2
-        self.step_bytes = max(views_bytes, int(pictures * source.row_bytes))
+        plan, views = build_plan(experiment, source), view_builder(experiment)
+        self.maker = BatchBuilder(source, plan, views, experiment.data, places, stop=stop)
+        images = places[1] - places[0]
+        views_bytes = 6 * images * experiment.augment.size**2
+        self.step_bytes = max(views_bytes, int(images * source.row_bytes))
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[pa.Table]:
         """Yield the part of each step, some steps at a time.
@@ -81,7 +81,7 @@ class _Actor:
     def _make(self, steps: list[int], made: list[Batch]) -> None:
         """Add these steps to `made`: where one fails, those before it, and raise its error."""
         try:
-            made += self.maker.make_several(steps)
+            made += self.maker.build(steps)
         except DataError:
             for step in steps:
                 made.append(self.maker.make(step))
@@ -142,13 +142,13 @@ def stream(
     yield from _Pace.observed(_ahead(_joined(pipelines), BATCHES_AHEAD))
 
 
-def _joined(pipelines: list[Iterator[Part]]) -> Iterator[Batch]:
+def _joined(pipelines: list[Iterator[BatchPart]]) -> Iterator[Batch]:
     yield _first(pipelines)
     for parts in zip(*pipelines, strict=True):
         yield join(parts)
 
 
-def _first(pipelines: list[Iterator[Part]]) -> Batch:
+def _first(pipelines: list[Iterator[BatchPart]]) -> Batch:
     """Return the first step; it keeps nothing that would hold Ray's memory for the whole run."""
     with ThreadPoolExecutor(len(pipelines)) as pool:  # else each waits for the other's actor
         return join(list(pool.map(next, pipelines)))
@@ -168,7 +168,7 @@ def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
 
 def _pipeline(
     experiment: Experiment, source: Source, steps: range, places: tuple[int, int]
-) -> Iterator[Part]:
+) -> Iterator[BatchPart]:
     scaling = experiment.scaling
     resources = {scaling.data_resource: 0.001} if scaling.data_resource else {}
     # The step numbers themselves, as blocks: `ray.data.range` would make them in tasks that each
@@ -235,7 +235,7 @@ def _row(about: dict[str, Any], *columns: NDArray[Any]) -> pa.Table:
     return pa.table(dict(zip(COLUMNS, arrays, strict=True)))
 
 
-def _unpacked(table: pa.Table) -> Iterator[Part]:
+def _unpacked(table: pa.Table) -> Iterator[BatchPart]:
     """Yield the parts in a table; their arrays lie in Ray's memory."""
     about, ids, pixels = (_value(table[name].chunk(0)) for name in COLUMNS)
     told = json.loads(about.tobytes())
@@ -250,7 +250,7 @@ def _unpacked(table: pa.Table) -> Iterator[Part]:
         num = int(np.prod(shape))
         a, b, rest = rest[:num], rest[num : 2 * num], rest[2 * num :]
         unusable = np.array(bad, np.int64)
-        yield Part(step, a.reshape(shape), b.reshape(shape), row, unusable, tuple(reasons))
+        yield BatchPart(step, a.reshape(shape), b.reshape(shape), row, unusable, tuple(reasons))
 
 
 def _value(column: pa.Array) -> NDArray[np.uint8]:

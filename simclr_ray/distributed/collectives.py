@@ -110,8 +110,8 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if is_distributed():
         mailbox = _mailbox(tensor)
         if mailbox:
-            everyone = mailbox.all_gather(tensor.contiguous().view(-1))
-            tensor.copy_(everyone.sum(0).view_as(tensor))
+            gathered = mailbox.all_gather(tensor.contiguous().view(-1))
+            tensor.copy_(gathered.sum(0).view_as(tensor))
         else:
             td.all_reduce(tensor)
     return tensor
@@ -159,12 +159,12 @@ def _open_mailbox(group: td.ProcessGroup) -> sharedmem.SharedVectors | None:
         if sharedmem.is_supported() and path.is_file():
             with suppress(OSError):
                 mailbox = sharedmem.SharedVectors(path, rank(), world_size(), _timeout_s(group))
-        everyone: list[bool] = [False] * world_size()
-        td.all_gather_object(everyone, mailbox is not None)
+        gathered: list[bool] = [False] * world_size()
+        td.all_gather_object(gathered, mailbox is not None)
     finally:
         if mine:  # what is mapped stays
             Path(mine).unlink()
-    return mailbox if all(everyone) else None
+    return mailbox if all(gathered) else None
 
 
 def _timeout_s(group: td.ProcessGroup) -> float:

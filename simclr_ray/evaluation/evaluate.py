@@ -9,9 +9,14 @@ import torch
 from torch import nn
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ClassifierHead, Experiment, NoHead, NTXent
+from simclr_ray.config.experiment import (
+    ClassifierHeadConfig,
+    Experiment,
+    NoHeadConfig,
+    NTXentConfig,
+)
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.classification import Classification, classification
 from simclr_ray.evaluation.features import Split, extract_features, load_split
 from simclr_ray.evaluation.probes import Probe, probe
@@ -35,7 +40,7 @@ LABEL_FREE_ROWS = 5_000
 PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
 
 
-def judge(
+def evaluate(
     folder: Path,
     protocols: Sequence[str] = DEFAULT_PROTOCOLS,
     *overrides: str,
@@ -54,20 +59,22 @@ def judge(
         ClusterError: `evaluation.actors` ask for more than the cluster has.
         DataError: A split cannot be read.
     """
-    return judge_as(experiment_of(folder, *overrides), folder, protocols)
+    return evaluate_experiment(experiment_of(folder, *overrides), folder, protocols)
 
 
-def judge_as(
+def evaluate_experiment(
     experiment: Experiment, folder: Path, protocols: Sequence[str] = DEFAULT_PROTOCOLS
 ) -> list[Score]:
-    """Return what `judge` does, by the splits and settings of `experiment`."""
+    """Return what `evaluate` does, by the splits and settings of `experiment`."""
     wrong = [p for p in protocols if p not in PROTOCOLS]
     if wrong:
         allowed = ", ".join(PROTOCOLS)
         problems = [f"allowed: {allowed}{cfg.nearest(p, PROTOCOLS)}" for p in wrong]
-        raise ConfigError([Mistake(p, t) for p, t in zip(wrong, problems, strict=True)])
+        raise ConfigError([ConfigIssue(p, t) for p, t in zip(wrong, problems, strict=True)])
     trained = load_model(folder)
-    untrained = build_model(experiment.model_copy(update={"head": NoHead(), "loss": NTXent()}))
+    untrained = build_model(
+        experiment.model_copy(update={"head": NoHeadConfig(), "loss": NTXentConfig()})
+    )
     if experiment.evaluation.actors:
         networks = {TRAINED: trained.encoder, "untrained encoder": untrained.encoder}
         return _score_by_actors(experiment, {**networks, PIXELS: Pixels()}, protocols)
@@ -83,8 +90,8 @@ def judge_as(
     return [*scores, score_pixels(bank, test, experiment, protocols)]
 
 
-def score_trained(experiment: Experiment, folder: Path, protocols: Sequence[str]) -> Score:
-    """Return the row of the trained encoder alone; arguments and errors as of `judge_as`."""
+def evaluate_trained(experiment: Experiment, folder: Path, protocols: Sequence[str]) -> Score:
+    """Return the row of the trained encoder alone. Same as `evaluate_experiment` otherwise."""
     encoder = load_model(folder).encoder
     if experiment.evaluation.actors:
         return _score_by_actors(experiment, {TRAINED: encoder}, protocols)[0]
@@ -98,12 +105,12 @@ def _score_by_actors(
 ) -> list[Score]:
     """Return a row of each network, features made by Ray Data's actors; the cluster is up."""
     from simclr_ray.distributed.ray_cluster import connect  # Ray is loaded where it is used
-    from simclr_ray.evaluation.ray_features import Encoded, extract
+    from simclr_ray.evaluation.ray_features import SplitFeatures, extract
 
     connect(experiment)
     bank, test = _sources(experiment)
 
-    def encoded(source: Source, limit: int) -> Encoded:
+    def encoded(source: Source, limit: int) -> SplitFeatures:
         return extract(
             source,
             list(networks.values()),
@@ -131,7 +138,7 @@ def _score_by_actors(
 def score_classifier(folder: Path, experiment: Experiment) -> Classification:
     """Return how the classifier in a checkpoint does on the labelled rows of `data.test`.
 
-    Pictures are resized and cropped in the middle, without augmentation.
+    Images are resized and cropped in the middle, without augmentation.
 
     Raises:
         CheckpointError: The checkpoint is not whole.
@@ -146,7 +153,7 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
     if not len(split.labels):
         raise DataError(f"{data.test} has no labels to test a classifier by")
     head = experiment_of(folder).head
-    assert isinstance(head, ClassifierHead)
+    assert isinstance(head, ClassifierHeadConfig)
     if split.labels.max() >= head.num_classes:
         raise DataError(
             f"{data.test} has label {int(split.labels.max())}; the classifier knows 0 to "
@@ -170,10 +177,10 @@ def probe_run(folder: Path, *overrides: str) -> list[Probe]:
         ConfigError: An override is unknown.
         DataError: A split cannot be read.
     """
-    return probe_as(experiment_of(folder, *overrides), folder)
+    return probe_experiment(experiment_of(folder, *overrides), folder)
 
 
-def probe_as(experiment: Experiment, folder: Path) -> list[Probe]:
+def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
     """Return what `probe_run` does, by the splits and settings of `experiment`."""
     data, size = experiment.data, experiment.evaluation_size
     train = Source.open(data.bank or data.train, data.columns, 0 if data.bank else data.limit)
@@ -214,7 +221,7 @@ def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
 
 
 def _sources(experiment: Experiment) -> tuple[Source, Source | None]:
-    """Return the bank and the test split; without labels, the training pictures and None."""
+    """Return the bank and the test split; without labels, the training images and None."""
     data = experiment.data
     train = Source.open(data.train, data.columns, data.limit)
     bank = Source.open(data.bank, data.columns) if data.bank else train

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray.augment.decode import ImageError, Pixels, decode_image, evaluation_view
-from simclr_ray.data.source import Int64s, Rows, Source
+from simclr_ray.data.source import Int64s, RowTable, Source
 from simclr_ray.errors import DataError
 
 DECODE_THREADS: Final = 8  # Pillow decodes and resizes outside the interpreter lock
@@ -164,7 +164,7 @@ def grouped(source: Source, rows: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
         yield places, rows[places]
 
 
-def _views(rows: Rows, size: int, max_pixels: int) -> list[Pixels | str]:
+def _views(rows: RowTable, size: int, max_pixels: int) -> list[Pixels | str]:
     """Return of each row its view, uint8 `[S, S, 3]`, or the reason why there is none."""
 
     def view(encoded: bytes | None) -> Pixels | str:

@@ -1,4 +1,4 @@
-"""What shows progress without a label: alignment, uniformity, effective rank, spread.
+"""What shows progress without a label: alignment, uniformity, effective rank, feature_std.
 
 Alignment and uniformity: Wang & Isola 2020 (arXiv:2005.10242). Effective rank: RankMe, Garrido et
 al. 2023 (arXiv:2210.02885). Spread: Chen & He 2021 (SimSiam, arXiv:2011.10566, §4.1).
@@ -24,12 +24,12 @@ class LabelFree(NamedTuple):
 
     uniformity: float
     effective_rank: float
-    spread: float
+    feature_std: float
 
 
 def label_free(features: Tensor) -> LabelFree:
-    """Return uniformity, effective rank and spread of `features [M, F]`, M >= 2."""
-    return LabelFree(uniformity(features), effective_rank(features), spread(features))
+    """Return uniformity, effective rank and feature_std of `features [M, F]`, M >= 2."""
+    return LabelFree(uniformity(features), effective_rank(features), feature_std(features))
 
 
 def alignment(a: Tensor, b: Tensor) -> float:
@@ -49,7 +49,7 @@ def alignment(a: Tensor, b: Tensor) -> float:
 
 
 def uniformity(features: Tensor) -> float:
-    """Return log of the mean of exp(-2·|x-y|²) over all pairs of rows, in [-8, 0]; low is spread.
+    """Return log of the mean of exp(-2·|x-y|²) over all pairs of rows, in [-8, 0]; low is even.
 
     Raises:
         ValueError: there are fewer than two rows.
@@ -81,7 +81,7 @@ def effective_rank(features: Tensor) -> float:
     return math.exp(-(p * p.log()).sum().item())
 
 
-def spread(features: Tensor) -> float:
+def feature_std(features: Tensor) -> float:
     """Return the standard deviation of l2-normalised features, mean over F.
 
     About 1/√F for features that point everywhere alike, 0 for collapsed ones.

@@ -40,7 +40,7 @@ class LinearProbe(NamedTuple):
 
 
 def fit_linear(
-    features: Tensor, labels: Tensor, num_classes: int, cfg: experiment.Linear, seed: int
+    features: Tensor, labels: Tensor, num_classes: int, cfg: experiment.LinearConfig, seed: int
 ) -> LinearProbe:
     """Return the classifier that SGD finds on `features [M, F]`; a pure function of the arguments.
 
@@ -66,7 +66,7 @@ class _Moments(NamedTuple):
     scale: Tensor  # [F], zero for features that are constant
 
 
-def _standardise(features: Tensor, cfg: experiment.Linear) -> tuple[Tensor, _Moments]:
+def _standardise(features: Tensor, cfg: experiment.LinearConfig) -> tuple[Tensor, _Moments]:
     mean, deviation = features.mean(0), features.std(0, correction=0)
     varies = deviation > SMALLEST_DEVIATION * deviation.max()
     scale = torch.where(varies, 1 / deviation.clamp(min=torch.finfo().tiny), 0)
@@ -88,7 +88,7 @@ def _largest_moment(rows: Tensor) -> float:
 
 
 def _descend(
-    rows: Tensor, labels: Tensor, num_classes: int, cfg: experiment.Linear, seed: int
+    rows: Tensor, labels: Tensor, num_classes: int, cfg: experiment.LinearConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Return weight `[K, F]` and bias `[K]`; the gradient is written out, it is two products."""
     num_batches = math.ceil(len(rows) / cfg.batch_size)  # whose sizes differ by at most one
@@ -116,7 +116,7 @@ def _nesterov(value: Tensor, velocity: Tensor, gradient: Tensor, rate: float) ->
     value.sub_(gradient.add(velocity, alpha=MOMENTUM), alpha=rate)
 
 
-def _peak_rate(num_rows: int, cfg: experiment.Linear) -> float:
+def _peak_rate(num_rows: int, cfg: experiment.LinearConfig) -> float:
     return cfg.learning_rate * min(cfg.batch_size, num_rows) / 256
 
 

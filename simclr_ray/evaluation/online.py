@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.batches import views_of
+from simclr_ray.data.batches import build_views
 from simclr_ray.data.source import Source
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.evaluation.features import extract_features, load_split
@@ -51,7 +51,7 @@ class OnlineEvaluation:
         probe = load_split(source, experiment.evaluation_size, PROBE_IMAGES, data.max_pixels)
         self.probe = self._part(probe.images, probe.ids)
         first, last = dist.share(len(probe.images), rank, num_ranks)
-        views = views_of(experiment.augment, experiment.seed)
+        views = build_views(experiment.augment, experiment.seed)
         self.views = views(self.probe.images, probe.ids[first:last].numpy(), PROBE_EPOCH)
         if data.test:
             test = Source.open(data.test, data.columns)

@@ -1,7 +1,7 @@
 """Features of a split through Ray Data: row groups in, what each network makes of them out.
 
 A split need not fit one process: actors read, decode and encode a row group at a time, and only
-features come back. Each picture is decoded once for all networks.
+features come back. Each image is decoded once for all networks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr_ray.config.experiment import Evaluation
+from simclr_ray.config.experiment import EvaluationConfig
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ClusterError, DataError
 from simclr_ray.evaluation.features import (
@@ -30,7 +30,7 @@ from simclr_ray.evaluation.features import (
 from simclr_ray.nn.precision import Precision
 
 
-class Encoded(NamedTuple):
+class SplitFeatures(NamedTuple):
     """What networks make of a split, ordered by id."""
 
     features: list[Tensor]  # float32 [M, F] of each network
@@ -74,12 +74,12 @@ def extract(
     source: Source,
     networks: Sequence[nn.Module],
     size: int,
-    evaluation: Evaluation,
+    evaluation: EvaluationConfig,
     *,
     limit: int = 0,
     max_pixels: int = 50_000_000,
     precision: Precision = "float32",
-) -> Encoded:
+) -> SplitFeatures:
     """Return what each network makes of the rows that `load_split` would choose.
 
     Args:
@@ -124,10 +124,10 @@ def extract(
         for i in range(len(networks))
     ]
     labels, ids = (torch.from_numpy(columns[key][good].copy()) for key in ("label", "id"))
-    return Encoded(features, labels, ids, bad)
+    return SplitFeatures(features, labels, ids, bad)
 
 
-def _check_cluster(evaluation: Evaluation) -> None:
+def _check_cluster(evaluation: EvaluationConfig) -> None:
     """Fail now where Ray would wait for ever."""
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for what, each in (("CPU", evaluation.cpus_per_actor), ("GPU", evaluation.gpus_per_actor)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import CollapsedRun, DataError
+from simclr_ray.errors import DataError, DivergedError
 from simclr_ray.evaluation.features import Split, extract_features
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.label_free import label_free
@@ -28,7 +28,7 @@ PROTOCOLS: Final = (*DEFAULT_PROTOCOLS, "lbfgs", "knn_solo", "knn_1")
 SOLO_K, SOLO_TEMPERATURE = 20, 0.07
 COLUMNS: Final = (
     "features", "kNN top-1", "linear top-1", "L-BFGS top-1", "kNN (k=20) top-1", "1-NN top-1",
-    "uniformity", "effective rank", "spread",
+    "uniformity", "effective rank", "feature std",
 )  # fmt: skip
 NUM_ACCURACIES: Final = len(PROTOCOLS)  # columns after the first
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
@@ -60,7 +60,7 @@ class Score(NamedTuple):
     linear_top1: float | None
     uniformity: float
     effective_rank: float
-    spread: float
+    feature_std: float
     lbfgs_top1: float | None = None
     knn_solo_top1: float | None = None
     knn_1_top1: float | None = None
@@ -86,7 +86,7 @@ def score_encoder(
 
     Raises:
         DataError: a protocol was asked for and a split has no labels.
-        CollapsedRun: the encoder gives values that are no numbers.
+        DivergedError: the encoder gives values that are no numbers.
     """
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
 
@@ -127,14 +127,14 @@ def score_features(
     """Return the scores of features; arguments and errors as of `score_encoder`."""
     for part in (bank, test):
         if part is not None and not torch.isfinite(part.rows).all():
-            raise CollapsedRun(
+            raise DivergedError(
                 f"{name} gives values that are no numbers: the training has diverged"
             )
     if test is None:
         return _score(name, bank.rows)
     bank, test = _scorable(bank, test)
     assert test is not None
-    return _judge(name, bank, test, experiment, protocols)
+    return _evaluate(name, bank, test, experiment, protocols)
 
 
 def _scorable(bank: SplitT, test: SplitT | None) -> tuple[SplitT, SplitT | None]:
@@ -152,7 +152,7 @@ class Pixels(nn.Module):
     """The pixels themselves, as an encoder: `[m, 3, S, S]` in [0, 1] -> `[m, 3·min(S, 32)²]`."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the pixels, larger pictures averaged down."""
+        """Return the pixels, larger images averaged down."""
         side = min(images.shape[-1], PIXEL_SIDE_PX)
         return F.adaptive_avg_pool2d(images, side).flatten(1)
 
@@ -182,7 +182,7 @@ def cells(score: Score) -> list[str]:
         *shares,
         f"{score.uniformity:.2f}",
         f"{score.effective_rank:.1f}",
-        f"{score.spread:.4f}",
+        f"{score.feature_std:.4f}",
     ]
 
 
@@ -213,7 +213,7 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join([first, *rest]) + " |"
 
 
-def _judge(
+def _evaluate(
     name: str,
     bank: Features,
     test: Features,

@@ -78,7 +78,7 @@ class GlobalBatchNorm(nn.Module):
 
 
 @contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Leave the running statistics of all global batch norms below `module` as they are."""
     norms = [m for m in module.modules() if isinstance(m, GlobalBatchNorm)]
     before = [norm.moves_statistics for norm in norms]

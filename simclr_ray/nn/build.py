@@ -10,26 +10,26 @@ from torch import Tensor, nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import (
-    DCL,
-    BatchNorm,
-    ClassifierHead,
-    CrossEntropy,
-    Distillation,
+    BatchNormConfig,
+    ClassifierHeadConfig,
+    CrossEntropyConfig,
+    DCLConfig,
+    DistillationConfig,
     Experiment,
-    LinearHead,
-    MLPHead,
-    NoHead,
-    NTLogistic,
-    NTXent,
-    ResNetEncoder,
-    SupCon,
-    TorchvisionEncoder,
-    Triplet,
+    LinearHeadConfig,
+    MLPHeadConfig,
+    NoHeadConfig,
+    NTLogisticConfig,
+    NTXentConfig,
+    ResNetConfig,
+    SupConConfig,
+    TorchvisionConfig,
+    TripletConfig,
 )
-from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.nn import losses
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
-from simclr_ray.nn.heads import Tempered, classifier_head, linear_head, mlp_head
+from simclr_ray.nn.heads import LearnableTemperature, classifier_head, linear_head, mlp_head
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.nn.supervised import CrossEntropyLoss, DistillationLoss
 
@@ -69,22 +69,22 @@ def _head(experiment: Experiment, features: int) -> nn.Module:
     norm = partial(GlobalBatchNorm, momentum=experiment.batch_norm.momentum)
     head: nn.Module
     match experiment.head:
-        case NoHead():
+        case NoHeadConfig():
             head = nn.Identity()
-        case LinearHead() as c:
+        case LinearHeadConfig() as c:
             head = linear_head(features, c.dim, norm, batch_norm=c.batch_norm)
-        case MLPHead() as c:
+        case MLPHeadConfig() as c:
             head = mlp_head(features, c.dim, c.layers, c.hidden, norm, batch_norm=c.batch_norm)
-        case ClassifierHead() as c:
+        case ClassifierHeadConfig() as c:
             head = classifier_head(
                 features, c.num_classes, c.layers, c.hidden, norm, batch_norm=c.batch_norm
             )
         case _ as never:
             assert_never(never)
     loss = experiment.loss
-    if isinstance(loss, NTXent) and loss.learn_temperature:
+    if isinstance(loss, NTXentConfig) and loss.learn_temperature:
         layers = head if isinstance(head, nn.Sequential) else [head]
-        return nn.Sequential(*layers, Tempered(loss.temperature))
+        return nn.Sequential(*layers, LearnableTemperature(loss.temperature))
     return head
 
 
@@ -92,18 +92,18 @@ def build_loss(experiment: Experiment) -> losses.Loss:
     """Return the experiment's loss; its ranks hold the batch plan's shares of the global batch."""
     size = experiment.batch_size
     match experiment.loss:
-        case NTXent(learn_temperature=True) as c:  # the head scales z
+        case NTXentConfig(learn_temperature=True) as c:  # the head scales z
             return losses.NTXentLoss(
                 1.0, normalize=False, global_batch_size=size, negatives=c.negatives
             )
-        case NTXent() as c:
+        case NTXentConfig() as c:
             return losses.NTXentLoss(
                 c.temperature,
                 normalize=c.normalize,
                 global_batch_size=size,
                 negatives=c.negatives,
             )
-        case NTLogistic() as c:
+        case NTLogisticConfig() as c:
             return losses.NTLogisticLoss(
                 c.temperature,
                 normalize=c.normalize,
@@ -111,7 +111,7 @@ def build_loss(experiment: Experiment) -> losses.Loss:
                 semi_hard=c.semi_hard,
                 negatives=c.negatives,
             )
-        case Triplet() as c:
+        case TripletConfig() as c:
             return losses.TripletLoss(
                 c.margin,
                 normalize=c.normalize,
@@ -119,23 +119,23 @@ def build_loss(experiment: Experiment) -> losses.Loss:
                 semi_hard=c.semi_hard,
                 negatives=c.negatives,
             )
-        case DCL() as c:
+        case DCLConfig() as c:
             return losses.DCLLoss(
                 c.temperature, normalize=c.normalize, global_batch_size=size, sigma=c.sigma
             )
-        case SupCon() as c:
+        case SupConConfig() as c:
             return losses.SupConLoss(c.temperature, normalize=c.normalize, global_batch_size=size)
-        case CrossEntropy() as c:
+        case CrossEntropyConfig() as c:
             return CrossEntropyLoss(c.label_smoothing, views=c.views, global_batch_size=size)
-        case Distillation() as c:
+        case DistillationConfig() as c:
             return DistillationLoss(c.temperature, global_batch_size=size)
         case _ as never:
             assert_never(never)
 
 
 def build_encoder(
-    encoder: ResNetEncoder | TorchvisionEncoder,
-    batch_norm: BatchNorm | None = None,
+    encoder: ResNetConfig | TorchvisionConfig,
+    batch_norm: BatchNormConfig | None = None,
     *,
     size: int = 224,
 ) -> nn.Module:
@@ -144,9 +144,9 @@ def build_encoder(
     Weights are drawn from torch's global generator. Raises `ConfigError` for a torchvision model
     that is unknown or has no final linear layer.
     """
-    momentum = (batch_norm or BatchNorm()).momentum
+    momentum = (batch_norm or BatchNormConfig()).momentum
     norm = partial(GlobalBatchNorm, momentum=momentum)
-    if isinstance(encoder, ResNetEncoder):
+    if isinstance(encoder, ResNetConfig):
         return ResNet(
             encoder.depth,
             encoder.width,
@@ -160,8 +160,8 @@ def build_encoder(
 def encoder_from_tree(tree: dict[str, object], *, size: int = 224) -> nn.Module:
     """Return the encoder that a stored config tree (`encoder: …`) describes."""
     if tree.get("name") == "resnet":
-        return build_encoder(cfg.validate(ResNetEncoder, tree), size=size)
-    return build_encoder(cfg.validate(TorchvisionEncoder, tree), size=size)
+        return build_encoder(cfg.validate(ResNetConfig, tree), size=size)
+    return build_encoder(cfg.validate(TorchvisionConfig, tree), size=size)
 
 
 def feature_dim(encoder: nn.Module) -> int:
@@ -177,7 +177,7 @@ def _torchvision_backbone(name: str, size: int, momentum: float) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         hint = cfg.nearest(name, names)
-        raise ConfigError([Mistake("encoder.model", f"torchvision has no {name!r}{hint}")])
+        raise ConfigError([ConfigIssue("encoder.model", f"torchvision has no {name!r}{hint}")])
     options: dict[str, object] = {}
     if name.startswith("vit"):
         options["image_size"] = size
@@ -186,7 +186,7 @@ def _torchvision_backbone(name: str, size: int, momentum: float) -> nn.Module:
     backbone: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     linears = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
     if not linears or list(backbone.named_modules())[-1][0] != linears[-1][0]:
-        raise ConfigError([Mistake("encoder.model", f"{name} does not end in a linear layer")])
+        raise ConfigError([ConfigIssue("encoder.model", f"{name} does not end in a linear layer")])
     where, classifier = linears[-1]
     parent, _, leaf = where.rpartition(".")
     setattr(backbone.get_submodule(parent), leaf, nn.Identity())

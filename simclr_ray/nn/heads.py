@@ -55,20 +55,20 @@ def classifier_head(
 ) -> nn.Sequential:
     """Return `layers` hidden layers as of an `mlp_head`, and scores from zero: [N, F] -> [N, K]."""
     parts = _hidden_layers(features, layers, hidden, norm, batch_norm=batch_norm)
-    scores = Scores((hidden or features) if parts else features, num_classes)
+    scores = ClassifierLayer((hidden or features) if parts else features, num_classes)
     nn.init.zeros_(scores.weight)
     nn.init.zeros_(scores.bias)
     return nn.Sequential(*parts, scores)
 
 
-class Scores(nn.Linear):
+class ClassifierLayer(nn.Linear):
     """A classifier's last layer, which LARS does not adapt (the authors' `head_supervised`).
 
     From zero, the norm that it would be adapted by is that of its own last steps.
     """
 
 
-class Tempered(nn.Module):
+class LearnableTemperature(nn.Module):
     """z / (‖z‖·√τ) with τ learned: [N, D] -> [N, D], whose products are cosines over τ.
 
     The loss then takes τ = 1 and does not normalise. τ is a parameter of the model, so that it is

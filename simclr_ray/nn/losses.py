@@ -88,12 +88,14 @@ class ContrastiveLoss(Loss):
             _check(z1, z2)
             if self.takes_labels and (labels is None or len(labels) != len(z1)):
                 raise ValueError(f"{type(self).__name__} needs one label for each image")
-            counts, form = self._counts(len(z1), z1.device), self._form()
-            if form is None:
-                loss: Tensor = ntxent.NTXent.apply(z1, z2, self.temperature, self.normalize, counts)
+            counts, pair_loss = self._counts(len(z1), z1.device), self._pair_loss()
+            if pair_loss is None:
+                loss: Tensor = ntxent.NTXentConfig.apply(
+                    z1, z2, self.temperature, self.normalize, counts
+                )
                 return loss
             own = labels if self.takes_labels else None
-            return pairwise.loss(z1, z2, form, counts, normalize=self.normalize, labels=own)
+            return pairwise.loss(z1, z2, pair_loss, counts, normalize=self.normalize, labels=own)
 
     def metrics(
         self,
@@ -105,7 +107,7 @@ class ContrastiveLoss(Loss):
         return contrastive_metrics(z1, z2, self.temperature, normalize=self.normalize)
 
     @abstractmethod
-    def _form(self) -> pairwise.Form | None:
+    def _pair_loss(self) -> pairwise.PairLoss | None:
         """Return the term of an anchor; None: NT-Xent by its own faster core."""
 
     def _counts(self, local: int, device: torch.device) -> list[int]:
@@ -138,7 +140,7 @@ class NTXentLoss(ContrastiveLoss):
         super().__init__(temperature, normalize=normalize, global_batch_size=global_batch_size)
         self.negatives = negatives
 
-    def _form(self) -> pairwise.Form | None:
+    def _pair_loss(self) -> pairwise.PairLoss | None:
         if self.negatives == "both":
             return None
         return pairwise.Softmax(self.temperature, other_view_only=True)
@@ -165,7 +167,7 @@ class DCLLoss(ContrastiveLoss):
         super().__init__(temperature, normalize=normalize, global_batch_size=global_batch_size)
         self.sigma = sigma
 
-    def _form(self) -> pairwise.Form:
+    def _pair_loss(self) -> pairwise.PairLoss:
         return pairwise.Softmax(self.temperature, decoupled=True, sigma=self.sigma)
 
 
@@ -178,7 +180,7 @@ class SupConLoss(ContrastiveLoss):
 
     takes_labels = True
 
-    def _form(self) -> pairwise.Form:
+    def _pair_loss(self) -> pairwise.PairLoss:
         return pairwise.Supervised(self.temperature)
 
 
@@ -206,7 +208,7 @@ class NTLogisticLoss(ContrastiveLoss):
         super().__init__(temperature, normalize=normalize, global_batch_size=global_batch_size)
         self.semi_hard, self.negatives = semi_hard, negatives
 
-    def _form(self) -> pairwise.Form:
+    def _pair_loss(self) -> pairwise.PairLoss:
         kind = pairwise.MinedLogistic if self.semi_hard else pairwise.Logistic
         return kind(self.temperature, other_view_only=self.negatives == "other")
 
@@ -239,7 +241,7 @@ class TripletLoss(ContrastiveLoss):
             raise ValueError("semi_hard needs a margin above 0: no negative lies within 0")
         self.margin, self.semi_hard, self.negatives = margin, semi_hard, negatives
 
-    def _form(self) -> pairwise.Form:
+    def _pair_loss(self) -> pairwise.PairLoss:
         kind = pairwise.MinedTriplet if self.semi_hard else pairwise.Triplet
         return kind(self.margin, other_view_only=self.negatives == "other")
 

@@ -30,7 +30,7 @@ TILE = 1024  # a 1024 x 1024 float32 tile is 4 MiB: it stays in a core's share o
 LARGEST_SHIFT = 40.0  # exp(−2·40) is still a normal float32
 
 
-class NTXent(torch.autograd.Function):
+class NTXentConfig(torch.autograd.Function):
     """The streaming core. Rows are interleaved, both views of an image side by side."""
 
     @staticmethod
@@ -44,31 +44,31 @@ class NTXent(torch.autograd.Function):
     ) -> Tensor:
         z, norms = interleave(z1, z2, normalize=normalize)
         row_counts = [2 * count for count in counts]
-        everyone = dist.all_gather_rows(z, row_counts)  # [2N, D], this rank's rows in one piece
+        gathered = dist.all_gather_rows(z, row_counts)  # [2N, D], this rank's rows in one piece
         first = sum(row_counts[: dist.rank()])
         shift = 1 / temperature if normalize and 1 / temperature <= LARGEST_SHIFT else None
-        sweep = _Sweep(z, everyone, first, temperature, shift)
+        sweep = _Sweep(z, gathered, first, temperature, shift)
         lse = sweep.log_sum_exp()  # [2n]
         all_lse = dist.all_gather_rows(lse[:, None], row_counts).squeeze(1)  # [2N]
         aligned = (z[0::2] * z[1::2]).sum(1) / temperature  # [n]
-        ctx.save_for_backward(z, norms, everyone, all_lse)
+        ctx.save_for_backward(z, norms, gathered, all_lse)
         ctx.rest = (first, temperature, shift, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
         # row by row: two large sums would cancel
-        return (lse.view(-1, 2).sum(1) - 2 * aligned).sum() * (dist.world_size() / len(everyone))
+        return (lse.view(-1, 2).sum(1) - 2 * aligned).sum() * (dist.world_size() / len(gathered))
 
     @staticmethod
     @once_differentiable
     def backward(  # noqa: D102 - autograd's
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None]:
-        z, norms, everyone, all_lse = ctx.saved_tensors  # type: ignore[attr-defined]
+        z, norms, gathered, all_lse = ctx.saved_tensors  # type: ignore[attr-defined]
         first, temperature, shift, *dtypes = ctx.rest  # type: ignore[attr-defined]
         with torch.autocast(z.device.type, enabled=False):  # whoever calls backward
-            gradient = _Sweep(z, everyone, first, temperature, shift).gradient(all_lse)
+            gradient = _Sweep(z, gathered, first, temperature, shift).gradient(all_lse)
         pairs, partners = gradient.view(-1, 2, z.shape[1]), z.view(-1, 2, z.shape[1])
         pairs[:, 0].sub_(partners[:, 1], alpha=2)
         pairs[:, 1].sub_(partners[:, 0], alpha=2)
-        gradient.mul_(upstream * (dist.world_size() / (len(everyone) * temperature)))
+        gradient.mul_(upstream * (dist.world_size() / (len(gathered) * temperature)))
         if len(norms):  # through z / ‖z‖, in strips
             for rows in strips(0, len(z)):
                 along = (z[rows] * gradient[rows]).sum(1, keepdim=True)
@@ -80,8 +80,8 @@ class _Sweep(NamedTuple):
     """Tiles of s: of a rank's own rows the upper triangle, and own rows against all others."""
 
     z: Tensor  # [2n, D], this rank's rows
-    everyone: Tensor  # [2N, D]
-    first: int  # z is everyone[first : first + 2n]
+    gathered: Tensor  # [2N, D]
+    first: int  # z is gathered[first : first + 2n]
     temperature: float
     shift: float | None  # subtracted from s before exp; None: s has no bound
 
@@ -115,19 +115,19 @@ class _Sweep(NamedTuple):
             else:
                 p = (tile - all_lse[own, None]).exp_()
                 p += tile.sub_(all_lse[columns]).exp_()
-            out[rows].addmm_(p, self.everyone[columns])
+            out[rows].addmm_(p, self.gathered[columns])
             if mirrored:
                 out[self._own(columns)].addmm_(p.T, self.z[rows])
         return out
 
     def _own(self, columns: slice) -> slice:
-        """Return the rows of z that columns of this rank's part of `everyone` are."""
+        """Return the rows of z that columns of this rank's part of `gathered` are."""
         return slice(columns.start - self.first, columns.stop - self.first)
 
     def _tile(self, rows: slice, columns: slice) -> Tensor:
         """Return s − shift of a tile, −inf where a row meets itself."""
         scaled = self.z[rows] / self.temperature
-        right = self.everyone[columns].T
+        right = self.gathered[columns].T
         if self.shift is None:
             tile = scaled @ right
         else:
@@ -137,12 +137,12 @@ class _Sweep(NamedTuple):
         return tile
 
     def _tiles(self) -> Iterator[tuple[slice, slice, bool]]:
-        """Yield rows of z, columns of `everyone`, and whether the tile's mirror is wanted too."""
+        """Yield rows of z, columns of `gathered`, and whether the tile's mirror is wanted too."""
         own, stop = len(self.z), self.first + len(self.z)
         for rows in strips(0, own):
             for columns in strips(self.first + rows.start, stop):
                 yield rows, columns, columns.start > self.first + rows.start
-            for columns in [*strips(0, self.first), *strips(stop, len(self.everyone))]:
+            for columns in [*strips(0, self.first), *strips(stop, len(self.gathered))]:
                 yield rows, columns, False
 
 

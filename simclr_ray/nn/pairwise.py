@@ -32,24 +32,24 @@ from simclr_ray.nn.ntxent import interleave, strips
 def loss(
     z1: Tensor,
     z2: Tensor,
-    form: Form,
+    pair_loss: PairLoss,
     counts: list[int],
     *,
     normalize: bool = True,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Return R/(2N) times the sum of `form` over this rank's anchors. Collective: gathers.
+    """Return R/(2N) times the sum of `pair_loss` over this rank's anchors. Collective: gathers.
 
     Args:
         z1: [n, D].
         z2: [n, D].
-        form: L_i.
+        pair_loss: L_i.
         counts: n of each rank.
         normalize: Divide each z by its l2 norm first.
         labels: int64 [n], for `Supervised`; below 0: none.
     """
     classes = None if labels is None else _classes(labels, counts)
-    value: Tensor = _Pairwise.apply(z1, z2, form, normalize, counts, classes)
+    value: Tensor = _Pairwise.apply(z1, z2, pair_loss, normalize, counts, classes)
     return value
 
 
@@ -66,16 +66,16 @@ class Pairs(NamedTuple):
     """This rank's rows among all."""
 
     z: Tensor  # [2n, D]
-    everyone: Tensor  # [2N, D]
-    first: int  # z is everyone[first : first + 2n]
+    gathered: Tensor  # [2N, D]
+    first: int  # z is gathered[first : first + 2n]
     classes: Tensor | None  # int64 [2N]
 
     def tiles(self) -> Iterator[Tile]:
         """Yield all pairs, a tile at a time."""
-        number = torch.arange(len(self.everyone), dtype=torch.int32, device=self.z.device)
+        number = torch.arange(len(self.gathered), dtype=torch.int32, device=self.z.device)
         for rows in strips(0, len(self.z)):
-            for columns in strips(0, len(self.everyone)):
-                s = self.z[rows] @ self.everyone[columns].T
+            for columns in strips(0, len(self.gathered)):
+                s = self.z[rows] @ self.gathered[columns].T
                 yield Tile(rows, columns, s, number[self.own(rows), None] ^ number[columns])
 
     def own(self, rows: slice) -> slice:
@@ -87,26 +87,28 @@ class Pairs(NamedTuple):
         return (self.z[0::2] * self.z[1::2]).sum(1).repeat_interleave(2)
 
 
-class Terms(NamedTuple):
-    """What a form says of this rank's rows."""
+class RowTerms(NamedTuple):
+    """What a pair_loss says of this rank's rows."""
 
     values: Tensor  # [2n], L_i
-    pull: Tensor  # [2n], −∂L_i/∂s_i,partner(i), as far as `Form.push` leaves it out
-    known: Tensor  # [2n, S], what other ranks need of a row
+    positive_grad: (
+        Tensor  # [2n], −∂L_i/∂s_i,partner(i), as far as `PairLoss.grad_rows` leaves it out
+    )
+    row_stats: Tensor  # [2n, S], what other ranks need of a row
 
 
-class Form(ABC):
+class PairLoss(ABC):
     """L_i. `scale` divides s: τ, or 1."""
 
     def __init__(self, scale: float, *, other_view_only: bool = False) -> None:
         self.scale, self.other_view_only = scale, other_view_only
 
     @abstractmethod
-    def terms(self, pairs: Pairs) -> Terms:
+    def terms(self, pairs: Pairs) -> RowTerms:
         """Return the terms of this rank's rows."""
 
     @abstractmethod
-    def push(self, pairs: Pairs, known: Tensor) -> Tensor:
+    def grad_rows(self, pairs: Pairs, row_stats: Tensor) -> Tensor:
         """Return Σ_j (c_ij + c_ji) z_j of this rank's rows, [2n, D], by what all rows know."""
 
     def negative(self, x: Tensor) -> Tensor:
@@ -115,22 +117,24 @@ class Form(ABC):
 
     def num_negatives(self, pairs: Pairs) -> int:
         """Return the negatives of an anchor."""
-        others = len(pairs.everyone) - 2
+        others = len(pairs.gathered) - 2
         return max(1, others // 2 if self.other_view_only else others)
 
 
-class _Dense(Form):
-    """A form whose pairs all count: one weight for each."""
+class _Dense(PairLoss):
+    """A pair_loss whose pairs all count: one weight for each."""
 
     @abstractmethod
-    def weights(self, tile: Tile, pairs: Pairs, known: Tensor) -> Tensor:
-        """Return c_ij + c_ji, partners left out as `Terms.pull` says: [t, c]."""
+    def weights(self, tile: Tile, pairs: Pairs, row_stats: Tensor) -> Tensor:
+        """Return c_ij + c_ji, partners left out as `RowTerms.positive_grad` says: [t, c]."""
 
-    def push(self, pairs: Pairs, known: Tensor) -> Tensor:
+    def grad_rows(self, pairs: Pairs, row_stats: Tensor) -> Tensor:
         """Return the sum over all tiles."""
         out = torch.zeros_like(pairs.z)
         for tile in pairs.tiles():
-            out[tile.rows].addmm_(self.weights(tile, pairs, known), pairs.everyone[tile.columns])
+            out[tile.rows].addmm_(
+                self.weights(tile, pairs, row_stats), pairs.gathered[tile.columns]
+            )
         return out
 
 
@@ -155,18 +159,18 @@ class Softmax(_Dense):
         super().__init__(scale, other_view_only=other_view_only)
         self.decoupled, self.sigma = decoupled, sigma
 
-    def terms(self, pairs: Pairs) -> Terms:
+    def terms(self, pairs: Pairs) -> RowTerms:
         """Return the terms of this rank's rows."""
         lse = pairs.z.new_full((len(pairs.z),), float("-inf"))
         for tile in pairs.tiles():
             lse[tile.rows] = torch.logaddexp(lse[tile.rows], self._logits(tile).logsumexp(1))
         w = self._weights_of_positives(pairs)
         values = lse - w * pairs.positives() / self.scale
-        return Terms(values, w / self.scale, lse[:, None])
+        return RowTerms(values, w / self.scale, lse[:, None])
 
-    def weights(self, tile: Tile, pairs: Pairs, known: Tensor) -> Tensor:
+    def weights(self, tile: Tile, pairs: Pairs, row_stats: Tensor) -> Tensor:
         """Return c_ij + c_ji: [t, c]."""
-        u, lse = self._logits(tile), known[:, 0]
+        u, lse = self._logits(tile), row_stats[:, 0]
         p = (u - lse[pairs.own(tile.rows), None]).exp_()
         return p.add_(u.sub_(lse[tile.columns]).exp_()).div_(self.scale)
 
@@ -180,15 +184,15 @@ class Softmax(_Dense):
     def _weights_of_positives(self, pairs: Pairs) -> Tensor:
         if not self.sigma:
             return pairs.z.new_ones(len(pairs.z))
-        everyones = (pairs.everyone[0::2] * pairs.everyone[1::2]).sum(1)  # [N]
-        weights = 2 - len(everyones) * F.softmax(everyones / self.sigma, dim=0)
+        gathered_rows = (pairs.gathered[0::2] * pairs.gathered[1::2]).sum(1)  # [N]
+        weights = 2 - len(gathered_rows) * F.softmax(gathered_rows / self.sigma, dim=0)
         return weights.repeat_interleave(2)[pairs.own(slice(0, len(pairs.z)))]
 
 
 class Supervised(_Dense):
     """log Σ exp(u) − mean of u over the views of the same class (SupCon)."""
 
-    def terms(self, pairs: Pairs) -> Terms:
+    def terms(self, pairs: Pairs) -> RowTerms:
         """Return the terms of this rank's rows."""
         lse = pairs.z.new_full((len(pairs.z),), float("-inf"))
         sums, counts = torch.zeros_like(lse), torch.zeros_like(lse)
@@ -199,15 +203,15 @@ class Supervised(_Dense):
             counts[tile.rows] += same.sum(1)
             u.masked_fill_(tile.x == 0, float("-inf"))
             lse[tile.rows] = torch.logaddexp(lse[tile.rows], u.logsumexp(1))
-        known = torch.stack([lse, 1 / counts], 1)
-        return Terms(lse - sums / counts, torch.zeros_like(lse), known)
+        row_stats = torch.stack([lse, 1 / counts], 1)
+        return RowTerms(lse - sums / counts, torch.zeros_like(lse), row_stats)
 
-    def weights(self, tile: Tile, pairs: Pairs, known: Tensor) -> Tensor:
+    def weights(self, tile: Tile, pairs: Pairs, row_stats: Tensor) -> Tensor:
         """Return c_ij + c_ji: [t, c]."""
         own = pairs.own(tile.rows)
         u = tile.s.div_(self.scale).masked_fill_(tile.x == 0, float("-inf"))
-        p = (u - known[own, 0, None]).exp_() + (u - known[tile.columns, 0]).exp_()
-        share = known[own, 1, None] + known[tile.columns, 1]
+        p = (u - row_stats[own, 0, None]).exp_() + (u - row_stats[tile.columns, 0]).exp_()
+        share = row_stats[own, 1, None] + row_stats[tile.columns, 1]
         return p.sub_(share * self._same(tile, pairs)).div_(self.scale)
 
     @staticmethod
@@ -220,7 +224,7 @@ class Supervised(_Dense):
 class Logistic(_Dense):
     """softplus(−u⁺) + mean over negatives of softplus(u) (NT-Logistic)."""
 
-    def terms(self, pairs: Pairs) -> Terms:
+    def terms(self, pairs: Pairs) -> RowTerms:
         """Return the terms of this rank's rows."""
         positive = pairs.positives() / self.scale
         sums = torch.zeros_like(positive)
@@ -228,10 +232,10 @@ class Logistic(_Dense):
             each = F.softplus(tile.s.div_(self.scale))
             sums[tile.rows] += each.masked_fill_(~self.negative(tile.x), 0).sum(1)
         values = F.softplus(-positive) + sums / self.num_negatives(pairs)
-        pull = torch.sigmoid(-positive) / self.scale
-        return Terms(values, pull, positive.new_empty(len(positive), 0))
+        positive_grad = torch.sigmoid(-positive) / self.scale
+        return RowTerms(values, positive_grad, positive.new_empty(len(positive), 0))
 
-    def weights(self, tile: Tile, pairs: Pairs, known: Tensor) -> Tensor:  # noqa: ARG002 - nothing
+    def weights(self, tile: Tile, pairs: Pairs, row_stats: Tensor) -> Tensor:  # noqa: ARG002 - nothing
         """Return c_ij + c_ji: [t, c]."""
         share = 2 / (self.num_negatives(pairs) * self.scale)
         w = tile.s.div_(self.scale).sigmoid_().mul_(share)
@@ -245,7 +249,7 @@ class Triplet(_Dense):
         super().__init__(1.0, other_view_only=other_view_only)
         self.margin = margin
 
-    def terms(self, pairs: Pairs) -> Terms:
+    def terms(self, pairs: Pairs) -> RowTerms:
         """Return the terms of this rank's rows."""
         positive = pairs.positives()
         sums, active = torch.zeros_like(positive), torch.zeros_like(positive)
@@ -255,18 +259,18 @@ class Triplet(_Dense):
             sums[tile.rows] += over.sum(1)
             active[tile.rows] += (over > 0).sum(1)
         count = self.num_negatives(pairs)
-        return Terms(sums / count, active / count, positive[:, None])
+        return RowTerms(sums / count, active / count, positive[:, None])
 
-    def weights(self, tile: Tile, pairs: Pairs, known: Tensor) -> Tensor:
+    def weights(self, tile: Tile, pairs: Pairs, row_stats: Tensor) -> Tensor:
         """Return c_ij + c_ji: [t, c]."""
         over = tile.s + self.margin
-        w = (over > known[pairs.own(tile.rows), 0, None]).to(tile.s.dtype)
-        w += over > known[tile.columns, 0]
+        w = (over > row_stats[pairs.own(tile.rows), 0, None]).to(tile.s.dtype)
+        w += over > row_stats[tile.columns, 0]
         return w.masked_fill_(~self.negative(tile.x), 0).div_(self.num_negatives(pairs))
 
 
-class _Mined(Form):
-    """A form with one negative an anchor, which is known by its row number.
+class _Mined(PairLoss):
+    """A pair_loss with one negative an anchor, which is row_stats by its row number.
 
     A row knows the number of the negative that it has chosen (−1: none) and ∂L_i/∂s of it. Floats
     hold row numbers exactly up to 2²⁴.
@@ -274,7 +278,7 @@ class _Mined(Form):
 
     margin: float | None = None  # negatives further below the positive do not count
 
-    def terms(self, pairs: Pairs) -> Terms:
+    def terms(self, pairs: Pairs) -> RowTerms:
         """Return the terms of this rank's rows."""
         positive = pairs.positives()
         best = torch.full_like(positive, float("-inf"))
@@ -290,8 +294,8 @@ class _Mined(Form):
             chosen[tile.rows] = torch.where(nearer, place, chosen[tile.rows])
             best[tile.rows] = torch.where(nearer, value, best[tile.rows])
         found = chosen >= 0
-        values, pull, push = self.mined(positive, best.masked_fill(~found, 0), found)
-        return Terms(values, pull, torch.stack([chosen, push], 1))
+        values, positive_grad, grad_rows = self.mined(positive, best.masked_fill(~found, 0), found)
+        return RowTerms(values, positive_grad, torch.stack([chosen, grad_rows], 1))
 
     @abstractmethod
     def mined(
@@ -299,15 +303,15 @@ class _Mined(Form):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return L_i, −∂L_i/∂s⁺ and ∂L_i/∂s⁻ where a negative was `found`: [2n] each."""
 
-    def push(self, pairs: Pairs, known: Tensor) -> Tensor:
+    def grad_rows(self, pairs: Pairs, row_stats: Tensor) -> Tensor:
         """Return what the chosen negatives and those that chose these rows add."""
-        chosen, weight = known[:, 0].long(), known[:, 1:]
+        chosen, weight = row_stats[:, 0].long(), row_stats[:, 1:]
         own = pairs.own(slice(0, len(pairs.z)))
-        out = pairs.everyone[chosen[own].clamp(min=0)] * weight[own]  # weight 0 where none
+        out = pairs.gathered[chosen[own].clamp(min=0)] * weight[own]  # weight 0 where none
         # the anchors that have chosen one of this rank's rows; others add 0 to row 0
         here = chosen - pairs.first
         mine = ((here >= 0) & (here < len(pairs.z)))[:, None]
-        added = torch.where(mine, weight * pairs.everyone, 0)
+        added = torch.where(mine, weight * pairs.gathered, 0)
         return out.index_add_(0, here.clamp(0, len(pairs.z) - 1), added)
 
 
@@ -340,44 +344,44 @@ class MinedTriplet(_Mined):
 
 
 class _Pairwise(torch.autograd.Function):
-    """The form's terms forward, its weights backward."""
+    """The pair_loss's terms forward, its weights backward."""
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         z1: Tensor,
         z2: Tensor,
-        form: Form,
+        pair_loss: PairLoss,
         normalize: bool,  # noqa: FBT001 - autograd passes by position
         counts: list[int],
         classes: Tensor | None,
     ) -> Tensor:
         z, norms = interleave(z1, z2, normalize=normalize)
         row_counts = [2 * count for count in counts]
-        everyone = dist.all_gather_rows(z, row_counts)
-        if len(everyone) < 4:
+        gathered = dist.all_gather_rows(z, row_counts)
+        if len(gathered) < 4:
             raise ValueError("one image has no negatives; the global batch must hold two or more")
-        pairs = Pairs(z, everyone, sum(row_counts[: dist.rank()]), classes)
-        values, pull, known = form.terms(pairs)
-        everyone_knows = dist.all_gather_rows(known, row_counts)  # [2N, S]
-        ctx.save_for_backward(norms, pull, everyone_knows)
-        ctx.rest = (form, pairs, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
-        return values.sum() * (dist.world_size() / len(everyone))
+        pairs = Pairs(z, gathered, sum(row_counts[: dist.rank()]), classes)
+        values, positive_grad, row_stats = pair_loss.terms(pairs)
+        all_row_stats = dist.all_gather_rows(row_stats, row_counts)  # [2N, S]
+        ctx.save_for_backward(norms, positive_grad, all_row_stats)
+        ctx.rest = (pair_loss, pairs, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
+        return values.sum() * (dist.world_size() / len(gathered))
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None, None]:
-        norms, pull, known = ctx.saved_tensors  # type: ignore[attr-defined]
-        form, pairs, *dtypes = ctx.rest  # type: ignore[attr-defined]
+        norms, positive_grad, row_stats = ctx.saved_tensors  # type: ignore[attr-defined]
+        pair_loss, pairs, *dtypes = ctx.rest  # type: ignore[attr-defined]
         z = pairs.z
         with torch.autocast(z.device.type, enabled=False):  # whoever calls backward
-            gradient = form.push(pairs, known)
+            gradient = pair_loss.grad_rows(pairs, row_stats)
         partners = z.view(-1, 2, z.shape[1]).flip(1).reshape_as(z)
-        both = pull.view(-1, 2).sum(1).repeat_interleave(2)[:, None]
+        both = positive_grad.view(-1, 2).sum(1).repeat_interleave(2)[:, None]
         gradient -= both * partners
-        gradient *= upstream * (dist.world_size() / len(pairs.everyone))
+        gradient *= upstream * (dist.world_size() / len(pairs.gathered))
         if len(norms):  # through z / ‖z‖
             gradient = (gradient - z * (z * gradient).sum(1, keepdim=True)) / norms
         views = gradient.view(-1, 2, z.shape[1])
@@ -389,6 +393,6 @@ def _classes(labels: Tensor, counts: list[int]) -> Tensor:
 
     int64 [2N]. Collective.
     """
-    everyones = dist.all_gather_rows(labels, counts)  # [N]
-    alone = -1 - torch.arange(len(everyones), device=labels.device)
-    return torch.where(everyones < 0, alone, everyones).repeat_interleave(2)
+    gathered_rows = dist.all_gather_rows(labels, counts)  # [N]
+    alone = -1 - torch.arange(len(gathered_rows), device=labels.device)
+    return torch.where(gathered_rows < 0, alone, gathered_rows).repeat_interleave(2)

@@ -26,6 +26,6 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return nullcontext()
 
 
-def place(model: nn.Module, device: torch.device, precision: Precision) -> None:
+def prepare_model(model: nn.Module, device: torch.device, precision: Precision) -> None:
     """Move `model` in place to `device`, in the dtype and memory format that `train` feeds it."""
     model.to(device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)

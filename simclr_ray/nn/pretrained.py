@@ -1,6 +1,6 @@
 """Weights of other runs: to start from, or of a teacher; and torchvision-style state dicts.
 
-torchvision's weights are for pictures less a mean and over a deviation; ours are in [0, 1]. Both
+torchvision's weights are for images less a mean and over a deviation; ours are in [0, 1]. Both
 are folded into the first convolution and its batch norm, exact but for the border that it pads.
 """
 
@@ -14,8 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ClassifierHead, Distillation, Experiment, ResNetEncoder
-from simclr_ray.errors import CheckpointError, ConfigError, Mistake
+from simclr_ray.config.experiment import (
+    ClassifierHeadConfig,
+    DistillationConfig,
+    Experiment,
+    ResNetConfig,
+)
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
@@ -35,13 +40,13 @@ def load_model(folder: Path) -> SimCLRModel:
 
 def load_teacher(experiment: Experiment) -> SimCLRModel:
     """Return the teacher of a distillation, in float32 and eval mode."""
-    assert isinstance(experiment.loss, Distillation)
+    assert isinstance(experiment.loss, DistillationConfig)
     with tempfile.TemporaryDirectory() as scratch:
         _, folder = _checkpoint(experiment.loss.teacher, Path(scratch), TEACHER)
         return load_model(folder)
 
 
-def load_start(model: SimCLRModel, experiment: Experiment) -> None:
+def load_init(model: SimCLRModel, experiment: Experiment) -> None:
     """Load what `experiment.start` names into `model`, in place.
 
     That is the encoder, and of a classifier the hidden layers, too.
@@ -60,7 +65,7 @@ def load_start(model: SimCLRModel, experiment: Experiment) -> None:
         tensors = checkpoint.read(folder).tensors
     checkpoint.restore_model(tensors, model.encoder, "model.encoder.")
     head = experiment.head
-    if isinstance(head, ClassifierHead) and head.layers:
+    if isinstance(head, ClassifierHeadConfig) and head.layers:
         kept = head.layers * (3 if head.batch_norm else 2)
         hidden = nn.Sequential(*list(model.head.children())[:kept])
         wanted = {f"model.head.{name}" for name in hidden.state_dict()}
@@ -78,11 +83,13 @@ def _checkpoint(weights: str, scratch: Path, option: str = WHERE) -> tuple[str, 
             here = run.fetch(folder.name, scratch)
             checkpoint.read_record(here)
         except (CheckpointError, FileNotFoundError) as error:
-            raise ConfigError([Mistake(option, f"{weights} is no checkpoint: {error}")]) from error
+            raise ConfigError(
+                [ConfigIssue(option, f"{weights} is no checkpoint: {error}")]
+            ) from error
         return folder.uri, here
     newest = folder.newest(scratch)
     if newest is None:
-        raise ConfigError([Mistake(option, f"{weights} holds no whole checkpoint")])
+        raise ConfigError([ConfigIssue(option, f"{weights} holds no whole checkpoint")])
     return f"{folder.uri}/{newest.name}", newest
 
 
@@ -92,7 +99,7 @@ def _load_torchvision(
     """Load a torchvision classifier's state dict, its last layer left out."""
     tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
     config = experiment.encoder
-    if isinstance(config, ResNetEncoder):
+    if isinstance(config, ResNetConfig):
         if config.depth < 50 or config.stem != "imagenet" or config.selective_kernel:
             raise CheckpointError(
                 f"{WHERE}: torchvision has no such ResNet: depth 50 or more, stem imagenet, no "
@@ -138,7 +145,7 @@ def _first(encoder: nn.Module) -> tuple[str, str]:
 
 
 def _fold_input(tensors: dict[str, Tensor], convolution: str, norm: str) -> None:
-    """Make the first layer take pictures in [0, 1] where it took them less mean, over deviation."""
+    """Make the first layer take images in [0, 1] where it took them less mean, over deviation."""
     deviation = torch.tensor(DEVIATION)[:, None, None]
     weight = tensors[convolution] / deviation
     tensors[convolution] = weight

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simclr_ray.nn.batchnorm import GlobalBatchNorm, statistics_kept
+from simclr_ray.nn.batchnorm import GlobalBatchNorm, frozen_statistics
 
 BLOCKS = {
     10: (1, 1, 1, 1),  # not in the paper; for CPUs
@@ -108,7 +108,7 @@ def _contexts(
     block: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of a block's first pass, and of its second: one moves statistics."""
-    return nullcontext(), statistics_kept(block)
+    return nullcontext(), frozen_statistics(block)
 
 
 class ConvNorm(nn.Sequential):

@@ -45,8 +45,8 @@ class CrossEntropyLoss(Loss):
             raise ValueError("CrossEntropyLoss needs one label for each image")
         with torch.autocast(z1.device.type, enabled=False):
             sums = [self._sum(z, labels) for z in ((z1,) if self.one_view else (z1, z2))]
-            everyone = self.global_batch_size or sum(dist.row_counts(len(z1), z1.device))
-            return torch.stack(sums).mean() * (dist.world_size() / everyone)
+            global_images = self.global_batch_size or sum(dist.row_counts(len(z1), z1.device))
+            return torch.stack(sums).mean() * (dist.world_size() / global_images)
 
     @torch.no_grad()
     def metrics(
@@ -103,8 +103,8 @@ class DistillationLoss(Loss):
             wide = z if z.dtype == torch.float64 else z.float()
             target = F.softmax(labels.to(wide.dtype) / self.temperature, dim=2)
             each = -(target * F.log_softmax(wide / self.temperature, dim=2)).sum(2)
-            everyone = self.global_batch_size or sum(dist.row_counts(len(z1), z1.device))
-            return each.sum() * (dist.world_size() / (2 * everyone))
+            global_images = self.global_batch_size or sum(dist.row_counts(len(z1), z1.device))
+            return each.sum() * (dist.world_size() / (2 * global_images))
 
     @torch.no_grad()
     def metrics(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> BatchMetrics:

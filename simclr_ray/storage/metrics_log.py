@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
-from simclr_ray.config.logging import get_logger
-
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 
 def read_records(lines: str) -> list[dict[str, Any]]:

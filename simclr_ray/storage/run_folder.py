@@ -2,7 +2,7 @@
 
 <storage>/<run name>/
     experiment.yaml  metrics.jsonl  bad_rows.jsonl  run.json  encoder/
-    lock                                held by the driver, on a local disk
+    lock                                lock by the driver, on a local disk
     step-00001200-<attempt>/            checkpoints, owned by Ray's manager
     checkpoint_manager_snapshot.json    Ray's
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import time
@@ -22,18 +23,17 @@ from typing import IO
 
 from pyarrow import fs
 
-from simclr_ray.config.logging import get_logger
 from simclr_ray.errors import (
     CheckpointError,
     ConfigError,
-    Mistake,
+    ConfigIssue,
     RunError,
 )
 from simclr_ray.storage import checkpoint
 
 LOCK = "lock"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RunFolder:
         place = Path(storage).resolve()
         file = next((p for p in (place, *place.parents) if p.is_file()), None)
         if file is not None:
-            raise ConfigError([Mistake("storage", f"{file} is a file; runs need a folder")])
+            raise ConfigError([ConfigIssue("storage", f"{file} is a file; runs need a folder")])
         return cls(str(place), name)
 
     @classmethod
@@ -68,7 +68,7 @@ class RunFolder:
         """Return the run folder at a path or URI; raise `ConfigError` where a file lies there."""
         if "://" not in run:
             if Path(run).is_file():
-                raise ConfigError([Mistake(run, "is a file; a run is a folder")])
+                raise ConfigError([ConfigIssue(run, "is a file; a run is a folder")])
             run = str(Path(run).expanduser().resolve())
         storage, _, name = run.rstrip("/").rpartition("/")
         return cls(storage, name)
@@ -158,21 +158,21 @@ class RunFolder:
             return folder
         return None
 
-    def is_held(self) -> bool:
+    def is_locked(self) -> bool:
         """Return whether a driver holds the folder; of a remote one that is not known: False."""
         if self.local is None or not (self.local / LOCK).exists():
             return False
         with (self.local / LOCK).open() as file:
             return not _locks(file, fcntl.LOCK_SH)
 
-    def check_free(self) -> None:
+    def ensure_unlocked(self) -> None:
         """Raise `RunError` where another driver is known to hold the folder."""
-        if self.local is not None and self.is_held():
+        if self.local is not None and self.is_locked():
             raise self._taken(self.local / LOCK)
 
     @contextmanager
-    def held(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Hold the folder, so that no second driver writes to it; nothing is held of a remote one.
+    def lock(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Hold the folder, so that no second driver writes to it; nothing is lock of a remote one.
 
         Args:
             wait_s: For another to let go of it.

@@ -23,7 +23,7 @@ from simclr_ray.studies.plan import Point
 
 SAMPLES = 100_000  # of sign flips where there are more than all of them; as many as the paper's
 MAX_EXACT_PAIRS = 16
-NOT_SHARES = (
+NOT_FRACTIONS = (
     "eval/alignment", "eval/uniformity", "eval/effective_rank", "train/entropy", "train/mean_loss",
 )  # fmt: skip
 
@@ -153,14 +153,14 @@ def values_at(outcome: Outcome, epoch: int = 0) -> dict[str, float]:
     return {**last, **outcome.metrics}
 
 
-def is_share(metric: str) -> bool:
+def is_fraction(metric: str) -> bool:
     """Return whether a metric is a share, to be shown in per cent."""
-    return metric not in NOT_SHARES
+    return metric not in NOT_FRACTIONS
 
 
 def shown(metric: str, value: float) -> str:
     """Return a value of a metric as text, without its unit."""
-    return f"{100 * value:.1f}" if is_share(metric) else f"{value:.3f}"
+    return f"{100 * value:.1f}" if is_fraction(metric) else f"{value:.3f}"
 
 
 def _rows(study: Study, readings: Sequence[Reading]) -> list[Row]:

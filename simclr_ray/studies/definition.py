@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field, Scalar
-from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.evaluation.scores import PROTOCOLS
 
 DIGITS = 4  # of numbers drawn from a range
@@ -127,7 +127,7 @@ class Figure(Config):
     kind: Literal["lines", "bars", "matrix"] = "lines"
     x: str = Field(min_length=1, description="Dimension along the axis (matrix: columns).")
     series: str = Field("", description="Dimension of the lines or groups (matrix: rows).")
-    panel: str = Field("", description="Dimension that has a picture for each value.")
+    panel: str = Field("", description="Dimension that has an image for each value.")
     x_scale: Literal["linear", "log2", "log10", "category"] = "category"
     x_label: str = ""
     y_label: str = ""
@@ -315,11 +315,13 @@ def load_study(source: str, scale: str = "", *overrides: str) -> Study:
     tree, shown = _read(source)
     scales = tree.pop("scales", {}) or {}
     if not isinstance(scales, dict) or not all(isinstance(v, dict) for v in scales.values()):
-        raise ConfigError([Mistake("scales", "must be a mapping: scale -> keys of the study")])
+        raise ConfigError([ConfigIssue("scales", "must be a mapping: scale -> keys of the study")])
     if scale and scale not in scales:
         hint = cfg.nearest(scale, scales)
         there = ", ".join(scales) or "none"
-        raise ConfigError([Mistake("--scale", f"{shown} has no {scale!r}{hint}; it has: {there}")])
+        raise ConfigError(
+            [ConfigIssue("--scale", f"{shown} has no {scale!r}{hint}; it has: {there}")]
+        )
     chosen = scale or next(iter(scales), "")
     trees = {name: _merged(tree, name, values) for name, values in scales.items()} or {"": tree}
     for name, merged in trees.items():
@@ -328,7 +330,7 @@ def load_study(source: str, scale: str = "", *overrides: str) -> Study:
     study = cfg.validate(Study, _overridden(trees[chosen], overrides))
     given = [text.partition("=")[0] for text in overrides]
     wrong = [
-        Mistake(path, f"varies in space.{name}: what is given here would never count")
+        ConfigIssue(path, f"varies in space.{name}: what is given here would never count")
         for name, dim in study.space.items()
         for path in given
         if path == name
@@ -350,12 +352,12 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
             hint = cfg.nearest(source, study_names())
             known = ", ".join(study_names())
             told = f"no study and no .yaml file{hint}; studies: {known}"
-            raise ConfigError([Mistake(source, told)])
+            raise ConfigError([ConfigIssue(source, told)])
         source = str(_folder() / f"{source}.yaml")
     text, shown = cfg.read_source(source)
     tree = cfg.parse_yaml(text, shown)
     if not isinstance(tree, dict):
-        raise ConfigError([Mistake(shown, f"holds {type(tree).__name__}, not keys and values")])
+        raise ConfigError([ConfigIssue(shown, f"holds {type(tree).__name__}, not keys and values")])
     return tree, shown
 
 
@@ -370,7 +372,7 @@ def _merged(tree: dict[str, Any], scale: str, values: dict[str, Any]) -> dict[st
     """Return the study at a scale: `set` and `paper` are added to, other keys replaced."""
     wrong = [key for key in values if key in NEVER_MERGED]
     if wrong:
-        raise ConfigError([Mistake(f"scales.{scale}.{wrong[0]}", "is the same at every scale")])
+        raise ConfigError([ConfigIssue(f"scales.{scale}.{wrong[0]}", "is the same at every scale")])
     merged = {**tree, **values, "scale": scale}
     for key in ("set", "paper"):
         merged[key] = {**tree.get(key, {}), **values.get(key, {})}
@@ -385,13 +387,13 @@ def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, A
     inside = [text for text in own if text.startswith("space.")]
     if inside:  # its keys are paths themselves
         told = "values of the space are set as a whole: study.space='{path: {grid: [...]}}'"
-        raise ConfigError([Mistake(f"{prefix}{inside[0].partition('=')[0]}", told)])
+        raise ConfigError([ConfigIssue(f"{prefix}{inside[0].partition('=')[0]}", told)])
     tree = cfg.apply_overrides(tree, own, Study)
     given = {}
     for text in rest:
         path, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError([Mistake(text, "is no override; the form is key.path=value")])
+            raise ConfigError([ConfigIssue(text, "is no override; the form is key.path=value")])
         given[path] = cfg.parse_yaml(value, text)
     tree["set"] = {**tree.get("set", {}), **given}
     return tree

@@ -16,7 +16,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, cpus_wanted, is_local
-from simclr_ray.errors import ClusterError, ConfigError, Mistake
+from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
 from simclr_ray.storage.provenance import version_of
 from simclr_ray.studies.definition import Budget, Study, label_of
 from simclr_ray.studies.folder import StudyFolder
@@ -51,7 +51,7 @@ def run_study(
     Raises:
         ConfigError: A trial cannot be, or the name is taken by another definition.
         ClusterError: The cluster cannot hold one trial.
-        DataError: The pictures cannot be used.
+        DataError: The images cannot be used.
         RunError: Another driver is at it.
         TrackingError: MLflow refuses or cannot be reached.
     """
@@ -60,11 +60,11 @@ def run_study(
     base, trials = cfg.validate(Experiment, tree), plan(study, tree)
     digest = digest_of_study(study, base)
     fingerprints = check_startable(study, trials)
-    folder.take_back_stop()
+    folder.withdraw_stop()
     at_a_time = start_cluster(study, trials)
     if on_connected is not None:
         on_connected()
-    with folder.files.held(LOOKED_AT_S):
+    with folder.files.lock(LOOKED_AT_S):
         folder.define(study, base, digest)
         tracker = Tracker.open(base.tracking, base.storage)
         parent = _parent_run(study, folder, tracker)
@@ -96,16 +96,16 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     """Return the fingerprints of the splits, if nothing stands against running this study.
 
     Raises:
-        ConfigError: The name is taken, the metric needs labels, or pictures have changed.
+        ConfigError: The name is taken, the metric needs labels, or images have changed.
         DataError: A split cannot be read.
         RunError: Another driver is at it.
     """
     folder = StudyFolder(*study_folder(study))
     base = cfg.validate(Experiment, base_tree(study))
     folder.check(digest_of_study(study, base))
-    folder.files.check_free()
+    folder.files.ensure_unlocked()
     check_labels(study, trials)
-    return _checked_pictures(folder, base)
+    return _checked_images(folder, base)
 
 
 def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:
@@ -121,7 +121,7 @@ def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:
     wanted, allowed = study.search.trials, study.budget.trials
     if allowed and wanted > allowed:
         told = f"search.trials={wanted} are wanted, budget.trials={allowed} allows fewer"
-        raise ConfigError([Mistake("budget.trials", told)])
+        raise ConfigError([ConfigIssue("budget.trials", told)])
     dims = study.space
     longest = max(len(dim.values) for dim in dims.values())
     points = [
@@ -143,7 +143,9 @@ def stored_study(where: str) -> tuple[Study, list[Trial]]:
     base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")
     study = study.model_copy(update={"base": str(base)})
     if study.name != folder.files.name:
-        raise ConfigError([Mistake(where, f"holds study {study.name!r}; folders keep their names")])
+        raise ConfigError(
+            [ConfigIssue(where, f"holds study {study.name!r}; folders keep their names")]
+        )
     return study, plan(study, base_tree(study))
 
 
@@ -230,7 +232,7 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores, {capability}, {gpu}"
 
 
-def _checked_pictures(folder: StudyFolder, base: Experiment) -> dict[str, str]:
+def _checked_images(folder: StudyFolder, base: Experiment) -> dict[str, str]:
     """Return the fingerprints of the splits; raise where one changed since the study began."""
     data = base.data
     found = {"train": Source.open(data.train, data.columns, data.limit).fingerprint}
@@ -241,7 +243,7 @@ def _checked_pictures(folder: StudyFolder, base: Experiment) -> dict[str, str]:
     changed = [name for name in {**known, **found} if known.get(name) != found.get(name)]
     if changed:
         told = f"has changed since {folder.uri} was begun; give the study another name"
-        raise ConfigError([Mistake(f"data.{name}", told) for name in changed])
+        raise ConfigError([ConfigIssue(f"data.{name}", told) for name in changed])
     return found
 
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simclr_ray.config import Scalar
-from simclr_ray.studies.analysis import Results, Row, is_share
+from simclr_ray.studies.analysis import Results, Row, is_fraction
 from simclr_ray.studies.definition import Study, label_of
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
@@ -39,7 +39,7 @@ class Datum(NamedTuple):
 def draw_study(results: Results, path: Path) -> None:
     """Write the figure, PNG or SVG by its ending: our panels, then the paper's where it has one."""
     study = results.study
-    percent = 100 if is_share(study.metric) else 1
+    percent = 100 if is_fraction(study.metric) else 1
     ours = _ours(results, percent)
     panels: list[tuple[str, list[Datum]]] = []
     for name in dict.fromkeys(d.panel for d in ours):

@@ -2,7 +2,7 @@
 
 <storage>/studies/<name>/
     study.yaml   base.yaml      the definition, whole: nothing outside of here is needed to go on
-    study.json                  digest, pictures, the MLflow run of the study
+    study.json                  digest, images, the MLflow run of the study
     outcomes/<trial>.json       written last by each trial, whole or not at all
     runs/<run>/                 the run folders of the trials
     report/                     figure, table, page
@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.studies.definition import EPOCH_METRICS, Study
@@ -65,7 +65,9 @@ class StudyFolder:
         files = RunFolder.at(where)
         folder = cls(files.storage, files.name)
         if folder.files.read_text(DEFINITION) is None:
-            raise ConfigError([Mistake(where, f"is no folder of a study: it has no {DEFINITION}")])
+            raise ConfigError(
+                [ConfigIssue(where, f"is no folder of a study: it has no {DEFINITION}")]
+            )
         return folder
 
     @property
@@ -81,7 +83,7 @@ class StudyFolder:
                 f"{self.uri} holds a study of this name with another definition; give this one "
                 "another name (study.name=...), or remove that folder"
             )
-            raise ConfigError([Mistake("name", told)])
+            raise ConfigError([ConfigIssue("name", told)])
 
     def define(self, study: Study, base: Experiment, digest: str) -> None:
         """Store the definition; raise `ConfigError` where the name is taken by another."""
@@ -133,21 +135,21 @@ class StudyFolder:
         """Return the names of the run folders that there are."""
         return self.files.folders(RUNS)
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Ask the driver, wherever it runs, to stop; the trials keep their checkpoints."""
         self.files.write_text(STOP, "")
 
-    def take_back_stop(self) -> None:
+    def withdraw_stop(self) -> None:
         """Let the study go on."""
         self.files.remove(STOP)
 
-    def is_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Return whether somebody asked."""
         return self.files.read_text(STOP) is not None
 
     def may_be_running(self) -> bool:
         """Return whether a driver holds the study; of a remote one that is not known: True."""
-        return self.files.local is None or self.files.is_held()
+        return self.files.local is None or self.files.is_locked()
 
     @contextmanager
     def report_folder(self) -> Iterator[Path]:

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
-from simclr_ray.augment.crop_statistics import PairShares, shares_of_views
+from simclr_ray.augment.crop_statistics import CropTaskFractions, crop_task_fractions
 from simclr_ray.config import Scalar
 from simclr_ray.config.experiment import Experiment, absolute_path
-from simclr_ray.data.batches import views_of
+from simclr_ray.data.batches import build_views
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.studies.definition import (
     CLASSIFIER_METRICS,
     DIGITS,
@@ -92,18 +92,18 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
         ConfigError: A path or value cannot be; every mistake once.
     """
     trials: dict[str, Trial] = {}
-    mistakes: dict[Mistake, None] = {}
+    issues: dict[ConfigIssue, None] = {}
     points = list(points)
     for seed in study.seeds:
         for point in points:
             try:
                 trial = _trial(study, tree, point, seed)
             except ConfigError as error:
-                mistakes |= dict.fromkeys(error.mistakes)
+                issues |= dict.fromkeys(error.issues)
                 continue
             trials.setdefault(trial.name, trial)
-    if mistakes:
-        raise ConfigError(list(mistakes))
+    if issues:
+        raise ConfigError(list(issues))
     made = _trunks(study, _merged(trials.values()))
     for trial in made:
         _check_reports(study, trial)
@@ -112,10 +112,10 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
         told = (
             f"must be at most {study.scheduler.max_epochs or longest}, the epochs of the last rung"
         )
-        raise ConfigError([Mistake("scheduler.grace_epochs", told)])
+        raise ConfigError([ConfigIssue("scheduler.grace_epochs", told)])
     if study.budget.trials and len(made) > study.budget.trials:
         told = f"{len(made)} trials are wanted, budget.trials={study.budget.trials} allows fewer"
-        raise ConfigError([Mistake("budget.trials", told)])
+        raise ConfigError([ConfigIssue("budget.trials", told)])
     return made
 
 
@@ -123,7 +123,7 @@ def images_of(trials: Sequence[Trial]) -> dict[str, int]:
     """Return how many images each trial trains on, by name; opens each set once.
 
     Raises:
-        DataError: Pictures cannot be read, or fill no batch.
+        DataError: Images cannot be read, or fill no batch.
     """
     num_rows = {
         data: Source.open(data.train, data.columns, data.limit).num_rows
@@ -162,10 +162,10 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     )
 
 
-def shares_of(experiment: Experiment) -> PairShares | None:
-    """Return how often pairs of crops of square pictures set each task, or None without crops."""
+def task_fractions_of(experiment: Experiment) -> CropTaskFractions | None:
+    """Return how often pairs of crops of square images set each task, or None without crops."""
     side = experiment.evaluation_size
-    return shares_of_views(views_of(experiment.augment, experiment.seed), side, side)
+    return crop_task_fractions(build_views(experiment.augment, experiment.seed), side, side)
 
 
 def study_folder(study: Study) -> tuple[str, str]:
@@ -182,9 +182,9 @@ def base_tree(study: Study) -> dict[str, Any]:
         ConfigError: The base or a value of `set` cannot be.
     """
     text, shown = cfg.read_source(study.base)
-    wrong = [Mistake(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
+    wrong = [ConfigIssue(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
     wrong += [
-        Mistake(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))
+        ConfigIssue(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))
         for paths in _dimensions(study)
         for path in paths
         if path in _NOT_VARIED or path.split(".")[0] in _NOT_VARIED
@@ -234,7 +234,7 @@ def check_labels(study: Study, trials: Sequence[Trial]) -> None:
         for path in (data.test, data.bank or data.train):
             if not Source.open(path, data.columns).has_labels:
                 told = f"{study.metric} needs labels, and {path} has none"
-                raise ConfigError([Mistake("metric", told)])
+                raise ConfigError([ConfigIssue("metric", told)])
 
 
 def note_on_lengths(study: Study, trials: Sequence[Trial]) -> str:
@@ -302,7 +302,9 @@ def _appended(tree: Mapping[str, Any], added: Mapping[str, list[Any]]) -> dict[s
         for key in path.split("."):
             node = node.get(key, []) if isinstance(node, Mapping) else []
         if not isinstance(node, list):
-            raise ConfigError([Mistake(f"{path}+", "is no list, so nothing can be added to it")])
+            raise ConfigError(
+                [ConfigIssue(f"{path}+", "is no list, so nothing can be added to it")]
+            )
         texts.append((path, [*node, *(item for item in items if item not in node)]))
     return _with(tree, dict(texts))
 
@@ -358,12 +360,12 @@ def _check_reports(study: Study, trial: Trial) -> None:
     elif metric == "eval/knn_top1" and not experiment.data.test:
         problem = "nobody reports it: data.test is empty"
     elif metric not in EPOCH_METRICS and not experiment.data.test:
-        problem = "needs labelled pictures in data.test"
+        problem = "needs labelled images in data.test"
     elif metric in CLASSIFIER_METRICS and experiment.head.name != "classifier":
         problem = f"is a classifier's; trial {trial.name} has head.name={experiment.head.name}"
     elif metric == EITHER and experiment.head.name != "classifier" and "linear" not in study.judge:
         problem = "needs `linear` among judge"
-    elif metric in VIEW_METRICS and shares_of(experiment) is None:
+    elif metric in VIEW_METRICS and task_fractions_of(experiment) is None:
         problem = "views that do not begin with a crop each have no such shares"
     if problem:
-        raise ConfigError([Mistake("metric", f"{metric}: {problem}")])
+        raise ConfigError([ConfigIssue("metric", f"{metric}: {problem}")])

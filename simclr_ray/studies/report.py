@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import html
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from simclr_ray import config as cfg
-from simclr_ray.config.logging import get_logger
 from simclr_ray.errors import TrackingError
 from simclr_ray.studies.analysis import (
     Results,
     Verdict,
     as_json,
-    is_share,
+    is_fraction,
     results_of,
     shown,
 )
@@ -24,7 +24,7 @@ from simclr_ray.studies.figures import draw_study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.tracking.runs import TrackedRun
 
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 FIGURE, PAGE, TABLE, DATA = "figure", "report.html", "results.md", "results.json"
 SIGNIFICANT = 0.05
@@ -137,7 +137,7 @@ def verdict_cells(study: Study, verdict: Verdict) -> list[str]:
     """Return difference, pairs won, p and the verdict in words."""
     if not verdict.num_pairs:
         return ["-", "0 of 0", "-", "not run yet"]
-    points = 100 if is_share(study.metric) else 1
+    points = 100 if is_fraction(study.metric) else 1
     unit = " points" if points == 100 else ""
     spread = f" ± {points * verdict.deviation:.2f}" if verdict.num_pairs > 1 else ""
     return [
@@ -230,9 +230,9 @@ def _first_line(text: str) -> str:
 def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows of the table of points, as text."""
     study = results.study
-    unit = " (%)" if is_share(study.metric) else ""
+    unit = " (%)" if is_fraction(study.metric) else ""
     has_paper = ["paper"] if study.paper.rows else []
-    also = [f"{name}{' (%)' if is_share(name) else ''}" for name in study.also]
+    also = [f"{name}{' (%)' if is_fraction(name) else ''}" for name in study.also]
     head = [
         *study.space, f"{study.metric}{unit}", "seeds", *also, *has_paper,
         "images", "seconds", "worker-hours",
@@ -256,13 +256,13 @@ def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def _versions(state: dict[str, Any]) -> dict[str, str]:
-    """Return what made the numbers: code, libraries, machine, pictures, definition."""
+    """Return what made the numbers: code, libraries, machine, images, definition."""
     versions = dict(state.get("versions", {}))
     commits = {*state.get("commits", []), versions.pop("commit", "")} - {""}
     made = {"commit": "; ".join(sorted(commits))} if commits else {}
-    pictures = {f"{k} pictures": v for k, v in state.get("fingerprints", {}).items()}
+    images = {f"{k} images": v for k, v in state.get("fingerprints", {}).items()}
     known = {"definition": state["digest"]} if state.get("digest") else {}
-    return {**made, **versions, **pictures, **known}
+    return {**made, **versions, **images, **known}
 
 
 def _table(

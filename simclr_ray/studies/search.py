@@ -10,7 +10,7 @@ import numpy as np
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
-from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.definition import Dimension, Study, label_of, point_of
 from simclr_ray.studies.plan import Point, Trial
 
@@ -81,7 +81,7 @@ def optuna_search(study: Study) -> Any:
         from ray.tune.search.optuna import OptunaSearch
     except ImportError as error:
         told = "optuna is not installed: pip install 'simclr-ray[search]'"
-        raise ConfigError([Mistake("search.name", told)]) from error
+        raise ConfigError([ConfigIssue("search.name", told)]) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
         sampler=optuna.samplers.TPESampler(seed=study.search.seed),

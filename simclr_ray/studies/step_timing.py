@@ -11,7 +11,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import Experiment, SimCLRViews
+from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
 from simclr_ray.data.batches import local_batches
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import keep_freed_memory, one_arena
@@ -20,7 +20,13 @@ from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
 from simclr_ray.train import loop
 from simclr_ray.train.resolve import resolved
-from simclr_ray.train.worker import finished, our_error, placed, set_threads, threads_of
+from simclr_ray.train.worker import (
+    finish_batches,
+    prepare_training,
+    set_threads,
+    threads_of,
+    unwrap_error,
+)
 
 STEPS: Final = 3  # the first is not counted: it decodes, allocates and compiles
 MOST_IMAGES: Final = {"cpu": 64, "cuda": 512}  # of a step, so that all of them take seconds
@@ -46,7 +52,7 @@ def pace_of(trials: Sequence[Trial], at_a_time: int, cores: float = math.inf) ->
     Raises:
         ClusterError: No worker's share of the cluster comes free.
         ConfigError: A model cannot be made as configured.
-        DataError: The pictures cannot be read.
+        DataError: The images cannot be read.
         RunError: A step fails, as for want of memory.
     """
     kinds = {kind_of(trial.experiment): trial.experiment for trial in trials}
@@ -81,7 +87,7 @@ def _timed(experiments: Sequence[Experiment]) -> list[float]:
         raise ClusterError(f"{told} fit in them; is it busy?") from None
     except RayError as error:
         reason = str(getattr(error, "cause", None) or error).strip().splitlines()[0]
-        raise our_error(error) or RunError(f"a step could not be timed: {reason}") from error
+        raise unwrap_error(error) or RunError(f"a step could not be timed: {reason}") from error
     finally:
         _, left = ray.wait(refs, num_returns=len(refs), timeout=0)
         for ref in left:  # cancelling what has just ended can bring this process down (Ray 2.60)
@@ -90,7 +96,7 @@ def _timed(experiments: Sequence[Experiment]) -> list[float]:
 
 
 def seconds_per_image(tree: dict[str, Any]) -> float:
-    """Return the seconds that one worker takes for a picture: its views, and its part of a step.
+    """Return the seconds that one worker takes for an image: its views, and its part of a step.
 
     With a GPU the views are made beside the step, by processes of their own, and the slower of the
     two counts; cores are shared by time.
@@ -100,7 +106,7 @@ def seconds_per_image(tree: dict[str, Any]) -> float:
 
     Raises:
         ConfigError: The model cannot be made as configured.
-        DataError: The pictures cannot be read.
+        DataError: The images cannot be read.
     """
     whole = cfg.validate(Experiment, tree)
     scaling = whole.scaling
@@ -110,16 +116,16 @@ def seconds_per_image(tree: dict[str, Any]) -> float:
     set_threads(whole, scaling.num_workers)
     keep_freed_memory()
     model = build_model(small)
-    optimizer = placed(model, small, device)
+    optimizer = prepare_training(model, small, device)
     batches = local_batches(small, source, range(STEPS))
     told: list[loop.Metrics] = []
     loop.train(
         model,
         build_loss(small),
         optimizer,
-        finished(small, source, batches, device),
-        loop.Timetable(NEVER, NEVER, 0, 0.0, small.batch_size, log_every=1),
-        loop.Hooks(told.append, lambda *_: None, lambda *_: None),
+        finish_batches(small, source, batches, device),
+        loop.StepSchedule(NEVER, NEVER, 0, 0.0, small.batch_size, log_every=1),
+        loop.Callbacks(told.append, lambda *_: None, lambda *_: None),
         precision=small.precision,
         num_groups=min(2, whole.num_groups),
     )
@@ -132,7 +138,7 @@ def seconds_per_image(tree: dict[str, Any]) -> float:
 
 
 def shortened(experiment: Experiment) -> Experiment:
-    """Return an experiment whose steps take as long for a picture, and hold no more of them.
+    """Return an experiment whose steps take as long for an image, and hold no more of them.
 
     One worker's part of a batch; of a batch in groups, two of them. Views have their full size.
     """
@@ -146,7 +152,7 @@ def shortened(experiment: Experiment) -> Experiment:
         "epochs": STEPS,
         "scaling": scaling.model_copy(update={"num_workers": 1}),
     }
-    if isinstance(experiment.augment, SimCLRViews):
+    if isinstance(experiment.augment, SimCLRViewsConfig):
         changes["augment"] = experiment.augment.model_copy(update={"first_size": 0})
     return experiment.model_copy(update=changes)
 
@@ -156,7 +162,7 @@ def kind_of(experiment: Experiment) -> str:
     tree = cfg.to_tree(shortened(experiment))
     same = {part: tree[part] for part in ("data", "encoder", "head", "scaling", "precision")}
     loss, augment = tree["loss"], tree["augment"]
-    if isinstance(experiment.augment, SimCLRViews):  # what is drawn more often takes longer
+    if isinstance(experiment.augment, SimCLRViewsConfig):  # what is drawn more often takes longer
         views = {"size": augment["size"], "blurs": augment["blur"] > 0}
     else:
         lists = ("shared", "a", "b")

@@ -8,6 +8,7 @@ A trial that is started again goes on where its run stands.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Callable
@@ -17,30 +18,29 @@ from typing import NamedTuple
 import ray
 from ray.exceptions import RayTaskError
 
-from simclr_ray.config.experiment import ClassifierHead, Experiment, NTXent
-from simclr_ray.config.logging import get_logger
+from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment, NTXentConfig
 from simclr_ray.data.source import Source
-from simclr_ray.errors import CollapsedRun, SimclrRayError
-from simclr_ray.evaluation.evaluate import probe_as, score_classifier, score_trained
+from simclr_ray.errors import CollapseError, SimclrRayError, UnhealthyRunError
+from simclr_ray.evaluation.evaluate import evaluate_trained, probe_experiment, score_classifier
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.provenance import code_commit
 from simclr_ray.storage.run_folder import METRICS, RUN_FILE, RunFolder
 from simclr_ray.studies.definition import EITHER, PROBES, Study
 from simclr_ray.studies.folder import FINAL, Curve, Outcome, Status, StudyFolder, curve_of
-from simclr_ray.studies.plan import Trial, shares_of
+from simclr_ray.studies.plan import Trial, task_fractions_of
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.train.driver import Run, pretrain
 from simclr_ray.train.monitor import Record
 from simclr_ray.train.resolve import resolved
-from simclr_ray.train.worker import our_error
+from simclr_ray.train.worker import unwrap_error
 
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 # RankMe of features that all point one way is 1. An untrained ResNet-10 has 2.3
 # (`benchmarks/results/cifar10_cpu.json`), so that 1.1 is no healthy start either.
 COLLAPSED_RANK = 1.1
 # NT-Xent of embeddings that are all equal is ln(2N − 1). Trained at τ = 1 it is about 1 below.
-STUCK_SHARE = 0.998
+STUCK_FRACTION = 0.998
 STUCK_AFTER_EPOCHS = 2  # beyond warm-up: before, a healthy loss may still lie there
 
 Tell = Callable[[int, dict[str, float]], None]  # epoch, its metrics
@@ -86,8 +86,8 @@ def run_trial(
     try:
         watch.replay(folder.read_text(METRICS) or "")
         run = pretrain(experiment, on_progress=watched)
-        metrics = _judged(job.study, experiment, run)
-    except CollapsedRun as error:
+        metrics = _evaluated(job.study, experiment, run)
+    except UnhealthyRunError as error:
         status, reason = "collapsed", str(error)
     except SimclrRayError as error:
         status, reason = "failed", str(error)
@@ -97,7 +97,7 @@ def run_trial(
     outcome = outcome_of(
         trial, folder, status, reason=reason, metrics=metrics, last_epoch=watch.collapsed_at
     )
-    return settle(outcome, job.study.name, job.folder)
+    return store_outcome(outcome, job.study.name, job.folder)
 
 
 def run_name(experiment: Experiment) -> str:
@@ -142,7 +142,7 @@ def outcome_of(
     )
 
 
-def _judged(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
+def _evaluated(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
     """Judge a run, one that was trained on GPUs in a task that has one.
 
     Several trials on a node would otherwise all take its first. Actors that encode ask for GPUs
@@ -150,39 +150,39 @@ def _judged(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
     """
     gpus = min(1.0, experiment.scaling.gpus_per_worker)
     if not gpus or experiment.evaluation.actors:
-        return judge_trial(study, experiment, run)
-    task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_judge_anywhere)
+        return evaluate_trial(study, experiment, run)
+    task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_evaluate_anywhere)
     try:
         metrics: dict[str, float] = ray.get(task.remote(study, experiment, run))
     except RayTaskError as error:
-        raise our_error(error) or error from error
+        raise unwrap_error(error) or error from error
     return metrics
 
 
-def _judge_anywhere(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
+def _evaluate_anywhere(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
     """Judge a run whose checkpoint another node may have fetched to a folder of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         fetched = RunFolder.at(run.folder).fetch(run.checkpoint.name, Path(scratch))
-        return judge_trial(study, experiment, run._replace(checkpoint=fetched))
+        return evaluate_trial(study, experiment, run._replace(checkpoint=fetched))
 
 
-def judge_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
+def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
     """Return the metrics after training, and log them in an MLflow run under the trial's."""
     experiment = experiment.absolute()
     metrics: dict[str, float] = {}
     protocols = [name for name in study.judge if name != "probe"]
     if protocols:
-        score = score_trained(experiment, run.checkpoint, protocols)
+        score = evaluate_trained(experiment, run.checkpoint, protocols)
         named = {k: v for k, v in score._asdict().items() if isinstance(v, float)}
         metrics |= {f"final/{key}": value for key, value in named.items()}
     if "probe" in study.judge:
-        found = {p.target: p for p in probe_as(experiment, run.checkpoint)}
+        found = {p.target: p for p in probe_experiment(experiment, run.checkpoint)}
         for name, target in PROBES.items():
             metrics |= {f"probe/{name}_h": found[target].h, f"probe/{name}_z": found[target].z}
-    shares = shares_of(experiment)
+    shares = task_fractions_of(experiment)
     if shares is not None:
         metrics |= {f"views/{key}": value for key, value in shares._asdict().items()}
-    if isinstance(experiment.head, ClassifierHead):
+    if isinstance(experiment.head, ClassifierHeadConfig):
         classified = score_classifier(run.checkpoint, experiment)._asdict()
         metrics |= {f"test/{key}": float(value) for key, value in classified.items()}
     either = metrics.get("test/top1", metrics.get("final/linear_top1"))
@@ -200,7 +200,7 @@ def judge_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, flo
     return metrics
 
 
-def settle(outcome: Outcome, study: str, folder: StudyFolder) -> Outcome:
+def store_outcome(outcome: Outcome, study: str, folder: StudyFolder) -> Outcome:
     """Store an outcome, then say it in MLflow; return it, or the one that was there before.
 
     A run that a scheduler has ended may live on for a moment and must not have the last word.
@@ -255,14 +255,14 @@ class RunWatch:
         rank = record.get("eval/effective_rank", math.inf)
         if rank < COLLAPSED_RANK:
             self.collapsed_at = round(record["epoch"])
-            raise CollapsedRun(
+            raise CollapseError(
                 f"collapsed: the features' effective rank is {rank:.2f} after epoch "
-                f"{record['epoch']:.0f}; all pictures look alike to the encoder"
+                f"{record['epoch']:.0f}; all images look alike to the encoder"
             )
 
     def _check_loss(self, record: Record) -> None:
         loss = self.experiment.loss
-        if not isinstance(loss, NTXent) or "train/mean_loss" not in record:
+        if not isinstance(loss, NTXentConfig) or "train/mean_loss" not in record:
             return
         if loss.temperature > 1 or not loss.normalize:  # a healthy loss may lie there, too
             return
@@ -270,9 +270,9 @@ class RunWatch:
         if loss.negatives == "other":
             stuck = math.log(self.experiment.batch_size)
         since = self.experiment.schedule.warmup_epochs + STUCK_AFTER_EPOCHS
-        if record["epoch"] > since and record["train/mean_loss"] > STUCK_SHARE * stuck:
+        if record["epoch"] > since and record["train/mean_loss"] > STUCK_FRACTION * stuck:
             self.collapsed_at = max(1, math.floor(record["epoch"]))
-            raise CollapsedRun(
+            raise CollapseError(
                 f"stuck: the loss is {record['train/mean_loss']:.4f} after epoch "
                 f"{record['epoch']:.2f}, that of embeddings that are all equal ({stuck:.4f})"
             )

@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from simclr_ray.config.logging import get_logger, held_back
+from simclr_ray.config.logging import held_back
 from simclr_ray.distributed.ray_cluster import driver_queue
 from simclr_ray.errors import RunError, TrackingError
 from simclr_ray.storage.run_folder import METRICS
@@ -39,10 +39,10 @@ from simclr_ray.studies.search import (
     scheduler_of,
     searched_space,
 )
-from simclr_ray.studies.trial_runner import Job, outcome_of, run_name, run_trial, settle
+from simclr_ray.studies.trial_runner import Job, outcome_of, run_name, run_trial, store_outcome
 from simclr_ray.tracking.runs import TrackedRun
 
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 DRIVER_CPUS = 0.01  # of the actor that reports; Tune refuses 0
 WAIT_S = 1.0
@@ -150,7 +150,7 @@ class _Driver(tune.Callback, tune.Stopper):
         now = time.monotonic()
         if not self.is_stopping and now - self._asked_at > WAIT_S:
             self._asked_at = now
-            self.is_stopping = now > self._ends_at or self.folder.is_to_stop()
+            self.is_stopping = now > self._ends_at or self.folder.stop_requested()
         return self.is_stopping
 
     def on_trial_result(
@@ -185,7 +185,7 @@ class _Driver(tune.Callback, tune.Stopper):
         reason = f"{self.study.scheduler.name}: others were better at epoch {epoch}"
         run = self.folder.run(run_name(ours.experiment))
         outcome = outcome_of(ours, run, "stopped", reason=reason, curve=self._told[ours.name])
-        settle(outcome, self.study.name, self.folder)
+        store_outcome(outcome, self.study.name, self.folder)
         self._end(ours)
         with suppress(TrackingError):  # the study ends what is left running
             tracked = TrackedRun.attach(outcome.run["tracking_uri"], outcome.run["mlflow_run_id"])
@@ -205,7 +205,9 @@ class _Driver(tune.Callback, tune.Stopper):
         text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
         reason = next(reversed([ln for ln in text.splitlines() if ln.strip()]), "its process died")
         run = self.folder.run(run_name(ours.experiment))
-        settle(outcome_of(ours, run, "failed", reason=reason.strip()), self.study.name, self.folder)
+        store_outcome(
+            outcome_of(ours, run, "failed", reason=reason.strip()), self.study.name, self.folder
+        )
 
     def _end(self, trial: Trial) -> None:
         """Have a trial's run end, if there is one; wait until it has."""

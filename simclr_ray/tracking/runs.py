@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from simclr_ray.config.logging import get_logger
 from simclr_ray.errors import TrackingError
 from simclr_ray.tracking import store
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     from simclr_ray.config import Scalar
-    from simclr_ray.config.experiment import Tracking
+    from simclr_ray.config.experiment import TrackingConfig
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -39,7 +39,7 @@ class Tracker:
         self.experiment_id = experiment_id
 
     @classmethod
-    def open(cls, tracking: Tracking, storage: str) -> Tracker:
+    def open(cls, tracking: TrackingConfig, storage: str) -> Tracker:
         """Return the tracker of `tracking.experiment`, which is created where it does not exist.
 
         Creates the database and the folder of the default store too; call it once on the driver

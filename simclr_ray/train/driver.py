@@ -2,12 +2,13 @@
 
 The driver's side: it checks what is asked for against the cluster, starts the workers (`worker`),
 writes what they report to the run's folder and to MLflow, and shows it. A run has one name, made
-of the experiment and the pictures' fingerprint, so the same command continues it.
+of the experiment and the images' fingerprint, so the same command continues it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import tempfile
 import threading
@@ -22,8 +23,7 @@ import ray.train.torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import PLACEMENT, Experiment
-from simclr_ray.config.logging import get_logger
-from simclr_ray.data.batches import plan_of
+from simclr_ray.data.batches import build_plan
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, driver_queue
@@ -33,11 +33,11 @@ from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RUN_FILE, RunFolder
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import check_alias, store_uri
-from simclr_ray.train.monitor import Progress, Record, _Watcher
+from simclr_ray.train.monitor import OnProgress, Record, RunMonitor
 from simclr_ray.train.resolve import resolved, split_like_test
-from simclr_ray.train.worker import Task, our_error, work
+from simclr_ray.train.worker import WorkerInput, train_loop_per_worker, unwrap_error
 
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 HELD_S = 30.0  # a trial's driver is a task of Ray's, which outlives a study's by seconds
 
@@ -52,7 +52,7 @@ class Run(NamedTuple):
     metrics: Record  # the last of each
 
 
-def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> Run:
+def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -> Run:
     """Train `experiment` to its end on the Ray cluster at hand, and return the run.
 
     Connects to the cluster of `RAY_ADDRESS`, else starts a local one. Continues the run of the
@@ -72,9 +72,9 @@ def pretrain(experiment: Experiment, *, on_progress: Progress | None = None) -> 
     _check_late_needs(experiment)
     source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
     experiment = resolved(experiment, source)
-    plan_of(experiment, source)  # fails here when the rows fill no batch
+    build_plan(experiment, source)  # fails here when the rows fill no batch
     folder = RunFolder.of(experiment.storage, experiment.run_name(source.fingerprint))
-    with folder.held(HELD_S):
+    with folder.lock(HELD_S):
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(experiment)))
         tracker = Tracker.open(experiment.tracking, experiment.storage)  # before the cluster waits
         connect(experiment)
@@ -88,7 +88,7 @@ def _trained(
     source: Source,
     folder: RunFolder,
     tracked: TrackedRun,
-    on_progress: Progress | None,
+    on_progress: OnProgress | None,
 ) -> Run:
     """Train what is left of a run; return it."""
     total = experiment.total_steps(source.num_rows)
@@ -111,7 +111,7 @@ def _check_late_needs(experiment: Experiment) -> None:
     data = experiment.data
     same = split_like_test(data)
     if same:
-        log.warning("%s holds the pictures of %s: scores flatter", data.test, same)
+        log.warning("%s holds the images of %s: scores flatter", data.test, same)
     if data.bank and not data.test:
         Source.open(data.bank, data.columns)
     if experiment.register_as.name:
@@ -174,7 +174,7 @@ def _fit(
     source: Source,
     folder: RunFolder,
     tracked: TrackedRun,
-    on_progress: Progress | None,
+    on_progress: OnProgress | None,
 ) -> None:
     scaling = experiment.scaling
     inbox = driver_queue()
@@ -182,8 +182,8 @@ def _fit(
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
     trainer = ray.train.torch.TorchTrainer(
-        work,
-        train_loop_config={"task": Task(cfg.to_tree(experiment), source, folder, inbox)},
+        train_loop_per_worker,
+        train_loop_config={"task": WorkerInput(cfg.to_tree(experiment), source, folder, inbox)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.gpus_per_worker > 0,
@@ -202,7 +202,7 @@ def _fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    watcher = _Watcher(inbox, folder, tracked, on_progress, experiment, source)
+    watcher = RunMonitor(inbox, folder, tracked, on_progress, experiment, source)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with watcher:
@@ -211,7 +211,7 @@ def _fit(
         if watcher.fatal is None:
             raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        ours = watcher.fatal or our_error(error)
+        ours = watcher.fatal or unwrap_error(error)
         raise ours or RunError(f"training failed: {_root_message(error)}") from error
     finally:
         if threading.current_thread() is threading.main_thread():

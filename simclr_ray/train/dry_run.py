@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from simclr_ray.config.experiment import (
-    DCL,
-    ClassifierHead,
-    CrossEntropy,
-    Distillation,
+    ClassifierHeadConfig,
+    CrossEntropyConfig,
+    DCLConfig,
+    DistillationConfig,
     Experiment,
-    NTXent,
-    SupCon,
+    NTXentConfig,
+    SupConConfig,
 )
-from simclr_ray.data.batches import plan_of
+from simclr_ray.data.batches import build_plan
 from simclr_ray.data.source import Source
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
@@ -43,7 +43,7 @@ class StepMemory(NamedTuple):
 
 def derived(experiment: Experiment, source: Source) -> dict[str, str]:
     """Return the run's arithmetic as name -> text. Raises `DataError` if rows fill no batch."""
-    plan = plan_of(experiment, source)
+    plan = build_plan(experiment, source)
     ranks = range(experiment.scaling.num_workers)
     local = sorted({experiment.local_batch_size(r) for r in ranks}, reverse=True)
     memory = step_memory(experiment)
@@ -133,18 +133,18 @@ def _views(experiment: Experiment) -> int:
 def _of_the_loss(experiment: Experiment) -> dict[str, str]:
     """Return the negatives of an anchor, and what the loss is where nothing is learned."""
     loss, others = experiment.loss, experiment.batch_size - 1
-    if isinstance(loss, CrossEntropy | Distillation):
-        assert isinstance(experiment.head, ClassifierHead)
+    if isinstance(loss, CrossEntropyConfig | DistillationConfig):
+        assert isinstance(experiment.head, ClassifierHeadConfig)
         classes = experiment.head.num_classes
         return {"classes": f"{classes:,}", "loss without learning": _log(classes, "ln(K)")}
     one_view = getattr(loss, "negatives", "both") == "other"
     rows = {"negatives": f"{others if one_view else 2 * others:,} per anchor"}
     match loss:
-        case NTXent() if one_view:
+        case NTXentConfig() if one_view:
             rows["loss without learning"] = _log(others + 1, "ln(N)")
-        case NTXent() | SupCon():
+        case NTXentConfig() | SupConConfig():
             rows["loss without learning"] = _log(2 * others + 1, "ln(2N-1)")
-        case DCL():
+        case DCLConfig():
             rows["loss without learning"] = _log(2 * others, "ln(2N-2)")
     return rows
 

@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from simclr_ray.augment.crop_statistics import BESIDE, WITHIN, shares_of_views
+from simclr_ray.augment.crop_statistics import BESIDE, WITHIN, crop_task_fractions
 from simclr_ray.augment.pipeline import Pipelines
 from simclr_ray.augment.views import Step, TwoViews
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.batches import RowReader, views_of
-from simclr_ray.data.image_cache import Picture
+from simclr_ray.data.batches import RowReader, build_views
+from simclr_ray.data.image_cache import DecodedImage
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.metrics_log import read_series
@@ -41,25 +41,25 @@ CURVES = (
 def draw_views(
     experiment: Experiment, source: Source, path: Path, *, rows: int = 6, epoch: int = 0
 ) -> None:
-    """Write a picture of view pairs: each original with both crop boxes, and its views by stages.
+    """Write an image of view pairs: each original with both crop boxes, and its views by stages.
 
     Above it stands how often pairs of crops set each of the two tasks of §3 (`augment.pairs`).
     """
-    views = views_of(experiment.augment, experiment.seed)
-    pictures = _pictures(experiment, source, rows)
-    if not pictures:
-        raise DataError(f"{source.uri}: none of the rows looked at is a picture")
-    ids = np.array([p.id for p in pictures], np.int64)
-    traces = views.trace([p.pixels for p in pictures], ids, epoch)
+    views = build_views(experiment.augment, experiment.seed)
+    images = _images(experiment, source, rows)
+    if not images:
+        raise DataError(f"{source.uri}: none of the rows looked at is an image")
+    ids = np.array([p.id for p in images], np.int64)
+    traces = views.trace([p.pixels for p in images], ids, epoch)
     columns = 1 + max(map(len, traces))
-    width, height = 1.25 * (columns + 1), 2.5 * len(pictures)
+    width, height = 1.25 * (columns + 1), 2.5 * len(images)
     figure = Figure(figsize=(width, height + 0.6), layout="constrained")
-    grid = figure.add_gridspec(2 * len(pictures), columns, width_ratios=[2, *[1] * (columns - 1)])
-    for i, picture in enumerate(pictures):
+    grid = figure.add_gridspec(2 * len(images), columns, width_ratios=[2, *[1] * (columns - 1)])
+    for i, image in enumerate(images):
         left = figure.add_subplot(grid[2 * i : 2 * i + 2, 0])
-        left.imshow(picture.pixels)
-        size = picture.pixels.shape[:2]
-        left.set_title(f"id {picture.id}, {size[1]} x {size[0]} px", fontsize=7)
+        left.imshow(image.pixels)
+        size = image.pixels.shape[:2]
+        left.set_title(f"id {image.id}, {size[1]} x {size[0]} px", fontsize=7)
         left.set_axis_off()
         for view, (steps, colour) in enumerate(zip(traces, VIEW_COLOURS, strict=True)):
             _mark(left, views, steps[0], i, size, colour, shared=traces[0][0] is traces[1][0])
@@ -73,15 +73,15 @@ def draw_views(
                 axis.spines[:].set_linewidth(2.0 if last else 0.6)
                 if i == 0:
                     axis.set_title(f"{'ab'[view]}: {step.name}", fontsize=7, color=colour)
-    figure.suptitle(_tasks(views, pictures), fontsize=8)
+    figure.suptitle(_tasks(views, images), fontsize=8)
     figure.savefig(path, dpi=150)
 
 
-def _pictures(experiment: Experiment, source: Source, num: int) -> list[Picture]:
-    """Return some pictures that can be decoded, spread over the dataset."""
+def _images(experiment: Experiment, source: Source, num: int) -> list[DecodedImage]:
+    """Return some images that can be decoded, spread over the dataset."""
     reader = RowReader(source, max_pixels=experiment.data.max_pixels, cache_gib=0)
     chosen = np.linspace(0, source.num_rows - 1, min(4 * num, source.num_rows)).astype(int)
-    found = (reader.picture(row) for row in dict.fromkeys(chosen.tolist()))
+    found = (reader.image(row) for row in dict.fromkeys(chosen.tolist()))
     good = [p for p in found if p is not None]
     places = np.linspace(0, len(good) - 1, min(num, len(good))).astype(int)
     return [good[place] for place in places]
@@ -103,13 +103,13 @@ def _mark(
     axis.add_patch(patch)
 
 
-def _tasks(views: TwoViews | Pipelines, pictures: Sequence[Picture]) -> str:
-    """Return how often pairs of crops set each task, over 2,000 pairs of pictures of one size."""
-    if not pictures:
+def _tasks(views: TwoViews | Pipelines, images: Sequence[DecodedImage]) -> str:
+    """Return how often pairs of crops set each task, over 2,000 pairs of images of one size."""
+    if not images:
         return ""
     if isinstance(views, Pipelines) and views.shared:
         return "both views begin with one crop"
-    shares = shares_of_views(views, *pictures[0].pixels.shape[:2])
+    shares = crop_task_fractions(views, *images[0].pixels.shape[:2])
     if shares is None:
         return ""
     return (

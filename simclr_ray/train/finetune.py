@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ClassifierHead, Experiment, absolute_path
+from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment, absolute_path
 from simclr_ray.data.source import Source
 from simclr_ray.data.subset import write_subset
-from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.evaluate import experiment_of, score_classifier
 from simclr_ray.storage.run_folder import RUN_FILE, RunFolder
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train.driver import Run, pretrain
-from simclr_ray.train.monitor import Progress
+from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.resolve import resolved
 
 FEW_LABELS, EPOCHS_OF_FEW, EPOCHS = 0.01, 60, 30
@@ -50,7 +50,7 @@ def finetune(
     share: float,
     *overrides: str,
     from_random: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> FineTuned:
     """Train a classifier from a run's encoder on a share of its labelled rows, and test it.
 
@@ -61,8 +61,8 @@ def finetune(
     )
 
 
-def distill(teacher: str, *overrides: str, on_progress: Progress | None = None) -> FineTuned:
-    """Train a student on what a classifier says of pictures, and test it.
+def distill(teacher: str, *overrides: str, on_progress: OnProgress | None = None) -> FineTuned:
+    """Train a student on what a classifier says of images, and test it.
 
     Arguments and errors as of `plan_distillation`.
     """
@@ -85,7 +85,9 @@ def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool =
         DataError: There are no labels, too few of them, or no test split that they fit.
     """
     if not 0 < share <= 1:
-        raise ConfigError([Mistake("labels", f"got {share:g}; it must be above 0 and at most 1")])
+        raise ConfigError(
+            [ConfigIssue("labels", f"got {share:g}; it must be above 0 and at most 1")]
+        )
     folder = RunFolder.at(run)
     tree, stored = _record(folder, run)
     settings = _settings(tree, folder, share, from_random=from_random)
@@ -105,7 +107,7 @@ def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool =
 
 
 def plan_distillation(teacher: str, *overrides: str) -> Planned:
-    """Return the experiment of a distillation (SimCLRv2); its pictures need no labels.
+    """Return the experiment of a distillation (SimCLRv2); its images need no labels.
 
     LARS at 0.1·√B, crop and flip alone, the teacher's encoder unless `encoder` is overridden, from
     random weights unless `start.weights` is.
@@ -134,7 +136,7 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
     return _checked(Planned(_validated(settings, overrides), stored))
 
 
-def train(planned: Planned, *, on_progress: Progress | None = None) -> FineTuned:
+def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTuned:
     """Train what was planned, test it, and store the scores with it and with the run it is of."""
     experiment, parent = planned
     done = pretrain(experiment, on_progress=on_progress)
@@ -147,15 +149,15 @@ def train(planned: Planned, *, on_progress: Progress | None = None) -> FineTuned
 def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment:
     """Return the experiment; what neither verb does is refused, not passed over."""
     chosen = cfg.validate(Experiment, cfg.apply_overrides(settings, overrides, Experiment))
-    mistakes = []
+    issues = []
     if not chosen.data.test:
         told = "is empty: a classifier needs a split to be tested"
-        mistakes.append(Mistake("data.test", told))
+        issues.append(ConfigIssue("data.test", told))
     if chosen.register_as.name:
         told = "is for pretrain; `simclr-ray register` takes any run folder"
-        mistakes.append(Mistake("register_as.name", told))
-    if mistakes:
-        raise ConfigError(mistakes)
+        issues.append(ConfigIssue("register_as.name", told))
+    if issues:
+        raise ConfigError(issues)
     return chosen
 
 
@@ -164,7 +166,7 @@ def _checked(planned: Planned) -> Planned:
     data = planned.experiment.data
     source = Source.open(data.train, data.columns, data.limit)
     head = resolved(planned.experiment.absolute(), source).head
-    assert isinstance(head, ClassifierHead)
+    assert isinstance(head, ClassifierHeadConfig)
     test = Source.open(data.test, data.columns)
     if not test.has_labels:
         raise DataError(f"{data.test} has no labels to test a classifier by")
@@ -182,7 +184,7 @@ def _record(folder: RunFolder, shown: str) -> tuple[dict[str, Any], dict[str, st
     with tempfile.TemporaryDirectory() as scratch:
         newest = folder.newest(Path(scratch)) if text else None
         if text is None or newest is None:
-            raise ConfigError([Mistake(shown, "is no run folder with a whole checkpoint")])
+            raise ConfigError([ConfigIssue(shown, "is no run folder with a whole checkpoint")])
         return cfg.to_tree(experiment_of(newest)), json.loads(text)
 
 

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simclr_ray.nn.batchnorm import statistics_kept
+from simclr_ray.nn.batchnorm import frozen_statistics
 
 Project = Callable[[int, slice], tuple[Tensor, Tensor]]
 
 
-class Cached(NamedTuple):
+class GradCacheResult(NamedTuple):
     """What one step leaves besides the parameters' gradients."""
 
     loss: Tensor  # scalar
@@ -31,12 +31,12 @@ class Cached(NamedTuple):
     z2: Tensor  # [n, D]
 
 
-def cached_backward(
+def grad_cache_step(
     model: nn.Module,
     project: Project,
     loss: Callable[[Tensor, Tensor], Tensor],
     groups: list[slice],
-) -> Cached:
+) -> GradCacheResult:
     """Return the loss, and add to the parameters' gradients what one pass would. Collective.
 
     Running statistics of batch norm move in the first pass only.
@@ -57,11 +57,11 @@ def cached_backward(
     gradients = (torch.zeros_like(z) if z.grad is None else z.grad for z in (z1, z2))
     upstream = list(zip(*(torch.split(g, sizes) for g in gradients), strict=True))
     del parts
-    with statistics_kept(model):
+    with frozen_statistics(model):
         for g, rows in enumerate(groups):
             with _reduced_later(model) if g + 1 < len(groups) else nullcontext():
                 torch.autograd.backward(project(g, rows), upstream[g])
-    return Cached(value.detach(), z1.detach(), z2.detach())
+    return GradCacheResult(value.detach(), z1.detach(), z2.detach())
 
 
 def group_rows(num_rows: int, first: int, num_groups: int) -> list[slice]:

@@ -18,7 +18,7 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simclr_ray.config.experiment import Data, Experiment, MLPHead, ResNetEncoder
+from simclr_ray.config.experiment import DataConfig, Experiment, MLPHeadConfig, ResNetConfig
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
@@ -31,7 +31,7 @@ RATES: Final = (0.1, 0.3, 0.2)  # the rate moves, since LARS keeps it inside the
 SEED: Final = 200_205_709  # the paper: arXiv:2002.05709
 
 Named = dict[str, Tensor]
-Outcome = dict[str, Named]  # of `loss`, `gradients`, `statistics` and `weights`
+StepResult = dict[str, Named]  # of `loss`, `gradients`, `statistics` and `weights`
 
 
 class Worst(NamedTuple):
@@ -105,7 +105,7 @@ def compare_processes(num_workers: int) -> Comparison:
     )
 
 
-def take_steps(precision: Literal["float64", "float32"]) -> Outcome:
+def take_steps(precision: Literal["float64", "float32"]) -> StepResult:
     """Return loss and gradients of the first step, statistics and weights after the last.
 
     Collective: each rank takes its share of the batch; all get the same. Alone, it is the whole.
@@ -119,7 +119,7 @@ def take_steps(precision: Literal["float64", "float32"]) -> Outcome:
     first, last = dist.share(IMAGES, dist.rank(), dist.world_size())
     views = _global_views().to(dtype)[:, first:last].flatten(0, 1)  # [2n, 3, S, S]
     parallel = dist.data_parallel(model)
-    outcome: Outcome = {}
+    outcome: StepResult = {}
     for rate in RATES:
         optimizer.zero_grad()
         z1, z2 = parallel(views).z.chunk(2)
@@ -141,9 +141,9 @@ def _experiment(precision: Literal["float64", "float32"]) -> Experiment:
     return Experiment(
         name="selfcheck",
         seed=SEED,
-        data=Data(train="generated"),
-        encoder=ResNetEncoder(depth=18, width=0.125, stem="cifar"),
-        head=MLPHead(layers=3, dim=16),
+        data=DataConfig(train="generated"),
+        encoder=ResNetConfig(depth=18, width=0.125, stem="cifar"),
+        head=MLPHeadConfig(layers=3, dim=16),
         batch_size=IMAGES,
         precision=precision,
     )
@@ -181,7 +181,7 @@ def _gradients(model: SimCLRModel) -> Named:
 def _compare_rank(rank: int, path: str) -> Comparison:
     """Return this rank's comparison with the stored reference; small, since it crosses a pipe."""
     del rank  # the process group knows it
-    reference: dict[str, Outcome] = torch.load(path, weights_only=True)
+    reference: dict[str, StepResult] = torch.load(path, weights_only=True)
     own, single = take_steps("float64"), take_steps("float32")
     worst = {kind: _worst(kind, own[kind], reference["float64"][kind]) for kind in own}
     whole = [_vector(o["gradients"]) for o in (single, reference["float32"])]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from simclr_ray.data.batch import Batch
 from simclr_ray.distributed import collectives as dist
-from simclr_ray.errors import CollapsedRun, RunError
+from simclr_ray.errors import DivergedError, RunError
 from simclr_ray.nn.losses import BatchMetrics, Loss
 from simclr_ray.nn.precision import Precision, as_input, autocast
 from simclr_ray.optim import learning_rate_at
-from simclr_ray.train.gradient_cache import cached_backward, group_rows
+from simclr_ray.train.gradient_cache import grad_cache_step, group_rows
 
 _NOT_FINITE = (
     "the loss is not finite at step {step} (mean since the last report: {mean}); "
@@ -30,7 +30,7 @@ _NOT_FINITE = (
 
 
 @dataclass(frozen=True)
-class Timetable:
+class StepSchedule:
     """Which step is what: a pure function of the step, shared by all ranks."""
 
     steps_per_epoch: int
@@ -69,7 +69,7 @@ class Metrics(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Hooks:
+class Callbacks:
     """Plain functions that the loop calls on every rank; they may be collectives."""
 
     report: Callable[[Metrics], None]
@@ -82,8 +82,8 @@ def train(
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     stream: Iterable[Batch],
-    timetable: Timetable,
-    hooks: Hooks,
+    schedule: StepSchedule,
+    callbacks: Callbacks,
     *,
     precision: Precision = "float32",
     seed: int = 0,
@@ -96,24 +96,24 @@ def train(
         loss: Of z1, z2, and the labels where it takes them.
         optimizer: Over the model's parameters; its rate is set here at each step.
         stream: Batches of consecutive steps, from where the run stands.
-        timetable: The run's arithmetic.
-        hooks: What to call and when.
+        schedule: The run's arithmetic.
+        callbacks: What to call and when.
         precision: float64, float32, or bf16 autocast around the model.
         seed: Of what the model itself draws, such as dropout.
         num_groups: Above 1, a step's images pass the model in so many groups, by gradient caching;
             batch norm's statistics are those of a group.
 
     Raises:
-        CollapsedRun: The loss is not finite.
+        DivergedError: The loss is not finite.
         RunError: Ranks stand at different steps.
     """
     device = next(model.parameters()).device
-    meter = _Meter(device, timetable)
+    meter = _Meter(device, schedule)
     model.train()
     for batch in meter.timed(stream):
         step = batch.step
         for group in optimizer.param_groups:
-            group["lr"] = timetable.learning_rate(step)
+            group["lr"] = schedule.learning_rate(step)
         labels = batch.labels.to(device) if batch.labels is not None else None
         project = _Projector(model, batch, device, precision, seed, num_groups, loss.one_view)
         if num_groups == 1:
@@ -121,26 +121,26 @@ def train(
             value = loss(z1, z2, labels)
             value.backward()
         else:
-            first, _ = dist.share(timetable.global_batch_size, dist.rank(), dist.world_size())
+            first, _ = dist.share(schedule.global_batch_size, dist.rank(), dist.world_size())
             groups = group_rows(len(batch.a), first, num_groups)
             if labels is not None:
                 labels = torch.cat([labels[rows] for rows in groups])
-            value, z1, z2 = cached_backward(model, project, partial(loss, labels=labels), groups)
+            value, z1, z2 = grad_cache_step(model, project, partial(loss, labels=labels), groups)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(batch, value.detach())
 
         done = step + 1
-        epoch_ends = done % timetable.steps_per_epoch == 0
-        if done % timetable.log_every == 0 or epoch_ends:
-            hooks.report(meter.read(done, loss.metrics(z1.detach(), z2.detach(), labels)))
+        epoch_ends = done % schedule.steps_per_epoch == 0
+        if done % schedule.log_every == 0 or epoch_ends:
+            callbacks.report(meter.read(done, loss.metrics(z1.detach(), z2.detach(), labels)))
         if epoch_ends:
-            hooks.epoch_end(done // timetable.steps_per_epoch, done)
+            callbacks.epoch_end(done // schedule.steps_per_epoch, done)
             model.train()
             meter.restart()
-        elif timetable.checkpoint_every and done % timetable.checkpoint_every == 0:
+        elif schedule.checkpoint_every and done % schedule.checkpoint_every == 0:
             meter.check_finite(done)
-            hooks.checkpoint(done)
+            callbacks.checkpoint(done)
             meter.restart()
 
 
@@ -175,8 +175,8 @@ class _Projector:
 class _Meter:
     """Sums on the device between reports, so that a step never waits for the host."""
 
-    def __init__(self, device: torch.device, timetable: Timetable) -> None:
-        self.device, self.timetable = device, timetable
+    def __init__(self, device: torch.device, schedule: StepSchedule) -> None:
+        self.device, self.schedule = device, schedule
         self.restart()
 
     def restart(self) -> None:
@@ -205,10 +205,10 @@ class _Meter:
         self.bad_rows += len(batch.bad)
 
     def check_finite(self, done: int) -> None:
-        """Raise `CollapsedRun` on all ranks if a loss was not finite. Collective."""
+        """Raise `DivergedError` on all ranks if a loss was not finite. Collective."""
         total = dist.all_reduce_sum(self.loss_sum.clone())
         if not torch.isfinite(total):
-            raise CollapsedRun(
+            raise DivergedError(
                 _NOT_FINITE.format(step=done, mean=float(self.loss_sum) / self.steps)
             )
 
@@ -218,26 +218,26 @@ class _Meter:
         mine = [float(done), float(self.last_loss), float(self.loss_sum) / self.steps]
         elapsed = time.perf_counter() - self.began
         mine += [self.waited / elapsed, float(self.bad_rows)]
-        everyone = dist.all_gather_vector(
+        gathered = dist.all_gather_vector(
             torch.tensor(mine, dtype=torch.float64, device=self.device)
         ).cpu()  # [R, 5]
-        if (everyone[:, 0] != done).any():
-            raise RunError(f"ranks stand at different steps: {everyone[:, 0].int().tolist()}")
-        _, last, mean, wait, _ = everyone.mean(0).tolist()
-        if not torch.isfinite(everyone[:, 1:3]).all():
-            raise CollapsedRun(_NOT_FINITE.format(step=done, mean=mean))
-        images = self.steps * self.timetable.global_batch_size
+        if (gathered[:, 0] != done).any():
+            raise RunError(f"ranks stand at different steps: {gathered[:, 0].int().tolist()}")
+        _, last, mean, wait, _ = gathered.mean(0).tolist()
+        if not torch.isfinite(gathered[:, 1:3]).all():
+            raise DivergedError(_NOT_FINITE.format(step=done, mean=mean))
+        images = self.steps * self.schedule.global_batch_size
         metrics = Metrics(
             step=done,
-            epoch=done / self.timetable.steps_per_epoch,
+            epoch=done / self.schedule.steps_per_epoch,
             loss=last,
             mean_loss=mean,
-            learning_rate=self.timetable.learning_rate(done - 1),
+            learning_rate=self.schedule.learning_rate(done - 1),
             accuracy=float(of_batch.accuracy),
             entropy=float(of_batch.entropy),
             images_per_s=images / elapsed,
             data_wait_share=wait,
-            bad_rows=int(everyone[:, 4].sum()),
+            bad_rows=int(gathered[:, 4].sum()),
         )
         self.restart()
         return metrics

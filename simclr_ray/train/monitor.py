@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import logging
 import os
 import tempfile
 import threading
@@ -19,22 +20,21 @@ import ray.train.torch
 from ray.util.queue import Empty, Queue
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.config.logging import get_logger
 from simclr_ray.data.source import Source
 from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, RunFolder
 from simclr_ray.tracking.runs import TrackedRun
 
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 Record = dict[str, float]
-Progress = Callable[[Record], None]
+OnProgress = Callable[[Record], None]
 WAIT_S = 10.0  # for a record; what comes is taken at once
 UPLOAD_EVERY_S = 60.0
 
 
-class _Watcher:
+class RunMonitor:
     """Takes the workers' records, in a thread: to the log file first, then MLflow, then the eye."""
 
     def __init__(
@@ -42,7 +42,7 @@ class _Watcher:
         inbox: Queue,
         folder: RunFolder,
         tracked: TrackedRun,
-        on_progress: Progress | None,
+        on_progress: OnProgress | None,
         experiment: Experiment,
         source: Source,
     ) -> None:
@@ -60,7 +60,7 @@ class _Watcher:
         bad_rows = read_records(folder.read_text(BAD_ROWS) or "")
         self._bad = {int(row["id"]): str(row["reason"]) for row in bad_rows}
 
-    def __enter__(self) -> _Watcher:
+    def __enter__(self) -> RunMonitor:
         self._thread.start()
         return self
 

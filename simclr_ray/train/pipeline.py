@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ClassifierHead, Experiment
+from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.classification import Classification
-from simclr_ray.evaluation.evaluate import experiment_of, judge_as, score_classifier
+from simclr_ray.evaluation.evaluate import evaluate_experiment, experiment_of, score_classifier
 from simclr_ray.evaluation.scores import Score, format_table
 from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.inference.registry import register
@@ -24,12 +24,12 @@ from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.tracking.store import RegisteredEncoder
 from simclr_ray.train.driver import Run, pretrain
 from simclr_ray.train.figures import draw_curves, draw_views
-from simclr_ray.train.monitor import Progress
+from simclr_ray.train.monitor import OnProgress
 
 SCORES = "scores.json"
 
 
-class Outcome(NamedTuple):
+class PretrainOutcome(NamedTuple):
     """What one `simclr-ray pretrain` leaves behind."""
 
     run: Run
@@ -38,10 +38,12 @@ class Outcome(NamedTuple):
     classifier: Classification | None  # on the test split, where the head is one
 
 
-def complete(experiment: Experiment, *, on_progress: Progress | None = None) -> Outcome:
+def run_pipeline(
+    experiment: Experiment, *, on_progress: OnProgress | None = None
+) -> PretrainOutcome:
     """Train, judge, publish to MLflow and, where `register_as.name` is set, register."""
     run = pretrain(experiment, on_progress=on_progress)
-    scores = judge_as(experiment.absolute(), run.checkpoint)
+    scores = evaluate_experiment(experiment.absolute(), run.checkpoint)
     publish(run, experiment, scores)
     classifier = _test_classifier(run, experiment.absolute())
     registered = None
@@ -49,13 +51,13 @@ def complete(experiment: Experiment, *, on_progress: Progress | None = None) -> 
         registered = register_run(
             run.folder, experiment.register_as.name, experiment.register_as.alias
         )
-    return Outcome(run, scores, registered, classifier)
+    return PretrainOutcome(run, scores, registered, classifier)
 
 
 def _test_classifier(run: Run, experiment: Experiment) -> Classification | None:
     """Return and log how a supervised run's own classifier does, if there is a labelled test."""
     data = experiment.data
-    if not isinstance(experiment.head, ClassifierHead) or not data.test:
+    if not isinstance(experiment.head, ClassifierHeadConfig) or not data.test:
         return None
     if not Source.open(data.test, data.columns).has_labels:
         return None
@@ -107,12 +109,12 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
     folder = RunFolder.at(run)
     text = folder.read_text(RUN_FILE)
     if text is None:
-        raise ConfigError([Mistake(run, f"is no run folder: it has no {RUN_FILE}")])
+        raise ConfigError([ConfigIssue(run, f"is no run folder: it has no {RUN_FILE}")])
     stored = json.loads(text)
     with tempfile.TemporaryDirectory() as scratch:
         newest = folder.newest(Path(scratch))
         if newest is None:
-            raise ConfigError([Mistake(run, "holds no whole checkpoint to register")])
+            raise ConfigError([ConfigIssue(run, "holds no whole checkpoint to register")])
         experiment, model = experiment_of(newest), load_model(newest)
         target = Path(scratch) / "encoder"
         write_encoder(

@@ -10,13 +10,13 @@ import numpy as np
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import (
-    ClassifierHead,
-    Data,
-    Distillation,
+    ClassifierHeadConfig,
+    DataConfig,
+    DistillationConfig,
     Experiment,
 )
 from simclr_ray.data.source import NO_LABEL, Source
-from simclr_ray.errors import ConfigError, DataError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, _checkpoint
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
@@ -27,13 +27,13 @@ def resolved(experiment: Experiment, source: Source) -> Experiment:
 
     Raises:
         ConfigError: Weights are not there or do not fit.
-        DataError: Labels are missing; see `with_classes`.
+        DataError: Labels are missing; see `resolve_classes`.
     """
-    return with_classes(with_teacher(with_start(experiment)), source)
+    return resolve_classes(resolve_teacher(resolve_init(experiment)), source)
 
 
-def split_like_test(data: Data) -> str:
-    """Return which of `data.train` and `data.bank` holds the pictures of `data.test`, or nothing.
+def split_like_test(data: DataConfig) -> str:
+    """Return which of `data.train` and `data.bank` holds the images of `data.test`, or nothing.
 
     Opens what there is to compare. Raises `DataError` where one cannot be read.
     """
@@ -44,12 +44,12 @@ def split_like_test(data: Data) -> str:
     return known.get(Source.open(data.test, data.columns).fingerprint, "")
 
 
-def with_classes(experiment: Experiment, source: Source) -> Experiment:
+def resolve_classes(experiment: Experiment, source: Source) -> Experiment:
     """Return the experiment, the number of classes filled in where its head is a classifier.
 
     Raises:
-        DataError: The loss takes labels and the pictures have none; of a classifier, too, where a
-            picture has none, there are fewer than two classes, or more than `head.num_classes`.
+        DataError: The loss takes labels and the images have none; of a classifier, too, where a
+            image has none, there are fewer than two classes, or more than `head.num_classes`.
     """
     if not experiment.takes_labels:
         return experiment
@@ -59,7 +59,7 @@ def with_classes(experiment: Experiment, source: Source) -> Experiment:
             f"column {source.columns.label!r} (data.columns.label)"
         )
     head = experiment.head
-    if not isinstance(head, ClassifierHead):
+    if not isinstance(head, ClassifierHeadConfig):
         return experiment
     labels = source.labels()
     if (labels == NO_LABEL).any() or labels.min() < 0:
@@ -79,7 +79,7 @@ def with_classes(experiment: Experiment, source: Source) -> Experiment:
     return experiment.model_copy(update={"head": filled})
 
 
-def with_start(experiment: Experiment) -> Experiment:
+def resolve_init(experiment: Experiment) -> Experiment:
     """Return the experiment with `start` naming one checkpoint or file, and its hash.
 
     Raises:
@@ -91,7 +91,7 @@ def with_start(experiment: Experiment) -> Experiment:
     if weights.endswith(FILES):
         path = Path(weights)
         if not path.is_file():
-            raise _mistake(f"no file {weights}")
+            raise _issue(f"no file {weights}")
         found = {"weights": weights, "sha256": sha256(path)}
     else:
         with tempfile.TemporaryDirectory() as scratch:
@@ -106,26 +106,26 @@ def with_start(experiment: Experiment) -> Experiment:
 NO_CLASSIFIER = "is a run without a classifier: `simclr-ray finetune` trains one from it"
 
 
-def with_teacher(experiment: Experiment) -> Experiment:
+def resolve_teacher(experiment: Experiment) -> Experiment:
     """Return the experiment, its teacher one checkpoint, and as many classes as that knows.
 
     Raises:
         ConfigError: The teacher is no classifier, or knows other classes.
     """
     loss = experiment.loss
-    if not isinstance(loss, Distillation):
+    if not isinstance(loss, DistillationConfig):
         return experiment
     with tempfile.TemporaryDirectory() as scratch:
         where, folder = _checkpoint(loss.teacher, Path(scratch), TEACHER)
         record = checkpoint.read_record(folder)
     head = cfg.validate(Experiment, record["experiment"]).head
-    if not isinstance(head, ClassifierHead):
-        raise ConfigError([Mistake(TEACHER, f"{loss.teacher} {NO_CLASSIFIER}")])
+    if not isinstance(head, ClassifierHeadConfig):
+        raise ConfigError([ConfigIssue(TEACHER, f"{loss.teacher} {NO_CLASSIFIER}")])
     own = experiment.head
-    assert isinstance(own, ClassifierHead)
+    assert isinstance(own, ClassifierHeadConfig)
     if own.num_classes not in (0, head.num_classes):
         told = f"knows {head.num_classes} classes, head.num_classes={own.num_classes}"
-        raise ConfigError([Mistake(TEACHER, told)])
+        raise ConfigError([ConfigIssue(TEACHER, told)])
     found = {"teacher": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
     update = {
         "loss": loss.model_copy(update=found),
@@ -145,17 +145,17 @@ def _check_fits(experiment: Experiment, other: Mapping[str, object]) -> None:
         else [f"name: {theirs.get('name')} -> {encoder['name']}"]
     )
     if apart:
-        raise _mistake(f"is of another encoder: {'; '.join(apart)}")
+        raise _issue(f"is of another encoder: {'; '.join(apart)}")
     head, brought = experiment.head, other["head"]
     assert isinstance(brought, dict)
     hidden = int(brought.get("layers", 0))
     if brought["name"] != "classifier":  # an mlp counts its last layer, too
         hidden = max(0, hidden - 1)
-    if isinstance(head, ClassifierHead) and head.layers > hidden:
-        raise _mistake(
+    if isinstance(head, ClassifierHeadConfig) and head.layers > hidden:
+        raise _issue(
             f"head.layers={head.layers} hidden layers are to come from a head that has {hidden}"
         )
 
 
-def _mistake(problem: str) -> ConfigError:
-    return ConfigError([Mistake(WHERE, problem)])
+def _issue(problem: str) -> ConfigError:
+    return ConfigError([ConfigIssue(WHERE, problem)])

@@ -23,19 +23,19 @@ from torch import Tensor
 
 from simclr_ray import config as cfg
 from simclr_ray.augment.views import TwoViews, ViewPair
-from simclr_ray.config.experiment import Distillation, Experiment, SimCLRViews
+from simclr_ray.config.experiment import DistillationConfig, Experiment, SimCLRViewsConfig
 from simclr_ray.data.batch import Batch
-from simclr_ray.data.batches import two_views
+from simclr_ray.data.batches import build_two_views
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.malloc import keep_freed_memory
-from simclr_ray.errors import CollapsedRun, SimclrRayError
+from simclr_ray.errors import DivergedError, SimclrRayError
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
-from simclr_ray.nn.heads import Tempered
-from simclr_ray.nn.precision import as_input, place
-from simclr_ray.nn.pretrained import load_start, load_teacher
+from simclr_ray.nn.heads import LearnableTemperature
+from simclr_ray.nn.precision import as_input, prepare_model
+from simclr_ray.nn.pretrained import load_init, load_teacher
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
@@ -45,7 +45,7 @@ from simclr_ray.train import loop
 LOWER_THE_RATE = "lower schedule.learning_rate, or lengthen the warm-up"
 
 
-class Task(NamedTuple):
+class WorkerInput(NamedTuple):
     """What a worker is given; all of it pickles."""
 
     experiment: dict[str, Any]  # its tree
@@ -54,22 +54,22 @@ class Task(NamedTuple):
     inbox: Queue
 
 
-def work(config: dict[str, Task]) -> None:
+def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
     """Train on one rank; an error that no restart can mend is sent to the driver first."""
     task = config["task"]
     try:
-        Rank(task).run()
+        TrainWorker(task).run()
     except Exception as error:
-        ours = our_error(error)
+        ours = unwrap_error(error)
         if ours is not None:
             task.inbox.put(ours)
         raise
 
 
-class Rank:
-    """One rank's state, and the hooks that the loop calls."""
+class TrainWorker:
+    """One rank's state, and the callbacks that the loop calls."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: WorkerInput) -> None:
         self.experiment = cfg.validate(Experiment, task.experiment)
         self.source, self.folder, self.inbox = task.source, task.folder, task.inbox
         context = ray.train.get_context()
@@ -95,9 +95,9 @@ class Rank:
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
             build_loss(experiment),
             self.optimizer,
-            finished(experiment, self.source, self._named(batches), self.device),
+            finish_batches(experiment, self.source, self._named(batches), self.device),
             self._timetable(),
-            loop.Hooks(self.report, self.epoch_end, self.save),
+            loop.Callbacks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
             seed=experiment.seed,
             num_groups=experiment.num_groups,
@@ -109,7 +109,7 @@ class Rank:
         step, epoch = named.pop("step"), named.pop("epoch")
         told = {f"train/{name}": value for name, value in named.items()}
         for module in self.model.modules():
-            if isinstance(module, Tempered):
+            if isinstance(module, LearnableTemperature):
                 told["train/temperature"] = module.log_temperature.exp().item()
         self._tell(step, epoch, told)
 
@@ -125,12 +125,12 @@ class Rank:
         """Write a checkpoint. A collective: Ray's report is a barrier.
 
         Raises:
-            CollapsedRun: A weight is not finite, on all ranks at once, since they hold the same.
+            DivergedError: A weight is not finite, on all ranks at once, since they hold the same.
         """
         tensors = checkpoint.pack(self.model, self.optimizer)
         wrong = checkpoint.first_not_finite(tensors.items())
         if wrong:
-            raise CollapsedRun(f"{wrong} is not finite at step {step}; {LOWER_THE_RATE}")
+            raise DivergedError(f"{wrong} is not finite at step {step}; {LOWER_THE_RATE}")
         kept = None
         name = dist.broadcast_text(checkpoint.new_name(step))
         if self.rank == 0:
@@ -161,8 +161,8 @@ class Rank:
         """Make the model and the optimizer, as they were when the checkpoint was written."""
         self.model = build_model(self.experiment)
         if kept is None:
-            load_start(self.model, self.experiment)
-        self.optimizer = placed(self.model, self.experiment, self.device)
+            load_init(self.model, self.experiment)
+        self.optimizer = prepare_training(self.model, self.experiment, self.device)
         if kept is not None:
             checkpoint.unpack(kept.tensors, self.model, self.optimizer)
 
@@ -187,9 +187,9 @@ class Rank:
         if self.rank == 0:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
 
-    def _timetable(self) -> loop.Timetable:
+    def _timetable(self) -> loop.StepSchedule:
         experiment, rows = self.experiment, self.source.num_rows
-        return loop.Timetable(
+        return loop.StepSchedule(
             steps_per_epoch=experiment.steps_per_epoch(rows),
             total_steps=self.total,
             warmup_steps=experiment.warmup_steps(rows),
@@ -205,34 +205,34 @@ def colour(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> V
     """Return the views whose crops are in `batch`: uint8 [n, 3, S, S] each, on `device`."""
     crops = torch.cat([batch.a, batch.b]).to(device)
     draws = views.both(batch.ids.numpy(), epoch)
-    return ViewPair(*views.resized(crops.shape[-1]).distort(crops, draws).chunk(2))
+    return ViewPair(*views.with_size(crops.shape[-1]).distort(crops, draws).chunk(2))
 
 
-def placed(
+def prepare_training(
     model: SimCLRModel, experiment: Experiment, device: torch.device
 ) -> torch.optim.Optimizer:
     """Put a model where and how it is trained, in place; return its optimizer."""
     if isinstance(model.encoder, ResNet):
         model.encoder.recompute = experiment.scaling.recompute_activations
-    place(model, device, experiment.precision)
+    prepare_model(model, device, experiment.precision)
     return build_optimizer(model, experiment.optimizer)
 
 
-def finished(
+def finish_batches(
     experiment: Experiment, source: Source, batches: Iterator[Batch], device: torch.device
 ) -> Iterator[Batch]:
     """Do on a worker's device what is left to it: colour and blur, if so asked, and labels."""
     config = experiment.augment
-    if experiment.scaling.colour_on == "worker" and isinstance(config, SimCLRViews):
-        views = two_views(config, experiment.seed)
+    if experiment.scaling.colour_on == "worker" and isinstance(config, SimCLRViewsConfig):
+        views = build_two_views(config, experiment.seed)
         per_epoch = experiment.steps_per_epoch(source.num_rows)
         batches = (
             batch._replace(**colour(views, batch, batch.step // per_epoch, device)._asdict())
             for batch in batches
         )
-    if isinstance(experiment.loss, Distillation):
+    if isinstance(experiment.loss, DistillationConfig):
         teacher = load_teacher(experiment).to(device)
-        return (batch._replace(labels=taught(teacher, batch, device)) for batch in batches)
+        return (batch._replace(labels=teacher_logits(teacher, batch, device)) for batch in batches)
     if not experiment.takes_labels:
         return batches
     find = source.label_of()
@@ -240,13 +240,13 @@ def finished(
 
 
 @torch.no_grad()
-def taught(teacher: SimCLRModel, batch: Batch, device: torch.device) -> Tensor:
+def teacher_logits(teacher: SimCLRModel, batch: Batch, device: torch.device) -> Tensor:
     """Return a teacher's class scores of both views: float32 [n, 2, K]."""
     views = (batch.a, batch.b)
     return torch.stack([teacher(as_input(v, device, "float32")).z for v in views], 1)
 
 
-def our_error(error: BaseException) -> SimclrRayError | None:
+def unwrap_error(error: BaseException) -> SimclrRayError | None:
     """Return the error of ours that is wrapped in one of Ray's, if there is one."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]

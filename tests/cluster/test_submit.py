@@ -192,15 +192,15 @@ def test_a_wrong_config_ends_the_job_with_a_message(head: Head) -> None:
     assert "exit code 2" in done.stdout + done.stderr
 
 
-def test_pretraining_runs_as_a_job_for_two_epochs(head: Head, pictures: Path) -> None:
+def test_pretraining_runs_as_a_job_for_two_epochs(head: Head, image_root: Path) -> None:
     storage = head.home / "runs"
     # The scores are not looked at: as few rows as show that the evaluation runs.
     few = head.home / "few.parquet"
-    rows = pq.read_table(pictures / "cifar10" / "test" / "part-00000.parquet").slice(0, 512)
+    rows = pq.read_table(image_root / "cifar10" / "test" / "part-00000.parquet").slice(0, 512)
     pq.write_table(rows, few)
     done = head.submit(
         *PRETRAIN,
-        f"data.train={pictures / 'cifar10' / 'train'}",
+        f"data.train={image_root / 'cifar10' / 'train'}",
         f"data.bank={few}",
         f"data.test={few}",
         "data.limit=2048",

@@ -11,7 +11,7 @@ from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.train import loop
-from simclr_ray.train.gradient_cache import cached_backward, group_rows
+from simclr_ray.train.gradient_cache import grad_cache_step, group_rows
 
 LOSS = NTXentLoss(0.2)
 
@@ -56,7 +56,7 @@ def cached_gradients(
         z1, z2 = parallel(views[:, rows].flatten(0, 1)).chunk(2)
         return z1, z2
 
-    cached_backward(parallel, project, LOSS, group_rows(last - first, first, num_groups))
+    grad_cache_step(parallel, project, LOSS, group_rows(last - first, first, num_groups))
     return [g.flatten().tolist() for g in gradients(model)]
 
 
@@ -72,8 +72,8 @@ def trained(rank: int, num: int, num_groups: int) -> list[list[float]]:
         LOSS,
         torch.optim.SGD(model.parameters(), 0.1),
         stream,
-        loop.Timetable(3, 3, 0, 0.1, num),
-        loop.Hooks(lambda m: None, lambda e, s: None, lambda s: None),
+        loop.StepSchedule(3, 3, 0, 0.1, num),
+        loop.Callbacks(lambda m: None, lambda e, s: None, lambda s: None),
         precision="float64",
         num_groups=num_groups,
     )

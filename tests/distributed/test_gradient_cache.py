@@ -148,8 +148,8 @@ def loop_step(rank: int, norm: str) -> Step:
         LOSS,
         optimizer,
         [Batch(0, a, b, torch.arange(first, last), torch.empty(0, dtype=torch.int64))],
-        loop.Timetable(1, 1, 0, 0.1, BATCH),
-        loop.Hooks(lambda m: losses.append(m.loss), lambda e, s: None, lambda s: None),
+        loop.StepSchedule(1, 1, 0, 0.1, BATCH),
+        loop.Callbacks(lambda m: losses.append(m.loss), lambda e, s: None, lambda s: None),
         precision="float64",
         num_groups=BATCH // GROUP,
     )

@@ -1,4 +1,4 @@
-"""Small parquet files of drawn pictures, so that these tests need no data set."""
+"""Small parquet files of drawn images, so that these tests need no data set."""
 
 from __future__ import annotations
 

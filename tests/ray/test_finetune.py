@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import Columns, Experiment
+from simclr_ray.config.experiment import ColumnsConfig, Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluation.evaluate import probe_run
@@ -21,8 +21,8 @@ from simclr_ray.train.driver import Run, pretrain
 from simclr_ray.train.finetune import distill, finetune, plan_finetuning
 from tests.ray.images import write_shapes
 
-NAMES = {"id": "key", "image": "picture", "label": "class"}
-COLUMNS = Columns(**NAMES)
+NAMES = {"id": "key", "image": "image", "label": "class"}
+COLUMNS = ColumnsConfig(**NAMES)
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 

@@ -1,4 +1,4 @@
-"""`prepare` writes whole shards of shuffled pictures, says what it left out, and can be killed."""
+"""`prepare` writes whole shards of shuffled images, says what it left out, and can be killed."""
 
 from __future__ import annotations
 
@@ -163,14 +163,14 @@ def test_an_output_inside_its_input_is_refused(tmp_path: Path) -> None:
         prepare(str(tmp_path), str(tmp_path))
 
 
-def test_bad_pictures_are_named_in_the_manifest_or_stop_the_run(tmp_path: Path) -> None:
+def test_bad_images_are_named_in_the_manifest_or_stop_the_run(tmp_path: Path) -> None:
     given = tmp_path / "given"
     given.mkdir()
     for i in range(20):
         (given / f"{i:02d}.png").write_bytes(_png(i))
     (given / "03.png").write_bytes(b"<html>")
     (given / "11.png").write_bytes(_png(11)[:-30])
-    with pytest.raises(TooManyBadImages, match=r"2 of 20 pictures.*5\.00%") as refusal:
+    with pytest.raises(TooManyBadImages, match=r"2 of 20 images.*5\.00%") as refusal:
         prepare(str(given), str(tmp_path / "out"), max_bad_share=0.05)
     assert "03.png: not an image" in str(refusal.value)
     assert not (tmp_path / "out" / MANIFEST).exists()
@@ -188,8 +188,8 @@ def test_bad_pictures_are_named_in_the_manifest_or_stop_the_run(tmp_path: Path) 
     assert rows.images == [files[int(i)].read_bytes() for i in rows.ids]
 
 
-def test_real_photographs_keep_their_bytes(tmp_path: Path, pictures: Path) -> None:
-    given = Source.open(str(pictures / "caltech101" / "test"))
+def test_real_photographs_keep_their_bytes(tmp_path: Path, image_root: Path) -> None:
+    given = Source.open(str(image_root / "caltech101" / "test"))
     prepare(given.uri, str(tmp_path), rows_per_shard=300)
     stored = Source.open(str(tmp_path))
     assert (stored.num_rows, stored.class_names) == (given.num_rows, given.class_names)
@@ -200,8 +200,8 @@ def test_real_photographs_keep_their_bytes(tmp_path: Path, pictures: Path) -> No
     np.testing.assert_array_equal(rows.labels, original.labels)
 
 
-def test_every_odd_row_is_stored_or_named(tmp_path: Path, pictures: Path) -> None:
-    odd = pictures / "odd"
+def test_every_odd_row_is_stored_or_named(tmp_path: Path, image_root: Path) -> None:
+    odd = image_root / "odd"
     bad = prepare(str(odd / "some_bad_images.parquet"), str(tmp_path / "bad"), max_bad_share=0.05)
     assert [r.id for r in bad.rejected] == [10, 20, 50]
     nulls = prepare(str(odd / "null_images.parquet"), str(tmp_path / "nulls"), max_bad_share=0.1)

@@ -23,7 +23,7 @@ from simclr_ray.errors import TooManyBadImages
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.storage.checkpoint import newest, read
 from simclr_ray.train.driver import Run, pretrain
-from simclr_ray.train.pipeline import complete
+from simclr_ray.train.pipeline import run_pipeline
 from tests.ray.images import write_shapes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -111,7 +111,7 @@ def test_a_run_is_judged_published_and_registered(
 ) -> None:
     tree = tree_of(folder, "one", 1, "float64")
     tree["register_as"] = {"name": "forms", "alias": "newest"}
-    outcome = complete(cfg.validate(Experiment, tree))
+    outcome = run_pipeline(cfg.validate(Experiment, tree))
     assert outcome.run.name == one_worker.name
     names = ["trained encoder", "untrained encoder", "raw pixels"]
     assert [score.name for score in outcome.scores] == names
@@ -172,18 +172,18 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
     assert losses_of(run_folder) == losses_of(Path(two_workers.folder))
 
 
-def test_other_pictures_are_another_run(folder: Path, one_worker: Run, ray_cluster: str) -> None:
+def test_other_images_are_another_run(folder: Path, one_worker: Run, ray_cluster: str) -> None:
     experiment = cfg.validate(Experiment, tree_of(folder, "one", 1, "float64"))
     train = Source.open(experiment.data.train).fingerprint
     test = Source.open(experiment.data.test).fingerprint
     assert experiment.run_name(train) == one_worker.name != experiment.run_name(test)
 
 
-def test_too_many_bad_pictures_stop_the_run_at_once_with_the_reason(
-    pictures: Path, tmp_path: Path, ray_cluster: str
+def test_too_many_bad_images_stop_the_run_at_once_with_the_reason(
+    image_root: Path, tmp_path: Path, ray_cluster: str
 ) -> None:
     tree = tree_of(tmp_path, "bad", 1, "float32")
-    tree["data"] = {"train": str(pictures / "odd" / "null_images.parquet")}
+    tree["data"] = {"train": str(image_root / "odd" / "null_images.parquet")}
     began = time.monotonic()
     with pytest.raises(TooManyBadImages, match=r"max_bad_share=0\.01.*null"):
         pretrain(cfg.validate(Experiment, tree))
@@ -191,11 +191,11 @@ def test_too_many_bad_pictures_stop_the_run_at_once_with_the_reason(
 
 
 @pytest.mark.long  # `tests/unit/data/test_maker.py` has the rule; this, that it is told
-def test_unusable_pictures_are_replaced_and_named(
-    pictures: Path, tmp_path: Path, ray_cluster: str
+def test_unusable_images_are_replaced_and_named(
+    image_root: Path, tmp_path: Path, ray_cluster: str
 ) -> None:
     tree = tree_of(tmp_path, "some", 2, "float32")
-    train = str(pictures / "odd" / "some_bad_images.parquet")
+    train = str(image_root / "odd" / "some_bad_images.parquet")
     tree |= {"data": {"train": train, "max_bad_share": 0.1}, "epochs": 1}
     run = pretrain(cfg.validate(Experiment, tree))
     named = [json.loads(line) for line in (Path(run.folder) / "bad_rows.jsonl").open()]

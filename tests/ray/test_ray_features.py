@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import Evaluation, Experiment
+from simclr_ray.config.experiment import EvaluationConfig, Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ClusterError
-from simclr_ray.evaluation.evaluate import judge
+from simclr_ray.evaluation.evaluate import evaluate
 from simclr_ray.evaluation.features import extract_features, load_split
 from simclr_ray.evaluation.ray_features import extract
 from simclr_ray.evaluation.scores import Pixels, pixels_of
@@ -23,18 +23,18 @@ from tests.ray.images import write_shapes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-TWO = Evaluation(actors=2, cpus_per_actor=0.5, batch_size=16)
+TWO = EvaluationConfig(actors=2, cpus_per_actor=0.5, batch_size=16)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with two splits; one picture of the first is broken, ids are in no order."""
+    """Return a folder with two splits; one image of the first is broken, ids are in no order."""
     path = tmp_path_factory.mktemp("extract")
     for name, rows in (("bank", 110), ("test", 60)):
         write_shapes(path / f"{name}.parquet", rows, row_group_size=25)
     table = pq.read_table(path / "bank.parquet").take(list(range(109, -1, -1)))
     images = table["image"].to_pylist()
-    images[40] = b"no picture"
+    images[40] = b"no image"
     table = table.set_column(1, "image", [images])
     pq.write_table(table, path / "bank.parquet", row_group_size=25)
     return path
@@ -68,11 +68,13 @@ def test_the_table_is_that_of_one_process(folder: Path, ray_cluster: str) -> Non
     record = {"experiment": cfg.to_tree(exp), "digest": "d", "fingerprint": "f", "class_names": []}
     kept = folder / checkpoint.new_name(1)
     checkpoint.write(kept, 1, checkpoint.pack(model, torch.optim.SGD(model.parameters())), record)
-    alone = judge(kept)
-    shared = judge(kept, ("knn", "linear"), "evaluation.actors=2", "evaluation.cpus_per_actor=0.5")
+    alone = evaluate(kept)
+    shared = evaluate(
+        kept, ("knn", "linear"), "evaluation.actors=2", "evaluation.cpus_per_actor=0.5"
+    )
     for a, b in zip(alone, shared, strict=True):
         assert a.name == b.name
-        assert b.knn_top1 == pytest.approx(a.knn_top1, abs=0.02)  # one picture of sixty
+        assert b.knn_top1 == pytest.approx(a.knn_top1, abs=0.02)  # one image of sixty
         assert b.linear_top1 == pytest.approx(a.linear_top1, abs=0.04)
         assert b.uniformity == pytest.approx(a.uniformity, rel=1e-3)
 
@@ -80,4 +82,4 @@ def test_the_table_is_that_of_one_process(folder: Path, ray_cluster: str) -> Non
 def test_more_actors_than_the_cluster_has_cpus_are_refused(folder: Path, ray_cluster: str) -> None:
     source = Source.open(str(folder / "bank.parquet"))
     with pytest.raises(ClusterError, match=r"evaluation.actors=99 with 1 CPUs each"):
-        extract(source, [Pixels()], 32, Evaluation(actors=99))
+        extract(source, [Pixels()], 32, EvaluationConfig(actors=99))

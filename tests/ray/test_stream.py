@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import Experiment, SimCLRViews
+from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
 from simclr_ray.data.batch import Batch
-from simclr_ray.data.batches import join, local_batches, plan_of, two_views
+from simclr_ray.data.batches import build_plan, build_two_views, join, local_batches
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import DataError, TooManyBadImages
@@ -68,9 +68,9 @@ def test_views_coloured_by_the_worker_are_those_of_the_data_actors(tmp_path: Pat
         for on in ("data", "worker")
     )
     assert split.digest() == whole.digest()
-    assert isinstance(split.augment, SimCLRViews)
+    assert isinstance(split.augment, SimCLRViewsConfig)
     source = Source.open(whole.data.train)
-    views = two_views(split.augment, split.seed)
+    views = build_two_views(split.augment, split.seed)
     made = [list(local_batches(e, source, range(6))) for e in (whole, split)]
     for expected, crops in zip(*made, strict=True):
         assert not torch.equal(crops.a, expected.a)
@@ -88,7 +88,7 @@ def test_a_data_actor_that_is_killed_loses_and_repeats_no_step(
     )
     source = Source.open(experiment.data.train)
     steps = range(experiment.total_steps(source.num_rows))
-    plan, seen = plan_of(experiment, source), []
+    plan, seen = build_plan(experiment, source), []
     before = set(data_actors())
     for batch in stream(experiment, source, steps, 0, 1):
         seen.append(batch.step)
@@ -118,7 +118,7 @@ def test_an_error_keeps_its_type_and_comes_after_the_steps_that_were_made(
 ) -> None:
     write_shapes(tmp_path / "a.parquet", 70, row_group_size=10)
     ids = pa.array(range(10), pa.int64())
-    text = pa.table({"id": ids, "image": pa.array([b"no picture"] * 10, pa.binary()), "label": ids})
+    text = pa.table({"id": ids, "image": pa.array([b"no image"] * 10, pa.binary()), "label": ids})
     pq.write_table(text, tmp_path / "b.parquet")
     experiment = experiment_on(
         tmp_path,

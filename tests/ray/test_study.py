@@ -279,7 +279,7 @@ def test_a_scheduler_ends_trials_and_decides_alike_after_a_stop(folder: Path) ->
         assert driver.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    broken.ask_to_stop()
+    broken.request_stop()
     assert driver.wait(timeout=120) == STOPPED_BY_SYSTEM
     assert len(broken.outcomes()) < 3
     _ended([sys.executable, "-m", "simclr_ray.cli.app", "study", "resume", broken.uri])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from simclr_ray.config.experiment import AdamWOptimizer, LARSOptimizer, SGDOptimizer
+from simclr_ray.config.experiment import AdamWConfig, LARSConfig, SGDConfig
 from simclr_ray.nn.heads import mlp_head
 from simclr_ray.optim import LARS, build_optimizer, learning_rate_at
 from tests.reference import lars as oracle
@@ -143,7 +143,7 @@ def test_the_buffer_survives_saving_and_loading() -> None:
 
 def test_batch_norm_and_biases_are_excluded_from_decay_and_adaptation() -> None:
     model = nn.Sequential(mlp_head(6, 4), nn.Linear(4, 2))
-    decayed, plain = build_optimizer(model, LARSOptimizer(weight_decay=0.3)).param_groups
+    decayed, plain = build_optimizer(model, LARSConfig(weight_decay=0.3)).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {"0.0.weight", "0.3.weight", "1.weight"}
     assert {names[id(p)] for p in plain["params"]} == {
@@ -154,7 +154,7 @@ def test_batch_norm_and_biases_are_excluded_from_decay_and_adaptation() -> None:
     }
     assert (decayed["weight_decay"], decayed["adapt"]) == (0.3, True)
     assert (plain["weight_decay"], plain["adapt"]) == (0.0, False)
-    for config in (SGDOptimizer(weight_decay=0.3), AdamWOptimizer(weight_decay=0.3)):
+    for config in (SGDConfig(weight_decay=0.3), AdamWConfig(weight_decay=0.3)):
         groups = build_optimizer(model, config).param_groups
         assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
 

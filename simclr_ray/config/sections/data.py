@@ -1,11 +1,11 @@
-"""What is trained on, and how pictures become shards."""
+"""What is trained on, and how images become shards."""
 
 from __future__ import annotations
 
 from simclr_ray.config.schema import Config, Field
 
 
-class Columns(Config):
+class ColumnsConfig(Config):
     """Which columns of a user's parquet hold what."""
 
     image: str = Field("image", min_length=1, description="Encoded bytes, {bytes, path}, or paths.")
@@ -13,8 +13,8 @@ class Columns(Config):
     id: str = Field("id", description="int64 key of a row; where absent, rows are numbered.")
 
 
-class Data(Config):
-    """The pictures, and the labelled splits that judge the encoder."""
+class DataConfig(Config):
+    """The images, and the labelled splits that judge the encoder."""
 
     train: str = Field(
         min_length=1, description="Parquet file or folder, local or any pyarrow.fs URI."
@@ -26,7 +26,7 @@ class Data(Config):
         "", description="Labelled split that is scored; empty: label-free metrics only."
     )
     limit: int = Field(0, ge=0, description="Use the first rows only, in file order; 0 uses all.")
-    columns: Columns = Columns()
+    columns: ColumnsConfig = ColumnsConfig()
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="Share of undecodable rows that stops."
     )
@@ -37,19 +37,19 @@ class Data(Config):
     shuffle_gib: float = Field(
         2.0,
         gt=0,
-        description="Their encoded bytes, GiB: with large pictures, windows of fewer rows.",
+        description="Their encoded bytes, GiB: with large images, windows of fewer rows.",
     )
     cache_gib: float = Field(2.0, ge=0, description="Decoded-row cache of one node's actors, GiB.")
 
 
-class Preparation(Config):
-    """How `prepare` turns pictures into shards."""
+class PreparationConfig(Config):
+    """How `prepare` turns images into shards."""
 
     num_images: int = Field(0, ge=0, description="Keep the first only; 0 keeps all.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of the shuffle, and of `shapes`.")
     split: str = Field("train", min_length=1, description="Of a torchvision dataset.")
     size: int = Field(32, ge=16, le=1024, description="Side of `shapes` in pixels.")
-    columns: Columns = Columns()
+    columns: ColumnsConfig = ColumnsConfig()
     rows_per_shard: int = Field(5000, ge=1)
     max_bad_share: float = Field(0.01, ge=0, le=1)
     max_pixels: int = Field(50_000_000, ge=1)

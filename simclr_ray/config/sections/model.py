@@ -7,7 +7,7 @@ from typing import Literal
 from simclr_ray.config.schema import Config, Field, model_validator
 
 
-class ResNetEncoder(Config):
+class ResNetConfig(Config):
     """The authors' ResNet: v1.5 strides, projection shortcut in every group, zero-init last BN."""
 
     name: Literal["resnet"] = "resnet"
@@ -25,26 +25,26 @@ class ResNetEncoder(Config):
     )
 
     @model_validator(mode="after")
-    def _check_kernels(self) -> ResNetEncoder:
+    def _check_kernels(self) -> ResNetConfig:
         if self.selective_kernel and (self.depth < 50 or self.stem == "strided"):
             raise ValueError("selective_kernel is for depth >= 50 and stem imagenet or cifar")
         return self
 
 
-class TorchvisionEncoder(Config):
+class TorchvisionConfig(Config):
     """Any torchvision classification backbone, its classifier removed."""
 
     name: Literal["torchvision"] = "torchvision"
     model: str = Field("resnet50", min_length=1, description="A name of torchvision.models.")
 
 
-class NoHead(Config):
+class NoHeadConfig(Config):
     """z = h."""
 
     name: Literal["none"] = "none"
 
 
-class LinearHead(Config):
+class LinearHeadConfig(Config):
     """One dense layer and BN without shift, as in the authors' code."""
 
     name: Literal["linear"] = "linear"
@@ -52,7 +52,7 @@ class LinearHead(Config):
     batch_norm: bool = Field(default=True, description="Without it, dense layers have a bias.")
 
 
-class MLPHead(Config):
+class MLPHeadConfig(Config):
     """Dense-BN-ReLU layers as wide as h (or `hidden`), then dense and BN without shift."""
 
     name: Literal["mlp"] = "mlp"
@@ -62,7 +62,7 @@ class MLPHead(Config):
     batch_norm: bool = Field(default=True, description="Without it, dense layers have a bias.")
 
 
-class ClassifierHead(Config):
+class ClassifierHeadConfig(Config):
     """Class scores from h, or from hidden layers as an mlp head has them (SimCLRv2 keeps one)."""
 
     name: Literal["classifier"] = "classifier"
@@ -74,7 +74,7 @@ class ClassifierHead(Config):
     batch_norm: bool = Field(default=True, description="Without it, hidden layers have a bias.")
 
 
-class Start(Config):
+class InitConfig(Config):
     """Where the weights come from."""
 
     weights: str = Field(
@@ -85,7 +85,7 @@ class Start(Config):
     sha256: str = Field("", description="Of the weights; filled in.")
 
 
-class BatchNorm(Config):
+class BatchNormConfig(Config):
     """Batch normalisation over all workers."""
 
     images: int = Field(

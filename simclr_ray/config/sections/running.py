@@ -7,14 +7,14 @@ from typing import Literal
 from simclr_ray.config.schema import Config, Field
 
 
-class KNN(Config):
+class KNNConfig(Config):
     """Weighted cosine kNN on h: weight exp(cos/τ)."""
 
     k: int = Field(200, ge=1)
     temperature: float = Field(0.1, gt=0)
 
 
-class Linear(Config):
+class LinearConfig(Config):
     """Logistic regression on frozen h."""
 
     epochs: int = Field(60, ge=1)
@@ -22,7 +22,7 @@ class Linear(Config):
     learning_rate: float = Field(0.1, gt=0, description="Per 256 samples; Nesterov SGD, cosine.")
 
 
-class Evaluation(Config):
+class EvaluationConfig(Config):
     """When and how the encoder is judged."""
 
     every_epochs: int = Field(
@@ -31,8 +31,8 @@ class Evaluation(Config):
     size: int = Field(0, ge=0, description="Side of the views it judges; 0: augment.size.")
     bank_limit: int = Field(5_000, ge=0, description="Bank rows used while training; 0: all.")
     test_limit: int = Field(2_000, ge=0, description="Test rows used while training; 0: all.")
-    knn: KNN = KNN()
-    linear: Linear = Linear()
+    knn: KNNConfig = KNNConfig()
+    linear: LinearConfig = LinearConfig()
     batch_size: int = Field(512, ge=1, description="Images per forward pass.")
     actors: int = Field(
         0,
@@ -43,7 +43,7 @@ class Evaluation(Config):
     gpus_per_actor: float = Field(0.0, ge=0)
 
 
-class Checkpointing(Config):
+class CheckpointConfig(Config):
     """When state is written, and how many are kept."""
 
     every_epochs: int = Field(1, ge=1)
@@ -51,7 +51,7 @@ class Checkpointing(Config):
     keep: int = Field(2, ge=1)
 
 
-class Scaling(Config):
+class ScalingConfig(Config):
     """Where it runs; never what it computes."""
 
     num_workers: int = Field(1, ge=1, description="Data-parallel workers.")
@@ -77,7 +77,7 @@ class Scaling(Config):
     collective_timeout_s: float = Field(1800.0, gt=0)
 
 
-class Tracking(Config):
+class TrackingConfig(Config):
     """MLflow."""
 
     uri: str = Field("", description="Tracking URI; empty: sqlite in `storage`.")
@@ -90,7 +90,7 @@ class Tracking(Config):
     system_metrics: bool = True
 
 
-class Registration(Config):
+class RegistryConfig(Config):
     """The registered model; an empty `name` registers nothing."""
 
     name: str = ""

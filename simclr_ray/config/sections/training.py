@@ -7,7 +7,7 @@ from typing import Literal
 from simclr_ray.config.schema import Config, Field, model_validator
 
 
-class NTXent(Config):
+class NTXentConfig(Config):
     """NT-Xent (eq. 1) over the global batch."""
 
     name: Literal["ntxent"] = "ntxent"
@@ -21,13 +21,13 @@ class NTXent(Config):
     )
 
     @model_validator(mode="after")
-    def _check_together(self) -> NTXent:
+    def _check_together(self) -> NTXentConfig:
         if self.learn_temperature and not self.normalize:
             raise ValueError("learn_temperature needs normalize: the length of z is learned anyway")
         return self
 
 
-class NTLogistic(Config):
+class NTLogisticConfig(Config):
     """NT-Logistic of Tables 2 and 4."""
 
     name: Literal["ntlogistic"] = "ntlogistic"
@@ -37,7 +37,7 @@ class NTLogistic(Config):
     negatives: Literal["both", "other"] = Field("both", description="As of ntxent.")
 
 
-class Triplet(Config):
+class TripletConfig(Config):
     """Margin triplet of Tables 2 and 4."""
 
     name: Literal["triplet"] = "triplet"
@@ -47,22 +47,22 @@ class Triplet(Config):
     negatives: Literal["both", "other"] = Field("both", description="As of ntxent.")
 
     @model_validator(mode="after")
-    def _check_margin(self) -> Triplet:
+    def _check_margin(self) -> TripletConfig:
         if self.semi_hard and not self.margin:
             raise ValueError("semi_hard needs a margin above 0: no negative lies within 0")
         return self
 
 
-class DCL(Config):
+class DCLConfig(Config):
     """Decoupled contrastive loss (arXiv:2110.06848): NT-Xent, its denominator negatives only."""
 
     name: Literal["dcl"] = "dcl"
     temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
     normalize: bool = Field(default=True, description="l2-normalise z.")
-    sigma: float = Field(0.0, ge=0, description="σ of DCLW's weights (there 0.5); 0: DCL.")
+    sigma: float = Field(0.0, ge=0, description="σ of DCLW's weights (there 0.5); 0: DCLConfig.")
 
 
-class SupCon(Config):
+class SupConConfig(Config):
     """Supervised contrastive loss (arXiv:2004.11362); unlabelled images stand alone."""
 
     name: Literal["supcon"] = "supcon"
@@ -70,7 +70,7 @@ class SupCon(Config):
     normalize: bool = Field(default=True, description="l2-normalise z.")
 
 
-class CrossEntropy(Config):
+class CrossEntropyConfig(Config):
     """Supervised training with the same encoder, views, stream and loop."""
 
     name: Literal["cross_entropy"] = "cross_entropy"
@@ -78,8 +78,8 @@ class CrossEntropy(Config):
     views: Literal[1, 2] = Field(1, description="Views of an image that a step classifies.")
 
 
-class Distillation(Config):
-    """A teacher's class probabilities as targets, for pictures without labels (SimCLRv2 eq. 2)."""
+class DistillationConfig(Config):
+    """A teacher's class probabilities as targets, for images without labels (SimCLRv2 eq. 2)."""
 
     name: Literal["distillation"] = "distillation"
     teacher: str = Field(min_length=1, description="Run folder or checkpoint of a classifier.")
@@ -89,7 +89,7 @@ class Distillation(Config):
     )
 
 
-class LARSOptimizer(Config):
+class LARSConfig(Config):
     """LARS by the authors' rule: the rate inside the momentum buffer."""
 
     name: Literal["lars"] = "lars"
@@ -100,7 +100,7 @@ class LARSOptimizer(Config):
     clip_lr: bool = False
 
 
-class SGDOptimizer(Config):
+class SGDConfig(Config):
     """SGD with momentum; BN and biases are not decayed."""
 
     name: Literal["sgd"] = "sgd"
@@ -109,7 +109,7 @@ class SGDOptimizer(Config):
     nesterov: bool = False
 
 
-class AdamWOptimizer(Config):
+class AdamWConfig(Config):
     """AdamW; BN and biases are not decayed."""
 
     name: Literal["adamw"] = "adamw"
@@ -118,7 +118,7 @@ class AdamWOptimizer(Config):
     weight_decay: float = Field(1e-4, ge=0)
 
 
-class Schedule(Config):
+class ScheduleConfig(Config):
     """Linear warm-up, then cosine to zero, without restarts; a pure function of the step."""
 
     learning_rate: float = Field(0.3, gt=0, description="Base rate before scaling by batch.")

@@ -1,4 +1,4 @@
-"""How two views are made of a picture: the paper's pipeline, or any list of transformations."""
+"""How two views are made of an image: the paper's pipeline, or any list of transformations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from simclr_ray.config.schema import Config, Field, model_validator
 
 
-class SimCLRViews(Config):
+class SimCLRViewsConfig(Config):
     """The paper's pipeline: crop and resize, flip, colour jitter, grayscale, blur (App. A)."""
 
     name: Literal["simclr"] = "simclr"
@@ -28,7 +28,7 @@ class SimCLRViews(Config):
     grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping colour.")
 
     @model_validator(mode="after")
-    def _check_sizes(self) -> SimCLRViews:
+    def _check_sizes(self) -> SimCLRViewsConfig:
         if self.first_size and not 8 <= self.first_size <= self.size:
             raise ValueError(
                 f"first_size={self.first_size} must be 0, or between 8 and size={self.size}"
@@ -47,14 +47,14 @@ class SimCLRViews(Config):
         return self.first_size + int((self.size - self.first_size) * grown) // step * step
 
 
-class _Stage(Config):
+class _StageConfig(Config):
     """What all transformations have."""
 
     p: float = Field(1.0, ge=0, le=1, description="Probability, drawn for each image.")
 
 
-class CropStage(_Stage):
-    """Random crop, resized to `size`, and flipped; with min_area 1 the whole picture, resized."""
+class CropConfig(_StageConfig):
+    """Random crop, resized to `size`, and flipped; with min_area 1 the whole image, resized."""
 
     name: Literal["crop"] = "crop"
     min_area: float = Field(0.08, gt=0, le=1, description="Smallest share of the area.")
@@ -62,26 +62,26 @@ class CropStage(_Stage):
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a left-right flip.")
 
     @model_validator(mode="after")
-    def _check_areas(self) -> CropStage:
+    def _check_areas(self) -> CropConfig:
         if self.min_area > self.max_area:
             raise ValueError(f"min_area={self.min_area} is above max_area={self.max_area}")
         return self
 
 
-class FlipStage(_Stage):
+class FlipConfig(_StageConfig):
     """Left-right flip."""
 
     name: Literal["flip"] = "flip"
     p: float = Field(0.5, ge=0, le=1, description="Probability, drawn for each image.")
 
 
-class RotateStage(_Stage):
+class RotateConfig(_StageConfig):
     """Rotation by 90, 180 or 270 degrees."""
 
     name: Literal["rotate"] = "rotate"
 
 
-class CutoutStage(_Stage):
+class CutoutConfig(_StageConfig):
     """A square of one gray."""
 
     name: Literal["cutout"] = "cutout"
@@ -89,7 +89,7 @@ class CutoutStage(_Stage):
     fill: float = Field(0.5, ge=0, le=1, description="Gray value.")
 
 
-class JitterStage(_Stage):
+class JitterConfig(_StageConfig):
     """Brightness, contrast, saturation and hue, in a random order."""
 
     name: Literal["jitter"] = "jitter"
@@ -101,7 +101,7 @@ class JitterStage(_Stage):
     hue: float = Field(0.2, ge=0, description="Of a full circle; times strength 0.5 at most.")
 
     @model_validator(mode="after")
-    def _check_hue(self) -> JitterStage:
+    def _check_hue(self) -> JitterConfig:
         if self.hue * self.strength > 0.5:
             raise ValueError(
                 f"hue={self.hue:g} times strength={self.strength:g} is above 0.5, a half turn"
@@ -109,14 +109,14 @@ class JitterStage(_Stage):
         return self
 
 
-class GrayscaleStage(_Stage):
+class GrayscaleConfig(_StageConfig):
     """Colour dropped."""
 
     name: Literal["grayscale"] = "grayscale"
     p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
 
 
-class ColourStage(_Stage):
+class ColorConfig(_StageConfig):
     """The paper's colour distortion: jitter, then grayscale, each by chance."""
 
     name: Literal["colour"] = "colour"
@@ -125,14 +125,14 @@ class ColourStage(_Stage):
     grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping colour.")
 
 
-class NoiseStage(_Stage):
+class NoiseConfig(_StageConfig):
     """Gaussian noise."""
 
     name: Literal["noise"] = "noise"
     sigma: float = Field(0.1, ge=0, le=1, description="Standard deviation; 1 is white.")
 
 
-class BlurStage(_Stage):
+class BlurConfig(_StageConfig):
     """Gaussian blur, its kernel a tenth of the side."""
 
     name: Literal["blur"] = "blur"
@@ -142,19 +142,19 @@ class BlurStage(_Stage):
     kernel: float = Field(0.1, gt=0, le=1, description="Width, as a share of the image's side.")
 
     @model_validator(mode="after")
-    def _check_sigmas(self) -> BlurStage:
+    def _check_sigmas(self) -> BlurConfig:
         if self.min_sigma > self.max_sigma:
             raise ValueError(f"min_sigma={self.min_sigma} is above max_sigma={self.max_sigma}")
         return self
 
 
-class SobelStage(_Stage):
+class SobelConfig(_StageConfig):
     """Edges by Sobel's kernels, without colour."""
 
     name: Literal["sobel"] = "sobel"
 
 
-class SolarizeStage(_Stage):
+class SolarizeConfig(_StageConfig):
     """What is above the threshold, inverted."""
 
     name: Literal["solarize"] = "solarize"
@@ -162,54 +162,56 @@ class SolarizeStage(_Stage):
     threshold: float = Field(0.5, ge=0, le=1)
 
 
-class EqualizeStage(_Stage):
+class EqualizeConfig(_StageConfig):
     """Histogram equalised."""
 
     name: Literal["equalize"] = "equalize"
     p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
 
 
-class AutoAugmentStage(_Stage):
+class AutoAugmentConfig(_StageConfig):
     """torchvision's AutoAugment."""
 
     name: Literal["autoaugment"] = "autoaugment"
     policy: Literal["imagenet", "cifar10", "svhn"] = "imagenet"
 
 
-AnyStage = Annotated[
-    CropStage
-    | FlipStage
-    | RotateStage
-    | CutoutStage
-    | JitterStage
-    | GrayscaleStage
-    | ColourStage
-    | NoiseStage
-    | BlurStage
-    | SobelStage
-    | SolarizeStage
-    | EqualizeStage
-    | AutoAugmentStage,
+AnyStageConfig = Annotated[
+    CropConfig
+    | FlipConfig
+    | RotateConfig
+    | CutoutConfig
+    | JitterConfig
+    | GrayscaleConfig
+    | ColorConfig
+    | NoiseConfig
+    | BlurConfig
+    | SobelConfig
+    | SolarizeConfig
+    | EqualizeConfig
+    | AutoAugmentConfig,
     Field(discriminator="name"),
 ]
 
 
-class PipelineViews(Config):
+class PipelineViewsConfig(Config):
     """Views by lists of transformations, in order: `shared` first, then each view's own (§3)."""
 
     name: Literal["pipeline"] = "pipeline"
     size: int = Field(32, ge=8, description="Side of a view in pixels.")
-    shared: list[AnyStage] = Field(
+    shared: list[AnyStageConfig] = Field(
         default=[], description="Stages whose outcome both views share, such as one crop of both."
     )
-    a: list[AnyStage] = Field(default=[CropStage()], description="Stages of view a after these.")
+    a: list[AnyStageConfig] = Field(
+        default=[CropConfig()], description="Stages of view a after these."
+    )
     symmetric: bool = Field(
         default=True, description="View b has the stages of a, drawn anew; else those of `b`."
     )
-    b: list[AnyStage] = Field(default=[], description="Stages of view b, if not symmetric.")
+    b: list[AnyStageConfig] = Field(default=[], description="Stages of view b, if not symmetric.")
 
     @model_validator(mode="after")
-    def _check_stages(self) -> PipelineViews:
+    def _check_stages(self) -> PipelineViewsConfig:
         for own in (self.a, self.stages_of_b):
             stages = [*self.shared, *own]
             if not stages or stages[0].name != "crop" or stages[0].p < 1:
@@ -224,7 +226,7 @@ class PipelineViews(Config):
         return self
 
     @property
-    def stages_of_b(self) -> list[AnyStage]:
+    def stages_of_b(self) -> list[AnyStageConfig]:
         """Return the stages of view b after the shared ones."""
         return self.a if self.symmetric else self.b
 

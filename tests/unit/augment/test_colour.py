@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from simclr_ray.augment import colour
-from simclr_ray.augment.colour import JitterDraws
+from simclr_ray.augment.colour import JitterParams
 
 TOLERANCE = 1e-3  # torchvision's own float path; luma weights differ in the fifth decimal place
 Adjust = Callable[[Tensor, float], Tensor]
@@ -23,8 +23,8 @@ THEIRS: tuple[Adjust, ...] = (
 FACTORS = [(0.2, 0.2, 0.2, -0.2), (1.0, 1.0, 1.0, 0.0), (1.8, 1.8, 1.8, 0.2), (0.0, 0.0, 0.0, 0.5)]
 
 
-def pictures() -> Tensor:
-    """Return random, gray, black, white, plain and two-level pictures: float32 [8, 3, S, S]."""
+def sample_images() -> Tensor:
+    """Return random, gray, black, white, plain and two-level images: float32 [8, 3, S, S]."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(8, 3, 12, 12, generator=generator)
     x[1] = x[1, :1]  # gray
@@ -37,14 +37,14 @@ def pictures() -> Tensor:
     return x
 
 
-def draws(factors: Tensor, order: list[list[int]], apply: list[bool]) -> JitterDraws:
-    return JitterDraws(factors, torch.tensor(order), torch.tensor(apply))
+def draws(factors: Tensor, order: list[list[int]], apply: list[bool]) -> JitterParams:
+    return JitterParams(factors, torch.tensor(order), torch.tensor(apply))
 
 
 @pytest.mark.parametrize("op", range(4), ids=["brightness", "contrast", "saturation", "hue"])
 @pytest.mark.parametrize("factors", FACTORS)
 def test_each_operation_is_that_of_torchvision(op: int, factors: tuple[float, ...]) -> None:
-    images = pictures()
+    images = sample_images()
     factor = torch.full((len(images), 1, 1, 1), factors[op])
     ours = colour.OPERATIONS[op](images, factor).clamp(0, 1)
     theirs = THEIRS[op](images, factors[op])
@@ -52,7 +52,7 @@ def test_each_operation_is_that_of_torchvision(op: int, factors: tuple[float, ..
 
 
 def test_gray_is_that_of_torchvision() -> None:
-    images = pictures()
+    images = sample_images()
     theirs = tv.rgb_to_grayscale(images)
     assert (colour.grayscale(images) - theirs).abs().max() < TOLERANCE
 
@@ -60,7 +60,7 @@ def test_gray_is_that_of_torchvision() -> None:
 def test_every_order_of_operations_is_that_order_with_clipping_after_each() -> None:
     from simclr_ray.augment.views import ORDERS
 
-    images = pictures()[:1].expand(24, -1, -1, -1).contiguous()
+    images = sample_images()[:1].expand(24, -1, -1, -1).contiguous()
     factors = torch.tensor([1.7, 1.6, 0.3, 0.15]).expand(24, -1).contiguous()
     ours = colour.jitter(images, draws(factors, ORDERS.tolist(), [True] * 24))
     for row, order in enumerate(ORDERS.tolist()):
@@ -82,8 +82,8 @@ def test_each_step_is_clipped_not_the_last_alone() -> None:
     assert out[0, 0, 0].tolist() == pytest.approx([0.75, 0.75, 0.25, 0.25], abs=1e-6)
 
 
-def test_pictures_that_are_not_chosen_are_left_alone_and_the_input_is_too() -> None:
-    images = pictures()
+def test_images_that_are_not_chosen_are_left_alone_and_the_input_is_too() -> None:
+    images = sample_images()
     before = images.clone()
     factors = torch.tensor([0.3, 1.5, 0.5, 0.1]).expand(8, -1).contiguous()
     apply = [True, False] * 4
@@ -93,28 +93,28 @@ def test_pictures_that_are_not_chosen_are_left_alone_and_the_input_is_too() -> N
     assert not torch.equal(out[0], images[0])
 
 
-def test_a_picture_comes_out_the_same_in_any_company() -> None:
+def test_an_image_comes_out_the_same_in_any_company() -> None:
     generator = torch.Generator().manual_seed(1)
-    images = pictures()
+    images = sample_images()
     factors = torch.rand(8, 4, generator=generator) + torch.tensor([0.5, 0.5, 0.5, -0.5])
     order = torch.stack([torch.randperm(4, generator=generator) for _ in range(8)])
     apply = torch.tensor([True] * 7 + [False])
-    together = colour.jitter(images, JitterDraws(factors, order, apply))
+    together = colour.jitter(images, JitterParams(factors, order, apply))
     for i in range(8):
-        part = JitterDraws(factors[i : i + 1], order[i : i + 1], apply[i : i + 1])
+        part = JitterParams(factors[i : i + 1], order[i : i + 1], apply[i : i + 1])
         assert torch.equal(colour.jitter(images[i : i + 1], part)[0], together[i])
-    backwards = JitterDraws(factors.flip(0), order.flip(0), apply.flip(0))
+    backwards = JitterParams(factors.flip(0), order.flip(0), apply.flip(0))
     assert torch.equal(colour.jitter(images.flip(0), backwards), together.flip(0))
 
 
 def test_a_whole_turn_of_hue_is_none() -> None:
-    images = pictures()
+    images = sample_images()
     turned = colour.hue(images, torch.ones(8, 1, 1, 1))
     assert (turned - images).abs().max() < 1e-5
 
 
-def test_gray_pictures_have_no_hue_or_saturation_to_change() -> None:
-    gray = pictures()[1:4]
+def test_gray_images_have_no_hue_or_saturation_to_change() -> None:
+    gray = sample_images()[1:4]
     factor = torch.full((3, 1, 1, 1), 0.3)
     assert (colour.hue(gray, factor) - gray).abs().max() < 1e-6
     assert (colour.saturation(gray, factor) - gray).abs().max() < 1e-6

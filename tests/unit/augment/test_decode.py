@@ -1,4 +1,4 @@
-"""Any picture becomes upright RGB, or an `ImageError` that says in a few words why not."""
+"""Any image becomes upright RGB, or an `ImageError` that says in a few words why not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from simclr_ray.augment.decode import ImageError, Pixels, decode_image, evaluation_view
 
-# What the README of the `odd` pictures says each file is; a string is the reason it is refused.
+# What the README of the `odd` images says each file is; a string is the reason it is refused.
 ODD: dict[str, tuple[int, int] | str] = {
     "ok.jpg": (178, 300),
     "truncated_half.jpg": "truncated",
@@ -53,8 +53,8 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def picture(height: int = 24, width: int = 40, seed: int = 0) -> Pixels:
-    """A smooth picture whose four corners differ, so that turns and mirrors show."""
+def image(height: int = 24, width: int = 40, seed: int = 0) -> Pixels:
+    """A smooth image whose four corners differ, so that turns and mirrors show."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
@@ -73,8 +73,8 @@ def png_of_size(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", sorted(ODD))
-def test_every_odd_picture_is_decoded_or_refused_for_its_reason(name: str, pictures: Path) -> None:
-    encoded = (pictures / "odd" / name).read_bytes()
+def test_every_odd_image_is_decoded_or_refused_for_its_reason(name: str, image_root: Path) -> None:
+    encoded = (image_root / "odd" / name).read_bytes()
     expected = ODD[name]
     if isinstance(expected, str):
         with pytest.raises(ImageError) as refusal:
@@ -88,13 +88,13 @@ def test_every_odd_picture_is_decoded_or_refused_for_its_reason(name: str, pictu
     assert pixels.std() > 5
 
 
-def test_the_list_of_odd_pictures_is_complete(pictures: Path) -> None:
-    names = {p.name for p in (pictures / "odd").iterdir()}
+def test_the_list_of_odd_images_is_complete(image_root: Path) -> None:
+    names = {p.name for p in (image_root / "odd").iterdir()}
     assert {n for n in names if not n.endswith((".parquet", ".md"))} == set(ODD)
 
 
-def test_odd_encodings_of_one_photograph_look_alike(pictures: Path) -> None:
-    odd = pictures / "odd"
+def test_odd_encodings_of_one_photograph_look_alike(image_root: Path) -> None:
+    odd = image_root / "odd"
     truth = decode_image((odd / "ok.jpg").read_bytes()).astype(float)
     for name in ("cmyk.jpg", "rgb16.png", "progressive.jpg", "jpeg_named.png"):
         other = decode_image((odd / name).read_bytes()).astype(float)
@@ -118,7 +118,7 @@ def test_odd_encodings_of_one_photograph_look_alike(pictures: Path) -> None:
     ],
 )
 def test_lossless_encodings_come_back_to_the_byte(kind: str, options: dict[str, object]) -> None:
-    pixels = picture()
+    pixels = image()
     again = decode_image(encode(Image.fromarray(pixels), kind, **options))
     np.testing.assert_array_equal(again, pixels)
     assert again.flags.c_contiguous
@@ -128,7 +128,7 @@ def test_lossless_encodings_come_back_to_the_byte(kind: str, options: dict[str, 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
-    pixels = picture(64, 96)
+    pixels = image(64, 96)
     upright = {
         1: pixels,
         2: pixels[:, ::-1],
@@ -148,8 +148,8 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so, once per process
-def test_a_broken_exif_block_does_not_cost_the_picture() -> None:
-    encoded = encode(Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\x01")
+def test_a_broken_exif_block_does_not_cost_the_image() -> None:
+    encoded = encode(Image.fromarray(image()), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\x01")
     assert decode_image(encoded).shape == (24, 40, 3)
 
 
@@ -202,7 +202,7 @@ def test_the_first_frame_of_an_animation_counts() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "GIF", "JPEG", "TIFF"])
 def test_an_image_cut_anywhere_is_refused_and_nothing_else_escapes(kind: str) -> None:
-    encoded = encode(Image.fromarray(picture(64, 64)), kind)
+    encoded = encode(Image.fromarray(image(64, 64)), kind)
     for end in range(0, len(encoded) * 9 // 10, max(len(encoded) // 60, 1)):
         with pytest.raises(ImageError, match=r"^.{5,60}$"):
             decode_image(encoded[:end])
@@ -211,7 +211,7 @@ def test_an_image_cut_anywhere_is_refused_and_nothing_else_escapes(kind: str) ->
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "GIF", "JPEG", "TIFF"])
 def test_flipped_bytes_give_pixels_or_an_image_error(kind: str) -> None:
     rng = np.random.default_rng(5)
-    encoded = encode(Image.fromarray(picture(16, 16)), kind)
+    encoded = encode(Image.fromarray(image(16, 16)), kind)
     for _ in range(60):
         broken = bytearray(encoded)
         for at in rng.integers(0, len(broken), 3):
@@ -227,16 +227,16 @@ def test_flipped_bytes_give_pixels_or_an_image_error(kind: str) -> None:
 def test_size_is_judged_by_the_header_before_any_pixel_is_decoded() -> None:
     with pytest.raises(ImageError, match=r"^too many pixels: 100000x60000$"):
         decode_image(png_of_size(100_000, 60_000))
-    webp = encode(Image.fromarray(picture()), "WEBP", lossless=True)
+    webp = encode(Image.fromarray(image()), "WEBP", lossless=True)
     with pytest.raises(ImageError, match=r"^too many pixels: 40x24$"):
         decode_image(webp, max_pixels=959)
     assert decode_image(webp, max_pixels=960).shape == (24, 40, 3)
-    lossy = encode(Image.fromarray(picture()), "WEBP", quality=50)
+    lossy = encode(Image.fromarray(image()), "WEBP", quality=50)
     with pytest.raises(ImageError, match=r"^too many pixels: 40x24$"):
         decode_image(lossy, max_pixels=959)
 
 
-def test_a_raised_limit_admits_large_pictures_without_a_warning() -> None:
+def test_a_raised_limit_admits_large_images_without_a_warning() -> None:
     large = encode(Image.new("1", (9_500, 9_500)), "PNG")  # above Pillow's own warning limit
     assert decode_image(large, max_pixels=100_000_000).shape == (9_500, 9_500, 3)
 
@@ -252,30 +252,30 @@ def test_a_raised_limit_admits_large_pictures_without_a_warning() -> None:
         (encode(Image.new("F", (4, 4)), "TIFF"), "pixels of mode F have no known range"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_its_reason(encoded: bytes, reason: str) -> None:
+def test_what_is_no_image_is_refused_with_its_reason(encoded: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as refusal:
         decode_image(encoded)
     assert str(refusal.value) == reason
 
 
 def test_threads_decode_the_same_pixels() -> None:
-    many = [encode(Image.fromarray(picture(seed=s)), "WEBP", lossless=True) for s in range(64)]
+    many = [encode(Image.fromarray(image(seed=s)), "WEBP", lossless=True) for s in range(64)]
     with ThreadPoolExecutor(8) as pool:
         for a, b in zip(pool.map(decode_image, many), map(decode_image, many), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
 def test_small_evaluation_views_show_the_whole_image() -> None:
-    same = picture(32, 32)
+    same = image(32, 32)
     np.testing.assert_array_equal(evaluation_view(same, 32), same)
-    pixels = picture(48, 64)
+    pixels = image(48, 64)
     expected = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(evaluation_view(pixels, 32), np.asarray(expected))
 
 
 def test_large_evaluation_views_show_the_centre_as_the_authors_crop_it() -> None:
-    pixels = picture(256, 320)
+    pixels = image(256, 320)
     view = evaluation_view(pixels, 224)  # 0.875 * 256 = 224: the crop needs no resizing
     np.testing.assert_array_equal(view, pixels[16:240, 48:272])
-    assert evaluation_view(picture(91, 77), 96).shape == (96, 96, 3)
-    assert evaluation_view(picture(2, 2), 64).shape == (64, 64, 3)
+    assert evaluation_view(image(91, 77), 96).shape == (96, 96, 3)
+    assert evaluation_view(image(2, 2), 64).shape == (64, 64, 3)

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_ray.augment import native
-from simclr_ray.augment.colour import JitterDraws
-from simclr_ray.augment.views import ORDERS, Draws, TwoViews
+from simclr_ray.augment.colour import JitterParams
+from simclr_ray.augment.views import ORDERS, AugmentParams, TwoViews
 
 Pixels = NDArray[np.uint8]
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler here")
@@ -29,7 +29,7 @@ print(native.available(), int(pair.a.sum()), int(pair.b.sum()))
 """
 
 
-def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[Pixels]:
+def sample_images(*sizes: tuple[int, int], seed: int = 0) -> list[Pixels]:
     rng = np.random.default_rng(seed)
     found = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     found[0][:] = found[0] // 128 * 255  # extremes overshoot the most
@@ -42,7 +42,7 @@ def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[Pixels]:
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.0])
 def test_compiled_views_are_those_of_torch_to_the_last_bit(size: int, strength: float) -> None:
     shapes = [(32, 32), (32, 32), (1, 40), (90, 61), (300, 7), (2, 2), (200, 260), (32, 32)]
-    images, ids = pictures(*shapes * 4), np.arange(32) * 7 - 50
+    images, ids = sample_images(*shapes * 4), np.arange(32) * 7 - 50
     forms = [
         TwoViews(size, strength=strength, blur=0.6, grayscale=0.4, seed=3, compiled=compiled)
         for compiled in (True, False)
@@ -62,10 +62,10 @@ def test_compiled_colour_is_that_of_torch_on_every_colour_and_order() -> None:
     factors = rng.uniform([0, 0, 0, -0.5], [2.6, 2.6, 2.6, 0.5], (n, 4)).astype(np.float32)
     special = [[1, 1, 1, 0], [0, 0, 0, 0.5], [2, 2, 2, -0.5], [1, 0, 1, 1 / 6]]
     factors[:4] = np.array(special, np.float32)
-    draws = Draws(
+    draws = AugmentParams(
         crop=np.zeros((n, 4)),
         flip=np.zeros(n, bool),
-        jitter=JitterDraws(
+        jitter=JitterParams(
             torch.from_numpy(factors),
             torch.from_numpy(np.tile(ORDERS, (n // 24, 1))),
             torch.from_numpy(rng.random(n) < 0.9),
@@ -82,7 +82,7 @@ def test_compiled_colour_is_that_of_torch_on_every_colour_and_order() -> None:
 
 @needs_compiler
 def test_pixels_that_are_not_touched_come_out_as_they_went_in() -> None:
-    images = pictures((32, 32), (32, 32))
+    images = sample_images((32, 32), (32, 32))
     views = TwoViews(32, strength=0, blur=0, flip=0, jitter=0, grayscale=0, min_area=1.0)
     for view in views(images, np.arange(2), 0):
         assert torch.equal(view, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
@@ -90,7 +90,7 @@ def test_pixels_that_are_not_touched_come_out_as_they_went_in() -> None:
 
 @needs_compiler
 def test_a_slice_of_a_larger_array_is_read_as_what_it_is() -> None:
-    whole = pictures((60, 80), (60, 80))[0]
+    whole = sample_images((60, 80), (60, 80))[0]
     part = whole[5:45, 10:70]
     views = TwoViews.simclr(24)
     assert torch.equal(views([part], np.array([4]), 0).a, views([part.copy()], np.array([4]), 0).a)
@@ -98,10 +98,10 @@ def test_a_slice_of_a_larger_array_is_read_as_what_it_is() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("box", [(-1, 0, 4, 4), (0, 7, 4, 4), (0, 0, 11, 4), (0, 0, 0, 4)])
-def test_a_crop_outside_its_picture_is_refused(box: tuple[int, ...]) -> None:
-    picture = np.zeros((10, 10, 3), np.uint8)
-    with pytest.raises(ValueError, match="outside its picture"):
-        native.crop_views([picture], np.array([box]), np.zeros(1, bool), 8)
+def test_a_crop_outside_its_image_is_refused(box: tuple[int, ...]) -> None:
+    image = np.zeros((10, 10, 3), np.uint8)
+    with pytest.raises(ValueError, match="outside its image"):
+        native.crop_views([image], np.array([box]), np.zeros(1, bool), 8)
 
 
 @needs_compiler
@@ -114,12 +114,12 @@ def test_a_crop_outside_its_picture_is_refused(box: tuple[int, ...]) -> None:
         np.zeros((10, 10, 3), np.float32),
     ],
 )
-def test_what_is_no_picture_is_refused_and_not_read(wrong: NDArray[np.generic]) -> None:
+def test_what_is_no_image_is_refused_and_not_read(wrong: NDArray[np.generic]) -> None:
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
         TwoViews.simclr(8)([wrong], np.zeros(1, np.int64), 0)  # type: ignore[arg-type] # wrong
 
 
-def test_no_pictures_give_no_views() -> None:
+def test_no_images_give_no_views() -> None:
     pair = TwoViews.simclr(24)([], np.zeros(0, np.int64), 0)
     assert pair.a.shape == (0, 3, 24, 24)
 

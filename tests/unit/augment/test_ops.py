@@ -1,4 +1,4 @@
-"""Every transformation against an independent form, on real pictures, and its draws' law."""
+"""Every transformation against an independent form, on real images, and its draws' law."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def images(pictures: Path) -> Tensor:
-    """Return 16 CIFAR-10 pictures, float32 [16, 3, 32, 32]."""
-    path = sorted((pictures / "cifar10" / "train").glob("*.parquet"))[0]
+def images(image_root: Path) -> Tensor:
+    """Return 16 CIFAR-10 image_root, float32 [16, 3, 32, 32]."""
+    path = sorted((image_root / "cifar10" / "train").glob("*.parquet"))[0]
     encoded = pq.read_table(path, columns=["image"])["image"][:16].to_pylist()
     pixels = np.stack([decode_image(e) for e in encoded])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
@@ -62,7 +62,7 @@ def test_rotations_are_pillows_each_a_third_of_the_time(images: Tensor) -> None:
         torch.testing.assert_close(ours, tensor(pillow(image).rotate(degrees)))
 
 
-def test_cutout_is_a_square_that_may_leave_the_picture(images: Tensor) -> None:
+def test_cutout_is_a_square_that_may_leave_the_image(images: Tensor) -> None:
     op = ops.Cutout(side=0.5, fill=0.25)
     u = uniforms(op, len(images), seed=1)
     cut = 0
@@ -146,10 +146,10 @@ def test_colour_distortion_jitters_and_drops_colour_as_often_as_it_says(images: 
 
 @pytest.mark.parametrize("strength", [0.125, 0.5, 1.0])
 def test_jitter_factors_are_uniform_over_their_ranges(strength: float) -> None:
-    from simclr_ray.augment.views import jitter_draws
+    from simclr_ray.augment.views import jitter_params
 
     u = np.random.default_rng(7).random((5000, 5))
-    draws = jitter_draws(u[:, :4], u[:, 4], np.ones(5000, np.bool_), strength)
+    draws = jitter_params(u[:, :4], u[:, 4], np.ones(5000, np.bool_), strength)
     reach = np.array([0.8, 0.8, 0.8, 0.2]) * strength
     middle = np.array([1.0, 1.0, 1.0, 0.0])
     for column, half, centre in zip(draws.factors.double().numpy().T, reach, middle, strict=True):
@@ -180,7 +180,7 @@ def every_op() -> list[Any]:
 
 
 @pytest.mark.parametrize("op", every_op(), ids=list(ops.OPS))
-def test_every_op_keeps_the_range_and_a_picture_does_not_depend_on_its_batch(
+def test_every_op_keeps_the_range_and_an_image_does_not_depend_on_its_batch(
     op: ops.Op, images: Tensor
 ) -> None:
     u = uniforms(op, len(images), seed=9)

@@ -19,7 +19,7 @@ SOBEL = Stage("sobel", ops.Sobel())
 
 
 def drawn(num: int = NUM) -> list[NDArray[np.uint8]]:
-    """Return pictures of several sizes."""
+    """Return images of several sizes."""
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (30 + i % 5, 40 - i % 7, 3), np.uint8) for i in range(num)]
 
@@ -81,7 +81,7 @@ def test_a_stage_acts_as_often_as_its_probability_says() -> None:
     assert stats.binomtest(acted, 2000, 0.3).pvalue > 0.001
 
 
-def test_the_whole_picture_is_a_crop_of_area_1() -> None:
+def test_the_whole_image_is_a_crop_of_area_1() -> None:
     whole = Stage("crop", Crop(min_area=1.0, flip=0.0))
     square = [np.random.default_rng(2).integers(0, 256, (SIZE, SIZE, 3), np.uint8)]
     pair = Pipelines(SIZE, [], [whole], [whole])(square, IDS[:1], 0)
@@ -100,7 +100,7 @@ def test_noise_of_large_views_is_drawn_by_more_than_one_key() -> None:
 
 def test_views_of_another_size_and_lists_that_cannot_be() -> None:
     views = Pipelines(SIZE, [], [CROP], [CROP])
-    assert views.resized(16)(drawn(), IDS, 0).a.shape == (NUM, 3, 16, 16)
+    assert views.with_size(16)(drawn(), IDS, 0).a.shape == (NUM, 3, 16, 16)
     for shared, a in (([], [COLOUR]), ([], []), ([Stage("crop", Crop(), 0.5)], [])):
         with pytest.raises(ValueError, match="begin with a crop"):
             Pipelines(SIZE, shared, a, a)

@@ -26,7 +26,7 @@ def weights(start: int, length: int, size_in: int, size_out: int) -> Tensor:
     return bicubic_weights(np.array([start]), np.array([length]), size_in, size_out)
 
 
-def pictures(n: int, height: int, width: int, seed: int = 0) -> Tensor:
+def sample_images(n: int, height: int, width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
 
@@ -72,7 +72,7 @@ def test_rows_of_weights_sum_to_the_unit_exactly_and_stay_inside_the_crop(
 
 def test_a_crop_of_the_right_size_is_copied() -> None:
     assert torch.equal(weights(5, 20, 32, 20)[0, :, 5:25], UNIT * torch.eye(20))
-    images = pictures(2, 32, 32)
+    images = sample_images(2, 32, 32)
     same = weights(0, 32, 32, 32).expand(2, -1, -1)
     assert torch.equal(resize(images, same, same), images)
 
@@ -87,7 +87,7 @@ def test_weights_are_antialiased_bicubic(length: int, size_out: int) -> None:
     assert error.max() <= 0.5 * taps / UNIT
 
 
-def test_weights_of_several_pictures_are_those_of_each_alone() -> None:
+def test_weights_of_several_images_are_those_of_each_alone() -> None:
     starts, lengths = np.array([0, 3, 10]), np.array([32, 9, 1])
     together = bicubic_weights(starts, lengths, 32, 24)
     for i in range(3):
@@ -108,7 +108,7 @@ def test_weights_from_the_table_are_those_made_for_the_crop(size_in: int, size_o
     ("height", "width", "size"), [(32, 32, 32), (41, 23, 32), (300, 200, 96), (2, 640, 96)]
 )
 def test_the_result_is_the_same_in_float32_and_float64(height: int, width: int, size: int) -> None:
-    images = pictures(3, height, width, seed=1)
+    images = sample_images(3, height, width, seed=1)
     images[0] = (images[0] > 127).to(torch.uint8) * 255  # extremes overshoot the most
     rows = bicubic_weights(np.array([0, 0, 1]), np.array([height, 1, height - 1]), height, size)
     columns = bicubic_weights(np.array([0, 1, 0]), np.array([width, 2, width]), width, size)
@@ -121,7 +121,7 @@ def test_the_result_is_the_same_in_float32_and_float64(height: int, width: int, 
 
 
 def test_the_result_is_the_same_in_any_batch_and_order() -> None:
-    images = pictures(5, 40, 28, seed=2)
+    images = sample_images(5, 40, 28, seed=2)
     rows = bicubic_weights(np.array([0, 1, 2, 3, 4]), np.array([40, 30, 20, 10, 1]), 40, 32)
     columns = bicubic_weights(np.array([0, 1, 2, 3, 4]), np.array([28, 20, 9, 4, 24]), 28, 32)
     together = resize(images, rows, columns)
@@ -132,7 +132,7 @@ def test_the_result_is_the_same_in_any_batch_and_order() -> None:
         assert torch.equal(resize(images[part], rows[part], columns[part]), together[part])
 
 
-def test_a_flat_picture_stays_flat() -> None:
+def test_a_flat_image_stays_flat() -> None:
     images = torch.full((1, 3, 37, 53), 201, dtype=torch.uint8)
     out = resize(images, weights(2, 30, 37, 32), weights(5, 41, 53, 32))
     assert (out == 201).all()
@@ -141,7 +141,7 @@ def test_a_flat_picture_stays_flat() -> None:
 @pytest.mark.parametrize(("size", "taps"), [(224, 23), (96, 9), (32, 3)])
 def test_blur_is_a_zero_padded_convolution_with_a_normalised_gaussian(size: int, taps: int) -> None:
     sigmas = np.array([0.1, 0.7, 2.0])
-    images = pictures(3, size, size, seed=3)[:, :1].float() * FULL / 255
+    images = sample_images(3, size, size, seed=3)[:, :1].float() * FULL / 255
     band = blur_weights(sigmas, taps, size)
     out = blur(images, band)
     for i, sigma in enumerate(sigmas.tolist()):
@@ -163,5 +163,5 @@ def test_blur_weights_sum_to_the_unit_away_from_the_edges_and_less_at_them() -> 
 
 
 def test_one_tap_is_no_blur() -> None:
-    images = pictures(1, 8, 8).float()
+    images = sample_images(1, 8, 8).float()
     assert torch.equal(blur(images, blur_weights(np.array([1.0]), 1, 8)), images)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simclr_ray.augment.decode import ImageError, decode_image
-from simclr_ray.augment.views import ORDERS, SIGMAS, Draws, TwoViews
+from simclr_ray.augment.views import ORDERS, SIGMAS, AugmentParams, TwoViews
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -22,7 +22,7 @@ NUM_DRAWS = 20_000
 
 
 def photographs(*sizes: tuple[int, int], seed: int = 0) -> list[Pixels]:
-    """Return smooth random pictures of (height, width), with some texture, as photographs have."""
+    """Return smooth random images of (height, width), with some texture, as photographs have."""
     rng = np.random.default_rng(seed)
     out = []
     for height, width in sizes:
@@ -42,7 +42,7 @@ def only_crop(size: int, seed: int = 0) -> TwoViews:
     return TwoViews(size, strength=0, blur=0, flip=0, jitter=0, grayscale=0, seed=seed)
 
 
-def draws_of(views: TwoViews) -> Draws:
+def draws_of(views: TwoViews) -> AugmentParams:
     return views.draw(np.arange(NUM_DRAWS), 0, 0)
 
 
@@ -62,7 +62,7 @@ KS_999 = 1.95  # the 99.9 % point of √n·D
 
 
 @pytest.mark.parametrize("sizes", [[(32, 32)] * 9, [(150, 200), (90, 300), (64, 64), (31, 47)] * 2])
-def test_a_picture_gives_the_same_views_alone_in_a_batch_and_in_any_order(
+def test_an_image_gives_the_same_views_alone_in_a_batch_and_in_any_order(
     sizes: list[tuple[int, int]],
 ) -> None:
     images = photographs(*sizes)
@@ -108,7 +108,7 @@ def test_epoch_view_seed_and_id_each_change_the_pixels() -> None:
     assert torch.equal(base.b, again.b)
 
 
-def test_encoded_decoded_and_stacked_pictures_give_the_same_views() -> None:
+def test_encoded_decoded_and_stacked_images_give_the_same_views() -> None:
     images, ids = photographs(*[(40, 40)] * 3), np.arange(3)
     views = TwoViews.simclr(32)
     decoded = views(images, ids, 0)
@@ -118,7 +118,7 @@ def test_encoded_decoded_and_stacked_pictures_give_the_same_views() -> None:
         assert torch.equal(decoded.a, other.a)
         assert torch.equal(decoded.b, other.b)
     with pytest.raises(ImageError):
-        views([b"no picture"], np.array([0]), 0)
+        views([b"no image"], np.array([0]), 0)
 
 
 def test_views_are_bytes_of_the_size_asked_for() -> None:
@@ -256,7 +256,7 @@ def test_gray_views_have_three_equal_channels() -> None:
         assert (view == view[:, :1]).all()
 
 
-def test_boxes_lie_inside_pictures_of_any_shape() -> None:
+def test_boxes_lie_inside_images_of_any_shape() -> None:
     views = TwoViews.simclr(32)
     draws = draws_of(views)
     for height, width in ((2, 2), (2, 900), (700, 3), (32, 32), (375, 500)):
@@ -270,23 +270,23 @@ def test_boxes_lie_inside_pictures_of_any_shape() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 300), (300, 2), (1, 40), (3, 10_000)])
-def test_thin_pictures_make_views(shape: tuple[int, int]) -> None:
+def test_thin_images_make_views(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
     pair = TwoViews.simclr(32)([pixels] * 8, np.arange(8), 0)
     assert pair.a.float().std() > 0
 
 
-def test_a_plain_picture_stays_plain_without_colour_and_blur() -> None:
+def test_a_plain_image_stays_plain_without_colour_and_blur() -> None:
     plain = np.broadcast_to(np.array([10, 200, 90], np.uint8), (50, 40, 3)).copy()
     pair = only_crop(32)([plain], np.array([3]), 0)
     expected = torch.tensor([10, 200, 90], dtype=torch.uint8)[:, None, None].expand(3, 32, 32)
     assert torch.equal(pair.a[0], expected)
 
 
-def test_photographs_of_different_sizes_go_through_one_call(pictures: Path) -> None:
+def test_photographs_of_different_sizes_go_through_one_call(image_root: Path) -> None:
     names = ["ok.jpg", "gray_real.jpg", "cmyk.jpg", "exif_orientation6.jpg", "bmp.bmp", "rgba.png"]
-    encoded = [(pictures / "odd" / name).read_bytes() for name in names]
+    encoded = [(image_root / "odd" / name).read_bytes() for name in names]
     pair = TwoViews.simclr(96)(encoded, np.arange(6), 0)
     for i, data in enumerate(encoded):
         alone = TwoViews.simclr(96)([decode_image(data)], np.array([i]), 0)

@@ -50,7 +50,7 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
 def parquet(tmp_path: Path) -> Path:
     out = io.BytesIO()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(out, "PNG")
-    table = pa.table({"picture": pa.array([out.getvalue()] * 100), "class": pa.array([0] * 100)})
+    table = pa.table({"photo": pa.array([out.getvalue()] * 100), "class": pa.array([0] * 100)})
     pq.write_table(table, tmp_path / "set.parquet")
     return tmp_path / "set.parquet"
 
@@ -88,7 +88,7 @@ def test_arguments_that_make_no_command_end_in_2_without_a_traceback(
     assert done.returncode == 2
 
 
-def test_missing_pictures_end_in_2_and_are_named(tmp_path: Path) -> None:
+def test_missing_images_end_in_2_and_are_named(tmp_path: Path) -> None:
     done = run("pretrain", "cifar10_cpu", "data.train=not/there", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = errors(done)
@@ -102,7 +102,7 @@ def test_a_parquet_without_the_image_column_is_told_with_the_columns_it_has(
     assert done.returncode == 2
     (line,) = errors(done)
     assert "no image column 'image'" in line
-    assert "picture, class" in line or "class, picture" in line
+    assert "photo, class" in line or "class, photo" in line
     assert "data.columns.image=" in line
 
 
@@ -111,7 +111,7 @@ def test_a_dry_run_prints_the_arithmetic_and_starts_nothing(tmp_path: Path, parq
         "pretrain",
         "cifar10_resnet18",
         f"data.train={parquet}",
-        "data.columns.image=picture",
+        "data.columns.image=photo",
         "data.limit=90",
         "data.test=",
         "batch_size=30",
@@ -170,11 +170,11 @@ def test_a_file_where_a_run_is_expected_ends_in_2(verb: str, parquet: Path, tmp_
 
 
 def test_a_preview_that_cannot_be_drawn_or_written_ends_in_2(tmp_path: Path) -> None:
-    table = pa.table({"image": pa.array([b"no picture"] * 4, pa.binary())})
+    table = pa.table({"image": pa.array([b"no image"] * 4, pa.binary())})
     pq.write_table(table, tmp_path / "bad.parquet")
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
     for arguments, told in (
-        (("photos_cpu", "data.train=bad.parquet", "--out", "new/x.png"), "is a picture"),
+        (("photos_cpu", "data.train=bad.parquet", "--out", "new/x.png"), "is an image"),
         (("photos_cpu", "data.train=bad.parquet", "--out", "x.txt"), "must end in .png"),
         (("latin.yaml",), "is not UTF-8"),
     ):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import Experiment, NTXent, SimCLRViews
+from simclr_ray.config.experiment import Experiment, NTXentConfig, SimCLRViewsConfig
 from simclr_ray.errors import ConfigError
 
 IMAGENET_ROWS, CIFAR_ROWS = 1_281_167, 50_000
@@ -132,7 +132,7 @@ def test_views_grow_in_steps_from_the_first_size_to_the_full_one() -> None:
     ]  # fmt: skip
     small = experiment(augment={"size": 32, "first_size": 20, "full_size_at": 1.0}).augment
     assert [small.size_at(epoch, 6) for epoch in range(6)] == [20, 20, 24, 24, 28, 28]
-    assert [SimCLRViews(size=32).size_at(epoch, 2) for epoch in (0, 1)] == [32, 32]
+    assert [SimCLRViewsConfig(size=32).size_at(epoch, 2) for epoch in (0, 1)] == [32, 32]
     for wrong in (4, 33):
         with pytest.raises(ConfigError, match="first_size"):
             experiment(augment={"size": 32, "first_size": wrong})
@@ -159,7 +159,7 @@ def test_defaults_written_out_are_the_same_experiment() -> None:
     assert experiment().digest() == experiment(seed=0, optimizer={"name": "lars"}).digest()
 
 
-def test_a_run_is_named_by_what_it_computes_on_which_pictures() -> None:
+def test_a_run_is_named_by_what_it_computes_on_which_images() -> None:
     base = Experiment.load("cifar10_resnet18")
     placed = Experiment.load("cifar10_resnet18", "scaling.num_workers=7", "storage=elsewhere")
     name = base.run_name("0123456789abcdef")
@@ -266,5 +266,5 @@ def test_an_experiment_cannot_be_changed() -> None:
 
 def test_overrides_reach_the_experiment() -> None:
     e = Experiment.load("cifar10_cpu", "optimizer.name=adamw", "loss.temperature=1e-1")
-    assert isinstance(e.loss, NTXent)
+    assert isinstance(e.loss, NTXentConfig)
     assert (e.optimizer.name, e.loss.temperature) == ("adamw", 0.1)

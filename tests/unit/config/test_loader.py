@@ -10,7 +10,7 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.config import preset_names
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import ConfigError, Mistake
+from simclr_ray.errors import ConfigError, ConfigIssue
 
 MINIMAL: dict[str, Any] = {"name": "t", "data": {"train": "somewhere"}}
 UNION_TAGS = {"resnet", "torchvision", "none", "linear", "mlp", "lars", "sgd", "adamw"}
@@ -20,13 +20,13 @@ def tree(**changes: Any) -> dict[str, Any]:
     return {**MINIMAL, **changes}
 
 
-def mistakes_of(given: Any) -> list[Mistake]:
+def mistakes_of(given: Any) -> list[ConfigIssue]:
     with pytest.raises(ConfigError) as caught:
         cfg.validate(Experiment, given)
-    return caught.value.mistakes
+    return caught.value.issues
 
 
-def only(given: Any) -> Mistake:
+def only(given: Any) -> ConfigIssue:
     (mistake,) = mistakes_of(given)
     return mistake
 
@@ -101,7 +101,7 @@ def test_a_repeated_key_is_refused() -> None:
             ("beta1", "beta2"),
         ),
         (
-            tree(data={"train": "x", "columns": {"picture": "y", "imag": "z"}}),
+            tree(data={"train": "x", "columns": {"image": "y", "imag": "z"}}),
             "data.columns.imag",
             "image",
             ("label",),
@@ -271,9 +271,9 @@ def test_values_that_do_not_go_together_are_told_without_a_path() -> None:
 
 
 def test_a_config_error_survives_pickling_with_its_mistakes() -> None:
-    error = ConfigError([Mistake("a.b", "is wrong"), Mistake("", "as a whole")])
+    error = ConfigError([ConfigIssue("a.b", "is wrong"), ConfigIssue("", "as a whole")])
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
-    assert (again.mistakes, str(again)) == (error.mistakes, "a.b: is wrong\nas a whole")
+    assert (again.issues, str(again)) == (error.issues, "a.b: is wrong\nas a whole")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_an_override_of_the_wrong_form_is_refused_with_the_right_one(text: str) 
 def test_every_malformed_override_is_a_mistake_of_its_own() -> None:
     with pytest.raises(ConfigError) as caught:
         cfg.apply_overrides(MINIMAL, ["epochs", "seed=1", "name.x=2", "foo"])
-    assert {m.path for m in caught.value.mistakes} == {"epochs", "foo", "name.x"}
+    assert {m.path for m in caught.value.issues} == {"epochs", "foo", "name.x"}
 
 
 def test_an_override_that_is_not_yaml_is_refused_and_named() -> None:

@@ -18,7 +18,14 @@ from PIL import Image
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
-from simclr_ray.data.batches import PartMaker, RowReader, join, local_batches, plan_of, views_of
+from simclr_ray.data.batches import (
+    BatchBuilder,
+    RowReader,
+    build_plan,
+    build_views,
+    join,
+    local_batches,
+)
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
 
@@ -38,11 +45,11 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write NUM_ROWS pictures in groups of 7; rows named bad are text, or null."""
+    """Write NUM_ROWS images in groups of 7; rows named bad are text, or null."""
 
     def make(bad: tuple[int, ...] = (), null: tuple[int, ...] = ()) -> Path:
         images = [
-            None if i in null else b"no picture" if i in bad else png(i) for i in range(NUM_ROWS)
+            None if i in null else b"no image" if i in bad else png(i) for i in range(NUM_ROWS)
         ]
         table = pa.table(
             {
@@ -80,7 +87,7 @@ def in_parts(e: Experiment, steps: range, cuts: list[int]) -> list[Batch]:
     source = opened(e)
     edges = [0, *cuts, e.batch_size]
     makers = [
-        PartMaker(source, plan_of(e, source), views_of(e.augment, e.seed), e.data, places)
+        BatchBuilder(source, build_plan(e, source), build_views(e.augment, e.seed), e.data, places)
         for places in pairwise(edges)
     ]
     return [join([maker.make(step) for maker in makers]) for step in steps]
@@ -97,7 +104,7 @@ def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
 def test_a_batch_holds_the_planned_rows_and_the_views_of_their_ids(write: Write) -> None:
     e = experiment(write())
     source = opened(e)
-    plan, views = plan_of(e, source), views_of(e.augment, e.seed)
+    plan, views = build_plan(e, source), build_views(e.augment, e.seed)
     for batch in whole(e, range(7)):
         rows = plan.rows(batch.step)
         assert batch.ids.tolist() == (rows + FIRST_ID).tolist()
@@ -109,7 +116,7 @@ def test_a_batch_holds_the_planned_rows_and_the_views_of_their_ids(write: Write)
         assert batch.a.shape == (BATCH, 3, 16, 16)
 
 
-def test_an_epoch_shows_each_picture_once(write: Write) -> None:
+def test_an_epoch_shows_each_image_once(write: Write) -> None:
     batches = whole(experiment(write()), range(10))
     for epoch in (batches[:5], batches[5:]):
         ids = torch.cat([b.ids for b in epoch])
@@ -146,22 +153,22 @@ def test_steps_made_together_are_those_made_one_by_one(write: Write) -> None:
     source = opened(e)
     per_epoch = NUM_ROWS // BATCH
 
-    def maker() -> PartMaker:
-        views = views_of(e.augment, e.seed)
-        return PartMaker(source, plan_of(e, source), views, e.data, (3, BATCH - 2))
+    def maker() -> BatchBuilder:
+        views = build_views(e.augment, e.seed)
+        return BatchBuilder(source, build_plan(e, source), views, e.data, (3, BATCH - 2))
 
     one_by_one, together = maker(), maker()
     for epoch in range(2):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        assert_equal(together.make_several(steps), [one_by_one.make(step) for step in steps])
+        assert_equal(together.build(steps), [one_by_one.make(step) for step in steps])
     with pytest.raises(ValueError, match="epochs"):
-        together.make_several([per_epoch - 1, per_epoch])
+        together.build([per_epoch - 1, per_epoch])
 
 
 def test_bad_rows_are_named_and_replaced_by_rows_that_are_not_in_the_batch(write: Write) -> None:
     bad = (0, 5, 17, 33, 34, 59)
     e = experiment(write(bad=bad, null=(8,)))
-    plan = plan_of(e, opened(e))
+    plan = build_plan(e, opened(e))
     unusable = {FIRST_ID + row for row in (*bad, 8)}
     for batch in whole(e, range(15)):
         planned = (plan.rows(batch.step) + FIRST_ID).tolist()
@@ -188,7 +195,7 @@ def test_in_a_set_of_hardly_more_than_a_batch_no_row_stands_in_twice(
 
 def test_the_replacement_of_a_row_differs_between_epochs(write: Write) -> None:
     e = experiment(write(bad=(17,)))
-    plan = plan_of(e, opened(e))
+    plan = build_plan(e, opened(e))
     stand_ins = set()
     for batch in whole(e, range(40)):
         planned = plan.rows(batch.step).tolist()
@@ -227,7 +234,7 @@ def test_where_no_row_is_left_to_stand_in_the_run_stops(write: Write) -> None:
 
 def test_the_cache_changes_no_pixel(write: Write) -> None:
     path = write(bad=(9, 50))
-    budgets = ("2.0", "0", f"{10 * 768 / 2**30}")  # all, none, ten pictures
+    budgets = ("2.0", "0", f"{10 * 768 / 2**30}")  # all, none, ten images
     made = [whole(experiment(path, f"data.cache_gib={gib}"), range(12)) for gib in budgets]
     assert_equal(made[0], made[1])
     assert_equal(made[0], made[2])
@@ -238,7 +245,7 @@ def test_the_cache_stays_within_its_budget(write: Write) -> None:
     reader = RowReader(source, max_pixels=10**6, cache_gib=10.5 * 768 / 2**30)
     for _ in range(2):
         for row in range(NUM_ROWS):
-            assert reader.picture(row) is not None
+            assert reader.image(row) is not None
     assert reader.cache.holds(0, NUM_ROWS).sum() == 10
 
 
@@ -251,7 +258,7 @@ def test_parts_of_different_steps_are_not_joined(write: Write) -> None:
 def test_fewer_rows_than_a_batch_are_refused(write: Write) -> None:
     e = experiment(write(), "batch_size=61")
     with pytest.raises(DataError, match="60 rows do not fill one global batch of 61"):
-        plan_of(e, opened(e))
+        build_plan(e, opened(e))
 
 
 @pytest.mark.parametrize(
@@ -265,9 +272,9 @@ def test_fewer_rows_than_a_batch_are_refused(write: Write) -> None:
     ],
 )
 def test_odd_files_train_with_their_bad_rows_replaced(
-    pictures: Path, name: str, bad: list[int]
+    image_root: Path, name: str, bad: list[int]
 ) -> None:
-    e = experiment(pictures / "odd" / name, "batch_size=25")
+    e = experiment(image_root / "odd" / name, "batch_size=25")
     batches = whole(e, range(4))
     assert sorted(i for b in batches for i in b.bad.tolist()) == bad
     for batch in batches:
@@ -275,7 +282,7 @@ def test_odd_files_train_with_their_bad_rows_replaced(
         assert not set(bad) & set(batch.ids.tolist())
 
 
-def test_a_file_of_bad_rows_alone_stops(pictures: Path) -> None:
-    e = experiment(pictures / "odd" / "all_bad_images.parquet", "data.max_bad_share=0.01")
+def test_a_file_of_bad_rows_alone_stops(image_root: Path) -> None:
+    e = experiment(image_root / "odd" / "all_bad_images.parquet", "data.max_bad_share=0.01")
     with pytest.raises(TooManyBadImages, match="2 of 100 rows cannot be used, more than"):
         whole(e, range(1))

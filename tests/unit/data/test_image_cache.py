@@ -1,4 +1,4 @@
-"""Decoded pictures are kept within a budget, and once for all processes of a node."""
+"""Decoded images are kept within a budget, and once for all processes of a node."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simclr_ray.data.image_cache import ALIGNMENT, ENTRY, Picture, PictureCache
+from simclr_ray.data.image_cache import ALIGNMENT, ENTRY, DecodedImage, ImageCache
 
 NUM_ROWS = 400
 
 
-def picture(row: int, side: int = 8) -> Picture:
+def image(row: int, side: int = 8) -> DecodedImage:
     rng = np.random.default_rng(row)
-    return Picture(10_000 + row, rng.integers(0, 256, (side, side + row % 5, 3), dtype=np.uint8))
+    return DecodedImage(
+        10_000 + row, rng.integers(0, 256, (side, side + row % 5, 3), dtype=np.uint8)
+    )
 
 
-def assert_is(found: Picture | None, row: int) -> None:
-    wanted = picture(row)
+def assert_is(found: DecodedImage | None, row: int) -> None:
+    wanted = image(row)
     assert found is not None
     assert found.id == wanted.id
     np.testing.assert_array_equal(found.pixels, wanted.pixels)
@@ -35,8 +37,8 @@ def name() -> str:
 
 
 def test_what_is_kept_is_found_and_nothing_else() -> None:
-    cache = PictureCache("", NUM_ROWS, 10**6)
-    cache.keep({row: picture(row) for row in (3, 0, 399)})
+    cache = ImageCache("", NUM_ROWS, 10**6)
+    cache.keep({row: image(row) for row in (3, 0, 399)})
     found = cache.find([0, 1, 399, 3, 0])
     assert found[1] is None
     for place, row in ((0, 0), (2, 399), (3, 3), (4, 0)):
@@ -47,9 +49,9 @@ def test_what_is_kept_is_found_and_nothing_else() -> None:
 
 def test_the_budget_holds_and_what_was_kept_stays() -> None:
     entry = -(-(8 * 8 * 3 + ENTRY.size) // ALIGNMENT) * ALIGNMENT
-    cache = PictureCache("", NUM_ROWS, 10 * entry)
+    cache = ImageCache("", NUM_ROWS, 10 * entry)
     for row in range(0, 100, 5):  # all of one size
-        cache.keep({row: picture(row)})
+        cache.keep({row: image(row)})
     assert cache.full
     assert np.flatnonzero(cache.holds(0, NUM_ROWS)).tolist() == list(range(0, 50, 5))
     for row in range(0, 50, 5):
@@ -57,42 +59,42 @@ def test_the_budget_holds_and_what_was_kept_stays() -> None:
 
 
 def test_a_budget_of_nothing_keeps_nothing() -> None:
-    cache = PictureCache("shared", NUM_ROWS, 0)
-    cache.keep({0: picture(0)})
+    cache = ImageCache("shared", NUM_ROWS, 0)
+    cache.keep({0: image(0)})
     assert cache.full
     assert cache.find([0]) == [None]
 
 
 def test_caches_of_one_name_share_and_others_do_not(name: str) -> None:
-    one, same = PictureCache(name, NUM_ROWS, 10**6), PictureCache(name, NUM_ROWS, 10**6)
+    one, same = ImageCache(name, NUM_ROWS, 10**6), ImageCache(name, NUM_ROWS, 10**6)
     others = [
-        PictureCache(name + "x", NUM_ROWS, 10**6),
-        PictureCache(name, NUM_ROWS, 10**6 + 1),
-        PictureCache("", NUM_ROWS, 10**6),
+        ImageCache(name + "x", NUM_ROWS, 10**6),
+        ImageCache(name, NUM_ROWS, 10**6 + 1),
+        ImageCache("", NUM_ROWS, 10**6),
     ]
-    one.keep({7: picture(7)})
+    one.keep({7: image(7)})
     assert_is(same.find([7])[0], 7)
-    same.keep({8: picture(8), 7: picture(7)})
+    same.keep({8: image(8), 7: image(7)})
     assert_is(one.find([8])[0], 8)
     assert [other.find([7]) for other in others] == [[None]] * 3
 
 
 def keep_all(name: str, rows: list[int], done: Queue[int]) -> None:
-    cache = PictureCache(name, NUM_ROWS, 10**6)
+    cache = ImageCache(name, NUM_ROWS, 10**6)
     for row in rows:
-        cache.keep({row: picture(row)})
+        cache.keep({row: image(row)})
         wrong = [r for r, p in zip(rows, cache.find(rows), strict=True) if p and p.id != 10_000 + r]
         assert not wrong
     done.put(os.getpid())
     done.get()  # until the others have read, as a decode actor lives on
 
 
-def test_processes_that_write_at_once_find_whole_pictures_of_each_other(name: str) -> None:
+def test_processes_that_write_at_once_find_whole_images_of_each_other(name: str) -> None:
     context = multiprocessing.get_context("spawn")
     done: Queue[int] = context.Queue()
     halves = [list(range(0, 300)), list(range(100, 400))]  # 200 rows are decoded by both
     processes = [context.Process(target=keep_all, args=(name, half, done)) for half in halves]
-    cache = PictureCache(name, NUM_ROWS, 10**6)
+    cache = ImageCache(name, NUM_ROWS, 10**6)
     for process in processes:
         process.start()
     for process in processes:
@@ -108,7 +110,7 @@ def test_processes_that_write_at_once_find_whole_pictures_of_each_other(name: st
 
 
 def die_with_a_cache(name: str) -> None:
-    PictureCache(name, NUM_ROWS, 10**6).keep({5: picture(5)})
+    ImageCache(name, NUM_ROWS, 10**6).keep({5: image(5)})
     os._exit(9)
 
 
@@ -120,12 +122,12 @@ def test_a_process_that_is_killed_leaves_nothing_that_hinders_the_next(
     process = multiprocessing.get_context("spawn").Process(target=die_with_a_cache, args=(name,))
     process.start()
     process.join()
-    (register,) = tmp_path.glob("simclr_ray-pictures-*/*")
+    (register,) = tmp_path.glob("simclr_ray-images-*/*")
     assert register.read_text().startswith(f"{process.pid}/fd/")
-    cache = PictureCache(name, NUM_ROWS, 10**6)  # the memory went with its last process
+    cache = ImageCache(name, NUM_ROWS, 10**6)  # the memory went with its last process
     assert cache.find([5]) == [None]
-    cache.keep({5: picture(5)})
-    assert_is(PictureCache(name, NUM_ROWS, 10**6).find([5])[0], 5)
+    cache.keep({5: image(5)})
+    assert_is(ImageCache(name, NUM_ROWS, 10**6).find([5])[0], 5)
     assert f"{process.pid}/" not in register.read_text()
 
 
@@ -134,7 +136,7 @@ def test_where_nothing_can_be_shared_a_process_keeps_its_own(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
-    one, other = PictureCache(name, NUM_ROWS, 10**6), PictureCache(name, NUM_ROWS, 10**6)
-    one.keep({7: picture(7)})
+    one, other = ImageCache(name, NUM_ROWS, 10**6), ImageCache(name, NUM_ROWS, 10**6)
+    one.keep({7: image(7)})
     assert_is(one.find([7])[0], 7)
     assert other.find([7]) == [None]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from simclr_ray.augment.decode import decode_image
-from simclr_ray.config.experiment import Columns
+from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.inputs import (
     FolderInput,
     Input,
@@ -34,7 +34,7 @@ def opened(
 ) -> Input:
     return open_input(
         kind_or_path,
-        columns=Columns(),
+        columns=ColumnsConfig(),
         split=split,
         root=root,
         num_images=num_images,
@@ -75,7 +75,7 @@ def test_shapes_are_drawn_as_their_ids_say_and_stored_without_loss() -> None:
 
 def test_a_folder_of_folders_gives_classes_in_order_of_their_names(tmp_path: Path) -> None:
     fill(tmp_path, ["dog/1.jpg", "cat/deep/2.JPEG", "cat/1.png", "ant/x.webp", "dog/.hidden.jpg"])
-    (tmp_path / "dog" / "notes.txt").write_text("no picture")
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
     given = opened(str(tmp_path))
     assert isinstance(given, FolderInput)
     assert given.class_names == ("ant", "cat", "dog")

@@ -16,9 +16,9 @@ from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.batches import PartMaker, plan_of, views_of
+from simclr_ray.data.batches import BatchBuilder, build_plan, build_views
 from simclr_ray.data.rowgroups import RecentGroups, read_encoded
-from simclr_ray.data.source import Rows, Source
+from simclr_ray.data.source import RowTable, Source
 from simclr_ray.distributed.collectives import share
 from simclr_ray.errors import DataError
 
@@ -30,7 +30,7 @@ class Counted(Source):
 
     reads: ClassVar[Counter[int]]
 
-    def read_group(self, index: int, *, labels: bool = True) -> Rows:
+    def read_group(self, index: int, *, labels: bool = True) -> RowTable:
         self.reads[index] += 1
         return super().read_group(index, labels=labels)
 
@@ -74,10 +74,10 @@ def experiment(path: Path, cache_gib: float, shuffle_rows: int) -> Experiment:
 
 def maker_of(
     source: Source, e: Experiment, part: int = 0, parts: int = 1, stop: int = 10**6
-) -> PartMaker:
+) -> BatchBuilder:
     places = share(BATCH, part, parts)
-    views = views_of(e.augment, e.seed)
-    return PartMaker(source, plan_of(e, source), views, e.data, places, stop=stop)
+    views = build_views(e.augment, e.seed)
+    return BatchBuilder(source, build_plan(e, source), views, e.data, places, stop=stop)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
@@ -119,7 +119,7 @@ def test_windows_are_bounded_by_their_bytes_too(path: Path) -> None:
     for gib, rows in [(1.0, 600), (small, 240)]:
         data = tree | {"shuffle_gib": gib}
         e = cfg.validate(Experiment, {"name": "t", "data": data, "batch_size": BATCH})
-        assert plan_of(e, source).shuffle_rows == rows
+        assert build_plan(e, source).shuffle_rows == rows
 
 
 def test_a_cached_set_is_read_once_in_the_whole_run(path: Path, counted: Counted) -> None:

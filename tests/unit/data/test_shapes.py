@@ -1,4 +1,4 @@
-"""The class of a picture of `shapes` is its form, and nothing cheaper tells it."""
+"""The class of an image of `shapes` is its form, and nothing cheaper tells it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 
 NUM_TRAIN, NUM_TEST = 3000, 2000
 CHANCE = 1 / len(CLASS_NAMES)
-# Three standard deviations of the accuracy of a coin with ten sides on the test pictures.
+# Three standard deviations of the accuracy of a coin with ten sides on the test images.
 NOISE = 3 * math.sqrt(CHANCE * (1 - CHANCE) / NUM_TEST)
 
 
@@ -52,7 +52,7 @@ def histograms(images: Pixels) -> Floats:
     return np.stack(rows) / images[0, :, :, 0].size
 
 
-def test_a_picture_is_a_pure_function_of_seed_and_index() -> None:
+def test_an_image_is_a_pure_function_of_seed_and_index() -> None:
     for index in (0, 7, 12_345_678_901):
         first, again = render(index, 3), render(index, 3)
         np.testing.assert_array_equal(first.pixels, again.pixels)
@@ -62,13 +62,13 @@ def test_a_picture_is_a_pure_function_of_seed_and_index() -> None:
 
 
 @pytest.mark.parametrize("size", [8, 32, 33, 96])
-def test_pictures_are_uint8_rgb_of_the_size_asked_for(size: int) -> None:
+def test_images_are_uint8_rgb_of_the_size_asked_for(size: int) -> None:
     pixels = render(4, 0, size).pixels
     assert pixels.shape == (size, size, 3)
     assert pixels.dtype == np.uint8
 
 
-def test_a_larger_picture_shows_the_same_scene(train: tuple[Pixels, Int64s]) -> None:
+def test_a_larger_image_shows_the_same_scene(train: tuple[Pixels, Int64s]) -> None:
     large = np.stack([render(i, 0, 96).pixels for i in range(20)]).astype(float)
     averaged = large.reshape(20, 32, 3, 32, 3, 3).mean(axis=(2, 4))
     assert np.abs(averaged - train[0][:20]).mean() < 2.0  # the edges are anti-aliased differently
@@ -103,7 +103,7 @@ def test_the_generator_is_frozen() -> None:
     np.testing.assert_allclose(means, frozen, atol=0.5)
 
 
-def test_form_and_ground_differ_in_luminance_in_every_picture(test: tuple[Pixels, Int64s]) -> None:
+def test_form_and_ground_differ_in_luminance_in_every_image(test: tuple[Pixels, Int64s]) -> None:
     gray = test[0] @ np.array([0.299, 0.587, 0.114])
     low, high = np.percentile(gray.reshape(len(gray), -1), [3, 97], axis=1)
     assert (high - low).min() > 0.2 * 255

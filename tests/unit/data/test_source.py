@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from simclr_ray.config.experiment import Columns
+from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.source import RowGroup, Source
 from simclr_ray.errors import DataError
 
@@ -21,7 +21,7 @@ Write = Callable[..., Path]
 
 
 def images(first: int, count: int) -> list[bytes]:
-    return [f"picture {i}".encode() for i in range(first, first + count)]
+    return [f"image {i}".encode() for i in range(first, first + count)]
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_the_fingerprint_follows_the_rows_and_not_the_place(folder: Path, tmp_pa
     assert len(source.fingerprint) == 16
     others = {
         Source.open(str(folder), limit=9).fingerprint,
-        Source.open(str(folder), Columns(label="")).fingerprint,
+        Source.open(str(folder), ColumnsConfig(label="")).fingerprint,
         Source.open(str(folder / "a.parquet")).fingerprint,
     }
     (copy / "a.parquet").rename(copy / "aa.parquet")
@@ -159,9 +159,9 @@ def test_an_id_column_of_text_is_used_only_when_named(
     assert caplog.text.count("not used as the id") == 1
     write(tmp_path / "a.parquet", {**columns, "key": columns["id"]})
     with pytest.raises(DataError, match="id column 'key' has type string, not an integer"):
-        Source.open(str(path), Columns(id="key"))
+        Source.open(str(path), ColumnsConfig(id="key"))
     with pytest.raises(DataError, match=r"no id column 'kee' \(did you mean 'key'\?\)"):
-        Source.open(str(path), Columns(id="kee"))
+        Source.open(str(path), ColumnsConfig(id="kee"))
 
 
 def test_null_ids_are_an_error_that_names_the_file(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_null_ids_are_an_error_that_names_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 def test_binary_columns_of_any_width_hold_images(kind: pa.DataType, tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"pic": pa.array([b"one", None], kind)})
-    assert Source.open(str(path), Columns(image="pic")).read_group(0).images == [b"one", None]
+    assert Source.open(str(path), ColumnsConfig(image="pic")).read_group(0).images == [b"one", None]
 
 
 def test_a_struct_gives_its_bytes_and_else_the_file_at_its_path(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_files_that_disagree_about_a_column_are_refused_by_name(folder: Path) ->
     write(folder / "z.parquet", {"image": pa.array(images(0, 1))})
     with pytest.raises(DataError, match=r"z\.parquet has no label column 'label'"):
         Source.open(str(folder))
-    assert Source.open(str(folder), Columns(label="")).num_rows == 17
+    assert Source.open(str(folder), ColumnsConfig(label="")).num_rows == 17
 
 
 def test_a_file_that_breaks_after_opening_is_named(folder: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_file_that_breaks_after_opening_is_named(folder: Path) -> None:
         source.read_group(0)
 
 
-def test_every_odd_parquet_opens_or_is_refused_for_its_reason(pictures: Path) -> None:
+def test_every_odd_parquet_opens_or_is_refused_for_its_reason(image_root: Path) -> None:
     refused = {
         "missing_image_column": "no image column 'image'; its columns: label, label_name",
         "renamed_image_column": "did you mean 'img'",
@@ -290,7 +290,7 @@ def test_every_odd_parquet_opens_or_is_refused_for_its_reason(pictures: Path) ->
         "truncated": "is truncated",
         "text": "no parquet file",
     }
-    for path in sorted((pictures / "odd").glob("*.parquet")):
+    for path in sorted((image_root / "odd").glob("*.parquet")):
         if path.stem in refused:
             with pytest.raises(DataError, match=refused[path.stem]):
                 Source.open(str(path))
@@ -299,14 +299,14 @@ def test_every_odd_parquet_opens_or_is_refused_for_its_reason(pictures: Path) ->
         rows = source.read_rows(np.arange(source.num_rows))
         nulls = {"null_images": 10, "string_image_column": 100}.get(path.stem, 0)
         assert sum(image is None for image in rows.images) == nulls
-    good = Source.open(str(pictures / "odd" / "good.parquet"))
-    struct = Source.open(str(pictures / "odd" / "struct_image_column.parquet"))
+    good = Source.open(str(image_root / "odd" / "good.parquet"))
+    struct = Source.open(str(image_root / "odd" / "struct_image_column.parquet"))
     every = np.arange(100)
     assert good.read_rows(every).images == struct.read_rows(every).images
 
 
-def test_real_sets_open_as_they_lie_there(pictures: Path) -> None:
-    cifar = Source.open(str(pictures / "cifar10" / "train"), limit=20_000)
+def test_real_sets_open_as_they_lie_there(image_root: Path) -> None:
+    cifar = Source.open(str(image_root / "cifar10" / "train"), limit=20_000)
     assert (cifar.num_rows, len(cifar.row_groups), cifar.class_names[9]) == (20_000, 20, "truck")
     np.testing.assert_array_equal(np.bincount(cifar.labels()), [2000] * 10)
 

@@ -104,20 +104,20 @@ class Encoder(nn.Module):
 
 
 @pytest.fixture
-def pictures_of_noise() -> torch.Tensor:
+def images_of_noise() -> torch.Tensor:
     rng = np.random.default_rng(1)
     return torch.from_numpy(rng.integers(0, 256, (11, 3, 4, 4), dtype=np.uint8))
 
 
 def test_features_do_not_depend_on_the_batch_and_see_pixels_in_0_to_1(
-    pictures_of_noise: torch.Tensor,
+    images_of_noise: torch.Tensor,
 ) -> None:
     torch.manual_seed(0)
     encoder = Encoder()
-    whole = extract_features(encoder, pictures_of_noise, batch_size=100)
-    parts = extract_features(encoder, pictures_of_noise, batch_size=3)
-    streamed = extract_features(encoder, iter(torch.split(pictures_of_noise, 4)), batch_size=3)
-    expected = encoder.eval()(pictures_of_noise.float() / 255)
+    whole = extract_features(encoder, images_of_noise, batch_size=100)
+    parts = extract_features(encoder, images_of_noise, batch_size=3)
+    streamed = extract_features(encoder, iter(torch.split(images_of_noise, 4)), batch_size=3)
+    expected = encoder.eval()(images_of_noise.float() / 255)
     assert whole.dtype == torch.float32
     torch.testing.assert_close(whole, expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
@@ -125,32 +125,32 @@ def test_features_do_not_depend_on_the_batch_and_see_pixels_in_0_to_1(
 
 
 def test_reading_features_leaves_modes_statistics_and_gradients_as_they_were(
-    pictures_of_noise: torch.Tensor,
+    images_of_noise: torch.Tensor,
 ) -> None:
     encoder = Encoder().train()
     encoder.dense.eval()
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    features = extract_features(encoder, pictures_of_noise, batch_size=4)
+    features = extract_features(encoder, images_of_noise, batch_size=4)
     assert not features.requires_grad
     assert (encoder.training, encoder.dense.training, encoder.norm.training) == (True, False, True)
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
-def test_modes_come_back_when_the_encoder_fails(pictures_of_noise: torch.Tensor) -> None:
+def test_modes_come_back_when_the_encoder_fails(images_of_noise: torch.Tensor) -> None:
     encoder = Encoder().train()
     with pytest.raises(RuntimeError):
-        extract_features(encoder, pictures_of_noise[:, :2])
+        extract_features(encoder, images_of_noise[:, :2])
     assert encoder.norm.training
 
 
 def test_float64_weights_and_bf16_autocast_are_both_read_as_float32(
-    pictures_of_noise: torch.Tensor,
+    images_of_noise: torch.Tensor,
 ) -> None:
     torch.manual_seed(0)
     encoder = Encoder()
-    plain = extract_features(encoder, pictures_of_noise)
-    half = extract_features(encoder, pictures_of_noise, precision="bf16")
-    double = extract_features(encoder.double(), pictures_of_noise, precision="float64")
+    plain = extract_features(encoder, images_of_noise)
+    half = extract_features(encoder, images_of_noise, precision="bf16")
+    double = extract_features(encoder.double(), images_of_noise, precision="float64")
     assert half.dtype == double.dtype == torch.float32
     torch.testing.assert_close(double, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(half, plain, rtol=0.05, atol=0.02)  # bf16 has 8 bits

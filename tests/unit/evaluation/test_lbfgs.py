@@ -1,4 +1,4 @@
-"""L-BFGS against scikit-learn at the same l2, on features of real pictures and drawn ones."""
+"""L-BFGS against scikit-learn at the same l2, on features of real images and drawn ones."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def ours(train: Split, test: Split, l2: float) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["cifar10", "caltech101"])
-def test_accuracy_is_scikit_learns_to_a_fifth_of_a_point(dataset: str, pictures: Path) -> None:
+def test_accuracy_is_scikit_learns_to_a_fifth_of_a_point(dataset: str, image_root: Path) -> None:
     torch.manual_seed(0)
     encoder = ResNet(10, 0.5, "strided")
     splits = []
     for part, limit in (("train", 2000), ("test", 1500)):
-        split = load_split(Source.open(str(pictures / dataset / part)), 32, limit)
+        split = load_split(Source.open(str(image_root / dataset / part)), 32, limit)
         splits.append((extract_features(encoder, split.images), split.labels))
     train, test = splits
     scale = train[0].std()

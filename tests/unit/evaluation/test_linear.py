@@ -7,11 +7,11 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from simclr_ray.config.experiment import Linear
+from simclr_ray.config.experiment import LinearConfig
 from simclr_ray.evaluation.knn import top_k_accuracy
 from simclr_ray.evaluation.linear import fit_linear
 
-CFG = Linear(epochs=40, batch_size=64, learning_rate=0.1)
+CFG = LinearConfig(epochs=40, batch_size=64, learning_rate=0.1)
 
 
 def clouds(
@@ -55,7 +55,7 @@ def test_correlated_features_of_large_norm_do_not_make_it_diverge() -> None:
     rng = np.random.default_rng(6)
     brightness = torch.from_numpy(rng.normal(size=(600, 1))).float()
     pixels = features.repeat(1, 100) + 20 * brightness  # [600, 1000]
-    probe = fit_linear(pixels, labels, 4, Linear(learning_rate=1.0), seed=0)
+    probe = fit_linear(pixels, labels, 4, LinearConfig(learning_rate=1.0), seed=0)
     loss = torch.nn.functional.cross_entropy(probe.logits(pixels), labels).item()
     assert loss < 1.0  # chance is ln 4 = 1.39
 

@@ -13,7 +13,7 @@ from simclr_ray.nn.build import SimCLRModel
 
 
 class Small(nn.Module):
-    """The picture itself, smaller."""
+    """The image itself, smaller."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
@@ -21,19 +21,19 @@ class Small(nn.Module):
 
 def images(num: int, seed: int) -> torch.Tensor:
     """Return shapes, brighter below than above: they have an upright."""
-    pictures = [torch.from_numpy(render(i, seed).pixels.copy()) for i in range(num)]
-    stacked = torch.stack(pictures).permute(0, 3, 1, 2).float()
+    images = [torch.from_numpy(render(i, seed).pixels.copy()) for i in range(num)]
+    stacked = torch.stack(images).permute(0, 3, 1, 2).float()
     return (stacked * torch.linspace(0.3, 1, stacked.shape[2])[:, None]).byte()
 
 
 def test_answers_have_their_chances_and_what_was_done_is_what_is_said() -> None:
-    pictures = images(400, 0)
+    drawn = images(400, 0)
     for target in TARGETS:
         rng = np.random.default_rng(1)
-        moved, answers = transformed(target, pictures, rng)
+        moved, answers = transformed(target, drawn, rng)
         counts = np.bincount(answers.numpy(), minlength=len(target.chances)) / 400
         np.testing.assert_allclose(counts, target.chances, atol=0.08)
-        same = (moved == pictures).flatten(1).all(1)
+        same = (moved == drawn).flatten(1).all(1)
         assert same[answers == 0].all()
         assert same[answers > 0].float().mean() < 0.2  # a gray or symmetric one may stay
 
@@ -47,7 +47,7 @@ def test_what_a_feature_cannot_tell_is_chance_and_what_it_can_is_not() -> None:
         assert found[name].h > found[name].chance + 0.1
     assert found["orig. vs Sobel filtered"].z > 0.6
     assert found["rotation"].h > 0.4
-    assert found["rotation"].z < 0.34  # sums over the picture do not turn
+    assert found["rotation"].z < 0.34  # sums over the image do not turn
     assert found["color vs grayscale"].chance == 0.8
 
 

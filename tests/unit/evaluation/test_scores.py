@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from simclr_ray.config.experiment import KNN, Data, Evaluation, Experiment, Linear
+from simclr_ray.config.experiment import (
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    KNNConfig,
+    LinearConfig,
+)
 from simclr_ray.errors import DataError, RunError
 from simclr_ray.evaluation import scores as table
 from simclr_ray.evaluation.features import Split
@@ -16,8 +22,8 @@ from simclr_ray.evaluation.scores import Score, format_table, pixels_of, score_e
 
 EXPERIMENT = Experiment(
     name="table",
-    data=Data(train="unused"),
-    evaluation=Evaluation(knn=KNN(k=5), linear=Linear(epochs=20, batch_size=32)),
+    data=DataConfig(train="unused"),
+    evaluation=EvaluationConfig(knn=KNNConfig(k=5), linear=LinearConfig(epochs=20, batch_size=32)),
 )
 
 
@@ -108,10 +114,10 @@ def test_the_table_reads_as_markdown_with_one_line_a_row() -> None:
         Score("raw pixels", None, None, -1.0, 3.0, 0.1),
     ]
     assert format_table(rows).splitlines() == [
-        "| features        | kNN top-1 | linear top-1 | uniformity | effective rank | spread |",
-        "| :-------------- | --------: | -----------: | ---------: | -------------: | -----: |",
-        "| trained encoder |    81.2 % |       90.0 % |      -2.50 |           40.2 | 0.0500 |",
-        "| raw pixels      |         - |            - |      -1.00 |            3.0 | 0.1000 |",
+        "| features        | kNN top-1 | linear top-1 | uniformity | effective rank | feature std |",
+        "| :-------------- | --------: | -----------: | ---------: | -------------: | ----------: |",
+        "| trained encoder |    81.2 % |       90.0 % |      -2.50 |           40.2 |      0.0500 |",
+        "| raw pixels      |         - |            - |      -1.00 |            3.0 |      0.1000 |",
     ]
 
 

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from simclr_ray import config as cfg
 from simclr_ray.augment import decode
 from simclr_ray.cli.app import app
-from simclr_ray.config.experiment import ResNetEncoder, TorchvisionEncoder, Tracking
+from simclr_ray.config.experiment import ResNetConfig, TorchvisionConfig, TrackingConfig
 from simclr_ray.errors import CheckpointError, TrackingError
 from simclr_ray.inference import embed, registry
 from simclr_ray.inference import encoder_files as export
@@ -39,7 +39,7 @@ from simclr_ray.tracking.store import RegisteredEncoder
 
 Embeddings = npt.NDArray[np.float32]
 
-CONFIG = ResNetEncoder(depth=10, width=0.25, stem="cifar")
+CONFIG = ResNetConfig(depth=10, width=0.25, stem="cifar")
 SIZE = 48  # above 32, so the evaluation view crops and resizes
 # float32: kernels of the program may be fused differently; features are of order 1.
 TOLERANCE = 1e-5
@@ -53,14 +53,14 @@ class Registered(NamedTuple):
     images: list[bytes]
 
 
-def picture(seed: int, height: int = 40, width: int = 50, kind: str = "PNG") -> bytes:
+def image(seed: int, height: int = 40, width: int = 50, kind: str = "PNG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, kind)
     return out.getvalue()
 
 
-def trained_encoder(config: ResNetEncoder | TorchvisionEncoder = CONFIG) -> nn.Module:
+def trained_encoder(config: ResNetConfig | TorchvisionConfig = CONFIG) -> nn.Module:
     """Return an encoder whose weights and running statistics are all away from their start."""
     torch.manual_seed(0)
     encoder = build_encoder(config, size=SIZE)
@@ -115,9 +115,9 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     base = tmp_path_factory.mktemp("export")
     encoder = trained_encoder()
     write(base / "best", encoder)
-    tracker = Tracker.open(Tracking(uri=f"sqlite:///{base}/mlflow.db"), "unused")
+    tracker = Tracker.open(TrackingConfig(uri=f"sqlite:///{base}/mlflow.db"), "unused")
     run = tracker.start_run("run", params={"seed": 3}, tags={})
-    images = [picture(1), picture(2, 30, 64, "JPEG"), picture(3, 100, 50, "WEBP")]
+    images = [image(1), image(2, 30, 64, "JPEG"), image(3, 100, 50, "WEBP")]
     tags: dict[str, str | int | float] = {"dataset_fingerprint": "f" * 64, "knn_top1": 0.5}
     version = registry.register(
         base / "best", run, name="m", alias="newest", example=images[0], tags=tags
@@ -224,7 +224,7 @@ def test_a_card_that_does_not_fit_is_refused(
     "model", ["mobilenet_v3_small", pytest.param("vit_b_16", marks=pytest.mark.long)]
 )
 def test_a_torchvision_backbone_exports_and_reads_back(tmp_path: Path, model: str) -> None:
-    config = TorchvisionEncoder(model=model)
+    config = TorchvisionConfig(model=model)
     encoder = trained_encoder(config)
     export.write_encoder(
         tmp_path / "e",
@@ -233,8 +233,8 @@ def test_a_torchvision_backbone_exports_and_reads_back(tmp_path: Path, model: st
         size=SIZE,
         feature_dim=feature_dim(encoder),
     )
-    got = embed.embed_images(tmp_path / "e", [picture(1)])
-    np.testing.assert_allclose(got, module_embeddings(encoder, [picture(1)]), atol=TOLERANCE)
+    got = embed.embed_images(tmp_path / "e", [image(1)])
+    np.testing.assert_allclose(got, module_embeddings(encoder, [image(1)]), atol=TOLERANCE)
 
 
 def test_the_registered_model_embeds_encoded_images_as_the_module_does(
@@ -249,7 +249,7 @@ def test_the_registered_model_embeds_encoded_images_as_the_module_does(
 
 
 def test_more_images_than_a_batch_come_back_in_order(registered: Registered) -> None:
-    many = [picture(seed, 8, 8) for seed in range(300)]
+    many = [image(seed, 8, 8) for seed in range(300)]
     got = predict(registered.uri, "models:/m@newest", many)
     np.testing.assert_allclose(
         got[[0, 255, 256, 299]],
@@ -261,7 +261,7 @@ def test_more_images_than_a_batch_come_back_in_order(registered: Registered) -> 
 
 def test_an_undecodable_image_is_named_by_its_row(registered: Registered) -> None:
     with pytest.raises(ValueError, match="row 2: not an image"):
-        predict(registered.uri, "models:/m@newest", [*registered.images[:2], b"no picture"])
+        predict(registered.uri, "models:/m@newest", [*registered.images[:2], b"no image"])
     with pytest.raises(decode.ImageError, match="image 1: truncated"):
         embed.embed_images(registered.folder, [registered.images[0], registered.images[0][:900]])
     told: list[tuple[int, str]] = []
@@ -277,7 +277,7 @@ def test_an_undecodable_image_is_named_by_its_row(registered: Registered) -> Non
 def test_the_same_encoder_of_a_run_is_one_version_and_the_alias_moves(
     registered: Registered,
 ) -> None:
-    tracker = Tracker.open(Tracking(uri=registered.uri), "unused")
+    tracker = Tracker.open(TrackingConfig(uri=registered.uri), "unused")
     run = tracker.start_run("again", params={}, tags={})
     image = registered.images[0]
     first: dict[str, str | int | float] = {"checkpoint": "a"}
@@ -337,7 +337,7 @@ def test_embedding_through_registry_folder_and_run_folder_is_the_same(
 def test_a_second_version_takes_the_alias_and_the_first_stays(
     registered: Registered, tmp_path: Path
 ) -> None:
-    tracker = Tracker.open(Tracking(uri=registered.uri), "unused")
+    tracker = Tracker.open(TrackingConfig(uri=registered.uri), "unused")
     run = tracker.start_run("run", params={}, tags={})
     encoder = trained_encoder()
     versions = []
@@ -347,7 +347,7 @@ def test_a_second_version_takes_the_alias_and_the_first_stays(
         write(tmp_path / "e", encoder)
         versions.append(
             registry.register(
-                tmp_path / "e", run, name="two", alias="champion", example=picture(0), tags={}
+                tmp_path / "e", run, name="two", alias="champion", example=image(0), tags={}
             )
         )
     version = versions[-1]
@@ -364,7 +364,7 @@ def test_files_that_cannot_be_embedded_are_named_and_the_others_are_embedded(
 ) -> None:
     good, broken = tmp_path / "good.png", tmp_path / "broken.png"
     good.write_bytes(registered.images[0])
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     missing = tmp_path / "missing.png"
     given = [str(p) for p in (missing, good, broken, good)]
     done = CliRunner().invoke(app, ["embed", str(registered.folder), *given])
@@ -390,10 +390,12 @@ def test_what_is_not_there_is_said_so(registered: Registered, tmp_path: Path) ->
 
 def test_a_reserved_alias_is_refused_before_anything_is_stored(registered: Registered) -> None:
     client = MlflowClient(tracking_uri=registered.uri)
-    run = Tracker.open(Tracking(uri=registered.uri), "unused").start_run("r", params={}, tags={})
+    run = Tracker.open(TrackingConfig(uri=registered.uri), "unused").start_run(
+        "r", params={}, tags={}
+    )
     with pytest.raises(TrackingError, match="reserved"):
         registry.register(
-            registered.folder, run, name="new", alias="latest", example=picture(0), tags={}
+            registered.folder, run, name="new", alias="latest", example=image(0), tags={}
         )
     assert "new" not in [m.name for m in client.search_registered_models()]
 

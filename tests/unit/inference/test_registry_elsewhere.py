@@ -17,13 +17,13 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ResNetEncoder, Tracking
+from simclr_ray.config.experiment import ResNetConfig, TrackingConfig
 from simclr_ray.inference import embed, registry
 from simclr_ray.inference import encoder_files as export
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 
-CONFIG = ResNetEncoder(depth=10, width=0.25, stem="cifar")
+CONFIG = ResNetConfig(depth=10, width=0.25, stem="cifar")
 SIZE = 32
 TOLERANCE = 1e-5  # float32 features of order 1
 
@@ -38,7 +38,7 @@ numpy.save("got.npy", model.predict(pandas.DataFrame({"image": [image]})))
 """
 
 
-def picture() -> bytes:
+def image() -> bytes:
     pixels = np.random.default_rng(5).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
@@ -50,7 +50,7 @@ def register_one(tracker: Tracker, folder: Path) -> TrackedRun:
     encoder = build_encoder(CONFIG)
     export.write_encoder(folder, encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=128)
     run = tracker.start_run("run", params={"a.b": 1, "empty": ""}, tags={"digest": "abc"})
-    registry.register(folder, run, name="m", alias="newest", example=picture(), tags={"seed": 0})
+    registry.register(folder, run, name="m", alias="newest", example=image(), tags={"seed": 0})
     return run
 
 
@@ -61,7 +61,7 @@ def test_a_real_server_gives_back_runs_metrics_artifacts_and_the_model(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = register_one(
-        Tracker.open(Tracking(uri=mlflow_server), "s3://never/touched"), tmp_path / "e"
+        Tracker.open(TrackingConfig(uri=mlflow_server), "s3://never/touched"), tmp_path / "e"
     )
     run.log_metrics({"train/loss": 1.0, "nan": math.nan, "up": math.inf}, 0)
     run.log_dataset("cifar10", "s3://bucket/x", "f" * 64, 10, "train")
@@ -81,9 +81,9 @@ def test_a_real_server_gives_back_runs_metrics_artifacts_and_the_model(
     assert stored.data.params["a.b"] == "1"
     assert list((tmp_path / "served").rglob("a.txt"))
 
-    want = embed.embed_images(tmp_path / "e", [picture()])
+    want = embed.embed_images(tmp_path / "e", [image()])
     for where in ("models:/m@newest", "models:/m/1", "models:/m/latest"):
-        got = embed.embed_images(where, [picture()], tracking_uri=mlflow_server)
+        got = embed.embed_images(where, [image()], tracking_uri=mlflow_server)
         np.testing.assert_array_equal(got, want)
     assert not list((tmp_path / "elsewhere").iterdir())  # nothing falls into the working directory
 
@@ -98,7 +98,7 @@ def test_a_registered_model_embeds_in_an_environment_of_only_its_own_requirement
         # a developer's own environment; pip alone would resolve and fetch torch anew
         pytest.skip("uv is not installed: this test makes an environment with it")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run = register_one(Tracker.open(Tracking(uri=uri), "unused"), tmp_path / "e")
+    run = register_one(Tracker.open(TrackingConfig(uri=uri), "unused"), tmp_path / "e")
     version = MlflowClient(tracking_uri=uri).get_model_version("m", "1")
     assert version.run_id == run.run_id
     requirements = Path(str(version.source).removeprefix("file://")) / "requirements.txt"
@@ -118,10 +118,10 @@ def test_a_registered_model_embeds_in_an_environment_of_only_its_own_requirement
     }
     assert not names & {"ray", "simclr-ray", "torchvision", "safetensors"}
 
-    (tmp_path / "image.png").write_bytes(picture())
+    (tmp_path / "image.png").write_bytes(image())
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run(
         [str(python), "-c", EMBED, uri], cwd=tmp_path, env=environment, check=True, timeout=500
     )
-    want = embed.embed_images(tmp_path / "e", [picture()])
+    want = embed.embed_images(tmp_path / "e", [image()])
     np.testing.assert_allclose(np.load(tmp_path / "got.npy"), want, rtol=0, atol=TOLERANCE)

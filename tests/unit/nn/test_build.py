@@ -11,11 +11,11 @@ from torch import nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import (
-    AdamWOptimizer,
+    AdamWConfig,
     Experiment,
-    LARSOptimizer,
-    SGDOptimizer,
-    TorchvisionEncoder,
+    LARSConfig,
+    SGDConfig,
+    TorchvisionConfig,
 )
 from simclr_ray.errors import ConfigError
 from simclr_ray.nn import losses
@@ -93,7 +93,7 @@ def test_an_encoder_is_the_same_under_any_head() -> None:
 def test_a_torchvision_backbone_gives_its_features(name: str, features: int) -> None:
     torch.manual_seed(0)
     size = 32
-    encoder = build_encoder(TorchvisionEncoder(model=name), size=size).train()
+    encoder = build_encoder(TorchvisionConfig(model=name), size=size).train()
     assert feature_dim(encoder) == features
     h = encoder(torch.rand(2, 3, size, size))
     assert h.shape == (2, features)
@@ -123,14 +123,14 @@ def test_every_batch_norm_of_our_models_is_global() -> None:
 @pytest.mark.parametrize(("given", "hint"), [("resnet8", "resnet18"), ("convnext_tny", "convnext")])
 def test_an_unknown_backbone_is_told_with_the_nearest(given: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=f"torchvision has no '{given}' .did you mean '{hint}"):
-        build_encoder(TorchvisionEncoder(model=given))
+        build_encoder(TorchvisionConfig(model=given))
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1"])
 def test_a_backbone_without_a_final_linear_layer_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="does not end in a linear layer") as caught:
-        build_encoder(TorchvisionEncoder(model=name))
-    assert caught.value.mistakes[0].path == "encoder.model"
+        build_encoder(TorchvisionConfig(model=name))
+    assert caught.value.issues[0].path == "encoder.model"
 
 
 def test_an_encoder_is_rebuilt_from_its_stored_config() -> None:
@@ -142,16 +142,16 @@ def test_an_encoder_is_rebuilt_from_its_stored_config() -> None:
         assert feature_dim(again) == feature_dim(built)
 
 
-OPTIMIZERS: list[LARSOptimizer | SGDOptimizer | AdamWOptimizer] = [
-    LARSOptimizer(weight_decay=0.1),
-    SGDOptimizer(weight_decay=0.1),
-    AdamWOptimizer(weight_decay=0.1),
+OPTIMIZERS: list[LARSConfig | SGDConfig | AdamWConfig] = [
+    LARSConfig(weight_decay=0.1),
+    SGDConfig(weight_decay=0.1),
+    AdamWConfig(weight_decay=0.1),
 ]
 
 
 @pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda c: str(c.name))
 def test_norms_and_biases_are_neither_decayed_nor_adapted(
-    config: LARSOptimizer | SGDOptimizer | AdamWOptimizer,
+    config: LARSConfig | SGDConfig | AdamWConfig,
 ) -> None:
     model: SimCLRModel = build_model(experiment(head={"name": "mlp"}))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -168,7 +168,7 @@ def test_norms_and_biases_are_neither_decayed_nor_adapted(
 def test_frozen_parameters_are_not_optimized() -> None:
     model = build_model(experiment())
     model.encoder.requires_grad_(requires_grad=False)
-    held = [p for g in build_optimizer(model, SGDOptimizer()).param_groups for p in g["params"]]
+    held = [p for g in build_optimizer(model, SGDConfig()).param_groups for p in g["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.head.parameters()}
 
 

@@ -15,10 +15,10 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CheckpointError, ConfigError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_model
-from simclr_ray.nn.pretrained import DEVIATION, MEAN, load_start
+from simclr_ray.nn.pretrained import DEVIATION, MEAN, load_init
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
-from simclr_ray.train.resolve import with_start
+from simclr_ray.train.resolve import resolve_init
 
 SMALL = {"name": "resnet", "depth": 10, "width": 0.125, "stem": "cifar"}
 
@@ -55,11 +55,11 @@ def test_a_torchvision_state_dict_gives_torchvisions_features(
     theirs = moved(torchvision.models.get_model(encoder.get("model", "resnet50")))
     path = tmp_path / "weights.pth"
     torch.save(theirs.state_dict(), path)
-    exp = with_start(experiment(encoder=encoder, start={"weights": str(path)}))
+    exp = resolve_init(experiment(encoder=encoder, start={"weights": str(path)}))
     assert exp.start.sha256 == sha256(path)
     model = build_model(exp).eval()
-    load_start(model, exp)
-    # The border is padded with black, not with the mean colour: pictures of the mean there agree.
+    load_init(model, exp)
+    # The border is padded with black, not with the mean colour: images of the mean there agree.
     mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
     images = torch.rand(2, 3, 64, 64)
     theirs.fc = nn.Identity()
@@ -97,17 +97,17 @@ def test_a_run_gives_its_encoder_and_the_first_layers_of_its_head(tmp_path: Path
         loss={"name": "cross_entropy"},
         start={"weights": str(tmp_path / "run")},
     )
-    named = with_start(classifier)
+    named = resolve_init(classifier)
     assert named.start.weights.startswith(str(tmp_path / "run" / "step-00000003"))
     assert named.digest() != classifier.digest()  # by the weights, not by where they lie
     model = build_model(named)
-    load_start(model, named)
+    load_init(model, named)
     theirs = source.state_dict()
     for name, tensor in model.state_dict().items():
         if name.startswith(("encoder.", "head.0", "head.1")):
             assert torch.equal(tensor, theirs[name]), name
     assert not list(model.head.parameters())[-2].any()  # the scores' weights
-    again = with_start(named)
+    again = resolve_init(named)
     assert again.start == named.start
 
 
@@ -115,12 +115,12 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path: Path) -> Non
     write_run(tmp_path / "run", experiment(head={"name": "mlp", "layers": 2}))
     start = {"weights": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match=r"another encoder: width: 0.125 -> 0.25"):
-        with_start(experiment(encoder=SMALL | {"width": 0.25}, start=start))
+        resolve_init(experiment(encoder=SMALL | {"width": 0.25}, start=start))
     with pytest.raises(ConfigError, match="another encoder: name: resnet -> torchvision"):
-        with_start(experiment(encoder={"name": "torchvision", "model": "resnet18"}, start=start))
+        resolve_init(experiment(encoder={"name": "torchvision", "model": "resnet18"}, start=start))
     classifier = {"name": "classifier", "num_classes": 5, "layers": 2}
     with pytest.raises(ConfigError, match="from a head that has 1"):
-        with_start(experiment(head=classifier, loss={"name": "cross_entropy"}, start=start))
+        resolve_init(experiment(head=classifier, loss={"name": "cross_entropy"}, start=start))
     tuned = experiment(head=classifier, loss={"name": "cross_entropy"})
     write_run(tmp_path / "tuned", tuned)
     again = experiment(
@@ -128,10 +128,10 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path: Path) -> Non
         loss={"name": "cross_entropy"},
         start={"weights": str(tmp_path / "tuned")},
     )
-    assert with_start(again).start.sha256  # a classifier counts hidden layers alone
+    assert resolve_init(again).start.sha256  # a classifier counts hidden layers alone
     for missing in ("nowhere", "nowhere.pth", "nowhere/step-00000003-00000000"):
         with pytest.raises(ConfigError, match=r"start.weights: .*nowhere"):
-            with_start(experiment(start={"weights": str(tmp_path / missing)}))
+            resolve_init(experiment(start={"weights": str(tmp_path / missing)}))
 
 
 def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -143,4 +143,4 @@ def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
     ):
         exp = experiment(encoder=encoder, start={"weights": str(path)})
         with pytest.raises(CheckpointError, match=told):
-            load_start(build_model(exp), exp)
+            load_init(build_model(exp), exp)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simclr_ray.nn.heads import Tempered, classifier_head, linear_head, mlp_head
+from simclr_ray.nn.heads import LearnableTemperature, classifier_head, linear_head, mlp_head
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.supervised import CrossEntropyLoss
 
@@ -64,7 +64,7 @@ def test_without_batch_norm_dense_layers_have_a_bias() -> None:
 def test_a_learned_temperature_is_the_temperature_and_its_gradient_is_the_losss() -> None:
     torch.manual_seed(1)
     z1, z2 = torch.randn(2, 9, 5, dtype=torch.float64)
-    head = Tempered(0.3).double()
+    head = LearnableTemperature(0.3).double()
     value = NTXentLoss(1.0, normalize=False)(head(z1), head(z2))
     assert value.item() == pytest.approx(NTXentLoss(0.3)(z1, z2).item(), rel=1e-6)
     value.backward()

@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simclr_ray.config.experiment import AdamWOptimizer, LARSOptimizer, SGDOptimizer
+from simclr_ray.config.experiment import AdamWConfig, LARSConfig, SGDConfig
 from simclr_ray.errors import CheckpointError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
-from simclr_ray.nn.precision import place
+from simclr_ray.nn.precision import prepare_model
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
 
-Config = LARSOptimizer | SGDOptimizer | AdamWOptimizer
+Config = LARSConfig | SGDConfig | AdamWConfig
 OPTIMIZERS: list[Config] = [
-    LARSOptimizer(),
-    LARSOptimizer(momentum_form="outside", clip_lr=True),
-    SGDOptimizer(nesterov=True),
-    AdamWOptimizer(),
+    LARSConfig(),
+    LARSConfig(momentum_form="outside", clip_lr=True),
+    SGDConfig(nesterov=True),
+    AdamWConfig(),
 ]
 
 
@@ -38,7 +38,7 @@ def tiny() -> nn.Module:
         nn.Flatten(),
         nn.Linear(4 * 36, 5),
     )
-    place(model, torch.device("cpu"), "float32")  # channels last, as training has it
+    prepare_model(model, torch.device("cpu"), "float32")  # channels last, as training has it
     return model.train()
 
 
@@ -112,7 +112,7 @@ def test_the_record_holds_what_it_was_given_and_the_versions(tmp_path: Path) -> 
 
 def test_nothing_in_the_directory_is_a_pickle(tmp_path: Path) -> None:
     model = tiny()
-    optimizer = build_optimizer(model, LARSOptimizer())
+    optimizer = build_optimizer(model, LARSConfig())
     train(model, optimizer, range(1))
     checkpoint.write(tmp_path / "c", 1, checkpoint.pack(model, optimizer), {})
     files = sorted(p.name for p in (tmp_path / "c").iterdir())
@@ -242,7 +242,7 @@ def test_a_name_is_never_used_again_and_tells_its_step(tmp_path: Path) -> None:
 
 def test_tensors_of_another_model_are_refused() -> None:
     model = tiny()
-    packed = checkpoint.pack(model, build_optimizer(model, SGDOptimizer()))
+    packed = checkpoint.pack(model, build_optimizer(model, SGDConfig()))
     for wrong in (
         {k: v for k, v in packed.items() if k != "model.0.bias"},
         {**packed, "model.extra": torch.zeros(1)},

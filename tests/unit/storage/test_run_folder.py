@@ -118,10 +118,10 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_go
     folder = RunFolder.of(str(tmp_path), "r-1")
     program = (
         "import sys, time; from simclr_ray.storage.run_folder import RunFolder\n"
-        "with RunFolder(*sys.argv[1:]).held():\n"
+        "with RunFolder(*sys.argv[1:]).lock():\n"
         "    print('held', flush=True); time.sleep(60)"
     )
-    folder.check_free()
+    folder.ensure_unlocked()
     other = subprocess.Popen(
         [sys.executable, "-c", program, folder.storage, folder.name],
         stdout=subprocess.PIPE,
@@ -131,16 +131,16 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_go
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(RunError, match=f"run by process {other.pid} on "):
-            folder.check_free()
-        with pytest.raises(RunError, match=f"run by process {other.pid} on "), folder.held():
+            folder.ensure_unlocked()
+        with pytest.raises(RunError, match=f"run by process {other.pid} on "), folder.lock():
             pass
         threading.Timer(0.5, other.kill).start()
-        with folder.held(wait_s=30):
-            assert folder.is_held()
+        with folder.lock(wait_s=30):
+            assert folder.is_locked()
     finally:
         other.kill()
         other.communicate()
-    assert not folder.is_held()
+    assert not folder.is_locked()
 
 
 def test_a_snapshot_that_names_what_is_there_stays(folder: RunFolder, on_disk: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_mistake_of_many_trials_is_said_once(tmp_path: Path) -> None:
     space = {"batch_size": {"grid": [1, 8]}, "epochs": {"grid": [1, 2, 4]}}
     with pytest.raises(ConfigError) as raised:
         trials_of(written(tmp_path, space=space))
-    assert len(raised.value.mistakes) == 1
+    assert len(raised.value.issues) == 1
 
 
 def test_a_mistake_at_a_scale_that_was_not_asked_for_is_found(tmp_path: Path) -> None:

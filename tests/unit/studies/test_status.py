@@ -48,7 +48,7 @@ def test_a_grid_has_what_waits_what_is_open_and_what_has_ended(tmp_path: Path) -
     states = [(t.state, t.epoch, t.epochs, t.metric) for t in status.trials]
     assert states == [("finished", 4, 4, "50.0"), ("open", 2, 4, "25.0"), ("waiting", 0, 4, "-")]
     assert (status.done, status.num_trials, status.epochs_left) == (1, 3, 6)
-    with folder.files.held():
+    with folder.files.lock():
         assert [t.state for t in status_of(study(), folder, trials).trials][1] == "running"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import CollapsedRun
+from simclr_ray.errors import CollapseError
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.studies import trial_runner as trial_module
 from simclr_ray.studies.definition import Study
@@ -54,13 +54,13 @@ def test_a_loss_of_equal_embeddings_ends_a_run_once_it_has_had_its_time(
     if not ends:
         watch(record)
         return
-    with pytest.raises(CollapsedRun, match=r"stuck: .* 4\.8442"):
+    with pytest.raises(CollapseError, match=r"stuck: .* 4\.8442"):
         watch(record)
 
 
 def test_features_of_one_direction_end_a_run() -> None:
     _, watch = told()
-    with pytest.raises(CollapsedRun, match=r"effective rank is 1\.02"):
+    with pytest.raises(CollapseError, match=r"effective rank is 1\.02"):
         watch({"step": 1, "epoch": 1, "total": 9, "eval/effective_rank": 1.02})
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_another_node_fetched_is_judged_from_its_folder(
         judged.append(run.checkpoint)
         return {"top1": 0.5}
 
-    monkeypatch.setattr(trial_module, "judge_trial", judge)
+    monkeypatch.setattr(trial_module, "evaluate_trial", judge)
     given = cfg.validate(Study, {"name": "s", "question": "?", "base": "b", "space": SPACE})
-    assert trial_module._judge_anywhere(given, experiment(), run) == {"top1": 0.5}
+    assert trial_module._evaluate_anywhere(given, experiment(), run) == {"top1": 0.5}
     assert judged == [tmp_path / "run" / "step-00000007-a"]

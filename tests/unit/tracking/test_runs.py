@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from simclr_ray.config.experiment import Tracking
+from simclr_ray.config.experiment import TrackingConfig
 from simclr_ray.errors import TrackingError
 from simclr_ray.tracking import store as mlflow_store
 from simclr_ray.tracking.runs import TrackedRun, Tracker
@@ -32,7 +32,7 @@ def _no_uri_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tracker(storage: Path) -> Tracker:
-    return Tracker.open(Tracking(), str(storage))
+    return Tracker.open(TrackingConfig(), str(storage))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_the_default_store_keeps_database_and_artifacts_in_the_storage_folder_fr
 
 
 def test_opening_again_gives_the_same_experiment(storage: Path, tracker: Tracker) -> None:
-    again = Tracker.open(Tracking(), str(storage))
+    again = Tracker.open(TrackingConfig(), str(storage))
     assert (again.uri, again.experiment_id) == (tracker.uri, tracker.experiment_id)
 
 
@@ -218,7 +218,7 @@ def test_a_server_that_is_not_there_is_reported_in_one_sentence_within_seconds(
     with pytest.raises(
         TrackingError, match=r"http://u:\*\*\*@127\.0\.0\.1:\d+ could not open .*no answer"
     ):
-        Tracker.open(Tracking(uri=f"http://u:secret@127.0.0.1:{port}"), str(tmp_path))
+        Tracker.open(TrackingConfig(uri=f"http://u:secret@127.0.0.1:{port}"), str(tmp_path))
     assert time.monotonic() - started < 60  # MLflow's own retries go on for minutes
 
 
@@ -230,10 +230,10 @@ def test_an_unknown_run_cannot_be_resumed(tracker: Tracker) -> None:
 def test_a_deleted_experiment_is_refused_with_what_to_do(
     storage: Path, client: MlflowClient
 ) -> None:
-    gone = Tracker.open(Tracking(experiment="gone"), str(storage))
+    gone = Tracker.open(TrackingConfig(experiment="gone"), str(storage))
     client.delete_experiment(gone.experiment_id)
     with pytest.raises(TrackingError, match=r"'gone' is deleted.*restore it"):
-        Tracker.open(Tracking(experiment="gone"), str(storage))
+        Tracker.open(TrackingConfig(experiment="gone"), str(storage))
 
 
 def test_remote_storage_needs_a_tracking_uri() -> None:

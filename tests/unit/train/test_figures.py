@@ -1,4 +1,4 @@
-"""Figures are written as pictures that open, from what a run left behind."""
+"""Figures are written as images that open, from what a run left behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def png(height: int, width: int, seed: int) -> bytes:
 @pytest.fixture
 def experiment(tmp_path: Path) -> Experiment:
     images = [png(20 + i, 40 - i, i) for i in range(6)]
-    images[2:2] = [b"no picture"]
+    images[2:2] = [b"no image"]
     pq.write_table(pa.table({"image": pa.array(images, pa.binary())}), tmp_path / "a.parquet")
     tree = {"name": "t", "data": {"train": str(tmp_path / "a.parquet")}, "augment": {"size": 16}}
     return cfg.validate(Experiment, tree)
@@ -75,7 +75,7 @@ def test_curves_are_drawn_from_the_lines_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lines", ["", json.dumps({"step": 1, "other/thing": 2.0})])
-def test_a_run_without_curves_still_draws_a_picture(tmp_path: Path, lines: str) -> None:
+def test_a_run_without_curves_still_draws_an_image(tmp_path: Path, lines: str) -> None:
     draw_curves(lines, tmp_path / "c.png")
     opened(tmp_path / "c.png")
 

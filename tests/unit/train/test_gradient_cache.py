@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss
-from simclr_ray.nn.precision import place
+from simclr_ray.nn.precision import prepare_model
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.train import loop
-from simclr_ray.train.gradient_cache import cached_backward, group_rows
+from simclr_ray.train.gradient_cache import grad_cache_step, group_rows
 from tests.distributed.gradient_cache_ranks import Both
-from tests.unit.train.test_loop import batches, timetable
+from tests.unit.train.test_loop import batches, schedule
 
 N = 12
 LOSS = NTXentLoss(0.2)
@@ -68,7 +68,7 @@ def test_without_batch_norm_the_gradient_is_that_of_one_pass(num_groups: int) ->
     ours = network(lambda: nn.GroupNorm(2, 8))
     reference = copy.deepcopy(ours)
     groups = group_rows(N, 0, num_groups)
-    cached = cached_backward(ours, projector(ours, views()), LOSS, groups)
+    cached = grad_cache_step(ours, projector(ours, views()), LOSS, groups)
     expected = in_one_graph(reference, views(), [slice(None)])
     assert cached.loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert_equal_gradients(ours, reference)
@@ -78,7 +78,7 @@ def test_with_batch_norm_it_is_that_of_the_same_groups_in_one_graph() -> None:
     ours = network(lambda: GlobalBatchNorm(8))
     reference = copy.deepcopy(ours)
     groups = group_rows(N, 0, 3)
-    cached_backward(ours, projector(ours, views()), LOSS, groups)
+    grad_cache_step(ours, projector(ours, views()), LOSS, groups)
     in_one_graph(reference, views(), groups)
     assert_equal_gradients(ours, reference)
     for a, b in zip(ours.buffers(), reference.buffers(), strict=True):
@@ -89,7 +89,7 @@ def test_dropout_draws_the_same_in_both_passes() -> None:
     ours = network(lambda: nn.Dropout(0.5))
     reference = copy.deepcopy(ours)
     groups = group_rows(N, 0, 4)
-    cached_backward(ours, projector(ours, views()), LOSS, groups)
+    grad_cache_step(ours, projector(ours, views()), LOSS, groups)
     in_one_graph(reference, views(), groups)
     assert_equal_gradients(ours, reference)
 
@@ -113,15 +113,15 @@ def test_the_loop_trains_the_same_weights_with_groups_where_nothing_joins_images
     def trained(num_groups: int) -> nn.Module:
         torch.manual_seed(0)
         model = Both(ResNet(10, 0.125, "cifar", lambda c: nn.GroupNorm(4, c)))
-        place(model, torch.device("cpu"), "float64")
-        hooks = loop.Hooks(lambda m: None, lambda e, s: None, lambda s: None)
+        prepare_model(model, torch.device("cpu"), "float64")
+        callbacks = loop.Callbacks(lambda m: None, lambda e, s: None, lambda s: None)
         loop.train(
             model,
             LOSS,
             torch.optim.SGD(model.parameters(), 0.1),
             batches(0, 3),
-            timetable(),
-            hooks,
+            schedule(),
+            callbacks,
             precision="float64",
             num_groups=num_groups,
         )

@@ -1,4 +1,4 @@
-"""The loop is Algorithm 1: each step as written by hand, reports and hooks when they are due."""
+"""The loop is Algorithm 1: each step as written by hand, reports and callbacks when due."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from simclr_ray.errors import RunError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import SimCLRModel
 from simclr_ray.nn.losses import NTXentLoss
-from simclr_ray.nn.precision import Precision, as_input, place
+from simclr_ray.nn.precision import Precision, as_input, prepare_model
 from simclr_ray.optim import LARS, learning_rate_at
-from simclr_ray.train.loop import Hooks, Metrics, Timetable, train
+from simclr_ray.train.loop import Callbacks, Metrics, StepSchedule, train
 
 N, SIDE = 6, 8
 TEMPERATURE = 0.5
@@ -35,7 +35,7 @@ def tiny(precision: Precision = "float32", seed: int = 0) -> SimCLRModel:
         nn.Flatten(),
     )
     model = SimCLRModel(encoder, nn.Linear(4, 5))
-    place(model, torch.device("cpu"), precision)
+    prepare_model(model, torch.device("cpu"), precision)
     return model
 
 
@@ -50,8 +50,8 @@ def batches(first: int, last: int, bad: tuple[int, ...] = ()) -> Iterator[Batch]
         yield Batch(step, a, b, torch.arange(N), unusable)
 
 
-def timetable(**changes: int) -> Timetable:
-    table = Timetable(5, 15, 4, 0.8, N, log_every=2)
+def schedule(**changes: int) -> StepSchedule:
+    table = StepSchedule(5, 15, 4, 0.8, N, log_every=2)
     return replace(table, **changes)  # type: ignore[arg-type] # all are int
 
 
@@ -62,8 +62,8 @@ class Log:
         self.events: list[Event] = []
         self.metrics: list[Metrics] = []
 
-    def hooks(self) -> Hooks:
-        return Hooks(self._report, self._epoch, lambda s: self.events.append(("checkpoint", s)))
+    def callbacks(self) -> Callbacks:
+        return Callbacks(self._report, self._epoch, lambda s: self.events.append(("checkpoint", s)))
 
     def _report(self, metrics: Metrics) -> None:
         self.events.append(("report", metrics.step))
@@ -77,7 +77,7 @@ class Log:
 def run(
     model: nn.Module,
     stream: Iterator[Batch],
-    table: Timetable,
+    table: StepSchedule,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     precision: Precision = "float32",
@@ -86,12 +86,12 @@ def run(
     log = Log()
     optimizer = optimizer or LARS(model.parameters(), lr=0.0)
     loss = loss or NTXentLoss(TEMPERATURE)
-    train(model, loss, optimizer, stream, table, log.hooks(), precision=precision)
+    train(model, loss, optimizer, stream, table, log.callbacks(), precision=precision)
     return log
 
 
 def test_reports_and_hooks_come_at_their_steps_and_in_order() -> None:
-    log = run(tiny(), batches(0, 10), timetable(checkpoint_every=3))
+    log = run(tiny(), batches(0, 10), schedule(checkpoint_every=3))
     assert log.events == [
         ("report", 2),
         ("checkpoint", 3),
@@ -108,7 +108,7 @@ def test_reports_and_hooks_come_at_their_steps_and_in_order() -> None:
 
 
 def test_a_stream_from_the_middle_of_an_epoch_keeps_the_runs_own_count() -> None:
-    log = run(tiny(), batches(7, 11), timetable(checkpoint_every=3))
+    log = run(tiny(), batches(7, 11), schedule(checkpoint_every=3))
     assert log.events == [
         ("report", 8),
         ("checkpoint", 9),
@@ -119,7 +119,7 @@ def test_a_stream_from_the_middle_of_an_epoch_keeps_the_runs_own_count() -> None
 
 
 def test_a_checkpoint_that_falls_on_the_end_of_an_epoch_is_left_to_the_epochs_hook() -> None:
-    log = run(tiny(), batches(0, 5), timetable(checkpoint_every=5, log_every=100))
+    log = run(tiny(), batches(0, 5), schedule(checkpoint_every=5, log_every=100))
     assert log.events == [("report", 5), ("epoch", 5)]
 
 
@@ -133,7 +133,7 @@ def test_each_step_takes_the_rate_of_its_schedule() -> None:
 
     model = tiny()
     groups = [{"params": [p]} for p in list(model.parameters())[:2]]
-    log = run(model, batches(3, 15), timetable(), optimizer=Watched(groups, lr=9.0))
+    log = run(model, batches(3, 15), schedule(), optimizer=Watched(groups, lr=9.0))
     expected = [learning_rate_at(s, 0.8, 4, 15) for s in range(3, 15) for _ in groups]
     assert seen == expected
     assert [m.learning_rate for m in log.metrics] == [
@@ -156,7 +156,7 @@ def by_hand(z: Tensor) -> Tensor:
 def test_a_step_is_the_step_written_by_hand() -> None:
     ours, theirs = tiny("float64"), tiny("float64").train()
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0, momentum=0.9)
-    table = timetable(log_every=1)
+    table = schedule(log_every=1)
     log = run(
         ours,
         batches(2, 5),
@@ -177,8 +177,8 @@ def test_a_step_is_the_step_written_by_hand() -> None:
 
 
 def test_reported_losses_are_the_last_and_the_mean_since_the_last_report() -> None:
-    each = run(tiny(), batches(0, 5), timetable(log_every=1)).metrics
-    some = run(tiny(), batches(0, 5), timetable(log_every=3)).metrics
+    each = run(tiny(), batches(0, 5), schedule(log_every=1)).metrics
+    some = run(tiny(), batches(0, 5), schedule(log_every=3)).metrics
     assert [m.step for m in some] == [3, 5]
     losses = [m.loss for m in each]
     assert [m.loss for m in some] == [losses[2], losses[4]]
@@ -188,7 +188,7 @@ def test_reported_losses_are_the_last_and_the_mean_since_the_last_report() -> No
 
 
 def test_metrics_are_in_their_ranges_and_replaced_rows_are_counted() -> None:
-    log = run(tiny(), batches(0, 10, bad=(0, 1, 4, 7)), timetable())
+    log = run(tiny(), batches(0, 10, bad=(0, 1, 4, 7)), schedule())
     assert [m.bad_rows for m in log.metrics] == [2, 0, 1, 0, 1, 0]
     for m in log.metrics:
         assert 0 <= m.data_wait_share <= 1
@@ -203,7 +203,7 @@ def test_waiting_for_data_is_measured() -> None:
             sum(i for i in range(2_000_000))  # work, many times what a step takes
             yield batch
 
-    log = run(tiny(), slow(), timetable(log_every=4))
+    log = run(tiny(), slow(), schedule(log_every=4))
     assert 0.5 < log.metrics[0].data_wait_share <= 1
 
 
@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(poison: floa
             yield batch
 
     with pytest.raises(RunError, match=r"the loss is not finite at step 4 .*learning_rate"):
-        run(model, stream(), timetable(log_every=4))
+        run(model, stream(), schedule(log_every=4))
 
 
 def test_a_step_under_bf16_keeps_weights_and_loss_in_float32() -> None:
@@ -233,11 +233,11 @@ def test_a_step_under_bf16_keeps_weights_and_loss_in_float32() -> None:
 
     model = tiny("bf16")
     low = run(
-        model, batches(2, 5), timetable(log_every=1), precision="bf16", loss=Watched(TEMPERATURE)
+        model, batches(2, 5), schedule(log_every=1), precision="bf16", loss=Watched(TEMPERATURE)
     )
     assert set(seen) == {(torch.bfloat16, torch.float32)}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    full = run(tiny(), batches(2, 5), timetable(log_every=1))
+    full = run(tiny(), batches(2, 5), schedule(log_every=1))
     for a, b in zip(low.metrics, full.metrics, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=2e-2)  # bf16 has 8 bits
 
@@ -246,7 +246,7 @@ def test_a_step_under_bf16_keeps_weights_and_loss_in_float32() -> None:
     ("precision", "dtype"),
     [("float64", torch.float64), ("float32", torch.float32), ("bf16", torch.float32)],
 )
-def test_pictures_enter_as_numbers_from_0_to_1_channels_last(
+def test_images_enter_as_numbers_from_0_to_1_channels_last(
     precision: Precision, dtype: torch.dtype
 ) -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
@@ -266,14 +266,14 @@ def test_training_resumes_training_mode_after_an_epochs_hook() -> None:
     def judge(*_: int) -> None:
         model.eval()
 
-    hooks = Hooks(lambda _: None, judge, lambda _: None)
+    callbacks = Callbacks(lambda _: None, judge, lambda _: None)
     model.eval()
     loss, optimizer = NTXentLoss(TEMPERATURE), LARS(model.parameters(), lr=0.0)
-    train(model, loss, optimizer, batches(0, 7), timetable(), hooks)
+    train(model, loss, optimizer, batches(0, 7), schedule(), callbacks)
     assert modes == [True] * 7
 
 
 def test_gradients_do_not_reach_the_next_step() -> None:
     model = tiny()
-    run(model, batches(0, 2), timetable())
+    run(model, batches(0, 2), schedule())
     assert all(p.grad is None for p in model.parameters())

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ClassifierHead, Data, Experiment
+from simclr_ray.config.experiment import ClassifierHeadConfig, DataConfig, Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.train.resolve import resolved, split_like_test
@@ -34,7 +34,7 @@ def source(folder: Path, labels: list[int | None] | None) -> Source:
 def test_classes_are_counted_and_no_other_loss_asks_for_labels(tmp_path: Path) -> None:
     labelled = source(tmp_path, [0, 1, 4, 1, 0, 2])
     head = resolved(experiment(**CLASSIFIER), labelled).head
-    assert isinstance(head, ClassifierHead)
+    assert isinstance(head, ClassifierHeadConfig)
     assert head.num_classes == 5
     plain = experiment()
     assert resolved(plain, source(tmp_path, None)) == plain
@@ -108,13 +108,13 @@ def test_pipelines_that_cannot_be_are_named(augment: dict[str, Any], told: str) 
         experiment(augment=PIPELINE | augment)
 
 
-def test_a_test_split_of_the_training_pictures_is_noticed_and_another_is_not(
+def test_a_test_split_of_the_training_images_is_noticed_and_another_is_not(
     tmp_path: Path,
 ) -> None:
     for name, rows in (("a", 12), ("b", 9)):
         write_shapes(tmp_path / f"{name}.parquet", rows)
     a, b = (str(tmp_path / f"{name}.parquet") for name in "ab")
-    assert split_like_test(Data(train=a, test=a, limit=5)) == a
-    assert split_like_test(Data(train=a, bank=b, test=b)) == b
-    assert split_like_test(Data(train=a, test=b)) == ""
-    assert split_like_test(Data(train=a)) == ""
+    assert split_like_test(DataConfig(train=a, test=a, limit=5)) == a
+    assert split_like_test(DataConfig(train=a, bank=b, test=b)) == b
+    assert split_like_test(DataConfig(train=a, test=b)) == ""
+    assert split_like_test(DataConfig(train=a)) == ""

@@ -13,7 +13,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, RunError
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.resolve import resolved
-from simclr_ray.train.worker import our_error
+from simclr_ray.train.worker import unwrap_error
 from tests.ray.images import write_shapes
 
 
@@ -28,14 +28,14 @@ def test_an_error_of_ours_that_a_task_raised_is_found_with_its_own_text() -> Non
     own = DataError("train.parquet is no parquet")
     raised = raised_in_a_task(own)
     assert isinstance(raised, DataError)  # and a RayTaskError, whose text is a traceback
-    assert our_error(raised) is own
+    assert unwrap_error(raised) is own
     outer = RuntimeError("outer")
     outer.__cause__ = raised
-    assert our_error(outer) is own
+    assert unwrap_error(outer) is own
 
 
 def test_an_error_that_is_not_ours_is_not_found() -> None:
-    assert our_error(raised_in_a_task(ValueError("x"))) is None
+    assert unwrap_error(raised_in_a_task(ValueError("x"))) is None
 
 
 def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(
@@ -52,7 +52,7 @@ def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(
     monkeypatch.setattr(driver, "HELD_S", 0.0)
     monkeypatch.setattr(driver, "connect", lambda _: pytest.fail("a cluster was started"))
     with (
-        RunFolder.of(str(tmp_path / "runs"), name).held(),
+        RunFolder.of(str(tmp_path / "runs"), name).lock(),
         pytest.raises(RunError, match="is being run by process"),
     ):
         driver.pretrain(experiment)
