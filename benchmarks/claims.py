@@ -1,4 +1,4 @@
-"""Claims of the paper in short CPU runs: heads, colour, and what g(h) forgets (Fig. 5, 8, Table 3).
+"""Claims of the paper in short CPU runs: heads, color, and what g(h) forgets (Fig. 5, 8, Table 3).
 
     python -m benchmarks.claims CIFAR_FOLDER [--seeds 3] [--epochs 8] [--images 10000]
 
@@ -37,16 +37,16 @@ from simclr_ray.optim import build_optimizer
 from simclr_ray.train import loop
 
 CROP = {"name": "crop", "min_area": 0.2}
-COLOUR = {"name": "colour", "strength": 0.5}
+COLOR = {"name": "color", "strength": 0.5}
 MLP = {"name": "mlp", "layers": 2, "dim": 128}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "no head": {"head": {"name": "none"}, "a": [CROP, COLOUR]},
-    "linear head": {"head": {"name": "linear", "dim": 128}, "a": [CROP, COLOUR]},
-    "nonlinear head": {"head": MLP, "a": [CROP, COLOUR]},
+    "no head": {"head": {"name": "none"}, "a": [CROP, COLOR]},
+    "linear head": {"head": {"name": "linear", "dim": 128}, "a": [CROP, COLOR]},
+    "nonlinear head": {"head": MLP, "a": [CROP, COLOR]},
     "nonlinear head, crop alone": {"head": MLP, "a": [CROP]},
     "nonlinear head, rotation added": {
         "head": MLP,
-        "a": [CROP, COLOUR, {"name": "rotate", "p": 0.75}],
+        "a": [CROP, COLOR, {"name": "rotate", "p": 0.75}],
     },
 }
 PROCESSES, CLASSES = 2, 10

@@ -3,10 +3,11 @@
     python -m benchmarks.memory [--batch 8192] [--images 256] [--width 1.0] [--threads 2]
 
 Both steps are the loop's own, with its report: the preset cifar10_resnet18 on one CPU worker in
-float32, once with `batch_size` = BATCH and `batch_norm.images` = IMAGES, once with `batch_size` =
-IMAGES. The peak is the process's high-water mark, of all it holds: libraries, weights, gradients,
-LARS's momenta, and the step's uint8 views. Each case has a process of its own, after one small
-step, and freed blocks go back at once; `--keep-freed` keeps them, as a worker of a run does.
+float32, once with `batch_size` = BATCH and `batch_norm.group_size` = IMAGES, once with
+`batch_size` = IMAGES. The peak is the process's high-water mark, of all it holds: libraries,
+weights, gradients, LARS's momenta, and the step's uint8 views. Each case has a process of its own,
+after one small step, and freed blocks go back at once; `--keep-freed` keeps them, as a worker of a
+run does.
 Writes `benchmarks/results/memory.json`.
 """
 
@@ -83,7 +84,7 @@ def experiment(batch_size: int, images: int, width: float) -> Experiment:
     return Experiment.load(
         "cifar10_resnet18",
         f"batch_size={batch_size}",
-        f"batch_norm.images={images}",
+        f"batch_norm.group_size={images}",
         f"encoder.width={width}",
         "precision=float32",
         "scaling.num_workers=1",

@@ -225,7 +225,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., str], str], ...] = (
         "Views",
         ("views_32", "views_224"),
         _views,
-        "Two views of each image in one process with one thread, crop, flip, colour and (at "
+        "Two views of each image in one process with one thread, crop, flip, color and (at "
         "224 px) blur, to float32. Ours are compiled where there is a C compiler; without one they "
         "are made with torch, to the same bytes.",
     ),

@@ -37,7 +37,7 @@ def main() -> None:
             "loss": [[r["step"], r["train/mean_loss"]] for r in records if "train/loss" in r],
             "images_per_s": median([r["train/images_per_s"] for r in records if "train/loss" in r]),
             "data_wait_share": median(
-                [r["train/data_wait_share"] for r in records if "train/loss" in r]
+                [r["train/data_wait_fraction"] for r in records if "train/loss" in r]
             ),
         }
     store(name, result)

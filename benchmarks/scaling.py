@@ -89,7 +89,7 @@ def experiment(batch_size: int, num_workers: int) -> Experiment:
     return Experiment.load(
         "cifar10_resnet18",
         f"batch_size={batch_size}",
-        f"batch_norm.images={GROUP}",
+        f"batch_norm.group_size={GROUP}",
         "encoder.width=0.25",
         "encoder.stem=strided",
         "precision=float32",

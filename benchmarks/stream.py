@@ -281,7 +281,7 @@ def short_run(settings: Settings) -> Row:
         threading.Thread(target=watch, daemon=True).start()
         run = pretrain(trained, on_progress=on_progress)
         records = (Path(run.folder) / "metrics.jsonl").read_text().splitlines()
-    shares = [json.loads(r).get("train/data_wait_share") for r in records]
+    shares = [json.loads(r).get("train/data_wait_fraction") for r in records]
     return {
         "first_batch_after_init_s": round(first[0][0], 2),
         "first_batch_when_model_is_ready_s": round(first[0][1], 2),

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from simclr_ray.inference.embed import embed_images, load_encoder
     from simclr_ray.nn.losses import NTXentLoss
     from simclr_ray.optim import LARS
-    from simclr_ray.studies.definition import load_study
     from simclr_ray.studies.driver import run_study
+    from simclr_ray.studies.files import load_study
     from simclr_ray.studies.report import publish_report
     from simclr_ray.train.driver import Run
     from simclr_ray.train.driver import pretrain as pretrain
@@ -48,7 +48,7 @@ _WHERE = {
     "evaluate": "evaluation.evaluate",
     "format_table": "evaluation.scores",
     "load_encoder": "inference.embed",
-    "load_study": "studies.definition",
+    "load_study": "studies.files",
     "prepare": "data.prepare",
     "pretrain": "train.driver",
     "publish_report": "studies.report",
@@ -78,11 +78,14 @@ __all__ = [
     "run_study",
 ]
 
+_RENAMED = {"complete": "run_pipeline"}
+
 
 def __getattr__(name: str) -> object:
     """Return a public name, importing its module on first use."""
     if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        hint = f"; it is called {_RENAMED[name]!r} now" if name in _RENAMED else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     module, _, attribute = _WHERE[name].partition(":")
     found = getattr(import_module(f"{__name__}.{module}"), attribute or name)
     globals()[name] = found

@@ -1,6 +1,6 @@
 /* Views on CPU, one image after the other, each while it is in cache.
  *
- * Every line does what `resample.py` and `colour.py` do on whole batches with torch, in the same
+ * Every line does what `resample.py` and `color.py` do on whole batches with torch, in the same
  * order of operations, so that both give the same bytes: sums are of integers that float32 holds
  * exactly, the rest is elementwise IEEE arithmetic. Built without contraction to fused
  * multiply-add, which would round differently. No state, no threads.
@@ -166,7 +166,7 @@ int crop_views(int64_t n, const uint8_t *const *pixels, const int64_t *widths,
     return 0;
 }
 
-/* ---------------------------------------------------------------- colour */
+/* ---------------------------------------------------------------- color */
 
 static inline float unit(float x)
 {
@@ -336,7 +336,7 @@ static void distort(const uint8_t *in, float *x, int64_t plane, const float *fac
 
 /* in, out [n, 3, size, size]; factors [n, 4]; order [n, 4]; jitter, gray, blurred [n];
  * kernels [n, taps], integers over UNIT. Returns 0, or 1 without memory. */
-int distort_colour(int64_t n, int32_t size, const uint8_t *in, const float *factors,
+int distort_color(int64_t n, int32_t size, const uint8_t *in, const float *factors,
                    const int64_t *order, const uint8_t *jitter, const uint8_t *gray,
                    const uint8_t *blurred, const float *kernels, int32_t taps, uint8_t *out)
 {

@@ -81,7 +81,7 @@ def crop_views(
     return out
 
 
-def distort_colour(
+def distort_color(
     crops: Tensor,
     factors: NDArray[np.float32],
     order: NDArray[np.int64],
@@ -94,17 +94,17 @@ def distort_colour(
 
     Args:
         crops: uint8 [n, 3, S, S] on CPU.
-        factors: [n, 4], as in `colour.JitterParams`.
+        factors: [n, 4], as in `color.JitterParams`.
         order: [n, 4] likewise.
         jitter: [n], whether an image is jittered.
-        gray: [n], whether it loses its colour.
+        gray: [n], whether it loses its color.
         blur: [n], whether it is blurred.
         kernels: [n, taps], integers over `resample.UNIT`, of odd length.
     """
     source = crops.contiguous()
     out = torch.empty_like(source)
     _call(
-        "distort_colour",
+        "distort_color",
         ctypes.c_int64(len(source)),
         ctypes.c_int32(source.shape[-1]),
         ctypes.c_void_p(source.data_ptr()),

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_ray.augment import colour
+from simclr_ray.augment import color
 from simclr_ray.augment.resample import FULL, blur, blur_weights
 from simclr_ray.augment.views import AMOUNTS, jitter_params
 
@@ -110,12 +110,12 @@ class Jitter:
         everyone = np.ones(len(u), np.bool_)
         amounts = (self.brightness, self.contrast, self.saturation, self.hue)
         draws = jitter_params(u[:, :4], u[:, 4], everyone, self.strength, amounts)
-        return colour.jitter(images, draws)
+        return color.jitter(images, draws)
 
 
 @dataclass(frozen=True)
 class Grayscale:
-    """Colour dropped: luma in three equal channels."""
+    """Color dropped: luma in three equal channels."""
 
     def num_draws(self, size: int) -> int:  # noqa: ARG002 - the protocol's
         """Return 0."""
@@ -123,12 +123,12 @@ class Grayscale:
 
     def __call__(self, images: Tensor, u: Uniforms) -> Tensor:  # noqa: ARG002 - the protocol's
         """Return the images in gray."""
-        return colour.grayscale(images).expand(-1, 3, -1, -1)
+        return color.grayscale(images).expand(-1, 3, -1, -1)
 
 
 @dataclass(frozen=True)
-class ColourDistortion:
-    """The paper's colour distortion: jitter, then grayscale, each by chance (App. A)."""
+class ColorDistortion:
+    """The paper's color distortion: jitter, then grayscale, each by chance (App. A)."""
 
     strength: float = 1.0
     jitter: float = 0.8
@@ -141,9 +141,9 @@ class ColourDistortion:
     def __call__(self, images: Tensor, u: Uniforms) -> Tensor:
         """Return the images distorted."""
         draws = jitter_params(u[:, :4], u[:, 4], u[:, 5] < self.jitter, self.strength)
-        out = colour.jitter(images, draws)
+        out = color.jitter(images, draws)
         gray = torch.from_numpy(np.flatnonzero(u[:, 6] < self.grayscale))
-        out[gray] = colour.grayscale(out[gray]).expand(-1, 3, -1, -1)
+        out[gray] = color.grayscale(out[gray]).expand(-1, 3, -1, -1)
         return out
 
 
@@ -200,7 +200,7 @@ class Sobel:
         """Return the edges."""
         across = torch.tensor(self.KERNEL) / 4
         kernels = torch.stack([across, across.T])[:, None]  # [2, 1, 3, 3]
-        luma = F.pad(colour.grayscale(images), (1, 1, 1, 1), mode="reflect")
+        luma = F.pad(color.grayscale(images), (1, 1, 1, 1), mode="reflect")
         edges: Tensor = torch.linalg.vector_norm(F.conv2d(luma, kernels), dim=1, keepdim=True)
         return edges.clamp_(0, 1).expand(-1, 3, -1, -1)
 
@@ -265,7 +265,7 @@ OPS: dict[str, Callable[..., Op]] = {
     "cutout": Cutout,
     "jitter": Jitter,
     "grayscale": Grayscale,
-    "colour": ColourDistortion,
+    "color": ColorDistortion,
     "noise": Noise,
     "blur": Blur,
     "sobel": Sobel,

@@ -1,7 +1,7 @@
 """Any list of transformations as two views: shared ones first, then those of each view.
 
 SimCLR's composition study (§3.1) crops each image once, then transforms one branch and leaves the
-other as it is: `shared=[crop]`, `a=[...]`, `b=[]`. The paper's usual pipeline is `a=[crop, colour,
+other as it is: `shared=[crop]`, `a=[...]`, `b=[]`. The paper's usual pipeline is `a=[crop, color,
 blur]` and the same, drawn anew, for b; `TwoViews` is its faster form.
 """
 

@@ -1,6 +1,6 @@
 """Two views of each image: parameters drawn by key, pixels made on whole batches.
 
-SimCLR (Chen et al. 2020) §2.1 and App. A: crop and resize, flip, colour jitter, grayscale, blur.
+SimCLR (Chen et al. 2020) §2.1 and App. A: crop and resize, flip, color jitter, grayscale, blur.
 What a view shows is a pure function of (seed, epoch, id, view).
 """
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_ray.augment import colour, native
+from simclr_ray.augment import color, native
 from simclr_ray.augment.decode import decode_image
 from simclr_ray.augment.philox import uniforms
 from simclr_ray.augment.resample import (
@@ -51,7 +51,7 @@ class AugmentParams(NamedTuple):
 
     crop: NDArray[np.float64]  # [n, 4]: height and width share, vertical and horizontal place
     flip: NDArray[np.bool_]  # [n]
-    jitter: colour.JitterParams
+    jitter: color.JitterParams
     gray: NDArray[np.bool_]  # [n]
     blur: NDArray[np.bool_]  # [n]
     sigma: NDArray[np.float64]  # [n], pixels
@@ -87,13 +87,13 @@ class TwoViews:
 
     Args:
         size: Side S of a view in pixels.
-        strength: Colour strength s: brightness, contrast, saturation ±0.8s, hue ±0.2s.
+        strength: Color strength s: brightness, contrast, saturation ±0.8s, hue ±0.2s.
         blur: Probability of Gaussian blur.
         seed: 32 bits.
         min_area: Least share of the area that a crop covers.
         flip: Probability of a left-right flip.
-        jitter: Probability of colour jitter.
-        grayscale: Probability of dropping colour.
+        jitter: Probability of color jitter.
+        grayscale: Probability of dropping color.
         compiled: On CPU, use `native.c` where it can be built: the same bytes, sooner.
     """
 
@@ -193,13 +193,13 @@ class TwoViews:
             if draws.blur.any():
                 kernels[draws.blur] = blur_kernels(draws.sigma[draws.blur], taps)
             factors, order, jitter = (t.numpy() for t in draws.jitter)
-            return native.distort_colour(
+            return native.distort_color(
                 crops, factors, order, jitter, draws.gray, draws.blur, kernels
             )
-        x = colour.jitter(crops.float().mul_(1 / 255), draws.jitter)
+        x = color.jitter(crops.float().mul_(1 / 255), draws.jitter)
         gray = torch.from_numpy(np.flatnonzero(draws.gray)).to(crops.device)
         if len(gray):
-            x[gray] = colour.grayscale(x[gray]).expand(-1, 3, -1, -1)
+            x[gray] = color.grayscale(x[gray]).expand(-1, 3, -1, -1)
         chosen = np.flatnonzero(draws.blur)
         if len(chosen):
             band = blur_weights(draws.sigma[chosen], taps, self.size).to(crops.device)
@@ -297,8 +297,8 @@ def jitter_params(
     chosen: NDArray[np.bool_],
     strength: float,
     amounts: tuple[float, float, float, float] = AMOUNTS,
-) -> colour.JitterParams:
-    """Return the parameters of colour jitter of strength s: ±0.8s, hue ±0.2s (App. A).
+) -> color.JitterParams:
+    """Return the parameters of color jitter of strength s: ±0.8s, hue ±0.2s (App. A).
 
     Args:
         u: [n, 4], of the factors.
@@ -314,7 +314,7 @@ def jitter_params(
         np.append(1 + reach[:3], reach[3]),
     )
     factors = low + u * (high - low)
-    return colour.JitterParams(
+    return color.JitterParams(
         torch.from_numpy(factors.astype(np.float32)),
         torch.from_numpy(ORDERS[(order * len(ORDERS)).astype(np.int64)]),
         torch.from_numpy(chosen & (strength > 0)),
@@ -323,7 +323,7 @@ def jitter_params(
 
 def _taken(draws: AugmentParams, rows: list[int]) -> AugmentParams:
     """Return the parameters of some views."""
-    jitter = colour.JitterParams(*(t[rows] for t in draws.jitter))
+    jitter = color.JitterParams(*(t[rows] for t in draws.jitter))
     rest = {name: getattr(draws, name)[rows] for name in ("crop", "flip", "gray", "blur", "sigma")}
     return AugmentParams(jitter=jitter, **rest)
 

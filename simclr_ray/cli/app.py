@@ -6,8 +6,6 @@ Exit codes: 0 done · 1 the run failed · 2 bad config, arguments or data · 75 
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,14 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simclr_ray import config as cfg
-from simclr_ray.augment.decode import ImageError
 from simclr_ray.cli import study as cli_study
 from simclr_ray.cli.console import RunProgress, ShardProgress, err, out, show_pairs, show_table
-from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen
-from simclr_ray.config import logging as logs
+from simclr_ray.cli.signals import listen
 from simclr_ray.config import preset_names
 from simclr_ray.config.experiment import Experiment, PreparationConfig
-from simclr_ray.errors import ConfigError, ConfigIssue, SimclrRayError
+from simclr_ray.errors import ConfigError, ConfigIssue
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
     from simclr_ray.evaluation.scores import Score
     from simclr_ray.train.driver import Run
 
-DEMO_TRAIN_IMAGES, DEMO_TEST_IMAGES = 6_000, 2_000
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(
@@ -107,7 +102,7 @@ def pretrain(
         bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")
     ] = False,
 ) -> None:
-    """Pretrain an encoder, evaluate it, and register it if `register_as.name` is set.
+    """Pretrain an encoder, evaluate it, and register it if `registry.name` is set.
 
     The same command continues a run that was stopped.
     Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
@@ -137,7 +132,7 @@ def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
     else:
         _show_where(outcome.run)
     if outcome.registered is not None:
-        uri = f"models:/{outcome.registered.name}@{experiment.register_as.alias}"
+        uri = f"models:/{outcome.registered.name}@{experiment.registry.alias}"
         out.print(f"registered  {uri} (version {outcome.registered.version})", markup=False)
 
 
@@ -146,7 +141,7 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder or its URI, or one checkpoint in it.")],
     overrides: Overrides = None,
     protocols: Annotated[
-        str, typer.Option(help="Comma-separated: knn, linear, lbfgs, knn_solo, knn_1.")
+        str, typer.Option(help="Comma-separated: knn, linear, lbfgs, knn_k20, knn_k1.")
     ] = "knn,linear",
 ) -> None:
     """Score a run's encoder beside the untrained encoder and raw pixels.
@@ -163,7 +158,7 @@ def probe(
     run: Annotated[str, typer.Argument(help="A run folder or its URI, or one checkpoint in it.")],
     overrides: Overrides = None,
 ) -> None:
-    """Ask what h and g(h) know of colour, rotation, noise and edges (Table 3); needs no labels.
+    """Ask what h and g(h) know of color, rotation, noise and edges (Table 3); needs no labels.
 
     Example: simclr-ray probe runs/cifar10_cpu-1a2b3c4d data.test=cifar/test
     """
@@ -298,39 +293,6 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
-def demo(
-    folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
-) -> None:
-    """Prepare shapes, pretrain with two workers, evaluate, register, and show its use."""
-    _connect(Experiment.load("shapes_demo"))  # one cluster for preparing and training
-    for split, images, seed in (("train", DEMO_TRAIN_IMAGES, 0), ("test", DEMO_TEST_IMAGES, 1)):
-        _prepare("shapes", str(folder / "shapes" / split), f"num_images={images}", f"seed={seed}")
-    experiment = Experiment.load(
-        "shapes_demo",
-        f"data.train={folder / 'shapes' / 'train'}",
-        f"data.test={folder / 'shapes' / 'test'}",
-        f"storage={folder / 'runs'}",
-    )
-    _pretrain(experiment)
-    image = folder / "shape.png"
-    _write_shape(image)
-    model = f"models:/{experiment.register_as.name}@{experiment.register_as.alias}"
-    store = f"sqlite:///{(folder / 'runs').resolve()}/mlflow.db"
-    out.print("embed an image with the registered model:", markup=False)
-    program = Path(sys.argv[0])
-    command = [str(program), "embed", model, str(image), "--tracking-uri", store]
-    out.print("  " + shlex.join(command), markup=False, soft_wrap=True)
-
-
-def _write_shape(path: Path) -> None:
-    from PIL import Image
-
-    from simclr_ray.data.shapes import render
-
-    Image.fromarray(render(0, 2).pixels).save(path)
-
-
 def _connect(experiment: Experiment | None = None) -> None:
     from simclr_ray.distributed.ray_cluster import connect
 
@@ -372,30 +334,3 @@ def _show_scores(scores: Sequence[Score]) -> None:
     else:
         shown = [i for i in shown if i not in accuracies]
     show_table("scores", [COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows])
-
-
-def main() -> None:
-    """Run the command line, mapping errors to exit codes."""
-    logs.configure()
-    listen()
-    code = 0
-    try:
-        app()
-    except ConfigError as error:
-        for mistake in error.issues:
-            err.print(f"error: {mistake}", markup=False, soft_wrap=True)
-        code = error.exit_code
-    except (SimclrRayError, ImageError) as error:
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
-        code = error.exit_code if isinstance(error, SimclrRayError) else 2
-    except SystemExit as stop:  # typer ends by one, whatever happened; interrupts are 130
-        code = stop.code if isinstance(stop.code, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        code = STOPPED_BY_USER
-    if code == STOPPED_BY_USER:
-        code = exit_code_of_stop()
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

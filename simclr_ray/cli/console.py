@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -80,12 +81,13 @@ class RunProgress(_Line):
             self.first_step, self.began = step, time.monotonic()
         done = step - self.first_step
         left = clock((time.monotonic() - self.began) / done * (total - step)) if done else "?"
+        top1 = next((value for key, value in record.items() if key.endswith("_top1")), math.nan)
         line = (
             f"epoch {record['epoch']:6.2f}  step {step}/{total}  "
             f"loss {record['train/mean_loss']:.4f}  "
-            f"acc {record['train/accuracy']:.2f}  "
+            f"top-1 {top1:.2f}  "
             f"{record['train/images_per_s']:,.0f} images/s  "
-            f"left {left}  data wait {record['train/data_wait_share']:.0%}{self.scores}"
+            f"left {left}  data wait {record['train/data_wait_fraction']:.0%}{self.scores}"
         )
         self.show(line, last=step == total)
 

@@ -26,7 +26,7 @@ Where = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URI of a
 @study_app.command(name="list")
 def list_studies() -> None:
     """List the studies that come with the package, with their scales."""
-    from simclr_ray.studies.definition import load_study, scales_of, study_names
+    from simclr_ray.studies.files import load_study, scales_of, study_names
 
     for name in study_names():
         study = load_study(name)
@@ -58,8 +58,8 @@ def run(
 
     Example: simclr-ray study run batch_size --scale cpu data.train=cifar/train data.test=cifar/test
     """
-    from simclr_ray.studies.definition import load_study
     from simclr_ray.studies.driver import check_startable, plan
+    from simclr_ray.studies.files import load_study
     from simclr_ray.studies.plan import base_tree
 
     study = load_study(source, scale, *(overrides or []))

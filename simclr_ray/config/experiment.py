@@ -86,9 +86,9 @@ __all__ = [
 ]
 
 # What changes where or how a run runs, but not what it computes.
-PLACEMENT = ("name", "storage", "scaling", "tracking", "checkpoint", "evaluation", "register_as")
+PLACEMENT = ("name", "storage", "scaling", "tracking", "checkpoint", "evaluation", "registry")
 # `data.train` is where the images lie; which they are, the fingerprint says.
-DATA_PLACEMENT = ("train", "cache_gib", "bank", "test", "max_bad_share")
+DATA_PLACEMENT = ("train", "cache_gib", "eval_train", "test", "max_bad_fraction")
 
 
 class Experiment(Config):
@@ -107,7 +107,7 @@ class Experiment(Config):
         NoHeadConfig | LinearHeadConfig | MLPHeadConfig | ClassifierHeadConfig,
         Field(discriminator="name"),
     ] = MLPHeadConfig()
-    start: InitConfig = InitConfig()
+    init: InitConfig = InitConfig()
     batch_norm: BatchNormConfig = BatchNormConfig()
     loss: Annotated[
         NTXentConfig
@@ -137,7 +137,7 @@ class Experiment(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
-    register_as: RegistryConfig = RegistryConfig()
+    registry: RegistryConfig = RegistryConfig()
     storage: str = Field("runs", min_length=1, description="Folder or URI that holds the runs.")
 
     @model_validator(mode="after")
@@ -150,12 +150,12 @@ class Experiment(Config):
         fixed = isinstance(self.encoder, TorchvisionConfig) and self.encoder.model.startswith("vit")
         if 0 < self.evaluation.size < 8 or (
             fixed
-            and {self.evaluation_size, self.augment.first_size or self.augment.size}
+            and {self.evaluation_size, self.augment.start_size or self.augment.size}
             != {self.augment.size}
         ):
             raise ValueError(
                 f"evaluation.size={self.evaluation.size} must be 0 or at least 8, and for vit it "
-                f"and augment.first_size augment.size={self.augment.size}, the only one it takes"
+                f"and augment.start_size augment.size={self.augment.size}, the only one it takes"
             )
         classifies = isinstance(self.loss, CrossEntropyConfig | DistillationConfig)
         if classifies != isinstance(self.head, ClassifierHeadConfig):
@@ -165,15 +165,17 @@ class Experiment(Config):
             )
         if self.compress_gradients and self.precision == "float64":
             raise ValueError("compress_gradients rounds to 8 bits; precision=float64 is for exact")
-        if self.scaling.colour_on == "worker" and not isinstance(self.augment, SimCLRViewsConfig):
-            raise ValueError("scaling.colour_on=worker is for augment.name=simclr")
+        if self.scaling.color_augment_on == "worker" and not isinstance(
+            self.augment, SimCLRViewsConfig
+        ):
+            raise ValueError("scaling.color_augment_on=worker is for augment.name=simclr")
         if self.scaling.recompute_activations and not isinstance(self.encoder, ResNetConfig):
             raise ValueError("scaling.recompute_activations is for encoder.name=resnet")
-        images = self.batch_norm.images
-        if images and (self.batch_size % images or images < self.scaling.num_workers):
+        group_size = self.batch_norm.group_size
+        if group_size and (self.batch_size % group_size or group_size < self.scaling.num_workers):
             raise ValueError(
-                f"batch_norm.images={images} must divide batch_size={self.batch_size} and be no "
-                f"less than scaling.num_workers={self.scaling.num_workers}"
+                f"batch_norm.group_size={group_size} must divide batch_size={self.batch_size} "
+                f"and be no less than scaling.num_workers={self.scaling.num_workers}"
             )
         return self
 
@@ -193,15 +195,18 @@ class Experiment(Config):
         tree = {k: v for k, v in cfg.to_tree(self).items() if k not in PLACEMENT}
         if isinstance(self.loss, DistillationConfig) and self.loss.sha256:
             tree["loss"] = {**tree["loss"], "teacher": ""}
-        if self.start.sha256:
-            tree["start"] = {**tree["start"], "weights": ""}  # which they are, not where they lie
+        if self.init.sha256:
+            tree["init"] = {**tree["init"], "weights": ""}  # which they are, not where they lie
         tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
-        if isinstance(self.augment, SimCLRViewsConfig) and not self.augment.first_size:
-            tree["augment"] = {**tree["augment"], "full_size_at": 0.75}  # nothing grows
+        if isinstance(self.augment, SimCLRViewsConfig) and not self.augment.start_size:
+            tree["augment"] = {**tree["augment"], "full_size_epoch_fraction": 0.75}  # nothing grows
         if self.schedule.decay == "cosine":  # runs from before there was a choice keep their names
             tree["schedule"] = {k: v for k, v in tree["schedule"].items() if k != "decay"}
         if self.num_groups == 1:
-            tree["batch_norm"] = {**tree["batch_norm"], "images": 0}  # the same by another name
+            tree["batch_norm"] = {
+                **tree["batch_norm"],
+                "group_size": 0,
+            }  # one group, however it is said
         return cfg.digest_of(tree)
 
     def run_name(self, fingerprint: str) -> str:
@@ -217,16 +222,17 @@ class Experiment(Config):
         """Return the experiment with local paths made absolute: workers have other folders."""
         data = self.data.model_copy(
             update={
-                key: absolute_path(getattr(self.data, key)) for key in ("train", "bank", "test")
+                key: absolute_path(getattr(self.data, key))
+                for key in ("train", "eval_train", "test")
             }
         )
-        start = self.start.model_copy(update={"weights": absolute_path(self.start.weights)})
+        init = self.init.model_copy(update={"weights": absolute_path(self.init.weights)})
         loss = self.loss
         if isinstance(loss, DistillationConfig):
             loss = loss.model_copy(update={"teacher": absolute_path(loss.teacher)})
         update = {
             "data": data,
-            "start": start,
+            "init": init,
             "loss": loss,
             "storage": absolute_path(self.storage),
         }
@@ -250,7 +256,7 @@ class Experiment(Config):
     @property
     def num_groups(self) -> int:
         """Return the groups that a step's images pass the model in; above 1: gradient caching."""
-        return self.batch_size // (self.batch_norm.images or self.batch_size)
+        return self.batch_size // (self.batch_norm.group_size or self.batch_size)
 
     def peak_learning_rate(self) -> float:
         """Return the rate after warm-up, scaled by the global batch (App. B.1)."""

@@ -16,10 +16,39 @@ from simclr_ray.errors import ConfigIssue
 
 Where = tuple[str | int, ...]
 
+# Keys and values of format 1 and their names since; `docs/glossary.md` has the whole list.
+RENAMED = {
+    "start": "init",
+    "start.weights": "init.weights",
+    "data.bank": "data.eval_train",
+    "data.max_bad_share": "data.max_bad_fraction",
+    "max_bad_share": "max_bad_fraction",
+    "evaluation.bank_limit": "evaluation.eval_train_limit",
+    "register_as": "registry",
+    "register_as.name": "registry.name",
+    "register_as.alias": "registry.alias",
+    "batch_norm.images": "batch_norm.group_size",
+    "scaling.colour_on": "scaling.color_augment_on",
+    "augment.first_size": "augment.start_size",
+    "augment.full_size_at": "augment.full_size_epoch_fraction",
+    "judge": "protocols",
+    "also": "extra_metrics",
+    "paper.like": "paper.matches",
+    "colour": "color",
+    "lbfgs": "logistic_regression",
+    "knn_solo": "knn_k20",
+    "knn_1": "knn_k1",
+    "top1": "downstream_top1",
+    "train/accuracy": "train/contrastive_top1",
+}
+
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest of `allowed`, or nothing when none is close."""
-    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    allowed = list(allowed)
+    if RENAMED.get(given) in allowed:
+        return f" (it is called {RENAMED[given]!r} since format 2)"
+    close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -29,6 +58,8 @@ def _issue(schema: type[Config], tree: Any, item: Any) -> ConfigIssue:
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
         keys = _keys_at(schema, tree, where[:-1])
+        if path in RENAMED:
+            return ConfigIssue(path, f"is called {RENAMED[path]} since format 2 (docs/upgrade.md)")
         hint = nearest(str(where[-1]), keys)
         allowed = f"; allowed here: {', '.join(sorted(keys))}" if keys else ""
         return ConfigIssue(path, f"unknown key{hint}{allowed}")

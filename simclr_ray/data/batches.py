@@ -137,7 +137,7 @@ class BatchBuilder:
         stop: int = sys.maxsize,
     ) -> None:
         self.plan, self.views, self.places = plan, views, places
-        self.max_bad_share = data.max_bad_share
+        self.max_bad_fraction = data.max_bad_fraction
         self.reader = RowReader(
             source, max_pixels=data.max_pixels, cache_gib=data.cache_gib, shared=True
         )
@@ -158,7 +158,7 @@ class BatchBuilder:
         """Return this part of global steps of one epoch, the views of all made together.
 
         Raises:
-            TooManyBadImages: More than `data.max_bad_share` of all rows were found unusable.
+            TooManyBadImages: More than `data.max_bad_fraction` of all rows were found unusable.
             DataError: A parquet file cannot be read, or no row is left to stand in for a bad one.
             ValueError: The steps are not of one epoch.
         """
@@ -232,11 +232,11 @@ class BatchBuilder:
 
     def _check_fraction(self) -> None:
         found, rows = len(self.reader.bad), self.plan.num_rows
-        if found > self.max_bad_share * rows:
+        if found > self.max_bad_fraction * rows:
             reasons = sorted({bad.reason for bad in self.reader.bad.values()})
             raise TooManyBadImages(
-                f"{found} of {rows} rows cannot be used, more than data.max_bad_share="
-                f"{self.max_bad_share:g} allows; reasons: {'; '.join(reasons[:5])}; "
+                f"{found} of {rows} rows cannot be used, more than data.max_bad_fraction="
+                f"{self.max_bad_fraction:g} allows; reasons: {'; '.join(reasons[:5])}; "
                 f"first rows: {sorted(self.reader.bad)[:10]}"
             )
 
@@ -276,7 +276,7 @@ def view_builder(experiment: Experiment) -> MakeViews:
 
     def make(images: list[Pixels], ids: NDArray[np.int64], epoch: int) -> ViewPair:
         sized = views.with_size(config.size_at(epoch, experiment.epochs))
-        if isinstance(sized, TwoViews) and experiment.scaling.colour_on == "worker":
+        if isinstance(sized, TwoViews) and experiment.scaling.color_augment_on == "worker":
             return sized.crops(images, ids, epoch)
         return sized(images, ids, epoch)
 

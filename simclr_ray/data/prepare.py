@@ -73,7 +73,7 @@ def prepare(
     size: int = 32,
     download_folder: str = "",
     rows_per_shard: int = 5000,
-    max_bad_share: float = 0.01,
+    max_bad_fraction: float = 0.01,
     max_pixels: int = 50_000_000,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
@@ -94,14 +94,14 @@ def prepare(
         size: side of the images of `shapes`, in pixels.
         download_folder: where torchvision keeps its files; empty is a cache folder of the user.
         rows_per_shard: at most; fewer where parquet rows are large.
-        max_bad_share: share of unusable images that stops, in [0, 1].
+        max_bad_fraction: share of unusable images that stops, in [0, 1].
         max_pixels: larger images are rejected undecoded.
         overwrite: start over where `out` holds another dataset.
         on_progress: called with (finished shards, all shards), first with those found finished.
 
     Raises:
         DataError: the input cannot be read, or `out` holds something else.
-        TooManyBadImages: more than `max_bad_share` were unusable; no manifest is written.
+        TooManyBadImages: more than `max_bad_fraction` were unusable; no manifest is written.
     """
     fs, folder = filesystem(out)
     _check_apart(kind_or_path, out)
@@ -130,7 +130,7 @@ def prepare(
     reports = _finished(fs, folder, out, shards, overwrite=overwrite)
     if len(reports) == len(shards) and (manifest := _read_manifest(fs, folder, plan)):
         return manifest
-    _write_all(shards, reports, out, _Limit(given.num_rows, max_bad_share), on_progress)
+    _write_all(shards, reports, out, _Limit(given.num_rows, max_bad_fraction), on_progress)
     return _write_manifest(fs, folder, out, given, plan, [reports[s.index] for s in shards])
 
 
@@ -162,7 +162,7 @@ class _Limit:
         shown = [f"{r.name}: {r.reason}" for r in rejected[:NUM_REASONS_SHOWN]]
         raise TooManyBadImages(
             f"{len(rejected)} of {self.num_rows} images are unusable so far, more than the share "
-            f"of {self.share:.2%} that is allowed (max_bad_share); the first: {'; '.join(shown)}"
+            f"of {self.share:.2%} that is allowed (max_bad_fraction); the first: {'; '.join(shown)}"
         )
 
 

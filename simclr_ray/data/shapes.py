@@ -1,7 +1,7 @@
 """`shapes`: images drawn from numbers, whose class is their form and nothing else.
 
-Colour, texture, background, position, scale, rotation and reflection are drawn independently of
-the class, and all forms have the same area at the same scale, so neither a colour histogram nor
+Color, texture, background, position, scale, rotation and reflection are drawn independently of
+the class, and all forms have the same area at the same scale, so neither a color histogram nor
 the share of foreground tells the class. An image is a pure function of (seed, index, size): a
 counter-based generator is keyed by the first two, so any worker can draw any image.
 
@@ -84,7 +84,7 @@ def _cover(label: int, draws: Floats, x: Floats, y: Floats, size: int) -> Floats
 
 
 def _paint(draws: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Return the colours of form and ground at each pixel, float64 [size, size, 3].
+    """Return the colors of form and ground at each pixel, float64 [size, size, 3].
 
     Texture and gradient change brightness only: little by which one view could know its twin.
     """
@@ -92,7 +92,7 @@ def _paint(draws: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
     dark = 0.1 + draws[1] * (0.8 - gap)
     levels = (dark, dark + gap) if draws[2] < 0.5 else (dark + gap, dark)
     form, ground = (
-        _colour(level, draws[i : i + 2]) for level, i in zip(levels, (3, 5), strict=True)
+        _color(level, draws[i : i + 2]) for level, i in zip(levels, (3, 5), strict=True)
     )
     angle = 2 * np.pi * draws[7]
     slope = 2 * GRADIENT * draws[8] * (x * np.cos(angle) + y * np.sin(angle))
@@ -100,12 +100,12 @@ def _paint(draws: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return form + texture[..., None], ground + slope[..., None]
 
 
-def _colour(level: float, draws: Floats) -> Floats:
-    """Return an RGB colour [3] of luminance `level`: hue uniform, chroma up to `CHROMA`."""
+def _color(level: float, draws: Floats) -> Floats:
+    """Return an RGB color [3] of luminance `level`: hue uniform, chroma up to `CHROMA`."""
     angle, chroma = 2 * np.pi * draws[0], CHROMA * np.sqrt(draws[1])
     hue = np.cos(angle - np.array([0.0, 2.0, 4.0]) * np.pi / 3)
-    colour: Floats = level + chroma * (hue - hue @ _LUMA)
-    return colour
+    color: Floats = level + chroma * (hue - hue @ _LUMA)
+    return color
 
 
 def _texture(draws: Floats, x: Floats, y: Floats) -> Floats:

@@ -16,7 +16,7 @@ class Classification(NamedTuple):
     top1: float
     top5: float
     mean_per_class: float  # top-1, of each class that has a sample
-    map11: float
+    voc07_map: float
 
 
 def classification(scores: Tensor, labels: Tensor) -> Classification:

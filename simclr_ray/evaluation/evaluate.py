@@ -168,9 +168,10 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
 def probe_run(folder: Path, *overrides: str) -> list[Probe]:
     """Return what h and g(h) of a checkpoint know of transformations (Table 3).
 
-    The MLPs learn from `data.bank` (or `data.train`) and are asked about `data.test`; without a
-    test split, about the last fifth of the rows. Of larger splits a sample is taken. No labels are
-    needed. Of a run with a learned temperature, g(h) is what the loss sees, of length 1/√τ.
+    The MLPs learn from `data.eval_train` (or `data.train`) and are asked about `data.test`;
+    without a test split, about the last fifth of the rows. Of larger splits a sample is taken. No
+    labels are needed. Of a run with a learned temperature, g(h) is what the loss sees, of length
+    1/√τ.
 
     Raises:
         CheckpointError: The checkpoint is not whole.
@@ -183,7 +184,9 @@ def probe_run(folder: Path, *overrides: str) -> list[Probe]:
 def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
     """Return what `probe_run` does, by the splits and settings of `experiment`."""
     data, size = experiment.data, experiment.evaluation_size
-    train = Source.open(data.bank or data.train, data.columns, 0 if data.bank else data.limit)
+    train = Source.open(
+        data.eval_train or data.train, data.columns, 0 if data.eval_train else data.limit
+    )
     known = load_split(train, size, PROBE_ROWS, data.max_pixels).images
     if data.test:
         test = Source.open(data.test, data.columns)
@@ -224,7 +227,7 @@ def _sources(experiment: Experiment) -> tuple[Source, Source | None]:
     """Return the bank and the test split; without labels, the training images and None."""
     data = experiment.data
     train = Source.open(data.train, data.columns, data.limit)
-    bank = Source.open(data.bank, data.columns) if data.bank else train
+    bank = Source.open(data.eval_train, data.columns) if data.eval_train else train
     test = Source.open(data.test, data.columns) if data.test else None
     if test is None or not (test.has_labels and bank.has_labels):
         return train, None

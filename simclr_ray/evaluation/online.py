@@ -55,9 +55,9 @@ class OnlineEvaluation:
         self.views = views(self.probe.images, probe.ids[first:last].numpy(), PROBE_EPOCH)
         if data.test:
             test = Source.open(data.test, data.columns)
-            bank = Source.open(data.bank, data.columns) if data.bank else source
+            bank = Source.open(data.eval_train, data.columns) if data.eval_train else source
             if test.has_labels and bank.has_labels:
-                self.bank = self._split(bank, limits.bank_limit)
+                self.bank = self._split(bank, limits.eval_train_limit)
                 self.test = self._split(test, limits.test_limit)
 
     def __call__(self, model: SimCLRModel, device: torch.device) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What h and g(h) know of a transformation: the probes of SimCLR Table 3.
 
 Each image is transformed or not, by chance, and an MLP learns from frozen features which it was:
-gray or in colour, turned by which quarter, with noise or without, its edges or itself. The paper
+gray or in color, turned by which quarter, with noise or without, its edges or itself. The paper
 trains "an additional MLP" and says no more of it; here it has one hidden layer as wide as its
 input, standardised features, and AdamW.
 """

@@ -18,13 +18,13 @@ from simclr_ray.errors import DataError, DivergedError
 from simclr_ray.evaluation.features import Split, extract_features
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
 from simclr_ray.evaluation.label_free import label_free
-from simclr_ray.evaluation.lbfgs import sweep_lbfgs
 from simclr_ray.evaluation.linear import fit_linear
+from simclr_ray.evaluation.logistic_regression import sweep_logistic_regression
 
 DEFAULT_PROTOCOLS: Final = ("knn", "linear")
-# Peers' kNN: solo-learn's is k=20, τ=0.07; `knn_1` is the nearest neighbour, unweighted. `knn` is
+# Peers' kNN: solo-learn's is k=20, τ=0.07; `knn_k1` is the nearest neighbour, unweighted. `knn` is
 # by default that of InstDisc and lightly, k=200 and τ=0.1.
-PROTOCOLS: Final = (*DEFAULT_PROTOCOLS, "lbfgs", "knn_solo", "knn_1")
+PROTOCOLS: Final = (*DEFAULT_PROTOCOLS, "logistic_regression", "knn_k20", "knn_k1")
 SOLO_K, SOLO_TEMPERATURE = 20, 0.07
 COLUMNS: Final = (
     "features", "kNN top-1", "linear top-1", "L-BFGS top-1", "kNN (k=20) top-1", "1-NN top-1",
@@ -61,9 +61,9 @@ class Score(NamedTuple):
     uniformity: float
     effective_rank: float
     feature_std: float
-    lbfgs_top1: float | None = None
-    knn_solo_top1: float | None = None
-    knn_1_top1: float | None = None
+    logistic_regression_top1: float | None = None
+    knn_k20_top1: float | None = None
+    knn_k1_top1: float | None = None
 
 
 def score_encoder(
@@ -142,7 +142,7 @@ def _scorable(bank: SplitT, test: SplitT | None) -> tuple[SplitT, SplitT | None]
     if test is None:
         return bank, None
     bank, test = bank.labelled(), test.labelled()
-    for kind, part in (("bank", bank), ("test", test)):
+    for kind, part in (("eval_train", bank), ("test", test)):
         if not len(part.labels):
             raise DataError(f"the {kind} split has no labelled rows; nothing can be scored on it")
     return bank, test
@@ -172,9 +172,9 @@ def cells(score: Score) -> list[str]:
     accuracies = (
         score.knn_top1,
         score.linear_top1,
-        score.lbfgs_top1,
-        score.knn_solo_top1,
-        score.knn_1_top1,
+        score.logistic_regression_top1,
+        score.knn_k20_top1,
+        score.knn_k1_top1,
     )
     shares = ["-" if a is None else f"{100 * a:.1f} %" for a in accuracies]
     return [
@@ -234,7 +234,7 @@ def _evaluate(
 
     def lbfgs() -> float:
         try:
-            chosen = sweep_lbfgs(known, labels, num_classes, experiment.seed)
+            chosen = sweep_logistic_regression(known, labels, num_classes, experiment.seed)
         except ValueError as error:
             raise DataError(f"lbfgs: {error}") from error
         return top_k_accuracy(chosen.probe.logits(asked), truth)
@@ -242,9 +242,9 @@ def _evaluate(
     judges: dict[str, Callable[[], float]] = {
         "knn": lambda: nearest(settings.knn.k, settings.knn.temperature),
         "linear": linear,
-        "lbfgs": lbfgs,
-        "knn_solo": lambda: nearest(SOLO_K, SOLO_TEMPERATURE),
-        "knn_1": lambda: nearest(1, 1.0),
+        "logistic_regression": lbfgs,
+        "knn_k20": lambda: nearest(SOLO_K, SOLO_TEMPERATURE),
+        "knn_k1": lambda: nearest(1, 1.0),
     }
     found: dict[str, Any] = {f"{protocol}_top1": judges[protocol]() for protocol in protocols}
     return _score(name, asked)._replace(**found)

@@ -29,7 +29,7 @@ Negatives = Literal["both", "other"]
 class BatchMetrics(NamedTuple):
     """What is logged beside the loss, a mean over the global batch each."""
 
-    accuracy: Tensor  # scalar in [0, 1]
+    top1: Tensor  # scalar in [0, 1]
     entropy: Tensor  # scalar, nats
 
 
@@ -39,10 +39,12 @@ class Loss(nn.Module, ABC):
     Attributes:
         takes_labels: `forward` needs the images' labels.
         one_view: It looks at z1 alone; the loop then makes no z2.
+        top1_name: What its top-1 accuracy is called among the metrics of training.
     """
 
     takes_labels = False
     one_view = False
+    top1_name = "contrastive_top1"
 
     @abstractmethod
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -50,7 +52,7 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def metrics(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> BatchMetrics:
-        """Return accuracy and entropy of what the loss makes the model do. Collective."""
+        """Return top-1 accuracy and entropy of what the loss makes the model do. Collective."""
 
 
 class ContrastiveLoss(Loss):
@@ -103,7 +105,7 @@ class ContrastiveLoss(Loss):
         z2: Tensor,
         labels: Tensor | None = None,  # noqa: ARG002 - of other losses
     ) -> BatchMetrics:
-        """Return accuracy and entropy of picking a view's partner. Collective."""
+        """Return top-1 accuracy and entropy of picking a view's partner. Collective."""
         return contrastive_metrics(z1, z2, self.temperature, normalize=self.normalize)
 
     @abstractmethod
@@ -250,7 +252,7 @@ class TripletLoss(ContrastiveLoss):
 def contrastive_metrics(
     z1: Tensor, z2: Tensor, temperature: float, *, normalize: bool = True
 ) -> BatchMetrics:
-    """Return accuracy and entropy of picking a view's partner among the N of the other view.
+    """Return top-1 accuracy and entropy of picking a view's partner among the N of the other view.
 
     As the authors log them, from view 1 against all of view 2: N-way, without the 2N − 2 negatives
     of the own view; means over the global batch. Arguments as for `NTXentLoss`. Collective.
@@ -270,8 +272,8 @@ def contrastive_metrics(
             log_p = F.log_softmax(logits, dim=1)
             sums[0] += (logits.argmax(1) == labels).sum()
             sums[1] -= (log_p.exp() * log_p).sum()
-        accuracy, entropy = dist.all_reduce_sum(sums) / sum(counts)
-    return BatchMetrics(accuracy, entropy)
+        top1, entropy = dist.all_reduce_sum(sums) / sum(counts)
+    return BatchMetrics(top1, entropy)
 
 
 def _check(z1: Tensor, z2: Tensor) -> None:

@@ -27,7 +27,7 @@ from simclr_ray.storage.run_folder import RunFolder
 
 FILES = (".pth", ".pt", ".safetensors")
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's of ImageNet
-WHERE, TEACHER = "start.weights", "loss.teacher"
+WHERE, TEACHER = "init.weights", "loss.teacher"
 
 
 def load_model(folder: Path) -> SimCLRModel:
@@ -47,14 +47,14 @@ def load_teacher(experiment: Experiment) -> SimCLRModel:
 
 
 def load_init(model: SimCLRModel, experiment: Experiment) -> None:
-    """Load what `experiment.start` names into `model`, in place.
+    """Load what `experiment.init` names into `model`, in place.
 
     That is the encoder, and of a classifier the hidden layers, too.
 
     Raises:
         CheckpointError: The weights do not fit.
     """
-    weights = experiment.start.weights
+    weights = experiment.init.weights
     if not weights:
         return
     if weights.endswith(FILES):

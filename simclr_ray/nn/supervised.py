@@ -21,6 +21,7 @@ class CrossEntropyLoss(Loss):
     """
 
     takes_labels = True
+    top1_name = "classifier_top1"
 
     def __init__(
         self, label_smoothing: float = 0.0, *, views: int = 1, global_batch_size: int = 0
@@ -80,6 +81,7 @@ class DistillationLoss(Loss):
     """
 
     takes_labels = True
+    top1_name = "classifier_top1"
 
     def __init__(self, temperature: float = 1.0, *, global_batch_size: int = 0) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from simclr_ray.errors import CheckpointError
 from simclr_ray.storage.provenance import sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had other config keys and metric names (docs/upgrade.md)
 STATE, RECORD = "state.safetensors", "record.json"
 NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}")
 LIBRARIES = ("simclr-ray", "torch", "torchvision", "ray", "numpy")
@@ -143,7 +143,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no checkpoint's record")
     if record.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format {record.get('format_version')}, this release reads {FORMAT_VERSION}"
+            f"{path}: format {record.get('format_version')}, this release reads {FORMAT_VERSION}; "
+            "see docs/upgrade.md"
         )
     if not isinstance(record.get("files"), dict) or not isinstance(record.get("step"), int):
         raise CheckpointError(f"{path}: no checkpoint's record")

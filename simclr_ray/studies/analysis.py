@@ -35,7 +35,7 @@ class Reading(NamedTuple):
     point: Point
     seed: int
     value: float
-    also: dict[str, float]
+    extra_metrics: dict[str, float]
     cost: dict[str, float]
 
 
@@ -46,7 +46,7 @@ class Row(NamedTuple):
     mean: float
     deviation: float  # standard, of the sample; 0 for one seed
     num_seeds: int
-    also: dict[str, float]  # means of the other metrics
+    extra_metrics: dict[str, float]  # means of the other metrics
     images: float  # mean of one trial
     seconds: float
     device_hours: float
@@ -136,11 +136,12 @@ def readings_of(study: Study, outcome: Outcome) -> list[Reading]:
         values = values_at(outcome, epoch)
         if study.metric not in values:
             continue
-        also = {name: values[name] for name in study.also if name in values}
+        extra_metrics = {name: values[name] for name in study.extra_metrics if name in values}
         share = epoch / trained if epoch else 1.0
         cost = {key: share * value for key, value in outcome.cost.items()}
+        value = values[study.metric]
         readings.append(
-            Reading(outcome.trial, cell["point"], outcome.seed, values[study.metric], also, cost)
+            Reading(outcome.trial, cell["point"], outcome.seed, value, extra_metrics, cost)
         )
     return readings
 
@@ -170,14 +171,14 @@ def _rows(study: Study, readings: Sequence[Reading]) -> list[Row]:
     rows = []
     for group in groups.values():
         values = [r.value for r in group]
-        names = [n for n in study.also if all(n in r.also for r in group)]
+        names = [n for n in study.extra_metrics if all(n in r.extra_metrics for r in group)]
         rows.append(
             Row(
                 group[0].point,
                 statistics.fmean(values),
                 statistics.stdev(values) if len(values) > 1 else 0.0,
                 len(values),
-                {n: statistics.fmean(r.also[n] for r in group) for n in names},
+                {n: statistics.fmean(r.extra_metrics[n] for r in group) for n in names},
                 statistics.fmean(r.cost["images"] for r in group),
                 statistics.fmean(r.cost["seconds"] for r in group),
                 statistics.fmean(r.cost["device_seconds"] for r in group) / 3600,
@@ -205,7 +206,7 @@ def paper_value(study: Study, point: Point) -> float | None:
     for name in paper.columns:
         if name not in point:
             return None
-        like = paper.like.get(name, {})
+        like = paper.matches.get(name, {})
         named = (theirs for ours, theirs in like.items() if _same(ours, point[name]))
         wanted.append(next(named, point[name]))
     for row in paper.rows:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field, Scalar
-from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.evaluation.scores import PROTOCOLS
 
 DIGITS = 4  # of numbers drawn from a range
@@ -22,22 +19,29 @@ NO_PBT = (
     "pbt is refused: it copies weights and changes settings while training, which leaves no run "
     "that could be named or repeated, and a cosine schedule has no meaning halfway"
 )
-NEVER_MERGED = ("name", "scales")
 # Reported at epoch ends, so that a scheduler can compare; what else there is comes at the end.
 EPOCH_METRICS = (
     "eval/knn_top1", "eval/alignment", "eval/uniformity", "eval/effective_rank",
-    "train/mean_loss", "train/accuracy", "train/entropy",
+    "train/mean_loss", "train/contrastive_top1", "train/classifier_top1", "train/entropy",
 )  # fmt: skip
-CLASSIFIER_METRICS = ("test/top1", "test/top5", "test/mean_per_class", "test/map11")
+CLASSIFIER_METRICS = (
+    "final/classifier/top1",
+    "final/classifier/top5",
+    "final/classifier/mean_per_class",
+    "final/classifier/voc07_map",
+)
 PROBES = {  # our name -> that of `evaluation.probes`
-    "colour": "color vs grayscale",
+    "color": "color vs grayscale",
     "rotation": "rotation",
     "noise": "orig. vs corrupted",
     "sobel": "orig. vs Sobel filtered",
 }
 PROBE_METRICS = tuple(f"probe/{name}_{part}" for name in PROBES for part in ("h", "z"))
 VIEW_METRICS = ("views/global_to_local", "views/adjacent")  # of pairs of crops (`augment.pairs`)
-EITHER = "top1"  # linear evaluation of h, or the run's own classifier where it has one
+EITHER = "downstream_top1"  # linear evaluation of h, or the run's own classifier where it has one
+
+
+StudyProtocol = Literal["knn", "linear", "logistic_regression", "knn_k20", "knn_k1", "probe"]
 
 
 class Dimension(Config):
@@ -148,7 +152,7 @@ class Paper(Config):
     metric: str = Field(min_length=1)
     columns: list[str] = Field(description="Dimensions, in order; the value comes last.")
     rows: list[list[Scalar]]
-    like: dict[str, dict[str, Scalar]] = Field(
+    matches: dict[str, dict[str, Scalar]] = Field(
         {}, description="Dimension -> our value -> the paper's that it stands for."
     )
 
@@ -173,9 +177,9 @@ class Study(Config):
     space: dict[str, Dimension] = Field(description="Path, or name of cases, -> what varies.")
     seeds: list[int] = Field([0], min_length=1)
     metric: str = "final/linear_top1"
-    also: list[str] = Field([], description="Metrics that the table shows besides.")
+    extra_metrics: list[str] = Field([], description="Metrics that the table shows besides.")
     mode: Literal["max", "min"] = "max"
-    judge: list[Literal["knn", "linear", "lbfgs", "knn_solo", "knn_1", "probe"]] = Field(
+    protocols: list[StudyProtocol] = Field(
         ["knn", "linear"], description="Protocols after training: final/... and probe/... metrics."
     )
     scheduler: Scheduler = Scheduler()
@@ -205,12 +209,12 @@ class Study(Config):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds names one twice: {self.seeds}")
         known = self.metrics()
-        for metric in (self.metric, *self.also):
+        for metric in (self.metric, *self.extra_metrics):
             if metric not in known:
                 protocol = metric.removeprefix("final/").removesuffix("_top1")
                 hint = cfg.nearest(metric, known)
                 if protocol in PROTOCOLS:
-                    hint = f" without {protocol!r} in judge"
+                    hint = f" without {protocol!r} in protocols"
                 raise ValueError(
                     f"metric: nobody reports {metric!r}{hint}; reported are: {', '.join(known)}"
                 )
@@ -273,9 +277,9 @@ class Study(Config):
 
     def metrics(self) -> list[str]:
         """Return the metrics that trials of this study report."""
-        final = [f"final/{protocol}_top1" for protocol in PROTOCOLS if protocol in self.judge]
-        probes = PROBE_METRICS if "probe" in self.judge else ()
-        either = (EITHER,) if self.judge else ()
+        final = [f"final/{protocol}_top1" for protocol in PROTOCOLS if protocol in self.protocols]
+        probes = PROBE_METRICS if "probe" in self.protocols else ()
+        either = (EITHER,) if self.protocols else ()
         return [*EPOCH_METRICS, *final, *probes, *CLASSIFIER_METRICS, *VIEW_METRICS, *either]
 
 
@@ -294,106 +298,3 @@ def point_of(study: Study, drawn: Mapping[str, Any]) -> dict[str, Scalar]:
 def label_of(value: Any) -> Scalar:
     """Return a value of the space as a scalar that can name it; lists and nodes as JSON."""
     return value if isinstance(value, str | int | float | bool) else json.dumps(value)
-
-
-def study_names() -> list[str]:
-    """Return the names of the studies that come with the package."""
-    return sorted(p.stem for p in _folder().glob("*.yaml"))
-
-
-def load_study(source: str, scale: str = "", *overrides: str) -> Study:
-    """Return a study at one of its scales; every scale is checked, whichever is asked for.
-
-    Args:
-        source: A .yaml file, or the name of a study that comes with the package.
-        scale: Of its `scales`; empty: the first one, or the study as it stands if it has none.
-        overrides: `path=value` of every trial's experiment, or `study.key=value` of the study.
-
-    Raises:
-        ConfigError: The file or a value is wrong; one mistake each.
-    """
-    tree, shown = _read(source)
-    scales = tree.pop("scales", {}) or {}
-    if not isinstance(scales, dict) or not all(isinstance(v, dict) for v in scales.values()):
-        raise ConfigError([ConfigIssue("scales", "must be a mapping: scale -> keys of the study")])
-    if scale and scale not in scales:
-        hint = cfg.nearest(scale, scales)
-        there = ", ".join(scales) or "none"
-        raise ConfigError(
-            [ConfigIssue("--scale", f"{shown} has no {scale!r}{hint}; it has: {there}")]
-        )
-    chosen = scale or next(iter(scales), "")
-    trees = {name: _merged(tree, name, values) for name, values in scales.items()} or {"": tree}
-    for name, merged in trees.items():
-        if name != chosen:
-            cfg.validate(Study, merged)
-    study = cfg.validate(Study, _overridden(trees[chosen], overrides))
-    given = [text.partition("=")[0] for text in overrides]
-    wrong = [
-        ConfigIssue(path, f"varies in space.{name}: what is given here would never count")
-        for name, dim in study.space.items()
-        for path in given
-        if path == name
-        or (dim.cases and all(case.get(path) is not None for case in dim.cases.values()))
-    ]
-    if wrong:
-        raise ConfigError(wrong)
-    return study
-
-
-def scales_of(source: str) -> list[str]:
-    """Return the scales that a study file has."""
-    return list(_read(source)[0].get("scales", {}))
-
-
-def _read(source: str) -> tuple[dict[str, Any], str]:
-    if not source.endswith((".yaml", ".yml")):
-        if source not in study_names():
-            hint = cfg.nearest(source, study_names())
-            known = ", ".join(study_names())
-            told = f"no study and no .yaml file{hint}; studies: {known}"
-            raise ConfigError([ConfigIssue(source, told)])
-        source = str(_folder() / f"{source}.yaml")
-    text, shown = cfg.read_source(source)
-    tree = cfg.parse_yaml(text, shown)
-    if not isinstance(tree, dict):
-        raise ConfigError([ConfigIssue(shown, f"holds {type(tree).__name__}, not keys and values")])
-    return tree, shown
-
-
-def _folder() -> Path:
-    """Return where the study files lie: in the package, or beside it in a checkout."""
-    package = Path(str(resources.files("simclr_ray")))
-    inside = package / "tune_configs"
-    return inside if inside.is_dir() else package.parent / "tune_configs"
-
-
-def _merged(tree: dict[str, Any], scale: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the study at a scale: `set` and `paper` are added to, other keys replaced."""
-    wrong = [key for key in values if key in NEVER_MERGED]
-    if wrong:
-        raise ConfigError([ConfigIssue(f"scales.{scale}.{wrong[0]}", "is the same at every scale")])
-    merged = {**tree, **values, "scale": scale}
-    for key in ("set", "paper"):
-        merged[key] = {**tree.get(key, {}), **values.get(key, {})}
-    whole: dict[str, Any] = json.loads(json.dumps(merged))  # keys that look like numbers are text
-    return whole
-
-
-def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
-    prefix = "study."
-    own = [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
-    rest = [text for text in overrides if not text.startswith(prefix)]
-    inside = [text for text in own if text.startswith("space.")]
-    if inside:  # its keys are paths themselves
-        told = "values of the space are set as a whole: study.space='{path: {grid: [...]}}'"
-        raise ConfigError([ConfigIssue(f"{prefix}{inside[0].partition('=')[0]}", told)])
-    tree = cfg.apply_overrides(tree, own, Study)
-    given = {}
-    for text in rest:
-        path, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError([ConfigIssue(text, "is no override; the form is key.path=value")])
-        given[path] = cfg.parse_yaml(value, text)
-    tree["set"] = {**tree.get("set", {}), **given}
-    return tree

@@ -236,7 +236,7 @@ def _checked_images(folder: StudyFolder, base: Experiment) -> dict[str, str]:
     """Return the fingerprints of the splits; raise where one changed since the study began."""
     data = base.data
     found = {"train": Source.open(data.train, data.columns, data.limit).fingerprint}
-    for name in ("bank", "test"):
+    for name in ("eval_train", "test"):
         if getattr(data, name):
             found[name] = Source.open(getattr(data, name), data.columns).fingerprint
     known = folder.state().get("fingerprints", found)

@@ -23,7 +23,7 @@ from simclr_ray.studies.definition import Study, label_of
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
 TITLE_CHARS = 60  # of the title above a panel
 LABEL_CHARS = 45  # of an axis label; more lines instead of more characters
-COLOURS = "viridis"
+COLORS = "viridis"
 
 
 class Datum(NamedTuple):
@@ -133,13 +133,13 @@ def _draw_lines(
     study: Study, axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: list[str]
 ) -> None:
     scale = study.figure.x_scale
-    colours = mpl.colormaps[COLOURS](np.linspace(0.1, 0.85, max(1, len(names))))
-    for name, colour in zip(names, colours, strict=True):
+    colors = mpl.colormaps[COLORS](np.linspace(0.1, 0.85, max(1, len(names))))
+    for name, color in zip(names, colors, strict=True):
         mine = sorted((d for d in data if d.series == name), key=lambda d: xs.index(d.x))
         at = [xs.index(d.x) if scale == "category" else float(d.x) for d in mine]
         values, deviations = [d.value for d in mine], [d.deviation for d in mine]
         spread = deviations if any(deviations) else None
-        axis.errorbar(at, values, spread, marker="o", ms=4, capsize=3, color=colour, label=name)
+        axis.errorbar(at, values, spread, marker="o", ms=4, capsize=3, color=color, label=name)
     if scale in ("log2", "log10"):
         axis.set_xscale("log", base=2 if scale == "log2" else 10)
     ticks = range(len(xs)) if scale == "category" else [float(x) for x in xs]
@@ -149,13 +149,13 @@ def _draw_lines(
 
 def _draw_bars(axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: list[str]) -> None:
     width = 0.8 / max(1, len(names))
-    colours = mpl.colormaps[COLOURS](np.linspace(0.25, 0.75, max(1, len(names))))
-    for place, (name, colour) in enumerate(zip(names, colours, strict=True)):
+    colors = mpl.colormaps[COLORS](np.linspace(0.25, 0.75, max(1, len(names))))
+    for place, (name, color) in enumerate(zip(names, colors, strict=True)):
         mine = [d for d in data if d.series == name]
         at = [xs.index(d.x) + (place - (len(names) - 1) / 2) * width for d in mine]
         values, deviations = [d.value for d in mine], [d.deviation for d in mine]
         spread = deviations if any(deviations) else None
-        axis.bar(at, values, width, yerr=spread, capsize=3, color=colour, label=name)
+        axis.bar(at, values, width, yerr=spread, capsize=3, color=color, label=name)
         for x, d in zip(at, mine, strict=True):
             axis.annotate(
                 f"{d.value:.1f}", (x, d.value + d.deviation), ha="center", va="bottom", fontsize=7
@@ -168,12 +168,12 @@ def _draw_matrix(axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: lis
     grid = np.full((len(names), len(xs)), np.nan)
     for d in data:
         grid[names.index(d.series), xs.index(d.x)] = d.value
-    axis.imshow(grid, cmap=COLOURS)
+    axis.imshow(grid, cmap=COLORS)
     middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
     for i, j in np.ndindex(*grid.shape):
         if not np.isnan(grid[i, j]):
-            colour = "white" if grid[i, j] < middle else "black"
-            axis.text(j, i, f"{grid[i, j]:.1f}", ha="center", va="center", size=8, color=colour)
+            color = "white" if grid[i, j] < middle else "black"
+            axis.text(j, i, f"{grid[i, j]:.1f}", ha="center", va="center", size=8, color=color)
     axis.set_xticks(range(len(xs)), [str(x) for x in xs], fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
 

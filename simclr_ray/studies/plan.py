@@ -216,7 +216,16 @@ def restored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def digest_of_study(study: Study, base: Experiment) -> str:
     """Return 16 hex digits over what decides the results: the base by its content, not its name."""
-    looks = ("question", "answers", "notes", "figure", "comparisons", "paper", "budget", "also")
+    looks = (
+        "question",
+        "answers",
+        "notes",
+        "figure",
+        "comparisons",
+        "paper",
+        "budget",
+        "extra_metrics",
+    )
     placed = ("concurrency", "images_per_s", "scale", "base", "set")
     tree = {k: v for k, v in cfg.to_tree(study).items() if k not in (*looks, *placed)}
     if any(dim.uniform or dim.loguniform for dim in study.space.values()):
@@ -231,7 +240,7 @@ def check_labels(study: Study, trials: Sequence[Trial]) -> None:
     if study.metric.startswith(free):
         return
     for data in {t.experiment.data for t in trials}:
-        for path in (data.test, data.bank or data.train):
+        for path in (data.test, data.eval_train or data.train):
             if not Source.open(path, data.columns).has_labels:
                 told = f"{study.metric} needs labels, and {path} has none"
                 raise ConfigError([ConfigIssue("metric", told)])
@@ -250,7 +259,7 @@ def note_on_lengths(study: Study, trials: Sequence[Trial]) -> str:
     return "each length is a run of its own: the cosine schedule has another rate at every step"
 
 
-_OURS = ("seed", "name", "tracking.parent_run", "tracking.only_params", "register_as.name")
+_OURS = ("seed", "name", "tracking.parent_run", "tracking.only_params", "registry.name")
 _NOT_VARIED = (*_OURS, "storage", "tracking")
 
 
@@ -329,7 +338,7 @@ def _trunks(study: Study, trials: list[Trial]) -> list[Trial]:
         and study.metric in EPOCH_METRICS
         and study.scheduler.name == "none"
         and all(t.experiment.schedule.decay == "constant" for t in trials)
-        and not any(t.experiment.augment.first_size for t in trials)  # grows with the length
+        and not any(t.experiment.augment.start_size for t in trials)  # grows with the length
     )
     if not shared:
         return trials
@@ -363,8 +372,12 @@ def _check_reports(study: Study, trial: Trial) -> None:
         problem = "needs labelled images in data.test"
     elif metric in CLASSIFIER_METRICS and experiment.head.name != "classifier":
         problem = f"is a classifier's; trial {trial.name} has head.name={experiment.head.name}"
-    elif metric == EITHER and experiment.head.name != "classifier" and "linear" not in study.judge:
-        problem = "needs `linear` among judge"
+    elif (
+        metric == EITHER
+        and experiment.head.name != "classifier"
+        and "linear" not in study.protocols
+    ):
+        problem = "needs `linear` among protocols"
     elif metric in VIEW_METRICS and task_fractions_of(experiment) is None:
         problem = "views that do not begin with a crop each have no such shares"
     if problem:

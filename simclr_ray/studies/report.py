@@ -232,9 +232,9 @@ def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:
     study = results.study
     unit = " (%)" if is_fraction(study.metric) else ""
     has_paper = ["paper"] if study.paper.rows else []
-    also = [f"{name}{' (%)' if is_fraction(name) else ''}" for name in study.also]
+    extra_metrics = [f"{name}{' (%)' if is_fraction(name) else ''}" for name in study.extra_metrics]
     head = [
-        *study.space, f"{study.metric}{unit}", "seeds", *also, *has_paper,
+        *study.space, f"{study.metric}{unit}", "seeds", *extra_metrics, *has_paper,
         "images", "seconds", "worker-hours",
     ]  # fmt: skip
     rows = []
@@ -245,7 +245,10 @@ def points_of_table(results: Results) -> tuple[list[str], list[list[str]]]:
                 *(str(row.point[name]) for name in study.space),
                 f"{shown(study.metric, row.mean)}{spread}",
                 str(row.num_seeds),
-                *(shown(n, row.also[n]) if n in row.also else "-" for n in study.also),
+                *(
+                    shown(n, row.extra_metrics[n]) if n in row.extra_metrics else "-"
+                    for n in study.extra_metrics
+                ),
                 *(["-" if row.paper is None else f"{row.paper:g}"] if has_paper else []),
                 f"{row.images:,.0f}",
                 f"{row.seconds:,.0f}",

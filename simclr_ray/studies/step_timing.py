@@ -131,7 +131,7 @@ def seconds_per_image(tree: dict[str, Any]) -> float:
     )
     counted = told[1:]
     both_s = sum(1 / m.images_per_s for m in counted) / len(counted)
-    views_s = sum(m.data_wait_share / m.images_per_s for m in counted) / len(counted)
+    views_s = sum(m.data_wait_fraction / m.images_per_s for m in counted) / len(counted)
     if device.type == "cpu":
         return both_s
     return max(both_s - views_s, views_s / max(1, scaling.data_actors_per_worker))
@@ -153,7 +153,7 @@ def shortened(experiment: Experiment) -> Experiment:
         "scaling": scaling.model_copy(update={"num_workers": 1}),
     }
     if isinstance(experiment.augment, SimCLRViewsConfig):
-        changes["augment"] = experiment.augment.model_copy(update={"first_size": 0})
+        changes["augment"] = experiment.augment.model_copy(update={"start_size": 0})
     return experiment.model_copy(update=changes)
 
 

@@ -170,12 +170,12 @@ def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, 
     """Return the metrics after training, and log them in an MLflow run under the trial's."""
     experiment = experiment.absolute()
     metrics: dict[str, float] = {}
-    protocols = [name for name in study.judge if name != "probe"]
+    protocols = [name for name in study.protocols if name != "probe"]
     if protocols:
         score = evaluate_trained(experiment, run.checkpoint, protocols)
         named = {k: v for k, v in score._asdict().items() if isinstance(v, float)}
         metrics |= {f"final/{key}": value for key, value in named.items()}
-    if "probe" in study.judge:
+    if "probe" in study.protocols:
         found = {p.target: p for p in probe_experiment(experiment, run.checkpoint)}
         for name, target in PROBES.items():
             metrics |= {f"probe/{name}_h": found[target].h, f"probe/{name}_z": found[target].z}
@@ -184,14 +184,14 @@ def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, 
         metrics |= {f"views/{key}": value for key, value in shares._asdict().items()}
     if isinstance(experiment.head, ClassifierHeadConfig):
         classified = score_classifier(run.checkpoint, experiment)._asdict()
-        metrics |= {f"test/{key}": float(value) for key, value in classified.items()}
-    either = metrics.get("test/top1", metrics.get("final/linear_top1"))
+        metrics |= {f"final/classifier/{key}": float(value) for key, value in classified.items()}
+    either = metrics.get("final/classifier/top1", metrics.get("final/linear_top1"))
     if either is not None:
         metrics[EITHER] = either
     tracker = Tracker.open(experiment.tracking, experiment.storage)
     judged = tracker.start_run(
         f"{run.name}-evaluation",
-        params={"protocols": ",".join(study.judge)},
+        params={"protocols": ",".join(study.protocols)},
         tags={"checkpoint": run.checkpoint.name},
         parent_id=run.mlflow_run_id,
     )

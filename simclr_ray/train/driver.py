@@ -112,10 +112,10 @@ def _check_late_needs(experiment: Experiment) -> None:
     same = split_like_test(data)
     if same:
         log.warning("%s holds the images of %s: scores flatter", data.test, same)
-    if data.bank and not data.test:
-        Source.open(data.bank, data.columns)
-    if experiment.register_as.name:
-        check_alias(experiment.register_as.alias)
+    if data.eval_train and not data.test:
+        Source.open(data.eval_train, data.columns)
+    if experiment.registry.name:
+        check_alias(experiment.registry.alias)
     store_uri(experiment.tracking.uri, experiment.storage)
 
 

@@ -68,8 +68,8 @@ def derived(experiment: Experiment, source: Source) -> dict[str, str]:
     }
     if experiment.num_groups > 1:
         rows["gradient caching"] = (
-            f"{experiment.num_groups} groups of {experiment.batch_norm.images:,} images a step, "
-            "each passed forward twice"
+            f"{experiment.num_groups} groups of {experiment.batch_norm.group_size:,} images "
+            "a step, each passed forward twice"
         )
     cores, workers = os.cpu_count() or 1, experiment.scaling.num_workers
     if workers > cores and "RAY_ADDRESS" not in os.environ:

@@ -24,10 +24,11 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.metrics_log import read_series
 
-VIEW_COLOURS = ("tab:orange", "tab:cyan")
+VIEW_COLORS = ("tab:orange", "tab:cyan")
 CURVES = (
     ("train/loss", "loss (paper's L)"),
-    ("train/accuracy", "accuracy"),
+    ("train/contrastive_top1", "contrastive top-1"),
+    ("train/classifier_top1", "classifier top-1"),
     ("train/entropy", "entropy (nats)"),
     ("train/learning_rate", "learning rate"),
     ("eval/knn_top1", "kNN top-1"),
@@ -61,18 +62,18 @@ def draw_views(
         size = image.pixels.shape[:2]
         left.set_title(f"id {image.id}, {size[1]} x {size[0]} px", fontsize=7)
         left.set_axis_off()
-        for view, (steps, colour) in enumerate(zip(traces, VIEW_COLOURS, strict=True)):
-            _mark(left, views, steps[0], i, size, colour, shared=traces[0][0] is traces[1][0])
+        for view, (steps, color) in enumerate(zip(traces, VIEW_COLORS, strict=True)):
+            _mark(left, views, steps[0], i, size, color, shared=traces[0][0] is traces[1][0])
             for column, step in enumerate(steps, start=1):
                 axis = figure.add_subplot(grid[2 * i + view, column])
                 axis.imshow(step.images[i].permute(1, 2, 0).numpy())
                 axis.set_xticks([])
                 axis.set_yticks([])
-                axis.spines[:].set_color(colour)
+                axis.spines[:].set_color(color)
                 last = column == len(steps)
                 axis.spines[:].set_linewidth(2.0 if last else 0.6)
                 if i == 0:
-                    axis.set_title(f"{'ab'[view]}: {step.name}", fontsize=7, color=colour)
+                    axis.set_title(f"{'ab'[view]}: {step.name}", fontsize=7, color=color)
     figure.suptitle(_tasks(views, images), fontsize=8)
     figure.savefig(path, dpi=150)
 
@@ -89,16 +90,16 @@ def _images(experiment: Experiment, source: Source, num: int) -> list[DecodedIma
 
 def _mark(
     axis: Axes, views: TwoViews | Pipelines, step: Step, row: int, size: tuple[int, ...],
-    colour: str, *, shared: bool,
+    color: str, *, shared: bool,
 ) -> None:  # fmt: skip
-    """Draw the box of a crop; one that both views share is drawn dashed in both colours."""
+    """Draw the box of a crop; one that both views share is drawn dashed in both colors."""
     if step.draws is None:
         return
     box = views.boxes(step.draws, size[0], size[1])
     top, left, height, width = (int(side[row]) for side in box)
-    style = (0, (4, 4)) if shared and colour == VIEW_COLOURS[1] else "-"
+    style = (0, (4, 4)) if shared and color == VIEW_COLORS[1] else "-"
     patch = Rectangle(
-        (left - 0.5, top - 0.5), width, height, fill=False, ec=colour, lw=1.8, ls=style
+        (left - 0.5, top - 0.5), width, height, fill=False, ec=color, lw=1.8, ls=style
     )
     axis.add_patch(patch)
 

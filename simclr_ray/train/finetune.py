@@ -97,7 +97,7 @@ def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool =
     source = Source.open(data.train, data.columns, data.limit)
     rows = write_subset(source, share, chosen.seed, absolute_path(chosen.storage))
     num_rows = Source.open(rows, data.columns).num_rows
-    size, group = min(chosen.batch_size, num_rows), chosen.batch_norm.images
+    size, group = min(chosen.batch_size, num_rows), chosen.batch_norm.group_size
     group = group if group <= size else 0
     tuned = cfg.to_tree(chosen)
     tuned["data"] |= {"train": rows, "limit": 0}
@@ -110,7 +110,7 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
     """Return the experiment of a distillation (SimCLRv2); its images need no labels.
 
     LARS at 0.1·√B, crop and flip alone, the teacher's encoder unless `encoder` is overridden, from
-    random weights unless `start.weights` is.
+    random weights unless `init.weights` is.
 
     Args:
         teacher: Folder or URI of a run that has a classifier, such as a fine-tuning.
@@ -126,12 +126,12 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
         "name": f"{tree['name']}-distilled",
         "augment": _crop_and_flip(tree),
         "head": {"name": "classifier"},
-        "start": {},
+        "init": {},
         "loss": {"name": "distillation", "teacher": folder.uri},
         "optimizer": {"name": "lars", "weight_decay": 1e-4},
         "schedule": {"learning_rate": 0.1, "scaling": "sqrt", "warmup_epochs": 1.0},
         "tracking": tree["tracking"] | {"parent_run": stored["mlflow_run_id"]},
-        "register_as": {},
+        "registry": {},
     }
     return _checked(Planned(_validated(settings, overrides), stored))
 
@@ -153,9 +153,9 @@ def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment
     if not chosen.data.test:
         told = "is empty: a classifier needs a split to be tested"
         issues.append(ConfigIssue("data.test", told))
-    if chosen.register_as.name:
+    if chosen.registry.name:
         told = "is for pretrain; `simclr-ray register` takes any run folder"
-        issues.append(ConfigIssue("register_as.name", told))
+        issues.append(ConfigIssue("registry.name", told))
     if issues:
         raise ConfigError(issues)
     return chosen
@@ -199,16 +199,16 @@ def _settings(
         "name": name,
         "augment": _crop_and_flip(tree),
         "head": {"name": "classifier"},
-        "start": {"weights": "" if from_random else folder.uri},
+        "init": {"weights": "" if from_random else folder.uri},
         "loss": {"name": "cross_entropy"},
         "optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.0},
         "schedule": {"learning_rate": 0.05, "warmup_epochs": 0.0},
         "epochs": EPOCHS_OF_FEW if few else EPOCHS,
         "evaluation": tree["evaluation"] | {"every_epochs": 0},
         "checkpoint": {"every_epochs": 10, "keep": 1},
-        "scaling": tree["scaling"] | {"colour_on": "data"},
+        "scaling": tree["scaling"] | {"color_augment_on": "data"},
         "tracking": tree["tracking"] | {"parent_run": ""},
-        "register_as": {},
+        "registry": {},
     }
 
 
@@ -224,7 +224,7 @@ def _log(run: Run, parent: dict[str, str], name: str, scores: Classification) ->
     folder.write_text(SCORES, json.dumps(scores._asdict(), indent=1))
     stored = json.loads(folder.read_text(RUN_FILE) or "{}")
     step = int(run.metrics.get("step", 0))
-    own = {f"test/{key}": value for key, value in scores._asdict().items()}
+    own = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
     TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id).log_metrics(own, step)
     for_parent = {f"{name}/{key}": value for key, value in scores._asdict().items()}
     TrackedRun.attach(parent["tracking_uri"], parent["mlflow_run_id"]).log_metrics(for_parent, step)

@@ -61,10 +61,10 @@ class Metrics(NamedTuple):
     loss: float  # of the last step: the paper's L over the global batch
     mean_loss: float
     learning_rate: float
-    accuracy: float  # of picking the partner, or the class
+    top1: float  # of picking the partner, or the class
     entropy: float  # of that choice, nats
     images_per_s: float
-    data_wait_share: float  # of the wall time
+    data_wait_fraction: float  # of the wall time
     bad_rows: int  # ids replaced since the last report, all ranks
 
 
@@ -233,10 +233,10 @@ class _Meter:
             loss=last,
             mean_loss=mean,
             learning_rate=self.schedule.learning_rate(done - 1),
-            accuracy=float(of_batch.accuracy),
+            top1=float(of_batch.top1),
             entropy=float(of_batch.entropy),
             images_per_s=images / elapsed,
-            data_wait_share=wait,
+            data_wait_fraction=wait,
             bad_rows=int(gathered[:, 4].sum()),
         )
         self.restart()

@@ -127,18 +127,19 @@ class RunMonitor:
                 self._end(error)
 
     def _take_bad(self, item: dict[str, Any]) -> None:
-        """Name the row; end the run when more are unusable than `data.max_bad_share` allows."""
+        """Name the row; end the run when more are unusable than `data.max_bad_fraction` allows."""
         if item["id"] in self._bad:
             return
         self._bad[item["id"]] = item["reason"]
         _append(self._local / BAD_ROWS, json.dumps(item))
-        share, rows = self.experiment.data.max_bad_share, self.source.num_rows
+        share, rows = self.experiment.data.max_bad_fraction, self.source.num_rows
         if len(self._bad) > share * rows:
             reasons = "; ".join(sorted(set(self._bad.values()))[:5])
             self._end(
                 TooManyBadImages(
-                    f"{len(self._bad)} of {rows} rows cannot be used, more than data.max_bad_share="
-                    f"{share:g} allows; reasons: {reasons}; ids: {sorted(self._bad)[:10]}"
+                    f"{len(self._bad)} of {rows} rows cannot be used, more than "
+                    f"data.max_bad_fraction={share:g} allows; reasons: {reasons}; "
+                    f"ids: {sorted(self._bad)[:10]}"
                 )
             )
 

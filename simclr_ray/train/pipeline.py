@@ -41,16 +41,14 @@ class PretrainOutcome(NamedTuple):
 def run_pipeline(
     experiment: Experiment, *, on_progress: OnProgress | None = None
 ) -> PretrainOutcome:
-    """Train, judge, publish to MLflow and, where `register_as.name` is set, register."""
+    """Train, judge, publish to MLflow and, where `registry.name` is set, register."""
     run = pretrain(experiment, on_progress=on_progress)
     scores = evaluate_experiment(experiment.absolute(), run.checkpoint)
     publish(run, experiment, scores)
     classifier = _test_classifier(run, experiment.absolute())
     registered = None
-    if experiment.register_as.name:
-        registered = register_run(
-            run.folder, experiment.register_as.name, experiment.register_as.alias
-        )
+    if experiment.registry.name:
+        registered = register_run(run.folder, experiment.registry.name, experiment.registry.alias)
     return PretrainOutcome(run, scores, registered, classifier)
 
 
@@ -63,7 +61,7 @@ def _test_classifier(run: Run, experiment: Experiment) -> Classification | None:
         return None
     scores = score_classifier(run.checkpoint, experiment)
     stored = json.loads(RunFolder.at(run.folder).read_text(RUN_FILE) or "{}")
-    named = {f"test/{key}": value for key, value in scores._asdict().items()}
+    named = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
     tracked = TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id)
     tracked.log_metrics(named, int(run.metrics.get("step", 0)))
     return scores

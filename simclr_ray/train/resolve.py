@@ -33,13 +33,13 @@ def resolved(experiment: Experiment, source: Source) -> Experiment:
 
 
 def split_like_test(data: DataConfig) -> str:
-    """Return which of `data.train` and `data.bank` holds the images of `data.test`, or nothing.
+    """Return which of `data.train` and `data.eval_train` holds the images of `data.test`, if any.
 
     Opens what there is to compare. Raises `DataError` where one cannot be read.
     """
     if not data.test:
         return ""
-    others = [path for path in dict.fromkeys((data.train, data.bank)) if path]
+    others = [path for path in dict.fromkeys((data.train, data.eval_train)) if path]
     known = {Source.open(path, data.columns).fingerprint: path for path in others}
     return known.get(Source.open(data.test, data.columns).fingerprint, "")
 
@@ -85,7 +85,7 @@ def resolve_init(experiment: Experiment) -> Experiment:
     Raises:
         ConfigError: There is nothing, or it is of another encoder or head.
     """
-    weights = experiment.start.weights
+    weights = experiment.init.weights
     if not weights:
         return experiment
     if weights.endswith(FILES):
@@ -99,8 +99,8 @@ def resolve_init(experiment: Experiment) -> Experiment:
             record = checkpoint.read_record(folder)
             _check_fits(experiment, record["experiment"])
             found = {"weights": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
-    start = experiment.start.model_copy(update=found)
-    return experiment.model_copy(update={"start": start})
+    init = experiment.init.model_copy(update=found)
+    return experiment.model_copy(update={"init": init})
 
 
 NO_CLASSIFIER = "is a run without a classifier: `simclr-ray finetune` trains one from it"

@@ -90,10 +90,11 @@ class TrainWorker:
         steps = range(start, self.total)
         batches = _started(stream(experiment, self.source, steps, self.rank, self.num_ranks))
         self._build(kept)
+        self.loss = build_loss(experiment)
         self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
         loop.train(
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
-            build_loss(experiment),
+            self.loss,
             self.optimizer,
             finish_batches(experiment, self.source, self._named(batches), self.device),
             self._timetable(),
@@ -107,6 +108,7 @@ class TrainWorker:
         """Send the metrics to the driver."""
         named = metrics._asdict()
         step, epoch = named.pop("step"), named.pop("epoch")
+        named[self.loss.top1_name] = named.pop("top1")
         told = {f"train/{name}": value for name, value in named.items()}
         for module in self.model.modules():
             if isinstance(module, LearnableTemperature):
@@ -201,7 +203,7 @@ class TrainWorker:
         )
 
 
-def colour(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:
+def color(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:
     """Return the views whose crops are in `batch`: uint8 [n, 3, S, S] each, on `device`."""
     crops = torch.cat([batch.a, batch.b]).to(device)
     draws = views.both(batch.ids.numpy(), epoch)
@@ -221,13 +223,13 @@ def prepare_training(
 def finish_batches(
     experiment: Experiment, source: Source, batches: Iterator[Batch], device: torch.device
 ) -> Iterator[Batch]:
-    """Do on a worker's device what is left to it: colour and blur, if so asked, and labels."""
+    """Do on a worker's device what is left to it: color and blur, if so asked, and labels."""
     config = experiment.augment
-    if experiment.scaling.colour_on == "worker" and isinstance(config, SimCLRViewsConfig):
+    if experiment.scaling.color_augment_on == "worker" and isinstance(config, SimCLRViewsConfig):
         views = build_two_views(config, experiment.seed)
         per_epoch = experiment.steps_per_epoch(source.num_rows)
         batches = (
-            batch._replace(**colour(views, batch, batch.step // per_epoch, device)._asdict())
+            batch._replace(**color(views, batch, batch.step // per_epoch, device)._asdict())
             for batch in batches
         )
     if isinstance(experiment.loss, DistillationConfig):

@@ -201,7 +201,7 @@ def test_pretraining_runs_as_a_job_for_two_epochs(head: Head, image_root: Path) 
     done = head.submit(
         *PRETRAIN,
         f"data.train={image_root / 'cifar10' / 'train'}",
-        f"data.bank={few}",
+        f"data.eval_train={few}",
         f"data.test={few}",
         "data.limit=2048",
         "epochs=2",

@@ -56,7 +56,7 @@ def loss_and_norm(
         loss.item(),
         z1.grad.numpy().copy(),
         z2.grad.numpy().copy(),
-        logged.accuracy.item(),
+        logged.top1.item(),
         logged.entropy.item(),
         y.detach().numpy().copy(),
         x.grad.numpy().copy(),

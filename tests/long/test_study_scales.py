@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from simclr_ray.studies.definition import Dimension, Study, load_study, study_names
+from simclr_ray.studies.definition import Dimension, Study
 from simclr_ray.studies.driver import run_study
+from simclr_ray.studies.files import load_study, study_names
 from simclr_ray.studies.report import publish_report
 from tests.ray.images import write_shapes
 

@@ -67,7 +67,7 @@ def run(folder: Path, ray_cluster: str) -> Run:
             augment={
                 "name": "pipeline",
                 "size": 16,
-                "a": [{"name": "crop"}, {"name": "colour", "strength": 0.5}, {"name": "rotate"}],
+                "a": [{"name": "crop"}, {"name": "color", "strength": 0.5}, {"name": "rotate"}],
             },
         )
     )
@@ -81,7 +81,7 @@ def records(run: Run) -> list[dict[str, float]]:
 def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, run: Run) -> None:
     tuned = finetune(run.folder, 0.25, "epochs=2", "batch_size=32", "head.layers=1")
     record = read_record(tuned.run.checkpoint)["experiment"]
-    assert record["start"]["weights"] == str(run.checkpoint)
+    assert record["init"]["weights"] == str(run.checkpoint)
     assert record["head"]["num_classes"] == 10
     assert tuned.num_images == 60
     rows = Source.open(record["data"]["train"], COLUMNS)
@@ -93,7 +93,7 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     client = MlflowClient(stored["tracking_uri"])
     child = client.get_run(tuned.run.mlflow_run_id)
     assert child.data.tags["mlflow.parentRunId"] == run.mlflow_run_id
-    assert child.data.metrics["test/top1"] == pytest.approx(tuned.scores.top1)
+    assert child.data.metrics["final/classifier/top1"] == pytest.approx(tuned.scores.top1)
     parent = client.get_run(run.mlflow_run_id)
     assert parent.data.metrics["t-tuned-25pct/top1"] == pytest.approx(tuned.scores.top1)
 
@@ -107,7 +107,7 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     assert first["train/loss"] == pytest.approx(np.log(10), abs=1e-4)
     child = client.get_run(student.mlflow_run_id)
     assert child.data.tags["mlflow.parentRunId"] == tuned.run.mlflow_run_id
-    assert child.data.metrics["test/top1"] == pytest.approx(scores.top1)
+    assert child.data.metrics["final/classifier/top1"] == pytest.approx(scores.top1)
 
 
 def test_what_h_and_z_know_is_asked_without_labels(run: Run) -> None:
@@ -144,10 +144,10 @@ def test_what_cannot_be_tuned_is_said_before_anything_starts(folder: Path, run: 
         plan_finetuning(str(folder), 0.1)
     with pytest.raises(ConfigError, match=r"data.test: is empty"):
         plan_finetuning(run.folder, 0.5, "data.test=")
-    with pytest.raises(ConfigError, match=r"register_as.name: is for pretrain"):
-        plan_finetuning(run.folder, 0.5, "register_as.name=x")
-    caching, _ = plan_finetuning(run.folder, 0.5, "batch_size=300", "batch_norm.images=50")
-    assert (caching.batch_size, caching.batch_norm.images) == (100, 50)  # of some 128 rows
+    with pytest.raises(ConfigError, match=r"registry.name: is for pretrain"):
+        plan_finetuning(run.folder, 0.5, "registry.name=x")
+    caching, _ = plan_finetuning(run.folder, 0.5, "batch_size=300", "batch_norm.group_size=50")
+    assert (caching.batch_size, caching.batch_norm.group_size) == (100, 50)  # of some 128 rows
     random, _ = plan_finetuning(run.folder, 0.5, from_random=True)
-    assert random.start.weights == ""
+    assert random.init.weights == ""
     assert random.name == "t-random-50pct"

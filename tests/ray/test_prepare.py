@@ -171,10 +171,10 @@ def test_bad_images_are_named_in_the_manifest_or_stop_the_run(tmp_path: Path) ->
     (given / "03.png").write_bytes(b"<html>")
     (given / "11.png").write_bytes(_png(11)[:-30])
     with pytest.raises(TooManyBadImages, match=r"2 of 20 images.*5\.00%") as refusal:
-        prepare(str(given), str(tmp_path / "out"), max_bad_share=0.05)
+        prepare(str(given), str(tmp_path / "out"), max_bad_fraction=0.05)
     assert "03.png: not an image" in str(refusal.value)
     assert not (tmp_path / "out" / MANIFEST).exists()
-    manifest = prepare(str(given), str(tmp_path / "out"), max_bad_share=0.1)
+    manifest = prepare(str(given), str(tmp_path / "out"), max_bad_fraction=0.1)
     assert [tuple(r) for r in manifest.rejected] == [
         (3, "03.png", "not an image"),
         (11, "11.png", "truncated"),
@@ -202,14 +202,16 @@ def test_real_photographs_keep_their_bytes(tmp_path: Path, image_root: Path) -> 
 
 def test_every_odd_row_is_stored_or_named(tmp_path: Path, image_root: Path) -> None:
     odd = image_root / "odd"
-    bad = prepare(str(odd / "some_bad_images.parquet"), str(tmp_path / "bad"), max_bad_share=0.05)
+    bad = prepare(
+        str(odd / "some_bad_images.parquet"), str(tmp_path / "bad"), max_bad_fraction=0.05
+    )
     assert [r.id for r in bad.rejected] == [10, 20, 50]
-    nulls = prepare(str(odd / "null_images.parquet"), str(tmp_path / "nulls"), max_bad_share=0.1)
+    nulls = prepare(str(odd / "null_images.parquet"), str(tmp_path / "nulls"), max_bad_fraction=0.1)
     assert {r.reason for r in nulls.rejected} == {"no image"}
     bomb = prepare(str(odd / "bomb_inside.parquet"), str(tmp_path / "bomb"))
     assert bomb.rejected[0].reason == "too many pixels: 30000x30000"
     with pytest.raises(TooManyBadImages, match="100 of 100"):
-        prepare(str(odd / "all_bad_images.parquet"), str(tmp_path / "all"), max_bad_share=1.0)
+        prepare(str(odd / "all_bad_images.parquet"), str(tmp_path / "all"), max_bad_fraction=1.0)
 
 
 def _png(seed: int) -> bytes:

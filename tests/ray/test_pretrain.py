@@ -110,7 +110,7 @@ def test_a_run_is_judged_published_and_registered(
     folder: Path, one_worker: Run, ray_cluster: str
 ) -> None:
     tree = tree_of(folder, "one", 1, "float64")
-    tree["register_as"] = {"name": "forms", "alias": "newest"}
+    tree["registry"] = {"name": "forms", "alias": "newest"}
     outcome = run_pipeline(cfg.validate(Experiment, tree))
     assert outcome.run.name == one_worker.name
     names = ["trained encoder", "untrained encoder", "raw pixels"]
@@ -185,7 +185,7 @@ def test_too_many_bad_images_stop_the_run_at_once_with_the_reason(
     tree = tree_of(tmp_path, "bad", 1, "float32")
     tree["data"] = {"train": str(image_root / "odd" / "null_images.parquet")}
     began = time.monotonic()
-    with pytest.raises(TooManyBadImages, match=r"max_bad_share=0\.01.*null"):
+    with pytest.raises(TooManyBadImages, match=r"max_bad_fraction=0\.01.*null"):
         pretrain(cfg.validate(Experiment, tree))
     assert time.monotonic() - began < 180  # no retries
 
@@ -196,7 +196,7 @@ def test_unusable_images_are_replaced_and_named(
 ) -> None:
     tree = tree_of(tmp_path, "some", 2, "float32")
     train = str(image_root / "odd" / "some_bad_images.parquet")
-    tree |= {"data": {"train": train, "max_bad_share": 0.1}, "epochs": 1}
+    tree |= {"data": {"train": train, "max_bad_fraction": 0.1}, "epochs": 1}
     run = pretrain(cfg.validate(Experiment, tree))
     named = [json.loads(line) for line in (Path(run.folder) / "bad_rows.jsonl").open()]
     reasons = {row["id"]: row["reason"] for row in named}

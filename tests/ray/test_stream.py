@@ -21,7 +21,7 @@ from simclr_ray.data.batches import build_plan, build_two_views, join, local_bat
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.train.worker import colour
+from simclr_ray.train.worker import color
 from tests.ray.images import write_shapes
 
 pytestmark = pytest.mark.ray
@@ -32,16 +32,16 @@ def experiment_on(folder: Path, **changes: Any) -> Experiment:
     return cfg.validate(Experiment, tree | changes)
 
 
-@pytest.mark.parametrize(("num_ranks", "actors", "first_size"), [(1, 2, 0), (2, 1, 16), (3, 2, 0)])
+@pytest.mark.parametrize(("num_ranks", "actors", "start_size"), [(1, 2, 0), (2, 1, 16), (3, 2, 0)])
 def test_ids_and_pixels_of_every_global_batch_are_those_of_one_process(
-    ray_cluster: str, tmp_path: Path, num_ranks: int, actors: int, first_size: int
+    ray_cluster: str, tmp_path: Path, num_ranks: int, actors: int, start_size: int
 ) -> None:
     write_shapes(tmp_path / "shapes.parquet", 200, row_group_size=9)  # two lanes
     experiment = experiment_on(
         tmp_path,
         batch_size=22,
         epochs=3,
-        augment={"size": 32, "first_size": first_size},
+        augment={"size": 32, "start_size": start_size},
         scaling={"data_actors_per_worker": actors, "cpus_per_data_actor": 0.3},
     )
     source = Source.open(experiment.data.train)
@@ -57,14 +57,16 @@ def test_ids_and_pixels_of_every_global_batch_are_those_of_one_process(
         seen += 1
         sizes.add(alone.a.shape[-1])
     assert seen == len(steps)
-    assert sizes == ({16, 20, 28} if first_size else {32})  # views grow with the epochs
+    assert sizes == ({16, 20, 28} if start_size else {32})  # views grow with the epochs
 
 
-def test_views_coloured_by_the_worker_are_those_of_the_data_actors(tmp_path: Path) -> None:
+def test_views_colored_by_the_worker_are_those_of_the_data_actors(tmp_path: Path) -> None:
     write_shapes(tmp_path / "shapes.parquet", 60, row_group_size=9)
-    sizes = {"size": 24, "first_size": 16}
+    sizes = {"size": 24, "start_size": 16}
     whole, split = (
-        experiment_on(tmp_path, batch_size=20, epochs=2, augment=sizes, scaling={"colour_on": on})
+        experiment_on(
+            tmp_path, batch_size=20, epochs=2, augment=sizes, scaling={"color_augment_on": on}
+        )
         for on in ("data", "worker")
     )
     assert split.digest() == whole.digest()
@@ -74,7 +76,7 @@ def test_views_coloured_by_the_worker_are_those_of_the_data_actors(tmp_path: Pat
     made = [list(local_batches(e, source, range(6))) for e in (whole, split)]
     for expected, crops in zip(*made, strict=True):
         assert not torch.equal(crops.a, expected.a)
-        a, b = colour(views, crops, crops.step // 3, torch.device("cpu"))
+        a, b = color(views, crops, crops.step // 3, torch.device("cpu"))
         assert torch.equal(a, expected.a)
         assert torch.equal(b, expected.b)
 
@@ -123,7 +125,7 @@ def test_an_error_keeps_its_type_and_comes_after_the_steps_that_were_made(
     experiment = experiment_on(
         tmp_path,
         seed=1,
-        data={"train": str(tmp_path), "shuffle_rows": 1, "max_bad_share": 0.02},
+        data={"train": str(tmp_path), "shuffle_rows": 1, "max_bad_fraction": 0.02},
         batch_size=10,  # a row group, or nearly so
         scaling={"cpus_per_data_actor": 0.3},
     )

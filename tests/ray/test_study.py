@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from simclr_ray import config as cfg
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM
 from simclr_ray.errors import ConfigError
-from simclr_ray.studies.definition import load_study
 from simclr_ray.studies.driver import plan, run_study
+from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import base_tree, study_folder
 from simclr_ray.studies.report import publish_report
@@ -79,7 +79,7 @@ def facts(folder: StudyFolder) -> dict[str, Any]:
     """Return everything of a study that must repeat bit for bit."""
     publish_report(folder)
     results = json.loads((Path(folder.uri) / "report" / "results.json").read_text())
-    keys = ("point", "mean", "deviation", "num_seeds", "also", "paper", "images")
+    keys = ("point", "mean", "deviation", "num_seeds", "extra_metrics", "paper", "images")
     return {
         "outcomes": {
             o.trial: (o.status, o.cells, o.seed, o.metrics, o.curve) for o in folder.outcomes()
@@ -157,7 +157,7 @@ def test_a_search_that_learns_suggests_its_points_and_goes_on_from_them(
         "space": space,
         "search": {"name": "optuna", "trials": 3, "seed": 1},
         "metric": "eval/knn_top1",
-        "judge": [],
+        "protocols": [],
         "set": {"epochs": 1},
         "figure": {"x": "loss.temperature"},
         "comparisons": [],
@@ -185,7 +185,7 @@ def test_a_dry_run_times_steps_and_leaves_nothing_behind(folder: Path, ray_clust
     cases = {
         "contrastive": {"loss.temperature": 0.5},
         "supervised": {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}},
-        "in groups": {"batch_norm.images": 16},
+        "in groups": {"batch_norm.group_size": 16},
     }
     space = {"learning": {"cases": cases}}
     source = study_file(folder, "paced", space=space, figure={"x": "learning"}, comparisons=[])
@@ -255,7 +255,7 @@ def test_a_scheduler_ends_trials_and_decides_alike_after_a_stop(folder: Path) ->
         "comparisons": [],
         "metric": "train/mean_loss",
         "mode": "min",
-        "judge": [],
+        "protocols": [],
         "scheduler": {"name": "asha", "reduction_factor": 2},
         "set": {"epochs": 4},
         "concurrency": 1,

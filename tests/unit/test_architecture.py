@@ -224,3 +224,5 @@ def test_the_public_names_resolve_and_are_sorted_as_ruff_sorts_them() -> None:
         assert found.__doc__, name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = simclr_ray.nothing
+    with pytest.raises(AttributeError, match="it is called 'run_pipeline' now"):
+        _ = simclr_ray.complete

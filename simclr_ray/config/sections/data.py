@@ -19,7 +19,7 @@ class DataConfig(Config):
     train: str = Field(
         min_length=1, description="Parquet file or folder, local or any pyarrow.fs URI."
     )
-    bank: str = Field(
+    eval_train: str = Field(
         "", description="Labelled split that kNN and probes learn from; empty: `train`."
     )
     test: str = Field(
@@ -27,7 +27,7 @@ class DataConfig(Config):
     )
     limit: int = Field(0, ge=0, description="Use the first rows only, in file order; 0 uses all.")
     columns: ColumnsConfig = ColumnsConfig()
-    max_bad_share: float = Field(
+    max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="Share of undecodable rows that stops."
     )
     max_pixels: int = Field(50_000_000, ge=1, description="Larger images are refused undecoded.")
@@ -51,6 +51,6 @@ class PreparationConfig(Config):
     size: int = Field(32, ge=16, le=1024, description="Side of `shapes` in pixels.")
     columns: ColumnsConfig = ColumnsConfig()
     rows_per_shard: int = Field(5000, ge=1)
-    max_bad_share: float = Field(0.01, ge=0, le=1)
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
     max_pixels: int = Field(50_000_000, ge=1)
     download_folder: str = Field("", description="torchvision's files; empty: a user cache.")

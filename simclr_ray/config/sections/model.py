@@ -68,7 +68,7 @@ class ClassifierHeadConfig(Config):
     name: Literal["classifier"] = "classifier"
     num_classes: int = Field(0, ge=0, description="K; 0: as many as the training labels have.")
     layers: int = Field(
-        0, ge=0, le=8, description="Hidden layers below; with `start.weights`, its head's first."
+        0, ge=0, le=8, description="Hidden layers below; with `init.weights`, its head's first."
     )
     hidden: int = Field(0, ge=0, description="Their width; 0: as wide as h.")
     batch_norm: bool = Field(default=True, description="Without it, hidden layers have a bias.")
@@ -88,7 +88,7 @@ class InitConfig(Config):
 class BatchNormConfig(Config):
     """Batch normalisation over all workers."""
 
-    images: int = Field(
+    group_size: int = Field(
         0,
         ge=0,
         description="Images with joint statistics; 0: the global batch. Below it, gradient "

@@ -29,7 +29,7 @@ class EvaluationConfig(Config):
         1, ge=0, description="kNN (or label-free metrics) while training; 0: never."
     )
     size: int = Field(0, ge=0, description="Side of the views it judges; 0: augment.size.")
-    bank_limit: int = Field(5_000, ge=0, description="Bank rows used while training; 0: all.")
+    eval_train_limit: int = Field(5_000, ge=0, description="Bank rows used while training; 0: all.")
     test_limit: int = Field(2_000, ge=0, description="Test rows used while training; 0: all.")
     knn: KNNConfig = KNNConfig()
     linear: LinearConfig = LinearConfig()
@@ -64,8 +64,8 @@ class ScalingConfig(Config):
         1, ge=1, description="Decode actors, each its own pipeline."
     )
     cpus_per_data_actor: float = Field(0.5, gt=0)
-    colour_on: Literal["data", "worker"] = Field(
-        "data", description="Where colour and blur run: data actors, or the worker's device."
+    color_augment_on: Literal["data", "worker"] = Field(
+        "data", description="Where color and blur run: data actors, or the worker's device."
     )
     data_resource: str = Field(
         "", description="Custom Ray resource that marks nodes for data actors."

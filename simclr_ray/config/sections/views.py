@@ -8,30 +8,30 @@ from simclr_ray.config.schema import Config, Field, model_validator
 
 
 class SimCLRViewsConfig(Config):
-    """The paper's pipeline: crop and resize, flip, colour jitter, grayscale, blur (App. A)."""
+    """The paper's pipeline: crop and resize, flip, color jitter, grayscale, blur (App. A)."""
 
     name: Literal["simclr"] = "simclr"
     size: int = Field(32, ge=8, description="Side of a view in pixels.")
-    first_size: int = Field(
+    start_size: int = Field(
         0, ge=0, description="Side in the first epoch, growing to `size`; 0: `size` throughout."
     )
-    full_size_at: float = Field(
+    full_size_epoch_fraction: float = Field(
         0.75, gt=0, le=1, description="Share of the epochs after which views have full size."
     )
-    strength: float = Field(1.0, ge=0, le=2, description="Colour strength s of App. A.")
+    strength: float = Field(1.0, ge=0, le=2, description="Color strength s of App. A.")
     blur: float = Field(0.5, ge=0, le=1, description="Probability of Gaussian blur.")
     min_area: float = Field(
         0.08, gt=0, le=1, description="Smallest share of the area that is cropped."
     )
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a left-right flip.")
-    jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
-    grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping colour.")
+    jitter: float = Field(0.8, ge=0, le=1, description="Probability of color jitter.")
+    grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping color.")
 
     @model_validator(mode="after")
     def _check_sizes(self) -> SimCLRViewsConfig:
-        if self.first_size and not 8 <= self.first_size <= self.size:
+        if self.start_size and not 8 <= self.start_size <= self.size:
             raise ValueError(
-                f"first_size={self.first_size} must be 0, or between 8 and size={self.size}"
+                f"start_size={self.start_size} must be 0, or between 8 and size={self.size}"
             )
         return self
 
@@ -40,11 +40,11 @@ class SimCLRViewsConfig(Config):
 
         Steps of 32 px, or of 4 px where `size` is at most 64.
         """
-        grown = epoch / (self.full_size_at * epochs)
-        if not self.first_size or grown >= 1:
+        grown = epoch / (self.full_size_epoch_fraction * epochs)
+        if not self.start_size or grown >= 1:
             return self.size
         step = 4 if self.size <= 64 else 32
-        return self.first_size + int((self.size - self.first_size) * grown) // step * step
+        return self.start_size + int((self.size - self.start_size) * grown) // step * step
 
 
 class _StageConfig(Config):
@@ -110,19 +110,19 @@ class JitterConfig(_StageConfig):
 
 
 class GrayscaleConfig(_StageConfig):
-    """Colour dropped."""
+    """Color dropped."""
 
     name: Literal["grayscale"] = "grayscale"
     p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
 
 
 class ColorConfig(_StageConfig):
-    """The paper's colour distortion: jitter, then grayscale, each by chance."""
+    """The paper's color distortion: jitter, then grayscale, each by chance."""
 
-    name: Literal["colour"] = "colour"
+    name: Literal["color"] = "color"
     strength: float = Field(1.0, ge=0, le=2, description="s: ±0.8s, hue ±0.2s.")
     jitter: float = Field(0.8, ge=0, le=1, description="Probability of jitter.")
-    grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping colour.")
+    grayscale: float = Field(0.2, ge=0, le=1, description="Probability of dropping color.")
 
 
 class NoiseConfig(_StageConfig):
@@ -149,7 +149,7 @@ class BlurConfig(_StageConfig):
 
 
 class SobelConfig(_StageConfig):
-    """Edges by Sobel's kernels, without colour."""
+    """Edges by Sobel's kernels, without color."""
 
     name: Literal["sobel"] = "sobel"
 
@@ -231,7 +231,7 @@ class PipelineViewsConfig(Config):
         return self.a if self.symmetric else self.b
 
     @property
-    def first_size(self) -> int:
+    def start_size(self) -> int:
         """Return 0: these views do not grow."""
         return 0
 

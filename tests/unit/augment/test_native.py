@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_ray.augment import native
-from simclr_ray.augment.colour import JitterParams
+from simclr_ray.augment.color import JitterParams
 from simclr_ray.augment.views import ORDERS, AugmentParams, TwoViews
 
 Pixels = NDArray[np.uint8]
@@ -52,7 +52,7 @@ def test_compiled_views_are_those_of_torch_to_the_last_bit(size: int, strength: 
 
 
 @needs_compiler
-def test_compiled_colour_is_that_of_torch_on_every_colour_and_order() -> None:
+def test_compiled_color_is_that_of_torch_on_every_color_and_order() -> None:
     rng = np.random.default_rng(0)
     levels = np.array([0, 1, 2, 63, 64, 127, 128, 200, 254, 255], np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)

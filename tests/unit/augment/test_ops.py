@@ -133,8 +133,8 @@ def test_jitter_is_clipped_after_each_operation_in_the_order_drawn(images: Tenso
         assert (ours - expected).abs().max() < 4e-3
 
 
-def test_colour_distortion_jitters_and_drops_colour_as_often_as_it_says(images: Tensor) -> None:
-    op = ops.ColourDistortion(strength=0.5)
+def test_color_distortion_jitters_and_drops_color_as_often_as_it_says(images: Tensor) -> None:
+    op = ops.ColorDistortion(strength=0.5)
     u = uniforms(op, 4000, seed=6)
     many = images[:1].expand(4000, -1, -1, -1)
     out = op(many, u)

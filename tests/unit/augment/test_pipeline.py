@@ -14,7 +14,7 @@ from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
 NUM, SIZE = 12, 24
 IDS = np.arange(100, 100 + NUM)
 CROP = Stage("crop", Crop())
-COLOUR = Stage("colour", ops.ColourDistortion(0.5))
+COLOR = Stage("color", ops.ColorDistortion(0.5))
 SOBEL = Stage("sobel", ops.Sobel())
 
 
@@ -25,7 +25,7 @@ def drawn(num: int = NUM) -> list[NDArray[np.uint8]]:
 
 
 def test_a_view_is_a_pure_function_of_seed_epoch_and_id() -> None:
-    views = Pipelines(SIZE, [], [CROP, COLOUR], [CROP, COLOUR], seed=1)
+    views = Pipelines(SIZE, [], [CROP, COLOR], [CROP, COLOR], seed=1)
     whole = views(drawn(), IDS, 3)
     order = np.random.default_rng(1).permutation(NUM)
     shuffled = views([drawn()[i] for i in order], IDS[order], 3)
@@ -35,7 +35,7 @@ def test_a_view_is_a_pure_function_of_seed_epoch_and_id() -> None:
     assert torch.equal(alone.a, whole.a[4:5])
     for other in (views(drawn(), IDS, 4), views(drawn(), IDS + 1000, 3)):
         assert not torch.equal(other.a, whole.a)
-    again = Pipelines(SIZE, [], [CROP, COLOUR], [CROP, COLOUR], seed=2)(drawn(), IDS, 3)
+    again = Pipelines(SIZE, [], [CROP, COLOR], [CROP, COLOR], seed=2)(drawn(), IDS, 3)
     assert not torch.equal(again.a, whole.a)
     assert not torch.equal(whole.a, whole.b)
 
@@ -67,7 +67,7 @@ def test_a_crop_after_another_stage_crops_what_that_made() -> None:
     views = Pipelines(SIZE, [CROP], [Stage("sobel", ops.Sobel()), CROP], [])
     a, b = views.trace(drawn(), IDS, 0)
     assert a[2].images.shape == (NUM, 3, SIZE, SIZE)
-    assert (a[2].images.amax(1) == a[2].images.amin(1)).all()  # still without colour
+    assert (a[2].images.amax(1) == a[2].images.amin(1)).all()  # still without color
     assert a[2].draws is None
     assert b[0].draws is not None
 
@@ -101,8 +101,8 @@ def test_noise_of_large_views_is_drawn_by_more_than_one_key() -> None:
 def test_views_of_another_size_and_lists_that_cannot_be() -> None:
     views = Pipelines(SIZE, [], [CROP], [CROP])
     assert views.with_size(16)(drawn(), IDS, 0).a.shape == (NUM, 3, 16, 16)
-    for shared, a in (([], [COLOUR]), ([], []), ([Stage("crop", Crop(), 0.5)], [])):
+    for shared, a in (([], [COLOR]), ([], []), ([Stage("crop", Crop(), 0.5)], [])):
         with pytest.raises(ValueError, match="begin with a crop"):
             Pipelines(SIZE, shared, a, a)
     with pytest.raises(ValueError, match="32 stages"):
-        Pipelines(SIZE, [], [CROP, *[COLOUR] * 32], [CROP])
+        Pipelines(SIZE, [], [CROP, *[COLOR] * 32], [CROP])

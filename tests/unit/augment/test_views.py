@@ -196,7 +196,7 @@ def test_the_place_of_a_crop_and_the_width_of_the_blur_are_uniform() -> None:
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_colour_factors_are_uniform_in_the_papers_ranges(strength: float) -> None:
+def test_color_factors_are_uniform_in_the_papers_ranges(strength: float) -> None:
     factors = draws_of(TwoViews.simclr(32, strength)).jitter.factors.double().numpy()
     for op in range(3):
         assert kolmogorov_smirnov(factors[:, op], 1 - 0.8 * strength, 1 + 0.8 * strength) < KS_999
@@ -223,7 +223,7 @@ def test_each_operation_happens_as_often_as_in_the_paper() -> None:
         assert chi_squared([count, NUM_DRAWS - count], expected) < CHI_SQUARED_999[1]
 
 
-def test_all_24_orders_of_colour_operations_are_equally_likely() -> None:
+def test_all_24_orders_of_color_operations_are_equally_likely() -> None:
     order = draws_of(TwoViews.simclr(32)).jitter.order.numpy()
     index = [ORDERS.tolist().index(row) for row in order.tolist()]
     counts = np.bincount(index, minlength=24)
@@ -277,7 +277,7 @@ def test_thin_images_make_views(shape: tuple[int, int]) -> None:
     assert pair.a.float().std() > 0
 
 
-def test_a_plain_image_stays_plain_without_colour_and_blur() -> None:
+def test_a_plain_image_stays_plain_without_color_and_blur() -> None:
     plain = np.broadcast_to(np.array([10, 200, 90], np.uint8), (50, 40, 3)).copy()
     pair = only_crop(32)([plain], np.array([3]), 0)
     expected = torch.tensor([10, 200, 90], dtype=torch.uint8)[:, None, None].expand(3, 32, 32)

@@ -24,7 +24,7 @@ ROOT = Path(simclr_ray.__file__).parents[1]
 PROGRAM = """
 import atexit, sys
 atexit.register(lambda: print("LOADED", *[m for m in ("ray", "mlflow") if m in sys.modules]))
-from simclr_ray.cli.app import main
+from simclr_ray.cli.main import main
 main()
 """
 

@@ -13,7 +13,7 @@ from simclr_ray.config.experiment import Experiment, NTXentConfig, SimCLRViewsCo
 from simclr_ray.errors import ConfigError
 
 IMAGENET_ROWS, CIFAR_ROWS = 1_281_167, 50_000
-PLACED = ("scaling", "tracking", "checkpoint", "evaluation", "register_as")
+PLACED = ("scaling", "tracking", "checkpoint", "evaluation", "registry")
 # Each other leaf with a value that it may have beside the default.
 OTHER: dict[str, Any] = {
     "schedule.decay": "constant",
@@ -27,11 +27,11 @@ OTHER: dict[str, Any] = {
     "encoder.depth": 18,
     "encoder.model": "resnet18",
     "optimizer.momentum_form": "outside",
-    "batch_norm.images": 128,
+    "batch_norm.group_size": 128,
     "evaluation.size": 40,
-    "augment.first_size": 16,
+    "augment.start_size": 16,
     "loss.negatives": "other",
-    "scaling.colour_on": "worker",
+    "scaling.color_augment_on": "worker",
 }
 VARIANTS = [
     {},
@@ -89,9 +89,9 @@ def is_placement(path: tuple[str, ...]) -> bool:
     return path[0] in (*PLACED, "name", "storage") or ".".join(path) in (
         "data.train",
         "data.cache_gib",
-        "data.bank",
+        "data.eval_train",
         "data.test",
-        "data.max_bad_share",  # whether a run goes on, not what it computes
+        "data.max_bad_fraction",  # whether a run goes on, not what it computes
     )
 
 
@@ -103,14 +103,14 @@ def test_the_digest_changes_with_every_leaf_that_changes_the_result_and_with_no_
     tree = cfg.to_tree(base)
     seen = {base.digest()}
     for path in leaf_paths(tree):
-        if path[-1] == "name" and len(path) > 1 and path[0] != "register_as":
+        if path[-1] == "name" and len(path) > 1 and path[0] != "registry":
             continue  # variants have a test of their own
-        if path[-1] == "full_size_at":
+        if path[-1] == "full_size_epoch_fraction":
             assert changed(tree, path).digest() == base.digest()  # nothing grows
             continue
         if path in (("augment", "b"), ("augment", "symmetric")):
             continue  # go together only
-        if path == ("scaling", "colour_on") and base.augment.name != "simclr":
+        if path == ("scaling", "color_augment_on") and base.augment.name != "simclr":
             continue  # refused there
         if path[-1] == "selective_kernel" and getattr(base.encoder, "depth", 0) < 50:
             continue  # refused there
@@ -126,23 +126,25 @@ def test_the_digest_changes_with_every_leaf_that_changes_the_result_and_with_no_
 
 
 def test_views_grow_in_steps_from_the_first_size_to_the_full_one() -> None:
-    views = experiment(augment={"size": 224, "first_size": 160}).augment
+    views = experiment(augment={"size": 224, "start_size": 160}).augment
     assert [views.size_at(epoch, 100) for epoch in (0, 37, 38, 74, 75, 99)] == [
         160, 160, 192, 192, 224, 224,
     ]  # fmt: skip
-    small = experiment(augment={"size": 32, "first_size": 20, "full_size_at": 1.0}).augment
+    small = experiment(
+        augment={"size": 32, "start_size": 20, "full_size_epoch_fraction": 1.0}
+    ).augment
     assert [small.size_at(epoch, 6) for epoch in range(6)] == [20, 20, 24, 24, 28, 28]
     assert [SimCLRViewsConfig(size=32).size_at(epoch, 2) for epoch in (0, 1)] == [32, 32]
     for wrong in (4, 33):
-        with pytest.raises(ConfigError, match="first_size"):
-            experiment(augment={"size": 32, "first_size": wrong})
+        with pytest.raises(ConfigError, match="start_size"):
+            experiment(augment={"size": 32, "start_size": wrong})
 
 
 def test_naming_what_has_no_variants_keeps_what_stands_beside_the_name() -> None:
-    loaded = Experiment.load("shapes_demo", "register_as.name=mine", "register_as.alias=good")
-    assert (loaded.register_as.name, loaded.register_as.alias) == ("mine", "good")
-    renamed = Experiment.load("shapes_demo", "register_as.name=mine")
-    assert renamed.register_as.alias == Experiment.load("shapes_demo").register_as.alias
+    loaded = Experiment.load("shapes_demo", "registry.name=mine", "registry.alias=good")
+    assert (loaded.registry.name, loaded.registry.alias) == ("mine", "good")
+    renamed = Experiment.load("shapes_demo", "registry.name=mine")
+    assert renamed.registry.alias == Experiment.load("shapes_demo").registry.alias
 
 
 def test_every_variant_has_a_digest_of_its_own() -> None:
@@ -235,15 +237,17 @@ def test_a_global_batch_smaller_than_the_workers_is_refused() -> None:
 def test_joint_statistics_over_what_does_not_divide_the_batch_are_refused(
     images: int, workers: int
 ) -> None:
-    with pytest.raises(ConfigError, match=f"batch_norm.images={images} must divide"):
-        experiment(batch_size=256, batch_norm={"images": images}, scaling={"num_workers": workers})
+    with pytest.raises(ConfigError, match=f"batch_norm.group_size={images} must divide"):
+        experiment(
+            batch_size=256, batch_norm={"group_size": images}, scaling={"num_workers": workers}
+        )
 
 
 def test_groups_follow_from_the_images_with_joint_statistics() -> None:
     whole = experiment(batch_size=256)
     assert whole.num_groups == 1
-    assert experiment(batch_size=256, batch_norm={"images": 64}).num_groups == 4
-    named = experiment(batch_size=256, batch_norm={"images": 256})
+    assert experiment(batch_size=256, batch_norm={"group_size": 64}).num_groups == 4
+    named = experiment(batch_size=256, batch_norm={"group_size": 256})
     assert (named.num_groups, named.digest()) == (1, whole.digest())
 
 
@@ -253,7 +257,7 @@ def test_a_size_of_evaluation_that_the_encoder_cannot_take_is_refused() -> None:
     for changes in (
         {"evaluation": {"size": 7}},
         {"evaluation": {"size": 40}, "encoder": vit},
-        {"augment": {"first_size": 16}, "encoder": vit},
+        {"augment": {"start_size": 16}, "encoder": vit},
     ):
         with pytest.raises(ConfigError, match=r"evaluation\.size"):
             experiment(**changes)

@@ -304,11 +304,11 @@ def test_an_override_through_a_value_is_refused() -> None:
 def test_overrides_make_nodes_set_values_and_leave_the_tree_they_were_given() -> None:
     given = tree(loss={"temperature": 0.5})
     out = cfg.apply_overrides(
-        given, ["loss.temperature=0.1", "evaluation.knn.k=5", "data.train=a=b", "data.bank="]
+        given, ["loss.temperature=0.1", "evaluation.knn.k=5", "data.train=a=b", "data.eval_train="]
     )
     assert out["loss"] == {"temperature": 0.1}
     assert out["evaluation"] == {"knn": {"k": 5}}
-    assert out["data"] == {"train": "a=b", "bank": ""}
+    assert out["data"] == {"train": "a=b", "eval_train": ""}
     assert given == tree(loss={"temperature": 0.5})
 
 

@@ -67,7 +67,7 @@ def experiment(path: Path, *overrides: str) -> Experiment:
     tree = {
         "name": "t",
         "seed": 3,
-        "data": {"train": str(path), "max_bad_share": 0.5},
+        "data": {"train": str(path), "max_bad_fraction": 0.5},
         "augment": {"size": 16},
         "batch_size": BATCH,
     }
@@ -205,29 +205,29 @@ def test_the_replacement_of_a_row_differs_between_epochs(write: Write) -> None:
 
 
 def test_too_many_bad_rows_stop_the_run_with_reasons(write: Write) -> None:
-    e = experiment(write(bad=(1, 2, 3, 4), null=(5,)), "data.max_bad_share=0.05")
+    e = experiment(write(bad=(1, 2, 3, 4), null=(5,)), "data.max_bad_fraction=0.05")
     with pytest.raises(TooManyBadImages) as caught:
         whole(e, range(5))
     message = str(caught.value)
     assert re.match("[45] of 60 rows cannot be used", message)  # 3 are 5 %, and would do
-    assert "data.max_bad_share=0.05" in message
+    assert "data.max_bad_fraction=0.05" in message
     assert "not an image" in message
     assert caught.value.exit_code == 1
 
 
 def test_a_share_of_zero_stops_at_the_first_bad_row(write: Write) -> None:
-    e = experiment(write(null=(30,)), "data.max_bad_share=0")
+    e = experiment(write(null=(30,)), "data.max_bad_fraction=0")
     with pytest.raises(TooManyBadImages, match=r"1 of 60 rows .* reasons: null image"):
         whole(e, range(5))
 
 
 def test_as_many_bad_rows_as_allowed_do_not_stop(write: Write) -> None:
-    e = experiment(write(bad=(1, 2, 3)), "data.max_bad_share=0.05")
+    e = experiment(write(bad=(1, 2, 3)), "data.max_bad_fraction=0.05")
     assert sum(len(b.bad) for b in whole(e, range(5))) == 3
 
 
 def test_where_no_row_is_left_to_stand_in_the_run_stops(write: Write) -> None:
-    e = experiment(write(bad=(7,)), "data.max_bad_share=1", f"batch_size={NUM_ROWS}")
+    e = experiment(write(bad=(7,)), "data.max_bad_fraction=1", f"batch_size={NUM_ROWS}")
     with pytest.raises(DataError, match="no usable row is left to stand in for row 7"):
         whole(e, range(1))
 
@@ -283,6 +283,6 @@ def test_odd_files_train_with_their_bad_rows_replaced(
 
 
 def test_a_file_of_bad_rows_alone_stops(image_root: Path) -> None:
-    e = experiment(image_root / "odd" / "all_bad_images.parquet", "data.max_bad_share=0.01")
+    e = experiment(image_root / "odd" / "all_bad_images.parquet", "data.max_bad_fraction=0.01")
     with pytest.raises(TooManyBadImages, match="2 of 100 rows cannot be used, more than"):
         whole(e, range(1))

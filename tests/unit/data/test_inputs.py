@@ -49,9 +49,9 @@ def read(given: Input, rows_per_shard: int = 4, seed: int = 0) -> list[list[Item
     return [list(part.read()) for part in parts]
 
 
-def jpeg(colour: tuple[int, int, int]) -> bytes:
+def jpeg(color: tuple[int, int, int]) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (20, 12), colour).save(out, "JPEG")
+    Image.new("RGB", (20, 12), color).save(out, "JPEG")
     return out.getvalue()
 
 

@@ -38,7 +38,7 @@ def test() -> tuple[Pixels, Int64s]:
 
 
 def histograms(images: Pixels) -> Floats:
-    """The joint colour histogram, 4 levels a channel, and each channel's own of 16 levels."""
+    """The joint color histogram, 4 levels a channel, and each channel's own of 16 levels."""
     coarse = (images // 64).astype(int)
     joint = coarse @ np.array([16, 4, 1])
     fine = (images // 16).astype(int)
@@ -86,7 +86,7 @@ def test_there_are_ten_classes_and_any_prefix_is_balanced(train: tuple[Pixels, I
 
 
 def test_the_generator_is_frozen() -> None:
-    """Mean colours written down when it was fixed; half a level allows for another libm."""
+    """Mean colors written down when it was fixed; half a level allows for another libm."""
     frozen = [
         (133.62, 126.76, 153.83),
         (141.40, 113.69, 181.81),
@@ -109,7 +109,7 @@ def test_form_and_ground_differ_in_luminance_in_every_image(test: tuple[Pixels, 
     assert (high - low).min() > 0.2 * 255
 
 
-def test_colour_histograms_leave_a_logistic_regression_at_chance(
+def test_color_histograms_leave_a_logistic_regression_at_chance(
     train: tuple[Pixels, Int64s], test: tuple[Pixels, Int64s]
 ) -> None:
     model = LogisticRegression(max_iter=300).fit(histograms(train[0]), train[1])

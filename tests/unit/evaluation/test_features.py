@@ -91,7 +91,7 @@ def test_labels_are_minus_one_where_the_split_has_none(tmp_path: Path) -> None:
 
 
 class Encoder(nn.Module):
-    """Mean colour through batch norm, which must not move while features are read."""
+    """Mean color through batch norm, which must not move while features are read."""
 
     def __init__(self) -> None:
         super().__init__()

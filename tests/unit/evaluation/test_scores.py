@@ -50,7 +50,7 @@ class MeanColour(nn.Module):
 
 def test_an_encoder_that_sees_the_class_beats_raw_pixels_in_both_protocols() -> None:
     bank, test = split(1, 200), split(2, 100)
-    encoded = score_encoder("colour", MeanColour(), bank, test, EXPERIMENT)
+    encoded = score_encoder("color", MeanColour(), bank, test, EXPERIMENT)
     pixels = score_pixels(bank, test, EXPERIMENT)
     assert pixels.name == "raw pixels"
     assert encoded.knn_top1 is not None
@@ -113,12 +113,18 @@ def test_the_table_reads_as_markdown_with_one_line_a_row() -> None:
         Score("trained encoder", 0.8123, 0.9, -2.5, 40.25, 0.05),
         Score("raw pixels", None, None, -1.0, 3.0, 0.1),
     ]
-    assert format_table(rows).splitlines() == [
-        "| features        | kNN top-1 | linear top-1 | uniformity | effective rank | feature std |",
-        "| :-------------- | --------: | -----------: | ---------: | -------------: | ----------: |",
-        "| trained encoder |    81.2 % |       90.0 % |      -2.50 |           40.2 |      0.0500 |",
-        "| raw pixels      |         - |            - |      -1.00 |            3.0 |      0.1000 |",
+    head, rule, *lines = format_table(rows).splitlines()
+    assert head == (
+        "| features        | kNN top-1 | linear top-1 | uniformity | effective rank | feature std |"
+    )
+    assert rule == (
+        "| :-------------- | --------: | -----------: | ---------: | -------------: | ----------: |"
+    )
+    assert [" ".join(line.split()) for line in lines] == [
+        "| trained encoder | 81.2 % | 90.0 % | -2.50 | 40.2 | 0.0500 |",
+        "| raw pixels | - | - | -1.00 | 3.0 | 0.1000 |",
     ]
+    assert {len(line) for line in lines} == {len(head)}
 
 
 def test_rows_without_a_label_are_not_encoded_where_labels_are_scored() -> None:

@@ -55,11 +55,11 @@ def test_a_torchvision_state_dict_gives_torchvisions_features(
     theirs = moved(torchvision.models.get_model(encoder.get("model", "resnet50")))
     path = tmp_path / "weights.pth"
     torch.save(theirs.state_dict(), path)
-    exp = resolve_init(experiment(encoder=encoder, start={"weights": str(path)}))
-    assert exp.start.sha256 == sha256(path)
+    exp = resolve_init(experiment(encoder=encoder, init={"weights": str(path)}))
+    assert exp.init.sha256 == sha256(path)
     model = build_model(exp).eval()
     load_init(model, exp)
-    # The border is padded with black, not with the mean colour: images of the mean there agree.
+    # The border is padded with black, not with the mean color: images of the mean there agree.
     mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
     images = torch.rand(2, 3, 64, 64)
     theirs.fc = nn.Identity()
@@ -95,10 +95,10 @@ def test_a_run_gives_its_encoder_and_the_first_layers_of_its_head(tmp_path: Path
     classifier = experiment(
         head={"name": "classifier", "num_classes": 5, "layers": 1},
         loss={"name": "cross_entropy"},
-        start={"weights": str(tmp_path / "run")},
+        init={"weights": str(tmp_path / "run")},
     )
     named = resolve_init(classifier)
-    assert named.start.weights.startswith(str(tmp_path / "run" / "step-00000003"))
+    assert named.init.weights.startswith(str(tmp_path / "run" / "step-00000003"))
     assert named.digest() != classifier.digest()  # by the weights, not by where they lie
     model = build_model(named)
     load_init(model, named)
@@ -108,30 +108,30 @@ def test_a_run_gives_its_encoder_and_the_first_layers_of_its_head(tmp_path: Path
             assert torch.equal(tensor, theirs[name]), name
     assert not list(model.head.parameters())[-2].any()  # the scores' weights
     again = resolve_init(named)
-    assert again.start == named.start
+    assert again.init == named.init
 
 
 def test_what_does_not_fit_is_said_before_anything_starts(tmp_path: Path) -> None:
     write_run(tmp_path / "run", experiment(head={"name": "mlp", "layers": 2}))
     start = {"weights": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match=r"another encoder: width: 0.125 -> 0.25"):
-        resolve_init(experiment(encoder=SMALL | {"width": 0.25}, start=start))
+        resolve_init(experiment(encoder=SMALL | {"width": 0.25}, init=start))
     with pytest.raises(ConfigError, match="another encoder: name: resnet -> torchvision"):
-        resolve_init(experiment(encoder={"name": "torchvision", "model": "resnet18"}, start=start))
+        resolve_init(experiment(encoder={"name": "torchvision", "model": "resnet18"}, init=start))
     classifier = {"name": "classifier", "num_classes": 5, "layers": 2}
     with pytest.raises(ConfigError, match="from a head that has 1"):
-        resolve_init(experiment(head=classifier, loss={"name": "cross_entropy"}, start=start))
+        resolve_init(experiment(head=classifier, loss={"name": "cross_entropy"}, init=start))
     tuned = experiment(head=classifier, loss={"name": "cross_entropy"})
     write_run(tmp_path / "tuned", tuned)
     again = experiment(
         head=classifier,
         loss={"name": "cross_entropy"},
-        start={"weights": str(tmp_path / "tuned")},
+        init={"weights": str(tmp_path / "tuned")},
     )
-    assert resolve_init(again).start.sha256  # a classifier counts hidden layers alone
+    assert resolve_init(again).init.sha256  # a classifier counts hidden layers alone
     for missing in ("nowhere", "nowhere.pth", "nowhere/step-00000003-00000000"):
-        with pytest.raises(ConfigError, match=r"start.weights: .*nowhere"):
-            resolve_init(experiment(start={"weights": str(tmp_path / missing)}))
+        with pytest.raises(ConfigError, match=r"init.weights: .*nowhere"):
+            resolve_init(experiment(init={"weights": str(tmp_path / missing)}))
 
 
 def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -141,6 +141,6 @@ def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
         (SMALL, "torchvision has no such ResNet"),
         ({"name": "torchvision", "model": "resnet18"}, "does not fit the encoder"),
     ):
-        exp = experiment(encoder=encoder, start={"weights": str(path)})
+        exp = experiment(encoder=encoder, init={"weights": str(path)})
         with pytest.raises(CheckpointError, match=told):
             load_init(build_model(exp), exp)

@@ -103,7 +103,7 @@ def test_all_dtypes_come_back_as_they_were(tmp_path: Path) -> None:
 def test_the_record_holds_what_it_was_given_and_the_versions(tmp_path: Path) -> None:
     write(tmp_path / "c")
     record = checkpoint.read_record(tmp_path / "c")
-    assert (record["step"], record["digest"], record["format_version"]) == (3, "abc", 1)
+    assert (record["step"], record["digest"], record["format_version"]) == (3, "abc", 2)
     assert set(record["versions"]) == {"simclr-ray", "torch", "torchvision", "ray", "numpy"}
     assert record["versions"]["numpy"] == np.__version__
     size = (tmp_path / "c" / checkpoint.STATE).stat().st_size
@@ -155,9 +155,9 @@ def no_record_at_all(folder: Path) -> None:
     (folder / checkpoint.RECORD).write_text("[1, 2]")
 
 
-def newer(folder: Path) -> None:
+def older_format(folder: Path) -> None:
     record = json.loads((folder / checkpoint.RECORD).read_text())
-    (folder / checkpoint.RECORD).write_text(json.dumps({**record, "format_version": 2}))
+    (folder / checkpoint.RECORD).write_text(json.dumps({**record, "format_version": 1}))
 
 
 def diverged(folder: Path) -> None:
@@ -184,7 +184,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (killed_at_the_record, "the checkpoint was not finished"),
     (half_a_record, "not JSON"),
     (no_record_at_all, "no checkpoint's record"),
-    (newer, "format 2, this release reads 1"),
+    (older_format, "format 1, this release reads 2; see docs/upgrade.md"),
     (nameless, "no checkpoint's record"),
     (diverged, r"model\.w is not finite"),
 ]

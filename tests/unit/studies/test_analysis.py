@@ -19,8 +19,9 @@ from simclr_ray.studies.analysis import (
     results_of,
     sign_flip_p,
 )
-from simclr_ray.studies.definition import Dimension, Study, load_study
+from simclr_ray.studies.definition import Dimension, Study
 from simclr_ray.studies.figures import _ours, _paper, draw_study
+from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import Curve, Outcome, Status, curve_of
 from simclr_ray.studies.plan import Point, base_tree, make_trials, points_of
 from simclr_ray.studies.report import markdown, page, verdict_text
@@ -229,7 +230,7 @@ def test_a_trunk_that_collapsed_keeps_the_lengths_before() -> None:
 def test_values_are_compared_as_numbers_however_they_are_written() -> None:
     study = load_study("encoder_size", "cpu")
     like = {"encoder.width": {"0.125": 1, "0.25": 2}, "encoder.depth": {"10": 18.0, "18": 34}}
-    study = study.model_copy(update={"paper": study.paper.model_copy(update={"like": like})})
+    study = study.model_copy(update={"paper": study.paper.model_copy(update={"matches": like})})
     point: Point = {"learning": "self-supervised", "encoder.depth": 10, "encoder.width": 0.125}
     assert paper_value(study, point) == 50.4
 

@@ -10,7 +10,8 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError, DataError
-from simclr_ray.studies.definition import Study, load_study
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.files import load_study
 from simclr_ray.studies.plan import (
     base_tree,
     digest_of_study,
@@ -67,7 +68,7 @@ def trials_of(source: str, *overrides: str) -> list[Any]:
         ({"space": {"batch_size": {"loguniform": [0.0, 1.0]}}}, "above 0"),
         ({"space": {"batch_size": {"choice": [8]}}}, "search.name=random"),
         ({"metric": "final/linear_top2"}, "did you mean 'final/linear_top1'?"),
-        ({"metric": "final/lbfgs_top1"}, "nobody reports"),
+        ({"metric": "final/logistic_regression_top1"}, "nobody reports"),
         ({"scheduler": {"name": "pbt"}}, "pbt is refused"),
         ({"scheduler": {"name": "asha"}}, "metric must be one of"),
         ({"search": {"name": "random"}}, "needs search.trials above 0"),
@@ -114,7 +115,7 @@ def test_what_cannot_be_is_named(tmp_path: Path, changes: dict[str, Any], says: 
             "but by `seeds`",
         ),
         ({"metric": "eval/knn_top1", "set": {"evaluation.every_epochs": 0}}, "every_epochs is 0"),
-        ({"metric": "test/top1"}, "is a classifier's"),
+        ({"metric": "final/classifier/top1"}, "is a classifier's"),
         ({"budget": {"trials": 3}}, "6 trials are wanted"),
         (
             {"space": {"c": {"cases": {"a": {"seed": 3}, "b": {}}}}, "figure": {"x": "c"}},

@@ -24,7 +24,7 @@ def study(seed: int = 0) -> Study:
         "set": {"epochs": EPOCHS},
         "space": {"schedule.learning_rate": {"grid": RATES}},
         "metric": "eval/knn_top1",
-        "judge": [],
+        "protocols": [],
         "scheduler": {"name": "asha", "grace_epochs": 2},
         "search": {"seed": seed},
     }

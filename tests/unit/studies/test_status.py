@@ -22,7 +22,7 @@ def study(**changes: Any) -> Study:
         "set": {"epochs": 4},
         "space": {"loss.temperature": {"grid": [0.1, 0.2, 0.5]}},
         "metric": "eval/knn_top1",
-        "judge": [],
+        "protocols": [],
         **changes,
     }
     return cfg.validate(Study, tree)

@@ -59,7 +59,7 @@ def test_what_costs_no_time_makes_no_other_kind(changes: dict[str, Any]) -> None
         {"augment": {"name": "pipeline", "a": [{"name": "crop"}, {"name": "sobel"}]}},
         {"optimizer": {"name": "adamw"}},
         {"batch_size": 16},
-        {"batch_norm": {"images": 16}},
+        {"batch_norm": {"group_size": 16}},
         {"precision": "bf16"},
         {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}},
         {"loss": {"name": "cross_entropy", "views": 2}, "head": {"name": "classifier"}},
@@ -72,10 +72,10 @@ def test_what_costs_time_makes_another_kind(changes: dict[str, Any]) -> None:
 def test_a_step_is_no_larger_than_one_of_the_run_and_views_are_of_full_size() -> None:
     four = experiment(batch_size=100, scaling={"num_workers": 4})
     assert speed.shortened(four).batch_size == 25
-    groups = experiment(batch_size=4096, batch_norm={"images": 16})
+    groups = experiment(batch_size=4096, batch_norm={"group_size": 16})
     assert speed.shortened(groups).batch_size == 32  # two of them
     assert speed.shortened(experiment(batch_size=4096)).batch_size == speed.MOST_IMAGES["cpu"]
-    grown = experiment(augment={"size": 64, "first_size": 32})
+    grown = experiment(augment={"size": 64, "start_size": 32})
     assert speed.shortened(grown).augment.size_at(0, 3) == 64
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simclr_ray.studies.definition import load_study, scales_of, study_names
+from simclr_ray.studies.files import load_study, scales_of, study_names
 from simclr_ray.studies.plan import base_tree, make_trials, points_of
 
 ALL = [(name, scale) for name in study_names() for scale in scales_of(name)]
@@ -14,7 +14,7 @@ ALL = [(name, scale) for name in study_names() for scale in scales_of(name)]
 
 def test_the_studies_of_the_paper_are_there() -> None:
     assert study_names() == [
-        "batch_size", "cifar10_grid", "colour_strength", "composition", "crop_scale",
+        "batch_size", "cifar10_grid", "color_strength", "composition", "crop_scale",
         "encoder_size", "long_training", "losses", "optimizer", "projection_head",
         "temperature", "what_h_keeps",
     ]  # fmt: skip

@@ -191,9 +191,9 @@ def test_metrics_are_in_their_ranges_and_replaced_rows_are_counted() -> None:
     log = run(tiny(), batches(0, 10, bad=(0, 1, 4, 7)), schedule())
     assert [m.bad_rows for m in log.metrics] == [2, 0, 1, 0, 1, 0]
     for m in log.metrics:
-        assert 0 <= m.data_wait_share <= 1
+        assert 0 <= m.data_wait_fraction <= 1
         assert m.images_per_s > 0
-        assert 0 <= m.accuracy <= 1
+        assert 0 <= m.top1 <= 1
         assert 0 <= m.entropy <= math.log(N) + 1e-6
 
 
@@ -204,7 +204,7 @@ def test_waiting_for_data_is_measured() -> None:
             yield batch
 
     log = run(tiny(), slow(), schedule(log_every=4))
-    assert 0.5 < log.metrics[0].data_wait_share <= 1
+    assert 0.5 < log.metrics[0].data_wait_fraction <= 1
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

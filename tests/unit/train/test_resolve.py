@@ -97,7 +97,7 @@ PIPELINE = {"name": "pipeline", "size": 32}
             {"a": [{"name": "crop"}, {"name": "blur", "kernel": 1.5}]},
             r"augment.a.1.kernel: got 1.5",
         ),
-        ({"a": [{"name": "colour"}]}, "must begin with crop"),
+        ({"a": [{"name": "color"}]}, "must begin with crop"),
         ({"symmetric": False}, "must begin with crop"),
         ({"b": [{"name": "crop"}]}, "symmetric must be false"),
         ({"a": [{"name": "crop", "min_area": 0.5, "max_area": 0.1}]}, "above max_area"),
@@ -115,6 +115,6 @@ def test_a_test_split_of_the_training_images_is_noticed_and_another_is_not(
         write_shapes(tmp_path / f"{name}.parquet", rows)
     a, b = (str(tmp_path / f"{name}.parquet") for name in "ab")
     assert split_like_test(DataConfig(train=a, test=a, limit=5)) == a
-    assert split_like_test(DataConfig(train=a, bank=b, test=b)) == b
+    assert split_like_test(DataConfig(train=a, eval_train=b, test=b)) == b
     assert split_like_test(DataConfig(train=a, test=b)) == ""
     assert split_like_test(DataConfig(train=a)) == ""

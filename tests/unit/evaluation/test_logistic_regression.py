@@ -12,7 +12,11 @@ from sklearn.linear_model import LogisticRegression
 from simclr_ray.data.source import Source
 from simclr_ray.evaluation.features import extract_features, load_split
 from simclr_ray.evaluation.knn import top_k_accuracy
-from simclr_ray.evaluation.lbfgs import L2_VALUES, fit_lbfgs, sweep_lbfgs
+from simclr_ray.evaluation.logistic_regression import (
+    L2_VALUES,
+    fit_logistic_regression,
+    sweep_logistic_regression,
+)
 from simclr_ray.nn.resnet import ResNet
 
 Split = tuple[torch.Tensor, torch.Tensor]
@@ -25,7 +29,7 @@ def sklearn_accuracy(train: Split, test: Split, l2: float) -> float:
 
 
 def ours(train: Split, test: Split, l2: float) -> float:
-    probe = fit_lbfgs(*train, int(train[1].max()) + 1, l2)
+    probe = fit_logistic_regression(*train, int(train[1].max()) + 1, l2)
     return top_k_accuracy(probe.logits(test[0]), test[1])
 
 
@@ -56,7 +60,7 @@ def clouds(seed: int, rows: int) -> Split:
 @pytest.mark.parametrize("l2", [1e-2, 1.0, 1e3])
 def test_the_weights_are_scikit_learns(l2: float) -> None:
     features, labels = clouds(1, 400)
-    probe = fit_lbfgs(features, labels, 4, l2)
+    probe = fit_logistic_regression(features, labels, 4, l2)
     oracle = LogisticRegression(C=1 / l2, max_iter=5000, tol=1e-8)
     oracle.fit(features.double().numpy(), labels.numpy())
     np.testing.assert_allclose(probe.weight.numpy(), oracle.coef_, atol=5e-3 / max(1, l2))
@@ -66,21 +70,21 @@ def test_the_weights_are_scikit_learns(l2: float) -> None:
 
 def test_the_sweep_holds_out_a_fifth_and_takes_the_strongest_of_the_best() -> None:
     features, labels = clouds(2, 300)
-    chosen = sweep_lbfgs(features, labels, 4)
+    chosen = sweep_logistic_regression(features, labels, 4)
     assert list(chosen.held_out) == sorted(L2_VALUES, reverse=True)
     assert len(L2_VALUES) == 45
     assert (min(L2_VALUES), max(L2_VALUES)) == (1e-6, pytest.approx(1e5))
     best = max(chosen.held_out.values())
     assert chosen.l2 == max(l2 for l2, value in chosen.held_out.items() if value == best)
-    again = fit_lbfgs(features, labels, 4, chosen.l2)
+    again = fit_logistic_regression(features, labels, 4, chosen.l2)
     torch.testing.assert_close(chosen.probe.weight, again.weight, rtol=0, atol=2e-2)
-    assert sweep_lbfgs(features, labels, 4).held_out == chosen.held_out
+    assert sweep_logistic_regression(features, labels, 4).held_out == chosen.held_out
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(ValueError, match="differ"):
-        fit_lbfgs(torch.rand(3, 2), torch.zeros(2, dtype=torch.int64), 2, 1.0)
+        fit_logistic_regression(torch.rand(3, 2), torch.zeros(2, dtype=torch.int64), 2, 1.0)
     with pytest.raises(ValueError, match="not finite"):
-        fit_lbfgs(torch.full((2, 2), torch.nan), torch.tensor([0, 1]), 2, 1.0)
+        fit_logistic_regression(torch.full((2, 2), torch.nan), torch.tensor([0, 1]), 2, 1.0)
     with pytest.raises(ValueError, match="two samples"):
-        sweep_lbfgs(torch.rand(3, 2), torch.tensor([0, 1, 2]), 3)
+        sweep_logistic_regression(torch.rand(3, 2), torch.tensor([0, 1, 2]), 3)

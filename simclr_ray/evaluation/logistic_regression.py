@@ -32,7 +32,7 @@ class Chosen(NamedTuple):
     held_out: dict[float, float]
 
 
-def fit_lbfgs(
+def fit_logistic_regression(
     features: Tensor,
     labels: Tensor,
     num_classes: int,
@@ -86,7 +86,9 @@ def fit_lbfgs(
     return LinearProbe(w.float(), (b - w @ mean).float())
 
 
-def sweep_lbfgs(features: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> Chosen:
+def sweep_logistic_regression(
+    features: Tensor, labels: Tensor, num_classes: int, seed: int = 0
+) -> Chosen:
     """Return the classifier whose l2 is best on held-out samples, fitted on all.
 
     A fifth of each class is held out, drawn by `seed`. From the strongest l2 to the weakest each
@@ -99,7 +101,7 @@ def sweep_lbfgs(features: Tensor, labels: Tensor, num_classes: int, seed: int = 
         seed: Of the split.
 
     Raises:
-        ValueError: As `fit_lbfgs`; or no class has two samples, so that none can be held out.
+        ValueError: Same as `fit_logistic_regression`; or no class has two samples to hold one out.
     """
     held_out = _held_out(labels, seed)
     if not held_out.any():
@@ -109,10 +111,12 @@ def sweep_lbfgs(features: Tensor, labels: Tensor, num_classes: int, seed: int = 
     start: LinearProbe | None = None
     fits: dict[float, LinearProbe] = {}
     for l2 in reversed(L2_VALUES):
-        start = fits[l2] = fit_lbfgs(known, labels[~held_out], num_classes, l2, start)
+        start = fits[l2] = fit_logistic_regression(known, labels[~held_out], num_classes, l2, start)
         found[l2] = top_k_accuracy(start.logits(asked), labels[held_out])
     best = max(found, key=lambda l2: (found[l2], l2))
-    return Chosen(fit_lbfgs(features, labels, num_classes, best, fits[best]), best, found)
+    return Chosen(
+        fit_logistic_regression(features, labels, num_classes, best, fits[best]), best, found
+    )
 
 
 def _held_out(labels: Tensor, seed: int) -> Tensor:

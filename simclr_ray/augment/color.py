@@ -1,4 +1,4 @@
-"""Colour distortion on whole batches with per-image parameters (SimCLR App. A).
+"""Color distortion on whole batches with per-image parameters (SimCLR App. A).
 
 Forms are torchvision's (the paper's PyTorch pseudo-code names `ColorJitter`); order and clipping
 are the authors': the four jitter operations in a random order per image, clipped to [0, 1] after
@@ -22,7 +22,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 class JitterParams(NamedTuple):
-    """Parameters of colour jitter for n images."""
+    """Parameters of color jitter for n images."""
 
     factors: Tensor  # float32 [n, 4]: brightness, contrast, saturation, hue
     order: Tensor  # int64 [n, 4]: which operation comes first, second, ...
@@ -30,7 +30,7 @@ class JitterParams(NamedTuple):
 
 
 def jitter(images: Tensor, draws: JitterParams) -> Tensor:
-    """Return images after colour jitter where `draws.apply`; float32 [n, 3, S, S] in [0, 1].
+    """Return images after color jitter where `draws.apply`; float32 [n, 3, S, S] in [0, 1].
 
     The draws are on CPU: which images an operation is for is known without asking the device.
     """

@@ -1,4 +1,4 @@
-"""Colour operations are torchvision's, in the order drawn, clipped after each."""
+"""Color operations are torchvision's, in the order drawn, clipped after each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from simclr_ray.augment import colour
-from simclr_ray.augment.colour import JitterParams
+from simclr_ray.augment import color
+from simclr_ray.augment.color import JitterParams
 
 TOLERANCE = 1e-3  # torchvision's own float path; luma weights differ in the fifth decimal place
 Adjust = Callable[[Tensor, float], Tensor]
@@ -46,7 +46,7 @@ def draws(factors: Tensor, order: list[list[int]], apply: list[bool]) -> JitterP
 def test_each_operation_is_that_of_torchvision(op: int, factors: tuple[float, ...]) -> None:
     images = sample_images()
     factor = torch.full((len(images), 1, 1, 1), factors[op])
-    ours = colour.OPERATIONS[op](images, factor).clamp(0, 1)
+    ours = color.OPERATIONS[op](images, factor).clamp(0, 1)
     theirs = THEIRS[op](images, factors[op])
     assert (ours - theirs).abs().max() < TOLERANCE
 
@@ -54,7 +54,7 @@ def test_each_operation_is_that_of_torchvision(op: int, factors: tuple[float, ..
 def test_gray_is_that_of_torchvision() -> None:
     images = sample_images()
     theirs = tv.rgb_to_grayscale(images)
-    assert (colour.grayscale(images) - theirs).abs().max() < TOLERANCE
+    assert (color.grayscale(images) - theirs).abs().max() < TOLERANCE
 
 
 def test_every_order_of_operations_is_that_order_with_clipping_after_each() -> None:
@@ -62,7 +62,7 @@ def test_every_order_of_operations_is_that_order_with_clipping_after_each() -> N
 
     images = sample_images()[:1].expand(24, -1, -1, -1).contiguous()
     factors = torch.tensor([1.7, 1.6, 0.3, 0.15]).expand(24, -1).contiguous()
-    ours = colour.jitter(images, draws(factors, ORDERS.tolist(), [True] * 24))
+    ours = color.jitter(images, draws(factors, ORDERS.tolist(), [True] * 24))
     for row, order in enumerate(ORDERS.tolist()):
         expected = images[row]
         for op in order:
@@ -74,11 +74,11 @@ def test_every_order_of_operations_is_that_order_with_clipping_after_each() -> N
 def test_each_step_is_clipped_not_the_last_alone() -> None:
     white = torch.full((1, 3, 2, 2), 0.8)
     factors = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
-    bright_then_dark = colour.jitter(white, draws(factors, [[0, 1, 2, 3]], [True]))
+    bright_then_dark = color.jitter(white, draws(factors, [[0, 1, 2, 3]], [True]))
     assert torch.equal(bright_then_dark, torch.ones_like(white))
     half = torch.tensor([[2.0, 0.5, 1.0, 0.0]])
     mixed = torch.cat([white, torch.zeros(1, 3, 2, 2)], dim=3)
-    out = colour.jitter(mixed, draws(half, [[0, 1, 2, 3]], [True]))
+    out = color.jitter(mixed, draws(half, [[0, 1, 2, 3]], [True]))
     assert out[0, 0, 0].tolist() == pytest.approx([0.75, 0.75, 0.25, 0.25], abs=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_images_that_are_not_chosen_are_left_alone_and_the_input_is_too() -> Non
     before = images.clone()
     factors = torch.tensor([0.3, 1.5, 0.5, 0.1]).expand(8, -1).contiguous()
     apply = [True, False] * 4
-    out = colour.jitter(images, draws(factors, [[3, 1, 0, 2]] * 8, apply))
+    out = color.jitter(images, draws(factors, [[3, 1, 0, 2]] * 8, apply))
     assert torch.equal(images, before)
     assert torch.equal(out[1::2], images[1::2])
     assert not torch.equal(out[0], images[0])
@@ -99,22 +99,22 @@ def test_an_image_comes_out_the_same_in_any_company() -> None:
     factors = torch.rand(8, 4, generator=generator) + torch.tensor([0.5, 0.5, 0.5, -0.5])
     order = torch.stack([torch.randperm(4, generator=generator) for _ in range(8)])
     apply = torch.tensor([True] * 7 + [False])
-    together = colour.jitter(images, JitterParams(factors, order, apply))
+    together = color.jitter(images, JitterParams(factors, order, apply))
     for i in range(8):
         part = JitterParams(factors[i : i + 1], order[i : i + 1], apply[i : i + 1])
-        assert torch.equal(colour.jitter(images[i : i + 1], part)[0], together[i])
+        assert torch.equal(color.jitter(images[i : i + 1], part)[0], together[i])
     backwards = JitterParams(factors.flip(0), order.flip(0), apply.flip(0))
-    assert torch.equal(colour.jitter(images.flip(0), backwards), together.flip(0))
+    assert torch.equal(color.jitter(images.flip(0), backwards), together.flip(0))
 
 
 def test_a_whole_turn_of_hue_is_none() -> None:
     images = sample_images()
-    turned = colour.hue(images, torch.ones(8, 1, 1, 1))
+    turned = color.hue(images, torch.ones(8, 1, 1, 1))
     assert (turned - images).abs().max() < 1e-5
 
 
 def test_gray_images_have_no_hue_or_saturation_to_change() -> None:
     gray = sample_images()[1:4]
     factor = torch.full((3, 1, 1, 1), 0.3)
-    assert (colour.hue(gray, factor) - gray).abs().max() < 1e-6
-    assert (colour.saturation(gray, factor) - gray).abs().max() < 1e-6
+    assert (color.hue(gray, factor) - gray).abs().max() < 1e-6
+    assert (color.saturation(gray, factor) - gray).abs().max() < 1e-6
