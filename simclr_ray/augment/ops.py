@@ -88,7 +88,7 @@ class Cutout:
         place = torch.arange(size)
         inside = (place >= first[..., None]) & (place < first[..., None] + side)  # [n, 2, S]
         hole = inside[:, 0, :, None] & inside[:, 1, None, :]
-        return images.masked_fill(hole[:, None], self.fill)
+        return images.masked_fill(hole[:, None].to(images.device), self.fill)
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ class Noise:
         """Return the images with noise; Box-Muller of two draws each."""
         radius, angle = np.split(u, 2, axis=1)
         normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * math.pi * angle)
-        noise = torch.from_numpy(normal.astype(np.float32)).view_as(images)
-        return (images + self.sigma * noise).clamp_(0, 1)
+        noise = torch.from_numpy(normal.astype(np.float32)).view(images.shape)
+        return (images + self.sigma * noise.to(images.device)).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Blur:
         sigma = self.min_sigma + u[:, 0] * (self.max_sigma - self.min_sigma)
         taps = 2 * (int(self.kernel * size) // 2) + 1
         band = blur_weights(sigma, taps if taps <= size else taps - 2, size)
-        return blur((images * FULL).round_(), band).mul_(1 / FULL)
+        return blur((images * FULL).round_(), band.to(images.device)).mul_(1 / FULL)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Sobel:
 
     def __call__(self, images: Tensor, u: Uniforms) -> Tensor:  # noqa: ARG002 - the protocol's
         """Return the edges."""
-        across = torch.tensor(self.KERNEL) / 4
+        across = torch.tensor(self.KERNEL, device=images.device) / 4
         kernels = torch.stack([across, across.T])[:, None]  # [2, 1, 3, 3]
         luma = F.pad(color.grayscale(images), (1, 1, 1, 1), mode="reflect")
         edges: Tensor = torch.linalg.vector_norm(F.conv2d(luma, kernels), dim=1, keepdim=True)

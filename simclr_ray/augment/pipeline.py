@@ -157,7 +157,8 @@ class Pipelines:
             if stage.probability < 1:
                 assert isinstance(current, Tensor)
                 chosen = torch.from_numpy(u[:, 0] < stage.probability)
-                done = torch.where(chosen[:, None, None, None], done, current)
+                rows = chosen[:, None, None, None].to(current.device)
+                done = torch.where(rows, done, current)
             current = done
             yield Step(stage.name, done, draws if place == 0 else None)
 
