@@ -2,10 +2,12 @@
 
     python -m benchmarks.gpu [--device cuda] [--quick]
 
-Loss: ours against the lean dense form, time and peak memory. Views: images a second of batches that
-lie on the device. Step: the loop's own, views included, of ResNet-18 at 32 px and ResNet-50 at
-224 px in bf16, plain and compiled: images a second, share of the device's peak operations, peak
-memory, seconds to compile. Parity: loss, batch norm and views on the device against the CPU.
+Parity: loss, batch norm and views on the device against the CPU (`benchmarks.gpu_parity`). Loss:
+ours against the lean dense form, time and peak memory; and ours by the side of its tiles. Views:
+images a second of batches that lie on the device. Step: the loop's own of ResNet-18 at 32 px and
+ResNet-50 at 224 px in bf16, plain and compiled, with views made on the device at each step and with
+views that are ready: images a second, share of the device's peak operations, peak memory, seconds
+to the first report.
 Writes `benchmarks/results/gpu.json`; with `--device cpu` it only shows that it runs.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -23,19 +25,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu_parity import parity
 from benchmarks.loss import lean_dense
 from benchmarks.record import median, store
-from simclr_ray.augment import TwoViews
+from simclr_ray.augment import TwoViews, ViewPair
 from simclr_ray.data.batch import Batch
-from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn import ntxent, precision
 from simclr_ray.nn.heads import mlp_head
 from simclr_ray.nn.losses import NTXentLoss
-from simclr_ray.nn.precision import prepare_model
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.optim import LARS
 from simclr_ray.train import loop
 
 DIM, TEMPERATURE = 128, 0.1
+TILES = (1024, 2048, 4096, 8192)
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, by the makers' data sheets
 
 
@@ -87,6 +90,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "parity": partial(parity, device),
         "loss": lambda: [loss(device, n) for n in ((256,) if quick else (4096, 16384, 65536))],
+        "tiles": lambda: [tiles(device, n) for n in ((256,) if quick else (4096, 65536))],
         "views": lambda: [views(device, case, quick=quick) for case in (QUICK if quick else CASES)],
         "step": lambda: [
             step(device, case, quick=quick, compiled=compiled)
@@ -100,36 +104,6 @@ def main() -> None:
         print(name, f"{time.perf_counter() - began:.0f} s", json.dumps(result[name]), flush=True)
         if device.type == "cuda" and not quick:  # what is measured stays if the rest is cut off
             store("gpu", result)
-
-
-def parity(device: torch.device) -> dict[str, float]:
-    """Return the largest differences between the device and the CPU."""
-    torch.manual_seed(0)
-    z = torch.randn(2, 512, DIM)
-    found: dict[str, float] = {}
-    gradients, values = [], []
-    for where in (torch.device("cpu"), device):
-        inputs = z.to(where).requires_grad_()
-        value = NTXentLoss(TEMPERATURE)(inputs[0], inputs[1])
-        value.backward()
-        assert inputs.grad is not None
-        gradients.append(inputs.grad.cpu())
-        values.append(value.item())
-    found["loss"] = abs(values[0] - values[1])
-    found["loss_gradient"] = _relative(gradients[1], gradients[0])
-    x = torch.randn(64, 32, 8, 8)
-    norms = [GlobalBatchNorm(32).to(where)(x.to(where)).detach().cpu() for where in ("cpu", device)]
-    found["batch_norm"] = _relative(norms[1], norms[0])
-    pixels = torch.randint(0, 256, (64, 3, 40, 48), dtype=torch.uint8)
-    pairs = [TwoViews.simclr(32)(pixels.to(where), np.arange(64), 1) for where in ("cpu", device)]
-    differences = [(a.int() - b.cpu().int()).abs() for a, b in zip(pairs[0], pairs[1], strict=True)]
-    found["views_largest_gray_levels"] = float(torch.stack(differences).max())
-    found["views_pixels_that_differ"] = float((torch.stack(differences) > 0).float().mean())
-    return found
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def loss(device: torch.device, n: int) -> dict[str, Any]:
@@ -156,6 +130,24 @@ def loss(device: torch.device, n: int) -> dict[str, Any]:
     return found
 
 
+def tiles(device: torch.device, n: int) -> dict[str, Any]:
+    """Return seconds and MiB of the loss by the side of its tiles."""
+    before, found = ntxent.TILE, {}
+    for side in TILES:
+        ntxent.TILE = side
+        z1, z2 = (torch.randn(n, DIM, device=device, requires_grad=True) for _ in "ab")
+        form = NTXentLoss(TEMPERATURE, global_batch_size=n)
+
+        def turn(form: NTXentLoss = form, z1: Tensor = z1, z2: Tensor = z2) -> None:
+            z1.grad = z2.grad = None
+            form(z1, z2).backward()
+
+        seconds, mib = timed(turn, device, 3)
+        found[str(side)] = {"step_s": seconds, "peak_mib": mib}
+    ntxent.TILE = before
+    return {"n": n, **found}
+
+
 def views(device: torch.device, case: Case, *, quick: bool) -> dict[str, Any]:
     """Return images a second, both views, from images that lie on the device."""
     side = case.size if case.size <= 64 else 256
@@ -168,10 +160,10 @@ def views(device: torch.device, case: Case, *, quick: bool) -> dict[str, Any]:
 
 
 def step(device: torch.device, case: Case, *, quick: bool, compiled: bool) -> dict[str, Any]:
-    """Return images a second of the loop, views made on the device at each step."""
+    """Return images a second of the loop, views made on the device at each step, and ready."""
     torch.manual_seed(0)
     model = Model(case)
-    prepare_model(model, device, "bf16")
+    precision.prepare_model(model, device, "bf16")
     operations = _operations(model, case, device)
     if compiled:
         model.encoder = torch.compile(model.encoder)  # type: ignore[assignment]
@@ -179,19 +171,37 @@ def step(device: torch.device, case: Case, *, quick: bool, compiled: bool) -> di
     shape = (case.batch, 3, side, side)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     pipeline, ids = TwoViews.simclr(case.size, case.strength, case.blur), np.arange(case.batch)
-    steps, every = (4, 2) if quick else (60, 10)
-    nothing = torch.empty(0, dtype=torch.int64)
-    made = (pipeline(pixels, ids, k) for k in range(steps))
-    batches = (Batch(k, *pair, torch.from_numpy(ids), nothing) for k, pair in enumerate(made))
-    reports: list[tuple[float, float]] = []
+    steps = 6 if quick else 60
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    ready, first_report_s = _rate(model, case, [pipeline(pixels, ids, 0)] * steps, every=steps // 6)
+    made = (pipeline(pixels, ids, k) for k in range(steps))
+    rate, _ = _rate(model, case, made, every=steps // 6)
+    peak = next((p for name, p in PEAK_BF16.items() if name in _name(device)), None)
+    return {
+        "case": case.name,
+        "compiled": compiled,
+        "images_per_s": rate,
+        "images_per_s_views_ready": ready,
+        "flop_utilisation": peak and round(ready / case.batch * operations / peak, 4),
+        "first_report_s": round(first_report_s, 1),
+        "peak_mib": _peak_mib(device),
+    }
+
+
+def _rate(
+    model: Model, case: Case, pairs: Iterable[ViewPair], *, every: int
+) -> tuple[float, float]:
+    """Return the median images a second of the loop, and the seconds to its first report."""
+    steps = 6 * every
+    ids, nothing = torch.arange(case.batch), torch.empty(0, dtype=torch.int64)
+    reports: list[tuple[float, float]] = []
     began = time.perf_counter()
     loop.train(
         model,
         NTXentLoss(TEMPERATURE, global_batch_size=case.batch),
         LARS(model.parameters(), 0.1),
-        batches,
+        (Batch(k, *pair, ids, nothing) for k, pair in enumerate(pairs)),
         loop.StepSchedule(steps, steps, 0, 0.1, case.batch, every),
         loop.Callbacks(
             lambda m: reports.append((time.perf_counter(), m.images_per_s)),
@@ -200,16 +210,7 @@ def step(device: torch.device, case: Case, *, quick: bool, compiled: bool) -> di
         ),
         precision="bf16",
     )
-    rate = median([r for _, r in reports[1:]], 1)
-    peak = next((p for name, p in PEAK_BF16.items() if name in _name(device)), None)
-    return {
-        "case": case.name,
-        "compiled": compiled,
-        "images_per_s": rate,
-        "flop_utilisation": peak and round(rate / case.batch * operations / peak, 4),
-        "first_report_s": round(reports[0][0] - began, 1),
-        "peak_mib": _peak_mib(device),
-    }
+    return median([rate for _, rate in reports[1:]], 1), reports[0][0] - began
 
 
 def _operations(model: Model, case: Case, device: torch.device) -> float:

@@ -1,50 +1,65 @@
-"""CIFAR-10 on one GPU, the whole set in its memory and views made there: accuracy by the minute.
+"""CIFAR-10 on one GPU, the whole set in memory: accuracy by the minute, and what it is worth.
 
     python -m benchmarks.headline --pack FOLDER               # where the parquet is
     python -m benchmarks.headline FOLDER [--epochs 100] [--minutes 9]   # where the GPU is
 
 ResNet-18, bf16, batch 512, the settings of the preset `cifar10_resnet18`; the loop alone, without
-Ray. kNN after each tenth of the run and a linear probe at the end, on the test split. The run has
-to end by itself, since the rate falls with a cosine: `--minutes` only stops what would be cut off.
-On the device machine, pydantic and ruamel.yaml have to be on PYTHONPATH (the probe's settings), and
-the pack, three files of 50 MiB, is carried there in as many calls.
-Writes `benchmarks/results/headline.json`.
+Ray. Views are made by `--makers` processes, or with 0 on the device, within the step. kNN after
+each tenth of the run; at the end kNN and a linear probe on the test split beside the untrained
+encoder and raw pixels, by the code of `evaluate`. The rate falls with a cosine, so the run has to
+come to its end: what `--minutes` stops is continued by the same command from `--state`.
+On the device machine, pydantic and ruamel.yaml have to be on PYTHONPATH, and the pack, 101 MiB, is
+carried there in two calls. Writes `benchmarks/results/headline.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.gpu import Case, Model
-from benchmarks.record import store
-from simclr_ray.augment import TwoViews
+from benchmarks.record import median, store
+from simclr_ray.augment import TwoViews, native
 from simclr_ray.augment.decode import decode_image
-from simclr_ray.config.experiment import LinearConfig
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
+from simclr_ray.evaluation.features import Split, extract_features
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
-from simclr_ray.evaluation.linear import fit_linear
+from simclr_ray.evaluation.scores import PIXELS, Features, Score, pixels_of, score_features
+from simclr_ray.nn import precision
 from simclr_ray.nn.losses import NTXentLoss
-from simclr_ray.nn.precision import as_input, autocast, prepare_model
 from simclr_ray.optim import LARS
+from simclr_ray.storage import checkpoint
 from simclr_ray.train import loop
 
 BATCH, TEMPERATURE, RATE, DECAY, WARMUP_EPOCHS = 512, 0.5, 1.0, 1e-4, 10
 CASE = Case("ResNet-18, 32 px", 18, "cifar", 32, BATCH, 0.5, 0.0, 3)
-CLASSES, PACKED = 10, 20_000
+CLASSES, PACKED, SEED = 10, 10_000, 0
+PRESET = "cifar10_resnet18"
 
 
 class OutOfTimeError(Exception):
-    """The run would be cut off."""
+    """The command would be cut off."""
+
+
+class Splits(NamedTuple):
+    """Both splits, decoded, on the CPU."""
+
+    train: Split
+    test: Split
 
 
 def main() -> None:
@@ -54,13 +69,23 @@ def main() -> None:
     parser.add_argument("--pack", action="store_true")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--state", type=Path, default=Path("headline.pt"))
+    parser.add_argument("--makers", type=int, default=8)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--name", default="headline", help="of the result")
     arguments = parser.parse_args()
     if arguments.pack:
         pack(arguments.folder)
-    else:
-        train(arguments)
+        return
+    began = time.perf_counter()
+    run = Run(arguments, began)
+    if run.train():
+        result = {**run.result(), **run.judged()}
+        print(result, flush=True)
+        if run.device.type == "cuda":
+            store(arguments.name, result)
 
 
 def pack(folder: Path) -> None:
@@ -76,95 +101,231 @@ def pack(folder: Path) -> None:
             part = table.slice(first, PACKED)
             images = [i["bytes"] if isinstance(i, dict) else i for i in part["image"].to_pylist()]
             file = folder / f"{split}-{first:06d}.pt"
-            torch.save((images, part["label"].to_pylist()), file)
+            joined = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8)
+            lengths = torch.tensor([len(image) for image in images])
+            torch.save((joined, lengths, torch.tensor(part["label"].to_pylist())), file)
             print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Train, judge, store."""
-    device, began = torch.device(arguments.device), time.perf_counter()
-    splits = {
-        split: _decoded(arguments.folder, split, arguments.limit, device)
-        for split in ("train", "test")
-    }
-    pixels, _ = splits["train"]
-    per_epoch = len(pixels) // BATCH
-    torch.manual_seed(0)
-    model = Model(CASE)
-    prepare_model(model, device, "bf16")
-    curve: list[dict[str, float]] = []
-    decoded_s = time.perf_counter() - began
+class Run:
+    """A run, from its beginning or from where an earlier command left it."""
 
-    def epoch_end(epoch: int, step: int) -> None:
-        del step
-        if epoch % max(1, arguments.epochs // 10) == 0 or epoch == arguments.epochs:
-            minutes = (time.perf_counter() - began) / 60
-            curve.append({"epoch": epoch, "minutes": round(minutes, 2), "knn": _knn(model, splits)})
-            print(curve[-1], flush=True)
-            if minutes > arguments.minutes:
-                raise OutOfTimeError
-
-    try:
-        loop.train(
-            model,
-            NTXentLoss(TEMPERATURE, global_batch_size=BATCH),
-            _optimizer(model),
-            _batches(pixels, arguments.epochs, per_epoch),
-            loop.StepSchedule(
-                per_epoch,
-                per_epoch * arguments.epochs,
-                WARMUP_EPOCHS * per_epoch,
-                RATE * BATCH / 256,
-                BATCH,
-                50,
-            ),
-            loop.Callbacks(lambda m: print(m, flush=True), epoch_end, lambda _: None),
-            precision="bf16",
+    def __init__(self, arguments: argparse.Namespace, began: float) -> None:
+        self.arguments, self.began = arguments, began
+        self.device = torch.device(arguments.device)
+        torch.backends.cudnn.benchmark = True
+        self.splits = Splits(
+            *(decoded(arguments.folder, s, arguments.limit) for s in Splits._fields)
         )
-    except OutOfTimeError:
-        print("out of time: the rate has not fallen to zero, and the figure says less", flush=True)
-    trained_s = time.perf_counter() - began
-    result = {
-        "command": "python -m benchmarks.headline " + " ".join(sys.argv[1:]),
-        "images": len(pixels),
-        "decoding_s": round(decoded_s, 1),
-        "minutes": round(trained_s / 60, 2),
-        "curve": curve,
-        "finished": bool(curve) and curve[-1]["epoch"] == arguments.epochs,
-        "knn": curve[-1]["knn"] if curve else None,
-        "linear": _linear(model, splits),
-    }
-    if device.type == "cuda":
-        store("headline", result)
-    print(result)
+        self.per_epoch = len(self.splits.train.images) // BATCH
+        self.decoding_s = time.perf_counter() - began
+        torch.manual_seed(SEED)
+        self.model = Model(CASE)
+        self.untrained = copy.deepcopy(self.model.encoder)
+        self.step = 0
+        self.curve: list[dict[str, float]] = []
+        self.rates: list[float] = []
+        self.earlier_s, self.commands = 0.0, 1
+        self.images = _Pictures(self.splits.train.images)
+
+    def train(self) -> bool:
+        """Return whether the run came to its end; its state is kept where it did not."""
+        arguments, total = self.arguments, self.per_epoch * self.arguments.epochs
+        state = self._earlier()
+        stream = _batches(self.images, range(self.step, total), arguments.makers, self.device)
+        precision.prepare_model(self.model, self.device, "bf16")
+        self.judged_encoder = copy.deepcopy(self.model.encoder)  # stays as it is when compiled
+        optimizer = _optimizer(self.model)
+        if state:
+            checkpoint.unpack(state["tensors"], self.model, optimizer)
+        if arguments.compile:
+            self.model.compile()
+        peak = RATE * BATCH / 256
+        warmup = WARMUP_EPOCHS * self.per_epoch
+        try:
+            loop.train(
+                self.model,
+                NTXentLoss(TEMPERATURE, global_batch_size=BATCH),
+                optimizer,
+                stream,
+                loop.StepSchedule(self.per_epoch, total, warmup, peak, BATCH, self.per_epoch),
+                loop.Callbacks(self._report, self._epoch_end, lambda _: None),
+                precision="bf16",
+            )
+        except OutOfTimeError:
+            self._keep(optimizer)
+            print(f"stopped after {self.step} of {total} steps; go on by the same command")
+            return False
+        return True
+
+    def result(self) -> dict[str, Any]:
+        """Return what the training was."""
+        arguments = self.arguments
+        return {
+            "command": "python -m benchmarks.headline " + " ".join(sys.argv[1:]),
+            "commands": self.commands,
+            "seed": SEED,
+            "images": len(self.splits.train.images),
+            "epochs": arguments.epochs,
+            "compiled": arguments.compile,
+            "makers": arguments.makers,
+            "decoding_s": round(self.decoding_s, 1),
+            "minutes": round(self._minutes(), 2),
+            "images_per_s": median(self.rates, 1),
+            "curve": self.curve,
+        }
+
+    def judged(self) -> dict[str, Any]:
+        """Return the scores of the trained encoder, of the untrained one, and of raw pixels."""
+        experiment = Experiment.load(PRESET)
+        train, test = self.splits
+        networks = {"trained encoder": self.model.encoder, "untrained encoder": self.untrained}
+        scores: list[Score] = []
+        for name, network in networks.items():
+            self.judged_encoder.load_state_dict(network.state_dict())
+            bank, asked = self._features(train), self._features(test)
+            scores.append(score_features(name, bank, asked, experiment))
+            print(scores[-1], flush=True)
+        bank, asked = (self._on_device(pixels_of(s.images), s.labels) for s in (train, test))
+        scores.append(score_features(PIXELS, bank, asked, experiment))
+        return {"scores": [score._asdict() for score in scores]}
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """Return an earlier command's state, if there is one, and stand where it stood."""
+        if not self.arguments.state.is_file():
+            return None
+        state: dict[str, Any] = torch.load(self.arguments.state, weights_only=True)
+        if state["epochs"] != self.arguments.epochs:
+            raise SystemExit(f"{self.arguments.state} is of a run of {state['epochs']} epochs")
+        self.step, self.curve, self.rates = state["step"], state["curve"], state["rates"]
+        self.earlier_s, self.commands = state["seconds"], state["commands"] + 1
+        print(f"goes on from step {self.step}", flush=True)
+        return state
+
+    def _keep(self, optimizer: LARS) -> None:
+        state = {
+            "tensors": checkpoint.pack(self.model, optimizer),
+            "epochs": self.arguments.epochs,
+            "step": self.step,
+            "curve": self.curve,
+            "rates": self.rates,
+            "seconds": self.earlier_s + time.perf_counter() - self.began,
+            "commands": self.commands,
+        }
+        torch.save(state, self.arguments.state)
+
+    def _report(self, metrics: loop.Metrics) -> None:
+        self.rates.append(metrics.images_per_s)
+        self.last = metrics
+        if round(metrics.epoch) % 20 == 2:
+            print(metrics, flush=True)
+
+    def _epoch_end(self, epoch: int, step: int) -> None:
+        self.step = step
+        tenth = max(1, self.arguments.epochs // 10)
+        if epoch % tenth == 0 or epoch == self.arguments.epochs:
+            row = {
+                "epoch": epoch,
+                "minutes": round(self._minutes(), 2),
+                "loss": round(self.last.mean_loss, 4),
+                "knn": self._knn(),
+            }
+            self.curve.append(row)
+            print(row, flush=True)
+        seconds = time.perf_counter() - self.began
+        if seconds > 60 * self.arguments.minutes and epoch < self.arguments.epochs:
+            raise OutOfTimeError
+
+    def _minutes(self) -> float:
+        return (self.earlier_s + time.perf_counter() - self.began) / 60
+
+    def _knn(self) -> float:
+        self.judged_encoder.load_state_dict(self.model.encoder.state_dict())
+        bank, test = (self._features(split) for split in self.splits)
+        scores = knn_scores(bank.rows, bank.labels, test.rows, 200, 0.1, CLASSES)
+        return round(top_k_accuracy(scores, test.labels), 4)
+
+    def _features(self, split: Split) -> Features:
+        """Return h of a split, by the encoder that is judged."""
+        h = extract_features(self.judged_encoder, split.images, 2048, self.device, "bf16")
+        return self._on_device(h, split.labels)
+
+    def _on_device(self, rows: Tensor, labels: Tensor) -> Features:
+        return Features(rows.to(self.device), labels.to(self.device))
 
 
-def _decoded(folder: Path, split: str, limit: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return uint8 [N, 3, 32, 32] and labels [N] on the device."""
+def decoded(folder: Path, split: str, limit: int) -> Split:
+    """Return the images of a pack."""
     images: list[bytes] = []
-    labels: list[int] = []
+    labels: list[Tensor] = []
     for file in sorted(folder.glob(f"{split}-*.pt")):
-        found = torch.load(file, weights_only=True)
-        images += found[0]
-        labels += found[1]
+        joined, lengths, of_file = torch.load(file, weights_only=True)
+        images += [part.numpy().tobytes() for part in joined.split(lengths.tolist())]
+        labels.append(of_file)
     chosen = images[: limit or len(images)]
-    pixels = np.stack([decode_image(image) for image in chosen])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pixels = np.stack(list(pool.map(decode_image, chosen, chunksize=256)))
     stacked = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return stacked.to(device), torch.tensor(labels[: len(chosen)], device=device)
+    return Split(stacked, torch.cat(labels)[: len(chosen)], torch.arange(len(chosen)), [])
 
 
-def _batches(pixels: Tensor, epochs: int, per_epoch: int) -> Iterator[Batch]:
-    views = TwoViews.simclr(CASE.size, CASE.strength, CASE.blur)
+class _Pictures(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Step -> both views of its images, and their ids: a pure function of the step."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.per_epoch = len(images) // BATCH
+        self.views = TwoViews.simclr(CASE.size, CASE.strength, CASE.blur)
+
+    def ids(self, step: int) -> Tensor:
+        """Return the images of a step."""
+        epoch, k = divmod(step, self.per_epoch)
+        return _order(len(self.pixels), epoch)[k * BATCH : (k + 1) * BATCH]
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids = self.ids(step)
+        pixels = [self.pixels[i] for i in ids.tolist()]
+        return *self.views(pixels, ids.numpy(), step // self.per_epoch), ids
+
+
+@lru_cache(maxsize=2)
+def _order(num: int, epoch: int) -> Tensor:
+    return torch.randperm(num, generator=torch.Generator().manual_seed(epoch))
+
+
+def _batches(images: _Pictures, steps: range, makers: int, device: torch.device) -> Iterator[Batch]:
+    """Return the batches of some steps; processes begin at once, before CUDA does."""
+    native.available()  # compiled once, before there are many
+    if not makers and device.type == "cuda":
+        return _made_there(images, steps, device)
+    loader: Any = DataLoader(
+        images,
+        batch_size=None,
+        sampler=steps,
+        num_workers=makers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if makers else None,
+    )
+    return _moved(iter(loader), steps, device)
+
+
+def _moved(made: Iterator[Any], steps: range, device: torch.device) -> Iterator[Batch]:
     nothing = torch.empty(0, dtype=torch.int64)
-    for epoch in range(epochs):
-        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(epoch))
-        for k in range(per_epoch):
-            ids = order[k * BATCH : (k + 1) * BATCH]
-            pair = views(pixels[ids.to(pixels.device)], ids.numpy(), epoch)
-            yield Batch(epoch * per_epoch + k, *pair, ids, nothing)
+    for step, (a, b, ids) in zip(steps, made, strict=True):
+        a, b = a.to(device, non_blocking=True), b.to(device, non_blocking=True)
+        yield Batch(step, a, b, ids, nothing)
 
 
-def _optimizer(model: Model) -> LARS:
+def _made_there(images: _Pictures, steps: range, device: torch.device) -> Iterator[Batch]:
+    nothing = torch.empty(0, dtype=torch.int64)
+    pixels = torch.from_numpy(images.pixels).to(device).permute(0, 3, 1, 2).contiguous()
+    for step in steps:
+        ids = images.ids(step)
+        pair = images.views(pixels[ids.to(device)], ids.numpy(), step // images.per_epoch)
+        yield Batch(step, *pair, ids, nothing)
+
+
+def _optimizer(model: nn.Module) -> LARS:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     other = [p for p in model.parameters() if p.ndim <= 1]
     groups: list[dict[str, Any]] = [
@@ -172,34 +333,6 @@ def _optimizer(model: Model) -> LARS:
         {"params": other, "weight_decay": 0.0, "adapt": False},
     ]
     return LARS(groups, 0.0, weight_decay=DECAY)
-
-
-@torch.no_grad()
-def _features(model: Model, pixels: Tensor) -> Tensor:
-    model.eval()
-    parts = []
-    for part in torch.split(pixels, 2048):
-        with autocast(pixels.device, "bf16"):
-            parts.append(model.encoder(as_input(part, pixels.device, "bf16")).float())
-    model.train()
-    return torch.cat(parts)
-
-
-def _knn(model: Model, splits: dict[str, tuple[Tensor, Tensor]]) -> float:
-    (bank, bank_labels), (queries, labels) = splits["train"], splits["test"]
-    scores = knn_scores(
-        _features(model, bank), bank_labels, _features(model, queries), 200, 0.1, CLASSES
-    )
-    return round(top_k_accuracy(scores, labels), 4)
-
-
-def _linear(model: Model, splits: dict[str, tuple[Tensor, Tensor]]) -> float:
-    (bank, bank_labels), (queries, labels) = splits["train"], splits["test"]
-    probe = fit_linear(
-        _features(model, bank).cpu(), bank_labels.cpu(), CLASSES, LinearConfig(), seed=0
-    )
-    scores = probe.logits(_features(model, queries).cpu())
-    return round(top_k_accuracy(scores, labels.cpu()), 4)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,10 @@ def _version(name: str) -> str:
 
 
 def _commit() -> str:
-    """Return the checkout's commit, `+changes` where files differ from it; empty without git."""
+    """Return the checkout's commit, `+changes` where files differ from it.
+
+    A copy without git says by SIMCLR_RAY_COMMIT what it is a copy of; else it is empty.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -76,7 +79,7 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "..", ":!results", ":!../docs")
         return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("SIMCLR_RAY_COMMIT", "")
 
 
 def _cpu() -> str:
