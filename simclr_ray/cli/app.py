@@ -107,25 +107,23 @@ def pretrain(
     The same command continues a run that was stopped.
     Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
     """
-    experiment = Experiment.load(source, *(overrides or [])).absolute()
+    experiment = Experiment.load(source, *(overrides or []))
     _pretrain(experiment, dry_run=dry_run)
 
 
 def _pretrain(experiment: Experiment, *, dry_run: bool = False) -> None:
-    from simclr_ray.data.source import Source
     from simclr_ray.train.dry_run import derived
-    from simclr_ray.train.resolve import resolved
+    from simclr_ray.train.resolve import resolve
 
-    data = experiment.data
-    source = Source.open(data.train, data.columns, data.limit)
-    show_pairs(derived(resolved(experiment, source), source))
+    resolved = resolve(experiment)
+    show_pairs(derived(resolved))
     if dry_run:
         return
     from simclr_ray.train.pipeline import run_pipeline
 
     _connect(experiment)
     with RunProgress() as progress:
-        outcome = run_pipeline(experiment, on_progress=progress)
+        outcome = run_pipeline(resolved, on_progress=progress)
     _show_scores(outcome.scores)
     if outcome.classifier is not None:
         _show_classifier("test, of the classifier", outcome.classifier, outcome.run)
@@ -185,7 +183,7 @@ def finetune(
     from simclr_ray.train.finetune import plan_finetuning, train
 
     planned = plan_finetuning(run, labels, *(overrides or []), from_random=random)
-    _connect(planned.experiment)
+    _connect(planned.experiment.config)
     with RunProgress() as progress:
         tuned = train(planned, on_progress=progress)
     _show_classifier(f"test, after {tuned.num_images:,} labels", tuned.scores, tuned.run)
@@ -203,7 +201,7 @@ def distill(
     from simclr_ray.train.finetune import plan_distillation, train
 
     planned = plan_distillation(teacher, *(overrides or []))
-    _connect(planned.experiment)
+    _connect(planned.experiment.config)
     with RunProgress() as progress:
         student = train(planned, on_progress=progress)
     _show_classifier("test, of the student", student.scores, student.run)

@@ -12,18 +12,30 @@ from simclr_ray.config.loader import (
     to_tree,
     validate,
 )
-from simclr_ray.config.schema import Config, Field, Scalar, Tree, model_validator
+from simclr_ray.config.schema import (
+    Config,
+    Field,
+    PathOrURI,
+    Scalar,
+    Tree,
+    absolute_path,
+    identity,
+    model_validator,
+)
 from simclr_ray.config.validation import nearest
 
 __all__ = [
     "Config",
     "Field",
+    "PathOrURI",
     "Scalar",
     "Tree",
+    "absolute_path",
     "apply_overrides",
     "differences",
     "digest_of",
     "dump_yaml",
+    "identity",
     "leaves",
     "model_validator",
     "nearest",

@@ -2,17 +2,17 @@
 
 Units and bounds are checked here, before anything starts. Nothing derived is stored: local batch,
 steps and learning rate are functions of the *global* batch (design, load-bearing 1), so they mean
-the same on one worker and on sixty-four. `digest` covers what changes the result and nothing else.
+the same on one worker and on sixty-four. `digest` covers what changes the result and nothing else:
+each field says itself whether it does (`schema.Field`).
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated, Literal
 
 from simclr_ray.config import loader as cfg
-from simclr_ray.config.schema import Config, Field, model_validator
+from simclr_ray.config.schema import Config, Field, PathOrURI, identity, model_validator
 from simclr_ray.config.sections.data import ColumnsConfig, DataConfig, PreparationConfig
 from simclr_ray.config.sections.model import (
     BatchNormConfig,
@@ -82,19 +82,13 @@ __all__ = [
     "TorchvisionConfig",
     "TrackingConfig",
     "TripletConfig",
-    "absolute_path",
 ]
-
-# What changes where or how a run runs, but not what it computes.
-PLACEMENT = ("name", "storage", "scaling", "tracking", "checkpoint", "evaluation", "registry")
-# `data.train` is where the images lie; which they are, the fingerprint says.
-DATA_PLACEMENT = ("train", "cache_gib", "eval_train", "test", "max_bad_fraction")
 
 
 class Experiment(Config):
     """Everything that one pretraining run is."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(placement=True, min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0, lt=2**32)
     data: DataConfig
     augment: Annotated[SimCLRViewsConfig | PipelineViewsConfig, Field(discriminator="name")] = (
@@ -133,12 +127,14 @@ class Experiment(Config):
         description="Send gradients between workers as bf16: half the traffic, rounded; "
         "the one option whose result depends on the number of workers.",
     )
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    scaling: ScalingConfig = ScalingConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    registry: RegistryConfig = RegistryConfig()
-    storage: str = Field("runs", min_length=1, description="Folder or URI that holds the runs.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), placement=True)
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), placement=True)
+    scaling: ScalingConfig = Field(ScalingConfig(), placement=True)
+    tracking: TrackingConfig = Field(TrackingConfig(), placement=True)
+    registry: RegistryConfig = Field(RegistryConfig(), placement=True)
+    storage: PathOrURI = Field(
+        "runs", placement=True, min_length=1, description="Folder or URI that holds the runs."
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Experiment:
@@ -192,51 +188,14 @@ class Experiment(Config):
 
     def digest(self) -> str:
         """Return 16 hex digits over everything that changes the trained weights, and only that."""
-        tree = {k: v for k, v in cfg.to_tree(self).items() if k not in PLACEMENT}
-        if isinstance(self.loss, DistillationConfig) and self.loss.sha256:
-            tree["loss"] = {**tree["loss"], "teacher": ""}
-        if self.init.sha256:
-            tree["init"] = {**tree["init"], "weights": ""}  # which they are, not where they lie
-        tree["data"] = {k: v for k, v in tree["data"].items() if k not in DATA_PLACEMENT}
-        if isinstance(self.augment, SimCLRViewsConfig) and not self.augment.start_size:
-            tree["augment"] = {**tree["augment"], "full_size_epoch_fraction": 0.75}  # nothing grows
-        if self.schedule.decay == "cosine":  # runs from before there was a choice keep their names
-            tree["schedule"] = {k: v for k, v in tree["schedule"].items() if k != "decay"}
-        if self.num_groups == 1:
-            tree["batch_norm"] = {
-                **tree["batch_norm"],
-                "group_size": 0,
-            }  # one group, however it is said
-        return cfg.digest_of(tree)
+        return cfg.digest_of(identity(self))
 
-    def run_name(self, fingerprint: str) -> str:
-        """Return the name under which a run on these images is stored.
-
-        The same command on the same images continues the run; anything that changes the result
-        starts another.
-        """
-        identity = cfg.digest_of({"experiment": self.digest(), "data": fingerprint})
-        return f"{self.name}-{identity[:8]}"
-
-    def absolute(self) -> Experiment:
-        """Return the experiment with local paths made absolute: workers have other folders."""
-        data = self.data.model_copy(
-            update={
-                key: absolute_path(getattr(self.data, key))
-                for key in ("train", "eval_train", "test")
-            }
-        )
-        init = self.init.model_copy(update={"weights": absolute_path(self.init.weights)})
-        loss = self.loss
-        if isinstance(loss, DistillationConfig):
-            loss = loss.model_copy(update={"teacher": absolute_path(loss.teacher)})
-        update = {
-            "data": data,
-            "init": init,
-            "loss": loss,
-            "storage": absolute_path(self.storage),
-        }
-        return self.model_copy(update=update)
+    def canonical(self) -> Experiment:
+        """Return the experiment with one group of all images said as no groups."""
+        if self.num_groups > 1:
+            return self
+        batch_norm = self.batch_norm.model_copy(update={"group_size": 0})
+        return self.model_copy(update={"batch_norm": batch_norm})
 
     @property
     def evaluation_size(self) -> int:
@@ -277,8 +236,3 @@ class Experiment(Config):
         if self.schedule.warmup_steps:
             return self.schedule.warmup_steps
         return int(self.schedule.warmup_epochs * num_rows // self.batch_size)
-
-
-def absolute_path(where: str) -> str:
-    """Return a local path made absolute; URIs and empty text as they are."""
-    return where if "://" in where or not where else str(Path(where).expanduser().resolve())

@@ -106,9 +106,9 @@ def to_tree(config: Config) -> Tree:
     return tree
 
 
-def leaves(config: Config) -> dict[str, Scalar]:
-    """Return every dotted leaf of the config, in order: what a tracker stores as parameters."""
-    return dict(_leaves(to_tree(config), ""))
+def leaves(tree: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Return every dotted leaf of a tree, in order: what a tracker stores as parameters."""
+    return dict(_leaves(tree, ""))
 
 
 def digest_of(tree: Mapping[str, Any]) -> str:

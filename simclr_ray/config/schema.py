@@ -1,19 +1,67 @@
-"""Typed config nodes: frozen, strict, unions told apart by their name."""
+"""Typed config nodes: frozen, strict, unions told apart by their name.
+
+What an experiment *is* (its digest) and where it runs stand in one tree. A field says of itself
+which of both it belongs to (`placement=True`), and from which format on it exists (`since=`): a
+digest leaves both out, the second as long as its value reproduces what earlier releases did.
+"""
 
 from __future__ import annotations
 
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Final, Self, TypeVar
 
 import pydantic
 
-Field = pydantic.Field
 model_validator = pydantic.model_validator
 
 Tree = dict[str, Any]
 Scalar = str | int | float | bool
+BASE_FORMAT: Final = 2  # the first format whose digests stay what they are
+_DEFAULT: Final = object()
+
+
+def Field(  # noqa: N802 - pydantic's own name
+    default: Any = ...,
+    *,
+    placement: bool = False,
+    since: int = BASE_FORMAT,
+    neutral: Any = _DEFAULT,
+    **constraints: Any,
+) -> Any:
+    """Return a config field: pydantic's, with what the digest has to know of it.
+
+    Args:
+        default: Value where none is given; `...`: one must be given.
+        placement: Whether it says where or how a run runs, and not what it computes.
+        since: Format that brought the field.
+        neutral: Value that reproduces what releases before `since` did, where it is not `default`.
+        **constraints: Of `pydantic.Field`: bounds, description, discriminator.
+
+    Example:
+        >>> class Views(Config):
+        ...     size: int = Field(32, ge=8)
+        ...     cutmix: float = Field(0.0, ge=0, since=3)
+        >>> identity(Views()), identity(Views(cutmix=0.5))
+        ({'size': 32}, {'size': 32, 'cutmix': 0.5})
+    """
+    marks: dict[str, Any] = {}
+    if placement:
+        marks["placement"] = True
+    if since > BASE_FORMAT:
+        marks["neutral"] = default if neutral is _DEFAULT else neutral
+    return pydantic.Field(default, json_schema_extra=marks or None, **constraints)
+
+
+def absolute_path(where: str) -> str:
+    """Return a local path made absolute; URIs and empty text as they are."""
+    return where if "://" in where or not where else str(Path(where).expanduser().resolve())
+
+
+# A local path is absolute from the moment it is read: workers have other working directories.
+PathOrURI = Annotated[str, pydantic.AfterValidator(absolute_path)]
 
 
 class Config(pydantic.BaseModel):
@@ -38,8 +86,33 @@ class Config(pydantic.BaseModel):
         }
         return {**tree, **named}
 
+    def canonical(self) -> Self:
+        """Return the config with what has no effect at its default: equal runs, equal digests."""
+        return self
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def identity(config: Config) -> Tree:
+    """Return the tree of what decides the result: without placement and neutral newer fields."""
+    config = config.canonical()
+    tree: Tree = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        marks = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if marks.get("placement") or ("neutral" in marks and value == marks["neutral"]):
+            continue
+        tree[name] = _identity_of(value)
+    return tree
+
+
+def _identity_of(value: Any) -> Any:
+    if isinstance(value, Config):
+        return identity(value)
+    if isinstance(value, list):
+        return [_identity_of(item) for item in value]
+    return value
 
 
 def _default_name(field: pydantic.fields.FieldInfo) -> str:

@@ -18,7 +18,7 @@ from scipy.stats import kendalltau
 
 from simclr_ray.config import Scalar
 from simclr_ray.studies.definition import Comparison, Study, label_of
-from simclr_ray.studies.folder import Outcome
+from simclr_ray.studies.folder import TrialOutcome
 from simclr_ray.studies.plan import Point
 
 SAMPLES = 100_000  # of sign flips where there are more than all of them; as many as the paper's
@@ -80,7 +80,7 @@ class Results(NamedTuple):
     rows: list[Row]
     verdicts: list[Verdict]
     agreement: Agreement | None
-    others: list[Outcome]  # trials that did not finish
+    others: list[TrialOutcome]  # trials that did not finish
     num_trials: int
     epochs: int
     images: float
@@ -96,7 +96,7 @@ class Results(NamedTuple):
         return choose(whole, key=lambda row: row.mean)
 
 
-def results_of(study: Study, outcomes: Sequence[Outcome]) -> Results:
+def results_of(study: Study, outcomes: Sequence[TrialOutcome]) -> Results:
     """Return the results of the outcomes that there are."""
     readings = [r for outcome in outcomes for r in readings_of(study, outcome)]
     rows = _rows(study, readings)
@@ -113,7 +113,7 @@ def results_of(study: Study, outcomes: Sequence[Outcome]) -> Results:
     )
 
 
-def best_outcome(results: Results, outcomes: Sequence[Outcome]) -> Outcome:
+def best_outcome(results: Results, outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
     """Return the best trial of the best point. There must be one that finished."""
     assert results.best is not None
     study, point = results.study, results.best.point
@@ -122,7 +122,7 @@ def best_outcome(results: Results, outcomes: Sequence[Outcome]) -> Outcome:
     return choose(found, key=lambda pair: pair[0])[1]
 
 
-def readings_of(study: Study, outcome: Outcome) -> list[Reading]:
+def readings_of(study: Study, outcome: TrialOutcome) -> list[Reading]:
     """Return what a finished trial says: a value for each of its points."""
     readings = []
     trained = max(outcome.curve, default=0)
@@ -146,7 +146,7 @@ def readings_of(study: Study, outcome: Outcome) -> list[Reading]:
     return readings
 
 
-def values_at(outcome: Outcome, epoch: int = 0) -> dict[str, float]:
+def values_at(outcome: TrialOutcome, epoch: int = 0) -> dict[str, float]:
     """Return all metrics of a trial after an epoch; 0: at the end, with what is known then."""
     if epoch:
         return outcome.curve.get(epoch, {})

@@ -35,7 +35,7 @@ FINAL: tuple[Status, ...] = ("finished", "collapsed", "stopped")  # not to be ru
 Curve = dict[int, dict[str, float]]  # epoch -> metric -> value
 
 
-class Outcome(NamedTuple):
+class TrialOutcome(NamedTuple):
     """What became of a trial. `metrics` and `curve` repeat bit for bit; `cost` and `run` do not."""
 
     trial: str
@@ -112,17 +112,17 @@ class StudyFolder:
         """Store values of the study as a whole."""
         self.files.write_text(STATE, json.dumps(self.state() | values, indent=1))
 
-    def outcome(self, trial: str) -> Outcome | None:
+    def outcome(self, trial: str) -> TrialOutcome | None:
         """Return what became of a trial, or None while it is open."""
         text = self.files.read_text(f"{OUTCOMES}/{trial}.json")
         return _read(text) if text else None
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[TrialOutcome]:
         """Return what became of all trials that have ended, by name."""
         texts = (self.files.read_text(f"{OUTCOMES}/{name}") for name in self.files.names(OUTCOMES))
         return [_read(text) for text in texts if text]
 
-    def write_outcome(self, outcome: Outcome) -> None:
+    def write_outcome(self, outcome: TrialOutcome) -> None:
         """Store what became of a trial."""
         text = json.dumps(outcome._asdict(), indent=1, sort_keys=True)
         RunFolder(self.uri, OUTCOMES).write_text(f"{outcome.trial}.json", text)
@@ -183,7 +183,7 @@ def curve_of(lines: str, last_epoch: int = 0) -> Curve:
     return dict(sorted(curve.items()))
 
 
-def _read(text: str) -> Outcome:
+def _read(text: str) -> TrialOutcome:
     tree = json.loads(text)
     tree["curve"] = {int(epoch): values for epoch, values in tree["curve"].items()}
-    return Outcome(**tree)
+    return TrialOutcome(**tree)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.augment.crop_statistics import CropTaskFractions, crop_task_fractions
 from simclr_ray.config import Scalar
-from simclr_ray.config.experiment import Experiment, absolute_path
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import build_views
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -172,7 +172,7 @@ def study_folder(study: Study) -> tuple[str, str]:
     """Return the storage and the name of a study's folder."""
     text, shown = cfg.read_source(study.base)
     storage = _with(cfg.parse_yaml(text, shown), study.set).get("storage", "runs")
-    return f"{absolute_path(str(storage)).rstrip('/')}/{FOLDER}", study.name
+    return f"{cfg.absolute_path(str(storage)).rstrip('/')}/{FOLDER}", study.name
 
 
 def base_tree(study: Study) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def base_tree(study: Study) -> dict[str, Any]:
     ]
     if wrong:
         raise ConfigError(wrong)
-    base = cfg.validate(Experiment, _with(cfg.parse_yaml(text, shown), study.set)).absolute()
+    base = cfg.validate(Experiment, _with(cfg.parse_yaml(text, shown), study.set))
     paths = {path for dim in _dimensions(study) for path in dim}
     uri = store_uri(base.tracking.uri, base.storage)
     tracking = base.tracking.model_copy(

@@ -9,7 +9,7 @@ from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.studies.analysis import shown, values_at
 from simclr_ray.studies.definition import Study
-from simclr_ray.studies.folder import Outcome, StudyFolder, curve_of
+from simclr_ray.studies.folder import StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial
 
 OPEN = ("waiting", "running", "open")
@@ -78,7 +78,7 @@ def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> Stu
     return StudyStatus(lines, study.metric, unknown)
 
 
-def _ended(study: Study, outcome: Outcome, epochs: int) -> TrialStatus:
+def _ended(study: Study, outcome: TrialOutcome, epochs: int) -> TrialStatus:
     values, last = values_at(outcome), max(outcome.curve, default=0)
     text = shown(study.metric, values[study.metric]) if study.metric in values else "-"
     return TrialStatus(outcome.trial, outcome.status, last, epochs or last, text)

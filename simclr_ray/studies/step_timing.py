@@ -13,13 +13,12 @@ from ray.exceptions import GetTimeoutError, RayError
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
 from simclr_ray.data.batches import local_batches
-from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import keep_freed_memory, one_arena
 from simclr_ray.errors import ClusterError, RunError
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
 from simclr_ray.train import loop
-from simclr_ray.train.resolve import resolved
+from simclr_ray.train.resolve import resolve
 from simclr_ray.train.worker import (
     finish_batches,
     prepare_training,
@@ -79,7 +78,7 @@ def _timed(experiments: Sequence[Experiment]) -> list[float]:
             runtime_env={"env_vars": one_arena()},
             max_retries=0,
         )(seconds_per_image)
-        refs.append(task.remote(cfg.to_tree(experiment.absolute())))
+        refs.append(task.remote(cfg.to_tree(experiment)))
     try:
         seconds: list[float] = ray.get(refs, timeout=FREE_S)
     except GetTimeoutError:
@@ -102,7 +101,7 @@ def seconds_per_image(tree: dict[str, Any]) -> float:
     two counts; cores are shared by time.
 
     Args:
-        tree: An experiment's, its paths absolute.
+        tree: An experiment's.
 
     Raises:
         ConfigError: The model cannot be made as configured.
@@ -110,8 +109,8 @@ def seconds_per_image(tree: dict[str, Any]) -> float:
     """
     whole = cfg.validate(Experiment, tree)
     scaling = whole.scaling
-    source = Source.open(whole.data.train, whole.data.columns, whole.data.limit)
-    small = shortened(resolved(whole, source))
+    resolved = resolve(whole)
+    small, source = shortened(resolved.config), resolved.source
     device = torch.device("cuda" if scaling.gpus_per_worker else "cpu")
     set_threads(whole, scaling.num_workers)
     keep_freed_memory()

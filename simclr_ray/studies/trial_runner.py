@@ -7,7 +7,6 @@ A trial that is started again goes on where its run stands.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import tempfile
@@ -19,19 +18,19 @@ import ray
 from ray.exceptions import RayTaskError
 
 from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment, NTXentConfig
-from simclr_ray.data.source import Source
 from simclr_ray.errors import CollapseError, SimclrRayError, UnhealthyRunError
 from simclr_ray.evaluation.evaluate import evaluate_trained, probe_experiment, score_classifier
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.provenance import code_commit
-from simclr_ray.storage.run_folder import METRICS, RUN_FILE, RunFolder
+from simclr_ray.storage.run_folder import METRICS, RunFolder
+from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.studies.definition import EITHER, PROBES, Study
-from simclr_ray.studies.folder import FINAL, Curve, Outcome, Status, StudyFolder, curve_of
+from simclr_ray.studies.folder import FINAL, Curve, Status, StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial, task_fractions_of
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.train.driver import Run, pretrain
 from simclr_ray.train.monitor import Record
-from simclr_ray.train.resolve import resolved
+from simclr_ray.train.resolve import resolve
 from simclr_ray.train.worker import unwrap_error
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class Job(NamedTuple):
 
 def run_trial(
     job: Job, trial: Trial, tell: Tell, check: Callable[[], None] = lambda: None
-) -> Outcome:
+) -> TrialOutcome:
     """Train, judge, store and return the outcome; failures are outcomes too.
 
     Args:
@@ -82,10 +81,11 @@ def run_trial(
     status: Status = "finished"
     reason = ""
     metrics: dict[str, float] = {}
-    folder = job.folder.run(run_name(experiment))
+    resolved = resolve(experiment)
+    folder = job.folder.run(resolved.run_name)
     try:
         watch.replay(folder.read_text(METRICS) or "")
-        run = pretrain(experiment, on_progress=watched)
+        run = pretrain(resolved, on_progress=watched)
         metrics = _evaluated(job.study, experiment, run)
     except UnhealthyRunError as error:
         status, reason = "collapsed", str(error)
@@ -102,9 +102,7 @@ def run_trial(
 
 def run_name(experiment: Experiment) -> str:
     """Return the name of a trial's run."""
-    data = experiment.data
-    source = Source.open(data.train, data.columns, data.limit)
-    return resolved(experiment.absolute(), source).run_name(source.fingerprint)
+    return resolve(experiment).run_name
 
 
 def outcome_of(
@@ -116,12 +114,12 @@ def outcome_of(
     metrics: dict[str, float] | None = None,
     curve: Curve | None = None,
     last_epoch: int = 0,
-) -> Outcome:
+) -> TrialOutcome:
     """Return what became of a trial, read off its run's folder; `curve` if it is known better."""
     records = folder.read_text(METRICS) or ""
-    stored = json.loads(folder.read_text(RUN_FILE) or "{}")
+    record = RunRecord.find(folder)
     checkpoints = folder.checkpoints()
-    return Outcome(
+    return TrialOutcome(
         trial.name,
         status,
         reason,
@@ -133,10 +131,10 @@ def outcome_of(
         {
             "folder": folder.uri,
             "checkpoint": checkpoints[0] if checkpoints else "",
-            "mlflow_run_id": stored.get("mlflow_run_id", ""),
-            "tracking_uri": stored.get("tracking_uri", ""),
-            "digest": stored.get("digest", ""),
-            "fingerprint": stored.get("fingerprint", ""),
+            "mlflow_run_id": record.mlflow_run_id if record else "",
+            "tracking_uri": record.tracking_uri if record else "",
+            "digest": record.digest if record else "",
+            "fingerprint": record.fingerprint if record else "",
             "commit": code_commit(),
         },
     )
@@ -168,7 +166,6 @@ def _evaluate_anywhere(study: Study, experiment: Experiment, run: Run) -> dict[s
 
 def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
     """Return the metrics after training, and log them in an MLflow run under the trial's."""
-    experiment = experiment.absolute()
     metrics: dict[str, float] = {}
     protocols = [name for name in study.protocols if name != "probe"]
     if protocols:
@@ -200,7 +197,7 @@ def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, 
     return metrics
 
 
-def store_outcome(outcome: Outcome, study: str, folder: StudyFolder) -> Outcome:
+def store_outcome(outcome: TrialOutcome, study: str, folder: StudyFolder) -> TrialOutcome:
     """Store an outcome, then say it in MLflow; return it, or the one that was there before.
 
     A run that a scheduler has ended may live on for a moment and must not have the last word.
@@ -216,7 +213,7 @@ def store_outcome(outcome: Outcome, study: str, folder: StudyFolder) -> Outcome:
     return outcome
 
 
-def tag(outcome: Outcome, study: str) -> None:
+def tag(outcome: TrialOutcome, study: str) -> None:
     """Say in MLflow of which study and point a run is, and how it ended."""
     if not outcome.run["mlflow_run_id"]:
         return

@@ -30,7 +30,7 @@ from simclr_ray.distributed.ray_cluster import driver_queue
 from simclr_ray.errors import RunError, TrackingError
 from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.studies.definition import EPOCH_METRICS, Study, point_of
-from simclr_ray.studies.folder import FINAL, Curve, Outcome, StudyFolder, curve_of
+from simclr_ray.studies.folder import FINAL, Curve, StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial, make_trials
 from simclr_ray.studies.search import (
     EPOCH,
@@ -282,7 +282,7 @@ def _logged(job: Job, trial: Trial) -> Curve:
     return curve_of(job.folder.run(run_name(trial.experiment)).read_text(METRICS) or "")
 
 
-def _run(job: Job, trial: Trial, told: int, ends: Any) -> Outcome:
+def _run(job: Job, trial: Trial, told: int, ends: Any) -> TrialOutcome:
     """Start the run and report its epochs beyond `told`; return its outcome."""
     inbox = driver_queue()
     env = {
@@ -302,14 +302,14 @@ def _run(job: Job, trial: Trial, told: int, ends: Any) -> Outcome:
                     tune.report({**values, EPOCH: epoch})
                     told = epoch
     inbox.shutdown(force=True)
-    outcome: Outcome = ray.get(ref)
+    outcome: TrialOutcome = ray.get(ref)
     if outcome.status == "failed":
         raise RunError(outcome.reason)
     return outcome
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> Outcome:
+def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> TrialOutcome:
     """Run one trial in a process of its own, which looks like that of a command."""
 
     def tell(epoch: int, values: dict[str, float]) -> None:

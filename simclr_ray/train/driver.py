@@ -7,7 +7,6 @@ of the experiment and the images' fingerprint, so the same command continues it.
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import tempfile
@@ -22,19 +21,19 @@ import ray.train
 import ray.train.torch
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import PLACEMENT, Experiment
-from simclr_ray.data.batches import build_plan
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, driver_queue
 from simclr_ray.errors import RunError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import read_records
-from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RUN_FILE, RunFolder
+from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
+from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import check_alias, store_uri
 from simclr_ray.train.monitor import OnProgress, Record, RunMonitor
-from simclr_ray.train.resolve import resolved, split_like_test
+from simclr_ray.train.resolve import ResolvedExperiment, resolve, split_like_test
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker, unwrap_error
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,9 @@ class Run(NamedTuple):
     metrics: Record  # the last of each
 
 
-def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -> Run:
+def pretrain(
+    experiment: Experiment | ResolvedExperiment, *, on_progress: OnProgress | None = None
+) -> Run:
     """Train `experiment` to its end on the Ray cluster at hand, and return the run.
 
     Connects to the cluster of `RAY_ADDRESS`, else starts a local one. Continues the run of the
@@ -68,30 +69,23 @@ def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -
         ClusterError: The cluster cannot hold the workers.
         RunError: Training failed, with its cause; or another process is at this very run.
     """
-    experiment = experiment.absolute()
-    _check_late_needs(experiment)
-    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
-    experiment = resolved(experiment, source)
-    build_plan(experiment, source)  # fails here when the rows fill no batch
-    folder = RunFolder.of(experiment.storage, experiment.run_name(source.fingerprint))
+    resolved = resolve(experiment)
+    config, folder = resolved.config, resolved.folder
+    _check_late_needs(config)
     with folder.lock(HELD_S):
-        folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(experiment)))
-        tracker = Tracker.open(experiment.tracking, experiment.storage)  # before the cluster waits
-        connect(experiment)
-        check_cluster(experiment)
-        with _tracked(experiment, source, folder, tracker) as tracked:
-            return _trained(experiment, source, folder, tracked, on_progress)
+        folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
+        tracker = Tracker.open(config.tracking, config.storage)  # before the cluster waits
+        connect(config)
+        check_cluster(config)
+        with _tracked(resolved, tracker) as tracked:
+            return _trained(resolved, tracked, on_progress)
 
 
 def _trained(
-    experiment: Experiment,
-    source: Source,
-    folder: RunFolder,
-    tracked: TrackedRun,
-    on_progress: OnProgress | None,
+    resolved: ResolvedExperiment, tracked: TrackedRun, on_progress: OnProgress | None
 ) -> Run:
     """Train what is left of a run; return it."""
-    total = experiment.total_steps(source.num_rows)
+    total, folder = resolved.total_steps, resolved.folder
     scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
     newest = folder.newest(scratch)
     if newest is not None:
@@ -99,7 +93,7 @@ def _trained(
     if newest is None or checkpoint.step_of(newest.name) < total:
         for name in folder.repair_snapshot():
             log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
-        _fit(experiment, source, folder, tracked, on_progress)
+        _fit(resolved, tracked, on_progress)
         newest = folder.newest(scratch)
     if newest is None or checkpoint.step_of(newest.name) < total:
         raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
@@ -124,38 +118,31 @@ def _params(experiment: Experiment) -> dict[str, cfg.Scalar]:
 
     A path that names a node of the config stands for all below it.
     """
-    leaves, asked = cfg.leaves(experiment), experiment.tracking.only_params
+    leaves, asked = cfg.leaves(cfg.to_tree(experiment)), experiment.tracking.only_params
     if not asked:
         return leaves
     shown = {k: v for k, v in leaves.items() if any(f"{k}.".startswith(f"{a}.") for a in asked)}
-    rest = {k: v for k, v in leaves.items() if k not in shown and k.split(".")[0] not in PLACEMENT}
-    return shown | {"rest": cfg.digest_of(rest)}
+    decisive = cfg.leaves(cfg.identity(experiment))
+    return shown | {"rest": cfg.digest_of({k: v for k, v in decisive.items() if k not in shown})}
 
 
 @contextmanager
-def _tracked(
-    experiment: Experiment, source: Source, folder: RunFolder, tracker: Tracker
-) -> Iterator[TrackedRun]:
+def _tracked(resolved: ResolvedExperiment, tracker: Tracker) -> Iterator[TrackedRun]:
     """Open the MLflow run, new or continued, and give it its status at the end."""
-    text = folder.read_text(RUN_FILE)
-    resume_id = json.loads(text)["mlflow_run_id"] if text else ""
-    if text and json.loads(text)["tracking_uri"] != tracker.uri:
+    experiment, source, folder = resolved.config, resolved.source, resolved.folder
+    record = RunRecord.find(folder)
+    resume_id = record.mlflow_run_id if record else ""
+    if record and record.tracking_uri != tracker.uri:
         log.warning("the run was tracked elsewhere; it goes on as a new MLflow run here")
         resume_id = ""
     run = tracker.start_run(
         folder.name,
         params=_params(experiment),
-        tags={"digest": experiment.digest(), "storage": folder.uri},
+        tags={"digest": resolved.digest, "storage": folder.uri},
         resume_id=resume_id,
         parent_id=experiment.tracking.parent_run,
     )
-    stored = {
-        "mlflow_run_id": run.run_id,
-        "tracking_uri": tracker.uri,
-        "fingerprint": source.fingerprint,
-        "digest": experiment.digest(),
-    }
-    folder.write_text(RUN_FILE, json.dumps(stored, indent=1))
+    RunRecord(run.run_id, tracker.uri, source.fingerprint, resolved.digest).write(folder)
     run.log_dataset("train", source.uri, source.fingerprint, source.num_rows, "pretraining")
     status = "KILLED"
     try:
@@ -169,21 +156,15 @@ def _tracked(
         run.finish(status)  # type: ignore[arg-type] # one of the three literals
 
 
-def _fit(
-    experiment: Experiment,
-    source: Source,
-    folder: RunFolder,
-    tracked: TrackedRun,
-    on_progress: OnProgress | None,
-) -> None:
-    scaling = experiment.scaling
+def _fit(resolved: ResolvedExperiment, tracked: TrackedRun, on_progress: OnProgress | None) -> None:
+    experiment, folder, scaling = resolved.config, resolved.folder, resolved.config.scaling
     inbox = driver_queue()
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
     trainer = ray.train.torch.TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"task": WorkerInput(cfg.to_tree(experiment), source, folder, inbox)},
+        train_loop_config={"task": WorkerInput(resolved, inbox)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.gpus_per_worker > 0,
@@ -202,7 +183,7 @@ def _fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    watcher = RunMonitor(inbox, folder, tracked, on_progress, experiment, source)
+    watcher = RunMonitor(inbox, tracked, on_progress, resolved)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with watcher:

@@ -19,10 +19,10 @@ from simclr_ray.config.experiment import (
     SupConConfig,
 )
 from simclr_ray.data.batches import build_plan
-from simclr_ray.data.source import Source
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
+from simclr_ray.train.resolve import ResolvedExperiment
 
 MIB = 2**20
 SAMPLE = 4  # images in the pass that is counted; the result is per image
@@ -41,16 +41,17 @@ class StepMemory(NamedTuple):
         return self.weights + self.activations + self.loss
 
 
-def derived(experiment: Experiment, source: Source) -> dict[str, str]:
-    """Return the run's arithmetic as name -> text. Raises `DataError` if rows fill no batch."""
+def derived(resolved: ResolvedExperiment) -> dict[str, str]:
+    """Return the run's arithmetic as name -> text."""
+    experiment, source = resolved.config, resolved.source
     plan = build_plan(experiment, source)
     ranks = range(experiment.scaling.num_workers)
     local = sorted({experiment.local_batch_size(r) for r in ranks}, reverse=True)
     memory = step_memory(experiment)
-    total = experiment.total_steps(source.num_rows)
-    warmup = experiment.warmup_steps(source.num_rows)
+    total = resolved.total_steps
+    warmup = resolved.warmup_steps
     rows = {
-        "run": experiment.run_name(source.fingerprint),
+        "run": resolved.run_name,
         "images": f"{source.num_rows:,} in {len(source.files)} files, "
         f"{len(source.row_groups)} row groups, {plan.num_lanes} lanes",
         "global batch": f"{experiment.batch_size:,} images, "

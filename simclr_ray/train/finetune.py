@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment, absolute_path
+from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.data.subset import write_subset
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.evaluate import experiment_of, score_classifier
-from simclr_ray.storage.run_folder import RUN_FILE, RunFolder
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train.driver import Run, pretrain
 from simclr_ray.train.monitor import OnProgress
-from simclr_ray.train.resolve import resolved
+from simclr_ray.train.resolve import ResolvedExperiment, resolve
 
 FEW_LABELS, EPOCHS_OF_FEW, EPOCHS = 0.01, 60, 30
 SCORES = "classification.json"
@@ -33,8 +34,8 @@ SCORES = "classification.json"
 class Planned(NamedTuple):
     """What is to be trained, and the record of the run that it is of."""
 
-    experiment: Experiment
-    parent: dict[str, str]
+    experiment: ResolvedExperiment
+    parent: RunRecord
 
 
 class FineTuned(NamedTuple):
@@ -89,21 +90,21 @@ def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool =
             [ConfigIssue("labels", f"got {share:g}; it must be above 0 and at most 1")]
         )
     folder = RunFolder.at(run)
-    tree, stored = _record(folder, run)
+    tree, record = _record(folder, run)
     settings = _settings(tree, folder, share, from_random=from_random)
-    settings["tracking"] |= {"parent_run": stored["mlflow_run_id"]}
+    settings["tracking"] |= {"parent_run": record.mlflow_run_id}
     chosen = _validated(settings, overrides)
     data = chosen.data
     source = Source.open(data.train, data.columns, data.limit)
-    rows = write_subset(source, share, chosen.seed, absolute_path(chosen.storage))
+    rows = write_subset(source, share, chosen.seed, chosen.storage)
     num_rows = Source.open(rows, data.columns).num_rows
     size, group = min(chosen.batch_size, num_rows), chosen.batch_norm.group_size
     group = group if group <= size else 0
     tuned = cfg.to_tree(chosen)
     tuned["data"] |= {"train": rows, "limit": 0}
-    tuned["batch_norm"]["images"] = group
+    tuned["batch_norm"]["group_size"] = group
     tuned["batch_size"] = size // group * group if group else size
-    return _checked(Planned(cfg.validate(Experiment, tuned), stored))
+    return _planned(cfg.validate(Experiment, tuned), record)
 
 
 def plan_distillation(teacher: str, *overrides: str) -> Planned:
@@ -121,7 +122,7 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
         DataError: There is no labelled test split that the teacher's classes fit.
     """
     folder = RunFolder.at(teacher)
-    tree, stored = _record(folder, teacher)
+    tree, record = _record(folder, teacher)
     settings = tree | {
         "name": f"{tree['name']}-distilled",
         "augment": _crop_and_flip(tree),
@@ -130,20 +131,19 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
         "loss": {"name": "distillation", "teacher": folder.uri},
         "optimizer": {"name": "lars", "weight_decay": 1e-4},
         "schedule": {"learning_rate": 0.1, "scaling": "sqrt", "warmup_epochs": 1.0},
-        "tracking": tree["tracking"] | {"parent_run": stored["mlflow_run_id"]},
+        "tracking": tree["tracking"] | {"parent_run": record.mlflow_run_id},
         "registry": {},
     }
-    return _checked(Planned(_validated(settings, overrides), stored))
+    return _planned(_validated(settings, overrides), record)
 
 
 def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTuned:
     """Train what was planned, test it, and store the scores with it and with the run it is of."""
     experiment, parent = planned
     done = pretrain(experiment, on_progress=on_progress)
-    scores = score_classifier(done.checkpoint, experiment)
-    _log(done, parent, experiment.name, scores)
-    data = experiment.data
-    return FineTuned(done, scores, Source.open(data.train, data.columns, data.limit).num_rows)
+    scores = score_classifier(done.checkpoint, experiment.config)
+    _log(done, parent, experiment.config.name, scores)
+    return FineTuned(done, scores, experiment.source.num_rows)
 
 
 def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment:
@@ -161,11 +161,10 @@ def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment
     return chosen
 
 
-def _checked(planned: Planned) -> Planned:
-    """Return what was planned, after comparing the test split's labels with the classes known."""
-    data = planned.experiment.data
-    source = Source.open(data.train, data.columns, data.limit)
-    head = resolved(planned.experiment.absolute(), source).head
+def _planned(experiment: Experiment, parent: RunRecord) -> Planned:
+    """Return the plan, after comparing the test split's labels with the classes known."""
+    resolved = resolve(experiment)
+    data, head = resolved.config.data, resolved.config.head
     assert isinstance(head, ClassifierHeadConfig)
     test = Source.open(data.test, data.columns)
     if not test.has_labels:
@@ -175,17 +174,17 @@ def _checked(planned: Planned) -> Planned:
         raise DataError(
             f"{data.test} has label {largest}; the classifier knows 0 to {head.num_classes - 1}"
         )
-    return planned
+    return Planned(resolved, parent)
 
 
-def _record(folder: RunFolder, shown: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _record(folder: RunFolder, shown: str) -> tuple[dict[str, Any], RunRecord]:
     """Return the config tree of a run's newest checkpoint, and where the run is tracked."""
-    text = folder.read_text(RUN_FILE)
+    record = RunRecord.find(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        newest = folder.newest(Path(scratch)) if text else None
-        if text is None or newest is None:
+        newest = folder.newest(Path(scratch)) if record else None
+        if record is None or newest is None:
             raise ConfigError([ConfigIssue(shown, "is no run folder with a whole checkpoint")])
-        return cfg.to_tree(experiment_of(newest)), json.loads(text)
+        return cfg.to_tree(experiment_of(newest)), record
 
 
 def _settings(
@@ -218,13 +217,13 @@ def _crop_and_flip(tree: dict[str, Any]) -> dict[str, Any]:
     return {"name": "simclr", "size": tree["augment"]["size"], **none}
 
 
-def _log(run: Run, parent: dict[str, str], name: str, scores: Classification) -> None:
+def _log(run: Run, parent: RunRecord, name: str, scores: Classification) -> None:
     """Store the scores with the fine-tuning, and with the run whose encoder it judges."""
     folder = RunFolder.at(run.folder)
     folder.write_text(SCORES, json.dumps(scores._asdict(), indent=1))
-    stored = json.loads(folder.read_text(RUN_FILE) or "{}")
+    record = RunRecord.read(folder)
     step = int(run.metrics.get("step", 0))
     own = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
-    TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id).log_metrics(own, step)
+    TrackedRun.attach(record.tracking_uri, record.mlflow_run_id).log_metrics(own, step)
     for_parent = {f"{name}/{key}": value for key, value in scores._asdict().items()}
-    TrackedRun.attach(parent["tracking_uri"], parent["mlflow_run_id"]).log_metrics(for_parent, step)
+    TrackedRun.attach(parent.tracking_uri, parent.mlflow_run_id).log_metrics(for_parent, step)

@@ -19,12 +19,11 @@ import ray.train
 import ray.train.torch
 from ray.util.queue import Empty, Queue
 
-from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.source import Source
 from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
 from simclr_ray.storage.metrics_log import read_records
-from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, RunFolder
+from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
 from simclr_ray.tracking.runs import TrackedRun
+from simclr_ray.train.resolve import ResolvedExperiment
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +39,13 @@ class RunMonitor:
     def __init__(
         self,
         inbox: Queue,
-        folder: RunFolder,
         tracked: TrackedRun,
         on_progress: OnProgress | None,
-        experiment: Experiment,
-        source: Source,
+        resolved: ResolvedExperiment,
     ) -> None:
+        folder = resolved.folder
         self.inbox, self.folder, self.tracked = inbox, folder, tracked
-        self.on_progress, self.experiment, self.source = on_progress, experiment, source
+        self.on_progress, self.resolved = on_progress, resolved
         self.fatal: SimclrRayError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -132,7 +130,8 @@ class RunMonitor:
             return
         self._bad[item["id"]] = item["reason"]
         _append(self._local / BAD_ROWS, json.dumps(item))
-        share, rows = self.experiment.data.max_bad_fraction, self.source.num_rows
+        share = self.resolved.config.data.max_bad_fraction
+        rows = self.resolved.source.num_rows
         if len(self._bad) > share * rows:
             reasons = "; ".join(sorted(set(self._bad.values()))[:5])
             self._end(

@@ -19,12 +19,14 @@ from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.inference.registry import register
 from simclr_ray.nn.build import feature_dim
 from simclr_ray.nn.pretrained import load_model
-from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RUN_FILE, RunFolder
+from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
+from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.tracking.store import RegisteredEncoder
 from simclr_ray.train.driver import Run, pretrain
 from simclr_ray.train.figures import draw_curves, draw_views
 from simclr_ray.train.monitor import OnProgress
+from simclr_ray.train.resolve import ResolvedExperiment, resolve
 
 SCORES = "scores.json"
 
@@ -39,16 +41,18 @@ class PretrainOutcome(NamedTuple):
 
 
 def run_pipeline(
-    experiment: Experiment, *, on_progress: OnProgress | None = None
+    experiment: Experiment | ResolvedExperiment, *, on_progress: OnProgress | None = None
 ) -> PretrainOutcome:
-    """Train, judge, publish to MLflow and, where `registry.name` is set, register."""
-    run = pretrain(experiment, on_progress=on_progress)
-    scores = evaluate_experiment(experiment.absolute(), run.checkpoint)
-    publish(run, experiment, scores)
-    classifier = _test_classifier(run, experiment.absolute())
+    """Train, evaluate, publish to MLflow and, where `registry.name` is set, register."""
+    resolved = resolve(experiment)
+    config = resolved.config
+    run = pretrain(resolved, on_progress=on_progress)
+    scores = evaluate_experiment(config, run.checkpoint)
+    publish(run, resolved, scores)
+    classifier = _test_classifier(run, config)
     registered = None
-    if experiment.registry.name:
-        registered = register_run(run.folder, experiment.registry.name, experiment.registry.alias)
+    if config.registry.name:
+        registered = register_run(run.folder, config.registry.name, config.registry.alias)
     return PretrainOutcome(run, scores, registered, classifier)
 
 
@@ -60,28 +64,27 @@ def _test_classifier(run: Run, experiment: Experiment) -> Classification | None:
     if not Source.open(data.test, data.columns).has_labels:
         return None
     scores = score_classifier(run.checkpoint, experiment)
-    stored = json.loads(RunFolder.at(run.folder).read_text(RUN_FILE) or "{}")
+    record = RunRecord.read(RunFolder.at(run.folder))
     named = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
-    tracked = TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id)
+    tracked = TrackedRun.attach(record.tracking_uri, record.mlflow_run_id)
     tracked.log_metrics(named, int(run.metrics.get("step", 0)))
     return scores
 
 
-def publish(run: Run, experiment: Experiment, scores: Sequence[Score]) -> None:
+def publish(run: Run, resolved: ResolvedExperiment, scores: Sequence[Score]) -> None:
     """Store config, view pairs, curves and the score table as artifacts of the MLflow run."""
     folder = RunFolder.at(run.folder)
-    stored = json.loads(folder.read_text(RUN_FILE) or "{}")
-    tracked = TrackedRun.attach(stored["tracking_uri"], run.mlflow_run_id)
-    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
+    record = RunRecord.read(folder)
+    tracked = TrackedRun.attach(record.tracking_uri, record.mlflow_run_id)
     folder.write_text(SCORES, json.dumps([s._asdict() for s in scores], indent=1))
     with tempfile.TemporaryDirectory() as scratch:
         views, curves = Path(scratch) / "views.png", Path(scratch) / "curves.png"
-        draw_views(experiment, source, views)
+        draw_views(resolved.config, resolved.source, views)
         draw_curves(folder.read_text(METRICS) or "", curves)
         for figure in (views, curves):
             folder.put_folder(figure, figure.name)
             tracked.log_artifact(figure)
-    tracked.log_text(cfg.dump_yaml(cfg.to_tree(experiment)), CONFIG_FILE)
+    tracked.log_text(cfg.dump_yaml(cfg.to_tree(resolved.config)), CONFIG_FILE)
     tracked.log_text(format_table(scores), "scores.md")
     tracked.log_metrics(score_metrics(scores), step=int(run.metrics.get("step", 0)))
 
@@ -105,10 +108,7 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
         TrackingError: The registry refuses or cannot be reached.
     """
     folder = RunFolder.at(run)
-    text = folder.read_text(RUN_FILE)
-    if text is None:
-        raise ConfigError([ConfigIssue(run, f"is no run folder: it has no {RUN_FILE}")])
-    stored = json.loads(text)
+    record = RunRecord.read(folder)
     with tempfile.TemporaryDirectory() as scratch:
         newest = folder.newest(Path(scratch))
         if newest is None:
@@ -125,7 +125,7 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
         folder.put_folder(target, "encoder")
         tags: dict[str, str | int | float] = {
             "experiment_digest": experiment.digest(),
-            "dataset_fingerprint": stored["fingerprint"],
+            "dataset_fingerprint": record.fingerprint,
             "seed": experiment.seed,
             "checkpoint": newest.name,
         }
@@ -134,7 +134,7 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
                 tags |= {k: v for k, v in score.items() if isinstance(v, float)}
         return register(
             target,
-            TrackedRun.attach(stored["tracking_uri"], stored["mlflow_run_id"]),
+            TrackedRun.attach(record.tracking_uri, record.mlflow_run_id),
             name=name,
             alias=alias,
             example=_example(experiment),

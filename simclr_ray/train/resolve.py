@@ -1,9 +1,10 @@
-"""What a config leaves to the data and to other runs, checked and filled in before it starts."""
+"""The door of a run: what a config leaves to the data and to other runs, checked and filled in."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +16,77 @@ from simclr_ray.config.experiment import (
     DistillationConfig,
     Experiment,
 )
+from simclr_ray.data.batches import build_plan
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, _checkpoint
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
+from simclr_ray.storage.run_folder import RunFolder
 
 
-def resolved(experiment: Experiment, source: Source) -> Experiment:
-    """Return the experiment, complete: classes counted, first weights and teacher named.
+@dataclass(frozen=True)
+class ResolvedExperiment:
+    """An experiment with nothing left open, and the images that it is trained on. It pickles.
+
+    Attributes:
+        config: Its classes are counted; first weights and teacher are one checkpoint and its hash.
+        source: The training images, opened.
+    """
+
+    config: Experiment
+    source: Source
+
+    @property
+    def digest(self) -> str:
+        """What decides the result, as 16 hex digits; `Experiment.digest`."""
+        return self.config.digest()
+
+    @property
+    def run_name(self) -> str:
+        """The name under which the run is stored.
+
+        The same command on the same images continues the run; anything that changes the result
+        starts another.
+        """
+        digest = cfg.digest_of({"experiment": self.digest, "data": self.source.fingerprint})
+        return f"{self.config.name}-{digest[:8]}"
+
+    @property
+    def folder(self) -> RunFolder:
+        """The folder of the run."""
+        return RunFolder.of(self.config.storage, self.run_name)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
+        return self.config.steps_per_epoch(self.source.num_rows)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.total_steps(self.source.num_rows)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return self.config.warmup_steps(self.source.num_rows)
+
+
+def resolve(experiment: Experiment | ResolvedExperiment) -> ResolvedExperiment:
+    """Return the experiment with nothing left open; one that is resolved comes back as it is.
 
     Raises:
-        ConfigError: Weights are not there or do not fit.
-        DataError: Labels are missing; see `resolve_classes`.
+        ConfigError: First weights or a teacher are not there or do not fit.
+        DataError: The images cannot be read, fill no batch, or lack labels that the loss takes.
     """
-    return resolve_classes(resolve_teacher(resolve_init(experiment)), source)
+    if isinstance(experiment, ResolvedExperiment):
+        return experiment
+    data = experiment.data
+    source = Source.open(data.train, data.columns, data.limit)
+    config = resolve_classes(resolve_teacher(resolve_init(experiment)), source)
+    build_plan(config, source)  # fails here when the rows fill no batch
+    return ResolvedExperiment(config, source)
 
 
 def split_like_test(data: DataConfig) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ray.train
 import ray.train.torch
@@ -39,8 +39,8 @@ from simclr_ray.nn.pretrained import load_init, load_teacher
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train import loop
+from simclr_ray.train.resolve import ResolvedExperiment
 
 LOWER_THE_RATE = "lower schedule.learning_rate, or lengthen the warm-up"
 
@@ -48,9 +48,7 @@ LOWER_THE_RATE = "lower schedule.learning_rate, or lengthen the warm-up"
 class WorkerInput(NamedTuple):
     """What a worker is given; all of it pickles."""
 
-    experiment: dict[str, Any]  # its tree
-    source: Source
-    folder: RunFolder
+    experiment: ResolvedExperiment
     inbox: Queue
 
 
@@ -70,13 +68,12 @@ class TrainWorker:
     """One rank's state, and the callbacks that the loop calls."""
 
     def __init__(self, task: WorkerInput) -> None:
-        self.experiment = cfg.validate(Experiment, task.experiment)
-        self.source, self.folder, self.inbox = task.source, task.folder, task.inbox
+        self.resolved, self.inbox = task.experiment, task.inbox
+        self.experiment, self.source = self.resolved.config, self.resolved.source
+        self.folder, self.total = self.resolved.folder, self.resolved.total_steps
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self.total = self.experiment.total_steps(self.source.num_rows)
-        self._per_epoch = self.experiment.steps_per_epoch(self.source.num_rows)
         set_threads(self.experiment, context.get_local_world_size())
         keep_freed_memory()
 
@@ -178,7 +175,7 @@ class TrainWorker:
         for index, batch in enumerate(batches):
             if index == 0:
                 waited = {"start/first_batch_s": time.perf_counter() - asked}
-                self._tell(batch.step, batch.step / self._per_epoch, waited)
+                self._tell(batch.step, batch.step / self.resolved.steps_per_epoch, waited)
             for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=True):
                 if row_id not in told:
                     told.add(row_id)
@@ -190,11 +187,11 @@ class TrainWorker:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
 
     def _timetable(self) -> loop.StepSchedule:
-        experiment, rows = self.experiment, self.source.num_rows
+        experiment = self.experiment
         return loop.StepSchedule(
-            steps_per_epoch=experiment.steps_per_epoch(rows),
+            steps_per_epoch=self.resolved.steps_per_epoch,
             total_steps=self.total,
-            warmup_steps=experiment.warmup_steps(rows),
+            warmup_steps=self.resolved.warmup_steps,
             peak_learning_rate=experiment.peak_learning_rate(),
             global_batch_size=experiment.batch_size,
             log_every=experiment.tracking.log_every_steps,

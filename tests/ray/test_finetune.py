@@ -147,7 +147,8 @@ def test_what_cannot_be_tuned_is_said_before_anything_starts(folder: Path, run: 
     with pytest.raises(ConfigError, match=r"registry.name: is for pretrain"):
         plan_finetuning(run.folder, 0.5, "registry.name=x")
     caching, _ = plan_finetuning(run.folder, 0.5, "batch_size=300", "batch_norm.group_size=50")
-    assert (caching.batch_size, caching.batch_norm.group_size) == (100, 50)  # of some 128 rows
+    config = caching.config
+    assert (config.batch_size, config.batch_norm.group_size) == (100, 50)  # of some 128 rows
     random, _ = plan_finetuning(run.folder, 0.5, from_random=True)
-    assert random.init.weights == ""
-    assert random.name == "t-random-50pct"
+    assert random.config.init.weights == ""
+    assert random.config.name == "t-random-50pct"

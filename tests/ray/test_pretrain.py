@@ -18,12 +18,12 @@ import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.source import Source
 from simclr_ray.errors import TooManyBadImages
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.storage.checkpoint import newest, read
 from simclr_ray.train.driver import Run, pretrain
 from simclr_ray.train.pipeline import run_pipeline
+from simclr_ray.train.resolve import resolve
 from tests.ray.images import write_shapes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -173,10 +173,10 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
 
 
 def test_other_images_are_another_run(folder: Path, one_worker: Run, ray_cluster: str) -> None:
-    experiment = cfg.validate(Experiment, tree_of(folder, "one", 1, "float64"))
-    train = Source.open(experiment.data.train).fingerprint
-    test = Source.open(experiment.data.test).fingerprint
-    assert experiment.run_name(train) == one_worker.name != experiment.run_name(test)
+    tree = tree_of(folder, "one", 1, "float64")
+    assert resolve(cfg.validate(Experiment, tree)).run_name == one_worker.name
+    tree["data"] = {"train": str(folder / "test.parquet")}
+    assert resolve(cfg.validate(Experiment, tree)).run_name != one_worker.name
 
 
 def test_too_many_bad_images_stop_the_run_at_once_with_the_reason(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simclr_ray.config.schema import Config, Field
+from simclr_ray.config.schema import Config, Field, PathOrURI
 
 
 class ColumnsConfig(Config):
@@ -16,19 +16,25 @@ class ColumnsConfig(Config):
 class DataConfig(Config):
     """The images, and the labelled splits that judge the encoder."""
 
-    train: str = Field(
-        min_length=1, description="Parquet file or folder, local or any pyarrow.fs URI."
+    train: PathOrURI = Field(  # which images they are, the fingerprint says
+        placement=True,
+        min_length=1,
+        description="Parquet file or folder, local or any pyarrow.fs URI.",
     )
-    eval_train: str = Field(
-        "", description="Labelled split that kNN and probes learn from; empty: `train`."
+    eval_train: PathOrURI = Field(
+        "",
+        placement=True,
+        description="Labelled split that kNN and probes learn from; empty: `train`.",
     )
-    test: str = Field(
-        "", description="Labelled split that is scored; empty: label-free metrics only."
+    test: PathOrURI = Field(
+        "",
+        placement=True,
+        description="Labelled split that is scored; empty: label-free metrics only.",
     )
     limit: int = Field(0, ge=0, description="Use the first rows only, in file order; 0 uses all.")
     columns: ColumnsConfig = ColumnsConfig()
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="Share of undecodable rows that stops."
+        0.01, placement=True, ge=0, le=1, description="Share of undecodable rows that stops."
     )
     max_pixels: int = Field(50_000_000, ge=1, description="Larger images are refused undecoded.")
     shuffle_rows: int = Field(
@@ -39,7 +45,9 @@ class DataConfig(Config):
         gt=0,
         description="Their encoded bytes, GiB: with large images, windows of fewer rows.",
     )
-    cache_gib: float = Field(2.0, ge=0, description="Decoded-row cache of one node's actors, GiB.")
+    cache_gib: float = Field(
+        2.0, placement=True, ge=0, description="Decoded-row cache of one node's actors, GiB."
+    )
 
 
 class PreparationConfig(Config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from simclr_ray.config.schema import Config, Field, model_validator
+from simclr_ray.config.schema import Config, Field, PathOrURI, model_validator
 
 
 class ResNetConfig(Config):
@@ -77,12 +77,16 @@ class ClassifierHeadConfig(Config):
 class InitConfig(Config):
     """Where the weights come from."""
 
-    weights: str = Field(
+    weights: PathOrURI = Field(
         "",
         description="A run folder, a checkpoint in one, or a torchvision-style state dict (.pth, "
         ".safetensors); empty: random.",
     )
     sha256: str = Field("", description="Of the weights; filled in.")
+
+    def canonical(self) -> InitConfig:
+        """Return the config without the path where the hash says which weights they are."""
+        return self.model_copy(update={"weights": ""}) if self.sha256 else self
 
 
 class BatchNormConfig(Config):

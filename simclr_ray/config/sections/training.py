@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from simclr_ray.config.schema import Config, Field, model_validator
+from simclr_ray.config.schema import Config, Field, PathOrURI, model_validator
 
 
 class NTXentConfig(Config):
@@ -82,11 +82,17 @@ class DistillationConfig(Config):
     """A teacher's class probabilities as targets, for images without labels (SimCLRv2 eq. 2)."""
 
     name: Literal["distillation"] = "distillation"
-    teacher: str = Field(min_length=1, description="Run folder or checkpoint of a classifier.")
+    teacher: PathOrURI = Field(
+        min_length=1, description="Run folder or checkpoint of a classifier."
+    )
     sha256: str = Field("", description="Of the teacher's weights; filled in.")
     temperature: float = Field(
         1.0, ge=1e-3, le=100, description="τ; SimCLRv2 has 0.1 for a student like the teacher."
     )
+
+    def canonical(self) -> DistillationConfig:
+        """Return the config without the path where the hash says which teacher it is."""
+        return self.model_copy(update={"teacher": ""}) if self.sha256 else self
 
 
 class LARSConfig(Config):

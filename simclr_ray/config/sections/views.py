@@ -35,6 +35,13 @@ class SimCLRViewsConfig(Config):
             )
         return self
 
+    def canonical(self) -> SimCLRViewsConfig:
+        """Return the config with the time of full size at its default where views do not grow."""
+        usual = type(self).model_fields["full_size_epoch_fraction"].default
+        return (
+            self if self.start_size else self.model_copy(update={"full_size_epoch_fraction": usual})
+        )
+
     def size_at(self, epoch: int, epochs: int) -> int:
         """Return the side of views in an epoch: linear growth, in steps (FFCV-SSL does likewise).
 

@@ -372,7 +372,7 @@ def test_dumped_text_stays_text(text: str) -> None:
 
 
 def test_leaves_are_the_dotted_paths_to_every_scalar() -> None:
-    found = cfg.leaves(cfg.validate(Experiment, MINIMAL))
+    found = cfg.leaves(cfg.to_tree(cfg.validate(Experiment, MINIMAL)))
     assert found["evaluation.knn.k"] == 200
     assert found["optimizer.name"] == "lars"
     assert all(isinstance(value, str | int | float | bool) for value in found.values())

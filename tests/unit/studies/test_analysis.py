@@ -22,7 +22,7 @@ from simclr_ray.studies.analysis import (
 from simclr_ray.studies.definition import Dimension, Study
 from simclr_ray.studies.figures import _ours, _paper, draw_study
 from simclr_ray.studies.files import load_study
-from simclr_ray.studies.folder import Curve, Outcome, Status, curve_of
+from simclr_ray.studies.folder import Curve, Status, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Point, base_tree, make_trials, points_of
 from simclr_ray.studies.report import markdown, page, verdict_text
 
@@ -35,7 +35,7 @@ def study() -> Study:
     return load_study("batch_size", "cpu")
 
 
-def outcomes_of(study: Study) -> list[Outcome]:
+def outcomes_of(study: Study) -> list[TrialOutcome]:
     outcomes = []
     for trial in make_trials(study, base_tree(study), points_of(study)):
         batch, epochs = int(trial.point["batch_size"]), int(trial.point["epochs"])
@@ -44,12 +44,12 @@ def outcomes_of(study: Study) -> list[Outcome]:
     return outcomes
 
 
-def outcome(name: str, value: float, point: Point, seed: int = 0) -> Outcome:
+def outcome(name: str, value: float, point: Point, seed: int = 0) -> TrialOutcome:
     curve: Curve = {1: {"eval/knn_top1": value / 2}}
     cost = {"images": 100.0, "seconds": 36.0, "device_seconds": 72.0}
     cells = [{"point": point, "epoch": 0}]
     run = {"folder": f"/x/{name}"}
-    return Outcome(
+    return TrialOutcome(
         name, "finished", "", cells, seed, {"final/linear_top1": value}, curve, cost, run
     )
 
@@ -203,7 +203,7 @@ def test_a_run_that_stands_for_many_points_is_one_observation() -> None:
     assert linear.smallest_p == 1.0
 
 
-def trunk(status: Status = "finished", epochs: int = 4) -> Outcome:
+def trunk(status: Status = "finished", epochs: int = 4) -> TrialOutcome:
     curve: Curve = {e: {"eval/knn_top1": 0.1 * e} for e in range(1, epochs + 1)}
     cells = [{"point": {"epochs": e}, "epoch": e} for e in (1, 2, 4)]
     return outcome("t", 0.0, {})._replace(status=status, curve=curve, cells=cells)

@@ -9,7 +9,7 @@ from typing import Any
 from simclr_ray import config as cfg
 from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.studies.definition import Study
-from simclr_ray.studies.folder import Outcome, StudyFolder
+from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import Trial, base_tree, make_trials, points_of
 from simclr_ray.studies.status import status_of
 
@@ -36,7 +36,7 @@ def log(folder: StudyFolder, trial: str) -> None:
 
 def end(folder: StudyFolder, trial: str) -> None:
     curve = {4: {"eval/knn_top1": 0.5}}
-    folder.write_outcome(Outcome(trial, "finished", "", [], 0, {}, curve, {}, {}))
+    folder.write_outcome(TrialOutcome(trial, "finished", "", [], 0, {}, curve, {}, {}))
 
 
 def test_a_grid_has_what_waits_what_is_open_and_what_has_ended(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from simclr_ray.errors import DataError
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.precision import DTYPES
 from simclr_ray.train.dry_run import derived, num_parameters, step_memory
+from simclr_ray.train.resolve import ResolvedExperiment
 
 SMALL = {"name": "resnet", "depth": 10, "width": 0.25, "stem": "cifar"}
 
@@ -107,7 +108,7 @@ def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
         schedule={"learning_rate": 0.5, "scaling": "linear", "warmup_epochs": 2.0},
         scaling={"num_workers": 5},
     )
-    rows = derived(e, source)
+    rows = derived(ResolvedExperiment(e, source))
     assert rows["images"] == "1,000 in 1 files, 40 row groups, 2 lanes"
     assert rows["global batch"] == "96 images, 192 views"
     assert rows["negatives"] == "190 per anchor"
@@ -121,10 +122,10 @@ def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
 
 
 def test_a_warm_up_as_long_as_the_run_is_noted(source: Source) -> None:
-    rows = derived(experiment(batch_size=100, epochs=3), source)
+    rows = derived(ResolvedExperiment(experiment(batch_size=100, epochs=3), source))
     assert "never reaches its peak" in rows["note"]
 
 
 def test_rows_that_fill_no_batch_are_refused(source: Source) -> None:
     with pytest.raises(DataError, match="1000 rows do not fill one global batch of 1001"):
-        derived(experiment(batch_size=1001), source)
+        derived(ResolvedExperiment(experiment(batch_size=1001), source))

@@ -11,24 +11,29 @@ import pytest
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ClassifierHeadConfig, DataConfig, Experiment
-from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
-from simclr_ray.train.resolve import resolved, split_like_test
+from simclr_ray.train.resolve import resolve, split_like_test
 from tests.ray.images import write_shapes
 
 CLASSIFIER = {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}}
 
 
 def experiment(**changes: Any) -> Experiment:
-    return cfg.validate(Experiment, {"name": "t", "data": {"train": "x"}, **changes})
+    tree = {"name": "t", "data": {"train": "x"}, "batch_size": 2}
+    return cfg.validate(Experiment, {**tree, **changes})
 
 
-def source(folder: Path, labels: list[int | None] | None) -> Source:
+def resolved(experiment: Experiment, train: str) -> Experiment:
+    data = experiment.data.model_copy(update={"train": train})
+    return resolve(experiment.model_copy(update={"data": data})).config
+
+
+def source(folder: Path, labels: list[int | None] | None) -> str:
     columns: dict[str, Any] = {"image": pa.array([b"x"] * 6, pa.binary())}
     if labels is not None:
         columns["label"] = pa.array(labels, pa.int64())
     pq.write_table(pa.table(columns), folder / "set.parquet")
-    return Source.open(str(folder / "set.parquet"))
+    return str(folder / "set.parquet")
 
 
 def test_classes_are_counted_and_no_other_loss_asks_for_labels(tmp_path: Path) -> None:
@@ -37,7 +42,7 @@ def test_classes_are_counted_and_no_other_loss_asks_for_labels(tmp_path: Path) -
     assert isinstance(head, ClassifierHeadConfig)
     assert head.num_classes == 5
     plain = experiment()
-    assert resolved(plain, source(tmp_path, None)) == plain
+    assert resolved(plain, source(tmp_path, None)).digest() == plain.digest()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,36 @@ def test_supcon_needs_a_column_and_no_more(tmp_path: Path) -> None:
     asked = experiment(loss={"name": "supcon"})
     with pytest.raises(DataError, match="supcon needs labels"):
         resolved(asked, source(tmp_path, None))
-    assert resolved(asked, source(tmp_path, [0, None, None, 1, 0, 0])) == asked
+    found = resolved(asked, source(tmp_path, [0, None, None, 1, 0, 0]))
+    assert found.digest() == asked.digest()
+
+
+def test_the_same_on_other_workers_and_storage_is_the_same_run(tmp_path: Path) -> None:
+    train = source(tmp_path, None)
+    asked = experiment(data={"train": train})
+    run = resolve(asked)
+    assert resolve(run) is run
+    assert run.run_name.startswith("t-")
+    placed = asked.model_copy(update={"storage": str(tmp_path / "elsewhere")})
+    assert resolve(placed).run_name == run.run_name
+    assert resolve(asked.model_copy(update={"seed": 9})).run_name != run.run_name
+    table = pa.table({"image": pa.array([b"y"] * 7, pa.binary())})
+    pq.write_table(table, tmp_path / "set.parquet")
+    assert resolve(asked).run_name != run.run_name
+
+
+def test_local_paths_are_absolute_from_the_start_and_uris_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = {"train": "images", "test": "s3://bucket/test", "eval_train": "~/bank"}
+    made = experiment(data=data, storage="runs", init={"weights": "run/step"})
+    assert made.data.train == str(tmp_path.resolve() / "images")
+    assert made.data.test == "s3://bucket/test"
+    assert made.data.eval_train == str(Path("~/bank").expanduser().resolve())
+    assert made.storage == str(tmp_path.resolve() / "runs")
+    assert made.init.weights == str(tmp_path.resolve() / "run" / "step")
+    assert cfg.validate(Experiment, cfg.to_tree(made)) == made
 
 
 @pytest.mark.parametrize(

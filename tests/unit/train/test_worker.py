@@ -9,10 +9,9 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, RunError
 from simclr_ray.storage.run_folder import RunFolder
-from simclr_ray.train.resolve import resolved
+from simclr_ray.train.resolve import resolve
 from simclr_ray.train.worker import unwrap_error
 from tests.ray.images import write_shapes
 
@@ -46,8 +45,7 @@ def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(
     sizes = {"batch_size": 16, "epochs": 1}
     overrides = [f"{key}={value}" for key, value in (given | sizes).items()]
     experiment = Experiment.load("cifar10_study_cpu", *overrides, "data.test=''")
-    source = Source.open(str(tmp_path / "train.parquet"), experiment.data.columns, 10_000)
-    name = resolved(experiment.absolute(), source).run_name(source.fingerprint)
+    name = resolve(experiment).run_name
     driver = import_module("simclr_ray.train.driver")  # the package has a function of that name
     monkeypatch.setattr(driver, "HELD_S", 0.0)
     monkeypatch.setattr(driver, "connect", lambda _: pytest.fail("a cluster was started"))

@@ -1,0 +1,64 @@
+"""`run.json`: which run a folder holds, and where it is tracked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Final
+
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage.run_folder import RUN_FILE, RunFolder
+
+FORMAT_VERSION: Final = 2  # as of checkpoints
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder says of its run.
+
+    Attributes:
+        mlflow_run_id: Run in the MLflow store.
+        tracking_uri: Of that store.
+        fingerprint: Of the training images.
+        digest: Of the experiment.
+        format_version: Of the folder.
+    """
+
+    mlflow_run_id: str
+    tracking_uri: str
+    fingerprint: str
+    digest: str
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def find(cls, folder: RunFolder) -> RunRecord | None:
+        """Return the record of a folder, or None where no run has begun in it.
+
+        Raises:
+            ConfigError: It is of another format, or no record.
+        """
+        text = folder.read_text(RUN_FILE)
+        if text is None:
+            return None
+        try:
+            tree = json.loads(text)
+        except ValueError as error:
+            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", str(error))]) from error
+        version = tree.get("format_version", 1) if isinstance(tree, dict) else None
+        if version != FORMAT_VERSION:
+            problem = f"format {version}, this release reads {FORMAT_VERSION}; see docs/upgrade.md"
+            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in tree.items() if key in known})
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> RunRecord:
+        """Return the record of a run folder; raise `ConfigError` where there is none."""
+        record = cls.find(folder)
+        if record is None:
+            raise ConfigError([ConfigIssue(folder.uri, f"is no run folder: it has no {RUN_FILE}")])
+        return record
+
+    def write(self, folder: RunFolder) -> None:
+        """Write the record into the folder."""
+        folder.write_text(RUN_FILE, json.dumps(asdict(self), indent=1))
