@@ -1,12 +1,21 @@
-"""SimCLR's Algorithm 1 as a page of torch: no Ray, no MLflow.
+"""SimCLR's Algorithm 1 (Chen et al. 2020, arXiv:2002.05709) as a page of torch: no Ray, no MLflow.
+
+    for each minibatch {x_k}, k = 1..N:                  `stream` (data.plan, data.batches)
+        draw t, t' for each k; the views t(x_k), t'(x_k) `batch.a`, `batch.b` (augment.views)
+        h = f(view), z = g(h)                            `forward_views` (nn.build.SimCLRModel)
+        s_ij = z_i . z_j / (|z_i| |z_j|)                 inside `loss` (nn.losses.NTXentLoss):
+        l(i,j) = -log(exp(s_ij/tau) / sum_k!=i exp(s_ik/tau))           eq. 1, over the global
+        L = 1/2N sum_k l(2k-1,2k) + l(2k,2k-1)                          batch of all ranks
+        update f and g to minimise L                     `plain_step` or `cached_step`, then
+                                                         `optimizer.step` (optim.LARS)
+    return f, throw g away                               inference.encoder_files, from a checkpoint
 
 The loop is given a stream of view pairs, a model, a loss and an optimizer, and plain functions to
-call at the right times. It runs alone, under torchrun, and under Ray Train.
+call at the right times. It runs alone, under torchrun, and under Ray Train (`worker`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,55 +26,25 @@ from torch import Tensor, nn
 
 from simclr_ray.data.batch import Batch
 from simclr_ray.distributed import collectives as dist
-from simclr_ray.errors import DivergedError, RunError
-from simclr_ray.nn.losses import BatchMetrics, Loss
+from simclr_ray.nn.batchnorm import frozen_statistics
+from simclr_ray.nn.losses import Loss
 from simclr_ray.nn.precision import Precision, as_input, autocast
-from simclr_ray.optim import learning_rate_at
-from simclr_ray.train.gradient_cache import grad_cache_step, group_rows
+from simclr_ray.train.gradient_cache import gradients_add_up, group_rows
+from simclr_ray.train.meter import Metrics, StepMeter
+from simclr_ray.train.step_schedule import StepSchedule
 
-_NOT_FINITE = (
-    "the loss is not finite at step {step} (mean since the last report: {mean}); "
-    "lower schedule.learning_rate, or lengthen the warm-up"
-)
+__all__ = [
+    "Callbacks",
+    "Metrics",
+    "StepOutput",
+    "StepSchedule",
+    "cached_step",
+    "plain_step",
+    "train",
+]
 
-
-@dataclass(frozen=True)
-class StepSchedule:
-    """Which step is what: a pure function of the step, shared by all ranks."""
-
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-    peak_learning_rate: float
-    global_batch_size: int
-    log_every: int = 10
-    checkpoint_every: int = 0  # steps, besides the ends of epochs; 0: none
-    constant: bool = False  # the rate after warm-up; else a cosine to zero
-
-    def learning_rate(self, step: int) -> float:
-        """Return the rate of `step`."""
-        return learning_rate_at(
-            step,
-            self.peak_learning_rate,
-            self.warmup_steps,
-            self.total_steps,
-            constant=self.constant,
-        )
-
-
-class Metrics(NamedTuple):
-    """What one report holds: means over ranks, and over the steps since the last report."""
-
-    step: int  # steps done
-    epoch: float
-    loss: float  # of the last step: the paper's L over the global batch
-    mean_loss: float
-    learning_rate: float
-    top1: float  # of picking the partner, or the class
-    entropy: float  # of that choice, nats
-    images_per_s: float
-    data_wait_fraction: float  # of the wall time
-    bad_rows: int  # ids replaced since the last report, all ranks
+Forward = Callable[[int, slice], tuple[Tensor, Tensor]]  # group number, rows -> z1, z2 [m, D]
+LossOfViews = Callable[[Tensor, Tensor], Tensor]  # z1, z2 -> scalar
 
 
 @dataclass(frozen=True)
@@ -75,6 +54,14 @@ class Callbacks:
     report: Callable[[Metrics], None]
     epoch_end: Callable[[int, int], None]  # (epochs done, steps done)
     checkpoint: Callable[[int], None]  # (steps done), within an epoch
+
+
+class StepOutput(NamedTuple):
+    """What one step leaves besides the parameters' gradients; nothing of it has a graph."""
+
+    loss: Tensor  # scalar: this rank's part of L, by the contract of `nn.losses`
+    z1: Tensor  # [n, D], of view a
+    z2: Tensor  # [n, D], of view b, row by row the same images
 
 
 def train(
@@ -92,7 +79,7 @@ def train(
     """Train until the stream ends. A collective: every rank streams the same steps.
 
     Args:
-        model: Maps images [2n, 3, S, S] to (h, z); may be wrapped in `dist.data_parallel`.
+        model: Maps images [2n, 3, S, S] to (h, z); may be wrapped in `collectives.data_parallel`.
         loss: Of z1, z2, and the labels where it takes them.
         optimizer: Over the model's parameters; its rate is set here at each step.
         stream: Batches of consecutive steps, from where the run stands.
@@ -108,32 +95,31 @@ def train(
         RunError: Ranks stand at different steps.
     """
     device = next(model.parameters()).device
-    meter = _Meter(device, schedule)
+    meter = StepMeter(device, schedule)
     model.train()
     for batch in meter.timed(stream):
-        step = batch.step
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(step)
+            group["lr"] = schedule.learning_rate(batch.step)
         labels = batch.labels.to(device) if batch.labels is not None else None
-        project = _Projector(model, batch, device, precision, seed, num_groups, loss.one_view)
+        forward = partial(
+            forward_views, model, batch, loss=loss, precision=precision, seed=seed, of=num_groups
+        )
         if num_groups == 1:
-            z1, z2 = project(0, slice(None))
-            value = loss(z1, z2, labels)
-            value.backward()
+            output = plain_step(forward, partial(loss, labels=labels))
         else:
             first, _ = dist.share(schedule.global_batch_size, dist.rank(), dist.world_size())
             groups = group_rows(len(batch.a), first, num_groups)
             if labels is not None:
                 labels = torch.cat([labels[rows] for rows in groups])
-            value, z1, z2 = grad_cache_step(model, project, partial(loss, labels=labels), groups)
+            output = cached_step(model, forward, partial(loss, labels=labels), groups)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        meter.add(batch, value.detach())
+        meter.add(batch, output.loss)
 
-        done = step + 1
+        done = batch.step + 1
         epoch_ends = done % schedule.steps_per_epoch == 0
         if done % schedule.log_every == 0 or epoch_ends:
-            callbacks.report(meter.read(done, loss.metrics(z1.detach(), z2.detach(), labels)))
+            callbacks.report(meter.read(done, loss.metrics(output.z1, output.z2, labels)))
         if epoch_ends:
             callbacks.epoch_end(done // schedule.steps_per_epoch, done)
             model.train()
@@ -144,100 +130,81 @@ def train(
             meter.restart()
 
 
-@dataclass(frozen=True)
-class _Projector:
-    """z1 and z2 of some rows of a batch: the same numbers each time it is asked."""
-
-    model: nn.Module
-    batch: Batch
-    device: torch.device
-    precision: Precision
-    seed: int
-    num_groups: int
-    one_view: bool
-
-    def __call__(self, group: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return z1, z2 [m, D]. Both views pass together: batch norm's statistics are joint.
-
-        A loss of one view gets z1 twice.
-        """
-        # a backbone may have dropout: keyed, a resumed run and a second pass draw the same
-        turn = self.batch.step * dist.world_size() + dist.rank()
-        torch.manual_seed((self.seed << 32) + turn * self.num_groups + group)
-        views = [self.batch.a] if self.one_view else [self.batch.a, self.batch.b]
-        images = torch.cat([view[rows] for view in views])  # [2m, 3, S, S]
-        with autocast(self.device, self.precision):
-            _, z = self.model(as_input(images, self.device, self.precision))
-        parts = z.chunk(len(views))
-        return parts[0], parts[-1]
+def plain_step(forward: Forward, loss: LossOfViews) -> StepOutput:
+    """Add the gradient of one batch to the parameters' gradients; all activations are kept."""
+    z1, z2 = forward(0, slice(None))  # [n, D] each
+    value = loss(z1, z2)
+    value.backward()  # type: ignore[no-untyped-call]
+    return StepOutput(value.detach(), z1.detach(), z2.detach())
 
 
-class _Meter:
-    """Sums on the device between reports, so that a step never waits for the host."""
+def cached_step(
+    model: nn.Module, forward: Forward, loss: LossOfViews, groups: list[slice]
+) -> StepOutput:
+    """Add the gradient of one batch, with the activations of one group at a time. Collective.
 
-    def __init__(self, device: torch.device, schedule: StepSchedule) -> None:
-        self.device, self.schedule = device, schedule
-        self.restart()
+    Gradient caching (Gao et al. 2021, arXiv:2101.06983): every group passes once without a graph,
+    the loss is taken over all of the global batch and gives the gradient to each z, and every
+    group passes again, with a graph, to take its part of it. So this is no gradient accumulation:
+    negatives are those of the whole batch. It costs a second forward pass. Batch norm's running
+    statistics move in the first pass alone.
 
-    def restart(self) -> None:
-        """Start a new interval: what is done between steps does not count as training time."""
-        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.last_loss = self.loss_sum
-        self.bad_rows = 0
+    Args:
+        model: Whose parameters `forward` uses; may be wrapped in `collectives.data_parallel`.
+        forward: Must draw the same numbers when it is called again.
+        loss: Of z1, z2 in the order of the groups.
+        groups: Rows of this rank's batch, group by group.
+    """
+    with torch.no_grad():
+        parts = [forward(g, rows) for g, rows in enumerate(groups)]
+    z1, z2 = (torch.cat(z).requires_grad_() for z in zip(*parts, strict=True))  # [n, D] each
+    value = loss(z1, z2)
+    value.backward()  # type: ignore[no-untyped-call]
+    sizes = [len(z) for z, _ in parts]
+    # a loss of one view leaves the other without a gradient
+    gradients = (torch.zeros_like(z) if z.grad is None else z.grad for z in (z1, z2))
+    upstream = list(zip(*(torch.split(g, sizes) for g in gradients), strict=True))
+    del parts
+    with frozen_statistics(model):
+        for g, rows in enumerate(groups):
+            with gradients_add_up(model, is_last=g == len(groups) - 1):
+                torch.autograd.backward(forward(g, rows), upstream[g])
+    return StepOutput(value.detach(), z1.detach(), z2.detach())
 
-    def timed(self, stream: Iterable[Batch]) -> Iterable[Batch]:
-        """Yield from the stream, adding up the time spent waiting for it."""
-        iterator = iter(stream)
-        while True:
-            asked = time.perf_counter()
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            self.waited += time.perf_counter() - asked
-            yield batch
 
-    def add(self, batch: Batch, value: Tensor) -> None:
-        """Count one step."""
-        self.steps += 1
-        self.last_loss = value.double()
-        self.loss_sum = self.loss_sum + self.last_loss
-        self.bad_rows += len(batch.bad)
+def forward_views(
+    model: nn.Module,
+    batch: Batch,
+    group: int,
+    rows: slice,
+    *,
+    loss: Loss,
+    precision: Precision,
+    seed: int,
+    of: int,
+) -> tuple[Tensor, Tensor]:
+    """Return z1, z2 [m, D] of some rows of a batch: the same numbers each time it is called.
 
-    def check_finite(self, done: int) -> None:
-        """Raise `DivergedError` on all ranks if a loss was not finite. Collective."""
-        total = dist.all_reduce_sum(self.loss_sum.clone())
-        if not torch.isfinite(total):
-            raise DivergedError(
-                _NOT_FINITE.format(step=done, mean=float(self.loss_sum) / self.steps)
-            )
+    Both views pass together, so that batch norm's statistics are joint. A loss of one view gets z1
+    twice.
 
-    def read(self, done: int, of_batch: BatchMetrics) -> Metrics:
-        """Return the interval's metrics and start the next. Collective."""
-        # reading the loss waits for the device: only then is the interval's work done
-        mine = [float(done), float(self.last_loss), float(self.loss_sum) / self.steps]
-        elapsed = time.perf_counter() - self.began
-        mine += [self.waited / elapsed, float(self.bad_rows)]
-        gathered = dist.all_gather_vector(
-            torch.tensor(mine, dtype=torch.float64, device=self.device)
-        ).cpu()  # [R, 5]
-        if (gathered[:, 0] != done).any():
-            raise RunError(f"ranks stand at different steps: {gathered[:, 0].int().tolist()}")
-        _, last, mean, wait, _ = gathered.mean(0).tolist()
-        if not torch.isfinite(gathered[:, 1:3]).all():
-            raise DivergedError(_NOT_FINITE.format(step=done, mean=mean))
-        images = self.steps * self.schedule.global_batch_size
-        metrics = Metrics(
-            step=done,
-            epoch=done / self.schedule.steps_per_epoch,
-            loss=last,
-            mean_loss=mean,
-            learning_rate=self.schedule.learning_rate(done - 1),
-            top1=float(of_batch.top1),
-            entropy=float(of_batch.entropy),
-            images_per_s=images / elapsed,
-            data_wait_fraction=wait,
-            bad_rows=int(gathered[:, 4].sum()),
-        )
-        self.restart()
-        return metrics
+    Args:
+        model: Maps images to (h, z).
+        batch: This rank's part of the global batch.
+        group: Number of the group that the rows are.
+        rows: Of the batch.
+        loss: Says whether view b is looked at.
+        precision: As of `train`.
+        seed: As of `train`.
+        of: Number of groups.
+    """
+    # a backbone may have dropout: keyed, a resumed run and a second pass draw the same
+    turn = batch.step * dist.world_size() + dist.rank()
+    torch.manual_seed((seed << 32) + turn * of + group)
+    views = [batch.a] if loss.one_view else [batch.a, batch.b]
+    images = torch.cat([view[rows] for view in views])  # [2m, 3, S, S]
+    device = next(model.parameters()).device
+    with autocast(device, precision):
+        _, z = model(as_input(images, device, precision))  # [2m, D]
+    parts = z.chunk(len(views))
+    return parts[0], parts[-1]

@@ -11,7 +11,8 @@ from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.train import loop
-from simclr_ray.train.gradient_cache import grad_cache_step, group_rows
+from simclr_ray.train.gradient_cache import group_rows
+from simclr_ray.train.loop import cached_step
 
 LOSS = NTXentLoss(0.2)
 
@@ -56,7 +57,7 @@ def cached_gradients(
         z1, z2 = parallel(views[:, rows].flatten(0, 1)).chunk(2)
         return z1, z2
 
-    grad_cache_step(parallel, project, LOSS, group_rows(last - first, first, num_groups))
+    cached_step(parallel, project, LOSS, group_rows(last - first, first, num_groups))
     return [g.flatten().tolist() for g in gradients(model)]
 
 

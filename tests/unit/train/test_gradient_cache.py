@@ -14,7 +14,8 @@ from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.precision import prepare_model
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.train import loop
-from simclr_ray.train.gradient_cache import grad_cache_step, group_rows
+from simclr_ray.train.gradient_cache import group_rows
+from simclr_ray.train.loop import cached_step
 from tests.distributed.gradient_cache_ranks import Both
 from tests.unit.train.test_loop import batches, schedule
 
@@ -68,7 +69,7 @@ def test_without_batch_norm_the_gradient_is_that_of_one_pass(num_groups: int) ->
     ours = network(lambda: nn.GroupNorm(2, 8))
     reference = copy.deepcopy(ours)
     groups = group_rows(N, 0, num_groups)
-    cached = grad_cache_step(ours, projector(ours, views()), LOSS, groups)
+    cached = cached_step(ours, projector(ours, views()), LOSS, groups)
     expected = in_one_graph(reference, views(), [slice(None)])
     assert cached.loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert_equal_gradients(ours, reference)
@@ -78,7 +79,7 @@ def test_with_batch_norm_it_is_that_of_the_same_groups_in_one_graph() -> None:
     ours = network(lambda: GlobalBatchNorm(8))
     reference = copy.deepcopy(ours)
     groups = group_rows(N, 0, 3)
-    grad_cache_step(ours, projector(ours, views()), LOSS, groups)
+    cached_step(ours, projector(ours, views()), LOSS, groups)
     in_one_graph(reference, views(), groups)
     assert_equal_gradients(ours, reference)
     for a, b in zip(ours.buffers(), reference.buffers(), strict=True):
@@ -89,7 +90,7 @@ def test_dropout_draws_the_same_in_both_passes() -> None:
     ours = network(lambda: nn.Dropout(0.5))
     reference = copy.deepcopy(ours)
     groups = group_rows(N, 0, 4)
-    grad_cache_step(ours, projector(ours, views()), LOSS, groups)
+    cached_step(ours, projector(ours, views()), LOSS, groups)
     in_one_graph(reference, views(), groups)
     assert_equal_gradients(ours, reference)
 

@@ -1,0 +1,107 @@
+"""What a run measures of itself between two reports: losses, speed, waiting for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from simclr_ray.data.batch import Batch
+from simclr_ray.distributed import collectives as dist
+from simclr_ray.errors import DivergedError, RunError
+from simclr_ray.nn.losses import BatchMetrics
+from simclr_ray.train.step_schedule import StepSchedule
+
+_NOT_FINITE = (
+    "the loss is not finite at step {step} (mean since the last report: {mean}); "
+    "lower schedule.learning_rate, or lengthen the warm-up"
+)
+
+
+class Metrics(NamedTuple):
+    """What one report holds: means over ranks, and over the steps since the last report."""
+
+    step: int  # steps done
+    epoch: float
+    loss: float  # of the last step: the paper's L over the global batch
+    mean_loss: float
+    learning_rate: float
+    top1: float  # of picking the partner, or the class
+    entropy: float  # of that choice, nats
+    images_per_s: float
+    data_wait_fraction: float  # of the wall time
+    bad_rows: int  # ids replaced since the last report, all ranks
+
+
+class StepMeter:
+    """Sums on the device between reports, so that a step never waits for the host."""
+
+    def __init__(self, device: torch.device, schedule: StepSchedule) -> None:
+        self.device, self.schedule = device, schedule
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval: what is done between steps does not count as training time."""
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.last_loss = self.loss_sum
+        self.bad_rows = 0
+
+    def timed(self, stream: Iterable[Batch]) -> Iterable[Batch]:
+        """Yield from the stream, adding up the time spent waiting for it."""
+        iterator = iter(stream)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def add(self, batch: Batch, value: Tensor) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.last_loss = value.double()
+        self.loss_sum = self.loss_sum + self.last_loss
+        self.bad_rows += len(batch.bad)
+
+    def check_finite(self, done: int) -> None:
+        """Raise `DivergedError` on all ranks if a loss was not finite. Collective."""
+        total = dist.all_reduce_sum(self.loss_sum.clone())
+        if not torch.isfinite(total):
+            raise DivergedError(
+                _NOT_FINITE.format(step=done, mean=float(self.loss_sum) / self.steps)
+            )
+
+    def read(self, done: int, of_batch: BatchMetrics) -> Metrics:
+        """Return the interval's metrics and start the next. Collective."""
+        # reading the loss waits for the device: only then is the interval's work done
+        mine = [float(done), float(self.last_loss), float(self.loss_sum) / self.steps]
+        elapsed = time.perf_counter() - self.began
+        mine += [self.waited / elapsed, float(self.bad_rows)]
+        gathered = dist.all_gather_vector(
+            torch.tensor(mine, dtype=torch.float64, device=self.device)
+        ).cpu()  # [R, 5]
+        if (gathered[:, 0] != done).any():
+            raise RunError(f"ranks stand at different steps: {gathered[:, 0].int().tolist()}")
+        _, last, mean, wait, _ = gathered.mean(0).tolist()
+        if not torch.isfinite(gathered[:, 1:3]).all():
+            raise DivergedError(_NOT_FINITE.format(step=done, mean=mean))
+        images = self.steps * self.schedule.global_batch_size
+        metrics = Metrics(
+            step=done,
+            epoch=done / self.schedule.steps_per_epoch,
+            loss=last,
+            mean_loss=mean,
+            learning_rate=self.schedule.learning_rate(done - 1),
+            top1=float(of_batch.top1),
+            entropy=float(of_batch.entropy),
+            images_per_s=images / elapsed,
+            data_wait_fraction=wait,
+            bad_rows=int(gathered[:, 4].sum()),
+        )
+        self.restart()
+        return metrics

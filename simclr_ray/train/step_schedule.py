@@ -1,0 +1,31 @@
+"""The arithmetic of a run: which step ends an epoch, and what its learning rate is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simclr_ray.optim import learning_rate_at
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Which step is what: a pure function of the step, shared by all ranks."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    peak_learning_rate: float
+    global_batch_size: int
+    log_every: int = 10
+    checkpoint_every: int = 0  # steps, besides the ends of epochs; 0: none
+    constant: bool = False  # the rate after warm-up; else a cosine to zero
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of `step`."""
+        return learning_rate_at(
+            step,
+            self.peak_learning_rate,
+            self.warmup_steps,
+            self.total_steps,
+            constant=self.constant,
+        )
