@@ -1,13 +1,21 @@
-"""The contrastive losses: modules of z1, z2 over the global batch, exact on any number of ranks.
+"""Contrastive losses: modules of z1, z2 over the global batch, exact on any number of ranks.
 
-NT-Xent is SimCLR's (Chen et al. 2020, arXiv:2002.05709, eq. 1); NT-Logistic and margin triplet are
-its Table 2 and 4; decoupled (Yeh et al. 2022, arXiv:2110.06848) and supervised contrastive (Khosla
-et al. 2020, arXiv:2004.11362) come after it. `ntxent` and `pairwise` hold the arithmetic.
+    z = normalize([z1; z2])                      # [2N, D], of all ranks
+    s_ij = z_i·z_j / τ                           # [2N, 2N], made tile by tile, never held
+    L = 1/(2N) · Σ_i [ log Σ_j≠i exp(s_ij) − s_i,partner(i) ]       # NT-Xent
 
-The contract of all. The value is R/(2N) times the sum over this rank's own anchors: its own mean
-when ranks hold equally many images, and the mean of the global batch when averaged over ranks. The
-gradient to z1, z2 is R times that of the global mean, so gradients must afterwards be *averaged*
-over ranks, as DDP does.
+`NTXentLoss` is SimCLR's (Chen et al. 2020, arXiv:2002.05709, eq. 1), `NTLogisticLoss` and
+`TripletLoss` are its Tables 2 and 4, `DCLLoss` is of Yeh et al. 2022 (arXiv:2110.06848),
+`SupConLoss` of Khosla et al. 2020 (arXiv:2004.11362). `nn/ntxent.py` and `nn/pairwise.py` hold the
+arithmetic of tiles. Dense oracles in float64 NumPy, written from the papers, that all are tested
+against: `tests/reference/ntxent.py` and `tests/reference/contrastive.py`.
+
+Legend: N images in the global batch, n of them on this rank, R ranks, D the width of a projection.
+Contract of all losses: a rank passes the projections of its own n images and gets R/(2N) times the
+sum over its own 2n anchors. That is its own mean where ranks hold equally many images, and averages
+over ranks to the mean of the global batch. The gradient to z1, z2 is R times that of the global
+mean, so gradients must be *averaged* over ranks afterwards, as DDP does. `forward` is a collective:
+every rank calls it, or all wait. Without a process group R is 1.
 """
 
 from __future__ import annotations
@@ -27,19 +35,19 @@ Negatives = Literal["both", "other"]
 
 
 class BatchMetrics(NamedTuple):
-    """What is logged beside the loss, a mean over the global batch each."""
+    """Two figures logged beside the loss, each a mean over the global batch."""
 
     top1: Tensor  # scalar in [0, 1]
-    entropy: Tensor  # scalar, nats
+    entropy: Tensor  # scalar in nats, 0 to log of the number of choices
 
 
 class Loss(nn.Module, ABC):
-    """What the loop asks of a loss.
+    """Interface between a loss and the training loop.
 
     Attributes:
         takes_labels: `forward` needs the images' labels.
-        one_view: It looks at z1 alone; the loop then makes no z2.
-        top1_name: What its top-1 accuracy is called among the metrics of training.
+        one_view: `forward` reads z1 alone; the loop then computes no z2.
+        top1_name: Key of `metrics`' top-1 accuracy in the log: `train/<top1_name>`.
     """
 
     takes_labels = False
@@ -48,21 +56,26 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the loss by the module's contract, a float32 or float64 scalar. Collective."""
+        """Return the loss, a float32 or float64 scalar, by the module's contract. Collective."""
 
     @abstractmethod
     def metrics(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> BatchMetrics:
-        """Return top-1 accuracy and entropy of what the loss makes the model do. Collective."""
+        """Return top-1 accuracy and entropy of the choice that the loss trains. Collective."""
 
 
 class ContrastiveLoss(Loss):
-    """What the losses over pairs of views share.
+    """Base of the losses over pairs of views.
 
     Args:
-        temperature: τ > 0, which divides the products of z.
-        normalize: Divide each z by its l2 norm first (Table 5 has both).
-        global_batch_size: N, when ranks hold the batch plan's shares of it; 0: counts are
-            exchanged at each call, which on GPU waits for the device.
+        temperature: τ > 0, without unit: divides the products of z. Larger is softer.
+        normalize: Divide each z by its l2 norm first, so that products are cosines (the
+            paper's Table 5 has both).
+        global_batch_size: N, where rank r of R holds rows r·N // R to (r + 1)·N // R, as the batch
+            plan partitions them. 0: ranks may hold any number; counts are exchanged at each call,
+            which on GPU waits for the device.
+
+    Raises:
+        ValueError: `temperature` is not above 0.
     """
 
     def __init__(
@@ -76,15 +89,21 @@ class ContrastiveLoss(Loss):
         self.global_batch_size = global_batch_size
 
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the loss, a float32 scalar (float64 for float64 input). Collective: gathers.
+        """Return the loss of this rank's anchors against the global batch. Collective: two gathers.
 
         Args:
-            z1: [n, D], this rank's projections of view 1, not normalised, any float dtype.
-            z2: [n, D], those of view 2, row by row the same images.
-            labels: int64 [n], of losses that take them; below 0: none.
+            z1: Projections of view 1, not normalised. Shape [n, D], any float dtype; arithmetic is
+                float32, or float64 for float64, under autocast as well.
+            z2: Projections of view 2, row by row of the same images. Shape [n, D].
+            labels: Classes, for a loss with `takes_labels`; below 0: no label. Shape [n], int64.
+
+        Returns:
+            Scalar in nats (`TripletLoss`: in units of the product), float32 or float64. Its
+            gradients to z1 and z2 have their dtypes.
 
         Raises:
-            ValueError: The shapes differ or are not [n, D], or labels are missing.
+            ValueError: z1 and z2 differ in shape or are not [n, D]; the loss takes labels and there
+                is not one for each image.
         """
         with torch.autocast(z1.device.type, enabled=False):
             _check(z1, z2)
@@ -105,15 +124,15 @@ class ContrastiveLoss(Loss):
         z2: Tensor,
         labels: Tensor | None = None,  # noqa: ARG002 - of other losses
     ) -> BatchMetrics:
-        """Return top-1 accuracy and entropy of picking a view's partner. Collective."""
+        """Return `contrastive_metrics` at this loss's temperature. Collective."""
         return contrastive_metrics(z1, z2, self.temperature, normalize=self.normalize)
 
     @abstractmethod
     def _pair_loss(self) -> pairwise.PairLoss | None:
-        """Return the term of an anchor; None: NT-Xent by its own faster core."""
+        """Return the term of an anchor; None: NT-Xent, which `nn/ntxent.py` computes faster."""
 
     def _counts(self, local: int, device: torch.device) -> list[int]:
-        """Return n of each rank."""
+        """Return n of each rank: [R]."""
         if not self.global_batch_size:
             return dist.row_counts(local, device)
         ranks = range(dist.world_size())
@@ -122,13 +141,39 @@ class ContrastiveLoss(Loss):
 
 
 class NTXentLoss(ContrastiveLoss):
-    """The normalised temperature-scaled cross entropy of the global batch (SimCLR eq. 1).
+    """Normalised temperature-scaled cross entropy of the global batch.
 
-    The paper's L; the authors' code returns twice this value. Arguments as of `ContrastiveLoss`.
+    SimCLR (Chen et al. 2020, arXiv:2002.05709) eq. 1. Each of the 2N views is an anchor; its
+    partner, the other view of its image, is the positive, the 2N − 2 views of the other images are
+    negatives. The value is the paper's L; the authors' `objective.py` returns twice that
+    (`docs/paper_ledger.md`). Memory grows with N·D, not with N²: tiles of s are computed forward
+    and again backward. In float64 the value equals that of the dense oracle
+    (`tests/reference/ntxent.py`) to 1e-11 and the gradients to 1e-9; one process equals 2 to 4 to
+    1e-10 and 1e-9 (`tests/distributed/test_losses.py`).
 
     Args:
-        negatives: `both` views of the other images, or those of the `other` view alone, as in
-            the comparison of Table 4 (§B.10).
+        temperature: τ > 0; the paper's best are 0.1 (ImageNet) and 0.5 (CIFAR-10).
+        normalize, global_batch_size: Same as `ContrastiveLoss`.
+        negatives: `both` views of the other images, or the `other` view of them alone, as in the
+            comparison of losses in Table 4 (§B.10).
+
+    Raises:
+        ValueError: `temperature` is not above 0.
+
+    Examples:
+        Four images whose projections are orthogonal and equal in both views: the positive has
+        cosine 1, six negatives have 0, so the loss is log(1 + 6·exp(−1/τ)).
+
+        >>> import torch
+        >>> from simclr_ray.nn.losses import NTXentLoss
+        >>> z1 = torch.eye(4, 8, requires_grad=True)
+        >>> z2 = torch.eye(4, 8)
+        >>> loss = NTXentLoss(temperature=0.5)(z1, z2)
+        >>> round(loss.item(), 4)
+        0.5944
+        >>> loss.backward()
+        >>> z1.grad.shape
+        torch.Size([4, 8])
     """
 
     def __init__(
@@ -151,11 +196,23 @@ class NTXentLoss(ContrastiveLoss):
 class DCLLoss(ContrastiveLoss):
     """Decoupled contrastive loss: NT-Xent without the positive in its denominator (DCL, DCLW).
 
-    Arguments as of `ContrastiveLoss`.
+    Yeh et al. 2022 (arXiv:2110.06848) eq. 6, weighted by eq. 7. Oracle: `contrastive.dcl`.
 
     Args:
-        sigma: Above 0, the positive of image k weighs 2 − N·softmax(s⁺/σ)_k, over the global batch
-            and not differentiated (DCLW's von Mises-Fisher weights; the paper has σ = 0.5).
+        temperature, normalize, global_batch_size: Same as `ContrastiveLoss`.
+        sigma: 0: DCL. Above 0: DCLW, the positive of image k weighs 2 − N·softmax(s⁺/σ)_k over the
+            global batch, not differentiated (von Mises-Fisher weights; the paper has 0.5).
+
+    Raises:
+        ValueError: `temperature` is not above 0.
+
+    Examples:
+        The views of `NTXentLoss`'s example: log(6) − 1/τ.
+
+        >>> import torch
+        >>> from simclr_ray.nn.losses import DCLLoss
+        >>> round(DCLLoss(temperature=0.5)(torch.eye(4, 8), torch.eye(4, 8)).item(), 4)
+        -0.2082
     """
 
     def __init__(
@@ -174,10 +231,25 @@ class DCLLoss(ContrastiveLoss):
 
 
 class SupConLoss(ContrastiveLoss):
-    """Supervised contrastive loss, L_out of Khosla et al. eq. 2, without their factor τ/τ_base.
+    """Supervised contrastive loss: all views of an anchor's class are its positives.
 
-    The positives of an anchor are all views of its class, its own image's other view among them; an
-    image without a label has that one alone. Arguments as of `ContrastiveLoss`.
+    Khosla et al. 2020 (arXiv:2004.11362) eq. 2, L_out, without the factor τ/τ_base of their code.
+    An image without a label (below 0) has its own other view as its only positive. Takes the
+    arguments of `ContrastiveLoss`. Oracle: `contrastive.supcon`.
+
+    Raises:
+        ValueError: `temperature` is not above 0; `forward` is called without labels.
+
+    Examples:
+        Without labels it is NT-Xent.
+
+        >>> import torch
+        >>> from simclr_ray.nn.losses import SupConLoss
+        >>> loss, z = SupConLoss(temperature=0.5), torch.eye(4, 8)
+        >>> round(loss(z, z, torch.full((4,), -1)).item(), 4)
+        0.5944
+        >>> round(loss(z, z, torch.tensor([0, 0, 1, 1])).item(), 4)
+        1.9278
     """
 
     takes_labels = True
@@ -187,15 +259,25 @@ class SupConLoss(ContrastiveLoss):
 
 
 class NTLogisticLoss(ContrastiveLoss):
-    """NT-Logistic of Table 2: −log σ(s⁺/τ) − mean over negatives of log σ(−s⁻/τ).
+    """NT-Logistic: −log σ(s⁺/τ) − mean over negatives of log σ(−s⁻/τ).
 
-    The paper leaves the sum over negatives open; it is a mean here (`docs/paper_ledger.md`).
-    Arguments as of `ContrastiveLoss`.
+    SimCLR Table 2 and 4. The paper says neither sum nor mean over negatives; it is a mean here
+    (`docs/paper_ledger.md`). Oracles: `contrastive.logistic`, `contrastive.mined_logistic`.
 
     Args:
-        semi_hard: One negative an anchor: the most similar of those less similar than the positive;
-            where there is none, the positive's term alone.
-        negatives: `both` views of the other images, or those of the `other` view alone.
+        temperature, normalize, global_batch_size: Same as `ContrastiveLoss`.
+        semi_hard: Use one negative an anchor: the most similar of those less similar than the
+            positive; where there is none, the positive's term alone.
+        negatives: Same as `NTXentLoss`.
+
+    Raises:
+        ValueError: `temperature` is not above 0.
+
+    Examples:
+        >>> import torch
+        >>> from simclr_ray.nn.losses import NTLogisticLoss
+        >>> round(NTLogisticLoss(temperature=0.5)(torch.eye(4, 8), torch.eye(4, 8)).item(), 4)
+        0.8201
     """
 
     def __init__(
@@ -216,15 +298,28 @@ class NTLogisticLoss(ContrastiveLoss):
 
 
 class TripletLoss(ContrastiveLoss):
-    """Margin triplet of Table 2: the mean over negatives of max(s⁻ − s⁺ + m, 0), without τ.
+    """Margin triplet: the mean over negatives of max(s⁻ − s⁺ + m, 0), without a temperature.
 
-    Arguments as of `ContrastiveLoss`.
+    SimCLR Table 2 and 4. Oracles: `contrastive.triplet`, `contrastive.mined_triplet`.
 
     Args:
-        margin: m >= 0; the paper tried 0, 0.4, 0.8 and 1.6.
-        semi_hard: One negative an anchor: the most similar of those less similar than the positive
-            by less than m; where there is none, the anchor counts 0.
-        negatives: `both` views of the other images, or those of the `other` view alone.
+        margin: m >= 0, in units of s (a cosine where `normalize`); the paper tried 0, 0.4, 0.8 and
+            1.6.
+        normalize, global_batch_size: Same as `ContrastiveLoss`.
+        semi_hard: Use one negative an anchor: the most similar of those less similar than the
+            positive by less than m; where there is none, the anchor counts 0.
+        negatives: Same as `NTXentLoss`.
+
+    Raises:
+        ValueError: `margin` is below 0, or is 0 with `semi_hard`.
+
+    Examples:
+        Every negative is less similar than its positive by 1: only a margin above 1 costs.
+
+        >>> import torch
+        >>> from simclr_ray.nn.losses import TripletLoss
+        >>> round(TripletLoss(margin=1.6)(torch.eye(4, 8), torch.eye(4, 8)).item(), 4)
+        0.6
     """
 
     def __init__(
@@ -255,7 +350,16 @@ def contrastive_metrics(
     """Return top-1 accuracy and entropy of picking a view's partner among the N of the other view.
 
     As the authors log them, from view 1 against all of view 2: N-way, without the 2N − 2 negatives
-    of the own view; means over the global batch. Arguments as for `NTXentLoss`. Collective.
+    of the own view; means over the global batch. Collective.
+
+    Args:
+        z1: Projections of view 1, this rank's. Shape [n, D], any float dtype.
+        z2: Projections of view 2, row by row of the same images. Shape [n, D].
+        temperature: τ, which the entropy depends on.
+        normalize: Divide each z by its l2 norm first.
+
+    Raises:
+        ValueError: z1 and z2 differ in shape or are not [n, D].
     """
     with torch.autocast(z1.device.type, enabled=False):
         _check(z1, z2)
