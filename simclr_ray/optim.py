@@ -1,8 +1,9 @@
-"""LARS by the authors' rule, and the learning rate of a step.
+"""LARS by the authors' rule, the learning rate of a step, and which parameter is decayed.
 
-LARS (You et al. 2017) as in google-research/simclr `lars_optimizer.py`, `classic_momentum=True`.
-The ports of other libraries keep the rate *outside* the momentum buffer; the two differ whenever
-the rate moves, that is during warm-up and cosine. Both forms are here, by name.
+LARS (You et al. 2017, arXiv:1708.03888) as in google-research/simclr `lars_optimizer.py`,
+`classic_momentum=True`. The ports of other libraries keep the rate *outside* the momentum buffer;
+the two differ whenever the rate moves, that is during warm-up and cosine. Both forms are here, by
+name; `tests/reference/lars.py` is the NumPy oracle of both.
 """
 
 from __future__ import annotations
@@ -24,27 +25,58 @@ from simclr_ray.nn.heads import ClassifierLayer, LearnableTemperature
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling.
+    """Layer-wise adaptive rate scaling: SGD with momentum whose rate follows ‖w‖/‖g‖ of a tensor.
 
-    For each tensor w with gradient g, in groups with `adapt=True` (`authors` form):
+    You et al. 2017 (arXiv:1708.03888), by the rule of the authors of SimCLR
+    (`lars_optimizer.py`, `classic_momentum=True`). For each tensor w with gradient g, in groups
+    with `adapt=True`:
 
         g' = g + wd·w;  r = trust·‖w‖/‖g'‖ (1 where either norm is 0);
         v = momentum·v + (lr·r)·g';  w = w − v
 
-    With `adapt=False`, r = 1. `outside` is the form of lightly and solo-learn:
-    r = trust·‖w‖/(‖g‖ + wd·‖w‖ + 1e-8), v = momentum·v + r·(g + wd·w), w = w − lr·v; and
-    `clip_lr` replaces r by min(r/lr, 1), as solo-learn does. No host synchronisation.
+    With `adapt=False`, r = 1: batch norm and biases, which the authors exclude. `outside` is the
+    form of lightly and solo-learn: r = trust·‖w‖/(‖g‖ + wd·‖w‖ + 1e-8), v = momentum·v +
+    r·(g + wd·w), w = w − lr·v; and `clip_lr` replaces r by min(r/lr, 1), as solo-learn does.
+    State: one momentum buffer a tensor, of its shape, dtype and device. A step on GPU does not
+    wait for the device. Oracle: `tests/reference/lars.py`.
 
     Args:
-        params: Parameters or groups; a group may set `adapt` and every option below.
-        lr: Learning rate.
-        momentum: μ.
-        weight_decay: Added to the gradient before the norms are taken.
-        trust_coefficient: The authors' eeta.
+        params: Parameters, or groups of them as dicts: dense floating-point tensors of any shape.
+            A group may set `adapt` (default True) and every option below for itself. A parameter
+            without a gradient is left alone.
+        lr: Learning rate of this step, >= 0, without unit. A schedule sets `group["lr"]`
+            (`learning_rate_at`); the paper's peak is 0.3·N/256.
+        momentum: μ in [0, 1).
+        weight_decay: wd >= 0, added to the gradient before the norms are taken; the paper has 1e-6.
+        trust_coefficient: Above 0; `eeta` in the authors' code.
         momentum_form: `authors` (rate inside the buffer) or `outside`.
         clip_lr: Use min(r/lr, 1) for r.
-        fused: On CPU, in the authors' form, update with torch's fused SGD kernel: it reads and
-            writes each number once. Elsewhere nothing changes.
+        fused: On CPU, in the authors' form, update with torch's fused SGD kernel, which reads and
+            writes each number once. Elsewhere it changes nothing.
+
+    Raises:
+        ValueError: An argument is out of its bounds, or `params` is empty.
+
+    Examples:
+        ‖w‖ = 5 and ‖g‖ = 1, so the tensor moves by lr·trust·5 along g.
+
+        >>> import torch
+        >>> from simclr_ray.optim import LARS
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = LARS([w], lr=1.0)
+        >>> w.grad = torch.tensor([0.6, 0.8])
+        >>> optimizer.step()
+        >>> [round(x, 4) for x in w.tolist()]
+        [2.997, 3.996]
+
+        Groups as the authors have them: biases and batch norm neither adapted nor decayed.
+
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> groups = [{"params": [layer.weight]},
+        ...           {"params": [layer.bias], "adapt": False, "weight_decay": 0.0}]
+        >>> optimizer = LARS(groups, lr=0.3, weight_decay=1e-6)
+        >>> [group["weight_decay"] for group in optimizer.param_groups]
+        [1e-06, 0.0]
     """
 
     def __init__(
@@ -75,7 +107,11 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters in place; return what `closure` returns, if given."""
+        """Update all parameters in place; return the loss of `closure`, None without one.
+
+        Args:
+            closure: Computes the loss again and its gradients, as torch's optimizers take it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -208,8 +244,14 @@ def learning_rate_at(
 ) -> float:
     """Return the rate of step 0 ≤ `step` < `total`: linear from 0, then cosine to 0.
 
-    lr(t) = peak·t/w for t < w, then peak·½(1 + cos(π(t − w)/(T − w))) (authors' `model.py`); with
-    `constant`, peak instead.
+    lr(t) = peak·t/w for t < w, then peak·½(1 + cos(π(t − w)/(T − w))) (authors' `model.py`).
+
+    Args:
+        step: t, from 0.
+        peak: Rate at the end of warm-up.
+        warmup: w, steps.
+        total: T, steps of the run.
+        constant: Stay at `peak` after warm-up.
     """
     if step < warmup:
         return peak * step / warmup
@@ -223,9 +265,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer of `model` at rate 0; the loop sets the rate of each step.
 
-    Batch norm and biases are neither decayed nor, under LARS, adapted
-    (authors' exclusions). A classifier's last layer is decayed and not adapted. A learned
-    temperature is adapted: the raw rate, made for adapted layers, would throw it out of its bounds.
+    Batch norm and biases are neither decayed nor, under LARS, adapted (the authors' exclusions). A
+    classifier's last layer is decayed and not adapted. A learned temperature is adapted and not
+    decayed: the raw rate, made for adapted layers, would move it out of its bounds.
     """
     plain = {
         id(p)

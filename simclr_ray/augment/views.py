@@ -1,7 +1,7 @@
 """Two views of each image: parameters drawn by key, pixels made on whole batches.
 
-SimCLR (Chen et al. 2020) §2.1 and App. A: crop and resize, flip, color jitter, grayscale, blur.
-What a view shows is a pure function of (seed, epoch, id, view).
+SimCLR (Chen et al. 2020, arXiv:2002.05709) §2.1 and App. A: crop and resize, flip, color jitter,
+grayscale, blur. The pixels of a view are a pure function of (seed, epoch, id, view).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Boxes(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a view is after a stage."""
+    """The images of one view after one stage."""
 
     name: str
     images: Tensor  # uint8 [n, 3, S, S]
@@ -83,18 +83,38 @@ class Step(NamedTuple):
 
 
 class TwoViews:
-    """The paper's pipeline.
+    """Callable that makes the paper's two views of each image: images, ids, epoch -> `ViewPair`.
+
+    SimCLR (Chen et al. 2020, arXiv:2002.05709) §2.1 and App. A; differences from the authors' code
+    are in `docs/paper_ledger.md`. A view depends on (seed, epoch, id, view) alone: not on the
+    batch, its order, the worker or the machine. There is no state, so an epoch can be repeated.
 
     Args:
         size: Side S of a view in pixels.
-        strength: Color strength s: brightness, contrast, saturation ±0.8s, hue ±0.2s.
-        blur: Probability of Gaussian blur.
-        seed: 32 bits.
-        min_area: Least share of the area that a crop covers.
+        strength: Color strength s >= 0: brightness, contrast, saturation ±0.8s, hue ±0.2s of a full
+            circle. The paper has 1 for ImageNet, 0.5 for CIFAR-10.
+        blur: Probability of Gaussian blur, sigma 0.1 to 2 px, kernel a tenth of S.
+        seed: From 0 to 2³² − 1.
+        min_area: Smallest fraction of the image's area that a crop covers, above 0.
         flip: Probability of a left-right flip.
         jitter: Probability of color jitter.
         grayscale: Probability of dropping color.
-        compiled: On CPU, use `native.c` where it can be built: the same bytes, sooner.
+        compiled: On CPU, use `native.c` where it is available: the same bytes in less time.
+
+    Examples:
+        >>> import numpy as np
+        >>> from simclr_ray.augment import TwoViews
+        >>> images = [np.zeros((48, 64, 3), np.uint8), np.full((32, 32, 3), 200, np.uint8)]
+        >>> views = TwoViews(32, strength=0.5, blur=0.0, seed=7)
+        >>> a, b = views(images, np.array([10, 11]), epoch=0)
+        >>> a.shape, a.dtype
+        (torch.Size([2, 3, 32, 32]), torch.uint8)
+
+        Image 11 alone, later, elsewhere: the same pixels.
+
+        >>> again = views(images[1:], np.array([11]), epoch=0)
+        >>> torch.equal(again.a, a[1:]), torch.equal(again.b, b[1:])
+        (True, True)
     """
 
     def __init__(
@@ -117,38 +137,46 @@ class TwoViews:
 
     @classmethod
     def simclr(cls, size: int, strength: float = 1.0, blur: float = 0.5, seed: int = 0) -> TwoViews:
-        """Return the paper's ImageNet pipeline; for CIFAR pass strength=0.5, blur=0 (B.9)."""
+        """Return the paper's ImageNet pipeline; for CIFAR-10 pass strength=0.5, blur=0 (B.9).
+
+        Args:
+            size: Same as `TwoViews`, as all arguments.
+            strength: Color strength s.
+            blur: Probability of Gaussian blur.
+            seed: From 0 to 2³² − 1.
+        """
         return cls(size, strength=strength, blur=blur, seed=seed)
 
     def with_size(self, size: int) -> TwoViews:
-        """Return the same pipeline for views of another side."""
+        """Return the same pipeline for views of side `size`, in pixels."""
         other = copy.copy(self)
         other.size = size
         return other
 
     def __call__(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
-        """Return both views of each image.
+        """Return both views of each image, uint8 [n, 3, S, S] RGB in 0 to 255 each.
 
         Args:
-            images: n encoded images, n decoded ones (uint8 [H, W, 3] each), or uint8
-                [n, 3, H, W].
-            ids: int64 [n].
+            images: n encoded images (`decode_image` has the formats), n decoded ones (uint8
+                [H, W, 3] each, of any sizes), or a tensor, uint8 [n, 3, H, W]. A tensor on a GPU
+                is augmented there; all else on CPU.
+            ids: Key of each image, which its draws depend on. Shape [n], int64.
             epoch: From 0.
 
         Raises:
-            ImageError: A image cannot be decoded.
+            ImageError: An image cannot be decoded.
         """
         draws = self.both(ids, epoch)
         return ViewPair(*self.distort(self.cropped(images, draws), draws).chunk(2))
 
     def crops(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
-        """Return the first stage alone, crop, resize and flip; arguments as of a call."""
+        """Return the first stage alone: crop, resize and flip. Same arguments as a call."""
         return ViewPair(*self.cropped(images, self.both(ids, epoch)).chunk(2))
 
     def trace(
         self, images: Images, ids: NDArray[np.int64], epoch: int
     ) -> tuple[list[Step], list[Step]]:
-        """Return what each view is after each stage; arguments as of a call."""
+        """Return each view's images after each stage, a list a view. Same arguments as a call."""
         return self._traced(images, ids, epoch, 0), self._traced(images, ids, epoch, 1)
 
     def _traced(self, images: Images, ids: NDArray[np.int64], epoch: int, view: int) -> list[Step]:
