@@ -73,7 +73,7 @@ def uniforms(
 def integers(
     ids: NDArray[np.int64], *, seed: int, epoch: int, sub: int, purpose: Purpose
 ) -> NDArray[np.uint64]:
-    """Return one 64-bit integer for each id: uint64 [n]. Arguments as for `uniforms`."""
+    """Return one 64-bit integer for each id: uint64 [n]. Same arguments as `uniforms`."""
     words = _words(ids, 1, seed=seed, epoch=epoch, sub=sub, purpose=purpose)
     return (words[:, 0] << HALF) | words[:, 1]
 

@@ -112,7 +112,7 @@ class Pipelines:
         return other
 
     def __call__(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
-        """Return both views of each image; arguments and errors as of `TwoViews`."""
+        """Return both views of each image. Same as a call of `TwoViews`."""
         a, b = self.trace(images, ids, epoch)
         return ViewPair(a[-1].images, b[-1].images)
 

@@ -1,9 +1,9 @@
 """The experiment: the whole config tree, and everything that is derived from it.
 
 Units and bounds are checked here, before anything starts. Nothing derived is stored: local batch,
-steps and learning rate are functions of the *global* batch (design, load-bearing 1), so they mean
-the same on one worker and on sixty-four. `digest` covers what changes the result and nothing else:
-each field says itself whether it does (`schema.Field`).
+steps and learning rate are functions of the *global* batch, so they mean the same on one worker and
+on sixty-four. `digest` covers what changes the result and nothing else: each field says itself
+whether it does (`schema.Field`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,56 @@ __all__ = [
 
 
 class Experiment(Config):
-    """Everything that one pretraining run is."""
+    """Everything that one pretraining run is: typed, frozen, checked as a whole.
+
+    Made by `load` from a preset or YAML file and `key.path=value` overrides; or in Python from
+    keyword arguments, one a section. `simclr-ray config PRESET` prints a whole one, each field's
+    bound and unit stand beside it in `config/sections`. Settings of the paper (Chen et al. 2020,
+    arXiv:2002.05709) and of the authors' code are in the presets, their differences in
+    `docs/paper_ledger.md`.
+
+    Attributes:
+        name: First part of the run's name: letters, digits, `_`, `.`, `-`.
+        seed: Of weights, order and views; 0 to 2³² − 1.
+        data: Images to train on, labelled splits to evaluate with, columns, shuffling, caches
+            (GiB).
+        augment: How two views are made: `simclr` (App. A) or a `pipeline` of transformations; sizes
+            in pixels, probabilities in [0, 1].
+        encoder: `resnet` of the authors, or a `torchvision` backbone; F features out.
+        head: Projection g: `none`, `linear`, `mlp`; or `classifier` for the supervised losses.
+        init: Weights to begin with; empty: random.
+        batch_norm: Images with joint statistics, and the momentum.
+        loss: `ntxent`, `ntlogistic`, `triplet`, `dcl`, `supcon`, `cross_entropy`, `distillation`.
+        optimizer: `lars`, `sgd` or `adamw`, without the rate.
+        schedule: Base learning rate, its scaling by the global batch, warm-up, decay.
+        batch_size: N, images in the global batch over all workers; 2N views.
+        epochs: Passes over `data.train`, at least 1.
+        precision: `float64`, `float32`, or `bf16` autocast; the loss is float32 at least.
+        compress_gradients: Send gradients between workers as bf16.
+        evaluation: Protocols while training and after, and their settings.
+        checkpoint: How often state is written, and how many are kept.
+        scaling: Workers, CPUs, GPUs, data actors, restarts: where it runs, never what it computes.
+        tracking: MLflow's store, experiment and logging.
+        registry: Registered model to become a version of, and the alias to move.
+        storage: Folder or URI that holds the runs.
+
+    Raises:
+        ConfigError: A key or value is wrong; one issue for each, with path, value, what is allowed
+            and the nearest valid name (from `load`; direct construction raises pydantic's
+            `ValidationError`).
+
+    Examples:
+        >>> from simclr_ray.config.experiment import Experiment
+        >>> experiment = Experiment.load(
+        ...     "cifar10_cpu", "data.train=cifar/train", "batch_size=512", "scaling.num_workers=4"
+        ... )
+        >>> experiment.local_batch_size(rank=0), experiment.steps_per_epoch(num_rows=50_000)
+        (128, 97)
+        >>> Experiment.load("cifar10_cpu", "data.train=cifar/train", "loss.temprature=0.5")
+        Traceback (most recent call last):
+            ...
+        simclr_ray.errors.ConfigError: loss.temprature: unknown key (did you mean 'temperature'?)...
+    """
 
     name: str = Field(placement=True, min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0, lt=2**32)
@@ -177,7 +226,17 @@ class Experiment(Config):
 
     @classmethod
     def load(cls, source: str, *overrides: str) -> Experiment:
-        """Return the preset or YAML file `source` with `key.path=value` overrides applied."""
+        """Return the preset or YAML file `source` with overrides applied, checked as a whole.
+
+        Args:
+            source: A preset's name (`simclr-ray config` lists them), or the path of a YAML file.
+            overrides: `key.path=value`, the value in YAML 1.2: `epochs=10`, `loss.name=dcl`,
+                `data.test=` for empty. Setting a section's `name` drops the other variant's keys.
+
+        Raises:
+            ConfigError: `source` does not exist or is not YAML, an override has another form, or a
+                key or value is wrong; all issues at once.
+        """
         text, shown = cfg.read_source(source)
         tree = cfg.parse_yaml(text, shown)
         if not isinstance(tree, dict):
@@ -199,7 +258,7 @@ class Experiment(Config):
 
     @property
     def evaluation_size(self) -> int:
-        """Return the side in pixels of the views that are judged and embedded."""
+        """Return the side in pixels of the views that are evaluated and embedded."""
         return self.evaluation.size or self.augment.size
 
     @property
@@ -214,7 +273,7 @@ class Experiment(Config):
 
     @property
     def num_groups(self) -> int:
-        """Return the groups that a step's images pass the model in; above 1: gradient caching."""
+        """Return in how many groups a step's images pass the model; above 1: gradient caching."""
         return self.batch_size // (self.batch_norm.group_size or self.batch_size)
 
     def peak_learning_rate(self) -> float:

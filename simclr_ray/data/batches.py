@@ -66,7 +66,7 @@ class RowReader:
         source: The dataset.
         max_pixels: Larger images count as bad.
         cache_gib: For decoded rows.
-        shared: Whether the readers of this node that share a dataset share the cache, too.
+        shared: Whether the readers of this node that share a dataset also share the cache.
     """
 
     def __init__(

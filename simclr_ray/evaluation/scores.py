@@ -124,7 +124,7 @@ def score_features(
     experiment: Experiment,
     protocols: Sequence[str] = DEFAULT_PROTOCOLS,
 ) -> Score:
-    """Return the scores of features; arguments and errors as of `score_encoder`."""
+    """Return the scores of features. Same as `score_encoder`, from features on."""
     for part in (bank, test):
         if part is not None and not torch.isfinite(part.rows).all():
             raise DivergedError(

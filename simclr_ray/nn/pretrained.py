@@ -49,7 +49,7 @@ def load_teacher(experiment: Experiment) -> SimCLRModel:
 def load_init(model: SimCLRModel, experiment: Experiment) -> None:
     """Load what `experiment.init` names into `model`, in place.
 
-    That is the encoder, and of a classifier the hidden layers, too.
+    That is the encoder, and a classifier's hidden layers as well.
 
     Raises:
         CheckpointError: The weights do not fit.

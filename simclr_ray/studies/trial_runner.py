@@ -281,7 +281,7 @@ def _under(experiment: Experiment, parent_run: str) -> Experiment:
 
 
 def _cost(log: str, experiment: Experiment) -> dict[str, float]:
-    """Return images and seconds of training, from the records: right after restarts, too."""
+    """Return images and seconds of training, from the records; a restart counts no step twice."""
     speeds = {
         int(record["step"]): float(record["train/images_per_s"])
         for record in read_records(log)

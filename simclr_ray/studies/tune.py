@@ -319,7 +319,7 @@ def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> TrialOutco
         return run_trial(job, trial, tell)
 
     def check() -> None:
-        with suppress(RayError):  # the driver's node is gone: who asks, then?
+        with suppress(RayError):  # the driver's node is gone, and nobody waits for an answer
             if ray.get(ends.is_asked.remote(trial.name)):
                 raise RunError("the study's scheduler has ended it")
 

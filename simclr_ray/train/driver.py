@@ -1,8 +1,8 @@
 """Pretraining under Ray Train: workers that run the loop, and the driver that watches them.
 
-The driver's side: it checks what is asked for against the cluster, starts the workers (`worker`),
-writes what they report to the run's folder and to MLflow, and shows it. A run has one name, made
-of the experiment and the images' fingerprint, so the same command continues it.
+The driver's side: it checks the experiment against data and cluster, starts the workers
+(`worker`), writes what they report to the run's folder and to MLflow, and shows it. A run has one
+name, made of the experiment and the images' fingerprint, so the same command continues it.
 """
 
 from __future__ import annotations
@@ -44,30 +44,59 @@ HELD_S = 30.0  # a trial's driver is a task of Ray's, which outlives a study's b
 class Run(NamedTuple):
     """One pretraining run, finished."""
 
-    name: str
+    name: str  # of the experiment, and eight hex digits of its digest and its images
     folder: str  # path or URI
     checkpoint: Path  # local path of the last one
     mlflow_run_id: str
-    metrics: Record  # the last of each
+    metrics: Record  # name -> the last value of each: step, train/mean_loss, eval/knn_top1, …
 
 
 def pretrain(
     experiment: Experiment | ResolvedExperiment, *, on_progress: OnProgress | None = None
 ) -> Run:
-    """Train `experiment` to its end on the Ray cluster at hand, and return the run.
+    """Train `experiment` to its end on a Ray cluster, and return the run.
 
-    Connects to the cluster of `RAY_ADDRESS`, else starts a local one. Continues the run of the
-    same name and digest; a finished one is returned as it is.
+    SimCLR (Chen et al. 2020, arXiv:2002.05709) Algorithm 1 on `scaling.num_workers` processes; the
+    loop is `train/loop.py`. Connects to the cluster of `RAY_ADDRESS`, else starts a local one.
+    Writes config, metrics and checkpoints to `storage`/<run name> and logs to MLflow. The same
+    experiment on the same images continues its run after the last checkpoint; a finished run is
+    returned without training. Trains only: `run_pipeline` also evaluates and registers.
 
     Args:
-        experiment: What to train and where.
-        on_progress: Called on this process with each record of metrics; a `SimclrRayError` that
-            it raises ends the run.
+        experiment: The config of the run, not changed. Local paths are taken relative to the
+            working directory.
+        on_progress: Called in this process, in a thread, with each record of metrics
+            (name -> number) that the workers report. A `SimclrRayError` that it raises ends the
+            run and is raised here.
 
     Raises:
-        DataError: The data cannot be used.
-        ClusterError: The cluster cannot hold the workers.
-        RunError: Training failed, with its cause; or another process is at this very run.
+        ConfigError: `storage` lies below a file, or `init.weights` or the loss's teacher is no
+            checkpoint that fits.
+        DataError: The data is missing, broken, without the labels that the loss takes, or smaller
+            than one batch.
+        CheckpointError: A checkpoint is of an older format, or of another experiment.
+        ClusterError: `RAY_ADDRESS` does not answer, or the cluster cannot hold the workers.
+        TrackingError: MLflow refuses or cannot be reached.
+        TooManyBadImages: More rows than `data.max_bad_fraction` could not be decoded.
+        DivergedError: A loss, feature or weight is not finite.
+        RunError: Training failed otherwise, with its cause; or another process trains this run.
+        KeyboardInterrupt: Ctrl-C; the same call continues the run.
+
+    Examples:
+        One epoch of drawn shapes with two workers, about a minute on two cores:
+
+        >>> import tempfile
+        >>> import simclr_ray as sr
+        >>> folder = tempfile.mkdtemp()
+        >>> manifest = sr.prepare("shapes", f"{folder}/train", num_images=512)
+        >>> experiment = sr.Experiment.load(
+        ...     "shapes_demo", f"data.train={folder}/train", "data.test=", "epochs=1",
+        ...     f"storage={folder}/runs", "scaling.num_workers=2",
+        ... )
+        >>> run = sr.pretrain(experiment)
+        >>> run.metrics["step"], run.checkpoint.is_dir()
+        (4, True)
+        >>> encoder = sr.load_encoder(run.checkpoint)  # [n, 3, H, W] in [0, 1] -> [n, 128]
     """
     resolved = resolve(experiment)
     config, folder = resolved.config, resolved.folder

@@ -55,7 +55,7 @@ def finetune(
 ) -> FineTuned:
     """Train a classifier from a run's encoder on a share of its labelled rows, and test it.
 
-    Arguments and errors as of `plan_finetuning`.
+    Same arguments and errors as `plan_finetuning`.
     """
     return train(
         plan_finetuning(run, share, *overrides, from_random=from_random), on_progress=on_progress
@@ -65,7 +65,7 @@ def finetune(
 def distill(teacher: str, *overrides: str, on_progress: OnProgress | None = None) -> FineTuned:
     """Train a student on what a classifier says of images, and test it.
 
-    Arguments and errors as of `plan_distillation`.
+    Same arguments and errors as `plan_distillation`.
     """
     return train(plan_distillation(teacher, *overrides), on_progress=on_progress)
 

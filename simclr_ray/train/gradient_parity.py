@@ -83,7 +83,7 @@ def gradient_parity(num_workers: int) -> Parity:
 
 
 def compare_processes(num_workers: int) -> Comparison:
-    """Return every figure of the check for `num_workers` processes; arguments as above."""
+    """Return every figure of the check for `num_workers` processes. Same as `gradient_parity`."""
     if not 1 <= num_workers <= IMAGES:
         raise ValueError(f"num_workers must lie in [1, {IMAGES}], not {num_workers}")
     if dist.is_distributed():

@@ -34,7 +34,7 @@ UPLOAD_EVERY_S = 60.0
 
 
 class RunMonitor:
-    """Takes the workers' records, in a thread: to the log file first, then MLflow, then the eye."""
+    """Thread that stores the workers' records: in the log file, in MLflow, then calls `on_progress`."""
 
     def __init__(
         self,
