@@ -131,10 +131,10 @@ class Experiment(Config):
         ... )
         >>> experiment.local_batch_size(rank=0), experiment.steps_per_epoch(num_rows=50_000)
         (128, 97)
-        >>> Experiment.load("cifar10_cpu", "data.train=cifar/train", "loss.temprature=0.5")
+        >>> Experiment.load("cifar10_cpu", "data.train=cifar/train", "loss.temp=0.5")
         Traceback (most recent call last):
             ...
-        simclr_ray.errors.ConfigError: loss.temprature: unknown key (did you mean 'temperature'?)...
+        simclr_ray.errors.ConfigError: loss.temp: unknown key (did you mean 'temperature'?)...
     """
 
     name: str = Field(placement=True, min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
