@@ -34,7 +34,7 @@ UPLOAD_EVERY_S = 60.0
 
 
 class RunMonitor:
-    """Thread that stores the workers' records in the log file and MLflow, and calls `on_progress`."""
+    """Thread that stores the workers' records in log file and MLflow, and calls `on_progress`."""
 
     def __init__(
         self,
