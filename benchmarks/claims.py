@@ -3,7 +3,7 @@
     python -m benchmarks.claims CIFAR_FOLDER [--seeds 3] [--epochs 8] [--images 10000]
 
 Five settings times seeds, each a process of its own with one thread, two at a time: the loop on the
-views that a run would have, without Ray. Judged on the test split: linear evaluation and kNN of h,
+views that a run would have, without Ray. Scored on the test split: linear evaluation and kNN of h,
 linear evaluation of z = g(h), and the rotation probe of both. Means and standard deviations over
 seeds; what a sign would need to come out is not known from this. Writes
 `benchmarks/results/claims.json`.
@@ -135,7 +135,7 @@ def experiment(settings: Settings, name: str, seed: int) -> Experiment:
 
 
 def run(settings: Settings) -> dict[str, float]:
-    """Train one setting and judge it."""
+    """Train one setting and evaluate it."""
     torch.set_num_threads(1)
     keep_freed_memory()
     trained = experiment(settings, settings.child, settings.seed)
@@ -166,10 +166,12 @@ def run(settings: Settings) -> dict[str, float]:
     size = trained.evaluation_size
     bank = load_split(source, size)
     test = load_split(Source.open(f"{settings.folder}/test"), size)
-    return {"last_epochs_loss": round(last[-1], 4), **judged(model, bank, test, trained)}
+    return {"last_epochs_loss": round(last[-1], 4), **scores_of(model, bank, test, trained)}
 
 
-def judged(model: SimCLRModel, bank: Split, test: Split, trained: Experiment) -> dict[str, float]:
+def scores_of(
+    model: SimCLRModel, bank: Split, test: Split, trained: Experiment
+) -> dict[str, float]:
     """Return accuracies of h and z, and of the rotation probe."""
     model.eval()
     whole = torch.nn.Sequential(model.encoder, model.head)

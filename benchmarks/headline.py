@@ -82,7 +82,7 @@ def main() -> None:
     began = time.perf_counter()
     run = Run(arguments, began)
     if run.train():
-        result = {**run.result(), **run.judged()}
+        result = {**run.result(), **run.evaluated()}
         print(result, flush=True)
         if run.device.type == "cuda":
             store(arguments.name, result)
@@ -126,7 +126,7 @@ class Run:
         self.curve: list[dict[str, float]] = []
         self.rates: list[float] = []
         self.earlier_s, self.commands = 0.0, 1
-        self.images = _Pictures(self.splits.train.images)
+        self.images = _Images(self.splits.train.images)
 
     def train(self) -> bool:
         """Return whether the run came to its end; its state is kept where it did not."""
@@ -134,7 +134,7 @@ class Run:
         state = self._earlier()
         stream = _batches(self.images, range(self.step, total), arguments.makers, self.device)
         precision.prepare_model(self.model, self.device, "bf16")
-        self.judged_encoder = copy.deepcopy(self.model.encoder)  # stays as it is when compiled
+        self.evaluated_encoder = copy.deepcopy(self.model.encoder)  # stays as it is when compiled
         optimizer = _optimizer(self.model)
         if state:
             checkpoint.unpack(state["tensors"], self.model, optimizer)
@@ -175,14 +175,14 @@ class Run:
             "curve": self.curve,
         }
 
-    def judged(self) -> dict[str, Any]:
+    def evaluated(self) -> dict[str, Any]:
         """Return the scores of the trained encoder, of the untrained one, and of raw pixels."""
         experiment = Experiment.load(PRESET)
         train, test = self.splits
         networks = {"trained encoder": self.model.encoder, "untrained encoder": self.untrained}
         scores: list[Score] = []
         for name, network in networks.items():
-            self.judged_encoder.load_state_dict(network.state_dict())
+            self.evaluated_encoder.load_state_dict(network.state_dict())
             bank, asked = self._features(train), self._features(test)
             scores.append(score_features(name, bank, asked, experiment))
             print(scores[-1], flush=True)
@@ -240,14 +240,14 @@ class Run:
         return (self.earlier_s + time.perf_counter() - self.began) / 60
 
     def _knn(self) -> float:
-        self.judged_encoder.load_state_dict(self.model.encoder.state_dict())
+        self.evaluated_encoder.load_state_dict(self.model.encoder.state_dict())
         bank, test = (self._features(split) for split in self.splits)
         scores = knn_scores(bank.rows, bank.labels, test.rows, 200, 0.1, CLASSES)
         return round(top_k_accuracy(scores, test.labels), 4)
 
     def _features(self, split: Split) -> Features:
-        """Return h of a split, by the encoder that is judged."""
-        h = extract_features(self.judged_encoder, split.images, 2048, self.device, "bf16")
+        """Return h of a split, by the encoder that is evaluated."""
+        h = extract_features(self.evaluated_encoder, split.images, 2048, self.device, "bf16")
         return self._on_device(h, split.labels)
 
     def _on_device(self, rows: Tensor, labels: Tensor) -> Features:
@@ -269,7 +269,7 @@ def decoded(folder: Path, split: str, limit: int) -> Split:
     return Split(stacked, torch.cat(labels)[: len(chosen)], torch.arange(len(chosen)), [])
 
 
-class _Pictures(Dataset[tuple[Tensor, Tensor, Tensor]]):
+class _Images(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Step -> both views of its images, and their ids: a pure function of the step."""
 
     def __init__(self, images: Tensor) -> None:
@@ -293,7 +293,7 @@ def _order(num: int, epoch: int) -> Tensor:
     return torch.randperm(num, generator=torch.Generator().manual_seed(epoch))
 
 
-def _batches(images: _Pictures, steps: range, makers: int, device: torch.device) -> Iterator[Batch]:
+def _batches(images: _Images, steps: range, makers: int, device: torch.device) -> Iterator[Batch]:
     """Return the batches of some steps; processes begin at once, before CUDA does."""
     native.available()  # compiled once, before there are many
     if not makers and device.type == "cuda":
@@ -316,7 +316,7 @@ def _moved(made: Iterator[Any], steps: range, device: torch.device) -> Iterator[
         yield Batch(step, a, b, ids, nothing)
 
 
-def _made_there(images: _Pictures, steps: range, device: torch.device) -> Iterator[Batch]:
+def _made_there(images: _Images, steps: range, device: torch.device) -> Iterator[Batch]:
     nothing = torch.empty(0, dtype=torch.int64)
     pixels = torch.from_numpy(images.pixels).to(device).permute(0, 3, 1, 2).contiguous()
     for step in steps:

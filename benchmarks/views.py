@@ -34,7 +34,7 @@ from simclr_ray.distributed.malloc import keep_freed_memory
 Pixels = NDArray[np.uint8]
 Make = Callable[[Sequence[Any]], object]
 Pair = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
-PICTURES, ROUNDS = 512, 5
+IMAGES, ROUNDS = 512, 5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     settings = parser.parse_args(namespace=Settings())
     torch.set_num_threads(1)
     keep_freed_memory()  # as a decode actor does; the others' large blocks gain by it as well
-    table = pq.read_table(settings.parquet, columns=["image"]).slice(0, PICTURES)
+    table = pq.read_table(settings.parquet, columns=["image"]).slice(0, IMAGES)
     encoded: list[bytes] = table["image"].to_pylist()
     decoded = [decode_image(e) for e in encoded]
     sources: dict[str, Sequence[Any]] = {"encoded": encoded}

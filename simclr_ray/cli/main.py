@@ -27,8 +27,8 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        for mistake in error.issues:
-            err.print(f"error: {mistake}", markup=False, soft_wrap=True)
+        for issue in error.issues:
+            err.print(f"error: {issue}", markup=False, soft_wrap=True)
         code = error.exit_code
     except (SimclrRayError, ImageError) as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)

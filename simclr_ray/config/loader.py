@@ -1,4 +1,4 @@
-"""Typed config: YAML and dotted overrides in, a frozen checked tree out, one line per mistake.
+"""Typed config: YAML and dotted overrides in, a frozen checked tree out, one line an issue.
 
 The only place that knows pydantic and YAML. YAML is 1.2, so `1e-4` is a number and `yes` a string.
 A union of configs is told apart by its `name` key, which may be left out for the default variant;
@@ -60,7 +60,7 @@ def apply_overrides(
     one; with a `schema`, only where `x` has variants.
 
     Raises:
-        ConfigError: One mistake per override that is not of the form `path=value`.
+        ConfigError: One issue per override that is not of the form `path=value`.
     """
     out: Tree = json.loads(json.dumps(tree))
     issues = []
@@ -92,7 +92,7 @@ def apply_overrides(
 
 
 def validate(schema: type[ConfigT], tree: Any) -> ConfigT:
-    """Return `tree` as a `schema`; raise `ConfigError` with a mistake per wrong key or value."""
+    """Return `tree` as a `schema`; raise `ConfigError` with an issue for each wrong key."""
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:

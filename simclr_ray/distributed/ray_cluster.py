@@ -48,8 +48,8 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
     # logical CPUs may exceed cores: workers and decode actors share them by time
     wanted = 0.0
     if experiment:
-        judging = experiment.evaluation
-        wanted = max(copies * cpus_wanted(experiment), judging.actors * judging.cpus_per_actor)
+        asked = experiment.evaluation
+        wanted = max(copies * cpus_wanted(experiment), asked.actors * asked.cpus_per_actor)
     try:
         ray.init(
             address="local",

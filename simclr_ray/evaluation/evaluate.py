@@ -1,4 +1,4 @@
-"""Judging a finished run: the trained encoder, the untrained one and raw pixels, by one code."""
+"""Evaluation of a run: the trained encoder, the untrained one and raw pixels, by one code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judging the encoder while it trains: kNN where there are labels, and what needs none always.
+"""Evaluation while training: kNN where there are labels, and metrics without labels always.
 
 Every rank encodes its share of a fixed sample and the features are gathered, so the cost is
 shared and the scores are those of one process.

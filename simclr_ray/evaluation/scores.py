@@ -232,21 +232,21 @@ def _evaluate(
         probe = fit_linear(known, labels, num_classes, settings.linear, experiment.seed)
         return top_k_accuracy(probe.logits(asked), truth)
 
-    def lbfgs() -> float:
+    def logistic_regression() -> float:
         try:
             chosen = sweep_logistic_regression(known, labels, num_classes, experiment.seed)
         except ValueError as error:
-            raise DataError(f"lbfgs: {error}") from error
+            raise DataError(f"logistic_regression: {error}") from error
         return top_k_accuracy(chosen.probe.logits(asked), truth)
 
-    judges: dict[str, Callable[[], float]] = {
+    scorers: dict[str, Callable[[], float]] = {
         "knn": lambda: nearest(settings.knn.k, settings.knn.temperature),
         "linear": linear,
-        "logistic_regression": lbfgs,
+        "logistic_regression": logistic_regression,
         "knn_k20": lambda: nearest(SOLO_K, SOLO_TEMPERATURE),
         "knn_k1": lambda: nearest(1, 1.0),
     }
-    found: dict[str, Any] = {f"{protocol}_top1": judges[protocol]() for protocol in protocols}
+    found: dict[str, Any] = {f"{protocol}_top1": scorers[protocol]() for protocol in protocols}
     return _score(name, asked)._replace(**found)
 
 

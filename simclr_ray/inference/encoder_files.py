@@ -42,7 +42,7 @@ CHECKED_BATCHES: Final = (1, 3)  # the exported batch size is 2: neither is what
 
 
 class EncoderCard(NamedTuple):
-    """What `encoder.json` says: enough to rebuild the module and to judge its weights.
+    """What `encoder.json` says: enough to rebuild the module and to check its weights.
 
     Attributes:
         format: version of this layout.

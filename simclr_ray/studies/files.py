@@ -28,7 +28,7 @@ def load_study(source: str, scale: str = "", *overrides: str) -> Study:
         overrides: `path=value` of every trial's experiment, or `study.key=value` of the study.
 
     Raises:
-        ConfigError: The file or a value is wrong; one mistake each.
+        ConfigError: The file or a value is wrong; one issue each.
     """
     tree, shown = _read(source)
     scales = tree.pop("scales", {}) or {}

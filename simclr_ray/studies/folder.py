@@ -168,7 +168,7 @@ class StudyFolder:
 def curve_of(lines: str, last_epoch: int = 0) -> Curve:
     """Return the values at epoch ends from a run's `metrics.jsonl`, up to `last_epoch` (0: all).
 
-    An epoch counts where the encoder was judged; with it goes the last training record before.
+    An epoch counts where the encoder was evaluated; with it goes the last training record before.
     """
     curve: Curve = {}
     training: dict[str, float] = {}

@@ -89,7 +89,7 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
         points: Of the study's space.
 
     Raises:
-        ConfigError: A path or value cannot be; every mistake once.
+        ConfigError: A path or value cannot be; every issue once.
     """
     trials: dict[str, Trial] = {}
     issues: dict[ConfigIssue, None] = {}
@@ -230,8 +230,8 @@ def digest_of_study(study: Study, base: Experiment) -> str:
     tree = {k: v for k, v in cfg.to_tree(study).items() if k not in (*looks, *placed)}
     if any(dim.uniform or dim.loguniform for dim in study.space.values()):
         tree["digits"] = DIGITS  # of drawn numbers
-    judged = cfg.to_tree(base.evaluation)
-    return cfg.digest_of({"study": tree, "base": base.digest(), "evaluation": judged})
+    evaluation = cfg.to_tree(base.evaluation)
+    return cfg.digest_of({"study": tree, "base": base.digest(), "evaluation": evaluation})
 
 
 def check_labels(study: Study, trials: Sequence[Trial]) -> None:
@@ -354,8 +354,8 @@ def _trunk(group: list[Trial]) -> Trial:
     lengths = [t.experiment.epochs for t in group]
     every = math.gcd(*lengths)
     longest = group[-1]
-    judged = longest.experiment.evaluation.model_copy(update={"every_epochs": every})
-    experiment = longest.experiment.model_copy(update={"evaluation": judged})
+    evaluation = longest.experiment.evaluation.model_copy(update={"every_epochs": every})
+    experiment = longest.experiment.model_copy(update={"evaluation": evaluation})
     cells = tuple(Cell(c.point, t.experiment.epochs) for t in group for c in t.cells)
     return Trial(longest.name, cells, longest.seed, experiment)
 

@@ -1,7 +1,7 @@
-"""One trial: a whole Ray Train run, watched, judged, and its outcome stored.
+"""One trial: a whole Ray Train run, watched, evaluated, and its outcome stored.
 
 It runs on any node of the cluster, in the main thread of a process of its own, as a command would;
-what was trained on GPUs is judged in a task that has one.
+what was trained on GPUs is evaluated in a task that has one.
 A trial that is started again goes on where its run stands.
 """
 
@@ -62,12 +62,12 @@ class Job(NamedTuple):
 def run_trial(
     job: Job, trial: Trial, tell: Tell, check: Callable[[], None] = lambda: None
 ) -> TrialOutcome:
-    """Train, judge, store and return the outcome; failures are outcomes too.
+    """Train, evaluate, store and return the outcome; failures are outcomes too.
 
     Args:
         job: The study.
         trial: What to train.
-        tell: Called at each epoch end where the encoder was judged.
+        tell: Called at each epoch end where the encoder was evaluated.
         check: Called whenever the run logs; a `SimclrRayError` that it raises ends the run.
     """
 
@@ -141,7 +141,7 @@ def outcome_of(
 
 
 def _evaluated(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
-    """Judge a run, one that was trained on GPUs in a task that has one.
+    """Evaluate a run, one that was trained on GPUs in a task that has one.
 
     Several trials on a node would otherwise all take its first. Actors that encode ask for GPUs
     themselves, and find none if the task holds it.
@@ -158,7 +158,7 @@ def _evaluated(study: Study, experiment: Experiment, run: Run) -> dict[str, floa
 
 
 def _evaluate_anywhere(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
-    """Judge a run whose checkpoint another node may have fetched to a folder of its own."""
+    """Evaluate a run whose checkpoint another node may have fetched to a folder of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         fetched = RunFolder.at(run.folder).fetch(run.checkpoint.name, Path(scratch))
         return evaluate_trial(study, experiment, run._replace(checkpoint=fetched))
@@ -186,14 +186,14 @@ def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, 
     if either is not None:
         metrics[EITHER] = either
     tracker = Tracker.open(experiment.tracking, experiment.storage)
-    judged = tracker.start_run(
+    evaluated = tracker.start_run(
         f"{run.name}-evaluation",
         params={"protocols": ",".join(study.protocols)},
         tags={"checkpoint": run.checkpoint.name},
         parent_id=run.mlflow_run_id,
     )
-    judged.log_metrics(metrics, int(run.metrics.get("step", 0)))
-    judged.finish("FINISHED")
+    evaluated.log_metrics(metrics, int(run.metrics.get("step", 0)))
+    evaluated.finish("FINISHED")
     return metrics
 
 
@@ -242,9 +242,9 @@ class RunWatch:
 
     def __call__(self, record: Record) -> None:
         """Take one record of metrics."""
-        judged = any(key.startswith("eval/") for key in record)
+        evaluated = any(key.startswith("eval/") for key in record)
         values = {key: value for key, value in record.items() if "/" in key}
-        if not judged:
+        if not evaluated:
             self.training |= values
             self._check_loss(record)
             return

@@ -2,7 +2,7 @@
 
 A fine-tuning is a run of its own, by Ray Train like any other, that starts from a run's encoder and
 classifies: Nesterov SGD, rate 0.05·B/256, no warm-up, no decay, crop and flip alone, 60 epochs of
-1 % of the labels and 30 of more. In MLflow it lies under the run whose encoder it judges.
+1 % of the labels and 30 of more. In MLflow it lies under the run whose encoder it evaluates.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _crop_and_flip(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _log(run: Run, parent: RunRecord, name: str, scores: Classification) -> None:
-    """Store the scores with the fine-tuning, and with the run whose encoder it judges."""
+    """Store the scores with the fine-tuning, and with the run whose encoder it evaluates."""
     folder = RunFolder.at(run.folder)
     folder.write_text(SCORES, json.dumps(scores._asdict(), indent=1))
     record = RunRecord.read(folder)

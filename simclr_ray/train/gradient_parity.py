@@ -139,7 +139,7 @@ def take_steps(precision: Literal["float64", "float32"]) -> StepResult:
 
 def _experiment(precision: Literal["float64", "float32"]) -> Experiment:
     return Experiment(
-        name="selfcheck",
+        name="gradient_parity",
         seed=SEED,
         data=DataConfig(train="generated"),
         encoder=ResNetConfig(depth=18, width=0.125, stem="cifar"),

@@ -1,4 +1,4 @@
-"""From a config to a registered encoder: train, judge, publish, register."""
+"""From a config to a registered encoder: train, evaluate, publish, register."""
 
 from __future__ import annotations
 

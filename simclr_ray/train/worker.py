@@ -94,7 +94,7 @@ class TrainWorker:
             self.loss,
             self.optimizer,
             finish_batches(experiment, self.source, self._named(batches), self.device),
-            self._timetable(),
+            self._schedule(),
             loop.Callbacks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
             seed=experiment.seed,
@@ -113,7 +113,7 @@ class TrainWorker:
         self._tell(step, epoch, told)
 
     def epoch_end(self, epoch: int, step: int) -> None:
-        """Judge and save when it is due. A collective."""
+        """Evaluate and save when it is due. A collective."""
         every, last = self.experiment.evaluation.every_epochs, step == self.total
         if every and (epoch % every == 0 or last):
             self._tell(step, epoch, self.evaluation(self.model, self.device))
@@ -186,7 +186,7 @@ class TrainWorker:
         if self.rank == 0:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
 
-    def _timetable(self) -> loop.StepSchedule:
+    def _schedule(self) -> loop.StepSchedule:
         experiment = self.experiment
         return loop.StepSchedule(
             steps_per_epoch=self.resolved.steps_per_epoch,

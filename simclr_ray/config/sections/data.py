@@ -14,7 +14,7 @@ class ColumnsConfig(Config):
 
 
 class DataConfig(Config):
-    """The images, and the labelled splits that judge the encoder."""
+    """The images, and the labelled splits that the encoder is evaluated on."""
 
     train: PathOrURI = Field(  # which images they are, the fingerprint says
         placement=True,

@@ -1,4 +1,4 @@
-"""Where it runs, how it is judged, kept and tracked."""
+"""Where it runs, how it is evaluated, kept and tracked."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class LinearConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """When and how the encoder is judged."""
+    """When and how the encoder is evaluated."""
 
     every_epochs: int = Field(
         1, ge=0, description="kNN (or label-free metrics) while training; 0: never."
     )
-    size: int = Field(0, ge=0, description="Side of the views it judges; 0: augment.size.")
+    size: int = Field(0, ge=0, description="Side of the views that are evaluated; 0: augment.size.")
     eval_train_limit: int = Field(5_000, ge=0, description="Bank rows used while training; 0: all.")
     test_limit: int = Field(2_000, ge=0, description="Test rows used while training; 0: all.")
     knn: KNNConfig = KNNConfig()

@@ -125,7 +125,7 @@ def test_the_digest_changes_with_every_leaf_that_changes_the_result_and_with_no_
             seen.add(other.digest())
 
 
-def test_views_grow_in_steps_from_the_first_size_to_the_full_one() -> None:
+def test_views_grow_in_steps_from_the_start_size_to_the_full_one() -> None:
     views = experiment(augment={"size": 224, "start_size": 160}).augment
     assert [views.size_at(epoch, 100) for epoch in (0, 37, 38, 74, 75, 99)] == [
         160, 160, 192, 192, 224, 224,

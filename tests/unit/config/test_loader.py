@@ -1,4 +1,4 @@
-"""A config is checked whole: every mistake one line, with the path, the value and what is right."""
+"""A config is checked whole: every issue one line, with the path, the value and what is right."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def tree(**changes: Any) -> dict[str, Any]:
     return {**MINIMAL, **changes}
 
 
-def mistakes_of(given: Any) -> list[ConfigIssue]:
+def issues_of(given: Any) -> list[ConfigIssue]:
     with pytest.raises(ConfigError) as caught:
         cfg.validate(Experiment, given)
     return caught.value.issues
 
 
 def only(given: Any) -> ConfigIssue:
-    (mistake,) = mistakes_of(given)
-    return mistake
+    (issue,) = issues_of(given)
+    return issue
 
 
 @pytest.mark.parametrize(
@@ -111,17 +111,17 @@ def test_a_repeated_key_is_refused() -> None:
 def test_an_unknown_key_is_told_with_its_nearest_and_all_that_are_allowed(
     given: dict[str, Any], path: str, hint: str, siblings: tuple[str, ...]
 ) -> None:
-    mistake = next(m for m in mistakes_of(given) if m.path == path)
-    assert f"unknown key (did you mean {hint!r}?)" in mistake.problem
-    allowed = mistake.problem.split("allowed here: ")[1].split(", ")
+    issue = next(m for m in issues_of(given) if m.path == path)
+    assert f"unknown key (did you mean {hint!r}?)" in issue.problem
+    allowed = issue.problem.split("allowed here: ")[1].split(", ")
     assert {hint, *siblings} <= set(allowed)
     assert allowed == sorted(allowed)
 
 
 def test_the_keys_allowed_in_a_union_are_those_of_the_named_variant() -> None:
-    mistake = only(tree(head={"name": "linear", "layers": 3}))
-    assert mistake.path == "head.layers"
-    assert mistake.problem.endswith("allowed here: batch_norm, dim, name")
+    issue = only(tree(head={"name": "linear", "layers": 3}))
+    assert issue.path == "head.layers"
+    assert issue.problem.endswith("allowed here: batch_norm, dim, name")
 
 
 def test_a_key_that_is_like_no_other_gets_no_hint() -> None:
@@ -144,9 +144,9 @@ def test_a_key_that_is_like_no_other_gets_no_hint() -> None:
 def test_a_value_of_the_wrong_type_is_shown_with_the_type_that_is_right(
     given: dict[str, Any], path: str, parts: tuple[str, ...]
 ) -> None:
-    mistake = only(given)
-    assert mistake.path == path
-    assert all(part in mistake.problem for part in parts)
+    issue = only(given)
+    assert issue.path == path
+    assert all(part in issue.problem for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +171,10 @@ def test_a_value_of_the_wrong_type_is_shown_with_the_type_that_is_right(
 def test_a_wrong_choice_is_told_with_all_choices_and_the_nearest(
     given: dict[str, Any], path: str, allowed: str, hint: str
 ) -> None:
-    mistake = only(given)
-    assert mistake.path == path
-    assert f"allowed: {allowed}" in mistake.problem
-    assert f"did you mean '{hint}" in mistake.problem or not hint
+    issue = only(given)
+    assert issue.path == path
+    assert f"allowed: {allowed}" in issue.problem
+    assert f"did you mean '{hint}" in issue.problem or not hint
 
 
 @pytest.mark.parametrize(
@@ -195,17 +195,17 @@ def test_a_wrong_choice_is_told_with_all_choices_and_the_nearest(
 def test_a_value_out_of_bounds_is_told_with_the_bound(
     given: dict[str, Any], path: str, bound: str
 ) -> None:
-    mistake = only(given)
-    assert mistake.path == path
-    assert bound in mistake.problem.split(";")[1]
+    issue = only(given)
+    assert issue.path == path
+    assert bound in issue.problem.split(";")[1]
 
 
 def test_a_variant_without_a_name_is_the_default_one() -> None:
     built = cfg.validate(Experiment, tree(optimizer={"momentum": 0.5}, loss={"temperature": 0.2}))
     assert (built.optimizer.name, built.loss.name) == ("lars", "ntxent")
-    mistake = only(tree(head={"width": 3}))
-    assert mistake.path == "head.width"
-    assert mistake.problem.endswith("batch_norm, dim, hidden, layers, name")
+    issue = only(tree(head={"width": 3}))
+    assert issue.path == "head.width"
+    assert issue.problem.endswith("batch_norm, dim, hidden, layers, name")
     overridden = cfg.apply_overrides(
         tree(loss={"temperature": 0.2}), ["loss.name=triplet"], Experiment
     )
@@ -228,20 +228,20 @@ def test_a_variant_without_a_name_is_the_default_one() -> None:
 def test_a_wrong_or_missing_variant_name_is_told_at_its_name(
     node: str, given: dict[str, Any], shown: str, allowed: str
 ) -> None:
-    mistake = only(tree(**{node: given}))
-    assert mistake.path == f"{node}.name"
-    assert shown in mistake.problem
-    assert f"allowed: {allowed}" in mistake.problem
+    issue = only(tree(**{node: given}))
+    assert issue.path == f"{node}.name"
+    assert shown in issue.problem
+    assert f"allowed: {allowed}" in issue.problem
 
 
 def test_a_missing_key_without_default_is_named() -> None:
-    assert [str(m) for m in mistakes_of({"name": "t"})] == [
+    assert [str(m) for m in issues_of({"name": "t"})] == [
         "data: missing key, and it has no default"
     ]
     assert only({"name": "t", "data": {}}).path == "data.train"
 
 
-def test_all_mistakes_are_told_at_once_and_no_variant_name_is_part_of_a_path() -> None:
+def test_all_issues_are_told_at_once_and_no_variant_name_is_part_of_a_path() -> None:
     wrong = tree(
         batchsize=3,
         seed="x",
@@ -250,7 +250,7 @@ def test_all_mistakes_are_told_at_once_and_no_variant_name_is_part_of_a_path() -
         optimizer={"name": "lars", "momentum": 2.0, "trust": 1},
         precision="half",
     )
-    found = mistakes_of(wrong)
+    found = issues_of(wrong)
     assert {m.path for m in found} == {
         "batchsize",
         "seed",
@@ -266,11 +266,11 @@ def test_all_mistakes_are_told_at_once_and_no_variant_name_is_part_of_a_path() -
 
 
 def test_values_that_do_not_go_together_are_told_without_a_path() -> None:
-    mistake = only(tree(batch_size=4, scaling={"num_workers": 8}))
-    assert str(mistake).startswith("batch_size is global: 4 images cannot be shared by 8 workers")
+    issue = only(tree(batch_size=4, scaling={"num_workers": 8}))
+    assert str(issue).startswith("batch_size is global: 4 images cannot be shared by 8 workers")
 
 
-def test_a_config_error_survives_pickling_with_its_mistakes() -> None:
+def test_a_config_error_survives_pickling_with_its_issues() -> None:
     error = ConfigError([ConfigIssue("a.b", "is wrong"), ConfigIssue("", "as a whole")])
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     assert (again.issues, str(again)) == (error.issues, "a.b: is wrong\nas a whole")
@@ -284,7 +284,7 @@ def test_an_override_of_the_wrong_form_is_refused_with_the_right_one(text: str) 
         cfg.apply_overrides(MINIMAL, [text])
 
 
-def test_every_malformed_override_is_a_mistake_of_its_own() -> None:
+def test_every_malformed_override_is_a_issue_of_its_own() -> None:
     with pytest.raises(ConfigError) as caught:
         cfg.apply_overrides(MINIMAL, ["epochs", "seed=1", "name.x=2", "foo"])
     assert {m.path for m in caught.value.issues} == {"epochs", "foo", "name.x"}

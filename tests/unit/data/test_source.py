@@ -127,7 +127,7 @@ def test_the_fingerprint_follows_the_rows_and_not_the_place(folder: Path, tmp_pa
     (copy / "a.parquet").rename(copy / "aa.parquet")
     others.add(Source.open(str(copy)).fingerprint)
     changed = images(0, 10)
-    changed[7] = b"pictureX7"  # same length, so only the footer's statistics can tell
+    changed[7] = b"image X"  # same length, so only the footer's statistics can tell
     write(folder / "a.parquet", {"image": pa.array(changed), "label": pa.array([0] * 10)})
     others.add(Source.open(str(folder)).fingerprint)
     assert len(others | {source.fingerprint}) == 6

@@ -41,7 +41,7 @@ def split(seed: int, rows: int, side: int = 4) -> Split:
     )
 
 
-class MeanColour(nn.Module):
+class MeanColor(nn.Module):
     """An encoder that sees what matters."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class MeanColour(nn.Module):
 
 def test_an_encoder_that_sees_the_class_beats_raw_pixels_in_both_protocols() -> None:
     bank, test = split(1, 200), split(2, 100)
-    encoded = score_encoder("color", MeanColour(), bank, test, EXPERIMENT)
+    encoded = score_encoder("color", MeanColor(), bank, test, EXPERIMENT)
     pixels = score_pixels(bank, test, EXPERIMENT)
     assert pixels.name == "raw pixels"
     assert encoded.knn_top1 is not None
@@ -71,12 +71,12 @@ def test_an_encoder_that_passes_pixels_on_scores_exactly_as_raw_pixels() -> None
 
 def test_without_a_test_split_or_a_protocol_only_the_rest_is_filled() -> None:
     bank, test = split(5, 60), split(6, 30)
-    alone = score_encoder("h", MeanColour(), bank, None, EXPERIMENT)
+    alone = score_encoder("h", MeanColor(), bank, None, EXPERIMENT)
     assert (alone.knn_top1, alone.linear_top1) == (None, None)
     expected = label_free(bank.images.float().div(255).mean((2, 3)))
     assert alone[3:6] == pytest.approx(tuple(expected), rel=1e-5)
     assert score_pixels(bank, None, EXPERIMENT).knn_top1 is None
-    only = score_encoder("h", MeanColour(), bank, test, EXPERIMENT, ["knn"])
+    only = score_encoder("h", MeanColor(), bank, test, EXPERIMENT, ["knn"])
     assert only.knn_top1 is not None
     assert only.linear_top1 is None
 
@@ -130,7 +130,7 @@ def test_the_table_reads_as_markdown_with_one_line_a_row() -> None:
 def test_rows_without_a_label_are_not_encoded_where_labels_are_scored() -> None:
     seen: list[int] = []
 
-    class Counting(MeanColour):
+    class Counting(MeanColor):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             seen.append(len(images))
             return super().forward(images)

@@ -142,14 +142,14 @@ def test_a_trial_that_cannot_be_is_named_before_any_runs(
     assert says in str(raised.value)
 
 
-def test_a_mistake_of_many_trials_is_said_once(tmp_path: Path) -> None:
+def test_an_issue_of_many_trials_is_said_once(tmp_path: Path) -> None:
     space = {"batch_size": {"grid": [1, 8]}, "epochs": {"grid": [1, 2, 4]}}
     with pytest.raises(ConfigError) as raised:
         trials_of(written(tmp_path, space=space))
     assert len(raised.value.issues) == 1
 
 
-def test_a_mistake_at_a_scale_that_was_not_asked_for_is_found(tmp_path: Path) -> None:
+def test_an_issue_at_a_scale_that_was_not_asked_for_is_found(tmp_path: Path) -> None:
     source = written(tmp_path, scales={"cpu": {}, "imagenet": {"seedz": [1]}})
     with pytest.raises(ConfigError, match="seedz"):
         load_study(source, "cpu")

@@ -64,7 +64,7 @@ def test_features_of_one_direction_end_a_run() -> None:
         watch({"step": 1, "epoch": 1, "total": 9, "eval/effective_rank": 1.02})
 
 
-def test_a_loss_that_is_not_ntxent_is_not_judged_by_it() -> None:
+def test_a_loss_that_is_not_ntxent_is_not_evaluated_by_it() -> None:
     watch = RunWatch(experiment(loss={"name": "triplet"}), lambda *_: None)
     watch({"step": 1, "epoch": 9.0, "total": 9, "train/mean_loss": STUCK})
 
@@ -81,19 +81,19 @@ def test_cost_is_read_off_the_records_whatever_was_repeated(tmp_path: Path) -> N
     assert cost == {"images": 20 * N, "seconds": 20.0 + 5.0, "device_seconds": 50.0}
 
 
-def test_a_run_that_another_node_fetched_is_judged_from_its_folder(
+def test_a_run_that_another_node_fetched_is_evaluated_from_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run" / "step-00000007-a").mkdir(parents=True)
     elsewhere = Path("/nowhere") / "step-00000007-a"
     run = Run("run", str(tmp_path / "run"), elsewhere, "id", {})
-    judged: list[Path] = []
+    evaluated: list[Path] = []
 
-    def judge(_study: Study, _experiment: Experiment, run: Run) -> dict[str, float]:
-        judged.append(run.checkpoint)
+    def evaluate(_study: Study, _experiment: Experiment, run: Run) -> dict[str, float]:
+        evaluated.append(run.checkpoint)
         return {"top1": 0.5}
 
-    monkeypatch.setattr(trial_module, "evaluate_trial", judge)
+    monkeypatch.setattr(trial_module, "evaluate_trial", evaluate)
     given = cfg.validate(Study, {"name": "s", "question": "?", "base": "b", "space": SPACE})
     assert trial_module._evaluate_anywhere(given, experiment(), run) == {"top1": 0.5}
-    assert judged == [tmp_path / "run" / "step-00000007-a"]
+    assert evaluated == [tmp_path / "run" / "step-00000007-a"]

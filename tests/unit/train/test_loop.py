@@ -271,10 +271,10 @@ def test_training_resumes_training_mode_after_an_epochs_hook() -> None:
     modes: list[bool] = []
     model.encoder.register_forward_pre_hook(lambda m, _: modes.append(m.training))
 
-    def judge(*_: int) -> None:
+    def evaluate(*_: int) -> None:
         model.eval()
 
-    callbacks = Callbacks(lambda _: None, judge, lambda _: None)
+    callbacks = Callbacks(lambda _: None, evaluate, lambda _: None)
     model.eval()
     loss, optimizer = NTXentLoss(TEMPERATURE), LARS(model.parameters(), lr=0.0)
     train(model, loss, optimizer, batches(0, 7), schedule(), callbacks)
