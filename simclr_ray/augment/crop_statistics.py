@@ -1,4 +1,4 @@
-"""What two crops of one image ask of the encoder: SimCLR §3 and Fig. 3.
+"""How often two crops of one image are global and local, or adjacent: SimCLR §3 and Fig. 3.
 
 Random cropping alone makes two prediction tasks: from a global view to a local one (the boxes lie
 one within the other) and from a view to its neighbour (the boxes lie side by side). The paper gives

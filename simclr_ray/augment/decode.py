@@ -1,4 +1,4 @@
-"""One encoded image in, RGB pixels out; and the fixed view that evaluation looks at.
+"""One encoded image in, RGB pixels out; and the fixed view that evaluation uses.
 
 This file travels alone with exported models, so it knows only NumPy and Pillow. It picks the
 decoder by the first bytes itself rather than through `Image.open`: that keeps Pillow's exotic

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, one line a mistake: path, value, what is allowed, nearest name."""
+"""What pydantic finds wrong, one line an issue: path, value, what is allowed, nearest name."""
 
 from __future__ import annotations
 

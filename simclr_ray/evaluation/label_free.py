@@ -1,4 +1,4 @@
-"""What shows progress without a label: alignment, uniformity, effective rank, feature_std.
+"""Metrics that need no labels: alignment, uniformity, effective rank, feature_std.
 
 Alignment and uniformity: Wang & Isola 2020 (arXiv:2005.10242). Effective rank: RankMe, Garrido et
 al. 2023 (arXiv:2210.02885). Spread: Chen & He 2021 (SimSiam, arXiv:2011.10566, §4.1).

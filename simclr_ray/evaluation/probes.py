@@ -92,7 +92,7 @@ def probe(
         test: uint8 [Q, 3, S, S], what it is asked about.
         seed: Of the answers, the draws and the MLP.
         batch_size: Images per forward pass.
-        precision: As of `extract_features`.
+        precision: Same as `extract_features`.
     """
     both = _Both(model)
     device = next(p.device for p in model.parameters())

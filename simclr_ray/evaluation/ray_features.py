@@ -87,9 +87,9 @@ def extract(
         networks: `[m, 3, S, S]` in [0, 1] -> `[m, F]`; they pickle.
         size: Side S of the views in pixels.
         evaluation: Number of actors, their resources, and images per forward pass.
-        limit: Rows at most, as of `load_split`; 0 takes all.
+        limit: Rows at most, the same ones as `load_split`; 0 takes all.
         max_pixels: Larger images are left out.
-        precision: As of `extract_features`.
+        precision: Same as `extract_features`.
 
     Raises:
         ClusterError: The actors ask for more than the cluster has.

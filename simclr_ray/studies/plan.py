@@ -144,7 +144,7 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     """Return what trials take, those of a search that learns by the mean of some.
 
     Raises:
-        DataError: As of `images_of`.
+        DataError: Same as `images_of`.
     """
     learns = study.search.name == "optuna"
     share = study.search.trials / len(trials) if learns else 1.0

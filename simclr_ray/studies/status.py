@@ -1,4 +1,4 @@
-"""How a study stands, read from its folder: by whoever asks, whether it runs or not."""
+"""State of a study, read from its folder, whether it runs or not."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class StudyStatus(NamedTuple):
 
     @property
     def epochs_left(self) -> float:
-        """Epochs that may still be trained; of trials that are not known, as many as of others."""
+        """Epochs that may still be trained; an unknown trial counts as many as the others."""
         known = sum(t.epochs - t.epoch for t in self.trials if t.is_open)
         usual = sum(t.epochs for t in self.trials) / max(1, len(self.trials))
         return known + self.unknown * usual

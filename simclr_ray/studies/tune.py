@@ -250,7 +250,7 @@ class _Ends:
 
 
 def _report(job: Job, trial: Trial, ends: Any) -> None:
-    """Be one Tune trial: report what is stored, then what a run of its own tells.
+    """Report one Tune trial: the stored epochs, then those of a run of its own.
 
     The last epoch is reported when the outcome is stored: a scheduler may end the trial there.
     """

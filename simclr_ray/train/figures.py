@@ -1,4 +1,4 @@
-"""Figures, as PNG: what the views show, and how a run went. The only door to matplotlib."""
+"""Figures, as PNG: what the views show, and the curves of a run."""
 
 from __future__ import annotations
 

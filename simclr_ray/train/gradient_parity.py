@@ -1,4 +1,4 @@
-"""Do R processes compute the gradient that one process computes? A check that users can run too.
+"""Check that R processes compute the gradient of one; `simclr-ray doctor` runs it.
 
 The real encoder, head, global batch norm, loss and optimizer take three steps on one global batch,
 once in this process and once shared by R gloo processes, unevenly where R does not divide it. In

@@ -194,8 +194,8 @@ def forward_views(
         group: Number of the group that the rows are.
         rows: Of the batch.
         loss: Says whether view b is looked at.
-        precision: As of `train`.
-        seed: As of `train`.
+        precision: Same as `train`.
+        seed: Same as `train`.
         of: Number of groups.
     """
     # a backbone may have dropout: keyed, a resumed run and a second pass draw the same
