@@ -105,7 +105,7 @@ def test_a_study_ends_with_outcomes_and_one_family_of_mlflow_runs(
     by_name = {o.trial: o for o in study_folder.outcomes()}
     fine, lost = by_name["setting-fine_seed-0"], by_name["setting-diverging_seed-0"]
     assert (fine.status, sorted(fine.curve)) == ("finished", [1, 2])
-    assert {"final/linear_top1", "final/knn_top1", "top1"} <= set(fine.metrics)
+    assert {"final/linear_top1", "final/knn_top1", "downstream_top1"} <= set(fine.metrics)
     assert lost.status == "collapsed"
     assert "not finite" in lost.reason
     publish_report(study_folder)
