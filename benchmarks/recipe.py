@@ -21,7 +21,7 @@ def main() -> None:
     """Run the command of the arguments and store its result."""
     name, *arguments = sys.argv[1:]
     with tempfile.TemporaryDirectory() as storage:
-        command = [sys.executable, "-m", "simclr_ray.cli.app", "pretrain", *arguments]
+        command = [sys.executable, "-m", "simclr_ray", "pretrain", *arguments]
         began = time.perf_counter()
         done = subprocess.run([*command, f"storage={storage}"], check=False)
         wall_s = time.perf_counter() - began

@@ -48,7 +48,7 @@ def test_trials_over_two_nodes_are_tracked_by_a_server(
     source = study_file(tmp_path, "nodes", set={"tracking.uri": mlflow_server, **given})
     (tmp_path / "driver").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "simclr_ray.cli.app", "study", "run", str(source)],
+        [sys.executable, "-m", "simclr_ray", "study", "run", str(source)],
         cwd=tmp_path / "driver",
         env=os.environ | {"RAY_ADDRESS": two_nodes, "RAY_AUTH_MODE": "disabled"},
         capture_output=True,

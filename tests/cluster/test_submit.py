@@ -28,7 +28,7 @@ import yaml  # type: ignore[import-untyped]  # what Ray reads them with; has no 
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
-PRETRAIN = (sys.executable, "-m", "simclr_ray.cli.app", "pretrain", "cifar10_cpu")
+PRETRAIN = (sys.executable, "-m", "simclr_ray", "pretrain", "cifar10_cpu")
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.long
 
 @pytest.mark.timeout(1500)
 def test_the_demo_learns_forms_and_its_encoder_embeds_an_image(tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "simclr_ray.cli.app"]
+    program = [sys.executable, "-m", "simclr_ray"]
     done = subprocess.run(
         [*program, "demo", "--folder", "demo"],
         cwd=tmp_path,

@@ -211,7 +211,7 @@ def _program(folder: Path, storage: str, workers: int) -> list[str]:
     """Return the command of a float64 run that a test means to break."""
     config = folder / f"{storage}.yaml"
     config.write_text(cfg.dump_yaml(tree_of(folder, storage, workers, "float64")))
-    return [sys.executable, "-m", "simclr_ray.cli.app", "pretrain", str(config)]
+    return [sys.executable, "-m", "simclr_ray", "pretrain", str(config)]
 
 
 def _steps_kept(run_folder: Path) -> int:

@@ -199,7 +199,7 @@ def test_a_dry_run_times_steps_and_leaves_nothing_behind(folder: Path, ray_clust
 
 
 def program(source: Path) -> list[str]:
-    return [sys.executable, "-m", "simclr_ray.cli.app", "study", "run", str(source)]
+    return [sys.executable, "-m", "simclr_ray", "study", "run", str(source)]
 
 
 def _ended(program: list[str]) -> None:
@@ -230,7 +230,7 @@ def test_a_killed_study_goes_on_to_the_last_bit(folder: Path) -> None:
     first = Path(finished[0].run["folder"]) / "metrics.jsonl"
     log_of_first, stamp = first.read_bytes(), first.stat().st_mtime_ns
 
-    _ended([sys.executable, "-m", "simclr_ray.cli.app", "study", "resume", broken.uri])
+    _ended([sys.executable, "-m", "simclr_ray", "study", "resume", broken.uri])
     assert (first.read_bytes(), first.stat().st_mtime_ns) == (log_of_first, stamp)
     assert facts(broken) == facts(undisturbed)
     statuses = {run.info.status for run in runs_of(broken).values()}
@@ -282,5 +282,5 @@ def test_a_scheduler_ends_trials_and_decides_alike_after_a_stop(folder: Path) ->
     broken.request_stop()
     assert driver.wait(timeout=120) == STOPPED_BY_SYSTEM
     assert len(broken.outcomes()) < 3
-    _ended([sys.executable, "-m", "simclr_ray.cli.app", "study", "resume", broken.uri])
+    _ended([sys.executable, "-m", "simclr_ray", "study", "resume", broken.uri])
     assert facts(broken) == facts(undisturbed)
