@@ -59,7 +59,7 @@ def uniforms(
 
     Args:
         ids: int64 [n], the rows' ids; equal ids draw equal numbers.
-        num: AugmentParams a row.
+        num: Draws a row.
         seed: 32 bits.
         epoch: Below 2³².
         sub: What tells draws of one row and epoch apart (the view, the attempt), below 2¹⁶: one for

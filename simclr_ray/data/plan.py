@@ -55,10 +55,10 @@ class BatchPlan:
     """Which rows each global batch holds.
 
     Args:
-        group_sizes: RowNumbers of each row group, in file order.
+        group_sizes: Rows of each row group, in file order.
         batch_size: B, images in a global batch.
         seed: 32 bits.
-        shuffle_rows: RowNumbers that the windows of all lanes hold together.
+        shuffle_rows: Rows that the windows of all lanes hold together.
 
     Raises:
         DataError: There are fewer rows than a batch takes.
@@ -78,7 +78,7 @@ class BatchPlan:
 
     @cached_property
     def num_rows(self) -> int:
-        """RowNumbers of the dataset."""
+        """Rows of the dataset."""
         return sum(self.group_sizes)
 
     @property
@@ -94,7 +94,7 @@ class BatchPlan:
 
     @cached_property
     def window_rows(self) -> int:
-        """RowNumbers of a lane that are shuffled together: at least the largest row group's."""
+        """Rows of a lane that are shuffled together: at least the largest row group's."""
         return max(self.shuffle_rows // self.num_lanes, max(self.group_sizes))
 
     def rows(self, step: int) -> RowNumbers:

@@ -78,7 +78,7 @@ class RowGroups:
 
     @property
     def num_held(self) -> int:
-        """EncodedRows that are held or being read."""
+        """Rows that are held or being read."""
         return sum(held.num_rows for held in self._held.values())
 
     def advance(self, step: int) -> None:

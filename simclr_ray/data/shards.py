@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
 
 
 class Rejected(NamedTuple):
-    """A image that was left out: its id, what a person may call it, and why."""
+    """An image that was left out: its id, what a person may call it, and why."""
 
     id: int
     name: str

@@ -88,7 +88,7 @@ class Pairs(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """What a pair_loss says of this rank's rows."""
+    """What a `PairLoss` gives for this rank's rows."""
 
     values: Tensor  # [2n], L_i
     positive_grad: (
@@ -122,7 +122,7 @@ class PairLoss(ABC):
 
 
 class _Dense(PairLoss):
-    """A pair_loss whose pairs all count: one weight for each."""
+    """A `PairLoss` whose pairs all count: one weight for each."""
 
     @abstractmethod
     def weights(self, tile: Tile, pairs: Pairs, row_stats: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class Triplet(_Dense):
 
 
 class _Mined(PairLoss):
-    """A pair_loss with one negative an anchor, which is row_stats by its row number.
+    """A `PairLoss` with one negative an anchor, whose row number is among `row_stats`.
 
     A row knows the number of the negative that it has chosen (−1: none) and ∂L_i/∂s of it. Floats
     hold row numbers exactly up to 2²⁴.
@@ -344,7 +344,7 @@ class MinedTriplet(_Mined):
 
 
 class _Pairwise(torch.autograd.Function):
-    """The pair_loss's terms forward, its weights backward."""
+    """Autograd function: the terms of a `PairLoss` forward, its weights backward."""
 
     @staticmethod
     def forward(
