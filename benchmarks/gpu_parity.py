@@ -225,7 +225,7 @@ def _rank(rank: int, kind: str) -> dict[str, NDArray[Any]]:
     """Return a rank's share of everything."""
     z, _ = projections()
     x, upstream = feature_maps()
-    rows = slice(*dist.share(N, rank, RANKS))
+    rows = slice(*dist.partition(N, rank, RANKS))
     mine = z[:, rows].to(kind).requires_grad_()
     value = NTXentLoss(0.1, global_batch_size=N)(mine[0], mine[1])
     value.backward()

@@ -183,7 +183,7 @@ def torchrun(settings: Settings) -> None:
     keep_freed_memory()
     trained = experiment(settings, "unused")
     source = Source.open(settings.parquet, limit=trained.data.limit)
-    places = dist.share(trained.batch_size, dist.rank(), WORKERS)
+    places = dist.partition(trained.batch_size, dist.rank(), WORKERS)
     plan = build_plan(trained, source)
     maker = BatchBuilder(source, plan, build_views(trained.augment, 0), trained.data, places)
     made = [maker.make(step) for step in range(min(8, settings.steps))]

@@ -63,7 +63,7 @@ def gather_with_gradient(n: int) -> Loss:
     """Every rank takes the whole loss of z gathered with autograd; uneven ranks pad and cut."""
     from torch.distributed.nn.functional import all_gather
 
-    shares = [dist.share(n, r, dist.world_size()) for r in range(dist.world_size())]
+    shares = [dist.partition(n, r, dist.world_size()) for r in range(dist.world_size())]
     counts = [last - first for first, last in shares]
 
     def loss(z1: Tensor, z2: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def measure(
             raise RuntimeError("shared memory is not supported here")
     found = {}
     for n in batches:
-        first, last = dist.share(n, rank, dist.world_size())
+        first, last = dist.partition(n, rank, dist.world_size())
         z1, z2 = (z[first:last].clone().requires_grad_() for z in inputs(n))
         chosen = {name: loss for name, loss in forms(n).items() if not shared or name in OURS}
         counts: dict[str, list[float]] = {name: [] for name in chosen}

@@ -166,12 +166,12 @@ class TwoViews:
         Raises:
             ImageError: An image cannot be decoded.
         """
-        draws = self.both(ids, epoch)
+        draws = self.draw_both_views(ids, epoch)
         return ViewPair(*self.distort(self.cropped(images, draws), draws).chunk(2))
 
     def crops(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
         """Return the first stage alone: crop, resize and flip. Same arguments as a call."""
-        return ViewPair(*self.cropped(images, self.both(ids, epoch)).chunk(2))
+        return ViewPair(*self.cropped(images, self.draw_both_views(ids, epoch)).chunk(2))
 
     def trace(
         self, images: Images, ids: NDArray[np.int64], epoch: int
@@ -235,7 +235,7 @@ class TwoViews:
             x[rows] = blur(x[rows].mul_(FULL).round_(), band).mul_(1 / FULL)
         return x.mul_(255).round_().to(torch.uint8)
 
-    def both(self, ids: NDArray[np.int64], epoch: int) -> AugmentParams:
+    def draw_both_views(self, ids: NDArray[np.int64], epoch: int) -> AugmentParams:
         """Return the parameters of view 0 of all ids, then of view 1."""
         return self.draw(np.tile(ids, 2), epoch, np.repeat([0, 1], len(ids)))
 

@@ -30,7 +30,7 @@ from simclr_ray.data.image_cache import DecodedImage, ImageCache
 from simclr_ray.data.plan import BatchPlan, replacement
 from simclr_ray.data.rowgroups import EncodedRow, RecentGroups, RowGroups
 from simclr_ray.data.source import Source
-from simclr_ray.distributed.collectives import share
+from simclr_ray.distributed.collectives import partition
 from simclr_ray.errors import DataError, TooManyBadImages
 
 Take = Callable[[int], EncodedRow | None]
@@ -295,7 +295,7 @@ def local_batches(
     experiment: Experiment, source: Source, steps: range, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[Batch]:
     """Yield this rank's batches of `steps`, made in this process: for tests and lone machines."""
-    places = share(experiment.batch_size, rank, num_ranks)
+    places = partition(experiment.batch_size, rank, num_ranks)
     plan, views = build_plan(experiment, source), view_builder(experiment)
     maker = BatchBuilder(source, plan, views, experiment.data, places, stop=steps.stop)
     for step in steps:

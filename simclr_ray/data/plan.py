@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_ray.augment.philox import integers, permutation
-from simclr_ray.distributed.collectives import share
+from simclr_ray.distributed.collectives import partition
 from simclr_ray.errors import DataError
 
 ROW_GROUPS_PER_LANE = 20
@@ -118,7 +118,7 @@ class BatchPlan:
         """Yield what places [first, last) of a global batch take of each lane they touch."""
         lanes, batch = self.num_lanes, self.batch_size
         for lane in range(first * lanes // batch, lanes):
-            lane_first, lane_last = share(batch, lane, lanes)
+            lane_first, lane_last = partition(batch, lane, lanes)
             if lane_first >= last:
                 return
             low, high = max(first, lane_first), min(last, lane_last)
@@ -156,7 +156,7 @@ class BatchPlan:
 
     def _lane_places(self, lane: int) -> tuple[int, int]:
         """Return [start, stop) of a lane among the places of an epoch."""
-        first, last = share(self.batch_size, lane, self.num_lanes)
+        first, last = partition(self.batch_size, lane, self.num_lanes)
         return self.steps_per_epoch * first, self.steps_per_epoch * last
 
     def _lane_rows(self, epoch: int, lane: int, low: int, high: int) -> RowNumbers:

@@ -26,7 +26,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import BatchBuilder, BatchPart, build_plan, join, view_builder
 from simclr_ray.data.source import Source
-from simclr_ray.distributed.collectives import share
+from simclr_ray.distributed.collectives import partition
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.errors import DataError, TooManyBadImages
 
@@ -131,11 +131,11 @@ def stream(
     # Read when Ray Data is first used. With the thread, what it fetched is passed on when the next
     # block comes, or after 0.1 s.
     os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
-    first, last = share(experiment.batch_size, rank, num_ranks)
+    first, last = partition(experiment.batch_size, rank, num_ranks)
     actors = min(experiment.scaling.data_actors_per_worker, last - first)
     # shares of the global batch, so that they are cut where lanes are cut
     places = [
-        share(experiment.batch_size, rank * actors + index, num_ranks * actors)
+        partition(experiment.batch_size, rank * actors + index, num_ranks * actors)
         for index in range(actors)
     ]
     pipelines = [_pipeline(experiment, source, steps, part) for part in places]

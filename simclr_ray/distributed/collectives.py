@@ -53,7 +53,7 @@ def world_group() -> td.ProcessGroup | None:
     return td.group.WORLD
 
 
-def share(total: int, index: int, parts: int) -> tuple[int, int]:
+def partition(total: int, index: int, parts: int) -> tuple[int, int]:
     """Return [first, last) of part `index`: shares of `total` differ by at most one."""
     return index * total // parts, (index + 1) * total // parts
 

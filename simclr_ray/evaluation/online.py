@@ -50,7 +50,7 @@ class OnlineEvaluation:
             return
         probe = load_split(source, experiment.evaluation_size, PROBE_IMAGES, data.max_pixels)
         self.probe = self._part(probe.images, probe.ids)
-        first, last = dist.share(len(probe.images), rank, num_ranks)
+        first, last = dist.partition(len(probe.images), rank, num_ranks)
         views = build_views(experiment.augment, experiment.seed)
         self.views = views(self.probe.images, probe.ids[first:last].numpy(), PROBE_EPOCH)
         if data.test:
@@ -101,6 +101,6 @@ class OnlineEvaluation:
         return self._part(split.images[labelled], split.labels[labelled])
 
     def _part(self, images: Tensor, labels: Tensor) -> _Part:
-        shares = [dist.share(len(images), r, self.num_ranks) for r in range(self.num_ranks)]
+        shares = [dist.partition(len(images), r, self.num_ranks) for r in range(self.num_ranks)]
         first, last = shares[self.rank]
         return _Part(images[first:last], labels, [b - a for a, b in shares])

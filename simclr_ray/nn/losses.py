@@ -111,7 +111,7 @@ class ContrastiveLoss(Loss):
                 raise ValueError(f"{type(self).__name__} needs one label for each image")
             counts, pair_loss = self._counts(len(z1), z1.device), self._pair_loss()
             if pair_loss is None:
-                loss: Tensor = ntxent.NTXentConfig.apply(
+                loss: Tensor = ntxent.NTXentFunction.apply(
                     z1, z2, self.temperature, self.normalize, counts
                 )
                 return loss
@@ -136,7 +136,7 @@ class ContrastiveLoss(Loss):
         if not self.global_batch_size:
             return dist.row_counts(local, device)
         ranks = range(dist.world_size())
-        shares = [dist.share(self.global_batch_size, r, dist.world_size()) for r in ranks]
+        shares = [dist.partition(self.global_batch_size, r, dist.world_size()) for r in ranks]
         return [last - first for first, last in shares]
 
 

@@ -30,8 +30,8 @@ TILE = 1024  # a 1024 x 1024 float32 tile is 4 MiB: it stays in a core's share o
 LARGEST_SHIFT = 40.0  # exp(−2·40) is still a normal float32
 
 
-class NTXentConfig(torch.autograd.Function):
-    """The streaming core. Rows are interleaved, both views of an image side by side."""
+class NTXentFunction(torch.autograd.Function):
+    """Autograd function of NT-Xent, in tiles. Rows are interleaved: views of an image adjoin."""
 
     @staticmethod
     def forward(  # noqa: D102 - autograd's

@@ -65,7 +65,7 @@ def run_study(
     if on_connected is not None:
         on_connected()
     with folder.files.lock(LOOKED_AT_S):
-        folder.define(study, base, digest)
+        folder.write_definition(study, base, digest)
         tracker = Tracker.open(base.tracking, base.storage)
         parent = _parent_run(study, folder, tracker)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"

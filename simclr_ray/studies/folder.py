@@ -85,7 +85,7 @@ class StudyFolder:
             )
             raise ConfigError([ConfigIssue("name", told)])
 
-    def define(self, study: Study, base: Experiment, digest: str) -> None:
+    def write_definition(self, study: Study, base: Experiment, digest: str) -> None:
         """Store the definition; raise `ConfigError` where the name is taken by another."""
         self.check(digest)
         tree = cfg.to_tree(study) | {"base": BASE, "set": {}}

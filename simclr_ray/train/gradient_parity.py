@@ -116,7 +116,7 @@ def take_steps(precision: Literal["float64", "float32"]) -> StepResult:
     _randomise_batch_norm(model)
     optimizer = build_optimizer(model, experiment.optimizer)
     loss_fn = build_loss(experiment)
-    first, last = dist.share(IMAGES, dist.rank(), dist.world_size())
+    first, last = dist.partition(IMAGES, dist.rank(), dist.world_size())
     views = _global_views().to(dtype)[:, first:last].flatten(0, 1)  # [2n, 3, S, S]
     parallel = dist.data_parallel(model)
     outcome: StepResult = {}

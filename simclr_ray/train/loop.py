@@ -107,7 +107,7 @@ def train(
         if num_groups == 1:
             output = plain_step(forward, partial(loss, labels=labels))
         else:
-            first, _ = dist.share(schedule.global_batch_size, dist.rank(), dist.world_size())
+            first, _ = dist.partition(schedule.global_batch_size, dist.rank(), dist.world_size())
             groups = group_rows(len(batch.a), first, num_groups)
             if labels is not None:
                 labels = torch.cat([labels[rows] for rows in groups])

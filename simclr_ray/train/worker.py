@@ -203,7 +203,7 @@ class TrainWorker:
 def color(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:
     """Return the views whose crops are in `batch`: uint8 [n, 3, S, S] each, on `device`."""
     crops = torch.cat([batch.a, batch.b]).to(device)
-    draws = views.both(batch.ids.numpy(), epoch)
+    draws = views.draw_both_views(batch.ids.numpy(), epoch)
     return ViewPair(*views.with_size(crops.shape[-1]).distort(crops, draws).chunk(2))
 
 

@@ -21,7 +21,7 @@ def inputs() -> Tensor:
 
 def normalise(rank: int) -> tuple[Numbers, list[Numbers], Numbers]:
     """Return this rank's output, the running statistics, and the gradient to its rows."""
-    first, last = dist.share(7, rank, 2)
+    first, last = dist.partition(7, rank, 2)
     x = inputs()[first:last].requires_grad_()
     norm = GlobalBatchNorm(5).train()
     out = norm(x)

@@ -50,7 +50,7 @@ def cached_gradients(
     model = network()
     model.recompute = recompute
     parallel = dist.data_parallel(model)
-    first, last = dist.share(num, rank, dist.world_size())
+    first, last = dist.partition(num, rank, dist.world_size())
     views = images(num)[:, first:last]
 
     def project(_: int, rows: slice) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def cached_gradients(
 def trained(rank: int, num: int, num_groups: int) -> list[list[float]]:
     """Return weights and running statistics after the loop's steps on this rank's share, flat."""
     model = Both(network())
-    first, last = dist.share(num, rank, dist.world_size())
+    first, last = dist.partition(num, rank, dist.world_size())
     views = images(num).mul(40).add(128).clamp(0, 255).to(torch.uint8)[:, first:last]
     nothing = torch.empty(0, dtype=torch.int64)
     stream = (Batch(k, views[0], views[1].roll(k, -1), nothing, nothing) for k in range(3))

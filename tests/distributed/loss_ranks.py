@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
 def losses(rank: int, views: Array, labels: NDArray[np.int64]) -> list[Found]:
     """Return each case's loss and gradient on this rank's share of [2, N, D]."""
-    first, last = dist.share(len(labels), rank, dist.world_size())
+    first, last = dist.partition(len(labels), rank, dist.world_size())
     found = []
     for case in CASES:
         z1, z2 = (torch.from_numpy(v[first:last].copy()).requires_grad_() for v in views)

@@ -22,7 +22,7 @@ def gradients(rank: int, *, recompute: bool, compressed: bool) -> tuple[list[flo
             nn.init.uniform_(module.weight, 0.5, 1.5)
     model.recompute = recompute
     views = torch.randn(2, BATCH, 3, 8, 8, dtype=torch.float64)
-    first, last = dist.share(BATCH, rank, dist.world_size())
+    first, last = dist.partition(BATCH, rank, dist.world_size())
     parallel = dist.data_parallel(model.train(), compressed=compressed)
     z1, z2 = parallel(views[:, first:last].flatten(0, 1)).chunk(2)
     NTXentLoss(0.5)(z1, z2).backward()

@@ -34,14 +34,14 @@ def loss_and_norm(
     rank: int, views: tuple[Array, Array], bn_case: tuple[Array, Array, Array], temperature: float
 ) -> Shares:
     """Return loss, metrics and batch norm of this rank's rows of the global arrays."""
-    first, last = dist.share(len(views[0]), rank, dist.world_size())
+    first, last = dist.partition(len(views[0]), rank, dist.world_size())
     z1, z2 = (torch.from_numpy(v[first:last].copy()).requires_grad_() for v in views)
     loss = NTXentLoss(temperature, global_batch_size=len(views[0]))(z1, z2)
     assert loss.equal(NTXentLoss(temperature)(z1, z2))  # which asks the ranks for their counts
     loss.backward()
     logged = contrastive_metrics(z1, z2, temperature)
     rows, upstream, gamma = (torch.from_numpy(a) for a in bn_case)
-    first, last = dist.share(len(rows), rank, dist.world_size())
+    first, last = dist.partition(len(rows), rank, dist.world_size())
     x = rows[first:last].clone().requires_grad_()
     norm = GlobalBatchNorm(len(gamma)).double()
     norm.weight.data.copy_(gamma)

@@ -139,7 +139,7 @@ def on_ranks(num_ranks: int, norm: str) -> list[Step]:
 def loop_step(rank: int, norm: str) -> Step:
     """Return what one step of the loop leaves on this rank, its images in groups."""
     model = Projected(GlobalBatchNorm if norm == "batch" else group_norm)
-    first, last = dist.share(BATCH, rank, dist.world_size())
+    first, last = dist.partition(BATCH, rank, dist.world_size())
     a, b = global_views()[:, first:last]
     optimizer = Recorder(model.parameters(), 0.1)
     losses: list[float] = []

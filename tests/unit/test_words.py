@@ -51,6 +51,8 @@ OLD_WORDS = {
     r"\bselfcheck\b": "gradient_parity",
     r"\bis_held\b|check_free|ask_to_stop|is_to_stop": "is_locked, stop_requested",
     r"\bTempered\b": "LearnableTemperature",
+    r"\b(?:dist|collectives)\.share\b|\bdef share\(": "partition",
+    r"\.both\(|\bdef both\(": "draw_both_views",
 }
 
 

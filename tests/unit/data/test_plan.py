@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simclr_ray.data.plan import BatchPlan, replacement
-from simclr_ray.distributed.collectives import share
+from simclr_ray.distributed.collectives import partition
 from simclr_ray.errors import DataError
 
 MANY = BatchPlan(tuple([50, 70, 13] * 35), batch_size=64, seed=3, shuffle_rows=600)
@@ -45,7 +45,9 @@ def test_the_number_of_lanes_comes_from_the_row_groups_and_has_many_divisors(
 def test_parts_whose_number_divides_the_lanes_share_none(batch: int, num_parts: int) -> None:
     plan = BatchPlan((3,) * 300, batch, 0, 100)
     assert plan.num_lanes == 12
-    runs = [run for part in range(num_parts) for run in plan.runs(*share(batch, part, num_parts))]
+    runs = [
+        run for part in range(num_parts) for run in plan.runs(*partition(batch, part, num_parts))
+    ]
     assert [run.lane for run in runs] == list(range(12))
     assert all((run.low, run.high) == (0, run.width) for run in runs)
 
@@ -55,8 +57,8 @@ def test_parts_of_parts_are_cut_at_lanes_too(num_ranks: int, actors: int) -> Non
     for batch in (24, 50, 97):
         plan = BatchPlan((3,) * 300, batch, 0, 100)
         for rank in range(num_ranks):
-            first, last = share(batch, rank, num_ranks)
-            cuts = [share(batch, rank * actors + a, num_ranks * actors) for a in range(actors)]
+            first, last = partition(batch, rank, num_ranks)
+            cuts = [partition(batch, rank * actors + a, num_ranks * actors) for a in range(actors)]
             assert (cuts[0][0], cuts[-1][1]) == (first, last)
             lanes = [run.lane for cut in cuts for run in plan.runs(*cut)]
             assert len(lanes) == len(set(lanes)) == 12 // num_ranks
@@ -116,7 +118,7 @@ def test_a_lane_reads_its_own_run_of_row_groups_only() -> None:
     starts = np.cumsum([0, *MANY.group_sizes])
     seen = []
     for lane in range(MANY.num_lanes):
-        places = share(64, lane, MANY.num_lanes)
+        places = partition(64, lane, MANY.num_lanes)
         rows = np.concatenate([MANY.rows_of(s, *places) for s in range(MANY.steps_per_epoch)])
         seen.append(set(np.searchsorted(starts, rows, side="right").tolist()))
     shared = [a & b for i, a in enumerate(seen) for b in seen[:i]]

@@ -19,7 +19,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import BatchBuilder, build_plan, build_views
 from simclr_ray.data.rowgroups import RecentGroups, read_encoded
 from simclr_ray.data.source import RowTable, Source
-from simclr_ray.distributed.collectives import share
+from simclr_ray.distributed.collectives import partition
 from simclr_ray.errors import DataError
 
 NUM_ROWS, GROUP_ROWS, BATCH = 2410, 10, 24  # 241 groups, 12 lanes of 200 rows
@@ -75,7 +75,7 @@ def experiment(path: Path, cache_gib: float, shuffle_rows: int) -> Experiment:
 def maker_of(
     source: Source, e: Experiment, part: int = 0, parts: int = 1, stop: int = 10**6
 ) -> BatchBuilder:
-    places = share(BATCH, part, parts)
+    places = partition(BATCH, part, parts)
     views = build_views(e.augment, e.seed)
     return BatchBuilder(source, build_plan(e, source), views, e.data, places, stop=stop)
 
