@@ -11,10 +11,11 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from simclr_ray.storage.provenance import version_of
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = (
@@ -39,7 +40,7 @@ def machine() -> dict[str, object]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         },
-        "versions": {n: v for n in LIBRARIES if (v := _version(n))}
+        "versions": {n: v for n in LIBRARIES if (v := version_of(n)) != "absent"}
         | {"python": platform.python_version()},
     }
 
@@ -53,13 +54,6 @@ def portable(argument: str) -> str:
 def median(values: Iterable[float], digits: int = 4) -> float:
     """Return the median, rounded."""
     return round(statistics.median(values), digits)
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _commit() -> str:

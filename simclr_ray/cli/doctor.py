@@ -14,7 +14,6 @@ import platform
 import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from pyarrow import fs
@@ -28,8 +27,9 @@ from simclr_ray.cli.environment import (
     check_versions,
 )
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
-from simclr_ray.errors import TrackingError
-from simclr_ray.storage.provenance import version_of
+from simclr_ray.errors import DataError, TrackingError
+from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.provenance import versions_of
 from simclr_ray.tracking.runs import Tracker
 
 __all__ = ["Finding", "run_checks"]
@@ -94,8 +94,7 @@ def check_storage(storage: str) -> Finding:
     try:
         with _probe(storage, content) as (files, path), files.open_input_stream(path) as stream:
             same = stream.read().decode() == content
-    except (OSError, ValueError) as error:
-        # pyarrow raises ArrowInvalid, a ValueError, for a URI that it cannot parse.
+    except (OSError, ValueError, DataError) as error:
         advice = "create the folder, grant write access, or choose another `storage=`"
         return Finding("storage", "fail", f"{storage}: {_line(error)}", advice)
     if not same:
@@ -211,11 +210,11 @@ def compare_nodes(reports: list[NodeReport]) -> Findings:
 def report_node(storage: str, probe: str) -> NodeReport:
     """Return what the node that runs this says of itself; `probe` is a file in `storage`."""
     host = socket.gethostname()
-    versions = {"python": platform.python_version()} | {n: version_of(n) for n in COMPARED}
+    versions = {"python": platform.python_version()} | versions_of(COMPARED)
     try:
-        files, _ = _open(storage)
+        files, _ = filesystem(storage)
         seen = files.get_file_info(probe).type == fs.FileType.File
-    except (OSError, ValueError):
+    except (OSError, DataError):
         seen = False
     try:
         loopback = socket.gethostbyname(host).startswith("127.")
@@ -235,7 +234,7 @@ def _check_nodes(storage: str) -> Findings:
     with contextlib.ExitStack() as stack:
         try:
             _, probe = stack.enter_context(_probe(storage, "seen"))
-        except (OSError, ValueError):
+        except (OSError, DataError):
             probe = ""  # check_storage has said why
         tasks = {}
         for node in alive:
@@ -308,7 +307,7 @@ def _guarded(name: str, check: Callable[[], Findings]) -> Findings:
 @contextlib.contextmanager
 def _probe(storage: str, content: str) -> Iterator[tuple[fs.FileSystem, str]]:
     """Give a file that was written and renamed in `storage`; delete it in the end."""
-    files, root = _open(storage)
+    files, root = filesystem(storage)
     files.create_dir(root, recursive=True)
     path = f"{root}/.doctor-{uuid.uuid4().hex}"
     try:
@@ -320,13 +319,6 @@ def _probe(storage: str, content: str) -> Iterator[tuple[fs.FileSystem, str]]:
         for left in files.get_file_info([path, f"{path}.partial"]):
             if left.type == fs.FileType.File:
                 files.delete_file(left.path)
-
-
-def _open(storage: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in storage:
-        return fs.LocalFileSystem(), str(Path(storage).resolve())
-    files, root = fs.FileSystem.from_uri(storage)
-    return files, root
 
 
 def _line(error: Exception) -> str:

@@ -12,15 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def get_logger(name: str) -> logging.Logger:
-    """Return the logger of a module; `name` is its `__name__`."""
-    return logging.getLogger(name)
-
-
-def configure(*, verbose: bool = False) -> None:
+def configure() -> None:
     """Send the package's log lines to stderr as `HH:MM:SS level message`. Idempotent."""
     logger = logging.getLogger("simclr_ray")
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.INFO)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))

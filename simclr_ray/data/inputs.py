@@ -24,12 +24,11 @@ from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data import shapes
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.filesystem import cache_folder, filesystem
 
 Int64s = npt.NDArray[np.int64]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-DOWNLOADS = "~/.cache/simclr_ray/torchvision"
 # A task that reads shuffled parquet rows holds a shard of them; this bounds what it holds.
 MAX_SHARD_BYTES = 256 * 2**20
 
@@ -250,7 +249,7 @@ class TorchvisionInput:
         Raises:
             DataError: it cannot be had.
         """
-        root = str(Path(root or DOWNLOADS).expanduser())
+        root = str(Path(root).expanduser() if root else cache_folder("torchvision"))
         try:
             opened = _open_torchvision(dataset, split, root, download=True)
         except (RuntimeError, ValueError, TypeError, OSError) as error:

@@ -15,7 +15,6 @@ import pickle
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from simclr_ray.data.shards import (
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.provenance import versions_of
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("numpy", "pillow", "pyarrow", "ray", "simclr-ray")
@@ -132,19 +132,6 @@ def prepare(
         return manifest
     _write_all(shards, reports, out, _Limit(given.num_rows, max_bad_fraction), on_progress)
     return _write_manifest(fs, folder, out, given, plan, [reports[s.index] for s in shards])
-
-
-def read_manifest(out: str) -> Manifest:
-    """Return the manifest of a prepared folder.
-
-    Raises:
-        DataError: there is none, or of another version.
-    """
-    fs, folder = filesystem(out)
-    manifest = _read_manifest(fs, folder, "")
-    if manifest is None:
-        raise DataError(f"{out} has no {MANIFEST} of schema version {SCHEMA_VERSION}")
-    return manifest
 
 
 @dataclass(frozen=True)
@@ -293,7 +280,7 @@ def _write_manifest(
         rejected=tuple(sorted(r for report in reports for r in report.rejected)),
         input=given.identity,
         plan=plan,
-        libraries={"python": platform.python_version()} | _versions(),
+        libraries={"python": platform.python_version()} | versions_of(LIBRARIES),
     )
     tree = asdict(manifest) | {"rejected": [r._asdict() for r in manifest.rejected]}
     write_text_whole(fs, f"{folder}/{MANIFEST}", json.dumps(tree, indent=2) + "\n")
@@ -312,16 +299,6 @@ def _read_manifest(fs: pafs.FileSystem, folder: str, plan: str) -> Manifest | No
     tree["class_names"] = tuple(tree["class_names"])
     tree["rejected"] = tuple(Rejected(**row) for row in tree["rejected"])
     return Manifest(**tree)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            found[name] = "not installed"
-    return found
 
 
 def _log_progress(done: int, total: int) -> None:

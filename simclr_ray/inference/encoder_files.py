@@ -9,14 +9,12 @@ source, so it runs with mlflow, torch, pillow, numpy and pandas alone.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -27,6 +25,7 @@ from torch import nn
 
 from simclr_ray.errors import CheckpointError, SimclrRayError
 from simclr_ray.nn import build as networks
+from simclr_ray.storage.provenance import sha256, versions_of
 
 FORMAT_VERSION: Final = 1
 WEIGHTS: Final = "model.safetensors"
@@ -91,8 +90,8 @@ def write_encoder(
             encoder=dict(config),
             size=size,
             feature_dim=feature_dim,
-            weights_sha256=_sha256(new / WEIGHTS),
-            versions={name: metadata.version(name) for name in (*REQUIREMENTS, "safetensors")},
+            weights_sha256=sha256(new / WEIGHTS),
+            versions=versions_of((*REQUIREMENTS, "safetensors")),
         )
         text = json.dumps(card._asdict(), indent=2) + "\n"
         (new / CARD).write_text(text, encoding="utf-8")
@@ -127,7 +126,7 @@ def read_encoder(folder: Path) -> nn.Module:
     """
     card = read_card(folder)
     path = folder / WEIGHTS
-    if not path.is_file() or _sha256(path) != card.weights_sha256:
+    if not path.is_file() or sha256(path) != card.weights_sha256:
         raise CheckpointError(f"{path} is not the file that {CARD} was written for")
     try:
         encoder = networks.encoder_from_tree(card.encoder, size=card.size)
@@ -163,8 +162,3 @@ def _write_program(path: Path, encoder: nn.Module, size: int, feature_dim: int) 
                 f"the exported program differs from the module by {worst:.1e} of the largest "
                 f"feature on a batch of {n}"
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from simclr_ray.augment import decode
 from simclr_ray.inference.encoder_files import ENCODER_FOLDER, REQUIREMENTS, read_card, read_encoder
-from simclr_ray.storage.provenance import code_commit
+from simclr_ray.storage.provenance import code_commit, version_of
 from simclr_ray.tracking import store
 from simclr_ray.tracking.runs import TrackedRun, door
 from simclr_ray.tracking.store import ModelParts, RegisteredEncoder
@@ -230,4 +229,4 @@ def pinned_requirements() -> list[str]:
 
     Local parts such as `+cpu` or `+cu130` are dropped: the package index knows no such versions.
     """
-    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
+    return [f"{name}=={version_of(name).partition('+')[0]}" for name in REQUIREMENTS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,6 +26,12 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{uri} cannot be opened: {one_line(error)}") from error
     return fs, path.rstrip("/")
+
+
+def cache_folder(part: str) -> Path:
+    """Return this user's folder for copies that can be fetched again; it need not be there."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "simclr_ray" / part
 
 
 def is_local(fs: pafs.FileSystem) -> bool:

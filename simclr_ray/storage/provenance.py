@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +15,11 @@ def version_of(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "absent"
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Return name -> installed version, or `absent`, of every package."""
+    return {name: version_of(name) for name in packages}
 
 
 def code_commit() -> str:

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from simclr_ray.errors import TrackingError
 from simclr_ray.tracking import store
@@ -216,11 +216,6 @@ class TrackedRun:
         """Store `text` as the artifact `file` (a path like `tables/scores.md`)."""
         with door(f"store {file}", self.uri) as client:
             client.log_text(self.run_id, text, file)
-
-    def log_dict(self, tree: Mapping[str, Any], file: str) -> None:
-        """Store `tree` as the artifact `file`: JSON or YAML by its ending."""
-        with door(f"store {file}", self.uri) as client:
-            client.log_dict(self.run_id, dict(tree), file)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Set the run's last status and end time."""

@@ -166,7 +166,7 @@ def test_files_folders_and_trees_become_artifacts(
     run = start(tracker)
     (tmp_path / "curves.png").write_bytes(b"png")
     run.log_artifact(tmp_path / "curves.png", "figures")
-    run.log_dict({"a": {"b": 1}}, "config.yaml")
+    run.log_text("a:\n  b: 1\n", "config.yaml")
     assert [f.path for f in client.list_artifacts(run.run_id, "figures")] == ["figures/curves.png"]
     assert [f.path for f in client.list_artifacts(run.run_id)] == ["config.yaml", "figures"]
 
