@@ -28,7 +28,12 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=1000)
     parser.add_argument("--grace", type=int, default=3)
     given = parser.parse_args()
-    study, trials = stored_study(given.folder)
+    with stored_study(given.folder) as (study, trials):
+        replay(given, study, trials)
+
+
+def replay(given: argparse.Namespace, study: Study, trials: list[Trial]) -> None:
+    """Print what each factor finds."""
     outcomes = StudyFolder.at(given.folder).outcomes()
     if study.metric not in EPOCH_METRICS or any(o.status != "finished" for o in outcomes):
         raise SystemExit(

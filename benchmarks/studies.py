@@ -30,7 +30,7 @@ def main(folders: list[str]) -> None:
         target = KEPT / study.files.name
         target.mkdir(parents=True, exist_ok=True)
         storage = study.files.storage.removesuffix("/studies")
-        for source in sorted(place.iterdir()):
+        for source in sorted(Path(place).iterdir()):
             if source.suffix == ".png":
                 shutil.copy(source, target / source.name)
                 continue

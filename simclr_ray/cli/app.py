@@ -6,7 +6,6 @@ Exit codes: 0 done · 1 the run failed · 2 bad config, arguments or data · 75 
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -147,8 +146,10 @@ def evaluate(
     Example: simclr-ray evaluate runs/cifar10_cpu-1a2b3c4d data.test=cifar/test
     """
     from simclr_ray.evaluation.evaluate import evaluate
+    from simclr_ray.nn.pretrained import open_checkpoint
 
-    _show_scores(evaluate(_checkpoint_in(run), protocols.split(","), *(overrides or [])))
+    with open_checkpoint(run, "RUN") as (_, folder):
+        _show_scores(evaluate(folder, protocols.split(","), *(overrides or [])))
 
 
 @app.command()
@@ -161,8 +162,10 @@ def probe(
     Example: simclr-ray probe runs/cifar10_cpu-1a2b3c4d data.test=cifar/test
     """
     from simclr_ray.evaluation.evaluate import probe_run
+    from simclr_ray.nn.pretrained import open_checkpoint
 
-    probes = probe_run(_checkpoint_in(run), *(overrides or []))
+    with open_checkpoint(run, "RUN") as (_, folder):
+        probes = probe_run(folder, *(overrides or []))
     rows = [[p.target, *(f"{100 * value:.1f} %" for value in p[1:])] for p in probes]
     show_table("what features know", ["target", "chance", "h", "g(h)"], rows)
 
@@ -298,18 +301,6 @@ def _connect(experiment: Experiment | None = None) -> None:
     listen()  # Ray has put its own handler there
 
 
-def _checkpoint_in(run: str) -> Path:
-    from simclr_ray.storage.checkpoint import RECORD
-    from simclr_ray.storage.run_folder import RunFolder
-
-    if (Path(run) / RECORD).is_file():
-        return Path(run)
-    found = RunFolder.at(run).newest(Path(tempfile.mkdtemp(prefix="simclr_ray-")))
-    if found is None:
-        raise ConfigError([ConfigIssue(run, "is no run folder with a whole checkpoint")])
-    return found
-
-
 def _show_classifier(title: str, scores: Classification, run: Run) -> None:
     names = ["top-1", "top-5", "mean per class", "11-point mAP"]
     show_table(title, names, [[f"{100 * value:.1f} %" for value in scores]])
@@ -317,7 +308,7 @@ def _show_classifier(title: str, scores: Classification, run: Run) -> None:
 
 
 def _show_where(run: Run) -> None:
-    out.print(f"checkpoint  {run.checkpoint}", soft_wrap=True, markup=False)
+    out.print(f"checkpoint  {run.checkpoint_uri}", soft_wrap=True, markup=False)
     out.print(f"run folder  {run.folder}", soft_wrap=True, markup=False)
 
 

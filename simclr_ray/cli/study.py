@@ -77,8 +77,8 @@ def resume(where: Where) -> None:
     """Go on with a study; finished trials are not run again, open ones go on where they stood."""
     from simclr_ray.studies.driver import stored_study
 
-    study, trials = stored_study(where)
-    _run(study, trials)
+    with stored_study(where) as (study, trials):
+        _run(study, trials)
 
 
 @study_app.command()
@@ -88,8 +88,8 @@ def status(where: Where) -> None:
     from simclr_ray.studies.folder import StudyFolder
     from simclr_ray.studies.status import status_of
 
-    study, trials = stored_study(where)
-    out.print(study_table(status_of(study, StudyFolder.at(where), trials)))
+    with stored_study(where) as (study, trials):
+        out.print(study_table(status_of(study, StudyFolder.at(where), trials)))
 
 
 @study_app.command()
@@ -187,7 +187,7 @@ def _report(folder: StudyFolder) -> None:
     failed = [o for o in results.others if o.status == "failed"]
     for outcome in failed:
         out.print(f"failed: {outcome.trial}: {outcome.reason}", soft_wrap=True, markup=False)
-    out.print(f"report  {place / PAGE}", markup=False, soft_wrap=True)
+    out.print(f"report  {place}/{PAGE}", markup=False, soft_wrap=True)
     if failed:
         raise RunError(f"{len(failed)} of {results.num_trials} trials failed; resume tries again")
 

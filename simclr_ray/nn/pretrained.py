@@ -6,8 +6,8 @@ are folded into the first convolution and its batch norm, exact but for the bord
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -41,8 +41,7 @@ def load_model(folder: Path) -> SimCLRModel:
 def load_teacher(experiment: Experiment) -> SimCLRModel:
     """Return the teacher of a distillation, in float32 and eval mode."""
     assert isinstance(experiment.loss, DistillationConfig)
-    with tempfile.TemporaryDirectory() as scratch:
-        _, folder = _checkpoint(experiment.loss.teacher, Path(scratch), TEACHER)
+    with open_checkpoint(experiment.loss.teacher, TEACHER) as (_, folder):
         return load_model(folder)
 
 
@@ -60,8 +59,7 @@ def load_init(model: SimCLRModel, experiment: Experiment) -> None:
     if weights.endswith(FILES):
         _load_torchvision(model.encoder, checkpoint.read_file(Path(weights)), experiment)
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        _, folder = _checkpoint(weights, Path(scratch))
+    with open_checkpoint(weights) as (_, folder):
         tensors = checkpoint.read(folder).tensors
     checkpoint.restore_model(tensors, model.encoder, "model.encoder.")
     head = experiment.head
@@ -74,23 +72,32 @@ def load_init(model: SimCLRModel, experiment: Experiment) -> None:
         )
 
 
-def _checkpoint(weights: str, scratch: Path, option: str = WHERE) -> tuple[str, Path]:
-    """Return the path or URI of a checkpoint, and where it lies here."""
+@contextmanager
+def open_checkpoint(weights: str, option: str = WHERE) -> Iterator[tuple[str, Path]]:
+    """Give the path or URI of a checkpoint, or of a run's newest, and where it lies here.
+
+    Args:
+        weights: Path or URI of a checkpoint or of a run folder.
+        option: The key of the config that names it, for the message.
+
+    Raises:
+        ConfigError: There is no checkpoint that verifies.
+    """
     folder = RunFolder.at(weights)
-    if checkpoint.step_of(folder.name) >= 0:
-        run = RunFolder.at(folder.storage)
-        try:
-            here = run.fetch(folder.name, scratch)
-            checkpoint.read_record(here)
-        except (CheckpointError, FileNotFoundError) as error:
-            raise ConfigError(
-                [ConfigIssue(option, f"{weights} is no checkpoint: {error}")]
-            ) from error
-        return folder.uri, here
-    newest = folder.newest(scratch)
-    if newest is None:
-        raise ConfigError([ConfigIssue(option, f"{weights} holds no whole checkpoint")])
-    return f"{folder.uri}/{newest.name}", newest
+    with ExitStack() as stack:
+        if checkpoint.step_of(folder.name) >= 0 or (Path(weights) / checkpoint.RECORD).is_file():
+            try:
+                here = stack.enter_context(RunFolder.at(folder.storage).fetched(folder.name))
+                checkpoint.read_record(here)
+            except (CheckpointError, FileNotFoundError) as error:
+                told = f"{weights} is no checkpoint: {error}"
+                raise ConfigError([ConfigIssue(option, told)]) from error
+            yield folder.uri, here
+            return
+        newest = stack.enter_context(folder.newest_checkpoint())
+        if newest is None:
+            raise ConfigError([ConfigIssue(option, f"{weights} holds no whole checkpoint")])
+        yield f"{folder.uri}/{newest.name}", newest
 
 
 def _load_torchvision(

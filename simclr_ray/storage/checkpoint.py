@@ -4,12 +4,11 @@
         state.safetensors     model.*, optimizer.*
         record.json           written last: names every file with size and SHA-256
 
-The loader walks from the newest and takes the first that verifies.
+`RunFolder.newest_checkpoint` walks from the newest and takes the first that verifies.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import pickle
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simclr_ray.errors import CheckpointError
-from simclr_ray.storage.provenance import sha256
+from simclr_ray.storage.provenance import sha256, versions_of
 
 FORMAT_VERSION = 2  # 1 had other config keys and metric names (docs/upgrade.md)
 STATE, RECORD = "state.safetensors", "record.json"
@@ -109,7 +108,7 @@ def write(
         "format_version": FORMAT_VERSION,
         "step": step,
         **record,
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": versions_of(LIBRARIES),
         "files": {
             STATE: {"size": (folder / STATE).stat().st_size, "sha256": sha256(folder / STATE)}
         },
@@ -199,28 +198,6 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def newest(root: Path) -> Path | None:
-    """Return the newest checkpoint below `root` that verifies, or None where there is none."""
-    if not root.is_dir():
-        return None
-    for folder in sorted(root.iterdir(), key=lambda f: step_of(f.name), reverse=True):
-        if step_of(folder.name) < 0:
-            continue
-        try:
-            read_record(folder)
-        except CheckpointError:
-            continue
-        return folder
-    return None
-
-
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

@@ -2,24 +2,22 @@
 
 <storage>/<run name>/
     experiment.yaml  metrics.jsonl  bad_rows.jsonl  run.json  encoder/
-    lock                                lock by the driver, on a local disk
+    lock  lock.holder                   held by the driver, on a local disk
     step-00001200-<attempt>/            checkpoints, owned by Ray's manager
     checkpoint_manager_snapshot.json    Ray's
 """
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
 import logging
-import os
-import platform
-import time
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from pyarrow import fs
 
@@ -29,9 +27,9 @@ from simclr_ray.errors import (
     ConfigIssue,
     RunError,
 )
-from simclr_ray.storage import checkpoint
+from simclr_ray.storage import checkpoint, run_lock
+from simclr_ray.storage.filesystem import cache_folder, filesystem
 
-LOCK = "lock"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 log = logging.getLogger(__name__)
 
@@ -133,46 +131,79 @@ class RunFolder:
         names = [f.base_name for f in found if checkpoint.step_of(f.base_name) >= 0]
         return sorted(names, key=lambda n: (checkpoint.step_of(n), n), reverse=True)
 
-    def fetch(self, name: str, scratch: Path) -> Path:
-        """Return a local path of a folder in here, copied to `scratch` if it is remote."""
+    @contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        """Give a local path of a folder in here; of a remote one a copy that goes with the block.
+
+        Raises:
+            FileNotFoundError: A remote folder holds no `name`.
+        """
+        if self.local is not None:
+            yield self.local / name
+            return
+        with tempfile.TemporaryDirectory(prefix="simclr_ray-") as scratch:
+            yield self._copy(name, Path(scratch) / name)
+
+    @contextmanager
+    def newest_checkpoint(self) -> Iterator[Path | None]:
+        """Give a local path of the newest checkpoint that verifies, or None.
+
+        A remote one is a copy that goes with the block. What does not verify is named in the log
+        and passed over.
+        """
+        for name in self.checkpoints():
+            with self.fetched(name) as folder:
+                if self._verifies(folder):
+                    yield folder
+                    return
+        yield None
+
+    def cached_checkpoint(self, name: str) -> Path:
+        """Return a local path of a checkpoint that stays: of a remote one a copy in the cache.
+
+        The copy lies in `~/.cache/simclr_ray/checkpoints` (or below `$XDG_CACHE_HOME`), one a run:
+        an older checkpoint of the same run goes when a newer one comes.
+        """
         if self.local is not None:
             return self.local / name
+        digest = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
+        place = cache_folder("checkpoints") / f"{self.name}-{digest}"
+        if not (place / name / checkpoint.RECORD).is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+                new = self._copy(name, Path(scratch) / name)
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir()
+                new.rename(place / name)
+        return place / name
+
+    def _copy(self, name: str, target: Path) -> Path:
         files, root = self._open()
-        target = scratch / name
-        target.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True)
         fs.copy_files(f"{root}/{name}", str(target), files, fs.LocalFileSystem())
         return target
 
-    def newest(self, scratch: Path) -> Path | None:
-        """Return a local path of the newest checkpoint that verifies, or None.
-
-        What does not verify is named in the log and passed over.
-        """
-        for name in self.checkpoints():
-            folder = self.fetch(name, scratch)
-            try:
-                checkpoint.read_record(folder)
-            except CheckpointError as error:
-                log.warning("passing over checkpoint %s: %s", name, error)
-                continue
-            return folder
-        return None
+    def _verifies(self, folder: Path) -> bool:
+        try:
+            checkpoint.read_record(folder)
+        except CheckpointError as error:
+            log.warning("passing over checkpoint %s: %s", folder.name, error)
+            return False
+        return True
 
     def is_locked(self) -> bool:
         """Return whether a driver holds the folder; of a remote one that is not known: False."""
-        if self.local is None or not (self.local / LOCK).exists():
-            return False
-        with (self.local / LOCK).open() as file:
-            return not _locks(file, fcntl.LOCK_SH)
+        return self.local is not None and bool(run_lock.holder_of(self.local))
 
     def ensure_unlocked(self) -> None:
         """Raise `RunError` where another driver is known to hold the folder."""
-        if self.local is not None and self.is_locked():
-            raise self._taken(self.local / LOCK)
+        holder = run_lock.holder_of(self.local) if self.local is not None else ""
+        if holder:
+            raise self._taken(holder)
 
     @contextmanager
     def lock(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Hold the folder, so that no second driver writes to it; nothing is lock of a remote one.
+        """Hold the folder, so that no second driver writes to it; a remote one is not locked.
 
         Args:
             wait_s: For another to let go of it.
@@ -183,19 +214,11 @@ class RunFolder:
         if self.local is None:
             yield
             return
-        self.local.mkdir(parents=True, exist_ok=True)
-        deadline, is_told = time.monotonic() + wait_s, False
-        with (self.local / LOCK).open("a+") as file:
-            while not _locks(file, fcntl.LOCK_EX):
-                if time.monotonic() >= deadline:
-                    raise self._taken(self.local / LOCK)
-                if not is_told:
-                    is_told = True
-                    log.warning("%s; waiting %g s", self._taken(self.local / LOCK), wait_s)
-                time.sleep(0.5)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(run_lock.hold(self.local, wait_s))
+            except run_lock.LockedError as error:
+                raise self._taken(str(error)) from None
             yield
 
     def repair_snapshot(self) -> list[str]:
@@ -218,26 +241,11 @@ class RunFolder:
             files.move(f"{root}/{SNAPSHOT}", f"{root}/{SNAPSHOT}.set-aside")
         return gone
 
-    def _taken(self, lock: Path) -> RunError:
-        holder = lock.read_text(encoding="utf-8") or "another process"
+    def _taken(self, holder: str) -> RunError:
         return RunError(f"{self.uri} is being run by {holder}")
 
     def _open(self) -> tuple[fs.FileSystem, str]:
-        if self.local is not None:
-            return fs.LocalFileSystem(), self.uri
-        files, root = fs.FileSystem.from_uri(self.uri)
-        return files, root
-
-
-def _locks(file: IO[str], kind: int) -> bool:
-    """Return whether a lock could be taken; it goes with the file, or with the process."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system that knows no locks: then nobody holds anything
-        return True
-    return True
+        return filesystem(self.uri)
 
 
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"

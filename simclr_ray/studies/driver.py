@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, cpus_wanted, is_local
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
-from simclr_ray.storage.provenance import version_of
+from simclr_ray.storage.provenance import versions_of
 from simclr_ray.studies.definition import Budget, Study, label_of
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import (
@@ -131,22 +132,24 @@ def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:
     return make_trials(study.model_copy(update={"budget": Budget()}), tree, points)
 
 
-def stored_study(where: str) -> tuple[Study, list[Trial]]:
-    """Return a study that was begun, its base as a file on this machine, and its trials.
+@contextmanager
+def stored_study(where: str) -> Iterator[tuple[Study, list[Trial]]]:
+    """Give a study that was begun and its trials; its base is a file that goes with the block.
 
     Raises:
         ConfigError: There is none, or its folder has another name than it.
     """
     folder = StudyFolder.at(where)
     study, tree = folder.definition()
-    base = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / "base.yaml"
-    base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")
-    study = study.model_copy(update={"base": str(base)})
     if study.name != folder.files.name:
         raise ConfigError(
             [ConfigIssue(where, f"holds study {study.name!r}; folders keep their names")]
         )
-    return study, plan(study, base_tree(study))
+    with tempfile.TemporaryDirectory(prefix="simclr_ray-") as scratch:
+        base = Path(scratch) / "base.yaml"
+        base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")
+        study = study.model_copy(update={"base": str(base)})
+        yield study, plan(study, base_tree(study))
 
 
 def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
@@ -217,7 +220,7 @@ def shared_cores(trials: Sequence[Trial]) -> float:
 def _versions(before: dict[str, str]) -> dict[str, str]:
     """Return what runs the study now, after what ran it before."""
     names = ("simclr-ray", "ray", "torch", "mlflow", "numpy")
-    now = {name: version_of(name) for name in names} | {"machine": _machine()}
+    now = versions_of(names) | {"machine": _machine()}
     known = {name: before.get(name, "").split("; ") for name in now}
     earlier = {name: text for name, text in before.items() if name not in now}
     return earlier | {

@@ -159,10 +159,16 @@ class StudyFolder:
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
             return
-        folder = Path(tempfile.mkdtemp(prefix="simclr_ray-")) / REPORT
-        folder.mkdir()
-        yield folder
-        self.files.put_folder(folder, REPORT)
+        with tempfile.TemporaryDirectory(prefix="simclr_ray-") as scratch:
+            folder = Path(scratch) / REPORT
+            folder.mkdir()
+            yield folder
+            self.files.put_folder(folder, REPORT)
+
+    @property
+    def report(self) -> str:
+        """Path or URI of the report's folder."""
+        return f"{self.uri}/{REPORT}"
 
 
 def curve_of(lines: str, last_epoch: int = 0) -> Curve:

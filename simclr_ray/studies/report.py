@@ -40,40 +40,47 @@ td.l, th.l { text-align: left } svg { max-width: 100%; height: auto } code, pre 
 """
 
 
-def write_report(folder: StudyFolder, command: str = "") -> tuple[Path, Results]:
-    """Write page, figure, table and data to the study's report folder; return it and the results.
+def write_report(folder: StudyFolder, command: str = "") -> tuple[str, Results]:
+    """Write page, figure, table and data to the study's report folder.
 
     Args:
         folder: The study; of a remote one the report is written to a local folder first.
         command: The command line to show; empty: the last one known.
+
+    Returns:
+        Path or URI of the report's folder, and the results.
     """
+    with folder.report_folder() as target:
+        return folder.report, _write(folder, target, command)
+
+
+def publish_report(folder: StudyFolder) -> tuple[str, Results]:
+    """Same as `write_report`, and store the report with the study's MLflow run."""
+    with folder.report_folder() as target:
+        results = _write(folder, target)
+        state = folder.state()
+        if state.get("mlflow_run_id"):
+            try:
+                _log_report(target, results, state)
+            except TrackingError as error:  # the report is worth more than its copy
+                log.warning("the report is not in MLflow: %s", error)
+    return folder.report, results
+
+
+def _write(folder: StudyFolder, target: Path, command: str = "") -> Results:
     study, _ = folder.definition()
     outcomes = folder.outcomes()
     results = results_of(study, outcomes)
     commits = {outcome.run.get("commit", "") for outcome in outcomes} - {""}
-    with folder.report_folder() as target:
-        for ending in ("png", "svg"):
-            draw_study(results, target / f"{FIGURE}.{ending}")
-        (target / DATA).write_text(as_json(results) + "\n", encoding="utf-8")
-        (target / TABLE).write_text(markdown(results), encoding="utf-8")
-        state = folder.state()
-        svg = (target / f"{FIGURE}.svg").read_text(encoding="utf-8")
-        state |= {"command": command or state.get("command", ""), "commits": sorted(commits)}
-        text = page(results, svg, state)
-        (target / PAGE).write_text(text, encoding="utf-8")
-        return target, results
-
-
-def publish_report(folder: StudyFolder) -> tuple[Path, Results]:
-    """Write the report, and store it with the study's MLflow run; as `write_report`."""
-    target, results = write_report(folder)
+    for ending in ("png", "svg"):
+        draw_study(results, target / f"{FIGURE}.{ending}")
+    (target / DATA).write_text(as_json(results) + "\n", encoding="utf-8")
+    (target / TABLE).write_text(markdown(results), encoding="utf-8")
     state = folder.state()
-    if state.get("mlflow_run_id"):
-        try:
-            _log_report(target, results, state)
-        except TrackingError as error:  # the report is worth more than its copy
-            log.warning("the report is not in MLflow: %s", error)
-    return target, results
+    svg = (target / f"{FIGURE}.svg").read_text(encoding="utf-8")
+    state |= {"command": command or state.get("command", ""), "commits": sorted(commits)}
+    (target / PAGE).write_text(page(results, svg, state), encoding="utf-8")
+    return results
 
 
 def _log_report(target: Path, results: Results, state: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -149,7 +148,7 @@ def _evaluated(study: Study, experiment: Experiment, run: Run) -> dict[str, floa
     gpus = min(1.0, experiment.scaling.gpus_per_worker)
     if not gpus or experiment.evaluation.actors:
         return evaluate_trial(study, experiment, run)
-    task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_evaluate_anywhere)
+    task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(evaluate_trial)
     try:
         metrics: dict[str, float] = ray.get(task.remote(study, experiment, run))
     except RayTaskError as error:
@@ -157,43 +156,43 @@ def _evaluated(study: Study, experiment: Experiment, run: Run) -> dict[str, floa
     return metrics
 
 
-def _evaluate_anywhere(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
-    """Evaluate a run whose checkpoint another node may have fetched to a folder of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        fetched = RunFolder.at(run.folder).fetch(run.checkpoint.name, Path(scratch))
-        return evaluate_trial(study, experiment, run._replace(checkpoint=fetched))
-
-
 def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, float]:
     """Return the metrics after training, and log them in an MLflow run under the trial's."""
+    with RunFolder.at(run.folder).fetched(run.checkpoint_name) as checkpoint:
+        metrics = _scores(study, experiment, checkpoint)
+    tracker = Tracker.open(experiment.tracking, experiment.storage)
+    evaluated = tracker.start_run(
+        f"{run.name}-evaluation",
+        params={"protocols": ",".join(study.protocols)},
+        tags={"checkpoint": run.checkpoint_name},
+        parent_id=run.mlflow_run_id,
+    )
+    evaluated.log_metrics(metrics, int(run.metrics.get("step", 0)))
+    evaluated.finish("FINISHED")
+    return metrics
+
+
+def _scores(study: Study, experiment: Experiment, checkpoint: Path) -> dict[str, float]:
+    """Return what the study's protocols say of a checkpoint."""
     metrics: dict[str, float] = {}
     protocols = [name for name in study.protocols if name != "probe"]
     if protocols:
-        score = evaluate_trained(experiment, run.checkpoint, protocols)
+        score = evaluate_trained(experiment, checkpoint, protocols)
         named = {k: v for k, v in score._asdict().items() if isinstance(v, float)}
         metrics |= {f"final/{key}": value for key, value in named.items()}
     if "probe" in study.protocols:
-        found = {p.target: p for p in probe_experiment(experiment, run.checkpoint)}
+        found = {p.target: p for p in probe_experiment(experiment, checkpoint)}
         for name, target in PROBES.items():
             metrics |= {f"probe/{name}_h": found[target].h, f"probe/{name}_z": found[target].z}
     shares = task_fractions_of(experiment)
     if shares is not None:
         metrics |= {f"views/{key}": value for key, value in shares._asdict().items()}
     if isinstance(experiment.head, ClassifierHeadConfig):
-        classified = score_classifier(run.checkpoint, experiment)._asdict()
+        classified = score_classifier(checkpoint, experiment)._asdict()
         metrics |= {f"final/classifier/{key}": float(value) for key, value in classified.items()}
     either = metrics.get("final/classifier/top1", metrics.get("final/linear_top1"))
     if either is not None:
         metrics[EITHER] = either
-    tracker = Tracker.open(experiment.tracking, experiment.storage)
-    evaluated = tracker.start_run(
-        f"{run.name}-evaluation",
-        params={"protocols": ",".join(study.protocols)},
-        tags={"checkpoint": run.checkpoint.name},
-        parent_id=run.mlflow_run_id,
-    )
-    evaluated.log_metrics(metrics, int(run.metrics.get("step", 0)))
-    evaluated.finish("FINISHED")
     return metrics
 
 

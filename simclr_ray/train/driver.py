@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,9 +45,23 @@ class Run(NamedTuple):
 
     name: str  # of the experiment, and eight hex digits of its digest and its images
     folder: str  # path or URI
-    checkpoint: Path  # local path of the last one
+    checkpoint_name: str  # of the last one, in `folder`
     mlflow_run_id: str
     metrics: Record  # name -> the last value of each: step, train/mean_loss, eval/knn_top1, …
+
+    @property
+    def checkpoint(self) -> Path:
+        """A local path of the last checkpoint.
+
+        Of a remote run it is a copy in the user's cache, fetched when first asked for and kept
+        until a newer one of the run is (`RunFolder.cached_checkpoint`).
+        """
+        return RunFolder.at(self.folder).cached_checkpoint(self.checkpoint_name)
+
+    @property
+    def checkpoint_uri(self) -> str:
+        """The last checkpoint's path or URI, where the run keeps it."""
+        return f"{self.folder}/{self.checkpoint_name}"
 
 
 def pretrain(
@@ -115,18 +128,23 @@ def _trained(
 ) -> Run:
     """Train what is left of a run; return it."""
     total, folder = resolved.total_steps, resolved.folder
-    scratch = Path(tempfile.mkdtemp(prefix="simclr_ray-"))
-    newest = folder.newest(scratch)
-    if newest is not None:
-        log.info("continuing after step %d of %d", checkpoint.step_of(newest.name), total)
-    if newest is None or checkpoint.step_of(newest.name) < total:
+    newest = _newest(folder)
+    if newest:
+        log.info("continuing after step %d of %d", checkpoint.step_of(newest), total)
+    if checkpoint.step_of(newest) < total:
         for name in folder.repair_snapshot():
             log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
         _fit(resolved, tracked, on_progress)
-        newest = folder.newest(scratch)
-    if newest is None or checkpoint.step_of(newest.name) < total:
+        newest = _newest(folder)
+    if checkpoint.step_of(newest) < total:
         raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
     return Run(folder.name, folder.uri, newest, tracked.run_id, _last_metrics(folder))
+
+
+def _newest(folder: RunFolder) -> str:
+    """Return the name of the newest checkpoint that verifies, or nothing."""
+    with folder.newest_checkpoint() as path:
+        return path.name if path else ""
 
 
 def _check_late_needs(experiment: Experiment) -> None:

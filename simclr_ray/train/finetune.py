@@ -8,9 +8,7 @@ classifies: Nesterov SGD, rate 0.05·B/256, no warm-up, no decay, crop and flip 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
@@ -141,7 +139,8 @@ def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTun
     """Train what was planned, test it, and store the scores with it and with the run it is of."""
     experiment, parent = planned
     done = pretrain(experiment, on_progress=on_progress)
-    scores = score_classifier(done.checkpoint, experiment.config)
+    with RunFolder.at(done.folder).fetched(done.checkpoint_name) as checkpoint:
+        scores = score_classifier(checkpoint, experiment.config)
     _log(done, parent, experiment.config.name, scores)
     return FineTuned(done, scores, experiment.source.num_rows)
 
@@ -180,8 +179,7 @@ def _planned(experiment: Experiment, parent: RunRecord) -> Planned:
 def _record(folder: RunFolder, shown: str) -> tuple[dict[str, Any], RunRecord]:
     """Return the config tree of a run's newest checkpoint, and where the run is tracked."""
     record = RunRecord.find(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        newest = folder.newest(Path(scratch)) if record else None
+    with folder.newest_checkpoint() as newest:
         if record is None or newest is None:
             raise ConfigError([ConfigIssue(shown, "is no run folder with a whole checkpoint")])
         return cfg.to_tree(experiment_of(newest)), record

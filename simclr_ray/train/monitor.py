@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,10 @@ class RunMonitor:
         self.fatal: SimclrRayError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._local = folder.local or Path(tempfile.mkdtemp(prefix="simclr_ray-"))
+        self._scratch = ExitStack()
+        self._local = folder.local or Path(
+            self._scratch.enter_context(tempfile.TemporaryDirectory(prefix="simclr_ray-"))
+        )
         self._local.mkdir(parents=True, exist_ok=True)
         self._uploaded_at = time.monotonic()
         if folder.local is None:  # what earlier starts of this run have logged
@@ -68,7 +71,8 @@ class RunMonitor:
             self.inbox.put(None)  # so that the thread need not wait for a record
         self._thread.join(timeout=60)
         self.inbox.shutdown(force=True)
-        self._upload()
+        with self._scratch:
+            self._upload()
 
     def _watch(self) -> None:
         while True:

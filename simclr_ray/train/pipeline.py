@@ -47,23 +47,24 @@ def run_pipeline(
     resolved = resolve(experiment)
     config = resolved.config
     run = pretrain(resolved, on_progress=on_progress)
-    scores = evaluate_experiment(config, run.checkpoint)
-    publish(run, resolved, scores)
-    classifier = _test_classifier(run, config)
+    with RunFolder.at(run.folder).fetched(run.checkpoint_name) as checkpoint:
+        scores = evaluate_experiment(config, checkpoint)
+        publish(run, resolved, scores)
+        classifier = _test_classifier(run, config, checkpoint)
     registered = None
     if config.registry.name:
         registered = register_run(run.folder, config.registry.name, config.registry.alias)
     return PretrainOutcome(run, scores, registered, classifier)
 
 
-def _test_classifier(run: Run, experiment: Experiment) -> Classification | None:
+def _test_classifier(run: Run, experiment: Experiment, checkpoint: Path) -> Classification | None:
     """Return and log how a supervised run's own classifier does, if there is a labelled test."""
     data = experiment.data
     if not isinstance(experiment.head, ClassifierHeadConfig) or not data.test:
         return None
     if not Source.open(data.test, data.columns).has_labels:
         return None
-    scores = score_classifier(run.checkpoint, experiment)
+    scores = score_classifier(checkpoint, experiment)
     record = RunRecord.read(RunFolder.at(run.folder))
     named = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
     tracked = TrackedRun.attach(record.tracking_uri, record.mlflow_run_id)
@@ -109,8 +110,7 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
     """
     folder = RunFolder.at(run)
     record = RunRecord.read(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        newest = folder.newest(Path(scratch))
+    with folder.newest_checkpoint() as newest, tempfile.TemporaryDirectory() as scratch:
         if newest is None:
             raise ConfigError([ConfigIssue(run, "holds no whole checkpoint to register")])
         experiment, model = experiment_of(newest), load_model(newest)

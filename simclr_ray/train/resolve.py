@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from simclr_ray.config.experiment import (
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
-from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, _checkpoint
+from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, open_checkpoint
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
@@ -151,8 +150,7 @@ def resolve_init(experiment: Experiment) -> Experiment:
             raise _issue(f"no file {weights}")
         found = {"weights": weights, "sha256": sha256(path)}
     else:
-        with tempfile.TemporaryDirectory() as scratch:
-            where, folder = _checkpoint(weights, Path(scratch))
+        with open_checkpoint(weights) as (where, folder):
             record = checkpoint.read_record(folder)
             _check_fits(experiment, record["experiment"])
             found = {"weights": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
@@ -172,8 +170,7 @@ def resolve_teacher(experiment: Experiment) -> Experiment:
     loss = experiment.loss
     if not isinstance(loss, DistillationConfig):
         return experiment
-    with tempfile.TemporaryDirectory() as scratch:
-        where, folder = _checkpoint(loss.teacher, Path(scratch), TEACHER)
+    with open_checkpoint(loss.teacher, TEACHER) as (where, folder):
         record = checkpoint.read_record(folder)
     head = cfg.validate(Experiment, record["experiment"]).head
     if not isinstance(head, ClassifierHeadConfig):

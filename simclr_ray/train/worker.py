@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,10 +152,15 @@ class TrainWorker:
 
     def _newest(self) -> checkpoint.Checkpoint | None:
         """Return the newest whole checkpoint, the one that rank 0 finds. A collective."""
-        with tempfile.TemporaryDirectory() as scratch:
-            found = self.folder.newest(Path(scratch)) if self.rank == 0 else None
+        newest = self.folder.newest_checkpoint() if self.rank == 0 else nullcontext()
+        with newest as found:
             name = dist.broadcast_text(found.name if found else "")
-            return checkpoint.read(self.folder.fetch(name, Path(scratch))) if name else None
+            if found:
+                return checkpoint.read(found)
+        if not name:
+            return None
+        with self.folder.fetched(name) as path:
+            return checkpoint.read(path)
 
     def _build(self, kept: checkpoint.Checkpoint | None) -> None:
         """Make the model and the optimizer, as they were when the checkpoint was written."""

@@ -56,4 +56,4 @@ def test_two_trials_of_each_study_finish(name: str, folder: Path, ray_cluster: s
     assert [o.status for o in outcomes] == ["finished"] * 2, [o.reason for o in outcomes]
     place, results = publish_report(study_folder)
     assert len(results.rows) == 2
-    assert (place / "report.html").stat().st_size > 0
+    assert (Path(place) / "report.html").stat().st_size > 0

@@ -20,7 +20,8 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import TooManyBadImages
 from simclr_ray.inference.embed import load_encoder
-from simclr_ray.storage.checkpoint import newest, read
+from simclr_ray.storage.checkpoint import Checkpoint, read
+from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.driver import Run, pretrain
 from simclr_ray.train.pipeline import run_pipeline
 from simclr_ray.train.resolve import resolve
@@ -151,7 +152,8 @@ def test_a_driver_killed_after_epoch_two_continues_to_the_last_bit(
     assert continued.returncode == 0, continued.stderr
     whole, broken = losses_of(Path(one_worker.folder)), losses_of(run_folder)
     assert broken == whole
-    final, undisturbed = read(newest(run_folder) or run_folder), read(one_worker.checkpoint)
+    final, undisturbed = newest(run_folder), read(one_worker.checkpoint)
+    assert final is not None
     assert final.tensors.keys() == undisturbed.tensors.keys()
     for name, tensor in final.tensors.items():
         assert tensor.equal(undisturbed.tensors[name]), name
@@ -216,7 +218,12 @@ def _program(folder: Path, storage: str, workers: int) -> list[str]:
 
 def _steps_kept(run_folder: Path) -> int:
     found = newest(run_folder)
-    return read(found).step if found else 0
+    return found.step if found else 0
+
+
+def newest(run_folder: Path) -> Checkpoint | None:
+    with RunFolder.at(str(run_folder)).newest_checkpoint() as path:
+        return read(path) if path else None
 
 
 def _wait(

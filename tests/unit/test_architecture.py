@@ -45,7 +45,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "rich": ("cli.console",),
     "typer": ("cli",),
     "safetensors": ("storage.checkpoint", "inference"),
-    "fcntl": ("storage.run_folder", "distributed.shared_memory", "data.image_cache"),
+    "filelock": ("storage.run_lock",),
+    "fcntl": ("distributed.shared_memory", "data.image_cache"),
 }
 
 

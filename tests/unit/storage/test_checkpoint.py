@@ -19,6 +19,7 @@ from simclr_ray.nn.precision import prepare_model
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
+from simclr_ray.storage.run_folder import RunFolder
 
 Config = LARSConfig | SGDConfig | AdamWConfig
 OPTIMIZERS: list[Config] = [
@@ -190,18 +191,23 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
+def newest(root: Path) -> Path | None:
+    with RunFolder.at(str(root)).newest_checkpoint() as found:
+        return found
+
+
 @pytest.mark.parametrize(("fault", "message"), FAULTS, ids=lambda f: getattr(f, "__name__", ""))
 def test_a_checkpoint_that_is_not_whole_is_refused_and_the_older_whole_one_taken(
     tmp_path: Path, fault: Callable[[Path], None], message: str
 ) -> None:
     older = write(tmp_path / "step-00000009-0000000a", 9)
     broken = write(tmp_path / "step-00000010-0000000b", 10)
-    assert checkpoint.newest(tmp_path) == broken
+    assert newest(tmp_path) == broken
     fault(broken)
     for read in (checkpoint.read, checkpoint.read_record):
         with pytest.raises(CheckpointError, match=message):
             read(broken)
-    assert checkpoint.newest(tmp_path) == older
+    assert newest(tmp_path) == older
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -215,18 +221,18 @@ def test_what_is_not_finite_is_never_written(tmp_path: Path, name: str, value: f
 
 def test_the_newest_is_by_step_and_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     write(tmp_path / "step-00000900-00000001", 900)
-    newest = write(tmp_path / "step-100000000-00000002", 100_000_000)
+    latest = write(tmp_path / "step-100000000-00000002", 100_000_000)
     for name in ("best", "step-00009999", "step-x", "encoder"):
         write(tmp_path / name, 9999)
     (tmp_path / "step-00099999-00000003").write_text("a file")
-    assert checkpoint.newest(tmp_path) == newest
+    assert newest(tmp_path) == latest
 
 
 def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
-    assert checkpoint.newest(tmp_path / "absent") is None
+    assert newest(tmp_path) is None
+    assert newest(tmp_path / "absent") is None
     lose_record(write(tmp_path / "step-00000001-00000001", 1))
-    assert checkpoint.newest(tmp_path) is None
+    assert newest(tmp_path) is None
 
 
 def test_a_name_is_never_used_again_and_tells_its_step(tmp_path: Path) -> None:

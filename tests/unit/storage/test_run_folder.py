@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from simclr_ray.errors import RunError
+from simclr_ray.errors import CheckpointError, RunError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import SNAPSHOT, RunFolder
+from simclr_ray.storage.run_lock import HOLDER, LOCK
+from simclr_ray.train.driver import Run
 
 
 @pytest.fixture(params=["path", "uri"])
@@ -85,18 +89,21 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("simclr_ray"), "propagate", True)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     add(on_disk, "step-00000001-00000001", 1)
     add(on_disk, "step-00000002-00000002", 2)
     broken = add(on_disk, "step-00000003-00000003", 3)
     (broken / checkpoint.STATE).write_bytes(b"")
     unfinished = add(on_disk, "step-00000004-00000004", 4)
     (unfinished / checkpoint.RECORD).unlink()
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    found = folder.newest(scratch)
-    assert found is not None
-    assert checkpoint.read(found).step == 2
-    assert (found.parent == on_disk) == (folder.local is not None)
+    with folder.newest_checkpoint() as found:
+        assert found is not None
+        assert checkpoint.read(found).step == 2
+        assert (found.parent == on_disk) == (folder.local is not None)
+    assert found.is_dir() == (folder.local is not None)  # a copy goes with the block
+    assert not list(scratch.iterdir())
     passed = [r.getMessage() for r in caplog.records]
     assert [name for name in (broken.name, unfinished.name) if any(name in m for m in passed)] == [
         broken.name,
@@ -104,32 +111,59 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(
     ]
 
 
-def test_no_checkpoint_that_verifies_is_none(
-    folder: RunFolder, on_disk: Path, tmp_path: Path
-) -> None:
-    assert folder.newest(tmp_path) is None
+def test_no_checkpoint_that_verifies_is_none(folder: RunFolder, on_disk: Path) -> None:
+    with folder.newest_checkpoint() as found:
+        assert found is None
     (add(on_disk, "step-00000001-00000001", 1) / checkpoint.STATE).unlink()
-    assert folder.newest(tmp_path / "s") is None
+    with folder.newest_checkpoint() as found:
+        assert found is None
+
+
+def test_an_error_in_the_block_is_the_blocks_own_and_no_older_checkpoint_is_tried(
+    folder: RunFolder, on_disk: Path
+) -> None:
+    add(on_disk, "step-00000001-00000001", 1)
+    add(on_disk, "step-00000002-00000002", 2)
+    seen: list[str] = []
+
+    def fail() -> None:
+        with folder.newest_checkpoint() as found:
+            seen.append(found.name if found else "")
+            raise CheckpointError("the block")
+
+    with pytest.raises(CheckpointError, match="the block"):
+        fail()
+    assert seen == ["step-00000002-00000002"]
+
+
+def test_a_runs_last_checkpoint_stays_of_a_remote_run_as_one_copy_in_the_cache(
+    folder: RunFolder, on_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for step in (1, 2):
+        name = f"step-0000000{step}-0000000a"
+        add(on_disk, name, step)
+        run = Run(folder.name, folder.uri, name, "", {})
+        assert checkpoint.read(run.checkpoint).step == step
+        assert run.checkpoint == run.checkpoint
+        assert run.checkpoint_uri == f"{folder.uri}/{name}"
+    kept = [path.name for path in (tmp_path / "cache").rglob("step-*")]
+    if folder.local is None:
+        assert kept == ["step-00000002-0000000a"]
+        with pytest.raises(FileNotFoundError):
+            folder.cached_checkpoint("step-00000003-0000000a")
+        assert [path.name for path in (tmp_path / "cache").rglob("step-*")] == kept
+    else:
+        assert kept == []
 
 
 def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_gone(
     tmp_path: Path,
 ) -> None:
     folder = RunFolder.of(str(tmp_path), "r-1")
-    program = (
-        "import sys, time; from simclr_ray.storage.run_folder import RunFolder\n"
-        "with RunFolder(*sys.argv[1:]).lock():\n"
-        "    print('held', flush=True); time.sleep(60)"
-    )
     folder.ensure_unlocked()
-    other = subprocess.Popen(
-        [sys.executable, "-c", program, folder.storage, folder.name],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    other = hold_elsewhere(folder)
     try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
         with pytest.raises(RunError, match=f"run by process {other.pid} on "):
             folder.ensure_unlocked()
         with pytest.raises(RunError, match=f"run by process {other.pid} on "), folder.lock():
@@ -141,6 +175,59 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_go
         other.kill()
         other.communicate()
     assert not folder.is_locked()
+
+
+def hold_elsewhere(folder: RunFolder) -> subprocess.Popen[str]:
+    program = (
+        "import sys, time; from simclr_ray.storage.run_folder import RunFolder\n"
+        "with RunFolder(*sys.argv[1:]).lock():\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, folder.storage, folder.name],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    return other
+
+
+def test_to_ask_whether_a_folder_is_locked_disturbs_nobody(tmp_path: Path) -> None:
+    folder = RunFolder.of(str(tmp_path), "r-1")
+    other = hold_elsewhere(folder)
+    try:
+        assert [folder.is_locked() for _ in range(100)] == [True] * 100
+        with pytest.raises(RunError, match=f"run by process {other.pid} on "):
+            folder.ensure_unlocked()
+    finally:
+        other.kill()
+        other.communicate()
+    assert (tmp_path / "r-1" / HOLDER).exists()  # what a killed process leaves
+    assert not folder.is_locked()
+    assert not (tmp_path / "r-1" / HOLDER).exists()
+    (tmp_path / "r-1" / LOCK).unlink()
+    assert not folder.is_locked()
+    assert not (tmp_path / "r-1" / LOCK).exists()  # from now on, to ask touches no lock
+
+
+def test_a_lock_goes_with_the_block_and_an_error_in_it_too(tmp_path: Path) -> None:
+    folder = RunFolder.of(str(tmp_path), "r-1")
+    for _ in range(2):
+        with pytest.raises(KeyError), folder.lock():
+            raise KeyError
+        assert not folder.is_locked()
+    taken = pytest.raises(RunError, match=f"run by process {os.getpid()} on ")
+    with folder.lock(), taken, folder.lock():
+        pass
+    assert not folder.is_locked()
+
+
+def test_a_remote_folder_is_not_locked(tmp_path: Path) -> None:
+    folder = RunFolder.of(tmp_path.as_uri(), "r-1")
+    with folder.lock(), folder.lock():
+        assert not folder.is_locked()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_snapshot_that_names_what_is_there_stays(folder: RunFolder, on_disk: Path) -> None:

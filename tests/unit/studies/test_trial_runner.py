@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CollapseError
+from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.studies import trial_runner as trial_module
 from simclr_ray.studies.definition import Study
@@ -81,19 +83,22 @@ def test_cost_is_read_off_the_records_whatever_was_repeated(tmp_path: Path) -> N
     assert cost == {"images": 20 * N, "seconds": 20.0 + 5.0, "device_seconds": 50.0}
 
 
-def test_a_run_that_another_node_fetched_is_evaluated_from_its_folder(
+def test_a_remote_run_is_evaluated_by_a_copy_that_goes_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "run" / "step-00000007-a").mkdir(parents=True)
-    elsewhere = Path("/nowhere") / "step-00000007-a"
-    run = Run("run", str(tmp_path / "run"), elsewhere, "id", {})
+    name = "step-00000007-0000000a"
+    checkpoint.write(tmp_path / "run" / name, 7, {"model.w": torch.ones(2)}, {})
+    run = Run("run", (tmp_path / "run").as_uri(), name, "", {})
     evaluated: list[Path] = []
 
-    def evaluate(_study: Study, _experiment: Experiment, run: Run) -> dict[str, float]:
-        evaluated.append(run.checkpoint)
+    def evaluate(_study: Study, _experiment: Experiment, folder: Path) -> dict[str, float]:
+        evaluated.append(folder)
+        assert checkpoint.read(folder).step == 7
         return {"top1": 0.5}
 
-    monkeypatch.setattr(trial_module, "evaluate_trial", evaluate)
+    monkeypatch.setattr(trial_module, "_scores", evaluate)
     given = cfg.validate(Study, {"name": "s", "question": "?", "base": "b", "space": SPACE})
-    assert trial_module._evaluate_anywhere(given, experiment(), run) == {"top1": 0.5}
-    assert evaluated == [tmp_path / "run" / "step-00000007-a"]
+    made = experiment(storage=str(tmp_path / "runs"))
+    assert trial_module.evaluate_trial(given, made, run) == {"top1": 0.5}
+    assert evaluated[0].name == name
+    assert not evaluated[0].exists()

@@ -1,0 +1,93 @@
+"""The lock of a local run folder: one driver at a time, freed by the kernel when its process ends.
+
+`filelock` holds the file `lock`; who holds it stands in `lock.holder` beside it, since a waiting
+process may open, and with some releases of filelock truncate, the locked file itself. The holder's
+text is removed with the lock, so that to look at a folder nobody runs touches no lock at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK, HOLDER = "lock", "lock.holder"
+POLL_S = 0.5
+log = logging.getLogger(__name__)
+
+
+class LockedError(Exception):
+    """Another process holds the lock; the text names it: `process PID on HOST`."""
+
+
+@contextmanager
+def hold(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock of `folder`, which is made, while the block runs.
+
+    On a file system that knows no locks nothing is held, as nobody else could hold it either.
+
+    Raises:
+        LockedError: Another process holds it, and still does after `wait_s` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / LOCK), folder / HOLDER
+    if not _acquires(lock, 0.0):
+        if wait_s:
+            log.warning("%s is held by %s; waiting %g s", folder, _text(holder), wait_s)
+        if not wait_s or not _acquires(lock, wait_s):
+            raise LockedError(_text(holder))
+    try:
+        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def holder_of(folder: Path) -> str:
+    """Return who holds the lock of `folder`, or nothing.
+
+    A holder's text without a lock is what a killed process left behind. To find that out takes the
+    lock for an instant, once: the text is removed then. A user who may not write there is told the
+    text as it stands.
+    """
+    holder = folder / HOLDER
+    if not holder.exists():
+        return ""
+    lock = FileLock(folder / LOCK)
+    try:
+        if not _acquires(lock, 0.0):
+            return _text(holder)
+        try:
+            holder.unlink(missing_ok=True)
+        finally:
+            lock.release()
+    except PermissionError:
+        return _text(holder)
+    return ""
+
+
+def _acquires(lock: FileLock, wait_s: float) -> bool:
+    """Return whether the lock could be taken within `wait_s`."""
+    try:
+        lock.acquire(timeout=wait_s, poll_interval=POLL_S)
+    except Timeout:
+        return False
+    except PermissionError:
+        raise
+    except OSError as error:
+        log.debug("%s cannot be locked: %s", lock.lock_file, error)
+    return True
+
+
+def _text(holder: Path) -> str:
+    """Return the holder's text; between lock and text there are some microseconds."""
+    try:
+        return holder.read_text(encoding="utf-8") or "another process"
+    except FileNotFoundError:
+        return "another process"
