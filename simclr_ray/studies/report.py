@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import logging
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from simclr_ray import config as cfg
 from simclr_ray.errors import TrackingError
@@ -28,16 +28,15 @@ log = logging.getLogger(__name__)
 
 FIGURE, PAGE, TABLE, DATA = "figure", "report.html", "results.md", "results.json"
 SIGNIFICANT = 0.05
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff }
-h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; font-size: 13px } td, th { padding: .25rem .7rem;
-  border-bottom: 1px solid #ddd; text-align: right } th { background: #f5f5f5 }
-td.l, th.l { text-align: left } svg { max-width: 100%; height: auto } code, pre { font-size: 12px;
-  background: #f5f5f5; padding: .1rem .3rem; overflow-x: auto } pre { padding: .6rem }
-.q { color: #555; margin-top: .3rem } .best td { font-weight: 600 }
-"""
+
+
+class Table(NamedTuple):
+    """Cells as text; the template escapes them."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: Sequence[bool] = ()  # of rows: the best
+    left: int = 1  # columns that are flush left
 
 
 def write_report(folder: StudyFolder, command: str = "") -> tuple[str, Results]:
@@ -94,50 +93,39 @@ def _log_report(target: Path, results: Results, state: dict[str, Any]) -> None:
 
 
 def page(results: Results, svg: str, state: dict[str, Any]) -> str:
-    """Return the page as HTML that needs nothing else."""
+    """Return the page as HTML that needs nothing else; `report.html.j2` is its form."""
     study = results.study
-    drawing = svg[svg.index("<svg") :]
-    parts = [
-        f"<h1>{_e(study.name)}{_e(f' ({study.scale})' if study.scale else '')}</h1>",
-        f"<p class=q>{_e(study.question)}"
-        + (f" &mdash; answers {_e(study.answers)}.</p>" if study.answers else "</p>"),
-        f"<p>{_e(study.notes)}</p>" if study.notes else "",
-        "<h2>Figure</h2>",
-        drawing,
-        f"<p class=q>Points are means over {len(study.seeds)} "
-        f"seed{'s' * (len(study.seeds) > 1)}, bars standard deviations. Metric here: "
-        f"<code>{_e(study.metric)}</code>"
-        + (f"; the paper's: {_e(study.paper.metric)}.</p>" if study.paper.rows else ".</p>"),
-        "<h2>Claims</h2>",
-        claims_table(results),
-        f"<h2>The paper's order</h2><p>{_e(agreement_text(results))}</p>"
-        if study.paper.rows
-        else "",
-        "<h2>Every point, and what it cost</h2>",
-        points_table(results),
-        f"<p class=q>{total_text(results)}</p>",
-        "<h2>Trials that failed, collapsed or were stopped</h2>",
-        others_table(results),
-        "<h2>How it was made</h2>",
-        f"<pre>{_e(state.get('command') or '(from Python)')}</pre>",
-        _table(["what", "version"], [[n, v] for n, v in _versions(state).items()]),
-        "<details><summary>The definition, whole</summary>"
-        f"<pre>{_e(cfg.dump_yaml(cfg.to_tree(study)))}</pre></details>",
-    ]
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{_e(study.name)}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    text: str = _template().render(
+        study=study,
+        drawing=svg[svg.index("<svg") :],
+        claims=claims_table(results),
+        agreement=agreement_text(results),
+        points=points_table(results),
+        total=total_text(results),
+        others=others_table(results),
+        command=state.get("command") or "(from Python)",
+        versions=_versions(state),
+        definition=cfg.dump_yaml(cfg.to_tree(study)),
     )
+    return text
 
 
-def claims_table(results: Results) -> str:
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("simclr_ray", "studies"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html.j2")
+
+
+def claims_table(results: Results) -> Table:
     """Return the claims and what the pairs say of them."""
-    if not results.verdicts:
-        return "<p>None is stated.</p>"
     rows = [[v.claim, *verdict_cells(results.study, v)] for v in results.verdicts]
-    head = ["claim", "difference", "pairs won", "p (smallest possible)", "verdict"]
-    return _table(head, rows)
+    return Table(["claim", "difference", "pairs won", "p (smallest possible)", "verdict"], rows)
 
 
 def verdict_cells(study: Study, verdict: Verdict) -> list[str]:
@@ -178,13 +166,11 @@ def agreement_text(results: Results) -> str:
     )
 
 
-def points_table(results: Results) -> str:
+def points_table(results: Results) -> Table:
     """Return every point with its value, its cost and the paper's value."""
-    study = results.study
     head, rows = points_of_table(results)
-    best = results.best
-    marks = [row is best for row in results.rows]
-    return _table(head, rows, marks, left=len(study.space))
+    marked = [row is results.best for row in results.rows]
+    return Table(head, rows, marked, left=len(results.study.space))
 
 
 def markdown(results: Results) -> str:
@@ -214,20 +200,13 @@ def total_text(results: Results) -> str:
     )
 
 
-def others_table(results: Results) -> str:
+def others_table(results: Results) -> Table:
     """Return the trials without a value, and why."""
-    if not results.others:
-        return "<p>None.</p>"
     rows = [
-        [
-            o.trial,
-            o.status,
-            str(max(o.curve, default=0)),
-            _first_line(o.reason),
-        ]
+        [o.trial, o.status, str(max(o.curve, default=0)), _first_line(o.reason)]
         for o in results.others
     ]
-    return _table(["trial", "status", "epochs", "reason"], rows, left=4)
+    return Table(["trial", "status", "epochs", "reason"], rows, left=4)
 
 
 def _first_line(text: str) -> str:
@@ -275,31 +254,5 @@ def _versions(state: dict[str, Any]) -> dict[str, str]:
     return {**made, **versions, **images, **known}
 
 
-def _table(
-    head: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    marked: Sequence[bool] = (),
-    *,
-    left: int = 1,
-) -> str:
-    def cells(row: Sequence[str], kind: str) -> str:
-        return "".join(
-            f"<{kind}{' class=l' if at < left else ''}>{_e(cell)}</{kind}>"
-            for at, cell in enumerate(row)
-        )
-
-    lines = [f"<tr>{cells(head, 'th')}</tr>"]
-    for at, row in enumerate(rows):
-        mark = " class=best" if at < len(marked) and marked[at] else ""
-        lines.append(f"<tr{mark}>{cells(row, 'td')}</tr>")
-    return "<table>" + "\n".join(lines) + "</table>"
-
-
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _e(text: object) -> str:
-    if isinstance(text, float) and math.isnan(text):
-        return "-"
-    return html.escape(str(text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -256,3 +257,25 @@ def test_what_is_not_drawn_is_averaged(tmp_path: Path) -> None:
     paper = _paper(study)
     assert {d.panel for d in paper} == {"300", "1000"}
     assert len({(d.panel, d.series, d.x) for d in paper}) == len(paper)
+
+
+def test_what_a_study_says_of_itself_is_escaped_on_the_page(results: Results) -> None:
+    title = "<b>&\""
+    study = results.study.model_copy(
+        update={"name": title, "question": title, "notes": title, "answers": title, "scale": title}
+    )
+    verdicts = [results.verdicts[0]._replace(claim=title)]
+    text = page(
+        results._replace(study=study, verdicts=verdicts), "<svg>drawn</svg>", {"command": title}
+    )
+    assert "<b>" not in text
+    assert "<title>&lt;b&gt;&amp;&#34;</title>" in text
+    assert text.count("&lt;b&gt;&amp;") >= 7  # title, heading, question, ..., claim, command
+
+
+def test_the_page_needs_nothing_from_elsewhere(results: Results, tmp_path: Path) -> None:
+    draw_study(results, tmp_path / "f.svg")
+    text = page(results, (tmp_path / "f.svg").read_text(), {"command": "run"})
+    assert not re.search(r"<(script|link|img|iframe|object|embed)\b|@import", text)
+    loaded = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>)\s]*)""", text)
+    assert [where for where in loaded if not where.startswith("#")] == []  # within the drawing
