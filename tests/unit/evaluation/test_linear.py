@@ -7,9 +7,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks.linear import written_out
 from simclr_ray.config.experiment import LinearConfig
 from simclr_ray.evaluation.knn import top_k_accuracy
-from simclr_ray.evaluation.linear import fit_linear
+from simclr_ray.evaluation.linear import descend, fit_linear
 
 CFG = LinearConfig(epochs=40, batch_size=64, learning_rate=0.1)
 
@@ -86,3 +87,12 @@ def test_labels_outside_and_features_that_are_no_numbers_are_refused() -> None:
         fit_linear(features * torch.inf, labels, 4, CFG, seed=0)
     with pytest.raises(ValueError, match="differ"):
         fit_linear(features, labels[:3], 4, CFG, seed=0)
+
+
+@pytest.mark.parametrize("batch_size", [64, 200])
+def test_the_descent_is_nesterovs_update_written_out(batch_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, labels = torch.randn(200, 16, generator=generator), torch.arange(200) % 4
+    cfg = LinearConfig(epochs=5, batch_size=batch_size)
+    expected = written_out(rows, labels, 4, cfg, 3)
+    torch.testing.assert_close(descend(rows, labels, 4, cfg, 3), expected, rtol=1e-5, atol=1e-7)

@@ -260,7 +260,7 @@ def test_what_is_not_drawn_is_averaged(tmp_path: Path) -> None:
 
 
 def test_what_a_study_says_of_itself_is_escaped_on_the_page(results: Results) -> None:
-    title = "<b>&\""
+    title = '<b>&"'
     study = results.study.model_copy(
         update={"name": title, "question": title, "notes": title, "answers": title, "scale": title}
     )
