@@ -29,7 +29,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -142,9 +141,9 @@ def measure(
     rank: int, batches: list[int], steps: int, rounds: int, *, shared: bool
 ) -> dict[int, dict[str, Share]]:
     """Return what this rank found, by batch and form; with `shared` memory, of ours only."""
-    with nullcontext() if shared else patch.object(sharedmem, "is_supported", lambda: False):
-        if dist.uses_shared_memory() != shared:
-            raise RuntimeError("shared memory is not supported here")
+    dist.allow_shared_memory(allowed=shared)
+    if shared and not sharedmem.is_supported():
+        raise RuntimeError("shared memory is not supported here")
     found = {}
     for n in batches:
         first, last = dist.partition(n, rank, dist.world_size())

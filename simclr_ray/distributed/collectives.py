@@ -123,6 +123,17 @@ class _Mail(NamedTuple):
 
 
 _mail = _Mail(None, None)
+_shared_memory_allowed = True
+
+
+def allow_shared_memory(*, allowed: bool) -> None:
+    """Choose whether small CPU vectors may travel through shared memory; they do by default.
+
+    All ranks choose alike, before their first collective. The numbers are the same either way, but
+    for the order in which three ranks or more are summed.
+    """
+    global _shared_memory_allowed
+    _shared_memory_allowed = allowed
 
 
 def _mailbox(vector: Tensor) -> sharedmem.SharedVectors | None:
@@ -131,18 +142,15 @@ def _mailbox(vector: Tensor) -> sharedmem.SharedVectors | None:
     The first call of a group is a collective. Whatever decides is the same on all ranks.
     """
     global _mail
-    if vector.device.type != "cpu" or vector.nbytes > sharedmem.SLOT_BYTES:
+    if not _shared_memory_allowed or vector.device.type != "cpu":
+        return None
+    if vector.nbytes > sharedmem.SLOT_BYTES:
         return None
     group = td.group.WORLD
     assert group is not None
     if _mail.group is None or _mail.group() is not group:
         _mail = _Mail(weakref.ref(group), _open_mailbox(group))
     return _mail.mailbox
-
-
-def uses_shared_memory() -> bool:
-    """Return whether small CPU vectors travel through shared memory. The first call: collective."""
-    return is_distributed() and _mailbox(torch.zeros(1)) is not None
 
 
 def _open_mailbox(group: td.ProcessGroup) -> sharedmem.SharedVectors | None:

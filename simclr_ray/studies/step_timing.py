@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
 from simclr_ray.data.batches import local_batches
-from simclr_ray.distributed.malloc import keep_freed_memory, one_arena
+from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.errors import ClusterError, RunError
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
@@ -21,8 +21,8 @@ from simclr_ray.train import loop
 from simclr_ray.train.resolve import resolve
 from simclr_ray.train.worker import (
     finish_batches,
+    prepare_process,
     prepare_training,
-    set_threads,
     threads_of,
     unwrap_error,
 )
@@ -112,8 +112,7 @@ def seconds_per_image(tree: dict[str, Any]) -> float:
     resolved = resolve(whole)
     small, source = shortened(resolved.config), resolved.source
     device = torch.device("cuda" if scaling.gpus_per_worker else "cpu")
-    set_threads(whole, scaling.num_workers)
-    keep_freed_memory()
+    prepare_process(whole, scaling.num_workers)
     model = build_model(small)
     optimizer = prepare_training(model, small, device)
     batches = local_batches(small, source, range(STEPS))

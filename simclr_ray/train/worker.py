@@ -75,8 +75,7 @@ class TrainWorker:
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        set_threads(self.experiment, context.get_local_world_size())
-        keep_freed_memory()
+        prepare_process(self.experiment, context.get_local_world_size())
 
     def run(self) -> None:
         """Train from the newest whole checkpoint to the end. A collective."""
@@ -282,6 +281,13 @@ def _started(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield from batches
 
     return go_on()
+
+
+def prepare_process(experiment: Experiment, workers_here: int) -> None:
+    """Set threads, allocator and what carries small vectors, for a worker on this node."""
+    set_threads(experiment, workers_here)
+    keep_freed_memory()
+    dist.allow_shared_memory(allowed=experiment.scaling.shared_memory)
 
 
 def set_threads(experiment: Experiment, workers_here: int) -> None:

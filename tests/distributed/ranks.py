@@ -65,8 +65,9 @@ def loss_and_norm(
     )
 
 
-def small_exchanges(rank: int) -> list[str]:
+def small_exchanges(rank: int, *, shared: bool = True) -> list[str]:
     """Return what went wrong when small vectors of many sizes and dtypes were exchanged."""
+    dist.allow_shared_memory(allowed=shared)
     wrong = []
     rng = np.random.default_rng(rank)
     for call in range(300):
@@ -83,9 +84,19 @@ def small_exchanges(rank: int) -> list[str]:
     large = torch.full((20_000,), float(rank))  # 80 KB: the process group carries it
     if dist.all_reduce_sum(large)[0] != sum(range(dist.world_size())):
         wrong.append("large")
-    if dist.uses_shared_memory() != sharedmem.is_supported():
-        wrong.append("carried by the process group")
+    if (dist._mail.mailbox is not None) != (shared and sharedmem.is_supported()):
+        wrong.append("carried by the other of the two")
     return wrong
+
+
+def loss_and_norm_without_shared_memory(
+    rank: int, views: tuple[Array, Array], bn_case: tuple[Array, Array, Array], temperature: float
+) -> Shares:
+    """Same as `loss_and_norm`, with the process group carrying everything."""
+    dist.allow_shared_memory(allowed=False)
+    shares = loss_and_norm(rank, views, bn_case, temperature)
+    assert dist._mail.mailbox is None
+    return shares
 
 
 def ends_while_awaited(rank: int) -> str:

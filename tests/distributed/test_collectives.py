@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from simclr_ray.distributed import shared_memory as sharedmem
 from simclr_ray.distributed.spawn import spawn
-from tests.distributed.ranks import ends_while_awaited, lengths_differ, small_exchanges
+from tests.distributed.ranks import (
+    ends_while_awaited,
+    lengths_differ,
+    loss_and_norm,
+    loss_and_norm_without_shared_memory,
+    small_exchanges,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -18,11 +25,24 @@ needs_shared_memory = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_small_vectors_of_many_sizes_arrive_whole_and_in_order(num_ranks: int) -> None:
+@pytest.mark.parametrize(("num_ranks", "shared"), [(2, True), (3, True), (2, False)])
+def test_small_vectors_of_many_sizes_arrive_whole_and_in_order(
+    num_ranks: int, *, shared: bool
+) -> None:
     before = set(Path(sharedmem.FOLDER).glob("simclr_ray-*"))
-    assert spawn(small_exchanges, num_ranks) == [[]] * num_ranks
+    assert spawn(small_exchanges, num_ranks, shared=shared) == [[]] * num_ranks
     assert set(Path(sharedmem.FOLDER).glob("simclr_ray-*")) <= before
+
+
+def test_the_process_group_alone_gives_the_loss_and_batch_norm_of_shared_memory() -> None:
+    rng = np.random.default_rng(0)
+    views = (rng.normal(size=(7, 5)), rng.normal(size=(7, 5)))
+    norm = (rng.normal(size=(7, 4, 3, 3)), rng.normal(size=(7, 4, 3, 3)), rng.normal(size=4))
+    shared = spawn(loss_and_norm, 2, views, norm, 0.5)
+    group = spawn(loss_and_norm_without_shared_memory, 2, views, norm, 0.5)
+    for one, other in zip(shared, group, strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @needs_shared_memory

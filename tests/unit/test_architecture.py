@@ -46,6 +46,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "typer": ("cli",),
     "safetensors": ("storage.checkpoint", "inference"),
     "filelock": ("storage.run_lock",),
+    "jinja2": ("studies.report",),
+    "scipy": ("studies.analysis",),
     "fcntl": ("distributed.shared_memory", "data.image_cache"),
 }
 

@@ -73,6 +73,11 @@ class ScalingConfig(Config):
     recompute_activations: bool = Field(
         default=False, description="Encoder blocks run again in the backward pass: less memory."
     )
+    shared_memory: bool = Field(
+        default=True,
+        description="Small vectors between ranks of one machine travel through shared memory; "
+        "false: through the process group, where /dev/shm is not to be used.",
+    )
     max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint.")
     collective_timeout_s: float = Field(1800.0, gt=0)
 

@@ -6,13 +6,16 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from ray.exceptions import RayTaskError
 
+from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.distributed import collectives
 from simclr_ray.errors import DataError, RunError
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.resolve import resolve
-from simclr_ray.train.worker import unwrap_error
+from simclr_ray.train.worker import prepare_process, unwrap_error
 from tests.ray.images import write_shapes
 
 
@@ -35,6 +38,19 @@ def test_an_error_of_ours_that_a_task_raised_is_found_with_its_own_text() -> Non
 
 def test_an_error_that_is_not_ours_is_not_found() -> None:
     assert unwrap_error(raised_in_a_task(ValueError("x"))) is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_worker_takes_from_the_config_what_carries_small_vectors(
+    monkeypatch: pytest.MonkeyPatch, *, shared: bool
+) -> None:
+    monkeypatch.setattr(collectives, "_shared_memory_allowed", not shared)
+    scaling = {"shared_memory": shared, "threads_per_worker": torch.get_num_threads()}
+    tree = {"name": "t", "data": {"train": "x"}, "scaling": scaling}
+    experiment = cfg.validate(Experiment, tree)
+    prepare_process(experiment, 1)
+    assert collectives._shared_memory_allowed == shared
+    assert experiment.digest() == cfg.validate(Experiment, tree | {"scaling": {}}).digest()
 
 
 def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(
