@@ -267,9 +267,12 @@ class _Pace:
     forbids to take, and the loop spins in a thread of the training process. Measured (Ray 2.60, two
     workers on two cores): 150 images/s with the spinning, 350 with a pause of 20 ms. A round is
     some milliseconds of Python, in which neither rank's global batch norm gets on: so it pauses
-    for half a step while batches are there in time, and hardly where the consumer waits.
+    for half a step while batches are there in time, and hardly where the consumer waits. Ray Data
+    has no option for it. On another Ray it does no harm but costs pauses that may not be needed
+    any more: measure again (`benchmarks/stream.py`, with and without), then enter the version.
     """
 
+    MEASURED_ON = ("2.60",)  # of Ray
     pause_s = LOOP_PAUSE_S[0]
 
     @classmethod
@@ -304,8 +307,8 @@ class _Pace:
 
 def _configure(context: ray.data.DataContext) -> None:
     """Set how Ray Data runs a pipeline, in that pipeline's own context."""
-    callbacks: list[Any] = context.custom_execution_callback_classes
-    if _Pace not in callbacks:
+    callbacks: list[Any] | None = getattr(context, "custom_execution_callback_classes", None)
+    if callbacks is not None and _Pace not in callbacks:  # a Ray without them is not paced
         callbacks.append(_Pace)
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # a block for each row: nothing waits for more to come
