@@ -5,6 +5,8 @@ decoder by the first bytes itself rather than through `Image.open`: that keeps P
 formats (some of which start other programs) out of reach of untrusted bytes, tests the size in the
 header against our limit before a pixel is decoded, and never touches Pillow's own global limit,
 whose warning could only be silenced for the whole process (`catch_warnings` is not thread-safe).
+`torchvision.io.decode_image` does not replace it: it allocates what the header says without a
+limit, reads neither BMP, TIFF nor PPM, and would have to be installed wherever a model is served.
 """
 
 from __future__ import annotations

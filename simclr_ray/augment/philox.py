@@ -2,6 +2,9 @@
 
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), vectorised over
 rows in NumPy. There is no state: resume, number of workers and order of rows cannot change a draw.
+`numpy.random.Philox` is the same function for one key: a generator object for each row, where this
+is one call for a batch. torch has it for CUDA alone, and with a state. The known answers of the
+paper's authors are the test.
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ The only place that knows pydantic and YAML. YAML is 1.2, so `1e-4` is a number 
 A union of configs is told apart by its `name` key, which may be left out for the default variant;
 overriding `name` drops the keys of the old variant. Errors say the dotted path, what was given,
 what is allowed, and the nearest valid name.
+
+OmegaConf (Hydra) does not replace it: it reads YAML 1.1, where `yes` is true, knows no union of
+configs told apart by a key, and stops at the first mistake. pydantic does the checking; here is
+only what surrounds it: YAML, dotted overrides, presets, digests and the wording of mistakes.
 """
 
 from __future__ import annotations

@@ -5,6 +5,11 @@ The images are in an anonymous file (memfd) that each process maps. The kernel f
 last process that has it ends, however it ends, so nothing is left behind; what finds it is a small
 text file that names processes and their descriptors. Where there is no such file (another system,
 no /proc), a process keeps its images for itself.
+
+No library does it. `multiprocessing.shared_memory` leaves its segment behind when a process is
+killed, or its resource tracker unlinks it while others use it. Ray's object store keeps what a
+`put` wrote for good as it is, so that a cache that grows would be an object an image, each with an
+owner that it is lost with; and it spills to disk what is cheaper decoded again.
 """
 
 from __future__ import annotations

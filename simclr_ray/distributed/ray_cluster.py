@@ -92,6 +92,8 @@ def driver_queue() -> Queue:
 
     Ray places an actor without CPUs on any node. A run would then die with a node that holds
     nothing of it but the queue; on the driver's own node it is lost only with the driver.
+    `ray.train.report` cannot carry progress: it is a barrier of all ranks, and stores each report
+    with the run. The queue costs an actor without CPUs, and a worker one call a logged record.
     """
     here = ray.get_runtime_context().get_node_id()
     strategy = NodeAffinitySchedulingStrategy(here, soft=False)

@@ -2,8 +2,11 @@
 
 Global batch norm exchanges some hundred numbers, twice a layer. gloo hands each such message
 through four threads, which sleep and are woken; here a rank writes a slot and the others read it.
-`benchmarks/collectives.py` measures both. Nothing here knows torch.distributed: `dist.py` decides
-when it is used.
+Measured with two ranks on two cores, 129 floats after 5 ms of arithmetic: 3,444 µs a message by
+gloo, 573 µs by this (`benchmarks/results/collectives.json`). No library does it: torch's CPU
+backends are gloo and MPI, which its wheels are built without, and its symmetric memory is for
+CUDA. Nothing here knows torch.distributed: `collectives` decides when it is used, and
+`scaling.shared_memory=false` turns it off.
 """
 
 from __future__ import annotations
