@@ -31,11 +31,10 @@ from simclr_ray.data.shards import (
     read_report,
     shard_name,
     write_shard,
-    write_text_whole,
 )
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.filesystem import filesystem, write_text_whole
 from simclr_ray.storage.provenance import versions_of
 
 MANIFEST = "manifest.json"

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -24,7 +19,7 @@ import pyarrow.parquet as pq
 from simclr_ray.augment.decode import ImageError, decode_image
 from simclr_ray.data.inputs import Item, ShardTask
 from simclr_ray.data.source import NO_LABEL
-from simclr_ray.storage.filesystem import is_local
+from simclr_ray.storage.filesystem import open_whole
 
 SCHEMA_VERSION = 1
 MAX_GROUP_ROWS = 1000
@@ -89,7 +84,7 @@ def write_shard(plan: ShardPlan, fs: pafs.FileSystem, folder: str) -> ShardRepor
         "shard": str(plan.index),
     }
     with (
-        _appearing_whole(fs, f"{folder}/{plan.file_name}") as stream,
+        open_whole(fs, f"{folder}/{plan.file_name}") as stream,
         pq.ParquetWriter(
             stream,
             SCHEMA.with_metadata(metadata),
@@ -170,43 +165,3 @@ def _fault(item: Item, max_pixels: int) -> str:
     except ImageError as error:
         return str(error)
     return ""
-
-
-@contextmanager
-def _appearing_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
-    """Give a stream whose file gets its name when all is written.
-
-    On a disk: another name in the same folder, fsync, rename. A bucket shows an object only when
-    the upload is complete, so there the stream is the file's own; it must not be closed on error.
-    """
-    if not is_local(fs):
-        stream = fs.open_output_stream(path)
-        yield stream
-        stream.close()
-        return
-    target = Path(path)
-    hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with hidden.open("wb") as file:
-            yield pa.PythonFile(file, mode="w")
-            file.flush()
-            os.fsync(file.fileno())
-        hidden.replace(target)
-    finally:
-        hidden.unlink(missing_ok=True)
-    _sync_folder(target.parent)
-
-
-def write_text_whole(fs: pafs.FileSystem, path: str, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
-    with _appearing_whole(fs, path) as stream:
-        stream.write(text.encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from simclr_ray.data.source import NO_LABEL, Int64s, Source
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.filesystem import filesystem, open_whole
 
 GROUP_ROWS = 500
 
@@ -69,13 +69,11 @@ def write_subset(source: Source, share: float, seed: int, storage: str) -> str:
     names = (source.columns.id, source.columns.image, source.columns.label)
     schema = pa.schema(list(zip(names, (pa.int64(), pa.binary(), pa.int64()), strict=True)))
     about = {"class_names": json.dumps(list(source.class_names))} if source.class_names else {}
-    partial = f"{path}.partial"
     with (
-        fs.open_output_stream(partial) as stream,
+        open_whole(fs, path) as stream,
         pq.ParquetWriter(stream, schema.with_metadata(about)) as writer,
     ):
         for start in range(0, len(rows), GROUP_ROWS):
             part = source.read_rows(rows[start : start + GROUP_ROWS])
             writer.write_table(pa.table([part.ids, part.images, part.labels], schema=schema))
-    fs.move(partial, path)
     return uri

@@ -1,9 +1,15 @@
-"""From a path or URI to a file system and the path on it: a bucket serves as well as a folder."""
+"""From a path or URI to a file system and the path on it: a bucket serves as well as a folder.
+
+And files that appear whole or not at all, on either.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,3 +48,43 @@ def is_local(fs: pafs.FileSystem) -> bool:
 def one_line(error: Exception) -> str:
     """Return the message of a foreign error on one line."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
+    """Give a stream whose file gets its name when all is written.
+
+    On a disk: another name in the same folder, fsync, rename. A bucket shows an object only when
+    the upload is complete, so there the stream is the file's own; it must not be closed on error.
+    """
+    if not is_local(fs):
+        stream = fs.open_output_stream(path)
+        yield stream
+        stream.close()
+        return
+    target = Path(path)
+    hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with hidden.open("wb") as file:
+            yield pa.PythonFile(file, mode="w")
+            file.flush()
+            os.fsync(file.fileno())
+        hidden.replace(target)
+    finally:
+        hidden.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def write_text_whole(fs: pafs.FileSystem, path: str, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with open_whole(fs, path) as stream:
+        stream.write(text.encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -28,7 +28,7 @@ from simclr_ray.errors import (
     RunError,
 )
 from simclr_ray.storage import checkpoint, run_lock
-from simclr_ray.storage.filesystem import cache_folder, filesystem
+from simclr_ray.storage.filesystem import cache_folder, filesystem, write_text_whole
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 log = logging.getLogger(__name__)
@@ -95,10 +95,7 @@ class RunFolder:
         """Write a file, whole or not at all."""
         files, root = self._open()
         files.create_dir(root, recursive=True)
-        partial = f"{root}/.{name}.partial"
-        with files.open_output_stream(partial) as stream:
-            stream.write(text.encode())
-        files.move(partial, f"{root}/{name}")
+        write_text_whole(files, f"{root}/{name}", text)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""

@@ -16,6 +16,7 @@ import torch
 
 from simclr_ray.errors import CheckpointError, RunError
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.filesystem import filesystem, open_whole
 from simclr_ray.storage.run_folder import SNAPSHOT, RunFolder
 from simclr_ray.storage.run_lock import HOLDER, LOCK
 from simclr_ray.train.driver import Run
@@ -62,7 +63,9 @@ def test_text_is_read_back_and_an_absent_file_is_none(folder: RunFolder) -> None
 
 def test_a_write_that_was_cut_off_leaves_the_old_text(folder: RunFolder, on_disk: Path) -> None:
     folder.write_text("run.json", "old")
-    (on_disk / ".run.json.partial").write_text("ne")  # what a killed write leaves behind
+    with pytest.raises(KeyError), open_whole(*filesystem(f"{folder.uri}/run.json")) as stream:
+        stream.write(b"ne")
+        raise KeyError
     assert folder.read_text("run.json") == "old"
     folder.write_text("run.json", "new")
     assert folder.read_text("run.json") == "new"
