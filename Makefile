@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := hatch_build.py simclr_ray/augment/native_build.py simclr_ray/augment/native.c
 
 .PHONY: demo test check test-unit test-long lint clean
 
@@ -21,11 +22,12 @@ test-long: $(STAMP)
 # uv only installs: it resolves nothing, since every version and hash stands in the lock file.
 # Compiled once: a run starts a dozen processes, and where PYTHONDONTWRITEBYTECODE is set each would
 # compile torch and ray for itself. (A few files of theirs are templates, so the exit code is 1.)
-$(STAMP): requirements.lock pyproject.toml
+# The package is built anew each time, with native.c: uv would take an earlier build of it.
+$(STAMP): requirements.lock pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5,<1"
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes -r requirements.lock
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --reinstall-package simclr-ray --editable .
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	touch $@
 

@@ -1,46 +1,61 @@
-"""`native.c`, built where it runs: the same bytes as the torch form, several times faster on CPU.
+"""`native.c` called from Python: the same bytes as the torch form, several times faster on CPU.
 
-The source is compiled once per machine type with the compiler that is there, into the user's
-cache, and loaded with ctypes, which gives the interpreter lock back while it works. Where there is
-no compiler nothing is lost but speed.
+A wheel for Linux brings the compiled library; elsewhere it is compiled once per machine type with
+the compiler that is there, into the user's cache (`native_build`). Loaded with ctypes, which gives
+the interpreter lock back while it works. Where there is neither, nothing is lost but speed.
+
+$SIMCLR_RAY_NATIVE chooses: `package` or `build` takes that one alone, `off` neither; unset, the
+package's is taken, else a built one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
-import stat
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.c")
-# No contraction: a fused multiply-add rounds differently. The others change no result.
-EXACT = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-SHARED = ("-shared", "-fPIC", "-lm")
-COMPILE_TIMEOUT_S = 120
+from simclr_ray.augment import native_build
+from simclr_ray.errors import ConfigError, ConfigIssue
+
 Pixels = NDArray[np.uint8]
+Setting = Literal["", "off", "package", "build"]
 
 log = logging.getLogger(__name__)
 
 
+class Native(NamedTuple):
+    """What makes views on this machine's CPU."""
+
+    library: ctypes.CDLL | None  # None: torch
+    detail: str  # where the library is from, or why there is none
+
+
 def available() -> bool:
     """Return whether the compiled form can be used; the first call may compile, about 2 s."""
-    return _library() is not None
+    return loaded().library is not None
+
+
+def check_setting() -> Setting:
+    """Return $SIMCLR_RAY_NATIVE; empty where it is not set.
+
+    Raises:
+        ConfigError: It is none of the four.
+    """
+    given = os.environ.get(native_build.SETTING, "")
+    for setting in get_args(Setting):
+        if given == setting:
+            return setting  # type: ignore[no-any-return] # get_args loses the type
+    problem = f"{given!r} is none of off, package, build"
+    raise ConfigError([ConfigIssue(native_build.SETTING, problem)])
 
 
 def crop_views(
@@ -142,79 +157,60 @@ def _pointer(array: NDArray[Any]) -> Any:  # ctypes'; it keeps the array alive
 
 
 def _call(name: str, *arguments: Any) -> None:
-    library = _library()
+    library = loaded().library
     if library is None:
-        raise RuntimeError("native.c is not built here; ask available() first")
+        raise RuntimeError("native.c is not compiled here; call available() first")
     if getattr(library, name)(*arguments):
         raise MemoryError(f"no memory for {name}")
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """Return the compiled library, built if need be, or None where that cannot be done."""
-    names = (os.environ.get("CC", "cc"), "gcc", "clang")
-    compiler = next(filter(None, map(shutil.which, names)), None)
+def loaded() -> Native:
+    """Return what makes views in this process: chosen, loaded and said once.
+
+    Raises:
+        ConfigError: $SIMCLR_RAY_NATIVE is invalid.
+    """
+    setting = check_setting()
+    if setting == "off":
+        return Native(None, f"{native_build.SETTING}=off")
+    reasons: list[str] = []
+    if setting in ("", "package"):
+        found = _load_packaged()
+        if found.library is not None:
+            return found
+        reasons.append(found.detail)
+    if setting in ("", "build"):
+        found = _load_built()
+        if found.library is not None:
+            return found
+        reasons.append(found.detail)
+    reason = " and ".join(reasons)
+    level = logging.WARNING if setting else logging.INFO
+    log.log(level, "views are made with torch, several times slower on CPU: %s", reason)
+    return Native(None, reason)
+
+
+def _load_packaged() -> Native:
+    """Load the library that the installed package brought."""
+    path = native_build.find_packaged()
+    if path is None:
+        return Native(None, "the installed package holds no library for this processor")
+    try:
+        return Native(ctypes.CDLL(str(path)), f"from the package, {native_build.level_of(path)}")
+    except OSError as error:  # of another C library, say
+        log.warning("the package's library cannot be loaded: %s", error)
+        return Native(None, "the package's library cannot be loaded")
+
+
+def _load_built() -> Native:
+    """Load the library compiled on this machine, compiling it if need be."""
+    compiler = native_build.find_compiler()
     if compiler is None or not sys.platform.startswith(("linux", "darwin")):
-        log.info("no C compiler: views are made with torch, several times slower on CPU")
-        return None
+        return Native(None, "there is no C compiler")
     try:
-        return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", "") or str(error)
-        log.warning("views are made with torch: native.c cannot be used: %s", detail[-300:])
-        return None
-
-
-def _built(compiler: str) -> Path:
-    """Return the shared library for this machine, compiling it unless it is in the cache."""
-    identity = "\n".join([SOURCE.read_text(), compiler, " ".join(EXACT), _processor()])
-    target = _cache() / f"views-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        try:
-            _compile(compiler, "-march=native", made)
-        except subprocess.CalledProcessError:  # some compilers know no native
-            _compile(compiler, "-O3", made)
-        made.replace(target)  # whole or not at all: several actors start at once
-    return target
-
-
-def _compile(compiler: str, tuning: str, made: Path) -> None:
-    subprocess.run(
-        [compiler, *EXACT, tuning, str(SOURCE), *SHARED, "-o", str(made)],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=COMPILE_TIMEOUT_S,
-    )
-
-
-def _cache() -> Path:
-    """Return a folder that only this user can write: what lies there is loaded as code."""
-    places: list[Path] = []
-    with suppress(RuntimeError):  # a user may have no home
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        places.append(base / "simclr-ray")
-    places.append(Path(tempfile.gettempdir()) / f"simclr-ray-{os.getuid()}")
-    for folder in places:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            about = folder.lstat()  # a link could be pointed elsewhere after this look
-        except OSError:
-            continue
-        mine = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
-        if mine and not about.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    raise OSError("no folder of this user's to keep the compiled library in")
-
-
-def _processor() -> str:
-    """Return what tells processors apart: a home may be shared by machines of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    named = (line for line in lines if line.startswith(("flags", "Features")))
-    return platform.machine() + next(named, "")
+        path = native_build.build_into_cache(compiler)
+        return Native(ctypes.CDLL(str(path)), "compiled on this machine")
+    except (OSError, native_build.NativeBuildError) as error:
+        log.warning("native.c cannot be compiled here: %s", error)
+        return Native(None, "native.c cannot be compiled here")

@@ -101,6 +101,9 @@ class TwoViews:
         grayscale: Probability of dropping color.
         compiled: On CPU, use `native.c` where it is available: the same bytes in less time.
 
+    Raises:
+        ConfigError: $SIMCLR_RAY_NATIVE is none of off, package, build.
+
     Examples:
         >>> import numpy as np
         >>> from simclr_ray.augment import TwoViews
@@ -134,6 +137,8 @@ class TwoViews:
         self.min_area, self.flip = min_area, flip
         self.jitter, self.grayscale = jitter, grayscale
         self.compiled = compiled
+        if compiled:
+            native.check_setting()
 
     @classmethod
     def simclr(cls, size: int, strength: float = 1.0, blur: float = 0.5, seed: int = 0) -> TwoViews:

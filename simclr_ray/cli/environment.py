@@ -115,16 +115,19 @@ def check_device() -> Findings:
     return [
         Finding("device", "ok", shown, advice),
         precision_finding(bf16_speedup(device)),
-        views_finding(compiled=native.available()),
+        views_finding(native.loaded()),
     ]
 
 
-def views_finding(*, compiled: bool) -> Finding:
+def views_finding(found: native.Native) -> Finding:
     """Return how views are made on this machine's CPU."""
-    if compiled:
-        return Finding("views on CPU", "ok", "compiled")
-    advice = "install a C compiler on the nodes that decode (apt install gcc): same pixels, sooner"
-    return Finding("views on CPU", "warn", "made with torch, several times slower", advice)
+    if found.library is not None:
+        return Finding("views on CPU", "ok", f"compiled: {found.detail}")
+    detail = f"made with torch, several times slower: {found.detail}"
+    advice = (
+        "install a wheel for Linux, or a C compiler (apt install gcc), on the nodes that decode"
+    )
+    return Finding("views on CPU", "warn", detail, f"{advice}: same pixels, sooner")
 
 
 def precision_finding(gain: float) -> Finding:

@@ -20,6 +20,7 @@ import ray.train
 import ray.train.torch
 
 from simclr_ray import config as cfg
+from simclr_ray.augment import native
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import one_arena
@@ -84,7 +85,7 @@ def pretrain(
 
     Raises:
         ConfigError: `storage` lies below a file, or `init.weights` or the loss's teacher is no
-            checkpoint that fits.
+            checkpoint that fits, or $SIMCLR_RAY_NATIVE is invalid.
         DataError: The data is missing, broken, without the labels that the loss takes, or smaller
             than one batch.
         CheckpointError: A checkpoint is of an older format, or of another experiment.
@@ -149,6 +150,7 @@ def _newest(folder: RunFolder) -> str:
 
 def _check_late_needs(experiment: Experiment) -> None:
     """Fail now for what would otherwise fail, or mislead, after hours of training."""
+    native.check_setting()
     data = experiment.data
     same = split_like_test(data)
     if same:

@@ -1,8 +1,10 @@
-"""`native.c` gives the bytes that torch gives, and is done without where it cannot be built."""
+"""`native.c` gives the bytes that torch gives, and views are made without where it is not there."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from simclr_ray.augment import native
+from simclr_ray.augment import native, native_build
 from simclr_ray.augment.color import JitterParams
 from simclr_ray.augment.views import ORDERS, AugmentParams, TwoViews
+from simclr_ray.errors import ConfigError
 
 Pixels = NDArray[np.uint8]
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler here")
@@ -124,11 +127,82 @@ def test_no_images_give_no_views() -> None:
     assert pair.a.shape == (0, 3, 24, 24)
 
 
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels are of x86-64")
+@pytest.mark.parametrize("level", native_build.X86_LEVELS)
+def test_every_level_of_x86_64_gives_the_bytes_of_torch(
+    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native_build.runs_here(level):
+        pytest.skip(f"this processor is below {level}")
+    compiler = native_build.find_compiler()
+    assert compiler is not None
+    made = tmp_path / native_build.library_name(level)
+    native_build.compile_library(compiler, native_build.X86_LEVELS[level], made)
+    library = native.Native(ctypes.CDLL(str(made)), level)
+    monkeypatch.setattr(native, "loaded", lambda: library)
+    images = sample_images((32, 32), (61, 90), (300, 7), (32, 32))
+    forms = [TwoViews(33, blur=0.6, grayscale=0.4, compiled=c) for c in (True, False)]
+    for first, second in zip(*(views(images, np.arange(4), 5) for views in forms), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_processor_without_a_feature_of_a_level_is_given_the_level_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "native.c").write_text("int it;")
+    monkeypatch.setattr(native_build, "SOURCE", tmp_path / "native.c")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for level in native_build.X86_LEVELS:
+        (tmp_path / native_build.library_name(level)).touch()
+    all_of_it = sorted(native_build.FEATURES["x86-64-v4"])
+
+    def chosen(*without: str) -> str:
+        features = " ".join(f for f in all_of_it if f not in without)
+        monkeypatch.setattr(native_build, "_processor", lambda: features)
+        found = native_build.find_packaged()
+        assert found is not None
+        return native_build.level_of(found)
+
+    assert chosen() == "x86-64-v4"
+    assert chosen("avx512vl") == "x86-64-v3"
+    assert chosen("avx512vl", "abm") == "x86-64"
+
+
+def test_a_library_of_another_source_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "native.c"
+    source.write_text("int old;")
+    monkeypatch.setattr(native_build, "SOURCE", source)
+    level = "x86-64" if platform.machine() == "x86_64" else platform.machine()
+    library = tmp_path / native_build.library_name(level)
+    library.touch()
+    assert native_build.find_packaged() == library
+    source.write_text("int new;")
+    assert native_build.find_packaged() is None
+
+
+@pytest.mark.parametrize("value", ["fast", "OFF", "0"])
+def test_an_unknown_setting_is_one_line_of_error(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIMCLR_RAY_NATIVE", value)
+    with pytest.raises(ConfigError) as caught:
+        TwoViews(8)
+    assert str(caught.value) == f"SIMCLR_RAY_NATIVE: '{value}' is none of off, package, build"
+
+
 def probe(cache: Path, **environment: str) -> tuple[str, str]:
     """Return what PROBE prints and what it writes to standard error."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE],
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+        env={
+            **os.environ,
+            "XDG_CACHE_HOME": str(cache),
+            "SIMCLR_RAY_NATIVE": "build",
+            **environment,
+        },
         check=True,
         capture_output=True,
         text=True,
@@ -145,13 +219,17 @@ def test_without_a_compiler_or_with_a_broken_one_the_views_are_the_same(tmp_path
     (library,) = (tmp_path / "cache" / "simclr-ray").iterdir()
     first = library.stat().st_mtime_ns
     again, _ = probe(tmp_path / "cache")
-    missing, _ = probe(tmp_path / "none", PATH=str(tmp_path / "nothing"))
+    missing, none = probe(tmp_path / "none", PATH=str(tmp_path / "nothing"))
     failing, said = probe(tmp_path / "broken", CC=str(broken))
+    off, silent = probe(tmp_path / "off", SIMCLR_RAY_NATIVE="off")
     assert built.startswith("True ")
     assert library.stat().st_mtime_ns == first  # built once
     assert again == built
-    assert missing == failing == built.replace("True", "False")
+    assert missing == failing == off == built.replace("True", "False")
+    assert "there is no C compiler" in none
     assert "no such flag" in said
+    assert not silent
+    assert not (tmp_path / "off").exists()
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import socket
@@ -13,6 +14,7 @@ import pytest
 import ray
 import torch
 
+from simclr_ray.augment.native import Native
 from simclr_ray.cli import doctor
 from simclr_ray.cli import environment as machine
 from simclr_ray.cli.doctor import Finding, NodeReport
@@ -72,10 +74,12 @@ def test_the_device_is_named() -> None:
     assert expected in found["device"].detail
 
 
-def test_views_without_a_compiler_are_a_warning_that_says_what_to_do() -> None:
-    assert machine.views_finding(compiled=True).status == "ok"
-    slow = machine.views_finding(compiled=False)
+def test_views_made_with_torch_are_a_warning_that_says_why_and_what_to_do() -> None:
+    compiled = machine.views_finding(Native(ctypes.CDLL(None), "from the package, x86-64-v3"))
+    assert (compiled.status, compiled.detail) == ("ok", "compiled: from the package, x86-64-v3")
+    slow = machine.views_finding(Native(None, "SIMCLR_RAY_NATIVE=off"))
     assert slow.status == "warn"
+    assert slow.detail.endswith("SIMCLR_RAY_NATIVE=off")
     assert "gcc" in slow.advice
 
 
