@@ -1,4 +1,4 @@
-"""Two views of each image by each compiled form of `native.c`, in pairs: the wheel's, -march=native.
+"""Two views of each image by each compiled form of `native.c`, in pairs with -march=native.
 
     python -m benchmarks.native [--rounds 30]
 
