@@ -3,7 +3,7 @@
     python -m benchmarks.native [--rounds 30]
 
 Each round runs every form on the same images, forwards and backwards in turn; a ratio is of times
-within a round. Uniform noise, so that no data set is needed: 32 px from 32 x 32 and 224 px from
+within a round. Times are of the processor, so that other load counts less. Uniform noise, so that no data set is needed: 32 px from 32 x 32 and 224 px from
 375 x 500, strength 1, blur for half of the views. The bytes of every form are compared with those
 of torch. Writes `benchmarks/results/native.json`.
 """
@@ -73,9 +73,9 @@ def measured(size: int, forms: Forms, rounds: int) -> dict[str, dict[str, object
     for turn in range(-1, rounds):
         for name in list(forms) if turn % 2 else reversed(forms):
             with mock.patch.object(native, "loaded", lambda name=name: forms[name]):
-                began = time.perf_counter()
+                began = time.process_time()
                 made = views(size, images, max(turn, 0))
-                spent = time.perf_counter() - began
+                spent = time.process_time() - began
             if turn < 0:  # warms up
                 same[name] = torch.equal(made, oracle)
             else:

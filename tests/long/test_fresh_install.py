@@ -1,8 +1,12 @@
-"""The built wheel in an empty environment, outside the checkout: the README's Python example."""
+"""The built wheel in an empty environment, outside the checkout: the README's Python example.
+
+On Linux with a C compiler the wheel brings the compiled views, and they are what runs.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from simclr_ray.augment import native_build
+
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = ("PYTHONPATH", "VIRTUAL_ENV", native_build.SETTING)  # would change what is tested
 
 
 @pytest.mark.timeout(1500)
@@ -33,15 +40,20 @@ def test_the_readme_example_runs_from_the_wheel(tmp_path: Path) -> None:
 import torch
 h = encoder(torch.rand(3, 3, 32, 32))
 print("features", tuple(h.shape), sr.__file__)
+from simclr_ray.augment import native
+print("views", native.loaded().detail)
 """
     (work / "example.py").write_text(example + use)
     output = _run([str(venv / "bin" / "python"), "example.py"], work)
     assert "| trained encoder" in output
     assert f"features (3, 128) {venv}" in output
+    if sys.platform.startswith("linux") and native_build.find_compiler():
+        assert wheel.name.endswith(f"-py3-none-linux_{platform.machine()}.whl")
+        assert "views from the package" in output
 
 
 def _run(command: list[str], folder: Path) -> str:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
