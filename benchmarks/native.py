@@ -3,9 +3,10 @@
     python -m benchmarks.native [--rounds 30]
 
 Each round runs every form on the same images, forwards and backwards in turn; a ratio is of times
-within a round. Times are of the processor, so that other load counts less. Uniform noise, so that no data set is needed: 32 px from 32 x 32 and 224 px from
-375 x 500, strength 1, blur for half of the views. The bytes of every form are compared with those
-of torch. Writes `benchmarks/results/native.json`.
+within a round. Times are of the processor, so that other load counts less. Uniform noise, so that
+no data set is needed: 32 px from 32 x 32 and 224 px from 375 x 500, strength 1, blur for half of
+the views. The bytes of every form are compared with those of torch.
+Writes `benchmarks/results/native.json`.
 """
 
 from __future__ import annotations
