@@ -53,7 +53,7 @@ def compiled_forms(folder: Path) -> Forms:
     compiler = native_build.find_compiler()
     if compiler is None:
         raise SystemExit("no C compiler")
-    tunings = {"native": ("-march=native",)}
+    tunings: dict[str, tuple[str, ...]] = {"native": ("-march=native",)}
     tunings |= {k: v for k, v in native_build.X86_LEVELS.items() if native_build.runs_here(k)}
     forms: Forms = {}
     for name, tuning in tunings.items():
