@@ -106,7 +106,7 @@ def build_into_cache(compiler: str) -> Path:
 
 
 def library_name(level: str) -> str:
-    """Return the file name of the package's library for a level: it names its source, too."""
+    """Return the file name of the package's library for a level, which also names its source."""
     flags = " ".join([*EXACT, *_levels().get(level, ())])
     return f"_native_{_digest([SOURCE.read_text(), flags])}_{level}.so"
 

@@ -6,8 +6,8 @@ overriding `name` drops the keys of the old variant. Errors say the dotted path,
 what is allowed, and the nearest valid name.
 
 OmegaConf (Hydra) does not replace it: it reads YAML 1.1, where `yes` is true, knows no union of
-configs told apart by a key, and stops at the first mistake. pydantic does the checking; here is
-only what surrounds it: YAML, dotted overrides, presets, digests and the wording of mistakes.
+configs told apart by a key, and stops at the first issue. pydantic does the checking; here is
+only what surrounds it: YAML, dotted overrides, presets, digests and the wording of issues.
 """
 
 from __future__ import annotations
