@@ -4,8 +4,8 @@ The wheel holds one shared library for each of x86-64's levels, and a process lo
 its processor knows: -march=x86-64-v3 was measured at the speed of -march=native, plain x86-64 at
 0.4 of it, all with the same bytes (benchmarks/results/native.json). One file a level, where the
 compiler could also put all into one (`target_clones`): gcc 11 and clang 14 refuse that for levels,
-and a level that is a file of its own can be tested by itself. A library's name holds a digest of source and flags, so one that was
-built from another source is never loaded.
+and a level that is a file of its own can be tested by itself. A library's name holds a digest of
+source and flags, so one that was built from another source is never loaded.
 
 Imports the standard library alone: `hatch_build.py` loads this file by its path.
 """
