@@ -15,10 +15,10 @@ from typing import Any
 from ray.tune.schedulers import TrialScheduler
 
 from simclr_ray.studies.definition import EPOCH_METRICS, Study
-from simclr_ray.studies.driver import stored_study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import Trial
 from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of
+from simclr_ray.studies.trials import stored_study
 
 
 def main() -> None:

@@ -90,3 +90,8 @@ def __getattr__(name: str) -> object:
     found = getattr(import_module(f"{__name__}.{module}"), attribute or name)
     globals()[name] = found
     return found
+
+
+def __dir__() -> list[str]:
+    """Return the public names, those not loaded yet included."""
+    return sorted({*globals(), *__all__})

@@ -58,9 +58,10 @@ def run(
 
     Example: simclr-ray study run batch_size --scale cpu data.train=cifar/train data.test=cifar/test
     """
-    from simclr_ray.studies.driver import check_startable, plan
+    from simclr_ray.studies.driver import check_startable
     from simclr_ray.studies.files import load_study
     from simclr_ray.studies.plan import base_tree
+    from simclr_ray.studies.trials import plan
 
     study = load_study(source, scale, *(overrides or []))
     trials = plan(study, base_tree(study))
@@ -75,7 +76,7 @@ def run(
 @study_app.command()
 def resume(where: Where) -> None:
     """Go on with a study; finished trials are not run again, open ones go on where they stood."""
-    from simclr_ray.studies.driver import stored_study
+    from simclr_ray.studies.trials import stored_study
 
     with stored_study(where) as (study, trials):
         _run(study, trials)
@@ -84,9 +85,9 @@ def resume(where: Where) -> None:
 @study_app.command()
 def status(where: Where) -> None:
     """Show how the trials of a study stand."""
-    from simclr_ray.studies.driver import stored_study
     from simclr_ray.studies.folder import StudyFolder
     from simclr_ray.studies.status import status_of
+    from simclr_ray.studies.trials import stored_study
 
     with stored_study(where) as (study, trials):
         out.print(study_table(status_of(study, StudyFolder.at(where), trials)))

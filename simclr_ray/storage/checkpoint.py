@@ -16,15 +16,16 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from simclr_ray.errors import CheckpointError
 from simclr_ray.storage.provenance import sha256, versions_of
+
+if TYPE_CHECKING:  # torch is imported where tensors are read: names and folders need none of it
+    import torch
+    from torch import Tensor, nn
 
 FORMAT_VERSION = 2  # 1 had other config keys and metric names (docs/upgrade.md)
 STATE, RECORD = "state.safetensors", "record.json"
@@ -56,6 +57,8 @@ def pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
 
     On the CPU they share memory with the model: write them before the next step.
     """
+    import torch
+
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
@@ -98,6 +101,8 @@ def write(
     Raises:
         CheckpointError: A tensor holds a value that is not finite; nothing is written.
     """
+    from safetensors.torch import save_file
+
     name = first_not_finite(tensors.items())
     if name:
         raise CheckpointError(f"{name} is not finite at step {step}; no checkpoint is written")
@@ -121,6 +126,8 @@ def write(
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return the name of the first tensor that holds a NaN or an infinity, or nothing."""
+    import torch
+
     return next((name for name, t in tensors if not torch.isfinite(t).all()), "")
 
 
@@ -173,6 +180,8 @@ def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def read(folder: Path) -> Checkpoint:
     """Return the checkpoint in `folder`, verified. Raises `CheckpointError`."""
+    from safetensors.torch import load_file
+
     record = read_record(folder)
     try:
         tensors = load_file(folder / STATE)
@@ -187,13 +196,16 @@ def read_file(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: It holds something else.
     """
+    import torch
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
         raise CheckpointError(f"{path} is no state dict: names and tensors")
     return found
 

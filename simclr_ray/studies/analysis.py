@@ -229,7 +229,7 @@ def _agreement(study: Study, rows: Sequence[Row]) -> Agreement | None:
     pairs = [(statistics.fmean(r.mean for r in g), g[0].paper) for g in groups.values()]
     if len(pairs) < 3:
         return None
-    from scipy.stats import kendalltau
+    from scipy.stats import kendalltau  # half a second, of which `study status` needs none
 
     found = kendalltau([a for a, _ in pairs], [b for _, b in pairs])
     if np.isnan(found.statistic):

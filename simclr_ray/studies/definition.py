@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field, Scalar
-from simclr_ray.evaluation.scores import PROTOCOLS
 
 DIGITS = 4  # of numbers drawn from a range
 NO_PBT = (
@@ -42,6 +41,7 @@ EITHER = "downstream_top1"  # linear evaluation of h, or the run's own classifie
 
 
 StudyProtocol = Literal["knn", "linear", "logistic_regression", "knn_k20", "knn_k1", "probe"]
+PROTOCOLS = tuple(name for name in get_args(StudyProtocol) if name != "probe")
 
 
 class Dimension(Config):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import ray
 import torch
@@ -19,20 +16,17 @@ from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, cpus_wanted, is_local
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
 from simclr_ray.storage.provenance import versions_of
-from simclr_ray.studies.definition import Budget, Study, label_of
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import (
     Trial,
     base_tree,
     check_labels,
     digest_of_study,
-    make_trials,
-    points_of,
-    restored,
     study_folder,
 )
-from simclr_ray.studies.search import random_points
 from simclr_ray.studies.trial_runner import Job
+from simclr_ray.studies.trials import plan
 from simclr_ray.studies.tune import DRIVER_CPUS, run_trials
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 
@@ -107,49 +101,6 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     folder.files.ensure_unlocked()
     check_labels(study, trials)
     return _checked_images(folder, base)
-
-
-def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:
-    """Return the trials of a study; for optuna some that hold every listed value, to be checked.
-
-    Raises:
-        ConfigError: A trial cannot be.
-    """
-    if study.search.name == "grid":
-        return make_trials(study, tree, points_of(study))
-    if study.search.name == "random":
-        return make_trials(study, tree, random_points(study))
-    wanted, allowed = study.search.trials, study.budget.trials
-    if allowed and wanted > allowed:
-        told = f"search.trials={wanted} are wanted, budget.trials={allowed} allows fewer"
-        raise ConfigError([ConfigIssue("budget.trials", told)])
-    dims = study.space
-    longest = max(len(dim.values) for dim in dims.values())
-    points = [
-        {name: label_of(dim.values[at % len(dim.values)]) for name, dim in dims.items()}
-        for at in range(longest)
-    ]
-    return make_trials(study.model_copy(update={"budget": Budget()}), tree, points)
-
-
-@contextmanager
-def stored_study(where: str) -> Iterator[tuple[Study, list[Trial]]]:
-    """Give a study that was begun and its trials; its base is a file that goes with the block.
-
-    Raises:
-        ConfigError: There is none, or its folder has another name than it.
-    """
-    folder = StudyFolder.at(where)
-    study, tree = folder.definition()
-    if study.name != folder.files.name:
-        raise ConfigError(
-            [ConfigIssue(where, f"holds study {study.name!r}; folders keep their names")]
-        )
-    with tempfile.TemporaryDirectory(prefix="simclr_ray-") as scratch:
-        base = Path(scratch) / "base.yaml"
-        base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")
-        study = study.model_copy(update={"base": str(base)})
-        yield study, plan(study, base_tree(study))
 
 
 def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:

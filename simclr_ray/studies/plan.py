@@ -12,13 +12,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simclr_ray import config as cfg
-from simclr_ray.augment.crop_statistics import CropTaskFractions, crop_task_fractions
 from simclr_ray.config import Scalar
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.batches import build_views
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.studies.definition import (
@@ -31,6 +29,9 @@ from simclr_ray.studies.definition import (
     label_of,
 )
 from simclr_ray.tracking.store import DATABASE, store_uri
+
+if TYPE_CHECKING:
+    from simclr_ray.augment.crop_statistics import CropTaskFractions
 
 FOLDER, RUNS = "studies", "runs"
 EPOCHS = "epochs"
@@ -164,6 +165,9 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
 
 def task_fractions_of(experiment: Experiment) -> CropTaskFractions | None:
     """Return how often pairs of crops of square images set each task, or None without crops."""
+    from simclr_ray.augment.crop_statistics import crop_task_fractions
+    from simclr_ray.data.batches import build_views
+
     side = experiment.evaluation_size
     return crop_task_fractions(build_views(experiment.augment, experiment.seed), side, side)
 

@@ -1,8 +1,7 @@
-"""What Ray Tune chooses: the points of a random or learning search, and which trials end early."""
+"""What Ray Tune chooses: the points of a learning search, and which trials end early."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -11,8 +10,8 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.studies.definition import Dimension, Study, label_of, point_of
-from simclr_ray.studies.plan import Point, Trial
+from simclr_ray.studies.definition import Dimension, Study, label_of
+from simclr_ray.studies.plan import Trial
 
 NEVER_S: Final = 10**9
 EPOCH: Final = "epoch"  # what trials are compared at: the key of their reports
@@ -56,17 +55,6 @@ def _domain(dim: Dimension) -> Any:
     if dim.loguniform:
         return tune.loguniform(*dim.loguniform)
     return tune.choice([label_of(value) for value in dim.listed])
-
-
-def random_points(study: Study) -> list[Point]:
-    """Return points drawn by the study's own seed: the same after every restart."""
-    rng = np.random.default_rng(study.search.seed)
-    domains = searched_space(study)
-    draws = [
-        point_of(study, {k: domain.sample(random_state=rng) for k, domain in domains.items()})
-        for _ in range(study.search.trials)
-    ]
-    return list({json.dumps(point, default=float): point for point in draws}.values())
 
 
 def searched_space(study: Study) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from mlflow import MlflowClient
 from simclr_ray import config as cfg
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM
 from simclr_ray.errors import ConfigError
-from simclr_ray.studies.driver import plan, run_study
+from simclr_ray.studies.driver import run_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import base_tree, study_folder
 from simclr_ray.studies.report import publish_report
 from simclr_ray.studies.step_timing import pace_of
+from simclr_ray.studies.trials import plan
 from tests.ray.images import write_shapes
 from tests.ray.test_pretrain import tree_of
 

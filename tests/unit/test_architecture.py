@@ -217,6 +217,7 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
 
 def test_the_public_names_resolve_and_are_sorted_as_ruff_sorts_them() -> None:
     names = simclr_ray.__all__
+    assert set(names) <= set(dir(simclr_ray))
     constants = [n for n in names if n.isupper()]
     classes = [n for n in names if n[0].isupper() and not n.isupper()]
     functions = [n for n in names if n[0].islower()]

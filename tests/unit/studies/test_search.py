@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from simclr_ray import config as cfg
 from simclr_ray.studies.definition import Study, point_of
 from simclr_ray.studies.plan import Trial, base_tree, make_trials, points_of
-from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of
+from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of, searched_space
+from simclr_ray.studies.trials import random_points
 
 RATES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 EPOCHS = 18
@@ -106,3 +108,22 @@ def test_drawn_numbers_have_few_digits_within_their_range_and_listed_ones_stay()
     assert point_of(searched, {**drawn, "loss.temperature": 0.12342})["loss.temperature"] == (
         0.12345678
     )
+
+
+def test_random_points_are_those_that_ray_tune_draws() -> None:
+    space = {
+        "schedule.learning_rate": {"loguniform": [0.01, 3.0]},
+        "loss.temperature": {"uniform": [0.05, 0.5]},
+        "batch_size": {"choice": [64, 128, 256]},
+        "optimizer.name": {"choice": ["lars", "sgd"]},
+    }
+    search = {"name": "random", "trials": 40, "seed": 3}
+    tree = cfg.to_tree(study()) | {"space": space, "search": search, "figure": {"x": "batch_size"}}
+    drawn = cfg.validate(Study, tree | {"scheduler": {"name": "none"}})
+    rng, domains = np.random.default_rng(3), searched_space(drawn)
+    theirs = [
+        point_of(drawn, {k: d.sample(random_state=rng) for k, d in domains.items()})
+        for _ in range(40)
+    ]
+    assert random_points(drawn) == theirs
+    assert len({p["batch_size"] for p in theirs}) == 3
