@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from simclr_ray.studies.driver import run_study
     from simclr_ray.studies.files import load_study
     from simclr_ray.studies.report import publish_report
-    from simclr_ray.train.driver import Run
     from simclr_ray.train.driver import pretrain as pretrain
+    from simclr_ray.train.outcome import Run
     from simclr_ray.train.pipeline import register_run as register
     from simclr_ray.train.pipeline import run_pipeline
 
@@ -38,7 +38,7 @@ _WHERE = {
     "Experiment": "config.experiment",
     "LARS": "optim",
     "NTXentLoss": "nn.losses",
-    "Run": "train.driver",
+    "Run": "train.outcome",
     "Score": "evaluation.scores",
     "Source": "data.source",
     "TwoViews": "augment",

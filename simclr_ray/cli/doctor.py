@@ -38,7 +38,6 @@ __all__ = ["Finding", "run_checks"]
 # and whether an object that one node pickles can be read on the next.
 COMPARED: Final = ("ray", "torch", "torchvision", "pyarrow", "numpy", PACKAGE)
 NODE_TIMEOUT_S: Final = 180.0  # a first task on a loaded machine imports torch for a minute
-KNOCK_TIMEOUT_S: Final = 10.0
 MOST: Final = 4  # processes of the gradient check, all on this machine; more show nothing new
 PARITY_BOUND: Final = 1e-9  # float64; rounding alone gives some 1e-13 (design, load-bearing 3)
 
@@ -269,9 +268,11 @@ def _check_state_api() -> Finding:
 def _connect() -> None:
     import ray
 
+    from simclr_ray.distributed.ray_cluster import knock
+
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _knock(address)
+        knock(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         return
     ray.init(
@@ -281,13 +282,6 @@ def _connect() -> None:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
-
-
-def _knock(address: str) -> None:
-    """Raise OSError where nothing listens: Ray itself would go on trying for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
 
 
 def _selfcheck(num_workers: int) -> float:

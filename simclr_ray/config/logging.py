@@ -7,18 +7,15 @@ so only `simclr_ray` is configured, and only by the command line.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def configure() -> None:
-    """Send the package's log lines to stderr as `HH:MM:SS level message`. Idempotent."""
+def configure(handler: logging.Handler) -> None:
+    """Send the package's log lines to a handler, from INFO on. Idempotent."""
     logger = logging.getLogger("simclr_ray")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
     logger.propagate = False
 

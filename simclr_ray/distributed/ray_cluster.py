@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
+import time
+from typing import Final, NamedTuple
 
 import ray
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.wording import counted
 from simclr_ray.errors import ClusterError
 
 # Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
@@ -20,8 +24,19 @@ QUIET = {
     "num_workers_soft_limit": 0,
     "idle_worker_killing_time_threshold_ms": 30_000,
 }
+KNOCK_TIMEOUT_S: Final = 10.0
 WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of its own
 _started_here: set[str] = set()  # addresses of the local clusters of this process
+log = logging.getLogger(__name__)
+
+
+class Node(NamedTuple):
+    """One node of the cluster at hand."""
+
+    address: str
+    is_alive: bool
+    cpus: float
+    gpus: float
 
 
 def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
@@ -29,6 +44,8 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
 
     A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
     """
+    # Ray Data sets its own level when it is imported: by this variable, if it is there
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
@@ -36,11 +53,7 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
     if os.environ.get("RAY_ADDRESS") in _started_here:  # of a cluster that is down again
         del os.environ["RAY_ADDRESS"]
     if "RAY_ADDRESS" in os.environ:
-        try:
-            ray.init(logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
-            where = os.environ["RAY_ADDRESS"]
-            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={where}") from error
+        _join(os.environ["RAY_ADDRESS"])
         return
     _check_machine(experiment)
     # one machine is not preempted, and the watcher costs a process
@@ -50,6 +63,8 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
     if experiment:
         asked = experiment.evaluation
         wanted = max(copies * cpus_wanted(experiment), asked.actors * asked.cpus_per_actor)
+    log.info("starting Ray on this machine")
+    began = time.monotonic()
     try:
         ray.init(
             address="local",
@@ -69,6 +84,40 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
     # Ray Train's helpers find the cluster by this, where several run on one machine
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     _started_here.add(os.environ["RAY_ADDRESS"])
+    log.info("Ray is up after %.0f s", time.monotonic() - began)
+
+
+def _join(address: str) -> None:
+    """Connect to a cluster that is up. Raises `ClusterError` where none answers."""
+    log.info("connecting to the Ray cluster at %s", address)
+    try:
+        knock(address)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    except OSError as error:  # ConnectionError, which Ray raises, is one
+        raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
+    alive = [node for node in nodes() if node.is_alive]
+    cpus, gpus = sum(node.cpus for node in alive), sum(node.gpus for node in alive)
+    log.info("connected: %s, %g CPUs, %g GPUs", counted(len(alive), "node"), cpus, gpus)
+
+
+def knock(address: str) -> None:
+    """Raise `OSError` where nothing listens: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
+
+
+def nodes() -> list[Node]:
+    """Return the nodes of the cluster at hand, those that are gone included."""
+    return [
+        Node(
+            node["NodeManagerAddress"],
+            bool(node["Alive"]),
+            float(node["Resources"].get("CPU", 0.0)),
+            float(node["Resources"].get("GPU", 0.0)),
+        )
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+    ]
 
 
 def _check_machine(experiment: Experiment | None) -> None:
@@ -117,7 +166,7 @@ def check_cluster(experiment: Experiment) -> None:
     for what, needed in (("CPU", cpus), ("GPU", gpus)):
         if needed > cluster.get(what, 0.0):
             raise ClusterError(
-                f"scaling asks for {needed:g} {what}s ({scaling.num_workers} workers"
+                f"scaling asks for {needed:g} {what}s ({counted(scaling.num_workers, 'worker')}"
                 + (f", each with {data_cpus:g} for decoding" if what == "CPU" else "")
                 + f"), the cluster has {cluster.get(what, 0.0):g}; lower scaling.num_workers or "
                 f"scaling.{'cpus' if what == 'CPU' else 'gpus'}_per_worker"

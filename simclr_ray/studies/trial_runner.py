@@ -27,8 +27,9 @@ from simclr_ray.studies.definition import EITHER, PROBES, Study
 from simclr_ray.studies.folder import FINAL, Curve, Status, StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial, task_fractions_of
 from simclr_ray.tracking.runs import TrackedRun, Tracker
-from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.driver import pretrain
 from simclr_ray.train.monitor import Record
+from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import resolve
 from simclr_ray.train.worker import unwrap_error
 

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import ray
 import ray.train
@@ -22,47 +21,24 @@ import ray.train.torch
 from simclr_ray import config as cfg
 from simclr_ray.augment import native
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.wording import counted
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, driver_queue
 from simclr_ray.errors import RunError
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.metrics_log import read_records
-from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
+from simclr_ray.storage.run_folder import CONFIG_FILE
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
-from simclr_ray.tracking.store import check_alias, store_uri
-from simclr_ray.train.monitor import OnProgress, Record, RunMonitor
+from simclr_ray.tracking.store import check_alias, store_uri, without_password
+from simclr_ray.train.monitor import OnProgress, RunMonitor
+from simclr_ray.train.outcome import Run, last_metrics
 from simclr_ray.train.resolve import ResolvedExperiment, resolve, split_like_test
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker, unwrap_error
 
 log = logging.getLogger(__name__)
 
 HELD_S = 30.0  # a trial's driver is a task of Ray's, which outlives a study's by seconds
-
-
-class Run(NamedTuple):
-    """One pretraining run, finished."""
-
-    name: str  # of the experiment, and eight hex digits of its digest and its images
-    folder: str  # path or URI
-    checkpoint_name: str  # of the last one, in `folder`
-    mlflow_run_id: str
-    metrics: Record  # name -> the last value of each: step, train/mean_loss, eval/knn_top1, …
-
-    @property
-    def checkpoint(self) -> Path:
-        """A local path of the last checkpoint.
-
-        Of a remote run it is a copy in the user's cache, fetched when first asked for and kept
-        until a newer one of the run is (`RunFolder.cached_checkpoint`).
-        """
-        return RunFolder.at(self.folder).cached_checkpoint(self.checkpoint_name)
-
-    @property
-    def checkpoint_uri(self) -> str:
-        """The last checkpoint's path or URI, where the run keeps it."""
-        return f"{self.folder}/{self.checkpoint_name}"
 
 
 def pretrain(
@@ -117,6 +93,8 @@ def pretrain(
     _check_late_needs(config)
     with folder.lock(HELD_S):
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
+        uri = store_uri(config.tracking.uri, config.storage)
+        log.info("opening MLflow at %s", without_password(uri))
         tracker = Tracker.open(config.tracking, config.storage)  # before the cluster waits
         connect(config)
         check_cluster(config)
@@ -130,7 +108,7 @@ def _trained(
     """Train what is left of a run; return it."""
     total, folder = resolved.total_steps, resolved.folder
     newest = _newest(folder)
-    if newest:
+    if 0 <= checkpoint.step_of(newest) < total:
         log.info("continuing after step %d of %d", checkpoint.step_of(newest), total)
     if checkpoint.step_of(newest) < total:
         for name in folder.repair_snapshot():
@@ -139,7 +117,7 @@ def _trained(
         newest = _newest(folder)
     if checkpoint.step_of(newest) < total:
         raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
-    return Run(folder.name, folder.uri, newest, tracked.run_id, _last_metrics(folder))
+    return Run(folder.name, folder.uri, newest, tracked.run_id, last_metrics(folder))
 
 
 def _newest(folder: RunFolder) -> str:
@@ -232,6 +210,7 @@ def _fit(resolved: ResolvedExperiment, tracked: TrackedRun, on_progress: OnProgr
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+    log.info("starting %s", counted(scaling.num_workers, "worker"))
     watcher = RunMonitor(inbox, tracked, on_progress, resolved)
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -254,10 +233,3 @@ def _root_message(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", {})
     root = next(iter(failures.values()), error)
     return " ".join(str(root).split())[-2000:]
-
-
-def _last_metrics(folder: RunFolder) -> Record:
-    last: Record = {}
-    for record in read_records(folder.read_text(METRICS) or ""):
-        last.update(record)
-    return last

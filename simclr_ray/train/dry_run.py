@@ -18,6 +18,7 @@ from simclr_ray.config.experiment import (
     NTXentConfig,
     SupConConfig,
 )
+from simclr_ray.config.wording import counted
 from simclr_ray.data.batches import build_plan
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
@@ -52,14 +53,16 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
     warmup = resolved.warmup_steps
     rows = {
         "run": resolved.run_name,
-        "images": f"{source.num_rows:,} in {len(source.files)} files, "
-        f"{len(source.row_groups)} row groups, {plan.num_lanes} lanes",
+        "images": f"{source.num_rows:,} in {counted(len(source.files), 'file')}, "
+        f"{counted(len(source.row_groups), 'row group')}, {counted(plan.num_lanes, 'lane')}",
         "global batch": f"{experiment.batch_size:,} images, "
         f"{_views(experiment) * experiment.batch_size:,} views",
         **_of_the_loss(experiment),
-        "local batch": " or ".join(str(n) for n in local) + f" on {len(ranks)} workers",
-        "steps": f"{plan.steps_per_epoch:,} per epoch, {total:,} in {experiment.epochs} epochs",
-        "warm-up": f"{warmup:,} steps",
+        "local batch": " or ".join(str(n) for n in local)
+        + f" images on {counted(len(ranks), 'worker')}",
+        "steps": f"{plan.steps_per_epoch:,} per epoch, {total:,} in "
+        f"{counted(experiment.epochs, 'epoch')}",
+        "warm-up": counted(warmup, "step"),
         "peak learning rate": f"{experiment.peak_learning_rate():g} "
         f"({experiment.schedule.scaling} scaling of {experiment.schedule.learning_rate:g})",
         "parameters": f"{num_parameters(experiment) / 1e6:,.2f} M",
@@ -74,7 +77,9 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         )
     cores, workers = os.cpu_count() or 1, experiment.scaling.num_workers
     if workers > cores and "RAY_ADDRESS" not in os.environ:
-        rows["workers"] = f"{workers} share the {cores} cores of this machine: slower than {cores}"
+        rows["workers"] = (
+            f"{workers} share the {counted(cores, 'core')} of this machine: slower than {cores}"
+        )
     if warmup >= total:
         rows["note"] = "warm-up is as long as the run: the rate never reaches its peak"
     return rows

@@ -21,8 +21,9 @@ from simclr_ray.evaluation.evaluate import experiment_of, score_classifier
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun
-from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.driver import pretrain
 from simclr_ray.train.monitor import OnProgress
+from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
 
 FEW_LABELS, EPOCHS_OF_FEW, EPOCHS = 0.01, 60, 30
@@ -153,7 +154,7 @@ def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment
         told = "is empty: a classifier needs a split to be tested"
         issues.append(ConfigIssue("data.test", told))
     if chosen.registry.name:
-        told = "is for pretrain; `simclr-ray register` takes any run folder"
+        told = "is for pretrain; `simclr-ray model register` takes any run folder"
         issues.append(ConfigIssue("registry.name", told))
     if issues:
         raise ConfigError(issues)

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.train
 import ray.train.torch
 from ray.util.queue import Empty, Queue
 
+from simclr_ray.config.wording import counted
 from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
@@ -31,6 +32,14 @@ Record = dict[str, float]
 OnProgress = Callable[[Record], None]
 WAIT_S = 10.0  # for a record; what comes is taken at once
 UPLOAD_EVERY_S = 60.0
+FIRST_BATCH = "start/first_batch_s"
+
+
+class WorkerReady(NamedTuple):
+    """A worker has built its model and waits for its first batch."""
+
+    rank: int
+    num_workers: int
 
 
 class RunMonitor:
@@ -54,7 +63,8 @@ class RunMonitor:
             self._scratch.enter_context(tempfile.TemporaryDirectory(prefix="simclr_ray-"))
         )
         self._local.mkdir(parents=True, exist_ok=True)
-        self._uploaded_at = time.monotonic()
+        self._uploaded_at = self._began = time.monotonic()
+        self._ready: set[int] = set()
         if folder.local is None:  # what earlier starts of this run have logged
             for name in (METRICS, BAD_ROWS):
                 (self._local / name).write_text(folder.read_text(name) or "", encoding="utf-8")
@@ -110,12 +120,28 @@ class RunMonitor:
             return
         if isinstance(item, SimclrRayError):
             self._end(item)
+        elif isinstance(item, WorkerReady):
+            self._tell_ready(item)
         elif "reason" in item:
             self._take_bad(item)
         else:
             self._take_metrics(item)
 
+    def _tell_ready(self, worker: WorkerReady) -> None:
+        """Say so when all workers are ready; after a restart, again."""
+        self._ready.add(worker.rank)
+        if len(self._ready) == worker.num_workers:
+            self._ready.clear()
+            log.info(
+                "%d of %s ready after %.0f s",
+                worker.num_workers,
+                counted(worker.num_workers, "worker"),
+                time.monotonic() - self._began,
+            )
+
     def _take_metrics(self, item: Record) -> None:
+        if FIRST_BATCH in item:
+            log.info("first batch after %.0f s", time.monotonic() - self._began)
         _append(self._local / METRICS, json.dumps(item))
         metrics = {k: v for k, v in item.items() if "/" in k}
         try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment
@@ -21,38 +21,50 @@ from simclr_ray.nn.build import feature_dim
 from simclr_ray.nn.pretrained import load_model
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.tracking.store import RegisteredEncoder
-from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.driver import pretrain
 from simclr_ray.train.figures import draw_curves, draw_views
 from simclr_ray.train.monitor import OnProgress
+from simclr_ray.train.outcome import PretrainOutcome, Run, store_outcome, stored_outcome
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
 
-SCORES = "scores.json"
-
-
-class PretrainOutcome(NamedTuple):
-    """What one `simclr-ray pretrain` leaves behind."""
-
-    run: Run
-    scores: list[Score]
-    registered: RegisteredEncoder | None
-    classifier: Classification | None  # on the test split, where the head is one
+log = logging.getLogger(__name__)
 
 
 def run_pipeline(
     experiment: Experiment | ResolvedExperiment, *, on_progress: OnProgress | None = None
 ) -> PretrainOutcome:
-    """Train, evaluate, publish to MLflow and, where `registry.name` is set, register."""
+    """Train, evaluate, publish to MLflow and, where `registry.name` is set, register.
+
+    A run that has all of that behind it answers with what is stored.
+    """
     resolved = resolve(experiment)
-    config = resolved.config
+    stored = stored_outcome(resolved)
+    if stored is not None:
+        return stored
     run = pretrain(resolved, on_progress=on_progress)
+    try:
+        outcome = _evaluated(run, resolved)
+    except KeyboardInterrupt:  # the training itself had set it to FINISHED
+        record = RunRecord.read(resolved.folder)
+        TrackedRun.attach(record.tracking_uri, record.mlflow_run_id).finish("KILLED")
+        raise
+    store_outcome(resolved, outcome)
+    return outcome
+
+
+def _evaluated(run: Run, resolved: ResolvedExperiment) -> PretrainOutcome:
+    config = resolved.config
+    log.info("evaluating %s, the untrained encoder and raw pixels", run.checkpoint_name)
     with RunFolder.at(run.folder).fetched(run.checkpoint_name) as checkpoint:
         scores = evaluate_experiment(config, checkpoint)
         publish(run, resolved, scores)
         classifier = _test_classifier(run, config, checkpoint)
     registered = None
     if config.registry.name:
+        log.info("registering %s", config.registry.name)
         registered = register_run(run.folder, config.registry.name, config.registry.alias)
     return PretrainOutcome(run, scores, registered, classifier)
 

@@ -158,7 +158,7 @@ def resolve_init(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"init": init})
 
 
-NO_CLASSIFIER = "is a run without a classifier: `simclr-ray finetune` trains one from it"
+NO_CLASSIFIER = "is a run without a classifier: `simclr-ray model finetune` trains one from it"
 
 
 def resolve_teacher(experiment: Experiment) -> Experiment:

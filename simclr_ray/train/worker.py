@@ -41,6 +41,7 @@ from simclr_ray.nn.resnet import ResNet
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.train import loop
+from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
 from simclr_ray.train.resolve import ResolvedExperiment
 
 LOWER_THE_RATE = "lower schedule.learning_rate, or lengthen the warm-up"
@@ -89,6 +90,7 @@ class TrainWorker:
         self._build(kept)
         self.loss = build_loss(experiment)
         self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
+        self.inbox.put(WorkerReady(self.rank, self.num_ranks))
         loop.train(
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
             self.loss,
@@ -179,7 +181,7 @@ class TrainWorker:
         asked = time.perf_counter()
         for index, batch in enumerate(batches):
             if index == 0:
-                waited = {"start/first_batch_s": time.perf_counter() - asked}
+                waited = {FIRST_BATCH: time.perf_counter() - asked}
                 self._tell(batch.step, batch.step / self.resolved.steps_per_epoch, waited)
             for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=True):
                 if row_id not in told:

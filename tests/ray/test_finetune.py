@@ -17,8 +17,9 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluation.evaluate import probe_run
 from simclr_ray.storage.checkpoint import read_record
-from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.driver import pretrain
 from simclr_ray.train.finetune import distill, finetune, plan_finetuning
+from simclr_ray.train.outcome import Run
 from tests.ray.images import write_shapes
 
 NAMES = {"id": "key", "image": "image", "label": "class"}

@@ -18,7 +18,7 @@ from simclr_ray.studies import trial_runner as trial_module
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.plan import Cell, Trial
 from simclr_ray.studies.trial_runner import RunWatch, outcome_of
-from simclr_ray.train.driver import Run
+from simclr_ray.train.outcome import Run
 
 N = 64
 SPACE = {"loss.temperature": {"grid": [0.1, 0.5]}}

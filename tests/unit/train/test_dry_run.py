@@ -109,7 +109,7 @@ def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
         scaling={"num_workers": 5},
     )
     rows = derived(ResolvedExperiment(e, source))
-    assert rows["images"] == "1,000 in 1 files, 40 row groups, 2 lanes"
+    assert rows["images"] == "1,000 in 1 file, 40 row groups, 2 lanes"
     assert rows["global batch"] == "96 images, 192 views"
     assert rows["negatives"] == "190 per anchor"
     assert rows["local batch"] == "20 or 19 on 5 workers"

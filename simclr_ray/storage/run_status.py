@@ -1,0 +1,86 @@
+"""How a run stands, by its folder alone: it may be running, here or elsewhere, or long finished."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
+
+from pyarrow import fs
+
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.run_folder import BAD_ROWS, CONFIG_FILE, METRICS, RunFolder
+from simclr_ray.storage.run_record import RunRecord
+
+SCORES = "scores.json"
+
+State = Literal["running", "finished", "stopped"]
+
+
+class RunStatus(NamedTuple):
+    """One run."""
+
+    folder: RunFolder
+    record: RunRecord | None  # None before MLflow was reached
+    state: State  # `stopped` of a remote run may be running: its lock is not seen from here
+    step: int  # of the last record of the log, or of the newest checkpoint
+    total_steps: int  # 0: not known yet
+    epoch: float
+    metrics: dict[str, float]  # the last of each
+    scores: list[dict[str, Any]]  # of the evaluation at the end
+    checkpoints: list[str]  # newest first
+    num_bad_rows: int
+    written_at: datetime | None
+
+
+def status_of_run(folder: RunFolder) -> RunStatus:
+    """Return how the run in a folder stands.
+
+    Raises:
+        ConfigError: There is no run.
+    """
+    if folder.read_text(CONFIG_FILE) is None:
+        raise ConfigError([ConfigIssue(folder.uri, f"is no run folder: it has no {CONFIG_FILE}")])
+    metrics: dict[str, float] = {}
+    for line in read_records(folder.read_text(METRICS) or ""):
+        metrics.update(line)
+    total, epoch = int(metrics.pop("total", 0)), metrics.pop("epoch", 0.0)
+    checkpoints = folder.checkpoints()
+    kept = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
+    step = max(int(metrics.pop("step", 0)), kept)
+    state: State = "running" if folder.is_locked() else "stopped"
+    if state == "stopped" and kept and kept >= total:
+        state = "finished"
+    return RunStatus(
+        folder,
+        RunRecord.find(folder),
+        state,
+        step,
+        total,
+        epoch,
+        metrics,
+        json.loads(folder.read_text(SCORES) or "[]"),
+        checkpoints,
+        len(read_records(folder.read_text(BAD_ROWS) or "")),
+        _written_at(folder),
+    )
+
+
+def runs_in(storage: str) -> list[RunFolder]:
+    """Return the run folders directly in a storage, by name."""
+    files, root = filesystem(storage)
+    found = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    names = sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+    folders = [RunFolder.of(storage, name) for name in names]
+    return [folder for folder in folders if folder.read_text(CONFIG_FILE) is not None]
+
+
+def _written_at(folder: RunFolder) -> datetime | None:
+    """Return when the run last wrote into its folder, of what the file system remembers."""
+    files, root = filesystem(folder.uri)
+    found = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    times: list[datetime] = [info.mtime for info in found if info.mtime is not None]
+    return max(times).astimezone(UTC) if times else None

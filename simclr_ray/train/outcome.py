@@ -1,0 +1,127 @@
+"""What a finished run leaves behind, stored with it, so that it answers without being run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.source import Source
+from simclr_ray.evaluation.classification import Classification
+from simclr_ray.evaluation.scores import Score
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.run_folder import METRICS, RunFolder
+from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.storage.run_status import SCORES
+from simclr_ray.tracking.store import RegisteredEncoder
+from simclr_ray.train.resolve import ResolvedExperiment
+
+OUTCOME = "outcome.json"
+
+
+class Run(NamedTuple):
+    """One pretraining run, finished."""
+
+    name: str  # of the experiment, and eight hex digits of its digest and its images
+    folder: str  # path or URI
+    checkpoint_name: str  # of the last one, in `folder`
+    mlflow_run_id: str
+    metrics: dict[str, float]  # name -> the last value of each: step, train/mean_loss, eval/knn_top1, …
+
+    @property
+    def checkpoint(self) -> Path:
+        """A local path of the last checkpoint.
+
+        Of a remote run it is a copy in the user's cache, fetched when first asked for and kept
+        until a newer one of the run is (`RunFolder.cached_checkpoint`).
+        """
+        return RunFolder.at(self.folder).cached_checkpoint(self.checkpoint_name)
+
+    @property
+    def checkpoint_uri(self) -> str:
+        """The last checkpoint's path or URI, where the run keeps it."""
+        return f"{self.folder}/{self.checkpoint_name}"
+
+
+class PretrainOutcome(NamedTuple):
+    """What one `simclr-ray pretrain` leaves behind."""
+
+    run: Run
+    scores: list[Score]
+    registered: RegisteredEncoder | None
+    classifier: Classification | None  # on the test split, where the head is one
+    is_stored: bool = False  # nothing was run: all is from the run's folder
+
+
+def last_metrics(folder: RunFolder) -> dict[str, float]:
+    """Return the last value of each metric of a run's log."""
+    last: dict[str, float] = {}
+    for record in read_records(folder.read_text(METRICS) or ""):
+        last.update(record)
+    return last
+
+
+def store_outcome(resolved: ResolvedExperiment, outcome: PretrainOutcome) -> None:
+    """Store what a run has left behind, and what it was evaluated on and how."""
+    tree = {
+        "checkpoint": outcome.run.checkpoint_name,
+        "evaluated": _evaluated(resolved.config),
+        "registry": cfg.to_tree(resolved.config.registry),
+        "registered": outcome.registered and outcome.registered._asdict(),
+        "classifier": outcome.classifier and outcome.classifier._asdict(),
+    }
+    resolved.folder.write_text(OUTCOME, json.dumps(tree, indent=1))
+
+
+def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
+    """Return what the run has left behind, or None where something is still to be done.
+
+    That is so where it is unfinished, its last checkpoint is gone or damaged, it was evaluated in
+    another way or on other images, or not registered as is asked for now.
+    """
+    folder = resolved.folder
+    stored, record = _read(folder), RunRecord.find(folder)
+    scores = json.loads(folder.read_text(SCORES) or "[]")
+    if stored is None or record is None or not scores:
+        return None
+    asked: dict[str, Any] = {"evaluated": _evaluated(resolved.config)}
+    if resolved.config.registry.name:
+        asked["registry"] = cfg.to_tree(resolved.config.registry)
+    if any(stored[key] != value for key, value in asked.items()):
+        return None
+    names = folder.checkpoints()
+    if not names or names[0] != stored["checkpoint"] or folder.is_locked():
+        return None
+    if checkpoint.step_of(names[0]) < resolved.total_steps:
+        return None
+    with folder.newest_checkpoint() as newest:
+        if newest is None or newest.name != names[0]:
+            return None
+    registered, classifier = stored["registered"], stored["classifier"]
+    return PretrainOutcome(
+        Run(folder.name, folder.uri, names[0], record.mlflow_run_id, last_metrics(folder)),
+        [Score(**row) for row in scores],
+        RegisteredEncoder(**registered) if registered else None,
+        Classification(**classifier) if classifier else None,
+        is_stored=True,
+    )
+
+
+def _read(folder: RunFolder) -> Mapping[str, Any] | None:
+    text = folder.read_text(OUTCOME)
+    return None if text is None else json.loads(text)
+
+
+def _evaluated(experiment: Experiment) -> str:
+    """Return a digest of how a run is evaluated, and on which images."""
+    data = experiment.data
+    splits = {
+        path: Source.open(path, data.columns).fingerprint
+        for path in (data.eval_train or data.train, data.test)
+        if path
+    }
+    return cfg.digest_of({"how": cfg.to_tree(experiment.evaluation), "on": sorted(splits.values())})
