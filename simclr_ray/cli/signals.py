@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 import threading
+from typing import TYPE_CHECKING
 
-from simclr_ray.cli.console import err
+from simclr_ray.cli.console import command, say
+
+if TYPE_CHECKING:
+    from simclr_ray.config.experiment import Experiment
 
 STOPPED_BY_SYSTEM = 75  # EX_TEMPFAIL: schedulers and shells take it as "try again"
 STOPPED_BY_USER = 130
 
 _terminated = threading.Event()
+
+
+def connect(experiment: Experiment | None = None) -> None:
+    """Connect to the cluster at hand or start one, and listen for signals as before."""
+    from simclr_ray.distributed import ray_cluster
+
+    ray_cluster.connect(experiment)
+    listen()  # Ray has put its own handler there
 
 
 def listen() -> None:
@@ -22,9 +33,8 @@ def listen() -> None:
 
 def exit_code_of_stop() -> int:
     """Say how to go on, and return the exit code of a command that was interrupted."""
-    again = shlex.join(["simclr-ray", *sys.argv[1:]])
     by = " by the system" if _terminated.is_set() else ""
-    err.print(f"stopped{by}; to continue: {again}", markup=False, soft_wrap=True)
+    say(f"stopped{by}; to continue: {command(*sys.argv[1:])}")
     return STOPPED_BY_SYSTEM if _terminated.is_set() else STOPPED_BY_USER
 
 

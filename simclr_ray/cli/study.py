@@ -1,4 +1,4 @@
-"""The command line's `study` verbs."""
+"""`simclr-ray study ...`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simclr_ray.cli.console import StudyProgress, clock, out, show_pairs, show_table, study_table
+from simclr_ray.cli.console import command, loading, out, say, show_pairs, show_table
+from simclr_ray.cli.progress import StudyProgress, study_table
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, listen
+from simclr_ray.config.wording import clock, counted
 from simclr_ray.errors import RunError
 
 if TYPE_CHECKING:
@@ -19,23 +21,19 @@ if TYPE_CHECKING:
     from simclr_ray.studies.folder import StudyFolder
     from simclr_ray.studies.plan import Trial
 
-study_app = typer.Typer(no_args_is_help=True, add_completion=False)
 Where = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URI of a study.")]
 
 
-@study_app.command(name="list")
 def list_studies() -> None:
     """List the studies that come with the package, with their scales."""
-    from simclr_ray.studies.files import load_study, scales_of, study_names
+    from simclr_ray.studies.files import summaries
 
-    for name in study_names():
-        study = load_study(name)
-        scales = ", ".join(scales_of(name))
-        text = f"{name:<18} {study.answers}: {study.question} [{scales}]"
+    for study in summaries():
+        scales = ", ".join(study.scales)
+        text = f"{study.name:<18} {study.answers}: {study.question} [{scales}]"
         out.print(text, markup=False, soft_wrap=True)
 
 
-@study_app.command()
 def run(
     source: Annotated[
         str, typer.Argument(metavar="STUDY_OR_YAML", help="A study's name, or a .yaml file.")
@@ -58,13 +56,15 @@ def run(
 
     Example: simclr-ray study run batch_size --scale cpu data.train=cifar/train data.test=cifar/test
     """
-    from simclr_ray.studies.driver import check_startable
     from simclr_ray.studies.files import load_study
     from simclr_ray.studies.plan import base_tree
     from simclr_ray.studies.trials import plan
 
     study = load_study(source, scale, *(overrides or []))
     trials = plan(study, base_tree(study))
+    loading("torch", "ray")
+    from simclr_ray.studies.driver import check_startable
+
     check_startable(study, trials)
     _show_plan(study, trials)
     if dry_run:
@@ -73,16 +73,15 @@ def run(
         _run(study, trials)
 
 
-@study_app.command()
 def resume(where: Where) -> None:
     """Go on with a study; finished trials are not run again, open ones go on where they stood."""
     from simclr_ray.studies.trials import stored_study
 
     with stored_study(where) as (study, trials):
+        loading("torch", "ray")
         _run(study, trials)
 
 
-@study_app.command()
 def status(where: Where) -> None:
     """Show how the trials of a study stand."""
     from simclr_ray.studies.folder import StudyFolder
@@ -93,16 +92,14 @@ def status(where: Where) -> None:
         out.print(study_table(status_of(study, StudyFolder.at(where), trials)))
 
 
-@study_app.command()
 def stop(where: Where) -> None:
     """Ask a running study to stop; `resume` goes on with it."""
     from simclr_ray.studies.folder import StudyFolder
 
     StudyFolder.at(where).request_stop()
-    out.print(f"asked; to go on: simclr-ray study resume {shlex.quote(where)}", soft_wrap=True)
+    say(f"asked; to go on: {command('study', 'resume', where)}")
 
 
-@study_app.command()
 def report(where: Where) -> None:
     """Draw figure, table and page again from what is stored."""
     from simclr_ray.studies.folder import StudyFolder
@@ -110,7 +107,6 @@ def report(where: Where) -> None:
     _report(StudyFolder.at(where))
 
 
-@study_app.command()
 def best(
     where: Where,
     register: Annotated[
@@ -128,14 +124,14 @@ def best(
     outcomes = folder.outcomes()
     results = results_of(study, outcomes)
     if results.best is None:
-        told = f"no trial of {where} has finished; see `simclr-ray study status {where}`"
+        told = f"no trial of {where} has finished; see `{command('study', 'status', where)}`"
         raise RunError(told)
     chosen = best_outcome(results, outcomes)
     show_pairs(
         {
             "best point": ", ".join(f"{k}={v}" for k, v in results.best.point.items()),
             study.metric: f"{shown(study.metric, results.best.mean)}, mean of "
-            f"{results.best.num_seeds} seed{'s' * (results.best.num_seeds > 1)}",
+            f"{counted(results.best.num_seeds, 'seed')}",
             "trial": chosen.trial,
             "run folder": chosen.run["folder"],
         }
@@ -158,14 +154,13 @@ def _run(study: Study, trials: Sequence[Trial]) -> None:
     from simclr_ray.studies.status import status_of
 
     folder = StudyFolder(*study_folder(study))
-    command = shlex.join(["simclr-ray", *sys.argv[1:]])
+    called = shlex.join(["simclr-ray", *sys.argv[1:]])
     with StudyProgress(lambda: status_of(study, folder, trials)):
-        run_study(study, command=command, on_connected=listen)
+        run_study(study, command=called, on_connected=listen)
     if folder.outcomes():
         _report(folder)
     if not folder.state()["is_complete"]:
-        again = f"simclr-ray study resume {shlex.quote(folder.uri)}"
-        out.print(f"stopped; to go on: {again}", markup=False, soft_wrap=True)
+        say(f"stopped; to go on: {command('study', 'resume', folder.uri)}")
         raise typer.Exit(STOPPED_BY_SYSTEM)
 
 
@@ -190,7 +185,8 @@ def _report(folder: StudyFolder) -> None:
         out.print(f"failed: {outcome.trial}: {outcome.reason}", soft_wrap=True, markup=False)
     out.print(f"report  {place}/{PAGE}", markup=False, soft_wrap=True)
     if failed:
-        raise RunError(f"{len(failed)} of {results.num_trials} trials failed; resume tries again")
+        total = counted(results.num_trials, "trial")
+        raise RunError(f"{len(failed)} of {total} failed; resume tries again")
 
 
 def _show_results(results: Results) -> None:
@@ -209,9 +205,9 @@ def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
     rows = {
         "study": f"{study.name}{f' ({study.scale})' if study.scale else ''}: {study.question}",
         **({"answers": study.answers} if study.answers else {}),
-        "trials": f"{taken.num_trials}: {taken.num_points} points, "
-        f"{len(study.seeds)} seed{'s' * (len(study.seeds) > 1)}",
-        "images": f"{taken.images:,} in {taken.epochs:,} epochs",
+        "trials": f"{taken.num_trials}: {counted(taken.num_points, 'point')}, "
+        f"{counted(len(study.seeds), 'seed')}",
+        "images": f"{taken.images:,} in {counted(taken.epochs, 'epoch')}",
         "metric": f"{study.metric} ({study.mode})",
     }
     if taken.hours:
@@ -239,7 +235,7 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
 
     at_a_time = start_cluster(study, trials)
     listen()  # Ray has set handlers of its own
-    show_pairs({"at a time": f"{at_a_time} trial{'s' * (at_a_time > 1)}"})
+    show_pairs({"at a time": counted(at_a_time, "trial")})
     if study.images_per_s:
         return
     share = study.search.trials / len(trials) if study.search.name == "optuna" else 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,9 @@ from simclr_ray.errors import CheckpointError
 from simclr_ray.inference.encoder_files import CARD, ENCODER_FOLDER, read_card, read_encoder
 from simclr_ray.inference.registry import fetch_model
 from simclr_ray.nn import build as networks
+from simclr_ray.nn.pretrained import open_checkpoint
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import store_uri
 
 BATCH_SIZE: Final = 256
@@ -27,8 +29,8 @@ def load_encoder(where: str | Path, *, tracking_uri: str = "") -> nn.Module:
     """Return an encoder in eval mode, [N, 3, H, W] in [0, 1] -> [N, F].
 
     Args:
-        where: a checkpoint, a folder with `encoder.json` in it or in its `encoder/`, or a
-            registered model:
+        where: a run folder, a checkpoint, a folder with `encoder.json` in it or in its
+            `encoder/`, or a registered model:
             `models:/name@alias`, `models:/name/3`, `models:/name/latest`.
         tracking_uri: store of the registry; empty: $MLFLOW_TRACKING_URI, else SQLite in `runs`.
 
@@ -36,18 +38,44 @@ def load_encoder(where: str | Path, *, tracking_uri: str = "") -> nn.Module:
         CheckpointError: there is no whole encoder.
         TrackingError: there is no such model, or the store cannot be reached.
     """
-    if (Path(where) / checkpoint.RECORD).is_file():
-        return _checkpoint_encoder(Path(where))
+    return _loaded(where, tracking_uri).encoder
+
+
+class _Loaded(NamedTuple):
+    encoder: nn.Module
+    size: int  # side of the view that it embeds
+    feature_dim: int
+
+
+def _loaded(where: str | Path, tracking_uri: str) -> _Loaded:
+    """Return the encoder at `where`: its files if there are any, else that of a checkpoint."""
     with tempfile.TemporaryDirectory() as scratch:
-        return read_encoder(_encoder_folder(where, Path(scratch), tracking_uri))
+        files = _encoder_folder(where, Path(scratch), tracking_uri)
+        if files is not None:
+            card = read_card(files)
+            return _Loaded(read_encoder(files), card.size, card.feature_dim)
+        if not _holds_checkpoints(where):
+            raise CheckpointError(
+                f"{where} holds no {CARD} and no checkpoint, and is no models:/name@alias either"
+            )
+        with open_checkpoint(str(where), "RUN") as (_, folder):
+            return _checkpoint_encoder(folder)
 
 
-def _checkpoint_encoder(folder: Path) -> nn.Module:
+def _holds_checkpoints(where: str | Path) -> bool:
+    if (Path(where) / checkpoint.RECORD).is_file():
+        return True
+    return not Path(where).is_file() and bool(RunFolder.at(str(where)).checkpoints())
+
+
+def _checkpoint_encoder(folder: Path) -> _Loaded:
     kept = checkpoint.read(folder)
     tree = kept.record["experiment"]
     encoder = networks.encoder_from_tree(tree["encoder"], size=tree["augment"]["size"])
     checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
-    return encoder.float().eval().requires_grad_(requires_grad=False)
+    frozen = encoder.float().eval().requires_grad_(requires_grad=False)
+    size = tree["evaluation"]["size"] or tree["augment"]["size"]
+    return _Loaded(frozen, size, networks.feature_dim(encoder))
 
 
 def embed_images(
@@ -70,15 +98,13 @@ def embed_images(
         CheckpointError: as in `load_encoder`.
         TrackingError: as in `load_encoder`.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = _encoder_folder(where, Path(scratch), tracking_uri)
-        card, encoder = read_card(folder), read_encoder(folder)
-    embeddings = np.full((len(images), card.feature_dim), np.nan, dtype=np.float32)  # [N, F]
+    encoder, size, feature_dim = _loaded(where, tracking_uri)
+    embeddings = np.full((len(images), feature_dim), np.nan, dtype=np.float32)  # [N, F]
     for start in range(0, len(images), BATCH_SIZE):
         views: dict[int, npt.NDArray[np.uint8]] = {}
         for place in range(start, min(start + BATCH_SIZE, len(images))):
             try:
-                views[place] = decode.evaluation_view(decode.decode_image(images[place]), card.size)
+                views[place] = decode.evaluation_view(decode.decode_image(images[place]), size)
             except decode.ImageError as error:
                 if on_bad is None:
                     raise decode.ImageError(f"image {place}: {error}") from error
@@ -92,12 +118,10 @@ def embed_images(
     return embeddings
 
 
-def _encoder_folder(where: str | Path, scratch: Path, tracking_uri: str) -> Path:
-    """Return the folder that holds `encoder.json`, downloaded to `scratch` if need be."""
+def _encoder_folder(where: str | Path, scratch: Path, tracking_uri: str) -> Path | None:
+    """Return the folder that holds `encoder.json`, downloaded to `scratch` if need be, or None."""
     if str(where).startswith("models:"):
         uri = store_uri(tracking_uri)
         return fetch_model(str(where), scratch, uri=uri, part=f"artifacts/{ENCODER_FOLDER}")
     found = [f for f in (Path(where), Path(where) / ENCODER_FOLDER) if (f / CARD).is_file()]
-    if not found:
-        raise CheckpointError(f"{where} holds no {CARD}, and is no models:/name@alias either")
-    return found[0]
+    return found[0] if found else None

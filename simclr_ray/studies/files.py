@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
 from simclr_ray.errors import ConfigError, ConfigIssue
@@ -17,6 +17,26 @@ NEVER_MERGED = ("name", "scales")
 def study_names() -> list[str]:
     """Return the names of the studies that come with the package."""
     return sorted(p.stem for p in _folder().glob("*.yaml"))
+
+
+class StudySummary(NamedTuple):
+    """What a study file says of itself."""
+
+    name: str
+    answers: str
+    question: str
+    scales: list[str]
+
+
+def summaries() -> list[StudySummary]:
+    """Return what the studies that come with the package are about; each file is read once."""
+    found = []
+    for name in study_names():
+        tree, _ = _read(name)
+        scales = tree.get("scales") or {}
+        told = {**tree, **next(iter(scales.values()), {})}
+        found.append(StudySummary(name, told.get("answers", ""), told["question"], list(scales)))
+    return found
 
 
 def load_study(source: str, scale: str = "", *overrides: str) -> Study:
@@ -57,11 +77,6 @@ def load_study(source: str, scale: str = "", *overrides: str) -> Study:
     if wrong:
         raise ConfigError(wrong)
     return study
-
-
-def scales_of(source: str) -> list[str]:
-    """Return the scales that a study file has."""
-    return list(_read(source)[0].get("scales", {}))
 
 
 def _read(source: str) -> tuple[dict[str, Any], str]:

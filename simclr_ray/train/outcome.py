@@ -30,7 +30,9 @@ class Run(NamedTuple):
     folder: str  # path or URI
     checkpoint_name: str  # of the last one, in `folder`
     mlflow_run_id: str
-    metrics: dict[str, float]  # name -> the last value of each: step, train/mean_loss, eval/knn_top1, …
+    metrics: dict[
+        str, float
+    ]  # name -> the last value of each: step, train/mean_loss, eval/knn_top1, …
 
     @property
     def checkpoint(self) -> Path:

@@ -22,7 +22,8 @@ from simclr_ray.errors import TooManyBadImages
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.storage.checkpoint import Checkpoint, read
 from simclr_ray.storage.run_folder import RunFolder
-from simclr_ray.train.driver import Run, pretrain
+from simclr_ray.train.driver import pretrain
+from simclr_ray.train.outcome import Run
 from simclr_ray.train.pipeline import run_pipeline
 from simclr_ray.train.resolve import resolve
 from tests.ray.images import write_shapes

@@ -42,7 +42,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("train.figures", "studies.figures"),
     "pydantic": ("config",),
     "ruamel": ("config",),
-    "rich": ("cli.console",),
+    "rich": ("cli.console", "cli.progress"),
     "typer": ("cli",),
     "safetensors": ("storage.checkpoint", "inference"),
     "filelock": ("storage.run_lock",),

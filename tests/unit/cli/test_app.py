@@ -127,7 +127,7 @@ def test_a_dry_run_prints_the_arithmetic_and_starts_nothing(tmp_path: Path, parq
     text = " ".join(done.stdout.split())
     for expected in (
         "global batch 30 images, 60 views",
-        "local batch 8 or 7 on 4 workers",
+        "local batch 8 or 7 images on 4 workers",
         "steps 3 per epoch, 120 in 40 epochs",
         "warm-up 30 steps",
         "peak learning rate 0.117188 (linear scaling of 1)",
@@ -158,7 +158,7 @@ def test_config_prints_yaml_that_is_the_same_experiment(tmp_path: Path) -> None:
 def test_help_shows_every_verb(tmp_path: Path) -> None:
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for verb in ("prepare", "pretrain", "evaluate", "register", "preview", "config", "doctor"):
+    for verb in ("prepare", "pretrain", "evaluate", "model", "preview", "config", "doctor"):
         assert verb in done.stdout
 
 

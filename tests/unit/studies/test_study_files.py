@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from simclr_ray.studies.files import load_study, scales_of, study_names
+from simclr_ray.studies.files import load_study, study_names, summaries
 from simclr_ray.studies.plan import base_tree, make_trials, points_of
 
-ALL = [(name, scale) for name in study_names() for scale in scales_of(name)]
+ALL = [(study.name, scale) for study in summaries() for scale in study.scales]
 
 
 def test_the_studies_of_the_paper_are_there() -> None:

@@ -1,0 +1,19 @@
+"""Arguments that several verbs take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ConfigSource = Annotated[
+    str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Values to override.")
+]
+RunOrCheckpoint = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder or its URI, or one checkpoint in it.")
+]
+RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run folder or its URI.")]
+TrackingUri = Annotated[str, typer.Option(help="MLflow store; empty: as MLflow finds it.")]

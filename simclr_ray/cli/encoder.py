@@ -1,0 +1,78 @@
+"""Verbs that use a trained encoder: embed, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simclr_ray.cli.arguments import TrackingUri
+from simclr_ray.cli.console import loading, out, say
+from simclr_ray.config import nearest
+from simclr_ray.errors import ConfigError, ConfigIssue
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_MODEL", help="A run folder, an encoder's files, or models:/name@alias."
+    ),
+]
+
+
+def embed(
+    model: Model,
+    files: Annotated[list[Path], typer.Argument(help="Image files.")],
+    tracking_uri: TrackingUri = "",
+) -> None:
+    """Print the embedding of each image: its path, then F numbers, tab-separated.
+
+    Files that cannot be read or are no images are named on stderr and left out; the exit code is
+    then 1.
+    """
+    loading("torch")
+    from simclr_ray.inference.embed import embed_images
+
+    bad: set[int] = set()
+
+    def left_out(place: int, reason: str) -> None:
+        bad.add(place)
+        say(f"left out: {files[place]}: {reason}")
+
+    read: dict[int, bytes] = {}
+    for place, path in enumerate(files):
+        try:
+            read[place] = path.read_bytes()
+        except OSError as error:
+            left_out(place, error.strerror or str(error))
+    places, images = list(read), list(read.values())
+    rows = embed_images(
+        model, images, tracking_uri=tracking_uri, on_bad=lambda at, why: left_out(places[at], why)
+    )
+    for place, row in zip(places, rows, strict=True):
+        if place not in bad:
+            print(files[place], *(f"{value:.6g}" for value in row), sep="\t")
+    if bad:
+        raise typer.Exit(1)
+
+
+def export(
+    model: Model,
+    to: Annotated[Path, typer.Argument(metavar="OUT", help="Folder, made if absent.")],
+    form: Annotated[
+        str, typer.Option("--format", help="`encoder`: weights, card and torch.export program.")
+    ] = "encoder",
+    tracking_uri: TrackingUri = "",
+) -> None:
+    """Write a trained encoder as files that other programs read.
+
+    Example: simclr-ray export runs/cifar10_cpu-1a2b3c4d encoder
+    """
+    loading("torch")
+    from simclr_ray.inference.export import FORMATS, export_encoder
+
+    if form not in FORMATS:
+        told = f"got {form!r}; allowed: {', '.join(FORMATS)}{nearest(form, FORMATS)}"
+        raise ConfigError([ConfigIssue("--format", told)])
+    names = export_encoder(model, to, tracking_uri=tracking_uri)
+    out.print(f"wrote {', '.join(names)} into {to}", markup=False, soft_wrap=True)

@@ -1,0 +1,88 @@
+"""The pretrain verb."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from simclr_ray.cli.arguments import ConfigSource, Overrides
+from simclr_ray.cli.console import command, loading, out, show_pairs
+from simclr_ray.config.experiment import Experiment
+
+if TYPE_CHECKING:
+    from simclr_ray.train.outcome import PretrainOutcome
+    from simclr_ray.train.resolve import ResolvedExperiment
+
+
+def pretrain(
+    source: ConfigSource,
+    overrides: Overrides = None,
+    dry_run: Annotated[  # noqa: FBT002 - typer makes it a flag
+        bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")
+    ] = False,
+) -> None:
+    """Pretrain an encoder, evaluate it, and register it if `registry.name` is set.
+
+    The same command continues a run that was stopped; of one that is finished it shows what is
+    stored.
+    Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
+    """
+    run_experiment(Experiment.load(source, *(overrides or [])), dry_run=dry_run)
+
+
+def run_experiment(
+    experiment: Experiment, *, dry_run: bool = False, image: str = "IMAGE.png"
+) -> None:
+    """Train, evaluate and register an experiment, showing all of it.
+
+    Args:
+        experiment: What to run.
+        dry_run: Show the arithmetic alone.
+        image: File that the command to embed names.
+    """
+    loading("torch")
+    from simclr_ray.train.outcome import stored_outcome
+    from simclr_ray.train.resolve import resolve
+
+    resolved = resolve(experiment)
+    outcome = None
+    if not dry_run:
+        outcome = stored_outcome(resolved)
+    if outcome is None:
+        from simclr_ray.train.dry_run import derived
+
+        show_pairs(derived(resolved))
+        if dry_run:
+            return
+        outcome = _run(resolved)
+    _show(resolved, outcome, image)
+
+
+def _run(resolved: ResolvedExperiment) -> PretrainOutcome:
+    loading("ray")
+    from simclr_ray.cli.progress import RunProgress
+    from simclr_ray.cli.signals import connect
+    from simclr_ray.train.pipeline import run_pipeline
+
+    connect(resolved.config)
+    with RunProgress() as progress:
+        return run_pipeline(resolved, on_progress=progress)
+
+
+def _show(resolved: ResolvedExperiment, outcome: PretrainOutcome, image: str) -> None:
+    from simclr_ray.cli.scores import show_classifier, show_next, show_scores, show_where
+
+    if outcome.is_stored:
+        told = "this run is finished; its stored scores follow, and are made anew by:"
+        out.print(told, markup=False, soft_wrap=True)
+        out.print(f"  {command('evaluate', outcome.run.folder)}", markup=False, soft_wrap=True)
+    show_scores(outcome.scores)
+    if outcome.classifier is not None:
+        show_classifier("test, of the classifier", outcome.classifier)
+    show_where(outcome.run)
+    model = ""
+    if outcome.registered is not None:
+        model = f"models:/{outcome.registered.name}@{resolved.config.registry.alias}"
+        show_pairs({"registered": f"{model} (version {outcome.registered.version})"})
+    show_next(resolved.folder, model, image)

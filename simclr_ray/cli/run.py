@@ -1,0 +1,103 @@
+"""Verbs about runs: evaluate, status, and `simclr-ray run ...`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace
+from simclr_ray.cli.console import loading, out, show_pairs, show_table
+from simclr_ray.config.wording import counted
+
+LAST_METRICS = ("train/mean_loss", "train/contrastive_top1", "train/classifier_top1")
+
+
+def evaluate(
+    run: RunOrCheckpoint,
+    overrides: Overrides = None,
+    protocols: Annotated[
+        str, typer.Option(help="Comma-separated: knn, linear, logistic_regression, knn_k20, ...")
+    ] = "knn,linear",
+) -> None:
+    """Score a run's encoder beside the untrained encoder and raw pixels.
+
+    Example: simclr-ray evaluate runs/cifar10_cpu-1a2b3c4d data.test=cifar/test
+    """
+    loading("torch")
+    from simclr_ray.cli.scores import show_scores
+    from simclr_ray.evaluation.evaluate import evaluate
+    from simclr_ray.nn.pretrained import open_checkpoint
+
+    with open_checkpoint(run, "RUN") as (_, folder):
+        show_scores(evaluate(folder, protocols.split(","), *(overrides or [])))
+
+
+def probe(run: RunOrCheckpoint, overrides: Overrides = None) -> None:
+    """Ask what h and g(h) know of color, rotation, noise and edges (Table 3); needs no labels.
+
+    Example: simclr-ray run probe runs/cifar10_cpu-1a2b3c4d data.test=cifar/test
+    """
+    loading("torch")
+    from simclr_ray.evaluation.evaluate import probe_run
+    from simclr_ray.nn.pretrained import open_checkpoint
+
+    with open_checkpoint(run, "RUN") as (_, folder):
+        probes = probe_run(folder, *(overrides or []))
+    rows = [[p.target, *(f"{100 * value:.1f} %" for value in p[1:])] for p in probes]
+    show_table("what features know", ["target", "chance", "h", "g(h)"], rows)
+
+
+def status(run: RunPlace) -> None:
+    """Show how a run stands, from its folder alone.
+
+    Example: simclr-ray status runs/cifar10_cpu-1a2b3c4d
+    """
+    from simclr_ray.cli.scores import open_mlflow, short_scores, show_bad_rows
+    from simclr_ray.storage.run_folder import RunFolder
+    from simclr_ray.storage.run_status import status_of_run
+
+    found = status_of_run(RunFolder.at(run))
+    steps = f"{found.step:,} of {found.total_steps:,}" if found.total_steps else "none yet"
+    last = {n.partition("/")[2]: found.metrics[n] for n in LAST_METRICS if n in found.metrics}
+    held = "held by a driver" if found.folder.is_locked() else "no driver holds it"
+    unseen = "" if found.folder.local else " (of a remote folder a lock is not seen)"
+    rows = {
+        "run": found.folder.uri,
+        "state": f"{found.state}; {held}{unseen}",
+        "steps": f"{steps}, epoch {found.epoch:.2f}",
+        "training": ", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "-",
+        "evaluation": short_scores(found.metrics) or "-",
+        "checkpoints": ", ".join(found.checkpoints) or "none yet",
+        "last written": f"{found.written_at:%Y-%m-%d %H:%M:%S} UTC" if found.written_at else "-",
+    }
+    if found.record is not None:
+        rows["MLflow run"] = f"{found.record.mlflow_run_id} of {found.record.tracking_uri}"
+        rows["open MLflow"] = open_mlflow(found.record.tracking_uri)
+    show_pairs(rows)
+    show_bad_rows(found.folder)
+    if found.scores:
+        names = [n for n, v in found.scores[0].items() if n.endswith("_top1") and v is not None]
+        cells = [[row["name"], *(f"{100 * row[n]:.1f} %" for n in names)] for row in found.scores]
+        if names:
+            show_table("scores", ["features", *(n.removesuffix("_top1") for n in names)], cells)
+
+
+def list_runs(
+    storage: Annotated[str, typer.Argument(help="Folder or URI that holds runs.")] = "runs",
+) -> None:
+    """List the runs of a storage: how each stands, its epoch, and its last kNN."""
+    from simclr_ray.storage.run_status import runs_in, status_of_run
+
+    found = [status_of_run(folder) for folder in runs_in(storage)]
+    rows = []
+    for run in found:
+        knn = run.metrics.get("eval/knn_top1")
+        shown = "-" if knn is None else f"{knn:.1%}"
+        written = f"{run.written_at:%Y-%m-%d %H:%M}" if run.written_at else "-"
+        rows.append([run.folder.name, run.state, f"{run.epoch:.1f}", shown, written])
+    if not rows:
+        out.print(f"{storage} holds no runs", markup=False)
+        return
+    title = counted(len(rows), "run")
+    show_table(title, ["run", "state", "epoch", "kNN top-1", "written (UTC)"], rows)

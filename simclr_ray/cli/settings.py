@@ -1,0 +1,23 @@
+"""The config verb."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from simclr_ray import config as cfg
+from simclr_ray.cli.arguments import Overrides
+from simclr_ray.config.experiment import Experiment
+
+
+def config(
+    source: Annotated[str, typer.Argument(metavar="[PRESET_OR_YAML]")] = "",
+    overrides: Overrides = None,
+) -> None:
+    """Print a config whole, defaults included; without arguments, list the presets."""
+    if not source:
+        for name in cfg.preset_names():
+            print(name)
+        return
+    print(cfg.dump_yaml(cfg.to_tree(Experiment.load(source, *(overrides or [])))), end="")

@@ -1,0 +1,87 @@
+"""What a parquet dataset holds, told before anything is trained on it. Needs no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from simclr_ray.augment.decode import ImageError, decode_image
+from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.data.files import list_parquet
+from simclr_ray.data.footer import read_footers
+from simclr_ray.data.source import NO_LABEL, Source
+from simclr_ray.storage.filesystem import filesystem
+
+SAMPLED_GROUPS, ROWS_OF_A_GROUP = 4, 64  # images that are decoded: the first of some row groups
+
+
+class BadRow(NamedTuple):
+    """A row of the sample whose image cannot be used."""
+
+    row: int  # its position in the dataset
+    reason: str
+
+
+class Description(NamedTuple):
+    """What a dataset holds."""
+
+    source: Source
+    columns: dict[str, str]  # name -> type
+    num_bytes: int  # of the files
+    labels: dict[int, int]  # label -> rows, -1 where there is none; empty without labels
+    num_sampled: int
+    sizes: list[tuple[int, int]]  # width and height of the sampled images
+    bad: list[BadRow]
+
+
+def describe(uri: str, columns: ColumnsConfig | None = None) -> Description:
+    """Return what the dataset at `uri` holds; some images of up to four row groups are decoded.
+
+    Raises:
+        DataError: As `Source.open`.
+    """
+    source = Source.open(uri, columns)
+    files, root = filesystem(uri)
+    listed = list_parquet(files, root, uri)
+    (first,) = read_footers(files, listed[:1])
+    labels = Counter(source.labels().tolist()) if source.has_labels else Counter[int]()
+    sizes, bad, num_sampled = _decoded(source)
+    return Description(
+        source,
+        {field.name: str(field.type) for field in first.schema},
+        sum(file.size for file in listed),
+        dict(sorted(labels.items())),
+        num_sampled,
+        sizes,
+        bad,
+    )
+
+
+def class_name(source: Source, label: int) -> str:
+    """Return the name of a class, or its number where the files name none."""
+    if label == NO_LABEL:
+        return "no label"
+    known = label < len(source.class_names)
+    return source.class_names[label] if known else str(label)
+
+
+def _decoded(source: Source) -> tuple[list[tuple[int, int]], list[BadRow], int]:
+    """Return the sizes of a sample of images, the rows that cannot be used, and how many it is."""
+    sizes: list[tuple[int, int]] = []
+    bad: list[BadRow] = []
+    num_sampled = 0
+    last = len(source.row_groups) - 1
+    for index in np.unique(np.linspace(0, last, SAMPLED_GROUPS).round().astype(int)).tolist():
+        group = source.row_groups[index]
+        images = source.read_group(index, labels=False).images[:ROWS_OF_A_GROUP]
+        num_sampled += len(images)
+        for row, image in enumerate(images, start=group.first_row):
+            try:
+                height, width, _ = decode_image(image or b"").shape
+            except ImageError as error:
+                bad.append(BadRow(row, str(error)))
+            else:
+                sizes.append((width, height))
+    return sizes, bad, num_sampled

@@ -1,0 +1,69 @@
+"""An encoder as files, from wherever it is: a run, a checkpoint, or the model registry."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
+from simclr_ray.inference.encoder_files import CARD, PROGRAM, WEIGHTS, write_encoder
+from simclr_ray.inference.registry import fetch_model
+from simclr_ray.nn.build import encoder_from_tree, feature_dim
+from simclr_ray.nn.pretrained import open_checkpoint
+from simclr_ray.storage import checkpoint
+from simclr_ray.tracking.store import store_uri
+
+FORMATS: Final = ("encoder",)  # the three files of `encoder_files`
+
+
+def export_encoder(where: str, out: Path, *, tracking_uri: str = "") -> list[str]:
+    """Write the encoder at `where` into `out`, and return the names of its files.
+
+    Args:
+        where: A run folder or its URI, a checkpoint, an encoder's files, or `models:/name@alias`.
+        out: A folder, made if absent; files of an earlier export are replaced.
+        tracking_uri: Store of a registered model, as in `load_encoder`.
+
+    Raises:
+        ConfigError: `out` holds something else, or `where` is no run with a whole checkpoint.
+        CheckpointError: The checkpoint is not whole.
+        TrackingError: There is no such model, or the store cannot be reached.
+    """
+    ours = (WEIGHTS, CARD, PROGRAM)
+    if out.is_file():
+        raise ConfigError([ConfigIssue(str(out), "is a file; the encoder's files need a folder")])
+    others = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else []
+    if others:
+        told = f"holds {others[0]}, which is no file of an encoder; choose another folder"
+        raise ConfigError([ConfigIssue(str(out), told)])
+    with tempfile.TemporaryDirectory() as scratch:
+        if where.startswith("models:"):
+            uri = store_uri(tracking_uri)
+            found = fetch_model(where, Path(scratch), uri=uri, part="artifacts/encoder")
+            shutil.copytree(found, out, dirs_exist_ok=True)
+        elif (Path(where) / CARD).is_file():
+            shutil.copytree(where, out, dirs_exist_ok=True)
+        else:
+            with open_checkpoint(where, "RUN") as (_, folder):
+                write_encoder_of(folder, out)
+    return [name for name in ours if (out / name).is_file()]
+
+
+def write_encoder_of(folder: Path, out: Path) -> None:
+    """Write the files of the encoder in a checkpoint to `out`.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole, or the exported program computes otherwise.
+    """
+    kept = checkpoint.read(folder)
+    tree = kept.record["experiment"]
+    size = tree["evaluation"]["size"] or tree["augment"]["size"]
+    try:
+        encoder = encoder_from_tree(tree["encoder"], size=tree["augment"]["size"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} names no encoder: {error}") from error
+    checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
+    dim = feature_dim(encoder)
+    write_encoder(out, encoder, config=tree["encoder"], size=size, feature_dim=dim)
