@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from simclr_ray.cli.console import command, out, show_pairs, show_table, sibling
 from simclr_ray.config.wording import counted
+from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 
@@ -48,8 +48,8 @@ def show_where(run: Run) -> None:
 
 def show_bad_rows(folder: RunFolder) -> None:
     """Print how many rows could not be decoded and were replaced by others, and why."""
-    rows = [json.loads(line) for line in (folder.read_text(BAD_ROWS) or "").splitlines()]
-    reasons = Counter(str(row["reason"]) for row in {row["id"]: row for row in rows}.values())
+    rows = {row["id"]: row for row in read_records(folder.read_text(BAD_ROWS) or "")}
+    reasons = Counter(str(row["reason"]) for row in rows.values())
     if not reasons:
         return
     shown = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(REASONS_SHOWN))

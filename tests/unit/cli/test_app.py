@@ -162,9 +162,12 @@ def test_help_shows_every_verb(tmp_path: Path) -> None:
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "probe", "finetune", "distill", "register"])
+@pytest.mark.parametrize(
+    "verb", ["evaluate", "status", "run probe", "model finetune", "model distill", "model register"]
+)
 def test_a_file_where_a_run_is_expected_ends_in_2(verb: str, parquet: Path, tmp_path: Path) -> None:
-    done = run(verb, str(parquet), *(["name"] if verb == "register" else []), cwd=tmp_path)
+    name = ["name"] if verb == "model register" else []
+    done = run(*verb.split(), str(parquet), *name, cwd=tmp_path)
     assert done.returncode == 2
     assert errors(done) == [f"error: {parquet}: is a file; a run is a folder"]
 

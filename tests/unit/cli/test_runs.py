@@ -1,0 +1,174 @@
+"""What is told of runs and data sets from their files: status, run list, inspect, export, embed."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from simclr_ray.cli.scores import show_bad_rows
+from simclr_ray.errors import ConfigError
+from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
+from simclr_ray.storage.run_status import runs_in, status_of_run
+from tests.formats.test_formats import HERE as FORMATS
+from tests.unit.cli.test_app import errors, run
+
+STEPS = 8
+
+
+@pytest.fixture
+def a_run(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FORMATS / "format_2", tmp_path / "runs" / "small-0123"))
+
+
+def test_a_finished_run_says_how_far_it_came_and_where_it_is_tracked(a_run: Path) -> None:
+    found = status_of_run(RunFolder.at(str(a_run)))
+    assert (found.state, found.step, found.total_steps, found.epoch) == (
+        "finished",
+        STEPS,
+        STEPS,
+        2,
+    )
+    assert found.record is not None
+    assert (
+        found.record.mlflow_run_id == json.loads((a_run / "run.json").read_text())["mlflow_run_id"]
+    )
+    assert len(found.checkpoints) == 1
+    assert found.written_at is not None
+    done = run("status", str(a_run), cwd=a_run.parent)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert f"steps {STEPS} of {STEPS}, epoch 2.00" in text
+    assert "state finished; no driver holds it" in text
+    assert "mlflow ui --backend-store-uri sqlite:" in text
+
+
+def test_a_run_that_a_driver_holds_runs_and_one_without_a_last_checkpoint_has_stopped(
+    a_run: Path,
+) -> None:
+    folder = RunFolder.at(str(a_run))
+    with folder.lock():
+        assert status_of_run(folder).state == "running"
+    shutil.rmtree(next(a_run.glob("step-*")))
+    found = status_of_run(folder)
+    assert (found.state, found.step, found.checkpoints) == ("stopped", STEPS, [])
+
+
+def test_runs_are_listed_by_name_and_other_folders_are_not(a_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mlartifacts").mkdir()
+    shutil.copytree(a_run, tmp_path / "runs" / "another-0000")
+    storage = str(tmp_path / "runs")
+    assert [folder.name for folder in runs_in(storage)] == ["another-0000", "small-0123"]
+    assert runs_in(str(tmp_path / "nowhere")) == []
+    done = run("run", "list", storage, cwd=tmp_path)
+    assert [line.split()[1] for line in done.stdout.splitlines() if "finished" in line] == [
+        "another-0000",
+        "small-0123",
+    ]
+
+
+def test_a_folder_without_a_run_ends_in_2(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no run folder"):
+        status_of_run(RunFolder.at(str(tmp_path)))
+    done = run("status", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is no run folder" in errors(done)[0]
+
+
+def test_replaced_rows_are_told_once_each_with_their_reasons(
+    a_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(10, "truncated"), (50, "too small: 1x1"), (10, "truncated"), (11, "truncated")]
+    lines = [json.dumps({"step": 0, "id": i, "reason": reason}) for i, reason in rows]
+    (a_run / BAD_ROWS).write_text("\n".join(lines) + '\n{"step": 9, "id"')  # a kill cut it off
+    show_bad_rows(RunFolder.at(str(a_run)))
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.startswith(
+        "replaced 3 rows that could not be decoded: 2 x truncated; 1 x too small: 1x1 (ids in "
+    )
+
+
+def png(side: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((side, 2 * side, 3), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_inspect_tells_rows_columns_classes_sizes_and_what_cannot_be_decoded(
+    tmp_path: Path,
+) -> None:
+    images = [png(8)] * 5 + [b"no image", None] + [png(10)] * 3
+    table = pa.table(
+        {"image": pa.array(images, pa.binary()), "label": [0, 0, 0, 1, 1, 1, 1, 1, 1, None]}
+    ).replace_schema_metadata({"class_names": '["cat", "dog"]'})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    done = run("inspect", str(tmp_path / "a.parquet"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[1].startswith("rows 10 in 1 file, 3 row groups, ")
+    for expected in (
+        "column image binary (image)",
+        "column label int64 (label)",
+        "sizes 16 to 20 px wide, 8 to 10 px high, most often 16x8",
+        "undecodable 2 of 10 images of a sample",
+        "row 5 not an image",
+        "row 6 empty",
+        "2 classes",
+        "│ -1 │ no label │ 1 │",
+        "│ 0 │ cat │ 3 │",
+        "│ 1 │ dog │ 6 │",
+    ):
+        assert expected in lines
+
+
+def test_inspect_takes_other_columns_and_names_those_that_there_are(tmp_path: Path) -> None:
+    table = pa.table({"photo": pa.array([png(8)] * 3, pa.binary())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    done = run("inspect", "a.parquet", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "its columns: photo" in errors(done)[0]
+    for given in ("image=photo", "data.columns.image=photo"):
+        assert run("inspect", "a.parquet", given, cwd=tmp_path).returncode == 0
+
+
+def test_a_run_is_exported_and_embeds_as_its_export_does(a_run: Path, tmp_path: Path) -> None:
+    done = run("export", str(a_run), "encoder", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {p.name for p in (tmp_path / "encoder").iterdir()}
+    assert names == {"model.safetensors", "encoder.json", "encoder.pt2"}
+    (tmp_path / "x.png").write_bytes(png(40))
+    rows = [run("embed", where, "x.png", cwd=tmp_path) for where in (str(a_run), "encoder")]
+    texts = [done.stdout.splitlines()[0] for done in rows]
+    assert texts[0] == texts[1]
+    dim = json.loads((tmp_path / "encoder" / "encoder.json").read_text())["feature_dim"]
+    assert len(texts[0].split("\t")) == 1 + dim
+
+
+def test_an_export_replaces_no_other_files(a_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("all of it")
+    for out, told in (("mine", "holds thesis.tex"), ("mine/thesis.tex", "is a file")):
+        done = run("export", str(a_run), out, cwd=tmp_path)
+        assert done.returncode == 2
+        assert told in errors(done)[0]
+    done = run("export", str(a_run), "out", "--format", "onyx", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "allowed: encoder" in errors(done)[0]
+
+
+def test_a_cluster_is_asked_for_by_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = run("cluster", "status", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "RAY_ADDRESS is unset" in errors(done)[0]
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    done = run("cluster", "status", cwd=tmp_path)
+    assert done.returncode == 2
+    assert errors(done) == ["error: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1"]
