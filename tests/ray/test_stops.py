@@ -1,0 +1,109 @@
+"""Ctrl-C and what is left of a run: real signals to a real driver and all of its group."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from simclr_ray import config as cfg
+from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, STOPPED_BY_USER
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.train.pipeline import run_pipeline
+from simclr_ray.train.resolve import resolve
+from tests.ray.images import write_shapes
+from tests.ray.test_pretrain import tree_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stops")
+    write_shapes(path / "train.parquet", 330, row_group_size=100)
+    write_shapes(path / "test.parquet", 60)
+    return path
+
+
+def stopped(
+    folder: Path, storage: str, said: str, sent: signal.Signals
+) -> tuple[int, list[str], list[str]]:
+    """Return exit code, lines and MLflow statuses of a run that gets a signal when it says that.
+
+    A terminal sends Ctrl-C to the whole group, a scheduler its signal to one process.
+    """
+    tree = tree_of(folder, storage, 1, "float32")
+    tree["epochs"] = 3 if said == "evaluating" else 300
+    config = folder / f"{storage}.yaml"
+    config.write_text(cfg.dump_yaml(tree))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "simclr_ray", "pretrain", str(config)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert driver.stderr is not None
+    lines: list[str] = []
+    is_sent = False
+    with driver.stderr:
+        for line in driver.stderr:
+            lines.append(line.rstrip())
+            if said in line and not is_sent:
+                is_sent = True
+                (os.killpg if sent == signal.SIGINT else os.kill)(driver.pid, sent)
+    code = driver.wait(timeout=120)
+    assert is_sent, lines
+    record = RunRecord.read(resolve(cfg.validate(Experiment, tree)).folder)
+    client = MlflowClient(record.tracking_uri)
+    return code, lines, [client.get_run(record.mlflow_run_id).info.status]
+
+
+@pytest.mark.parametrize("said", ["starting 1 worker", "step 1/", "evaluating"])
+def test_ctrl_c_ends_in_130_leaves_the_run_killed_and_says_how_to_go_on(
+    said: str, folder: Path, ray_cluster: str
+) -> None:
+    storage = said.replace(" ", "-").rstrip("/")
+    code, lines, statuses = stopped(folder, storage, said, signal.SIGINT)
+    assert code == STOPPED_BY_USER, lines
+    assert statuses == ["KILLED"]
+    again = f"python -m simclr_ray pretrain {folder}/{storage}.yaml"
+    assert lines[-1] == f"stopped; to continue: {again}"
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_schedulers_signal_ends_in_75_and_leaves_the_run_killed(
+    folder: Path, ray_cluster: str
+) -> None:
+    code, lines, statuses = stopped(folder, "system", "step 1/", signal.SIGTERM)
+    assert code == STOPPED_BY_SYSTEM, lines
+    assert statuses == ["KILLED"]
+    assert lines[-1].startswith("stopped by the system; to continue: ")
+
+
+def test_a_start_is_told_and_a_finished_run_answers_with_what_is_stored(
+    folder: Path, ray_cluster: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = tree_of(folder, "stored", 2, "float32") | {"epochs": 1}
+    experiment = cfg.validate(Experiment, tree)
+    with caplog.at_level("INFO", logger="simclr_ray"):
+        first = run_pipeline(experiment)
+    told = [record.getMessage() for record in caplog.records]
+    at = [next(i for i, t in enumerate(told) if said in t) for said in (
+        "opening MLflow at sqlite:", "starting 2 workers", "2 of 2 workers ready after",
+        "first batch after", "evaluating step-",
+    )]  # fmt: skip
+    assert at == sorted(at)
+    assert not first.is_stored
+    log = (Path(first.run.folder) / "metrics.jsonl").read_bytes()
+    again = run_pipeline(experiment)
+    assert again == first._replace(is_stored=True)
+    assert (Path(first.run.folder) / "metrics.jsonl").read_bytes() == log
+    # whatever else is asked for is done: another evaluation, or none of what was stored
+    other = cfg.validate(Experiment, tree | {"evaluation": {"every_epochs": 1, "knn": {"k": 3}}})
+    judged = run_pipeline(other)
+    assert not judged.is_stored
+    assert judged.run.checkpoint == first.run.checkpoint
