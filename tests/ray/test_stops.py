@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from simclr_ray import config as cfg
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, STOPPED_BY_USER
@@ -58,8 +59,9 @@ def stopped(
     code = driver.wait(timeout=120)
     assert is_sent, lines
     record = RunRecord.read(resolve(cfg.validate(Experiment, tree)).folder)
-    client = MlflowClient(record.tracking_uri)
-    return code, lines, [client.get_run(record.mlflow_run_id).info.status]
+    with closing(sqlite3.connect(record.tracking_uri.removeprefix("sqlite:///"))) as store:
+        asked = "select status from runs where run_uuid = ?"
+        return code, lines, [row[0] for row in store.execute(asked, (record.mlflow_run_id,))]
 
 
 @pytest.mark.parametrize("said", ["starting 1 worker", "step 1/", "evaluating"])
@@ -104,6 +106,6 @@ def test_a_start_is_told_and_a_finished_run_answers_with_what_is_stored(
     assert (Path(first.run.folder) / "metrics.jsonl").read_bytes() == log
     # whatever else is asked for is done: another evaluation, or none of what was stored
     other = cfg.validate(Experiment, tree | {"evaluation": {"every_epochs": 1, "knn": {"k": 3}}})
-    judged = run_pipeline(other)
-    assert not judged.is_stored
-    assert judged.run.checkpoint == first.run.checkpoint
+    evaluated = run_pipeline(other)
+    assert not evaluated.is_stored
+    assert evaluated.run.checkpoint == first.run.checkpoint
