@@ -28,8 +28,8 @@ def test_the_demo_learns_forms_and_its_encoder_embeds_an_image(tmp_path: Path) -
     assert knn["trained encoder"] >= 0.80
     assert knn["trained encoder"] - knn["raw pixels"] >= 0.25
     assert knn["trained encoder"] - knn["untrained encoder"] >= 0.15
-    line = done.stdout.splitlines()[-1].strip()
-    arguments = line.split()[1:]
+    (line,) = (text for text in done.stdout.splitlines() if text.split()[:1] == ["embed"])
+    arguments = line.partition(" simclr_ray ")[2].split()
     embedded = subprocess.run(
         [*program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
     )
