@@ -40,7 +40,7 @@ def stopped(
     A terminal sends Ctrl-C to the whole group, a scheduler its signal to one process.
     """
     tree = tree_of(folder, storage, 1, "float32")
-    tree["epochs"] = 3 if said == "evaluating" else 300
+    tree["epochs"] = 3 if said.startswith("evaluating") else 300
     config = folder / f"{storage}.yaml"
     config.write_text(cfg.dump_yaml(tree))
     driver = subprocess.Popen(
@@ -64,11 +64,11 @@ def stopped(
         return code, lines, [row[0] for row in store.execute(asked, (record.mlflow_run_id,))]
 
 
-@pytest.mark.parametrize("said", ["starting 1 worker", "step 1/", "evaluating"])
+@pytest.mark.parametrize("said", ["starting 1 worker", "step 1/", "evaluating step-"])
 def test_ctrl_c_ends_in_130_leaves_the_run_killed_and_says_how_to_go_on(
     said: str, folder: Path, ray_cluster: str
 ) -> None:
-    storage = said.replace(" ", "-").rstrip("/")
+    storage = f"stop{len(said)}"  # a path that says none of it: paths are in the log
     code, lines, statuses = stopped(folder, storage, said, signal.SIGINT)
     assert code == STOPPED_BY_USER, lines
     assert statuses == ["KILLED"]
