@@ -26,7 +26,7 @@ from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, driver_queue
 from simclr_ray.errors import RunError
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.run_folder import CONFIG_FILE
+from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import check_alias, store_uri, without_password

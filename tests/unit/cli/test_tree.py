@@ -107,7 +107,7 @@ def test_the_status_of_a_study_imports_nothing_that_takes_seconds(tmp_path: Path
         study = cfg.validate(Study, tree)
         base = cfg.validate(Experiment, base_tree(study))
         folder = StudyFolder(str(tmp_path / "studies"), study.name)
-        folder.define(study, base, digest_of_study(study, base))
+        folder.write_definition(study, base, digest_of_study(study, base))
         found = loaded_by([["study", "status", folder.uri]], tmp_path)
         assert list(found.values()) == [[]]
 

@@ -19,7 +19,7 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import filesystem, open_whole
 from simclr_ray.storage.run_folder import SNAPSHOT, RunFolder
 from simclr_ray.storage.run_lock import HOLDER, LOCK
-from simclr_ray.train.driver import Run
+from simclr_ray.train.outcome import Run
 
 
 @pytest.fixture(params=["path", "uri"])
