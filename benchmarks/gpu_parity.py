@@ -23,8 +23,9 @@ from torch import Tensor
 
 from benchmarks.record import store
 from simclr_ray.augment import TwoViews
-from simclr_ray.augment.ops import OPS
 from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
+from simclr_ray.config.components import variants
+from simclr_ray.config.sections.views import AnyStageConfig
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
@@ -35,6 +36,7 @@ from simclr_ray.optim import LARS
 CPU = torch.device("cpu")
 N, DIM, RANKS = 513, 128, 2
 SIZES = ((32, 32, 32), (32, 40, 48), (96, 130, 110), (224, 256, 256))
+STAGES = {n: c for n, c in variants(AnyStageConfig).items() if n not in ("crop", "import")}
 LOSSES: dict[str, Callable[[], Loss]] = {
     "ntxent": lambda: NTXentLoss(0.1),
     "ntxent, tau 0.02": lambda: NTXentLoss(0.02),  # exponents without one shift for all rows
@@ -72,7 +74,9 @@ def parity(device: torch.device) -> dict[str, Any]:
             )
             for size, height, width in SIZES
         },
-        "stages": {name: attempt(partial(views, pipeline(name), 32, 32, device)) for name in OPS},
+        "stages": {
+            name: attempt(partial(views, pipeline(name), 32, 32, device)) for name in STAGES
+        },
     }
 
 
@@ -192,7 +196,7 @@ def views(
 
 def pipeline(name: str) -> Pipelines:
     """Return a crop and then one transformation, or not, by chance."""
-    stages = [Stage("crop", Crop()), Stage(name, OPS[name](), 0.5)]
+    stages = [Stage("crop", Crop()), Stage(name, STAGES[name]().load()(), 0.5)]
     return Pipelines(32, [], stages, stages)
 
 

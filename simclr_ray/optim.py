@@ -15,13 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from simclr_ray.config.experiment import (
-    AdamWConfig,
-    LARSConfig,
-    SGDConfig,
-)
-from simclr_ray.nn.batchnorm import GlobalBatchNorm
-from simclr_ray.nn.heads import ClassifierLayer, LearnableTemperature
+from simclr_ray.config.components import build
+from simclr_ray.config.sections.training import AnyOptimizerConfig
+from simclr_ray.nn.parameter_groups import parameter_groups
 
 
 class LARS(torch.optim.Optimizer):
@@ -260,50 +256,24 @@ def learning_rate_at(
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def build_optimizer(
-    model: nn.Module, config: LARSConfig | SGDConfig | AdamWConfig
-) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: AnyOptimizerConfig) -> torch.optim.Optimizer:
     """Return the optimizer of `model` at rate 0; the loop sets the rate of each step.
 
     Batch norm and biases are neither decayed nor, under LARS, adapted (the authors' exclusions). A
     classifier's last layer is decayed and not adapted. A learned temperature is adapted and not
-    decayed: the raw rate, made for adapted layers, would move it out of its bounds.
+    decayed: the raw rate, made for adapted layers, would move it out of its bounds. These layers
+    say so themselves (`nn.parameter_groups`).
     """
-    plain = {
-        id(p)
-        for m in model.modules()
-        for name, p in m.named_parameters(recurse=False)
-        if isinstance(m, GlobalBatchNorm | nn.LayerNorm | nn.GroupNorm) or name == "bias"
-    }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    scores = {id(m.weight) for m in model.modules() if isinstance(m, ClassifierLayer)}
-    tempered = {
-        id(m.log_temperature) for m in model.modules() if isinstance(m, LearnableTemperature)
-    }
-    decay = config.weight_decay
-    groups = [_only(trained, {id(p) for p in trained} - plain - scores - tempered, decay)]
-    groups += [_only(trained, plain, 0.0)]
-    groups += [_only(trained, scores, decay)] if scores else []
-    groups += [_only(trained, tempered, 0.0)] if tempered else []
-    match config:
-        case LARSConfig():
-            for group in groups[1 : len(groups) - bool(tempered)]:
-                group["adapt"] = False
-            return LARS(
-                groups,
-                lr=0.0,
-                momentum=config.momentum,
-                trust_coefficient=config.trust_coefficient,
-                momentum_form=config.momentum_form,
-                clip_lr=config.clip_lr,
-            )
-        case SGDConfig():
-            return torch.optim.SGD(
-                groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov
-            )
-        case AdamWConfig():
-            return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2))
+    groups = parameter_groups(model, config.weight_decay)
+    return build(config, torch.optim.Optimizer, groups, lr=0.0)
 
 
-def _only(trained: list[nn.Parameter], chosen: set[int], decay: float) -> dict[str, Any]:
-    return {"params": [p for p in trained if id(p) in chosen], "weight_decay": decay}
+def state_per_parameter(config: AnyOptimizerConfig) -> int:
+    """Return the numbers that the optimizer keeps for each parameter, found by a step on one."""
+    layer = nn.Linear(2, 2, bias=False)
+    optimizer = build_optimizer(layer, config)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    kept = optimizer.state[layer.weight].values()
+    sizes = [t.numel() for t in kept if isinstance(t, Tensor)]
+    return sum(size for size in sizes if size > 1) // layer.weight.numel()

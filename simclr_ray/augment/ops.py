@@ -2,7 +2,7 @@
 
 Each is a class of settings whose call takes a batch and the draws of its images, and which says how
 many draws an image needs: so what it does is a pure function of (seed, epoch, id, view). To add
-one: a class here, its section in `sections.views`, and a line in `OPS`.
+one: a class here, and its config class in `config.sections.views`, which names it.
 
 Images are float32 [n, 3, S, S] in [0, 1], before and after. Where the paper gives no parameters
 (noise, cutout, Sobel) the source of ours is named.
@@ -11,9 +11,8 @@ Images are float32 [n, 3, S, S] in [0, 1], before and after. Where the paper giv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from simclr_ray.augment.views import AMOUNTS, jitter_params
 Uniforms = NDArray[np.float64]  # [n, k] in [0, 1)
 
 
+@runtime_checkable
 class Op(Protocol):
     """What a pipeline asks of a transformation."""
 
@@ -257,22 +257,6 @@ class AutoAugment:
                 torch.manual_seed(int(seed * 2**32))
                 out.append(apply(image))
         return torch.stack(out) / 255
-
-
-OPS: dict[str, Callable[..., Op]] = {
-    "flip": Flip,
-    "rotate": Rotate,
-    "cutout": Cutout,
-    "jitter": Jitter,
-    "grayscale": Grayscale,
-    "color": ColorDistortion,
-    "noise": Noise,
-    "blur": Blur,
-    "sobel": Sobel,
-    "solarize": Solarize,
-    "equalize": Equalize,
-    "autoaugment": AutoAugment,
-}
 
 
 def _bytes(images: Tensor) -> Tensor:

@@ -9,14 +9,18 @@ whether it does (`schema.Field`).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 from simclr_ray.config import loader as cfg
+from simclr_ray.config.imports import permit_code
 from simclr_ray.config.schema import Config, Field, PathOrURI, identity, model_validator
 from simclr_ray.config.sections.data import ColumnsConfig, DataConfig, PreparationConfig
 from simclr_ray.config.sections.model import (
+    AnyEncoderConfig,
+    AnyHeadConfig,
     BatchNormConfig,
     ClassifierHeadConfig,
+    ImportedEncoderConfig,
     InitConfig,
     LinearHeadConfig,
     MLPHeadConfig,
@@ -35,9 +39,13 @@ from simclr_ray.config.sections.running import (
 )
 from simclr_ray.config.sections.training import (
     AdamWConfig,
+    AnyLossConfig,
+    AnyOptimizerConfig,
     CrossEntropyConfig,
     DCLConfig,
     DistillationConfig,
+    ImportedLossConfig,
+    ImportedOptimizerConfig,
     LARSConfig,
     NTLogisticConfig,
     NTXentConfig,
@@ -46,7 +54,12 @@ from simclr_ray.config.sections.training import (
     SupConConfig,
     TripletConfig,
 )
-from simclr_ray.config.sections.views import PipelineViewsConfig, SimCLRViewsConfig
+from simclr_ray.config.sections.views import (
+    AnyViewsConfig,
+    ImportedStageConfig,
+    PipelineViewsConfig,
+    SimCLRViewsConfig,
+)
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 __all__ = [
@@ -61,6 +74,10 @@ __all__ = [
     "DistillationConfig",
     "EvaluationConfig",
     "Experiment",
+    "ImportedEncoderConfig",
+    "ImportedLossConfig",
+    "ImportedOptimizerConfig",
+    "ImportedStageConfig",
     "InitConfig",
     "KNNConfig",
     "LARSConfig",
@@ -140,31 +157,13 @@ class Experiment(Config):
     name: str = Field(placement=True, min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0, lt=2**32)
     data: DataConfig
-    augment: Annotated[SimCLRViewsConfig | PipelineViewsConfig, Field(discriminator="name")] = (
-        SimCLRViewsConfig()
-    )
-    encoder: Annotated[ResNetConfig | TorchvisionConfig, Field(discriminator="name")] = (
-        ResNetConfig()
-    )
-    head: Annotated[
-        NoHeadConfig | LinearHeadConfig | MLPHeadConfig | ClassifierHeadConfig,
-        Field(discriminator="name"),
-    ] = MLPHeadConfig()
+    augment: AnyViewsConfig = SimCLRViewsConfig()
+    encoder: AnyEncoderConfig = ResNetConfig()
+    head: AnyHeadConfig = MLPHeadConfig()
     init: InitConfig = InitConfig()
     batch_norm: BatchNormConfig = BatchNormConfig()
-    loss: Annotated[
-        NTXentConfig
-        | NTLogisticConfig
-        | TripletConfig
-        | DCLConfig
-        | SupConConfig
-        | CrossEntropyConfig
-        | DistillationConfig,
-        Field(discriminator="name"),
-    ] = NTXentConfig()
-    optimizer: Annotated[LARSConfig | SGDConfig | AdamWConfig, Field(discriminator="name")] = (
-        LARSConfig()
-    )
+    loss: AnyLossConfig = NTXentConfig()
+    optimizer: AnyOptimizerConfig = LARSConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch_size: int = Field(
         256, ge=2, description="Images in the global batch N, over all workers."
@@ -192,9 +191,8 @@ class Experiment(Config):
                 f"batch_size is global: {self.batch_size} images cannot be shared by "
                 f"{self.scaling.num_workers} workers; raise batch_size or lower scaling.num_workers"
             )
-        fixed = isinstance(self.encoder, TorchvisionConfig) and self.encoder.model.startswith("vit")
         if 0 < self.evaluation.size < 8 or (
-            fixed
+            self.encoder.has_fixed_size
             and {self.evaluation_size, self.augment.start_size or self.augment.size}
             != {self.augment.size}
         ):
@@ -202,8 +200,7 @@ class Experiment(Config):
                 f"evaluation.size={self.evaluation.size} must be 0 or at least 8, and for vit it "
                 f"and augment.start_size augment.size={self.augment.size}, the only one it takes"
             )
-        classifies = isinstance(self.loss, CrossEntropyConfig | DistillationConfig)
-        if classifies != isinstance(self.head, ClassifierHeadConfig):
+        if ("classifier" if self.classifier else "projection") not in self.loss.heads:
             raise ValueError(
                 f"loss.name={self.loss.name} does not go with head.name={self.head.name}: "
                 "a classifier and cross_entropy or distillation belong together"
@@ -214,8 +211,11 @@ class Experiment(Config):
             self.augment, SimCLRViewsConfig
         ):
             raise ValueError("scaling.color_augment_on=worker is for augment.name=simclr")
-        if self.scaling.recompute_activations and not isinstance(self.encoder, ResNetConfig):
-            raise ValueError("scaling.recompute_activations is for encoder.name=resnet")
+        if self.scaling.recompute_activations and not self.encoder.can_recompute:
+            raise ValueError(
+                f"scaling.recompute_activations: encoder.name={self.encoder.name} has no blocks "
+                "that can run again; resnet has"
+            )
         group_size = self.batch_norm.group_size
         if group_size and (self.batch_size % group_size or group_size < self.scaling.num_workers):
             raise ValueError(
@@ -225,17 +225,19 @@ class Experiment(Config):
         return self
 
     @classmethod
-    def load(cls, source: str, *overrides: str) -> Experiment:
+    def load(cls, source: str, *overrides: str, allow_code: bool = False) -> Experiment:
         """Return the preset or YAML file `source` with overrides applied, checked as a whole.
 
         Args:
             source: A preset's name (`simclr-ray config` lists them), or the path of a YAML file.
             overrides: `key.path=value`, the value in YAML 1.2: `epochs=10`, `loss.name=dcl`,
                 `data.test=` for empty. Setting a section's `name` drops the other variant's keys.
+            allow_code: Permit the code that the file names by `name: import`; what overrides name
+                is permitted by them.
 
         Raises:
             ConfigError: `source` does not exist or is not YAML, an override has another form, or a
-                key or value is wrong; all issues at once.
+                key or value is wrong, or the file names code; all issues at once.
         """
         text, shown = cfg.read_source(source)
         tree = cfg.parse_yaml(text, shown)
@@ -243,7 +245,9 @@ class Experiment(Config):
             raise ConfigError(
                 [ConfigIssue(shown, f"holds {type(tree).__name__}, not keys and values")]
             )
-        return cfg.validate(cls, cfg.apply_overrides(tree, overrides, cls))
+        whole = cfg.apply_overrides(tree, overrides, cls)
+        permit_code(whole, tree, shown, allow_code=allow_code)
+        return cfg.validate(cls, whole)
 
     def digest(self) -> str:
         """Return 16 hex digits over everything that changes the trained weights, and only that."""
@@ -264,7 +268,17 @@ class Experiment(Config):
     @property
     def takes_labels(self) -> bool:
         """Return whether training needs the labels of `data.train`."""
-        return isinstance(self.loss, SupConConfig | CrossEntropyConfig)
+        return self.loss.needs_labels
+
+    @property
+    def classifier(self) -> ClassifierHeadConfig | None:
+        """Return the head where it is a classifier."""
+        return self.head if isinstance(self.head, ClassifierHeadConfig) else None
+
+    @property
+    def distillation(self) -> DistillationConfig | None:
+        """Return the loss where a teacher gives its targets."""
+        return self.loss if isinstance(self.loss, DistillationConfig) else None
 
     def local_batch_size(self, rank: int) -> int:
         """Return the images of rank `rank`: they differ by at most one between ranks."""

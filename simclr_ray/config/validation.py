@@ -91,7 +91,8 @@ def _without_tags(tree: Any, loc: Where) -> Where:
     node = tree
     for index, part in enumerate(loc):
         last = index == len(loc) - 1
-        if isinstance(node, Mapping) and part not in node and not last:
+        tag = isinstance(node, Mapping) and part not in node
+        if tag and (not last or node.get("name") == part):
             continue
         kept.append(part)
         if isinstance(node, Mapping):

@@ -15,16 +15,17 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_ray.augment.decode import ImageError, decode_image
-from simclr_ray.augment.ops import OPS
+from simclr_ray.augment.ops import Op
 from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
 from simclr_ray.augment.views import Pixels, TwoViews, ViewPair
-from simclr_ray.config import Config
+from simclr_ray.config.components import build
 from simclr_ray.config.experiment import (
     DataConfig,
     Experiment,
     PipelineViewsConfig,
     SimCLRViewsConfig,
 )
+from simclr_ray.config.sections.views import AnyStageConfig
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.image_cache import DecodedImage, ImageCache
 from simclr_ray.data.plan import BatchPlan, replacement
@@ -243,16 +244,7 @@ class BatchBuilder:
 
 def build_two_views(views: SimCLRViewsConfig, seed: int) -> TwoViews:
     """Return the paper's pipeline as a config describes it."""
-    return TwoViews(
-        views.size,
-        strength=views.strength,
-        blur=views.blur,
-        seed=seed,
-        min_area=views.min_area,
-        flip=views.flip,
-        jitter=views.jitter,
-        grayscale=views.grayscale,
-    )
+    return build(views, TwoViews, seed=seed)
 
 
 def build_views(views: SimCLRViewsConfig | PipelineViewsConfig, seed: int) -> TwoViews | Pipelines:
@@ -263,10 +255,10 @@ def build_views(views: SimCLRViewsConfig | PipelineViewsConfig, seed: int) -> Tw
     return Pipelines(views.size, *lists, seed=seed)
 
 
-def _stage(config: Config) -> Stage:
-    fields = {name: getattr(config, name) for name in type(config).model_fields}
-    name, probability = fields.pop("name"), fields.pop("p")
-    return Stage(name, (Crop if name == "crop" else OPS[name])(**fields), probability)
+def _stage(config: AnyStageConfig) -> Stage:
+    if config.name == "crop":
+        return Stage(config.name, build(config, Crop), config.p)
+    return Stage(config.name, build(config, Op), config.p)  # type: ignore[type-abstract] # a protocol
 
 
 def view_builder(experiment: Experiment) -> MakeViews:

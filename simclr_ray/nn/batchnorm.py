@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _CudaSyncBatchNorm
 
 from simclr_ray.distributed import collectives as dist
+from simclr_ray.nn.parameter_groups import PLAIN
 
 EVAL, TRAIN = False, True  # native kernels: take the statistics that are given, or their own
 
@@ -35,6 +36,7 @@ class GlobalBatchNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    update_rule = PLAIN
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, *, shift: bool = True

@@ -14,8 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.parameter_groups import SCALE, SCORES
 
 Norm = Callable[..., GlobalBatchNorm]
+
+
+def no_head(features: int, norm: Norm = GlobalBatchNorm) -> nn.Identity:  # noqa: ARG001 - as of all
+    """Return nothing that changes h: [N, features] -> [N, features]."""
+    return nn.Identity()
 
 
 def linear_head(
@@ -67,6 +73,8 @@ class ClassifierLayer(nn.Linear):
     From zero, the norm that it would be adapted by is that of its own last steps.
     """
 
+    update_rule = SCORES
+
 
 class LearnableTemperature(nn.Module):
     """z / (‖z‖·√τ) with τ learned: [N, D] -> [N, D], whose products are cosines over τ.
@@ -76,6 +84,8 @@ class LearnableTemperature(nn.Module):
     """
 
     BOUNDS = (1e-3, 100.0)  # the config's
+    # adapted: the raw rate, made for adapted layers, would throw it out of its bounds
+    update_rule = SCALE
 
     def __init__(self, temperature: float) -> None:
         super().__init__()

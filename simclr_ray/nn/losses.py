@@ -20,47 +20,31 @@ every rank calls it, or all wait. Without a process group R is 1.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+import math
+from abc import abstractmethod
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn import ntxent, pairwise
-from simclr_ray.nn.ntxent import interleave
+from simclr_ray.nn.loss import BatchMetrics, ChanceLevel, Loss, check_pair, contrastive_metrics
+
+__all__ = [
+    "BatchMetrics",
+    "ChanceLevel",
+    "ContrastiveLoss",
+    "DCLLoss",
+    "Loss",
+    "NTLogisticLoss",
+    "NTXentLoss",
+    "SupConLoss",
+    "TripletLoss",
+    "contrastive_metrics",
+]
 
 Negatives = Literal["both", "other"]
-
-
-class BatchMetrics(NamedTuple):
-    """Two figures logged beside the loss, each a mean over the global batch."""
-
-    top1: Tensor  # scalar in [0, 1]
-    entropy: Tensor  # scalar in nats, 0 to log of the number of choices
-
-
-class Loss(nn.Module, ABC):
-    """Interface between a loss and the training loop.
-
-    Attributes:
-        takes_labels: `forward` needs the images' labels.
-        one_view: `forward` reads z1 alone; the loop then computes no z2.
-        top1_name: Key of `metrics`' top-1 accuracy in the log: `train/<top1_name>`.
-    """
-
-    takes_labels = False
-    one_view = False
-    top1_name = "contrastive_top1"
-
-    @abstractmethod
-    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the loss, a float32 or float64 scalar, by the module's contract. Collective."""
-
-    @abstractmethod
-    def metrics(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> BatchMetrics:
-        """Return top-1 accuracy and entropy of the choice that the loss trains. Collective."""
 
 
 class ContrastiveLoss(Loss):
@@ -106,7 +90,7 @@ class ContrastiveLoss(Loss):
                 is not one for each image.
         """
         with torch.autocast(z1.device.type, enabled=False):
-            _check(z1, z2)
+            check_pair(z1, z2)
             if self.takes_labels and (labels is None or len(labels) != len(z1)):
                 raise ValueError(f"{type(self).__name__} needs one label for each image")
             counts, pair_loss = self._counts(len(z1), z1.device), self._pair_loss()
@@ -126,6 +110,11 @@ class ContrastiveLoss(Loss):
     ) -> BatchMetrics:
         """Return `contrastive_metrics` at this loss's temperature. Collective."""
         return contrastive_metrics(z1, z2, self.temperature, normalize=self.normalize)
+
+    def num_negatives(self, num_images: int) -> int:
+        """Return the negatives of an anchor: the other images' views, or one view of each."""
+        views = 1 if getattr(self, "negatives", "both") == "other" else 2
+        return views * (num_images - 1)
 
     @abstractmethod
     def _pair_loss(self) -> pairwise.PairLoss | None:
@@ -156,6 +145,8 @@ class NTXentLoss(ContrastiveLoss):
         normalize, global_batch_size: Same as `ContrastiveLoss`.
         negatives: `both` views of the other images, or the `other` view of them alone, as in the
             comparison of losses in Table 4 (§B.10).
+        learn_temperature: z come from `heads.LearnableTemperature`, which has normalised and
+            scaled them; τ is what it started from, and is not applied again.
 
     Raises:
         ValueError: `temperature` is not above 0.
@@ -183,9 +174,20 @@ class NTXentLoss(ContrastiveLoss):
         normalize: bool = True,
         global_batch_size: int = 0,
         negatives: Negatives = "both",
+        learn_temperature: bool = False,
     ) -> None:
         super().__init__(temperature, normalize=normalize, global_batch_size=global_batch_size)
         self.negatives = negatives
+        # above τ = 1, or where lengths are learned, a healthy loss may lie at chance as well
+        self._only_collapsed = normalize and temperature <= 1
+        if learn_temperature:
+            self.temperature, self.normalize = 1.0, False
+
+    def chance_level(self, num_images: int, dim: int) -> ChanceLevel:  # noqa: ARG002 - any D
+        """Return the logarithm of the candidates: ln(2N-1), or ln(N) of the other view alone."""
+        formula = "ln(N)" if self.negatives == "other" else "ln(2N-1)"
+        candidates = self.num_negatives(num_images) + 1
+        return ChanceLevel(math.log(candidates), formula, self._only_collapsed)
 
     def _pair_loss(self) -> pairwise.PairLoss | None:
         if self.negatives == "both":
@@ -226,6 +228,10 @@ class DCLLoss(ContrastiveLoss):
         super().__init__(temperature, normalize=normalize, global_batch_size=global_batch_size)
         self.sigma = sigma
 
+    def chance_level(self, num_images: int, dim: int) -> ChanceLevel:  # noqa: ARG002 - any D
+        """Return ln(2N-2); σ weighs the positives 1 on average, so it changes nothing."""
+        return ChanceLevel(math.log(self.num_negatives(num_images)), "ln(2N-2)")
+
     def _pair_loss(self) -> pairwise.PairLoss:
         return pairwise.Softmax(self.temperature, decoupled=True, sigma=self.sigma)
 
@@ -253,6 +259,10 @@ class SupConLoss(ContrastiveLoss):
     """
 
     takes_labels = True
+
+    def chance_level(self, num_images: int, dim: int) -> ChanceLevel:  # noqa: ARG002 - any D
+        """Return ln(2N-1), whatever the labels."""
+        return ChanceLevel(math.log(2 * num_images - 1), "ln(2N-1)")
 
     def _pair_loss(self) -> pairwise.PairLoss:
         return pairwise.Supervised(self.temperature)
@@ -341,45 +351,3 @@ class TripletLoss(ContrastiveLoss):
     def _pair_loss(self) -> pairwise.PairLoss:
         kind = pairwise.MinedTriplet if self.semi_hard else pairwise.Triplet
         return kind(self.margin, other_view_only=self.negatives == "other")
-
-
-@torch.no_grad()
-def contrastive_metrics(
-    z1: Tensor, z2: Tensor, temperature: float, *, normalize: bool = True
-) -> BatchMetrics:
-    """Return top-1 accuracy and entropy of picking a view's partner among the N of the other view.
-
-    As the authors log them, from view 1 against all of view 2: N-way, without the 2N − 2 negatives
-    of the own view; means over the global batch. Collective.
-
-    Args:
-        z1: Projections of view 1, this rank's. Shape [n, D], any float dtype.
-        z2: Projections of view 2, row by row of the same images. Shape [n, D].
-        temperature: τ, which the entropy depends on.
-        normalize: Divide each z by its l2 norm first.
-
-    Raises:
-        ValueError: z1 and z2 differ in shape or are not [n, D].
-    """
-    with torch.autocast(z1.device.type, enabled=False):
-        _check(z1, z2)
-        z, _ = interleave(z1, z2, normalize=normalize)
-        mine, partners = z[0::2], z[1::2]
-        counts = dist.row_counts(len(z1), z.device)
-        others = dist.all_gather_rows(partners, counts)  # [N, D]
-        first = sum(counts[: dist.rank()])
-        sums = z.new_zeros(2)
-        strip = max(1, ntxent.TILE**2 // len(others))  # of logits, as many as in one tile
-        for rows in (slice(i, i + strip) for i in range(0, len(z1), strip)):
-            logits = mine[rows] @ others.T / temperature  # [t, N]
-            labels = first + torch.arange(len(z1), device=z.device)[rows]
-            log_p = F.log_softmax(logits, dim=1)
-            sums[0] += (logits.argmax(1) == labels).sum()
-            sums[1] -= (log_p.exp() * log_p).sum()
-        top1, entropy = dist.all_reduce_sum(sums) / sum(counts)
-    return BatchMetrics(top1, entropy)
-
-
-def _check(z1: Tensor, z2: Tensor) -> None:
-    if z1.ndim != 2 or z1.shape != z2.shape:
-        raise ValueError(f"z1 and z2 must both be [n, D], got {[*z1.shape]} and {[*z2.shape]}")

@@ -6,7 +6,7 @@ are folded into the first convolution and its batch norm, exact but for the bord
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,14 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import (
-    ClassifierHeadConfig,
-    DistillationConfig,
-    Experiment,
-    ResNetConfig,
-)
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.nn.build import SimCLRModel, build_model
+from simclr_ray.nn.encoders import family_of
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 
@@ -40,8 +36,8 @@ def load_model(folder: Path) -> SimCLRModel:
 
 def load_teacher(experiment: Experiment) -> SimCLRModel:
     """Return the teacher of a distillation, in float32 and eval mode."""
-    assert isinstance(experiment.loss, DistillationConfig)
-    with open_checkpoint(experiment.loss.teacher, TEACHER) as (_, folder):
+    assert experiment.distillation is not None
+    with open_checkpoint(experiment.distillation.teacher, TEACHER) as (_, folder):
         return load_model(folder)
 
 
@@ -62,8 +58,8 @@ def load_init(model: SimCLRModel, experiment: Experiment) -> None:
     with open_checkpoint(weights) as (_, folder):
         tensors = checkpoint.read(folder).tensors
     checkpoint.restore_model(tensors, model.encoder, "model.encoder.")
-    head = experiment.head
-    if isinstance(head, ClassifierHeadConfig) and head.layers:
+    head = experiment.classifier
+    if head is not None and head.layers:
         kept = head.layers * (3 if head.batch_norm else 2)
         hidden = nn.Sequential(*list(model.head.children())[:kept])
         wanted = {f"model.head.{name}" for name in hidden.state_dict()}
@@ -105,14 +101,7 @@ def _load_torchvision(
 ) -> None:
     """Load a torchvision classifier's state dict, its last layer left out."""
     tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
-    config = experiment.encoder
-    if isinstance(config, ResNetConfig):
-        if config.depth < 50 or config.stem != "imagenet" or config.selective_kernel:
-            raise CheckpointError(
-                f"{WHERE}: torchvision has no such ResNet: depth 50 or more, stem imagenet, no "
-                "selective kernels; for its others take encoder.name=torchvision"
-            )
-        tensors = _renamed(tensors)
+    tensors = family_of(experiment.encoder).renamed(tensors)
     wanted = encoder.state_dict()
     fitting = {n: t for n, t in tensors.items() if n in wanted}
     convolution, norm = _first(encoder)
@@ -122,27 +111,6 @@ def _load_torchvision(
         encoder.load_state_dict(fitting)
     except RuntimeError as error:
         raise CheckpointError(f"{WHERE} does not fit the encoder: {error}") from error
-
-
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return torchvision's ResNet's tensors under our names."""
-    names = {"conv1": "stem.0", "bn1": "stem.1"}
-    block = 0
-    for group in range(1, 5):
-        repeats = {n.split(".")[1] for n in tensors if n.startswith(f"layer{group}.")}
-        for repeat in range(len(repeats)):
-            theirs, ours = f"layer{group}.{repeat}", f"blocks.{block}"
-            for place in range(3):
-                names[f"{theirs}.conv{place + 1}"] = f"{ours}.branch.{place}.0"
-                names[f"{theirs}.bn{place + 1}"] = f"{ours}.branch.{place}.1"
-            names |= {f"{theirs}.downsample.{i}": f"{ours}.shortcut.{i}" for i in (0, 1)}
-            block += 1
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layer, _, kind = name.rpartition(".")
-        if layer in names:
-            out[f"{names[layer]}.{kind}"] = tensor
-    return out
 
 
 def _first(encoder: nn.Module) -> tuple[str, str]:

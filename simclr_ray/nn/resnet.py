@@ -20,7 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simclr_ray.config.sections.model import ResNetConfig
+from simclr_ray.errors import CheckpointError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm, frozen_statistics
+from simclr_ray.nn.encoders import EncoderFamily
+from simclr_ray.nn.encoders import Norm as GlobalNorm
 
 BLOCKS = {
     10: (1, 1, 1, 1),  # not in the paper; for CPUs
@@ -235,3 +239,41 @@ def _init_conv(conv: nn.Conv2d) -> None:
     std = math.sqrt(1.0 / fan_in) / TRUNCATED_STD
     with torch.no_grad():
         nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+
+
+class ResNetFamily(EncoderFamily[ResNetConfig]):
+    """The authors' ResNets."""
+
+    def build(self, norm: GlobalNorm, size: int) -> ResNet:  # noqa: ARG002 - takes any size
+        """Return the network."""
+        return ResNet(**self.config.arguments(), norm=norm)
+
+    def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return torchvision's ResNet's tensors under our names.
+
+        Raises:
+            CheckpointError: torchvision has no such ResNet.
+        """
+        config = self.config
+        if config.depth < 50 or config.stem != "imagenet" or config.selective_kernel:
+            raise CheckpointError(
+                "init.weights: torchvision has no such ResNet: depth 50 or more, stem imagenet, no "
+                "selective kernels; for its others take encoder.name=torchvision"
+            )
+        names = {"conv1": "stem.0", "bn1": "stem.1"}
+        block = 0
+        for group in range(1, 5):
+            repeats = {n.split(".")[1] for n in tensors if n.startswith(f"layer{group}.")}
+            for repeat in range(len(repeats)):
+                theirs, ours = f"layer{group}.{repeat}", f"blocks.{block}"
+                for place in range(3):
+                    names[f"{theirs}.conv{place + 1}"] = f"{ours}.branch.{place}.0"
+                    names[f"{theirs}.bn{place + 1}"] = f"{ours}.branch.{place}.1"
+                names |= {f"{theirs}.downsample.{i}": f"{ours}.shortcut.{i}" for i in (0, 1)}
+                block += 1
+        out: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            layer, _, kind = name.rpartition(".")
+            if layer in names:
+                out[f"{names[layer]}.{kind}"] = tensor
+        return out

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_ray.distributed import collectives as dist
-from simclr_ray.nn.losses import BatchMetrics, Loss
+from simclr_ray.nn.losses import BatchMetrics, ChanceLevel, Loss
 
 
 class CrossEntropyLoss(Loss):
@@ -65,6 +67,10 @@ class CrossEntropyLoss(Loss):
         total = dist.all_reduce_sum(sums)
         return BatchMetrics(total[0] / total[2], total[1] / total[2])
 
+    def chance_level(self, num_images: int, dim: int) -> ChanceLevel | None:  # noqa: ARG002 - any N
+        """Return ln(K); None while K is not known."""
+        return ChanceLevel(math.log(dim), "ln(K)") if dim else None
+
     def _sum(self, z: Tensor, labels: Tensor) -> Tensor:
         wide = z if z.dtype == torch.float64 else z.float()
         return F.cross_entropy(wide, labels, reduction="sum", label_smoothing=self.label_smoothing)
@@ -113,3 +119,7 @@ class DistillationLoss(Loss):
         """Return how often student and teacher name the same class, and the student's entropy."""
         assert labels is not None
         return CrossEntropyLoss().metrics(z1, z2, labels[:, 0].argmax(1))
+
+    def chance_level(self, num_images: int, dim: int) -> ChanceLevel | None:  # noqa: ARG002 - any N
+        """Return ln(K), whatever the teacher says; None while K is not known."""
+        return ChanceLevel(math.log(dim), "ln(K)") if dim else None

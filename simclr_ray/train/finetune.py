@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import permit_code
 from simclr_ray.data.source import Source
 from simclr_ray.data.subset import write_subset
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -148,7 +149,9 @@ def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTun
 
 def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment:
     """Return the experiment; what neither verb does is refused, not passed over."""
-    chosen = cfg.validate(Experiment, cfg.apply_overrides(settings, overrides, Experiment))
+    whole = cfg.apply_overrides(settings, overrides, Experiment)
+    permit_code(whole, settings, "the run")
+    chosen = cfg.validate(Experiment, whole)
     issues = []
     if not chosen.data.test:
         told = "is empty: a classifier needs a split to be tested"
@@ -164,8 +167,8 @@ def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment
 def _planned(experiment: Experiment, parent: RunRecord) -> Planned:
     """Return the plan, after comparing the test split's labels with the classes known."""
     resolved = resolve(experiment)
-    data, head = resolved.config.data, resolved.config.head
-    assert isinstance(head, ClassifierHeadConfig)
+    data, head = resolved.config.data, resolved.config.classifier
+    assert head is not None
     test = Source.open(data.test, data.columns)
     if not test.has_labels:
         raise DataError(f"{data.test} has no labels to test a classifier by")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from simclr_ray import config as cfg
 from simclr_ray.augment.views import TwoViews, ViewPair
-from simclr_ray.config.experiment import DistillationConfig, Experiment, SimCLRViewsConfig
+from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import build_two_views
 from simclr_ray.data.source import Source
@@ -34,10 +34,10 @@ from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.errors import DivergedError, SimclrRayError
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
+from simclr_ray.nn.encoders import set_recompute
 from simclr_ray.nn.heads import LearnableTemperature
 from simclr_ray.nn.precision import as_input, prepare_model
 from simclr_ray.nn.pretrained import load_init, load_teacher
-from simclr_ray.nn.resnet import ResNet
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.train import loop
@@ -218,8 +218,7 @@ def prepare_training(
     model: SimCLRModel, experiment: Experiment, device: torch.device
 ) -> torch.optim.Optimizer:
     """Put a model where and how it is trained, in place; return its optimizer."""
-    if isinstance(model.encoder, ResNet):
-        model.encoder.recompute = experiment.scaling.recompute_activations
+    set_recompute(model.encoder, recompute=experiment.scaling.recompute_activations)
     prepare_model(model, device, experiment.precision)
     return build_optimizer(model, experiment.optimizer)
 
@@ -236,7 +235,7 @@ def finish_batches(
             batch._replace(**color(views, batch, batch.step // per_epoch, device)._asdict())
             for batch in batches
         )
-    if isinstance(experiment.loss, DistillationConfig):
+    if experiment.distillation:
         teacher = load_teacher(experiment).to(device)
         return (batch._replace(labels=teacher_logits(teacher, batch, device)) for batch in batches)
     if not experiment.takes_labels:

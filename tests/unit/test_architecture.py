@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +16,14 @@ from pathlib import Path
 import pytest
 
 import simclr_ray
+from simclr_ray.config.components import ComponentConfig, variants
+from simclr_ray.config.sections.model import AnyEncoderConfig, AnyHeadConfig
+from simclr_ray.config.sections.training import AnyLossConfig, AnyOptimizerConfig
+from simclr_ray.config.sections.views import AnyStageConfig, SimCLRViewsConfig
 
 ROOT = Path(simclr_ray.__file__).parent
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
+MOST_CONFIG_CHECKS = 8  # isinstance on config classes outside of their own room
 
 # The rooms of `docs/architecture.md`, floor by floor: a room imports from lower floors only.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -230,3 +238,67 @@ def test_the_public_names_resolve_and_are_sorted_as_ruff_sorts_them() -> None:
         _ = simclr_ray.nothing
     with pytest.raises(AttributeError, match="it is called 'run_pipeline' now"):
         _ = simclr_ray.complete
+
+
+def config_class_checks(path: Path) -> list[str]:
+    """Return the `isinstance` and `case` on config classes of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    asked = [
+        node.args[1]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "isinstance"
+    ]
+    asked += [node.cls for node in ast.walk(tree) if isinstance(node, ast.MatchClass)]
+    shown = [ast.unparse(node) for node in asked]
+    return [f"{module_of(path)}: {text}" for text in shown if re.search(r"Config\b", text)]
+
+
+def test_components_are_asked_and_not_told_apart_by_their_config_class() -> None:
+    found = [
+        check
+        for path in files()
+        if room_of(module_of(path)) != "config"
+        for check in config_class_checks(path)
+    ]
+    assert len(found) <= MOST_CONFIG_CHECKS, found
+
+
+FAMILIES = {
+    "loss": AnyLossConfig,
+    "encoder": AnyEncoderConfig,
+    "head": AnyHeadConfig,
+    "optimizer": AnyOptimizerConfig,
+    "op": AnyStageConfig,
+    "views": SimCLRViewsConfig,
+}
+VARIANTS = [
+    pytest.param(config, id=f"{family}-{name}")
+    for family, union in FAMILIES.items()
+    for name, config in variants(union).items()
+    if name != "import"
+]
+# What the package itself has by default, or asks about beyond building it.
+KNOWN_ELSEWHERE = (
+    "ResNetConfig", "MLPHeadConfig", "NoHeadConfig", "ClassifierHeadConfig", "NTXentConfig",
+    "DistillationConfig", "LARSConfig", "CropConfig", "SimCLRViewsConfig",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_a_component_is_two_files_its_own_and_that_of_its_config_class(
+    config: type[ComponentConfig],
+) -> None:
+    module, _, name = config.component.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    if config.__name__ in KNOWN_ELSEWHERE:
+        return
+    own = {module_of(Path(inspect.getfile(config))), module.removeprefix("simclr_ray.")}
+    reexport = "config.experiment"  # of names for users; nothing there knows a variant
+    mentions = {
+        module_of(path)
+        for path in files()
+        if re.search(rf"\b{config.__name__}\b", path.read_text(encoding="utf-8"))
+    }
+    assert mentions - {reexport} <= own

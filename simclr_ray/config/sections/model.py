@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
+from simclr_ray.config.components import ComponentConfig
+from simclr_ray.config.imports import ImportConfig
 from simclr_ray.config.schema import Config, Field, PathOrURI, model_validator
 
 
-class ResNetConfig(Config):
+class _EncoderConfig(ComponentConfig):
+    """What all encoders answer; the component is an `nn.encoders.EncoderFamily`."""
+
+    can_recompute: ClassVar[bool] = False  # its blocks can run again in the backward pass
+
+    @property
+    def has_fixed_size(self) -> bool:
+        """Return whether it takes images of one size alone, that which it was built for."""
+        return False
+
+
+class ResNetConfig(_EncoderConfig):
     """The authors' ResNet: v1.5 strides, projection shortcut in every group, zero-init last BN."""
+
+    component = "simclr_ray.nn.resnet:ResNetFamily"
+    can_recompute = True
 
     name: Literal["resnet"] = "resnet"
     depth: Literal[10, 18, 34, 50, 101, 152, 200] = Field(50, description="10 is not in the paper.")
@@ -31,29 +47,59 @@ class ResNetConfig(Config):
         return self
 
 
-class TorchvisionConfig(Config):
+class TorchvisionConfig(_EncoderConfig):
     """Any torchvision classification backbone, its classifier removed."""
+
+    component = "simclr_ray.nn.torchvision_models:TorchvisionFamily"
 
     name: Literal["torchvision"] = "torchvision"
     model: str = Field("resnet50", min_length=1, description="A name of torchvision.models.")
 
+    @property
+    def has_fixed_size(self) -> bool:
+        """Return whether it is a vision transformer, whose position embeddings have one size."""
+        return self.model.startswith("vit")
 
-class NoHeadConfig(Config):
+
+class ImportedEncoderConfig(ImportConfig, _EncoderConfig):
+    """Your own: called with its options, it returns a module [N, 3, S, S] in [0, 1] -> [N, F]."""
+
+    can_recompute = True  # where the module has a `recompute`, which is looked at before a start
+
+
+AnyEncoderConfig = Annotated[
+    ResNetConfig | TorchvisionConfig | ImportedEncoderConfig, Field(discriminator="name")
+]
+
+
+class EncoderSection(Config):
+    """An encoder's config alone, as an encoder folder stores it."""
+
+    encoder: AnyEncoderConfig
+
+
+class NoHeadConfig(ComponentConfig):
     """z = h."""
+
+    component = "simclr_ray.nn.heads:no_head"
 
     name: Literal["none"] = "none"
 
 
-class LinearHeadConfig(Config):
+class LinearHeadConfig(ComponentConfig):
     """One dense layer and BN without shift, as in the authors' code."""
+
+    component = "simclr_ray.nn.heads:linear_head"
 
     name: Literal["linear"] = "linear"
     dim: int = Field(128, ge=1, description="Width of z.")
     batch_norm: bool = Field(default=True, description="Without it, dense layers have a bias.")
 
 
-class MLPHeadConfig(Config):
+class MLPHeadConfig(ComponentConfig):
     """Dense-BN-ReLU layers as wide as h (or `hidden`), then dense and BN without shift."""
+
+    component = "simclr_ray.nn.heads:mlp_head"
 
     name: Literal["mlp"] = "mlp"
     layers: int = Field(2, ge=2, le=8, description="Dense layers; the paper has 2, its code 3.")
@@ -62,8 +108,10 @@ class MLPHeadConfig(Config):
     batch_norm: bool = Field(default=True, description="Without it, dense layers have a bias.")
 
 
-class ClassifierHeadConfig(Config):
+class ClassifierHeadConfig(ComponentConfig):
     """Class scores from h, or from hidden layers as an mlp head has them (SimCLRv2 keeps one)."""
+
+    component = "simclr_ray.nn.heads:classifier_head"
 
     name: Literal["classifier"] = "classifier"
     num_classes: int = Field(0, ge=0, description="K; 0: as many as the training labels have.")
@@ -72,6 +120,12 @@ class ClassifierHeadConfig(Config):
     )
     hidden: int = Field(0, ge=0, description="Their width; 0: as wide as h.")
     batch_norm: bool = Field(default=True, description="Without it, hidden layers have a bias.")
+
+
+AnyHeadConfig = Annotated[
+    NoHeadConfig | LinearHeadConfig | MLPHeadConfig | ClassifierHeadConfig,
+    Field(discriminator="name"),
+]
 
 
 class InitConfig(Config):

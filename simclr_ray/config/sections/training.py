@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from simclr_ray.config.components import ComponentConfig
+from simclr_ray.config.imports import ImportConfig
 from simclr_ray.config.schema import Config, Field, PathOrURI, model_validator
 
 
-class NTXentConfig(Config):
+class _LossConfig(ComponentConfig):
+    """What all losses answer; the component is an `nn.losses.Loss` and gets `global_batch_size`.
+
+    Attributes:
+        heads: What its input may come from: z of a projection head, class scores of a classifier.
+        targets: What it needs beside images: nothing, the labels of `data.train`, or what a
+            teacher says of the images.
+    """
+
+    heads: ClassVar[tuple[Literal["projection", "classifier"], ...]] = ("projection",)
+    targets: ClassVar[Literal["none", "labels", "teacher"]] = "none"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Return whether `data.train` must have labels."""
+        return self.targets == "labels"
+
+    @property
+    def learned_temperature(self) -> float:
+        """Return the τ that a layer of the model starts from and learns; 0: none."""
+        return 0.0
+
+
+class NTXentConfig(_LossConfig):
     """NT-Xent (eq. 1) over the global batch."""
+
+    component = "simclr_ray.nn.losses:NTXentLoss"
 
     name: Literal["ntxent"] = "ntxent"
     temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
@@ -26,9 +53,16 @@ class NTXentConfig(Config):
             raise ValueError("learn_temperature needs normalize: the length of z is learned anyway")
         return self
 
+    @property
+    def learned_temperature(self) -> float:
+        """Return τ, where it is learned."""
+        return self.temperature if self.learn_temperature else 0.0
 
-class NTLogisticConfig(Config):
+
+class NTLogisticConfig(_LossConfig):
     """NT-Logistic of Tables 2 and 4."""
+
+    component = "simclr_ray.nn.losses:NTLogisticLoss"
 
     name: Literal["ntlogistic"] = "ntlogistic"
     temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
@@ -37,8 +71,10 @@ class NTLogisticConfig(Config):
     negatives: Literal["both", "other"] = Field("both", description="As of ntxent.")
 
 
-class TripletConfig(Config):
+class TripletConfig(_LossConfig):
     """Margin triplet of Tables 2 and 4."""
+
+    component = "simclr_ray.nn.losses:TripletLoss"
 
     name: Literal["triplet"] = "triplet"
     margin: float = Field(0.8, ge=0, le=100, description="m; B.10 tried 0, 0.4, 0.8, 1.6.")
@@ -53,8 +89,10 @@ class TripletConfig(Config):
         return self
 
 
-class DCLConfig(Config):
+class DCLConfig(_LossConfig):
     """Decoupled contrastive loss (arXiv:2110.06848): NT-Xent, its denominator negatives only."""
+
+    component = "simclr_ray.nn.losses:DCLLoss"
 
     name: Literal["dcl"] = "dcl"
     temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
@@ -62,24 +100,35 @@ class DCLConfig(Config):
     sigma: float = Field(0.0, ge=0, description="σ of DCLW's weights (there 0.5); 0: DCLConfig.")
 
 
-class SupConConfig(Config):
+class SupConConfig(_LossConfig):
     """Supervised contrastive loss (arXiv:2004.11362); unlabelled images stand alone."""
+
+    component = "simclr_ray.nn.losses:SupConLoss"
+    targets = "labels"
 
     name: Literal["supcon"] = "supcon"
     temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
     normalize: bool = Field(default=True, description="l2-normalise z.")
 
 
-class CrossEntropyConfig(Config):
+class CrossEntropyConfig(_LossConfig):
     """Supervised training with the same encoder, views, stream and loop."""
+
+    component = "simclr_ray.nn.supervised:CrossEntropyLoss"
+    heads = ("classifier",)
+    targets = "labels"
 
     name: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     views: Literal[1, 2] = Field(1, description="Views of an image that a step classifies.")
 
 
-class DistillationConfig(Config):
+class DistillationConfig(_LossConfig):
     """A teacher's class probabilities as targets, for images without labels (SimCLRv2 eq. 2)."""
+
+    component = "simclr_ray.nn.supervised:DistillationLoss"
+    heads = ("classifier",)
+    targets = "teacher"
 
     name: Literal["distillation"] = "distillation"
     teacher: PathOrURI = Field(
@@ -94,9 +143,47 @@ class DistillationConfig(Config):
         """Return the config without the path where the hash says which teacher it is."""
         return self.model_copy(update={"teacher": ""}) if self.sha256 else self
 
+    def arguments(self) -> dict[str, Any]:
+        """Return τ: the teacher is asked by the worker, which hands its scores to the loss."""
+        return {"temperature": self.temperature}
 
-class LARSConfig(Config):
+
+class ImportedLossConfig(ImportConfig, _LossConfig):
+    """Your own: called with its options and `global_batch_size`, it returns an `nn.losses.Loss`."""
+
+    heads = ("projection", "classifier")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Return what the class says, which is imported for it."""
+        return bool(getattr(self.load(), "takes_labels", False))
+
+
+AnyLossConfig = Annotated[
+    NTXentConfig
+    | NTLogisticConfig
+    | TripletConfig
+    | DCLConfig
+    | SupConConfig
+    | CrossEntropyConfig
+    | DistillationConfig
+    | ImportedLossConfig,
+    Field(discriminator="name"),
+]
+
+
+class _OptimizerConfig(ComponentConfig):
+    """What all optimizers answer; the component is a `torch.optim.Optimizer` of groups, `lr=0`."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all fields but the weight decay, which parameter groups have."""
+        return {k: v for k, v in super().arguments().items() if k != "weight_decay"}
+
+
+class LARSConfig(_OptimizerConfig):
     """LARS by the authors' rule: the rate inside the momentum buffer."""
+
+    component = "simclr_ray.optim:LARS"
 
     name: Literal["lars"] = "lars"
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -106,8 +193,10 @@ class LARSConfig(Config):
     clip_lr: bool = False
 
 
-class SGDConfig(Config):
+class SGDConfig(_OptimizerConfig):
     """SGD with momentum; BN and biases are not decayed."""
+
+    component = "torch.optim:SGD"
 
     name: Literal["sgd"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -115,13 +204,33 @@ class SGDConfig(Config):
     nesterov: bool = False
 
 
-class AdamWConfig(Config):
+class AdamWConfig(_OptimizerConfig):
     """AdamW; BN and biases are not decayed."""
+
+    component = "torch.optim:AdamW"
 
     name: Literal["adamw"] = "adamw"
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return torch's `betas`."""
+        return {"betas": (self.beta1, self.beta2)}
+
+
+class ImportedOptimizerConfig(ImportConfig, _OptimizerConfig):
+    """Your own: called with parameter groups, `lr=0` and its options; a `torch.optim.Optimizer`.
+
+    Groups have `weight_decay`, and `adapt` where LARS would adapt the rate.
+    """
+
+    weight_decay: float = Field(1e-4, ge=0, description="Of groups that are decayed.")
+
+
+AnyOptimizerConfig = Annotated[
+    LARSConfig | SGDConfig | AdamWConfig | ImportedOptimizerConfig, Field(discriminator="name")
+]
 
 
 class ScheduleConfig(Config):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from simclr_ray.config.components import ComponentConfig
+from simclr_ray.config.imports import ImportConfig
 from simclr_ray.config.schema import Config, Field, model_validator
 
 
-class SimCLRViewsConfig(Config):
+class SimCLRViewsConfig(ComponentConfig):
     """The paper's pipeline: crop and resize, flip, color jitter, grayscale, blur (App. A)."""
+
+    component = "simclr_ray.augment.views:TwoViews"
 
     name: Literal["simclr"] = "simclr"
     size: int = Field(32, ge=8, description="Side of a view in pixels.")
@@ -42,6 +46,11 @@ class SimCLRViewsConfig(Config):
             self if self.start_size else self.model_copy(update={"full_size_epoch_fraction": usual})
         )
 
+    def arguments(self) -> dict[str, Any]:
+        """Return all fields but how views grow, which is said epoch by epoch (`size_at`)."""
+        growth = ("start_size", "full_size_epoch_fraction")
+        return {k: v for k, v in super().arguments().items() if k not in growth}
+
     def size_at(self, epoch: int, epochs: int) -> int:
         """Return the side of views in an epoch: linear growth, in steps (FFCV-SSL does likewise).
 
@@ -54,14 +63,20 @@ class SimCLRViewsConfig(Config):
         return self.start_size + int((self.size - self.start_size) * grown) // step * step
 
 
-class _StageConfig(Config):
-    """What all transformations have."""
+class _StageConfig(ComponentConfig):
+    """What all transformations have; the component is an `augment.ops.Op`."""
 
     p: float = Field(1.0, ge=0, le=1, description="Probability, drawn for each image.")
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all fields but the probability, which is the stage's."""
+        return {k: v for k, v in super().arguments().items() if k != "p"}
 
 
 class CropConfig(_StageConfig):
     """Random crop, resized to `size`, and flipped; with min_area 1 the whole image, resized."""
+
+    component = "simclr_ray.augment.pipeline:Crop"
 
     name: Literal["crop"] = "crop"
     min_area: float = Field(0.08, gt=0, le=1, description="Smallest share of the area.")
@@ -78,6 +93,8 @@ class CropConfig(_StageConfig):
 class FlipConfig(_StageConfig):
     """Left-right flip."""
 
+    component = "simclr_ray.augment.ops:Flip"
+
     name: Literal["flip"] = "flip"
     p: float = Field(0.5, ge=0, le=1, description="Probability, drawn for each image.")
 
@@ -85,11 +102,15 @@ class FlipConfig(_StageConfig):
 class RotateConfig(_StageConfig):
     """Rotation by 90, 180 or 270 degrees."""
 
+    component = "simclr_ray.augment.ops:Rotate"
+
     name: Literal["rotate"] = "rotate"
 
 
 class CutoutConfig(_StageConfig):
     """A square of one gray."""
+
+    component = "simclr_ray.augment.ops:Cutout"
 
     name: Literal["cutout"] = "cutout"
     side: float = Field(0.5, gt=0, le=1, description="Of the image's side.")
@@ -98,6 +119,8 @@ class CutoutConfig(_StageConfig):
 
 class JitterConfig(_StageConfig):
     """Brightness, contrast, saturation and hue, in a random order."""
+
+    component = "simclr_ray.augment.ops:Jitter"
 
     name: Literal["jitter"] = "jitter"
     p: float = Field(0.8, ge=0, le=1, description="Probability, drawn for each image.")
@@ -119,12 +142,16 @@ class JitterConfig(_StageConfig):
 class GrayscaleConfig(_StageConfig):
     """Color dropped."""
 
+    component = "simclr_ray.augment.ops:Grayscale"
+
     name: Literal["grayscale"] = "grayscale"
     p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
 
 
 class ColorConfig(_StageConfig):
     """The paper's color distortion: jitter, then grayscale, each by chance."""
+
+    component = "simclr_ray.augment.ops:ColorDistortion"
 
     name: Literal["color"] = "color"
     strength: float = Field(1.0, ge=0, le=2, description="s: ±0.8s, hue ±0.2s.")
@@ -135,12 +162,16 @@ class ColorConfig(_StageConfig):
 class NoiseConfig(_StageConfig):
     """Gaussian noise."""
 
+    component = "simclr_ray.augment.ops:Noise"
+
     name: Literal["noise"] = "noise"
     sigma: float = Field(0.1, ge=0, le=1, description="Standard deviation; 1 is white.")
 
 
 class BlurConfig(_StageConfig):
     """Gaussian blur, its kernel a tenth of the side."""
+
+    component = "simclr_ray.augment.ops:Blur"
 
     name: Literal["blur"] = "blur"
     p: float = Field(0.5, ge=0, le=1, description="Probability, drawn for each image.")
@@ -158,11 +189,15 @@ class BlurConfig(_StageConfig):
 class SobelConfig(_StageConfig):
     """Edges by Sobel's kernels, without color."""
 
+    component = "simclr_ray.augment.ops:Sobel"
+
     name: Literal["sobel"] = "sobel"
 
 
 class SolarizeConfig(_StageConfig):
     """What is above the threshold, inverted."""
+
+    component = "simclr_ray.augment.ops:Solarize"
 
     name: Literal["solarize"] = "solarize"
     p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
@@ -172,6 +207,8 @@ class SolarizeConfig(_StageConfig):
 class EqualizeConfig(_StageConfig):
     """Histogram equalised."""
 
+    component = "simclr_ray.augment.ops:Equalize"
+
     name: Literal["equalize"] = "equalize"
     p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
 
@@ -179,8 +216,14 @@ class EqualizeConfig(_StageConfig):
 class AutoAugmentConfig(_StageConfig):
     """torchvision's AutoAugment."""
 
+    component = "simclr_ray.augment.ops:AutoAugment"
+
     name: Literal["autoaugment"] = "autoaugment"
     policy: Literal["imagenet", "cifar10", "svhn"] = "imagenet"
+
+
+class ImportedStageConfig(ImportConfig, _StageConfig):
+    """Your own: called with its options, it returns an `augment.ops.Op`."""
 
 
 AnyStageConfig = Annotated[
@@ -196,7 +239,8 @@ AnyStageConfig = Annotated[
     | SobelConfig
     | SolarizeConfig
     | EqualizeConfig
-    | AutoAugmentConfig,
+    | AutoAugmentConfig
+    | ImportedStageConfig,
     Field(discriminator="name"),
 ]
 
@@ -245,3 +289,6 @@ class PipelineViewsConfig(Config):
     def size_at(self, epoch: int, epochs: int) -> int:  # noqa: ARG002 - as of the paper's pipeline
         """Return the side of views in an epoch."""
         return self.size
+
+
+AnyViewsConfig = Annotated[SimCLRViewsConfig | PipelineViewsConfig, Field(discriminator="name")]

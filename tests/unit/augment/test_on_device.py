@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from simclr_ray.augment import ops
+from simclr_ray.augment.ops import Solarize
 from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
+from simclr_ray.config.components import variants
+from simclr_ray.config.sections.views import AnyStageConfig
 
 SIDE = 65  # above the side whose weights are kept in a table, where a fake one would stay
 # jitter, color, equalize and autoaugment ask their tensors for values, which fake ones lack
@@ -17,7 +19,7 @@ STILL = ("flip", "rotate", "cutout", "grayscale", "noise", "blur", "sobel", "sol
 
 @pytest.mark.parametrize("name", STILL)
 def test_a_transformation_mixes_no_devices(name: str) -> None:
-    op = ops.OPS[name]()
+    op = variants(AnyStageConfig)[name]().load()()
     draws = np.random.default_rng(0).random((6, op.num_draws(SIDE)))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(6, 3, SIDE, SIDE, device="cuda")
@@ -25,7 +27,7 @@ def test_a_transformation_mixes_no_devices(name: str) -> None:
 
 
 def test_a_stage_taken_by_chance_mixes_no_devices() -> None:
-    stages = [Stage("crop", Crop()), Stage("solarize", ops.Solarize(), 0.5)]
+    stages = [Stage("crop", Crop()), Stage("solarize", Solarize(), 0.5)]
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(6, 3, SIDE, SIDE, dtype=torch.uint8, device="cuda")
         views = Pipelines(SIDE, [], stages, stages)(images, np.arange(6), 0)

@@ -215,14 +215,19 @@ def test_a_variant_without_a_name_is_the_default_one() -> None:
 @pytest.mark.parametrize(
     ("node", "given", "shown", "allowed"),
     [
-        ("encoder", {"name": "resnt"}, "'resnt'", "resnet, torchvision (did you mean 'resnet'?)"),
+        (
+            "encoder",
+            {"name": "resnt"},
+            "'resnt'",
+            "resnet, torchvision, import (did you mean 'resnet'?)",
+        ),
         (
             "head",
             {"name": "nonlinear"},
             "'nonlinear'",
             "none, linear, mlp, classifier (did you mean 'linear'?)",
         ),
-        ("optimizer", {"name": None}, "missing", "lars, sgd, adamw"),
+        ("optimizer", {"name": None}, "missing", "lars, sgd, adamw, import"),
     ],
 )
 def test_a_wrong_or_missing_variant_name_is_told_at_its_name(

@@ -1,0 +1,118 @@
+"""What a family of encoders answers: how it is built, and how weights made elsewhere fit it.
+
+A family is a class here or beside its network, named by its config class (`config.sections.model`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from simclr_ray.config.components import ComponentConfig, build
+from simclr_ray.config.imports import ImportConfig
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.nn.batchnorm import GlobalBatchNorm
+
+Norm = Callable[..., GlobalBatchNorm]
+ConfigT = TypeVar("ConfigT", bound=ComponentConfig)
+
+
+class EncoderFamily(ABC, Generic[ConfigT]):
+    """Encoders of one kind.
+
+    Args:
+        config: Of one of them.
+    """
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    @abstractmethod
+    def build(self, norm: Norm, size: int) -> nn.Module:
+        """Return the encoder, [N, 3, S, S] in [0, 1] -> [N, F], with `feature_dim` = F.
+
+        Weights are drawn from torch's global generator.
+
+        Args:
+            norm: Makes the global batch norm of a channel count, in place of any other.
+            size: S, for encoders of one size.
+
+        Raises:
+            ConfigError: There is no such encoder.
+        """
+
+    def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a torchvision-style state dict under the encoder's own names.
+
+        Raises:
+            CheckpointError: No such weights can fit.
+        """
+        return tensors
+
+
+def family_of(config: ComponentConfig) -> EncoderFamily[Any]:
+    """Return the family of an encoder's config; imported code has one for all."""
+    if isinstance(config, ImportConfig):
+        return ImportedFamily(config)
+    family: EncoderFamily[Any] = config.load()(config)
+    return family
+
+
+def feature_dim(encoder: nn.Module) -> int:
+    """Return F of an encoder that was built here."""
+    features = encoder.feature_dim
+    assert isinstance(features, int)
+    return features
+
+
+def set_recompute(encoder: nn.Module, *, recompute: bool) -> None:
+    """Have an encoder's blocks run again in the backward pass, or not.
+
+    Raises:
+        ConfigError: It is asked for and the encoder has no `recompute`.
+    """
+    if hasattr(encoder, "recompute"):
+        encoder.recompute = recompute  # type: ignore[assignment] # a plain attribute
+    elif recompute:
+        raise _issue("has no attribute `recompute`, by which scaling.recompute_activations is set")
+
+
+def globalize(module: nn.Module, norm: Norm) -> None:
+    """Replace each batch norm below `module` by the global one, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d):
+            setattr(module, name, norm(child.num_features, child.eps))
+        else:
+            globalize(child, norm)
+
+
+class ImportedFamily(EncoderFamily[ImportConfig]):
+    """Encoders of a user's own: any module of the contract, whose batch norms become global."""
+
+    def build(self, norm: Norm, size: int) -> nn.Module:
+        """Return what the import path makes; F is found by two images of `size`."""
+        encoder = build(self.config, nn.Module)
+        globalize(encoder, norm)
+        encoder.eval()
+        images = torch.zeros(2, 3, size, size)
+        shown = f"{self.config.path} gives"
+        expected = f"expected features [2, F] of images [2, 3, {size}, {size}]"
+        try:
+            with torch.no_grad():
+                h = encoder(images)
+        except Exception as error:
+            told = " ".join(str(error).split())
+            raise _issue(f"{shown} {type(error).__name__}: {told}; {expected}") from error
+        if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2 or not h.is_floating_point():
+            found = f"{h.dtype} {[*h.shape]}" if isinstance(h, Tensor) else type(h).__name__
+            raise _issue(f"{shown} {found}; {expected}")
+        encoder.feature_dim = h.shape[1]  # type: ignore[assignment] # a plain attribute
+        return encoder.train()
+
+
+def _issue(problem: str) -> ConfigError:
+    return ConfigError([ConfigIssue("encoder", problem)])

@@ -1,0 +1,46 @@
+"""torchvision's classifiers as encoders: without the last layer, batch norm made global."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from simclr_ray import config as cfg
+from simclr_ray.config.sections.model import TorchvisionConfig
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.nn.encoders import EncoderFamily, Norm, globalize
+
+
+class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
+    """Any of torchvision's that ends in a linear layer."""
+
+    def build(self, norm: Norm, size: int) -> nn.Module:
+        """Return the backbone.
+
+        Raises:
+            ConfigError: torchvision has no such model, or it has no final linear layer.
+        """
+        import torchvision  # seconds to import, in every worker; few runs need it
+
+        name = self.config.model
+        names = torchvision.models.list_models(module=torchvision.models)
+        if name not in names:
+            raise _issue(f"torchvision has no {name!r}{cfg.nearest(name, names)}")
+        options: dict[str, object] = {}
+        if self.config.has_fixed_size:
+            options["image_size"] = size
+        if name in ("googlenet", "inception_v3"):
+            options |= {"aux_logits": False, "init_weights": True}
+        backbone: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+        linears = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
+        if not linears or list(backbone.named_modules())[-1][0] != linears[-1][0]:
+            raise _issue(f"{name} does not end in a linear layer")
+        where, classifier = linears[-1]
+        parent, _, leaf = where.rpartition(".")
+        setattr(backbone.get_submodule(parent), leaf, nn.Identity())
+        globalize(backbone, norm)
+        backbone.feature_dim = classifier.in_features  # type: ignore[assignment] # plain attribute
+        return backbone
+
+
+def _issue(problem: str) -> ConfigError:
+    return ConfigError([ConfigIssue("encoder.model", problem)])
