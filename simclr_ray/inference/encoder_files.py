@@ -1,9 +1,10 @@
-"""The finished encoder outside of training: three files, the registry version, and back.
+"""The finished encoder outside of training: its files, the registry version, and back.
 
 `model.safetensors` holds the weights, `encoder.json` says what they are weights of, `encoder.pt2`
 is the same network as a `torch.export` program that needs no code of ours. None of them is a
-pickle. A registry version carries all three, with `pyfunc.py` and `augment/decode.py` as plain
-source, so it runs with mlflow, torch, pillow, numpy and pandas alone.
+pickle. Which files there are, `export_formats` says. A registry version carries them all, with
+`pyfunc.py` and `augment/decode.py` as plain source, so it runs with mlflow, torch, pillow, numpy
+and pandas alone.
 """
 
 from __future__ import annotations
@@ -13,31 +14,33 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from simclr_ray.errors import CheckpointError, SimclrRayError
+from simclr_ray.inference.export_formats import (
+    FORMATS,
+    SAFETENSORS,
+    TORCH_EXPORT,
+    ExportFormat,
+    read_program,
+    write_checked,
+)
 from simclr_ray.nn import build as networks
 from simclr_ray.storage.provenance import sha256, versions_of
 
 FORMAT_VERSION: Final = 1
-WEIGHTS: Final = "model.safetensors"
 CARD: Final = "encoder.json"
-PROGRAM: Final = "encoder.pt2"
+WEIGHTS: Final = SAFETENSORS.file
+PROGRAM: Final = TORCH_EXPORT.file
 ENCODER_FOLDER: Final = "encoder"
 REQUIREMENTS: Final = ("mlflow", "torch", "pillow", "numpy", "pandas")
-
-# Program and module do the same float32 arithmetic with kernels that may be fused differently:
-# a relative 1e-4 of the largest feature is far above rounding and far below any real fault.
-PROGRAM_TOLERANCE: Final = 1e-4
-CHECKED_BATCHES: Final = (1, 3)  # the exported batch size is 2: neither is what was traced
 
 
 class EncoderCard(NamedTuple):
@@ -61,9 +64,15 @@ class EncoderCard(NamedTuple):
 
 
 def write_encoder(
-    folder: Path, encoder: nn.Module, *, config: Mapping[str, Any], size: int, feature_dim: int
+    folder: Path,
+    encoder: nn.Module,
+    *,
+    config: Mapping[str, Any],
+    size: int,
+    feature_dim: int,
+    formats: Sequence[ExportFormat] = FORMATS,
 ) -> None:
-    """Write the three files of an encoder to `folder`, which appears whole or not at all.
+    """Write the files of an encoder to `folder`, which appears whole or not at all.
 
     Args:
         folder: created; files of an earlier export in it are replaced.
@@ -71,9 +80,10 @@ def write_encoder(
         config: tree of its config, such as `to_tree(experiment)["encoder"]`.
         size: side S of the views that it is for.
         feature_dim: F.
+        formats: of `export_formats`, or others; `SAFETENSORS` must be among them.
 
     Raises:
-        CheckpointError: the exported program does not compute what the module computes.
+        CheckpointError: a file does not compute what the module computes.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     frozen = (
@@ -82,9 +92,8 @@ def write_encoder(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        weights = {k: v.contiguous().clone() for k, v in frozen.state_dict().items()}
-        save_file(weights, new / WEIGHTS)
-        _write_program(new / PROGRAM, frozen, size, feature_dim)
+        for chosen in formats:
+            write_checked(chosen, new / chosen.file, frozen, size, feature_dim)
         card = EncoderCard(
             format=FORMAT_VERSION,
             encoder=dict(config),
@@ -121,10 +130,14 @@ def read_card(folder: Path) -> EncoderCard:
 def read_encoder(folder: Path) -> nn.Module:
     """Return the encoder in `folder` in eval mode, on CPU, rebuilt from config and safetensors.
 
+    One of imported code is its exported program instead, which runs no code of the user's.
+
     Raises:
         CheckpointError: a file is missing or altered, or the weights do not fit the config.
     """
     card = read_card(folder)
+    if card.encoder.get("name") == "import":  # its code is the user's, and need not be here
+        return read_program(folder / PROGRAM)
     path = folder / WEIGHTS
     if not path.is_file() or sha256(path) != card.weights_sha256:
         raise CheckpointError(f"{path} is not the file that {CARD} was written for")
@@ -134,31 +147,3 @@ def read_encoder(folder: Path) -> nn.Module:
     except (SimclrRayError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: weights and config do not fit: {error}") from error
     return encoder.eval().requires_grad_(requires_grad=False)
-
-
-def _write_program(path: Path, encoder: nn.Module, size: int, feature_dim: int) -> None:
-    """Export the module with a free batch size, and check the *stored* program against it."""
-    generator = torch.Generator().manual_seed(0)
-    example = torch.rand(2, 3, size, size, generator=generator)
-    batch = torch.export.Dim("batch", min=1)
-    with warnings.catch_warnings(), torch.no_grad():
-        # torch.export warns of its own deprecated internals, differently in each release.
-        warnings.simplefilter("ignore")
-        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: batch},))
-        program.example_inputs = None  # the only part of the file that would be a pickle
-        torch.export.save(program, path)
-        stored = torch.export.load(path).module()
-    for n in CHECKED_BATCHES:
-        images = torch.rand(n, 3, size, size, generator=generator)
-        with torch.inference_mode():
-            got, want = stored(images), encoder(images)
-        if want.shape != (n, feature_dim):
-            raise CheckpointError(
-                f"the encoder gives {tuple(want.shape)}, not ({n}, {feature_dim})"
-            )
-        worst = float((got - want).abs().max() / want.abs().max().clamp(min=1e-6))
-        if not worst <= PROGRAM_TOLERANCE:
-            raise CheckpointError(
-                f"the exported program differs from the module by {worst:.1e} of the largest "
-                f"feature on a batch of {n}"
-            )

@@ -26,16 +26,24 @@ from typer.testing import CliRunner
 from simclr_ray import config as cfg
 from simclr_ray.augment import decode
 from simclr_ray.cli.app import app
-from simclr_ray.config.experiment import ResNetConfig, TorchvisionConfig, TrackingConfig
+from simclr_ray.config.experiment import (
+    ImportedEncoderConfig,
+    ResNetConfig,
+    TorchvisionConfig,
+    TrackingConfig,
+)
+from simclr_ray.config.imports import PERMISSION
 from simclr_ray.errors import CheckpointError, TrackingError
 from simclr_ray.inference import embed, registry
 from simclr_ray.inference import encoder_files as export
+from simclr_ray.inference.export_formats import FORMATS
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.storage import provenance
 from simclr_ray.storage.provenance import code_commit
 from simclr_ray.tracking import store as mlflow_store
 from simclr_ray.tracking.runs import Tracker
 from simclr_ray.tracking.store import RegisteredEncoder
+from tests.outside.own_components import NUMPY, WRONG
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -189,6 +197,40 @@ def test_a_wrong_feature_width_is_refused_and_nothing_is_kept(tmp_path: Path) ->
             tmp_path / "e", trained_encoder(), config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=64
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_format_from_outside_is_written_and_checked_like_ours(tmp_path: Path) -> None:
+    encoder = trained_encoder()
+    tree, features = cfg.to_tree(CONFIG), feature_dim(encoder)
+    own = (*FORMATS, NUMPY)
+    export.write_encoder(
+        tmp_path / "own", encoder, config=tree, size=SIZE, feature_dim=features, formats=own
+    )
+    with np.load(tmp_path / "own" / NUMPY.file) as stored:
+        assert set(stored.files) == set(encoder.state_dict())
+    assert {f.file for f in own} < {p.name for p in (tmp_path / "own").iterdir()}
+    with pytest.raises(CheckpointError, match="the exported doubled differs from the module by"):
+        export.write_encoder(
+            tmp_path / "no", encoder, config=tree, size=SIZE, feature_dim=features, formats=[WRONG]
+        )
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_imported_encoder_is_read_back_without_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "tests.outside.own_components:small_net"
+    monkeypatch.setenv(PERMISSION, path)
+    config = ImportedEncoderConfig(path=path)
+    encoder = build_encoder(config, size=SIZE).eval()
+    export.write_encoder(
+        tmp_path / "own", encoder, config=cfg.to_tree(config), size=SIZE, feature_dim=8
+    )
+    monkeypatch.delenv(PERMISSION)
+    images = torch.rand(3, 3, SIZE, SIZE)
+    with torch.no_grad():
+        read = export.read_encoder(tmp_path / "own")(images)
+        assert torch.allclose(read, encoder(images), rtol=1e-4, atol=1e-6)
 
 
 def test_altered_weights_are_refused(tmp_path: Path, registered: Registered) -> None:

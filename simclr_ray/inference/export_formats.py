@@ -1,0 +1,119 @@
+"""The formats that an encoder is exported in: one table, an entry and two functions each.
+
+A format is written from the module in float32 and eval mode, and then read back and compared with
+it, so that a file that computes something else is never handed out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from simclr_ray.errors import CheckpointError
+
+# File and module do the same float32 arithmetic with kernels that may be fused differently:
+# a relative 1e-4 of the largest feature is far above rounding and far below any real fault.
+TOLERANCE: Final = 1e-4
+CHECKED_BATCHES: Final = (1, 3)  # the exported batch size is 2: neither is what was traced
+Network = Callable[[Tensor], Tensor]
+
+
+class ExportFormat(NamedTuple):
+    """One format.
+
+    Attributes:
+        name: What it is asked for by.
+        file: Its file in an encoder folder.
+        write: Writes the file: (path, encoder, example images float32 [2, 3, S, S] in [0, 1]).
+        check: Returns the network of the file, to be compared with the encoder, given as second
+            argument; None where the file holds no network, after a check of its own.
+    """
+
+    name: str
+    file: str
+    write: Callable[[Path, nn.Module, Tensor], None]
+    check: Callable[[Path, nn.Module], Network | None]
+
+
+def write_checked(
+    chosen: ExportFormat, path: Path, encoder: nn.Module, size: int, feature_dim: int
+) -> None:
+    """Write an encoder in a format, and check the *stored* file against it.
+
+    Raises:
+        CheckpointError: The file does not compute what the module computes, or that is no F.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        chosen.write(path, encoder, torch.rand(2, 3, size, size, generator=generator))
+        stored = chosen.check(path, encoder)
+    if stored is None:
+        return
+    for n in CHECKED_BATCHES:
+        images = torch.rand(n, 3, size, size, generator=generator)
+        with torch.inference_mode():
+            got, want = stored(images), encoder(images)
+        if want.shape != (n, feature_dim):
+            raise CheckpointError(
+                f"the encoder gives {tuple(want.shape)}, not ({n}, {feature_dim})"
+            )
+        worst = float((got - want).abs().max() / want.abs().max().clamp(min=1e-6))
+        if not worst <= TOLERANCE:
+            raise CheckpointError(
+                f"the exported {chosen.name} differs from the module by {worst:.1e} of the largest "
+                f"feature on a batch of {n}"
+            )
+
+
+def _write_weights(path: Path, encoder: nn.Module, example: Tensor) -> None:  # noqa: ARG001 - needs none
+    save_file({k: v.contiguous().clone() for k, v in encoder.state_dict().items()}, path)
+
+
+def _check_weights(path: Path, encoder: nn.Module) -> None:
+    stored, own = load_file(path), encoder.state_dict()
+    if stored.keys() != own.keys() or any(not torch.equal(stored[k], own[k]) for k in own):
+        raise CheckpointError(f"{path} does not hold the weights of the encoder")
+
+
+def _write_program(path: Path, encoder: nn.Module, example: Tensor) -> None:
+    """Export the module with a free batch size."""
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        # torch.export warns of its own deprecated internals, differently in each release.
+        warnings.simplefilter("ignore")
+        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: batch},))
+        program.example_inputs = None  # the only part of the file that would be a pickle
+        torch.export.save(program, path)
+
+
+def read_program(path: Path) -> nn.Module:
+    """Return the network of an exported program, which is in eval mode for good.
+
+    Raises:
+        CheckpointError: The file is missing or broken.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(path).module()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no exported program: {error}") from error
+
+
+def _check_program(path: Path, encoder: nn.Module) -> Network:  # noqa: ARG001 - compared by the caller
+    return read_program(path)
+
+
+SAFETENSORS: Final = ExportFormat(
+    "safetensors", "model.safetensors", _write_weights, _check_weights
+)
+TORCH_EXPORT: Final = ExportFormat(
+    "torch.export program", "encoder.pt2", _write_program, _check_program
+)
+FORMATS: Final[Sequence[ExportFormat]] = (SAFETENSORS, TORCH_EXPORT)

@@ -1,0 +1,1 @@
+"""Components that a user would write; `own_components` is imported as a file of its own."""
