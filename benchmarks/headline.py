@@ -36,9 +36,9 @@ from simclr_ray.augment import TwoViews, native
 from simclr_ray.augment.decode import decode_image
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
-from simclr_ray.evaluation.features import Split, extract_features
+from simclr_ray.evaluation.features import Features, Split, extract_features
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
-from simclr_ray.evaluation.scores import PIXELS, Features, Score, pixels_of, score_features
+from simclr_ray.evaluation.scores import PIXELS, Score, pixels_of, score_features
 from simclr_ray.nn import precision
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.optim import LARS
@@ -188,7 +188,7 @@ class Run:
             print(scores[-1], flush=True)
         bank, asked = (self._on_device(pixels_of(s.images), s.labels) for s in (train, test))
         scores.append(score_features(PIXELS, bank, asked, experiment))
-        return {"scores": [score._asdict() for score in scores]}
+        return {"scores": [score.as_tree() for score in scores]}
 
     def _earlier(self) -> dict[str, Any] | None:
         """Return an earlier command's state, if there is one, and stand where it stood."""

@@ -10,21 +10,19 @@ from torch import nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import (
-    ClassifierHeadConfig,
     Experiment,
     NoHeadConfig,
     NTXentConfig,
 )
+from simclr_ray.config.imports import permit_code
+from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import DataError
 from simclr_ray.evaluation.classification import Classification, classification
-from simclr_ray.evaluation.features import Split, extract_features, load_split
+from simclr_ray.evaluation.features import Features, Split, extract_features, load_split
 from simclr_ray.evaluation.probes import Probe, probe
 from simclr_ray.evaluation.scores import (
-    DEFAULT_PROTOCOLS,
     PIXELS,
-    PROTOCOLS,
-    Features,
     Pixels,
     Score,
     score_encoder,
@@ -49,8 +47,8 @@ def evaluate(
 
     Args:
         folder: A checkpoint.
-        protocols: Of `evaluation.table.PROTOCOLS`; without labelled splits all are left out, and
-            only the label-free columns are filled.
+        protocols: Names of `config.protocols`, or import paths; without labelled splits all are
+            left out, and only the label-free columns are filled.
         overrides: Of the experiment that the checkpoint holds, such as `data.test=DIR`.
 
     Raises:
@@ -66,11 +64,8 @@ def evaluate_experiment(
     experiment: Experiment, folder: Path, protocols: Sequence[str] = DEFAULT_PROTOCOLS
 ) -> list[Score]:
     """Return what `evaluate` does, by the splits and settings of `experiment`."""
-    wrong = [p for p in protocols if p not in PROTOCOLS]
-    if wrong:
-        allowed = ", ".join(PROTOCOLS)
-        problems = [f"allowed: {allowed}{cfg.nearest(p, PROTOCOLS)}" for p in wrong]
-        raise ConfigError([ConfigIssue(p, t) for p, t in zip(wrong, problems, strict=True)])
+    for name in protocols:
+        protocol_named(name).load()  # fails here for one that is unknown
     trained = load_model(folder)
     untrained = build_model(
         experiment.model_copy(update={"head": NoHeadConfig(), "loss": NTXentConfig()})
@@ -152,8 +147,8 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
     split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
     if not len(split.labels):
         raise DataError(f"{data.test} has no labels to test a classifier by")
-    head = experiment_of(folder).head
-    assert isinstance(head, ClassifierHeadConfig)
+    head = experiment_of(folder).classifier
+    assert head is not None
     if split.labels.max() >= head.num_classes:
         raise DataError(
             f"{data.test} has label {int(split.labels.max())}; the classifier knows 0 to "
@@ -208,7 +203,9 @@ def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
 def experiment_of(folder: Path, *overrides: str) -> Experiment:
     """Return the experiment that a checkpoint was trained by."""
     tree = checkpoint.read_record(folder)["experiment"]
-    return cfg.validate(Experiment, cfg.apply_overrides(tree, overrides, Experiment))
+    whole = cfg.apply_overrides(tree, overrides, Experiment)
+    permit_code(whole, tree, str(folder))
+    return cfg.validate(Experiment, whole)
 
 
 def _splits(experiment: Experiment) -> tuple[Split, Split | None]:

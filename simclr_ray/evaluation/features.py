@@ -47,6 +47,18 @@ class Split(NamedTuple):
         return Split(self.images[kept], self.labels[kept], self.ids[kept], self.bad)
 
 
+class Features(NamedTuple):
+    """A split as features."""
+
+    rows: Tensor  # float32 [M, F]
+    labels: Tensor  # int64 [M], -1 where there is none
+
+    def labelled(self) -> Features:
+        """Return the rows that have a label."""
+        kept = self.labels >= 0
+        return self if kept.all() else Features(self.rows[kept], self.labels[kept])
+
+
 def load_split(source: Source, size: int, limit: int = 0, max_pixels: int = 50_000_000) -> Split:
     """Return the evaluation views of a split, all in memory: 3·size² bytes a row.
 

@@ -6,64 +6,74 @@ splits have labels, and what needs no labels always. Shares lie in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import DataError, DivergedError
-from simclr_ray.evaluation.features import Split, extract_features
-from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
+from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, protocol_named
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError, DivergedError
+from simclr_ray.evaluation.features import Features, Split, extract_features
 from simclr_ray.evaluation.label_free import label_free
-from simclr_ray.evaluation.linear import fit_linear
-from simclr_ray.evaluation.logistic_regression import sweep_logistic_regression
 
-DEFAULT_PROTOCOLS: Final = ("knn", "linear")
-# Peers' kNN: solo-learn's is k=20, τ=0.07; `knn_k1` is the nearest neighbour, unweighted. `knn` is
-# by default that of InstDisc and lightly, k=200 and τ=0.1.
-PROTOCOLS: Final = (*DEFAULT_PROTOCOLS, "logistic_regression", "knn_k20", "knn_k1")
-SOLO_K, SOLO_TEMPERATURE = 20, 0.07
-COLUMNS: Final = (
-    "features", "kNN top-1", "linear top-1", "L-BFGS top-1", "kNN (k=20) top-1", "1-NN top-1",
-    "uniformity", "effective rank", "feature std",
-)  # fmt: skip
-NUM_ACCURACIES: Final = len(PROTOCOLS)  # columns after the first
+LABEL_FREE: Final = ("uniformity", "effective rank", "feature std")  # headings of their columns
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
 PIXELS: Final = "raw pixels"
 PIXEL_SIDE_PX: Final = 32  # raw pixels of larger views are averaged down: 3,072 features at most
 PIXEL_BLOCK_ROWS: Final = 4_096
 
 
-class Features(NamedTuple):
-    """A split as features."""
-
-    rows: Tensor  # float32 [M, F]
-    labels: Tensor  # int64 [M], -1 where there is none
-
-    def labelled(self) -> Features:
-        """Return the rows that have a label."""
-        kept = self.labels >= 0
-        return self if kept.all() else Features(self.rows[kept], self.labels[kept])
-
-
 SplitT = TypeVar("SplitT", Split, Features)
 
 
-class Score(NamedTuple):
-    """One row of the table; `None` where a protocol was not asked for or has no labels."""
+@dataclass(frozen=True)
+class Score:
+    """One row of the table.
+
+    Attributes:
+        name: What was scored.
+        uniformity: Of features, as of `label_free`; the two below likewise.
+        effective_rank: RankMe's.
+        feature_std: Of normalised features.
+        accuracies: Metric, such as `knn_top1` -> share in [0, 1], of each protocol that was asked
+            for; empty without labels.
+    """
 
     name: str
-    knn_top1: float | None
-    linear_top1: float | None
     uniformity: float
     effective_rank: float
     feature_std: float
-    logistic_regression_top1: float | None = None
-    knn_k20_top1: float | None = None
-    knn_k1_top1: float | None = None
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def knn_top1(self) -> float | None:
+        """Return the accuracy of protocol `knn`, if there is one."""
+        return self.accuracies.get("knn_top1")
+
+    @property
+    def linear_top1(self) -> float | None:
+        """Return the accuracy of protocol `linear`, if there is one."""
+        return self.accuracies.get("linear_top1")
+
+    def as_tree(self) -> dict[str, str | float | None]:
+        """Return name and numbers as `scores.json` has them; null for what was not asked for."""
+        known = dict.fromkeys(protocol.metric for protocol in PROTOCOLS)
+        free = (self.uniformity, self.effective_rank, self.feature_std)
+        names = (heading.replace(" ", "_") for heading in LABEL_FREE)
+        return {
+            "name": self.name,
+            **known,
+            **self.accuracies,
+            **dict(zip(names, free, strict=True)),
+        }
+
+    def numbers(self) -> dict[str, float]:
+        """Return the numbers that there are, by name."""
+        return {k: v for k, v in self.as_tree().items() if isinstance(v, float)}
 
 
 def score_encoder(
@@ -82,7 +92,7 @@ def score_encoder(
         bank: what kNN and the probe learn from; without `test`, what label-free metrics see.
         test: what is scored, label-free metrics included.
         experiment: settings of the protocols, the precision, and the probe's seed.
-        protocols: of `PROTOCOLS`.
+        protocols: names of `config.protocols`, or import paths.
 
     Raises:
         DataError: a protocol was asked for and a split has no labels.
@@ -167,44 +177,49 @@ def pixels_of(images: Tensor) -> Tensor:
     return pixels
 
 
-def cells(score: Score) -> list[str]:
-    """Return a row of the table as text, one cell for each of `COLUMNS`."""
-    accuracies = (
-        score.knn_top1,
-        score.linear_top1,
-        score.logistic_regression_top1,
-        score.knn_k20_top1,
-        score.knn_k1_top1,
-    )
-    shares = ["-" if a is None else f"{100 * a:.1f} %" for a in accuracies]
+def table(scores: Sequence[Score]) -> list[list[str]]:
+    """Return headings and rows as text: all columns, of protocols the usual and those asked for."""
+    asked = _asked(scores)
+    usual = [protocol_named(name).metric for name in DEFAULT_PROTOCOLS]
+    labels = {p.metric: p.label for p in PROTOCOLS}
+    metrics = [m for m in labels if m in usual or m in asked]
+    metrics += [m for m in asked if m not in labels]
+    headings = [labels.get(m, m.replace("_top1", " top-1")) for m in metrics]
     return [
-        score.name,
-        *shares,
-        f"{score.uniformity:.2f}",
-        f"{score.effective_rank:.1f}",
-        f"{score.feature_std:.4f}",
+        ["features", *headings, *LABEL_FREE],
+        *([score.name, *_shares(score, metrics), *_label_free(score)] for score in scores),
     ]
+
+
+def short_table(scores: Sequence[Score]) -> list[list[str]]:
+    """Return headings and rows for a terminal: accuracies where there are any, else the rest."""
+    rows, free = table(scores), len(LABEL_FREE)
+    if _asked(scores):
+        return [row[:-free] for row in rows]
+    return [[row[0], *row[-free:]] for row in rows]
 
 
 def format_table(scores: Sequence[Score]) -> str:
     """Return the table as aligned Markdown, which reads well in a terminal too."""
-    shown = shown_columns(scores)
-    rows = [[row[i] for i in shown] for row in (list(COLUMNS), *map(cells, scores))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(shown))]
+    rows = table(scores)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [_line(row, widths) for row in rows]
     rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     lines.insert(1, _line(rule, widths))
     return "\n".join(lines) + "\n"
 
 
-def shown_columns(scores: Sequence[Score]) -> list[int]:
-    """Return the places in `COLUMNS` that hold anything, those of the usual protocols always."""
-    rows = [cells(score) for score in scores]
-    return [
-        i
-        for i in range(len(COLUMNS))
-        if not len(DEFAULT_PROTOCOLS) < i <= NUM_ACCURACIES or any(row[i] != "-" for row in rows)
-    ]
+def _asked(scores: Sequence[Score]) -> list[str]:
+    return list(dict.fromkeys(metric for score in scores for metric in score.accuracies))
+
+
+def _shares(score: Score, metrics: Sequence[str]) -> list[str]:
+    found = [score.accuracies.get(metric) for metric in metrics]
+    return ["-" if value is None else f"{100 * value:.1f} %" for value in found]
+
+
+def _label_free(score: Score) -> list[str]:
+    return [f"{score.uniformity:.2f}", f"{score.effective_rank:.1f}", f"{score.feature_std:.4f}"]
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -220,38 +235,19 @@ def _evaluate(
     experiment: Experiment,
     protocols: Sequence[str],
 ) -> Score:
-    (known, labels), (asked, truth) = bank, test
-    num_classes = int(max(labels.max(), truth.max())) + 1
-    settings = experiment.evaluation
-
-    def nearest(k: int, temperature: float) -> float:
-        votes = knn_scores(known, labels, asked, k, temperature, num_classes)
-        return top_k_accuracy(votes, truth)
-
-    def linear() -> float:
-        probe = fit_linear(known, labels, num_classes, settings.linear, experiment.seed)
-        return top_k_accuracy(probe.logits(asked), truth)
-
-    def logistic_regression() -> float:
-        try:
-            chosen = sweep_logistic_regression(known, labels, num_classes, experiment.seed)
-        except ValueError as error:
-            raise DataError(f"logistic_regression: {error}") from error
-        return top_k_accuracy(chosen.probe.logits(asked), truth)
-
-    scorers: dict[str, Callable[[], float]] = {
-        "knn": lambda: nearest(settings.knn.k, settings.knn.temperature),
-        "linear": linear,
-        "logistic_regression": logistic_regression,
-        "knn_k20": lambda: nearest(SOLO_K, SOLO_TEMPERATURE),
-        "knn_k1": lambda: nearest(1, 1.0),
-    }
-    found: dict[str, Any] = {f"{protocol}_top1": scorers[protocol]() for protocol in protocols}
-    return _score(name, asked)._replace(**found)
+    num_classes = int(max(bank.labels.max(), test.labels.max())) + 1
+    accuracies = {}
+    for protocol in map(protocol_named, protocols):
+        found = protocol.load()(bank, test, num_classes, experiment)
+        if not isinstance(found, float) or not 0 <= found <= 1:
+            expected = "expected a float in [0, 1], the share of test rows named rightly"
+            raise ConfigError([ConfigIssue(protocol.run, f"returned {found!r}; {expected}")])
+        accuracies[protocol.metric] = found
+    return replace(_score(name, test.rows), accuracies=accuracies)
 
 
 def _score(name: str, features: Tensor) -> Score:
     if len(features) > LABEL_FREE_ROWS:
         places = torch.linspace(0, len(features) - 1, LABEL_FREE_ROWS).round().long()
         features = features[places]
-    return Score(name, None, None, *label_free(features))
+    return Score(name, *label_free(features))

@@ -12,6 +12,13 @@ from typing import Any, Literal, get_args
 
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field, Scalar
+from simclr_ray.config.protocols import (
+    DEFAULT_PROTOCOLS,
+    PROBE,
+    PROTOCOL_NAMES,
+    StudyProtocol,
+    protocol_named,
+)
 
 DIGITS = 4  # of numbers drawn from a range
 NO_PBT = (
@@ -38,10 +45,6 @@ PROBES = {  # our name -> that of `evaluation.probes`
 PROBE_METRICS = tuple(f"probe/{name}_{part}" for name in PROBES for part in ("h", "z"))
 VIEW_METRICS = ("views/global_to_local", "views/adjacent")  # of pairs of crops (`augment.pairs`)
 EITHER = "downstream_top1"  # linear evaluation of h, or the run's own classifier where it has one
-
-
-StudyProtocol = Literal["knn", "linear", "logistic_regression", "knn_k20", "knn_k1", "probe"]
-PROTOCOLS = tuple(name for name in get_args(StudyProtocol) if name != "probe")
 
 
 class Dimension(Config):
@@ -180,7 +183,8 @@ class Study(Config):
     extra_metrics: list[str] = Field([], description="Metrics that the table shows besides.")
     mode: Literal["max", "min"] = "max"
     protocols: list[StudyProtocol] = Field(
-        ["knn", "linear"], description="Protocols after training: final/... and probe/... metrics."
+        [*DEFAULT_PROTOCOLS],
+        description="Protocols after training: final/... and probe/... metrics.",
     )
     scheduler: Scheduler = Scheduler()
     search: Search = Search()
@@ -213,7 +217,7 @@ class Study(Config):
             if metric not in known:
                 protocol = metric.removeprefix("final/").removesuffix("_top1")
                 hint = cfg.nearest(metric, known)
-                if protocol in PROTOCOLS:
+                if protocol in PROTOCOL_NAMES:
                     hint = f" without {protocol!r} in protocols"
                 raise ValueError(
                     f"metric: nobody reports {metric!r}{hint}; reported are: {', '.join(known)}"
@@ -277,8 +281,9 @@ class Study(Config):
 
     def metrics(self) -> list[str]:
         """Return the metrics that trials of this study report."""
-        final = [f"final/{protocol}_top1" for protocol in PROTOCOLS if protocol in self.protocols]
-        probes = PROBE_METRICS if "probe" in self.protocols else ()
+        scored = [name for name in self.protocols if name != PROBE]
+        final = [f"final/{protocol_named(name).metric}" for name in scored]
+        probes = PROBE_METRICS if PROBE in self.protocols else ()
         either = (EITHER,) if self.protocols else ()
         return [*EPOCH_METRICS, *final, *probes, *CLASSIFIER_METRICS, *VIEW_METRICS, *either]
 

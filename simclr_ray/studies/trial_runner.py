@@ -16,9 +16,11 @@ from typing import NamedTuple
 import ray
 from ray.exceptions import RayTaskError
 
-from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment, NTXentConfig
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.protocols import PROBE
 from simclr_ray.errors import CollapseError, SimclrRayError, UnhealthyRunError
 from simclr_ray.evaluation.evaluate import evaluate_trained, probe_experiment, score_classifier
+from simclr_ray.nn.build import build_loss
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.provenance import code_commit
 from simclr_ray.storage.run_folder import METRICS, RunFolder
@@ -176,19 +178,18 @@ def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, 
 def _scores(study: Study, experiment: Experiment, checkpoint: Path) -> dict[str, float]:
     """Return what the study's protocols say of a checkpoint."""
     metrics: dict[str, float] = {}
-    protocols = [name for name in study.protocols if name != "probe"]
+    protocols = [name for name in study.protocols if name != PROBE]
     if protocols:
         score = evaluate_trained(experiment, checkpoint, protocols)
-        named = {k: v for k, v in score._asdict().items() if isinstance(v, float)}
-        metrics |= {f"final/{key}": value for key, value in named.items()}
-    if "probe" in study.protocols:
+        metrics |= {f"final/{key}": value for key, value in score.numbers().items()}
+    if PROBE in study.protocols:
         found = {p.target: p for p in probe_experiment(experiment, checkpoint)}
         for name, target in PROBES.items():
             metrics |= {f"probe/{name}_h": found[target].h, f"probe/{name}_z": found[target].z}
     shares = task_fractions_of(experiment)
     if shares is not None:
         metrics |= {f"views/{key}": value for key, value in shares._asdict().items()}
-    if isinstance(experiment.head, ClassifierHeadConfig):
+    if experiment.classifier:
         classified = score_classifier(checkpoint, experiment)._asdict()
         metrics |= {f"final/classifier/{key}": float(value) for key, value in classified.items()}
     either = metrics.get("final/classifier/top1", metrics.get("final/linear_top1"))
@@ -230,6 +231,8 @@ class RunWatch:
 
     def __init__(self, experiment: Experiment, tell: Tell) -> None:
         self.experiment, self.tell = experiment, tell
+        num_classes = experiment.classifier.num_classes if experiment.classifier else 0
+        self.level = build_loss(experiment).chance_level(experiment.batch_size, num_classes)
         self.collapsed_at = 0  # the epoch whose end is the last that counts; 0: all do
         self.training: dict[str, float] = {}
 
@@ -258,14 +261,11 @@ class RunWatch:
             )
 
     def _check_loss(self, record: Record) -> None:
-        loss = self.experiment.loss
-        if not isinstance(loss, NTXentConfig) or "train/mean_loss" not in record:
+        if self.level is None or "train/mean_loss" not in record:
             return
-        if loss.temperature > 1 or not loss.normalize:  # a healthy loss may lie there, too
+        if not self.level.only_collapsed:  # a healthy loss may lie there, too
             return
-        stuck = math.log(2 * self.experiment.batch_size - 1)
-        if loss.negatives == "other":
-            stuck = math.log(self.experiment.batch_size)
+        stuck = self.level.value
         since = self.experiment.schedule.warmup_epochs + STUCK_AFTER_EPOCHS
         if record["epoch"] > since and record["train/mean_loss"] > STUCK_FRACTION * stuck:
             self.collapsed_at = max(1, math.floor(record["epoch"]))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.classification import Classification
@@ -72,7 +72,7 @@ def _evaluated(run: Run, resolved: ResolvedExperiment) -> PretrainOutcome:
 def _test_classifier(run: Run, experiment: Experiment, checkpoint: Path) -> Classification | None:
     """Return and log how a supervised run's own classifier does, if there is a labelled test."""
     data = experiment.data
-    if not isinstance(experiment.head, ClassifierHeadConfig) or not data.test:
+    if experiment.classifier is None or not data.test:
         return None
     if not Source.open(data.test, data.columns).has_labels:
         return None
@@ -89,7 +89,7 @@ def publish(run: Run, resolved: ResolvedExperiment, scores: Sequence[Score]) -> 
     folder = RunFolder.at(run.folder)
     record = RunRecord.read(folder)
     tracked = TrackedRun.attach(record.tracking_uri, record.mlflow_run_id)
-    folder.write_text(SCORES, json.dumps([s._asdict() for s in scores], indent=1))
+    folder.write_text(SCORES, json.dumps([s.as_tree() for s in scores], indent=1))
     with tempfile.TemporaryDirectory() as scratch:
         views, curves = Path(scratch) / "views.png", Path(scratch) / "curves.png"
         draw_views(resolved.config, resolved.source, views)
@@ -107,8 +107,7 @@ def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
     return {
         f"final/{score.name.replace(' ', '_')}/{column}": value
         for score in scores
-        for column, value in score._asdict().items()
-        if isinstance(value, float)
+        for column, value in score.numbers().items()
     }
 
 

@@ -14,11 +14,20 @@ from simclr_ray.config.experiment import (
     KNNConfig,
     LinearConfig,
 )
-from simclr_ray.errors import DataError, RunError
+from simclr_ray.config.imports import PERMISSION
+from simclr_ray.config.protocols import PROTOCOLS, Protocol
+from simclr_ray.errors import ConfigError, DataError, RunError
 from simclr_ray.evaluation import scores as table
 from simclr_ray.evaluation.features import Split
 from simclr_ray.evaluation.label_free import label_free
-from simclr_ray.evaluation.scores import Score, format_table, pixels_of, score_encoder, score_pixels
+from simclr_ray.evaluation.scores import (
+    Score,
+    format_table,
+    pixels_of,
+    score_encoder,
+    score_pixels,
+    short_table,
+)
 
 EXPERIMENT = Experiment(
     name="table",
@@ -74,7 +83,8 @@ def test_without_a_test_split_or_a_protocol_only_the_rest_is_filled() -> None:
     alone = score_encoder("h", MeanColor(), bank, None, EXPERIMENT)
     assert (alone.knn_top1, alone.linear_top1) == (None, None)
     expected = label_free(bank.images.float().div(255).mean((2, 3)))
-    assert alone[3:6] == pytest.approx(tuple(expected), rel=1e-5)
+    found = (alone.uniformity, alone.effective_rank, alone.feature_std)
+    assert found == pytest.approx(tuple(expected), rel=1e-5)
     assert score_pixels(bank, None, EXPERIMENT).knn_top1 is None
     only = score_encoder("h", MeanColor(), bank, test, EXPERIMENT, ["knn"])
     assert only.knn_top1 is not None
@@ -110,8 +120,8 @@ def test_pixels_of_large_views_are_averaged_down_in_blocks(monkeypatch: pytest.M
 
 def test_the_table_reads_as_markdown_with_one_line_a_row() -> None:
     rows = [
-        Score("trained encoder", 0.8123, 0.9, -2.5, 40.25, 0.05),
-        Score("raw pixels", None, None, -1.0, 3.0, 0.1),
+        Score("trained encoder", -2.5, 40.25, 0.05, {"knn_top1": 0.8123, "linear_top1": 0.9}),
+        Score("raw pixels", -1.0, 3.0, 0.1),
     ]
     head, rule, *lines = format_table(rows).splitlines()
     assert head == (
@@ -139,3 +149,30 @@ def test_rows_without_a_label_are_not_encoded_where_labels_are_scored() -> None:
     bank.labels[10:] = -1
     score_encoder("h", Counting(), bank, test, EXPERIMENT)
     assert sum(seen) == 10 + 30
+
+
+def test_a_protocol_from_outside_has_a_column_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PERMISSION, "tests.outside.own_components:nearest_mean")
+    bank, test = split(9, 60), split(10, 30)
+    own = "tests.outside.own_components:nearest_mean"
+    score = score_encoder("h", MeanColor(), bank, test, EXPERIMENT, ["knn", own])
+    assert list(score.accuracies) == ["knn_top1", "nearest_mean_top1"]
+    assert score.accuracies["nearest_mean_top1"] > 0.8
+    assert score.numbers()["nearest_mean_top1"] == score.accuracies["nearest_mean_top1"]
+    head = [cell.strip() for cell in format_table([score]).splitlines()[0].split("|")]
+    assert head[1:5] == ["features", "kNN top-1", "linear top-1", "nearest_mean top-1"]
+    assert short_table([score])[0][3] == "nearest_mean top-1"
+    wrong = "tests.outside.own_components:percent"
+    with pytest.raises(ConfigError, match="would run code"):
+        score_encoder("h", MeanColor(), bank, test, EXPERIMENT, [wrong])
+    monkeypatch.setenv(PERMISSION, wrong)
+    with pytest.raises(ConfigError, match=r"returned 93\.0; expected a float in \[0, 1\]"):
+        score_encoder("h", MeanColor(), bank, test, EXPERIMENT, [wrong])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
+def test_every_protocol_of_the_table_scores(protocol: Protocol) -> None:
+    score = score_encoder("h", MeanColor(), split(1, 90), split(2, 45), EXPERIMENT, [protocol.name])
+    assert list(score.accuracies) == [protocol.metric]
+    assert score.accuracies[protocol.metric] > 0.8
+    assert protocol.label in short_table([score])[0]
