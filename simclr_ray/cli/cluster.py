@@ -17,14 +17,24 @@ from simclr_ray.errors import ClusterError
 def doctor(
     storage: Annotated[str, typer.Option(help="Folder or URI for runs.")] = "runs",
     workers: Annotated[int, typer.Option(help="Processes of the gradient self-check.")] = 2,
+    loss: Annotated[
+        str, typer.Option(metavar="PATH", help="Check only this loss of yours: module:attribute.")
+    ] = "",
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Options of the loss.")
+    ] = None,
 ) -> None:
-    """Check this machine and cluster, and say what to do about each finding."""
+    """Check this machine and cluster, and say what to do about each finding.
+
+    Example: simclr-ray doctor --loss own.losses:MyLoss temperature=0.2
+    """
     loading("torch")
-    from simclr_ray.cli.doctor import run_checks
+    from simclr_ray.cli.doctor import check_loss, run_checks
 
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     failed = False
-    for finding in run_checks(storage, num_workers=workers):
+    alone = [check_loss(loss, options or [], workers)] if loss else []
+    for finding in alone or run_checks(storage, num_workers=workers):
         failed |= finding.status == "fail"
         out.print(f"{marks[finding.status]}  {finding.check}: ", end="")
         out.print(finding.detail, markup=False, soft_wrap=True)

@@ -13,11 +13,12 @@ import os
 import platform
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from pyarrow import fs
 
+from simclr_ray import config as cfg
 from simclr_ray.cli.environment import (
     PACKAGE,
     Finding,
@@ -27,6 +28,7 @@ from simclr_ray.cli.environment import (
     check_versions,
 )
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
+from simclr_ray.config.imports import allow
 from simclr_ray.errors import DataError, TrackingError
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import versions_of
@@ -85,6 +87,32 @@ def run_checks(
     }
     for name, check in checks.items():
         yield from _guarded(name, check)
+
+
+def check_loss(path: str, overrides: Sequence[str], num_workers: int) -> Finding:
+    """Return whether an imported loss gives on several processes what it gives on one.
+
+    Args:
+        path: Import path, which this command permits.
+        overrides: `key=value` of the loss's options.
+        num_workers: Processes, at most `MOST`.
+
+    Raises:
+        ConfigError: The path cannot be imported, or gives no loss.
+    """
+    from simclr_ray.train.loss_parity import BOUND, loss_parity
+
+    allow(path)
+    processes = max(2, min(num_workers, MOST))
+    found = loss_parity(path, cfg.apply_overrides({}, overrides), processes)
+    told = (
+        f"{path} on {processes} processes and on one, in float64: value differs by "
+        f"{found.value:.1e}, gradient by {found.gradient:.1e} (bound {BOUND:g})"
+    )
+    if found.holds:
+        return Finding("loss", "ok", told)
+    advice = "gather z of all ranks, and scale by the contract at the head of simclr_ray.nn.losses"
+    return Finding("loss", "fail", told, advice)
 
 
 def check_storage(storage: str) -> Finding:

@@ -9,8 +9,6 @@ import typer
 
 from simclr_ray.cli.arguments import TrackingUri
 from simclr_ray.cli.console import loading, out, say
-from simclr_ray.config import nearest
-from simclr_ray.errors import ConfigError, ConfigIssue
 
 Model = Annotated[
     str,
@@ -59,9 +57,9 @@ def embed(
 def export(
     model: Model,
     to: Annotated[Path, typer.Argument(metavar="OUT", help="Folder, made if absent.")],
-    form: Annotated[
-        str, typer.Option("--format", help="`encoder`: weights, card and torch.export program.")
-    ] = "encoder",
+    formats: Annotated[
+        str, typer.Option("--format", help="Comma-separated: safetensors, torch-export.")
+    ] = "safetensors,torch-export",
     tracking_uri: TrackingUri = "",
 ) -> None:
     """Write a trained encoder as files that other programs read.
@@ -69,10 +67,7 @@ def export(
     Example: simclr-ray export runs/cifar10_cpu-1a2b3c4d encoder
     """
     loading("torch")
-    from simclr_ray.inference.export import FORMATS, export_encoder
+    from simclr_ray.inference.export import export_encoder
 
-    if form not in FORMATS:
-        told = f"got {form!r}; allowed: {', '.join(FORMATS)}{nearest(form, FORMATS)}"
-        raise ConfigError([ConfigIssue("--format", told)])
-    names = export_encoder(model, to, tracking_uri=tracking_uri)
+    names = export_encoder(model, to, formats.split(","), tracking_uri=tracking_uri)
     out.print(f"wrote {', '.join(names)} into {to}", markup=False, soft_wrap=True)

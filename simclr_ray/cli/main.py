@@ -11,7 +11,21 @@ from simclr_ray.cli.app import app
 from simclr_ray.cli.console import ConsoleHandler, say
 from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen
 from simclr_ray.config import logging as logs
+from simclr_ray.config.imports import EVERYTHING, allow
 from simclr_ray.errors import ConfigError, SimclrRayError
+
+ALLOW_CODE = "--allow-code"
+app.info.epilog = (
+    f"{ALLOW_CODE}, anywhere on the line: permit the code that a file imports by `name: import`; "
+    "what the line itself names is permitted by that."
+)
+
+
+def permitted(arguments: list[str]) -> list[str]:
+    """Return the arguments without `--allow-code`, which holds for the whole process."""
+    if ALLOW_CODE in arguments:
+        allow(EVERYTHING)
+    return [argument for argument in arguments if argument != ALLOW_CODE]
 
 
 def main() -> None:
@@ -20,7 +34,7 @@ def main() -> None:
     listen()
     code = 0
     try:
-        app()
+        app(permitted(sys.argv[1:]))
     except ConfigError as error:
         for issue in error.issues:
             say(f"error: {issue}")

@@ -8,6 +8,8 @@ import typer
 
 from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
+from simclr_ray.config.imports import IMPORT_PATH, allow
+from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOL_NAMES
 from simclr_ray.config.wording import counted
 
 LAST_METRICS = ("train/mean_loss", "train/contrastive_top1", "train/classifier_top1")
@@ -17,8 +19,11 @@ def evaluate(
     run: RunOrCheckpoint,
     overrides: Overrides = None,
     protocols: Annotated[
-        str, typer.Option(help="Comma-separated: knn, linear, logistic_regression, knn_k20, ...")
-    ] = "knn,linear",
+        str,
+        typer.Option(
+            help=f"Comma-separated: {', '.join(PROTOCOL_NAMES)}, or module:function of yours."
+        ),
+    ] = ",".join(DEFAULT_PROTOCOLS),
 ) -> None:
     """Score a run's encoder beside the untrained encoder and raw pixels.
 
@@ -29,8 +34,10 @@ def evaluate(
     from simclr_ray.evaluation.evaluate import evaluate
     from simclr_ray.nn.pretrained import open_checkpoint
 
+    names = protocols.split(",")
+    allow(*(name for name in names if IMPORT_PATH.fullmatch(name)))
     with open_checkpoint(run, "RUN") as (_, folder):
-        show_scores(evaluate(folder, protocols.split(","), *(overrides or [])))
+        show_scores(evaluate(folder, names, *(overrides or [])))
 
 
 def probe(run: RunOrCheckpoint, overrides: Overrides = None) -> None:

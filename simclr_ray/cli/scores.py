@@ -22,16 +22,10 @@ REASONS_SHOWN = 5
 
 def show_scores(scores: Sequence[Score]) -> None:
     """Print the score table: accuracies where there are any, else what needs no labels."""
-    from simclr_ray.evaluation.scores import COLUMNS, NUM_ACCURACIES, cells, shown_columns
+    from simclr_ray.evaluation.scores import short_table
 
-    shown = shown_columns(scores)
-    rows = [cells(score) for score in scores]
-    accuracies = [i for i in shown if 0 < i <= NUM_ACCURACIES]
-    if any(row[i] != "-" for row in rows for i in accuracies):
-        shown = [0, *accuracies]
-    else:
-        shown = [i for i in shown if i not in accuracies]
-    show_table("scores", [COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    headings, *rows = short_table(scores)
+    show_table("scores", headings, rows)
 
 
 def show_classifier(title: str, scores: Classification) -> None:

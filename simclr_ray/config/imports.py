@@ -27,7 +27,7 @@ from simclr_ray.config.validation import nearest
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 PERMISSION: Final = (
-    "SIMCLR_RAY_ALLOW_CODE"  # import paths, comma-separated, or `*`; to workers, too
+    "SIMCLR_RAY_ALLOW_CODE"  # import paths, comma-separated, or `*`; workers get it as well
 )
 EVERYTHING: Final = "*"
 IMPORT_PATH: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -144,7 +144,7 @@ def _sha256_of(source: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def is_installed(path: str) -> bool:
-    """Return whether an import path's package is installed: other nodes have theirs, too."""
+    """Return whether an import path's package is installed, as it is on other nodes."""
     folders = {*site.getsitepackages(), site.getusersitepackages()}
     folders |= {sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")}
     return any(source_of(path).is_relative_to(Path(f).resolve()) for f in folders)

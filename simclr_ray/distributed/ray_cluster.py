@@ -7,13 +7,15 @@ import math
 import os
 import socket
 import time
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import ray
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ClusterError
 
@@ -39,21 +41,32 @@ class Node(NamedTuple):
     gpus: float
 
 
-def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
+def connect(
+    experiment: Experiment | None = None, *, copies: int = 1, others: Sequence[Experiment] = ()
+) -> None:
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
 
     A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
+    Code that `experiment` and `others` import is shipped to all workers, by the job's runtime
+    environment.
+
+    Raises:
+        ClusterError: No cluster answers or starts; or this process had connected before, without
+            the code that they import.
     """
     # Ray Data sets its own level when it is imported: by this variable, if it is there
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    whose = [experiment, *others]
     if ray.is_initialized():
+        _check_code(whose)
         return
+    code = runtime_env(whose) or None
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if os.environ.get("RAY_ADDRESS") in _started_here:  # of a cluster that is down again
         del os.environ["RAY_ADDRESS"]
     if "RAY_ADDRESS" in os.environ:
-        _join(os.environ["RAY_ADDRESS"])
+        _join(os.environ["RAY_ADDRESS"], code)
         return
     _check_machine(experiment)
     # one machine is not preempted, and the watcher costs a process
@@ -70,6 +83,7 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
             object_store_memory=2**30,
+            runtime_env=code,
             include_dashboard=False,  # five processes; MLflow and the terminal show the run
             # several runs start their processes side by side; else Ray warns of their number
             _system_config=QUIET
@@ -87,12 +101,12 @@ def connect(experiment: Experiment | None = None, *, copies: int = 1) -> None:
     log.info("Ray is up after %.0f s", time.monotonic() - began)
 
 
-def _join(address: str) -> None:
-    """Connect to a cluster that is up. Raises `ClusterError` where none answers."""
+def _join(address: str, code: dict[str, Any] | None) -> None:
+    """Connect to a cluster that is up, shipping code. Raises `ClusterError` where none answers."""
     log.info("connecting to the Ray cluster at %s", address)
     try:
         knock(address)
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env=code)
     except OSError as error:  # ConnectionError, which Ray raises, is one
         raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
     alive = [node for node in nodes() if node.is_alive]
@@ -118,6 +132,22 @@ def nodes() -> list[Node]:
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call]
     ]
+
+
+def _check_code(whose: list[Experiment | None]) -> None:
+    """Raise `ClusterError` if this process's job was begun without code that these import."""
+    wanted = {node.path for _, node in imports_in(whose)}
+    if not wanted:
+        return
+    job = ray.get_runtime_context().runtime_env
+    permitted = set(job.get("env_vars", {}).get(PERMISSION, "").split(","))
+    missing = {path for path in wanted if not {path, EVERYTHING} & permitted}
+    if missing:
+        raise ClusterError(
+            f"Ray was started before the config that imports {', '.join(sorted(missing))} was "
+            "read, so its workers lack that code; start Ray by this run, or by ray.init("
+            "runtime_env=simclr_ray.config.imports.runtime_env(experiment))"
+        )
 
 
 def _check_machine(experiment: Experiment | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,13 @@ class Score:
     def linear_top1(self) -> float | None:
         """Return the accuracy of protocol `linear`, if there is one."""
         return self.accuracies.get("linear_top1")
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Score:
+        """Return the row that `as_tree` gave."""
+        own = {name: tree[name] for name in ("name", "uniformity", "effective_rank", "feature_std")}
+        rest = {k: float(v) for k, v in tree.items() if k not in own and v is not None}
+        return cls(**own, accuracies=rest)
 
     def as_tree(self) -> dict[str, str | float | None]:
         """Return name and numbers as `scores.json` has them; null for what was not asked for."""

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
-from simclr_ray.inference.encoder_files import CARD, PROGRAM, WEIGHTS, write_encoder
+from simclr_ray.inference.encoder_files import CARD, write_encoder
+from simclr_ray.inference.export_formats import FORMATS, formats_named
 from simclr_ray.inference.registry import fetch_model
 from simclr_ray.nn.build import encoder_from_tree, feature_dim
 from simclr_ray.nn.pretrained import open_checkpoint
 from simclr_ray.storage import checkpoint
 from simclr_ray.tracking.store import store_uri
 
-FORMATS: Final = ("encoder",)  # the three files of `encoder_files`
+FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
 
 
-def export_encoder(where: str, out: Path, *, tracking_uri: str = "") -> list[str]:
+def export_encoder(
+    where: str, out: Path, formats: Sequence[str] = FORMAT_NAMES, *, tracking_uri: str = ""
+) -> list[str]:
     """Write the encoder at `where` into `out`, and return the names of its files.
 
     Args:
         where: A run folder or its URI, a checkpoint, an encoder's files, or `models:/name@alias`.
         out: A folder, made if absent; files of an earlier export are replaced.
+        formats: Names of `export_formats.FORMATS`; weights are written in any case.
         tracking_uri: Store of a registered model, as in `load_encoder`.
 
     Raises:
-        ConfigError: `out` holds something else, or `where` is no run with a whole checkpoint.
+        ConfigError: A format is unknown, `out` holds something else, or `where` is no run with a
+            whole checkpoint.
         CheckpointError: The checkpoint is not whole.
         TrackingError: There is no such model, or the store cannot be reached.
     """
-    ours = (WEIGHTS, CARD, PROGRAM)
+    wanted = [CARD, *(chosen.file for chosen in formats_named(formats))]
+    ours = (CARD, *(chosen.file for chosen in FORMATS))
     if out.is_file():
         raise ConfigError([ConfigIssue(str(out), "is a file; the encoder's files need a folder")])
     others = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else []
@@ -42,13 +49,18 @@ def export_encoder(where: str, out: Path, *, tracking_uri: str = "") -> list[str
         if where.startswith("models:"):
             uri = store_uri(tracking_uri)
             found = fetch_model(where, Path(scratch), uri=uri, part="artifacts/encoder")
-            shutil.copytree(found, out, dirs_exist_ok=True)
         elif (Path(where) / CARD).is_file():
-            shutil.copytree(where, out, dirs_exist_ok=True)
+            found = Path(where)
         else:
+            found = Path(scratch) / "encoder"
             with open_checkpoint(where, "RUN") as (_, folder):
-                write_encoder_of(folder, out)
-    return [name for name in ours if (out / name).is_file()]
+                write_encoder_of(folder, found)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ours:
+            (out / name).unlink(missing_ok=True)
+        for name in wanted:
+            shutil.copy(found / name, out / name)
+    return wanted
 
 
 def write_encoder_of(folder: Path, out: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simclr_ray.errors import CheckpointError
+from simclr_ray.config import nearest
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 
 # File and module do the same float32 arithmetic with kernels that may be fused differently:
 # a relative 1e-4 of the largest feature is far above rounding and far below any real fault.
@@ -113,7 +114,22 @@ def _check_program(path: Path, encoder: nn.Module) -> Network:  # noqa: ARG001 -
 SAFETENSORS: Final = ExportFormat(
     "safetensors", "model.safetensors", _write_weights, _check_weights
 )
-TORCH_EXPORT: Final = ExportFormat(
-    "torch.export program", "encoder.pt2", _write_program, _check_program
-)
+TORCH_EXPORT: Final = ExportFormat("torch-export", "encoder.pt2", _write_program, _check_program)
 FORMATS: Final[Sequence[ExportFormat]] = (SAFETENSORS, TORCH_EXPORT)
+
+
+def formats_named(names: Sequence[str]) -> list[ExportFormat]:
+    """Return formats by their names, `SAFETENSORS` first: an encoder is read back from its weights.
+
+    Raises:
+        ConfigError: There is no format of a name.
+    """
+    known = {chosen.name: chosen for chosen in FORMATS}
+    wrong = [
+        ConfigIssue("--format", f"got {name!r}; allowed: {', '.join(known)}{nearest(name, known)}")
+        for name in names
+        if name not in known
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    return list(dict.fromkeys([SAFETENSORS, *(known[name] for name in names)]))

@@ -156,7 +156,11 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
         ClusterError: No cluster answers, or it cannot hold one trial.
     """
     largest = _largest(trials)
-    connect(largest, copies=study.concurrency or _per_machine(largest))
+    connect(
+        largest,
+        copies=study.concurrency or _per_machine(largest),
+        others=[trial.experiment for trial in trials],
+    )
     for trial in trials:
         check_cluster(trial.experiment)
     return concurrency_of(study, trials)

@@ -20,16 +20,18 @@ import ray.train.torch
 from simclr_ray import config as cfg
 from simclr_ray.augment import native
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import imports_in
 from simclr_ray.config.wording import counted
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, driver_queue
-from simclr_ray.errors import RunError
+from simclr_ray.errors import ConfigError, ConfigIssue, RunError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import check_alias, store_uri, without_password
+from simclr_ray.train.imports import export_problem
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run, last_metrics
 from simclr_ray.train.resolve import ResolvedExperiment, resolve, split_like_test
@@ -137,6 +139,17 @@ def _check_late_needs(experiment: Experiment) -> None:
     if experiment.registry.name:
         check_alias(experiment.registry.alias)
     store_uri(experiment.tracking.uri, experiment.storage)
+    _check_registrable(experiment)
+
+
+def _check_registrable(experiment: Experiment) -> None:
+    """Raise `ConfigError` for an imported encoder that is to be registered and cannot be."""
+    if not (experiment.registry.name and any(w == "encoder" for w, _ in imports_in(experiment))):
+        return
+    problem = export_problem(experiment)
+    if problem:
+        told = f"torch.export fails, so the encoder cannot be registered: {problem}"
+        raise ConfigError([ConfigIssue("registry.name", told)])
 
 
 def _params(experiment: Experiment) -> dict[str, cfg.Scalar]:

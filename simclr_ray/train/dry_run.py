@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from simclr_ray.config.experiment import (
-    ClassifierHeadConfig,
-    CrossEntropyConfig,
-    DCLConfig,
-    DistillationConfig,
-    Experiment,
-    NTXentConfig,
-    SupConConfig,
-)
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import imports_in
 from simclr_ray.config.wording import counted
 from simclr_ray.data.batches import build_plan
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
+from simclr_ray.optim import state_per_parameter
+from simclr_ray.train.imports import export_problem
 from simclr_ray.train.resolve import ResolvedExperiment
 
 MIB = 2**20
@@ -70,6 +64,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         f"activations {memory.activations / MIB:,.0f}, weights {memory.weights / MIB:,.0f}, "
         f"loss {memory.loss / MIB:,.0f}",
     }
+    rows |= _of_imports(experiment)
     if experiment.num_groups > 1:
         rows["gradient caching"] = (
             f"{experiment.num_groups} groups of {experiment.batch_norm.group_size:,} images "
@@ -87,7 +82,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
 
 def num_parameters(experiment: Experiment) -> int:
     """Return the parameters of encoder and head together."""
-    with torch.device("meta"):
+    with _counting_device(experiment):
         return sum(p.numel() for p in build_model(experiment).parameters())
 
 
@@ -97,7 +92,7 @@ def step_memory(experiment: Experiment) -> StepMemory:
     Activations are the distinct tensors that autograd saves, which is what a step holds at its
     peak, allocator slack aside.
     """
-    with torch.device("meta"):
+    with _counting_device(experiment):
         model = build_model(experiment).to(DTYPES[experiment.precision])
         views = _views(experiment)
         images = torch.rand(views * SAMPLE, 3, experiment.augment.size, experiment.augment.size)
@@ -119,9 +114,8 @@ def step_memory(experiment: Experiment) -> StepMemory:
     n = -(-largest // experiment.num_groups)
     halved = 2 if experiment.precision == "bf16" else 1
     element = 8 if experiment.precision == "float64" else 4
-    weights = (
-        num_parameters(experiment) * element * (4 if experiment.optimizer.name == "adamw" else 3)
-    )
+    state = state_per_parameter(experiment.optimizer)
+    weights = num_parameters(experiment) * element * (2 + state)  # itself and its gradient
     gathered = 2 * experiment.batch_size * z.shape[1] * element
     tile = min(TILE, 2 * experiment.batch_size) ** 2 * element
     return StepMemory(
@@ -131,29 +125,41 @@ def step_memory(experiment: Experiment) -> StepMemory:
     )
 
 
+def _counting_device(experiment: Experiment) -> torch.device:
+    """Return where shapes are counted: without memory, but for imported code, which may refuse."""
+    return torch.device("cpu" if any(imports_in(experiment.encoder)) else "meta")
+
+
 def _views(experiment: Experiment) -> int:
     """Return the views of an image that pass the model in a step."""
     return 1 if build_loss(experiment).one_view else 2
 
 
-def _of_the_loss(experiment: Experiment) -> dict[str, str]:
-    """Return the negatives of an anchor, and what the loss is where nothing is learned."""
-    loss, others = experiment.loss, experiment.batch_size - 1
-    if isinstance(loss, CrossEntropyConfig | DistillationConfig):
-        assert isinstance(experiment.head, ClassifierHeadConfig)
-        classes = experiment.head.num_classes
-        return {"classes": f"{classes:,}", "loss without learning": _log(classes, "ln(K)")}
-    one_view = getattr(loss, "negatives", "both") == "other"
-    rows = {"negatives": f"{others if one_view else 2 * others:,} per anchor"}
-    match loss:
-        case NTXentConfig() if one_view:
-            rows["loss without learning"] = _log(others + 1, "ln(N)")
-        case NTXentConfig() | SupConConfig():
-            rows["loss without learning"] = _log(2 * others + 1, "ln(2N-1)")
-        case DCLConfig():
-            rows["loss without learning"] = _log(2 * others, "ln(2N-2)")
+def _of_imports(experiment: Experiment) -> dict[str, str]:
+    """Return which code is imported, and whether an encoder of it can be registered."""
+    nodes = list(imports_in(experiment))
+    rows = {f"imported {where}": f"{node.path}, sha256 {node.sha256[:12]}" for where, node in nodes}
+    if any(where == "encoder" for where, _ in nodes):
+        problem = export_problem(experiment)
+        rows["registration"] = (
+            f"the encoder cannot be registered: torch.export fails: {problem}"
+            if problem
+            else "torch.export takes the encoder, so it can be registered"
+        )
     return rows
 
 
-def _log(number: int, name: str) -> str:
-    return f"{math.log(number):.4f} = {name}"
+def _of_the_loss(experiment: Experiment) -> dict[str, str]:
+    """Return the negatives of an anchor, and what the loss is where nothing is learned."""
+    loss, size = build_loss(experiment), experiment.batch_size
+    rows, dim = {}, 0
+    if experiment.classifier:
+        dim = experiment.classifier.num_classes
+        rows["classes"] = f"{dim:,}"
+    negatives = loss.num_negatives(size)
+    if negatives:
+        rows["negatives"] = f"{negatives:,} per anchor"
+    level = loss.chance_level(size, dim)
+    if level is not None:
+        rows["loss without learning"] = f"{level.value:.4f} = {level.formula}"
+    return rows

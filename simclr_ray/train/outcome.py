@@ -106,7 +106,7 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
     registered, classifier = stored["registered"], stored["classifier"]
     return PretrainOutcome(
         Run(folder.name, folder.uri, names[0], record.mlflow_run_id, last_metrics(folder)),
-        [Score(**row) for row in scores],
+        [Score.from_tree(row) for row in scores],
         RegisteredEncoder(**registered) if registered else None,
         Classification(**classifier) if classifier else None,
         is_stored=True,

@@ -9,12 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import (
-    ClassifierHeadConfig,
-    DataConfig,
-    DistillationConfig,
-    Experiment,
-)
+from simclr_ray.config.experiment import DataConfig, Experiment
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -22,6 +17,7 @@ from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, open_checkpoint
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train.imports import resolve_imports
 
 
 @dataclass(frozen=True)
@@ -76,11 +72,13 @@ def resolve(experiment: Experiment | ResolvedExperiment) -> ResolvedExperiment:
     """Return the experiment with nothing left open; one that is resolved comes back as it is.
 
     Raises:
-        ConfigError: First weights or a teacher are not there or do not fit.
+        ConfigError: First weights or a teacher are not there or do not fit, or imported code breaks
+            its contract.
         DataError: The images cannot be read, fill no batch, or lack labels that the loss takes.
     """
     if isinstance(experiment, ResolvedExperiment):
         return experiment
+    experiment = resolve_imports(experiment)
     data = experiment.data
     source = Source.open(data.train, data.columns, data.limit)
     config = resolve_classes(resolve_teacher(resolve_init(experiment)), source)
@@ -114,8 +112,8 @@ def resolve_classes(experiment: Experiment, source: Source) -> Experiment:
             f"loss.name={experiment.loss.name} needs labels, and {source.uri} has no integer "
             f"column {source.columns.label!r} (data.columns.label)"
         )
-    head = experiment.head
-    if not isinstance(head, ClassifierHeadConfig):
+    head = experiment.classifier
+    if head is None:
         return experiment
     labels = source.labels()
     if (labels == NO_LABEL).any() or labels.min() < 0:
@@ -167,16 +165,16 @@ def resolve_teacher(experiment: Experiment) -> Experiment:
     Raises:
         ConfigError: The teacher is no classifier, or knows other classes.
     """
-    loss = experiment.loss
-    if not isinstance(loss, DistillationConfig):
+    loss = experiment.distillation
+    if loss is None:
         return experiment
     with open_checkpoint(loss.teacher, TEACHER) as (where, folder):
         record = checkpoint.read_record(folder)
-    head = cfg.validate(Experiment, record["experiment"]).head
-    if not isinstance(head, ClassifierHeadConfig):
+    head = cfg.validate(Experiment, record["experiment"]).classifier
+    if head is None:
         raise ConfigError([ConfigIssue(TEACHER, f"{loss.teacher} {NO_CLASSIFIER}")])
-    own = experiment.head
-    assert isinstance(own, ClassifierHeadConfig)
+    own = experiment.classifier
+    assert own is not None
     if own.num_classes not in (0, head.num_classes):
         told = f"knows {head.num_classes} classes, head.num_classes={own.num_classes}"
         raise ConfigError([ConfigIssue(TEACHER, told)])
@@ -200,12 +198,12 @@ def _check_fits(experiment: Experiment, other: Mapping[str, object]) -> None:
     )
     if apart:
         raise _issue(f"is of another encoder: {'; '.join(apart)}")
-    head, brought = experiment.head, other["head"]
+    head, brought = experiment.classifier, other["head"]
     assert isinstance(brought, dict)
     hidden = int(brought.get("layers", 0))
     if brought["name"] != "classifier":  # an mlp counts its last layer, too
         hidden = max(0, hidden - 1)
-    if isinstance(head, ClassifierHeadConfig) and head.layers > hidden:
+    if head is not None and head.layers > hidden:
         raise _issue(
             f"head.layers={head.layers} hidden layers are to come from a head that has {hidden}"
         )
