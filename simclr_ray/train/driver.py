@@ -89,6 +89,7 @@ def pretrain(
         (4, True)
         >>> encoder = sr.load_encoder(run.checkpoint)  # [n, 3, H, W] in [0, 1] -> [n, 128]
     """
+    native.check_setting()  # read by the actors that make views, on other nodes and minutes later
     resolved = resolve(experiment)
     config, folder = resolved.config, resolved.folder
     _check_late_needs(config)
@@ -129,7 +130,6 @@ def _newest(folder: RunFolder) -> str:
 
 def _check_late_needs(experiment: Experiment) -> None:
     """Fail now for what would otherwise fail, or mislead, after hours of training."""
-    native.check_setting()
     data = experiment.data
     same = split_like_test(data)
     if same:

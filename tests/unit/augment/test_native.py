@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 from simclr_ray.augment import native, native_build
 from simclr_ray.augment.color import JitterParams
 from simclr_ray.augment.views import ORDERS, AugmentParams, TwoViews
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
+from simclr_ray.train.driver import pretrain
 
 Pixels = NDArray[np.uint8]
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler here")
@@ -188,9 +191,14 @@ def test_an_unknown_setting_is_one_line_of_error(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SIMCLR_RAY_NATIVE", value)
-    with pytest.raises(ConfigError) as caught:
-        TwoViews(8)
-    assert str(caught.value) == f"SIMCLR_RAY_NATIVE: '{value}' is none of off, package, build"
+    starts: list[Callable[[], object]] = [
+        lambda: TwoViews(8),
+        lambda: pretrain(Experiment.load("shapes_demo")),  # before it looks for data
+    ]
+    for start in starts:
+        with pytest.raises(ConfigError) as caught:
+            start()
+        assert str(caught.value) == f"SIMCLR_RAY_NATIVE: '{value}' is none of off, package, build"
 
 
 def probe(cache: Path, **environment: str) -> tuple[str, str]:
