@@ -97,7 +97,7 @@ class DCLConfig(_LossConfig):
     name: Literal["dcl"] = "dcl"
     temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
     normalize: bool = Field(default=True, description="l2-normalise z.")
-    sigma: float = Field(0.0, ge=0, description="σ of DCLW's weights (there 0.5); 0: DCLConfig.")
+    sigma: float = Field(0.0, ge=0, description="σ of DCLW's weights (there 0.5); 0: DCL.")
 
 
 class SupConConfig(_LossConfig):
