@@ -1,6 +1,6 @@
 """NT-Xent forward and backward against the forms that others use: time, memory, error.
 
-    python -m benchmarks.loss [--batches 1024,4096,8192] [--threads 2] [--rounds 5]
+    python -m benchmarks.loss [--batches 1024,4096,8192] [--threads 2] [--rounds 5] [--largest N]
 
 Times are medians of rounds in which every form takes its turn, in one process. Memory is the
 high-water mark above the inputs, each form in a process of its own whose freed blocks go back at
@@ -120,6 +120,9 @@ def main() -> None:
     parser.add_argument("--batches", default="256,1024,4096,8192")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--largest", type=int, default=65536, help="N of one more, its memory alone"
+    )
     parser.add_argument("--peak", nargs=2, metavar=("FORM", "N"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -135,7 +138,8 @@ def main() -> None:
             row |= _errors(forms()[name], n) if n <= 1024 else {}
             rows.append(row)
             print(json.dumps(row), flush=True)
-    rows.append({"form": "simclr_ray", "n": 65536, "peak_mib": _peak("simclr_ray", 65536)})
+    largest = arguments.largest
+    rows.append({"form": "simclr_ray", "n": largest, "peak_mib": _peak("simclr_ray", largest)})
     result = {
         "command": "python -m benchmarks.loss " + " ".join(sys.argv[1:]),
         "threads": arguments.threads,

@@ -26,7 +26,7 @@ KNOWN: tuple[tuple[str, How, str], ...] = (
     (r"mypy", "long", ""),
     (r"python -m benchmarks\.performance --check", "now", ""),
     (r"python -m benchmarks\.performance", "long", ""),
-    (r"python -m benchmarks\.loss --threads 2", "long", "--batches 256 --rounds 1"),
+    (r"python -m benchmarks\.loss --threads 2", "long", "--batches 256 --rounds 1 --largest 512"),
     (r"uv pip compile .* -o requirements\.lock", "long", ""),
     (r"python -m build", "long", ""),
     (r"git tag -a v[\d.]+ -m .*", "long", ""),

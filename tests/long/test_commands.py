@@ -27,7 +27,12 @@ from tests.shell_blocks import OTHERS, ROOT, Command, blocks, how_to_run, withou
 pytestmark = pytest.mark.long
 
 SMALL = ["epochs=1", "batch_size=16", "encoder.width=0.125", "evaluation.linear.epochs=2"]
-SMALL += ["tracking.system_metrics=false", "schedule.warmup_epochs=0"]
+SMALL += [
+    "data.limit=160",
+    "scaling.threads_per_worker=1",
+    "tracking.system_metrics=false",
+    "schedule.warmup_epochs=0",
+]
 STUDY = [*SMALL[2:], "data.limit=64", "study.seeds=[0]", "study.comparisons=[]"]
 STUDY += ["study.space={batch_size: {grid: [16]}, epochs: {grid: [1, 2]}}"]
 # What is added to a verb; every verb of the pages has a line.
@@ -37,7 +42,7 @@ ADDED: dict[str, list[str]] = {
     "evaluate": ["evaluation.linear.epochs=2"],
     "pretrain": SMALL,
     "run list": [], "run probe": [],
-    "model finetune": ["epochs=1", "batch_size=16"],
+    "model finetune": ["epochs=1", "batch_size=8"],
     "model distill": ["epochs=1", "batch_size=16"],
     "study list": [], "study status": [], "study stop": [], "study resume": [],
     "study report": [], "study best": [],
