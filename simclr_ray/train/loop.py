@@ -1,17 +1,28 @@
-"""SimCLR's Algorithm 1 (Chen et al. 2020, arXiv:2002.05709) as a page of torch: no Ray, no MLflow.
+"""SimCLR's Algorithm 1 (Chen et al. 2020, arXiv:2002.05709) in torch: no Ray, no MLflow.
 
-    for each minibatch {x_k}, k = 1..N:                  `stream` (data.plan, data.batches)
-        draw t, t' for each k; the views t(x_k), t'(x_k) `batch.a`, `batch.b` (augment.views)
-        h = f(view), z = g(h)                            `forward_views` (nn.build.SimCLRModel)
-        s_ij = z_i . z_j / (|z_i| |z_j|)                 inside `loss` (nn.losses.NTXentLoss):
-        l(i,j) = -log(exp(s_ij/tau) / sum_k!=i exp(s_ik/tau))           eq. 1, over the global
-        L = 1/2N sum_k l(2k-1,2k) + l(2k,2k-1)                          batch of all ranks
-        update f and g to minimise L                     `plain_step` or `cached_step`, then
-                                                         `optimizer.step` (optim.LARS)
-    return f, throw g away                               inference.encoder_files, from a checkpoint
+The paper's lines, and beside each where it is done. N images in the global batch, n of them on this
+rank; views 2k-1 and 2k are those of image k; h has F numbers, z has D.
 
-The loop is given a stream of view pairs, a model, a loss and an optimizer, and plain functions to
-call at the right times. It runs alone, under torchrun, and under Ray Train (`worker`).
+input: N, tau, f, g, T                        `batch_size`, `loss.temperature`, `encoder`, `head`,
+                                              `augment` of the config (config.experiment)
+for sampled minibatch {x_k}, k = 1..N:        `stream`: data.plan says which images, data.batches
+    for all k in 1..N:                        makes their views, data.stream brings them
+        draw t, t' from T                     augment.views.TwoViews, or augment.pipeline
+        first view:  x~_2k-1 = t(x_k)         `batch.a`, row k
+        second view: x~_2k   = t'(x_k)        `batch.b`, row k
+        representation: h = f(x~)             `forward_views`: f is model.encoder, g is model.head
+        projection:     z = g(h)              (nn.build); row k of z1 is z_2k-1, of z2 z_2k
+    for all i, j in 1..2N:                    `loss`, here nn.losses.NTXentLoss, whose arithmetic
+        s_ij = z_i.z_j / (|z_i| |z_j|)        is in nn.ntxent; other losses have other terms
+    l(i,j) = -log( exp(s_ij/tau) / sum_{m=1..2N, m!=i} exp(s_im/tau) )
+    L = 1/(2N) sum_{k=1..N} [ l(2k-1,2k) + l(2k,2k-1) ]
+    update f and g to minimise L              `plain_step` or `cached_step` give the gradient, which
+                                              collectives.data_parallel averages over ranks; then
+                                              `optimizer.step`, as of optim.LARS
+return f, throw g away                        inference.embed.load_encoder, from a checkpoint
+
+The loop is given all of this and plain functions to call at the right times. It runs alone, under
+torchrun (benchmarks/step.py), and under Ray Train (train.worker).
 """
 
 from __future__ import annotations
@@ -59,7 +70,7 @@ class Callbacks:
 class StepOutput(NamedTuple):
     """What one step leaves besides the parameters' gradients; nothing of it has a graph."""
 
-    loss: Tensor  # scalar: this rank's part of L, by the contract of `nn.losses`
+    loss: Tensor  # scalar; its mean over ranks is L (the contract is in `nn.losses`)
     z1: Tensor  # [n, D], of view a
     z2: Tensor  # [n, D], of view b, row by row the same images
 
@@ -79,7 +90,8 @@ def train(
     """Train until the stream ends. A collective: every rank streams the same steps.
 
     Args:
-        model: Maps images [2n, 3, S, S] to (h, z); may be wrapped in `collectives.data_parallel`.
+        model: Maps images [m, 3, S, S] to (h, z); with several ranks wrapped in
+            `collectives.data_parallel`, which averages their gradients.
         loss: Of z1, z2, and the labels where it takes them.
         optimizer: Over the model's parameters; its rate is set here at each step.
         stream: Batches of consecutive steps, from where the run stands.
@@ -91,8 +103,8 @@ def train(
             batch norm's statistics are those of a group.
 
     Raises:
-        DivergedError: The loss is not finite.
-        RunError: Ranks stand at different steps.
+        DivergedError: The loss was not finite; looked at when metrics or a checkpoint are due.
+        RunError: Ranks stand at different steps; likewise.
     """
     device = next(model.parameters()).device
     meter = StepMeter(device, schedule)
@@ -107,6 +119,7 @@ def train(
         if num_groups == 1:
             output = plain_step(forward, partial(loss, labels=labels))
         else:
+            # where this rank's images begin in the global batch: groups are spread over all ranks
             first, _ = dist.partition(schedule.global_batch_size, dist.rank(), dist.world_size())
             groups = group_rows(len(batch.a), first, num_groups)
             if labels is not None:
@@ -128,48 +141,6 @@ def train(
             meter.check_finite(done)
             callbacks.checkpoint(done)
             meter.restart()
-
-
-def plain_step(forward: Forward, loss: LossOfViews) -> StepOutput:
-    """Add the gradient of one batch to the parameters' gradients; all activations are kept."""
-    z1, z2 = forward(0, slice(None))  # [n, D] each
-    value = loss(z1, z2)
-    value.backward()  # type: ignore[no-untyped-call]
-    return StepOutput(value.detach(), z1.detach(), z2.detach())
-
-
-def cached_step(
-    model: nn.Module, forward: Forward, loss: LossOfViews, groups: list[slice]
-) -> StepOutput:
-    """Add the gradient of one batch, with the activations of one group at a time. Collective.
-
-    Gradient caching (Gao et al. 2021, arXiv:2101.06983): every group passes once without a graph,
-    the loss is taken over all of the global batch and gives the gradient to each z, and every
-    group passes again, with a graph, to take its part of it. So this is no gradient accumulation:
-    negatives are those of the whole batch. It costs a second forward pass. Batch norm's running
-    statistics move in the first pass alone.
-
-    Args:
-        model: Whose parameters `forward` uses; may be wrapped in `collectives.data_parallel`.
-        forward: Must draw the same numbers when it is called again.
-        loss: Of z1, z2 in the order of the groups.
-        groups: Rows of this rank's batch, group by group.
-    """
-    with torch.no_grad():
-        parts = [forward(g, rows) for g, rows in enumerate(groups)]
-    z1, z2 = (torch.cat(z).requires_grad_() for z in zip(*parts, strict=True))  # [n, D] each
-    value = loss(z1, z2)
-    value.backward()  # type: ignore[no-untyped-call]
-    sizes = [len(z) for z, _ in parts]
-    # a loss of one view leaves the other without a gradient
-    gradients = (torch.zeros_like(z) if z.grad is None else z.grad for z in (z1, z2))
-    upstream = list(zip(*(torch.split(g, sizes) for g in gradients), strict=True))
-    del parts
-    with frozen_statistics(model):
-        for g, rows in enumerate(groups):
-            with gradients_add_up(model, is_last=g == len(groups) - 1):
-                torch.autograd.backward(forward(g, rows), upstream[g])
-    return StepOutput(value.detach(), z1.detach(), z2.detach())
 
 
 def forward_views(
@@ -208,3 +179,45 @@ def forward_views(
         _, z = model(as_input(images, device, precision))  # [2m, D]
     parts = z.chunk(len(views))
     return parts[0], parts[-1]
+
+
+def plain_step(forward: Forward, loss: LossOfViews) -> StepOutput:
+    """Add the gradient of one batch to the parameters' gradients; all activations are kept."""
+    z1, z2 = forward(0, slice(None))  # [n, D] each
+    value = loss(z1, z2)
+    value.backward()  # type: ignore[no-untyped-call]
+    return StepOutput(value.detach(), z1.detach(), z2.detach())
+
+
+def cached_step(
+    model: nn.Module, forward: Forward, loss: LossOfViews, groups: list[slice]
+) -> StepOutput:
+    """Add the gradient of one batch, with the activations of one group at a time. Collective.
+
+    Gradient caching (Gao et al. 2021, arXiv:2101.06983): every group passes once without a graph,
+    the loss is taken over all of the global batch and gives the gradient to each z, and every
+    group passes again, with a graph, to take its part of it. So this is no gradient accumulation:
+    negatives are those of the whole batch. It costs a second forward pass. Batch norm's running
+    statistics move in the first pass alone.
+
+    Args:
+        model: Whose parameters `forward` uses; with several ranks in `collectives.data_parallel`.
+        forward: Must draw the same numbers when it is called again.
+        loss: Of z1, z2 in the order of the groups.
+        groups: Rows of this rank's batch, group by group.
+    """
+    with torch.no_grad():
+        parts = [forward(g, rows) for g, rows in enumerate(groups)]
+    z1, z2 = (torch.cat(z).requires_grad_() for z in zip(*parts, strict=True))  # [n, D] each
+    value = loss(z1, z2)
+    value.backward()  # type: ignore[no-untyped-call]
+    sizes = [len(z) for z, _ in parts]
+    # a loss of one view leaves the other without a gradient
+    gradients = (torch.zeros_like(z) if z.grad is None else z.grad for z in (z1, z2))
+    upstream = list(zip(*(torch.split(g, sizes) for g in gradients), strict=True))
+    del parts
+    with frozen_statistics(model):
+        for g, rows in enumerate(groups):
+            with gradients_add_up(model, is_last=g == len(groups) - 1):
+                torch.autograd.backward(forward(g, rows), upstream[g])
+    return StepOutput(value.detach(), z1.detach(), z2.detach())
