@@ -95,7 +95,9 @@ class TrainWorker:
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
             self.loss,
             self.optimizer,
-            finish_batches(experiment, self.source, self._named(batches), self.device),
+            finish_batches(
+                experiment, self.source, self._with_replaced_rows_sent(batches), self.device
+            ),
             self._schedule(),
             loop.Callbacks(self.report, self.epoch_end, self.save),
             precision=experiment.precision,
@@ -108,17 +110,17 @@ class TrainWorker:
         named = metrics._asdict()
         step, epoch = named.pop("step"), named.pop("epoch")
         named[self.loss.top1_name] = named.pop("top1")
-        told = {f"train/{name}": value for name, value in named.items()}
+        values = {f"train/{name}": value for name, value in named.items()}
         for module in self.model.modules():
             if isinstance(module, LearnableTemperature):
-                told["train/temperature"] = module.log_temperature.exp().item()
-        self._tell(step, epoch, told)
+                values["train/temperature"] = module.log_temperature.exp().item()
+        self._send(step, epoch, values)
 
     def epoch_end(self, epoch: int, step: int) -> None:
         """Evaluate and save when it is due. A collective."""
         every, last = self.experiment.evaluation.every_epochs, step == self.total
         if every and (epoch % every == 0 or last):
-            self._tell(step, epoch, self.evaluation(self.model, self.device))
+            self._send(step, epoch, self.evaluation(self.model, self.device))
         if epoch % self.experiment.checkpoint.every_epochs == 0 or last:
             self.save(step)
 
@@ -172,24 +174,24 @@ class TrainWorker:
         if kept is not None:
             checkpoint.unpack(kept.tensors, self.model, self.optimizer)
 
-    def _named(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _with_replaced_rows_sent(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches on; tell the driver, once, of each row that had to be replaced.
 
         And how long the first one was waited for, all else being ready.
         """
-        told: set[int] = set()
+        sent: set[int] = set()
         asked = time.perf_counter()
         for index, batch in enumerate(batches):
             if index == 0:
                 waited = {FIRST_BATCH: time.perf_counter() - asked}
-                self._tell(batch.step, batch.step / self.resolved.steps_per_epoch, waited)
+                self._send(batch.step, batch.step / self.resolved.steps_per_epoch, waited)
             for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=True):
-                if row_id not in told:
-                    told.add(row_id)
+                if row_id not in sent:
+                    sent.add(row_id)
                     self.inbox.put({"step": batch.step, "id": row_id, "reason": reason})
             yield batch
 
-    def _tell(self, step: int, epoch: float, values: dict[str, float]) -> None:
+    def _send(self, step: int, epoch: float, values: dict[str, float]) -> None:
         if self.rank == 0:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
 
@@ -207,7 +209,7 @@ class TrainWorker:
         )
 
 
-def color(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:
+def apply_color(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:
     """Return the views whose crops are in `batch`: uint8 [n, 3, S, S] each, on `device`."""
     crops = torch.cat([batch.a, batch.b]).to(device)
     draws = views.draw_both_views(batch.ids.numpy(), epoch)
@@ -226,22 +228,33 @@ def prepare_training(
 def finish_batches(
     experiment: Experiment, source: Source, batches: Iterator[Batch], device: torch.device
 ) -> Iterator[Batch]:
-    """Do on a worker's device what is left to it: color and blur, if so asked, and labels."""
-    config = experiment.augment
-    if experiment.scaling.color_augment_on == "worker" and isinstance(config, SimCLRViewsConfig):
-        views = build_two_views(config, experiment.seed)
-        per_epoch = experiment.steps_per_epoch(source.num_rows)
-        batches = (
-            batch._replace(**color(views, batch, batch.step // per_epoch, device)._asdict())
-            for batch in batches
-        )
+    """Yield batches with what is left to the worker: color and blur, if so asked, and labels."""
+    if experiment.scaling.color_augment_on == "worker":
+        batches = add_color(experiment, source, batches, device)
     if experiment.distillation:
         teacher = load_teacher(experiment).to(device)
         return (batch._replace(labels=teacher_logits(teacher, batch, device)) for batch in batches)
-    if not experiment.takes_labels:
-        return batches
-    find = source.label_of()
-    return (batch._replace(labels=torch.from_numpy(find(batch.ids.numpy()))) for batch in batches)
+    return add_labels(source, batches) if experiment.takes_labels else batches
+
+
+def add_color(
+    experiment: Experiment, source: Source, batches: Iterator[Batch], device: torch.device
+) -> Iterator[Batch]:
+    """Yield batches of crops with color and blur applied on `device`."""
+    config = experiment.augment
+    assert isinstance(config, SimCLRViewsConfig)  # checked by the config
+    views = build_two_views(config, experiment.seed)
+    per_epoch = experiment.steps_per_epoch(source.num_rows)
+    for batch in batches:
+        a, b = apply_color(views, batch, batch.step // per_epoch, device)
+        yield batch._replace(a=a, b=b)
+
+
+def add_labels(source: Source, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches with the labels that the dataset has for their ids."""
+    label_of = source.label_of()
+    for batch in batches:
+        yield batch._replace(labels=torch.from_numpy(label_of(batch.ids.numpy())))
 
 
 @torch.no_grad()

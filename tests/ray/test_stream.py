@@ -21,7 +21,7 @@ from simclr_ray.data.batches import build_plan, build_two_views, join, local_bat
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.train.worker import color
+from simclr_ray.train.worker import apply_color
 from tests.ray.images import write_shapes
 
 pytestmark = pytest.mark.ray
@@ -76,7 +76,7 @@ def test_views_colored_by_the_worker_are_those_of_the_data_actors(tmp_path: Path
     made = [list(local_batches(e, source, range(6))) for e in (whole, split)]
     for expected, crops in zip(*made, strict=True):
         assert not torch.equal(crops.a, expected.a)
-        a, b = color(views, crops, crops.step // 3, torch.device("cpu"))
+        a, b = apply_color(views, crops, crops.step // 3, torch.device("cpu"))
         assert torch.equal(a, expected.a)
         assert torch.equal(b, expected.b)
 
