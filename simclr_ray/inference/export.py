@@ -41,6 +41,8 @@ def export_encoder(
     ours = (CARD, *(chosen.file for chosen in FORMATS))
     if out.is_file():
         raise ConfigError([ConfigIssue(str(out), "is a file; the encoder's files need a folder")])
+    if out.resolve() == Path(where).resolve():
+        raise ConfigError([ConfigIssue(str(out), "is where the encoder lies; choose another")])
     others = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else []
     if others:
         told = f"holds {others[0]}, which is no file of an encoder; choose another folder"

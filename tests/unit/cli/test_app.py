@@ -145,7 +145,10 @@ def test_config_alone_lists_the_presets(tmp_path: Path) -> None:
     assert not started_an_engine(done)
 
 
-def test_config_prints_yaml_that_is_the_same_experiment(tmp_path: Path) -> None:
+def test_config_prints_yaml_that_is_the_same_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # local paths are taken from there
     overrides = ("optimizer.name=adamw", "loss.temperature=1e-1", "data.train=yes")
     done = run("config", "cifar10_cpu", *overrides, cwd=tmp_path)
     assert done.returncode == 0

@@ -160,7 +160,16 @@ def test_an_export_replaces_no_other_files(a_run: Path, tmp_path: Path) -> None:
         assert told in errors(done)[0]
     done = run("export", str(a_run), "out", "--format", "onyx", cwd=tmp_path)
     assert done.returncode == 2
-    assert "allowed: encoder" in errors(done)[0]
+    assert "allowed: safetensors" in errors(done)[0]
+
+
+def test_an_export_onto_itself_is_refused_and_loses_nothing(a_run: Path, tmp_path: Path) -> None:
+    assert run("export", str(a_run), "encoder", cwd=tmp_path).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()}
+    done = run("export", "encoder", "./encoder", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is where the encoder lies" in errors(done)[0]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()} == before
 
 
 def test_a_cluster_is_asked_for_by_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
