@@ -112,7 +112,7 @@ def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
     assert rows["images"] == "1,000 in 1 file, 40 row groups, 2 lanes"
     assert rows["global batch"] == "96 images, 192 views"
     assert rows["negatives"] == "190 per anchor"
-    assert rows["local batch"] == "20 or 19 on 5 workers"
+    assert rows["local batch"] == "20 or 19 images on 5 workers"
     assert rows["steps"] == "10 per epoch, 200 in 20 epochs"
     assert rows["warm-up"] == "20 steps"
     assert rows["peak learning rate"] == "0.1875 (linear scaling of 0.5)"
