@@ -71,6 +71,7 @@ def texts() -> list[tuple[str, str]]:
     try:
         found = list(files())
     except (OSError, subprocess.CalledProcessError):
+        # an unpacked archive has files of its user beside ours, and only git tells them apart
         pytest.skip("not a git checkout: which files are ours is not known")
     assert len(found) > 200
     return found

@@ -137,6 +137,7 @@ def test_every_level_of_x86_64_gives_the_bytes_of_torch(
     level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native_build.runs_here(level):
+        # an instruction that it lacks would end the process; `loaded` asks the same before it loads
         pytest.skip(f"this processor is below {level}")
     compiler = native_build.find_compiler()
     assert compiler is not None

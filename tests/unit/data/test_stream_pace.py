@@ -19,6 +19,8 @@ from simclr_ray.data.stream import LOOP_PAUSE_S, _configure, _Pace
 def test_the_pace_was_measured_on_this_ray() -> None:
     version = ".".join(ray.__version__.split(".")[:2])
     if version not in _Pace.MEASURED_ON:
+        # a choice of speed, not of results: on another Ray the next two tests hold it to Ray's hooks,
+        # and only a benchmark can say whether it still pays
         pytest.skip(
             f"Ray {version}: measured on {', '.join(_Pace.MEASURED_ON)}; run benchmarks/stream.py "
             "with and without `_Pace`, then enter the version in MEASURED_ON or drop the class"
