@@ -19,7 +19,7 @@ from simclr_ray.data.stream import LOOP_PAUSE_S, _configure, _Pace
 def test_the_pace_was_measured_on_this_ray() -> None:
     version = ".".join(ray.__version__.split(".")[:2])
     if version not in _Pace.MEASURED_ON:
-        # a choice of speed, not of results: on another Ray the next two tests hold it to Ray's hooks,
+        # a choice of speed, not of results: elsewhere the next two tests hold it to Ray's hooks,
         # and only a benchmark can say whether it still pays
         pytest.skip(
             f"Ray {version}: measured on {', '.join(_Pace.MEASURED_ON)}; run benchmarks/stream.py "
