@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from simclr_ray.config.imports import IMPORT_PATH, allow
+
 ConfigSource = Annotated[
     str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")
 ]
@@ -17,3 +19,10 @@ RunOrCheckpoint = Annotated[
 ]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run folder or its URI.")]
 TrackingUri = Annotated[str, typer.Option(help="MLflow store; empty: as MLflow finds it.")]
+
+
+def permitted_names(names: str) -> list[str]:
+    """Return comma-separated names; import paths among them are permitted by being typed."""
+    split = names.split(",")
+    allow(*(name for name in split if IMPORT_PATH.fullmatch(name)))
+    return split

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simclr_ray.cli.arguments import TrackingUri
+from simclr_ray.cli.arguments import TrackingUri, permitted_names
 from simclr_ray.cli.console import loading, out, say
 
 Model = Annotated[
@@ -58,7 +58,10 @@ def export(
     model: Model,
     to: Annotated[Path, typer.Argument(metavar="OUT", help="Folder, made if absent.")],
     formats: Annotated[
-        str, typer.Option("--format", help="Comma-separated: safetensors, torch-export.")
+        str,
+        typer.Option(
+            "--format", help="Comma-separated: safetensors, torch-export, or your module:function."
+        ),
     ] = "safetensors,torch-export",
     tracking_uri: TrackingUri = "",
 ) -> None:
@@ -69,5 +72,5 @@ def export(
     loading("torch")
     from simclr_ray.inference.export import export_encoder
 
-    names = export_encoder(model, to, formats.split(","), tracking_uri=tracking_uri)
+    names = export_encoder(model, to, permitted_names(formats), tracking_uri=tracking_uri)
     out.print(f"wrote {', '.join(names)} into {to}", markup=False, soft_wrap=True)

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace
+from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace, permitted_names
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
-from simclr_ray.config.imports import IMPORT_PATH, allow
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOL_NAMES
 from simclr_ray.config.wording import counted
 
@@ -34,8 +33,7 @@ def evaluate(
     from simclr_ray.evaluation.evaluate import evaluate
     from simclr_ray.nn.pretrained import open_checkpoint
 
-    names = protocols.split(",")
-    allow(*(name for name in names if IMPORT_PATH.fullmatch(name)))
+    names = permitted_names(protocols)
     with open_checkpoint(run, "RUN") as (_, folder):
         show_scores(evaluate(folder, names, *(overrides or [])))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
-from simclr_ray.inference.encoder_files import CARD, write_encoder
-from simclr_ray.inference.export_formats import FORMATS, formats_named
+from simclr_ray.inference.encoder_files import CARD, read_card, read_encoder, write_encoder
+from simclr_ray.inference.export_formats import FORMATS, formats_named, write_checked
 from simclr_ray.inference.registry import fetch_model
 from simclr_ray.nn.build import encoder_from_tree, feature_dim
 from simclr_ray.nn.pretrained import open_checkpoint
@@ -28,17 +28,19 @@ def export_encoder(
     Args:
         where: A run folder or its URI, a checkpoint, an encoder's files, or `models:/name@alias`.
         out: A folder, made if absent; files of an earlier export are replaced.
-        formats: Names of `export_formats.FORMATS`; weights are written in any case.
+        formats: Names of `export_formats.FORMATS`, or import paths as `formats_named` takes them;
+            weights are written in any case.
         tracking_uri: Store of a registered model, as in `load_encoder`.
 
     Raises:
         ConfigError: A format is unknown, `out` holds something else, or `where` is no run with a
             whole checkpoint.
-        CheckpointError: The checkpoint is not whole.
+        CheckpointError: The checkpoint is not whole, or a file computes otherwise.
         TrackingError: There is no such model, or the store cannot be reached.
     """
-    wanted = [CARD, *(chosen.file for chosen in formats_named(formats))]
-    ours = (CARD, *(chosen.file for chosen in FORMATS))
+    chosen = formats_named(formats)
+    wanted = [CARD, *(each.file for each in chosen)]
+    ours = {CARD, *(each.file for each in FORMATS), *wanted}
     if out.is_file():
         raise ConfigError([ConfigIssue(str(out), "is a file; the encoder's files need a folder")])
     if out.resolve() == Path(where).resolve():
@@ -57,11 +59,17 @@ def export_encoder(
             found = Path(scratch) / "encoder"
             with open_checkpoint(where, "RUN") as (_, folder):
                 write_encoder_of(folder, found)
+        own = Path(scratch) / "own"
+        own.mkdir()
+        for each in chosen:
+            if each not in FORMATS:
+                encoder, card = read_encoder(found), read_card(found)
+                write_checked(each, own / each.file, encoder, card.size, card.feature_dim)
         out.mkdir(parents=True, exist_ok=True)
         for name in ours:
             (out / name).unlink(missing_ok=True)
         for name in wanted:
-            shutil.copy(found / name, out / name)
+            shutil.copy((own if (own / name).exists() else found) / name, out / name)
     return wanted
 
 

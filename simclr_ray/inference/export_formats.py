@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simclr_ray.config import nearest
+from simclr_ray.config.imports import IMPORT_PATH, import_object
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 
 # File and module do the same float32 arithmetic with kernels that may be fused differently:
@@ -121,15 +122,32 @@ FORMATS: Final[Sequence[ExportFormat]] = (SAFETENSORS, TORCH_EXPORT)
 def formats_named(names: Sequence[str]) -> list[ExportFormat]:
     """Return formats by their names, `SAFETENSORS` first: an encoder is read back from its weights.
 
+    A name may be the import path of a function without arguments that returns an `ExportFormat`.
+
     Raises:
-        ConfigError: There is no format of a name.
+        ConfigError: There is no format of a name, or its code is not permitted or returns none.
     """
     known = {chosen.name: chosen for chosen in FORMATS}
     wrong = [
         ConfigIssue("--format", f"got {name!r}; allowed: {', '.join(known)}{nearest(name, known)}")
         for name in names
-        if name not in known
+        if name not in known and not IMPORT_PATH.fullmatch(name)
     ]
     if wrong:
         raise ConfigError(wrong)
-    return list(dict.fromkeys([SAFETENSORS, *(known[name] for name in names)]))
+    chosen = [known[name] if name in known else _imported(name) for name in names]
+    return list(dict.fromkeys([SAFETENSORS, *chosen]))
+
+
+def _imported(path: str) -> ExportFormat:
+    try:
+        made = import_object(path)()
+    except TypeError as error:
+        raise ConfigError([ConfigIssue(path, f"called without arguments: {error}")]) from error
+    if not isinstance(made, ExportFormat):
+        problem = f"returned {type(made).__name__}; expected an ExportFormat"
+        raise ConfigError([ConfigIssue(path, problem)])
+    if Path(made.file).name != made.file or made.file in {ours.file for ours in FORMATS}:
+        problem = f"writes {made.file!r}; expected the name of a file that no other format has"
+        raise ConfigError([ConfigIssue(path, problem)])
+    return made

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.config.imports import imports_in
+from simclr_ray.config.imports import ImportConfig, imports_in, is_installed
 from simclr_ray.config.wording import counted
 from simclr_ray.data.batches import build_plan
 from simclr_ray.nn.build import build_loss, build_model
@@ -138,7 +138,7 @@ def _views(experiment: Experiment) -> int:
 def _of_imports(experiment: Experiment) -> dict[str, str]:
     """Return which code is imported, and whether an encoder of it can be registered."""
     nodes = list(imports_in(experiment))
-    rows = {f"imported {where}": f"{node.path}, sha256 {node.sha256[:12]}" for where, node in nodes}
+    rows = {f"imported {where}": _shipped(node) for where, node in nodes}
     if any(where == "encoder" for where, _ in nodes):
         problem = export_problem(experiment)
         rows["registration"] = (
@@ -147,6 +147,12 @@ def _of_imports(experiment: Experiment) -> dict[str, str]:
             else "torch.export takes the encoder, so it can be registered"
         )
     return rows
+
+
+def _shipped(node: ImportConfig) -> str:
+    """Return what is imported, and how workers come by it."""
+    way = "installed, as it must be on every node" if is_installed(node.path) else "shipped"
+    return f"{node.path}, sha256 {node.sha256[:12]}, {way}"
 
 
 def _of_the_loss(experiment: Experiment) -> dict[str, str]:

@@ -170,4 +170,16 @@ def _check_doubled(path: Path, encoder: nn.Module) -> Network:
 
 
 NUMPY = ExportFormat("NumPy archive", "encoder.npz", _write, _check)
+
+
+def numpy_archive() -> ExportFormat:
+    """Return the format that `export --format` names by its import path."""
+    return NUMPY
+
+
+def hidden_weights() -> ExportFormat:
+    """Return a format that would write over another's file."""
+    return NUMPY._replace(file="model.safetensors")
+
+
 WRONG = ExportFormat("doubled", "encoder.npz", _write, _check_doubled)

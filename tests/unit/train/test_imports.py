@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,9 +15,14 @@ from simclr_ray import config as cfg
 from simclr_ray.config import imports
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import local_batches
+from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError
+from simclr_ray.evaluation.features import load_split
+from simclr_ray.evaluation.scores import score_encoder
+from simclr_ray.inference.encoder_files import write_encoder
+from simclr_ray.inference.export import export_encoder
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
-from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
+from simclr_ray.nn.build import SimCLRModel, build_loss, build_model, feature_dim
 from simclr_ray.optim import state_per_parameter
 from simclr_ray.train import loop
 from simclr_ray.train.dry_run import derived
@@ -109,6 +115,43 @@ def test_a_component_from_outside_trains(train_images: Path, changes: dict[str, 
     train_two_steps(experiment(train_images, **changes))
 
 
+def test_a_protocol_from_outside_scores_what_two_steps_trained(train_images: Path) -> None:
+    config = experiment(train_images)
+    split = load_split(Source.open(str(train_images)), 16)
+    model = train_two_steps(config)
+    protocols = ["knn", f"{OWN}:nearest_mean"]
+    score = score_encoder("two steps", model.encoder, split, split, config, protocols)
+    assert list(score.accuracies) == ["knn_top1", "nearest_mean_top1"]
+    assert 0 < score.accuracies["nearest_mean_top1"] <= 1
+
+
+def test_a_format_from_outside_holds_what_two_steps_trained(
+    train_images: Path, tmp_path: Path
+) -> None:
+    config = experiment(train_images)
+    encoder = train_two_steps(config).encoder
+    tree, dim = cfg.to_tree(config.encoder), feature_dim(encoder)
+    write_encoder(tmp_path / "encoder", encoder, config=tree, size=16, feature_dim=dim)
+    named = ["torch-export", f"{OWN}:numpy_archive"]
+    made = export_encoder(str(tmp_path / "encoder"), tmp_path / "out", named)
+    assert set(made) == {"encoder.json", "model.safetensors", "encoder.pt2", "encoder.npz"}
+    assert set(made) == {path.name for path in (tmp_path / "out").iterdir()}
+    with np.load(tmp_path / "out" / "encoder.npz") as stored:
+        state = encoder.state_dict()
+        assert set(stored.files) == set(state)
+        assert all(np.array_equal(stored[name], state[name]) for name in state)
+    again = export_encoder(str(tmp_path / "out"), tmp_path / "again", named[1:])
+    assert set(again) == {"encoder.json", "model.safetensors", "encoder.npz"}
+    for wrong, message in (
+        ("hidden_weights", "writes 'model.safetensors'; expected the name of a file that no other"),
+        ("small_net", "returned Sequential; expected an ExportFormat"),
+        ("nearest_mean", "called without arguments: .*missing 4 required"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            export_encoder(str(tmp_path / "out"), tmp_path / "no", [f"{OWN}:{wrong}"])
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_loss_from_outside_gets_the_labels_that_it_takes(train_images: Path) -> None:
     config = experiment(train_images, loss=own("LabelLoss"), head={"name": "linear", "dim": 4})
     assert config.takes_labels
@@ -197,7 +240,9 @@ def test_the_code_is_a_part_of_the_digest(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_encoder_that_torch_export_refuses_is_told_by_the_dry_run(train_images: Path) -> None:
     fine = resolve(experiment(train_images, encoder=own("small_net")))
     assert derived(fine)["registration"].startswith("torch.export takes the encoder")
-    assert derived(fine)["imported encoder"].startswith(f"{OWN}:small_net, sha256 ")
+    shipped = derived(fine)["imported encoder"]
+    assert shipped.startswith(f"{OWN}:small_net, sha256 ")
+    assert shipped.endswith(", shipped")
     refused = resolve(experiment(train_images, encoder=own("Branching")))
     told = derived(refused)["registration"]
     assert told.startswith("the encoder cannot be registered: torch.export fails: ")
