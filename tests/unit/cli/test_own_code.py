@@ -1,4 +1,4 @@
-"""Code of the user's own on the command line: what is typed is permitted, what a file names is not."""
+"""A user's own code on the command line: what is typed is permitted, what a file names is not."""
 
 from __future__ import annotations
 
