@@ -43,6 +43,8 @@ def stopped(
     tree["epochs"] = 3 if said.startswith("evaluating") else 300
     config = folder / f"{storage}.yaml"
     config.write_text(cfg.dump_yaml(tree))
+    # a shell has what it runs in the background ignore Ctrl-C, which children inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     driver = subprocess.Popen(
         [sys.executable, "-m", "simclr_ray", "pretrain", str(config)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
