@@ -42,13 +42,15 @@ def run_experiment(
         image: File that the command to embed names.
     """
     loading("torch")
-    from simclr_ray.train.outcome import stored_outcome
-    from simclr_ray.train.resolve import resolve
+    from simclr_ray.train.resolve import enter
 
-    resolved = resolve(experiment)
-    outcome = None
-    if not dry_run:
-        outcome = stored_outcome(resolved)
+    enter(experiment, _run_and_show, dry_run=dry_run, image=image)
+
+
+def _run_and_show(resolved: ResolvedExperiment, *, dry_run: bool, image: str) -> None:
+    from simclr_ray.train.outcome import stored_outcome
+
+    outcome = None if dry_run else stored_outcome(resolved)
     if outcome is None:
         from simclr_ray.train.dry_run import derived
 
@@ -63,11 +65,11 @@ def _run(resolved: ResolvedExperiment) -> PretrainOutcome:
     loading("ray")
     from simclr_ray.cli.progress import RunProgress
     from simclr_ray.cli.signals import connect
-    from simclr_ray.train.pipeline import run_pipeline
+    from simclr_ray.train.pipeline import complete
 
     connect(resolved.config)
     with RunProgress() as progress:
-        return run_pipeline(resolved, on_progress=progress)
+        return complete(resolved, on_progress=progress)
 
 
 def _show(resolved: ResolvedExperiment, outcome: PretrainOutcome, image: str) -> None:

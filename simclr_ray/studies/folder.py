@@ -135,6 +135,11 @@ class StudyFolder:
         """Return the names of the run folders that there are."""
         return self.files.folders(RUNS)
 
+    def run_of(self, trial: str) -> RunFolder | None:
+        """Return the run folder of a trial, whose name is the trial's and eight hex digits."""
+        names = [name for name in self.runs() if name.rpartition("-")[0] == trial]
+        return self.run(names[-1]) if names else None
+
     def request_stop(self) -> None:
         """Ask the driver, wherever it runs, to stop; the trials keep their checkpoints."""
         self.files.write_text(STOP, "")

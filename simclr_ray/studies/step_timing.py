@@ -18,7 +18,7 @@ from simclr_ray.errors import ClusterError, RunError
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
 from simclr_ray.train import loop
-from simclr_ray.train.resolve import resolve
+from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import (
     finish_batches,
     prepare_process,
@@ -107,10 +107,12 @@ def seconds_per_image(tree: dict[str, Any]) -> float:
         ConfigError: The model cannot be made as configured.
         DataError: The images cannot be read.
     """
-    whole = cfg.validate(Experiment, tree)
-    scaling = whole.scaling
-    resolved = resolve(whole)
-    small, source = shortened(resolved.config), resolved.source
+    return enter(cfg.validate(Experiment, tree), _seconds_per_image)
+
+
+def _seconds_per_image(resolved: ResolvedExperiment) -> float:
+    whole, source = resolved.config, resolved.source
+    scaling, small = whole.scaling, shortened(whole)
     device = torch.device("cuda" if scaling.gpus_per_worker else "cpu")
     prepare_process(whole, scaling.num_workers)
     model = build_model(small)

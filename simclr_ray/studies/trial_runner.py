@@ -29,10 +29,10 @@ from simclr_ray.studies.definition import EITHER, PROBES, Study
 from simclr_ray.studies.folder import FINAL, Curve, Status, StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial, task_fractions_of
 from simclr_ray.tracking.runs import TrackedRun, Tracker
-from simclr_ray.train.driver import pretrain
+from simclr_ray.train.driver import train
 from simclr_ray.train.monitor import Record
 from simclr_ray.train.outcome import Run
-from simclr_ray.train.resolve import resolve
+from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import unwrap_error
 
 log = logging.getLogger(__name__)
@@ -72,23 +72,13 @@ def run_trial(
         tell: Called at each epoch end where the encoder was evaluated.
         check: Called whenever the run logs; a `SimclrRayError` that it raises ends the run.
     """
-
-    def watched(record: Record) -> None:
-        watch(record)
-        check()
-
     experiment = _under(trial.experiment, job.parent_run)
     watch = RunWatch(experiment, tell)
-    run: Run | None = None
     status: Status = "finished"
     reason = ""
     metrics: dict[str, float] = {}
-    resolved = resolve(experiment)
-    folder = job.folder.run(resolved.run_name)
     try:
-        watch.replay(folder.read_text(METRICS) or "")
-        run = pretrain(resolved, on_progress=watched)
-        metrics = _evaluated(job.study, experiment, run)
+        metrics = enter(experiment, _train_and_evaluate, job.study, watch, check)
     except UnhealthyRunError as error:
         status, reason = "collapsed", str(error)
     except SimclrRayError as error:
@@ -96,20 +86,28 @@ def run_trial(
     except Exception as error:
         log.debug("trial %s", trial.name, exc_info=error)
         status, reason = "failed", f"{type(error).__name__}: {error}"
+    folder = job.folder.run_of(trial.name)
     outcome = outcome_of(
         trial, folder, status, reason=reason, metrics=metrics, last_epoch=watch.collapsed_at
     )
     return store_outcome(outcome, job.study.name, job.folder)
 
 
-def run_name(experiment: Experiment) -> str:
-    """Return the name of a trial's run."""
-    return resolve(experiment).run_name
+def _train_and_evaluate(
+    resolved: ResolvedExperiment, study: Study, watch: RunWatch, check: Callable[[], None]
+) -> dict[str, float]:
+    def watched(record: Record) -> None:
+        watch(record)
+        check()
+
+    watch.replay(resolved.folder.read_text(METRICS) or "")
+    run = train(resolved, on_progress=watched)
+    return _evaluated(study, resolved.config, run)
 
 
 def outcome_of(
     trial: Trial,
-    folder: RunFolder,
+    folder: RunFolder | None,
     status: Status,
     *,
     reason: str = "",
@@ -117,10 +115,13 @@ def outcome_of(
     curve: Curve | None = None,
     last_epoch: int = 0,
 ) -> TrialOutcome:
-    """Return what became of a trial, read off its run's folder; `curve` if it is known better."""
-    records = folder.read_text(METRICS) or ""
-    record = RunRecord.find(folder)
-    checkpoints = folder.checkpoints()
+    """Return what became of a trial, read off its run's folder; `curve` if it is known better.
+
+    There is no folder where the trial failed before it had one.
+    """
+    records = (folder.read_text(METRICS) or "") if folder else ""
+    record = RunRecord.find(folder) if folder else None
+    checkpoints = folder.checkpoints() if folder else []
     return TrialOutcome(
         trial.name,
         status,
@@ -131,7 +132,7 @@ def outcome_of(
         curve_of(records, last_epoch) if curve is None else curve,
         _cost(records, trial.experiment),
         {
-            "folder": folder.uri,
+            "folder": folder.uri if folder else "",
             "checkpoint": checkpoints[0] if checkpoints else "",
             "mlflow_run_id": record.mlflow_run_id if record else "",
             "tracking_uri": record.tracking_uri if record else "",

@@ -39,7 +39,7 @@ from simclr_ray.studies.search import (
     scheduler_of,
     searched_space,
 )
-from simclr_ray.studies.trial_runner import Job, outcome_of, run_name, run_trial, store_outcome
+from simclr_ray.studies.trial_runner import Job, outcome_of, run_trial, store_outcome
 from simclr_ray.tracking.runs import TrackedRun
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class _Driver(tune.Callback, tune.Stopper):
             return
         epoch = int(trial.last_result[EPOCH])
         reason = f"{self.study.scheduler.name}: others were better at epoch {epoch}"
-        run = self.folder.run(run_name(ours.experiment))
+        run = self.folder.run_of(ours.name)
         outcome = outcome_of(ours, run, "stopped", reason=reason, curve=self._told[ours.name])
         store_outcome(outcome, self.study.name, self.folder)
         self._end(ours)
@@ -204,7 +204,7 @@ class _Driver(tune.Callback, tune.Stopper):
             return
         text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
         reason = next(reversed([ln for ln in text.splitlines() if ln.strip()]), "its process died")
-        run = self.folder.run(run_name(ours.experiment))
+        run = self.folder.run_of(ours.name)
         store_outcome(
             outcome_of(ours, run, "failed", reason=reason.strip()), self.study.name, self.folder
         )
@@ -279,7 +279,8 @@ def _report(job: Job, trial: Trial, ends: Any) -> None:
 
 def _logged(job: Job, trial: Trial) -> Curve:
     """Return what the run of an open trial has logged before it was stopped."""
-    return curve_of(job.folder.run(run_name(trial.experiment)).read_text(METRICS) or "")
+    folder = job.folder.run_of(trial.name)
+    return curve_of((folder.read_text(METRICS) or "") if folder else "")
 
 
 def _run(job: Job, trial: Trial, told: int, ends: Any) -> TrialOutcome:

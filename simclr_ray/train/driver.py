@@ -18,23 +18,19 @@ import ray.train
 import ray.train.torch
 
 from simclr_ray import config as cfg
-from simclr_ray.augment import native
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.config.imports import imports_in
 from simclr_ray.config.wording import counted
-from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, driver_queue
-from simclr_ray.errors import ConfigError, ConfigIssue, RunError
+from simclr_ray.errors import RunError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
-from simclr_ray.tracking.store import check_alias, store_uri, without_password
-from simclr_ray.train.imports import export_problem
+from simclr_ray.tracking.store import store_uri, without_password
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run, last_metrics
-from simclr_ray.train.resolve import ResolvedExperiment, resolve, split_like_test
+from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker, unwrap_error
 
 log = logging.getLogger(__name__)
@@ -42,9 +38,7 @@ log = logging.getLogger(__name__)
 HELD_S = 30.0  # a trial's driver is a task of Ray's, which outlives a study's by seconds
 
 
-def pretrain(
-    experiment: Experiment | ResolvedExperiment, *, on_progress: OnProgress | None = None
-) -> Run:
+def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -> Run:
     """Train `experiment` to its end on a Ray cluster, and return the run.
 
     SimCLR (Chen et al. 2020, arXiv:2002.05709) Algorithm 1 on `scaling.num_workers` processes; the
@@ -54,18 +48,17 @@ def pretrain(
     returned without training. Trains only: `run_pipeline` also evaluates and registers.
 
     Args:
-        experiment: The config of the run, not changed. Local paths are taken relative to the
-            working directory.
+        experiment: The config of the run, not changed.
         on_progress: Called in this process, in a thread, with each record of metrics
             (name -> number) that the workers report. A `SimclrRayError` that it raises ends the
             run and is raised here.
 
     Raises:
-        ConfigError: `storage` lies below a file, or `init.weights` or the loss's teacher is no
-            checkpoint that fits, or $SIMCLR_RAY_NATIVE is invalid.
+        ConfigError: `storage` lies below a file or holds a run of an older format, `init.weights`
+            or the loss's teacher is no checkpoint that fits, or $SIMCLR_RAY_NATIVE is invalid.
         DataError: The data is missing, broken, without the labels that the loss takes, or smaller
             than one batch.
-        CheckpointError: A checkpoint is of an older format, or of another experiment.
+        CheckpointError: The newest checkpoint does not fit the experiment.
         ClusterError: `RAY_ADDRESS` does not answer, or the cluster cannot hold the workers.
         TrackingError: MLflow refuses or cannot be reached.
         TooManyBadImages: More rows than `data.max_bad_fraction` could not be decoded.
@@ -89,10 +82,12 @@ def pretrain(
         (4, True)
         >>> encoder = sr.load_encoder(run.checkpoint)  # [n, 3, H, W] in [0, 1] -> [n, 128]
     """
-    native.check_setting()  # read by the actors that make views, on other nodes and minutes later
-    resolved = resolve(experiment)
+    return enter(experiment, train, on_progress=on_progress)
+
+
+def train(resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None) -> Run:
+    """Train a resolved experiment; otherwise the same as `pretrain`."""
     config, folder = resolved.config, resolved.folder
-    _check_late_needs(config)
     with folder.lock(HELD_S):
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
         uri = store_uri(config.tracking.uri, config.storage)
@@ -126,30 +121,6 @@ def _newest(folder: RunFolder) -> str:
     """Return the name of the newest checkpoint that verifies, or nothing."""
     with folder.newest_checkpoint() as path:
         return path.name if path else ""
-
-
-def _check_late_needs(experiment: Experiment) -> None:
-    """Fail now for what would otherwise fail, or mislead, after hours of training."""
-    data = experiment.data
-    same = split_like_test(data)
-    if same:
-        log.warning("%s holds the images of %s: scores flatter", data.test, same)
-    if data.eval_train and not data.test:
-        Source.open(data.eval_train, data.columns)
-    if experiment.registry.name:
-        check_alias(experiment.registry.alias)
-    store_uri(experiment.tracking.uri, experiment.storage)
-    _check_registrable(experiment)
-
-
-def _check_registrable(experiment: Experiment) -> None:
-    """Raise `ConfigError` for an imported encoder that is to be registered and cannot be."""
-    if not (experiment.registry.name and any(w == "encoder" for w, _ in imports_in(experiment))):
-        return
-    problem = export_problem(experiment)
-    if problem:
-        told = f"torch.export fails, so the encoder cannot be registered: {problem}"
-        raise ConfigError([ConfigIssue("registry.name", told)])
 
 
 def _params(experiment: Experiment) -> dict[str, cfg.Scalar]:

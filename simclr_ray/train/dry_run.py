@@ -16,7 +16,6 @@ from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
 from simclr_ray.optim import state_per_parameter
-from simclr_ray.train.imports import export_problem
 from simclr_ray.train.resolve import ResolvedExperiment
 
 MIB = 2**20
@@ -64,7 +63,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         f"activations {memory.activations / MIB:,.0f}, weights {memory.weights / MIB:,.0f}, "
         f"loss {memory.loss / MIB:,.0f}",
     }
-    rows |= _of_imports(experiment)
+    rows |= _of_imports(resolved)
     if experiment.num_groups > 1:
         rows["gradient caching"] = (
             f"{experiment.num_groups} groups of {experiment.batch_norm.group_size:,} images "
@@ -135,15 +134,14 @@ def _views(experiment: Experiment) -> int:
     return 1 if build_loss(experiment).one_view else 2
 
 
-def _of_imports(experiment: Experiment) -> dict[str, str]:
+def _of_imports(resolved: ResolvedExperiment) -> dict[str, str]:
     """Return which code is imported, and whether an encoder of it can be registered."""
-    nodes = list(imports_in(experiment))
+    nodes = list(imports_in(resolved.config))
     rows = {f"imported {where}": _shipped(node) for where, node in nodes}
     if any(where == "encoder" for where, _ in nodes):
-        problem = export_problem(experiment)
         rows["registration"] = (
-            f"the encoder cannot be registered: torch.export fails: {problem}"
-            if problem
+            f"the encoder cannot be registered: torch.export fails: {resolved.export_problem}"
+            if resolved.export_problem
             else "torch.export takes the encoder, so it can be registered"
         )
     return rows

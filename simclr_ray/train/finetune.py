@@ -22,10 +22,10 @@ from simclr_ray.evaluation.evaluate import experiment_of, score_classifier
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun
-from simclr_ray.train.driver import pretrain
+from simclr_ray.train import driver
 from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import Run
-from simclr_ray.train.resolve import ResolvedExperiment, resolve
+from simclr_ray.train.resolve import ResolvedExperiment, enter
 
 FEW_LABELS, EPOCHS_OF_FEW, EPOCHS = 0.01, 60, 30
 SCORES = "classification.json"
@@ -44,30 +44,6 @@ class FineTuned(NamedTuple):
     run: Run
     scores: Classification  # of the test split
     num_images: int  # that it was trained on
-
-
-def finetune(
-    run: str,
-    share: float,
-    *overrides: str,
-    from_random: bool = False,
-    on_progress: OnProgress | None = None,
-) -> FineTuned:
-    """Train a classifier from a run's encoder on a share of its labelled rows, and test it.
-
-    Same arguments and errors as `plan_finetuning`.
-    """
-    return train(
-        plan_finetuning(run, share, *overrides, from_random=from_random), on_progress=on_progress
-    )
-
-
-def distill(teacher: str, *overrides: str, on_progress: OnProgress | None = None) -> FineTuned:
-    """Train a student on what a classifier says of images, and test it.
-
-    Same arguments and errors as `plan_distillation`.
-    """
-    return train(plan_distillation(teacher, *overrides), on_progress=on_progress)
 
 
 def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool = False) -> Planned:
@@ -104,7 +80,7 @@ def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool =
     tuned["data"] |= {"train": rows, "limit": 0}
     tuned["batch_norm"]["group_size"] = group
     tuned["batch_size"] = size // group * group if group else size
-    return _planned(cfg.validate(Experiment, tuned), record)
+    return enter(cfg.validate(Experiment, tuned), _planned, record)
 
 
 def plan_distillation(teacher: str, *overrides: str) -> Planned:
@@ -134,13 +110,13 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
         "tracking": tree["tracking"] | {"parent_run": record.mlflow_run_id},
         "registry": {},
     }
-    return _planned(_validated(settings, overrides), record)
+    return enter(_validated(settings, overrides), _planned, record)
 
 
 def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTuned:
     """Train what was planned, test it, and store the scores with it and with the run it is of."""
     experiment, parent = planned
-    done = pretrain(experiment, on_progress=on_progress)
+    done = driver.train(experiment, on_progress=on_progress)
     with RunFolder.at(done.folder).fetched(done.checkpoint_name) as checkpoint:
         scores = score_classifier(checkpoint, experiment.config)
     _log(done, parent, experiment.config.name, scores)
@@ -164,19 +140,11 @@ def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment
     return chosen
 
 
-def _planned(experiment: Experiment, parent: RunRecord) -> Planned:
-    """Return the plan, after comparing the test split's labels with the classes known."""
-    resolved = resolve(experiment)
-    data, head = resolved.config.data, resolved.config.classifier
-    assert head is not None
-    test = Source.open(data.test, data.columns)
-    if not test.has_labels:
+def _planned(resolved: ResolvedExperiment, parent: RunRecord) -> Planned:
+    """Return the plan, where there is something to test by."""
+    data = resolved.config.data
+    if not Source.open(data.test, data.columns).has_labels:
         raise DataError(f"{data.test} has no labels to test a classifier by")
-    largest = int(test.labels().max())
-    if largest >= head.num_classes:
-        raise DataError(
-            f"{data.test} has label {largest}; the classifier knows 0 to {head.num_classes - 1}"
-        )
     return Planned(resolved, parent)
 
 

@@ -18,10 +18,10 @@ def group_rows(num_rows: int, first: int, num_groups: int) -> list[slice]:
     return [slice((g - first) % num_groups, num_rows, num_groups) for g in range(num_groups)]
 
 
-def gradients_add_up(model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-    """Return the context in which a data-parallel model averages gradients in the last pass only.
+def averaging_over_ranks(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    """Return the context in which a backward pass averages gradients over ranks, or only adds up.
 
     Each average is a collective over all parameters; one for each group would send K times as much.
     """
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
-    return nullcontext() if is_last else no_sync()
+    return nullcontext() if enabled else no_sync()

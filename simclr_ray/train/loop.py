@@ -8,21 +8,26 @@ input: N, tau, f, g, T                        `batch_size`, `loss.temperature`, 
 for sampled minibatch {x_k}, k = 1..N:        `stream`: data.plan says which images, data.batches
     for all k in 1..N:                        makes their views, data.stream brings them
         draw t, t' from T                     augment.views.TwoViews, or augment.pipeline
-        first view:  x~_2k-1 = t(x_k)         `batch.a`, row k
-        second view: x~_2k   = t'(x_k)        `batch.b`, row k
+        first view:  x~_2k-1 = t(x_k)         `batch.a`, row k: of this rank's own, from 0
+        second view: x~_2k   = t'(x_k)        `batch.b`, row k (color perhaps later: train.worker)
         representation: h = f(x~)             `forward_views`: f is model.encoder, g is model.head
-        projection:     z = g(h)              (nn.build); row k of z1 is z_2k-1, of z2 z_2k
+        projection:     z = g(h)              (nn.build); row k of z1 is z_2k-1, of z2 z_2k, or,
+                                              with gradient caching, group by group
     for all i, j in 1..2N:                    `loss`, here nn.losses.NTXentLoss, whose arithmetic
-        s_ij = z_i.z_j / (|z_i| |z_j|)        is in nn.ntxent; other losses have other terms
+        s_ij = z_i.z_j / (|z_i| |z_j|)        is in nn.ntxent (there s is s_ij/tau); it gathers z
+                                              of all ranks; other losses have other terms
     l(i,j) = -log( exp(s_ij/tau) / sum_{m=1..2N, m!=i} exp(s_im/tau) )
     L = 1/(2N) sum_{k=1..N} [ l(2k-1,2k) + l(2k,2k-1) ]
-    update f and g to minimise L              `plain_step` or `cached_step` give the gradient, which
-                                              collectives.data_parallel averages over ranks; then
-                                              `optimizer.step`, as of optim.LARS
+    update f and g to minimise L              `plain_step` or `cached_step`: the gradient, which DDP
+                                              (collectives.data_parallel) averages over ranks within
+                                              the backward pass; `optimizer.step` at the rate of
+                                              `schedule` (optim.learning_rate_at); momentum and
+                                              LARS's ratios are the optimizer's (optim)
 return f, throw g away                        inference.embed.load_encoder, from a checkpoint
 
-The loop is given all of this and plain functions to call at the right times. It runs alone, under
-torchrun (benchmarks/step.py), and under Ray Train (train.worker).
+Not in Algorithm 1, and marked where they come: gradient caching, bf16, reports, evaluation and
+checkpoints. The loop is given all of this and plain functions to call at the right times. It runs
+alone, under torchrun (benchmarks/step.py), and under Ray Train (train.worker).
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn.batchnorm import frozen_statistics
 from simclr_ray.nn.losses import Loss
 from simclr_ray.nn.precision import Precision, as_input, autocast
-from simclr_ray.train.gradient_cache import gradients_add_up, group_rows
+from simclr_ray.train.gradient_cache import averaging_over_ranks, group_rows
 from simclr_ray.train.meter import Metrics, StepMeter
 from simclr_ray.train.step_schedule import StepSchedule
 
@@ -63,7 +68,7 @@ class Callbacks:
     """Plain functions that the loop calls on every rank; they may be collectives."""
 
     report: Callable[[Metrics], None]
-    epoch_end: Callable[[int, int], None]  # (epochs done, steps done)
+    epoch_end: Callable[[int, int], None]  # evaluate and save: (epochs done, steps done)
     checkpoint: Callable[[int], None]  # (steps done), within an epoch
 
 
@@ -103,25 +108,27 @@ def train(
             batch norm's statistics are those of a group.
 
     Raises:
-        DivergedError: The loss was not finite; looked at when metrics or a checkpoint are due.
+        DivergedError: The loss was not finite; looked at when metrics or a checkpoint are due, so
+            the weights have moved since.
         RunError: Ranks stand at different steps; likewise.
     """
     device = next(model.parameters()).device
     meter = StepMeter(device, schedule)
+    # where this rank's images lie in the global batch, over whose places the groups are spread
+    first, last = dist.partition(schedule.global_batch_size, dist.rank(), dist.world_size())
+    groups = group_rows(last - first, first, num_groups)
     model.train()
     for batch in meter.timed(stream):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(batch.step)
+            group["lr"] = schedule.learning_rate(batch.step)  # warm-up, then cosine
         labels = batch.labels.to(device) if batch.labels is not None else None
         forward = partial(
-            forward_views, model, batch, loss=loss, precision=precision, seed=seed, of=num_groups
-        )
+            forward_views, model, batch,
+            one_view=loss.one_view, precision=precision, seed=seed, num_groups=num_groups,
+        )  # fmt: skip
         if num_groups == 1:
             output = plain_step(forward, partial(loss, labels=labels))
         else:
-            # where this rank's images begin in the global batch: groups are spread over all ranks
-            first, _ = dist.partition(schedule.global_batch_size, dist.rank(), dist.world_size())
-            groups = group_rows(len(batch.a), first, num_groups)
             if labels is not None:
                 labels = torch.cat([labels[rows] for rows in groups])
             output = cached_step(model, forward, partial(loss, labels=labels), groups)
@@ -131,61 +138,25 @@ def train(
 
         done = batch.step + 1
         epoch_ends = done % schedule.steps_per_epoch == 0
+        # once in a while a report, which stops the run if a loss was not finite or ranks disagree
         if done % schedule.log_every == 0 or epoch_ends:
-            callbacks.report(meter.read(done, loss.metrics(output.z1, output.z2, labels)))
+            figures = loss.metrics(output.z1, output.z2, labels)
+            callbacks.report(meter.read(done, figures))
         if epoch_ends:
             callbacks.epoch_end(done // schedule.steps_per_epoch, done)
-            model.train()
-            meter.restart()
+            model.train()  # evaluation has left it in eval mode
+            meter.restart()  # that was no training time
         elif schedule.checkpoint_every and done % schedule.checkpoint_every == 0:
             meter.check_finite(done)
             callbacks.checkpoint(done)
             meter.restart()
 
 
-def forward_views(
-    model: nn.Module,
-    batch: Batch,
-    group: int,
-    rows: slice,
-    *,
-    loss: Loss,
-    precision: Precision,
-    seed: int,
-    of: int,
-) -> tuple[Tensor, Tensor]:
-    """Return z1, z2 [m, D] of some rows of a batch: the same numbers each time it is called.
-
-    Both views pass together, so that batch norm's statistics are joint. A loss of one view gets z1
-    twice.
-
-    Args:
-        model: Maps images to (h, z).
-        batch: This rank's part of the global batch.
-        group: Number of the group that the rows are.
-        rows: Of the batch.
-        loss: Says whether view b is looked at.
-        precision: Same as `train`.
-        seed: Same as `train`.
-        of: Number of groups.
-    """
-    # a backbone may have dropout: keyed, a resumed run and a second pass draw the same
-    turn = batch.step * dist.world_size() + dist.rank()
-    torch.manual_seed((seed << 32) + turn * of + group)
-    views = [batch.a] if loss.one_view else [batch.a, batch.b]
-    images = torch.cat([view[rows] for view in views])  # [2m, 3, S, S]
-    device = next(model.parameters()).device
-    with autocast(device, precision):
-        _, z = model(as_input(images, device, precision))  # [2m, D]
-    parts = z.chunk(len(views))
-    return parts[0], parts[-1]
-
-
 def plain_step(forward: Forward, loss: LossOfViews) -> StepOutput:
-    """Add the gradient of one batch to the parameters' gradients; all activations are kept."""
-    z1, z2 = forward(0, slice(None))  # [n, D] each
-    value = loss(z1, z2)
-    value.backward()  # type: ignore[no-untyped-call]
+    """Add the gradient of one batch, with all its activations kept. Collective."""
+    z1, z2 = forward(0, slice(None))  # one group, all rows: [n, D] each
+    value = loss(z1, z2)  # of the global batch: z of all ranks is gathered
+    value.backward()  # type: ignore[no-untyped-call] # DDP averages over ranks in here
     return StepOutput(value.detach(), z1.detach(), z2.detach())
 
 
@@ -210,7 +181,7 @@ def cached_step(
         parts = [forward(g, rows) for g, rows in enumerate(groups)]
     z1, z2 = (torch.cat(z).requires_grad_() for z in zip(*parts, strict=True))  # [n, D] each
     value = loss(z1, z2)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()  # type: ignore[no-untyped-call] # to z1 and z2: no parameter is reached yet
     sizes = [len(z) for z, _ in parts]
     # a loss of one view leaves the other without a gradient
     gradients = (torch.zeros_like(z) if z.grad is None else z.grad for z in (z1, z2))
@@ -218,6 +189,44 @@ def cached_step(
     del parts
     with frozen_statistics(model):
         for g, rows in enumerate(groups):
-            with gradients_add_up(model, is_last=g == len(groups) - 1):
+            with averaging_over_ranks(model, enabled=g == len(groups) - 1):
                 torch.autograd.backward(forward(g, rows), upstream[g])
     return StepOutput(value.detach(), z1.detach(), z2.detach())
+
+
+def forward_views(
+    model: nn.Module,
+    batch: Batch,
+    group: int,
+    rows: slice,
+    *,
+    one_view: bool,
+    precision: Precision,
+    seed: int,
+    num_groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Return z1, z2 [m, D] of some rows of a batch: the same numbers each time it is called.
+
+    Both views pass together, so that batch norm's statistics are joint. A loss of one view gets z1
+    twice.
+
+    Args:
+        model: Maps images to (h, z).
+        batch: This rank's part of the global batch.
+        group: Number of the group that the rows are.
+        rows: Of the batch.
+        one_view: View b is not looked at.
+        precision: Same as `train`.
+        seed: Same as `train`.
+        num_groups: Same as `train`.
+    """
+    views = [batch.a] if one_view else [batch.a, batch.b]
+    images = torch.cat([view[rows] for view in views])  # uint8 [2m, 3, S, S]
+    device = next(model.parameters()).device
+    # dropout: a second pass draws the same, and so does a resumed run of as many ranks and groups
+    turn = batch.step * dist.world_size() + dist.rank()
+    torch.manual_seed((seed << 32) + turn * num_groups + group)
+    with autocast(device, precision):  # bf16 has float32's range, so no loss is scaled
+        _h, z = model(as_input(images, device, precision))  # h = f(x~) [2m, F], z = g(h) [2m, D]
+    parts = z.chunk(len(views))
+    return parts[0], parts[-1]

@@ -17,7 +17,7 @@ from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
-from simclr_ray.tracking.store import RegisteredEncoder
+from simclr_ray.tracking.store import RegisteredEncoder, store_uri
 from simclr_ray.train.resolve import ResolvedExperiment
 
 OUTCOME = "outcome.json"
@@ -71,7 +71,7 @@ def store_outcome(resolved: ResolvedExperiment, outcome: PretrainOutcome) -> Non
     """Store what a run has left behind, and what it was evaluated on and how."""
     tree = {
         "checkpoint": outcome.run.checkpoint_name,
-        "evaluated": _evaluated(resolved.config),
+        "evaluated": evaluation_digest(resolved.config),
         "registry": cfg.to_tree(resolved.config.registry),
         "registered": outcome.registered and outcome.registered._asdict(),
         "classifier": outcome.classifier and outcome.classifier._asdict(),
@@ -83,17 +83,19 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
     """Return what the run has left behind, or None where something is still to be done.
 
     That is so where it is unfinished, its last checkpoint is gone or damaged, it was evaluated in
-    another way or on other images, or not registered as is asked for now.
+    another way or on other images, or not tracked or registered as is asked for now.
     """
     folder = resolved.folder
     stored, record = _read(folder), RunRecord.find(folder)
     scores = json.loads(folder.read_text(SCORES) or "[]")
     if stored is None or record is None or not scores:
         return None
-    asked: dict[str, Any] = {"evaluated": _evaluated(resolved.config)}
+    asked: dict[str, Any] = {"evaluated": evaluation_digest(resolved.config)}
     if resolved.config.registry.name:
         asked["registry"] = cfg.to_tree(resolved.config.registry)
     if any(stored[key] != value for key, value in asked.items()):
+        return None
+    if record.tracking_uri != store_uri(resolved.config.tracking.uri, resolved.config.storage):
         return None
     names = folder.checkpoints()
     if not names or names[0] != stored["checkpoint"] or folder.is_locked():
@@ -118,12 +120,11 @@ def _read(folder: RunFolder) -> Mapping[str, Any] | None:
     return None if text is None else json.loads(text)
 
 
-def _evaluated(experiment: Experiment) -> str:
+def evaluation_digest(experiment: Experiment) -> str:
     """Return a digest of how a run is evaluated, and on which images."""
     data = experiment.data
-    splits = {
-        path: Source.open(path, data.columns).fingerprint
-        for path in (data.eval_train or data.train, data.test)
-        if path
+    splits = {"eval_train": data.eval_train or data.train, "test": data.test}
+    prints = {
+        role: Source.open(path, data.columns).fingerprint for role, path in splits.items() if path
     }
-    return cfg.digest_of({"how": cfg.to_tree(experiment.evaluation), "on": sorted(splits.values())})
+    return cfg.digest_of({"how": cfg.to_tree(experiment.evaluation), "on": prints})

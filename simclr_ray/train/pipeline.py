@@ -24,27 +24,34 @@ from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.tracking.store import RegisteredEncoder
-from simclr_ray.train.driver import pretrain
+from simclr_ray.train.driver import train
 from simclr_ray.train.figures import draw_curves, draw_views
 from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import PretrainOutcome, Run, store_outcome, stored_outcome
-from simclr_ray.train.resolve import ResolvedExperiment, resolve
+from simclr_ray.train.resolve import ResolvedExperiment, enter
 
 log = logging.getLogger(__name__)
 
 
 def run_pipeline(
-    experiment: Experiment | ResolvedExperiment, *, on_progress: OnProgress | None = None
+    experiment: Experiment, *, on_progress: OnProgress | None = None
 ) -> PretrainOutcome:
     """Train, evaluate, publish to MLflow and, where `registry.name` is set, register.
 
     A run that has all of that behind it answers with what is stored.
     """
-    resolved = resolve(experiment)
-    stored = stored_outcome(resolved)
-    if stored is not None:
-        return stored
-    run = pretrain(resolved, on_progress=on_progress)
+
+    def answer(resolved: ResolvedExperiment) -> PretrainOutcome:
+        return stored_outcome(resolved) or complete(resolved, on_progress=on_progress)
+
+    return enter(experiment, answer)
+
+
+def complete(
+    resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None
+) -> PretrainOutcome:
+    """Do what `run_pipeline` does, whatever is stored."""
+    run = train(resolved, on_progress=on_progress)
     try:
         outcome = _evaluated(run, resolved)
     except KeyboardInterrupt:  # the training itself had set it to FINISHED

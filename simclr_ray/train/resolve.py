@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
 from simclr_ray import config as cfg
+from simclr_ray.augment import native
 from simclr_ray.config.experiment import DataConfig, Experiment
+from simclr_ray.config.imports import imports_in
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -17,7 +21,13 @@ from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, open_checkpoint
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
-from simclr_ray.train.imports import resolve_imports
+from simclr_ray.tracking.store import check_alias, store_uri
+from simclr_ray.train.imports import export_problem, resolve_imports
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,10 +37,12 @@ class ResolvedExperiment:
     Attributes:
         config: Its classes are counted; first weights and teacher are one checkpoint and its hash.
         source: The training images, opened.
+        export_problem: Why `torch.export` refuses an imported encoder; empty: it does not.
     """
 
     config: Experiment
     source: Source
+    export_problem: str = ""
 
     @property
     def digest(self) -> str:
@@ -68,22 +80,71 @@ class ResolvedExperiment:
         return self.config.warmup_steps(self.source.num_rows)
 
 
-def resolve(experiment: Experiment | ResolvedExperiment) -> ResolvedExperiment:
-    """Return the experiment with nothing left open; one that is resolved comes back as it is.
+def enter(
+    experiment: Experiment,
+    run: Callable[Concatenate[ResolvedExperiment, P], T],
+    *args: P.args,
+    **options: P.kwargs,
+) -> T:
+    """Call `run` with the experiment resolved: every entry point comes through here, once.
+
+    What stands below an entry point takes a `ResolvedExperiment`, so that nothing resolves twice:
+    it opens the data, hashes checkpoints, and runs the checks of imported code.
+    """
+    return run(resolve(experiment), *args, **options)
+
+
+def resolve(experiment: Experiment) -> ResolvedExperiment:
+    """Return the experiment with nothing left open, and fail now for what would fail in hours.
 
     Raises:
-        ConfigError: First weights or a teacher are not there or do not fit, or imported code breaks
-            its contract.
-        DataError: The images cannot be read, fill no batch, or lack labels that the loss takes.
+        ConfigError: First weights or a teacher are not there or do not fit, imported code breaks
+            its contract, an encoder of it that is to be registered cannot be, or
+            $SIMCLR_RAY_NATIVE is invalid.
+        DataError: The images cannot be read, fill no batch, or lack labels that the loss takes; or
+            those of `data.test` are of classes that the classifier does not know.
+        TrackingError: MLflow cannot keep the run, or not under the alias that is asked for.
     """
-    if isinstance(experiment, ResolvedExperiment):
-        return experiment
+    native.check_setting()  # read by the actors that make views, on other nodes and minutes later
     experiment = resolve_imports(experiment)
     data = experiment.data
     source = Source.open(data.train, data.columns, data.limit)
     config = resolve_classes(resolve_teacher(resolve_init(experiment)), source)
     build_plan(config, source)  # fails here when the rows fill no batch
-    return ResolvedExperiment(config, source)
+    _check_evaluation(config)
+    if config.registry.name:
+        check_alias(config.registry.alias)
+    store_uri(config.tracking.uri, config.storage)
+    return ResolvedExperiment(config, source, _check_registrable(config))
+
+
+def _check_evaluation(experiment: Experiment) -> None:
+    """Open the splits that are read after the training, and compare what can be compared."""
+    data, head = experiment.data, experiment.classifier
+    same = split_like_test(data)
+    if same:
+        log.warning("%s holds the images of %s: scores flatter", data.test, same)
+    if data.eval_train and not data.test:
+        Source.open(data.eval_train, data.columns)
+    if head is None or not data.test:
+        return
+    test = Source.open(data.test, data.columns)
+    largest = int(test.labels().max()) if test.has_labels else 0
+    if largest >= head.num_classes:
+        raise DataError(
+            f"{data.test} has label {largest}; the classifier knows 0 to {head.num_classes - 1}"
+        )
+
+
+def _check_registrable(experiment: Experiment) -> str:
+    """Return why `torch.export` refuses an imported encoder; raise where it is to be registered."""
+    if not any(where == "encoder" for where, _ in imports_in(experiment)):
+        return ""
+    problem = export_problem(experiment)
+    if problem and experiment.registry.name:
+        told = f"torch.export fails, so the encoder cannot be registered: {problem}"
+        raise ConfigError([ConfigIssue("registry.name", told)])
+    return problem
 
 
 def split_like_test(data: DataConfig) -> str:
@@ -134,7 +195,7 @@ def resolve_classes(experiment: Experiment, source: Source) -> Experiment:
 
 
 def resolve_init(experiment: Experiment) -> Experiment:
-    """Return the experiment with `start` naming one checkpoint or file, and its hash.
+    """Return the experiment with `init` naming one checkpoint or file, and its hash.
 
     Raises:
         ConfigError: There is nothing, or it is of another encoder or head.

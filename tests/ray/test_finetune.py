@@ -18,7 +18,7 @@ from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluation.evaluate import probe_run
 from simclr_ray.storage.checkpoint import read_record
 from simclr_ray.train.driver import pretrain
-from simclr_ray.train.finetune import distill, finetune, plan_finetuning
+from simclr_ray.train.finetune import plan_distillation, plan_finetuning, train
 from simclr_ray.train.outcome import Run
 from tests.ray.images import write_shapes
 
@@ -80,7 +80,7 @@ def records(run: Run) -> list[dict[str, float]]:
 
 
 def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, run: Run) -> None:
-    tuned = finetune(run.folder, 0.25, "epochs=2", "batch_size=32", "head.layers=1")
+    tuned = train(plan_finetuning(run.folder, 0.25, "epochs=2", "batch_size=32", "head.layers=1"))
     record = read_record(tuned.run.checkpoint)["experiment"]
     assert record["init"]["weights"] == str(run.checkpoint)
     assert record["head"]["num_classes"] == 10
@@ -98,8 +98,10 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     parent = client.get_run(run.mlflow_run_id)
     assert parent.data.metrics["t-tuned-25pct/top1"] == pytest.approx(tuned.scores.top1)
 
-    train = f"data.train={folder / 'train.parquet'}"
-    student, scores, _ = distill(tuned.run.folder, train, "epochs=1", "encoder.width=0.25")
+    images = f"data.train={folder / 'train.parquet'}"
+    student, scores, _ = train(
+        plan_distillation(tuned.run.folder, images, "epochs=1", "encoder.width=0.25")
+    )
     record = read_record(student.checkpoint)["experiment"]
     assert record["loss"]["teacher"] == str(tuned.run.checkpoint)
     assert record["encoder"]["width"] == 0.25

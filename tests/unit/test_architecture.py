@@ -265,6 +265,18 @@ def test_components_are_asked_and_not_told_apart_by_their_config_class() -> None
     assert len(found) <= MOST_CONFIG_CHECKS, found
 
 
+def test_an_experiment_is_resolved_in_one_place() -> None:
+    """What stands below an entry point takes a `ResolvedExperiment`: mypy sees to the rest."""
+    calls = [
+        f"{module_of(path)}:{node.lineno}"
+        for path in files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("resolve", "resolve.resolve")
+    ]
+    assert len(calls) == 1, calls
+    assert calls[0].startswith("train.resolve:")
+
+
 FAMILIES = {
     "loss": AnyLossConfig,
     "encoder": AnyEncoderConfig,

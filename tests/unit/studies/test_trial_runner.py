@@ -17,8 +17,9 @@ from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.studies import trial_runner as trial_module
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.plan import Cell, Trial
-from simclr_ray.studies.trial_runner import RunWatch, outcome_of
+from simclr_ray.studies.trial_runner import Job, RunWatch, outcome_of, run_trial
 from simclr_ray.train.outcome import Run
+from tests.ray.images import write_shapes
 
 N = 64
 SPACE = {"loss.temperature": {"grid": [0.1, 0.5]}}
@@ -102,3 +103,17 @@ def test_a_remote_run_is_evaluated_by_a_copy_that_goes_away(
     assert trial_module.evaluate_trial(given, made, run) == {"top1": 0.5}
     assert evaluated[0].name == name
     assert not evaluated[0].exists()
+
+
+def test_a_trial_whose_images_fill_no_batch_has_failed_and_takes_no_other_with_it(
+    tmp_path: Path,
+) -> None:
+    write_shapes(tmp_path / "train.parquet", N - 1)
+    tree = {"name": "s", "question": "q", "base": "x", "space": SPACE, "metric": "eval/knn_top1"}
+    study = cfg.validate(Study, tree)
+    job = Job(study, str(tmp_path), "s", "")
+    trial = Trial("t", (), 0, experiment(data={"train": str(tmp_path / "train.parquet")}))
+    outcome = run_trial(job, trial, lambda *_: None)
+    assert (outcome.status, outcome.run["folder"], outcome.cost["images"]) == ("failed", "", 0)
+    assert "63 rows do not fill one global batch of 64" in outcome.reason
+    assert job.folder.outcome("t") == outcome

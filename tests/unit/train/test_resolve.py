@@ -11,7 +11,8 @@ import pytest
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ClassifierHeadConfig, DataConfig, Experiment
-from simclr_ray.errors import ConfigError, DataError
+from simclr_ray.errors import ConfigError, DataError, SimclrRayError
+from simclr_ray.train.outcome import evaluation_digest
 from simclr_ray.train.resolve import resolve, split_like_test
 from tests.ray.images import write_shapes
 
@@ -74,7 +75,6 @@ def test_the_same_on_other_workers_and_storage_is_the_same_run(tmp_path: Path) -
     train = source(tmp_path, None)
     asked = experiment(data={"train": train})
     run = resolve(asked)
-    assert resolve(run) is run
     assert run.run_name.startswith("t-")
     placed = asked.model_copy(update={"storage": str(tmp_path / "elsewhere")})
     assert resolve(placed).run_name == run.run_name
@@ -152,3 +152,51 @@ def test_a_test_split_of_the_training_images_is_noticed_and_another_is_not(
     assert split_like_test(DataConfig(train=a, eval_train=b, test=b)) == b
     assert split_like_test(DataConfig(train=a, test=b)) == ""
     assert split_like_test(DataConfig(train=a)) == ""
+
+
+def test_labels_of_the_test_split_that_no_class_has_are_told_before_the_training(
+    tmp_path: Path,
+) -> None:
+    train = source(tmp_path, [0, 1, 1, 0, 1, 0])
+    labels = pa.table({"image": pa.array([b"x"], pa.binary()), "label": pa.array([2], pa.int64())})
+    pq.write_table(labels, tmp_path / "test.parquet")
+    asked = experiment(**CLASSIFIER, data={"train": train, "test": str(tmp_path / "test.parquet")})
+    with pytest.raises(DataError, match="has label 2; the classifier knows 0 to 1"):
+        resolve(asked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"registry": {"name": "m", "alias": "v3"}}, "v3"),
+        ({"storage": "s3://bucket/runs"}, "tracking"),
+        ({"data": {"train": "TRAIN", "eval_train": "not/there"}}, "not/there"),
+    ],
+)
+def test_what_would_fail_after_hours_is_told_by_a_dry_run_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    train = source(tmp_path, None)
+    changes = {key: dict(v) if isinstance(v, dict) else v for key, v in changes.items()}
+    changes["data"] = {**changes.get("data", {}), "train": train}
+    with pytest.raises(SimclrRayError, match=told):
+        resolve(experiment(**changes))
+
+
+def test_an_unknown_way_to_make_views_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIMCLR_RAY_NATIVE", "perhaps")
+    with pytest.raises(ConfigError, match="perhaps"):
+        resolve(experiment(data={"train": source(tmp_path, None)}))
+
+
+def test_an_evaluation_on_swapped_splits_is_another(tmp_path: Path) -> None:
+    for name, rows in (("a", 12), ("b", 9)):
+        write_shapes(tmp_path / f"{name}.parquet", rows)
+    a, b = (str(tmp_path / f"{name}.parquet") for name in "ab")
+    one = experiment(data={"train": a, "eval_train": a, "test": b})
+    assert evaluation_digest(one) == evaluation_digest(experiment(data={"train": a, "test": b}))
+    swapped = experiment(data={"train": a, "eval_train": b, "test": a})
+    assert evaluation_digest(one) != evaluation_digest(swapped)
