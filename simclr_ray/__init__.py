@@ -87,9 +87,9 @@ def __getattr__(name: str) -> object:
         hint = f"; it is called {_RENAMED[name]!r} now" if name in _RENAMED else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     module, _, attribute = _WHERE[name].partition(":")
-    found = getattr(import_module(f"{__name__}.{module}"), attribute or name)
-    globals()[name] = found
-    return found
+    value = getattr(import_module(f"{__name__}.{module}"), attribute or name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ def image_root() -> Path:
     value = os.environ.get(DATA_VARIABLE)
     if not value:
         # photographs of others are not ours to store; every rule they show has a test on drawn ones
-        pytest.skip(f"{DATA_VARIABLE} is unset: this test needs real image_root")
+        pytest.skip(f"{DATA_VARIABLE} is unset: this test needs real images")
     folder = Path(value)
     missing = [n for n in ("cifar10", "caltech101", "odd") if not (folder / n).is_dir()]
     assert not missing, f"{DATA_VARIABLE}={value} lacks {missing}"

@@ -176,15 +176,15 @@ def loaded() -> Native:
         return Native(None, f"{native_build.SETTING}=off")
     reasons: list[str] = []
     if setting in ("", "package"):
-        found = _load_packaged()
-        if found.library is not None:
-            return found
-        reasons.append(found.detail)
+        candidate = _load_packaged()
+        if candidate.library is not None:
+            return candidate
+        reasons.append(candidate.detail)
     if setting in ("", "build"):
-        found = _load_built()
-        if found.library is not None:
-            return found
-        reasons.append(found.detail)
+        candidate = _load_built()
+        if candidate.library is not None:
+            return candidate
+        reasons.append(candidate.detail)
     reason = " and ".join(reasons)
     level = logging.WARNING if setting else logging.INFO
     log.log(level, "views are made with torch, several times slower on CPU: %s", reason)

@@ -63,10 +63,11 @@ def status(
     from simclr_ray.distributed.ray_cluster import check_cluster, cpus_wanted, nodes
 
     connect()
-    found = nodes()
-    alive = [node for node in found if node.is_alive]
+    all_nodes = nodes()
+    alive = [node for node in all_nodes if node.is_alive]
     rows = [
-        [n.address, "alive" if n.is_alive else "gone", f"{n.cpus:g}", f"{n.gpus:g}"] for n in found
+        [n.address, "alive" if n.is_alive else "gone", f"{n.cpus:g}", f"{n.gpus:g}"]
+        for n in all_nodes
     ]
     title = f"{counted(len(alive), 'node')} alive at {address}"
     show_table(title, ["node", "state", "CPUs", "GPUs"], rows)
@@ -74,5 +75,5 @@ def status(
         check_cluster(experiment)
         scaling = experiment.scaling
         gpus = scaling.num_workers * scaling.gpus_per_worker
-        told = f"{counted(scaling.num_workers, 'worker')}, {cpus_wanted(experiment):g} CPUs"
-        show_pairs({"fits": f"{told}, {gpus:g} GPUs"})
+        demand = f"{counted(scaling.num_workers, 'worker')}, {cpus_wanted(experiment):g} CPUs"
+        show_pairs({"fits": f"{demand}, {gpus:g} GPUs"})

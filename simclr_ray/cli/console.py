@@ -65,8 +65,8 @@ def sibling(program: str, *arguments: str) -> str:
 
 def _shortest(program: Path) -> str:
     """Return the name of a program if the shell finds it by that, else its path."""
-    found = shutil.which(program.name)
-    if found and Path(found).resolve() == program.resolve():
+    on_path = shutil.which(program.name)
+    if on_path and Path(on_path).resolve() == program.resolve():
         return program.name
     return str(program)
 

@@ -76,44 +76,47 @@ def inspect(
     from simclr_ray.data.description import describe
 
     given = [text.removeprefix("data.columns.") for text in columns or []]
-    found = describe(path, cfg.validate(ColumnsConfig, cfg.apply_overrides({}, given)))
-    _show_description(found)
+    description = describe(path, cfg.validate(ColumnsConfig, cfg.apply_overrides({}, given)))
+    _show_description(description)
 
 
-def _show_description(found: Description) -> None:
+def _show_description(description: Description) -> None:
     from simclr_ray.data.description import class_name
 
-    source, roles = found.source, found.source.columns
+    source, roles = description.source, description.source.columns
     used = {roles.image: "image"}
     used |= {roles.label: "label"} if source.has_labels else {}
     used |= {roles.id: "id"} if source.has_ids else {}
     rows = {
         "dataset": source.uri,
         "rows": f"{source.num_rows:,} in {counted(len(source.files), 'file')}, "
-        f"{counted(len(source.row_groups), 'row group')}, {found.num_bytes / MIB:,.1f} MiB",
+        f"{counted(len(source.row_groups), 'row group')}, {description.num_bytes / MIB:,.1f} MiB",
         "fingerprint": source.fingerprint,
     }
-    for name, kind in found.columns.items():
+    for name, kind in description.columns.items():
         role = f" ({used[name]})" if name in used else ""
         rows[f"column {name}"] = f"{kind}{role}"
-    if found.sizes:
-        widths, heights = zip(*found.sizes, strict=True)
+    if description.sizes:
+        widths, heights = zip(*description.sizes, strict=True)
         rows["sizes"] = (
             f"{min(widths)} to {max(widths)} px wide, {min(heights)} to {max(heights)} px high, "
-            f"most often {'x'.join(map(str, Counter(found.sizes).most_common(1)[0][0]))}"
+            f"most often {'x'.join(map(str, Counter(description.sizes).most_common(1)[0][0]))}"
         )
-    bad = f"{len(found.bad)} of {counted(found.num_sampled, 'image')} of a sample"
+    bad = f"{len(description.bad)} of {counted(description.num_sampled, 'image')} of a sample"
     rows["undecodable"] = bad
-    for row in found.bad[:BAD_SHOWN]:
+    for row in description.bad[:BAD_SHOWN]:
         rows[f"row {row.row}"] = row.reason
     show_pairs(rows)
-    if found.labels:
+    if description.labels:
         classes = [
-            [str(label), class_name(source, label), f"{n:,}"] for label, n in found.labels.items()
+            [str(label), class_name(source, label), f"{n:,}"]
+            for label, n in description.labels.items()
         ]
         more = len(classes) - CLASSES_SHOWN
         last = [["", f"{more} more", ""]] if more > 0 else []
-        title = counted(len([label for label in found.labels if label >= 0]), "class", "classes")
+        title = counted(
+            len([label for label in description.labels if label >= 0]), "class", "classes"
+        )
         show_table(title, ["label", "class", "images"], [*classes[:CLASSES_SHOWN], *last])
 
 

@@ -104,15 +104,15 @@ def check_loss(path: str, overrides: Sequence[str], num_workers: int) -> Finding
 
     allow(path)
     processes = max(2, min(num_workers, MOST))
-    found = loss_parity(path, cfg.apply_overrides({}, overrides), processes)
-    told = (
+    parity = loss_parity(path, cfg.apply_overrides({}, overrides), processes)
+    detail = (
         f"{path} on {processes} processes and on one, in float64: value differs by "
-        f"{found.value:.1e}, gradient by {found.gradient:.1e} (bound {BOUND:g})"
+        f"{parity.value:.1e}, gradient by {parity.gradient:.1e} (bound {BOUND:g})"
     )
-    if found.holds:
-        return Finding("loss", "ok", told)
+    if parity.holds:
+        return Finding("loss", "ok", detail)
     advice = "gather z of all ranks, and scale by the contract at the head of simclr_ray.nn.losses"
-    return Finding("loss", "fail", told, advice)
+    return Finding("loss", "fail", detail, advice)
 
 
 def check_storage(storage: str) -> Finding:
@@ -255,8 +255,8 @@ def _check_nodes(storage: str) -> Findings:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remote = ray.remote(num_cpus=0, max_retries=0)(report_node)
-    known = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types
-    alive = [node for node in known if node["Alive"]]
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types
+    alive = [node for node in nodes if node["Alive"]]
     reports, findings = [], []
     with contextlib.ExitStack() as stack:
         try:

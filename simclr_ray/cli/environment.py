@@ -119,11 +119,11 @@ def check_device() -> Findings:
     ]
 
 
-def views_finding(found: native.Native) -> Finding:
+def views_finding(native_views: native.Native) -> Finding:
     """Return how views are made on this machine's CPU."""
-    if found.library is not None:
-        return Finding("views on CPU", "ok", f"compiled: {found.detail}")
-    detail = f"made with torch, several times slower: {found.detail}"
+    if native_views.library is not None:
+        return Finding("views on CPU", "ok", f"compiled: {native_views.detail}")
+    detail = f"made with torch, several times slower: {native_views.detail}"
     advice = (
         "install a wheel for Linux, or a C compiler (apt install gcc), on the nodes that decode"
     )

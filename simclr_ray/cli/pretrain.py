@@ -76,8 +76,8 @@ def _show(resolved: ResolvedExperiment, outcome: PretrainOutcome, image: str) ->
     from simclr_ray.cli.scores import show_classifier, show_next, show_scores, show_where
 
     if outcome.is_stored:
-        told = "this run is finished; its stored scores follow, and are made anew by:"
-        out.print(told, markup=False, soft_wrap=True)
+        notice = "this run is finished; its stored scores follow, and are made anew by:"
+        out.print(notice, markup=False, soft_wrap=True)
         out.print(f"  {command('evaluate', outcome.run.folder)}", markup=False, soft_wrap=True)
     show_scores(outcome.scores)
     if outcome.classifier is not None:

@@ -62,28 +62,42 @@ def status(run: RunPlace) -> None:
     from simclr_ray.storage.run_folder import RunFolder
     from simclr_ray.storage.run_status import status_of_run
 
-    found = status_of_run(RunFolder.at(run))
-    steps = f"{found.step:,} of {found.total_steps:,}" if found.total_steps else "none yet"
-    last = {n.partition("/")[2]: found.metrics[n] for n in LAST_METRICS if n in found.metrics}
-    held = "held by a driver" if found.folder.is_locked() else "no driver holds it"
-    unseen = "" if found.folder.local else " (of a remote folder a lock is not seen)"
-    rows = {
-        "run": found.folder.uri,
-        "state": f"{found.state}; {held}{unseen}",
-        "steps": f"{steps}, epoch {found.epoch:.2f}",
-        "training": ", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "-",
-        "evaluation": short_scores(found.metrics) or "-",
-        "checkpoints": ", ".join(found.checkpoints) or "none yet",
-        "last written": f"{found.written_at:%Y-%m-%d %H:%M:%S} UTC" if found.written_at else "-",
+    run_status = status_of_run(RunFolder.at(run))
+    steps = (
+        f"{run_status.step:,} of {run_status.total_steps:,}"
+        if run_status.total_steps
+        else "none yet"
+    )
+    last = {
+        n.partition("/")[2]: run_status.metrics[n] for n in LAST_METRICS if n in run_status.metrics
     }
-    if found.record is not None:
-        rows["MLflow run"] = f"{found.record.mlflow_run_id} of {found.record.tracking_uri}"
-        rows["open MLflow"] = open_mlflow(found.record.tracking_uri)
+    held = "held by a driver" if run_status.folder.is_locked() else "no driver holds it"
+    unseen = "" if run_status.folder.local else " (of a remote folder a lock is not seen)"
+    rows = {
+        "run": run_status.folder.uri,
+        "state": f"{run_status.state}; {held}{unseen}",
+        "steps": f"{steps}, epoch {run_status.epoch:.2f}",
+        "training": ", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "-",
+        "evaluation": short_scores(run_status.metrics) or "-",
+        "checkpoints": ", ".join(run_status.checkpoints) or "none yet",
+        "last written": f"{run_status.written_at:%Y-%m-%d %H:%M:%S} UTC"
+        if run_status.written_at
+        else "-",
+    }
+    if run_status.record is not None:
+        rows["MLflow run"] = (
+            f"{run_status.record.mlflow_run_id} of {run_status.record.tracking_uri}"
+        )
+        rows["open MLflow"] = open_mlflow(run_status.record.tracking_uri)
     show_pairs(rows)
-    show_bad_rows(found.folder)
-    if found.scores:
-        names = [n for n, v in found.scores[0].items() if n.endswith("_top1") and v is not None]
-        cells = [[row["name"], *(f"{100 * row[n]:.1f} %" for n in names)] for row in found.scores]
+    show_bad_rows(run_status.folder)
+    if run_status.scores:
+        names = [
+            n for n, v in run_status.scores[0].items() if n.endswith("_top1") and v is not None
+        ]
+        cells = [
+            [row["name"], *(f"{100 * row[n]:.1f} %" for n in names)] for row in run_status.scores
+        ]
         if names:
             show_table("scores", ["features", *(n.removesuffix("_top1") for n in names)], cells)
 
@@ -94,9 +108,9 @@ def list_runs(
     """List the runs of a storage: how each stands, its epoch, and its last kNN."""
     from simclr_ray.storage.run_status import runs_in, status_of_run
 
-    found = [status_of_run(folder) for folder in runs_in(storage)]
+    statuses = [status_of_run(folder) for folder in runs_in(storage)]
     rows = []
-    for run in found:
+    for run in statuses:
         knn = run.metrics.get("eval/knn_top1")
         shown = "-" if knn is None else f"{knn:.1%}"
         written = f"{run.written_at:%Y-%m-%d %H:%M}" if run.written_at else "-"

@@ -47,8 +47,8 @@ def show_bad_rows(folder: RunFolder) -> None:
     if not reasons:
         return
     shown = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(REASONS_SHOWN))
-    told = f"replaced {counted(sum(reasons.values()), 'row')} that could not be decoded: {shown}"
-    out.print(f"{told} (ids in {folder.uri}/{BAD_ROWS})", markup=False, soft_wrap=True)
+    summary = f"replaced {counted(sum(reasons.values()), 'row')} that could not be decoded: {shown}"
+    out.print(f"{summary} (ids in {folder.uri}/{BAD_ROWS})", markup=False, soft_wrap=True)
 
 
 def show_next(folder: RunFolder, model: str = "", image: str = "IMAGE.png") -> None:

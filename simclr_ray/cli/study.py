@@ -124,8 +124,8 @@ def best(
     outcomes = folder.outcomes()
     results = results_of(study, outcomes)
     if results.best is None:
-        told = f"no trial of {where} has finished; see `{command('study', 'status', where)}`"
-        raise RunError(told)
+        message = f"no trial of {where} has finished; see `{command('study', 'status', where)}`"
+        raise RunError(message)
     chosen = best_outcome(results, outcomes)
     show_pairs(
         {
@@ -241,8 +241,8 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
     share = study.search.trials / len(trials) if study.search.name == "optuna" else 1.0
     pace = pace_of(trials, at_a_time, shared_cores(trials))
     most = "at most " if study.scheduler.name != "none" else ""
-    told = (
+    estimate = (
         f"{most}{clock(share * pace.seconds)} of training, {clock(share * pace.device_seconds)} of "
         "workers' time, by steps timed on it as busy as it is; starts and evaluation come on top"
     )
-    show_pairs({"time": told})
+    show_pairs({"time": estimate})

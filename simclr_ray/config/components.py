@@ -39,8 +39,8 @@ class ComponentConfig(Config):
 
 def variants(union: Any) -> dict[str, type[ComponentConfig]]:
     """Return the config classes of a family's union, such as `AnyLossConfig`, by their names."""
-    found = [c for c in _configs_in(union) if issubclass(c, ComponentConfig)]
-    return {_name_of(c): c for c in found}
+    configs = [c for c in _configs_in(union) if issubclass(c, ComponentConfig)]
+    return {_name_of(c): c for c in configs}
 
 
 def build(config: ComponentConfig, kind: type[T], *args: Any, **context: Any) -> T:

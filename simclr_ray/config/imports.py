@@ -54,14 +54,14 @@ class ImportConfig(ComponentConfig):
 
     def load(self) -> Any:
         """Return what `path` names. Raises `ConfigError` as `import_object` does."""
-        found = import_object(self.path)
+        component = import_object(self.path)
         if self.sha256 and (now := sha256_of(self.path)) != self.sha256:
             raise _issue(
                 self.path,
                 f"its package has sha256 {now[:12]} and had {self.sha256[:12]} when the config was "
                 "resolved; restore it, or clear this sha256 to take it as it is",
             )
-        return found
+        return component
 
 
 def allow(*paths: str) -> None:
@@ -98,16 +98,16 @@ def import_object(path: str) -> Any:
     try:
         loaded = import_module(module)
     except Exception as error:
-        told = " ".join(str(error).split())
-        raise _issue(path, f"importing {module} raised {type(error).__name__}: {told}") from error
+        cause = " ".join(str(error).split())
+        raise _issue(path, f"importing {module} raised {type(error).__name__}: {cause}") from error
     if not hasattr(loaded, attribute):
         hint = nearest(attribute, [n for n in dir(loaded) if not n.startswith("_")])
         raise _issue(path, f"{module} has no {attribute!r}{hint}; expected a class or function")
-    found = getattr(loaded, attribute)
-    if not callable(found):
-        kind = type(found).__name__
+    component = getattr(loaded, attribute)
+    if not callable(component):
+        kind = type(component).__name__
         raise _issue(path, f"is of type {kind}, not callable; expected a class or function")
-    return found
+    return component
 
 
 def source_of(path: str) -> Path:
@@ -168,8 +168,8 @@ def with_hashes(config: ConfigT) -> ConfigT:
     Raises:
         ConfigError: A path may not or cannot be imported, or is not of the sha256 that it has.
     """
-    found: ConfigT = _with_hashes(config)
-    return found
+    hashed: ConfigT = _with_hashes(config)
+    return hashed
 
 
 def _with_hashes(node: Any) -> Any:

@@ -100,8 +100,8 @@ def validate(schema: type[ConfigT], tree: Any) -> ConfigT:
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
-        found = [_issue(schema, tree, item) for item in error.errors()]
-        raise ConfigError(list(dict.fromkeys(found))) from None
+        issues = [_issue(schema, tree, item) for item in error.errors()]
+        raise ConfigError(list(dict.fromkeys(issues))) from None
 
 
 def to_tree(config: Config) -> Tree:
@@ -143,23 +143,23 @@ def _leaves(node: Any, path: str) -> Iterable[tuple[str, Scalar]]:
 
 def _has_variants(schema: type[Config], keys: Sequence[str]) -> bool:
     """Return whether the node at `keys` is a union of configs, told apart by `name`."""
-    found = [schema]
+    schemas = [schema]
     for key in keys:
-        field = found[0].model_fields.get(key)
-        found = _configs_in(field.annotation) if field else []
-        if not found:
+        field = schemas[0].model_fields.get(key)
+        schemas = _configs_in(field.annotation) if field else []
+        if not schemas:
             return False
-    return len(found) > 1
+    return len(schemas) > 1
 
 
 def _usual_name(schema: type[Config], keys: Sequence[str]) -> str:
     """Return the name that the union at `keys` has by default, or nothing."""
-    found, usual = [schema], ""
+    schemas, usual = [schema], ""
     for key in keys:
-        field = found[0].model_fields.get(key) if found else None
+        field = schemas[0].model_fields.get(key) if schemas else None
         if field is None:
             return ""
-        usual, found = _default_name(field), _configs_in(field.annotation)
+        usual, schemas = _default_name(field), _configs_in(field.annotation)
     return usual
 
 

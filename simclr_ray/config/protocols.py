@@ -72,9 +72,9 @@ def protocol_named(name: str) -> Protocol:
     Raises:
         ConfigError: There is none; of an import path only the form is looked at.
     """
-    found = {protocol.name: protocol for protocol in PROTOCOLS}.get(name)
-    if found is not None:
-        return found
+    ours = {protocol.name: protocol for protocol in PROTOCOLS}.get(name)
+    if ours is not None:
+        return ours
     if IMPORT_PATH.fullmatch(name):
         own = name.rpartition(":")[2]
         return Protocol(own, f"{own} top-1", name)

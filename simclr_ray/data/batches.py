@@ -86,15 +86,15 @@ class RowReader:
             rows: Row numbers.
             take: Where encoded rows come from; those for which it has None are read one by one.
         """
-        found = self.cache.find(rows)
+        images = self.cache.find(rows)
         new: dict[int, DecodedImage] = {}
-        for place, (row, image) in enumerate(zip(rows, found, strict=True)):
+        for place, (row, image) in enumerate(zip(rows, images, strict=True)):
             if image is None and row not in self.bad:
-                found[place] = decoded = self._decode(row, take(row) or self.recent.take(row))
+                images[place] = decoded = self._decode(row, take(row) or self.recent.take(row))
                 if decoded is not None:
                     new[row] = decoded
         self.cache.keep(new)
-        return found
+        return images
 
     def image(self, row: int) -> DecodedImage | None:
         """Return one decoded row, or None where it cannot be used."""
@@ -167,7 +167,7 @@ class BatchBuilder:
         if len(epochs) != 1:
             raise ValueError(f"steps {[*steps]} are of epochs {sorted(epochs)}")
         gathered = [self._gathered(step) for step in steps]
-        images = [p for found, _ in gathered for p in found]
+        images = [p for step_images, _ in gathered for p in step_images]
         ids = np.array([p.id for p in images], np.int64)
         views = self.views([p.pixels for p in images], ids, epochs.pop())
         columns = (*views, torch.from_numpy(ids))
@@ -184,8 +184,8 @@ class BatchBuilder:
         rows = self.plan.rows_of(step, first, last).tolist()
         self.groups.advance(step)
         images, bad = [], []
-        found = self.reader.images(rows, self.groups.take)
-        for place, (row, planned) in enumerate(zip(rows, found, strict=True), start=first):
+        decoded = self.reader.images(rows, self.groups.take)
+        for place, (row, planned) in enumerate(zip(rows, decoded, strict=True), start=first):
             image = planned
             if image is None:
                 self._check_fraction()
@@ -195,10 +195,10 @@ class BatchBuilder:
         return images, bad
 
     def _stand_in(self, row: int, place: int, step: int) -> DecodedImage:
-        found = self._keyed(row, place, step)
-        if found < 0:
-            found = self._left_over(place, step)
-        image = self.reader.image(found) if found >= 0 else None
+        stand_in_row = self._keyed(row, place, step)
+        if stand_in_row < 0:
+            stand_in_row = self._left_over(place, step)
+        image = self.reader.image(stand_in_row) if stand_in_row >= 0 else None
         if image is None:
             raise DataError(f"no usable row is left to stand in for row {row} of step {step}")
         return image
@@ -232,11 +232,11 @@ class BatchBuilder:
         return given.get(place, -1)
 
     def _check_fraction(self) -> None:
-        found, rows = len(self.reader.bad), self.plan.num_rows
-        if found > self.max_bad_fraction * rows:
+        num_bad, rows = len(self.reader.bad), self.plan.num_rows
+        if num_bad > self.max_bad_fraction * rows:
             reasons = sorted({bad.reason for bad in self.reader.bad.values()})
             raise TooManyBadImages(
-                f"{found} of {rows} rows cannot be used, more than data.max_bad_fraction="
+                f"{num_bad} of {rows} rows cannot be used, more than data.max_bad_fraction="
                 f"{self.max_bad_fraction:g} allows; reasons: {'; '.join(reasons[:5])}; "
                 f"first rows: {sorted(self.reader.bad)[:10]}"
             )

@@ -63,8 +63,8 @@ def class_name(source: Source, label: int) -> str:
     """Return the name of a class, or its number where the files name none."""
     if label == NO_LABEL:
         return "no label"
-    known = label < len(source.class_names)
-    return source.class_names[label] if known else str(label)
+    has_name = label < len(source.class_names)
+    return source.class_names[label] if has_name else str(label)
 
 
 def _decoded(source: Source) -> tuple[list[tuple[int, int]], list[BadRow], int]:

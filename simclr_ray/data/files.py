@@ -43,10 +43,10 @@ def list_parquet(fs: pafs.FileSystem, root: str, uri: str) -> list[Listed]:
             raise DataError(f"{uri}: no such file or folder")
         if info.type == pafs.FileType.File:
             return [Listed(root, info.size)]
-        found = fs.get_file_info(pafs.FileSelector(root, recursive=True))
+        entries = fs.get_file_info(pafs.FileSelector(root, recursive=True))
     except OSError as error:
         raise DataError(f"{uri} cannot be listed: {one_line(error)}") from error
-    files = [i for i in found if i.type == pafs.FileType.File and _is_data(i.path, root)]
+    files = [i for i in entries if i.type == pafs.FileType.File and _is_data(i.path, root)]
     if not files:
         raise DataError(f"{uri} is a folder without parquet files (*.parquet)")
     return sorted(Listed(i.path, i.size) for i in files)
@@ -87,9 +87,9 @@ def _target(name: str, fs: pafs.FileSystem, path: str) -> tuple[pafs.FileSystem,
     if "://" in name:
         scheme, _, rest = name.partition("://")
         host, _, key = rest.partition("/")
-        found, base = filesystem(f"{scheme}://{host}/")
+        host_fs, base = filesystem(f"{scheme}://{host}/")
         key = urllib.parse.unquote(key) if scheme == "file" else key
-        return found, f"{base.rstrip('/')}/{key}"
+        return host_fs, f"{base.rstrip('/')}/{key}"
     if name.startswith("/"):
         return fs, name
     return fs, f"{path.rpartition('/')[0]}/{name}"

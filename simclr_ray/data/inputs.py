@@ -122,12 +122,12 @@ class FolderInput:
             DataError: there are none.
         """
         folder = Path(root)
-        found = sorted(
+        paths = sorted(
             path.relative_to(folder).as_posix()
             for path in folder.rglob("*")
             if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
         )
-        names = tuple(n for n in found if not any(p.startswith(".") for p in n.split("/")))
+        names = tuple(n for n in paths if not any(p.startswith(".") for p in n.split("/")))
         if not names:
             raise DataError(f"{root} holds neither images ({' '.join(IMAGE_SUFFIXES)}) nor parquet")
         flat = any("/" not in name for name in names)
@@ -312,10 +312,10 @@ def open_input(
         return ParquetInput.open(kind_or_path, columns, num_images)
     if path.is_dir():
         return FolderInput.open(str(path), num_images)
-    known = _torchvision_names()
-    if kind_or_path.lower() in known:
-        return TorchvisionInput.open(known[kind_or_path.lower()], split, root, num_images)
-    hint = nearest(kind_or_path.lower(), ["shapes", *known])
+    datasets = _torchvision_names()
+    if kind_or_path.lower() in datasets:
+        return TorchvisionInput.open(datasets[kind_or_path.lower()], split, root, num_images)
+    hint = nearest(kind_or_path.lower(), ["shapes", *datasets])
     raise DataError(
         f"{kind_or_path}: no such file or folder, and no dataset of that name{hint}; "
         "give a folder of images, parquet, `shapes`, or a torchvision dataset"

@@ -133,7 +133,7 @@ class BatchPlan:
         """
         window = self.window_rows
         order, ends = self._epoch_order(epoch)
-        found: list[RowNumbers] = []
+        row_numbers: list[RowNumbers] = []
         for run in self.runs(first, last):
             start, stop = self._lane_places(run.lane)
             low = int(np.searchsorted(ends, start, side="right")) - 1
@@ -142,10 +142,10 @@ class BatchPlan:
             end = np.minimum(ends[low + 1 : high + 1], stop) - start
             opens = begin // window * window
             closes = np.minimum(-(-end // window) * window, stop - start) - 1
-            found.append(np.stack([order[low:high], opens // run.width, closes // run.width]))
-        if not found:
+            row_numbers.append(np.stack([order[low:high], opens // run.width, closes // run.width]))
+        if not row_numbers:
             return Visits(*np.empty((3, 0), np.int64))
-        groups, opens, closes = np.concatenate(found, axis=1)
+        groups, opens, closes = np.concatenate(row_numbers, axis=1)
         unique, where = np.unique(groups, return_inverse=True)
         first_step = np.full(len(unique), self.steps_per_epoch)
         last_step = np.zeros(len(unique), np.int64)

@@ -172,16 +172,16 @@ def _finished(
     """
     present = _present(fs, folder)
     parquet = {n: p for n, p in present.items() if n.endswith(".parquet") and n[0] not in "._"}
-    found: dict[int, ShardReport] = {}
+    reports: dict[int, ShardReport] = {}
     for shard in shards:
         path = parquet.get(shard.file_name, "")
         if path and (report := read_report(fs, path, shard.plan)) is not None:
-            found[shard.index] = report
-    if len(found) < len(shards) and MANIFEST in present:
+            reports[shard.index] = report
+    if len(reports) < len(shards) and MANIFEST in present:
         fs.delete_file(present.pop(MANIFEST))  # what it says is true no more
-    others = [name for name in parquet if name not in {shard_name(i) for i in found}]
+    others = [name for name in parquet if name not in {shard_name(i) for i in reports}]
     if not others:
-        return found
+        return reports
     foreign = [name for name in others if not name.startswith("part-")]
     if foreign:
         raise DataError(
@@ -196,7 +196,7 @@ def _finished(
         fs.delete_file(present[MANIFEST])
     for name in others:
         fs.delete_file(parquet[name])
-    return found
+    return reports
 
 
 def _present(fs: pafs.FileSystem, folder: str) -> dict[str, str]:

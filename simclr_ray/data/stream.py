@@ -238,13 +238,13 @@ def _row(about: dict[str, Any], *columns: NDArray[Any]) -> pa.Table:
 def _unpacked(table: pa.Table) -> Iterator[BatchPart]:
     """Yield the parts in a table; their arrays lie in Ray's memory."""
     about, ids, pixels = (_value(table[name].chunk(0)) for name in COLUMNS)
-    told = json.loads(about.tobytes())
-    if "error" in told:
-        kind = TooManyBadImages if told["error"] == "TooManyBadImages" else DataError
-        raise kind(told["message"])
-    numbers = ids.view(np.int64).reshape(len(told["steps"]), -1)
+    header = json.loads(about.tobytes())
+    if "error" in header:
+        kind = TooManyBadImages if header["error"] == "TooManyBadImages" else DataError
+        raise kind(header["message"])
+    numbers = ids.view(np.int64).reshape(len(header["steps"]), -1)
     rest = pixels
-    columns = (told[name] for name in ("steps", "sizes", "bad", "reasons"))
+    columns = (header[name] for name in ("steps", "sizes", "bad", "reasons"))
     for row, step, size, bad, reasons in zip(numbers, *columns, strict=True):
         shape = (len(row), 3, size, size)
         num = int(np.prod(shape))
@@ -280,12 +280,12 @@ class _Pace:
         """Yield the items, setting the pause by how they are asked for and how long they take."""
         left = time.perf_counter()
         while True:
-            asked = time.perf_counter()
+            requested_at = time.perf_counter()
             item = next(items, None)
             now = time.perf_counter()
             least, most = LOOP_PAUSE_S
-            in_time = now - asked < least
-            cls.pause_s = min(max((asked - left) / 2, least), most) if in_time else least
+            in_time = now - requested_at < least
+            cls.pause_s = min(max((requested_at - left) / 2, least), most) if in_time else least
             if item is None:
                 return
             left = now

@@ -74,8 +74,10 @@ def connect(
     # logical CPUs may exceed cores: workers and decode actors share them by time
     wanted = 0.0
     if experiment:
-        asked = experiment.evaluation
-        wanted = max(copies * cpus_wanted(experiment), asked.actors * asked.cpus_per_actor)
+        evaluation = experiment.evaluation
+        wanted = max(
+            copies * cpus_wanted(experiment), evaluation.actors * evaluation.cpus_per_actor
+        )
     log.info("starting Ray on this machine")
     began = time.monotonic()
     try:

@@ -31,14 +31,14 @@ def spawn(
     ranks = spawn_processes(  # type: ignore[no-untyped-call]
         _run_rank, (fn, num_processes, port, results, args, kwargs), num_processes, join=False
     )
-    found: dict[int, T] = {}
+    result_of_rank: dict[int, T] = {}
     finished = False
     while not finished:  # drained while they run: a pipe holds 64 KiB, and a rank waits until read
         finished = ranks.join(timeout=0.05)
         while not results.empty():
             index, result = results.get()
-            found[index] = result
-    return [found[r] for r in range(num_processes)]
+            result_of_rank[index] = result
+    return [result_of_rank[r] for r in range(num_processes)]
 
 
 def _run_rank(

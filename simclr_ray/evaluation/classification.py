@@ -50,7 +50,7 @@ def mean_average_precision_11(scores: Tensor, truth: Tensor) -> float:
     Raises:
         ValueError: No sample is of any class.
     """
-    found: list[float] = []
+    average_precisions: list[float] = []
     for own, positive in zip(scores.double().T, truth.T, strict=True):
         if not positive.any():
             continue
@@ -60,7 +60,7 @@ def mean_average_precision_11(scores: Tensor, truth: Tensor) -> float:
         recall = hits / hits[-1]
         levels = torch.arange(11, device=hits.device, dtype=torch.float64) / 10
         places = torch.searchsorted(recall.contiguous(), levels - 1e-9)
-        found.append(float(best[places].mean()))
-    if not found:
+        average_precisions.append(float(best[places].mean()))
+    if not average_precisions:
         raise ValueError("no sample is of any class")
-    return sum(found) / len(found)
+    return sum(average_precisions) / len(average_precisions)

@@ -116,13 +116,13 @@ def _score_by_actors(
             precision=experiment.precision,
         )
 
-    known = encoded(bank, 0 if test else LABEL_FREE_ROWS)
-    asked = encoded(test, 0) if test else None
+    bank_features = encoded(bank, 0 if test else LABEL_FREE_ROWS)
+    test_features = encoded(test, 0) if test else None
     return [
         score_features(
             name,
-            Features(known.features[i], known.labels),
-            Features(asked.features[i], asked.labels) if asked else None,
+            Features(bank_features.features[i], bank_features.labels),
+            Features(test_features.features[i], test_features.labels) if test_features else None,
             experiment,
             protocols,
         )
@@ -182,17 +182,20 @@ def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
     train = Source.open(
         data.eval_train or data.train, data.columns, 0 if data.eval_train else data.limit
     )
-    known = load_split(train, size, PROBE_ROWS, data.max_pixels).images
+    train_images = load_split(train, size, PROBE_ROWS, data.max_pixels).images
     if data.test:
         test = Source.open(data.test, data.columns)
-        asked = load_split(test, size, PROBE_ROWS // 2, data.max_pixels)
-        unseen = asked.images
+        test_split = load_split(test, size, PROBE_ROWS // 2, data.max_pixels)
+        unseen = test_split.images
     else:
-        known, unseen = known[: -(-4 * len(known) // 5)], known[-(-4 * len(known) // 5) :]
+        train_images, unseen = (
+            train_images[: -(-4 * len(train_images) // 5)],
+            train_images[-(-4 * len(train_images) // 5) :],
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return probe(
         load_model(folder).to(device),
-        known,
+        train_images,
         unseen,
         seed=experiment.seed,
         batch_size=experiment.evaluation.batch_size,

@@ -106,16 +106,18 @@ def sweep_logistic_regression(
     held_out = _held_out(labels, seed)
     if not held_out.any():
         raise ValueError("no class has two samples: none can be held out to choose l2")
-    known, asked = features[~held_out], features[held_out]
-    found: dict[float, float] = {}
+    fit_features, held_out_features = features[~held_out], features[held_out]
+    accuracy_of: dict[float, float] = {}
     start: LinearProbe | None = None
     fits: dict[float, LinearProbe] = {}
     for l2 in reversed(L2_VALUES):
-        start = fits[l2] = fit_logistic_regression(known, labels[~held_out], num_classes, l2, start)
-        found[l2] = top_k_accuracy(start.logits(asked), labels[held_out])
-    best = max(found, key=lambda l2: (found[l2], l2))
+        start = fits[l2] = fit_logistic_regression(
+            fit_features, labels[~held_out], num_classes, l2, start
+        )
+        accuracy_of[l2] = top_k_accuracy(start.logits(held_out_features), labels[held_out])
+    best = max(accuracy_of, key=lambda l2: (accuracy_of[l2], l2))
     return Chosen(
-        fit_logistic_regression(features, labels, num_classes, best, fits[best]), best, found
+        fit_logistic_regression(features, labels, num_classes, best, fits[best]), best, accuracy_of
     )
 
 

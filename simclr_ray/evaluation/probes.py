@@ -96,21 +96,26 @@ def probe(
     """
     both = _Both(model)
     device = next(p.device for p in model.parameters())
-    found = []
+    probes = []
     for number, target in enumerate(TARGETS):
         splits = []
         for part, images in enumerate((train, test)):
             rng = np.random.Generator(np.random.Philox(key=[seed, 2 * number + part]))
             moved, answers = transformed(target, images, rng)
             splits.append((extract_features(both, moved, batch_size, device, precision), answers))
-        (known, labels), (asked, truth) = splits
-        width = known.shape[1] - both.z_dim
+        (train_features, labels), (test_features, truth) = splits
+        width = train_features.shape[1] - both.z_dim
         accuracies = [
-            _accuracy((known[:, part], labels), (asked[:, part], truth), len(target.chances), seed)
+            _accuracy(
+                (train_features[:, part], labels),
+                (test_features[:, part], truth),
+                len(target.chances),
+                seed,
+            )
             for part in (slice(0, width), slice(width, None))
         ]
-        found.append(Probe(target.name, max(target.chances), *accuracies))
-    return found
+        probes.append(Probe(target.name, max(target.chances), *accuracies))
+    return probes
 
 
 def transformed(target: Target, images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -147,7 +152,7 @@ def _accuracy(
     """Return the test accuracy of an MLP trained on standardised features."""
     x, labels = train
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, asked = (x - mean) / deviation, (test[0] - mean) / deviation
+    x, test_x = (x - mean) / deviation, (test[0] - mean) / deviation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = x.shape[1]
@@ -163,4 +168,4 @@ def _accuracy(
                 solver.step()
                 schedule.step()
     with torch.no_grad():
-        return top_k_accuracy(mlp(asked), test[1])
+        return top_k_accuracy(mlp(test_x), test[1])

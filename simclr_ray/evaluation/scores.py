@@ -68,12 +68,12 @@ class Score:
 
     def as_tree(self) -> dict[str, str | float | None]:
         """Return name and numbers as `scores.json` has them; null for what was not asked for."""
-        known = dict.fromkeys(protocol.metric for protocol in PROTOCOLS)
+        columns = dict.fromkeys(protocol.metric for protocol in PROTOCOLS)
         free = (self.uniformity, self.effective_rank, self.feature_std)
         names = (heading.replace(" ", "_") for heading in LABEL_FREE)
         return {
             "name": self.name,
-            **known,
+            **columns,
             **self.accuracies,
             **dict(zip(names, free, strict=True)),
         }
@@ -116,9 +116,9 @@ def score_encoder(
         return Features(h, split.labels)
 
     bank, test = _scorable(bank, test)
-    known = features(bank)
-    assert known is not None
-    return score_features(name, known, features(test), experiment, protocols)
+    bank_features = features(bank)
+    assert bank_features is not None
+    return score_features(name, bank_features, features(test), experiment, protocols)
 
 
 def score_pixels(
@@ -129,9 +129,9 @@ def score_pixels(
 ) -> Score:
     """Return the scores of the pixels themselves; arguments and `DataError` as above."""
     bank, test = _scorable(bank, test)
-    known = Features(pixels_of(bank.images), bank.labels)
-    asked = None if test is None else Features(pixels_of(test.images), test.labels)
-    return score_features(PIXELS, known, asked, experiment, protocols)
+    bank_features = Features(pixels_of(bank.images), bank.labels)
+    test_features = None if test is None else Features(pixels_of(test.images), test.labels)
+    return score_features(PIXELS, bank_features, test_features, experiment, protocols)
 
 
 def score_features(
@@ -186,11 +186,11 @@ def pixels_of(images: Tensor) -> Tensor:
 
 def table(scores: Sequence[Score]) -> list[list[str]]:
     """Return headings and rows as text: all columns, of protocols the usual and those asked for."""
-    asked = _asked(scores)
+    reported = _metrics_of(scores)
     usual = [protocol_named(name).metric for name in DEFAULT_PROTOCOLS]
     labels = {p.metric: p.label for p in PROTOCOLS}
-    metrics = [m for m in labels if m in usual or m in asked]
-    metrics += [m for m in asked if m not in labels]
+    metrics = [m for m in labels if m in usual or m in reported]
+    metrics += [m for m in reported if m not in labels]
     headings = [labels.get(m, m.replace("_top1", " top-1")) for m in metrics]
     return [
         ["features", *headings, *LABEL_FREE],
@@ -201,7 +201,7 @@ def table(scores: Sequence[Score]) -> list[list[str]]:
 def short_table(scores: Sequence[Score]) -> list[list[str]]:
     """Return headings and rows for a terminal: accuracies where there are any, else the rest."""
     rows, free = table(scores), len(LABEL_FREE)
-    if _asked(scores):
+    if _metrics_of(scores):
         return [row[:-free] for row in rows]
     return [[row[0], *row[-free:]] for row in rows]
 
@@ -216,13 +216,13 @@ def format_table(scores: Sequence[Score]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _asked(scores: Sequence[Score]) -> list[str]:
+def _metrics_of(scores: Sequence[Score]) -> list[str]:
     return list(dict.fromkeys(metric for score in scores for metric in score.accuracies))
 
 
 def _shares(score: Score, metrics: Sequence[str]) -> list[str]:
-    found = [score.accuracies.get(metric) for metric in metrics]
-    return ["-" if value is None else f"{100 * value:.1f} %" for value in found]
+    values = [score.accuracies.get(metric) for metric in metrics]
+    return ["-" if value is None else f"{100 * value:.1f} %" for value in values]
 
 
 def _label_free(score: Score) -> list[str]:
@@ -245,11 +245,11 @@ def _evaluate(
     num_classes = int(max(bank.labels.max(), test.labels.max())) + 1
     accuracies = {}
     for protocol in map(protocol_named, protocols):
-        found = protocol.load()(bank, test, num_classes, experiment)
-        if not isinstance(found, float) or not 0 <= found <= 1:
+        accuracy = protocol.load()(bank, test, num_classes, experiment)
+        if not isinstance(accuracy, float) or not 0 <= accuracy <= 1:
             expected = "expected a float in [0, 1], the share of test rows named rightly"
-            raise ConfigError([ConfigIssue(protocol.run, f"returned {found!r}; {expected}")])
-        accuracies[protocol.metric] = found
+            raise ConfigError([ConfigIssue(protocol.run, f"returned {accuracy!r}; {expected}")])
+        accuracies[protocol.metric] = accuracy
     return replace(_score(name, test.rows), accuracies=accuracies)
 
 

@@ -123,5 +123,5 @@ def _encoder_folder(where: str | Path, scratch: Path, tracking_uri: str) -> Path
     if str(where).startswith("models:"):
         uri = store_uri(tracking_uri)
         return fetch_model(str(where), scratch, uri=uri, part=f"artifacts/{ENCODER_FOLDER}")
-    found = [f for f in (Path(where), Path(where) / ENCODER_FOLDER) if (f / CARD).is_file()]
-    return found[0] if found else None
+    folders = [f for f in (Path(where), Path(where) / ENCODER_FOLDER) if (f / CARD).is_file()]
+    return folders[0] if folders else None

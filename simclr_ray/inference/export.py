@@ -47,29 +47,29 @@ def export_encoder(
         raise ConfigError([ConfigIssue(str(out), "is where the encoder lies; choose another")])
     others = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else []
     if others:
-        told = f"holds {others[0]}, which is no file of an encoder; choose another folder"
-        raise ConfigError([ConfigIssue(str(out), told)])
+        problem = f"holds {others[0]}, which is no file of an encoder; choose another folder"
+        raise ConfigError([ConfigIssue(str(out), problem)])
     with tempfile.TemporaryDirectory() as scratch:
         if where.startswith("models:"):
             uri = store_uri(tracking_uri)
-            found = fetch_model(where, Path(scratch), uri=uri, part="artifacts/encoder")
+            encoder_folder = fetch_model(where, Path(scratch), uri=uri, part="artifacts/encoder")
         elif (Path(where) / CARD).is_file():
-            found = Path(where)
+            encoder_folder = Path(where)
         else:
-            found = Path(scratch) / "encoder"
+            encoder_folder = Path(scratch) / "encoder"
             with open_checkpoint(where, "RUN") as (_, folder):
-                write_encoder_of(folder, found)
+                write_encoder_of(folder, encoder_folder)
         own = Path(scratch) / "own"
         own.mkdir()
         for each in chosen:
             if each not in FORMATS:
-                encoder, card = read_encoder(found), read_card(found)
+                encoder, card = read_encoder(encoder_folder), read_card(encoder_folder)
                 write_checked(each, own / each.file, encoder, card.size, card.feature_dim)
         out.mkdir(parents=True, exist_ok=True)
         for name in ours:
             (out / name).unlink(missing_ok=True)
         for name in wanted:
-            shutil.copy((own if (own / name).exists() else found) / name, out / name)
+            shutil.copy((own if (own / name).exists() else encoder_folder) / name, out / name)
     return wanted
 
 

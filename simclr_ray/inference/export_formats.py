@@ -127,15 +127,17 @@ def formats_named(names: Sequence[str]) -> list[ExportFormat]:
     Raises:
         ConfigError: There is no format of a name, or its code is not permitted or returns none.
     """
-    known = {chosen.name: chosen for chosen in FORMATS}
+    format_of = {chosen.name: chosen for chosen in FORMATS}
     wrong = [
-        ConfigIssue("--format", f"got {name!r}; allowed: {', '.join(known)}{nearest(name, known)}")
+        ConfigIssue(
+            "--format", f"got {name!r}; allowed: {', '.join(format_of)}{nearest(name, format_of)}"
+        )
         for name in names
-        if name not in known and not IMPORT_PATH.fullmatch(name)
+        if name not in format_of and not IMPORT_PATH.fullmatch(name)
     ]
     if wrong:
         raise ConfigError(wrong)
-    chosen = [known[name] if name in known else _imported(name) for name in names]
+    chosen = [format_of[name] if name in format_of else _imported(name) for name in names]
     return list(dict.fromkeys([SAFETENSORS, *chosen]))
 
 

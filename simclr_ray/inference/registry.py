@@ -50,7 +50,7 @@ def register_model(
     store.check_alias(alias)
     with store.quiet(), door(f"register {name!r}", run.uri) as client:
         wanted = store.tags_of({key: tags[key] for key in same})
-        version = _known_version(client, name, run.run_id, wanted) if wanted else 0
+        version = _version_with(client, name, run.run_id, wanted) if wanted else 0
         if version:
             for key, value in store.tags_of(tags).items():
                 client.set_model_version_tag(name, str(version), key, value)
@@ -97,8 +97,8 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
         if address.alias:
             version = str(client.get_model_version_by_alias(name, address.alias).version)
         elif version == "latest":
-            found = client.search_model_versions(f"name = '{name}'")
-            version = str(max((int(v.version) for v in found), default=1))
+            versions = client.search_model_versions(f"name = '{name}'")
+            version = str(max((int(v.version) for v in versions), default=1))
         source = client.get_model_version_download_uri(name, version)
         got = download_artifacts(
             artifact_uri=f"{source}/{part}".rstrip("/"),
@@ -135,12 +135,12 @@ def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: Log
     )
 
 
-def _known_version(client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> int:
+def _version_with(client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> int:
     """Return the newest version of a run that has these tags, or 0."""
-    found = client.search_model_versions(f"name = '{name}'")
+    versions = client.search_model_versions(f"name = '{name}'")
     same = [
         v
-        for v in found
+        for v in versions
         if v.run_id == run_id and v.status == "READY" and v.tags.items() >= tags.items()
     ]
     return max((int(v.version) for v in same), default=0)

@@ -105,11 +105,11 @@ class ImportedFamily(EncoderFamily[ImportConfig]):
             with torch.no_grad():
                 h = encoder(images)
         except Exception as error:
-            told = " ".join(str(error).split())
-            raise _issue(f"{shown} {type(error).__name__}: {told}; {expected}") from error
+            cause = " ".join(str(error).split())
+            raise _issue(f"{shown} {type(error).__name__}: {cause}; {expected}") from error
         if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2 or not h.is_floating_point():
-            found = f"{h.dtype} {[*h.shape]}" if isinstance(h, Tensor) else type(h).__name__
-            raise _issue(f"{shown} {found}; {expected}")
+            given = f"{h.dtype} {[*h.shape]}" if isinstance(h, Tensor) else type(h).__name__
+            raise _issue(f"{shown} {given}; {expected}")
         encoder.feature_dim = h.shape[1]  # type: ignore[assignment] # a plain attribute
         return encoder.train()
 

@@ -293,15 +293,17 @@ class _Mined(PairLoss):
             place = (place + tile.columns.start).to(chosen.dtype)
             chosen[tile.rows] = torch.where(nearer, place, chosen[tile.rows])
             best[tile.rows] = torch.where(nearer, value, best[tile.rows])
-        found = chosen >= 0
-        values, positive_grad, grad_rows = self.mined(positive, best.masked_fill(~found, 0), found)
+        has_negative = chosen >= 0
+        values, positive_grad, grad_rows = self.mined(
+            positive, best.masked_fill(~has_negative, 0), has_negative
+        )
         return RowTerms(values, positive_grad, torch.stack([chosen, grad_rows], 1))
 
     @abstractmethod
     def mined(
-        self, positive: Tensor, negative: Tensor, found: Tensor
+        self, positive: Tensor, negative: Tensor, has_negative: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return L_i, −∂L_i/∂s⁺ and ∂L_i/∂s⁻ where a negative was `found`: [2n] each."""
+        """Return L_i, −∂L_i/∂s⁺ and ∂L_i/∂s⁻ where there `has_negative`: [2n] each."""
 
     def grad_rows(self, pairs: Pairs, row_stats: Tensor) -> Tensor:
         """Return what the chosen negatives and those that chose these rows add."""
@@ -319,12 +321,12 @@ class MinedLogistic(_Mined):
     """softplus(−u⁺), and softplus(u) of the most similar negative below the positive."""
 
     def mined(
-        self, positive: Tensor, negative: Tensor, found: Tensor
+        self, positive: Tensor, negative: Tensor, has_negative: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return L_i, −∂L_i/∂s⁺ and ∂L_i/∂s⁻: [2n] each."""
         u, v = positive / self.scale, negative / self.scale
-        values = F.softplus(-u) + F.softplus(v) * found
-        return values, torch.sigmoid(-u) / self.scale, torch.sigmoid(v) * found / self.scale
+        values = F.softplus(-u) + F.softplus(v) * has_negative
+        return values, torch.sigmoid(-u) / self.scale, torch.sigmoid(v) * has_negative / self.scale
 
 
 class MinedTriplet(_Mined):
@@ -335,11 +337,11 @@ class MinedTriplet(_Mined):
         self.margin = margin
 
     def mined(
-        self, positive: Tensor, negative: Tensor, found: Tensor
+        self, positive: Tensor, negative: Tensor, has_negative: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return L_i, −∂L_i/∂s⁺ and ∂L_i/∂s⁻: [2n] each."""
         assert self.margin is not None
-        active = found.to(positive.dtype)
+        active = has_negative.to(positive.dtype)
         return (negative - positive + self.margin) * active, active, active
 
 

@@ -86,8 +86,8 @@ def open_checkpoint(weights: str, option: str = WHERE) -> Iterator[tuple[str, Pa
                 here = stack.enter_context(RunFolder.at(folder.storage).fetched(folder.name))
                 checkpoint.read_record(here)
             except (CheckpointError, FileNotFoundError) as error:
-                told = f"{weights} is no checkpoint: {error}"
-                raise ConfigError([ConfigIssue(option, told)]) from error
+                problem = f"{weights} is no checkpoint: {error}"
+                raise ConfigError([ConfigIssue(option, problem)]) from error
             yield folder.uri, here
             return
         newest = stack.enter_context(folder.newest_checkpoint())

@@ -86,9 +86,9 @@ def unpack(
 
 def restore_model(tensors: Mapping[str, Tensor], model: nn.Module, prefix: str = "model.") -> None:
     """Load the tensors under `prefix` into `model`, strictly. Raises `CheckpointError`."""
-    found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    state_dict = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     try:
-        model.load_state_dict(found)
+        model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit the model: {error}") from error
 
@@ -202,12 +202,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state_dict: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(t, torch.Tensor) for t in state_dict.values()
+    ):
         raise CheckpointError(f"{path} is no state dict: names and tensors")
-    return found
+    return state_dict
 
 
 def _sync(path: Path) -> None:

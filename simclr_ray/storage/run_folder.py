@@ -106,14 +106,14 @@ class RunFolder:
     def names(self, folder: str) -> list[str]:
         """Return the names of the files of a folder in here, hidden ones aside, in order."""
         files, root = self._open()
-        found = files.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
-        return sorted(f.base_name for f in found if f.is_file and not f.base_name.startswith("."))
+        entries = files.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
+        return sorted(f.base_name for f in entries if f.is_file and not f.base_name.startswith("."))
 
     def folders(self, folder: str) -> list[str]:
         """Return the names of the folders in a folder in here, in order."""
         files, root = self._open()
-        found = files.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
-        return sorted(f.base_name for f in found if f.type == fs.FileType.Directory)
+        entries = files.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
+        return sorted(f.base_name for f in entries if f.type == fs.FileType.Directory)
 
     def put_folder(self, local: Path, name: str) -> None:
         """Copy a local folder or file to `name`."""
@@ -124,8 +124,8 @@ class RunFolder:
     def checkpoints(self) -> list[str]:
         """Return the names of the checkpoint directories, newest first."""
         files, root = self._open()
-        found = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
-        names = [f.base_name for f in found if checkpoint.step_of(f.base_name) >= 0]
+        entries = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        names = [f.base_name for f in entries if checkpoint.step_of(f.base_name) >= 0]
         return sorted(names, key=lambda n: (checkpoint.step_of(n), n), reverse=True)
 
     @contextmanager

@@ -48,8 +48,8 @@ class RunRecord:
         if version != FORMAT_VERSION:
             problem = f"format {version}, this release reads {FORMAT_VERSION}; see docs/upgrade.md"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in tree.items() if key in known})
+        names = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in tree.items() if key in names})
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunRecord:

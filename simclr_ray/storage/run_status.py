@@ -72,8 +72,8 @@ def status_of_run(folder: RunFolder) -> RunStatus:
 def runs_in(storage: str) -> list[RunFolder]:
     """Return the run folders directly in a storage, by name."""
     files, root = filesystem(storage)
-    found = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
-    names = sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+    entries = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    names = sorted(info.base_name for info in entries if info.type == fs.FileType.Directory)
     folders = [RunFolder.of(storage, name) for name in names]
     return [folder for folder in folders if folder.read_text(CONFIG_FILE) is not None]
 
@@ -81,6 +81,6 @@ def runs_in(storage: str) -> list[RunFolder]:
 def _written_at(folder: RunFolder) -> datetime | None:
     """Return when the run last wrote into its folder, of what the file system remembers."""
     files, root = filesystem(folder.uri)
-    found = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
-    times: list[datetime] = [info.mtime for info in found if info.mtime is not None]
+    entries = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    times: list[datetime] = [info.mtime for info in entries if info.mtime is not None]
     return max(times).astimezone(UTC) if times else None

@@ -114,9 +114,9 @@ def best_outcome(results: Results, outcomes: Sequence[TrialOutcome]) -> TrialOut
     """Return the best trial of the best point. There must be one that finished."""
     assert results.best is not None
     study, point = results.study, results.best.point
-    found = [(r.value, o) for o in outcomes for r in readings_of(study, o) if r.point == point]
+    candidates = [(r.value, o) for o in outcomes for r in readings_of(study, o) if r.point == point]
     choose = max if study.mode == "max" else min
-    return choose(found, key=lambda pair: pair[0])[1]
+    return choose(candidates, key=lambda pair: pair[0])[1]
 
 
 def readings_of(study: Study, outcome: TrialOutcome) -> list[Reading]:
@@ -231,10 +231,10 @@ def _agreement(study: Study, rows: Sequence[Row]) -> Agreement | None:
         return None
     from scipy.stats import kendalltau  # half a second, of which `study status` needs none
 
-    found = kendalltau([a for a, _ in pairs], [b for _, b in pairs])
-    if np.isnan(found.statistic):
+    correlation = kendalltau([a for a, _ in pairs], [b for _, b in pairs])
+    if np.isnan(correlation.statistic):
         return None
-    return Agreement(float(found.statistic), float(found.pvalue), len(pairs))
+    return Agreement(float(correlation.statistic), float(correlation.pvalue), len(pairs))
 
 
 def _verdict(study: Study, comparison: Comparison, readings: Sequence[Reading]) -> Verdict:
@@ -288,10 +288,10 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
     if len(differences) == 1:  # both ways are as far from zero, and scipy wants two pairs
         return 1.0
-    found = permutation_test(
+    result = permutation_test(
         (differences,), np.sum, permutation_type="samples", n_resamples=SAMPLES, rng=0
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def as_json(results: Results) -> str:

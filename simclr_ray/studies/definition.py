@@ -212,15 +212,15 @@ class Study(Config):
             raise ValueError("space is empty: nothing varies")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds names one twice: {self.seeds}")
-        known = self.metrics()
+        reported = self.metrics()
         for metric in (self.metric, *self.extra_metrics):
-            if metric not in known:
+            if metric not in reported:
                 protocol = metric.removeprefix("final/").removesuffix("_top1")
-                hint = cfg.nearest(metric, known)
+                hint = cfg.nearest(metric, reported)
                 if protocol in PROTOCOL_NAMES:
                     hint = f" without {protocol!r} in protocols"
                 raise ValueError(
-                    f"metric: nobody reports {metric!r}{hint}; reported are: {', '.join(known)}"
+                    f"metric: nobody reports {metric!r}{hint}; reported are: {', '.join(reported)}"
                 )
         if self.scheduler.name != "none" and self.metric not in EPOCH_METRICS:
             raise ValueError(

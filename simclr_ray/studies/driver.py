@@ -176,10 +176,10 @@ def _versions(before: dict[str, str]) -> dict[str, str]:
     """Return what runs the study now, after what ran it before."""
     names = ("simclr-ray", "ray", "torch", "mlflow", "numpy")
     now = versions_of(names) | {"machine": _machine()}
-    known = {name: before.get(name, "").split("; ") for name in now}
+    earlier_versions = {name: before.get(name, "").split("; ") for name in now}
     earlier = {name: text for name, text in before.items() if name not in now}
     return earlier | {
-        name: "; ".join([*(v for v in known[name] if v and v != value), value])
+        name: "; ".join([*(v for v in earlier_versions[name] if v and v != value), value])
         for name, value in now.items()
     }
 
@@ -193,21 +193,25 @@ def _machine() -> str:
 def _checked_images(folder: StudyFolder, base: Experiment) -> dict[str, str]:
     """Return the fingerprints of the splits; raise where one changed since the study began."""
     data = base.data
-    found = {"train": Source.open(data.train, data.columns, data.limit).fingerprint}
+    fingerprints = {"train": Source.open(data.train, data.columns, data.limit).fingerprint}
     for name in ("eval_train", "test"):
         if getattr(data, name):
-            found[name] = Source.open(getattr(data, name), data.columns).fingerprint
-    known = folder.state().get("fingerprints", found)
-    changed = [name for name in {**known, **found} if known.get(name) != found.get(name)]
+            fingerprints[name] = Source.open(getattr(data, name), data.columns).fingerprint
+    stored_fingerprints = folder.state().get("fingerprints", fingerprints)
+    changed = [
+        name
+        for name in {**stored_fingerprints, **fingerprints}
+        if stored_fingerprints.get(name) != fingerprints.get(name)
+    ]
     if changed:
-        told = f"has changed since {folder.uri} was begun; give the study another name"
-        raise ConfigError([ConfigIssue(f"data.{name}", told) for name in changed])
-    return found
+        problem = f"has changed since {folder.uri} was begun; give the study another name"
+        raise ConfigError([ConfigIssue(f"data.{name}", problem) for name in changed])
+    return fingerprints
 
 
 def _parent_run(study: Study, folder: StudyFolder, tracker: Tracker) -> TrackedRun:
     state = folder.state()
-    known = state.get("mlflow_run_id", "") if state.get("tracking_uri") == tracker.uri else ""
+    resume_id = state.get("mlflow_run_id", "") if state.get("tracking_uri") == tracker.uri else ""
     run = tracker.start_run(
         study.name,
         params={
@@ -219,7 +223,7 @@ def _parent_run(study: Study, folder: StudyFolder, tracker: Tracker) -> TrackedR
             **{f"space.{k}": str(d.values) for k, d in study.space.items()},
         },
         tags={"study": study.name, "digest": state["digest"], "storage": folder.uri},
-        resume_id=known,
+        resume_id=resume_id,
     )
     folder.update_state(mlflow_run_id=run.run_id, tracking_uri=tracker.uri)
     return run

@@ -180,8 +180,8 @@ def _draw_matrix(axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: lis
 
 def _ordered(study: Study, dimension: str, values: Sequence[Scalar]) -> list[Scalar]:
     """Return the different values in the order of the study, the paper's own after them."""
-    found = list(dict.fromkeys(values))
-    if all(isinstance(v, int | float) for v in found):
-        return sorted(found, key=float)
+    distinct = list(dict.fromkeys(values))
+    if all(isinstance(v, int | float) for v in distinct):
+        return sorted(distinct, key=float)
     listed = [str(label_of(v)) for v in study.space[dimension].listed] if dimension else []
-    return sorted(found, key=lambda v: listed.index(str(v)) if str(v) in listed else len(listed))
+    return sorted(distinct, key=lambda v: listed.index(str(v)) if str(v) in listed else len(listed))

@@ -30,13 +30,15 @@ class StudySummary(NamedTuple):
 
 def summaries() -> list[StudySummary]:
     """Return what the studies that come with the package are about; each file is read once."""
-    found = []
+    listed = []
     for name in study_names():
         tree, _ = _read(name)
         scales = tree.get("scales") or {}
-        told = {**tree, **next(iter(scales.values()), {})}
-        found.append(StudySummary(name, told.get("answers", ""), told["question"], list(scales)))
-    return found
+        merged = {**tree, **next(iter(scales.values()), {})}
+        listed.append(
+            StudySummary(name, merged.get("answers", ""), merged["question"], list(scales))
+        )
+    return listed
 
 
 def load_study(source: str, scale: str = "", *overrides: str) -> Study:
@@ -83,9 +85,9 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     if not source.endswith((".yaml", ".yml")):
         if source not in study_names():
             hint = cfg.nearest(source, study_names())
-            known = ", ".join(study_names())
-            told = f"no study and no .yaml file{hint}; studies: {known}"
-            raise ConfigError([ConfigIssue(source, told)])
+            names = ", ".join(study_names())
+            problem = f"no study and no .yaml file{hint}; studies: {names}"
+            raise ConfigError([ConfigIssue(source, problem)])
         source = str(_folder() / f"{source}.yaml")
     text, shown = cfg.read_source(source)
     tree = cfg.parse_yaml(text, shown)
@@ -119,8 +121,8 @@ def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, A
     rest = [text for text in overrides if not text.startswith(prefix)]
     inside = [text for text in own if text.startswith("space.")]
     if inside:  # its keys are paths themselves
-        told = "values of the space are set as a whole: study.space='{path: {grid: [...]}}'"
-        raise ConfigError([ConfigIssue(f"{prefix}{inside[0].partition('=')[0]}", told)])
+        problem = "values of the space are set as a whole: study.space='{path: {grid: [...]}}'"
+        raise ConfigError([ConfigIssue(f"{prefix}{inside[0].partition('=')[0]}", problem)])
     tree = cfg.apply_overrides(tree, own, Study)
     given = {}
     for text in rest:

@@ -79,11 +79,11 @@ class StudyFolder:
         """Raise `ConfigError` where the name is taken by another definition."""
         state = self.state()
         if state and state["digest"] != digest:
-            told = (
+            problem = (
                 f"{self.uri} holds a study of this name with another definition; give this one "
                 "another name (study.name=...), or remove that folder"
             )
-            raise ConfigError([ConfigIssue("name", told)])
+            raise ConfigError([ConfigIssue("name", problem)])
 
     def write_definition(self, study: Study, base: Experiment, digest: str) -> None:
         """Store the definition; raise `ConfigError` where the name is taken by another."""

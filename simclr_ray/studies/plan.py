@@ -110,13 +110,13 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
         _check_reports(study, trial)
     longest = max((t.experiment.epochs for t in made), default=1)
     if study.scheduler.grace_epochs > (study.scheduler.max_epochs or longest):
-        told = (
+        problem = (
             f"must be at most {study.scheduler.max_epochs or longest}, the epochs of the last rung"
         )
-        raise ConfigError([ConfigIssue("scheduler.grace_epochs", told)])
+        raise ConfigError([ConfigIssue("scheduler.grace_epochs", problem)])
     if study.budget.trials and len(made) > study.budget.trials:
-        told = f"{len(made)} trials are wanted, budget.trials={study.budget.trials} allows fewer"
-        raise ConfigError([ConfigIssue("budget.trials", told)])
+        problem = f"{len(made)} trials are wanted, budget.trials={study.budget.trials} allows fewer"
+        raise ConfigError([ConfigIssue("budget.trials", problem)])
     return made
 
 
@@ -136,8 +136,8 @@ def images_of(trials: Sequence[Trial]) -> dict[str, int]:
         rows = num_rows[experiment.data]
         images[trial.name] = experiment.total_steps(rows) * experiment.batch_size
         if not images[trial.name]:
-            told = f"{rows} rows fill no batch of {experiment.batch_size}"
-            raise DataError(f"{trial.name}: {experiment.data.train}: {told}")
+            reason = f"{rows} rows fill no batch of {experiment.batch_size}"
+            raise DataError(f"{trial.name}: {experiment.data.train}: {reason}")
     return images
 
 
@@ -246,8 +246,8 @@ def check_labels(study: Study, trials: Sequence[Trial]) -> None:
     for data in {t.experiment.data for t in trials}:
         for path in (data.test, data.eval_train or data.train):
             if not Source.open(path, data.columns).has_labels:
-                told = f"{study.metric} needs labels, and {path} has none"
-                raise ConfigError([ConfigIssue("metric", told)])
+                problem = f"{study.metric} needs labels, and {path} has none"
+                raise ConfigError([ConfigIssue("metric", problem)])
 
 
 def note_on_lengths(study: Study, trials: Sequence[Trial]) -> str:

@@ -157,12 +157,12 @@ def verdict_text(verdict: Verdict) -> str:
 
 def agreement_text(results: Results) -> str:
     """Return in a sentence how alike the order of the points is to the paper's."""
-    found = results.agreement
-    if found is None:
+    agreement = results.agreement
+    if agreement is None:
         return "Fewer than three points stand for settings of the paper: no order to compare."
     return (
-        f"Kendall's tau of {found.tau:+.2f} over {found.num_points} points that stand for settings "
-        f"of the paper (1: the same order, 0: none, -1: reversed; p = {found.p:.2g})."
+        f"Kendall's tau of {agreement.tau:+.2f} over {agreement.num_points} points that stand for "
+        f"settings of the paper (1: the same order, 0: none, -1: reversed; p = {agreement.p:.2g})."
     )
 
 
@@ -250,8 +250,8 @@ def _versions(state: dict[str, Any]) -> dict[str, str]:
     commits = {*state.get("commits", []), versions.pop("commit", "")} - {""}
     made = {"commit": "; ".join(sorted(commits))} if commits else {}
     images = {f"{k} images": v for k, v in state.get("fingerprints", {}).items()}
-    known = {"definition": state["digest"]} if state.get("digest") else {}
-    return {**made, **versions, **images, **known}
+    definition = {"definition": state["digest"]} if state.get("digest") else {}
+    return {**made, **versions, **images, **definition}
 
 
 def _line(cells: Sequence[str]) -> str:

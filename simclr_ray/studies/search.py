@@ -68,8 +68,8 @@ def optuna_search(study: Study) -> Any:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
     except ImportError as error:
-        told = "optuna is not installed: pip install 'simclr-ray[search]'"
-        raise ConfigError([ConfigIssue("search.name", told)]) from error
+        problem = "optuna is not installed: pip install 'simclr-ray[search]'"
+        raise ConfigError([ConfigIssue("search.name", problem)]) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
         sampler=optuna.samplers.TPESampler(seed=study.search.seed),

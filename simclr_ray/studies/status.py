@@ -55,9 +55,9 @@ class StudyStatus(NamedTuple):
     @property
     def epochs_left(self) -> float:
         """Epochs that may still be trained; an unknown trial counts as many as the others."""
-        known = sum(t.epochs - t.epoch for t in self.trials if t.is_open)
+        open_epochs = sum(t.epochs - t.epoch for t in self.trials if t.is_open)
         usual = sum(t.epochs for t in self.trials) / max(1, len(self.trials))
-        return known + self.unknown * usual
+        return open_epochs + self.unknown * usual
 
 
 def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> StudyStatus:

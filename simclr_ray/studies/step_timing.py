@@ -55,12 +55,12 @@ def pace_of(trials: Sequence[Trial], at_a_time: int, cores: float = math.inf) ->
         RunError: A step fails, as for want of memory.
     """
     kinds = {kind_of(trial.experiment): trial.experiment for trial in trials}
-    known: dict[str, float] = {}
-    while len(known) < len(kinds):
-        wave = [kind for kind in kinds if kind not in known][:at_a_time]
-        known |= zip(wave, _timed([kinds[kind] for kind in wave]), strict=True)
+    seconds_of_kind: dict[str, float] = {}
+    while len(seconds_of_kind) < len(kinds):
+        wave = [kind for kind in kinds if kind not in seconds_of_kind][:at_a_time]
+        seconds_of_kind |= zip(wave, _timed([kinds[kind] for kind in wave]), strict=True)
     images = images_of(trials)
-    device_s = [images[t.name] * known[kind_of(t.experiment)] for t in trials]
+    device_s = [images[t.name] * seconds_of_kind[kind_of(t.experiment)] for t in trials]
     whole = [s / t.experiment.scaling.num_workers for s, t in zip(device_s, trials, strict=True)]
     busy = sum(s * threads_of(t.experiment) for s, t in zip(device_s, trials, strict=True))
     seconds = max(max(whole), sum(whole) / min(at_a_time, len(trials)), busy / cores)
@@ -82,8 +82,10 @@ def _timed(experiments: Sequence[Experiment]) -> list[float]:
     try:
         seconds: list[float] = ray.get(refs, timeout=FREE_S)
     except GetTimeoutError:
-        told = f"no worker's share of the cluster came free within {FREE_S} s, or no {STEPS} steps"
-        raise ClusterError(f"{told} fit in them; is it busy?") from None
+        message = (
+            f"no worker's share of the cluster came free within {FREE_S} s, or no {STEPS} steps"
+        )
+        raise ClusterError(f"{message} fit in them; is it busy?") from None
     except RayError as error:
         reason = str(getattr(error, "cause", None) or error).strip().splitlines()[0]
         raise unwrap_error(error) or RunError(f"a step could not be timed: {reason}") from error
@@ -118,18 +120,18 @@ def _seconds_per_image(resolved: ResolvedExperiment) -> float:
     model = build_model(small)
     optimizer = prepare_training(model, small, device)
     batches = local_batches(small, source, range(STEPS))
-    told: list[loop.Metrics] = []
+    records: list[loop.Metrics] = []
     loop.train(
         model,
         build_loss(small),
         optimizer,
         finish_batches(small, source, batches, device),
         loop.StepSchedule(NEVER, NEVER, 0, 0.0, small.batch_size, log_every=1),
-        loop.Callbacks(told.append, lambda *_: None, lambda *_: None),
+        loop.Callbacks(records.append, lambda *_: None, lambda *_: None),
         precision=small.precision,
         num_groups=min(2, whole.num_groups),
     )
-    counted = told[1:]
+    counted = records[1:]
     both_s = sum(1 / m.images_per_s for m in counted) / len(counted)
     views_s = sum(m.data_wait_fraction / m.images_per_s for m in counted) / len(counted)
     if device.type == "cpu":

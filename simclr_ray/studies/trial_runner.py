@@ -184,9 +184,12 @@ def _scores(study: Study, experiment: Experiment, checkpoint: Path) -> dict[str,
         score = evaluate_trained(experiment, checkpoint, protocols)
         metrics |= {f"final/{key}": value for key, value in score.numbers().items()}
     if PROBE in study.protocols:
-        found = {p.target: p for p in probe_experiment(experiment, checkpoint)}
+        probe_of = {p.target: p for p in probe_experiment(experiment, checkpoint)}
         for name, target in PROBES.items():
-            metrics |= {f"probe/{name}_h": found[target].h, f"probe/{name}_z": found[target].z}
+            metrics |= {
+                f"probe/{name}_h": probe_of[target].h,
+                f"probe/{name}_z": probe_of[target].z,
+            }
     shares = task_fractions_of(experiment)
     if shares is not None:
         metrics |= {f"views/{key}": value for key, value in shares._asdict().items()}
@@ -204,9 +207,9 @@ def store_outcome(outcome: TrialOutcome, study: str, folder: StudyFolder) -> Tri
 
     A run that a scheduler has ended may live on for a moment and must not have the last word.
     """
-    known = folder.outcome(outcome.trial)
-    if known is not None and known.status in FINAL:
-        return known
+    stored = folder.outcome(outcome.trial)
+    if stored is not None and stored.status in FINAL:
+        return stored
     folder.write_outcome(outcome)
     try:
         tag(outcome, study)

@@ -30,8 +30,8 @@ def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:
         return make_trials(study, tree, random_points(study))
     wanted, allowed = study.search.trials, study.budget.trials
     if allowed and wanted > allowed:
-        told = f"search.trials={wanted} are wanted, budget.trials={allowed} allows fewer"
-        raise ConfigError([ConfigIssue("budget.trials", told)])
+        problem = f"search.trials={wanted} are wanted, budget.trials={allowed} allows fewer"
+        raise ConfigError([ConfigIssue("budget.trials", problem)])
     dims = study.space
     longest = max(len(dim.values) for dim in dims.values())
     points = [

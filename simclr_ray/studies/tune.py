@@ -73,9 +73,9 @@ def run_trials(
     compared = searched or study.scheduler.name != "none"
     if study.search.name == "grid" and study.scheduler.name != "none":
         trials = in_drawn_order(study, trials)
-    known = {o.trial for o in folder.outcomes() if o.status in FINAL}
-    todo = {t.name: t for t in trials if compared or t.name not in known}
-    if not searched and known >= set(todo):
+    final_names = {o.trial for o in folder.outcomes() if o.status in FINAL}
+    todo = {t.name: t for t in trials if compared or t.name not in final_names}
+    if not searched and final_names >= set(todo):
         return True
 
     def trial_of(config: dict[str, Any]) -> Trial:
@@ -138,8 +138,8 @@ class _Driver(tune.Callback, tune.Stopper):
         self.is_stopping = False
         hours = study.budget.hours
         self._ends_at = time.monotonic() + 3600 * hours if hours else math.inf
-        self._asked_at = 0.0
-        self._told: dict[str, Curve] = {}  # a remote run's own log may lag behind
+        self._checked_at = 0.0
+        self._reported: dict[str, Curve] = {}  # a remote run's own log may lag behind
 
     def __call__(self, *_: Any) -> bool:
         """Return whether one trial is to end: that is the scheduler's to say."""
@@ -148,8 +148,8 @@ class _Driver(tune.Callback, tune.Stopper):
     def stop_all(self) -> bool:
         """Return whether the study is to stop now."""
         now = time.monotonic()
-        if not self.is_stopping and now - self._asked_at > WAIT_S:
-            self._asked_at = now
+        if not self.is_stopping and now - self._checked_at > WAIT_S:
+            self._checked_at = now
             self.is_stopping = now > self._ends_at or self.folder.stop_requested()
         return self.is_stopping
 
@@ -163,7 +163,7 @@ class _Driver(tune.Callback, tune.Stopper):
     ) -> None:
         """Remember what a trial has reported."""
         values = {key: float(result[key]) for key in EPOCH_METRICS if key in result}
-        curve = self._told.setdefault(self.trial_of(trial.config).name, {})
+        curve = self._reported.setdefault(self.trial_of(trial.config).name, {})
         curve[int(result[EPOCH])] = values
 
     def on_trial_complete(
@@ -184,7 +184,7 @@ class _Driver(tune.Callback, tune.Stopper):
         epoch = int(trial.last_result[EPOCH])
         reason = f"{self.study.scheduler.name}: others were better at epoch {epoch}"
         run = self.folder.run_of(ours.name)
-        outcome = outcome_of(ours, run, "stopped", reason=reason, curve=self._told[ours.name])
+        outcome = outcome_of(ours, run, "stopped", reason=reason, curve=self._reported[ours.name])
         store_outcome(outcome, self.study.name, self.folder)
         self._end(ours)
         with suppress(TrackingError):  # the study ends what is left running
@@ -214,7 +214,7 @@ class _Driver(tune.Callback, tune.Stopper):
         if self.ends is None:
             return
         deadline = time.monotonic() + END_S
-        ray.get(self.ends.ask.remote(trial.name))
+        ray.get(self.ends.request.remote(trial.name))
         while ray.get(self.ends.is_running.remote(trial.name)):
             if time.monotonic() > deadline:
                 log.warning("%s does not end by itself and is killed", trial.name)
@@ -222,19 +222,19 @@ class _Driver(tune.Callback, tune.Stopper):
             time.sleep(0.1)
 
     def _is_final(self, trial: Trial) -> bool:
-        known = self.folder.outcome(trial.name)
-        return known is not None and known.status in FINAL
+        outcome = self.folder.outcome(trial.name)
+        return outcome is not None and outcome.status in FINAL
 
 
 class _Ends:
     """Which runs are to end, and which run: between the study's driver and the trials'."""
 
     def __init__(self) -> None:
-        self.asked: set[str] = set()
+        self.requested: set[str] = set()
         self.running: set[str] = set()
 
-    def ask(self, trial: str) -> None:
-        self.asked.add(trial)
+    def request(self, trial: str) -> None:
+        self.requested.add(trial)
 
     def begin(self, trial: str) -> None:
         self.running.add(trial)
@@ -242,8 +242,8 @@ class _Ends:
     def end(self, trial: str) -> None:
         self.running.discard(trial)
 
-    def is_asked(self, trial: str) -> bool:
-        return trial in self.asked
+    def is_requested(self, trial: str) -> bool:
+        return trial in self.requested
 
     def is_running(self, trial: str) -> bool:
         return trial in self.running
@@ -257,17 +257,17 @@ def _report(job: Job, trial: Trial, ends: Any) -> None:
     last = trial.experiment.epochs
     stored = job.folder.outcome(trial.name)
     is_final = stored is not None and stored.status in FINAL
-    told = 0
+    reported_epoch = 0
     if job.study.scheduler.name != "none":
         curve = stored.curve if stored is not None and is_final else _logged(job, trial)
         for epoch, values in curve.items():
             if epoch < last:
                 tune.report({**values, EPOCH: epoch})  # comes back when the trial may go on
-                told = epoch
+                reported_epoch = epoch
     else:
-        told = last  # nobody compares
+        reported_epoch = last  # nobody compares
     if stored is None or not is_final:
-        stored = _run(job, trial, told, ends)
+        stored = _run(job, trial, reported_epoch, ends)
     if stored.status == "stopped":
         return  # by other trials than those of now; it is not trained again
     worst = -WORST if job.study.mode == "max" else WORST
@@ -283,7 +283,7 @@ def _logged(job: Job, trial: Trial) -> Curve:
     return curve_of((folder.read_text(METRICS) or "") if folder else "")
 
 
-def _run(job: Job, trial: Trial, told: int, ends: Any) -> TrialOutcome:
+def _run(job: Job, trial: Trial, reported_epoch: int, ends: Any) -> TrialOutcome:
     """Start the run and report its epochs beyond `told`; return its outcome."""
     inbox = driver_queue()
     env = {
@@ -299,9 +299,9 @@ def _run(job: Job, trial: Trial, told: int, ends: Any) -> TrialOutcome:
         with suppress(Empty):
             while True:
                 epoch, values = inbox.get(timeout=0.01 if is_done else WAIT_S)
-                if told < epoch < trial.experiment.epochs:
+                if reported_epoch < epoch < trial.experiment.epochs:
                     tune.report({**values, EPOCH: epoch})
-                    told = epoch
+                    reported_epoch = epoch
     inbox.shutdown(force=True)
     outcome: TrialOutcome = ray.get(ref)
     if outcome.status == "failed":
@@ -321,7 +321,7 @@ def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> TrialOutco
 
     def check() -> None:
         with suppress(RayError):  # the driver's node is gone, and nobody waits for an answer
-            if ray.get(ends.is_asked.remote(trial.name)):
+            if ray.get(ends.is_requested.remote(trial.name)):
                 raise RunError("the study's scheduler has ended it")
 
     with suppress(RayError):

@@ -127,10 +127,10 @@ def model_address(where: str) -> ModelAddress:
     Raises:
         TrackingError: `where` has another form.
     """
-    found = _MODEL_URI.fullmatch(where)
-    if found is None:
+    match = _MODEL_URI.fullmatch(where)
+    if match is None:
         raise TrackingError(f"{where}: the form is models:/name@alias or models:/name/version")
-    name, alias, version = found.groups(default="")
+    name, alias, version = match.groups(default="")
     return ModelAddress(name, alias, version.lower())
 
 

@@ -128,10 +128,10 @@ def _params(experiment: Experiment) -> dict[str, cfg.Scalar]:
 
     A path that names a node of the config stands for all below it.
     """
-    leaves, asked = cfg.leaves(cfg.to_tree(experiment)), experiment.tracking.only_params
-    if not asked:
+    leaves, only = cfg.leaves(cfg.to_tree(experiment)), experiment.tracking.only_params
+    if not only:
         return leaves
-    shown = {k: v for k, v in leaves.items() if any(f"{k}.".startswith(f"{a}.") for a in asked)}
+    shown = {k: v for k, v in leaves.items() if any(f"{k}.".startswith(f"{a}.") for a in only)}
     decisive = cfg.leaves(cfg.identity(experiment))
     return shown | {"rest": cfg.digest_of({k: v for k, v in decisive.items() if k not in shown})}
 

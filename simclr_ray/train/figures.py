@@ -82,8 +82,8 @@ def _images(experiment: Experiment, source: Source, num: int) -> list[DecodedIma
     """Return some images that can be decoded, spread over the dataset."""
     reader = RowReader(source, max_pixels=experiment.data.max_pixels, cache_gib=0)
     chosen = np.linspace(0, source.num_rows - 1, min(4 * num, source.num_rows)).astype(int)
-    found = (reader.image(row) for row in dict.fromkeys(chosen.tolist()))
-    good = [p for p in found if p is not None]
+    decoded = (reader.image(row) for row in dict.fromkeys(chosen.tolist()))
+    good = [p for p in decoded if p is not None]
     places = np.linspace(0, len(good) - 1, min(num, len(good))).astype(int)
     return [good[place] for place in places]
 

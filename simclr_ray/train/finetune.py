@@ -130,11 +130,11 @@ def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment
     chosen = cfg.validate(Experiment, whole)
     issues = []
     if not chosen.data.test:
-        told = "is empty: a classifier needs a split to be tested"
-        issues.append(ConfigIssue("data.test", told))
+        problem = "is empty: a classifier needs a split to be tested"
+        issues.append(ConfigIssue("data.test", problem))
     if chosen.registry.name:
-        told = "is for pretrain; `simclr-ray model register` takes any run folder"
-        issues.append(ConfigIssue("registry.name", told))
+        problem = "is for pretrain; `simclr-ray model register` takes any run folder"
+        issues.append(ConfigIssue("registry.name", problem))
     if issues:
         raise ConfigError(issues)
     return chosen

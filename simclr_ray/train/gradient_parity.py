@@ -170,12 +170,12 @@ def _randomise_batch_norm(model: nn.Module) -> None:
 
 
 def _gradients(model: SimCLRModel) -> Named:
-    found = {}
+    gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             raise RuntimeError(f"{name} has no gradient")
-        found[name] = parameter.grad.clone()
-    return found
+        gradients[name] = parameter.grad.clone()
+    return gradients
 
 
 def _compare_rank(rank: int, path: str) -> Comparison:

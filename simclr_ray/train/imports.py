@@ -65,8 +65,8 @@ def check_loss(experiment: Experiment, node: ImportedLossConfig) -> None:
     """Call the loss on a few images, and look at its value and gradient."""
     loss = build(node, Loss, global_batch_size=IMAGES)  # type: ignore[type-abstract] # by isinstance
     if loss.takes_labels != node.needs_labels:
-        told = f"returned a loss with takes_labels={loss.takes_labels}, which it does not have"
-        raise ConfigError([ConfigIssue("", f"{told} itself; name the class, not a function")])
+        problem = f"returned a loss with takes_labels={loss.takes_labels}, which it does not have"
+        raise ConfigError([ConfigIssue("", f"{problem} itself; name the class, not a function")])
     generator = torch.Generator().manual_seed(0)
     dim = experiment.classifier.num_classes or DIM if experiment.classifier else DIM
     z1, z2 = (torch.randn(IMAGES, dim, generator=generator).requires_grad_() for _ in range(2))
@@ -79,8 +79,8 @@ def check_loss(experiment: Experiment, node: ImportedLossConfig) -> None:
     gradients = [z.grad for z in (z1, z2) if z.grad is not None]
     finite = all(torch.isfinite(t).all() for t in (value, *gradients))
     if not finite or not any(gradient.any() for gradient in gradients):
-        told = f"gives {value.item():g} for z1, z2 [{IMAGES}, {dim}] and no gradient"
-        raise ConfigError([ConfigIssue("", f"{told}; expected both, finite")])
+        problem = f"gives {value.item():g} for z1, z2 [{IMAGES}, {dim}] and no gradient"
+        raise ConfigError([ConfigIssue("", f"{problem}; expected both, finite")])
     metrics = loss.metrics(z1.detach(), z2.detach(), labels)
     if len(metrics) != 2:
         raise ConfigError([ConfigIssue("", "metrics must return BatchMetrics(top1, entropy)")])
@@ -106,8 +106,8 @@ def check_op(experiment: Experiment, node: ImportConfig) -> None:
         raise ConfigError([ConfigIssue("", f"gives {_shown(out)}; {expected}")])
     low, high = out.min().item(), out.max().item()
     if not (low >= 0 and high <= 1):
-        told = f"gives values from {low:g} to {high:g}; expected them in [0, 1]"
-        raise ConfigError([ConfigIssue("", told)])
+        problem = f"gives values from {low:g} to {high:g}; expected them in [0, 1]"
+        raise ConfigError([ConfigIssue("", problem)])
 
 
 def export_problem(experiment: Experiment) -> str:
@@ -136,8 +136,8 @@ def _named(where: str, node: ImportConfig) -> Iterator[None]:
         shown = said if node.path in said else f"{node.path} {said}"
         raise ConfigError([ConfigIssue(where, shown)]) from error
     except Exception as error:
-        told = " ".join(str(error).split())[:300]
-        problem = f"{node.path} raised {type(error).__name__}: {told}"
+        cause = " ".join(str(error).split())[:300]
+        problem = f"{node.path} raised {type(error).__name__}: {cause}"
         raise ConfigError([ConfigIssue(where, problem)]) from error
 
 

@@ -70,8 +70,8 @@ def loss_parity(path: str, options: Mapping[str, Any], num_workers: int = 2) -> 
         ranks = spawn(apply_loss, num_workers, config)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = lines[-1] if lines else type(error).__name__
-        raise RunError(f"{path} failed: {told}") from error
+        cause = lines[-1] if lines else type(error).__name__
+        raise RunError(f"{path} failed: {cause}") from error
     mean = sum(rank.value for rank in ranks) / num_workers
     gradient = [value / num_workers for rank in ranks for value in rank.gradient]
     return LossParity(

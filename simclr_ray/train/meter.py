@@ -54,11 +54,11 @@ class StepMeter:
         """Yield from the stream, adding up the time spent waiting for it."""
         iterator = iter(stream)
         while True:
-            asked = time.perf_counter()
+            wait_began = time.perf_counter()
             batch = next(iterator, None)
             if batch is None:
                 return
-            self.waited += time.perf_counter() - asked
+            self.waited += time.perf_counter() - wait_began
             yield batch
 
     def add(self, batch: Batch, value: Tensor) -> None:

@@ -90,10 +90,10 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
     scores = json.loads(folder.read_text(SCORES) or "[]")
     if stored is None or record is None or not scores:
         return None
-    asked: dict[str, Any] = {"evaluated": evaluation_digest(resolved.config)}
+    expected: dict[str, Any] = {"evaluated": evaluation_digest(resolved.config)}
     if resolved.config.registry.name:
-        asked["registry"] = cfg.to_tree(resolved.config.registry)
-    if any(stored[key] != value for key, value in asked.items()):
+        expected["registry"] = cfg.to_tree(resolved.config.registry)
+    if any(stored[key] != value for key, value in expected.items()):
         return None
     if record.tracking_uri != store_uri(resolved.config.tracking.uri, resolved.config.storage):
         return None

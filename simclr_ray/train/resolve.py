@@ -142,8 +142,8 @@ def _check_registrable(experiment: Experiment) -> str:
         return ""
     problem = export_problem(experiment)
     if problem and experiment.registry.name:
-        told = f"torch.export fails, so the encoder cannot be registered: {problem}"
-        raise ConfigError([ConfigIssue("registry.name", told)])
+        shown = f"torch.export fails, so the encoder cannot be registered: {problem}"
+        raise ConfigError([ConfigIssue("registry.name", shown)])
     return problem
 
 
@@ -155,8 +155,8 @@ def split_like_test(data: DataConfig) -> str:
     if not data.test:
         return ""
     others = [path for path in dict.fromkeys((data.train, data.eval_train)) if path]
-    known = {Source.open(path, data.columns).fingerprint: path for path in others}
-    return known.get(Source.open(data.test, data.columns).fingerprint, "")
+    path_of_fingerprint = {Source.open(path, data.columns).fingerprint: path for path in others}
+    return path_of_fingerprint.get(Source.open(data.test, data.columns).fingerprint, "")
 
 
 def resolve_classes(experiment: Experiment, source: Source) -> Experiment:
@@ -182,15 +182,15 @@ def resolve_classes(experiment: Experiment, source: Source) -> Experiment:
             f"{int((labels < 0).sum())} of {len(labels)} rows of {source.uri} have no label; "
             "a classifier is trained on labelled rows alone"
         )
-    found = int(labels.max()) + 1
+    num_classes = int(labels.max()) + 1
     if len(np.unique(labels)) < 2:
         raise DataError(f"all rows of {source.uri} are of one class; there is nothing to learn")
-    if head.num_classes and found > head.num_classes:
+    if head.num_classes and num_classes > head.num_classes:
         raise DataError(
-            f"{source.uri} has labels up to {found - 1}, more than "
+            f"{source.uri} has labels up to {num_classes - 1}, more than "
             f"head.num_classes={head.num_classes} allows"
         )
-    filled = head.model_copy(update={"num_classes": head.num_classes or found})
+    filled = head.model_copy(update={"num_classes": head.num_classes or num_classes})
     return experiment.model_copy(update={"head": filled})
 
 
@@ -207,13 +207,13 @@ def resolve_init(experiment: Experiment) -> Experiment:
         path = Path(weights)
         if not path.is_file():
             raise _issue(f"no file {weights}")
-        found = {"weights": weights, "sha256": sha256(path)}
+        update = {"weights": weights, "sha256": sha256(path)}
     else:
         with open_checkpoint(weights) as (where, folder):
             record = checkpoint.read_record(folder)
             _check_fits(experiment, record["experiment"])
-            found = {"weights": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
-    init = experiment.init.model_copy(update=found)
+            update = {"weights": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
+    init = experiment.init.model_copy(update=update)
     return experiment.model_copy(update={"init": init})
 
 
@@ -237,11 +237,11 @@ def resolve_teacher(experiment: Experiment) -> Experiment:
     own = experiment.classifier
     assert own is not None
     if own.num_classes not in (0, head.num_classes):
-        told = f"knows {head.num_classes} classes, head.num_classes={own.num_classes}"
-        raise ConfigError([ConfigIssue(TEACHER, told)])
-    found = {"teacher": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
+        problem = f"knows {head.num_classes} classes, head.num_classes={own.num_classes}"
+        raise ConfigError([ConfigIssue(TEACHER, problem)])
+    teacher = {"teacher": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
     update = {
-        "loss": loss.model_copy(update=found),
+        "loss": loss.model_copy(update=teacher),
         "head": own.model_copy(update={"num_classes": head.num_classes}),
     }
     return experiment.model_copy(update=update)

@@ -156,10 +156,10 @@ class TrainWorker:
     def _newest(self) -> checkpoint.Checkpoint | None:
         """Return the newest whole checkpoint, the one that rank 0 finds. A collective."""
         newest = self.folder.newest_checkpoint() if self.rank == 0 else nullcontext()
-        with newest as found:
-            name = dist.broadcast_text(found.name if found else "")
-            if found:
-                return checkpoint.read(found)
+        with newest as own:
+            name = dist.broadcast_text(own.name if own else "")
+            if own:
+                return checkpoint.read(own)
         if not name:
             return None
         with self.folder.fetched(name) as path:
@@ -180,10 +180,10 @@ class TrainWorker:
         And how long the first one was waited for, all else being ready.
         """
         sent: set[int] = set()
-        asked = time.perf_counter()
+        wait_began = time.perf_counter()
         for index, batch in enumerate(batches):
             if index == 0:
-                waited = {FIRST_BATCH: time.perf_counter() - asked}
+                waited = {FIRST_BATCH: time.perf_counter() - wait_began}
                 self._send(batch.step, batch.step / self.resolved.steps_per_epoch, waited)
             for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=True):
                 if row_id not in sent:

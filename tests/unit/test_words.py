@@ -5,6 +5,7 @@ The left column is what earlier commits said; `docs/glossary.md` maps old keys a
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from collections.abc import Iterator
@@ -56,6 +57,10 @@ OLD_WORDS = {
 }
 
 
+# A variable says what it holds, and a function what it returns.
+VAGUE = {"told", "asked", "known", "found"}
+
+
 def files() -> Iterator[tuple[str, str]]:
     """Yield name and text of every file that is read: those that git has, and new ones."""
     command = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "--", *READ]
@@ -90,3 +95,19 @@ def test_an_old_word_is_said_nowhere(old: str, texts: list[tuple[str, str]]) -> 
 def test_no_file_is_called_by_an_old_word(texts: list[tuple[str, str]]) -> None:
     wrong = [name for name, _ in texts for old in OLD_WORDS if re.search(old, name)]
     assert wrong == []
+
+
+def test_nothing_is_named_by_what_was_done_to_come_by_it() -> None:
+    named = []
+    for path in sorted((ROOT / "simclr_ray").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                    pass
+                case ast.Attribute(attr=name, ctx=ast.Store()) | ast.FunctionDef(name=name):
+                    pass
+                case _:
+                    continue
+            if VAGUE & set(name.split("_")):
+                named.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert not named, named
