@@ -42,13 +42,17 @@ class Node(NamedTuple):
 
 
 def connect(
-    experiment: Experiment | None = None, *, copies: int = 1, others: Sequence[Experiment] = ()
+    experiment: Experiment | None = None,
+    *,
+    copies: int = 1,
+    others: Sequence[Experiment] = (),
+    paths: Sequence[str] = (),
 ) -> None:
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
 
     A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
-    Code that `experiment` and `others` import is shipped to all workers, by the job's runtime
-    environment.
+    Code that `experiment` and `others` import, and that of the import `paths`, is shipped to all
+    workers, by the job's runtime environment.
 
     Raises:
         ClusterError: No cluster answers or starts; or this process had connected before, without
@@ -59,9 +63,9 @@ def connect(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     whose = [experiment, *others]
     if ray.is_initialized():
-        _check_code(whose)
+        _check_code(whose, paths)
         return
-    code = runtime_env(whose) or None
+    code = runtime_env(whose, *paths) or None
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if os.environ.get("RAY_ADDRESS") in _started_here:  # of a cluster that is down again
         del os.environ["RAY_ADDRESS"]
@@ -136,9 +140,9 @@ def nodes() -> list[Node]:
     ]
 
 
-def _check_code(whose: list[Experiment | None]) -> None:
+def _check_code(whose: list[Experiment | None], paths: Sequence[str]) -> None:
     """Raise `ClusterError` if this process's job was begun without code that these import."""
-    wanted = {node.path for _, node in imports_in(whose)}
+    wanted = {*paths, *(node.path for _, node in imports_in(whose))}
     if not wanted:
         return
     job = ray.get_runtime_context().runtime_env

@@ -12,6 +12,8 @@ import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import IMPORT_PATH, permit_code
+from simclr_ray.config.protocols import PROBE, protocol_named
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, cpus_wanted, is_local
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
@@ -91,7 +93,8 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     """Return the fingerprints of the splits, if nothing stands against running this study.
 
     Raises:
-        ConfigError: The name is taken, the metric needs labels, or images have changed.
+        ConfigError: The name is taken, the metric needs labels, images have changed, or a file
+            names code that nobody has permitted.
         DataError: A split cannot be read.
         RunError: Another driver is at it.
     """
@@ -99,8 +102,18 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     base = cfg.validate(Experiment, base_tree(study))
     folder.check(digest_of_study(study, base))
     folder.files.ensure_unlocked()
+    _check_code(study, trials)
     check_labels(study, trials)
     return _checked_images(folder, base)
+
+
+def _check_code(study: Study, trials: Sequence[Trial]) -> None:
+    """Raise `ConfigError` for code that nobody has permitted, and protocols that are not there."""
+    trees = [cfg.to_tree(trial.experiment) for trial in trials]
+    permit_code(trees, trees, f"study {study.name}")
+    for name in study.protocols:
+        if name != PROBE:
+            protocol_named(name).load()
 
 
 def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
@@ -160,6 +173,7 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
         largest,
         copies=study.concurrency or _per_machine(largest),
         others=[trial.experiment for trial in trials],
+        paths=[name for name in study.protocols if IMPORT_PATH.fullmatch(name)],
     )
     for trial in trials:
         check_cluster(trial.experiment)
