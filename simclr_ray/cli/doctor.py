@@ -33,6 +33,7 @@ from simclr_ray.errors import DataError, TrackingError
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.tracking.runs import Tracker
+from simclr_ray.tracking.store import without_password
 
 __all__ = ["Finding", "run_checks"]
 
@@ -192,7 +193,7 @@ def check_tracking(uri: str, storage: str) -> Finding:
     except TrackingError as error:
         advice = "start the server, or correct tracking.uri or $MLFLOW_TRACKING_URI"
         return Finding("mlflow", "fail", _line(error), advice)
-    return Finding("mlflow", "ok", f"{tracker.uri} opens")
+    return Finding("mlflow", "ok", f"{without_password(tracker.uri)} opens")
 
 
 def check_gradient(num_workers: int, parity: Parity) -> Finding:
