@@ -59,8 +59,7 @@ def status(
     if not address:
         raise ClusterError("RAY_ADDRESS is unset: without it, runs start Ray on this machine")
     loading("ray")
-    from simclr_ray.cli.signals import connect
-    from simclr_ray.distributed.ray_cluster import check_cluster, cpus_wanted, nodes
+    from simclr_ray.distributed.ray_cluster import check_cluster, connect, cpus_wanted, nodes
 
     connect()
     all_nodes = nodes()

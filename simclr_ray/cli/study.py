@@ -11,7 +11,7 @@ import typer
 
 from simclr_ray.cli.console import command, loading, out, say, show_pairs, show_table
 from simclr_ray.cli.progress import StudyProgress, study_table
-from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, listen
+from simclr_ray.cli.signals import STOPPED_BY_SYSTEM
 from simclr_ray.config.wording import clock, counted
 from simclr_ray.errors import RunError
 
@@ -156,7 +156,7 @@ def _run(study: Study, trials: Sequence[Trial]) -> None:
     folder = StudyFolder(*study_folder(study))
     called = shlex.join(["simclr-ray", *sys.argv[1:]])
     with StudyProgress(lambda: status_of(study, folder, trials)):
-        run_study(study, command=called, on_connected=listen)
+        run_study(study, command=called)
     if folder.outcomes():
         _report(folder)
     if not folder.state()["is_complete"]:
@@ -234,7 +234,6 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
     from simclr_ray.studies.step_timing import pace_of
 
     at_a_time = start_cluster(study, trials)
-    listen()  # Ray has set handlers of its own
     show_pairs({"at a time": counted(at_a_time, "trial")})
     if study.images_per_s:
         return

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -50,6 +52,8 @@ def connect(
 ) -> None:
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
 
+    A handler of SIGTERM stays.
+
     A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
     Code that `experiment` and `others` import, and that of the import `paths`, is shipped to all
     workers, by the job's runtime environment.
@@ -85,7 +89,7 @@ def connect(
     log.info("starting Ray on this machine")
     began = time.monotonic()
     try:
-        ray.init(
+        _init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
             object_store_memory=2**30,
@@ -94,8 +98,6 @@ def connect(
             # several runs start their processes side by side; else Ray warns of their number
             _system_config=QUIET
             | ({"worker_maximum_startup_concurrency": 4 * copies} if copies > 1 else {}),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
         )
     except Exception as error:  # Ray has no type of its own for it
         raise ClusterError(
@@ -112,12 +114,25 @@ def _join(address: str, code: dict[str, Any] | None) -> None:
     log.info("connecting to the Ray cluster at %s", address)
     try:
         knock(address)
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env=code)
+        _init(runtime_env=code)
     except OSError as error:  # ConnectionError, which Ray raises, is one
         raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
     alive = [node for node in nodes() if node.is_alive]
     cpus, gpus = sum(node.cpus for node in alive), sum(node.gpus for node in alive)
     log.info("connected: %s, %g CPUs, %g GPUs", counted(len(alive), "node"), cpus, gpus)
+
+
+def _init(**options: Any) -> None:
+    """Connect by `ray.init`, without Ray's log, and leave SIGTERM to who has a handler for it.
+
+    Ray puts its own there, which exits: a command would lose its exit code, and who stopped it.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def knock(address: str) -> None:

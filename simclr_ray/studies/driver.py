@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import ray
@@ -35,15 +35,12 @@ from simclr_ray.tracking.runs import TrackedRun, Tracker
 LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment
 
 
-def run_study(
-    study: Study, *, command: str = "", on_connected: Callable[[], None] | None = None
-) -> StudyFolder:
+def run_study(study: Study, *, command: str = "") -> StudyFolder:
     """Run a study to its end, or go on with one that was stopped; return its folder.
 
     Args:
         study: What to run.
         command: The command line, to be shown in the report.
-        on_connected: Called when Ray is up, which sets signal handlers of its own.
 
     Raises:
         ConfigError: A trial cannot be, or the name is taken by another definition.
@@ -59,8 +56,6 @@ def run_study(
     fingerprints = check_startable(study, trials)
     folder.withdraw_stop()
     at_a_time = start_cluster(study, trials)
-    if on_connected is not None:
-        on_connected()
     with folder.files.lock(LOOKED_AT_S):
         folder.write_definition(study, base, digest)
         tracker = Tracker.open(base.tracking, base.storage)
