@@ -93,11 +93,7 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
             problem = f"no study and no .yaml file{hint}; studies: {names}"
             raise ConfigError([ConfigIssue(source, problem)])
         source = str(_folder() / f"{source}.yaml")
-    text, shown = cfg.read_source(source)
-    tree = cfg.parse_yaml(text, shown)
-    if not isinstance(tree, dict):
-        raise ConfigError([ConfigIssue(shown, f"holds {type(tree).__name__}, not keys and values")])
-    return tree, shown
+    return cfg.read_tree(source)
 
 
 def _folder() -> Path:
