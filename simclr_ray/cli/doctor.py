@@ -29,7 +29,7 @@ from simclr_ray.cli.environment import (
 )
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
 from simclr_ray.config.imports import allow
-from simclr_ray.errors import DataError, TrackingError
+from simclr_ray.errors import DataError, TrackingError, last_line
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.tracking.runs import Tracker
@@ -345,6 +345,4 @@ def _probe(storage: str, content: str) -> Iterator[tuple[fs.FileSystem, str]]:
 
 
 def _line(error: Exception) -> str:
-    """Return the last line of an error that says something: where Ray and Arrow put the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
+    return last_line(error)[:300]
