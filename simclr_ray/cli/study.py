@@ -117,7 +117,6 @@ def best(
     """Name the best trial, and register its encoder if asked."""
     from simclr_ray.studies.analysis import best_outcome, results_of, shown
     from simclr_ray.studies.folder import StudyFolder
-    from simclr_ray.train.pipeline import register_run
 
     folder = StudyFolder.at(where)
     study, _ = folder.definition()
@@ -143,6 +142,9 @@ def best(
             "to register it"
         )
     if register:
+        loading("torch", "ray")
+        from simclr_ray.train.pipeline import register_run
+
         made = register_run(chosen.run["folder"], register, alias)
         out.print(f"registered  models:/{made.name}@{alias} (version {made.version})", markup=False)
 
