@@ -61,7 +61,6 @@ def run_checks(
     storage: str,
     *,
     num_workers: int = 2,
-    tracking_uri: str = "",
     parity: Parity | None = None,
 ) -> Iterator[Finding]:
     """Yield what is found on this machine and its Ray cluster, as each check ends.
@@ -72,7 +71,6 @@ def run_checks(
     Args:
         storage: Folder or URI that is to hold the runs.
         num_workers: Workers of the planned run, and processes of the gradient check.
-        tracking_uri: MLflow tracking URI; empty as in the config (`tracking.uri`).
         parity: Gives the largest relative difference between the gradients of that many processes
             and of one; `simclr_ray.train.gradient_parity` by default.
     """
@@ -83,7 +81,7 @@ def run_checks(
         "storage": lambda: [check_storage(storage)],
         "auth": lambda: [check_auth(os.environ)],
         "cluster": lambda: check_cluster(storage, num_workers),
-        "mlflow": lambda: [check_tracking(tracking_uri, storage)],
+        "mlflow": lambda: [check_tracking("", storage)],
         "gradient": lambda: [check_gradient(min(num_workers, MOST), parity or _selfcheck)],
     }
     for name, check in checks.items():
