@@ -175,8 +175,7 @@ def check_resources(
     kinds = {k: v for k, v in resources.items() if ":" not in k and "memory" not in k}
     shown = ", ".join(f"{k} {v:g}" for k, v in sorted(kinds.items()))
     detail = f"{alive} node{'s' if alive != 1 else ''} alive: {shown}"
-    scaling = ScalingConfig()
-    each = scaling.cpus_per_worker + scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    each = ScalingConfig(num_workers=1).num_cpus
     need, have = num_workers * each, resources.get("CPU", 0.0)
     if need <= have:
         return Finding("ray", "ok", detail)

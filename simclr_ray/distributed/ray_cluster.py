@@ -84,7 +84,7 @@ def connect(
     if experiment:
         evaluation = experiment.evaluation
         wanted = max(
-            copies * cpus_wanted(experiment), evaluation.actors * evaluation.cpus_per_actor
+            copies * experiment.scaling.num_cpus, evaluation.actors * evaluation.cpus_per_actor
         )
     log.info("starting Ray on this machine")
     began = time.monotonic()
@@ -200,21 +200,12 @@ def driver_queue() -> Queue:
     return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": strategy})
 
 
-def cpus_wanted(experiment: Experiment) -> float:
-    """Return the logical CPUs of a run, decoding included."""
-    scaling = experiment.scaling
-    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
-    return scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
-
-
 def check_cluster(experiment: Experiment) -> None:
     """Raise `ClusterError` if the cluster cannot hold what `experiment` asks for."""
     scaling = experiment.scaling
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
-    cpus = cpus_wanted(experiment)
-    gpus = scaling.num_workers * scaling.gpus_per_worker
-    for what, needed in (("CPU", cpus), ("GPU", gpus)):
+    data_cpus = scaling.data_cpus_per_worker
+    for what, needed in (("CPU", scaling.num_cpus), ("GPU", scaling.num_gpus)):
         if needed > cluster.get(what, 0.0):
             raise ClusterError(
                 f"scaling asks for {needed:g} {what}s ({counted(scaling.num_workers, 'worker')}"

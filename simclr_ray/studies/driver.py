@@ -15,7 +15,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import IMPORT_PATH, permit_code
 from simclr_ray.config.protocols import PROBE, protocol_named
 from simclr_ray.data.source import Source
-from simclr_ray.distributed.ray_cluster import check_cluster, connect, cpus_wanted, is_local
+from simclr_ray.distributed.ray_cluster import check_cluster, connect, is_local
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.studies.definition import Study
@@ -123,10 +123,9 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
     """
     largest = _largest(trials)
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus = cpus_wanted(largest) + DRIVER_CPUS
     scaling = largest.scaling
-    gpus = scaling.num_workers * scaling.gpus_per_worker
-    decoding = scaling.num_workers * scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    cpus, gpus = scaling.num_cpus + DRIVER_CPUS, scaling.num_gpus
+    decoding = scaling.num_workers * scaling.data_cpus_per_worker
     fits = math.floor(cluster.get("CPU", 0.0) / cpus)
     if gpus:
         fits = min(fits, math.floor(cluster.get("GPU", 0.0) / gpus))
@@ -149,7 +148,7 @@ def _cpus_of_nodes_with(resource: str) -> float:
 
 
 def _largest(trials: Sequence[Trial]) -> Experiment:
-    return max((t.experiment for t in trials), key=cpus_wanted)
+    return max((t.experiment for t in trials), key=lambda e: e.scaling.num_cpus)
 
 
 def _per_machine(experiment: Experiment) -> int:
