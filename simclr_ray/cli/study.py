@@ -239,7 +239,7 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
     show_pairs({"at a time": counted(at_a_time, "trial")})
     if study.images_per_s:
         return
-    share = study.search.trials / len(trials) if study.search.name == "optuna" else 1.0
+    share = study.search.runs_per_trial(len(trials))
     pace = pace_of(trials, at_a_time, shared_cores(trials))
     most = "at most " if study.scheduler.name != "none" else ""
     estimate = (

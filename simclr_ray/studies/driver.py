@@ -137,7 +137,7 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
             f"{gpus:g} GPUs each; the cluster holds {fits} of them: it has "
             f"{cluster.get('CPU', 0.0):g} CPUs and {cluster.get('GPU', 0.0):g} GPUs"
         )
-    if study.concurrency or study.search.name == "optuna":
+    if study.concurrency or study.search.learns:
         return study.concurrency or 1
     return min(fits, _per_machine(largest)) if is_local() else fits
 

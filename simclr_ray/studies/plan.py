@@ -147,8 +147,7 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     Raises:
         DataError: Same as `images_of`.
     """
-    learns = study.search.name == "optuna"
-    share = study.search.trials / len(trials) if learns else 1.0
+    share = study.search.runs_per_trial(len(trials))
     images = images_of(trials)
     workers = {trial.name: trial.experiment.scaling.num_workers for trial in trials}
     rate = study.images_per_s

@@ -69,7 +69,7 @@ def run_trials(
         max_concurrent_trials: At a time.
     """
     study, folder = job.study, job.folder
-    searched = study.search.name == "optuna"
+    searched = study.search.learns
     compared = searched or study.scheduler.name != "none"
     if study.search.name == "grid" and study.scheduler.name != "none":
         trials = in_drawn_order(study, trials)
