@@ -92,3 +92,12 @@ class DivergedError(UnhealthyRunError):
 
 class CollapseError(UnhealthyRunError):
     """All images look alike to the encoder: features of rank one, or the loss of equal ones."""
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error that says something, or its type's name where none does.
+
+    Ray and Arrow put the cause there.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -59,8 +59,7 @@ def status(
     if not address:
         raise ClusterError("RAY_ADDRESS is unset: without it, runs start Ray on this machine")
     loading("ray")
-    from simclr_ray.cli.signals import connect
-    from simclr_ray.distributed.ray_cluster import check_cluster, cpus_wanted, nodes
+    from simclr_ray.distributed.ray_cluster import check_cluster, connect, nodes
 
     connect()
     all_nodes = nodes()
@@ -74,6 +73,5 @@ def status(
     if experiment is not None:
         check_cluster(experiment)
         scaling = experiment.scaling
-        gpus = scaling.num_workers * scaling.gpus_per_worker
-        demand = f"{counted(scaling.num_workers, 'worker')}, {cpus_wanted(experiment):g} CPUs"
-        show_pairs({"fits": f"{demand}, {gpus:g} GPUs"})
+        demand = f"{counted(scaling.num_workers, 'worker')}, {scaling.num_cpus:g} CPUs"
+        show_pairs({"fits": f"{demand}, {scaling.num_gpus:g} GPUs"})

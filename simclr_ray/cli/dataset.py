@@ -50,7 +50,7 @@ def prepare_shards(what: str, to: str, *options: str, overwrite: bool = False) -
     fields = {name: getattr(chosen, name) for name in type(chosen).model_fields}
     loading("ray")
     from simclr_ray.cli.progress import ShardProgress
-    from simclr_ray.cli.signals import connect
+    from simclr_ray.distributed.ray_cluster import connect
 
     connect()
     with ShardProgress(to) as progress:

@@ -20,7 +20,7 @@ def demo(
     loading("torch", "ray")
     from simclr_ray.cli.dataset import prepare_shards
     from simclr_ray.cli.pretrain import run_experiment
-    from simclr_ray.cli.signals import connect
+    from simclr_ray.distributed.ray_cluster import connect
 
     connect(Experiment.load("shapes_demo"))  # one cluster for preparing and training
     for split, images, seed in (("train", DEMO_TRAIN_IMAGES, 0), ("test", DEMO_TEST_IMAGES, 1)):

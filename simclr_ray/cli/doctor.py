@@ -29,10 +29,11 @@ from simclr_ray.cli.environment import (
 )
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
 from simclr_ray.config.imports import allow
-from simclr_ray.errors import DataError, TrackingError
+from simclr_ray.errors import DataError, TrackingError, last_line
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.tracking.runs import Tracker
+from simclr_ray.tracking.store import without_password
 
 __all__ = ["Finding", "run_checks"]
 
@@ -60,7 +61,6 @@ def run_checks(
     storage: str,
     *,
     num_workers: int = 2,
-    tracking_uri: str = "",
     parity: Parity | None = None,
 ) -> Iterator[Finding]:
     """Yield what is found on this machine and its Ray cluster, as each check ends.
@@ -71,7 +71,6 @@ def run_checks(
     Args:
         storage: Folder or URI that is to hold the runs.
         num_workers: Workers of the planned run, and processes of the gradient check.
-        tracking_uri: MLflow tracking URI; empty as in the config (`tracking.uri`).
         parity: Gives the largest relative difference between the gradients of that many processes
             and of one; `simclr_ray.train.gradient_parity` by default.
     """
@@ -82,7 +81,7 @@ def run_checks(
         "storage": lambda: [check_storage(storage)],
         "auth": lambda: [check_auth(os.environ)],
         "cluster": lambda: check_cluster(storage, num_workers),
-        "mlflow": lambda: [check_tracking(tracking_uri, storage)],
+        "mlflow": lambda: [check_tracking("", storage)],
         "gradient": lambda: [check_gradient(min(num_workers, MOST), parity or _selfcheck)],
     }
     for name, check in checks.items():
@@ -176,8 +175,7 @@ def check_resources(
     kinds = {k: v for k, v in resources.items() if ":" not in k and "memory" not in k}
     shown = ", ".join(f"{k} {v:g}" for k, v in sorted(kinds.items()))
     detail = f"{alive} node{'s' if alive != 1 else ''} alive: {shown}"
-    scaling = ScalingConfig()
-    each = scaling.cpus_per_worker + scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    each = ScalingConfig(num_workers=1).num_cpus
     need, have = num_workers * each, resources.get("CPU", 0.0)
     if need <= have:
         return Finding("ray", "ok", detail)
@@ -192,7 +190,7 @@ def check_tracking(uri: str, storage: str) -> Finding:
     except TrackingError as error:
         advice = "start the server, or correct tracking.uri or $MLFLOW_TRACKING_URI"
         return Finding("mlflow", "fail", _line(error), advice)
-    return Finding("mlflow", "ok", f"{tracker.uri} opens")
+    return Finding("mlflow", "ok", f"{without_password(tracker.uri)} opens")
 
 
 def check_gradient(num_workers: int, parity: Parity) -> Finding:
@@ -344,6 +342,4 @@ def _probe(storage: str, content: str) -> Iterator[tuple[fs.FileSystem, str]]:
 
 
 def _line(error: Exception) -> str:
-    """Return the last line of an error that says something: where Ray and Arrow put the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
+    return last_line(error)[:300]

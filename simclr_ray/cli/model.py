@@ -62,7 +62,7 @@ def distill(
 
 def _train(planned: Planned) -> FineTuned:
     from simclr_ray.cli.progress import RunProgress
-    from simclr_ray.cli.signals import connect
+    from simclr_ray.distributed.ray_cluster import connect
     from simclr_ray.train.finetune import train
 
     connect(planned.experiment.config)

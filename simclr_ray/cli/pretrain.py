@@ -64,7 +64,7 @@ def _run_and_show(resolved: ResolvedExperiment, *, dry_run: bool, image: str) ->
 def _run(resolved: ResolvedExperiment) -> PretrainOutcome:
     loading("ray")
     from simclr_ray.cli.progress import RunProgress
-    from simclr_ray.cli.signals import connect
+    from simclr_ray.distributed.ray_cluster import connect
     from simclr_ray.train.pipeline import complete
 
     connect(resolved.config)

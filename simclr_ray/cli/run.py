@@ -10,6 +10,7 @@ from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace, permi
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOL_NAMES
 from simclr_ray.config.wording import counted
+from simclr_ray.tracking.store import without_password
 
 LAST_METRICS = ("train/mean_loss", "train/contrastive_top1", "train/classifier_top1")
 
@@ -85,10 +86,9 @@ def status(run: RunPlace) -> None:
         else "-",
     }
     if run_status.record is not None:
-        rows["MLflow run"] = (
-            f"{run_status.record.mlflow_run_id} of {run_status.record.tracking_uri}"
-        )
-        rows["open MLflow"] = open_mlflow(run_status.record.tracking_uri)
+        uri = without_password(run_status.record.tracking_uri)
+        rows["MLflow run"] = f"{run_status.record.mlflow_run_id} of {uri}"
+        rows["open MLflow"] = open_mlflow(uri)
     show_pairs(rows)
     show_bad_rows(run_status.folder)
     if run_status.scores:

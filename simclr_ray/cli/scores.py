@@ -11,6 +11,7 @@ from simclr_ray.config.wording import counted
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.tracking.store import without_password
 
 if TYPE_CHECKING:
     from simclr_ray.evaluation.classification import Classification
@@ -59,12 +60,12 @@ def show_next(folder: RunFolder, model: str = "", image: str = "IMAGE.png") -> N
         model: Registered model, if it was registered.
         image: File that is embedded.
     """
-    record = RunRecord.read(folder)
-    where = ["--tracking-uri", record.tracking_uri] if model else []
+    uri = without_password(RunRecord.read(folder).tracking_uri)
+    where = ["--tracking-uri", uri] if model else []
     rows = {
         "look": command("status", folder.uri),
         "embed": command("embed", model or folder.uri, image, *where),
-        "open MLflow": open_mlflow(record.tracking_uri),
+        "open MLflow": open_mlflow(uri),
     }
     out.print("next:", markup=False)
     show_pairs({f"  {name}": text for name, text in rows.items()})

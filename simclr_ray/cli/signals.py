@@ -5,12 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
 
 from simclr_ray.cli.console import command, say
-
-if TYPE_CHECKING:
-    from simclr_ray.config.experiment import Experiment
 
 STOPPED_BY_SYSTEM = 75  # EX_TEMPFAIL: schedulers and shells take it as "try again"
 STOPPED_BY_USER = 130
@@ -18,16 +14,8 @@ STOPPED_BY_USER = 130
 _terminated = threading.Event()
 
 
-def connect(experiment: Experiment | None = None) -> None:
-    """Connect to the cluster at hand or start one, and listen for signals as before."""
-    from simclr_ray.distributed import ray_cluster
-
-    ray_cluster.connect(experiment)
-    listen()  # Ray has put its own handler there
-
-
 def listen() -> None:
-    """Turn SIGTERM into an interrupt; again once Ray is up, which puts its own handler there."""
+    """Turn SIGTERM into an interrupt."""
     signal.signal(signal.SIGTERM, _terminate)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from simclr_ray.cli.console import command, loading, out, say, show_pairs, show_table
 from simclr_ray.cli.progress import StudyProgress, study_table
-from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, listen
+from simclr_ray.cli.signals import STOPPED_BY_SYSTEM
 from simclr_ray.config.wording import clock, counted
 from simclr_ray.errors import RunError
 
@@ -117,7 +117,6 @@ def best(
     """Name the best trial, and register its encoder if asked."""
     from simclr_ray.studies.analysis import best_outcome, results_of, shown
     from simclr_ray.studies.folder import StudyFolder
-    from simclr_ray.train.pipeline import register_run
 
     folder = StudyFolder.at(where)
     study, _ = folder.definition()
@@ -143,6 +142,9 @@ def best(
             "to register it"
         )
     if register:
+        loading("torch", "ray")
+        from simclr_ray.train.pipeline import register_run
+
         made = register_run(chosen.run["folder"], register, alias)
         out.print(f"registered  models:/{made.name}@{alias} (version {made.version})", markup=False)
 
@@ -156,7 +158,7 @@ def _run(study: Study, trials: Sequence[Trial]) -> None:
     folder = StudyFolder(*study_folder(study))
     called = shlex.join(["simclr-ray", *sys.argv[1:]])
     with StudyProgress(lambda: status_of(study, folder, trials)):
-        run_study(study, command=called, on_connected=listen)
+        run_study(study, command=called)
     if folder.outcomes():
         _report(folder)
     if not folder.state()["is_complete"]:
@@ -234,11 +236,10 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
     from simclr_ray.studies.step_timing import pace_of
 
     at_a_time = start_cluster(study, trials)
-    listen()  # Ray has set handlers of its own
     show_pairs({"at a time": counted(at_a_time, "trial")})
     if study.images_per_s:
         return
-    share = study.search.trials / len(trials) if study.search.name == "optuna" else 1.0
+    share = study.search.runs_per_trial(len(trials))
     pace = pace_of(trials, at_a_time, shared_cores(trials))
     most = "at most " if study.scheduler.name != "none" else ""
     estimate = (

@@ -8,7 +8,7 @@ from simclr_ray.config.loader import (
     leaves,
     parse_yaml,
     preset_names,
-    read_source,
+    read_tree,
     to_tree,
     validate,
 )
@@ -41,7 +41,7 @@ __all__ = [
     "nearest",
     "parse_yaml",
     "preset_names",
-    "read_source",
+    "read_tree",
     "to_tree",
     "validate",
 ]

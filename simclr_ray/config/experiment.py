@@ -60,7 +60,6 @@ from simclr_ray.config.sections.views import (
     PipelineViewsConfig,
     SimCLRViewsConfig,
 )
-from simclr_ray.errors import ConfigError, ConfigIssue
 
 __all__ = [
     "AdamWConfig",
@@ -239,12 +238,7 @@ class Experiment(Config):
             ConfigError: `source` does not exist or is not YAML, an override has another form, or a
                 key or value is wrong, or the file names code; all issues at once.
         """
-        text, shown = cfg.read_source(source)
-        tree = cfg.parse_yaml(text, shown)
-        if not isinstance(tree, dict):
-            raise ConfigError(
-                [ConfigIssue(shown, f"holds {type(tree).__name__}, not keys and values")]
-            )
+        tree, shown = cfg.read_tree(source)
         whole = cfg.apply_overrides(tree, overrides, cls)
         permit_code(whole, tree, shown, allow_code=allow_code)
         return cfg.validate(cls, whole)

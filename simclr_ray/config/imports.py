@@ -69,6 +69,17 @@ def allow(*paths: str) -> None:
     os.environ[PERMISSION] = ",".join(sorted({*_allowed(), *paths} - {""}))
 
 
+def allow_typed(value: Any) -> None:
+    """Permit the import paths in a parsed value: whoever types a path wants it imported."""
+    if isinstance(value, Mapping):
+        allow_typed([*value, *value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            allow_typed(item)
+    elif isinstance(value, str) and IMPORT_PATH.fullmatch(value):
+        allow(value)
+
+
 def is_allowed(path: str) -> bool:
     """Return whether `path` may be imported."""
     allowed = _allowed()
@@ -221,12 +232,13 @@ def permit_code(tree: Any, stored: Any, shown: str, *, allow_code: bool = False)
         )
 
 
-def runtime_env(config: Any) -> dict[str, Any]:
+def runtime_env(config: Any, *others: str) -> dict[str, Any]:
     """Return the Ray runtime environment by which workers have the code of a config; {}: none.
 
-    Packages that are installed are not shipped; workers compare their sha256 all the same.
+    `others` are import paths besides, such as those of protocols. Packages that are installed are
+    not shipped; workers compare their sha256 all the same.
     """
-    paths = {node.path for _, node in imports_in(config)}
+    paths = {*others, *(node.path for _, node in imports_in(config))}
     if not paths:
         return {}
     sources = {str(source_of(path)) for path in paths if not is_installed(path)}

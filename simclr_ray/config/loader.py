@@ -171,7 +171,20 @@ def preset_names() -> list[str]:
     )
 
 
-def read_source(source: str) -> tuple[str, str]:
+def read_tree(source: str) -> tuple[Tree, str]:
+    """Return the keys and values of a YAML file or of a preset, and the name to show for it.
+
+    Raises:
+        ConfigError: There is none, or it holds something else.
+    """
+    text, shown = _read_source(source)
+    tree = parse_yaml(text, shown)
+    if not isinstance(tree, dict):
+        raise ConfigError([ConfigIssue(shown, f"holds {type(tree).__name__}, not keys and values")])
+    return tree, shown
+
+
+def _read_source(source: str) -> tuple[str, str]:
     """Return the text of a YAML file or of a preset, and the name to show for it."""
     if source.endswith((".yaml", ".yml")):
         path = Path(source)

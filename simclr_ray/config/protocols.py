@@ -8,7 +8,7 @@ own is named by its import path, as `--protocols knn,package.module:function`.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import pydantic
 
@@ -26,14 +26,12 @@ class Protocol(NamedTuple):
         name: What it is asked for by.
         label: Heading of its column.
         run: Import path of the function, `(bank, test, num_classes, experiment)` -> accuracy in
-            [0, 1]; see `evaluation.protocols`.
-        needs: What both splits must have.
+            [0, 1], of splits that have labels; see `evaluation.protocols`.
     """
 
     name: str
     label: str
     run: str
-    needs: Literal["labels"] = "labels"
 
     @property
     def metric(self) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -42,13 +44,19 @@ class Node(NamedTuple):
 
 
 def connect(
-    experiment: Experiment | None = None, *, copies: int = 1, others: Sequence[Experiment] = ()
+    experiment: Experiment | None = None,
+    *,
+    copies: int = 1,
+    others: Sequence[Experiment] = (),
+    paths: Sequence[str] = (),
 ) -> None:
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine. Idempotent.
 
+    A handler of SIGTERM stays.
+
     A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
-    Code that `experiment` and `others` import is shipped to all workers, by the job's runtime
-    environment.
+    Code that `experiment` and `others` import, and that of the import `paths`, is shipped to all
+    workers, by the job's runtime environment.
 
     Raises:
         ClusterError: No cluster answers or starts; or this process had connected before, without
@@ -59,9 +67,9 @@ def connect(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     whose = [experiment, *others]
     if ray.is_initialized():
-        _check_code(whose)
+        _check_code(whose, paths)
         return
-    code = runtime_env(whose) or None
+    code = runtime_env(whose, *paths) or None
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if os.environ.get("RAY_ADDRESS") in _started_here:  # of a cluster that is down again
         del os.environ["RAY_ADDRESS"]
@@ -76,12 +84,12 @@ def connect(
     if experiment:
         evaluation = experiment.evaluation
         wanted = max(
-            copies * cpus_wanted(experiment), evaluation.actors * evaluation.cpus_per_actor
+            copies * experiment.scaling.num_cpus, evaluation.actors * evaluation.cpus_per_actor
         )
     log.info("starting Ray on this machine")
     began = time.monotonic()
     try:
-        ray.init(
+        _init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
             object_store_memory=2**30,
@@ -90,8 +98,6 @@ def connect(
             # several runs start their processes side by side; else Ray warns of their number
             _system_config=QUIET
             | ({"worker_maximum_startup_concurrency": 4 * copies} if copies > 1 else {}),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
         )
     except Exception as error:  # Ray has no type of its own for it
         raise ClusterError(
@@ -108,12 +114,25 @@ def _join(address: str, code: dict[str, Any] | None) -> None:
     log.info("connecting to the Ray cluster at %s", address)
     try:
         knock(address)
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env=code)
+        _init(runtime_env=code)
     except OSError as error:  # ConnectionError, which Ray raises, is one
         raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
     alive = [node for node in nodes() if node.is_alive]
     cpus, gpus = sum(node.cpus for node in alive), sum(node.gpus for node in alive)
     log.info("connected: %s, %g CPUs, %g GPUs", counted(len(alive), "node"), cpus, gpus)
+
+
+def _init(**options: Any) -> None:
+    """Connect by `ray.init`, without Ray's log, and leave SIGTERM to who has a handler for it.
+
+    Ray puts its own there, which exits: a command would lose its exit code, and who stopped it.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def knock(address: str) -> None:
@@ -136,9 +155,9 @@ def nodes() -> list[Node]:
     ]
 
 
-def _check_code(whose: list[Experiment | None]) -> None:
+def _check_code(whose: list[Experiment | None], paths: Sequence[str]) -> None:
     """Raise `ClusterError` if this process's job was begun without code that these import."""
-    wanted = {node.path for _, node in imports_in(whose)}
+    wanted = {*paths, *(node.path for _, node in imports_in(whose))}
     if not wanted:
         return
     job = ray.get_runtime_context().runtime_env
@@ -181,21 +200,12 @@ def driver_queue() -> Queue:
     return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": strategy})
 
 
-def cpus_wanted(experiment: Experiment) -> float:
-    """Return the logical CPUs of a run, decoding included."""
-    scaling = experiment.scaling
-    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
-    return scaling.num_workers * (scaling.cpus_per_worker + data_cpus)
-
-
 def check_cluster(experiment: Experiment) -> None:
     """Raise `ClusterError` if the cluster cannot hold what `experiment` asks for."""
     scaling = experiment.scaling
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    data_cpus = scaling.data_actors_per_worker * scaling.cpus_per_data_actor
-    cpus = cpus_wanted(experiment)
-    gpus = scaling.num_workers * scaling.gpus_per_worker
-    for what, needed in (("CPU", cpus), ("GPU", gpus)):
+    data_cpus = scaling.data_cpus_per_worker
+    for what, needed in (("CPU", scaling.num_cpus), ("GPU", scaling.num_gpus)):
         if needed > cluster.get(what, 0.0):
             raise ClusterError(
                 f"scaling asks for {needed:g} {what}s ({counted(scaling.num_workers, 'worker')}"

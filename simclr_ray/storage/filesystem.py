@@ -46,8 +46,8 @@ def is_local(fs: pafs.FileSystem) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of a foreign error on one line."""
-    return " ".join(str(error).split())
+    """Return the message of a foreign error on one line, or its type's name where there is none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.metrics_log import read_records
-from simclr_ray.storage.run_folder import BAD_ROWS, CONFIG_FILE, METRICS, RunFolder
+from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 
 SCORES = "scores.json"
@@ -32,7 +32,6 @@ class RunStatus(NamedTuple):
     metrics: dict[str, float]  # the last of each
     scores: list[dict[str, Any]]  # of the evaluation at the end
     checkpoints: list[str]  # newest first
-    num_bad_rows: int
     written_at: datetime | None
 
 
@@ -64,7 +63,6 @@ def status_of_run(folder: RunFolder) -> RunStatus:
         metrics,
         json.loads(folder.read_text(SCORES) or "[]"),
         checkpoints,
-        len(read_records(folder.read_text(BAD_ROWS) or "")),
         _written_at(folder),
     )
 

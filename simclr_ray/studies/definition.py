@@ -120,6 +120,15 @@ class Search(Config):
         0, ge=0, description="Of points, and of the order in which a grid is compared."
     )
 
+    @property
+    def learns(self) -> bool:
+        """Return whether points are chosen by what earlier ones gave: unknown before it runs."""
+        return self.name == "optuna"
+
+    def runs_per_trial(self, num_planned: int) -> float:
+        """Return how many runs each of some planned trials stands for: one, unless it learns."""
+        return self.trials / num_planned if self.learns else 1.0
+
 
 class Budget(Config):
     """What a study may take at most; 0 is no limit."""
@@ -241,9 +250,9 @@ class Study(Config):
                 )
         elif not self.search.trials:
             raise ValueError(f"search.name={self.search.name} needs search.trials above 0")
-        if self.search.name == "optuna" and len(self.seeds) > 1:
+        if self.search.learns and len(self.seeds) > 1:
             raise ValueError("search.name=optuna learns from one seed; give one")
-        if self.search.name == "optuna" and all(d.listed for d in self.space.values()):
+        if self.search.learns and all(d.listed for d in self.space.values()):
             raise ValueError("search.name=optuna needs a range; run listed values by grid")
 
     def _check_names(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import ray
@@ -12,8 +12,10 @@ import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import IMPORT_PATH, permit_code
+from simclr_ray.config.protocols import PROBE, protocol_named
 from simclr_ray.data.source import Source
-from simclr_ray.distributed.ray_cluster import check_cluster, connect, cpus_wanted, is_local
+from simclr_ray.distributed.ray_cluster import check_cluster, connect, is_local
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.studies.definition import Study
@@ -33,15 +35,12 @@ from simclr_ray.tracking.runs import TrackedRun, Tracker
 LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment
 
 
-def run_study(
-    study: Study, *, command: str = "", on_connected: Callable[[], None] | None = None
-) -> StudyFolder:
+def run_study(study: Study, *, command: str = "") -> StudyFolder:
     """Run a study to its end, or go on with one that was stopped; return its folder.
 
     Args:
         study: What to run.
         command: The command line, to be shown in the report.
-        on_connected: Called when Ray is up, which sets signal handlers of its own.
 
     Raises:
         ConfigError: A trial cannot be, or the name is taken by another definition.
@@ -57,8 +56,6 @@ def run_study(
     fingerprints = check_startable(study, trials)
     folder.withdraw_stop()
     at_a_time = start_cluster(study, trials)
-    if on_connected is not None:
-        on_connected()
     with folder.files.lock(LOOKED_AT_S):
         folder.write_definition(study, base, digest)
         tracker = Tracker.open(base.tracking, base.storage)
@@ -91,7 +88,8 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     """Return the fingerprints of the splits, if nothing stands against running this study.
 
     Raises:
-        ConfigError: The name is taken, the metric needs labels, or images have changed.
+        ConfigError: The name is taken, the metric needs labels, images have changed, or a file
+            names code that nobody has permitted.
         DataError: A split cannot be read.
         RunError: Another driver is at it.
     """
@@ -99,8 +97,18 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     base = cfg.validate(Experiment, base_tree(study))
     folder.check(digest_of_study(study, base))
     folder.files.ensure_unlocked()
+    _check_code(study, trials)
     check_labels(study, trials)
     return _checked_images(folder, base)
+
+
+def _check_code(study: Study, trials: Sequence[Trial]) -> None:
+    """Raise `ConfigError` for code that nobody has permitted, and protocols that are not there."""
+    trees = [cfg.to_tree(trial.experiment) for trial in trials]
+    permit_code(trees, trees, f"study {study.name}")
+    for name in study.protocols:
+        if name != PROBE:
+            protocol_named(name).load()
 
 
 def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
@@ -115,10 +123,9 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
     """
     largest = _largest(trials)
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus = cpus_wanted(largest) + DRIVER_CPUS
     scaling = largest.scaling
-    gpus = scaling.num_workers * scaling.gpus_per_worker
-    decoding = scaling.num_workers * scaling.data_actors_per_worker * scaling.cpus_per_data_actor
+    cpus, gpus = scaling.num_cpus + DRIVER_CPUS, scaling.num_gpus
+    decoding = scaling.num_workers * scaling.data_cpus_per_worker
     fits = math.floor(cluster.get("CPU", 0.0) / cpus)
     if gpus:
         fits = min(fits, math.floor(cluster.get("GPU", 0.0) / gpus))
@@ -130,7 +137,7 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
             f"{gpus:g} GPUs each; the cluster holds {fits} of them: it has "
             f"{cluster.get('CPU', 0.0):g} CPUs and {cluster.get('GPU', 0.0):g} GPUs"
         )
-    if study.concurrency or study.search.name == "optuna":
+    if study.concurrency or study.search.learns:
         return study.concurrency or 1
     return min(fits, _per_machine(largest)) if is_local() else fits
 
@@ -141,7 +148,7 @@ def _cpus_of_nodes_with(resource: str) -> float:
 
 
 def _largest(trials: Sequence[Trial]) -> Experiment:
-    return max((t.experiment for t in trials), key=cpus_wanted)
+    return max((t.experiment for t in trials), key=lambda e: e.scaling.num_cpus)
 
 
 def _per_machine(experiment: Experiment) -> int:
@@ -160,6 +167,7 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
         largest,
         copies=study.concurrency or _per_machine(largest),
         others=[trial.experiment for trial in trials],
+        paths=[name for name in study.protocols if IMPORT_PATH.fullmatch(name)],
     )
     for trial in trials:
         check_cluster(trial.experiment)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
+from simclr_ray.config.imports import allow_typed
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.definition import Study
 
@@ -47,7 +48,8 @@ def load_study(source: str, scale: str = "", *overrides: str) -> Study:
     Args:
         source: A .yaml file, or the name of a study that comes with the package.
         scale: Of its `scales`; empty: the first one, or the study as it stands if it has none.
-        overrides: `path=value` of every trial's experiment, or `study.key=value` of the study.
+        overrides: `path=value` of every trial's experiment, or `study.key=value` of the study; code
+            that they name is permitted by them.
 
     Raises:
         ConfigError: The file or a value is wrong; one issue each.
@@ -78,6 +80,8 @@ def load_study(source: str, scale: str = "", *overrides: str) -> Study:
     ]
     if wrong:
         raise ConfigError(wrong)
+    for text in overrides:
+        allow_typed(cfg.parse_yaml(text.partition("=")[2], text))
     return study
 
 
@@ -89,11 +93,7 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
             problem = f"no study and no .yaml file{hint}; studies: {names}"
             raise ConfigError([ConfigIssue(source, problem)])
         source = str(_folder() / f"{source}.yaml")
-    text, shown = cfg.read_source(source)
-    tree = cfg.parse_yaml(text, shown)
-    if not isinstance(tree, dict):
-        raise ConfigError([ConfigIssue(shown, f"holds {type(tree).__name__}, not keys and values")])
-    return tree, shown
+    return cfg.read_tree(source)
 
 
 def _folder() -> Path:

@@ -147,8 +147,7 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     Raises:
         DataError: Same as `images_of`.
     """
-    learns = study.search.name == "optuna"
-    share = study.search.trials / len(trials) if learns else 1.0
+    share = study.search.runs_per_trial(len(trials))
     images = images_of(trials)
     workers = {trial.name: trial.experiment.scaling.num_workers for trial in trials}
     rate = study.images_per_s
@@ -174,8 +173,8 @@ def task_fractions_of(experiment: Experiment) -> CropTaskFractions | None:
 
 def study_folder(study: Study) -> tuple[str, str]:
     """Return the storage and the name of a study's folder."""
-    text, shown = cfg.read_source(study.base)
-    storage = _with(cfg.parse_yaml(text, shown), study.set).get("storage", "runs")
+    tree, _ = cfg.read_tree(study.base)
+    storage = _with(tree, study.set).get("storage", "runs")
     return f"{cfg.absolute_path(str(storage)).rstrip('/')}/{FOLDER}", study.name
 
 
@@ -185,7 +184,7 @@ def base_tree(study: Study) -> dict[str, Any]:
     Raises:
         ConfigError: The base or a value of `set` cannot be.
     """
-    text, shown = cfg.read_source(study.base)
+    tree, _ = cfg.read_tree(study.base)
     wrong = [ConfigIssue(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
     wrong += [
         ConfigIssue(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))
@@ -195,7 +194,7 @@ def base_tree(study: Study) -> dict[str, Any]:
     ]
     if wrong:
         raise ConfigError(wrong)
-    base = cfg.validate(Experiment, _with(cfg.parse_yaml(text, shown), study.set))
+    base = cfg.validate(Experiment, _with(tree, study.set))
     paths = {path for dim in _dimensions(study) for path in dim}
     uri = store_uri(base.tracking.uri, base.storage)
     tracking = base.tracking.model_copy(
@@ -301,7 +300,7 @@ def name_of(study: Study, point: Point, seed: int) -> str:
     return short.lstrip("_.-")
 
 
-def _with(tree: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _with(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a tree with `path=value` set; JSON is YAML, so that any value can be written down."""
     texts = [f"{path}={json.dumps(value)}" for path, value in values.items()]
     return cfg.apply_overrides(tree, texts, Experiment)

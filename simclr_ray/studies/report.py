@@ -39,18 +39,17 @@ class Table(NamedTuple):
     left: int = 1  # columns that are flush left
 
 
-def write_report(folder: StudyFolder, command: str = "") -> tuple[str, Results]:
+def write_report(folder: StudyFolder) -> tuple[str, Results]:
     """Write page, figure, table and data to the study's report folder.
 
     Args:
         folder: The study; of a remote one the report is written to a local folder first.
-        command: The command line to show; empty: the last one known.
 
     Returns:
         Path or URI of the report's folder, and the results.
     """
     with folder.report_folder() as target:
-        return folder.report, _write(folder, target, command)
+        return folder.report, _write(folder, target)
 
 
 def publish_report(folder: StudyFolder) -> tuple[str, Results]:
@@ -66,7 +65,7 @@ def publish_report(folder: StudyFolder) -> tuple[str, Results]:
     return folder.report, results
 
 
-def _write(folder: StudyFolder, target: Path, command: str = "") -> Results:
+def _write(folder: StudyFolder, target: Path) -> Results:
     study, _ = folder.definition()
     outcomes = folder.outcomes()
     results = results_of(study, outcomes)
@@ -77,7 +76,7 @@ def _write(folder: StudyFolder, target: Path, command: str = "") -> Results:
     (target / TABLE).write_text(markdown(results), encoding="utf-8")
     state = folder.state()
     svg = (target / f"{FIGURE}.svg").read_text(encoding="utf-8")
-    state |= {"command": command or state.get("command", ""), "commits": sorted(commits)}
+    state["commits"] = sorted(commits)
     (target / PAGE).write_text(page(results, svg, state), encoding="utf-8")
     return results
 

@@ -64,7 +64,7 @@ def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> Stu
     """Return how the trials of a study stand; those of a search that learns are what there is."""
     outcomes = {o.trial: o for o in folder.outcomes()}
     runs = {name.rpartition("-")[0]: name for name in folder.runs()}
-    learns = study.search.name == "optuna"
+    learns = study.search.learns
     planned = {t.name: t.experiment.epochs for t in ([] if learns else trials)}
     usual = max((t.experiment.epochs for t in trials), default=0)
     names = dict.fromkeys([*planned, *outcomes, *runs])

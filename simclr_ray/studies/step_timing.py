@@ -14,7 +14,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
 from simclr_ray.data.batches import local_batches
 from simclr_ray.distributed.malloc import one_arena
-from simclr_ray.errors import ClusterError, RunError
+from simclr_ray.errors import ClusterError, RunError, last_line
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
 from simclr_ray.train import loop
@@ -87,7 +87,7 @@ def _timed(experiments: Sequence[Experiment]) -> list[float]:
         )
         raise ClusterError(f"{message} fit in them; is it busy?") from None
     except RayError as error:
-        reason = str(getattr(error, "cause", None) or error).strip().splitlines()[0]
+        reason = last_line(getattr(error, "cause", None) or error)
         raise unwrap_error(error) or RunError(f"a step could not be timed: {reason}") from error
     finally:
         _, left = ray.wait(refs, num_returns=len(refs), timeout=0)

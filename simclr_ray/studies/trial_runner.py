@@ -235,8 +235,8 @@ class RunWatch:
 
     def __init__(self, experiment: Experiment, tell: Tell) -> None:
         self.experiment, self.tell = experiment, tell
-        num_classes = experiment.classifier.num_classes if experiment.classifier else 0
-        self.level = build_loss(experiment).chance_level(experiment.batch_size, num_classes)
+        # 0 for D or K: no level that depends on them tells a collapsed model (`only_collapsed`)
+        self.level = build_loss(experiment).chance_level(experiment.batch_size, 0)
         self.collapsed_at = 0  # the epoch whose end is the last that counts; 0: all do
         self.training: dict[str, float] = {}
 

@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.config.logging import held_back
 from simclr_ray.distributed.ray_cluster import driver_queue
-from simclr_ray.errors import RunError, TrackingError
+from simclr_ray.errors import RunError, TrackingError, last_line
 from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.studies.definition import EPOCH_METRICS, Study, point_of
 from simclr_ray.studies.folder import FINAL, Curve, StudyFolder, TrialOutcome, curve_of
@@ -69,7 +69,7 @@ def run_trials(
         max_concurrent_trials: At a time.
     """
     study, folder = job.study, job.folder
-    searched = study.search.name == "optuna"
+    searched = study.search.learns
     compared = searched or study.scheduler.name != "none"
     if study.search.name == "grid" and study.scheduler.name != "none":
         trials = in_drawn_order(study, trials)
@@ -203,11 +203,9 @@ class _Driver(tune.Callback, tune.Stopper):
         if self.is_stopping or self.folder.outcome(ours.name) is not None:
             return
         text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
-        reason = next(reversed([ln for ln in text.splitlines() if ln.strip()]), "its process died")
+        reason = last_line(RunError(text.strip() or "its process died"))
         run = self.folder.run_of(ours.name)
-        store_outcome(
-            outcome_of(ours, run, "failed", reason=reason.strip()), self.study.name, self.folder
-        )
+        store_outcome(outcome_of(ours, run, "failed", reason=reason), self.study.name, self.folder)
 
     def _end(self, trial: Trial) -> None:
         """Have a trial's run end, if there is one; wait until it has."""

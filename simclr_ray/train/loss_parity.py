@@ -18,7 +18,7 @@ from simclr_ray.config.components import build
 from simclr_ray.config.experiment import ImportedLossConfig
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.spawn import spawn
-from simclr_ray.errors import RunError
+from simclr_ray.errors import RunError, last_line
 from simclr_ray.nn.losses import Loss
 
 IMAGES: Final = 10  # 3, 3 and 4 over three ranks
@@ -69,9 +69,7 @@ def loss_parity(path: str, options: Mapping[str, Any], num_workers: int = 2) -> 
         alone = apply_loss(0, config)
         ranks = spawn(apply_loss, num_workers, config)
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        cause = lines[-1] if lines else type(error).__name__
-        raise RunError(f"{path} failed: {cause}") from error
+        raise RunError(f"{path} failed: {last_line(error)}") from error
     mean = sum(rank.value for rank in ranks) / num_workers
     gradient = [value / num_workers for rank in ranks for value in rank.gradient]
     return LossParity(

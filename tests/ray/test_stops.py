@@ -66,6 +66,29 @@ def stopped(
         return code, lines, [row[0] for row in store.execute(asked, (record.mlflow_run_id,))]
 
 
+CONNECTED = """
+import os, signal
+
+def stop(*_):
+    raise SystemExit(75)
+
+signal.signal(signal.SIGTERM, stop)
+from simclr_ray.distributed.ray_cluster import connect
+connect()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_connecting_leaves_the_handler_of_sigterm_in_place(ray_cluster: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECTED],
+        env=os.environ | {"RAY_ADDRESS": ray_cluster},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == STOPPED_BY_SYSTEM
+
+
 @pytest.mark.parametrize("said", ["starting 1 worker", "step 1/", "evaluating step-"])
 def test_ctrl_c_ends_in_130_leaves_the_run_killed_and_says_how_to_go_on(
     said: str, folder: Path, ray_cluster: str

@@ -81,6 +81,21 @@ class ScalingConfig(Config):
     max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint.")
     collective_timeout_s: float = Field(1800.0, gt=0)
 
+    @property
+    def data_cpus_per_worker(self) -> float:
+        """Return the logical CPUs that decode for one worker."""
+        return self.data_actors_per_worker * self.cpus_per_data_actor
+
+    @property
+    def num_cpus(self) -> float:
+        """Return the logical CPUs of a run, decoding included."""
+        return self.num_workers * (self.cpus_per_worker + self.data_cpus_per_worker)
+
+    @property
+    def num_gpus(self) -> float:
+        """Return the GPUs of a run."""
+        return self.num_workers * self.gpus_per_worker
+
 
 class TrackingConfig(Config):
     """MLflow."""

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from simclr_ray.cli.scores import show_bad_rows
+from simclr_ray.cli.scores import show_bad_rows, show_next
 from simclr_ray.errors import ConfigError
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.storage.run_status import runs_in, status_of_run
@@ -48,6 +48,20 @@ def test_a_finished_run_says_how_far_it_came_and_where_it_is_tracked(a_run: Path
     assert f"steps {STEPS} of {STEPS}, epoch 2.00" in text
     assert "state finished; no driver holds it" in text
     assert "mlflow ui --backend-store-uri sqlite:" in text
+
+
+def test_a_password_of_the_tracking_server_is_not_printed(
+    a_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((a_run / "run.json").read_text())
+    uri, shown = "http://me:secret@mlflow.example:5000", "http://me:***@mlflow.example:5000"
+    (a_run / "run.json").write_text(json.dumps(record | {"tracking_uri": uri}))
+    show_next(RunFolder.at(str(a_run)), "models:/small@best")
+    done = run("status", str(a_run), cwd=a_run.parent)
+    assert done.returncode == 0, done.stderr
+    for text in (done.stdout, capsys.readouterr().out):
+        assert "secret" not in text
+        assert text.count(shown) == 2
 
 
 def test_a_run_that_a_driver_holds_runs_and_one_without_a_last_checkpoint_has_stopped(

@@ -16,7 +16,7 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.studies.definition import Study
-from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import base_tree, digest_of_study
 from tests.formats.test_formats import HERE as FORMATS
 from tests.ray.images import write_shapes
@@ -89,7 +89,7 @@ def test_light_verbs_import_nothing_that_takes_seconds(a_run: Path, tmp_path: Pa
     assert set(by_inspect) <= {"pandas"}  # by pyarrow, for labels
 
 
-def test_the_status_of_a_study_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
+def test_status_and_best_of_a_study_import_nothing_that_takes_seconds(tmp_path: Path) -> None:
     for search, space in (
         ({}, {"grid": [0.1, 0.2]}),
         ({"name": "random", "trials": 3}, {"uniform": [0.1, 0.2]}),
@@ -108,8 +108,14 @@ def test_the_status_of_a_study_imports_nothing_that_takes_seconds(tmp_path: Path
         base = cfg.validate(Experiment, base_tree(study))
         folder = StudyFolder(str(tmp_path / "studies"), study.name)
         folder.write_definition(study, base, digest_of_study(study, base))
-        found = loaded_by([["study", "status", folder.uri]], tmp_path)
-        assert list(found.values()) == [[]]
+        cell = {"point": {"loss.temperature": 0.1}, "epoch": 0}
+        curve = {1: {"eval/knn_top1": 0.5}}
+        cost = {"images": 1.0, "seconds": 1.0, "device_seconds": 1.0}
+        run_of = {"folder": "somewhere"}
+        folder.write_outcome(TrialOutcome("t", "finished", "", [cell], 0, {}, curve, cost, run_of))
+        commands = [["study", verb, folder.uri] for verb in ("status", "best")]
+        found = loaded_by(commands, tmp_path)
+        assert list(found.values()) == [[], []]
 
 
 def test_help_is_there_at_once(tmp_path: Path) -> None:

@@ -304,3 +304,10 @@ def test_overrides_reach_the_experiment() -> None:
     e = Experiment.load("cifar10_cpu", "optimizer.name=adamw", "loss.temperature=1e-1")
     assert isinstance(e.loss, NTXentConfig)
     assert (e.optimizer.name, e.loss.temperature) == ("adamw", 0.1)
+
+
+def test_a_run_takes_the_cpus_and_gpus_of_all_workers_decoding_included() -> None:
+    scaling = {"num_workers": 4, "cpus_per_worker": 2.0, "gpus_per_worker": 0.5}
+    decoding = {"data_actors_per_worker": 3, "cpus_per_data_actor": 0.25}
+    whole = experiment(scaling=scaling | decoding).scaling
+    assert (whole.data_cpus_per_worker, whole.num_cpus, whole.num_gpus) == (0.75, 11.0, 2.0)

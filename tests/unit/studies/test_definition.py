@@ -19,6 +19,7 @@ from simclr_ray.studies.plan import (
     make_trials,
     note_on_lengths,
     points_of,
+    study_folder,
 )
 from tests.ray.images import write_shapes
 
@@ -50,6 +51,16 @@ def written(folder: Path, **changes: Any) -> str:
     path = folder / "study.yaml"
     path.write_text(cfg.dump_yaml(tree_of(folder, **changes)))
     return str(path)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- 1\n", "list"), ("", "NoneType"), ("a", "str")])
+def test_a_base_of_no_keys_is_refused_in_one_line(tmp_path: Path, text: str, kind: str) -> None:
+    study = load_study(written(tmp_path))
+    (tmp_path / "base.yaml").write_text(text)
+    for use in (base_tree, study_folder):
+        with pytest.raises(ConfigError) as raised:
+            use(study)
+        assert str(raised.value) == f"{tmp_path}/base.yaml: holds {kind}, not keys and values"
 
 
 def trials_of(source: str, *overrides: str) -> list[Any]:

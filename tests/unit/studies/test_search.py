@@ -9,7 +9,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from simclr_ray import config as cfg
-from simclr_ray.studies.definition import Study, point_of
+from simclr_ray.studies.definition import Search, Study, point_of
 from simclr_ray.studies.plan import Trial, base_tree, make_trials, points_of
 from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of, searched_space
 from simclr_ray.studies.trials import random_points
@@ -127,3 +127,12 @@ def test_random_points_are_those_that_ray_tune_draws() -> None:
     ]
     assert random_points(drawn) == theirs
     assert len({p["batch_size"] for p in theirs}) == 3
+
+
+def test_planned_trials_of_a_search_that_learns_stand_for_those_that_it_will_suggest() -> None:
+    learning = Search(name="optuna", trials=6)
+    assert learning.learns
+    assert learning.runs_per_trial(4) == 1.5
+    for search in (Search(), Search(name="random", trials=6)):
+        assert not search.learns
+        assert search.runs_per_trial(4) == 1.0
