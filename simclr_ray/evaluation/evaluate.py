@@ -8,13 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from simclr_ray import config as cfg
 from simclr_ray.config.experiment import (
     Experiment,
     NoHeadConfig,
     NTXentConfig,
 )
-from simclr_ray.config.imports import permit_code
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
@@ -23,6 +21,7 @@ from simclr_ray.evaluation.features import Features, Split, extract_features, lo
 from simclr_ray.evaluation.probes import Probe, probe
 from simclr_ray.evaluation.scores import (
     PIXELS,
+    TRAINED,
     Pixels,
     Score,
     score_encoder,
@@ -30,10 +29,8 @@ from simclr_ray.evaluation.scores import (
     score_pixels,
 )
 from simclr_ray.nn.build import build_model
-from simclr_ray.nn.pretrained import load_model
-from simclr_ray.storage import checkpoint
+from simclr_ray.nn.pretrained import experiment_of, load_model
 
-TRAINED = "trained encoder"
 LABEL_FREE_ROWS = 5_000
 PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
 
@@ -201,14 +198,6 @@ def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
         batch_size=experiment.evaluation.batch_size,
         precision=experiment.precision,
     )
-
-
-def experiment_of(folder: Path, *overrides: str) -> Experiment:
-    """Return the experiment that a checkpoint was trained by."""
-    tree = checkpoint.read_record(folder)["experiment"]
-    whole = cfg.apply_overrides(tree, overrides, Experiment)
-    permit_code(whole, tree, str(folder))
-    return cfg.validate(Experiment, whole)
 
 
 def _splits(experiment: Experiment) -> tuple[Split, Split | None]:

@@ -22,6 +22,7 @@ from simclr_ray.evaluation.label_free import label_free
 
 LABEL_FREE: Final = ("uniformity", "effective rank", "feature std")  # headings of their columns
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
+TRAINED: Final = "trained encoder"
 PIXELS: Final = "raw pixels"
 PIXEL_SIDE_PX: Final = 32  # raw pixels of larger views are averaged down: 3,072 features at most
 PIXEL_BLOCK_ROWS: Final = 4_096

@@ -33,6 +33,7 @@ from simclr_ray.inference.export_formats import (
     write_checked,
 )
 from simclr_ray.nn import build as networks
+from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256, versions_of
 
 FORMAT_VERSION: Final = 1
@@ -107,6 +108,24 @@ def write_encoder(
         if folder.exists():
             shutil.move(folder, Path(scratch) / "old")
         os.replace(new, folder)  # noqa: PTH105 - says that an existing folder would be an error
+
+
+def write_encoder_of(folder: Path, out: Path) -> None:
+    """Write the files of the encoder in a checkpoint to `out`.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole, or the exported program computes otherwise.
+    """
+    kept = checkpoint.read(folder)
+    tree = kept.record["experiment"]
+    size = tree["evaluation"]["size"] or tree["augment"]["size"]
+    try:
+        encoder = networks.encoder_from_tree(tree["encoder"], size=tree["augment"]["size"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} names no encoder: {error}") from error
+    checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
+    dim = networks.feature_dim(encoder)
+    write_encoder(out, encoder, config=tree["encoder"], size=size, feature_dim=dim)
 
 
 def read_card(folder: Path) -> EncoderCard:

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
-from simclr_ray.inference.encoder_files import CARD, read_card, read_encoder, write_encoder
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.inference.encoder_files import CARD, read_card, read_encoder, write_encoder_of
 from simclr_ray.inference.export_formats import FORMATS, formats_named, write_checked
 from simclr_ray.inference.registry import fetch_model
-from simclr_ray.nn.build import encoder_from_tree, feature_dim
 from simclr_ray.nn.pretrained import open_checkpoint
-from simclr_ray.storage import checkpoint
 from simclr_ray.tracking.store import store_uri
 
 FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
@@ -71,21 +69,3 @@ def export_encoder(
         for name in wanted:
             shutil.copy((own if (own / name).exists() else encoder_folder) / name, out / name)
     return wanted
-
-
-def write_encoder_of(folder: Path, out: Path) -> None:
-    """Write the files of the encoder in a checkpoint to `out`.
-
-    Raises:
-        CheckpointError: The checkpoint is not whole, or the exported program computes otherwise.
-    """
-    kept = checkpoint.read(folder)
-    tree = kept.record["experiment"]
-    size = tree["evaluation"]["size"] or tree["augment"]["size"]
-    try:
-        encoder = encoder_from_tree(tree["encoder"], size=tree["augment"]["size"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} names no encoder: {error}") from error
-    checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
-    dim = feature_dim(encoder)
-    write_encoder(out, encoder, config=tree["encoder"], size=size, feature_dim=dim)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import permit_code
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.nn.encoders import family_of
@@ -24,6 +25,14 @@ from simclr_ray.storage.run_folder import RunFolder
 FILES = (".pth", ".pt", ".safetensors")
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's of ImageNet
 WHERE, TEACHER = "init.weights", "loss.teacher"
+
+
+def experiment_of(folder: Path, *overrides: str) -> Experiment:
+    """Return the experiment that a checkpoint was trained by."""
+    tree = checkpoint.read_record(folder)["experiment"]
+    whole = cfg.apply_overrides(tree, overrides, Experiment)
+    permit_code(whole, tree, str(folder))
+    return cfg.validate(Experiment, whole)
 
 
 def load_model(folder: Path) -> SimCLRModel:

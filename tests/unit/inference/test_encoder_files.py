@@ -127,7 +127,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     run = tracker.start_run("run", params={"seed": 3}, tags={})
     images = [image(1), image(2, 30, 64, "JPEG"), image(3, 100, 50, "WEBP")]
     tags: dict[str, str | int | float] = {"dataset_fingerprint": "f" * 64, "knn_top1": 0.5}
-    version = registry.register(
+    version = registry.register_encoder(
         base / "best", run, name="m", alias="newest", example=images[0], tags=tags
     )
     return Registered(tracker.uri, encoder, base / "best", version, images)
@@ -324,7 +324,7 @@ def test_the_same_encoder_of_a_run_is_one_version_and_the_alias_moves(
     image = registered.images[0]
     first: dict[str, str | int | float] = {"checkpoint": "a"}
     versions = [
-        registry.register(
+        registry.register_encoder(
             registered.folder, run, name="twice", alias=alias, example=image, tags=tags
         )
         for alias, tags in (("old", first), ("newest", first), ("newest", {"checkpoint": "b"}))
@@ -388,7 +388,7 @@ def test_a_second_version_takes_the_alias_and_the_first_stays(
             next(encoder.parameters()).mul_(factor)
         write(tmp_path / "e", encoder)
         versions.append(
-            registry.register(
+            registry.register_encoder(
                 tmp_path / "e", run, name="two", alias="champion", example=image(0), tags={}
             )
         )
@@ -436,7 +436,7 @@ def test_a_reserved_alias_is_refused_before_anything_is_stored(registered: Regis
         "r", params={}, tags={}
     )
     with pytest.raises(TrackingError, match="reserved"):
-        registry.register(
+        registry.register_encoder(
             registered.folder, run, name="new", alias="latest", example=image(0), tags={}
         )
     assert "new" not in [m.name for m in client.search_registered_models()]
