@@ -64,6 +64,15 @@ class EncoderCard(NamedTuple):
     versions: dict[str, str]
 
 
+class LoadedEncoder(NamedTuple):
+    """An encoder, and of its card what a user of it needs."""
+
+    encoder: nn.Module
+    config: dict[str, Any]
+    size: int
+    feature_dim: int
+
+
 def write_encoder(
     folder: Path,
     encoder: nn.Module,
@@ -116,6 +125,20 @@ def write_encoder_of(folder: Path, out: Path) -> None:
     Raises:
         CheckpointError: The checkpoint is not whole, or the exported program computes otherwise.
     """
+    loaded = load_folder(folder)
+    config, size, dim = loaded.config, loaded.size, loaded.feature_dim
+    write_encoder(out, loaded.encoder, config=config, size=size, feature_dim=dim)
+
+
+def load_folder(folder: Path) -> LoadedEncoder:
+    """Return the encoder in a folder of its files, or else of a checkpoint; on CPU, in eval mode.
+
+    Raises:
+        CheckpointError: Files or checkpoint are not whole.
+    """
+    if (folder / CARD).is_file():
+        card = read_card(folder)
+        return LoadedEncoder(read_encoder(folder), card.encoder, card.size, card.feature_dim)
     kept = checkpoint.read(folder)
     tree = kept.record["experiment"]
     size = tree["evaluation"]["size"] or tree["augment"]["size"]
@@ -124,8 +147,8 @@ def write_encoder_of(folder: Path, out: Path) -> None:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} names no encoder: {error}") from error
     checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
-    dim = networks.feature_dim(encoder)
-    write_encoder(out, encoder, config=tree["encoder"], size=size, feature_dim=dim)
+    frozen = encoder.float().eval().requires_grad_(requires_grad=False)
+    return LoadedEncoder(frozen, tree["encoder"], size, networks.feature_dim(frozen))
 
 
 def read_card(folder: Path) -> EncoderCard:

@@ -10,10 +10,8 @@ from typing import Final
 
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.inference.encoder_files import CARD, read_card, read_encoder, write_encoder_of
+from simclr_ray.inference.encoder_folder import encoder_folder
 from simclr_ray.inference.export_formats import FORMATS, formats_named, write_checked
-from simclr_ray.inference.registry import fetch_model
-from simclr_ray.nn.pretrained import open_checkpoint
-from simclr_ray.tracking.store import store_uri
 
 FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
 
@@ -24,15 +22,14 @@ def export_encoder(
     """Write the encoder at `where` into `out`, and return the names of its files.
 
     Args:
-        where: A run folder or its URI, a checkpoint, an encoder's files, or `models:/name@alias`.
+        where: As in `encoder_folder`.
         out: A folder, made if absent; files of an earlier export are replaced.
         formats: Names of `export_formats.FORMATS`, or import paths as `formats_named` takes them;
             weights are written in any case.
-        tracking_uri: Store of a registered model, as in `load_encoder`.
+        tracking_uri: As in `encoder_folder`.
 
     Raises:
-        ConfigError: A format is unknown, `out` holds something else, or `where` is no run with a
-            whole checkpoint.
+        ConfigError: A format is unknown, `out` holds something else, or there is no encoder.
         CheckpointError: The checkpoint is not whole, or a file computes otherwise.
         TrackingError: There is no such model, or the store cannot be reached.
     """
@@ -47,25 +44,23 @@ def export_encoder(
     if others:
         problem = f"holds {others[0]}, which is no file of an encoder; choose another folder"
         raise ConfigError([ConfigIssue(str(out), problem)])
-    with tempfile.TemporaryDirectory() as scratch:
-        if where.startswith("models:"):
-            uri = store_uri(tracking_uri)
-            encoder_folder = fetch_model(where, Path(scratch), uri=uri, part="artifacts/encoder")
-        elif (Path(where) / CARD).is_file():
-            encoder_folder = Path(where)
-        else:
-            encoder_folder = Path(scratch) / "encoder"
-            with open_checkpoint(where, "RUN") as (_, folder):
-                write_encoder_of(folder, encoder_folder)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        encoder_folder(where, Path(scratch), tracking_uri) as folder,
+    ):
+        files = folder
+        if not (folder / CARD).is_file():
+            files = Path(scratch) / "files"
+            write_encoder_of(folder, files)
         own = Path(scratch) / "own"
         own.mkdir()
         for each in chosen:
             if each not in FORMATS:
-                encoder, card = read_encoder(encoder_folder), read_card(encoder_folder)
+                encoder, card = read_encoder(files), read_card(files)
                 write_checked(each, own / each.file, encoder, card.size, card.feature_dim)
         out.mkdir(parents=True, exist_ok=True)
         for name in ours:
             (out / name).unlink(missing_ok=True)
         for name in wanted:
-            shutil.copy((own if (own / name).exists() else encoder_folder) / name, out / name)
+            shutil.copy((own if (own / name).exists() else files) / name, out / name)
     return wanted

@@ -33,7 +33,7 @@ from simclr_ray.config.experiment import (
     TrackingConfig,
 )
 from simclr_ray.config.imports import PERMISSION
-from simclr_ray.errors import CheckpointError, TrackingError
+from simclr_ray.errors import CheckpointError, ConfigError, TrackingError
 from simclr_ray.inference import embed, registry
 from simclr_ray.inference import encoder_files as export
 from simclr_ray.inference.export_formats import FORMATS
@@ -423,7 +423,7 @@ def test_files_that_cannot_be_embedded_are_named_and_the_others_are_embedded(
 
 
 def test_what_is_not_there_is_said_so(registered: Registered, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no encoder\.json"):
+    with pytest.raises(ConfigError, match=r"holds no encoder\.json"):
         embed.load_encoder(tmp_path)
     for where in ("models:/m@nobody", "models:/m/9", "models:/other/latest"):
         with pytest.raises(TrackingError, match=r"could not find models:/"):
