@@ -119,15 +119,21 @@ def write_encoder(
         os.replace(new, folder)  # noqa: PTH105 - says that an existing folder would be an error
 
 
-def write_encoder_of(folder: Path, out: Path) -> None:
-    """Write the files of the encoder in a checkpoint to `out`.
+def write_encoder_of(folder: Path, out: Path, formats: Sequence[ExportFormat] = FORMATS) -> None:
+    """Write the files of the encoder in a checkpoint to `out`, as `write_encoder` does.
 
     Raises:
-        CheckpointError: The checkpoint is not whole, or the exported program computes otherwise.
+        CheckpointError: The checkpoint is not whole, or a file computes otherwise.
     """
     loaded = load_folder(folder)
-    config, size, dim = loaded.config, loaded.size, loaded.feature_dim
-    write_encoder(out, loaded.encoder, config=config, size=size, feature_dim=dim)
+    write_encoder(
+        out,
+        loaded.encoder,
+        config=loaded.config,
+        size=loaded.size,
+        feature_dim=loaded.feature_dim,
+        formats=formats,
+    )
 
 
 def load_folder(folder: Path) -> LoadedEncoder:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.inference.encoder_files import CARD, read_card, read_encoder, write_encoder_of
+from simclr_ray.inference.encoder_files import CARD, load_folder, write_encoder_of
 from simclr_ray.inference.encoder_folder import encoder_folder
-from simclr_ray.inference.export_formats import FORMATS, formats_named, write_checked
+from simclr_ray.inference.export_formats import FORMATS, ExportFormat, formats_named, write_checked
 
 FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
 
@@ -48,19 +48,28 @@ def export_encoder(
         tempfile.TemporaryDirectory() as scratch,
         encoder_folder(where, Path(scratch), tracking_uri) as folder,
     ):
-        files = folder
-        if not (folder / CARD).is_file():
-            files = Path(scratch) / "files"
-            write_encoder_of(folder, files)
-        own = Path(scratch) / "own"
-        own.mkdir()
-        for each in chosen:
-            if each not in FORMATS:
-                encoder, card = read_encoder(files), read_card(files)
-                write_checked(each, own / each.file, encoder, card.size, card.feature_dim)
+        staged = Path(scratch) / "staged"
+        if (folder / CARD).is_file():
+            _copy_or_write(folder, staged, chosen)
+        else:
+            write_encoder_of(folder, staged, chosen)
         out.mkdir(parents=True, exist_ok=True)
         for name in ours:
             (out / name).unlink(missing_ok=True)
         for name in wanted:
-            shutil.copy((own if (own / name).exists() else files) / name, out / name)
+            shutil.copy(staged / name, out / name)
     return wanted
+
+
+def _copy_or_write(files: Path, out: Path, formats: Sequence[ExportFormat]) -> None:
+    """Write an encoder's files into `out`: copies where `files` has them, the others anew."""
+    out.mkdir()
+    copied = [each for each in formats if each in FORMATS and (files / each.file).is_file()]
+    for name in (CARD, *(each.file for each in copied)):
+        shutil.copy(files / name, out / name)
+    others = [each for each in formats if each not in copied]
+    if not others:
+        return
+    loaded = load_folder(files)  # once for all of them
+    for each in others:
+        write_checked(each, out / each.file, loaded.encoder, loaded.size, loaded.feature_dim)

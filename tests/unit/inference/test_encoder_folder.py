@@ -70,6 +70,18 @@ def test_a_run_without_checkpoints_has_the_encoder_that_it_kept(
         )
 
 
+def test_a_format_that_was_not_asked_for_is_not_computed_and_a_missing_one_is(
+    a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.delattr("torch.export.export")
+        made = export_encoder(str(a_run), tmp_path / "weights", ["safetensors"])
+    assert made == ["encoder.json", "model.safetensors"]
+    made = export_encoder(str(tmp_path / "weights"), tmp_path / "both", ["torch-export"])
+    assert {path.name for path in (tmp_path / "both").iterdir()} == set(made)
+    assert "encoder.pt2" in made
+
+
 def test_where_there_is_no_encoder_every_verb_says_the_same(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
