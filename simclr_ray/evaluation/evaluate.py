@@ -28,8 +28,8 @@ from simclr_ray.evaluation.scores import (
     score_features,
     score_pixels,
 )
-from simclr_ray.nn.build import build_model
-from simclr_ray.nn.pretrained import experiment_of, load_model
+from simclr_ray.nn.build import SimCLRModel, build_model
+from simclr_ray.nn.pretrained import load_model, load_trained
 
 LABEL_FREE_ROWS = 5_000
 PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
@@ -54,16 +54,21 @@ def evaluate(
         ClusterError: `evaluation.actors` ask for more than the cluster has.
         DataError: A split cannot be read.
     """
-    return evaluate_experiment(experiment_of(folder, *overrides), folder, protocols)
+    return _score_trained(*load_trained(folder, *overrides), protocols)
 
 
 def evaluate_experiment(
     experiment: Experiment, folder: Path, protocols: Sequence[str] = DEFAULT_PROTOCOLS
 ) -> list[Score]:
     """Return what `evaluate` does, by the splits and settings of `experiment`."""
+    return _score_trained(experiment, load_model(folder), protocols)
+
+
+def _score_trained(
+    experiment: Experiment, trained: SimCLRModel, protocols: Sequence[str]
+) -> list[Score]:
     for name in protocols:
         protocol_named(name).load()  # fails here for one that is unknown
-    trained = load_model(folder)
     untrained = build_model(
         experiment.model_copy(update={"head": NoHeadConfig(), "loss": NTXentConfig()})
     )
@@ -144,16 +149,14 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
     split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
     if not len(split.labels):
         raise DataError(f"{data.test} has no labels to test a classifier by")
-    head = experiment_of(folder).classifier
-    assert head is not None
-    if split.labels.max() >= head.num_classes:
-        raise DataError(
-            f"{data.test} has label {int(split.labels.max())}; the classifier knows 0 to "
-            f"{head.num_classes - 1}"
-        )
     scores = extract_features(
         network, split.images, experiment.evaluation.batch_size, device, experiment.precision
-    )
+    )  # [Q, K]
+    if split.labels.max() >= scores.shape[1]:
+        raise DataError(
+            f"{data.test} has label {int(split.labels.max())}; the classifier knows 0 to "
+            f"{scores.shape[1] - 1}"
+        )
     return classification(scores, split.labels)
 
 
@@ -170,11 +173,15 @@ def probe_run(folder: Path, *overrides: str) -> list[Probe]:
         ConfigError: An override is unknown.
         DataError: A split cannot be read.
     """
-    return probe_experiment(experiment_of(folder, *overrides), folder)
+    return _probe(*load_trained(folder, *overrides))
 
 
 def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
     """Return what `probe_run` does, by the splits and settings of `experiment`."""
+    return _probe(experiment, load_model(folder))
+
+
+def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
     data, size = experiment.data, experiment.evaluation_size
     train = Source.open(
         data.eval_train or data.train, data.columns, 0 if data.eval_train else data.limit
@@ -191,7 +198,7 @@ def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return probe(
-        load_model(folder).to(device),
+        model.to(device),
         train_images,
         unseen,
         seed=experiment.seed,
