@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from simclr_ray.config.experiment import (
@@ -20,18 +19,18 @@ from simclr_ray.evaluation.classification import Classification, classification
 from simclr_ray.evaluation.features import Features, Split, extract_features, load_split
 from simclr_ray.evaluation.probes import Probe, probe
 from simclr_ray.evaluation.scores import (
+    LABEL_FREE_ROWS,
     PIXELS,
     TRAINED,
     Pixels,
     Score,
     score_encoder,
     score_features,
-    score_pixels,
 )
 from simclr_ray.nn.build import SimCLRModel, build_model
+from simclr_ray.nn.precision import best_device
 from simclr_ray.nn.pretrained import load_model, load_trained
 
-LABEL_FREE_ROWS = 5_000
 PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
 
 
@@ -54,51 +53,53 @@ def evaluate(
         ClusterError: `evaluation.actors` ask for more than the cluster has.
         DataError: A split cannot be read.
     """
-    return _score_trained(*load_trained(folder, *overrides), protocols)
+    return _score_all(*load_trained(folder, *overrides), protocols)
 
 
 def evaluate_experiment(
     experiment: Experiment, folder: Path, protocols: Sequence[str] = DEFAULT_PROTOCOLS
 ) -> list[Score]:
     """Return what `evaluate` does, by the splits and settings of `experiment`."""
-    return _score_trained(experiment, load_model(folder), protocols)
-
-
-def _score_trained(
-    experiment: Experiment, trained: SimCLRModel, protocols: Sequence[str]
-) -> list[Score]:
-    for name in protocols:
-        protocol_named(name).load()  # fails here for one that is unknown
-    untrained = build_model(
-        experiment.model_copy(update={"head": NoHeadConfig(), "loss": NTXentConfig()})
-    )
-    if experiment.evaluation.actors:
-        networks = {TRAINED: trained.encoder, "untrained encoder": untrained.encoder}
-        return _score_by_actors(experiment, {**networks, PIXELS: Pixels()}, protocols)
-    bank, test = _splits(experiment)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models: list[tuple[str, nn.Module]] = [
-        (TRAINED, trained.encoder.to(device)),
-        ("untrained encoder", untrained.encoder.to(device)),
-    ]
-    scores = [
-        score_encoder(name, encoder, bank, test, experiment, protocols) for name, encoder in models
-    ]
-    return [*scores, score_pixels(bank, test, experiment, protocols)]
+    return _score_all(experiment, load_model(folder), protocols)
 
 
 def evaluate_trained(experiment: Experiment, folder: Path, protocols: Sequence[str]) -> Score:
     """Return the row of the trained encoder alone. Same as `evaluate_experiment` otherwise."""
-    encoder = load_model(folder).encoder
+    return _score(experiment, {TRAINED: load_model(folder).encoder}, protocols)[0]
+
+
+def _score_all(
+    experiment: Experiment, trained: SimCLRModel, protocols: Sequence[str]
+) -> list[Score]:
+    untrained = build_model(
+        experiment.model_copy(update={"head": NoHeadConfig(), "loss": NTXentConfig()})
+    )
+    networks = {
+        TRAINED: trained.encoder,
+        "untrained encoder": untrained.encoder,
+        PIXELS: Pixels(),
+    }
+    return _score(experiment, networks, protocols)
+
+
+def _score(
+    experiment: Experiment, networks: Mapping[str, nn.Module], protocols: Sequence[str]
+) -> list[Score]:
+    """Return a row of each network."""
+    for name in protocols:
+        protocol_named(name).load()  # fails here for one that is unknown
     if experiment.evaluation.actors:
-        return _score_by_actors(experiment, {TRAINED: encoder}, protocols)[0]
+        return _score_by_actors(experiment, networks, protocols)
     bank, test = _splits(experiment)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return score_encoder(TRAINED, encoder.to(device), bank, test, experiment, protocols)
+    device = best_device()
+    return [
+        score_encoder(name, network.to(device), bank, test, experiment, protocols)
+        for name, network in networks.items()
+    ]
 
 
 def _score_by_actors(
-    experiment: Experiment, networks: dict[str, nn.Module], protocols: Sequence[str]
+    experiment: Experiment, networks: Mapping[str, nn.Module], protocols: Sequence[str]
 ) -> list[Score]:
     """Return a row of each network, features made by Ray Data's actors; the cluster is up."""
     from simclr_ray.distributed.ray_cluster import connect  # Ray is loaded where it is used
@@ -142,7 +143,7 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
         DataError: The split cannot be read, or has no labels.
     """
     model = load_model(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     network = nn.Sequential(model.encoder, model.head).to(device)
     data = experiment.data
     test = Source.open(data.test, data.columns)
@@ -196,7 +197,7 @@ def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
             train_images[: -(-4 * len(train_images) // 5)],
             train_images[-(-4 * len(train_images) // 5) :],
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     return probe(
         model.to(device),
         train_images,
