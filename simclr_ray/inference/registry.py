@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from simclr_ray.augment import decode
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError, TrackingError
 from simclr_ray.evaluation.scores import TRAINED
 from simclr_ray.inference.encoder_files import (
     ENCODER_FOLDER,
@@ -30,11 +31,42 @@ from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking import store
 from simclr_ray.tracking.runs import TrackedRun, door
-from simclr_ray.tracking.store import ModelParts, RegisteredEncoder
+from simclr_ray.tracking.store import RegisteredEncoder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+
+
+_MODEL_URI: Final = re.compile(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+|(?i:latest)))")
+
+
+class ModelParts(NamedTuple):
+    """What a pyfunc model is made of; nothing in it is pickled.
+
+    Attributes:
+        code: models-from-code file, which calls `mlflow.models.set_model`.
+        artifacts: files and folders that the code finds in `context.artifacts`.
+        requirements: pinned, as in a requirements file.
+        example: one encoded image, stored as the input example.
+        feature_dim: F, the width of the output.
+        metadata: a JSON tree that is stored in the MLmodel file.
+    """
+
+    code: Path
+    artifacts: Mapping[str, Path]
+    requirements: Sequence[str]
+    example: bytes
+    feature_dim: int
+    metadata: Mapping[str, Any]
+
+
+class ModelAddress(NamedTuple):
+    """A registered model's name, and one of alias and version (`latest` or a number)."""
+
+    name: str
+    alias: str
+    version: str
 
 
 def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
@@ -140,7 +172,7 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
     Raises:
         TrackingError: `where` has another form, or there is no such model, version or alias.
     """
-    address = store.model_address(where)
+    address = model_address(where)
     name, version = address.name, address.version
     with store.quiet(), door(f"find {where}", uri) as client:
         from mlflow.artifacts import download_artifacts
@@ -160,6 +192,19 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
     return Path(got)
 
 
+def model_address(where: str) -> ModelAddress:
+    """Return the parts of `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
+
+    Raises:
+        TrackingError: `where` has another form.
+    """
+    match = _MODEL_URI.fullmatch(where)
+    if match is None:
+        raise TrackingError(f"{where}: the form is models:/name@alias or models:/name/version")
+    name, alias, version = match.groups(default="")
+    return ModelAddress(name, alias, version.lower())
+
+
 def _example(experiment: Experiment) -> bytes:
     source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
     for image in source.read_group(0).images:
@@ -171,7 +216,7 @@ def _example(experiment: Experiment) -> bytes:
 def _register_model(
     run: TrackedRun,
     name: str,
-    parts: store.ModelParts,
+    parts: ModelParts,
     *,
     alias: str,
     tags: Mapping[str, str],
@@ -206,7 +251,7 @@ def _register_model(
     return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
 
 
-def _stored(client: MlflowClient, run: TrackedRun, parts: store.ModelParts) -> LoggedModel:
+def _stored(client: MlflowClient, run: TrackedRun, parts: ModelParts) -> LoggedModel:
     """Return the model, stored under the run."""
     model = client.create_logged_model(
         run.experiment_id, name="encoder", source_run_id=run.run_id, model_type="encoder"
@@ -223,7 +268,7 @@ def _stored(client: MlflowClient, run: TrackedRun, parts: store.ModelParts) -> L
     return model
 
 
-def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: LoggedModel) -> None:
+def _save_pyfunc(folder: Path, parts: ModelParts, run_id: str, logged: LoggedModel) -> None:
     """Write the MLflow model folder that `Model.log` would write, without an active run."""
     import pandas as pd
     from mlflow import pyfunc
