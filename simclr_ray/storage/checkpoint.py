@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from simclr_ray.errors import CheckpointError
+from simclr_ray.storage.filesystem import filesystem, write_text_whole
 from simclr_ray.storage.provenance import sha256, versions_of
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: names and folders need none of it
@@ -118,10 +119,7 @@ def write(
             STATE: {"size": (folder / STATE).stat().st_size, "sha256": sha256(folder / STATE)}
         },
     }
-    partial = folder / f".{RECORD}.partial"
-    partial.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-    _sync(partial)
-    partial.rename(folder / RECORD)
+    write_text_whole(*filesystem(str(folder / RECORD)), json.dumps(whole, indent=1))
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
