@@ -127,7 +127,8 @@ def draw_curves(lines: str, path: Path) -> None:
     rows = max(1, -(-len(drawn) // columns))
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, (key, title) in zip(axes, drawn, strict=False):
+    # the axes last: zip draws from its first before it sees that its second has ended
+    for (key, title), axis in zip(drawn, axes, strict=False):
         steps = sorted(series[key])
         marker = "o" if key.startswith("eval/") else None
         axis.plot(steps, [series[key][s] for s in steps], marker=marker, markersize=3)
