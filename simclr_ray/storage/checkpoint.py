@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
 
     step: int  # steps done
     tensors: dict[str, Tensor]
-    record: dict[str, Any]  # the manifest: experiment, digest, fingerprint, versions, extra
+    record: dict[str, Any]  # the manifest: experiment, digest, fingerprint, versions, files, …
 
 
 def new_name(step: int) -> str:
@@ -133,8 +133,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint after checking every file that it names.
 
     Raises:
-        CheckpointError: There is no manifest, its format is newer, a file is missing or altered, or
-            a weight is not finite: training from it could only fail again.
+        CheckpointError: There is no manifest, it is of another format, a file is missing or
+            altered, or a weight is not finite: training from it could only fail again.
     """
     path = folder / RECORD
     if not path.is_file():

@@ -1,7 +1,12 @@
 """The folder of a run, on a local disk or any `pyarrow.fs` URI.
 
 <storage>/<run name>/
-    experiment.yaml  metrics.jsonl  bad_rows.jsonl  run.json  encoder/
+    experiment.yaml  run.json           what is run, and where it is tracked
+    metrics.jsonl  bad_rows.jsonl       what training said
+    scores.json  views.png  curves.png  of the evaluation at the end
+    outcome.json                        written last: the run is finished and evaluated
+    classification.json                 of a fine-tuning or a distillation: its test
+    encoder/                            of the checkpoint that was registered last
     lock  lock.holder                   held by the driver, on a local disk
     step-00001200-<attempt>/            checkpoints, owned by Ray's manager
     checkpoint_manager_snapshot.json    Ray's

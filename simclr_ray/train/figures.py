@@ -44,7 +44,8 @@ def draw_views(
 ) -> None:
     """Write an image of view pairs: each original with both crop boxes, and its views by stages.
 
-    Above it stands how often pairs of crops set each of the two tasks of §3 (`augment.pairs`).
+    Above it stands how often pairs of crops set each of the two tasks of §3
+    (`augment.crop_statistics`).
     """
     views = build_views(experiment.augment, experiment.seed)
     images = _images(experiment, source, rows)
