@@ -38,7 +38,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.evaluation.features import Features, Split, extract_features
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
-from simclr_ray.evaluation.scores import PIXELS, Score, pixels_of, score_features
+from simclr_ray.evaluation.scores import PIXELS, TRAINED, Pixels, Score, score_features
 from simclr_ray.nn import precision
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.optim import LARS
@@ -179,14 +179,16 @@ class Run:
         """Return the scores of the trained encoder, of the untrained one, and of raw pixels."""
         experiment = Experiment.load(PRESET)
         train, test = self.splits
-        networks = {"trained encoder": self.model.encoder, "untrained encoder": self.untrained}
+        networks = {TRAINED: self.model.encoder, "untrained encoder": self.untrained}
         scores: list[Score] = []
         for name, network in networks.items():
             self.evaluated_encoder.load_state_dict(network.state_dict())
             bank, asked = self._features(train), self._features(test)
             scores.append(score_features(name, bank, asked, experiment))
             print(scores[-1], flush=True)
-        bank, asked = (self._on_device(pixels_of(s.images), s.labels) for s in (train, test))
+        bank, asked = (
+            self._on_device(extract_features(Pixels(), s.images), s.labels) for s in (train, test)
+        )
         scores.append(score_features(PIXELS, bank, asked, experiment))
         return {"scores": [score.as_tree() for score in scores]}
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from simclr_ray.evaluation.evaluate import evaluate
     from simclr_ray.evaluation.scores import Score, format_table
     from simclr_ray.inference.embed import embed_images, load_encoder
+    from simclr_ray.inference.registry import register_run as register
     from simclr_ray.nn.losses import NTXentLoss
     from simclr_ray.optim import LARS
     from simclr_ray.studies.driver import run_study
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from simclr_ray.studies.report import publish_report
     from simclr_ray.train.driver import pretrain as pretrain
     from simclr_ray.train.outcome import Run
-    from simclr_ray.train.pipeline import register_run as register
     from simclr_ray.train.pipeline import run_pipeline
 
 _WHERE = {
@@ -52,7 +52,7 @@ _WHERE = {
     "prepare": "data.prepare",
     "pretrain": "train.driver",
     "publish_report": "studies.report",
-    "register": "train.pipeline:register_run",
+    "register": "inference.registry:register_run",
     "run_study": "studies.driver",
 }
 

@@ -20,8 +20,8 @@ def register(
     alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "newest",
 ) -> None:
     """Register a run's newest checkpoint in MLflow's model registry."""
-    loading("torch", "ray")
-    from simclr_ray.train.pipeline import register_run
+    loading("torch")
+    from simclr_ray.inference.registry import register_run
 
     made = register_run(run, name, alias)
     out.print(f"models:/{made.name}@{alias} is version {made.version}", markup=False)

@@ -115,6 +115,7 @@ def best(
     alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "best",
 ) -> None:
     """Name the best trial, and register its encoder if asked."""
+    from simclr_ray.inference.registry import register_run
     from simclr_ray.studies.analysis import best_outcome, results_of, shown
     from simclr_ray.studies.folder import StudyFolder
 
@@ -143,7 +144,7 @@ def best(
         )
     if register:
         loading("torch", "ray")
-        from simclr_ray.train.pipeline import register_run
+        from simclr_ray.inference.registry import register_run
 
         made = register_run(chosen.run["folder"], register, alias)
         out.print(f"registered  models:/{made.name}@{alias} (version {made.version})", markup=False)

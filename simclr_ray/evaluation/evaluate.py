@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from simclr_ray import config as cfg
 from simclr_ray.config.experiment import (
     Experiment,
     NoHeadConfig,
     NTXentConfig,
 )
-from simclr_ray.config.imports import permit_code
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
@@ -22,19 +19,18 @@ from simclr_ray.evaluation.classification import Classification, classification
 from simclr_ray.evaluation.features import Features, Split, extract_features, load_split
 from simclr_ray.evaluation.probes import Probe, probe
 from simclr_ray.evaluation.scores import (
+    LABEL_FREE_ROWS,
     PIXELS,
+    TRAINED,
     Pixels,
     Score,
     score_encoder,
     score_features,
-    score_pixels,
 )
-from simclr_ray.nn.build import build_model
-from simclr_ray.nn.pretrained import load_model
-from simclr_ray.storage import checkpoint
+from simclr_ray.nn.build import SimCLRModel, build_model
+from simclr_ray.nn.precision import best_device
+from simclr_ray.nn.pretrained import load_model, load_trained
 
-TRAINED = "trained encoder"
-LABEL_FREE_ROWS = 5_000
 PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
 
 
@@ -57,46 +53,53 @@ def evaluate(
         ClusterError: `evaluation.actors` ask for more than the cluster has.
         DataError: A split cannot be read.
     """
-    return evaluate_experiment(experiment_of(folder, *overrides), folder, protocols)
+    return _score_all(*load_trained(folder, *overrides), protocols)
 
 
 def evaluate_experiment(
     experiment: Experiment, folder: Path, protocols: Sequence[str] = DEFAULT_PROTOCOLS
 ) -> list[Score]:
     """Return what `evaluate` does, by the splits and settings of `experiment`."""
-    for name in protocols:
-        protocol_named(name).load()  # fails here for one that is unknown
-    trained = load_model(folder)
-    untrained = build_model(
-        experiment.model_copy(update={"head": NoHeadConfig(), "loss": NTXentConfig()})
-    )
-    if experiment.evaluation.actors:
-        networks = {TRAINED: trained.encoder, "untrained encoder": untrained.encoder}
-        return _score_by_actors(experiment, {**networks, PIXELS: Pixels()}, protocols)
-    bank, test = _splits(experiment)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models: list[tuple[str, nn.Module]] = [
-        (TRAINED, trained.encoder.to(device)),
-        ("untrained encoder", untrained.encoder.to(device)),
-    ]
-    scores = [
-        score_encoder(name, encoder, bank, test, experiment, protocols) for name, encoder in models
-    ]
-    return [*scores, score_pixels(bank, test, experiment, protocols)]
+    return _score_all(experiment, load_model(folder), protocols)
 
 
 def evaluate_trained(experiment: Experiment, folder: Path, protocols: Sequence[str]) -> Score:
     """Return the row of the trained encoder alone. Same as `evaluate_experiment` otherwise."""
-    encoder = load_model(folder).encoder
+    return _score(experiment, {TRAINED: load_model(folder).encoder}, protocols)[0]
+
+
+def _score_all(
+    experiment: Experiment, trained: SimCLRModel, protocols: Sequence[str]
+) -> list[Score]:
+    untrained = build_model(
+        experiment.model_copy(update={"head": NoHeadConfig(), "loss": NTXentConfig()})
+    )
+    networks = {
+        TRAINED: trained.encoder,
+        "untrained encoder": untrained.encoder,
+        PIXELS: Pixels(),
+    }
+    return _score(experiment, networks, protocols)
+
+
+def _score(
+    experiment: Experiment, networks: Mapping[str, nn.Module], protocols: Sequence[str]
+) -> list[Score]:
+    """Return a row of each network."""
+    for name in protocols:
+        protocol_named(name).load()  # fails here for one that is unknown
     if experiment.evaluation.actors:
-        return _score_by_actors(experiment, {TRAINED: encoder}, protocols)[0]
+        return _score_by_actors(experiment, networks, protocols)
     bank, test = _splits(experiment)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return score_encoder(TRAINED, encoder.to(device), bank, test, experiment, protocols)
+    device = best_device()
+    return [
+        score_encoder(name, network.to(device), bank, test, experiment, protocols)
+        for name, network in networks.items()
+    ]
 
 
 def _score_by_actors(
-    experiment: Experiment, networks: dict[str, nn.Module], protocols: Sequence[str]
+    experiment: Experiment, networks: Mapping[str, nn.Module], protocols: Sequence[str]
 ) -> list[Score]:
     """Return a row of each network, features made by Ray Data's actors; the cluster is up."""
     from simclr_ray.distributed.ray_cluster import connect  # Ray is loaded where it is used
@@ -140,23 +143,21 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
         DataError: The split cannot be read, or has no labels.
     """
     model = load_model(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     network = nn.Sequential(model.encoder, model.head).to(device)
     data = experiment.data
     test = Source.open(data.test, data.columns)
     split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
     if not len(split.labels):
         raise DataError(f"{data.test} has no labels to test a classifier by")
-    head = experiment_of(folder).classifier
-    assert head is not None
-    if split.labels.max() >= head.num_classes:
-        raise DataError(
-            f"{data.test} has label {int(split.labels.max())}; the classifier knows 0 to "
-            f"{head.num_classes - 1}"
-        )
     scores = extract_features(
         network, split.images, experiment.evaluation.batch_size, device, experiment.precision
-    )
+    )  # [Q, K]
+    if split.labels.max() >= scores.shape[1]:
+        raise DataError(
+            f"{data.test} has label {int(split.labels.max())}; the classifier knows 0 to "
+            f"{scores.shape[1] - 1}"
+        )
     return classification(scores, split.labels)
 
 
@@ -173,11 +174,15 @@ def probe_run(folder: Path, *overrides: str) -> list[Probe]:
         ConfigError: An override is unknown.
         DataError: A split cannot be read.
     """
-    return probe_experiment(experiment_of(folder, *overrides), folder)
+    return _probe(*load_trained(folder, *overrides))
 
 
 def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
     """Return what `probe_run` does, by the splits and settings of `experiment`."""
+    return _probe(experiment, load_model(folder))
+
+
+def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
     data, size = experiment.data, experiment.evaluation_size
     train = Source.open(
         data.eval_train or data.train, data.columns, 0 if data.eval_train else data.limit
@@ -192,23 +197,15 @@ def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
             train_images[: -(-4 * len(train_images) // 5)],
             train_images[-(-4 * len(train_images) // 5) :],
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     return probe(
-        load_model(folder).to(device),
+        model.to(device),
         train_images,
         unseen,
         seed=experiment.seed,
         batch_size=experiment.evaluation.batch_size,
         precision=experiment.precision,
     )
-
-
-def experiment_of(folder: Path, *overrides: str) -> Experiment:
-    """Return the experiment that a checkpoint was trained by."""
-    tree = checkpoint.read_record(folder)["experiment"]
-    whole = cfg.apply_overrides(tree, overrides, Experiment)
-    permit_code(whole, tree, str(folder))
-    return cfg.validate(Experiment, whole)
 
 
 def _splits(experiment: Experiment) -> tuple[Split, Split | None]:

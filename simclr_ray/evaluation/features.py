@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from simclr_ray.augment.decode import ImageError, Pixels, decode_image, evaluation_view
 from simclr_ray.data.source import Int64s, RowTable, Source
 from simclr_ray.errors import DataError
+from simclr_ray.nn.precision import Precision, autocast
 
 DECODE_THREADS: Final = 8  # Pillow decodes and resizes outside the interpreter lock
-
-Precision = Literal["float64", "float32", "bf16"]
 
 
 class BadRow(NamedTuple):
@@ -145,7 +144,7 @@ def extract_features(
     parts: list[Tensor] = []
     encoder.eval()
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             for part in [images] if isinstance(images, Tensor) else images:
                 for batch in part.split(batch_size):
                     h = encoder(batch.to(device).to(dtype) / 255)

@@ -1,7 +1,7 @@
 """Metrics that need no labels: alignment, uniformity, effective rank, feature_std.
 
 Alignment and uniformity: Wang & Isola 2020 (arXiv:2005.10242). Effective rank: RankMe, Garrido et
-al. 2023 (arXiv:2210.02885). Spread: Chen & He 2021 (SimSiam, arXiv:2011.10566, §4.1).
+al. 2023 (arXiv:2210.02885). Feature_std: Chen & He 2021 (SimSiam, arXiv:2011.10566, §4.1).
 All take features `[M, F]` of any float dtype, on any device, and return a Python number.
 """
 

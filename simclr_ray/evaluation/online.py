@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import build_views
-from simclr_ray.data.source import Source
+from simclr_ray.data.source import Int64s, Source
 from simclr_ray.distributed import collectives as dist
-from simclr_ray.evaluation.features import extract_features, load_split
-from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
+from simclr_ray.errors import DataError
+from simclr_ray.evaluation.features import (
+    Features,
+    Split,
+    decoded_rows,
+    extract_features,
+    sample_rows,
+)
 from simclr_ray.evaluation.label_free import alignment, effective_rank, uniformity
+from simclr_ray.evaluation.protocols import knn
 from simclr_ray.nn.build import SimCLRModel
 
 PROBE_IMAGES = 1024  # RankMe needs more rows than the rank it is to find
@@ -33,38 +40,48 @@ class _Part(NamedTuple):
 
 
 class OnlineEvaluation:
-    """Scores of a model in training.
+    """Scores of a model in training; to make one is a collective.
 
     Args:
         experiment: Splits, limits and kNN settings.
         source: The training data.
         rank: This rank.
         num_ranks: R.
+        device: Where models are evaluated, and through which ranks exchange.
+
+    Raises:
+        DataError: A split cannot be read, or no row of it can be evaluated.
     """
 
-    def __init__(self, experiment: Experiment, source: Source, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        source: Source,
+        rank: int,
+        num_ranks: int,
+        device: torch.device,
+    ) -> None:
         self.experiment, self.rank, self.num_ranks = experiment, rank, num_ranks
+        self.device = device
         data, limits = experiment.data, experiment.evaluation
         self.bank: _Part | None = None
         if not limits.every_epochs:
             return
-        probe = load_split(source, experiment.evaluation_size, PROBE_IMAGES, data.max_pixels)
-        self.probe = self._part(probe.images, probe.ids)
-        first, last = dist.partition(len(probe.images), rank, num_ranks)
+        own, self.probe = self._part(source, sample_rows(source, PROBE_IMAGES))
         views = build_views(experiment.augment, experiment.seed)
-        self.views = views(self.probe.images, probe.ids[first:last].numpy(), PROBE_EPOCH)
+        self.views = views(own.images, own.ids.numpy(), PROBE_EPOCH)
         if data.test:
             test = Source.open(data.test, data.columns)
             bank = Source.open(data.eval_train, data.columns) if data.eval_train else source
             if test.has_labels and bank.has_labels:
-                self.bank = self._split(bank, limits.eval_train_limit)
-                self.test = self._split(test, limits.test_limit)
+                self.bank = self._labelled(bank, limits.eval_train_limit)
+                self.test = self._labelled(test, limits.test_limit)
 
-    def __call__(self, model: SimCLRModel, device: torch.device) -> dict[str, float]:
+    def __call__(self, model: SimCLRModel) -> dict[str, float]:
         """Return the scores by name, the same on every rank. Collective."""
         encoder = model.encoder
-        h = self._features(encoder, self.probe, self.probe.images, device)
-        pair = [self._features(encoder, self.probe, view, device) for view in self.views]
+        h = self._features(encoder, self.probe, self.probe.images)
+        pair = [self._features(encoder, self.probe, view) for view in self.views]
         scores = {
             "eval/alignment": alignment(*pair),
             "eval/uniformity": uniformity(h),
@@ -72,35 +89,35 @@ class OnlineEvaluation:
         }
         if self.bank is not None:
             bank, test = (
-                self._features(encoder, part, part.images, device)
+                Features(self._features(encoder, part, part.images), part.labels)
                 for part in (self.bank, self.test)
             )
-            knn = self.experiment.evaluation.knn
-            classes = int(torch.cat([self.bank.labels, self.test.labels]).max()) + 1
-            votes = knn_scores(bank, self.bank.labels, test, knn.k, knn.temperature, classes)
-            scores["eval/knn_top1"] = top_k_accuracy(votes, self.test.labels)
+            classes = int(torch.cat([bank.labels, test.labels]).max()) + 1
+            scores["eval/knn_top1"] = knn(bank, test, classes, self.experiment)
         return scores
 
-    def _features(
-        self, encoder: nn.Module, part: _Part, images: Tensor, device: torch.device
-    ) -> Tensor:
+    def _features(self, encoder: nn.Module, part: _Part, images: Tensor) -> Tensor:
         mine = extract_features(
             encoder,
             images,
             batch_size=self.experiment.evaluation.batch_size,
-            device=device,
+            device=self.device,
             precision=self.experiment.precision,
         )
-        return dist.all_gather_rows(mine.to(device), part.counts).cpu()  # [M, F]
+        return dist.all_gather_rows(mine.to(self.device), part.counts).cpu()  # [M, F]
 
-    def _split(self, source: Source, limit: int) -> _Part:
-        split = load_split(
-            source, self.experiment.evaluation_size, limit, self.experiment.data.max_pixels
-        )
-        labelled = split.labels >= 0
-        return self._part(split.images[labelled], split.labels[labelled])
+    def _labelled(self, source: Source, limit: int) -> _Part:
+        rows = sample_rows(source, limit)
+        return self._part(source, rows[source.labels()[rows] >= 0])[1]
 
-    def _part(self, images: Tensor, labels: Tensor) -> _Part:
-        shares = [dist.partition(len(images), r, self.num_ranks) for r in range(self.num_ranks)]
-        first, last = shares[self.rank]
-        return _Part(images[first:last], labels, [b - a for a, b in shares])
+    def _part(self, source: Source, rows: Int64s) -> tuple[Split, _Part]:
+        """Return this rank's share of `rows`; no rank reads or decodes another's. A collective."""
+        first, last = dist.partition(len(rows), self.rank, self.num_ranks)
+        size, max_pixels = self.experiment.evaluation_size, self.experiment.data.max_pixels
+        own = decoded_rows(source, rows[first:last], size, max_pixels)
+        counts = dist.row_counts(len(own.images), self.device)
+        if not any(counts):
+            reason = own.bad[0].reason if own.bad else "it has no label"
+            raise DataError(f"{source.uri}: no row can be evaluated: {reason}")
+        labels = dist.all_gather_rows(own.labels.to(self.device), counts).cpu()
+        return own, _Part(own.images, labels, counts)

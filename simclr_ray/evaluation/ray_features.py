@@ -27,7 +27,7 @@ from simclr_ray.evaluation.features import (
     grouped,
     sample_rows,
 )
-from simclr_ray.nn.precision import Precision
+from simclr_ray.nn.precision import Precision, best_device
 
 
 class SplitFeatures(NamedTuple):
@@ -50,7 +50,7 @@ class _Extractor:
         max_pixels: int,
         settings: tuple[int, Precision],
     ) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self.source, self.size, self.max_pixels = source, size, max_pixels
         self.networks = [network.to(self.device) for network in networks]
         self.batch_size, self.precision = settings

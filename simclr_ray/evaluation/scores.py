@@ -22,9 +22,9 @@ from simclr_ray.evaluation.label_free import label_free
 
 LABEL_FREE: Final = ("uniformity", "effective rank", "feature std")  # headings of their columns
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
+TRAINED: Final = "trained encoder"
 PIXELS: Final = "raw pixels"
 PIXEL_SIDE_PX: Final = 32  # raw pixels of larger views are averaged down: 3,072 features at most
-PIXEL_BLOCK_ROWS: Final = 4_096
 
 
 SplitT = TypeVar("SplitT", Split, Features)
@@ -121,19 +121,6 @@ def score_encoder(
     return score_features(name, bank_features, features(test), experiment, protocols)
 
 
-def score_pixels(
-    bank: Split,
-    test: Split | None,
-    experiment: Experiment,
-    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
-) -> Score:
-    """Return the scores of the pixels themselves; arguments and `DataError` as above."""
-    bank, test = _scorable(bank, test)
-    bank_features = Features(pixels_of(bank.images), bank.labels)
-    test_features = None if test is None else Features(pixels_of(test.images), test.labels)
-    return score_features(PIXELS, bank_features, test_features, experiment, protocols)
-
-
 def score_features(
     name: str,
     bank: Features,
@@ -172,16 +159,6 @@ class Pixels(nn.Module):
         """Return the pixels, larger images averaged down."""
         side = min(images.shape[-1], PIXEL_SIDE_PX)
         return F.adaptive_avg_pool2d(images, side).flatten(1)
-
-
-def pixels_of(images: Tensor) -> Tensor:
-    """Return uint8 `[M, 3, S, S]` as features in [0, 1], float32 `[M, 3·min(S, 32)²]`."""
-    side = min(images.shape[-1], PIXEL_SIDE_PX)
-    pixels = torch.empty(len(images), 3 * side**2)
-    for start in range(0, len(images), PIXEL_BLOCK_ROWS):
-        part = images[start : start + PIXEL_BLOCK_ROWS].float() / 255
-        pixels[start : start + len(part)] = Pixels()(part)
-    return pixels
 
 
 def table(scores: Sequence[Score]) -> list[list[str]]:

@@ -33,6 +33,7 @@ from simclr_ray.inference.export_formats import (
     write_checked,
 )
 from simclr_ray.nn import build as networks
+from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256, versions_of
 
 FORMAT_VERSION: Final = 1
@@ -61,6 +62,15 @@ class EncoderCard(NamedTuple):
     feature_dim: int
     weights_sha256: str
     versions: dict[str, str]
+
+
+class LoadedEncoder(NamedTuple):
+    """An encoder, and of its card what a user of it needs."""
+
+    encoder: nn.Module
+    config: dict[str, Any]
+    size: int
+    feature_dim: int
 
 
 def write_encoder(
@@ -107,6 +117,44 @@ def write_encoder(
         if folder.exists():
             shutil.move(folder, Path(scratch) / "old")
         os.replace(new, folder)  # noqa: PTH105 - says that an existing folder would be an error
+
+
+def write_encoder_of(folder: Path, out: Path, formats: Sequence[ExportFormat] = FORMATS) -> None:
+    """Write the files of the encoder in a checkpoint to `out`, as `write_encoder` does.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole, or a file computes otherwise.
+    """
+    loaded = load_folder(folder)
+    write_encoder(
+        out,
+        loaded.encoder,
+        config=loaded.config,
+        size=loaded.size,
+        feature_dim=loaded.feature_dim,
+        formats=formats,
+    )
+
+
+def load_folder(folder: Path) -> LoadedEncoder:
+    """Return the encoder in a folder of its files, or else of a checkpoint; on CPU, in eval mode.
+
+    Raises:
+        CheckpointError: Files or checkpoint are not whole.
+    """
+    if (folder / CARD).is_file():
+        card = read_card(folder)
+        return LoadedEncoder(read_encoder(folder), card.encoder, card.size, card.feature_dim)
+    kept = checkpoint.read(folder)
+    tree = kept.record["experiment"]
+    size = tree["evaluation"]["size"] or tree["augment"]["size"]
+    try:
+        encoder = networks.encoder_from_tree(tree["encoder"], size=tree["augment"]["size"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} names no encoder: {error}") from error
+    checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
+    frozen = encoder.float().eval().requires_grad_(requires_grad=False)
+    return LoadedEncoder(frozen, tree["encoder"], size, networks.feature_dim(frozen))
 
 
 def read_card(folder: Path) -> EncoderCard:

@@ -8,14 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
-from simclr_ray.inference.encoder_files import CARD, read_card, read_encoder, write_encoder
-from simclr_ray.inference.export_formats import FORMATS, formats_named, write_checked
-from simclr_ray.inference.registry import fetch_model
-from simclr_ray.nn.build import encoder_from_tree, feature_dim
-from simclr_ray.nn.pretrained import open_checkpoint
-from simclr_ray.storage import checkpoint
-from simclr_ray.tracking.store import store_uri
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.inference.encoder_files import CARD, load_folder, write_encoder_of
+from simclr_ray.inference.encoder_folder import encoder_folder
+from simclr_ray.inference.export_formats import FORMATS, ExportFormat, formats_named, write_checked
 
 FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
 
@@ -26,15 +22,14 @@ def export_encoder(
     """Write the encoder at `where` into `out`, and return the names of its files.
 
     Args:
-        where: A run folder or its URI, a checkpoint, an encoder's files, or `models:/name@alias`.
+        where: As in `encoder_folder`.
         out: A folder, made if absent; files of an earlier export are replaced.
         formats: Names of `export_formats.FORMATS`, or import paths as `formats_named` takes them;
             weights are written in any case.
-        tracking_uri: Store of a registered model, as in `load_encoder`.
+        tracking_uri: As in `encoder_folder`.
 
     Raises:
-        ConfigError: A format is unknown, `out` holds something else, or `where` is no run with a
-            whole checkpoint.
+        ConfigError: A format is unknown, `out` holds something else, or there is no encoder.
         CheckpointError: The checkpoint is not whole, or a file computes otherwise.
         TrackingError: There is no such model, or the store cannot be reached.
     """
@@ -49,43 +44,32 @@ def export_encoder(
     if others:
         problem = f"holds {others[0]}, which is no file of an encoder; choose another folder"
         raise ConfigError([ConfigIssue(str(out), problem)])
-    with tempfile.TemporaryDirectory() as scratch:
-        if where.startswith("models:"):
-            uri = store_uri(tracking_uri)
-            encoder_folder = fetch_model(where, Path(scratch), uri=uri, part="artifacts/encoder")
-        elif (Path(where) / CARD).is_file():
-            encoder_folder = Path(where)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        encoder_folder(where, Path(scratch), tracking_uri) as folder,
+    ):
+        staged = Path(scratch) / "staged"
+        if (folder / CARD).is_file():
+            _copy_or_write(folder, staged, chosen)
         else:
-            encoder_folder = Path(scratch) / "encoder"
-            with open_checkpoint(where, "RUN") as (_, folder):
-                write_encoder_of(folder, encoder_folder)
-        own = Path(scratch) / "own"
-        own.mkdir()
-        for each in chosen:
-            if each not in FORMATS:
-                encoder, card = read_encoder(encoder_folder), read_card(encoder_folder)
-                write_checked(each, own / each.file, encoder, card.size, card.feature_dim)
+            write_encoder_of(folder, staged, chosen)
         out.mkdir(parents=True, exist_ok=True)
         for name in ours:
             (out / name).unlink(missing_ok=True)
         for name in wanted:
-            shutil.copy((own if (own / name).exists() else encoder_folder) / name, out / name)
+            shutil.copy(staged / name, out / name)
     return wanted
 
 
-def write_encoder_of(folder: Path, out: Path) -> None:
-    """Write the files of the encoder in a checkpoint to `out`.
-
-    Raises:
-        CheckpointError: The checkpoint is not whole, or the exported program computes otherwise.
-    """
-    kept = checkpoint.read(folder)
-    tree = kept.record["experiment"]
-    size = tree["evaluation"]["size"] or tree["augment"]["size"]
-    try:
-        encoder = encoder_from_tree(tree["encoder"], size=tree["augment"]["size"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} names no encoder: {error}") from error
-    checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
-    dim = feature_dim(encoder)
-    write_encoder(out, encoder, config=tree["encoder"], size=size, feature_dim=dim)
+def _copy_or_write(files: Path, out: Path, formats: Sequence[ExportFormat]) -> None:
+    """Write an encoder's files into `out`: copies where `files` has them, the others anew."""
+    out.mkdir()
+    copied = [each for each in formats if each in FORMATS and (files / each.file).is_file()]
+    for name in (CARD, *(each.file for each in copied)):
+        shutil.copy(files / name, out / name)
+    others = [each for each in formats if each not in copied]
+    if not others:
+        return
+    loaded = load_folder(files)  # once for all of them
+    for each in others:
+        write_checked(each, out / each.file, loaded.encoder, loaded.size, loaded.feature_dim)

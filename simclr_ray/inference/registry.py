@@ -2,30 +2,221 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from simclr_ray.augment import decode
-from simclr_ray.inference.encoder_files import ENCODER_FOLDER, REQUIREMENTS, read_card, read_encoder
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError, TrackingError
+from simclr_ray.evaluation.scores import TRAINED
+from simclr_ray.inference.encoder_files import (
+    ENCODER_FOLDER,
+    REQUIREMENTS,
+    read_card,
+    read_encoder,
+    write_encoder_of,
+)
+from simclr_ray.nn.pretrained import experiment_of
 from simclr_ray.storage.provenance import code_commit, version_of
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking import store
 from simclr_ray.tracking.runs import TrackedRun, door
-from simclr_ray.tracking.store import ModelParts, RegisteredEncoder
+from simclr_ray.tracking.store import RegisteredEncoder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
 
-def register_model(
+_MODEL_URI: Final = re.compile(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+|(?i:latest)))")
+
+
+class ModelParts(NamedTuple):
+    """What a pyfunc model is made of; nothing in it is pickled.
+
+    Attributes:
+        code: models-from-code file, which calls `mlflow.models.set_model`.
+        artifacts: files and folders that the code finds in `context.artifacts`.
+        requirements: pinned, as in a requirements file.
+        example: one encoded image, stored as the input example.
+        feature_dim: F, the width of the output.
+        metadata: a JSON tree that is stored in the MLmodel file.
+    """
+
+    code: Path
+    artifacts: Mapping[str, Path]
+    requirements: Sequence[str]
+    example: bytes
+    feature_dim: int
+    metadata: Mapping[str, Any]
+
+
+class ModelAddress(NamedTuple):
+    """A registered model's name, and one of alias and version (`latest` or a number)."""
+
+    name: str
+    alias: str
+    version: str
+
+
+def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
+    """Make the newest checkpoint of a run folder a version of the registered model `name`.
+
+    Raises:
+        ConfigError: `run` is no run folder.
+        CheckpointError: It holds no whole checkpoint.
+        TrackingError: The registry refuses or cannot be reached.
+    """
+    folder = RunFolder.at(run)
+    record = RunRecord.read(folder)
+    with folder.newest_checkpoint() as newest, tempfile.TemporaryDirectory() as scratch:
+        if newest is None:
+            raise ConfigError([ConfigIssue(run, "holds no whole checkpoint to register")])
+        experiment, target = experiment_of(newest), Path(scratch) / ENCODER_FOLDER
+        write_encoder_of(newest, target)
+        folder.put_folder(target, ENCODER_FOLDER)
+        tags: dict[str, str | int | float] = {
+            "experiment_digest": experiment.digest(),
+            "dataset_fingerprint": record.fingerprint,
+            "seed": experiment.seed,
+            "checkpoint": newest.name,
+        }
+        for score in json.loads(folder.read_text(SCORES) or "[]"):
+            if score["name"] == TRAINED:
+                tags |= {k: v for k, v in score.items() if isinstance(v, float)}
+        return register_encoder(
+            target,
+            TrackedRun.attach(record.tracking_uri, record.mlflow_run_id),
+            name=name,
+            alias=alias,
+            example=_example(experiment),
+            tags=tags,
+        )
+
+
+def register_encoder(
+    folder: Path,
+    run: TrackedRun,
+    *,
+    name: str,
+    alias: str,
+    example: bytes,
+    tags: Mapping[str, str | int | float],
+) -> RegisteredEncoder:
+    """Make the encoder in `folder` a new version of the registered model `name`.
+
+    The same weights and checkpoint of a run are one version, however often they are registered.
+
+    Args:
+        folder: written by `write_encoder`; travels in the version, for `load_encoder`.
+        run: the run that the version belongs to.
+        name: registered model, created where it does not exist.
+        alias: moved to the new version at the very end.
+        example: one encoded image, kept as the input example.
+        tags: lineage and scores, such as `dataset_fingerprint`, `experiment_digest`, `seed`,
+            `knn_top1`; `weights_sha256` is added, and `code_commit` in a git checkout.
+
+    Raises:
+        CheckpointError: `folder` is no whole encoder.
+        ImageError: `example` cannot be decoded.
+        TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
+    """
+    card = read_card(folder)
+    read_encoder(folder)
+    decode.decode_image(example)
+    commit = code_commit()
+    all_tags = {key: str(value) for key, value in tags.items()}
+    all_tags["weights_sha256"] = card.weights_sha256
+    if commit:
+        all_tags.setdefault("code_commit", commit)
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = Path(scratch) / ENCODER_FOLDER  # MLflow names an artifact by its last path part
+        shutil.copytree(folder, staged)
+        parts = ModelParts(
+            code=Path(__file__).with_name("pyfunc.py"),
+            artifacts={"encoder": staged, "decode": Path(decode.__file__)},
+            requirements=pinned_requirements(),
+            example=example,
+            feature_dim=card.feature_dim,
+            metadata={"encoder": card._asdict(), "tags": all_tags},
+        )
+        return _register_model(
+            run,
+            name,
+            parts,
+            alias=alias,
+            tags=all_tags,
+            same=[key for key in ("weights_sha256", "checkpoint") if key in all_tags],
+        )
+
+
+def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
+    """Return the path in `folder` of the downloaded model `where`, or of a part of it.
+
+    Args:
+        where: `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
+        folder: an existing folder.
+        uri: tracking URI of the store; its registry is asked.
+        part: path inside of the model; empty: the whole model.
+
+    Raises:
+        TrackingError: `where` has another form, or there is no such model, version or alias.
+    """
+    address = model_address(where)
+    name, version = address.name, address.version
+    with store.quiet(), door(f"find {where}", uri) as client:
+        from mlflow.artifacts import download_artifacts
+
+        if address.alias:
+            version = str(client.get_model_version_by_alias(name, address.alias).version)
+        elif version == "latest":
+            versions = client.search_model_versions(f"name = '{name}'")
+            version = str(max((int(v.version) for v in versions), default=1))
+        source = client.get_model_version_download_uri(name, version)
+        got = download_artifacts(
+            artifact_uri=f"{source}/{part}".rstrip("/"),
+            dst_path=str(folder),
+            tracking_uri=uri,
+            registry_uri=uri,
+        )
+    return Path(got)
+
+
+def model_address(where: str) -> ModelAddress:
+    """Return the parts of `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
+
+    Raises:
+        TrackingError: `where` has another form.
+    """
+    match = _MODEL_URI.fullmatch(where)
+    if match is None:
+        raise TrackingError(f"{where}: the form is models:/name@alias or models:/name/version")
+    name, alias, version = match.groups(default="")
+    return ModelAddress(name, alias, version.lower())
+
+
+def _example(experiment: Experiment) -> bytes:
+    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
+    for image in source.read_group(0).images:
+        if image is not None:
+            return image
+    raise DataError(f"{source.uri}: the first row group holds no image")
+
+
+def _register_model(
     run: TrackedRun,
     name: str,
-    parts: store.ModelParts,
+    parts: ModelParts,
     *,
     alias: str,
     tags: Mapping[str, str],
@@ -60,7 +251,7 @@ def register_model(
     return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
 
 
-def _stored(client: MlflowClient, run: TrackedRun, parts: store.ModelParts) -> LoggedModel:
+def _stored(client: MlflowClient, run: TrackedRun, parts: ModelParts) -> LoggedModel:
     """Return the model, stored under the run."""
     model = client.create_logged_model(
         run.experiment_id, name="encoder", source_run_id=run.run_id, model_type="encoder"
@@ -77,39 +268,7 @@ def _stored(client: MlflowClient, run: TrackedRun, parts: store.ModelParts) -> L
     return model
 
 
-def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
-    """Return the path in `folder` of the downloaded model `where`, or of a part of it.
-
-    Args:
-        where: `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
-        folder: an existing folder.
-        uri: tracking URI of the store; its registry is asked.
-        part: path inside of the model; empty: the whole model.
-
-    Raises:
-        TrackingError: `where` has another form, or there is no such model, version or alias.
-    """
-    address = store.model_address(where)
-    name, version = address.name, address.version
-    with store.quiet(), door(f"find {where}", uri) as client:
-        from mlflow.artifacts import download_artifacts
-
-        if address.alias:
-            version = str(client.get_model_version_by_alias(name, address.alias).version)
-        elif version == "latest":
-            versions = client.search_model_versions(f"name = '{name}'")
-            version = str(max((int(v.version) for v in versions), default=1))
-        source = client.get_model_version_download_uri(name, version)
-        got = download_artifacts(
-            artifact_uri=f"{source}/{part}".rstrip("/"),
-            dst_path=str(folder),
-            tracking_uri=uri,
-            registry_uri=uri,
-        )
-    return Path(got)
-
-
-def _save_pyfunc(folder: Path, parts: store.ModelParts, run_id: str, logged: LoggedModel) -> None:
+def _save_pyfunc(folder: Path, parts: ModelParts, run_id: str, logged: LoggedModel) -> None:
     """Write the MLflow model folder that `Model.log` would write, without an active run."""
     import pandas as pd
     from mlflow import pyfunc
@@ -166,62 +325,6 @@ def _create_version(
         model_id=model.model_id,
     )
     return int(made.version)
-
-
-def register(
-    folder: Path,
-    run: TrackedRun,
-    *,
-    name: str,
-    alias: str,
-    example: bytes,
-    tags: Mapping[str, str | int | float],
-) -> RegisteredEncoder:
-    """Make the encoder in `folder` a new version of the registered model `name`.
-
-    The same weights and checkpoint of a run are one version, however often they are registered.
-
-    Args:
-        folder: written by `write_encoder`; travels in the version, for `load_encoder`.
-        run: the run that the version belongs to.
-        name: registered model, created where it does not exist.
-        alias: moved to the new version at the very end.
-        example: one encoded image, kept as the input example.
-        tags: lineage and scores, such as `dataset_fingerprint`, `experiment_digest`, `seed`,
-            `knn_top1`; `weights_sha256` is added, and `code_commit` in a git checkout.
-
-    Raises:
-        CheckpointError: `folder` is no whole encoder.
-        ImageError: `example` cannot be decoded.
-        TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
-    """
-    card = read_card(folder)
-    read_encoder(folder)
-    decode.decode_image(example)
-    commit = code_commit()
-    all_tags = {key: str(value) for key, value in tags.items()}
-    all_tags["weights_sha256"] = card.weights_sha256
-    if commit:
-        all_tags.setdefault("code_commit", commit)
-    with tempfile.TemporaryDirectory() as scratch:
-        staged = Path(scratch) / ENCODER_FOLDER  # MLflow names an artifact by its last path part
-        shutil.copytree(folder, staged)
-        parts = ModelParts(
-            code=Path(__file__).with_name("pyfunc.py"),
-            artifacts={"encoder": staged, "decode": Path(decode.__file__)},
-            requirements=pinned_requirements(),
-            example=example,
-            feature_dim=card.feature_dim,
-            metadata={"encoder": card._asdict(), "tags": all_tags},
-        )
-        return register_model(
-            run,
-            name,
-            parts,
-            alias=alias,
-            tags=all_tags,
-            same=[key for key in ("weights_sha256", "checkpoint") if key in all_tags],
-        )
 
 
 def pinned_requirements() -> list[str]:

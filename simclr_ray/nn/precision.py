@@ -1,4 +1,4 @@
-"""What dtype a model runs in, and how images and weights get there."""
+"""What dtype and device a model runs in, and how images and weights get there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 Precision = Literal["float64", "float32", "bf16"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}
+
+
+def best_device() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def as_input(images: Tensor, device: torch.device, precision: Precision) -> Tensor:

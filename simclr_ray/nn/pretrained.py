@@ -6,15 +6,17 @@ are folded into the first convolution and its batch norm, exact but for the bord
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import permit_code
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.nn.encoders import family_of
@@ -26,9 +28,40 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's 
 WHERE, TEACHER = "init.weights", "loss.teacher"
 
 
+class Trained(NamedTuple):
+    """What a checkpoint holds."""
+
+    experiment: Experiment
+    model: SimCLRModel  # in float32 and eval mode
+
+
+def load_trained(folder: Path, *overrides: str) -> Trained:
+    """Return the experiment of a checkpoint, overrides applied, and the model as it was trained.
+
+    One reading serves both: to read is to hash the file and to look at every weight.
+    """
+    kept = checkpoint.read(folder)
+    return Trained(_overridden(kept.record, folder, overrides), _model_in(kept))
+
+
+def experiment_of(folder: Path, *overrides: str) -> Experiment:
+    """Return the experiment that a checkpoint was trained by."""
+    return _overridden(checkpoint.read_record(folder), folder, overrides)
+
+
 def load_model(folder: Path) -> SimCLRModel:
     """Return encoder and head of a checkpoint in float32 and eval mode."""
-    kept = checkpoint.read(folder)
+    return _model_in(checkpoint.read(folder))
+
+
+def _overridden(record: dict[str, Any], folder: Path, overrides: Sequence[str]) -> Experiment:
+    tree = record["experiment"]
+    whole = cfg.apply_overrides(tree, overrides, Experiment)
+    permit_code(whole, tree, str(folder))
+    return cfg.validate(Experiment, whole)
+
+
+def _model_in(kept: checkpoint.Checkpoint) -> SimCLRModel:
     model = build_model(cfg.validate(Experiment, kept.record["experiment"]))
     checkpoint.restore_model(kept.tensors, model)
     return model.to(torch.float32).eval()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from simclr_ray.errors import CheckpointError
+from simclr_ray.storage.filesystem import filesystem, write_text_whole
 from simclr_ray.storage.provenance import sha256, versions_of
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: names and folders need none of it
@@ -38,7 +39,7 @@ class Checkpoint(NamedTuple):
 
     step: int  # steps done
     tensors: dict[str, Tensor]
-    record: dict[str, Any]  # the manifest: experiment, digest, fingerprint, versions, extra
+    record: dict[str, Any]  # the manifest: experiment, digest, fingerprint, versions, files, …
 
 
 def new_name(step: int) -> str:
@@ -118,10 +119,7 @@ def write(
             STATE: {"size": (folder / STATE).stat().st_size, "sha256": sha256(folder / STATE)}
         },
     }
-    partial = folder / f".{RECORD}.partial"
-    partial.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-    _sync(partial)
-    partial.rename(folder / RECORD)
+    write_text_whole(*filesystem(str(folder / RECORD)), json.dumps(whole, indent=1))
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -135,8 +133,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint after checking every file that it names.
 
     Raises:
-        CheckpointError: There is no manifest, its format is newer, a file is missing or altered, or
-            a weight is not finite: training from it could only fail again.
+        CheckpointError: There is no manifest, it is of another format, a file is missing or
+            altered, or a weight is not finite: training from it could only fail again.
     """
     path = folder / RECORD
     if not path.is_file():

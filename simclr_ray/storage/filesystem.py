@@ -50,6 +50,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def entries_in(fs: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
+    """Return what lies directly in a folder; nothing where there is none."""
+    entries: list[pafs.FileInfo] = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return entries
+
+
 @contextmanager
 def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     """Give a stream whose file gets its name when all is written.

@@ -20,6 +20,14 @@ def read_records(lines: str) -> list[dict[str, Any]]:
     return records
 
 
+def last_values(lines: str) -> dict[str, float]:
+    """Return the last value of each name in a log."""
+    last: dict[str, float] = {}
+    for record in read_records(lines):
+        last.update(record)
+    return last
+
+
 def read_series(lines: str) -> dict[str, dict[int, float]]:
     """Return name -> step -> value of a log; the last of a repeated step counts."""
     series: dict[str, dict[int, float]] = {}

@@ -1,7 +1,12 @@
 """The folder of a run, on a local disk or any `pyarrow.fs` URI.
 
 <storage>/<run name>/
-    experiment.yaml  metrics.jsonl  bad_rows.jsonl  run.json  encoder/
+    experiment.yaml  run.json           what is run, and where it is tracked
+    metrics.jsonl  bad_rows.jsonl       what training said
+    scores.json  views.png  curves.png  of the evaluation at the end
+    outcome.json                        written last: the run is finished and evaluated
+    classification.json                 of a fine-tuning or a distillation: its test
+    encoder/                            of the checkpoint that was registered last
     lock  lock.holder                   held by the driver, on a local disk
     step-00001200-<attempt>/            checkpoints, owned by Ray's manager
     checkpoint_manager_snapshot.json    Ray's
@@ -17,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pyarrow import fs
@@ -28,7 +34,7 @@ from simclr_ray.errors import (
     RunError,
 )
 from simclr_ray.storage import checkpoint, run_lock
-from simclr_ray.storage.filesystem import cache_folder, filesystem, write_text_whole
+from simclr_ray.storage.filesystem import cache_folder, entries_in, filesystem, write_text_whole
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 log = logging.getLogger(__name__)
@@ -105,14 +111,12 @@ class RunFolder:
 
     def names(self, folder: str) -> list[str]:
         """Return the names of the files of a folder in here, hidden ones aside, in order."""
-        files, root = self._open()
-        entries = files.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
+        entries = self._entries(folder)
         return sorted(f.base_name for f in entries if f.is_file and not f.base_name.startswith("."))
 
     def folders(self, folder: str) -> list[str]:
         """Return the names of the folders in a folder in here, in order."""
-        files, root = self._open()
-        entries = files.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
+        entries = self._entries(folder)
         return sorted(f.base_name for f in entries if f.type == fs.FileType.Directory)
 
     def put_folder(self, local: Path, name: str) -> None:
@@ -123,9 +127,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[str]:
         """Return the names of the checkpoint directories, newest first."""
-        files, root = self._open()
-        entries = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
-        names = [f.base_name for f in entries if checkpoint.step_of(f.base_name) >= 0]
+        names = [f.base_name for f in self._entries() if checkpoint.step_of(f.base_name) >= 0]
         return sorted(names, key=lambda n: (checkpoint.step_of(n), n), reverse=True)
 
     @contextmanager
@@ -237,6 +239,15 @@ class RunFolder:
             files, root = self._open()
             files.move(f"{root}/{SNAPSHOT}", f"{root}/{SNAPSHOT}.set-aside")
         return gone
+
+    def written_at(self) -> datetime | None:
+        """Return when something was last written into the folder, as its file system says."""
+        times = [entry.mtime for entry in self._entries() if entry.mtime is not None]
+        return max(times).astimezone(UTC) if times else None
+
+    def _entries(self, folder: str = "") -> list[fs.FileInfo]:
+        files, root = self._open()
+        return entries_in(files, f"{root}/{folder}".rstrip("/"))
 
     def _taken(self, holder: str) -> RunError:
         return RunError(f"{self.uri} is being run by {holder}")

@@ -49,7 +49,11 @@ class RunRecord:
             problem = f"format {version}, this release reads {FORMAT_VERSION}; see docs/upgrade.md"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         names = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in tree.items() if key in names})
+        try:
+            return cls(**{key: value for key, value in tree.items() if key in names})
+        except TypeError as error:
+            problem = f"is no whole record: {error}"
+            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)]) from error
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunRecord:

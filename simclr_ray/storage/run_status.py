@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from pyarrow import fs
 
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.filesystem import filesystem
-from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.filesystem import entries_in, filesystem
+from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 
@@ -43,9 +43,7 @@ def status_of_run(folder: RunFolder) -> RunStatus:
     """
     if folder.read_text(CONFIG_FILE) is None:
         raise ConfigError([ConfigIssue(folder.uri, f"is no run folder: it has no {CONFIG_FILE}")])
-    metrics: dict[str, float] = {}
-    for line in read_records(folder.read_text(METRICS) or ""):
-        metrics.update(line)
+    metrics = last_values(folder.read_text(METRICS) or "")
     total, epoch = int(metrics.pop("total", 0)), metrics.pop("epoch", 0.0)
     checkpoints = folder.checkpoints()
     kept = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
@@ -63,22 +61,14 @@ def status_of_run(folder: RunFolder) -> RunStatus:
         metrics,
         json.loads(folder.read_text(SCORES) or "[]"),
         checkpoints,
-        _written_at(folder),
+        folder.written_at(),
     )
 
 
 def runs_in(storage: str) -> list[RunFolder]:
     """Return the run folders directly in a storage, by name."""
     files, root = filesystem(storage)
-    entries = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    entries = entries_in(files, root)
     names = sorted(info.base_name for info in entries if info.type == fs.FileType.Directory)
     folders = [RunFolder.of(storage, name) for name in names]
     return [folder for folder in folders if folder.read_text(CONFIG_FILE) is not None]
-
-
-def _written_at(folder: RunFolder) -> datetime | None:
-    """Return when the run last wrote into its folder, of what the file system remembers."""
-    files, root = filesystem(folder.uri)
-    entries = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
-    times: list[datetime] = [info.mtime for info in entries if info.mtime is not None]
-    return max(times).astimezone(UTC) if times else None

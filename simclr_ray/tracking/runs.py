@@ -192,7 +192,7 @@ class TrackedRun:
             uri: where the data lies.
             fingerprint: of its content; MLflow's digest is its first 36 characters.
             num_rows: rows used.
-            context: what for, such as `train`, `bank` or `test`.
+            context: what for, such as `pretraining`.
         """
         with door(f"log dataset {name!r}", self.uri) as client:
             from mlflow.entities import Dataset, DatasetInput, InputTag

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -36,7 +36,6 @@ MAX_DIGEST_CHARS: Final = 36
 MAX_DATASET_NAME_CHARS: Final = 500
 
 _RESERVED_ALIAS: Final = re.compile(r"(?i:latest|v\d+)")  # the registry refuses these names
-_MODEL_URI: Final = re.compile(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+|(?i:latest)))")
 
 # MLflow's own defaults are 7 retries with doubling waits and 120 s per request: minutes before a
 # mistyped address is reported. Used while a store is opened; a user's own values win.
@@ -53,26 +52,6 @@ MANNERS = {
 T = TypeVar("T")
 
 
-class ModelParts(NamedTuple):
-    """What a pyfunc model is made of; nothing in it is pickled.
-
-    Attributes:
-        code: models-from-code file, which calls `mlflow.models.set_model`.
-        artifacts: files and folders that the code finds in `context.artifacts`.
-        requirements: pinned, as in a requirements file.
-        example: one encoded image, stored as the input example.
-        feature_dim: F, the width of the output.
-        metadata: a JSON tree that is stored in the MLmodel file.
-    """
-
-    code: Path
-    artifacts: Mapping[str, Path]
-    requirements: Sequence[str]
-    example: bytes
-    feature_dim: int
-    metadata: Mapping[str, Any]
-
-
 class RegisteredEncoder(NamedTuple):
     """One version in the model registry."""
 
@@ -80,14 +59,6 @@ class RegisteredEncoder(NamedTuple):
     version: int
     uri: str
     run_id: str
-
-
-class ModelAddress(NamedTuple):
-    """A registered model's name, and one of alias and version (`latest` or a number)."""
-
-    name: str
-    alias: str
-    version: str
 
 
 def store_uri(setting: str = "", storage: str = "runs") -> str:
@@ -119,19 +90,6 @@ def sqlite_file(uri: str) -> Path | None:
     if not uri.startswith("sqlite:///"):
         return None
     return Path(uri.removeprefix("sqlite:///")).resolve()
-
-
-def model_address(where: str) -> ModelAddress:
-    """Return the parts of `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
-
-    Raises:
-        TrackingError: `where` has another form.
-    """
-    match = _MODEL_URI.fullmatch(where)
-    if match is None:
-        raise TrackingError(f"{where}: the form is models:/name@alias or models:/name/version")
-    name, alias, version = match.groups(default="")
-    return ModelAddress(name, alias, version.lower())
 
 
 def check_alias(alias: str) -> None:

@@ -24,12 +24,13 @@ from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, driver_queue
 from simclr_ray.errors import RunError
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
+from simclr_ray.storage.metrics_log import last_values
+from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import store_uri, without_password
 from simclr_ray.train.monitor import OnProgress, RunMonitor
-from simclr_ray.train.outcome import Run, last_metrics
+from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker, unwrap_error
 
@@ -114,7 +115,8 @@ def _trained(
         newest = _newest(folder)
     if checkpoint.step_of(newest) < total:
         raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
-    return Run(folder.name, folder.uri, newest, tracked.run_id, last_metrics(folder))
+    metrics = last_values(folder.read_text(METRICS) or "")
+    return Run(folder.name, folder.uri, newest, tracked.run_id, metrics)
 
 
 def _newest(folder: RunFolder) -> str:

@@ -44,7 +44,8 @@ def draw_views(
 ) -> None:
     """Write an image of view pairs: each original with both crop boxes, and its views by stages.
 
-    Above it stands how often pairs of crops set each of the two tasks of §3 (`augment.pairs`).
+    Above it stands how often pairs of crops set each of the two tasks of §3
+    (`augment.crop_statistics`).
     """
     views = build_views(experiment.augment, experiment.seed)
     images = _images(experiment, source, rows)
@@ -127,7 +128,8 @@ def draw_curves(lines: str, path: Path) -> None:
     rows = max(1, -(-len(drawn) // columns))
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, (key, title) in zip(axes, drawn, strict=False):
+    # the axes last: zip draws from its first before it sees that its second has ended
+    for (key, title), axis in zip(drawn, axes, strict=False):
         steps = sorted(series[key])
         marker = "o" if key.startswith("eval/") else None
         axis.plot(steps, [series[key][s] for s in steps], marker=marker, markersize=3)

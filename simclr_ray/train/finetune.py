@@ -18,7 +18,8 @@ from simclr_ray.data.source import Source
 from simclr_ray.data.subset import write_subset
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.classification import Classification
-from simclr_ray.evaluation.evaluate import experiment_of, score_classifier
+from simclr_ray.evaluation.evaluate import score_classifier
+from simclr_ray.nn.pretrained import experiment_of
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun

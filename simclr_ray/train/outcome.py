@@ -13,7 +13,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.scores import Score
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
@@ -59,14 +59,6 @@ class PretrainOutcome(NamedTuple):
     is_stored: bool = False  # nothing was run: all is from the run's folder
 
 
-def last_metrics(folder: RunFolder) -> dict[str, float]:
-    """Return the last value of each metric of a run's log."""
-    last: dict[str, float] = {}
-    for record in read_records(folder.read_text(METRICS) or ""):
-        last.update(record)
-    return last
-
-
 def store_outcome(resolved: ResolvedExperiment, outcome: PretrainOutcome) -> None:
     """Store what a run has left behind, and what it was evaluated on and how."""
     tree = {
@@ -105,9 +97,10 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
     with folder.newest_checkpoint() as newest:
         if newest is None or newest.name != names[0]:
             return None
+    metrics = last_values(folder.read_text(METRICS) or "")
     registered, classifier = stored["registered"], stored["classifier"]
     return PretrainOutcome(
-        Run(folder.name, folder.uri, names[0], record.mlflow_run_id, last_metrics(folder)),
+        Run(folder.name, folder.uri, names[0], record.mlflow_run_id, metrics),
         [Score.from_tree(row) for row in scores],
         RegisteredEncoder(**registered) if registered else None,
         Classification(**classifier) if classifier else None,

@@ -11,19 +11,14 @@ from pathlib import Path
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.classification import Classification
-from simclr_ray.evaluation.evaluate import evaluate_experiment, experiment_of, score_classifier
+from simclr_ray.evaluation.evaluate import evaluate_experiment, score_classifier
 from simclr_ray.evaluation.scores import Score, format_table
-from simclr_ray.inference.encoder_files import write_encoder
-from simclr_ray.inference.registry import register
-from simclr_ray.nn.build import feature_dim
-from simclr_ray.nn.pretrained import load_model
+from simclr_ray.inference.registry import register_run
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking.runs import TrackedRun
-from simclr_ray.tracking.store import RegisteredEncoder
 from simclr_ray.train.driver import train
 from simclr_ray.train.figures import draw_curves, draw_views
 from simclr_ray.train.monitor import OnProgress
@@ -116,53 +111,3 @@ def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
         for score in scores
         for column, value in score.numbers().items()
     }
-
-
-def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
-    """Make the newest checkpoint of a run folder a version of the registered model `name`.
-
-    Raises:
-        ConfigError: `run` is no run folder.
-        CheckpointError: It holds no whole checkpoint.
-        TrackingError: The registry refuses or cannot be reached.
-    """
-    folder = RunFolder.at(run)
-    record = RunRecord.read(folder)
-    with folder.newest_checkpoint() as newest, tempfile.TemporaryDirectory() as scratch:
-        if newest is None:
-            raise ConfigError([ConfigIssue(run, "holds no whole checkpoint to register")])
-        experiment, model = experiment_of(newest), load_model(newest)
-        target = Path(scratch) / "encoder"
-        write_encoder(
-            target,
-            model.encoder,
-            config=cfg.to_tree(experiment)["encoder"],
-            size=experiment.evaluation_size,
-            feature_dim=feature_dim(model.encoder),
-        )
-        folder.put_folder(target, "encoder")
-        tags: dict[str, str | int | float] = {
-            "experiment_digest": experiment.digest(),
-            "dataset_fingerprint": record.fingerprint,
-            "seed": experiment.seed,
-            "checkpoint": newest.name,
-        }
-        for score in json.loads(folder.read_text(SCORES) or "[]"):
-            if score["name"] == "trained encoder":
-                tags |= {k: v for k, v in score.items() if isinstance(v, float)}
-        return register(
-            target,
-            TrackedRun.attach(record.tracking_uri, record.mlflow_run_id),
-            name=name,
-            alias=alias,
-            example=_example(experiment),
-            tags=tags,
-        )
-
-
-def _example(experiment: Experiment) -> bytes:
-    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
-    for image in source.read_group(0).images:
-        if image is not None:
-            return image
-    raise DataError(f"{source.uri}: the first row group holds no image")

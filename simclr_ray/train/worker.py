@@ -89,7 +89,9 @@ class TrainWorker:
         batches = _started(stream(experiment, self.source, steps, self.rank, self.num_ranks))
         self._build(kept)
         self.loss = build_loss(experiment)
-        self.evaluation = OnlineEvaluation(experiment, self.source, self.rank, self.num_ranks)
+        self.evaluation = OnlineEvaluation(
+            experiment, self.source, self.rank, self.num_ranks, self.device
+        )
         self.inbox.put(WorkerReady(self.rank, self.num_ranks))
         loop.train(
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
@@ -120,7 +122,7 @@ class TrainWorker:
         """Evaluate and save when it is due. A collective."""
         every, last = self.experiment.evaluation.every_epochs, step == self.total
         if every and (epoch % every == 0 or last):
-            self._send(step, epoch, self.evaluation(self.model, self.device))
+            self._send(step, epoch, self.evaluation(self.model))
         if epoch % self.experiment.checkpoint.every_epochs == 0 or last:
             self.save(step)
 

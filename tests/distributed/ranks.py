@@ -1,4 +1,4 @@
-"""What the spawned ranks run: loss and batch norm alone, on uneven shares, for the oracles."""
+"""What the spawned ranks run: loss, batch norm, exchanges and evaluation, on uneven shares."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.source import Source
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed import shared_memory as sharedmem
+from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.build import build_model
 from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
 
 Array = NDArray[np.float64]
@@ -121,3 +125,13 @@ def lengths_differ(rank: int) -> str:
     except RuntimeError as error:
         return str(error)
     return "nothing"
+
+
+def evaluate_online(rank: int, experiment: Experiment) -> tuple[dict[str, float], tuple[int, ...]]:
+    """Return the scores of an untrained model, and how many images of each split this rank has."""
+    data = experiment.data
+    source, cpu = Source.open(data.train), torch.device("cpu")
+    online = OnlineEvaluation(experiment, source, rank, dist.world_size(), cpu)
+    assert online.bank is not None
+    held = tuple(len(part.images) for part in (online.probe, online.bank, online.test))
+    return online(build_model(experiment).eval()), held

@@ -17,7 +17,7 @@ import simclr_ray as sr
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CheckpointError, ConfigError
-from simclr_ray.evaluation.evaluate import experiment_of
+from simclr_ray.nn.pretrained import experiment_of
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import read_series
 from simclr_ray.storage.run_folder import METRICS, RUN_FILE, RunFolder

@@ -15,7 +15,7 @@ from simclr_ray.errors import ClusterError
 from simclr_ray.evaluation.evaluate import evaluate
 from simclr_ray.evaluation.features import extract_features, load_split
 from simclr_ray.evaluation.ray_features import extract
-from simclr_ray.evaluation.scores import Pixels, pixels_of
+from simclr_ray.evaluation.scores import Pixels
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.storage import checkpoint
@@ -52,7 +52,7 @@ def test_features_are_those_of_one_process(folder: Path, ray_cluster: str, limit
     assert found.bad == split.bad
     expected = extract_features(encoder, split.images)
     torch.testing.assert_close(found.features[0], expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.features[1], pixels_of(split.images))
+    torch.testing.assert_close(found.features[1], extract_features(Pixels(), split.images))
 
 
 def test_the_table_is_that_of_one_process(folder: Path, ray_cluster: str) -> None:

@@ -33,7 +33,7 @@ from simclr_ray.config.experiment import (
     TrackingConfig,
 )
 from simclr_ray.config.imports import PERMISSION
-from simclr_ray.errors import CheckpointError, TrackingError
+from simclr_ray.errors import CheckpointError, ConfigError, TrackingError
 from simclr_ray.inference import embed, registry
 from simclr_ray.inference import encoder_files as export
 from simclr_ray.inference.export_formats import FORMATS
@@ -127,7 +127,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     run = tracker.start_run("run", params={"seed": 3}, tags={})
     images = [image(1), image(2, 30, 64, "JPEG"), image(3, 100, 50, "WEBP")]
     tags: dict[str, str | int | float] = {"dataset_fingerprint": "f" * 64, "knn_top1": 0.5}
-    version = registry.register(
+    version = registry.register_encoder(
         base / "best", run, name="m", alias="newest", example=images[0], tags=tags
     )
     return Registered(tracker.uri, encoder, base / "best", version, images)
@@ -324,7 +324,7 @@ def test_the_same_encoder_of_a_run_is_one_version_and_the_alias_moves(
     image = registered.images[0]
     first: dict[str, str | int | float] = {"checkpoint": "a"}
     versions = [
-        registry.register(
+        registry.register_encoder(
             registered.folder, run, name="twice", alias=alias, example=image, tags=tags
         )
         for alias, tags in (("old", first), ("newest", first), ("newest", {"checkpoint": "b"}))
@@ -388,7 +388,7 @@ def test_a_second_version_takes_the_alias_and_the_first_stays(
             next(encoder.parameters()).mul_(factor)
         write(tmp_path / "e", encoder)
         versions.append(
-            registry.register(
+            registry.register_encoder(
                 tmp_path / "e", run, name="two", alias="champion", example=image(0), tags={}
             )
         )
@@ -423,7 +423,7 @@ def test_files_that_cannot_be_embedded_are_named_and_the_others_are_embedded(
 
 
 def test_what_is_not_there_is_said_so(registered: Registered, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no encoder\.json"):
+    with pytest.raises(ConfigError, match=r"holds no encoder\.json"):
         embed.load_encoder(tmp_path)
     for where in ("models:/m@nobody", "models:/m/9", "models:/other/latest"):
         with pytest.raises(TrackingError, match=r"could not find models:/"):
@@ -436,7 +436,7 @@ def test_a_reserved_alias_is_refused_before_anything_is_stored(registered: Regis
         "r", params={}, tags={}
     )
     with pytest.raises(TrackingError, match="reserved"):
-        registry.register(
+        registry.register_encoder(
             registered.folder, run, name="new", alias="latest", example=image(0), tags={}
         )
     assert "new" not in [m.name for m in client.search_registered_models()]

@@ -50,7 +50,9 @@ def register_one(tracker: Tracker, folder: Path) -> TrackedRun:
     encoder = build_encoder(CONFIG)
     export.write_encoder(folder, encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=128)
     run = tracker.start_run("run", params={"a.b": 1, "empty": ""}, tags={"digest": "abc"})
-    registry.register(folder, run, name="m", alias="newest", example=image(), tags={"seed": 0})
+    registry.register_encoder(
+        folder, run, name="m", alias="newest", example=image(), tags={"seed": 0}
+    )
     return run
 
 

@@ -15,7 +15,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CheckpointError, ConfigError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_model
-from simclr_ray.nn.pretrained import DEVIATION, MEAN, load_init
+from simclr_ray.nn.pretrained import DEVIATION, MEAN, load_init, load_trained
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.train.resolve import resolve_init
@@ -144,3 +144,23 @@ def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
         exp = experiment(encoder=encoder, init={"weights": str(path)})
         with pytest.raises(CheckpointError, match=told):
             load_init(build_model(exp), exp)
+
+
+def test_experiment_and_model_of_a_checkpoint_come_from_one_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_run(tmp_path / "run", experiment())
+    (folder,) = (tmp_path / "run").iterdir()
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", counted)
+    trained = load_trained(folder, "seed=7")
+    assert hashed == [folder / checkpoint.STATE]
+    assert trained.experiment == experiment(seed=7)
+    assert not trained.model.training
+    theirs = source.state_dict()
+    assert all(torch.equal(t, theirs[name]) for name, t in trained.model.state_dict().items())

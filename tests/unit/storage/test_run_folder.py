@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from simclr_ray.errors import CheckpointError, RunError
+from simclr_ray.errors import CheckpointError, ConfigError, RunError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import filesystem, open_whole
-from simclr_ray.storage.run_folder import SNAPSHOT, RunFolder
+from simclr_ray.storage.run_folder import RUN_FILE, SNAPSHOT, RunFolder
 from simclr_ray.storage.run_lock import HOLDER, LOCK
+from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train.outcome import Run
 
 
@@ -277,3 +278,17 @@ def test_a_folder_is_copied_whole(folder: RunFolder, on_disk: Path, tmp_path: Pa
     folder.write_text("run.json", "{}")
     folder.put_folder(source, "encoder")
     assert (on_disk / "encoder" / "deep" / "x.bin").read_bytes() == b"\x00\x01"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format_version": 2}', r"run\.json: is no whole record: .*mlflow_run_id"),
+        ("[]", "format None, this release reads 2"),
+        ('{"format_ver', "Unterminated string"),
+    ],
+)
+def test_what_is_no_record_of_a_run_is_refused(folder: RunFolder, text: str, message: str) -> None:
+    folder.write_text(RUN_FILE, text)
+    with pytest.raises(ConfigError, match=message):
+        RunRecord.find(folder)

@@ -258,23 +258,3 @@ def test_the_setting_wins_over_the_environment_and_that_over_the_default(
 def test_aliases_that_mlflow_reserves_are_refused_beforehand(alias: str) -> None:
     with pytest.raises(TrackingError, match="reserved"):
         mlflow_store.check_alias(alias)
-
-
-@pytest.mark.parametrize(
-    ("where", "parts"),
-    [
-        ("models:/m@newest", ("m", "newest", "")),
-        ("models:/my-model/3", ("my-model", "", "3")),
-        ("models:/m/Latest", ("m", "", "latest")),
-    ],
-)
-def test_the_forms_of_a_model_address_are_told_apart(
-    where: str, parts: tuple[str, str, str]
-) -> None:
-    assert mlflow_store.model_address(where) == parts
-
-
-@pytest.mark.parametrize("where", ["models:/m", "models:/m@", "models:/m/3/x", "m@newest"])
-def test_another_form_of_address_is_refused_with_the_right_one(where: str) -> None:
-    with pytest.raises(TrackingError, match="models:/name@alias"):
-        mlflow_store.model_address(where)

@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
-from simclr_ray.storage.metrics_log import read_series
+from simclr_ray.storage.metrics_log import last_values, read_series
 from simclr_ray.train.figures import draw_curves, draw_views
 
 
@@ -80,6 +81,13 @@ def test_a_run_without_curves_still_draws_an_image(tmp_path: Path, lines: str) -
     opened(tmp_path / "c.png")
 
 
+def test_places_without_a_curve_stay_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    draw_curves(line(10, train__loss=3.0), tmp_path / "c.png")
+    assert [axis.axison for axis in saved[0].axes] == [True, False, False]
+
+
 def test_a_repeated_step_counts_once_with_its_last_value() -> None:
     lines = "\n".join(
         [
@@ -93,6 +101,11 @@ def test_a_repeated_step_counts_once_with_its_last_value() -> None:
         "train/loss": {10: 3.0, 20: 2.5, 30: 1.5},
         "eval/knn_top1": {20: 0.4},
     }
+
+
+def test_the_last_value_of_each_name_counts_however_old() -> None:
+    lines = [line(10, train__loss=3.0, eval__knn_top1=0.4), line(20, train__loss=2.0)]
+    assert last_values("\n".join(lines)) == {"step": 20, "train/loss": 2.0, "eval/knn_top1": 0.4}
 
 
 def test_a_last_line_cut_off_by_a_kill_is_left_out() -> None:
