@@ -115,7 +115,6 @@ def best(
     alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "best",
 ) -> None:
     """Name the best trial, and register its encoder if asked."""
-    from simclr_ray.inference.registry import register_run
     from simclr_ray.studies.analysis import best_outcome, results_of, shown
     from simclr_ray.studies.folder import StudyFolder
 

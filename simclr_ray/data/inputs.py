@@ -24,7 +24,7 @@ from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data import shapes
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import cache_folder, filesystem
+from simclr_ray.storage.filesystem import cache_folder
 
 Int64s = npt.NDArray[np.int64]
 
@@ -184,9 +184,7 @@ class ParquetInput:
     def open(cls, uri: str, columns: ColumnsConfig, limit: int) -> ParquetInput:
         """Return the dataset at `uri`; raises `DataError` as `Source.open` does."""
         source = Source.open(uri, columns, limit)
-        fs, _ = filesystem(uri)
-        size = sum(info.size for info in fs.get_file_info(list(source.files)))
-        return cls(source, size // source.num_rows + 1)
+        return cls(source, int(source.row_bytes) + 1)
 
     @property
     def identity(self) -> dict[str, object]:

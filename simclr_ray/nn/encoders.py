@@ -26,7 +26,13 @@ class EncoderFamily(ABC, Generic[ConfigT]):
 
     Args:
         config: Of one of them.
+
+    Attributes:
+        folds_input: Weights made elsewhere took images less ImageNet's mean, over its deviation, so
+            that the first layer is to take that over when it is given images in [0, 1].
     """
+
+    folds_input = True
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -82,16 +88,22 @@ def set_recompute(encoder: nn.Module, *, recompute: bool) -> None:
 
 
 def globalize(module: nn.Module, norm: Norm) -> None:
-    """Replace each batch norm below `module` by the global one, in place."""
+    """Replace each batch norm below `module` by the global one, in place; weights stay."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d):
-            setattr(module, name, norm(child.num_features, child.eps))
+            replaced = norm(child.num_features, child.eps)
+            replaced.load_state_dict(child.state_dict(), strict=False)  # what it has of ours
+            if not child.affine:
+                replaced.requires_grad_(requires_grad=False)
+            setattr(module, name, replaced)
         else:
             globalize(child, norm)
 
 
 class ImportedFamily(EncoderFamily[ImportConfig]):
     """Encoders of a user's own: any module of the contract, whose batch norms become global."""
+
+    folds_input = False  # its contract is images in [0, 1], and its weights' as well
 
     def build(self, norm: Norm, size: int) -> nn.Module:
         """Return what the import path makes; F is found by two images of `size`."""

@@ -134,12 +134,14 @@ def _load_torchvision(
 ) -> None:
     """Load a torchvision classifier's state dict, its last layer left out."""
     tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
-    tensors = family_of(experiment.encoder).renamed(tensors)
+    family = family_of(experiment.encoder)
+    tensors = family.renamed(tensors)
     wanted = encoder.state_dict()
     fitting = {n: t for n, t in tensors.items() if n in wanted}
-    convolution, norm = _first(encoder)
-    if convolution in fitting and fitting[convolution].shape == wanted[convolution].shape:
-        _fold_input(fitting, convolution, norm)
+    if family.folds_input:
+        convolution, norm = _first(encoder)
+        if convolution in fitting and fitting[convolution].shape == wanted[convolution].shape:
+            _fold_input(fitting, convolution, norm)
     try:
         encoder.load_state_dict(fitting)
     except RuntimeError as error:

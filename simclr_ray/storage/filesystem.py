@@ -9,7 +9,7 @@ import functools
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,16 +60,23 @@ def entries_in(fs: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
 def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     """Give a stream whose file gets its name when all is written.
 
-    On a disk: another name in the same folder, fsync, rename. A bucket shows an object only when
-    the upload is complete, so there the stream is the file's own; it must not be closed on error.
+    Another name in the same folder, then a rename; on a disk fsync between. A bucket shows an
+    object when its stream is closed, which Arrow does on an error too, so it needs the other name
+    as well; the rename costs a copy within the bucket.
     """
+    folder, slash, name = path.rpartition("/")
+    hidden_path = f"{folder}{slash}.{name}.{uuid.uuid4().hex[:8]}.tmp"
     if not is_local(fs):
-        stream = fs.open_output_stream(path)
-        yield stream
-        stream.close()
+        try:
+            with fs.open_output_stream(hidden_path) as stream:
+                yield stream
+            fs.move(hidden_path, path)
+        except BaseException:
+            with suppress(OSError):
+                fs.delete_file(hidden_path)
+            raise
         return
-    target = Path(path)
-    hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    target, hidden = Path(path), Path(hidden_path)
     try:
         with hidden.open("wb") as file:
             yield pa.PythonFile(file, mode="w")

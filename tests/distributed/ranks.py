@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +87,8 @@ def small_exchanges(rank: int, *, shared: bool = True) -> list[str]:
             wrong.append(f"gather {call}")
         if not torch.equal(dist.all_reduce_sum(mine.clone()), torch.stack(expected).sum(0)):
             wrong.append(f"sum {call}")
+    if list(Path(sharedmem.FOLDER).glob(f"simclr_ray-{os.getpid()}-*")):
+        wrong.append("a file of this process is left behind")
     large = torch.full((20_000,), float(rank))  # 80 KB: the process group carries it
     if dist.all_reduce_sum(large)[0] != sum(range(dist.world_size())):
         wrong.append("large")

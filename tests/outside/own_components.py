@@ -82,6 +82,16 @@ def small_net(width: int = 8) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def pretrained_net() -> nn.Module:
+    """Return an encoder whose batch norms have learned something, one of them without weights."""
+    norms = [nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False)]
+    for norm in norms:
+        assert norm.running_mean is not None
+        norm.running_mean.fill_(1)
+    nn.init.constant_(norms[0].weight, 2)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), *norms, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def no_features() -> nn.Module:
     """Return a network that keeps its maps."""
     return nn.Conv2d(3, 8, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from simclr_ray.inference.embed import load_encoder
 from simclr_ray.storage.checkpoint import Checkpoint, read
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.driver import pretrain
-from simclr_ray.train.outcome import Run
+from simclr_ray.train.outcome import PretrainOutcome, Run
 from simclr_ray.train.pipeline import run_pipeline
 from simclr_ray.train.resolve import resolve
 from tests.ray.images import write_shapes
@@ -53,7 +54,7 @@ def tree_of(folder: Path, storage: str, workers: int, precision: str) -> dict[st
         "epochs": EPOCHS,
         "precision": precision,
         "schedule": {"learning_rate": 1.0, "warmup_steps": 5},
-        "evaluation": {"every_epochs": 1},
+        "evaluation": {"every_epochs": 1, "linear": {"epochs": 3}},
         "scaling": {"num_workers": workers, "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.3},
         "tracking": {"log_every_steps": 1, "system_metrics": False},
         "storage": str(folder / storage),
@@ -76,9 +77,33 @@ def one_worker(folder: Path, ray_cluster: str) -> Run:
     return run_of(folder, "one", 1, "float64")
 
 
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 @pytest.fixture(scope="module")
-def two_workers(folder: Path, ray_cluster: str) -> Run:
-    return run_of(folder, "two", 2, "float64")
+def pipeline_of_two(folder: Path, ray_cluster: str) -> tuple[PretrainOutcome, list[str]]:
+    """Return what a run of two workers leaves behind, and the lines that it logged."""
+    handler, logger = _Lines(), logging.getLogger("simclr_ray")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        outcome = run_pipeline(cfg.validate(Experiment, tree_of(folder, "two", 2, "float64")))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return outcome, handler.lines
+
+
+@pytest.fixture(scope="module")
+def two_workers(pipeline_of_two: tuple[PretrainOutcome, list[str]]) -> Run:
+    return pipeline_of_two[0].run
 
 
 def test_one_and_two_workers_have_the_same_losses_in_float64(
@@ -104,6 +129,7 @@ def test_one_and_two_workers_start_alike_in_float32(
     assert two[1] == pytest.approx(one[1], rel=1e-5)
     steps = range(1, 6)
     rounding = max(abs(one[step] - exact[step]) / exact[step] for step in steps)
+    assert rounding < 0.2  # 0.043 was measured
     assert max(abs(one[step] - two[step]) / exact[step] for step in steps) < 4 * rounding
 
 
@@ -135,6 +161,28 @@ def test_a_run_is_judged_published_and_registered(
     assert torch.equal(registered(images), from_checkpoint(images))
     for name in ("views.png", "curves.png", "scores.json", "experiment.yaml"):
         assert (Path(one_worker.folder) / name).stat().st_size > 0
+
+
+def test_a_start_is_told_and_a_finished_run_answers_with_what_is_stored(
+    folder: Path, pipeline_of_two: tuple[PretrainOutcome, list[str]]
+) -> None:
+    first, lines = pipeline_of_two
+    at = [next(i for i, line in enumerate(lines) if said in line) for said in (
+        "opening MLflow at sqlite:", "starting 2 workers", "2 of 2 workers ready after",
+        "first batch after", "evaluating step-",
+    )]  # fmt: skip
+    assert at == sorted(at)
+    assert not first.is_stored
+    log = (Path(first.run.folder) / "metrics.jsonl").read_bytes()
+    tree = tree_of(folder, "two", 2, "float64")
+    again = run_pipeline(cfg.validate(Experiment, tree))
+    assert again == first._replace(is_stored=True)
+    assert (Path(first.run.folder) / "metrics.jsonl").read_bytes() == log
+    # whatever else is asked for is done: another evaluation, or none of what was stored
+    tree["evaluation"] = {"every_epochs": 1, "linear": {"epochs": 3}, "knn": {"k": 3}}
+    evaluated = run_pipeline(cfg.validate(Experiment, tree))
+    assert not evaluated.is_stored
+    assert evaluated.run.checkpoint == first.run.checkpoint
 
 
 def test_a_finished_run_is_returned_and_not_repeated(folder: Path, one_worker: Run) -> None:
@@ -174,8 +222,10 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
     run_folder = folder / "maimed" / Path(two_workers.folder).name
     driver = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     _wait(lambda: _steps_kept(run_folder) >= 10, driver)
-    workers = [p for p in psutil.process_iter(["cmdline"]) if _is_train_worker(p)]
-    assert workers
+    # of this cluster alone: another test session may run beside this one
+    ours = psutil.Process().children(recursive=True)
+    workers = [p for p in ours if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(workers) == 2
     os.kill(workers[-1].pid, signal.SIGKILL)
     output, _ = driver.communicate()
     assert driver.returncode == 0, output
@@ -200,7 +250,7 @@ def test_too_many_bad_images_stop_the_run_at_once_with_the_reason(
     assert time.monotonic() - began < 180  # no retries
 
 
-@pytest.mark.long  # `tests/unit/data/test_maker.py` has the rule; this, that it is told
+@pytest.mark.long  # `tests/unit/data/test_batches.py` has the rule; this, that it is told
 def test_unusable_images_are_replaced_and_named(
     image_root: Path, tmp_path: Path, ray_cluster: str
 ) -> None:
@@ -242,7 +292,3 @@ def _wait(
         assert process.poll() is None, "the driver ended early"
         assert time.monotonic() < until
         time.sleep(0.02)
-
-
-def _is_train_worker(process: psutil.Process) -> bool:
-    return any("RayTrainWorker" in part for part in process.info["cmdline"] or [])

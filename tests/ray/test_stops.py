@@ -16,7 +16,6 @@ from simclr_ray import config as cfg
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, STOPPED_BY_USER
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.storage.run_record import RunRecord
-from simclr_ray.train.pipeline import run_pipeline
 from simclr_ray.train.resolve import resolve
 from tests.ray.images import write_shapes
 from tests.ray.test_pretrain import tree_of
@@ -40,7 +39,7 @@ def stopped(
     A terminal sends Ctrl-C to the whole group, a scheduler its signal to one process.
     """
     tree = tree_of(folder, storage, 1, "float32")
-    tree["epochs"] = 3 if said.startswith("evaluating") else 300
+    tree["epochs"] = 1 if said.startswith("evaluating") else 300
     config = folder / f"{storage}.yaml"
     config.write_text(cfg.dump_yaml(tree))
     # a shell has what it runs in the background ignore Ctrl-C, which children inherit
@@ -109,28 +108,3 @@ def test_a_schedulers_signal_ends_in_75_and_leaves_the_run_killed(
     assert code == STOPPED_BY_SYSTEM, lines
     assert statuses == ["KILLED"]
     assert lines[-1].startswith("stopped by the system; to continue: ")
-
-
-def test_a_start_is_told_and_a_finished_run_answers_with_what_is_stored(
-    folder: Path, ray_cluster: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    tree = tree_of(folder, "stored", 2, "float32") | {"epochs": 1}
-    experiment = cfg.validate(Experiment, tree)
-    with caplog.at_level("INFO", logger="simclr_ray"):
-        first = run_pipeline(experiment)
-    told = [record.getMessage() for record in caplog.records]
-    at = [next(i for i, t in enumerate(told) if said in t) for said in (
-        "opening MLflow at sqlite:", "starting 2 workers", "2 of 2 workers ready after",
-        "first batch after", "evaluating step-",
-    )]  # fmt: skip
-    assert at == sorted(at)
-    assert not first.is_stored
-    log = (Path(first.run.folder) / "metrics.jsonl").read_bytes()
-    again = run_pipeline(experiment)
-    assert again == first._replace(is_stored=True)
-    assert (Path(first.run.folder) / "metrics.jsonl").read_bytes() == log
-    # whatever else is asked for is done: another evaluation, or none of what was stored
-    other = cfg.validate(Experiment, tree | {"evaluation": {"every_epochs": 1, "knn": {"k": 3}}})
-    evaluated = run_pipeline(other)
-    assert not evaluated.is_stored
-    assert evaluated.run.checkpoint == first.run.checkpoint

@@ -102,8 +102,15 @@ def test_a_data_actor_that_is_killed_loses_and_repeats_no_step(
 
 
 def data_actors() -> list[int]:
-    processes = psutil.process_iter(["pid", "cmdline"])
-    return [p.pid for p in processes if "MapWorker" in " ".join(p.info["cmdline"] or ())]
+    ours = psutil.Process().children(recursive=True)  # of this cluster alone
+    return [p.pid for p in ours if "MapWorker" in " ".join(_command_line(p))]
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def until_error(batches: Iterator[Batch]) -> tuple[list[Batch], Exception]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import socket
+import subprocess
+import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -149,17 +152,21 @@ def test_a_run_that_does_not_fit_is_told_the_number_of_workers_that_does() -> No
     assert "scaling.num_workers to 3" in too_many.advice
 
 
-def test_an_address_where_nothing_listens_is_found_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if ray.is_initialized():
-        # only when somebody runs everything in one session: `scripts/check`, where this test
-        # belongs, deselects Ray tests, and to disconnect would end the cluster that they share
-        pytest.skip("this process is connected to a cluster")
+def test_an_address_where_nothing_listens_is_found_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    (finding,) = doctor.check_cluster(str(tmp_path), num_workers=2)
+    # in a process of its own: this one may be connected to the cluster that tests share
+    program = (
+        "import json; from simclr_ray.cli import doctor;"
+        f"print(json.dumps(doctor.check_cluster({str(tmp_path)!r}, num_workers=2)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"RAY_ADDRESS": address},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    (row,) = json.loads(done.stdout.splitlines()[-1])
+    finding = Finding(*row)
     assert finding.status == "fail"
     assert address in finding.detail
     assert "RAY_ADDRESS" in finding.advice

@@ -11,6 +11,9 @@ import tempfile
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -292,3 +295,24 @@ def test_what_is_no_record_of_a_run_is_refused(folder: RunFolder, text: str, mes
     folder.write_text(RUN_FILE, text)
     with pytest.raises(ConfigError, match=message):
         RunRecord.find(folder)
+
+
+def test_what_fails_halfway_leaves_nothing_in_a_bucket(tmp_path: Path) -> None:
+    bucket = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())  # no local disk to us
+    table = pa.table({"x": list(range(9))})
+
+    def fail_halfway() -> None:
+        with (
+            open_whole(bucket, "folder.parquet") as stream,
+            pq.ParquetWriter(stream, table.schema) as writer,
+        ):
+            writer.write_table(table)
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        fail_halfway()
+    assert list(tmp_path.iterdir()) == []
+    with open_whole(bucket, "folder.parquet") as stream:
+        pq.write_table(table, stream)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.parquet"]
+    assert pq.read_table(tmp_path / "folder.parquet").num_rows == 9

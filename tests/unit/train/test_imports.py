@@ -23,6 +23,7 @@ from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.inference.export import export_encoder
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import SimCLRModel, build_loss, build_model, feature_dim
+from simclr_ray.nn.pretrained import load_init
 from simclr_ray.optim import state_per_parameter
 from simclr_ray.train import loop
 from simclr_ray.train.dry_run import derived
@@ -172,6 +173,23 @@ def test_an_encoder_from_outside_has_global_batch_norm_and_its_features_counted(
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in encoder.modules())
     again = build_model(config).encoder.state_dict()  # a pure function of the seed
     assert all(torch.equal(t, again[n]) for n, t in encoder.state_dict().items())
+
+
+def test_weights_that_an_imported_encoder_brings_stay(tmp_path: Path) -> None:
+    encoder = build_model(experiment("x", encoder=own("pretrained_net"))).encoder
+    norms = [m for m in encoder.modules() if isinstance(m, GlobalBatchNorm)]
+    assert [set(norm.weight.tolist()) for norm in norms] == [{2.0}, {1.0}]
+    assert [set(norm.running_mean.tolist()) for norm in norms] == [{1.0}, {1.0}]
+    assert [norm.weight.requires_grad for norm in norms] == [True, False]
+    weights = {name: torch.full_like(t, 0.5) for name, t in encoder.state_dict().items()}
+    torch.save(weights, tmp_path / "own.pth")
+    config = experiment("x", encoder=own("pretrained_net"), init={"weights": f"{tmp_path}/own.pth"})
+    model = build_model(config)
+    load_init(model, config)
+    first = next(iter(model.encoder.parameters()))
+    assert set(first.flatten().tolist()) == {
+        0.5
+    }  # an imported encoder takes images in [0, 1] already
 
 
 def test_the_state_of_an_optimizer_is_counted_by_a_step_of_it() -> None:
