@@ -8,11 +8,11 @@ input: N, tau, f, g, T                        `batch_size`, `loss.temperature`, 
 for sampled minibatch {x_k}, k = 1..N:        `stream`: data.plan says which images, data.batches
     for all k in 1..N:                        makes their views, data.stream brings them
         draw t, t' from T                     augment.views.TwoViews, or augment.pipeline
-        first view:  x~_2k-1 = t(x_k)         `batch.a`, row k: of this rank's own, from 0
-        second view: x~_2k   = t'(x_k)        `batch.b`, row k (color perhaps later: train.worker)
+        first view:  x~_2k-1 = t(x_k)         `batch.a`, a row an image of this rank's
+        second view: x~_2k   = t'(x_k)        `batch.b`, row by row (color perhaps: train.worker)
         representation: h = f(x~)             `forward_views`: f is model.encoder, g is model.head
-        projection:     z = g(h)              (nn.build); row k of z1 is z_2k-1, of z2 z_2k, or,
-                                              with gradient caching, group by group
+        projection:     z = g(h)              (nn.build); z1 is of view a and z2 of view b, in
+                                              the batch's order or, with caching, the groups'
     for all i, j in 1..2N:                    `loss`, here nn.losses.NTXentLoss, whose arithmetic
         s_ij = z_i.z_j / (|z_i| |z_j|)        is in nn.ntxent (there s is s_ij/tau); it gathers z
                                               of all ranks; other losses have other terms
@@ -77,7 +77,7 @@ class StepOutput(NamedTuple):
 
     loss: Tensor  # scalar; its mean over ranks is L (the contract is in `nn.losses`)
     z1: Tensor  # [n, D], of view a
-    z2: Tensor  # [n, D], of view b, row by row the same images
+    z2: Tensor  # [n, D], of view b, row by row the same images; z1 again for a loss of one view
 
 
 def train(
@@ -110,7 +110,7 @@ def train(
     Raises:
         DivergedError: The loss was not finite; looked at when metrics or a checkpoint are due, so
             the weights have moved since.
-        RunError: Ranks stand at different steps; likewise.
+        RunError: Ranks stand at different steps; looked at when metrics are due.
     """
     device = next(model.parameters()).device
     meter = StepMeter(device, schedule)
@@ -120,7 +120,7 @@ def train(
     model.train()
     for batch in meter.timed(stream):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(batch.step)  # warm-up, then cosine
+            group["lr"] = schedule.learning_rate(batch.step)  # warm-up, then decay
         labels = batch.labels.to(device) if batch.labels is not None else None
         forward = partial(
             forward_views, model, batch,
@@ -155,7 +155,7 @@ def train(
 def plain_step(forward: Forward, loss: LossOfViews) -> StepOutput:
     """Add the gradient of one batch, with all its activations kept. Collective."""
     z1, z2 = forward(0, slice(None))  # one group, all rows: [n, D] each
-    value = loss(z1, z2)  # of the global batch: z of all ranks is gathered
+    value = loss(z1, z2)  # a contrastive loss gathers z of all ranks
     value.backward()  # type: ignore[no-untyped-call] # DDP averages over ranks in here
     return StepOutput(value.detach(), z1.detach(), z2.detach())
 
