@@ -18,15 +18,6 @@ import pytest
 DATA_VARIABLE = "SIMCLR_RAY_DATA"
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep a file's tests in one process of `pytest -n`, and all that need Ray in one as well.
-
-    Two clusters on two cores slow each other down by as much as they run side by side.
-    """
-    group = "ray" if item.get_closest_marker("ray") else str(item.path)
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def image_root() -> Path:
     """Return the folder with `cifar10/`, `caltech101/` and `odd/`; skip, saying so, when unset."""
