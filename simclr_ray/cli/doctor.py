@@ -8,7 +8,6 @@ command line prints them.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import platform
 import socket
@@ -292,22 +291,14 @@ def _check_state_api() -> Finding:
 
 
 def _connect() -> None:
-    import ray
-
-    from simclr_ray.distributed.ray_cluster import knock
+    from simclr_ray.distributed.ray_cluster import init, knock
 
     address = os.environ.get("RAY_ADDRESS")
     if address:
         knock(address)
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        init(address=address)
         return
-    ray.init(
-        address="local",
-        object_store_memory=128 * 2**20,
-        include_dashboard=True,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    init(address="local", object_store_memory=128 * 2**20, include_dashboard=True)
 
 
 def _selfcheck(num_workers: int) -> float:

@@ -65,11 +65,11 @@ def _run(resolved: ResolvedExperiment) -> PretrainOutcome:
     loading("ray")
     from simclr_ray.cli.progress import RunProgress
     from simclr_ray.distributed.ray_cluster import connect
-    from simclr_ray.train.pipeline import complete
+    from simclr_ray.train.pipeline import train_and_evaluate
 
     connect(resolved.config)
     with RunProgress() as progress:
-        return complete(resolved, on_progress=progress)
+        return train_and_evaluate(resolved, on_progress=progress)
 
 
 def _show(resolved: ResolvedExperiment, outcome: PretrainOutcome, image: str) -> None:

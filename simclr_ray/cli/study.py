@@ -142,7 +142,7 @@ def best(
             "to register it"
         )
     if register:
-        loading("torch", "ray")
+        loading("torch")
         from simclr_ray.inference.registry import register_run
 
         made = register_run(chosen.run["folder"], register, alias)
@@ -150,7 +150,7 @@ def best(
 
 
 def _run(study: Study, trials: Sequence[Trial]) -> None:
-    from simclr_ray.studies.driver import run_study
+    from simclr_ray.studies.driver import has_code, run_study
     from simclr_ray.studies.folder import StudyFolder
     from simclr_ray.studies.plan import study_folder
     from simclr_ray.studies.status import status_of
@@ -162,7 +162,8 @@ def _run(study: Study, trials: Sequence[Trial]) -> None:
     if folder.outcomes():
         _report(folder)
     if not folder.state()["is_complete"]:
-        say(f"stopped; to go on: {command('study', 'resume', folder.uri)}")
+        code = ["--allow-code"] if has_code(study, trials) else []
+        say(f"stopped; to go on: {command('study', 'resume', folder.uri, *code)}")
         raise typer.Exit(STOPPED_BY_SYSTEM)
 
 

@@ -102,7 +102,7 @@ def import_object(path: str) -> Any:
         raise _issue(
             path,
             "would run code; give it as an override of the command line, or permit it by "
-            "--allow-code (in Python: Experiment.load(..., allow_code=True))",
+            "--allow-code (in Python: allow_code=True of Experiment.load or load_study)",
         )
     module, _, attribute = path.partition(":")
     _find(path)
@@ -228,7 +228,7 @@ def permit_code(tree: Any, stored: Any, shown: str, *, allow_code: bool = False)
         raise _issue(
             shown,
             f"imports {', '.join(refused)}, which would run that code; permit it by --allow-code "
-            "(in Python: Experiment.load(..., allow_code=True))",
+            "(in Python: allow_code=True of Experiment.load or load_study)",
         )
 
 

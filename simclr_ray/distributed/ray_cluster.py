@@ -89,7 +89,7 @@ def connect(
     log.info("starting Ray on this machine")
     began = time.monotonic()
     try:
-        _init(
+        init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
             object_store_memory=2**30,
@@ -114,7 +114,7 @@ def _join(address: str, code: dict[str, Any] | None) -> None:
     log.info("connecting to the Ray cluster at %s", address)
     try:
         knock(address)
-        _init(runtime_env=code)
+        init(runtime_env=code)
     except OSError as error:  # ConnectionError, which Ray raises, is one
         raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
     alive = [node for node in nodes() if node.is_alive]
@@ -122,8 +122,8 @@ def _join(address: str, code: dict[str, Any] | None) -> None:
     log.info("connected: %s, %g CPUs, %g GPUs", counted(len(alive), "node"), cpus, gpus)
 
 
-def _init(**options: Any) -> None:
-    """Connect by `ray.init`, without Ray's log, and leave SIGTERM to who has a handler for it.
+def init(**options: Any) -> None:
+    """Connect by `ray.init`, without Ray's log; a SIGTERM handler that is installed is kept.
 
     Ray puts its own there, which exits: a command would lose its exit code, and who stopped it.
     """
@@ -131,7 +131,10 @@ def _init(**options: Any) -> None:
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     finally:
-        if callable(handler) and threading.current_thread() is threading.main_thread():
+        if (
+            handler not in (None, signal.SIG_DFL)
+            and threading.current_thread() is threading.main_thread()
+        ):
             signal.signal(signal.SIGTERM, handler)
 
 

@@ -28,6 +28,7 @@ from simclr_ray.evaluation.protocols import knn
 from simclr_ray.nn.build import SimCLRModel
 
 PROBE_IMAGES = 1024  # RankMe needs more rows than the rank it is to find
+FAILED = -1  # in place of a rank's count of rows
 PROBE_EPOCH = 2**32 - 1  # views of the probe never coincide with views of training
 
 
@@ -107,17 +108,23 @@ class OnlineEvaluation:
         return dist.all_gather_rows(mine.to(self.device), part.counts).cpu()  # [M, F]
 
     def _labelled(self, source: Source, limit: int) -> _Part:
-        rows = sample_rows(source, limit)
-        return self._part(source, rows[source.labels()[rows] >= 0])[1]
+        return self._part(source, sample_rows(source, limit), labelled=True)[1]
 
-    def _part(self, source: Source, rows: Int64s) -> tuple[Split, _Part]:
+    def _part(self, source: Source, rows: Int64s, *, labelled: bool = False) -> tuple[Split, _Part]:
         """Return this rank's share of `rows`; no rank reads or decodes another's. A collective."""
         first, last = dist.partition(len(rows), self.rank, self.num_ranks)
         size, max_pixels = self.experiment.evaluation_size, self.experiment.data.max_pixels
-        own = decoded_rows(source, rows[first:last], size, max_pixels)
+        try:
+            own = decoded_rows(source, rows[first:last], size, max_pixels)
+            own = own.labelled() if labelled else own
+        except DataError:
+            dist.row_counts(FAILED, self.device)  # the other ranks would wait for this one
+            raise
         counts = dist.row_counts(len(own.images), self.device)
+        if FAILED in counts:
+            raise DataError(f"{source.uri} cannot be read by rank {counts.index(FAILED)}")
         if not any(counts):
-            reason = own.bad[0].reason if own.bad else "it has no label"
-            raise DataError(f"{source.uri}: no row can be evaluated: {reason}")
+            reasons = [row.reason for row in own.bad] or ["no row has a label"]
+            raise DataError(f"{source.uri}: no row can be evaluated: {reasons[0]}")
         labels = dist.all_gather_rows(own.labels.to(self.device), counts).cpu()
         return own, _Part(own.images, labels, counts)

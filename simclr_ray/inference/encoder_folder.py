@@ -1,4 +1,4 @@
-"""From what a user calls an encoder to a folder on this machine that holds it."""
+"""Finds the encoder that a path, a URI or a `models:` address names."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class EncoderFamily(ABC, Generic[ConfigT]):
         config: Of one of them.
 
     Attributes:
-        folds_input: Weights made elsewhere took images less ImageNet's mean, over its deviation, so
-            that the first layer is to take that over when it is given images in [0, 1].
+        folds_input: Whether ImageNet's normalisation is folded into the first layer of weights
+            from a file, since encoders here take images in [0, 1].
     """
 
     folds_input = True

@@ -62,7 +62,8 @@ def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
 
     Another name in the same folder, then a rename; on a disk fsync between. A bucket shows an
     object when its stream is closed, which Arrow does on an error too, so it needs the other name
-    as well; the rename costs a copy within the bucket.
+    as well; the rename costs a copy within the bucket. Azure without a hierarchical namespace has
+    no rename, and Arrow says so.
     """
     folder, slash, name = path.rpartition("/")
     hidden_path = f"{folder}{slash}.{name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -90,6 +91,10 @@ def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
 
 def write_text_whole(fs: pafs.FileSystem, path: str, text: str) -> None:
     """Write a text file that appears whole or not at all."""
+    if not is_local(fs):  # in one request: nothing of it can fail halfway
+        with fs.open_output_stream(path) as stream:
+            stream.write(text.encode())
+        return
     with open_whole(fs, path) as stream:
         stream.write(text.encode())
 

@@ -12,7 +12,7 @@ import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.config.imports import IMPORT_PATH, permit_code
+from simclr_ray.config.imports import IMPORT_PATH, imports_in, permit_code
 from simclr_ray.config.protocols import PROBE, protocol_named
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import check_cluster, connect, is_local
@@ -109,6 +109,13 @@ def _check_code(study: Study, trials: Sequence[Trial]) -> None:
     for name in study.protocols:
         if name != PROBE:
             protocol_named(name).load()
+
+
+def has_code(study: Study, trials: Sequence[Trial]) -> bool:
+    """Return whether a study or its trials name code of the user's own."""
+    return any(imports_in([trial.experiment for trial in trials])) or any(
+        IMPORT_PATH.fullmatch(name) for name in study.protocols
+    )
 
 
 def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:

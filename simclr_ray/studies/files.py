@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
-from simclr_ray.config.imports import allow_typed
+from simclr_ray.config.imports import EVERYTHING, allow, allow_typed
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.definition import Study
 
@@ -42,7 +42,7 @@ def summaries() -> list[StudySummary]:
     return listed
 
 
-def load_study(source: str, scale: str = "", *overrides: str) -> Study:
+def load_study(source: str, scale: str = "", *overrides: str, allow_code: bool = False) -> Study:
     """Return a study at one of its scales; every scale is checked, whichever is asked for.
 
     Args:
@@ -50,10 +50,13 @@ def load_study(source: str, scale: str = "", *overrides: str) -> Study:
         scale: Of its `scales`; empty: the first one, or the study as it stands if it has none.
         overrides: `path=value` of every trial's experiment, or `study.key=value` of the study; code
             that they name is permitted by them.
+        allow_code: Permit whatever code the study and its trials name, in this process.
 
     Raises:
         ConfigError: The file or a value is wrong; one issue each.
     """
+    if allow_code:
+        allow(EVERYTHING)
     tree, shown = _read(source)
     scales = tree.pop("scales", {}) or {}
     if not isinstance(scales, dict) or not all(isinstance(v, dict) for v in scales.values()):

@@ -16,6 +16,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ from simclr_ray.studies.definition import EPOCH_METRICS, Study
 from simclr_ray.studies.plan import RUNS
 
 DEFINITION, BASE, STATE, STOP = "study.yaml", "base.yaml", "study.json", "stop"
+NEVER = datetime.min.replace(tzinfo=UTC)
 OUTCOMES, REPORT = "outcomes", "report"
 
 Status = Literal["finished", "collapsed", "stopped", "failed"]
@@ -131,14 +133,23 @@ class StudyFolder:
         """Return the run folder of a trial's run."""
         return RunFolder(f"{self.uri}/{RUNS}", name)
 
-    def runs(self) -> list[str]:
-        """Return the names of the run folders that there are."""
-        return self.files.folders(RUNS)
+    def runs(self) -> dict[str, RunFolder]:
+        """Return the run folder of each trial, whose name is the trial's and eight hex digits.
+
+        A trial has two where code or weights that it names were changed before it was resumed; the
+        one that was last written is returned.
+        """
+        newest: dict[str, RunFolder] = {}
+        for name in self.files.folders(RUNS):
+            trial, run = name.rpartition("-")[0], self.run(name)
+            other = newest.get(trial)
+            if other is None or (run.written_at() or NEVER) > (other.written_at() or NEVER):
+                newest[trial] = run
+        return newest
 
     def run_of(self, trial: str) -> RunFolder | None:
-        """Return the run folder of a trial, whose name is the trial's and eight hex digits."""
-        names = [name for name in self.runs() if name.rpartition("-")[0] == trial]
-        return self.run(names[-1]) if names else None
+        """Return the run folder of a trial, if it has one."""
+        return self.runs().get(trial)
 
     def request_stop(self) -> None:
         """Ask the driver, wherever it runs, to stop; the trials keep their checkpoints."""

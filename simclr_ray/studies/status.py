@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from simclr_ray.storage.metrics_log import read_records
-from simclr_ray.storage.run_folder import METRICS
+from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.studies.analysis import shown, values_at
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome, curve_of
@@ -63,7 +63,7 @@ class StudyStatus(NamedTuple):
 def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> StudyStatus:
     """Return how the trials of a study stand; those of a search that learns are what there is."""
     outcomes = {o.trial: o for o in folder.outcomes()}
-    runs = {name.rpartition("-")[0]: name for name in folder.runs()}
+    runs = folder.runs()
     learns = study.search.learns
     planned = {t.name: t.experiment.epochs for t in ([] if learns else trials)}
     usual = max((t.experiment.epochs for t in trials), default=0)
@@ -71,7 +71,7 @@ def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> Stu
     lines = [
         _ended(study, outcomes[name], planned.get(name, 0))
         if name in outcomes
-        else _open(study, folder, name, runs.get(name, ""), planned.get(name, usual))
+        else _open(study, folder, name, runs.get(name), planned.get(name, usual))
         for name in names
     ]
     unknown = max(0, study.search.trials - len(lines)) if learns else 0
@@ -84,8 +84,10 @@ def _ended(study: Study, outcome: TrialOutcome, epochs: int) -> TrialStatus:
     return TrialStatus(outcome.trial, outcome.status, last, epochs or last, text)
 
 
-def _open(study: Study, folder: StudyFolder, name: str, run: str, epochs: int) -> TrialStatus:
-    log = (folder.run(run).read_text(METRICS) or "") if run else ""
+def _open(
+    study: Study, folder: StudyFolder, name: str, run: RunFolder | None, epochs: int
+) -> TrialStatus:
+    log = (run.read_text(METRICS) or "") if run else ""
     records = read_records(log)
     curve = curve_of(log)
     values = curve[max(curve)] if curve else {}

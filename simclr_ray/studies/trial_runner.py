@@ -86,9 +86,8 @@ def run_trial(
     except Exception as error:
         log.debug("trial %s", trial.name, exc_info=error)
         status, reason = "failed", f"{type(error).__name__}: {error}"
-    folder = job.folder.run_of(trial.name)
     outcome = outcome_of(
-        trial, folder, status, reason=reason, metrics=metrics, last_epoch=watch.collapsed_at
+        trial, watch.folder, status, reason=reason, metrics=metrics, last_epoch=watch.collapsed_at
     )
     return store_outcome(outcome, job.study.name, job.folder)
 
@@ -96,6 +95,8 @@ def run_trial(
 def _train_and_evaluate(
     resolved: ResolvedExperiment, study: Study, watch: RunWatch, check: Callable[[], None]
 ) -> dict[str, float]:
+    watch.folder = resolved.folder
+
     def watched(record: Record) -> None:
         watch(record)
         check()
@@ -237,6 +238,7 @@ class RunWatch:
         self.experiment, self.tell = experiment, tell
         # 0 for D or K: no level that depends on them tells a collapsed model (`only_collapsed`)
         self.level = build_loss(experiment).chance_level(experiment.batch_size, 0)
+        self.folder: RunFolder | None = None  # where the run is, once that is resolved
         self.collapsed_at = 0  # the epoch whose end is the last that counts; 0: all do
         self.training: dict[str, float] = {}
 

@@ -16,6 +16,7 @@ from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
 from simclr_ray.optim import state_per_parameter
+from simclr_ray.train.imports import export_problem
 from simclr_ray.train.resolve import ResolvedExperiment
 
 MIB = 2**20
@@ -139,9 +140,10 @@ def _of_imports(resolved: ResolvedExperiment) -> dict[str, str]:
     nodes = list(imports_in(resolved.config))
     rows = {f"imported {where}": _shipped(node) for where, node in nodes}
     if any(where == "encoder" for where, _ in nodes):
+        problem = export_problem(resolved.config)
         rows["registration"] = (
-            f"the encoder cannot be registered: torch.export fails: {resolved.export_problem}"
-            if resolved.export_problem
+            f"the encoder cannot be registered: torch.export fails: {problem}"
+            if problem
             else "torch.export takes the encoder, so it can be registered"
         )
     return rows

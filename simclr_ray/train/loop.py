@@ -8,8 +8,8 @@ input: N, tau, f, g, T                        `batch_size`, `loss.temperature`, 
 for sampled minibatch {x_k}, k = 1..N:        `stream`: data.plan says which images, data.batches
     for all k in 1..N:                        makes their views, data.stream brings them
         draw t, t' from T                     augment.views.TwoViews, or augment.pipeline
-        first view:  x~_2k-1 = t(x_k)         `batch.a`, a row an image of this rank's
-        second view: x~_2k   = t'(x_k)        `batch.b`, row by row (color perhaps: train.worker)
+        first view:  x~_2k-1 = t(x_k)         `batch.a`: one row for each of this rank's images
+        second view: x~_2k   = t'(x_k)        `batch.b`: likewise (color perhaps: train.worker)
         representation: h = f(x~)             `forward_views`: f is model.encoder, g is model.head
         projection:     z = g(h)              (nn.build); z1 is of view a and z2 of view b, in
                                               the batch's order or, with caching, the groups'
@@ -140,8 +140,8 @@ def train(
         epoch_ends = done % schedule.steps_per_epoch == 0
         # once in a while a report, which stops the run if a loss was not finite or ranks disagree
         if done % schedule.log_every == 0 or epoch_ends:
-            figures = loss.metrics(output.z1, output.z2, labels)
-            callbacks.report(meter.read(done, figures))
+            metrics = loss.metrics(output.z1, output.z2, labels)
+            callbacks.report(meter.read(done, metrics))
         if epoch_ends:
             callbacks.epoch_end(done // schedule.steps_per_epoch, done)
             model.train()  # evaluation has left it in eval mode

@@ -33,19 +33,19 @@ def run_pipeline(
 ) -> PretrainOutcome:
     """Train, evaluate, publish to MLflow and, where `registry.name` is set, register.
 
-    A run that has all of that behind it answers with what is stored.
+    Of a run that is finished, evaluated and registered, what is stored is returned.
     """
 
     def answer(resolved: ResolvedExperiment) -> PretrainOutcome:
-        return stored_outcome(resolved) or complete(resolved, on_progress=on_progress)
+        return stored_outcome(resolved) or train_and_evaluate(resolved, on_progress=on_progress)
 
     return enter(experiment, answer)
 
 
-def complete(
+def train_and_evaluate(
     resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None
 ) -> PretrainOutcome:
-    """Do what `run_pipeline` does, whatever is stored."""
+    """Train, evaluate, publish and register a resolved experiment; nothing stored is returned."""
     run = train(resolved, on_progress=on_progress)
     try:
         outcome = _evaluated(run, resolved)

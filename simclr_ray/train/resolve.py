@@ -37,12 +37,10 @@ class ResolvedExperiment:
     Attributes:
         config: Its classes are counted; first weights and teacher are one checkpoint and its hash.
         source: The training images, opened.
-        export_problem: Why `torch.export` refuses an imported encoder; empty: it does not.
     """
 
     config: Experiment
     source: Source
-    export_problem: str = ""
 
     @property
     def digest(self) -> str:
@@ -86,10 +84,10 @@ def enter(
     *args: P.args,
     **options: P.kwargs,
 ) -> T:
-    """Call `run` with the experiment resolved: every entry point comes through here, once.
+    """Return what `run` makes of the experiment, resolved: each entry point comes here, once.
 
     What stands below an entry point takes a `ResolvedExperiment`, so that nothing resolves twice:
-    it opens the data, hashes checkpoints, and runs the checks of imported code.
+    resolving opens the data, hashes checkpoints, and runs the checks of imported code.
     """
     return run(resolve(experiment), *args, **options)
 
@@ -115,7 +113,8 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     if config.registry.name:
         check_alias(config.registry.alias)
     store_uri(config.tracking.uri, config.storage)
-    return ResolvedExperiment(config, source, _check_registrable(config))
+    _check_registrable(config)
+    return ResolvedExperiment(config, source)
 
 
 def _check_evaluation(experiment: Experiment) -> None:
@@ -136,15 +135,14 @@ def _check_evaluation(experiment: Experiment) -> None:
         )
 
 
-def _check_registrable(experiment: Experiment) -> str:
-    """Return why `torch.export` refuses an imported encoder; raise where it is to be registered."""
-    if not any(where == "encoder" for where, _ in imports_in(experiment)):
-        return ""
+def _check_registrable(experiment: Experiment) -> None:
+    """Raise `ConfigError` for an imported encoder that is to be registered and cannot be."""
+    if not (experiment.registry.name and any(w == "encoder" for w, _ in imports_in(experiment))):
+        return
     problem = export_problem(experiment)
-    if problem and experiment.registry.name:
+    if problem:
         shown = f"torch.export fails, so the encoder cannot be registered: {problem}"
         raise ConfigError([ConfigIssue("registry.name", shown)])
-    return problem
 
 
 def split_like_test(data: DataConfig) -> str:

@@ -242,9 +242,9 @@ def test_a_killed_study_goes_on_to_the_last_bit(folder: Path) -> None:
 def _within_second_trial(folder: StudyFolder) -> bool:
     if len(folder.outcomes()) != 1 or len(folder.runs()) != 2:
         return False
-    done = {Path(o.run["folder"]).name for o in folder.outcomes()}
-    (open_run,) = (name for name in folder.runs() if name not in done)
-    return bool(folder.run(open_run).checkpoints())
+    done = {outcome.trial for outcome in folder.outcomes()}
+    (open_run,) = (run for trial, run in folder.runs().items() if trial not in done)
+    return bool(open_run.checkpoints())
 
 
 @pytest.mark.long

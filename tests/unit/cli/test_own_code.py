@@ -54,7 +54,7 @@ def test_code_of_a_file_needs_the_flag_anywhere_on_the_line(config: Path) -> Non
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == (
         f"error: own.yaml: imports {OWN}:small_net, which would run that code; permit it by "
-        "--allow-code (in Python: Experiment.load(..., allow_code=True))"
+        "--allow-code (in Python: allow_code=True of Experiment.load or load_study)"
     )
     done = typed("pretrain", "--allow-code", "own.yaml", "--dry-run", cwd=config)
     assert done.returncode == 0, done.stderr

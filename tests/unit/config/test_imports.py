@@ -42,7 +42,7 @@ def test_a_file_that_names_code_is_refused_in_one_line_and_nothing_runs(folder: 
         Experiment.load("own.yaml")
     assert str(caught.value) == (
         "own.yaml: imports own_code.nets:net, which would run that code; permit it by "
-        "--allow-code (in Python: Experiment.load(..., allow_code=True))"
+        "--allow-code (in Python: allow_code=True of Experiment.load or load_study)"
     )
     with pytest.raises(ConfigError, match="would run code"):
         cfg.validate(Experiment, TREE).encoder.load()

@@ -69,7 +69,7 @@ def test_what_a_file_names_is_refused_in_one_line(source: str, file: str) -> Non
         start(source)
     assert str(caught.value) == (
         f"study s: imports {NET}, which would run that code; permit it by --allow-code "
-        "(in Python: Experiment.load(..., allow_code=True))"
+        "(in Python: allow_code=True of Experiment.load or load_study)"
     )
     imports.allow(imports.EVERYTHING)  # what --allow-code does
     start(source)

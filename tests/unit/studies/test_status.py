@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from simclr_ray import config as cfg
 from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
-from simclr_ray.studies.plan import Trial, base_tree, make_trials, points_of
+from simclr_ray.studies.plan import RUNS, Trial, base_tree, make_trials, points_of
 from simclr_ray.studies.status import status_of
 
 
@@ -68,3 +70,17 @@ def test_of_a_search_that_learns_only_what_it_has_suggested_is_known(tmp_path: P
     ]
     assert (status.done, status.num_trials) == (1, 5)
     assert status.epochs_left == 2 + 3 * 4
+
+
+def test_the_run_of_a_trial_is_the_one_that_was_last_written(tmp_path: Path) -> None:
+    folder = StudyFolder(str(tmp_path), "s")
+    assert folder.run_of("t") is None
+    for name, age in (("t-ffffffff", 100), ("t-00000000", 0), ("t-other-99999999", 0)):
+        file = tmp_path / "s" / RUNS / name / "metrics.jsonl"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time.time() - age,) * 2)
+    newest = folder.run_of("t")
+    assert newest is not None
+    assert newest.name == "t-00000000"
+    assert set(folder.runs()) == {"t", "t-other"}
