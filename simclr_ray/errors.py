@@ -1,12 +1,12 @@
-"""The errors that simclr_ray raises on purpose.
+"""Every exception we raise, with its exit code.
 
     SimclrRayError
     ├── ConfigError          a key or value of a config or override is wrong       (exit code 2)
     ├── DataError            a dataset cannot be used as it is                     (exit code 2)
     │   └── TooManyBadImages more rows are unusable than `data.max_bad_fraction` allows    (exit 1)
-    ├── CheckpointError      a checkpoint is not whole, or belongs to another experiment
+    ├── CheckpointError      a checkpoint is not whole, or is another experiment's (exit code 1)
     ├── ClusterError         the Ray cluster cannot hold what was asked for        (exit code 2)
-    ├── TrackingError        MLflow refused or cannot be reached
+    ├── TrackingError        MLflow refused or cannot be reached                    (exit code 1)
     └── RunError             the training run itself failed                        (exit code 1)
         └── UnhealthyRunError    it learns nothing more, so that going on is not worth it
             ├── DivergedError    a loss, feature or weight is not finite

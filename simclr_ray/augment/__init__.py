@@ -1,4 +1,4 @@
-"""Views: what an augmented image shows is a pure function of (seed, epoch, image id, view).
+"""Encoded image in, two uint8 views out: a pure function of (seed, epoch, id, view).
 
 Names are loaded when first used: `augment.decode` is for readers of files, who need no torch.
 """

@@ -196,7 +196,7 @@ def check_gradient(num_workers: int, parity: Parity) -> Finding:
     """Return whether `num_workers` processes compute the gradient that one computes."""
     difference = parity(num_workers)
     detail = f"{num_workers} processes against 1: largest relative difference {difference:.1e}"
-    if difference <= PARITY_BOUND:  # false for NaN, too
+    if difference <= PARITY_BOUND:  # false for NaN as well
         return Finding("gradient", "ok", detail)
     advice = "do not train here: a build of torch or gloo computes wrongly; install the locked ones"
     return Finding("gradient", "fail", f"{detail}, allowed {PARITY_BOUND:.0e}", advice)

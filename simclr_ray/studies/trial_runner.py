@@ -269,7 +269,7 @@ class RunWatch:
     def _check_loss(self, record: Record) -> None:
         if self.level is None or "train/mean_loss" not in record:
             return
-        if not self.level.only_collapsed:  # a healthy loss may lie there, too
+        if not self.level.only_collapsed:  # a healthy loss may lie there as well
             return
         stuck = self.level.value
         since = self.experiment.schedule.warmup_epochs + STUCK_AFTER_EPOCHS

@@ -282,7 +282,7 @@ def _logged(job: Job, trial: Trial) -> Curve:
 
 
 def _run(job: Job, trial: Trial, reported_epoch: int, ends: Any) -> TrialOutcome:
-    """Start the run and report its epochs beyond `told`; return its outcome."""
+    """Start the run and report its epochs beyond `reported_epoch`; return its outcome."""
     inbox = driver_queue()
     env = {
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,

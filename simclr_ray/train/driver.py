@@ -176,7 +176,7 @@ def _fit(resolved: ResolvedExperiment, tracked: TrackedRun, on_progress: OnProgr
         resources["GPU"] = scaling.gpus_per_worker
     trainer = ray.train.torch.TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"task": WorkerInput(resolved, inbox)},
+        train_loop_config={"input": WorkerInput(resolved, inbox)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.gpus_per_worker > 0,

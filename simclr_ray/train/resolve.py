@@ -161,7 +161,7 @@ def resolve_classes(experiment: Experiment, source: Source) -> Experiment:
     """Return the experiment, the number of classes filled in where its head is a classifier.
 
     Raises:
-        DataError: The loss takes labels and the images have none; of a classifier, too, where a
+        DataError: The loss takes labels and the images have none; of a classifier, where an
             image has none, there are fewer than two classes, or more than `head.num_classes`.
     """
     if not experiment.takes_labels:
@@ -260,7 +260,7 @@ def _check_fits(experiment: Experiment, other: Mapping[str, object]) -> None:
     head, brought = experiment.classifier, other["head"]
     assert isinstance(brought, dict)
     hidden = int(brought.get("layers", 0))
-    if brought["name"] != "classifier":  # an mlp counts its last layer, too
+    if brought["name"] != "classifier":  # an mlp counts its last layer as well
         hidden = max(0, hidden - 1)
     if head is not None and head.layers > hidden:
         raise _issue(

@@ -56,21 +56,21 @@ class WorkerInput(NamedTuple):
 
 def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
     """Train on one rank; an error that no restart can mend is sent to the driver first."""
-    task = config["task"]
+    worker_input = config["input"]
     try:
-        TrainWorker(task).run()
+        TrainWorker(worker_input).run()
     except Exception as error:
         ours = unwrap_error(error)
         if ours is not None:
-            task.inbox.put(ours)
+            worker_input.inbox.put(ours)
         raise
 
 
 class TrainWorker:
     """One rank's state, and the callbacks that the loop calls."""
 
-    def __init__(self, task: WorkerInput) -> None:
-        self.resolved, self.inbox = task.experiment, task.inbox
+    def __init__(self, worker_input: WorkerInput) -> None:
+        self.resolved, self.inbox = worker_input.experiment, worker_input.inbox
         self.experiment, self.source = self.resolved.config, self.resolved.source
         self.folder, self.total = self.resolved.folder, self.resolved.total_steps
         context = ray.train.get_context()
