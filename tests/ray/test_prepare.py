@@ -18,6 +18,7 @@ from PIL import Image
 from simclr_ray.augment.decode import decode_image
 from simclr_ray.data.prepare import MANIFEST, Manifest, prepare
 from simclr_ray.data.shapes import CLASS_NAMES, render
+from simclr_ray.data.shards import Rejected
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
 
@@ -38,6 +39,13 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
 
 
+def read_back(out: Path) -> Manifest:
+    """Return the manifest as it is stored."""
+    tree = json.loads((out / MANIFEST).read_text())
+    rejected = tuple(Rejected(**row) for row in tree.pop("rejected"))
+    return Manifest(**tree | {"class_names": tuple(tree["class_names"])}, rejected=rejected)
+
+
 def shapes(out: Path, **options: object) -> Manifest:
     return prepare("shapes", str(out), num_images=60, rows_per_shard=25, **options)  # type: ignore[arg-type]  # any option of prepare
 
@@ -46,7 +54,8 @@ def test_shapes_become_shuffled_shards_with_a_manifest(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     manifest = shapes(tmp_path, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    assert manifest == shapes(tmp_path)  # read back, since all is there
+    assert manifest == read_back(tmp_path)
+    assert manifest == shapes(tmp_path)  # since all is there
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         MANIFEST,
         *(f"part-0000{i}.parquet" for i in range(3)),
@@ -179,6 +188,7 @@ def test_bad_images_are_named_in_the_manifest_or_stop_the_run(tmp_path: Path) ->
         (3, "03.png", "not an image"),
         (11, "11.png", "truncated"),
     ]
+    assert read_back(tmp_path / "out") == manifest
     assert prepare(str(given), str(tmp_path / "out"), max_bad_fraction=0.1) == manifest
     source = Source.open(str(tmp_path / "out"))
     assert sorted(source.ids()) == [i for i in range(20) if i not in (3, 11)]

@@ -117,20 +117,14 @@ def test_one_and_two_workers_have_the_same_losses_in_float64(
 
 
 @pytest.mark.long  # two more runs; float64 shows the same more sharply
-def test_one_and_two_workers_start_alike_in_float32(
-    folder: Path, one_worker: Run, ray_cluster: str
-) -> None:
-    """Five steps at a rate of 1.0 multiply rounding by 1e5: float64 says how far it may lead."""
-    one, two = (
-        losses_of(Path(run_of(folder, f"{workers}f", workers, "float32").folder))
-        for workers in (1, 2)
-    )
-    exact = losses_of(Path(one_worker.folder))
-    assert two[1] == pytest.approx(one[1], rel=1e-5)
-    steps = range(1, 6)
-    rounding = max(abs(one[step] - exact[step]) / exact[step] for step in steps)
-    assert rounding < 0.2  # 0.043 was measured
-    assert max(abs(one[step] - two[step]) / exact[step] for step in steps) < 4 * rounding
+def test_one_and_two_workers_start_alike_in_float32(folder: Path, ray_cluster: str) -> None:
+    # At the rate of the other tests rounding grows by 1e5 in five steps: one process in float32 is
+    # 4e-2 from float64 by then. At this one it stays below 2e-5, so that the bound can be kept.
+    schedule = {"learning_rate": 0.01, "warmup_steps": 5}
+    trees = (tree_of(folder, f"{workers}f", workers, "float32") for workers in (1, 2))
+    runs = [pretrain(cfg.validate(Experiment, tree | {"schedule": schedule})) for tree in trees]
+    one, two = (losses_of(Path(run.folder)) for run in runs)
+    assert max(abs(one[step] - two[step]) / one[step] for step in range(1, 6)) < 1e-4
 
 
 def test_a_run_leaves_a_record_and_scores(one_worker: Run) -> None:

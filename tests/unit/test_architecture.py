@@ -234,6 +234,8 @@ def test_the_public_names_resolve_and_are_sorted_as_ruff_sorts_them() -> None:
         found = getattr(simclr_ray, name)
         assert callable(found), name
         assert found.__doc__, name
+    rooms = {path.stem for path in Path(simclr_ray.__file__).parent.iterdir()}
+    assert not set(names) & rooms, "a submodule that is imported would cover the name"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = simclr_ray.nothing
     with pytest.raises(AttributeError, match="it is called 'run_pipeline' now"):

@@ -132,11 +132,12 @@ def test_the_table_reads_as_markdown_with_one_line_a_row() -> None:
     assert rule == (
         "| :-------------- | --------: | -----------: | ---------: | -------------: | ----------: |"
     )
-    assert [" ".join(line.split()) for line in lines] == [
-        "| trained encoder | 81.2 % | 90.0 % | -2.50 | 40.2 | 0.0500 |",
-        "| raw pixels | - | - | -1.00 | 3.0 | 0.1000 |",
+    assert lines == [
+        "| trained encoder |    81.2 % |       90.0 % |    "
+        "  -2.50 |           40.2 |      0.0500 |",
+        "| raw pixels      |         - |            - |    "
+        "  -1.00 |            3.0 |      0.1000 |",
     ]
-    assert {len(line) for line in lines} == {len(head)}
 
 
 def test_rows_without_a_label_are_not_encoded_where_labels_are_scored() -> None:
