@@ -94,8 +94,8 @@ class CollapseError(UnhealthyRunError):
     """All images look alike to the encoder: features of rank one, or the loss of equal ones."""
 
 
-def last_line(error: BaseException) -> str:
-    """Return the last line of an error that says something, or its type's name where none does.
+def last_line(error: object) -> str:
+    """Return the last line of an error or text that says something, or its type where none does.
 
     Ray and Arrow put the cause there.
     """

@@ -9,8 +9,7 @@ from pathlib import Path
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.inference.encoder_files import CARD, ENCODER_FOLDER
 from simclr_ray.inference.registry import fetch_model
-from simclr_ray.nn.pretrained import open_checkpoint
-from simclr_ray.storage import checkpoint
+from simclr_ray.nn.pretrained import is_checkpoint, open_checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import store_uri
 
@@ -39,11 +38,8 @@ def encoder_folder(where: str | Path, scratch: Path, tracking_uri: str = "") -> 
         yield Path(where)
         return
     folder = RunFolder.at(str(where))
-    is_checkpoint = (
-        checkpoint.step_of(folder.name) >= 0 or (Path(where) / checkpoint.RECORD).is_file()
-    )
     # A run's `encoder/` is of the checkpoint that was registered: training may have gone on.
-    if is_checkpoint or folder.checkpoints():
+    if is_checkpoint(str(where)) or folder.checkpoints():
         with open_checkpoint(str(where), OPTION) as (_, here):
             yield here
     elif CARD in folder.names(ENCODER_FOLDER):

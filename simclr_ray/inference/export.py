@@ -22,11 +22,11 @@ def export_encoder(
     """Write the encoder at `where` into `out`, and return the names of its files.
 
     Args:
-        where: As in `encoder_folder`.
+        where: Same as `encoder_folder`.
         out: A folder, made if absent; files of an earlier export are replaced.
         formats: Names of `export_formats.FORMATS`, or import paths as `formats_named` takes them;
             weights are written in any case.
-        tracking_uri: As in `encoder_folder`.
+        tracking_uri: Same as `encoder_folder`.
 
     Raises:
         ConfigError: A format is unknown, `out` holds something else, or there is no encoder.

@@ -101,6 +101,12 @@ def load_init(model: SimCLRModel, experiment: Experiment) -> None:
         )
 
 
+def is_checkpoint(where: str) -> bool:
+    """Return whether a path or URI is one checkpoint, by its name or its record, and not a run."""
+    named = checkpoint.step_of(RunFolder.at(where).name) >= 0
+    return named or (Path(where) / checkpoint.RECORD).is_file()
+
+
 @contextmanager
 def open_checkpoint(weights: str, option: str = WHERE) -> Iterator[tuple[str, Path]]:
     """Give the path or URI of a checkpoint, or of a run's newest, and where it lies here.
@@ -114,7 +120,7 @@ def open_checkpoint(weights: str, option: str = WHERE) -> Iterator[tuple[str, Pa
     """
     folder = RunFolder.at(weights)
     with ExitStack() as stack:
-        if checkpoint.step_of(folder.name) >= 0 or (Path(weights) / checkpoint.RECORD).is_file():
+        if is_checkpoint(weights):
             try:
                 here = stack.enter_context(RunFolder.at(folder.storage).fetched(folder.name))
                 checkpoint.read_record(here)

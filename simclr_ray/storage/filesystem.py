@@ -61,9 +61,8 @@ def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     """Give a stream whose file gets its name when all is written.
 
     Another name in the same folder, then a rename; on a disk fsync between. A bucket shows an
-    object when its stream is closed, which Arrow does on an error too, so it needs the other name
-    as well; the rename costs a copy within the bucket. Azure without a hierarchical namespace has
-    no rename, and Arrow says so.
+    object when its stream is closed, which Arrow does on an error as well, so the other name is
+    needed there too; a rename is a copy within the bucket, and not every bucket has one.
     """
     folder, slash, name = path.rpartition("/")
     hidden_path = f"{folder}{slash}.{name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -71,11 +70,10 @@ def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
         try:
             with fs.open_output_stream(hidden_path) as stream:
                 yield stream
-            fs.move(hidden_path, path)
-        except BaseException:
+            fs.copy_file(hidden_path, path)
+        finally:
             with suppress(OSError):
                 fs.delete_file(hidden_path)
-            raise
         return
     target, hidden = Path(path), Path(hidden_path)
     try:

@@ -29,7 +29,7 @@ from simclr_ray.studies.definition import EITHER, PROBES, Study
 from simclr_ray.studies.folder import FINAL, Curve, Status, StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial, task_fractions_of
 from simclr_ray.tracking.runs import TrackedRun, Tracker
-from simclr_ray.train.driver import train
+from simclr_ray.train.driver import train_resolved
 from simclr_ray.train.monitor import Record
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter
@@ -102,7 +102,7 @@ def _train_and_evaluate(
         check()
 
     watch.replay(resolved.folder.read_text(METRICS) or "")
-    run = train(resolved, on_progress=watched)
+    run = train_resolved(resolved, on_progress=watched)
     return _evaluated(study, resolved.config, run)
 
 

@@ -203,7 +203,7 @@ class _Driver(tune.Callback, tune.Stopper):
         if self.is_stopping or self.folder.outcome(ours.name) is not None:
             return
         text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
-        reason = last_line(RunError(text.strip() or "its process died"))
+        reason = last_line(text.strip() or "its process died")
         run = self.folder.run_of(ours.name)
         store_outcome(outcome_of(ours, run, "failed", reason=reason), self.study.name, self.folder)
 

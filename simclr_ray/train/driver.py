@@ -83,10 +83,10 @@ def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -
         (4, True)
         >>> encoder = sr.load_encoder(run.checkpoint)  # [n, 3, H, W] in [0, 1] -> [n, 128]
     """
-    return enter(experiment, train, on_progress=on_progress)
+    return enter(experiment, train_resolved, on_progress=on_progress)
 
 
-def train(resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None) -> Run:
+def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None) -> Run:
     """Train a resolved experiment; otherwise the same as `pretrain`."""
     config, folder = resolved.config, resolved.folder
     with folder.lock(HELD_S):

@@ -64,7 +64,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         f"activations {memory.activations / MIB:,.0f}, weights {memory.weights / MIB:,.0f}, "
         f"loss {memory.loss / MIB:,.0f}",
     }
-    rows |= _of_imports(resolved)
+    rows |= _of_imports(experiment)
     if experiment.num_groups > 1:
         rows["gradient caching"] = (
             f"{experiment.num_groups} groups of {experiment.batch_norm.group_size:,} images "
@@ -135,12 +135,12 @@ def _views(experiment: Experiment) -> int:
     return 1 if build_loss(experiment).one_view else 2
 
 
-def _of_imports(resolved: ResolvedExperiment) -> dict[str, str]:
+def _of_imports(experiment: Experiment) -> dict[str, str]:
     """Return which code is imported, and whether an encoder of it can be registered."""
-    nodes = list(imports_in(resolved.config))
+    nodes = list(imports_in(experiment))
     rows = {f"imported {where}": _shipped(node) for where, node in nodes}
     if any(where == "encoder" for where, _ in nodes):
-        problem = export_problem(resolved.config)
+        problem = export_problem(experiment)
         rows["registration"] = (
             f"the encoder cannot be registered: torch.export fails: {problem}"
             if problem

@@ -117,7 +117,7 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
 def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTuned:
     """Train what was planned, test it, and store the scores with it and with the run it is of."""
     experiment, parent = planned
-    done = driver.train(experiment, on_progress=on_progress)
+    done = driver.train_resolved(experiment, on_progress=on_progress)
     with RunFolder.at(done.folder).fetched(done.checkpoint_name) as checkpoint:
         scores = score_classifier(checkpoint, experiment.config)
     _log(done, parent, experiment.config.name, scores)

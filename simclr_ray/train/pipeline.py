@@ -19,7 +19,7 @@ from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking.runs import TrackedRun
-from simclr_ray.train.driver import train
+from simclr_ray.train.driver import train_resolved
 from simclr_ray.train.figures import draw_curves, draw_views
 from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import PretrainOutcome, Run, store_outcome, stored_outcome
@@ -46,7 +46,7 @@ def train_and_evaluate(
     resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None
 ) -> PretrainOutcome:
     """Train, evaluate, publish and register a resolved experiment; nothing stored is returned."""
-    run = train(resolved, on_progress=on_progress)
+    run = train_resolved(resolved, on_progress=on_progress)
     try:
         outcome = _evaluated(run, resolved)
     except KeyboardInterrupt:  # the training itself had set it to FINISHED
