@@ -18,6 +18,14 @@ import pytest
 DATA_VARIABLE = "SIMCLR_RAY_DATA"
 
 
+@pytest.fixture(autouse=True)
+def tracking_uri_stays() -> Iterator[None]:
+    """Fail a test that leaves another tracking URI behind: later tests would log there."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before
+
+
 @pytest.fixture(scope="session")
 def image_root() -> Path:
     """Return the folder with `cifar10/`, `caltech101/` and `odd/`; skip, saying so, when unset."""

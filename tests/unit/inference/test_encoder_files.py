@@ -105,14 +105,11 @@ def predict(uri: str, where: str, images: list[bytes]) -> Embeddings:
     """Return what the pyfunc model gives, loaded as a stranger would: by the global URI."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
-        with warnings.catch_warnings():  # MLflow's and its dependencies'
-            warnings.simplefilter("ignore")
-            model = mlflow.pyfunc.load_model(where)
-    finally:
-        mlflow.set_tracking_uri(before)
+    # mlflow.set_tracking_uri sets the variable for good, to MLflow's default when it is set back
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        warnings.simplefilter("ignore")  # MLflow's and its dependencies'
+        model = mlflow.pyfunc.load_model(where)
     embeddings = model.predict(pd.DataFrame({"image": images}))
     assert isinstance(embeddings, np.ndarray)
     return embeddings
