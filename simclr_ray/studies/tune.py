@@ -22,11 +22,11 @@ from typing import Any
 import ray
 from ray import tune
 from ray.exceptions import RayError
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Empty
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.config.logging import held_back
-from simclr_ray.distributed.ray_cluster import driver_queue
+from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import RunError, TrackingError, last_line
 from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.studies.definition import EPOCH_METRICS, Study, point_of
@@ -308,7 +308,7 @@ def _run(job: Job, trial: Trial, reported_epoch: int, ends: Any) -> TrialOutcome
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _run_remotely(job: Job, trial: Trial, inbox: Queue, ends: Any) -> TrialOutcome:
+def _run_remotely(job: Job, trial: Trial, inbox: PickledQueue, ends: Any) -> TrialOutcome:
     """Run one trial in a process of its own, which looks like that of a command."""
 
     def tell(epoch: int, values: dict[str, float]) -> None:

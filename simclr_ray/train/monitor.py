@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import ray
 import ray.train
 import ray.train.torch
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Empty
 
 from simclr_ray.config.wording import counted
+from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
@@ -47,7 +48,7 @@ class RunMonitor:
 
     def __init__(
         self,
-        inbox: Queue,
+        inbox: PickledQueue,
         tracked: TrackedRun,
         on_progress: OnProgress | None,
         resolved: ResolvedExperiment,

@@ -19,7 +19,6 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.exceptions import RayTaskError
-from ray.util.queue import Queue
 from torch import Tensor
 
 from simclr_ray import config as cfg
@@ -31,6 +30,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.malloc import keep_freed_memory
+from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.errors import DivergedError, SimclrRayError
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
@@ -51,7 +51,7 @@ class WorkerInput(NamedTuple):
     """What a worker is given; all of it pickles."""
 
     experiment: ResolvedExperiment
-    inbox: Queue
+    inbox: PickledQueue
 
 
 def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:

@@ -13,10 +13,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 # may place as it likes on three nodes, some land elsewhere; the queues' actors never do.
 PROGRAM = """
 import logging
+import sys
+
 import ray
 from ray.cluster_utils import Cluster
 
 from simclr_ray.distributed.ray_cluster import driver_queue
+from simclr_ray.train.monitor import WorkerReady
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 for _ in range(2):
@@ -39,9 +42,13 @@ free = [Anywhere.remote() for _ in range(6)]
 assert len({node_of(actor) for actor in free}) > 1, "the cluster has one node after all"
 queues = [driver_queue() for _ in range(6)]
 for queue in queues:
-    queue.put("told")
-    assert queue.get() == "told"
+    queue.put(WorkerReady(0, 2))
+    queue.put(None, block=False)
+    assert queue.get() == WorkerReady(0, 2)
+    assert queue.get_nowait() is None
     assert node_of(queue.actor) == here
+imports_torch = queues[0].actor.__ray_call__.remote(lambda _: "torch" in sys.modules)
+assert not ray.get(imports_torch), "the queue's process unpickles what passes it"
 print("all here")
 ray.shutdown()
 cluster.shutdown()
