@@ -13,18 +13,18 @@ ROOT = Path(simclr_ray.__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md")
 OURS = "simclr-ray"
 
-# How a command that is not ours is run: `now` as it stands, in the unit suite; `long` in a copy of
-# the tree, with the arguments added that make it small; `make` by `make -n`, since make test runs
-# these tests; `shell` only as part of its block.
-How = Literal["now", "long", "make", "shell"]
+# How a command that is not ours is run: `check` by scripts/check, before the tests; `now` as it
+# stands, in the unit suite; `long` in a copy of the tree, with the arguments added that make it
+# small; `make` by `make -n`, since make test runs these tests; `shell` only as part of its block.
+How = Literal["check", "now", "long", "make", "shell"]
 KNOWN: tuple[tuple[str, How, str], ...] = (
     (r"make (?:demo|check|test|test-long)(?: test-long)?", "make", ""),
     (r"pytest -q tests/unit/nn/test_losses\.py.*", "now", ""),
-    (r"ruff check \.", "now", ""),
-    (r"ruff format --check \.", "now", ""),
-    (r"codespell", "now", ""),
-    (r"mypy", "long", ""),
-    (r"python -m benchmarks\.performance --check", "now", ""),
+    (r"ruff check \.", "check", ""),
+    (r"ruff format --check \.", "check", ""),
+    (r"codespell", "check", ""),
+    (r"mypy", "check", ""),
+    (r"python -m benchmarks\.performance --check", "check", ""),
     (r"python -m benchmarks\.performance", "long", ""),
     (r"python -m benchmarks\.loss --threads 2", "long", "--batches 256 --rounds 1 --largest 512"),
     (r"uv pip compile .* -o requirements\.lock", "long", ""),

@@ -122,6 +122,15 @@ def test_a_command_on_the_checkout_runs_as_it_is_written(command: Command) -> No
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [c for c in OTHERS if (how_to_run(c) or ("",))[0] == "check"],
+    ids=lambda command: command.text[:60],
+)
+def test_a_command_that_guards_a_change_is_a_line_of_scripts_check(command: Command) -> None:
+    assert command.text in text_of("scripts/check").splitlines()
+
+
 PROSE = ("README.md", "CONTRIBUTING.md", "docs/cluster.md", "docs/upgrade.md", "docs/glossary.md",
          "docs/architecture.md", "tune_configs/README.md", "docs/studies/README.md")  # fmt: skip
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -38,11 +41,52 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+# Runs several command lines one after the other: the imports of one process serve all.
+IN_TURN = """
+import json, sys, traceback
+from simclr_ray.cli.main import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["simclr-ray", *words]
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    print(f"ENDED {code}", file=sys.stderr)
+"""
+
+
+class Ended(NamedTuple):
+    """What one of several commands has left."""
+
+    returncode: int
+    stderr: str
+
+
+def run_in_turn(*commands: list[str], cwd: Path) -> list[Ended]:
+    """Return exit code and messages of each `simclr-ray COMMAND`, run in one process."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        check=True,
+    )
+    parts = re.split(r"^ENDED (-?\d+)$\n", done.stderr, flags=re.MULTILINE)
+    assert len(parts) == 2 * len(commands) + 1, done.stderr
+    return [Ended(int(code), text) for text, code in zip(parts[::2], parts[1::2], strict=False)]
+
+
 def started_an_engine(done: subprocess.CompletedProcess[str]) -> bool:
     return done.stdout.rstrip().splitlines()[-1] != "LOADED"
 
 
-def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+def errors(done: subprocess.CompletedProcess[str] | Ended) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
@@ -75,17 +119,11 @@ def test_an_unknown_preset_ends_in_2_and_is_told_with_the_nearest(tmp_path: Path
     assert not started_an_engine(done)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["pretrain"], ["pretend", "cifar10_cpu"], ["pretrain", "cifar10_cpu", "--dry"]],
-    ids=["missing argument", "unknown verb", "unknown option"],
-)
-def test_arguments_that_make_no_command_end_in_2_without_a_traceback(
-    tmp_path: Path, arguments: list[str]
-) -> None:
-    done = run(*arguments, cwd=tmp_path)
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 2
+def test_arguments_that_make_no_command_end_in_2_without_a_traceback(tmp_path: Path) -> None:
+    missing, verb, option = ["pretrain"], ["pretend", "x"], ["pretrain", "cifar10_cpu", "--dry"]
+    for done in run_in_turn(missing, verb, option, cwd=tmp_path):
+        assert "Traceback" not in done.stderr
+        assert done.returncode == 2
 
 
 def test_missing_images_end_in_2_and_are_named(tmp_path: Path) -> None:
@@ -165,25 +203,25 @@ def test_help_shows_every_verb(tmp_path: Path) -> None:
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize(
-    "verb", ["evaluate", "status", "run probe", "model finetune", "model distill", "model register"]
-)
-def test_a_file_where_a_run_is_expected_ends_in_2(verb: str, parquet: Path, tmp_path: Path) -> None:
-    name = ["name"] if verb == "model register" else []
-    done = run(*verb.split(), str(parquet), *name, cwd=tmp_path)
-    assert done.returncode == 2
-    assert errors(done) == [f"error: {parquet}: is a file; a run is a folder"]
+def test_a_file_where_a_run_is_expected_ends_in_2(parquet: Path, tmp_path: Path) -> None:
+    verbs = ("evaluate", "status", "run probe", "model finetune", "model distill")
+    commands = [[*verb.split(), str(parquet)] for verb in verbs]
+    commands.append(["model", "register", str(parquet), "name"])
+    for command, done in zip(commands, run_in_turn(*commands, cwd=tmp_path), strict=True):
+        assert done.returncode == 2, command
+        assert errors(done) == [f"error: {parquet}: is a file; a run is a folder"], command
 
 
 def test_a_preview_that_cannot_be_drawn_or_written_ends_in_2(tmp_path: Path) -> None:
     table = pa.table({"image": pa.array([b"no image"] * 4, pa.binary())})
     pq.write_table(table, tmp_path / "bad.parquet")
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
-    for arguments, told in (
-        (("photos_cpu", "data.train=bad.parquet", "--out", "new/x.png"), "is an image"),
-        (("photos_cpu", "data.train=bad.parquet", "--out", "x.txt"), "must end in .png"),
-        (("latin.yaml",), "is not UTF-8"),
-    ):
-        done = run("preview", *arguments, cwd=tmp_path)
+    cases = (
+        (["photos_cpu", "data.train=bad.parquet", "--out", "new/x.png"], "is an image"),
+        (["photos_cpu", "data.train=bad.parquet", "--out", "x.txt"], "must end in .png"),
+        (["latin.yaml"], "is not UTF-8"),
+    )
+    ends = run_in_turn(*(["preview", *arguments] for arguments, _ in cases), cwd=tmp_path)
+    for (_, message), done in zip(cases, ends, strict=True):
         assert done.returncode == 2, done.stderr
-        assert told in errors(done)[0]
+        assert message in errors(done)[0]
