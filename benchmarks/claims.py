@@ -5,7 +5,7 @@
 Five settings times seeds, each a process of its own with one thread, two at a time: the loop on the
 views that a run would have, without Ray. Scored on the test split: linear evaluation and kNN of h,
 linear evaluation of z = g(h), and the rotation probe of both. Means and standard deviations over
-seeds; what a sign would need to come out is not known from this. Writes
+seeds; what a sign would need to come out does not follow from this. Writes
 `benchmarks/results/claims.json`.
 """
 
@@ -80,15 +80,15 @@ def main() -> None:
     with ThreadPoolExecutor(PROCESSES) as pool:
         rows = list(pool.map(lambda case: one(*case), cases))
     trees = {n: cfg.to_tree(experiment(settings, n, 0)) for n in SETTINGS}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
+    seeds: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
     for (name, _), row in zip(cases, rows, strict=True):
-        found[name].append(row)
+        seeds[name].append(row)
     result = {
         "command": "python -m benchmarks.claims " + " ".join(map(portable, sys.argv[1:])),
         "settings": json.loads(portable(json.dumps(trees))),
-        "mean": {n: _over(rows, statistics.mean) for n, rows in found.items()},
-        "standard_deviation": {n: _over(rows, statistics.stdev) for n, rows in found.items()},
-        "seeds": found,
+        "mean": {n: _over(rows, statistics.mean) for n, rows in seeds.items()},
+        "standard_deviation": {n: _over(rows, statistics.stdev) for n, rows in seeds.items()},
+        "seeds": seeds,
     }
     store("claims", result)
     print(json.dumps({k: result[k] for k in ("mean", "standard_deviation")}, indent=1))
@@ -177,14 +177,16 @@ def scores_of(
     whole = torch.nn.Sequential(model.encoder, model.head)
     rows = {}
     for name, network in (("h", model.encoder), ("z", whole)):
-        known, asked = (extract_features(network, split.images) for split in (bank, test))
-        fitted = fit_linear(known, bank.labels, CLASSES, trained.evaluation.linear, trained.seed)
-        rows[f"linear_{name}"] = top_k_accuracy(fitted.logits(asked), test.labels)
-        votes = knn_scores(known, bank.labels, asked, 200, 0.1, CLASSES)
+        bank_features = extract_features(network, bank.images)
+        test_features = extract_features(network, test.images)
+        linear = trained.evaluation.linear
+        fitted = fit_linear(bank_features, bank.labels, CLASSES, linear, trained.seed)
+        rows[f"linear_{name}"] = top_k_accuracy(fitted.logits(test_features), test.labels)
+        votes = knn_scores(bank_features, bank.labels, test_features, 200, 0.1, CLASSES)
         rows[f"knn_{name}"] = top_k_accuracy(votes, test.labels)
-    for found in probe(model, bank.images, test.images[:4000], seed=trained.seed):
-        rows[f"{found.target} from h"] = found.h
-        rows[f"{found.target} from z"] = found.z
+    for probed in probe(model, bank.images, test.images[:4000], seed=trained.seed):
+        rows[f"{probed.target} from h"] = probed.h
+        rows[f"{probed.target} from z"] = probed.z
     return {key: round(value, 4) for key, value in rows.items()}
 
 

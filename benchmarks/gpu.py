@@ -112,7 +112,7 @@ def loss(device: torch.device, n: int) -> dict[str, Any]:
         "simclr_ray": NTXentLoss(TEMPERATURE, global_batch_size=n),
         "dense": lean_dense,
     }
-    found: dict[str, Any] = {"n": n}
+    measured: dict[str, Any] = {"n": n}
     for name, form in forms.items():
         z1, z2 = (torch.randn(n, DIM, device=device, requires_grad=True) for _ in "ab")
 
@@ -124,15 +124,15 @@ def loss(device: torch.device, n: int) -> dict[str, Any]:
 
         try:
             seconds, mib = timed(turn, device)
-            found[name] = {"step_s": seconds, "peak_mib": mib}
+            measured[name] = {"step_s": seconds, "peak_mib": mib}
         except torch.OutOfMemoryError:
-            found[name] = "out of memory"
-    return found
+            measured[name] = "out of memory"
+    return measured
 
 
 def tiles(device: torch.device, n: int) -> dict[str, Any]:
     """Return seconds and MiB of the loss by the side of its tiles."""
-    before, found = ntxent.TILE, {}
+    before, measured = ntxent.TILE, {}
     for side in TILES:
         ntxent.TILE = side
         z1, z2 = (torch.randn(n, DIM, device=device, requires_grad=True) for _ in "ab")
@@ -143,9 +143,9 @@ def tiles(device: torch.device, n: int) -> dict[str, Any]:
             form(z1, z2).backward()
 
         seconds, mib = timed(turn, device, 3)
-        found[str(side)] = {"step_s": seconds, "peak_mib": mib}
+        measured[str(side)] = {"step_s": seconds, "peak_mib": mib}
     ntxent.TILE = before
-    return {"n": n, **found}
+    return {"n": n, **measured}
 
 
 def views(device: torch.device, case: Case, *, quick: bool) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_parity [--device cuda]
 
-Errors are ‖found − expected‖ / ‖expected‖, expected in float64 on the CPU (the update's in float32,
-as it is made there). Views are bytes: the largest difference in gray levels, and the share of
-bytes that differ. Two ranks share the one GPU over gloo, with 256 and 257 images: batch norm and
+Errors are ‖actual − expected‖ / ‖expected‖, expected in float64 on the CPU (the update's in
+float32, as it is made there). Views are bytes: the largest difference in gray levels, and the share
+of bytes that differ. Two ranks share the one GPU over gloo, with 256 and 257 images: batch norm and
 loss of the global batch against one process. Writes `benchmarks/results/gpu_parity.json`.
 """
 
@@ -52,10 +52,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args().device)
-    found = {**parity(device), "ranks": attempt(partial(ranks, device))}
-    print(json.dumps(found, indent=1))
+    errors = {**parity(device), "ranks": attempt(partial(ranks, device))}
+    print(json.dumps(errors, indent=1))
     if device.type == "cuda":
-        store("gpu_parity", {"command": "python -m benchmarks.gpu_parity", "seed": 0, **found})
+        store("gpu_parity", {"command": "python -m benchmarks.gpu_parity", "seed": 0, **errors})
 
 
 def parity(device: torch.device) -> dict[str, Any]:
@@ -99,8 +99,8 @@ def losses(loss: Loss, device: torch.device) -> dict[str, float]:
         assert z.grad is not None
         return value.item(), z.grad
 
-    (expected, gradient), (value, found) = turn(z.double()), turn(z.to(device))
-    return {"value": abs(value / expected - 1), "gradient": relative(found, gradient)}
+    (expected, gradient), (value, actual) = turn(z.double()), turn(z.to(device))
+    return {"value": abs(value / expected - 1), "gradient": relative(actual, gradient)}
 
 
 def batch_norm(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -108,8 +108,8 @@ def batch_norm(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     x, upstream = feature_maps()
     x, upstream = x.to(dtype), upstream.to(dtype)
     expected = normalised(x.double(), upstream.double())
-    found = normalised(x.to(device), upstream.to(device))
-    return {name: relative(found[name], expected[name]) for name in expected}
+    actual = normalised(x.to(device), upstream.to(device))
+    return {name: relative(actual[name], expected[name]) for name in expected}
 
 
 def normalised(x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
@@ -211,13 +211,13 @@ def ranks(device: torch.device) -> dict[str, float]:
     whole = normalised(x.double(), upstream.double())
     shares = spawn(_rank, RANKS, device.type)
     parts = [{name: torch.from_numpy(a) for name, a in share.items()} for share in shares]
-    found = {name: torch.cat([p[name] for p in parts]) for name in ("output", "gradient")}
+    actual = {name: torch.cat([p[name] for p in parts]) for name in ("output", "gradient")}
     z_gradient = torch.cat([p["z_gradient"] for p in parts], dim=1)
     return {
         "loss": abs(sum(float(p["loss"]) for p in parts) / RANKS / value.item() - 1),
         "loss_gradient": relative(z_gradient / RANKS, z.grad),
-        "batch_norm": relative(found["output"], whole["output"]),
-        "batch_norm_gradient": relative(found["gradient"], whole["gradient"]),
+        "batch_norm": relative(actual["output"], whole["output"]),
+        "batch_norm_gradient": relative(actual["gradient"], whole["gradient"]),
         "weight_gradient": relative(
             parts[0]["weight_gradient"] + parts[1]["weight_gradient"], whole["weight_gradient"]
         ),
@@ -235,8 +235,8 @@ def _rank(rank: int, kind: str) -> dict[str, NDArray[Any]]:
     value.backward()
     assert mine.grad is not None
     norm = normalised(x[rows].to(kind), upstream[rows].to(kind))
-    found = {"loss": value.detach(), "z_gradient": mine.grad, **norm}
-    return {name: tensor.detach().cpu().numpy() for name, tensor in found.items()}
+    actual = {"loss": value.detach(), "z_gradient": mine.grad, **norm}
+    return {name: tensor.detach().cpu().numpy() for name, tensor in actual.items()}
 
 
 def projections() -> tuple[Tensor, Tensor]:
@@ -254,10 +254,10 @@ def feature_maps() -> tuple[Tensor, Tensor]:
     return x, torch.randn(N, 32, 8, 8, generator=generator)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Return ‖found − expected‖ / ‖expected‖."""
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Return ‖actual − expected‖ / ‖expected‖."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return float((actual - expected).norm() / expected.norm())
 
 
 if __name__ == "__main__":

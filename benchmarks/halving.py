@@ -37,7 +37,7 @@ def replay(given: argparse.Namespace, study: Study, trials: list[Trial]) -> None
     outcomes = StudyFolder.at(given.folder).outcomes()
     if study.metric not in EPOCH_METRICS or any(o.status != "finished" for o in outcomes):
         raise SystemExit(
-            f"{given.folder}: all trials must have finished, and told eval/… or train/…"
+            f"{given.folder}: all trials must have finished, and logged eval/… or train/…"
         )
     curves = {o.trial: {e: v[study.metric] for e, v in o.curve.items()} for o in outcomes}
     print("one in  finds the best  epochs  both, within 60 %")
@@ -45,17 +45,17 @@ def replay(given: argparse.Namespace, study: Study, trials: list[Trial]) -> None
         settings = {"name": "asha", "reduction_factor": factor, "grace_epochs": given.grace}
         asha = study.scheduler.model_copy(update=settings)
         compared = study.model_copy(update={"scheduler": asha})
-        found = [replayed(compared, trials, curves, seed) for seed in range(given.orders)]
-        best = sum(is_best for is_best, _ in found) / len(found)
-        taken = sum(share for _, share in found) / len(found)
-        both = sum(is_best and share <= 0.6 for is_best, share in found) / len(found)
+        replays = [replayed(compared, trials, curves, seed) for seed in range(given.orders)]
+        best = sum(is_best for is_best, _ in replays) / len(replays)
+        taken = sum(share for _, share in replays) / len(replays)
+        both = sum(is_best and share <= 0.6 for is_best, share in replays) / len(replays)
         print(f"{factor:>6}  {best:>14.1%}  {taken:>6.1%}  {both:>17.1%}")
 
 
 def replayed(
     study: Study, trials: list[Trial], curves: dict[str, dict[int, float]], seed: int
 ) -> tuple[bool, float]:
-    """Return whether the best was found in an order, and the share of the epochs that it took."""
+    """Return whether the best was chosen in an order, and the share of the epochs that it took."""
     search = study.search.model_copy(update={"seed": seed})
     scheduler: Any = scheduler_of(study, trials)
     scheduler.set_search_properties(study.metric, study.mode)
@@ -72,8 +72,8 @@ def replayed(
             finished.append(trial.name)
     choose = max if study.mode == "max" else min
     last = {name: curve[max(curve)] for name, curve in curves.items()}
-    found = choose(finished, key=last.__getitem__) == choose(last, key=last.__getitem__)
-    return found, taken / sum(map(len, curves.values()))
+    is_best = choose(finished, key=last.__getitem__) == choose(last, key=last.__getitem__)
+    return is_best, taken / sum(map(len, curves.values()))
 
 
 if __name__ == "__main__":

@@ -183,13 +183,13 @@ class Run:
         scores: list[Score] = []
         for name, network in networks.items():
             self.evaluated_encoder.load_state_dict(network.state_dict())
-            bank, asked = self._features(train), self._features(test)
-            scores.append(score_features(name, bank, asked, experiment))
+            bank, test_features = self._features(train), self._features(test)
+            scores.append(score_features(name, bank, test_features, experiment))
             print(scores[-1], flush=True)
-        bank, asked = (
+        bank, test_features = (
             self._on_device(extract_features(Pixels(), s.images), s.labels) for s in (train, test)
         )
-        scores.append(score_features(PIXELS, bank, asked, experiment))
+        scores.append(score_features(PIXELS, bank, test_features, experiment))
         return {"scores": [score.as_tree() for score in scores]}
 
     def _earlier(self) -> dict[str, Any] | None:

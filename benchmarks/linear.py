@@ -63,15 +63,15 @@ def compared(num_rows: int, num_features: int, rounds: int) -> dict[str, object]
     cfg = LinearConfig(epochs=EPOCHS)
     forms: dict[str, Fit] = {"written out": written_out, "torch.optim.SGD": descend}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    fits: dict[str, tuple[Tensor, Tensor]] = {}
     for turn in range(rounds + 1):  # the first one warms up
         for name in sorted(forms, reverse=bool(turn % 2)):
             began = time.process_time()
-            found[name] = forms[name](rows, labels, CLASSES, cfg, 0)
+            fits[name] = forms[name](rows, labels, CLASSES, cfg, 0)
             if turn:
                 seconds[name].append(time.process_time() - began)
-    old, new = (torch.cat([w, b[:, None]], 1) for w, b in found.values())
-    right = [float((rows @ w.T + b).argmax(1).eq(labels).float().mean()) for w, b in found.values()]
+    old, new = (torch.cat([w, b[:, None]], 1) for w, b in fits.values())
+    right = [float((rows @ w.T + b).argmax(1).eq(labels).float().mean()) for w, b in fits.values()]
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     return {
         "processor_seconds": {name: median(values) for name, values in seconds.items()},

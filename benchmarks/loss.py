@@ -101,17 +101,17 @@ def tiled(z1: Tensor, z2: Tensor) -> Tensor:
 @cache
 def forms() -> dict[str, Loss]:
     """Return every form that can run here."""
-    found: dict[str, Loss] = {
+    losses: dict[str, Loss] = {
         "simclr_ray": NTXentLoss(TEMPERATURE),
         "dense": dense,
         "lean_dense": lean_dense,
         "tiled": tiled,
     }
     try:
-        found["lightly"] = importlib.import_module("lightly.loss").NTXentLoss(TEMPERATURE)
+        losses["lightly"] = importlib.import_module("lightly.loss").NTXentLoss(TEMPERATURE)
     except ImportError:
         print("lightly is not installed: left out", file=sys.stderr)
-    return found
+    return losses
 
 
 def main() -> None:

@@ -98,17 +98,17 @@ def peak(exp: Experiment) -> dict[str, Any]:
     prepare_model(model, torch.device("cpu"), exp.precision)
     optimizer = build_optimizer(model, exp.optimizer)
     reports: list[tuple[float, float]] = []  # (time, peak so far), after each step
-    found: dict[str, Any] = {"batch_size": exp.batch_size, "groups": exp.num_groups}
+    measured: dict[str, Any] = {"batch_size": exp.batch_size, "groups": exp.num_groups}
 
     def batches() -> Iterator[Batch]:
         # allocates momenta and wakes the libraries' own buffers; two images a group
         yield _batch(0, 2 * exp.num_groups, exp.augment.size)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
-        found["before_mib"] = _status_mib("VmRSS")
+        measured["before_mib"] = _status_mib("VmRSS")
         batch = _batch(1, exp.batch_size, exp.augment.size)
-        found["views_mib"] = round((batch.a.nbytes + batch.b.nbytes) / 2**20, 1)
-        found["began"] = time.perf_counter()
+        measured["views_mib"] = round((batch.a.nbytes + batch.b.nbytes) / 2**20, 1)
+        measured["began"] = time.perf_counter()
         yield batch
 
     loop.train(
@@ -126,8 +126,8 @@ def peak(exp: Experiment) -> dict[str, Any]:
         seed=exp.seed,
         num_groups=exp.num_groups,
     )
-    ended, found["peak_mib"] = reports[-1]
-    return found | {"step_s": round(ended - found.pop("began"), 2)}
+    ended, measured["peak_mib"] = reports[-1]
+    return measured | {"step_s": round(ended - measured.pop("began"), 2)}
 
 
 def _batch(step: int, num_images: int, size: int) -> Batch:
@@ -142,8 +142,8 @@ def _in_a_process(batch_size: int) -> dict[str, Any]:
     kept = "--keep-freed" in sys.argv
     environment = os.environ | ({} if kept else RETURN_MEMORY)
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def _status_mib(key: str) -> float:

@@ -52,7 +52,7 @@ def forms() -> dict[str, Build]:
             fused=fused,
         )
 
-    found: dict[str, Build] = {
+    builds: dict[str, Build] = {
         "simclr_ray": ours(fused=True),
         "simclr_ray, foreach": ours(fused=False),
         "sgd": sgd(foreach=False),
@@ -61,7 +61,7 @@ def forms() -> dict[str, Build]:
     }
     try:
         lars = importlib.import_module("lightly.utils.lars").LARS
-        found["lightly"] = lambda d, o: lars(
+        builds["lightly"] = lambda d, o: lars(
             groups(d, o), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, trust_coefficient=TRUST
         )
     except ImportError:
@@ -74,11 +74,11 @@ def forms() -> dict[str, Build]:
             weight_decay=DECAY,
             trust_coeff=TRUST,
         )
-        found["timm"] = lambda d, o: timm(groups(d, o), foreach=False)
-        found["timm, foreach"] = lambda d, o: timm(groups(d, o), foreach=True)
+        builds["timm"] = lambda d, o: timm(groups(d, o), foreach=False)
+        builds["timm, foreach"] = lambda d, o: timm(groups(d, o), foreach=True)
     except ImportError:
         print("timm is not installed: left out", file=sys.stderr)
-    return found
+    return builds
 
 
 def main() -> None:

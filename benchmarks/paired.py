@@ -86,8 +86,8 @@ def child(package: Path) -> dict[str, float]:
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(Path(__file__).resolve()), "--child"]
     done = subprocess.run(program, check=True, capture_output=True, text=True, env=environment)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 def compare(old: Path, new: Path, pairs: int) -> dict[str, Any]:
@@ -125,11 +125,11 @@ def main() -> None:
         commits = [*arguments.commits, ""][:2]
         old, new = (lay_out(commit, Path(scratch) / (commit or "tree")) for commit in commits)
         result = compare(old, new, arguments.pairs)
-    told = {"old": commits[0], "new": commits[1] or "working tree", "pairs": arguments.pairs}
+    record = {"old": commits[0], "new": commits[1] or "working tree", "pairs": arguments.pairs}
     # Here and not above: a child imports an older package, which may lack what the record needs.
     from benchmarks.record import store
 
-    store("paired", {**told, "speed_of_new_over_old": result})
+    store("paired", {**record, "speed_of_new_over_old": result})
 
 
 if __name__ == "__main__":

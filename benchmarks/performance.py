@@ -42,11 +42,11 @@ def main() -> None:
 
 def _section(title: str, names: tuple[str, ...], write: Callable[..., str], about: str) -> str:
     read = {name: _read(name) for name in names}
-    found = [result for result in read.values() if result is not None]
+    stored = [result for result in read.values() if result is not None]
     missing = [name for name, result in read.items() if result is None]
     parts = [f"## {title}", about]
-    if found:
-        parts += [*map(_made, found), write(*found).rstrip()]
+    if stored:
+        parts += [*map(_made, stored), write(*stored).rstrip()]
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
@@ -198,8 +198,8 @@ def _remote(result: Result) -> str:
 
 
 def _gpu(result: Result) -> str:
-    found = {name: result[name] for name in ("parity", "loss", "views", "step") if name in result}
-    parts = [f"```json\n{json.dumps({k: v}, indent=1)}\n```" for k, v in found.items()]
+    shown = {name: result[name] for name in ("parity", "loss", "views", "step") if name in result}
+    parts = [f"```json\n{json.dumps({k: v}, indent=1)}\n```" for k, v in shown.items()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -85,16 +85,16 @@ def main() -> None:
         upload(Path(folder), server.port)
         where = f"s3://{BUCKET}/set?scheme=http&endpoint_override=127.0.0.1%3A{server.port}"
         uris = {form: folder if form == "disk" else where for form in FORMS}
-        found: dict[str, list[Row]] = {form: [] for form in FORMS}
+        rounds: dict[str, list[Row]] = {form: [] for form in FORMS}
         for _ in range(settings.rounds):
             for form, ranks in FORMS.items():
-                found[form].append(one(uris[form], ranks, server, settings.epochs * num_bytes))
-                print(form, json.dumps(found[form][-1]), flush=True)
+                rounds[form].append(one(uris[form], ranks, server, settings.epochs * num_bytes))
+                print(form, json.dumps(rounds[form][-1]), flush=True)
     result = {
         "command": "python -m benchmarks.remote " + " ".join(map(portable, sys.argv[1:])),
         "set": {"bytes": num_bytes, "rows": settings.rows, "group_rows": settings.group_rows},
-        **summary(found),
-        "rounds": found,
+        **summary(rounds),
+        "rounds": rounds,
     }
     store("stream_remote", result)
     print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))
@@ -120,13 +120,13 @@ def parse(arguments: list[str]) -> Settings:
     return settings
 
 
-def summary(found: dict[str, list[Row]]) -> dict[str, object]:
+def summary(rounds: dict[str, list[Row]]) -> dict[str, object]:
     """Return what the rounds show: rates, their ratio, the server's share, and bytes read."""
     rates = {
-        form: statistics.median(r["images_per_s"] for r in rows) for form, rows in found.items()
+        form: statistics.median(r["images_per_s"] for r in rows) for form, rows in rounds.items()
     }
     cores = os.cpu_count() or 1
-    taken = statistics.median(row["server_cores"] for row in found["bucket"])
+    taken = statistics.median(row["server_cores"] for row in rounds["bucket"])
     ratio = rates["bucket"] / rates["disk"]
     return {
         "images_per_s": {form: round(rate, 1) for form, rate in rates.items()},
@@ -135,7 +135,7 @@ def summary(found: dict[str, list[Row]]) -> dict[str, object]:
         "of_cores_left": round(ratio * cores / (cores - taken), 3),
         "bytes_read_of_set": {
             form: max(row["bytes_read_of_set"] for row in rows)
-            for form, rows in found.items()
+            for form, rows in rounds.items()
             if form != "disk"
         },
     }

@@ -103,8 +103,8 @@ def measure_steps(workers: list[int], batches: tuple[int, ...], rounds: int, ste
     taken: dict[tuple[int, int], list[float]] = {(w, n): [] for w in workers for n in batches}
     for _ in range(rounds):
         for w in workers:
-            found = spawn(step_times, w, batches, steps)[0]  # ranks keep in step
-            for n, seconds in found.items():
+            step_seconds = spawn(step_times, w, batches, steps)[0]  # ranks keep in step
+            for n, seconds in step_seconds.items():
                 taken[w, n] += seconds
     rows: Rows = []
     for (w, n), seconds in taken.items():
@@ -137,13 +137,13 @@ def _step_times(rank: int, exp: Experiment, steps: int) -> list[float]:
     model = build_model(exp)
     prepare_model(model, torch.device("cpu"), exp.precision)
     batch = _batch(exp.local_batch_size(rank), exp.augment.size, seed=rank)
-    asked: list[float] = []  # when the loop asks for a batch, it has ended a step
+    requests: list[float] = []  # when the loop asks for a batch, it has ended a step
 
     def batches() -> Iterator[Batch]:
         for step in range(steps + 1):  # the first one warms up
-            asked.append(time.perf_counter())
+            requests.append(time.perf_counter())
             yield batch._replace(step=step)
-        asked.append(time.perf_counter())
+        requests.append(time.perf_counter())
 
     never = 10**9  # reports sweep all pairs once more; a run has one in ten steps or fewer
     loop.train(
@@ -157,7 +157,7 @@ def _step_times(rank: int, exp: Experiment, steps: int) -> list[float]:
         seed=exp.seed,
         num_groups=exp.num_groups,
     )
-    return [end - start for start, end in pairwise(asked)][1:]
+    return [end - start for start, end in pairwise(requests)][1:]
 
 
 def _batch(num_images: int, size: int, seed: int) -> Batch:

@@ -80,18 +80,18 @@ def main() -> None:
     if settings.child:
         CHILDREN[settings.child](settings)
         return
-    found: dict[str, list[float]] = {form: [] for form in settings.forms.split(",")}
+    rounds: dict[str, list[float]] = {form: [] for form in settings.forms.split(",")}
     for _ in range(settings.rounds):
-        for form in found:
-            found[form].append(one(form))
-            print(form, found[form][-1], flush=True)
-    medians = {form: round(statistics.median(rates), 2) for form, rates in found.items()}
+        for form in rounds:
+            rounds[form].append(one(form))
+            print(form, rounds[form][-1], flush=True)
+    medians = {form: round(statistics.median(rates), 2) for form, rates in rounds.items()}
     result = {
         "command": "python -m benchmarks.step " + " ".join(map(portable, sys.argv[1:])),
         "encoder": f"ResNet-{settings.depth} x {settings.width}, {settings.stem} stem",
         "precision": settings.precision,
         "images_per_s": medians,
-        "rounds": found,
+        "rounds": rounds,
         "ratio": {f: round(medians["ray"] / v, 3) for f, v in medians.items() if "ray" in medians},
     }
     store(f"step_{settings.width:g}_{settings.precision}", result)
@@ -185,8 +185,8 @@ def torchrun(settings: Settings) -> None:
     source = Source.open(settings.parquet, limit=trained.data.limit)
     places = dist.partition(trained.batch_size, dist.rank(), WORKERS)
     plan = build_plan(trained, source)
-    maker = BatchBuilder(source, plan, build_views(trained.augment, 0), trained.data, places)
-    made = [maker.make(step) for step in range(min(8, settings.steps))]
+    builder = BatchBuilder(source, plan, build_views(trained.augment, 0), trained.data, places)
+    made = [builder.make(step) for step in range(min(8, settings.steps))]
     batches = (made[step % len(made)]._replace(step=step) for step in range(settings.steps))
     model = build_model(trained)
     prepare_model(model, torch.device("cpu"), trained.precision)

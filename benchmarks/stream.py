@@ -71,18 +71,18 @@ def main() -> None:
     if settings.child:
         print("ROW " + json.dumps(CHILDREN[settings.child](settings)), flush=True)
         os._exit(0)  # loaders take seconds to end
-    found: dict[str, list[Row]] = {form: [] for form in FORMS}
+    rounds: dict[str, list[Row]] = {form: [] for form in FORMS}
     for _ in range(settings.rounds):
         for form in FORMS:
-            found[form].append(one(form))
-            print(form, json.dumps(found[form][-1]), flush=True)
+            rounds[form].append(one(form))
+            print(form, json.dumps(rounds[form][-1]), flush=True)
     runs = [one("run") for _ in range(RUNS)]
-    rates = {f: round(statistics.median(r["images_per_s"] for r in found[f])) for f in FORMS}
+    rates = {f: round(statistics.median(r["images_per_s"] for r in rounds[f])) for f in FORMS}
     result = {
         "command": "python -m benchmarks.stream " + " ".join(map(portable, sys.argv[1:])),
         "images_per_s": rates,
         "ratio": {form: round(rates["simclr_ray"] / rate, 3) for form, rate in rates.items()},
-        "rounds": found,
+        "rounds": rounds,
         "long_plan": one("long plan"),
         "run": {key: statistics.median(run[key] for run in runs) for key in runs[0]},
         "runs": runs,
@@ -119,12 +119,12 @@ def clocked(batches: Iterator[Any], images: int, per_epoch: int) -> Row:
     """Return the rate, the first wait, and the longest wait at the start of a later epoch."""
     began = time.perf_counter()
     times, waits = [], []
-    asked = began
+    waiting_since = began
     for _ in batches:
         now = time.perf_counter()
-        waits.append(now - asked)
+        waits.append(now - waiting_since)
         times.append(now)
-        asked = time.perf_counter()
+        waiting_since = time.perf_counter()
     later = waits[per_epoch::per_epoch]
     return {
         "images_per_s": round(images * (len(times) - 1) / (times[-1] - times[0]), 1),
@@ -188,18 +188,18 @@ class Batches(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 
     def __init__(self, trained: Experiment, source: Source) -> None:
         self.trained, self.source = trained, source
-        self.maker: BatchBuilder | None = None
+        self.builder: BatchBuilder | None = None
 
     def __len__(self) -> int:
         return self.trained.total_steps(self.source.num_rows)
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.maker is None:  # in the loader's worker
+        if self.builder is None:  # in the loader's worker
             keep_freed_memory()
             plan, views = build_plan(self.trained, self.source), view_builder(self.trained)
             places = (0, self.trained.batch_size)
-            self.maker = BatchBuilder(self.source, plan, views, self.trained.data, places)
-        batch = self.maker.make(step)
+            self.builder = BatchBuilder(self.source, plan, views, self.trained.data, places)
+        batch = self.builder.make(step)
         return batch.a, batch.b, batch.ids
 
 

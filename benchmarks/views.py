@@ -67,19 +67,19 @@ def main() -> None:
     sources: dict[str, Sequence[Any]] = {"encoded": encoded}
     if len({p.shape for p in decoded}) == 1:
         sources["decoded"] = decoded
-    found: dict[str, dict[str, float]] = {}
+    rates_of: dict[str, dict[str, float]] = {}
     for kind, images in sources.items():
         forms = {"simclr_ray": ours(settings), **peers(settings, encoded=kind == "encoded")}
-        found[kind] = _rates(forms, images, settings)
-        print(kind, json.dumps(found[kind]), flush=True)
+        rates_of[kind] = _rates(forms, images, settings)
+        print(kind, json.dumps(rates_of[kind]), flush=True)
     result = {
         "command": "python -m benchmarks.views " + " ".join(map(portable, sys.argv[1:])),
         "threads": 1,
         "size": settings.size,
-        "images_per_s": found,
+        "images_per_s": rates_of,
         "ratio": {
             kind: {n: round(rates["simclr_ray"] / r, 2) for n, r in rates.items()}
-            for kind, rates in found.items()
+            for kind, rates in rates_of.items()
         },
     }
     store(f"views_{settings.size}", result)
@@ -100,15 +100,15 @@ def ours(settings: Settings) -> Make:
 
 def peers(settings: Settings, *, encoded: bool) -> dict[str, Make]:
     """Return the pipelines of other libraries, each image by itself as they work."""
-    found: dict[str, Make] = {}
+    forms: dict[str, Make] = {}
     for name, build in (("albumentations", albumentations_pair), ("torchvision", torchvision_pair)):
         try:
             pair = build(settings.size, settings.strength, settings.blur, encoded=encoded)
         except ImportError:
             print(f"{name} is not installed: left out", file=sys.stderr)
         else:
-            found[name] = partial(_stacked, pair)
-    return found
+            forms[name] = partial(_stacked, pair)
+    return forms
 
 
 def _stacked(pair: Pair, images: Sequence[Any]) -> object:
@@ -172,7 +172,7 @@ def torchvision_pair(size: int, strength: float, blur: float, *, encoded: bool) 
 
 def _rates(forms: dict[str, Make], images: Sequence[Any], settings: Settings) -> dict[str, float]:
     """Return the median images a second of each form; the first round warms up."""
-    found: dict[str, list[float]] = {name: [] for name in forms}
+    rates: dict[str, list[float]] = {name: [] for name in forms}
     batches = [images[i : i + settings.batch] for i in range(0, len(images), settings.batch)]
     for turn in range(ROUNDS + 1):
         for name, make in forms.items():
@@ -182,8 +182,8 @@ def _rates(forms: dict[str, Make], images: Sequence[Any], settings: Settings) ->
                     make(batch)
                     done += len(batch)
             if turn:
-                found[name].append(done / (time.perf_counter() - began))
-    return {name: round(statistics.median(rates), 1) for name, rates in found.items()}
+                rates[name].append(done / (time.perf_counter() - began))
+    return {name: round(statistics.median(rates), 1) for name, rates in rates.items()}
 
 
 if __name__ == "__main__":

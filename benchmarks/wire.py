@@ -50,7 +50,7 @@ CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1
 
 
 class Share(NamedTuple):
-    """What one rank found of one form at one batch; arrays, since tensors die with the process."""
+    """One rank's measures of one form at one batch; arrays: tensors die with the process."""
 
     bytes_per_step: float  # all ranks together
     loss: float  # float64, this rank's part
@@ -79,7 +79,7 @@ def gather_with_gradient(n: int) -> Loss:
 
 def forms(n: int) -> dict[str, Loss]:
     """Return every form that can take a global batch of `n` here."""
-    found: dict[str, Loss] = {
+    losses: dict[str, Loss] = {
         "simclr_ray": NTXentLoss(TEMPERATURE),
         "simclr_ray, batch known": NTXentLoss(TEMPERATURE, global_batch_size=n),
         BASE: gather_with_gradient(n),
@@ -87,8 +87,8 @@ def forms(n: int) -> dict[str, Loss]:
     with suppress(ImportError):
         lightly = importlib.import_module("lightly.loss").NTXentLoss
         if n % dist.world_size() == 0:  # its gather takes equal ranks only
-            found["lightly"] = lightly(TEMPERATURE, gather_distributed=True)
-    return found
+            losses["lightly"] = lightly(TEMPERATURE, gather_distributed=True)
+    return losses
 
 
 def main() -> None:
@@ -140,11 +140,11 @@ def enter_private_network() -> bool:
 def measure(
     rank: int, batches: list[int], steps: int, rounds: int, *, shared: bool
 ) -> dict[int, dict[str, Share]]:
-    """Return what this rank found, by batch and form; with `shared` memory, of ours only."""
+    """Return what this rank measured, by batch and form; with `shared` memory, of ours only."""
     dist.allow_shared_memory(allowed=shared)
     if shared and not sharedmem.is_supported():
         raise RuntimeError("shared memory is not supported here")
-    found = {}
+    shares = {}
     for n in batches:
         first, last = dist.partition(n, rank, dist.world_size())
         z1, z2 = (z[first:last].clone().requires_grad_() for z in inputs(n))
@@ -156,7 +156,7 @@ def measure(
                 sent = _bytes(loss, z1, z2, steps) - idle
                 if turn:
                     counts[name].append(sent / steps)
-        found[n] = {
+        shares[n] = {
             name: Share(
                 statistics.median(counts[name]),
                 *_in_float64(loss, z1, z2),
@@ -164,7 +164,7 @@ def measure(
             )
             for name, loss in chosen.items()
         }
-    return found
+    return shares
 
 
 def inputs(n: int) -> tuple[Tensor, Tensor]:
@@ -201,11 +201,11 @@ def summary(n: int, ranks: list[dict[str, Share]], *, shared: bool) -> list[dict
 def _peers(batches: list[int], ranks: int) -> dict[str, str]:
     """Return what stands for whom: a version, or why there is no row."""
     try:
-        found = {"lightly": metadata.version("lightly")}
+        version = {"lightly": metadata.version("lightly")}
     except metadata.PackageNotFoundError:
         return {"lightly": "not installed: left out"}
     uneven = [n for n in batches if n % ranks]
-    return found | {f"lightly at {n}": "left out: its gather takes equal ranks" for n in uneven}
+    return version | {f"lightly at {n}": "left out: its gather takes equal ranks" for n in uneven}
 
 
 def _bytes(loss: Loss | None, z1: Tensor, z2: Tensor, steps: int) -> int:
@@ -243,15 +243,15 @@ def _step(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[float, NDArray[np.float64
 
 def _autocast_difference(loss: Loss, z1: Tensor, z2: Tensor) -> float:
     """Return the larger relative difference of loss and gradient, forward and backward inside."""
-    found = []
+    steps = []
     contexts: list[AbstractContextManager[object]] = [
         nullcontext(),
         torch.autocast("cpu", torch.bfloat16),
     ]
     for context in contexts:
         with context:
-            found.append(_step(loss, z1, z2))
-    (plain, gradient), (value, other) = found
+            steps.append(_step(loss, z1, z2))
+    (plain, gradient), (value, other) = steps
     error = float(np.linalg.norm(gradient - other) / np.linalg.norm(gradient))
     return max(abs(plain - value) / abs(plain), error)
 

@@ -41,10 +41,10 @@ def crop_task_fractions(
     a, b = (steps[0].draws for steps in views.with_size(8).trace(blank, ids, 0))
     if a is None or b is None:
         return None
-    return pair_shares(*(views.boxes(draws, 10 * height, 10 * width) for draws in (a, b)))
+    return fractions_of_pairs(*(views.boxes(draws, 10 * height, 10 * width) for draws in (a, b)))
 
 
-def pair_shares(a: Boxes, b: Boxes) -> CropTaskFractions:
+def fractions_of_pairs(a: Boxes, b: Boxes) -> CropTaskFractions:
     """Return the shares over n pairs of crops."""
     height = _overlap(a.top, a.height, b.top, b.height)
     width = _overlap(a.left, a.width, b.left, b.width)

@@ -289,9 +289,9 @@ def local_batches(
     """Yield this rank's batches of `steps`, made in this process: for tests and lone machines."""
     places = partition(experiment.batch_size, rank, num_ranks)
     plan, views = build_plan(experiment, source), view_builder(experiment)
-    maker = BatchBuilder(source, plan, views, experiment.data, places, stop=steps.stop)
+    builder = BatchBuilder(source, plan, views, experiment.data, places, stop=steps.stop)
     for step in steps:
-        yield maker.make(step)
+        yield builder.make(step)
 
 
 def join(parts: Sequence[Batch] | Sequence[BatchPart]) -> Batch:

@@ -85,13 +85,13 @@ class ShapesInput:
     def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         """Return the shuffled indices, cut."""
         return [
-            ShapesPart(rows, self.size, self.set_seed)
+            ShapesTask(rows, self.size, self.set_seed)
             for rows in _cut(_shuffled(self.num_rows, seed), rows_per_shard)
         ]
 
 
 @dataclass(frozen=True)
-class ShapesPart:
+class ShapesTask:
     """Some images of the procedural set, drawn where the part is read."""
 
     rows: Int64s
@@ -152,13 +152,13 @@ class FolderInput:
         label_of = {name: label for label, name in enumerate(self.class_names)}
         labels = [label_of.get(name.split("/")[0], NO_LABEL) for name in self.names]
         return [
-            FolderPart(self.root, rows, [self.names[r] for r in rows], [labels[r] for r in rows])
+            FolderTask(self.root, rows, [self.names[r] for r in rows], [labels[r] for r in rows])
             for rows in _cut(_shuffled(self.num_rows, seed), rows_per_shard)
         ]
 
 
 @dataclass(frozen=True)
-class FolderPart:
+class FolderTask:
     """Some files of a folder; the id is the place in the sorted listing."""
 
     root: str
@@ -210,11 +210,11 @@ class ParquetInput:
         groups = [self.source.row_groups[g] for g in rng.permutation(len(self.source.row_groups))]
         rows = np.concatenate([g.first_row + np.arange(g.num_rows, dtype=np.int64) for g in groups])
         count = max(min(rows_per_shard, MAX_SHARD_BYTES // self.bytes_per_row), 1)
-        return [ParquetPart(self.source, rng.permutation(piece)) for piece in _cut(rows, count)]
+        return [ParquetTask(self.source, rng.permutation(piece)) for piece in _cut(rows, count)]
 
 
 @dataclass(frozen=True)
-class ParquetPart:
+class ParquetTask:
     """Some rows of a parquet dataset."""
 
     source: Source
@@ -264,13 +264,13 @@ class TorchvisionInput:
     def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         """Return the shuffled rows, cut."""
         return [
-            TorchvisionPart(self.dataset, self.split, self.root, rows)
+            TorchvisionTask(self.dataset, self.split, self.root, rows)
             for rows in _cut(_shuffled(self.num_rows, seed), rows_per_shard)
         ]
 
 
 @dataclass(frozen=True)
-class TorchvisionPart:
+class TorchvisionTask:
     """Some rows of a torchvision dataset."""
 
     dataset: str

@@ -54,7 +54,7 @@ class _Actor:
         torch.set_num_threads(1)
         keep_freed_memory()
         plan, views = build_plan(experiment, source), view_builder(experiment)
-        self.maker = BatchBuilder(source, plan, views, experiment.data, places, stop=stop)
+        self.builder = BatchBuilder(source, plan, views, experiment.data, places, stop=stop)
         images = places[1] - places[0]
         views_bytes = 6 * images * experiment.augment.size**2
         self.step_bytes = max(views_bytes, int(images * source.row_bytes))
@@ -81,10 +81,10 @@ class _Actor:
     def _make(self, steps: list[int], made: list[Batch]) -> None:
         """Add these steps to `made`: where one fails, those before it, and raise its error."""
         try:
-            made += self.maker.build(steps)
+            made += self.builder.build(steps)
         except DataError:
             for step in steps:
-                made.append(self.maker.make(step))
+                made.append(self.builder.make(step))
 
     def _handed_over(self, steps: list[int]) -> Iterator[list[int]]:
         """Yield the steps that are handed over together.
@@ -94,7 +94,7 @@ class _Actor:
         for it.
         """
         most = max(1, HAND_OVER_BYTES // self.step_bytes)
-        per_epoch = self.maker.plan.steps_per_epoch
+        per_epoch = self.builder.plan.steps_per_epoch
         group: list[int] = []
         size = 1
         for step in steps:

@@ -94,7 +94,7 @@ def probe(
         batch_size: Images per forward pass.
         precision: Same as `extract_features`.
     """
-    both = _Both(model)
+    h_and_z = _HAndZ(model)
     device = next(p.device for p in model.parameters())
     probes = []
     for number, target in enumerate(TARGETS):
@@ -102,9 +102,11 @@ def probe(
         for part, images in enumerate((train, test)):
             rng = np.random.Generator(np.random.Philox(key=[seed, 2 * number + part]))
             moved, answers = transformed(target, images, rng)
-            splits.append((extract_features(both, moved, batch_size, device, precision), answers))
+            splits.append(
+                (extract_features(h_and_z, moved, batch_size, device, precision), answers)
+            )
         (train_features, labels), (test_features, truth) = splits
-        width = train_features.shape[1] - both.z_dim
+        width = train_features.shape[1] - h_and_z.z_dim
         accuracies = [
             _accuracy(
                 (train_features[:, part], labels),
@@ -131,7 +133,7 @@ def transformed(target: Target, images: Tensor, rng: np.random.Generator) -> tup
     return torch.cat(out), torch.from_numpy(answers)
 
 
-class _Both(nn.Module):
+class _HAndZ(nn.Module):
     """h and z side by side."""
 
     def __init__(self, model: SimCLRModel) -> None:

@@ -171,7 +171,7 @@ def table(scores: Sequence[Score]) -> list[list[str]]:
     headings = [labels.get(m, m.replace("_top1", " top-1")) for m in metrics]
     return [
         ["features", *headings, *LABEL_FREE],
-        *([score.name, *_shares(score, metrics), *_label_free(score)] for score in scores),
+        *([score.name, *_percentages(score, metrics), *_label_free(score)] for score in scores),
     ]
 
 
@@ -197,7 +197,7 @@ def _metrics_of(scores: Sequence[Score]) -> list[str]:
     return list(dict.fromkeys(metric for score in scores for metric in score.accuracies))
 
 
-def _shares(score: Score, metrics: Sequence[str]) -> list[str]:
+def _percentages(score: Score, metrics: Sequence[str]) -> list[str]:
     values = [score.accuracies.get(metric) for metric in metrics]
     return ["-" if value is None else f"{100 * value:.1f} %" for value in values]
 

@@ -99,7 +99,9 @@ def test_no_file_is_called_by_an_old_word(texts: list[tuple[str, str]]) -> None:
 
 def test_nothing_is_named_by_what_was_done_to_come_by_it() -> None:
     named = []
-    for path in sorted((ROOT / "simclr_ray").rglob("*.py")):
+    for path in sorted(
+        p for room in ("simclr_ray", "benchmarks") for p in (ROOT / room).rglob("*.py")
+    ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
                 case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):

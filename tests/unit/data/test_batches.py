@@ -83,14 +83,14 @@ def whole(e: Experiment, steps: range) -> list[Batch]:
 
 
 def in_parts(e: Experiment, steps: range, cuts: list[int]) -> list[Batch]:
-    """Return the batches joined from parts cut at `cuts`, each made by a maker of its own."""
+    """Return the batches joined from parts cut at `cuts`, each made by a builder of its own."""
     source = opened(e)
     edges = [0, *cuts, e.batch_size]
-    makers = [
+    builders = [
         BatchBuilder(source, build_plan(e, source), build_views(e.augment, e.seed), e.data, places)
         for places in pairwise(edges)
     ]
-    return [join([maker.make(step) for maker in makers]) for step in steps]
+    return [join([builder.make(step) for builder in builders]) for step in steps]
 
 
 def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
@@ -153,11 +153,11 @@ def test_steps_made_together_are_those_made_one_by_one(write: Write) -> None:
     source = opened(e)
     per_epoch = NUM_ROWS // BATCH
 
-    def maker() -> BatchBuilder:
+    def builder() -> BatchBuilder:
         views = build_views(e.augment, e.seed)
         return BatchBuilder(source, build_plan(e, source), views, e.data, (3, BATCH - 2))
 
-    one_by_one, together = maker(), maker()
+    one_by_one, together = builder(), builder()
     for epoch in range(2):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
         assert_equal(together.build(steps), [one_by_one.make(step) for step in steps])

@@ -54,7 +54,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def counted(path: Path) -> Counted:
     source = Source.open(str(path))
-    # what a maker of an earlier test still reads ahead must not be counted here
+    # what a builder of an earlier test still reads ahead must not be counted here
     own = type("Counted", (Counted,), {"reads": Counter()})
     counted: Counted = own(**{name: getattr(source, name) for name in source.__dataclass_fields__})
     return counted
@@ -72,7 +72,7 @@ def experiment(path: Path, cache_gib: float, shuffle_rows: int) -> Experiment:
     )
 
 
-def maker_of(
+def builder_of(
     source: Source, e: Experiment, part: int = 0, parts: int = 1, stop: int = 10**6
 ) -> BatchBuilder:
     places = partition(BATCH, part, parts)
@@ -87,12 +87,12 @@ def test_a_part_reads_each_row_group_once_an_epoch_though_windows_exceed_the_cac
 ) -> None:
     e = experiment(path, cache_gib, shuffle_rows=600)
     spe = NUM_ROWS // BATCH
-    makers = [maker_of(counted, e, part, parts, stop=2 * spe) for part in range(parts)]
-    assert makers[0].plan.num_lanes == 12
-    assert makers[0].plan.window_rows == 50
+    builders = [builder_of(counted, e, part, parts, stop=2 * spe) for part in range(parts)]
+    assert builders[0].plan.num_lanes == 12
+    assert builders[0].plan.window_rows == 50
     for step in range(2 * spe):
-        for maker in makers:
-            maker.make(step)
+        for builder in builders:
+            builder.make(step)
     # two epochs; a group on the border of two parts is read by both
     assert max(counted.reads.values()) <= 4
     assert sum(counted.reads.values()) <= 2 * (241 + parts - 1)
@@ -102,11 +102,11 @@ def test_what_is_held_stays_within_the_windows_and_two_row_groups_a_lane(
     path: Path, counted: Counted
 ) -> None:
     e = experiment(path, 0, shuffle_rows=600)
-    maker = maker_of(counted, e)
+    builder = builder_of(counted, e)
     held = []
     for step in range(110):
-        maker.make(step)
-        held.append(maker.groups.num_held)
+        builder.make(step)
+        held.append(builder.groups.num_held)
     assert max(held) <= 600 + 12 * 2 * GROUP_ROWS
     assert np.median(held) >= 400  # reading ahead keeps it near that bound
 
@@ -124,19 +124,19 @@ def test_windows_are_bounded_by_their_bytes_too(path: Path) -> None:
 
 def test_a_cached_set_is_read_once_in_the_whole_run(path: Path, counted: Counted) -> None:
     e = experiment(path, 1, shuffle_rows=600)
-    maker = maker_of(counted, e)
-    for step in range(3 * maker.plan.steps_per_epoch):
-        maker.make(step)
+    builder = builder_of(counted, e)
+    for step in range(3 * builder.plan.steps_per_epoch):
+        builder.make(step)
     # the first epoch drops a tail of 10 rows, whose groups the second may read again
     assert sum(counted.reads.values()) <= 243
 
 
 def test_nothing_is_read_for_steps_after_the_last(path: Path, counted: Counted) -> None:
     e = experiment(path, 0, shuffle_rows=120)
-    maker = maker_of(counted, e, stop=3)
+    builder = builder_of(counted, e, stop=3)
     for step in range(3):
-        maker.make(step)
-    steps = [maker.plan.rows(step) // GROUP_ROWS for step in range(5)]  # a window of 10: 5 steps
+        builder.make(step)
+    steps = [builder.plan.rows(step) // GROUP_ROWS for step in range(5)]  # a window of 10: 5 steps
     assert set(counted.reads) == set(np.concatenate(steps).tolist())
 
 
@@ -144,9 +144,9 @@ def test_nothing_is_read_for_steps_after_the_last(path: Path, counted: Counted) 
 def test_steps_may_be_made_again_and_in_any_order(path: Path, order: list[int]) -> None:
     e = experiment(path, 0, shuffle_rows=300)
     source = Source.open(str(path))
-    maker = maker_of(source, e)
+    builder = builder_of(source, e)
     for step in order:
-        made, alone = maker.make(step), maker_of(source, e).make(step)
+        made, alone = builder.make(step), builder_of(source, e).make(step)
         assert made.ids.tolist() == alone.ids.tolist()
         assert made.a.equal(alone.a)
 
@@ -154,11 +154,11 @@ def test_steps_may_be_made_again_and_in_any_order(path: Path, order: list[int]) 
 def test_a_file_that_is_gone_is_an_error_of_the_data(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "set.parquet"
     shutil.copy(path, copy)
-    maker = maker_of(Source.open(str(copy)), experiment(copy, 0, shuffle_rows=120))
-    maker.make(0)
+    builder = builder_of(Source.open(str(copy)), experiment(copy, 0, shuffle_rows=120))
+    builder.make(0)
     copy.unlink()
     with pytest.raises(DataError, match="cannot be read"):
-        maker.make(50)
+        builder.make(50)
 
 
 def test_stand_ins_are_found_in_any_group_and_few_groups_are_kept(path: Path) -> None:
