@@ -121,11 +121,18 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure()))
         return
+    if not arguments.commits:
+        parser.error("name the old commit; the new one is the working tree unless it is named, too")
     with tempfile.TemporaryDirectory() as scratch:
         commits = [*arguments.commits, ""][:2]
         old, new = (lay_out(commit, Path(scratch) / (commit or "tree")) for commit in commits)
         result = compare(old, new, arguments.pairs)
-    record = {"old": commits[0], "new": commits[1] or "working tree", "pairs": arguments.pairs}
+    record = {
+        "command": f"python -m benchmarks.paired {' '.join(filter(None, commits))}",
+        "old": commits[0],
+        "new": commits[1] or "working tree",
+        "pairs": arguments.pairs,
+    }
     # Here and not above: a child imports an older package, which may lack what the record needs.
     from benchmarks.record import store
 

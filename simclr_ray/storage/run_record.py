@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Final
 
 from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage.checkpoint import FORMAT_VERSION
 from simclr_ray.storage.run_folder import RUN_FILE, RunFolder
-
-FORMAT_VERSION: Final = 2  # as of checkpoints
 
 
 @dataclass(frozen=True)
