@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,8 +26,8 @@ def spawn(
     """Return `fn(rank, *args, **kwargs)` of each rank, run in a process of its own.
 
     The processes have one torch thread each and share a gloo group on loopback. They are fresh but
-    for torch, which takes 2 s to import: a fork server imports it once, and keeps the environment
-    of the first call. `fn` must be importable and its result picklable. Raises what `fn` raised.
+    for torch, which takes 2 s to import: a fork server imports it once. `fn` must be importable
+    and its result picklable. Raises what `fn` raised.
     """
     context = multiprocessing.get_context(START_METHOD)
     context.set_forkserver_preload(["torch"])  # ignored where there is no such server
@@ -35,7 +36,7 @@ def spawn(
     results = context.SimpleQueue()
     ranks = start_processes(  # type: ignore[no-untyped-call]
         _run_rank,
-        (fn, num_processes, store.port, results, args, kwargs),
+        (fn, num_processes, store.port, results, dict(os.environ), args, kwargs),
         num_processes,
         join=False,
         start_method=START_METHOD,
@@ -56,9 +57,12 @@ def _run_rank(
     num_processes: int,
     port: int,
     results: Any,
+    environment: dict[str, str],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
+    os.environ.clear()  # the fork server has that of its start
+    os.environ.update(environment)
     torch.set_num_threads(1)
     store = td.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=120))  # type: ignore[attr-defined] # as above
     td.init_process_group(

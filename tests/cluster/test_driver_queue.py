@@ -24,6 +24,7 @@ from simclr_ray.train.monitor import WorkerReady
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 for _ in range(2):
     cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
 ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -27,6 +26,7 @@ from simclr_ray.train.driver import pretrain
 from simclr_ray.train.outcome import PretrainOutcome, Run
 from simclr_ray.train.pipeline import run_pipeline
 from simclr_ray.train.resolve import resolve
+from tests.ray import processes
 from tests.ray.images import write_shapes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -216,11 +216,9 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
     run_folder = folder / "maimed" / Path(two_workers.folder).name
     driver = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     _wait(lambda: _steps_kept(run_folder) >= 10, driver)
-    # of this cluster alone: another test session may run beside this one
-    ours = psutil.Process().children(recursive=True)
-    workers = [p for p in ours if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers = processes.named("RayTrainWorker")
     assert len(workers) == 2
-    os.kill(workers[-1].pid, signal.SIGKILL)
+    os.kill(workers[-1], signal.SIGKILL)
     output, _ = driver.communicate()
     assert driver.returncode == 0, output
     assert losses_of(run_folder) == losses_of(Path(two_workers.folder))

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +21,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.train.worker import apply_color
+from tests.ray import processes
 from tests.ray.images import write_shapes
 
 pytestmark = pytest.mark.ray
@@ -91,26 +91,14 @@ def test_a_data_actor_that_is_killed_loses_and_repeats_no_step(
     source = Source.open(experiment.data.train)
     steps = range(experiment.total_steps(source.num_rows))
     plan, seen = build_plan(experiment, source), []
-    before = set(data_actors())
+    before = set(processes.named("MapWorker"))
     for batch in stream(experiment, source, steps, 0, 1):
         seen.append(batch.step)
         assert (batch.ids - 1000).tolist() == plan.rows(batch.step).tolist()
         if batch.step == 30:
-            (actor,) = set(data_actors()) - before
+            (actor,) = set(processes.named("MapWorker")) - before
             os.kill(actor, signal.SIGKILL)
     assert seen == list(steps)
-
-
-def data_actors() -> list[int]:
-    ours = psutil.Process().children(recursive=True)  # of this cluster alone
-    return [p.pid for p in ours if "MapWorker" in " ".join(_command_line(p))]
-
-
-def _command_line(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
 
 
 def until_error(batches: Iterator[Batch]) -> tuple[list[Batch], Exception]:
