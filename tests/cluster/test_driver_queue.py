@@ -9,8 +9,8 @@ import pytest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# In a process of its own: the test session has its own cluster. Of ten actors without CPUs that Ray
-# may place as it likes on three nodes, some land elsewhere; the queues' actors never do.
+# In a process of its own: the test session has its own cluster. Of four actors without CPUs that
+# Ray may place as it likes on two nodes, some land elsewhere; the queues' actors never do.
 PROGRAM = """
 import logging
 import sys
@@ -22,8 +22,7 @@ from simclr_ray.distributed.ray_cluster import driver_queue
 from simclr_ray.train.monitor import WorkerReady
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-for _ in range(2):
-    cluster.add_node(num_cpus=1)
+cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
 ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
 
@@ -39,9 +38,9 @@ def node_of(actor):
 
 
 here = ray.get_runtime_context().get_node_id()
-free = [Anywhere.remote() for _ in range(6)]
+free = [Anywhere.remote() for _ in range(4)]
 assert len({node_of(actor) for actor in free}) > 1, "the cluster has one node after all"
-queues = [driver_queue() for _ in range(6)]
+queues = [driver_queue() for _ in range(4)]
 for queue in queues:
     queue.put(WorkerReady(0, 2))
     queue.put(None, block=False)

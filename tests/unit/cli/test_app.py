@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +18,7 @@ import simclr_ray
 from simclr_ray import config as cfg
 from simclr_ray.config import preset_names
 from simclr_ray.config.experiment import Experiment
+from tests.unit.cli.in_turn import Ended, run_in_turn
 
 ROOT = Path(simclr_ray.__file__).parents[1]
 # Runs the command line, then says which engines it has loaded: none may be, before it is needed.
@@ -39,47 +37,6 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment, check=False
     )
-
-
-# Runs several command lines one after the other: the imports of one process serve all.
-IN_TURN = """
-import json, sys, traceback
-from simclr_ray.cli.main import main
-for words in json.loads(sys.argv[1]):
-    sys.argv = ["simclr-ray", *words]
-    code = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        code = 1
-        traceback.print_exc()
-    print(f"ENDED {code}", file=sys.stderr)
-"""
-
-
-class Ended(NamedTuple):
-    """What one of several commands has left."""
-
-    returncode: int
-    stderr: str
-
-
-def run_in_turn(*commands: list[str], cwd: Path) -> list[Ended]:
-    """Return exit code and messages of each `simclr-ray COMMAND`, run in one process."""
-    done = subprocess.run(
-        [sys.executable, "-c", IN_TURN, json.dumps(commands)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
-        check=True,
-    )
-    parts = re.split(r"^ENDED (-?\d+)$\n", done.stderr, flags=re.MULTILINE)
-    assert len(parts) == 2 * len(commands) + 1, done.stderr
-    return [Ended(int(code), text) for text, code in zip(parts[::2], parts[1::2], strict=False)]
 
 
 def started_an_engine(done: subprocess.CompletedProcess[str]) -> bool:

@@ -18,6 +18,7 @@ from simclr_ray.errors import ConfigError
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.storage.run_status import runs_in, status_of_run
 from tests.formats.test_formats import HERE as FORMATS
+from tests.unit.cli.in_turn import run_in_turn
 from tests.unit.cli.test_app import errors, run
 
 STEPS = 8
@@ -153,13 +154,14 @@ def test_inspect_takes_other_columns_and_names_those_that_there_are(tmp_path: Pa
 
 
 def test_a_run_is_exported_and_embeds_as_its_export_does(a_run: Path, tmp_path: Path) -> None:
-    done = run("export", str(a_run), "encoder", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "x.png").write_bytes(png(40))
+    export = ["export", str(a_run), "encoder"]
+    embed = [["embed", where, "x.png"] for where in (str(a_run), "encoder")]
+    ends = run_in_turn(export, *embed, cwd=tmp_path)
+    assert [done.returncode for done in ends] == [0, 0, 0], ends
     names = {p.name for p in (tmp_path / "encoder").iterdir()}
     assert names == {"model.safetensors", "encoder.json", "encoder.pt2"}
-    (tmp_path / "x.png").write_bytes(png(40))
-    rows = [run("embed", where, "x.png", cwd=tmp_path) for where in (str(a_run), "encoder")]
-    texts = [done.stdout.splitlines()[0] for done in rows]
+    texts = [done.stdout.splitlines()[0] for done in ends[1:]]
     assert texts[0] == texts[1]
     dim = json.loads((tmp_path / "encoder" / "encoder.json").read_text())["feature_dim"]
     assert len(texts[0].split("\t")) == 1 + dim
@@ -168,13 +170,16 @@ def test_a_run_is_exported_and_embeds_as_its_export_does(a_run: Path, tmp_path: 
 def test_an_export_replaces_no_other_files(a_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("all of it")
-    for out, told in (("mine", "holds thesis.tex"), ("mine/thesis.tex", "is a file")):
-        done = run("export", str(a_run), out, cwd=tmp_path)
+    messages = {
+        "mine": "holds thesis.tex",
+        "mine/thesis.tex": "is a file",
+        "out --format onyx": "allowed: safetensors",
+    }
+    commands = [["export", str(a_run), *given.split()] for given in messages]
+    ends = run_in_turn(*commands, cwd=tmp_path)
+    for message, done in zip(messages.values(), ends, strict=True):
         assert done.returncode == 2
-        assert told in errors(done)[0]
-    done = run("export", str(a_run), "out", "--format", "onyx", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "allowed: safetensors" in errors(done)[0]
+        assert message in errors(done)[0]
 
 
 def test_an_export_onto_itself_is_refused_and_loses_nothing(a_run: Path, tmp_path: Path) -> None:
