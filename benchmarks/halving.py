@@ -14,7 +14,8 @@ from typing import Any
 
 from ray.tune.schedulers import TrialScheduler
 
-from simclr_ray.studies.definition import EPOCH_METRICS, Study
+from simclr_ray.config.metrics import EPOCH_METRICS
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import Trial
 from simclr_ray.studies.search import EPOCH, in_drawn_order, scheduler_of

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 from simclr_ray.config.components import build
-from simclr_ray.config.sections.training import AnyOptimizerConfig
+from simclr_ray.config.sections.training import AnyOptimizerConfig, ScheduleConfig
 from simclr_ray.nn.parameter_groups import parameter_groups
+
+COSINE: Final = ScheduleConfig()
 
 
 class LARS(torch.optim.Optimizer):
@@ -236,7 +238,7 @@ def _is_dense_on_cpu(tensor: Tensor) -> bool:
 
 
 def learning_rate_at(
-    step: int, peak: float, warmup: int, total: int, *, constant: bool = False
+    step: int, peak: float, warmup: int, total: int, config: ScheduleConfig = COSINE
 ) -> float:
     """Return the rate of step 0 ≤ `step` < `total`: linear from 0, then cosine to 0.
 
@@ -247,11 +249,11 @@ def learning_rate_at(
         peak: Rate at the end of warm-up.
         warmup: w, steps.
         total: T, steps of the run.
-        constant: Stay at `peak` after warm-up.
+        config: What comes after warm-up; with `decay: constant` the rate stays at `peak`.
     """
     if step < warmup:
         return peak * step / warmup
-    if constant:
+    if config.decay == "constant":
         return peak
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 

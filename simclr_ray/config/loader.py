@@ -55,6 +55,22 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
+def parse_overrides(overrides: Sequence[str]) -> tuple[list[tuple[str, Any]], list[ConfigIssue]]:
+    """Return path and value of each `dotted.path=value`, in order, and an issue for each other.
+
+    Values are YAML.
+    """
+    issues = []
+    parsed = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not all(path.split(".")):
+            issues.append(ConfigIssue(text, "is no override; the form is key.path=value"))
+        else:
+            parsed.append((path, parse_yaml(value, text)))
+    return parsed, issues
+
+
 def apply_overrides(
     tree: Mapping[str, Any], overrides: Sequence[str], schema: type[Config] | None = None
 ) -> Tree:
@@ -67,14 +83,8 @@ def apply_overrides(
         ConfigError: One issue per override that is not of the form `path=value`.
     """
     out: Tree = json.loads(json.dumps(tree))
-    issues = []
-    parsed = []
-    for text in overrides:
-        path, equals, value = text.partition("=")
-        if not equals or not all(path.split(".")):
-            issues.append(ConfigIssue(text, "is no override; the form is key.path=value"))
-        else:
-            parsed.append((path.split("."), parse_yaml(value, text)))
+    given, issues = parse_overrides(overrides)
+    parsed = [(path.split("."), value) for path, value in given]
     for keys, value in sorted(parsed, key=lambda item: item[0][-1] != "name"):  # variants first
         node = out
         for depth, key in enumerate(keys[:-1]):

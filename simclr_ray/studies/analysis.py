@@ -15,14 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from simclr_ray.config import Scalar
+from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.studies.definition import Comparison, Study, label_of
 from simclr_ray.studies.folder import TrialOutcome
 from simclr_ray.studies.plan import Point
 
 SAMPLES = 100_000  # of sign flips where there are more than all of them; as many as the paper's
-NOT_FRACTIONS = (
-    "eval/alignment", "eval/uniformity", "eval/effective_rank", "train/entropy", "train/mean_loss",
-)  # fmt: skip
 
 
 class Reading(NamedTuple):
@@ -153,7 +151,7 @@ def values_at(outcome: TrialOutcome, epoch: int = 0) -> dict[str, float]:
 
 def is_fraction(metric: str) -> bool:
     """Return whether a metric is a share, to be shown in per cent."""
-    return metric not in NOT_FRACTIONS
+    return metric not in EPOCH_METRICS or EPOCH_METRICS[metric].is_fraction
 
 
 def shown(metric: str, value: float) -> str:

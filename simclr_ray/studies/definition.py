@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field, Scalar
+from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.config.protocols import (
     DEFAULT_PROTOCOLS,
     PROBE,
@@ -25,11 +26,6 @@ NO_PBT = (
     "pbt is refused: it copies weights and changes settings while training, which leaves no run "
     "that could be named or repeated, and a cosine schedule has no meaning halfway"
 )
-# Reported at epoch ends, so that a scheduler can compare; what else there is comes at the end.
-EPOCH_METRICS = (
-    "eval/knn_top1", "eval/alignment", "eval/uniformity", "eval/effective_rank",
-    "train/mean_loss", "train/contrastive_top1", "train/classifier_top1", "train/entropy",
-)  # fmt: skip
 CLASSIFIER_METRICS = (
     "final/classifier/top1",
     "final/classifier/top5",

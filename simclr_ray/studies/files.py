@@ -127,11 +127,8 @@ def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, A
         problem = "values of the space are set as a whole: study.space='{path: {grid: [...]}}'"
         raise ConfigError([ConfigIssue(f"{prefix}{inside[0].partition('=')[0]}", problem)])
     tree = cfg.apply_overrides(tree, own, Study)
-    given = {}
-    for text in rest:
-        path, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError([ConfigIssue(text, "is no override; the form is key.path=value")])
-        given[path] = cfg.parse_yaml(value, text)
-    tree["set"] = {**tree.get("set", {}), **given}
+    given, issues = cfg.parse_overrides(rest)
+    if issues:
+        raise ConfigError(issues)
+    tree["set"] = {**tree.get("set", {}), **dict(given)}
     return tree

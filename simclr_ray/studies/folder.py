@@ -22,10 +22,11 @@ from typing import Any, Literal, NamedTuple
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import RunFolder
-from simclr_ray.studies.definition import EPOCH_METRICS, Study
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.plan import RUNS
 
 DEFINITION, BASE, STATE, STOP = "study.yaml", "base.yaml", "study.json", "stop"

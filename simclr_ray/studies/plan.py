@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.config import Scalar
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.studies.definition import (
     CLASSIFIER_METRICS,
     DIGITS,
     EITHER,
-    EPOCH_METRICS,
     VIEW_METRICS,
     Study,
     label_of,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FOLDER, RUNS = "studies", "runs"
 EPOCHS = "epochs"
 MAX_NAME_CHARS = 100
+LABEL_FREE = ("views/", "probe/")  # beside what `EPOCH_METRICS` says
 
 Point = dict[str, Scalar]  # dimension -> value, or the name of a case
 
@@ -239,8 +240,9 @@ def digest_of_study(study: Study, base: Experiment) -> str:
 
 def check_labels(study: Study, trials: Sequence[Trial]) -> None:
     """Raise `ConfigError` for a metric that needs labels where splits have none; opens them."""
-    free = ("train/", "views/", "probe/", "eval/alignment", "eval/uniformity", "eval/effective")
-    if study.metric.startswith(free):
+    metric = EPOCH_METRICS.get(study.metric)
+    needs_labels = metric.needs_labels if metric else not study.metric.startswith(LABEL_FREE)
+    if not needs_labels:
         return
     for data in {t.experiment.data for t in trials}:
         for path in (data.test, data.eval_train or data.train):

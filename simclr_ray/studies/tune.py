@@ -26,10 +26,11 @@ from ray.util.queue import Empty
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.config.logging import held_back
+from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import RunError, TrackingError, last_line
 from simclr_ray.storage.run_folder import METRICS
-from simclr_ray.studies.definition import EPOCH_METRICS, Study, point_of
+from simclr_ray.studies.definition import Study, point_of
 from simclr_ray.studies.folder import FINAL, Curve, StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial, make_trials
 from simclr_ray.studies.search import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simclr_ray.optim import learning_rate_at
+from simclr_ray.config.experiment import ScheduleConfig
+from simclr_ray.optim import COSINE, learning_rate_at
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class StepSchedule:
     global_batch_size: int
     log_every: int = 10
     checkpoint_every: int = 0  # steps, besides the ends of epochs; 0: none
-    constant: bool = False  # the rate after warm-up; else a cosine to zero
+    config: ScheduleConfig = COSINE  # what the rate does after warm-up
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of `step`."""
@@ -27,5 +28,5 @@ class StepSchedule:
             self.peak_learning_rate,
             self.warmup_steps,
             self.total_steps,
-            constant=self.constant,
+            self.config,
         )

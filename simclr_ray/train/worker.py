@@ -207,7 +207,7 @@ class TrainWorker:
             global_batch_size=experiment.batch_size,
             log_every=experiment.tracking.log_every_steps,
             checkpoint_every=experiment.checkpoint.every_steps,
-            constant=experiment.schedule.decay == "constant",
+            config=experiment.schedule,
         )
 
 

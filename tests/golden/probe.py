@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +165,17 @@ def plan_numbers() -> Tree:
 def rates(experiment: Any) -> list[float]:
     """Return the learning rate at eleven places of a run."""
     total = experiment.total_steps(NUM_ROWS)
-    constant = experiment.schedule.decay == "constant"
+    rate = find("learning_rate_at")
+    if "constant" in inspect.signature(rate).parameters:  # earlier commits
+        rate = partial(rate, constant=experiment.schedule.decay == "constant")
+    else:
+        rate = partial(rate, config=experiment.schedule)
     return [
-        find("learning_rate_at")(
+        rate(
             min(total - 1, total * tenth // 10),
             experiment.peak_learning_rate(),
             experiment.warmup_steps(NUM_ROWS),
             total,
-            constant=constant,
         )
         for tenth in range(11)
     ]
