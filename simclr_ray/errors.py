@@ -3,7 +3,7 @@
     SimclrRayError
     ├── ConfigError          a key or value of a config or override is wrong       (exit code 2)
     ├── DataError            a dataset cannot be used as it is                     (exit code 2)
-    │   └── TooManyBadImages more rows are unusable than `data.max_bad_fraction` allows    (exit 1)
+    │   └── TooManyBadImages more rows are unusable than `data.max_bad_fraction` allows    (exit 2)
     ├── CheckpointError      a checkpoint is not whole, or is another experiment's (exit code 1)
     ├── ClusterError         the Ray cluster cannot hold what was asked for        (exit code 2)
     ├── TrackingError        MLflow refused or cannot be reached                    (exit code 1)
@@ -60,8 +60,6 @@ class DataError(SimclrRayError):
 
 class TooManyBadImages(DataError):  # noqa: N818 - reads as the sentence that it is
     """More rows than `data.max_bad_fraction` could not be decoded."""
-
-    exit_code = 1
 
 
 class CheckpointError(SimclrRayError):

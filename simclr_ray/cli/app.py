@@ -49,7 +49,7 @@ app = _group(
 app.pretty_exceptions_enable = False
 app.add_typer(
     _group(
-        "Registered and trained further: what is made of a run's encoder.",
+        "Make more of a run: register its encoder, fine-tune it, distil it.",
         [
             ("register", model.register),
             ("finetune", model.finetune),

@@ -16,7 +16,9 @@ from simclr_ray.errors import ClusterError
 
 def doctor(
     storage: Annotated[str, typer.Option(help="Folder or URI for runs.")] = "runs",
-    workers: Annotated[int, typer.Option(help="Processes of the gradient self-check.")] = 2,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Workers of the planned run; up to 4 check the gradient.")
+    ] = 2,
     loss: Annotated[
         str, typer.Option(metavar="PATH", help="Check only this loss of yours: module:attribute.")
     ] = "",

@@ -29,7 +29,12 @@ def prepare(
     to: Annotated[
         str, typer.Argument(metavar="OUT", help="Folder for the shards; made if absent.")
     ],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value ...]", help=f"Keys: {', '.join(PreparationConfig.model_fields)}."
+        ),
+    ] = None,
     overwrite: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool, typer.Option("--overwrite", help="Start over where OUT holds other shards.")
     ] = False,
@@ -50,9 +55,7 @@ def prepare_shards(what: str, to: str, *options: str, overwrite: bool = False) -
     fields = {name: getattr(chosen, name) for name in type(chosen).model_fields}
     loading("ray")
     from simclr_ray.cli.progress import ShardProgress
-    from simclr_ray.distributed.ray_cluster import connect
 
-    connect()
     with ShardProgress(to) as progress:
         manifest = write_shards(what, to, **fields, overwrite=overwrite, on_progress=progress)
     out.print(f"{to}: {counted(manifest.num_rows, 'image')}", markup=False)

@@ -186,7 +186,7 @@ def check_tracking(uri: str, storage: str) -> Finding:
     """Return whether the MLflow store opens; an SQLite file is made where a run would make it."""
     try:
         tracker = Tracker.open(TrackingConfig(uri=uri), storage)
-    except TrackingError as error:
+    except (TrackingError, OSError) as error:
         advice = "start the server, or correct tracking.uri or $MLFLOW_TRACKING_URI"
         return Finding("mlflow", "fail", _line(error), advice)
     return Finding("mlflow", "ok", f"{without_password(tracker.uri)} opens")

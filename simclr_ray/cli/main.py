@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
@@ -13,8 +14,14 @@ from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen
 from simclr_ray.config import logging as logs
 from simclr_ray.config.imports import EVERYTHING, allow
 from simclr_ray.errors import ConfigError, SimclrRayError
+from simclr_ray.storage.filesystem import one_line
 
 ALLOW_CODE = "--allow-code"
+# What a path of the user's can be, wherever it is met: the system says it better than we could.
+OF_A_PATH = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EEXIST,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
 app.info.epilog = (
     f"{ALLOW_CODE}, anywhere on the line: permit the code that a file imports by `name: import`; "
     "what the line itself names is permitted by that."
@@ -42,6 +49,11 @@ def main() -> None:
     except (SimclrRayError, ImageError) as error:
         say(f"error: {error}")
         code = error.exit_code if isinstance(error, SimclrRayError) else 2
+    except OSError as error:
+        if error.errno not in OF_A_PATH:
+            raise
+        say(f"error: {one_line(error)}")
+        code = 2
     except SystemExit as stop:  # typer ends by one, whatever happened; interrupts are 130
         code = stop.code if isinstance(stop.code, int) else 0
     except (KeyboardInterrupt, typer.Abort):

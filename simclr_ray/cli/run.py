@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace, permi
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOL_NAMES
 from simclr_ray.config.wording import counted
+from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.tracking.store import without_password
 
 LAST_METRICS = ("train/mean_loss", "train/contrastive_top1", "train/classifier_top1")
@@ -73,10 +75,12 @@ def status(run: RunPlace) -> None:
         n.partition("/")[2]: run_status.metrics[n] for n in LAST_METRICS if n in run_status.metrics
     }
     held = "held by a driver" if run_status.folder.is_locked() else "no driver holds it"
+    is_unscored = run_status.state == "finished" and not run_status.scores
+    unscored = ", not evaluated (`pretrain` again, or `evaluate`)" if is_unscored else ""
     unseen = "" if run_status.folder.local else " (of a remote folder a lock is not seen)"
     rows = {
         "run": run_status.folder.uri,
-        "state": f"{run_status.state}; {held}{unseen}",
+        "state": f"{run_status.state}{unscored}; {held}{unseen}",
         "steps": f"{steps}, epoch {run_status.epoch:.2f}",
         "training": ", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "-",
         "evaluation": short_scores(run_status.metrics) or "-",
@@ -108,6 +112,8 @@ def list_runs(
     """List the runs of a storage: how each stands, its epoch, and its last kNN."""
     from simclr_ray.storage.run_status import runs_in, status_of_run
 
+    if "://" not in storage and not Path(storage).is_dir():
+        raise ConfigError([ConfigIssue(storage, "there is no folder of that name")])
     statuses = [status_of_run(folder) for folder in runs_in(storage)]
     rows = []
     for run in statuses:

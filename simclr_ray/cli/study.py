@@ -201,8 +201,8 @@ def _show_results(results: Results) -> None:
 
 
 def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
+    from simclr_ray.evaluation.evaluate import split_like_test
     from simclr_ray.studies.plan import forecast, note_on_lengths
-    from simclr_ray.train.resolve import split_like_test
 
     taken = forecast(study, trials)
     rows = {

@@ -41,8 +41,10 @@ def parse_yaml(text: str, source: str = "config") -> Any:
     try:
         return YAML(typ="safe", pure=True).load(io.StringIO(text))
     except YAMLError as error:
-        first_line = " ".join(str(error).split())
-        raise ConfigError([ConfigIssue(source, f"is not YAML: {first_line}")]) from error
+        said, _, _ = str(error).partition("To suppress this check")  # advice for programmers
+        raise ConfigError(
+            [ConfigIssue(source, f"is not YAML: {' '.join(said.split())}")]
+        ) from error
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
@@ -190,7 +192,8 @@ def read_tree(source: str) -> tuple[Tree, str]:
     text, shown = _read_source(source)
     tree = parse_yaml(text, shown)
     if not isinstance(tree, dict):
-        raise ConfigError([ConfigIssue(shown, f"holds {type(tree).__name__}, not keys and values")])
+        held = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError([ConfigIssue(shown, f"holds {held}, not keys and values")])
     return tree, shown
 
 

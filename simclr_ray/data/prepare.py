@@ -33,6 +33,7 @@ from simclr_ray.data.shards import (
     write_shard,
 )
 from simclr_ray.data.source import Source
+from simclr_ray.distributed.ray_cluster import connect
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
 from simclr_ray.storage.provenance import versions_of
@@ -129,6 +130,7 @@ def prepare(
     reports = _finished(fs, folder, out, shards, overwrite=overwrite)
     if len(reports) == len(shards) and (manifest := _read_manifest(fs, folder, plan)):
         return manifest
+    connect()  # after all that a look at input and output can refuse
     _write_all(shards, reports, out, _Limit(given.num_rows, max_bad_fraction), on_progress)
     return _write_manifest(fs, folder, out, given, plan, [reports[s.index] for s in shards])
 
@@ -142,7 +144,7 @@ class _Limit:
 
     def check(self, reports: Sequence[ShardReport]) -> None:
         """Raise `TooManyBadImages` as soon as the rest cannot mend it."""
-        rejected = [r for report in reports for r in report.rejected]
+        rejected = sorted(r for report in reports for r in report.rejected)
         if len(rejected) <= self.share * self.num_rows and len(rejected) < self.num_rows:
             return
         shown = [f"{r.name}: {r.reason}" for r in rejected[:NUM_REASONS_SHOWN]]
@@ -190,7 +192,7 @@ def _finished(
     if not overwrite:
         raise DataError(
             f"{out} holds {others[0]}, which is of another dataset or of other settings; "
-            "choose an empty folder, or start over with overwrite"
+            "choose an empty folder, or start over (--overwrite, in Python overwrite=True)"
         )
     if MANIFEST in present:
         fs.delete_file(present[MANIFEST])

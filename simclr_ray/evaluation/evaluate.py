@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from simclr_ray.config.experiment import (
+    DataConfig,
     Experiment,
     NoHeadConfig,
     NTXentConfig,
@@ -31,6 +33,8 @@ from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.nn.precision import best_device
 from simclr_ray.nn.pretrained import load_model, load_trained
 
+log = logging.getLogger(__name__)
+
 PROBE_ROWS = 20_000  # of 3·size² bytes, four times over
 
 
@@ -53,7 +57,11 @@ def evaluate(
         ClusterError: `evaluation.actors` ask for more than the cluster has.
         DataError: A split cannot be read.
     """
-    return _score_all(*load_trained(folder, *overrides), protocols)
+    experiment, model = load_trained(folder, *overrides)
+    same = split_like_test(experiment.data)
+    if same:
+        log.warning("%s holds the images of %s: scores flatter", experiment.data.test, same)
+    return _score_all(experiment, model, protocols)
 
 
 def evaluate_experiment(
@@ -206,6 +214,18 @@ def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
         batch_size=experiment.evaluation.batch_size,
         precision=experiment.precision,
     )
+
+
+def split_like_test(data: DataConfig) -> str:
+    """Return which of `data.train` and `data.eval_train` holds the images of `data.test`, if any.
+
+    Opens what there is to compare. Raises `DataError` where one cannot be read.
+    """
+    if not data.test:
+        return ""
+    others = [path for path in dict.fromkeys((data.train, data.eval_train)) if path]
+    path_of_fingerprint = {Source.open(path, data.columns).fingerprint: path for path in others}
+    return path_of_fingerprint.get(Source.open(data.test, data.columns).fingerprint, "")
 
 
 def _splits(experiment: Experiment) -> tuple[Split, Split | None]:

@@ -6,6 +6,7 @@ it, so that a file that computes something else is never handed out.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,6 +76,9 @@ def write_checked(
 
 def _write_weights(path: Path, encoder: nn.Module, example: Tensor) -> None:  # noqa: ARG001 - needs none
     save_file({k: v.contiguous().clone() for k, v in encoder.state_dict().items()}, path)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors lets nobody else read, so that no service could
 
 
 def _check_weights(path: Path, encoder: nn.Module) -> None:

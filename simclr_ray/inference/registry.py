@@ -174,6 +174,7 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
     """
     address = model_address(where)
     name, version = address.name, address.version
+    store.check_there(uri)
     with store.quiet(), door(f"find {where}", uri) as client:
         from mlflow.artifacts import download_artifacts
 
@@ -238,7 +239,7 @@ def _register_model(
     Raises:
         TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
     """
-    store.check_alias(alias)
+    store.check_model(name, alias)
     with store.quiet(), door(f"register {name!r}", run.uri) as client:
         wanted = store.tags_of({key: tags[key] for key in same})
         version = _version_with(client, name, run.run_id, wanted) if wanted else 0

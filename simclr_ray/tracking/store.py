@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from simclr_ray.config.logging import held_back
-from simclr_ray.errors import TrackingError
+from simclr_ray.errors import ConfigError, ConfigIssue, TrackingError
 
 URI_VARIABLE: Final = "MLFLOW_TRACKING_URI"
 DATABASE: Final = "mlflow.db"
@@ -36,6 +36,9 @@ MAX_DIGEST_CHARS: Final = 36
 MAX_DATASET_NAME_CHARS: Final = 500
 
 _RESERVED_ALIAS: Final = re.compile(r"(?i:latest|v\d+)")  # the registry refuses these names
+_ALIAS: Final = re.compile(r"[\w\-]{1,255}")
+# the registry refuses / and :, and `models:/NAME@ALIAS` holds neither @ nor what a URI escapes
+_NOT_IN_NAMES: Final = re.compile(r"[/:@%?#\\]|[^ -~\w]")
 
 # MLflow's own defaults are 7 retries with doubling waits and 120 s per request: minutes before a
 # mistyped address is reported. Used while a store is opened; a user's own values win.
@@ -92,13 +95,33 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).resolve()
 
 
-def check_alias(alias: str) -> None:
-    """Raise `TrackingError` for an alias that MLflow reserves, before anything is uploaded."""
+def check_there(uri: str) -> None:
+    """Raise `TrackingError` for a SQLite store without its file, which MLflow would make, empty."""
+    database = sqlite_file(uri)
+    if database is not None and not database.is_file():
+        raise TrackingError(f"no MLflow store at {uri}: there is no file {database}")
+
+
+def check_model(name: str, alias: str) -> None:
+    """Raise `ConfigError` for what no registered model can be called, or no URI can hold."""
+    issues = []
+    wrong = _NOT_IN_NAMES.search(name)
+    if wrong:
+        problem = f"{wrong[0]!r} cannot stand in {name!r}: it is asked for by models:/NAME@ALIAS"
+        issues.append(ConfigIssue("registry.name", problem))
+    elif not name.strip() or name != name.strip() or len(name) > MAX_KEY_CHARS:
+        problem = f"got {name!r}; 1 to {MAX_KEY_CHARS} characters, no space at either end"
+        issues.append(ConfigIssue("registry.name", problem))
     if _RESERVED_ALIAS.fullmatch(alias):
-        raise TrackingError(
-            f"alias {alias!r} is reserved by MLflow, where `models:/name/latest` and "
-            "`models:/name/3` work without any alias; choose another, such as `newest`"
+        problem = (
+            f"{alias!r} is reserved by MLflow, where `models:/name/latest` and `models:/name/3` "
+            "work without any alias; choose another, such as `newest`"
         )
+        issues.append(ConfigIssue("registry.alias", problem))
+    elif not _ALIAS.fullmatch(alias):
+        issues.append(ConfigIssue("registry.alias", f"got {alias!r}; letters, digits, - and _"))
+    if issues:
+        raise ConfigError(issues)
 
 
 def without_password(uri: str) -> str:

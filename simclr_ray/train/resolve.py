@@ -12,16 +12,17 @@ import numpy as np
 
 from simclr_ray import config as cfg
 from simclr_ray.augment import native
-from simclr_ray.config.experiment import DataConfig, Experiment
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import imports_in
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.source import NO_LABEL, Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.evaluation.evaluate import split_like_test
 from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, open_checkpoint
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
-from simclr_ray.tracking.store import check_alias, store_uri
+from simclr_ray.tracking.store import check_model, store_uri
 from simclr_ray.train.imports import export_problem, resolve_imports
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,8 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     build_plan(config, source)  # fails here when the rows fill no batch
     _check_evaluation(config)
     if config.registry.name:
-        check_alias(config.registry.alias)
+        check_model(config.registry.name, config.registry.alias)
+    RunFolder.of(config.storage, config.name)  # fails here for a file in its place
     store_uri(config.tracking.uri, config.storage)
     _check_registrable(config)
     return ResolvedExperiment(config, source)
@@ -143,18 +145,6 @@ def _check_registrable(experiment: Experiment) -> None:
     if problem:
         shown = f"torch.export fails, so the encoder cannot be registered: {problem}"
         raise ConfigError([ConfigIssue("registry.name", shown)])
-
-
-def split_like_test(data: DataConfig) -> str:
-    """Return which of `data.train` and `data.eval_train` holds the images of `data.test`, if any.
-
-    Opens what there is to compare. Raises `DataError` where one cannot be read.
-    """
-    if not data.test:
-        return ""
-    others = [path for path in dict.fromkeys((data.train, data.eval_train)) if path]
-    path_of_fingerprint = {Source.open(path, data.columns).fingerprint: path for path in others}
-    return path_of_fingerprint.get(Source.open(data.test, data.columns).fingerprint, "")
 
 
 def resolve_classes(experiment: Experiment, source: Source) -> Experiment:

@@ -53,7 +53,9 @@ class DataConfig(Config):
 class PreparationConfig(Config):
     """How `prepare` turns images into shards."""
 
-    num_images: int = Field(0, ge=0, description="Keep the first only; 0 keeps all.")
+    num_images: int = Field(
+        0, ge=0, description="Keep the first only; 0 keeps all, and draws 20,000 `shapes`."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the shuffle, and of `shapes`.")
     split: str = Field("train", min_length=1, description="Of a torchvision dataset.")
     size: int = Field(32, ge=16, le=1024, description="Side of `shapes` in pixels.")

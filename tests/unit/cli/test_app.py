@@ -182,3 +182,37 @@ def test_a_preview_that_cannot_be_drawn_or_written_ends_in_2(tmp_path: Path) -> 
     for (_, message), done in zip(cases, ends, strict=True):
         assert done.returncode == 2, done.stderr
         assert message in errors(done)[0]
+
+
+def test_paths_that_cannot_serve_end_in_2_with_a_line(parquet: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    where, data = "/proc/nowhere", f"data.train={parquet}"
+    pretrain = ["pretrain", "photos_cpu", data, "data.columns.image=photo", "batch_size=50"]
+    pretrain += ["epochs=1", "evaluation.every_epochs=0"]
+    commands = [
+        ["prepare", str(parquet), where, "columns.image=photo"],
+        ["prepare", str(parquet), str(tmp_path / "file"), "columns.image=photo"],
+        ["prepare", str(parquet), str(tmp_path / "file" / "sub"), "columns.image=photo"],
+        ["prepare", str(tmp_path / "nothing"), "out"],
+        ["run", "list", str(tmp_path / "file")],
+        ["run", "list", str(tmp_path / "nowhere")],
+        ["preview", "photos_cpu", data, "data.columns.image=photo", "--out", f"{where}/x.png"],
+        [*pretrain, f"storage={where}"],
+        [*pretrain, f"storage={tmp_path / 'file'}", "--dry-run"],
+        [*pretrain, f"tracking.uri=sqlite:///{where}/m.db", "storage=runs"],
+        [*pretrain, "registry.name=team/enc", "--dry-run"],
+        [*pretrain, "registry.name=enc", "registry.alias=a/b", "--dry-run"],
+        ["doctor", "--workers", "0"],
+    ]
+    for command, done in zip(commands, run_in_turn(*commands, cwd=tmp_path), strict=True):
+        assert "Traceback" not in done.stderr, command
+        assert done.returncode == 2, (command, done.stderr)
+
+
+def test_a_store_that_is_not_there_is_said_and_not_made(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"unread")
+    uri = f"sqlite:///{tmp_path}/none/mlflow.db"
+    done = run("embed", "models:/enc@best", "x.png", "--tracking-uri", uri, cwd=tmp_path)
+    assert done.returncode == 1
+    assert errors(done) == [f"error: no MLflow store at {uri}: there is no file {uri[10:]}"]
+    assert not (tmp_path / "none").exists()

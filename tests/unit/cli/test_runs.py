@@ -47,7 +47,8 @@ def test_a_finished_run_says_how_far_it_came_and_where_it_is_tracked(a_run: Path
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
     assert f"steps {STEPS} of {STEPS}, epoch 2.00" in text
-    assert "state finished; no driver holds it" in text
+    assert "state finished, not evaluated" in text
+    assert "; no driver holds it" in text
     assert "mlflow ui --backend-store-uri sqlite:" in text
 
 

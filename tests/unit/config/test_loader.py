@@ -392,5 +392,5 @@ def test_a_yaml_file_that_is_missing_or_holds_no_keys_is_refused(tmp_path: Any) 
     with pytest.raises(ConfigError, match="no such file"):
         Experiment.load(str(tmp_path / "none.yaml"))
     (tmp_path / "list.yaml").write_text("[1, 2]")
-    with pytest.raises(ConfigError, match="holds list, not keys and values"):
+    with pytest.raises(ConfigError, match="holds a list, not keys and values"):
         Experiment.load(str(tmp_path / "list.yaml"))

@@ -432,7 +432,7 @@ def test_a_reserved_alias_is_refused_before_anything_is_stored(registered: Regis
     run = Tracker.open(TrackingConfig(uri=registered.uri), "unused").start_run(
         "r", params={}, tags={}
     )
-    with pytest.raises(TrackingError, match="reserved"):
+    with pytest.raises(ConfigError, match="reserved"):
         registry.register_encoder(
             registered.folder, run, name="new", alias="latest", example=image(0), tags={}
         )

@@ -53,7 +53,7 @@ def written(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("text", "kind"), [("- 1\n", "list"), ("", "NoneType"), ("a", "str")])
+@pytest.mark.parametrize(("text", "kind"), [("- 1\n", "a list"), ("", "nothing"), ("a", "a str")])
 def test_a_base_of_no_keys_is_refused_in_one_line(tmp_path: Path, text: str, kind: str) -> None:
     study = load_study(written(tmp_path))
     (tmp_path / "base.yaml").write_text(text)

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from simclr_ray.config.experiment import TrackingConfig
-from simclr_ray.errors import TrackingError
+from simclr_ray.errors import ConfigError, TrackingError
 from simclr_ray.tracking import store as mlflow_store
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 
@@ -256,5 +256,30 @@ def test_the_setting_wins_over_the_environment_and_that_over_the_default(
 
 @pytest.mark.parametrize("alias", ["latest", "Latest", "v3", "V12"])
 def test_aliases_that_mlflow_reserves_are_refused_beforehand(alias: str) -> None:
-    with pytest.raises(TrackingError, match="reserved"):
-        mlflow_store.check_alias(alias)
+    with pytest.raises(ConfigError, match=r"registry\.alias: .* reserved"):
+        mlflow_store.check_model("enc", alias)
+
+
+@pytest.mark.parametrize(
+    ("name", "alias", "key"),
+    [
+        ("team/enc", "best", "registry.name"),
+        ("a:b", "best", "registry.name"),
+        ("a@b", "best", "registry.name"),
+        (" enc", "best", "registry.name"),
+        ("e" * 251, "best", "registry.name"),
+        ("tab\tname", "best", "registry.name"),
+        ("enc", "a/b", "registry.alias"),
+        ("enc", "", "registry.alias"),
+    ],
+)
+def test_what_a_model_uri_cannot_hold_is_refused_beforehand(
+    name: str, alias: str, key: str
+) -> None:
+    with pytest.raises(ConfigError, match=key):
+        mlflow_store.check_model(name, alias)
+
+
+def test_usual_names_are_taken() -> None:
+    for name in ("enc", "team.enc-2", "my encoder", "größe_1"):
+        mlflow_store.check_model(name, "best-1")

@@ -12,8 +12,9 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ClassifierHeadConfig, DataConfig, Experiment
 from simclr_ray.errors import ConfigError, DataError, SimclrRayError
+from simclr_ray.evaluation.evaluate import split_like_test
 from simclr_ray.train.outcome import evaluation_digest
-from simclr_ray.train.resolve import resolve, split_like_test
+from simclr_ray.train.resolve import resolve
 from tests.ray.images import write_shapes
 
 CLASSIFIER = {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}}
