@@ -212,7 +212,7 @@ def test_too_many_bad_rows_stop_the_run_with_reasons(write: Write) -> None:
     assert re.match("[45] of 60 rows cannot be used", message)  # 3 are 5 %, and would do
     assert "data.max_bad_fraction=0.05" in message
     assert "not an image" in message
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2
 
 
 def test_a_share_of_zero_stops_at_the_first_bad_row(write: Write) -> None:
