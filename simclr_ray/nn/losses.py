@@ -70,6 +70,7 @@ class ContrastiveLoss(Loss):
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature = temperature
         self.normalize = normalize
+        self.has_bounded_products = normalize
         self.global_batch_size = global_batch_size
 
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -77,7 +78,7 @@ class ContrastiveLoss(Loss):
 
         Args:
             z1: Projections of view 1, not normalised. Shape [n, D], any float dtype; arithmetic is
-                float32, or float64 for float64, under autocast as well.
+                float32, or float64 for float64 and without `normalize`, under autocast as well.
             z2: Projections of view 2, row by row of the same images. Shape [n, D].
             labels: Classes, for a loss with `takes_labels`; below 0: no label. Shape [n], int64.
 
@@ -94,13 +95,16 @@ class ContrastiveLoss(Loss):
             if self.takes_labels and (labels is None or len(labels) != len(z1)):
                 raise ValueError(f"{type(self).__name__} needs one label for each image")
             counts, pair_loss = self._counts(len(z1), z1.device), self._pair_loss()
+            wide = not self.has_bounded_products
             if pair_loss is None:
                 loss: Tensor = ntxent.NTXentFunction.apply(
-                    z1, z2, self.temperature, self.normalize, counts
+                    z1, z2, self.temperature, self.normalize, wide, counts
                 )
                 return loss
             own = labels if self.takes_labels else None
-            return pairwise.loss(z1, z2, pair_loss, counts, normalize=self.normalize, labels=own)
+            return pairwise.loss(
+                z1, z2, pair_loss, counts, normalize=self.normalize, wide=wide, labels=own
+            )
 
     def metrics(
         self,
@@ -182,6 +186,7 @@ class NTXentLoss(ContrastiveLoss):
         self._only_collapsed = normalize and temperature <= 1
         if learn_temperature:
             self.temperature, self.normalize = 1.0, False
+            self.has_bounded_products = True  # by the head, which has normalised z
 
     def chance_level(self, num_images: int, dim: int) -> ChanceLevel:  # noqa: ARG002 - any D
         """Return the logarithm of the candidates: ln(2N-1), or ln(N) of the other view alone."""

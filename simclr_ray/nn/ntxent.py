@@ -12,7 +12,9 @@ with respect to a rank's own rows is local arithmetic: gathers forward, no colle
 
 Tiles of s are made, used and forgotten, forward and again backward, so no 2N x 2N matrix is ever
 held. Among a rank's own rows a tile above the diagonal also serves its mirror image, which halves
-products and exponentials. Where 1/τ bounds s (normalised z) one shift serves all rows.
+products and exponentials. Where 1/τ bounds s (normalised z) one shift serves all rows. Where
+nothing bounds s, float32 has no digits left behind its point from 2²⁴ on: such z are taken as
+float64 (`wide`), which costs twice the time on a CPU and more on most GPUs.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ class NTXentFunction(torch.autograd.Function):
         z2: Tensor,
         temperature: float,
         normalize: bool,  # noqa: FBT001 - autograd passes by position
+        wide: bool,  # noqa: FBT001
         counts: list[int],
     ) -> Tensor:
-        z, norms = interleave(z1, z2, normalize=normalize)
+        z, norms = interleave(z1, z2, normalize=normalize, wide=wide)
         row_counts = [2 * count for count in counts]
         gathered = dist.all_gather_rows(z, row_counts)  # [2N, D], this rank's rows in one piece
         first = sum(row_counts[: dist.rank()])
@@ -53,14 +56,16 @@ class NTXentFunction(torch.autograd.Function):
         aligned = (z[0::2] * z[1::2]).sum(1) / temperature  # [n]
         ctx.save_for_backward(z, norms, gathered, all_lse)
         ctx.rest = (first, temperature, shift, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
-        # row by row: two large sums would cancel
-        return (lse.view(-1, 2).sum(1) - 2 * aligned).sum() * (dist.world_size() / len(gathered))
+        # row by row: two large sums would cancel. A loss is never below 0, but rounding may be
+        each = (lse.view(-1, 2).sum(1) - 2 * aligned).clamp_(min=0)
+        loss = each.sum() * (dist.world_size() / len(gathered))
+        return loss if z1.dtype == torch.float64 else loss.float()
 
     @staticmethod
     @once_differentiable
     def backward(  # noqa: D102 - autograd's
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None]:
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
         z, norms, gathered, all_lse = ctx.saved_tensors  # type: ignore[attr-defined]
         first, temperature, shift, *dtypes = ctx.rest  # type: ignore[attr-defined]
         with torch.autocast(z.device.type, enabled=False):  # whoever calls backward
@@ -73,7 +78,7 @@ class NTXentFunction(torch.autograd.Function):
             for rows in strips(0, len(z)):
                 along = (z[rows] * gradient[rows]).sum(1, keepdim=True)
                 gradient[rows].sub_(z[rows] * along).div_(norms[rows])
-        return pairs[:, 0].to(dtypes[0]), pairs[:, 1].to(dtypes[1]), None, None, None
+        return pairs[:, 0].to(dtypes[0]), pairs[:, 1].to(dtypes[1]), None, None, None, None
 
 
 class _Sweep(NamedTuple):
@@ -113,8 +118,8 @@ class _Sweep(NamedTuple):
             if weights is not None:
                 p = tile.exp_().mul_(weights[own, None] + weights[columns])
             else:
-                p = (tile - all_lse[own, None]).exp_()
-                p += tile.sub_(all_lse[columns]).exp_()
+                p = (tile - all_lse[own, None]).clamp_(max=0).exp_()
+                p += tile.sub_(all_lse[columns]).clamp_(max=0).exp_()
             out[rows].addmm_(p, self.gathered[columns])
             if mirrored:
                 out[self._own(columns)].addmm_(p.T, self.z[rows])
@@ -151,10 +156,12 @@ def strips(start: int, stop: int) -> list[slice]:
     return [slice(i, min(i + TILE, stop)) for i in range(start, stop, TILE)]
 
 
-def interleave(z1: Tensor, z2: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Return [2n, D] in float32 or float64, z1 in even rows, and [2n, 1] norms or [0]."""
+def interleave(
+    z1: Tensor, z2: Tensor, *, normalize: bool, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return [2n, D], z1 in even rows, and [2n, 1] norms or [0]; float32, or float64 if `wide`."""
     n, dim = z1.shape
-    dtype = z1.dtype if z1.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if wide or z1.dtype == torch.float64 else torch.float32
     pairs = torch.empty(n, 2, dim, dtype=dtype, device=z1.device)
     pairs[:, 0], pairs[:, 1] = z1, z2
     z = pairs.view(2 * n, dim)

@@ -5,10 +5,10 @@ c_ij = ∂L_i/∂s_ij. s is symmetric, so
 
     dL/dz_i = 1/(2N) · Σ_j (c_ij + c_ji) z_j
 
-and c_ji follows from s_ij and a few numbers that row j *knows*: its log-sum-exp, its positive, the
-negative that it has chosen. As with NT-Xent (`ntxent`) these are gathered after z, and each rank
-has the exact gradient of the global mean for its own rows without a collective in the backward
-pass. An anchor's partner, the other view of its image, is always a row of the same rank.
+and c_ji follows from s_ij and the `row_stats` of row j: its log-sum-exp, its positive, the negative
+that it has chosen. As with NT-Xent (`ntxent`) these are gathered after z, and each rank has the
+exact gradient of the global mean for its own rows without a collective in the backward pass. An
+anchor's partner, the other view of its image, is always a row of the same rank.
 
 Rows are interleaved: views 1 and 2 of image k are rows 2k and 2k + 1, so with x = i XOR j, x is 0
 for a row and itself, 1 for partners, and odd for different views. No 2N x 2N matrix is held.
@@ -36,6 +36,7 @@ def loss(
     counts: list[int],
     *,
     normalize: bool = True,
+    wide: bool = False,
     labels: Tensor | None = None,
 ) -> Tensor:
     """Return R/(2N) times the sum of `pair_loss` over this rank's anchors. Collective: gathers.
@@ -46,11 +47,11 @@ def loss(
         pair_loss: L_i.
         counts: n of each rank.
         normalize: Divide each z by its l2 norm first.
+        wide: Compute in float64 (see `ntxent`).
         labels: int64 [n], for `Supervised`; below 0: none.
     """
-    classes = None if labels is None else _classes(labels, counts)
-    value: Tensor = _Pairwise.apply(z1, z2, pair_loss, normalize, counts, classes)
-    return value
+    classes = _classes(labels, counts) if labels is not None else None
+    return _Pairwise.apply(z1, z2, pair_loss, normalize, wide, counts, classes)  # type: ignore[no-any-return]
 
 
 class Tile(NamedTuple):
@@ -91,9 +92,7 @@ class RowTerms(NamedTuple):
     """What a `PairLoss` gives for this rank's rows."""
 
     values: Tensor  # [2n], L_i
-    positive_grad: (
-        Tensor  # [2n], −∂L_i/∂s_i,partner(i), as far as `PairLoss.grad_rows` leaves it out
-    )
+    positive_grad: Tensor  # [2n], −∂L_i/∂s_i,partner(i), so far as `grad_rows` leaves it out
     row_stats: Tensor  # [2n, S], what other ranks need of a row
 
 
@@ -109,7 +108,7 @@ class PairLoss(ABC):
 
     @abstractmethod
     def grad_rows(self, pairs: Pairs, row_stats: Tensor) -> Tensor:
-        """Return Σ_j (c_ij + c_ji) z_j of this rank's rows, [2n, D], by what all rows know."""
+        """Return Σ_j (c_ij + c_ji) z_j of this rank's rows, [2n, D], by all rows' stats."""
 
     def negative(self, x: Tensor) -> Tensor:
         """Return which pairs are an anchor and a negative of it: bool [t, c]."""
@@ -132,9 +131,8 @@ class _Dense(PairLoss):
         """Return the sum over all tiles."""
         out = torch.zeros_like(pairs.z)
         for tile in pairs.tiles():
-            out[tile.rows].addmm_(
-                self.weights(tile, pairs, row_stats), pairs.gathered[tile.columns]
-            )
+            weights = self.weights(tile, pairs, row_stats)
+            out[tile.rows].addmm_(weights, pairs.gathered[tile.columns])
         return out
 
 
@@ -166,6 +164,8 @@ class Softmax(_Dense):
             lse[tile.rows] = torch.logaddexp(lse[tile.rows], self._logits(tile).logsumexp(1))
         w = self._weights_of_positives(pairs)
         values = lse - w * pairs.positives() / self.scale
+        if not self.decoupled:
+            values.clamp_(min=0)  # rounding alone puts a row below
         return RowTerms(values, w / self.scale, lse[:, None])
 
     def weights(self, tile: Tile, pairs: Pairs, row_stats: Tensor) -> Tensor:
@@ -203,8 +203,8 @@ class Supervised(_Dense):
             counts[tile.rows] += same.sum(1)
             u.masked_fill_(tile.x == 0, float("-inf"))
             lse[tile.rows] = torch.logaddexp(lse[tile.rows], u.logsumexp(1))
-        row_stats = torch.stack([lse, 1 / counts], 1)
-        return RowTerms(lse - sums / counts, torch.zeros_like(lse), row_stats)
+        values = (lse - sums / counts).clamp_(min=0)  # as in `Softmax`
+        return RowTerms(values, torch.zeros_like(lse), torch.stack([lse, 1 / counts], 1))
 
     def weights(self, tile: Tile, pairs: Pairs, row_stats: Tensor) -> Tensor:
         """Return c_ij + c_ji: [t, c]."""
@@ -217,8 +217,8 @@ class Supervised(_Dense):
     @staticmethod
     def _same(tile: Tile, pairs: Pairs) -> Tensor:
         assert pairs.classes is not None
-        mine = pairs.classes[pairs.own(tile.rows), None]
-        return (mine == pairs.classes[tile.columns]) & (tile.x > 0)
+        own = pairs.classes[pairs.own(tile.rows), None]
+        return (own == pairs.classes[tile.columns]) & (tile.x > 0)
 
 
 class Logistic(_Dense):
@@ -294,9 +294,8 @@ class _Mined(PairLoss):
             chosen[tile.rows] = torch.where(nearer, place, chosen[tile.rows])
             best[tile.rows] = torch.where(nearer, value, best[tile.rows])
         has_negative = chosen >= 0
-        values, positive_grad, grad_rows = self.mined(
-            positive, best.masked_fill(~has_negative, 0), has_negative
-        )
+        negative = best.masked_fill(~has_negative, 0)
+        values, positive_grad, grad_rows = self.mined(positive, negative, has_negative)
         return RowTerms(values, positive_grad, torch.stack([chosen, grad_rows], 1))
 
     @abstractmethod
@@ -355,10 +354,11 @@ class _Pairwise(torch.autograd.Function):
         z2: Tensor,
         pair_loss: PairLoss,
         normalize: bool,  # noqa: FBT001 - autograd passes by position
+        wide: bool,  # noqa: FBT001
         counts: list[int],
         classes: Tensor | None,
     ) -> Tensor:
-        z, norms = interleave(z1, z2, normalize=normalize)
+        z, norms = interleave(z1, z2, normalize=normalize, wide=wide)
         row_counts = [2 * count for count in counts]
         gathered = dist.all_gather_rows(z, row_counts)
         if len(gathered) < 4:
@@ -368,13 +368,14 @@ class _Pairwise(torch.autograd.Function):
         all_row_stats = dist.all_gather_rows(row_stats, row_counts)  # [2N, S]
         ctx.save_for_backward(norms, positive_grad, all_row_stats)
         ctx.rest = (pair_loss, pairs, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
-        return values.sum() * (dist.world_size() / len(gathered))
+        loss = values.sum() * (dist.world_size() / len(gathered))
+        return loss if z1.dtype == torch.float64 else loss.float()
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         norms, positive_grad, row_stats = ctx.saved_tensors  # type: ignore[attr-defined]
         pair_loss, pairs, *dtypes = ctx.rest  # type: ignore[attr-defined]
         z = pairs.z
@@ -387,14 +388,11 @@ class _Pairwise(torch.autograd.Function):
         if len(norms):  # through z / ‖z‖
             gradient = (gradient - z * (z * gradient).sum(1, keepdim=True)) / norms
         views = gradient.view(-1, 2, z.shape[1])
-        return views[:, 0].to(dtypes[0]), views[:, 1].to(dtypes[1]), None, None, None, None
+        return views[:, 0].to(dtypes[0]), views[:, 1].to(dtypes[1]), *[None] * 5
 
 
 def _classes(labels: Tensor, counts: list[int]) -> Tensor:
-    """Return the class of every row of the global batch, one of its own for each unlabelled image.
-
-    int64 [2N]. Collective.
-    """
+    """Return the class of all rows, one of its own if unlabelled: int64 [2N]. Collective."""
     gathered_rows = dist.all_gather_rows(labels, counts)  # [N]
     alone = -1 - torch.arange(len(gathered_rows), device=labels.device)
     return torch.where(gathered_rows < 0, alone, gathered_rows).repeat_interleave(2)

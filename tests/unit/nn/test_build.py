@@ -245,7 +245,7 @@ def test_a_learned_temperature_stays_where_it_is_of_use_at_the_rates_of_the_pres
     trained = experiment(loss={"temperature": 0.2, "learn_temperature": True}, head={"dim": 16})
     model = build_model(trained)
     optimizer = build_optimizer(model, trained.optimizer)
-    loss = losses.NTXentLoss(1.0, normalize=False)
+    loss = losses.NTXentLoss(0.2, learn_temperature=True)
     images = torch.rand(16, 3, 8, 8)
     values = []
     for step in range(60):

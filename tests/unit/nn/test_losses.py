@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from simclr_ray.nn import ntxent as core
-from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
+from simclr_ray.nn.losses import ContrastiveLoss, NTXentLoss, SupConLoss, contrastive_metrics
 from tests.reference import ntxent
 
 
@@ -144,3 +146,39 @@ def test_wrong_shapes_and_temperatures_are_refused() -> None:
         NTXentLoss()(z1[0], z2[0])
     with pytest.raises(ValueError, match="temperature"):
         NTXentLoss(0.0)
+
+
+@pytest.mark.parametrize("length", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("temperature", [0.1, 1e-3])
+@pytest.mark.parametrize("build", [NTXentLoss, SupConLoss, partial(NTXentLoss, negatives="other")])
+def test_products_without_a_bound_keep_their_digits_in_float32(
+    build: Callable[..., ContrastiveLoss], temperature: float, length: float
+) -> None:
+    """Below 0, or with a gradient that is not finite, is where float32 products ended."""
+    loss = build(temperature, normalize=False)
+    labels = torch.full((64,), -1) if loss.takes_labels else None
+    wide = [z * length for z in random_views(5, 64, 32)]
+    z1, z2 = (z.float().requires_grad_() for z in wide)
+    value = loss(z1, z2, labels)
+    assert value.dtype == torch.float32
+    value.backward()
+    exact = [z.detach().double().requires_grad_() for z in (z1, z2)]
+    expected = loss(*exact, labels)
+    expected.backward()
+    assert value.item() >= 0
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, oracle in zip((z1.grad, z2.grad), (z.grad for z in exact), strict=True):
+        assert ours is not None
+        assert oracle is not None
+        assert ours.isfinite().all()
+        torch.testing.assert_close(
+            ours.double(), oracle, rtol=1e-5, atol=1e-5 * oracle.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_partners_alike_and_far_from_the_others_lose_nothing(normalize: bool) -> None:
+    z = 40 * torch.eye(16, 32) + 0.01 * random_views(6, 16, 32)[0].float()
+    for images in (1, 16):
+        value = NTXentLoss(0.01, normalize=normalize)(z[:images], z[:images]).item()
+        assert 0 <= value < 1e-6
