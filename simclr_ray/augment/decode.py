@@ -7,23 +7,29 @@ header against our limit before a pixel is decoded, and never touches Pillow's o
 whose warning could only be silenced for the whole process (`catch_warnings` is not thread-safe).
 `torchvision.io.decode_image` does not replace it: it allocates what the header says without a
 limit, reads neither BMP, TIFF nor PPM, and would have to be installed wherever a model is served.
+
+How bright a value is follows from the file's own bits and photometric: 12-bit gray is white at
+4095. What a file says *about* its pixels (comments, profiles, thumbnails) never costs the pixels.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import struct
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageFile,
     ImageOps,
+    Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
@@ -38,18 +44,42 @@ CROP_PROPORTION: Final = 0.875
 # At most this side, the authors evaluate on the whole image (data.py: no crop for 32 px and less).
 WHOLE_IMAGE_SIDE: Final = 32
 
-_Decoder = Callable[[io.BytesIO], ImageFile.ImageFile]
-_DECODERS: Final[tuple[tuple[bytes, _Decoder], ...]] = (
-    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
-    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
-    (b"RIFF", WebPImagePlugin.WebPImageFile),
-    (b"GIF8", GifImagePlugin.GifImageFile),
-    (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"II*\x00", TiffImagePlugin.TiffImageFile),
-    (b"MM\x00*", TiffImagePlugin.TiffImageFile),
-    (b"P5", PpmImagePlugin.PpmImageFile),
-    (b"P6", PpmImagePlugin.PpmImageFile),
+FIRST_BYTES: Final = 132  # of a file, which tell its format: DICOM has a preamble of 128
+
+
+class Format(NamedTuple):
+    """A file format, as its first bytes tell it."""
+
+    name: str
+    extra: str = ""  # of ours, which installs its decoder
+    open: Callable[[io.BytesIO], Any] | None = None  # Pillow's
+
+
+_JPEG = Format("JPEG", open=JpegImagePlugin.JpegImageFile)
+_PNG = Format("PNG", open=PngImagePlugin.PngImageFile)
+_WEBP = Format("WebP", open=WebPImagePlugin.WebPImageFile)
+_TIFF = Format("TIFF", open=TiffImagePlugin.TiffImageFile)
+_JPEG_2000 = Format("JPEG 2000", open=Jpeg2KImagePlugin.Jpeg2KImageFile)
+_PNM = Format("PNM", open=PpmImagePlugin.PpmImageFile)
+_AVIF = Format("AVIF", open=AvifImagePlugin.AvifImageFile)
+_HEIC = Format("HEIC", extra="heic")
+_DICOM = Format("DICOM", extra="dicom")
+_MAGIC: Final[tuple[tuple[bytes, Format], ...]] = (
+    (b"\xff\xd8\xff", _JPEG),
+    (b"\x89PNG\r\n\x1a\n", _PNG),
+    (b"GIF8", Format("GIF", open=GifImagePlugin.GifImageFile)),
+    (b"BM", Format("BMP", open=BmpImagePlugin.BmpImageFile)),
+    (b"II*\x00", _TIFF),
+    (b"MM\x00*", _TIFF),
+    (b"II+\x00", _TIFF),  # BigTIFF
+    (b"MM\x00+", _TIFF),
+    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", _JPEG_2000),
+    (b"\xff\x4f\xff\x51", _JPEG_2000),  # a bare codestream
 )
+_HEIC_BRANDS: Final = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
+_EXTRA_PACKAGES: Final = {"heic": "pi_heif", "dicom": "pydicom"}
+_WHITE_16: Final = 65535
+_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # tags of a TIFF
 _ORIENTED: Final = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
@@ -57,34 +87,85 @@ class ImageError(ValueError):
     """One image cannot be used; the message is a short reason, the same for the same fault."""
 
 
-def decode_image(encoded: bytes, max_pixels: int = 50_000_000, min_side: int = 2) -> Pixels:
+def format_of(first_bytes: bytes) -> Format | None:
+    """Return the format of a file that begins so (`FIRST_BYTES` suffice); None: no image."""
+    for magic, kind in _MAGIC:
+        if first_bytes.startswith(magic):
+            return kind
+    if first_bytes.startswith(b"RIFF") and first_bytes[8:12] == b"WEBP":
+        return _WEBP
+    if first_bytes[:1] == b"P" and first_bytes[1:2] in b"123456" and first_bytes[2:3].isspace():
+        return _PNM
+    if first_bytes[4:8] == b"ftyp":
+        brands = {first_bytes[8:12], *(first_bytes[at : at + 4] for at in range(16, 32, 4))}
+        if brands & {b"avif", b"avis"}:
+            return _AVIF
+        return _HEIC if brands & _HEIC_BRANDS else None
+    return _DICOM if first_bytes[128:132] == b"DICM" else None
+
+
+def decoder_missing(kind: Format) -> str:
+    """Return how to install the decoder of a format; nothing where it is there."""
+    package = _EXTRA_PACKAGES.get(kind.extra)
+    if package is None or importlib.util.find_spec(package):
+        return ""
+    return f"install simclr-ray[{kind.extra}]"
+
+
+def decode_image(
+    encoded: bytes, max_pixels: int = 50_000_000, min_side: int = 2, white: float = 0
+) -> Pixels:
     """Return the pixels of one encoded image as people see it, uint8 [H, W, 3], contiguous.
 
-    JPEG, PNG, WebP, GIF, BMP, TIFF and binary PPM/PGM. EXIF orientation is applied, transparency
-    is laid over white, 16-bit gray is divided by 257 (65535 -> 255), of an animation the first
-    frame counts; CMYK, palette, gray and bilevel become RGB. Safe to call from many threads.
+    JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, JPEG 2000 and PPM/PGM/PBM; HEIC and DICOM where pi-heif
+    and pydicom are installed, and TIFF that Pillow does not read where tifffile is. EXIF
+    orientation is applied, transparency is laid over white, of an animation the first frame
+    counts; CMYK, palette, gray and bilevel become RGB. Gray of more than 8 bits is scaled by its
+    bits. Safe to call from many threads.
 
     Args:
         encoded: the bytes of the file.
         max_pixels: images of more pixels are refused by their header, before they take memory.
         min_side: images with a shorter side are refused.
+        white: value that is white in gray of 9 to 16 bits; 0: the largest that its bits hold.
 
     Raises:
         ImageError: with the reason: `empty`, `not an image`, `broken header`, `truncated`,
-            `undecodable`, `too many pixels: WxH`, `too small: WxH`, `pixels of mode F ...`.
+            `undecodable`, `too many pixels: WxH`, `too small: WxH`, `pixels of mode F ...`,
+            `HEIC (install simclr-ray[heic])`.
     """
-    image = _open(encoded, max_pixels)
-    _check_size(image.size, max_pixels)
-    if min(image.size) < min_side:
-        raise ImageError(f"too small: {image.width}x{image.height}")
+    kind = format_of(encoded[:FIRST_BYTES])
+    try:
+        return _decode(encoded, kind, max_pixels, min_side, white)
+    except _UndecodedError as error:
+        if kind in (_JPEG, _PNG):
+            stripped = _without_metadata(encoded, kind)
+            if len(stripped) < len(encoded):
+                return _decode(stripped, kind, max_pixels, min_side, white)
+        if kind is _TIFF:
+            page = _tiff_page(encoded, max_pixels, min_side, white)
+            if page is not None:
+                return page
+        raise error from error.__cause__
+
+
+class _UndecodedError(ImageError):
+    """A decoder has failed, perhaps for what is said about the pixels."""
+
+
+def _decode(
+    encoded: bytes, kind: Format | None, max_pixels: int, min_side: int, white: float
+) -> Pixels:
+    image = _open(encoded, kind, max_pixels)
+    _check_size(image.size, max_pixels, min_side)
     try:
         image.load()
-        pixels = _to_rgb(_upright(image))
+        gray = _gray16(image, white)  # before turning, which forgets what the file says
+        return _to_rgb(_upright(image) if gray is None else _upright(gray))
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything at all on broken bytes
-        raise ImageError(_reason(error)) from error
-    return pixels
+        raise _UndecodedError(_reason(error)) from error
 
 
 def evaluation_view(pixels: Pixels, size: int) -> Pixels:
@@ -111,28 +192,63 @@ def evaluation_view(pixels: Pixels, size: int) -> Pixels:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
+def _open(encoded: bytes, kind: Format | None, max_pixels: int) -> Image.Image:
     """Return the image with its header read and its pixels not."""
     if not encoded:
         raise ImageError("empty")
-    decoder = next((d for magic, d in _DECODERS if encoded.startswith(magic)), None)
-    if decoder is None:
+    if kind is None:
         raise ImageError("not an image")
-    if decoder is WebPImagePlugin.WebPImageFile:
-        if encoded[8:12] != b"WEBP":
-            raise ImageError("not an image")
+    if kind.open is None:
+        return _open_by_extra(encoded, kind, max_pixels)
+    if kind is _WEBP:
         _check_size(_webp_size(encoded), max_pixels)  # Pillow's constructor takes a whole canvas
     try:
-        return decoder(io.BytesIO(encoded))
+        image: Image.Image = kind.open(io.BytesIO(encoded))
     except MemoryError:
         raise
     except Exception as error:
-        raise ImageError("broken header") from error
+        raise _UndecodedError("broken header") from error
+    return image
 
 
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+def _open_by_extra(encoded: bytes, kind: Format, max_pixels: int) -> Image.Image:
+    """Return an image whose decoder is a package that the base does not install."""
+    try:
+        if kind is _HEIC:
+            heif = importlib.import_module("pi_heif")
+            return heif.HeifImagePlugin.HeifImageFile(io.BytesIO(encoded))  # type: ignore[no-any-return]
+        dicom = importlib.import_module("pydicom").dcmread(io.BytesIO(encoded))
+        _check_size((int(dicom.Columns), int(dicom.Rows)), max_pixels)
+        return Image.fromarray(_dicom_frame(dicom))
+    except ImportError:
+        raise ImageError(f"{kind.name} (install simclr-ray[{kind.extra}])") from None
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError("undecodable") from error
+
+
+def _dicom_frame(dicom: Any) -> Pixels:
+    """Return the first frame as uint8: gray by the file's own tables and window, or color.
+
+    What the window leaves is stretched from its least to its largest value, as viewers do.
+    """
+    pixels = importlib.import_module("pydicom.pixels")
+    frame = pixels.pixel_array(dicom, index=0)
+    if frame.ndim == 3:
+        return np.ascontiguousarray(frame, dtype=np.uint8)
+    values = pixels.apply_voi_lut(pixels.apply_modality_lut(frame, dicom), dicom).astype(np.float64)
+    gray = (values - values.min()) / max(values.max() - values.min(), 1e-9)
+    if dicom.PhotometricInterpretation == "MONOCHROME1":
+        gray = 1 - gray
+    return scaled_gray(gray, 1)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, min_side: int = 0) -> None:
     if size[0] * size[1] > max_pixels:
         raise ImageError(f"too many pixels: {size[0]}x{size[1]}")
+    if min(size) < min_side:
+        raise ImageError(f"too small: {size[0]}x{size[1]}")
 
 
 def _webp_size(encoded: bytes) -> tuple[int, int]:
@@ -166,17 +282,108 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Pixels:
     """Return a loaded image of any mode as uint8 [H, W, 3]."""
-    mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
-        values = np.asarray(image).astype(np.float64)
-        gray = np.clip(np.rint(values / 257), 0, 255).astype(np.uint8)
-        return np.ascontiguousarray(np.repeat(gray[:, :, None], 3, axis=2))
-    if mode in ("I", "F"):
-        raise ImageError(f"pixels of mode {mode} have no known range")
-    if "transparency" in image.info or mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+    if image.mode in ("I", "F"):
+        raise _UndecodedError(f"pixels of mode {image.mode} have no known range")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         return _over_white(image.convert("RGBA"))
-    rgb = image if mode == "RGB" else image.convert("RGB")
-    return np.array(rgb, dtype=np.uint8, order="C")
+    return np.array(image.convert("RGB"), dtype=np.uint8, order="C")
+
+
+def _gray16(image: Image.Image, white: float) -> Image.Image | None:
+    """Return gray of 9 to 16 bits as gray of 8, by what the file states; None for other pixels."""
+    is_wide = image.mode.startswith("I;16")
+    if not is_wide and not (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return None
+    values, top = np.asarray(image), _WHITE_16
+    clear = image.info.get("transparency") if image.format == "PNG" else None
+    if image.format == "TIFF":
+        tags: Any = image
+        top = 2 ** int(tags.tag_v2.get(_BITS, (16,))[0]) - 1
+        if tags.tag_v2.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits
+            values = top - values
+    gray = scaled_gray(values, white or top)
+    if isinstance(clear, int):
+        gray[values == clear] = 255
+    out = Image.fromarray(gray)
+    out.info = {key: image.info[key] for key in _ORIENTED if key in image.info}
+    if image.format == "TIFF":
+        out.getexif().update({_ORIENTATION: image.getexif().get(_ORIENTATION, 1)})
+        out.info["exif"] = out.getexif().tobytes()
+    return out
+
+
+def scaled_gray(values: npt.NDArray[Any], white: float) -> Pixels:
+    """Return values in [0, white] as uint8; what is above is white."""
+    # 65535 / 255 is 257 without rounding
+    return np.clip(np.rint(values / (white / 255)), 0, 255).astype(np.uint8)
+
+
+def gray_to_rgb(gray: Pixels) -> Pixels:
+    """Return uint8 [H, W] as [H, W, 3], contiguous."""
+    return np.repeat(gray[:, :, None], 3, axis=2)
+
+
+def _tiff_page(encoded: bytes, max_pixels: int, min_side: int, white: float) -> Pixels | None:
+    """Return the first page by tifffile, where that is installed; None where it is not.
+
+    Pillow has a list of combinations of bits, byte order and photometric; what is not on it, such
+    as big-endian 12 bits, it refuses.
+    """
+    try:
+        tifffile = importlib.import_module("tifffile")
+        page = tifffile.TiffFile(io.BytesIO(encoded)).pages[0]
+        _check_size((page.imagewidth, page.imagelength), max_pixels, min_side)
+        kind = page.photometric.name
+        if page.dtype.kind != "u" or kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
+            return None
+        values, top = page.asarray(), 2**page.bitspersample - 1
+    except ImportError:
+        return None
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(_reason(error)) from error
+    values = top - values if kind == "MINISWHITE" else values
+    gray = scaled_gray(values.squeeze(), white or top if values.ndim == 2 else top)
+    if gray.ndim == 2:
+        return gray_to_rgb(gray)
+    if gray.ndim != 3 or gray.shape[2] not in (3, 4):
+        raise ImageError(f"{gray.shape[-1]} channels")
+    return _over_white(Image.fromarray(gray)) if gray.shape[2] == 4 else gray
+
+
+def _without_metadata(encoded: bytes, kind: Format) -> bytes:
+    """Return a PNG or JPEG without what is said about its pixels, but for what changes them."""
+    parts = _png_chunks(encoded) if kind is _PNG else _jpeg_segments(encoded)
+    try:
+        return b"".join(parts)
+    except (struct.error, IndexError):
+        return encoded
+
+
+def _png_chunks(encoded: bytes) -> Iterator[bytes]:
+    """Yield the signature and the critical chunks (a capital begins their names) and two more."""
+    yield encoded[:8]
+    at = 8
+    while at < len(encoded):
+        (length,) = struct.unpack_from(">I", encoded, at)
+        name = encoded[at + 4 : at + 8]
+        if name[:1].isupper() or name in (b"tRNS", b"eXIf"):
+            yield encoded[at : at + 12 + length]
+        at += 12 + length
+
+
+def _jpeg_segments(encoded: bytes) -> Iterator[bytes]:
+    """Yield the segments but for comments and applications' own; APP14 says how color is coded."""
+    yield encoded[:2]
+    at = 2
+    while encoded[at + 1] != 0xDA:  # the scan, to which nothing is said any more
+        (length,) = struct.unpack_from(">H", encoded, at + 2)
+        marker = encoded[at + 1]
+        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
+            yield encoded[at : at + 2 + length]
+        at += 2 + length
+    yield encoded[at:]
 
 
 def _over_white(rgba: Image.Image) -> Pixels:
