@@ -39,7 +39,7 @@ from benchmarks.record import portable, store
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import build_plan, join
-from simclr_ray.data.files import list_parquet
+from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.storage.filesystem import filesystem
 

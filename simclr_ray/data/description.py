@@ -9,9 +9,10 @@ import numpy as np
 
 from simclr_ray.augment.decode import ImageError, decode_image
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.data.files import list_parquet
+from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.footer import read_footers
-from simclr_ray.data.source import NO_LABEL, Source
+from simclr_ray.data.listing import list_parquet
+from simclr_ray.data.source import Source
 from simclr_ray.storage.filesystem import filesystem
 
 SAMPLED_GROUPS, ROWS_OF_A_GROUP = 4, 64  # images that are decoded: the first of some row groups
@@ -43,8 +44,8 @@ def describe(uri: str, columns: ColumnsConfig | None = None) -> Description:
         DataError: As `Source.open`.
     """
     source = Source.open(uri, columns)
-    files, root = filesystem(uri)
-    listed = list_parquet(files, root, uri)
+    files, root = filesystem(source.uri)  # of a folder of images, its list
+    listed = list_parquet(files, root, source.uri)
     (first,) = read_footers(files, listed[:1])
     labels = Counter(source.labels().tolist()) if source.has_labels else Counter[int]()
     sizes, bad, num_sampled = _decoded(source)

@@ -1,55 +1,19 @@
-"""Where files lie: a path or URI to a file system, its parquet files, and images named by path.
-
-Everything goes through `pyarrow.fs`, so a bucket serves as well as a folder.
-"""
+"""Images that a column holds, or names by path: of a bucket as well as of a folder."""
 
 from __future__ import annotations
 
 import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, cast
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from simclr_ray.data.listing import REMOTE_THREADS
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
-
-# Requests to a bucket take tens of milliseconds and no processor; local files do neither.
-REMOTE_THREADS = 16
-
-
-class Listed(NamedTuple):
-    """A file that was found: its path on the file system and its size in bytes."""
-
-    path: str
-    size: int
-
-
-def list_parquet(fs: pafs.FileSystem, root: str, uri: str) -> list[Listed]:
-    """Return the parquet file `root`, or those below the folder `root`, sorted by path.
-
-    Names that begin with a dot or underscore are skipped, as everywhere in the parquet world:
-    they are half-written files and notes.
-
-    Raises:
-        DataError: there is nothing at `uri`, or no parquet in it.
-    """
-    try:
-        info = fs.get_file_info(root)
-        if info.type == pafs.FileType.NotFound:
-            raise DataError(f"{uri}: no such file or folder")
-        if info.type == pafs.FileType.File:
-            return [Listed(root, info.size)]
-        entries = fs.get_file_info(pafs.FileSelector(root, recursive=True))
-    except OSError as error:
-        raise DataError(f"{uri} cannot be listed: {one_line(error)}") from error
-    files = [i for i in entries if i.type == pafs.FileType.File and _is_data(i.path, root)]
-    if not files:
-        raise DataError(f"{uri} is a folder without parquet files (*.parquet)")
-    return sorted(Listed(i.path, i.size) for i in files)
 
 
 def read_images(column: pa.ChunkedArray, fs: pafs.FileSystem, path: str) -> list[bytes | None]:
@@ -97,12 +61,12 @@ def _target(name: str, fs: pafs.FileSystem, path: str) -> tuple[pafs.FileSystem,
 
 def _read_all(targets: Sequence[tuple[pafs.FileSystem, str]]) -> list[bytes | None]:
     if not targets or all(is_local(fs) for fs, _ in targets):
-        return [_read_one(target) for target in targets]
+        return [read_file(target) for target in targets]
     with ThreadPoolExecutor(REMOTE_THREADS) as pool:
-        return list(pool.map(_read_one, targets))
+        return list(pool.map(read_file, targets))
 
 
-def _read_one(target: tuple[pafs.FileSystem, str]) -> bytes | None:
+def read_file(target: tuple[pafs.FileSystem, str]) -> bytes | None:
     """Return a file, or None when it cannot be had: one bad row, counted as such by the reader."""
     fs, path = target
     try:
@@ -115,8 +79,3 @@ def _read_one(target: tuple[pafs.FileSystem, str]) -> bytes | None:
         if is_local(fs):  # a folder, a name too long, a bad sector: of this file alone
             return None
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
-
-
-def _is_data(path: str, root: str) -> bool:
-    parts = path.removeprefix(root).strip("/").split("/")
-    return path.endswith(".parquet") and not any(p.startswith((".", "_")) for p in parts)

@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.config import nearest
-from simclr_ray.data.files import REMOTE_THREADS, Listed
+from simclr_ray.data.listing import REMOTE_THREADS, Listed
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import is_local, one_line
 

@@ -18,11 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from simclr_ray.config import digest_of
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.data.inputs import Input, open_input
+from simclr_ray.config.sections.data import FolderLabels
+from simclr_ray.data.classes import NO_LABEL
+from simclr_ray.data.inputs import open_input
+from simclr_ray.data.items import Input
 from simclr_ray.data.shards import (
     SCHEMA_VERSION,
     Rejected,
@@ -32,13 +37,12 @@ from simclr_ray.data.shards import (
     shard_name,
     write_shard,
 )
-from simclr_ray.data.source import Source
+from simclr_ray.data.source import INDEX, MANIFEST, Source
 from simclr_ray.distributed.ray_cluster import connect
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.storage.filesystem import filesystem, write_text_whole
+from simclr_ray.storage.filesystem import filesystem, open_whole, write_text_whole
 from simclr_ray.storage.provenance import versions_of
 
-MANIFEST = "manifest.json"
 LIBRARIES = ("numpy", "pillow", "pyarrow", "ray", "simclr-ray")
 NUM_REASONS_SHOWN = 5
 
@@ -49,7 +53,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds; `manifest.json`."""
+    """What a prepared folder holds; `_manifest.json`.
+
+    `has_index`: ids are distinct, and stand with the labels in `_labels.parquet`.
+    """
 
     schema_version: int
     num_rows: int
@@ -59,6 +66,7 @@ class Manifest:
     rejected: tuple[Rejected, ...]
     input: dict[str, object]
     plan: str
+    has_index: bool
     libraries: dict[str, str]
 
 
@@ -71,6 +79,7 @@ def prepare(
     columns: ColumnsConfig | None = None,
     split: str = "train",
     size: int = 32,
+    labels: FolderLabels = "auto",
     download_folder: str = "",
     rows_per_shard: int = 5000,
     max_bad_fraction: float = 0.01,
@@ -92,6 +101,8 @@ def prepare(
         columns: which columns of a parquet input hold what.
         split: of a torchvision dataset that has splits.
         size: side of the images of `shapes`, in pixels.
+        labels: of a folder of images: `folders`, whose names are the classes, `none`, or `auto`:
+            the folders, saying which images lie in none.
         download_folder: where torchvision keeps its files; empty is a cache folder of the user.
         rows_per_shard: at most; fewer where parquet rows are large.
         max_bad_fraction: share of unusable images that stops, in [0, 1].
@@ -113,6 +124,7 @@ def prepare(
         num_images=num_images,
         size=size,
         seed=seed,
+        labels=labels,
     )
     identity = {
         "schema_version": SCHEMA_VERSION,
@@ -272,6 +284,8 @@ def _write_manifest(
     reports: Sequence[ShardReport],
 ) -> Manifest:
     source = Source.open(out)
+    if source.has_ids:
+        _write_index(fs, f"{folder}/{INDEX}", source)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         num_rows=source.num_rows,
@@ -281,11 +295,22 @@ def _write_manifest(
         rejected=tuple(sorted(r for report in reports for r in report.rejected)),
         input=given.identity,
         plan=plan,
+        has_index=source.has_ids,
         libraries={"python": platform.python_version()} | versions_of(LIBRARIES),
     )
     tree = asdict(manifest) | {"rejected": [r._asdict() for r in manifest.rejected]}
     write_text_whole(fs, f"{folder}/{MANIFEST}", json.dumps(tree, indent=2) + "\n")
     return manifest
+
+
+def _write_index(fs: pafs.FileSystem, path: str, source: Source) -> None:
+    """Write ids and labels of all rows, in order, so that nobody reads each shard for them."""
+    labels = pa.nulls(source.num_rows, pa.int64())
+    if source.has_labels:
+        values = source.labels()
+        labels = pa.array(values, mask=values == NO_LABEL)
+    with open_whole(fs, path) as stream:
+        pq.write_table(pa.table({"id": source.ids(), "label": labels}), stream)
 
 
 def _read_manifest(fs: pafs.FileSystem, folder: str, plan: str) -> Manifest | None:

@@ -17,11 +17,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.augment.decode import ImageError, decode_image
-from simclr_ray.data.inputs import Item, ShardTask
-from simclr_ray.data.source import NO_LABEL
+from simclr_ray.data.classes import NO_LABEL
+from simclr_ray.data.columns import PATH_COLUMN
+from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.storage.filesystem import open_whole
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no paths
 MAX_GROUP_ROWS = 1000
 # A reader holds a row group at a time: 32 MiB keeps two actors with windows of several small.
 MAX_GROUP_BYTES = 32 * 2**20
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
         pa.field("id", pa.int64(), nullable=False),
         pa.field("image", pa.binary(), nullable=False),
         pa.field("label", pa.int64()),
+        pa.field(PATH_COLUMN, pa.string()),
     ]
 )
 
@@ -88,7 +90,7 @@ def write_shard(plan: ShardPlan, fs: pafs.FileSystem, folder: str) -> ShardRepor
         pq.ParquetWriter(
             stream,
             SCHEMA.with_metadata(metadata),
-            compression={"id": "snappy", "image": "none", "label": "snappy"},
+            compression={name: "none" if name == "image" else "snappy" for name in SCHEMA.names},
             use_dictionary=["label"],
             write_statistics=["id", "label"],
         ) as writer,
@@ -150,6 +152,7 @@ class _Groups:
             pa.array([i.id for i in self._items], pa.int64()),
             pa.array([i.encoded for i in self._items], pa.binary()),
             pa.array(labels, pa.int64()),
+            pa.array([i.path or None for i in self._items], pa.string()),
         ]
         self.writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), MAX_GROUP_ROWS)
         self.num_rows += len(self._items)

@@ -13,23 +13,28 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.data.files import list_parquet, read_images
+from simclr_ray.data.classes import Int64s, LabelColumn, as_integers
+from simclr_ray.data.columns import PATH_COLUMN, check_image, has_integer_ids, has_paths, labels_in
+from simclr_ray.data.files import read_images
+from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.footer import Footer, read_footers
+from simclr_ray.data.listing import holds_parquet, list_parquet
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, is_local, one_line
+from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
 
-Int64s = npt.NDArray[np.int64]
-NO_LABEL = -1
+INDEX = "_labels.parquet"  # of a prepared set: ids and labels of all rows, in order
+MANIFEST = "_manifest.json"
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +49,35 @@ class RowGroup(NamedTuple):
 
 
 class RowTable(NamedTuple):
-    """Some rows: ids int64 [m], encoded images (None where there is none), labels int64 [m]."""
+    """Some rows: ids int64 [m], encoded images (None where there is none), labels int64 [m].
+
+    `paths` are the names of the files that the images were, where the dataset has them.
+    """
 
     ids: Int64s
     images: list[bytes | None]
     labels: Int64s | None
+    paths: list[str | None] | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A parquet dataset whose footers were read and whose columns were checked."""
+    """A parquet dataset whose footers were read and whose columns were checked.
+
+    Attributes:
+        uri: Where it lies.
+        files: Its files, sorted by path.
+        row_groups: Their row groups, in order.
+        num_rows: M.
+        row_bytes: Of the files, on average.
+        columns: Which columns hold what.
+        has_ids: The id column tells rows apart; else rows are numbered.
+        label: How labels are read; None: there are none.
+        unlabelled: Why there are none, as a clause.
+        has_paths: Rows say which file they were.
+        index: File with ids and labels alone, of a prepared set; empty: there is none.
+        fingerprint: 16 hex digits of all that decides the rows.
+    """
 
     uri: str
     files: tuple[str, ...]
@@ -62,13 +86,28 @@ class Source:
     row_bytes: float  # of the files, on average
     columns: ColumnsConfig
     has_ids: bool
-    has_labels: bool
-    class_names: tuple[str, ...]
+    label: LabelColumn | None
+    unlabelled: str
+    has_paths: bool
+    index: str
     fingerprint: str
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is a label column with labels in it."""
+        return self.label is not None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in label order; empty without names."""
+        return self.label.names if self.label else ()
 
     @classmethod
     def open(cls, uri: str, columns: ColumnsConfig | None = None, limit: int = 0) -> Source:
         """Return the dataset at `uri`: a parquet file, or a folder of them at any depth.
+
+        Of a folder of image files a list is made, which lies in the user's cache; `train.resolve`
+        puts it where all nodes see it.
 
         Args:
             uri: a local path, or anything `pyarrow.fs` takes (`s3://`, `gs://`, `file://` ...).
@@ -81,24 +120,33 @@ class Source:
         """
         columns = columns or ColumnsConfig()
         fs, root = filesystem(uri)
+        if not holds_parquet(fs, root, uri):
+            uri = index_folder(uri, str(cache_folder("lists")))
+            fs, root = filesystem(uri)
         listed = list_parquet(fs, root, uri)
         footers = read_footers(fs, listed)
-        has_ids, has_labels = _check_columns(footers, columns)
+        for footer in footers:
+            check_image(footer, columns.image)
         groups = _row_groups(footers, limit)
         if not groups:
             raise DataError(f"{uri} holds no rows")
-        return cls(
+        source = cls(
             uri=uri,
             files=tuple(f.path for f in footers),
             row_groups=groups,
             num_rows=groups[-1].first_row + groups[-1].num_rows,
             row_bytes=sum(f.size for f in footers) / sum(sum(f.group_rows) for f in footers),
             columns=columns,
-            has_ids=has_ids,
-            has_labels=has_labels,
-            class_names=footers[0].class_names(columns.label) if has_labels else (),
+            has_ids=has_integer_ids(footers, columns),
+            label=None,
+            unlabelled="",
+            has_paths=has_paths(footers),
+            index=_index(fs, root, footers, columns),
             fingerprint=_fingerprint(footers, root, columns, limit),
         )
+        label, why = labels_in(footers, columns, source.num_rows, source._parts)
+        source = replace(source, label=label, unlabelled=why)
+        return replace(source, has_ids=source.has_ids and _ids_are_keys(source))
 
     def read_group(self, index: int, *, labels: bool = True) -> RowTable:
         """Return row group `index` of `row_groups`, its rows in order.
@@ -111,7 +159,7 @@ class Source:
             DataError: the file is gone, changed, or broken.
         """
         group = self.row_groups[index]
-        table = self._read(group, self._wanted(self.columns.image, labels=labels))
+        table = self._read(group, self._wanted(labels=labels))
         return self._rows(table, np.arange(group.num_rows, dtype=np.int64) + group.first_row, group)
 
     def read_rows(self, rows: npt.NDArray[np.integer]) -> RowTable:
@@ -132,33 +180,41 @@ class Source:
         ids = np.empty(len(wanted), dtype=np.int64)
         labels = np.empty(len(wanted), dtype=np.int64) if self.has_labels else None
         images: list[bytes | None] = [None] * len(wanted)
+        paths: list[str | None] = [None] * len(wanted)
         for index in np.unique(owner):
             group = self.row_groups[index]
             places = np.flatnonzero(owner == index)
-            table = self._read(group, self._wanted(self.columns.image))
+            table = self._read(group, self._wanted())
             part = self._rows(table.take(wanted[places] - group.first_row), wanted[places], group)
             ids[places] = part.ids
             if labels is not None and part.labels is not None:
                 labels[places] = part.labels
-            for place, image in zip(places, part.images, strict=True):
-                images[place] = image
-        return RowTable(ids, images, labels)
+            for at, place in enumerate(places):
+                images[place] = part.images[at]
+                paths[place] = part.paths[at] if part.paths else None
+        return RowTable(ids, images, labels, paths if self.has_paths else None)
 
     def labels(self) -> Int64s:
         """Return the label of every row, int64 [num_rows], -1 where null; reads no image.
 
         Raises:
-            DataError: the dataset has no label column.
+            DataError: the dataset has no labels.
         """
-        if not self.has_labels:
-            raise DataError(f"{self.uri} has no label column {self.columns.label!r}")
-        return self._column(self.columns.label, NO_LABEL)
+        if self.label is None:
+            raise DataError(f"{self.uri} {self.unlabelled}")
+        if self.index:
+            column = self._indexed(self.label.name)
+            return self.label.read(column, 0, self.index)
+        parts = zip(self._parts(self.label.name), self.row_groups, strict=True)
+        return np.concatenate(
+            [self.label.read(part, g.file, self.files[g.file]) for part, g in parts]
+        )
 
     def label_of(self) -> Callable[[Int64s], Int64s]:
         """Return what finds the labels of ids: int64 [m] -> int64 [m], -1 where null.
 
         Raises:
-            DataError: the dataset has no label column.
+            DataError: the dataset has no labels.
         """
         labels = self.labels()
         if not self.has_ids:
@@ -172,33 +228,47 @@ class Source:
         """Return the id of every row, int64 [num_rows]; reads no image."""
         if not self.has_ids:
             return np.arange(self.num_rows, dtype=np.int64)
-        return self._column(self.columns.id, None)
+        if self.index:
+            return _integers(self._indexed(self.columns.id), self.index, self.columns.id)
+        name = self.columns.id
+        parts = zip(self._parts(name), self.row_groups, strict=True)
+        return np.concatenate([_integers(part, self.files[g.file], name) for part, g in parts])
 
-    def _wanted(self, image: str, *, labels: bool = True) -> list[str]:
-        wanted = [image]
+    def _wanted(self, *, labels: bool = True) -> list[str]:
+        wanted = [self.columns.image]
         if self.has_ids:
             wanted.append(self.columns.id)
-        if self.has_labels and labels:
-            wanted.append(self.columns.label)
+        if self.label is not None and labels:
+            wanted.append(self.label.name)
+        if self.has_paths:
+            wanted.append(PATH_COLUMN)
         return list(dict.fromkeys(wanted))
 
-    def _column(self, name: str, null: int | None) -> Int64s:
-        parts = [
-            _integers(self._read(g, [name]).column(name), null, self.files[g.file], name)
-            for g in self.row_groups
-        ]
-        return np.concatenate(parts)
+    def _parts(self, name: str) -> list[pa.ChunkedArray]:
+        """Return a column of each row group."""
+        return [self._read(group, [name]).column(name) for group in self.row_groups]
+
+    def _indexed(self, name: str) -> pa.ChunkedArray:
+        """Return a column of the rows, from the one file that holds it for all."""
+        fs, _ = filesystem(self.uri)
+        try:
+            with fs.open_input_file(self.index) as stream:
+                return pq.read_table(stream, columns=[name]).column(name).slice(0, self.num_rows)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.index} cannot be read: {one_line(error)}") from error
 
     def _rows(self, table: pa.Table, positions: Int64s, group: RowGroup) -> RowTable:
         path = self.files[group.file]
         fs, _ = filesystem(self.uri)
         images = read_images(table.column(self.columns.image), fs, path)
-        ids, labels = positions.astype(np.int64), None
+        ids, labels, paths = positions.astype(np.int64), None, None
         if self.has_ids:
-            ids = _integers(table.column(self.columns.id), None, path, self.columns.id)
-        if self.has_labels and self.columns.label in table.column_names:
-            labels = _integers(table.column(self.columns.label), NO_LABEL, path, self.columns.label)
-        return RowTable(ids, images, labels)
+            ids = _integers(table.column(self.columns.id), path, self.columns.id)
+        if self.label is not None and self.label.name in table.column_names:
+            labels = self.label.read(table.column(self.label.name), group.file, path)
+        if self.has_paths:
+            paths = table.column(PATH_COLUMN).to_pylist()
+        return RowTable(ids, images, labels, paths)
 
     def _read(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Return those columns of the group's rows that are in the dataset (see `limit`)."""
@@ -240,79 +310,69 @@ def _row_groups(footers: Sequence[Footer], limit: int) -> tuple[RowGroup, ...]:
     return tuple(groups)
 
 
-def _check_columns(footers: Sequence[Footer], columns: ColumnsConfig) -> tuple[bool, bool]:
-    """Return (has ids, has labels), after checking that every file can serve."""
-    for footer in footers:
-        _check_image(footer, columns.image)
-    defaults = ColumnsConfig()
-    has_ids = _has_integers(footers, "id", columns.id, required=columns.id != defaults.id)
-    wanted = columns.label not in ("", defaults.label)
-    return has_ids, _has_integers(footers, "label", columns.label, required=wanted)
+_IDS_CHECKED: dict[tuple[str, str], str] = {}  # by fingerprint and column: why they are no keys
 
 
-def _check_image(footer: Footer, name: str) -> None:
-    kind = footer.type_of(name)
-    if kind is None:
-        raise DataError(footer.lacks(name, "image"))
-    if not _can_hold_images(kind):
-        raise DataError(
-            f"{footer.path}: column {name!r} has type {kind}; an image column is binary, "
-            "a struct of bytes and path, or a string with paths"
-        )
+def _ids_are_keys(source: Source) -> bool:
+    """Return whether the id column tells rows apart, after reading it once a process.
 
+    Under its default name a column that does not is left alone, and said: nobody asked for it.
 
-def _can_hold_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        fields = {f.name: f.type for f in kind}
-        return _is_bytes(fields.get("bytes")) or _is_text(fields.get("path"))
-    return _is_bytes(kind) or _is_text(kind)
-
-
-def _is_bytes(kind: pa.DataType | None) -> bool:
-    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_text(kind: pa.DataType | None) -> bool:
-    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _has_integers(footers: Sequence[Footer], role: str, name: str, *, required: bool) -> bool:
-    """Return whether column `name` is there, as integers, in all files; in some only is an error.
-
-    Under its default name a column that is absent or no integer is left alone: nobody asked for it.
+    Raises:
+        DataError: `data.columns.id` names a column that does not.
     """
-    if not name or all(name in f.empty_columns or not f.group_rows for f in footers):
-        return False  # a label column of nothing but nulls is how an unlabelled set is stored
-    usable = [pa.types.is_integer(f.type_of(name) or pa.null()) for f in footers]
-    if all(usable):
-        return True
-    odd_one = footers[usable.index(False)]
-    kind = odd_one.type_of(name)
-    if kind is None and (required or any(usable)):
-        raise DataError(odd_one.lacks(name, role))
-    if kind is not None and (required or any(usable)):
-        raise DataError(f"{odd_one.path}: {role} column {name!r} has type {kind}, not an integer")
-    if kind is not None:
-        _say_once(f"{odd_one.path}: column {name!r} has type {kind}: not used as the {role}")
-    return False
+    if source.index:
+        return True  # `prepare` has seen to it
+    name = source.columns.id
+    key = (source.fingerprint, name)
+    if key not in _IDS_CHECKED:
+        _IDS_CHECKED[key] = _why_no_keys(source)
+    why = _IDS_CHECKED[key]
+    if why and name != ColumnsConfig().id:
+        raise DataError(
+            f"{source.uri}: data.columns.id={name}: {why}; ids tell images apart: name another "
+            "column, or none (data.columns.id=) to number the rows"
+        )
+    if why:
+        logger.warning("%s: column %r: %s: not used, rows are numbered", source.uri, name, why)
+    return not why
 
 
-@functools.lru_cache(maxsize=1024)
-def _say_once(message: str) -> None:
-    logger.warning(message)
+def _why_no_keys(source: Source) -> str:
+    parts = source._parts(source.columns.id)
+    nulls = sum(part.null_count for part in parts)
+    if nulls:
+        return f"{source.num_rows:,} rows, {nulls:,} of them null"
+    distinct = len(np.unique(source.ids()))
+    if distinct == source.num_rows:
+        return ""
+    return f"{source.num_rows:,} rows, {distinct:,} distinct ids"
 
 
-def _integers(column: pa.ChunkedArray, null: int | None, path: str, name: str) -> Int64s:
-    if column.null_count and null is None:
-        raise DataError(f"{path}: column {name!r} has {column.null_count} nulls among the ids")
-    try:
-        filled = column.cast(pa.int64())
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: column {name!r} does not fit int64: {error}") from error
-    if null is not None:
-        filled = filled.fill_null(null)
-    values: Int64s = filled.to_numpy()
+def _integers(column: pa.ChunkedArray, path: str, name: str) -> Int64s:
+    values: Int64s = as_integers(column, path, name).to_numpy()
     return values
+
+
+def _index(
+    fs: pafs.FileSystem, root: str, footers: Sequence[Footer], columns: ColumnsConfig
+) -> str:
+    """Return the file of a prepared set that has its ids and labels; empty: none, or of others.
+
+    A set whose shards were changed by hand has another fingerprint than its manifest says.
+    """
+    usual = ColumnsConfig()
+    if (columns.id, columns.label) != (usual.id, usual.label):
+        return ""
+    try:
+        with fs.open_input_file(f"{root}/{MANIFEST}") as stream:
+            manifest = json.loads(stream.read())
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(manifest, dict) or not manifest.get("has_index"):
+        return ""
+    whole = _fingerprint(footers, root, usual, 0)
+    return f"{root}/{INDEX}" if manifest.get("fingerprint") == whole else ""
 
 
 def _fingerprint(footers: Sequence[Footer], root: str, columns: ColumnsConfig, limit: int) -> str:

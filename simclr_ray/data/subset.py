@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simclr_ray.data.source import NO_LABEL, Int64s, Source
+from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, open_whole
 

@@ -15,10 +15,11 @@ from simclr_ray.config.experiment import (
     NTXentConfig,
 )
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
+from simclr_ray.data.aligned import align_labels, of_classifier
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.classification import Classification, classification
-from simclr_ray.evaluation.features import Features, Split, extract_features, load_split
+from simclr_ray.evaluation.features import Features, Split, extract_features, halves, load_split
 from simclr_ray.evaluation.probes import Probe, probe
 from simclr_ray.evaluation.scores import (
     LABEL_FREE_ROWS,
@@ -32,6 +33,7 @@ from simclr_ray.evaluation.scores import (
 from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.nn.precision import best_device
 from simclr_ray.nn.pretrained import load_model, load_trained
+from simclr_ray.storage import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +116,7 @@ def _score_by_actors(
     from simclr_ray.evaluation.ray_features import SplitFeatures, extract
 
     connect(experiment)
-    bank, test = _sources(experiment)
+    bank, test, is_halved = _sources(experiment)
 
     def encoded(source: Source, limit: int) -> SplitFeatures:
         return extract(
@@ -127,17 +129,19 @@ def _score_by_actors(
             precision=experiment.precision,
         )
 
-    bank_features = encoded(bank, 0 if test else LABEL_FREE_ROWS)
+    bank_features = encoded(bank, 0 if test or is_halved else LABEL_FREE_ROWS)
     test_features = encoded(test, 0) if test else None
+
+    def features(i: int) -> tuple[Features, Features | None]:
+        own = Features(bank_features.features[i], bank_features.labels)
+        if is_halved:
+            return halves(own)
+        if test_features is None:
+            return own, None
+        return own, Features(test_features.features[i], test_features.labels)
+
     return [
-        score_features(
-            name,
-            Features(bank_features.features[i], bank_features.labels),
-            Features(test_features.features[i], test_features.labels) if test_features else None,
-            experiment,
-            protocols,
-        )
-        for i, name in enumerate(networks)
+        score_features(name, *features(i), experiment, protocols) for i, name in enumerate(networks)
     ]
 
 
@@ -155,17 +159,15 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
     network = nn.Sequential(model.encoder, model.head).to(device)
     data = experiment.data
     test = Source.open(data.test, data.columns)
-    split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
-    if not len(split.labels):
+    if not test.has_labels:
         raise DataError(f"{data.test} has no labels to test a classifier by")
+    head, names = experiment.classifier, checkpoint.read_record(folder).get("class_names", ())
+    assert head is not None
+    test = of_classifier(test, names, head.num_classes)
+    split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
     scores = extract_features(
         network, split.images, experiment.evaluation.batch_size, device, experiment.precision
     )  # [Q, K]
-    if split.labels.max() >= scores.shape[1]:
-        raise DataError(
-            f"{data.test} has label {int(split.labels.max())}; the classifier knows 0 to "
-            f"{scores.shape[1] - 1}"
-        )
     return classification(scores, split.labels)
 
 
@@ -231,7 +233,9 @@ def split_like_test(data: DataConfig) -> str:
 def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
     """Return what is learned from and what is scored; the second is None without labels."""
     size, max_pixels = experiment.evaluation_size, experiment.data.max_pixels
-    bank, test = _sources(experiment)
+    bank, test, is_halved = _sources(experiment)
+    if is_halved:
+        return halves(load_split(bank, size, max_pixels=max_pixels))
     if test is None:
         return load_split(bank, size, LABEL_FREE_ROWS, max_pixels), None
     return (
@@ -240,12 +244,22 @@ def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
     )
 
 
-def _sources(experiment: Experiment) -> tuple[Source, Source | None]:
-    """Return the bank and the test split; without labels, the training images and None."""
+def _sources(experiment: Experiment) -> tuple[Source, Source | None, bool]:
+    """Return the bank and the test split; without labels, the training images and None.
+
+    Where the test images alone have labels, the bank is all of them, to be halved.
+    """
     data = experiment.data
     train = Source.open(data.train, data.columns, data.limit)
     bank = Source.open(data.eval_train, data.columns) if data.eval_train else train
     test = Source.open(data.test, data.columns) if data.test else None
-    if test is None or not (test.has_labels and bank.has_labels):
-        return train, None
-    return bank, test
+    if test is None or not test.has_labels:
+        return train, None, False
+    if not bank.has_labels:
+        log.warning(
+            "%s %s: scores are of one half of %s by the other (data.eval_train names labelled "
+            "images to learn from)", bank.uri, bank.unlabelled, test.uri,
+        )  # fmt: skip
+        return test, None, True
+    bank, test = align_labels(bank, test)
+    return bank, test, False

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from simclr_ray.augment.decode import ImageError, Pixels, decode_image, evaluation_view
-from simclr_ray.data.source import Int64s, RowTable, Source
+from simclr_ray.config.wording import counted
+from simclr_ray.data.classes import Int64s
+from simclr_ray.data.source import RowTable, Source
 from simclr_ray.errors import DataError
 from simclr_ray.nn.precision import Precision, autocast
 
@@ -41,9 +43,11 @@ class Split(NamedTuple):
     def labelled(self) -> Split:
         """Return the rows that have a label."""
         kept = self.labels >= 0
-        if kept.all():
-            return self
-        return Split(self.images[kept], self.labels[kept], self.ids[kept], self.bad)
+        return self if kept.all() else self.at(kept)
+
+    def at(self, rows: Tensor) -> Split:
+        """Return the rows at an index or mask."""
+        return Split(self.images[rows], self.labels[rows], self.ids[rows], self.bad)
 
 
 class Features(NamedTuple):
@@ -55,7 +59,30 @@ class Features(NamedTuple):
     def labelled(self) -> Features:
         """Return the rows that have a label."""
         kept = self.labels >= 0
-        return self if kept.all() else Features(self.rows[kept], self.labels[kept])
+        return self if kept.all() else self.at(kept)
+
+    def at(self, rows: Tensor) -> Features:
+        """Return the rows at an index or mask."""
+        return Features(self.rows[rows], self.labels[rows])
+
+
+HalvedT = TypeVar("HalvedT", Split, Features)
+
+
+def halves(split: HalvedT) -> tuple[HalvedT, HalvedT]:
+    """Return the labelled rows in two halves, drawn once for all: one to learn from, one to score.
+
+    Raises:
+        DataError: There are fewer than two.
+    """
+    labelled = split.labelled()
+    num = len(labelled.labels)
+    if num < 2:
+        images = counted(num, "labelled image")
+        raise DataError(f"{images} cannot be halved; give data.eval_train")
+    order = np.random.Generator(np.random.Philox(key=num)).permutation(num)
+    first, second = (torch.from_numpy(np.sort(o)) for o in (order[: num // 2], order[num // 2 :]))
+    return labelled.at(first), labelled.at(second)
 
 
 def load_split(source: Source, size: int, limit: int = 0, max_pixels: int = 50_000_000) -> Split:

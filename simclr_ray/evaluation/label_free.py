@@ -20,15 +20,17 @@ RANK_EPSILON: Final = 1e-7  # RankMe eq. 1
 
 
 class LabelFree(NamedTuple):
-    """The metrics that one set of features gives by itself."""
+    """The metrics that one set of features gives by itself; None: it has too few rows."""
 
-    uniformity: float
-    effective_rank: float
-    feature_std: float
+    uniformity: float | None
+    effective_rank: float | None
+    feature_std: float | None
 
 
 def label_free(features: Tensor) -> LabelFree:
-    """Return uniformity, effective rank and feature_std of `features [M, F]`, M >= 2."""
+    """Return uniformity, effective rank and feature_std of `features [M, F]`; None if M < 2."""
+    if len(features) < 2:
+        return LabelFree(None, None, None)
     return LabelFree(uniformity(features), effective_rank(features), feature_std(features))
 
 

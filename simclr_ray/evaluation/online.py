@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.aligned import align_labels
 from simclr_ray.data.batches import build_views
-from simclr_ray.data.source import Int64s, Source
+from simclr_ray.data.classes import Int64s
+from simclr_ray.data.source import Source
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.features import (
@@ -75,6 +77,7 @@ class OnlineEvaluation:
             test = Source.open(data.test, data.columns)
             bank = Source.open(data.eval_train, data.columns) if data.eval_train else source
             if test.has_labels and bank.has_labels:
+                bank, test = align_labels(bank, test)
                 self.bank = self._labelled(bank, limits.eval_train_limit)
                 self.test = self._labelled(test, limits.test_limit)
 

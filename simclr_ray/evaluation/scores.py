@@ -36,7 +36,7 @@ class Score:
 
     Attributes:
         name: What was scored.
-        uniformity: Of features, as of `label_free`; the two below likewise.
+        uniformity: Of features, as of `label_free`; None where there are too few; so are these two.
         effective_rank: RankMe's.
         feature_std: Of normalised features.
         accuracies: Metric, such as `knn_top1` -> share in [0, 1], of each protocol that was asked
@@ -44,9 +44,9 @@ class Score:
     """
 
     name: str
-    uniformity: float
-    effective_rank: float
-    feature_std: float
+    uniformity: float | None
+    effective_rank: float | None
+    feature_std: float | None
     accuracies: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -203,7 +203,9 @@ def _percentages(score: Score, metrics: Sequence[str]) -> list[str]:
 
 
 def _label_free(score: Score) -> list[str]:
-    return [f"{score.uniformity:.2f}", f"{score.effective_rank:.1f}", f"{score.feature_std:.4f}"]
+    values = (score.uniformity, score.effective_rank, score.feature_std)
+    digits = (2, 1, 4)
+    return ["-" if v is None else f"{v:.{n}f}" for v, n in zip(values, digits, strict=True)]
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -9,23 +9,31 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
+from pyarrow.fs import FileType
 
 from simclr_ray import config as cfg
 from simclr_ray.augment import native
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import imports_in
+from simclr_ray.data.aligned import align_labels, of_classifier
 from simclr_ray.data.batches import build_plan
-from simclr_ray.data.source import NO_LABEL, Source
+from simclr_ray.data.classes import NO_LABEL
+from simclr_ray.data.folder_input import index_folder
+from simclr_ray.data.listing import holds_parquet
+from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.evaluate import split_like_test
 from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, open_checkpoint
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import check_model, store_uri
 from simclr_ray.train.imports import export_problem, resolve_imports
 
 log = logging.getLogger(__name__)
+
+LISTS = "lists"  # below the storage: of images that lie in folders
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -105,12 +113,12 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         TrackingError: MLflow cannot keep the run, or not under the alias that is asked for.
     """
     native.check_setting()  # read by the actors that make views, on other nodes and minutes later
-    experiment = resolve_imports(experiment)
+    experiment = resolve_folders(resolve_imports(experiment))
     data = experiment.data
     source = Source.open(data.train, data.columns, data.limit)
-    config = resolve_classes(resolve_teacher(resolve_init(experiment)), source)
+    config, source = resolve_classes(resolve_teacher(resolve_init(experiment)), source)
     build_plan(config, source)  # fails here when the rows fill no batch
-    _check_evaluation(config)
+    _check_evaluation(config, source)
     if config.registry.name:
         check_model(config.registry.name, config.registry.alias)
     RunFolder.of(config.storage, config.name)  # fails here for a file in its place
@@ -119,7 +127,25 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     return ResolvedExperiment(config, source)
 
 
-def _check_evaluation(experiment: Experiment) -> None:
+def resolve_folders(experiment: Experiment) -> Experiment:
+    """Return the experiment with a list of images below its storage for each folder of images."""
+    data, lists = experiment.data, f"{experiment.storage.rstrip('/')}/{LISTS}"
+    paths = {"train": data.train, "test": data.test, "eval_train": data.eval_train}
+    listed = {key: index_folder(uri, lists) for key, uri in paths.items() if _is_of_images(uri)}
+    if not listed:
+        return experiment
+    return experiment.model_copy(update={"data": data.model_copy(update=listed)})
+
+
+def _is_of_images(uri: str) -> bool:
+    """Return whether a path is a folder without parquet; what is wrong with it is said later."""
+    if not uri:
+        return False
+    fs, root = filesystem(uri)
+    return fs.get_file_info(root).type == FileType.Directory and not holds_parquet(fs, root, uri)
+
+
+def _check_evaluation(experiment: Experiment, source: Source) -> None:
     """Open the splits that are read after the training, and compare what can be compared."""
     data, head = experiment.data, experiment.classifier
     same = split_like_test(data)
@@ -130,11 +156,8 @@ def _check_evaluation(experiment: Experiment) -> None:
     if head is None or not data.test:
         return
     test = Source.open(data.test, data.columns)
-    largest = int(test.labels().max()) if test.has_labels else 0
-    if largest >= head.num_classes:
-        raise DataError(
-            f"{data.test} has label {largest}; the classifier knows 0 to {head.num_classes - 1}"
-        )
+    if test.has_labels:
+        of_classifier(test, source.class_names, head.num_classes)
 
 
 def _check_registrable(experiment: Experiment) -> None:
@@ -147,39 +170,42 @@ def _check_registrable(experiment: Experiment) -> None:
         raise ConfigError([ConfigIssue("registry.name", shown)])
 
 
-def resolve_classes(experiment: Experiment, source: Source) -> Experiment:
-    """Return the experiment, the number of classes filled in where its head is a classifier.
+def resolve_classes(experiment: Experiment, source: Source) -> tuple[Experiment, Source]:
+    """Return the experiment, and the images with labels that count the classes that there are.
+
+    The number of classes is filled in where the head is a classifier.
 
     Raises:
         DataError: The loss takes labels and the images have none; of a classifier, where an
             image has none, there are fewer than two classes, or more than `head.num_classes`.
     """
     if not experiment.takes_labels:
-        return experiment
+        return experiment, source
     if not source.has_labels:
         raise DataError(
-            f"loss.name={experiment.loss.name} needs labels, and {source.uri} has no integer "
-            f"column {source.columns.label!r} (data.columns.label)"
+            f"loss.name={experiment.loss.name} needs labels, and {source.uri} {source.unlabelled} "
+            "(data.columns.label)"
         )
     head = experiment.classifier
     if head is None:
-        return experiment
+        return experiment, source
+    (source,) = align_labels(source)
     labels = source.labels()
     if (labels == NO_LABEL).any() or labels.min() < 0:
         raise DataError(
             f"{int((labels < 0).sum())} of {len(labels)} rows of {source.uri} have no label; "
             "a classifier is trained on labelled rows alone"
         )
-    num_classes = int(labels.max()) + 1
+    num_classes = len(source.class_names) or int(labels.max()) + 1
     if len(np.unique(labels)) < 2:
         raise DataError(f"all rows of {source.uri} are of one class; there is nothing to learn")
     if head.num_classes and num_classes > head.num_classes:
         raise DataError(
-            f"{source.uri} has labels up to {num_classes - 1}, more than "
+            f"{source.uri} has {num_classes} classes, more than "
             f"head.num_classes={head.num_classes} allows"
         )
     filled = head.model_copy(update={"num_classes": head.num_classes or num_classes})
-    return experiment.model_copy(update={"head": filled})
+    return experiment.model_copy(update={"head": filled}), source
 
 
 def resolve_init(experiment: Experiment) -> Experiment:

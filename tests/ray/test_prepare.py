@@ -11,15 +11,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from simclr_ray.augment.decode import decode_image
-from simclr_ray.data.prepare import MANIFEST, Manifest, prepare
+from simclr_ray.data.prepare import Manifest, prepare
 from simclr_ray.data.shapes import CLASS_NAMES, render
 from simclr_ray.data.shards import Rejected
-from simclr_ray.data.source import Source
+from simclr_ray.data.source import INDEX, MANIFEST, Source
 from simclr_ray.errors import DataError, TooManyBadImages
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -57,10 +58,22 @@ def test_shapes_become_shuffled_shards_with_a_manifest(tmp_path: Path) -> None:
     assert manifest == read_back(tmp_path)
     assert manifest == shapes(tmp_path)  # since all is there
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        INDEX,
         MANIFEST,
         *(f"part-0000{i}.parquet" for i in range(3)),
     ]
+    assert len(pd.read_parquet(tmp_path)) == 60  # notes of ours are no data to other readers
     source = Source.open(str(tmp_path))
+    assert manifest.has_index
+    assert source.index == str(tmp_path / INDEX)
+    for path in tmp_path.glob("part-*"):  # ids and labels of all rows stand in one file
+        path.chmod(0)
+        path.rename(path.with_suffix(".away"))
+    assert sorted(source.ids()) == list(range(60))
+    np.testing.assert_array_equal(source.labels(), source.ids() % 10)
+    for path in tmp_path.glob("*.away"):
+        path.chmod(0o644)
+        path.rename(path.with_suffix(".parquet"))
     assert (manifest.num_rows, manifest.class_names) == (60, CLASS_NAMES)
     assert manifest.fingerprint == source.fingerprint
     assert (source.has_ids, source.has_labels, source.class_names) == (True, True, CLASS_NAMES)
@@ -83,8 +96,9 @@ def test_the_stored_schema_is_the_one_that_readers_are_promised(tmp_path: Path) 
         ("id", "int64"),
         ("image", "binary"),
         ("label", "int64"),
+        ("path", "string"),
     ]
-    assert schema.metadata[b"schema_version"] == b"1"
+    assert schema.metadata[b"schema_version"] == b"2"
     assert json.loads(schema.metadata[b"class_names"]) == list(CLASS_NAMES)
     assert file.metadata.row_group(0).column(1).compression == "UNCOMPRESSED"
 

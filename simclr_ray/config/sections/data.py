@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from simclr_ray.config.schema import Config, Field, PathOrURI
 
 
@@ -50,6 +52,9 @@ class DataConfig(Config):
     )
 
 
+FolderLabels = Literal["auto", "folders", "none"]
+
+
 class PreparationConfig(Config):
     """How `prepare` turns images into shards."""
 
@@ -60,6 +65,9 @@ class PreparationConfig(Config):
     split: str = Field("train", min_length=1, description="Of a torchvision dataset.")
     size: int = Field(32, ge=16, le=1024, description="Side of `shapes` in pixels.")
     columns: ColumnsConfig = ColumnsConfig()
+    labels: FolderLabels = Field(
+        "auto", description="Of a folder of images: its class folders, or none."
+    )
     rows_per_shard: int = Field(5000, ge=1)
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     max_pixels: int = Field(50_000_000, ge=1)

@@ -164,12 +164,19 @@ def test_an_id_column_of_text_is_used_only_when_named(
         Source.open(str(path), ColumnsConfig(id="kee"))
 
 
-def test_null_ids_are_an_error_that_names_the_file(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.parquet", {"id": pa.array([1, None]), "image": pa.array(images(0, 2))}
-    )
-    with pytest.raises(DataError, match=r"a\.parquet: column 'id' has 1 nulls"):
-        Source.open(str(path)).ids()
+@pytest.mark.parametrize(
+    ("ids", "why"), [([1, None], "2 rows, 1 of them null"), ([1, 1], "2 rows, 1 distinct ids")]
+)
+def test_an_id_column_that_is_no_key_is_used_only_when_named_and_then_refused(
+    ids: list[int | None], why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {"id": pa.array(ids), "key": pa.array(ids), "image": pa.array(images(0, 2))}
+    path = write(tmp_path / "a.parquet", columns)
+    source = Source.open(str(path))
+    assert source.ids().tolist() == source.read_group(0).ids.tolist() == [0, 1]
+    assert f"column 'id': {why}: not used, rows are numbered" in caplog.text
+    with pytest.raises(DataError, match=f"data.columns.id=key: {why}"):
+        Source.open(str(path), ColumnsConfig(id="key"))
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -249,7 +256,7 @@ def test_each_broken_dataset_is_refused_in_one_sentence(folder: Path, tmp_path: 
     write(tmp_path / "norows.parquet", {"image": pa.array([], pa.binary())})
     cases = {
         "nowhere": "no such file or folder",
-        "empty": "is a folder without parquet files",
+        "empty": "holds neither images nor parquet",
         "zero.parquet": "is empty: 0 bytes",
         "text.parquet": "is no parquet file",
         "short.parquet": "is no parquet file",
@@ -313,7 +320,7 @@ def test_real_sets_open_as_they_lie_there(image_root: Path) -> None:
 
 def test_a_file_system_without_folders_serves_too(folder: Path) -> None:
     """A bucket lists keys and knows no working directory; a sub-tree file system is the nearest."""
-    from simclr_ray.data.files import list_parquet
+    from simclr_ray.data.listing import list_parquet
 
     bucket = pafs.SubTreeFileSystem(str(folder.parent), pafs.LocalFileSystem())
     assert [f.path for f in list_parquet(bucket, "set", "set")] == [

@@ -26,6 +26,7 @@ from simclr_ray.evaluation.scores import (
     format_table,
     score_encoder,
     short_table,
+    table,
 )
 
 EXPERIMENT = Experiment(
@@ -179,3 +180,11 @@ def test_every_protocol_of_the_table_scores(protocol: Protocol) -> None:
     assert list(score.accuracies) == [protocol.metric]
     assert score.accuracies[protocol.metric] > 0.8
     assert protocol.label in short_table([score])[0]
+
+
+def test_one_row_has_no_label_free_metrics() -> None:
+    assert label_free(torch.ones(1, 4)) == (None, None, None)
+    score = Score("encoder", *label_free(torch.ones(1, 4)), accuracies={"knn_top1": 1.0})
+    assert table([score])[1][-3:] == ["-", "-", "-"]
+    assert score.numbers() == {"knn_top1": 1.0}
+    assert Score.from_tree(score.as_tree()) == score

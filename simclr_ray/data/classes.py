@@ -1,0 +1,209 @@
+"""Which class a value of a label column is: by its name where there are names, else by its number.
+
+Datasets number their classes as they like, each file of one even. So numbers are compared only
+where a side has nothing else: `align` gives several datasets one numbering, by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from simclr_ray.config.wording import counted
+from simclr_ray.errors import DataError
+
+Int64s = npt.NDArray[np.int64]
+NO_LABEL: Final = -1
+SHOWN = 5  # names in a message
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """How the labels of a dataset are read.
+
+    Attributes:
+        name: Of the column.
+        names: Of the classes, by label; empty where a dataset has numbers alone.
+        is_text: The column holds the names themselves.
+        label_of_file: Of each file, the label of its number k; empty where all number alike.
+        renumbered: Labels as read, ascending, and what is said in their place; empty: themselves.
+    """
+
+    name: str
+    names: tuple[str, ...] = ()
+    is_text: bool = False
+    label_of_file: tuple[tuple[int, ...], ...] = ()
+    renumbered: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def read(self, column: pa.ChunkedArray, file: int, path: str) -> Int64s:
+        """Return the labels of a column of file number `file`: int64 [m], -1 for null.
+
+        Raises:
+            DataError: A value is no integer, or a number that the file has no name for.
+        """
+        if self.is_text:
+            labels = pc.index_in(as_text(column), pa.array(self.names, pa.string()))
+        else:
+            labels = as_integers(column, path, self.name)
+        values: Int64s = labels.fill_null(NO_LABEL).cast(pa.int64()).to_numpy()
+        if self.label_of_file:
+            values = _looked_up(values, self.label_of_file[file], path, self.name)
+        before, after = self.renumbered
+        if not before:
+            return values
+        at = np.searchsorted(before, values).clip(max=len(before) - 1)
+        is_listed = np.asarray(before)[at] == values
+        return np.where(is_listed, np.asarray(after)[at], NO_LABEL)
+
+
+def _looked_up(values: Int64s, labels: Sequence[int], path: str, name: str) -> Int64s:
+    if values.size and values.max() >= len(labels):
+        raise DataError(
+            f"{path}: column {name!r} has {values.max()}, and the file names "
+            f"{counted(len(labels), 'class', 'classes')}"
+        )
+    return np.where(values < 0, NO_LABEL, np.asarray([*labels, NO_LABEL])[values])
+
+
+def is_text(kind: pa.DataType | None) -> bool:
+    """Return whether a column of this type holds names."""
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def is_number(kind: pa.DataType | None) -> bool:
+    """Return whether a column of this type may hold numbers of classes."""
+    return kind is not None and (
+        pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
+    )
+
+
+def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of names, or a dictionary of them, as strings."""
+    return column.cast(pa.string())
+
+
+def as_integers(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
+    """Return numbers as int64; NaN, by which pandas says null, becomes null.
+
+    Raises:
+        DataError: A value has a fraction or does not fit.
+    """
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        problem = " ".join(str(error).split())
+        raise DataError(f"{path}: column {name!r} does not hold integers: {problem}") from error
+
+
+def label_column(
+    name: str,
+    kinds: Sequence[pa.DataType],
+    names_of_files: Sequence[tuple[str, ...]],
+    values: Callable[[], Sequence[pa.ChunkedArray]],
+) -> LabelColumn:
+    """Return how a column of usable types is read.
+
+    Args:
+        name: Of the column.
+        kinds: Its type in each file.
+        names_of_files: Of each file, the names of its classes by number; empty: it has none.
+        values: Reads the column of every row group; called for text and fractions alone.
+
+    Raises:
+        DataError: Some files hold names and others numbers, or some name their classes and others
+            do not.
+    """
+    texts = [is_text(kind) for kind in kinds]
+    if any(texts):
+        if not all(texts):
+            raise DataError(f"column {name!r} holds names in some files and numbers in others")
+        distinct = {value for part in values() for value in as_text(part).unique().to_pylist()}
+        return LabelColumn(name, tuple(sorted(distinct - {None})), is_text=True)
+    if any(pa.types.is_floating(kind) for kind in kinds):
+        for part in values():
+            as_integers(part, "", name)  # fails here for fractions
+    given = [names for names in names_of_files if names]
+    if all(names == given[0] for names in given):
+        if given and len(given) < len(names_of_files):
+            nameless = counted(len(names_of_files) - len(given), "file")
+            log.warning("%s without names of classes: labels are compared as numbers", nameless)
+        return LabelColumn(name, given[0] if given else ())
+    if len(given) < len(names_of_files):
+        raise DataError(
+            f"files name their classes differently and {len(names_of_files) - len(given)} not at "
+            f"all: what numbers in column {name!r} mean is not known; write names as text"
+        )
+    union = tuple(dict.fromkeys(n for names in names_of_files for n in names))
+    number = {class_name: label for label, class_name in enumerate(union)}
+    table = tuple(tuple(number[n] for n in names) for names in names_of_files)
+    log.warning("files number their classes differently: labels of column %r go by name", name)
+    return LabelColumn(name, union, label_of_file=table)
+
+
+def occurring(labels: Int64s) -> tuple[int, ...]:
+    """Return the labels that occur, ascending, without -1."""
+    return tuple(int(label) for label in np.unique(labels) if label >= 0)
+
+
+def keys_of(column: LabelColumn, labels: Int64s) -> dict[int, str]:
+    """Return what each label is called: names, all of them, or the numbers that occur, as text."""
+    if column.names:
+        return dict(enumerate(column.names))
+    return {label: str(label) for label in occurring(labels)}
+
+
+def renumber(column: LabelColumn, keys: Mapping[int, str], classes: Sequence[str]) -> LabelColumn:
+    """Return the column read as labels of `classes`; a key that is none of them gets -1."""
+    if column.is_text:  # names are looked up among the classes themselves
+        return replace(column, names=tuple(classes))
+    number = {key: label for label, key in enumerate(classes)}
+    pairs = sorted((label, number.get(key, NO_LABEL)) for label, key in keys.items())
+    if all(before == after for before, after in pairs):
+        return replace(column, names=tuple(classes) if column.names else ())
+    before, after = zip(*pairs, strict=True)
+    return replace(column, names=tuple(classes), renumbered=(before, after))
+
+
+def one_numbering(
+    keys: Sequence[Mapping[int, str]], named: Sequence[bool], uris: Sequence[str]
+) -> tuple[tuple[str, ...], str]:
+    """Return the classes of several datasets, those of the first before others; and what to say.
+
+    Args:
+        keys: Of each dataset, what its labels are called.
+        named: Whether it has names of classes.
+        uris: Where each lies.
+    """
+    said = []
+    if any(named) and not all(named):
+        nameless = [uri for uri, has_names in zip(uris, named, strict=True) if not has_names]
+        said = [f"{', '.join(nameless)} has no names of classes: labels are compared as numbers"]
+    first = list(dict.fromkeys(keys[0].values()))
+    classes = dict.fromkeys(first)
+    for uri, theirs in zip(uris[1:], keys[1:], strict=True):
+        missing = [key for key in first if key not in theirs.values()]
+        alone = [key for key in theirs.values() if key not in first]
+        said += [f"{uri} has no {_shown(missing)}"] if missing else []
+        said += [f"{uris[0]} has no {_shown(alone)}, which {uri} has"] if alone else []
+        classes |= dict.fromkeys(theirs.values())
+    return tuple(classes), "; ".join(said)
+
+
+def _shown(names: Sequence[Any]) -> str:
+    shown = ", ".join(map(str, names[:SHOWN]))
+    more = len(names) - SHOWN
+    listed = f"{shown} and {more} more" if more > 0 else shown
+    return f"class {listed}" if len(names) == 1 else f"classes {listed}"

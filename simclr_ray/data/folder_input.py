@@ -1,0 +1,179 @@
+"""A folder of image files: as an input of `prepare`, and as parquet that names the files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from simclr_ray.config.sections.data import FolderLabels
+from simclr_ray.config.wording import counted
+from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.columns import PATH_COLUMN
+from simclr_ray.data.files import read_file
+from simclr_ray.data.items import Item, ShardTask, cut, shuffled
+from simclr_ray.data.listing import left_out_line, list_images
+from simclr_ray.errors import DataError
+from simclr_ray.storage.filesystem import filesystem, is_local, open_whole
+
+GROUP_ROWS = 256  # of a list of paths: a reader holds the images of some groups
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FolderInput:
+    """Image files below a folder, by relative name; the first folder of a name is its class."""
+
+    uri: str
+    names: tuple[str, ...]
+    class_names: tuple[str, ...]
+    listing: str
+
+    @classmethod
+    def open(cls, uri: str, limit: int = 0, labels: FolderLabels = "auto") -> FolderInput:
+        """Return the images at any depth below a folder or URI, sorted by name.
+
+        Args:
+            uri: Of the folder.
+            limit: Keep the first only; 0 keeps all.
+            labels: `none`: no image gets a label. `folders`: the first folder of an image's name
+                is its class, and an image beside the folders has none. `auto` does as `folders`,
+                and says what gets no label.
+
+        Raises:
+            DataError: There are none, the folder cannot be listed, or there are no class folders
+                and `labels` asks for them.
+        """
+        fs, root = filesystem(uri)
+        listing = list_images(fs, root, uri)
+        listing.say(uri)
+        if not listing.files:
+            others = f" ({left_out_line(listing.left_out)})" if listing.left_out else ""
+            raise DataError(f"{uri} holds neither images nor parquet{others}")
+        size_of = {f.path.removeprefix(root).lstrip("/"): f.size for f in listing.files}
+        names = sorted(size_of)
+        classes = _class_folders(names, uri, labels)
+        names = names[:limit] if limit else names
+        sizes = [(name, size_of[name]) for name in names]
+        digest = hashlib.sha256(repr(sizes).encode(errors="surrogateescape")).hexdigest()
+        where = root if is_local(fs) else uri
+        return cls(where, tuple(names), classes, digest)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Names and sizes of the files; where the folder lies does not matter."""
+        return {"kind": "folder", "n": self.num_rows, "listing": self.listing}
+
+    @property
+    def num_rows(self) -> int:
+        """Number of files."""
+        return len(self.names)
+
+    def labels(self) -> list[int]:
+        """Return the class of each file, -1 where it has none."""
+        label_of = {name: label for label, name in enumerate(self.class_names)}
+        return [label_of.get(_folder_of(name), NO_LABEL) for name in self.names]
+
+    def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
+        """Return the shuffled files, cut."""
+        labels = self.labels()
+        return [
+            FolderTask(self.uri, rows, [self.names[r] for r in rows], [labels[r] for r in rows])
+            for rows in cut(shuffled(self.num_rows, seed), rows_per_shard)
+        ]
+
+
+def _folder_of(name: str) -> str:
+    return name.split("/")[0] if "/" in name else ""
+
+
+def _class_folders(names: Sequence[str], uri: str, labels: FolderLabels) -> tuple[str, ...]:
+    """Return the classes of the images, and say which images get none."""
+    folders = tuple(sorted({_folder_of(name) for name in names} - {""}))
+    loose = [name for name in names if "/" not in name]
+    if labels == "none":
+        return ()
+    if not folders:
+        if labels == "folders":
+            raise DataError(f"{uri}: labels=folders, but all {len(names)} images lie loose in it")
+        return ()
+    if loose and labels == "auto":
+        lie = "lies" if len(loose) == 1 else "lie"
+        log.warning(
+            "%s: %s %s beside %s (%s): %s no label; labels=folders if that is meant, "
+            "labels=none if no image is to have one",
+            uri, counted(len(loose), "image"), lie, counted(len(folders), "class folder"),
+            loose[0], "it gets" if len(loose) == 1 else "they get",
+        )  # fmt: skip
+    return folders
+
+
+@dataclass(frozen=True)
+class FolderTask:
+    """Some files of a folder; the id is the place in the sorted listing."""
+
+    uri: str
+    rows: Int64s
+    names: list[str]
+    labels: list[int]
+
+    def read(self) -> Iterator[Item]:
+        """Yield the bytes of each file as they are."""
+        fs, root = filesystem(self.uri)
+        for row, name, label in zip(self.rows.tolist(), self.names, self.labels, strict=True):
+            yield Item(row, name, read_file((fs, f"{root}/{name}")), label, name)
+
+
+def index_folder(uri: str, out: str) -> str:
+    """Return parquet below the folder `out` that names the images of a folder; copies none.
+
+    Its rows have the ids, labels and relative paths that `prepare` would give them. What lies there
+    already for the same files is taken.
+
+    Args:
+        uri: Of a folder of images.
+        out: Folder or URI that all nodes reach, as they reach the images.
+
+    Raises:
+        DataError: Same as `FolderInput.open`; or the list cannot be written.
+    """
+    given = FolderInput.open(uri)
+    fs, folder = filesystem(out)
+    _, root = filesystem(uri)
+    both_local = "://" not in uri and is_local(fs)
+    base = os.path.relpath(root, folder) if both_local else given.uri
+    identity = json.dumps([base, given.listing, given.class_names])
+    name = root.rpartition("/")[2] or "images"
+    digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:8]
+    path = f"{folder}/{name}-{digest}.parquet"
+    shown = path if is_local(fs) else f"{out.rstrip('/')}/{name}-{digest}.parquet"
+    if fs.get_file_info(path).is_file:
+        return shown
+    labels = np.array(given.labels(), np.int64)
+    table = pa.table(
+        {
+            "id": pa.array(range(given.num_rows), pa.int64()),
+            "image": pa.array([f"{base}/{name}" for name in given.names], pa.string()),
+            "label": pa.array(labels, mask=labels == NO_LABEL),
+            PATH_COLUMN: pa.array(given.names, pa.string()),
+        }
+    )
+    names = {"class_names": json.dumps(list(given.class_names))} if given.class_names else {}
+    try:
+        fs.create_dir(folder, recursive=True)
+        with open_whole(fs, path) as stream:
+            pq.write_table(table.replace_schema_metadata(names), stream, row_group_size=GROUP_ROWS)
+    except OSError as error:
+        raise DataError(f"{shown} cannot be written: {error}") from error
+    log.info(
+        "%s: %s read where they lie, by the list %s", uri, counted(given.num_rows, "image"), shown
+    )
+    return shown

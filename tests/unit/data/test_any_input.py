@@ -1,0 +1,282 @@
+"""Random folders, schemas, ids and classes: no image is lost unnamed, no label is another row's."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.data.aligned import align_labels
+from simclr_ray.data.folder_input import FolderInput, index_folder
+from simclr_ray.data.listing import list_images
+from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError
+
+FEW = range(40)
+MANY = [pytest.param(seed, marks=pytest.mark.long) for seed in range(40, 240)]
+SEEDS = [*FEW, *MANY]
+CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
+KINDS = ("text", "dictionary", "int8", "int64", "uint16", "float")
+ENDINGS = (".jpg", ".JPG", ".jfif", ".JPE", ".jpe", "", ".pnm", ".avif", ".heic", ".jp2", ".dat")
+
+
+def image(number: int) -> bytes:
+    """A JPEG whose pixels tell its number."""
+    out = io.BytesIO()
+    Image.new("L", (8, 8), number % 256).save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+def numbers(rng: np.random.Generator, low: int, high: int) -> int:
+    return int(rng.integers(low, high))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_image_of_a_folder_is_lost_unnamed(seed: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(seed)
+    root, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    expected: dict[str, str] = {}
+    others = 0
+    for name in rng.permutation(CLASSES)[: numbers(rng, 1, 5)]:
+        linked = rng.random() < 0.3
+        folder = (elsewhere if linked else root) / name
+        folder.mkdir(parents=True)
+        root.mkdir(exist_ok=True)
+        if linked:
+            (root / name).symlink_to(folder)
+        deep = folder / "deep" if rng.random() < 0.3 else folder
+        deep.mkdir(exist_ok=True)
+        for i in range(numbers(rng, 1, 6)):
+            file = f"{i}{rng.choice(ENDINGS)}"
+            (deep / file).write_bytes(image(i))
+            expected[(root / name / deep.relative_to(folder) / file).as_posix()] = str(name)
+        if rng.random() < 0.3:
+            (folder / "notes.txt").write_text("not an image")
+            others += 1
+        if rng.random() < 0.3:
+            (folder / "loop").symlink_to(root)
+            others += 1
+        if rng.random() < 0.2:
+            (folder / "gone.jpg").symlink_to(folder / "nothing")
+            others += 1
+    loose = numbers(rng, 0, 3)
+    for i in range(loose):
+        (root / f"loose{i}.png").write_bytes(image(i))
+        expected[(root / f"loose{i}.png").as_posix()] = ""
+    (root / ".cache").mkdir()
+    (root / ".cache" / "x.parquet").write_bytes(b"nothing of ours")
+    listing = list_images(pafs.LocalFileSystem(), str(root), str(root))
+    assert {f.path for f in listing.files} == set(expected)
+    assert listing.left_out.total() == others
+    given = FolderInput.open(str(root))
+    labels = dict(zip(given.names, given.labels(), strict=True))
+    for path, name in expected.items():
+        label = labels[Path(path).relative_to(root).as_posix()]
+        assert (given.class_names[label] if label >= 0 else "") == name
+    items = [item for part in given.parts(7, seed) for item in part.read()]
+    assert sorted(item.path for item in items) == sorted(labels)
+    assert all(item.encoded == (root / item.path).read_bytes() for item in items)
+
+
+def label_table(
+    rng: np.random.Generator, kind: str, wanted: list[str | None], names: list[str]
+) -> tuple[pa.Array, dict[str, str]]:
+    """Return the column that says `wanted`, in the numbering of this file, and its metadata."""
+    if kind == "text":
+        return pa.array(wanted, pa.string()), {}
+    if kind == "dictionary":
+        return pa.array(wanted, pa.string()).dictionary_encode(), {}
+    numbered = [None if name is None else names.index(name) for name in wanted]
+    types = {"int8": pa.int8(), "int64": pa.int64(), "uint16": pa.uint16(), "float": pa.float64()}
+    return pa.array(numbered, types[kind]), {"class_names": ",".join(names)}
+
+
+def dataset(
+    rng: np.random.Generator, folder: Path, kind: str, classes: list[str], first: int
+) -> dict[int, str | None]:
+    """Write a dataset of some files, each with a numbering of its own; return classes by image."""
+    folder.mkdir()
+    truth: dict[int, str | None] = {}
+    names = list(classes)
+    id_kind = rng.choice(["none", "unique", "restarting", "null"])
+    number = first
+    for file in range(numbers(rng, 1, 4)):
+        if rng.random() < 0.5:
+            names = [str(name) for name in rng.permutation(names)]
+        rows = numbers(rng, 3, 9)
+        wanted: list[str | None] = [
+            None if rng.random() < 0.1 else str(rng.choice(classes)) for _ in range(rows)
+        ]
+        here = range(number, number + rows)
+        truth |= dict(zip(here, wanted, strict=True))
+        labels, metadata = label_table(rng, kind, wanted, names)
+        columns: dict[str, Any] = {"image": [str(i).encode() for i in here], "label": labels}
+        ids = {"unique": list(here), "restarting": list(range(rows)), "null": [None] * rows}
+        if id_kind in ids:
+            columns["id"] = pa.array(ids[id_kind], pa.int64())
+        table = pa.table(columns).replace_schema_metadata(metadata)
+        ending = rng.choice([".parquet", ".PARQUET", ".parq", ".pq"])
+        pq.write_table(table, folder / f"{file}{ending}", row_group_size=numbers(rng, 2, 6))
+        number += rows
+    return truth
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_label_is_another_rows_whatever_numbers_types_and_ids(seed: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(seed)
+    kinds = [str(kind) for kind in rng.choice(KINDS, 2)]
+    classes = [str(c) for c in rng.permutation(CLASSES)[: numbers(rng, 2, 6)]]
+    fewer = classes[numbers(rng, 0, 2) :]
+    truths = [
+        dataset(rng, tmp_path / "train", kinds[0], classes, 0),
+        dataset(rng, tmp_path / "test", kinds[1], fewer, 1000),
+    ]
+    sources = [Source.open(str(tmp_path / name)) for name in ("train", "test")]
+    if not all(source.has_labels for source in sources):  # all null, by chance
+        return
+    for one in (sources, list(align_labels(*sources))):
+        for source, truth in zip(one, truths, strict=True):
+            assert source.num_rows == len(truth)
+            assert len(set(source.ids().tolist())) == source.num_rows
+            said = [source.class_names[k] if k >= 0 else None for k in source.labels()]
+            label_of = source.label_of()
+            rows = source.read_rows(rng.permutation(source.num_rows))
+            assert rows.labels is not None
+            assert label_of(rows.ids).tolist() == rows.labels.tolist()
+            for label, encoded in zip(rows.labels, rows.images, strict=True):
+                assert encoded is not None
+                name = source.class_names[label] if label >= 0 else None
+                assert name == truth[int(encoded)]
+            assert said == list(truth.values())
+    aligned = align_labels(*sources)
+    assert aligned[0].class_names == aligned[1].class_names
+
+
+def table(path: Path, about: dict[str, str] | None = None, **columns: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num = len(next(iter(columns.values())))
+    columns = {"image": [b"x"] * num, **columns}
+    pq.write_table(pa.table(columns).replace_schema_metadata(about), path)
+    return str(path)
+
+
+def test_only_the_classes_that_occur_are_counted(tmp_path: Path) -> None:
+    train = Source.open(table(tmp_path / "a.parquet", label=[0, 5, 20_000, 5]))
+    test = Source.open(table(tmp_path / "b.parquet", label=[20_000, 7]))
+    one, other = align_labels(train, test)
+    assert one.labels().tolist() == [0, 1, 2, 1]
+    assert other.labels().tolist() == [2, 3]
+    assert one.class_names == ("0", "5", "20000", "7")
+
+
+def test_dense_numbers_stay_what_they_are(tmp_path: Path) -> None:
+    source = Source.open(table(tmp_path / "a.parquet", label=[2, 0, 1]))
+    (aligned,) = align_labels(source)
+    assert aligned == source
+    assert aligned.class_names == ()
+
+
+def test_numbers_are_compared_as_numbers_where_a_side_has_no_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = Source.open(table(tmp_path / "t.parquet", label=["x", "y", "x"]))
+    named = Source.open(
+        table(tmp_path / "a.parquet", label=[0, 1, 0], about={"class_names": "x,y"})
+    )
+    plain = Source.open(table(tmp_path / "b.parquet", label=[1, 0, 1]))
+    one, other = align_labels(named, plain)
+    assert one.labels().tolist() == [0, 1, 0]
+    assert other.labels().tolist() == [1, 0, 1]
+    assert "b.parquet has no names of classes: labels are compared as numbers" in caplog.text
+    with pytest.raises(DataError, match="which is which is not known"):
+        align_labels(text, plain)
+
+
+def test_what_one_side_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = Source.open(table(tmp_path / "train.parquet", label=["ant", "bee", "cat"]))
+    test = Source.open(table(tmp_path / "test.parquet", label=["cat", "bee", "dog"]))
+    _, other = align_labels(train, test)
+    assert other.labels().tolist() == [2, 1, 3]
+    assert f"{test.uri} has no class ant" in caplog.text
+    assert f"{train.uri} has no class dog, which {test.uri} has" in caplog.text
+
+
+def test_all_null_labels_and_other_reasons_are_said(tmp_path: Path) -> None:
+    null = Source.open(table(tmp_path / "a.parquet", label=pa.nulls(6, pa.int64())))
+    with pytest.raises(DataError, match=r"all 6 of column 'label' are null"):
+        null.labels()
+    none = Source.open(table(tmp_path / "b.parquet", other=[1]))
+    with pytest.raises(DataError, match="no label column 'label'"):
+        none.labels()
+    broken = Source.open(table(tmp_path / "c.parquet", label=[0.5, 1.0]))
+    with pytest.raises(DataError, match="does not hold integers"):
+        broken.labels()
+    with pytest.raises(DataError, match="does not hold integers"):
+        Source.open(table(tmp_path / "d.parquet", y=[0.5, 1.0]), ColumnsConfig(label="y"))
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(image(0))
+    scan = os.scandir
+
+    def guarded(path: str) -> Any:  # the tests may run as root, who may read everything
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(DataError, match=r"/b cannot be listed: .*Permission denied"):
+        FolderInput.open(str(tmp_path))
+
+
+def test_loose_images_beside_class_folders_get_no_label_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a/1.jpg", "b/2.jpg", "montage.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(image(0))
+    assert FolderInput.open(str(tmp_path)).labels() == [0, 1, -1]
+    assert "1 image lies beside 2 class folders (montage.jpg)" in caplog.text
+    caplog.clear()
+    assert FolderInput.open(str(tmp_path), labels="folders").labels() == [0, 1, -1]
+    assert FolderInput.open(str(tmp_path), labels="none").labels() == [-1, -1, -1]
+    assert not caplog.text
+    with pytest.raises(DataError, match="labels=folders, but all 1 images lie loose"):
+        FolderInput.open(str(tmp_path / "a"), labels="folders")
+
+
+def test_a_folder_of_images_is_read_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i, name in enumerate(("a/1.jpg", "a/2 .JPE", "b/3", "b/4.png")):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(image(i))
+    uri = index_folder(str(tmp_path / "images"), str(tmp_path / "runs" / "lists"))
+    for source in (Source.open(uri), Source.open(str(tmp_path / "images"))):
+        rows = source.read_group(0)
+        assert rows.images == [image(i) for i in range(4)]
+        assert rows.paths == ["a/1.jpg", "a/2 .JPE", "b/3", "b/4.png"]
+        assert source.labels().tolist() == [0, 0, 1, 1]
+        assert source.class_names == ("a", "b")
+    assert index_folder(str(tmp_path / "images"), str(tmp_path / "runs" / "lists")) == uri
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "images").rename(moved / "images")
+    (tmp_path / "runs").rename(moved / "runs")
+    again = Source.open(str(moved / "runs" / "lists" / Path(uri).name))
+    assert again.read_group(0).images == [image(i) for i in range(4)]
+    assert index_folder(str(moved / "images"), str(moved / "runs" / "lists")) == again.uri
