@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,10 @@ def embed(
     )
     for place, row in zip(places, rows, strict=True):
         if place not in bad:
-            print(files[place], *(f"{value:.6g}" for value in row), sep="\t")
+            name = str(files[place])
+            # a tab or line break in a name would be one of the table
+            name = name if name.isprintable() else json.dumps(name)
+            print(name, *(f"{value:.6g}" for value in row), sep="\t")
     if bad:
         raise typer.Exit(1)
 

@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from simclr_ray.augment import native
+from simclr_ray.distributed.malloc import machine_memory
 from simclr_ray.storage.provenance import version_of
 
 Status = Literal["ok", "warn", "fail"]
@@ -97,10 +98,7 @@ def check_machine() -> Findings:
 
 def memory_gib() -> float:
     """Return the memory that this process may use, in GiB: the machine's or its container's."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return (min(total, int(text)) if text.isdigit() else total) / GIB
+    return machine_memory() / GIB
 
 
 def check_device() -> Findings:

@@ -16,6 +16,7 @@ from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
 from simclr_ray.optim import state_per_parameter
+from simclr_ray.train.advice import before_start, memory_advice
 from simclr_ray.train.imports import export_problem
 from simclr_ray.train.resolve import ResolvedExperiment
 
@@ -29,6 +30,7 @@ class StepMemory(NamedTuple):
     weights: int  # weights, gradients and optimizer state
     activations: int  # kept for backward, both views
     loss: int  # gathered z and one tile
+    images: int  # that pass the model at once
 
     @property
     def total(self) -> int:
@@ -75,9 +77,10 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         rows["workers"] = (
             f"{workers} share the {counted(cores, 'core')} of this machine: slower than {cores}"
         )
-    if warmup >= total:
-        rows["note"] = "warm-up is as long as the run: the rate never reaches its peak"
-    return rows
+    per_image = memory.activations // max(memory.images, 1)
+    notes = before_start(resolved)
+    notes += filter(None, [memory_advice(resolved, per_image, memory.weights + memory.loss)])
+    return rows | {f"note {k}" if k > 1 else "note": text for k, text in enumerate(notes, 1)}
 
 
 def num_parameters(experiment: Experiment) -> int:
@@ -122,6 +125,7 @@ def step_memory(experiment: Experiment) -> StepMemory:
         weights=weights,
         activations=sum(saved.values()) * n // SAMPLE // halved,
         loss=2 * gathered + 3 * tile,
+        images=n,
     )
 
 

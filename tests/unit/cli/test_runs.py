@@ -168,6 +168,18 @@ def test_a_run_is_exported_and_embeds_as_its_export_does(a_run: Path, tmp_path: 
     assert len(texts[0].split("\t")) == 1 + dim
 
 
+def test_a_name_with_a_tab_or_line_break_stays_one_field(a_run: Path, tmp_path: Path) -> None:
+    names = ["tab\tname.png", "new\nline.png", "plain.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(png(40))
+    done = run("embed", str(a_run), *names, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines() if line != "LOADED"][:3]
+    assert [line[0] for line in lines] == [json.dumps(names[0]), json.dumps(names[1]), names[2]]
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0][1:] == lines[1][1:] == lines[2][1:]
+
+
 def test_an_export_replaces_no_other_files(a_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("all of it")

@@ -123,7 +123,7 @@ def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
 
 def test_a_warm_up_as_long_as_the_run_is_noted(source: Source) -> None:
     rows = derived(ResolvedExperiment(experiment(batch_size=100, epochs=3), source))
-    assert "never reaches its peak" in rows["note"]
+    assert any("never reaches its peak" in rows[key] for key in rows if key.startswith("note"))
 
 
 def test_rows_that_fill_no_batch_are_refused(source: Source) -> None:

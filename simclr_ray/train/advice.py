@@ -1,0 +1,118 @@
+"""What is likely wrong with a run, each in a sentence that ends in what to change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from simclr_ray.config.wording import counted
+from simclr_ray.distributed.malloc import machine_memory
+from simclr_ray.evaluation.scores import PIXELS, TRAINED, Score
+from simclr_ray.nn.build import build_loss
+from simclr_ray.train.resolve import ResolvedExperiment
+
+FEW_STEPS = 200  # the demo needs 800; at 200 its encoder is hardly better than untrained
+SHORT_WARMUP = 5  # steps; LARS at a peak rate above 1 diverges or collapses without
+NEAR_CHANCE = 0.9  # of the loss without learning
+MIB = 2**20
+
+
+def before_start(resolved: ResolvedExperiment) -> list[str]:
+    """Return what is likely to go wrong, by the config alone."""
+    config, total, warmup = resolved.config, resolved.total_steps, resolved.warmup_steps
+    advice = []
+    if total < FEW_STEPS:
+        advice.append(f"{_few(total)}: raise epochs, or lower batch_size")
+    peak = config.peak_learning_rate()
+    if peak >= 1 and warmup < SHORT_WARMUP and total > 2 * SHORT_WARMUP:
+        advice.append(
+            f"warm-up of {counted(warmup, 'step')} to a rate of {peak:g} is abrupt: "
+            f"schedule.warmup_steps={max(SHORT_WARMUP, total // 10)}, or a lower learning_rate"
+        )
+    if warmup >= total:
+        advice.append("warm-up is as long as the run: the rate never reaches its peak")
+    return advice
+
+
+def _few(total: int) -> str:
+    return f"{counted(total, 'step')} are few to learn from"
+
+
+def after_scores(
+    resolved: ResolvedExperiment, scores: Sequence[Score], metrics: Mapping[str, float]
+) -> str:
+    """Return why the encoder is no better than raw pixels, and what to change; else nothing.
+
+    Args:
+        resolved: The run.
+        scores: Its score table.
+        metrics: The last value of each metric that it has logged.
+    """
+    rows = {score.name: score for score in scores}
+    trained, pixels = rows.get(TRAINED), rows.get(PIXELS)
+    if trained is None or pixels is None:
+        return ""
+    shared = [m for m in trained.accuracies if m in pixels.accuracies]
+    if not shared or any(trained.accuracies[m] > pixels.accuracies[m] for m in shared):
+        return ""
+    return f"the encoder is no better than raw pixels: {'; '.join(_reasons(resolved, metrics))}"
+
+
+def _reasons(resolved: ResolvedExperiment, metrics: Mapping[str, float]) -> list[str]:
+    config, total = resolved.config, resolved.total_steps
+    reasons = []
+    if total < FEW_STEPS:
+        reasons.append(f"{_few(total)} (raise epochs)")
+    if resolved.warmup_steps > total // 2:
+        reasons.append(
+            f"{resolved.warmup_steps} of {counted(total, 'step')} were warm-up "
+            "(lower schedule.warmup_epochs)"
+        )
+    head = config.classifier
+    level = build_loss(config).chance_level(config.batch_size, head.num_classes if head else 0)
+    loss = metrics.get("train/mean_loss")
+    if level is not None and loss is not None and loss > NEAR_CHANCE * level.value:
+        reasons.append(
+            f"the loss, {loss:.2f}, is near {level.value:.2f}, that of no learning "
+            "(raise epochs or schedule.learning_rate, or lower loss.temperature)"
+        )
+    return reasons or [
+        "the loss has fallen, so its task may be too easy (stronger augment, larger batch_size) "
+        "or too far from the labels"
+    ]
+
+
+def memory_advice(resolved: ResolvedExperiment, per_image: int, fixed: int) -> str:
+    """Return how a step fits into memory, where it does not; else nothing.
+
+    Args:
+        resolved: The run.
+        per_image: Bytes kept for the backward pass, of an image on the largest worker.
+        fixed: Bytes that do not shrink with the group.
+    """
+    config = resolved.config
+    workers = config.scaling.num_workers
+    if config.scaling.gpus_per_worker:
+        if not torch.cuda.is_available():
+            return ""  # that of another machine
+        here, where, sharing = torch.cuda.get_device_properties(0).total_memory, "the GPU", 1
+    elif "RAY_ADDRESS" in os.environ:
+        return ""
+    else:
+        here, where, sharing = machine_memory(), "this machine", workers
+    largest = max(config.local_batch_size(rank) for rank in range(workers))
+    needed = sharing * (fixed + per_image * -(-largest // config.num_groups))
+    if needed <= here:
+        return ""
+    room = here - sharing * fixed
+    for groups in range(config.num_groups + 1, config.batch_size + 1):
+        size = config.batch_size // groups
+        on_rank = -(-largest // groups)
+        if config.batch_size % groups == 0 and sharing * per_image * on_rank <= room:
+            fits = f"batch_norm.group_size={size} fits"
+            break
+    else:
+        fits = "no group fits: a smaller encoder or augment.size is needed"
+    return f"a step takes {needed / MIB:,.0f} MiB and {where} has {here / MIB:,.0f}: {fits}"

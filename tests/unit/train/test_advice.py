@@ -1,0 +1,73 @@
+"""What is likely wrong with a run is said, with what to change; and nothing where nothing is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.source import Source
+from simclr_ray.evaluation.scores import PIXELS, TRAINED, Score
+from simclr_ray.train import advice
+from simclr_ray.train.resolve import ResolvedExperiment
+
+
+def resolved(tmp_path: Path, *, rows: int = 1000, **tree: Any) -> Any:
+    columns: dict[str, Any] = {"image": [b"x"] * rows}
+    pq.write_table(pa.table(columns | {"label": [0] * rows}), tmp_path / "labelled.parquet")
+    train = str(tmp_path / "labelled.parquet")
+    data = {"train": train, "test": train}
+    given = {"name": "t", "data": data, "augment": {"size": 32}, "batch_size": 100} | tree
+    experiment = cfg.validate(Experiment, given)
+    return ResolvedExperiment(experiment, Source.open(train))
+
+
+def score(name: str, knn: float) -> Score:
+    return Score(name, -1.0, 5.0, 0.1, accuracies={"knn_top1": knn})
+
+
+def test_a_usual_run_gets_no_advice(tmp_path: Path) -> None:
+    assert advice.before_start(resolved(tmp_path, epochs=30)) == []
+
+
+def test_an_abrupt_warm_up_is_said_with_the_key(tmp_path: Path) -> None:
+    schedule = {"learning_rate": 3.0, "warmup_steps": 2}
+    (line,) = advice.before_start(resolved(tmp_path, epochs=30, schedule=schedule))
+    assert line.startswith("warm-up of 2 steps to a rate of 1.17188 is abrupt")
+    assert "schedule.warmup_steps=30" in line
+
+
+def test_few_steps_are_said(tmp_path: Path) -> None:
+    lines = advice.before_start(resolved(tmp_path, epochs=1, schedule={"warmup_steps": 1}))
+    assert lines == ["10 steps are few to learn from: raise epochs, or lower batch_size"]
+
+
+def test_an_encoder_no_better_than_pixels_is_said_with_its_reasons(tmp_path: Path) -> None:
+    run = resolved(tmp_path, epochs=1, schedule={"warmup_steps": 8})
+    worse = [score(TRAINED, 0.2), score(PIXELS, 0.25)]
+    line = advice.after_scores(run, worse, {"train/mean_loss": 5.2})
+    assert line.startswith("the encoder is no better than raw pixels: 10 steps are few")
+    assert "8 of 10 steps were warm-up" in line
+    assert "the loss, 5.20, is near 5.29" in line
+    better = [score(TRAINED, 0.3), score(PIXELS, 0.25)]
+    assert advice.after_scores(run, better, {}) == ""
+    assert advice.after_scores(run, [score(TRAINED, 0.3)], {}) == ""
+
+
+def test_a_step_that_does_not_fit_names_the_largest_group_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(advice, "machine_memory", lambda: 1000 * advice.MIB)
+    run = resolved(tmp_path, epochs=30)
+    assert advice.memory_advice(run, 5 * advice.MIB, 100 * advice.MIB) == ""
+    line = advice.memory_advice(run, 20 * advice.MIB, 100 * advice.MIB)
+    assert line == (
+        "a step takes 2,100 MiB and this machine has 1,000: batch_norm.group_size=25 fits"
+    )
+    assert "no group fits" in advice.memory_advice(run, 2000 * advice.MIB, 100 * advice.MIB)
