@@ -30,6 +30,8 @@ QUIET = {
     "idle_worker_killing_time_threshold_ms": 30_000,
 }
 KNOCK_TIMEOUT_S: Final = 10.0
+HTTP2_SETTINGS: Final = 4  # type of a frame
+HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of its own
 _started_here: set[str] = set()  # addresses of the local clusters of this process
 log = logging.getLogger(__name__)
@@ -140,10 +142,17 @@ def init(**options: Any) -> None:
 
 
 def knock(address: str) -> None:
-    """Raise `OSError` where nothing listens: Ray itself would go on trying for minutes."""
+    """Raise `OSError` where nothing listens, or no gRPC: Ray itself would go on for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
+    if not host or not port.isdigit():
+        return
+    with socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S) as stream:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        stream.sendall(HTTP2_PREFACE)
+        frame = stream.recv(9)  # a server's first frame holds its settings (RFC 9113 §3.4)
+    if len(frame) < 4 or frame[3] != HTTP2_SETTINGS:
+        raise ConnectionError(f"what listens at {address} is not Ray")
 
 
 def nodes() -> list[Node]:

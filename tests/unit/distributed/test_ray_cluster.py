@@ -1,0 +1,48 @@
+"""An address where no Ray cluster is ends in one line, and soon."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from simclr_ray.distributed import ray_cluster
+from simclr_ray.errors import ClusterError
+
+
+@pytest.fixture
+def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Listen on a port, and answer what the parameter says to whoever comes; give the address."""
+    answer: bytes | None = request.param
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    stream, _ = server.accept()
+                except OSError:
+                    return
+                if answer is not None:
+                    stream.recv(64)
+                    stream.sendall(answer)
+                    stream.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "stranger", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None], indirect=True
+)
+def test_what_listens_but_is_not_ray_ends_in_one_line(
+    stranger: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "KNOCK_TIMEOUT_S", 1.0)
+    monkeypatch.setenv("RAY_ADDRESS", stranger)
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=f"no Ray cluster answers at RAY_ADDRESS={stranger}"):
+        ray_cluster.connect()
+    assert time.monotonic() - began < 5
