@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import ray
 
 from simclr_ray.distributed import ray_cluster
 from simclr_ray.errors import ClusterError
@@ -41,6 +42,7 @@ def test_what_listens_but_is_not_ray_ends_in_one_line(
     stranger: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_cluster, "KNOCK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test may have connected
     monkeypatch.setenv("RAY_ADDRESS", stranger)
     began = time.monotonic()
     with pytest.raises(ClusterError, match=f"no Ray cluster answers at RAY_ADDRESS={stranger}"):
