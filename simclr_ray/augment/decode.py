@@ -286,7 +286,8 @@ def _to_rgb(image: Image.Image) -> Pixels:
         raise _UndecodedError(f"pixels of mode {image.mode} have no known range")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         return _over_white(image.convert("RGBA"))
-    return np.array(image.convert("RGB"), dtype=np.uint8, order="C")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")  # which copies whatever it is
+    return np.array(rgb, dtype=np.uint8, order="C")
 
 
 def _gray16(image: Image.Image, white: float) -> Image.Image | None:
@@ -326,8 +327,7 @@ def gray_to_rgb(gray: Pixels) -> Pixels:
 def _tiff_page(encoded: bytes, max_pixels: int, min_side: int, white: float) -> Pixels | None:
     """Return the first page by tifffile, where that is installed; None where it is not.
 
-    Pillow has a list of combinations of bits, byte order and photometric; what is not on it, such
-    as big-endian 12 bits, it refuses.
+    Pillow refuses bits, byte order and photometric that are not on its list, as 12 bits in MM.
     """
     try:
         tifffile = importlib.import_module("tifffile")
@@ -343,10 +343,10 @@ def _tiff_page(encoded: bytes, max_pixels: int, min_side: int, white: float) -> 
         raise
     except Exception as error:
         raise ImageError(_reason(error)) from error
-    values = top - values if kind == "MINISWHITE" else values
-    gray = scaled_gray(values.squeeze(), white or top if values.ndim == 2 else top)
-    if gray.ndim == 2:
-        return gray_to_rgb(gray)
+    values = (top - values if kind == "MINISWHITE" else values).squeeze()
+    if values.ndim == 2:
+        return gray_to_rgb(scaled_gray(values, white or top))
+    gray = scaled_gray(values, top)
     if gray.ndim != 3 or gray.shape[2] not in (3, 4):
         raise ImageError(f"{gray.shape[-1]} channels")
     return _over_white(Image.fromarray(gray)) if gray.shape[2] == 4 else gray

@@ -6,6 +6,7 @@ so only `simclr_ray` is configured, and only by the command line.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,12 @@ def configure(handler: logging.Handler) -> None:
     if not logger.handlers:
         logger.addHandler(handler)
     logger.propagate = False
+
+
+@functools.lru_cache(maxsize=1024)
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log a warning, the first time in this process: datasets are opened many times."""
+    logger.warning("%s", message)
 
 
 @contextmanager

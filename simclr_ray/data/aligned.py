@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import keys_of, occurring, one_numbering, renumber
 from simclr_ray.data.source import Source
@@ -39,7 +39,7 @@ def align_labels(*sources: Source) -> tuple[Source, ...]:
         keys = [{label: str(label) for label in own} for own in keys]
     classes, said = one_numbering(keys, named, [source.uri for source in sources])
     if said:
-        _say_once(said)
+        warn_once(log, said)
     renumbered = map(renumber, columns, keys, [classes] * len(keys))
     return tuple(
         replace(source, label=label) for source, label in zip(sources, renumbered, strict=True)
@@ -69,14 +69,9 @@ def of_classifier(source: Source, names: Sequence[str], num_classes: int) -> Sou
         raise DataError(f"{source.uri} has {shown}: {', '.join(unknown[:5])}")
     if names or column.names:
         nameless = source.uri if names else "the classifier"
-        _say_once(f"{nameless} has no names of classes: labels are compared as numbers")
+        warn_once(log, f"{nameless} has no names of classes: labels are compared as numbers")
     if present and present[-1] >= num_classes:
         raise DataError(
             f"{source.uri} has label {present[-1]}; the classifier knows 0 to {num_classes - 1}"
         )
     return source
-
-
-@functools.lru_cache(maxsize=256)
-def _say_once(message: str) -> None:
-    log.warning(message)

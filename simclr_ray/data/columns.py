@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.config.logging import warn_once
 from simclr_ray.data.classes import LabelColumn, is_number, is_text, label_column
 from simclr_ray.data.footer import Footer
 from simclr_ray.errors import DataError
@@ -82,7 +82,7 @@ def labels_in(
     except DataError as error:
         if required:
             raise
-        log.warning("labels are not used: %s", error)
+        warn_once(log, f"labels are not used: {error}")
         return None, f"has no labels that can be used: {error}"
 
 
@@ -125,10 +125,5 @@ def _all_usable(
     if kind is not None and (required or any(usable)):
         raise DataError(f"{odd_one.path}: {role} column {name!r} has type {kind}, not {wanted}")
     if kind is not None:
-        _say_once(f"{odd_one.path}: column {name!r} has type {kind}: not used as the {role}")
+        warn_once(log, f"{odd_one.path}: column {name!r} has type {kind}: not used as the {role}")
     return False
-
-
-@functools.lru_cache(maxsize=1024)
-def _say_once(message: str) -> None:
-    log.warning(message)

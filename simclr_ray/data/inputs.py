@@ -20,7 +20,7 @@ from simclr_ray.data import shapes
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
-from simclr_ray.data.listing import holds_parquet
+from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.data.torchvision_input import TorchvisionInput, torchvision_names
 from simclr_ray.errors import DataError
@@ -146,7 +146,7 @@ def open_input(
     path = Path(kind_or_path).expanduser()
     if "://" in kind_or_path or path.exists():
         fs, where = filesystem(kind_or_path)
-        if holds_parquet(fs, where, kind_or_path):
+        if list_parquet(fs, where, kind_or_path):
             return ParquetInput.open(kind_or_path, columns, num_images)
         return FolderInput.open(kind_or_path, num_images, labels)
     datasets = torchvision_names()

@@ -21,12 +21,14 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from simclr_ray.augment.decode import FIRST_BYTES, decoder_missing, format_of
+from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import is_local, one_line
 
 # Requests to a bucket take tens of milliseconds and no processor; local files do neither.
 REMOTE_THREADS = 16
+OLD_MANIFEST = "manifest.json"  # of sets prepared by earlier releases, which no reader skips
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 # Believed without a look into the file; contents decide for all others, and when decoding.
 IMAGE_SUFFIXES = (
@@ -53,7 +55,7 @@ class Listing(NamedTuple):
     def say(self, uri: str) -> None:
         """Log what is left out, once for the same listing."""
         if self.left_out:
-            _warn_once(f"{uri}: {left_out_line(self.left_out)}")
+            warn_once(log, f"{uri}: {left_out_line(self.left_out)}")
 
 
 def left_out_line(left_out: Counter[str]) -> str:
@@ -90,13 +92,13 @@ def list_files(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
 
 
 def list_parquet(fs: pafs.FileSystem, root: str, uri: str) -> list[Listed]:
-    """Return the parquet file `root`, or those below the folder `root`, sorted by path.
+    """Return the file `root`, or parquet below the folder `root`, sorted by path; none: no parquet.
 
     Names that begin with a dot or underscore are skipped, as everywhere in the parquet world:
     they are half-written files and notes. Other files are left out and said.
 
     Raises:
-        DataError: There is nothing at `uri`, or no parquet in it, or it cannot be listed.
+        DataError: There is nothing at `uri`, or a folder that cannot be listed.
     """
     files, left_out = list_files(fs, root, uri)
     if [f.path for f in files] == [root]:
@@ -104,26 +106,12 @@ def list_parquet(fs: pafs.FileSystem, root: str, uri: str) -> list[Listed]:
     files = [f for f in files if not _is_hidden(f.path, root, "_")]
     parquet = [f for f in files if _suffix(f.path) in PARQUET_SUFFIXES]
     if not parquet:
-        raise DataError(f"{uri} is a folder without parquet files (*.parquet)")
-    ignored = [f for f in files if PurePosixPath(f.path).name != OLD_MANIFEST]
-    left_out.update(
-        _suffix(f.path) or "without an ending" for f in ignored if f not in set(parquet)
-    )
+        return []
+    others = [PurePosixPath(f.path) for f in files if _suffix(f.path) not in PARQUET_SUFFIXES]
+    reasons = (p.suffix.lower() or "without an ending" for p in others if p.name != OLD_MANIFEST)
+    left_out.update(reasons)
     Listing(parquet, left_out).say(uri)
     return parquet
-
-
-OLD_MANIFEST = "manifest.json"  # of sets prepared by earlier releases, which no reader skips
-
-
-def holds_parquet(fs: pafs.FileSystem, root: str, uri: str) -> bool:
-    """Return whether `root` is a file, or a folder with parquet in it. Raises as `list_files`."""
-    files, _ = list_files(fs, root, uri)
-    if [f.path for f in files] == [root]:
-        return True
-    return any(
-        _suffix(f.path) in PARQUET_SUFFIXES and not _is_hidden(f.path, root, "_") for f in files
-    )
 
 
 def list_images(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
@@ -210,8 +198,3 @@ def _suffix(path: str) -> str:
 def _is_hidden(path: str, root: str, first: str) -> bool:
     parts = path.removeprefix(root).strip("/").split("/")
     return any(part.startswith(first) for part in parts)
-
-
-@functools.lru_cache(maxsize=1024)
-def _warn_once(message: str) -> None:
-    log.warning(message)

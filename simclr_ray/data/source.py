@@ -24,12 +24,13 @@ import pyarrow.parquet as pq
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.config.logging import warn_once
 from simclr_ray.data.classes import Int64s, LabelColumn, as_integers
 from simclr_ray.data.columns import PATH_COLUMN, check_image, has_integer_ids, has_paths, labels_in
 from simclr_ray.data.files import read_images
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.footer import Footer, read_footers
-from simclr_ray.data.listing import holds_parquet, list_parquet
+from simclr_ray.data.listing import list_parquet
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
 
@@ -120,10 +121,11 @@ class Source:
         """
         columns = columns or ColumnsConfig()
         fs, root = filesystem(uri)
-        if not holds_parquet(fs, root, uri):
+        listed = list_parquet(fs, root, uri)
+        if not listed:
             uri = index_folder(uri, str(cache_folder("lists")))
             fs, root = filesystem(uri)
-        listed = list_parquet(fs, root, uri)
+            listed = list_parquet(fs, root, uri)
         footers = read_footers(fs, listed)
         for footer in footers:
             check_image(footer, columns.image)
@@ -334,7 +336,7 @@ def _ids_are_keys(source: Source) -> bool:
             "column, or none (data.columns.id=) to number the rows"
         )
     if why:
-        logger.warning("%s: column %r: %s: not used, rows are numbered", source.uri, name, why)
+        warn_once(logger, f"{source.uri}: column {name!r}: {why}: not used, rows are numbered")
     return not why
 
 

@@ -19,7 +19,7 @@ from simclr_ray.data.aligned import align_labels, of_classifier
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.folder_input import index_folder
-from simclr_ray.data.listing import holds_parquet
+from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.evaluate import split_like_test
@@ -142,7 +142,7 @@ def _is_of_images(uri: str) -> bool:
     if not uri:
         return False
     fs, root = filesystem(uri)
-    return fs.get_file_info(root).type == FileType.Directory and not holds_parquet(fs, root, uri)
+    return fs.get_file_info(root).type == FileType.Directory and not list_parquet(fs, root, uri)
 
 
 def _check_evaluation(experiment: Experiment, source: Source) -> None:

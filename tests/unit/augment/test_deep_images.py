@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
+import tifffile
 from PIL import Image
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from simclr_ray.augment.decode import ImageError, Pixels, decode_image
-
-tifffile = pytest.importorskip("tifffile")
 
 HEIGHT, WIDTH = 21, 34
 
@@ -237,10 +239,6 @@ def test_values_without_a_range_are_refused_and_said(values: Any) -> None:
 
 
 def dicom(values: Any, photometric: str, bits: int, **tags: Any) -> bytes:
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
-
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
