@@ -18,6 +18,7 @@ from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.columns import PATH_COLUMN
 from simclr_ray.data.files import read_file
+from simclr_ray.data.footer import IMAGE_BYTES
 from simclr_ray.data.items import Item, ShardTask, cut, shuffled
 from simclr_ray.data.listing import left_out_line, list_images
 from simclr_ray.errors import DataError
@@ -36,6 +37,7 @@ class FolderInput:
     names: tuple[str, ...]
     class_names: tuple[str, ...]
     listing: str
+    num_bytes: int  # of all files
 
     @classmethod
     def open(cls, uri: str, limit: int = 0, labels: FolderLabels = "auto") -> FolderInput:
@@ -65,7 +67,7 @@ class FolderInput:
         sizes = [(name, size_of[name]) for name in names]
         digest = hashlib.sha256(repr(sizes).encode(errors="surrogateescape")).hexdigest()
         where = root if is_local(fs) else uri
-        return cls(where, tuple(names), classes, digest)
+        return cls(where, tuple(names), classes, digest, sum(size for _, size in sizes))
 
     @property
     def identity(self) -> dict[str, object]:
@@ -166,11 +168,13 @@ def index_folder(uri: str, out: str) -> str:
             PATH_COLUMN: pa.array(given.names, pa.string()),
         }
     )
-    names = {"class_names": json.dumps(list(given.class_names))} if given.class_names else {}
+    about = {IMAGE_BYTES: str(given.num_bytes)}
+    if given.class_names:
+        about["class_names"] = json.dumps(list(given.class_names))
     try:
         fs.create_dir(folder, recursive=True)
         with open_whole(fs, path) as stream:
-            pq.write_table(table.replace_schema_metadata(names), stream, row_group_size=GROUP_ROWS)
+            pq.write_table(table.replace_schema_metadata(about), stream, row_group_size=GROUP_ROWS)
     except OSError as error:
         raise DataError(f"{shown} cannot be written: {error}") from error
     log.info(

@@ -21,6 +21,7 @@ from simclr_ray.storage.filesystem import is_local, one_line
 MAGIC = b"PAR1"
 # The footer's length (4 bytes, little endian) and the magic number end every file.
 TAIL_BYTES = 8
+IMAGE_BYTES = "image_bytes"  # key of the metadata: of images that lie beside the file
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Footer:
     schema: pa.Schema
     digest: str
     empty_columns: frozenset[str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows, images that are named by path included where the file says so."""
+        given = (self.schema.metadata or {}).get(IMAGE_BYTES.encode(), b"0")
+        return self.size + (int(given) if given.isdigit() else 0)
 
     def type_of(self, column: str) -> pa.DataType | None:
         """Return the type of a column, None where there is none of that name."""

@@ -70,7 +70,7 @@ class Source:
         files: Its files, sorted by path.
         row_groups: Their row groups, in order.
         num_rows: M.
-        row_bytes: Of the files, on average.
+        row_bytes: Of a row on average, its image included.
         columns: Which columns hold what.
         has_ids: The id column tells rows apart; else rows are numbered.
         label: How labels are read; None: there are none.
@@ -84,7 +84,7 @@ class Source:
     files: tuple[str, ...]
     row_groups: tuple[RowGroup, ...]
     num_rows: int
-    row_bytes: float  # of the files, on average
+    row_bytes: float
     columns: ColumnsConfig
     has_ids: bool
     label: LabelColumn | None
@@ -137,7 +137,7 @@ class Source:
             files=tuple(f.path for f in footers),
             row_groups=groups,
             num_rows=groups[-1].first_row + groups[-1].num_rows,
-            row_bytes=sum(f.size for f in footers) / sum(sum(f.group_rows) for f in footers),
+            row_bytes=sum(f.num_bytes for f in footers) / sum(sum(f.group_rows) for f in footers),
             columns=columns,
             has_ids=has_integer_ids(footers, columns),
             label=None,
