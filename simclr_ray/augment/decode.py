@@ -14,6 +14,7 @@ How bright a value is follows from the file's own bits and photometric: 12-bit g
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import io
@@ -64,21 +65,18 @@ _PNM = Format("PNM", open=PpmImagePlugin.PpmImageFile)
 _AVIF = Format("AVIF", open=AvifImagePlugin.AvifImageFile)
 _HEIC = Format("HEIC", extra="heic")
 _DICOM = Format("DICOM", extra="dicom")
-_MAGIC: Final[tuple[tuple[bytes, Format], ...]] = (
-    (b"\xff\xd8\xff", _JPEG),
-    (b"\x89PNG\r\n\x1a\n", _PNG),
-    (b"GIF8", Format("GIF", open=GifImagePlugin.GifImageFile)),
-    (b"BM", Format("BMP", open=BmpImagePlugin.BmpImageFile)),
-    (b"II*\x00", _TIFF),
-    (b"MM\x00*", _TIFF),
-    (b"II+\x00", _TIFF),  # BigTIFF
-    (b"MM\x00+", _TIFF),
-    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", _JPEG_2000),
-    (b"\xff\x4f\xff\x51", _JPEG_2000),  # a bare codestream
+_MAGIC: Final[tuple[tuple[tuple[bytes, ...], Format], ...]] = (
+    ((b"\xff\xd8\xff",), _JPEG),
+    ((b"\x89PNG\r\n\x1a\n",), _PNG),
+    ((b"GIF8",), Format("GIF", open=GifImagePlugin.GifImageFile)),
+    ((b"BM",), Format("BMP", open=BmpImagePlugin.BmpImageFile)),
+    ((b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"), _TIFF),  # + is BigTIFF's
+    ((b"\x00\x00\x00\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"), _JPEG_2000),
 )
 _HEIC_BRANDS: Final = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
 _EXTRA_PACKAGES: Final = {"heic": "pi_heif", "dicom": "pydicom"}
 _WHITE_16: Final = 65535
+_EXIF, _ADOBE = 0xE1, 0xEE  # segments of a JPEG: orientation, and how color is coded
 _BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # tags of a TIFF
 _ORIENTED: Final = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
@@ -138,9 +136,8 @@ def decode_image(
     try:
         return _decode(encoded, kind, max_pixels, min_side, white)
     except _UndecodedError as error:
-        if kind in (_JPEG, _PNG):
-            stripped = _without_metadata(encoded, kind)
-            if len(stripped) < len(encoded):
+        for stripped in _without_metadata(encoded, kind):
+            with contextlib.suppress(_UndecodedError):
                 return _decode(stripped, kind, max_pixels, min_side, white)
         if kind is _TIFF:
             page = _tiff_page(encoded, max_pixels, min_side, white)
@@ -235,8 +232,11 @@ def _dicom_frame(dicom: Any) -> Pixels:
     """
     pixels = importlib.import_module("pydicom.pixels")
     frame = pixels.pixel_array(dicom, index=0)
+    if dicom.PhotometricInterpretation == "PALETTE COLOR":
+        frame = pixels.apply_color_lut(frame, dicom)
+        return scaled_gray(frame, np.iinfo(frame.dtype).max)
     if frame.ndim == 3:
-        return np.ascontiguousarray(frame, dtype=np.uint8)
+        return scaled_gray(frame, 2 ** int(dicom.BitsStored) - 1)
     values = pixels.apply_voi_lut(pixels.apply_modality_lut(frame, dicom), dicom).astype(np.float64)
     gray = (values - values.min()) / max(values.max() - values.min(), 1e-9)
     if dicom.PhotometricInterpretation == "MONOCHROME1":
@@ -334,7 +334,7 @@ def _tiff_page(encoded: bytes, max_pixels: int, min_side: int, white: float) -> 
         page = tifffile.TiffFile(io.BytesIO(encoded)).pages[0]
         _check_size((page.imagewidth, page.imagelength), max_pixels, min_side)
         kind = page.photometric.name
-        if page.dtype.kind != "u" or kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
+        if page.dtype.name not in ("uint8", "uint16") or not kind.startswith(("MINIS", "RGB")):
             return None
         values, top = page.asarray(), 2**page.bitspersample - 1
     except ImportError:
@@ -352,17 +352,18 @@ def _tiff_page(encoded: bytes, max_pixels: int, min_side: int, white: float) -> 
     return _over_white(Image.fromarray(gray)) if gray.shape[2] == 4 else gray
 
 
-def _without_metadata(encoded: bytes, kind: Format) -> bytes:
-    """Return a PNG or JPEG without what is said about its pixels, but for what changes them."""
-    parts = _png_chunks(encoded) if kind is _PNG else _jpeg_segments(encoded)
-    try:
-        return b"".join(parts)
-    except (struct.error, IndexError):
-        return encoded
+def _without_metadata(encoded: bytes, kind: Format | None) -> Iterator[bytes]:
+    """Yield a PNG or JPEG without comments, profiles and the like; of a JPEG EXIF is last to go."""
+    with contextlib.suppress(struct.error, IndexError):
+        if kind is _PNG:
+            yield b"".join(_png_chunks(encoded))
+        if kind is _JPEG:
+            yield b"".join(_jpeg_segments(encoded, kept=(_EXIF, _ADOBE)))
+            yield b"".join(_jpeg_segments(encoded, kept=(_ADOBE,)))
 
 
 def _png_chunks(encoded: bytes) -> Iterator[bytes]:
-    """Yield the signature and the critical chunks (a capital begins their names) and two more."""
+    """Yield signature and critical chunks, named with a capital; transparency and EXIF as well."""
     yield encoded[:8]
     at = 8
     while at < len(encoded):
@@ -373,14 +374,13 @@ def _png_chunks(encoded: bytes) -> Iterator[bytes]:
         at += 12 + length
 
 
-def _jpeg_segments(encoded: bytes) -> Iterator[bytes]:
-    """Yield the segments but for comments and applications' own; APP14 says how color is coded."""
+def _jpeg_segments(encoded: bytes, kept: tuple[int, ...]) -> Iterator[bytes]:
+    """Yield the segments but for comments and, unless `kept`, those of applications."""
     yield encoded[:2]
     at = 2
     while encoded[at + 1] != 0xDA:  # the scan, to which nothing is said any more
-        (length,) = struct.unpack_from(">H", encoded, at + 2)
-        marker = encoded[at + 1]
-        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
+        marker, (length,) = encoded[at + 1], struct.unpack_from(">H", encoded, at + 2)
+        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker in kept:
             yield encoded[at : at + 2 + length]
         at += 2 + length
     yield encoded[at:]

@@ -46,32 +46,36 @@ def align_labels(*sources: Source) -> tuple[Source, ...]:
     )
 
 
-def of_classifier(source: Source, names: Sequence[str], num_classes: int) -> Source:
+def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) -> Source:
     """Return labelled images with the labels by which a classifier counts its classes.
 
     Args:
         source: The images.
-        names: Of the classifier's classes; empty: it has numbers alone.
+        names: Of the classifier's classes: names, or the numbers that occurred, as text; empty: its
+            labels are numbers without gaps.
         num_classes: K.
 
     Raises:
-        DataError: The images have a class that the classifier does not know, or no labels.
+        DataError: The images have a class that the classifier does not know, names where it has
+            numbers alone, or no labels.
     """
     labels, column = source.labels(), source.label
     assert column is not None
     present = occurring(labels)
-    keys = {label: column.names[label] if column.names else str(label) for label in present}
-    if names and (column.names or set(keys.values()) <= set(names)):
-        unknown = [key for key in keys.values() if key not in names]
-        if not unknown:
-            return replace(source, label=renumber(column, keys, names))
-        shown = f"{counted(len(unknown), 'class', 'classes')} that the classifier does not know"
-        raise DataError(f"{source.uri} has {shown}: {', '.join(unknown[:5])}")
-    if names or column.names:
-        nameless = source.uri if names else "the classifier"
-        warn_once(log, f"{nameless} has no names of classes: labels are compared as numbers")
-    if present and present[-1] >= num_classes:
+    by_name = bool(column.names) and not set(names).isdisjoint(column.names)
+    if column.is_text and not by_name:
+        raise DataError(f"{source.uri} has none of the classes that the classifier knows")
+    if not by_name and (names or column.names):
+        warn_once(log, f"{source.uri}: labels are compared with the classifier's as numbers")
+    if by_name or all(name.isdigit() for name in names):
+        classes = names or [str(label) for label in range(num_classes)]
+    else:  # it has names, and the images numbers: the label is the place among the names
+        classes = [str(label) for label in range(num_classes)]
+    keys = {label: column.names[label] if by_name else str(label) for label in present}
+    unknown = [key for key in keys.values() if key not in classes]
+    if unknown:
+        shown = counted(len(unknown), "class", "classes")
         raise DataError(
-            f"{source.uri} has label {present[-1]}; the classifier knows 0 to {num_classes - 1}"
+            f"{source.uri} has {shown} that the classifier does not know: {', '.join(unknown[:5])}"
         )
-    return source
+    return replace(source, label=renumber(column, keys, classes))

@@ -1,7 +1,7 @@
 """Which class a value of a label column is: by its name where there are names, else by its number.
 
 Datasets number their classes as they like, each file of one even. So numbers are compared only
-where a side has nothing else: `align` gives several datasets one numbering, by name.
+where a side has nothing else: `align_labels` gives several datasets one numbering, by name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import DataError
 
@@ -56,22 +57,28 @@ class LabelColumn:
             labels = as_integers(column, path, self.name)
         values: Int64s = labels.fill_null(NO_LABEL).cast(pa.int64()).to_numpy()
         if self.label_of_file:
-            values = _looked_up(values, self.label_of_file[file], path, self.name)
+            table = self.label_of_file[file]
+            values = self._looked_up(values, range(len(table)), table, path)
         before, after = self.renumbered
-        if not before:
-            return values
+        if before:
+            return self._looked_up(values, before, after, path)
+        if self.names and not self.is_text:
+            self._looked_up(values, range(len(self.names)), range(len(self.names)), path)
+        return values
+
+    def _looked_up(
+        self, values: Int64s, before: Sequence[int], after: Sequence[int], path: str
+    ) -> Int64s:
+        """Return what stands in place of each value, -1 for what is below 0."""
         at = np.searchsorted(before, values).clip(max=len(before) - 1)
-        is_listed = np.asarray(before)[at] == values
-        return np.where(is_listed, np.asarray(after)[at], NO_LABEL)
-
-
-def _looked_up(values: Int64s, labels: Sequence[int], path: str, name: str) -> Int64s:
-    if values.size and values.max() >= len(labels):
-        raise DataError(
-            f"{path}: column {name!r} has {values.max()}, and the file names "
-            f"{counted(len(labels), 'class', 'classes')}"
-        )
-    return np.where(values < 0, NO_LABEL, np.asarray([*labels, NO_LABEL])[values])
+        unknown = values[(np.asarray(before)[at] != values) & (values >= 0)]
+        if unknown.size:
+            raise DataError(
+                f"{path}: column {self.name!r} has label {unknown.max()}, which is none of the "
+                f"{counted(len(before), 'class', 'classes')} that there are; mend the names "
+                "(class_names), or leave labels out by data.columns.label="
+            )
+        return np.where(values < 0, NO_LABEL, np.asarray(after)[at])
 
 
 def is_text(kind: pa.DataType | None) -> bool:
@@ -123,8 +130,8 @@ def label_column(
         values: Reads the column of every row group; called for text and fractions alone.
 
     Raises:
-        DataError: Some files hold names and others numbers, or some name their classes and others
-            do not.
+        DataError: Some files hold names and others numbers, or some name their classes differently
+            and others not at all.
     """
     texts = [is_text(kind) for kind in kinds]
     if any(texts):
@@ -139,7 +146,7 @@ def label_column(
     if all(names == given[0] for names in given):
         if given and len(given) < len(names_of_files):
             nameless = counted(len(names_of_files) - len(given), "file")
-            log.warning("%s without names of classes: labels are compared as numbers", nameless)
+            warn_once(log, f"{nameless} without names of classes: labels go by their numbers")
         return LabelColumn(name, given[0] if given else ())
     if len(given) < len(names_of_files):
         raise DataError(
@@ -149,7 +156,7 @@ def label_column(
     union = tuple(dict.fromkeys(n for names in names_of_files for n in names))
     number = {class_name: label for label, class_name in enumerate(union)}
     table = tuple(tuple(number[n] for n in names) for names in names_of_files)
-    log.warning("files number their classes differently: labels of column %r go by name", name)
+    warn_once(log, f"files number their classes differently: labels of {name!r} go by name")
     return LabelColumn(name, union, label_of_file=table)
 
 

@@ -38,7 +38,8 @@ def has_paths(footers: Sequence[Footer]) -> bool:
 def has_integer_ids(footers: Sequence[Footer], columns: ColumnsConfig) -> bool:
     """Return whether the id column is there, as integers, in all files.
 
-    Under its default name a column that is absent, null or no integer is left alone, and said.
+    A column of nulls counts as absent. Under its default name one that is no integer is left alone,
+    and said.
 
     Raises:
         DataError: Only some files have it, or `data.columns.id` names one that cannot serve.
@@ -49,7 +50,7 @@ def has_integer_ids(footers: Sequence[Footer], columns: ColumnsConfig) -> bool:
     return _all_usable(footers, "id", name, pa.types.is_integer, "an integer", required=required)
 
 
-def labels_in(
+def find_label_column(
     footers: Sequence[Footer],
     columns: ColumnsConfig,
     num_rows: int,

@@ -16,7 +16,9 @@ from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
 
 
-def read_images(column: pa.ChunkedArray, fs: pafs.FileSystem, path: str) -> list[bytes | None]:
+def read_images(
+    column: pa.ChunkedArray, fs: pafs.FileSystem, path: str, root: str = ""
+) -> list[bytes | None]:
     """Return the encoded images of a column; None for a null, and for a named file that is gone.
 
     Args:
@@ -24,6 +26,7 @@ def read_images(column: pa.ChunkedArray, fs: pafs.FileSystem, path: str) -> list
             folder of the parquet file where relative, or URIs.
         fs: the file system of the parquet file.
         path: the parquet file.
+        root: folder or URI that relative paths are taken from; a relative one begins at the file's.
 
     Raises:
         DataError: a named file system cannot be reached.
@@ -40,14 +43,14 @@ def read_images(column: pa.ChunkedArray, fs: pafs.FileSystem, path: str) -> list
         whole, named = [None] * len(column), column.to_pylist()
     images: list[bytes | None] = list(whole)
     missing = [i for i, image in enumerate(whole) if image is None and named[i] is not None]
-    targets = [_target(str(named[i]), fs, path) for i in missing]
+    targets = [_target(str(named[i]), fs, path, root) for i in missing]
     for i, image in zip(missing, _read_all(targets), strict=True):
         images[i] = image
     return images
 
 
-def _target(name: str, fs: pafs.FileSystem, path: str) -> tuple[pafs.FileSystem, str]:
-    """Return where the image `name` of the parquet file `path` lies."""
+def _target(name: str, fs: pafs.FileSystem, path: str, root: str) -> tuple[pafs.FileSystem, str]:
+    """Return where the image `name` of the parquet file `path` lies, below `root` where given."""
     if "://" in name:
         scheme, _, rest = name.partition("://")
         host, _, key = rest.partition("/")
@@ -56,7 +59,10 @@ def _target(name: str, fs: pafs.FileSystem, path: str) -> tuple[pafs.FileSystem,
         return host_fs, f"{base.rstrip('/')}/{key}"
     if name.startswith("/"):
         return fs, name
-    return fs, f"{path.rpartition('/')[0]}/{name}"
+    if "://" in root:
+        root_fs, base = filesystem(root)
+        return root_fs, f"{base}/{name}"
+    return fs, "/".join(part for part in (path.rpartition("/")[0], root, name) if part)
 
 
 def _read_all(targets: Sequence[tuple[pafs.FileSystem, str]]) -> list[bytes | None]:

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.columns import PATH_COLUMN
 from simclr_ray.data.files import read_file
-from simclr_ray.data.footer import IMAGE_BYTES
+from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
 from simclr_ray.data.items import Item, ShardTask, cut, shuffled
 from simclr_ray.data.listing import left_out_line, list_images
 from simclr_ray.errors import DataError
@@ -149,10 +150,14 @@ def index_folder(uri: str, out: str) -> str:
     """
     given = FolderInput.open(uri)
     fs, folder = filesystem(out)
-    _, root = filesystem(uri)
-    both_local = "://" not in uri and is_local(fs)
-    base = os.path.relpath(root, folder) if both_local else given.uri
-    identity = json.dumps([base, given.listing, given.class_names])
+    images, root = filesystem(uri)
+    if is_local(images) and is_local(fs):  # both may move together; `..` of a link is its target's
+        root, folder = os.path.realpath(root), os.path.realpath(folder)
+        base = os.path.relpath(root, folder)
+    else:
+        base = Path(root).as_uri() if is_local(images) else given.uri
+    listing = hashlib.sha256(json.dumps([given.listing, given.class_names]).encode()).hexdigest()
+    identity = json.dumps([base, listing])
     name = root.rpartition("/")[2] or "images"
     digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:8]
     path = f"{folder}/{name}-{digest}.parquet"
@@ -163,12 +168,12 @@ def index_folder(uri: str, out: str) -> str:
     table = pa.table(
         {
             "id": pa.array(range(given.num_rows), pa.int64()),
-            "image": pa.array([f"{base}/{name}" for name in given.names], pa.string()),
+            "image": pa.array(given.names, pa.string()),
             "label": pa.array(labels, mask=labels == NO_LABEL),
             PATH_COLUMN: pa.array(given.names, pa.string()),
         }
     )
-    about = {IMAGE_BYTES: str(given.num_bytes)}
+    about = {IMAGE_ROOT: base, IMAGE_BYTES: str(given.num_bytes), IMAGE_LISTING: listing}
     if given.class_names:
         about["class_names"] = json.dumps(list(given.class_names))
     try:

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from simclr_ray import config as cfg
 from simclr_ray.config import nearest
+from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.listing import REMOTE_THREADS, Listed
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import is_local, one_line
@@ -21,7 +23,9 @@ from simclr_ray.storage.filesystem import is_local, one_line
 MAGIC = b"PAR1"
 # The footer's length (4 bytes, little endian) and the magic number end every file.
 TAIL_BYTES = 8
-IMAGE_BYTES = "image_bytes"  # key of the metadata: of images that lie beside the file
+# Keys of the metadata of a list of images that lie elsewhere (`folder_input.index_folder`): where,
+# their bytes, and a hash of their names and sizes.
+IMAGE_ROOT, IMAGE_BYTES, IMAGE_LISTING = "image_root", "image_bytes", "image_listing"
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,25 @@ class Footer:
     @property
     def num_bytes(self) -> int:
         """Bytes of all rows, images that are named by path included where the file says so."""
-        given = (self.schema.metadata or {}).get(IMAGE_BYTES.encode(), b"0")
+        given = self.about(IMAGE_BYTES)
         return self.size + (int(given) if given.isdigit() else 0)
+
+    @property
+    def image_root(self) -> str:
+        """Folder of images that are named by path: from the file's own, or a URI; else empty."""
+        return self.about(IMAGE_ROOT)
+
+    def identity(self, root: str) -> list[object]:
+        """Return what decides the rows: of a list the listing, wherever list and images lie."""
+        listing = self.about(IMAGE_LISTING)
+        if listing:
+            return [listing, self.num_bytes - self.size, self.group_rows]
+        return [self.path.removeprefix(root), self.size, self.group_rows, self.digest]
+
+    def about(self, key: str) -> str:
+        """Return an entry of the file's metadata; empty where there is none."""
+        value: bytes = (self.schema.metadata or {}).get(key.encode(), b"")
+        return value.decode("utf-8", "replace")
 
     def type_of(self, column: str) -> pa.DataType | None:
         """Return the type of a column, None where there is none of that name."""
@@ -64,14 +85,13 @@ class Footer:
         Understood are the key `class_names` (a JSON list, or names with commas between) and the
         features that Hugging Face `datasets` writes. Empty when there is nothing of the kind.
         """
-        metadata = self.schema.metadata or {}
-        text = metadata.get(b"class_names", b"").decode("utf-8", "replace").strip()
+        text = self.about("class_names").strip()
         if text.startswith("["):
             listed = _json(text)
             return tuple(str(name) for name in listed) if isinstance(listed, list) else ()
         if text:
             return tuple(name.strip() for name in text.split(","))
-        features = _json(metadata.get(b"huggingface", b"{}").decode("utf-8", "replace"))
+        features = _json(self.about("huggingface") or "{}")
         for key in ("info", "features", label, "names"):
             features = features.get(key) if isinstance(features, dict) else None
         return tuple(str(name) for name in features) if isinstance(features, list) else ()
@@ -106,6 +126,22 @@ def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     digest = hashlib.sha256(raw).hexdigest()[:16]
     return Footer(file.path, file.size, groups, schema, digest, _empty_columns(metadata))
+
+
+def fingerprint_of(footers: Sequence[Footer], root: str, columns: ColumnsConfig, limit: int) -> str:
+    """Return 16 hex digits over all that decides the rows; where the folder lies does not.
+
+    Sizes and footers stand for the contents: a footer holds the offsets and statistics of every
+    chunk, and reading the images to hash them would cost as much as an epoch.
+    """
+    if len(footers) == 1 and footers[0].path == root:
+        root = root.rpartition("/")[0]
+    tree = {
+        "files": [footer.identity(root) for footer in footers],
+        "columns": cfg.to_tree(columns),
+        "limit": limit,
+    }
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _footer_bytes(stream: pa.NativeFile, file: Listed) -> bytes:

@@ -7,6 +7,7 @@ folders: its selector neither says which folder it may not read nor notices a li
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -170,7 +171,9 @@ def _walk(
         except FileNotFoundError:
             left_out["links to nothing"] += 1
             continue
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise DataError(f"{entry.path} cannot be looked at: {one_line(error)}") from error
             left_out["links to themselves"] += 1
             continue
         if stat.S_ISREG(status.st_mode):

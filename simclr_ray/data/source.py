@@ -1,15 +1,14 @@
 """A parquet dataset opened: which rows there are, where they lie, and how to read some of them.
 
-Opening reads the footers and nothing else. A `Source` is small and pickles, so each Ray process
-gets a copy and reads the row groups that its part of the plan names. Row numbers count over the
-files sorted by path: where a user's file has no id column they are the ids (design, load-bearing
-2). pyarrow only; Ray is not needed to read.
+Opening reads the footers and, of a set that `prepare` did not make, ids and text labels. A `Source`
+is small and pickles, so each Ray process gets a copy and reads the row groups that its part of the
+plan names. Row numbers count over the files sorted by path: where a user's file has no id column
+they are the ids (design, load-bearing 2). pyarrow only; Ray is not needed to read.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -22,14 +21,19 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.data.classes import Int64s, LabelColumn, as_integers
-from simclr_ray.data.columns import PATH_COLUMN, check_image, has_integer_ids, has_paths, labels_in
+from simclr_ray.data.columns import (
+    PATH_COLUMN,
+    check_image,
+    find_label_column,
+    has_integer_ids,
+    has_paths,
+)
 from simclr_ray.data.files import read_images
 from simclr_ray.data.folder_input import index_folder
-from simclr_ray.data.footer import Footer, read_footers
+from simclr_ray.data.footer import Footer, fingerprint_of, read_footers
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
@@ -76,6 +80,7 @@ class Source:
         label: How labels are read; None: there are none.
         unlabelled: Why there are none, as a clause.
         has_paths: Rows say which file they were.
+        image_root: Where images that are named by path lie; empty: beside the parquet.
         index: File with ids and labels alone, of a prepared set; empty: there is none.
         fingerprint: 16 hex digits of all that decides the rows.
     """
@@ -90,6 +95,7 @@ class Source:
     label: LabelColumn | None
     unlabelled: str
     has_paths: bool
+    image_root: str
     index: str
     fingerprint: str
 
@@ -143,12 +149,14 @@ class Source:
             label=None,
             unlabelled="",
             has_paths=has_paths(footers),
+            image_root=footers[0].image_root,
             index=_index(fs, root, footers, columns),
-            fingerprint=_fingerprint(footers, root, columns, limit),
+            fingerprint=fingerprint_of(footers, root, columns, limit),
         )
-        label, why = labels_in(footers, columns, source.num_rows, source._parts)
-        source = replace(source, label=label, unlabelled=why)
-        return replace(source, has_ids=source.has_ids and _ids_are_keys(source))
+        label, why, no_keys = _columns_read(source, footers)
+        if source.has_ids and no_keys:
+            source = _without_ids(source, no_keys)
+        return replace(source, label=label, unlabelled=why)
 
     def read_group(self, index: int, *, labels: bool = True) -> RowTable:
         """Return row group `index` of `row_groups`, its rows in order.
@@ -262,7 +270,7 @@ class Source:
     def _rows(self, table: pa.Table, positions: Int64s, group: RowGroup) -> RowTable:
         path = self.files[group.file]
         fs, _ = filesystem(self.uri)
-        images = read_images(table.column(self.columns.image), fs, path)
+        images = read_images(table.column(self.columns.image), fs, path, self.image_root)
         ids, labels, paths = positions.astype(np.int64), None, None
         if self.has_ids:
             ids = _integers(table.column(self.columns.id), path, self.columns.id)
@@ -312,43 +320,50 @@ def _row_groups(footers: Sequence[Footer], limit: int) -> tuple[RowGroup, ...]:
     return tuple(groups)
 
 
-_IDS_CHECKED: dict[tuple[str, str], str] = {}  # by fingerprint and column: why they are no keys
+# By place and fingerprint: how labels are read, why there are none, why ids are no keys. A
+# dataset is opened many times in a process, and columns are read for this.
+_COLUMNS_READ: dict[tuple[str, str], tuple[LabelColumn | None, str, str]] = {}
 
 
-def _ids_are_keys(source: Source) -> bool:
-    """Return whether the id column tells rows apart, after reading it once a process.
+def _columns_read(source: Source, footers: Sequence[Footer]) -> tuple[LabelColumn | None, str, str]:
+    """Return how labels are read, why there are none, and why the ids are no keys."""
+    key = (source.uri, source.fingerprint)
+    if key not in _COLUMNS_READ:
+        label, why = find_label_column(footers, source.columns, source.num_rows, source._parts)
+        # of a prepared set `prepare` has seen to it
+        no_keys = "" if source.index or not source.has_ids else _why_no_keys(source)
+        _COLUMNS_READ[key] = label, why, no_keys
+    return _COLUMNS_READ[key]
 
-    Under its default name a column that does not is left alone, and said: nobody asked for it.
+
+def _without_ids(source: Source, why: str) -> Source:
+    """Return the dataset with rows numbered, since its id column does not tell them apart.
+
+    Under its default name the column is left alone, and that is said: nobody asked for it.
 
     Raises:
-        DataError: `data.columns.id` names a column that does not.
+        DataError: `data.columns.id` names it.
     """
-    if source.index:
-        return True  # `prepare` has seen to it
     name = source.columns.id
-    key = (source.fingerprint, name)
-    if key not in _IDS_CHECKED:
-        _IDS_CHECKED[key] = _why_no_keys(source)
-    why = _IDS_CHECKED[key]
-    if why and name != ColumnsConfig().id:
+    if name != ColumnsConfig().id:
         raise DataError(
             f"{source.uri}: data.columns.id={name}: {why}; ids tell images apart: name another "
             "column, or none (data.columns.id=) to number the rows"
         )
-    if why:
-        warn_once(logger, f"{source.uri}: column {name!r}: {why}: not used, rows are numbered")
-    return not why
+    warn_once(logger, f"{source.uri}: column {name!r}: {why}: not used, rows are numbered")
+    return replace(source, has_ids=False)
 
 
 def _why_no_keys(source: Source) -> str:
-    parts = source._parts(source.columns.id)
+    """Return why the id column, which is read, does not tell rows apart; nothing where it does."""
+    name = source.columns.id
+    parts = source._parts(name)
     nulls = sum(part.null_count for part in parts)
     if nulls:
         return f"{source.num_rows:,} rows, {nulls:,} of them null"
-    distinct = len(np.unique(source.ids()))
-    if distinct == source.num_rows:
-        return ""
-    return f"{source.num_rows:,} rows, {distinct:,} distinct ids"
+    ids = np.concatenate([_integers(part, source.uri, name) for part in parts])
+    distinct = len(np.unique(ids))
+    return "" if distinct == len(ids) else f"{len(ids):,} rows, {distinct:,} distinct ids"
 
 
 def _integers(column: pa.ChunkedArray, path: str, name: str) -> Int64s:
@@ -359,10 +374,7 @@ def _integers(column: pa.ChunkedArray, path: str, name: str) -> Int64s:
 def _index(
     fs: pafs.FileSystem, root: str, footers: Sequence[Footer], columns: ColumnsConfig
 ) -> str:
-    """Return the file of a prepared set that has its ids and labels; empty: none, or of others.
-
-    A set whose shards were changed by hand has another fingerprint than its manifest says.
-    """
+    """Return the file with ids and labels of a prepared set, unless its manifest says otherwise."""
     usual = ColumnsConfig()
     if (columns.id, columns.label) != (usual.id, usual.label):
         return ""
@@ -373,21 +385,5 @@ def _index(
         return ""
     if not isinstance(manifest, dict) or not manifest.get("has_index"):
         return ""
-    whole = _fingerprint(footers, root, usual, 0)
+    whole = fingerprint_of(footers, root, usual, 0)
     return f"{root}/{INDEX}" if manifest.get("fingerprint") == whole else ""
-
-
-def _fingerprint(footers: Sequence[Footer], root: str, columns: ColumnsConfig, limit: int) -> str:
-    """Return 16 hex digits over all that decides the rows; where the folder lies does not.
-
-    Sizes and footers stand for the contents: a footer holds the offsets and statistics of every
-    chunk, and reading the images to hash them would cost as much as an epoch.
-    """
-    if len(footers) == 1 and footers[0].path == root:
-        root = root.rpartition("/")[0]
-    tree = {
-        "files": [[f.path.removeprefix(root), f.size, f.group_rows, f.digest] for f in footers],
-        "columns": cfg.to_tree(columns),
-        "limit": limit,
-    }
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

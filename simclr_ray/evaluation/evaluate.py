@@ -15,7 +15,7 @@ from simclr_ray.config.experiment import (
     NTXentConfig,
 )
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
-from simclr_ray.data.aligned import align_labels, of_classifier
+from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.classification import Classification, classification
@@ -163,7 +163,7 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
         raise DataError(f"{data.test} has no labels to test a classifier by")
     head, names = experiment.classifier, checkpoint.read_record(folder).get("class_names", ())
     assert head is not None
-    test = of_classifier(test, names, head.num_classes)
+    test = map_to_classifier(test, names, head.num_classes)
     split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
     scores = extract_features(
         network, split.images, experiment.evaluation.batch_size, device, experiment.precision

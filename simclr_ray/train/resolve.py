@@ -15,7 +15,7 @@ from simclr_ray import config as cfg
 from simclr_ray.augment import native
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import imports_in
-from simclr_ray.data.aligned import align_labels, of_classifier
+from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.folder_input import index_folder
@@ -33,7 +33,7 @@ from simclr_ray.train.imports import export_problem, resolve_imports
 
 log = logging.getLogger(__name__)
 
-LISTS = "lists"  # below the storage: of images that lie in folders
+LISTS = "_lists"  # below the storage: of images that lie in folders
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -157,7 +157,7 @@ def _check_evaluation(experiment: Experiment, source: Source) -> None:
         return
     test = Source.open(data.test, data.columns)
     if test.has_labels:
-        of_classifier(test, source.class_names, head.num_classes)
+        map_to_classifier(test, source.class_names, head.num_classes)
 
 
 def _check_registrable(experiment: Experiment) -> None:
@@ -189,14 +189,16 @@ def resolve_classes(experiment: Experiment, source: Source) -> tuple[Experiment,
     head = experiment.classifier
     if head is None:
         return experiment, source
-    (source,) = align_labels(source)
     labels = source.labels()
+    if labels.max() >= head.num_classes or not head.num_classes:  # else K is chosen, gaps and all
+        (source,) = align_labels(source)
+        labels = source.labels()
     if (labels == NO_LABEL).any() or labels.min() < 0:
         raise DataError(
             f"{int((labels < 0).sum())} of {len(labels)} rows of {source.uri} have no label; "
             "a classifier is trained on labelled rows alone"
         )
-    num_classes = len(source.class_names) or int(labels.max()) + 1
+    num_classes = max(len(source.class_names), int(labels.max()) + 1)
     if len(np.unique(labels)) < 2:
         raise DataError(f"all rows of {source.uri} are of one class; there is nothing to learn")
     if head.num_classes and num_classes > head.num_classes:

@@ -293,3 +293,37 @@ def test_what_needs_a_package_says_which(
     with pytest.raises(ImageError) as refusal:
         decode_image(first + b"\0" * 100)
     assert str(refusal.value) == name
+
+
+def test_a_jpeg_that_is_mended_keeps_its_orientation() -> None:
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[274] = 6
+    Image.fromarray(color(8)).save(out, "JPEG", exif=exif)
+    plain = out.getvalue()
+    broken = plain[:2] + segment(0xED, b"Photoshop 3.0\x008BIM\x04\x04\x00") + plain[2:]
+    assert decode_image(plain).shape == (WIDTH, HEIGHT, 3)
+    np.testing.assert_array_equal(decode_image(broken), decode_image(plain))
+
+
+def test_values_of_more_than_16_bits_are_refused() -> None:
+    with pytest.raises(ImageError):
+        decode_image(tiff(gray(12).astype(np.uint32)))
+
+
+def test_a_dicom_in_color_is_scaled_by_its_bits_and_looked_up_in_its_palette() -> None:
+    deep = dicom(gray(16), "RGB", 16, SamplesPerPixel=3, PlanarConfiguration=0, Columns=WIDTH)
+    data = pydicom.dcmread(io.BytesIO(deep))
+    data.PixelData = color(16).astype("<u2").tobytes()
+    out = io.BytesIO()
+    data.save_as(out, enforce_file_format=True)
+    difference = decode_image(out.getvalue()).astype(int) - seen(color(16), 16).astype(int)
+    assert np.abs(difference).max() <= 1
+    tables: dict[str, Any] = {}
+    for at, name in enumerate(("Red", "Green", "Blue")):
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [4, 0, 16]
+        entries = np.array([65535 if k == at else 0 for k in range(4)], "<u2")
+        tables[f"{name}PaletteColorLookupTableData"] = entries.tobytes()
+    indices = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16) % 4
+    pixels = decode_image(dicom(indices, "PALETTE COLOR", 16, **tables))
+    expected = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0]], np.uint8)[indices]
+    np.testing.assert_array_equal(pixels, expected)

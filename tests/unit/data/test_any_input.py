@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -15,11 +16,12 @@ import pytest
 from PIL import Image
 
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.data.aligned import align_labels
+from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.folder_input import FolderInput, index_folder
 from simclr_ray.data.listing import list_images
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
+from simclr_ray.train.resolve import LISTS
 
 FEW = range(40)
 MANY = [pytest.param(seed, marks=pytest.mark.long) for seed in range(40, 240)]
@@ -282,3 +284,102 @@ def test_a_folder_of_images_is_read_where_it_lies(
     again = Source.open(str(moved / "runs" / "lists" / Path(uri).name))
     assert again.read_group(0).images == [image(i) for i in range(4)]
     assert index_folder(str(moved / "images"), str(moved / "runs" / "lists")) == again.uri
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "expected"),
+    [
+        ([0, 5, 20_000], [20_000, 0], [2, 0]),  # numbers with gaps
+        ([0, 1, 2], [2, 0], [2, 0]),
+        (["x", "z", "y"], ["z", "x"], [2, 0]),  # by name, in the order of names
+    ],
+)
+def test_a_classifier_is_asked_by_its_own_classes(
+    trained: list[Any], asked: list[Any], expected: list[int], tmp_path: Path
+) -> None:
+    (train,) = align_labels(Source.open(table(tmp_path / "a.parquet", label=trained)))
+    test = Source.open(table(tmp_path / "b.parquet", label=asked))
+    assert map_to_classifier(test, train.class_names, 3).labels().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked"),
+    [([1, 2, 3], [0, 1, 2]), ([0, 1, 2], [3]), (["x", "y"], ["z"]), ([0, 1], ["x"])],
+)
+def test_classes_that_a_classifier_does_not_know_are_refused(
+    trained: list[Any], asked: list[Any], tmp_path: Path
+) -> None:
+    (train,) = align_labels(Source.open(table(tmp_path / "a.parquet", label=trained)))
+    test = Source.open(table(tmp_path / "b.parquet", label=asked))
+    with pytest.raises(DataError, match="the classifier"):
+        map_to_classifier(test, train.class_names, len(trained))
+
+
+def test_numbers_are_places_among_the_names_of_a_classifier(tmp_path: Path) -> None:
+    test = Source.open(table(tmp_path / "b.parquet", label=[1, 0]))
+    assert map_to_classifier(test, ("x", "y"), 2).labels().tolist() == [1, 0]
+
+
+def test_a_label_without_a_name_is_refused_and_not_lost(tmp_path: Path) -> None:
+    about = {"class_names": "x,y,z"}
+    source = Source.open(table(tmp_path / "a.parquet", about, label=[0, 1, 5]))
+    with pytest.raises(DataError, match="label 5, which is none of the 3 classes"):
+        source.labels()
+    minus = Source.open(table(tmp_path / "b.parquet", about, label=[0, -100, 2]))
+    (aligned,) = align_labels(minus)
+    assert [label >= 0 for label in aligned.labels()] == [True, False, True]
+
+
+def test_a_negative_label_is_none_in_files_that_number_differently(tmp_path: Path) -> None:
+    table(tmp_path / "set" / "a.parquet", {"class_names": "x,y"}, label=[0, -100])
+    table(tmp_path / "set" / "b.parquet", {"class_names": "y,x"}, label=[0, 1])
+    assert Source.open(str(tmp_path / "set")).labels().tolist() == [0, -1, 1, 0]
+
+
+def test_where_a_list_of_images_lies_changes_neither_images_nor_fingerprint(
+    tmp_path: Path,
+) -> None:
+    for i, name in enumerate(("a/1 ä#%.jpg", "b/2.jpg")):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(image(i))
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")  # `..` of it is not that of its name
+    places = [str(tmp_path / "one"), str(tmp_path / "link" / "lists"), "file://" + str(tmp_path)]
+    sources = [Source.open(index_folder(str(tmp_path / "images"), out)) for out in places]
+    sources.append(Source.open(index_folder((tmp_path / "images").as_uri() + "/", places[0])))
+    for source in sources:
+        assert source.read_group(0).images == [image(0), image(1)]
+    assert len({source.fingerprint for source in sources}) == 1
+
+
+def test_a_list_within_a_folder_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").write_bytes(image(1))
+    first = index_folder(str(tmp_path), str(tmp_path / "runs" / LISTS))
+    assert Source.open(str(tmp_path)).num_rows == 1
+    (tmp_path / "2.jpg").write_bytes(image(2))
+    assert index_folder(str(tmp_path), str(tmp_path / "runs" / LISTS)) != first
+    assert Source.open(str(tmp_path)).num_rows == 2
+
+
+def test_what_cannot_be_looked_at_is_an_error_and_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.jpg").write_bytes(image(0))
+    scan = os.scandir
+
+    class Stale:
+        name, path = "x.jpg", str(tmp_path / "x.jpg")
+
+        def stat(self) -> Any:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    class Entries:
+        def __enter__(self) -> Any:
+            return [Stale()]
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(os, "scandir", lambda path: Entries() if path else scan(path))
+    with pytest.raises(DataError, match=r"x\.jpg cannot be looked at: .*Stale"):
+        FolderInput.open(str(tmp_path))

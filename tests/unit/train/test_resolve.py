@@ -171,7 +171,7 @@ def test_labels_of_the_test_split_that_no_class_has_are_told_before_the_training
     labels = pa.table({"image": pa.array([b"x"], pa.binary()), "label": pa.array([2], pa.int64())})
     pq.write_table(labels, tmp_path / "test.parquet")
     asked = experiment(**CLASSIFIER, data={"train": train, "test": str(tmp_path / "test.parquet")})
-    with pytest.raises(DataError, match="has label 2; the classifier knows 0 to 1"):
+    with pytest.raises(DataError, match="has 1 class that the classifier does not know: 2"):
         resolve(asked)
 
 
