@@ -10,7 +10,7 @@ import typer
 from simclr_ray.augment.decode import ImageError
 from simclr_ray.cli.app import app
 from simclr_ray.cli.console import ConsoleHandler, say
-from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen
+from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen, was_stopped
 from simclr_ray.config import logging as logs
 from simclr_ray.config.imports import EVERYTHING, allow
 from simclr_ray.errors import ConfigError, SimclrRayError
@@ -35,6 +35,21 @@ def permitted(arguments: list[str]) -> list[str]:
     return [argument for argument in arguments if argument != ALLOW_CODE]
 
 
+def say_error(error: Exception) -> int:
+    """Say what is wrong in a line an issue, and return the exit code; other errors are raised."""
+    if isinstance(error, ConfigError):
+        for issue in error.issues:
+            say(f"error: {issue}")
+        return error.exit_code
+    if isinstance(error, SimclrRayError | ImageError):
+        say(f"error: {error}")
+        return error.exit_code if isinstance(error, SimclrRayError) else 2
+    if isinstance(error, OSError) and error.errno in OF_A_PATH:
+        say(f"error: {one_line(error)}")
+        return 2
+    raise error
+
+
 def main() -> None:
     """Run the command line, mapping errors to exit codes."""
     logs.configure(ConsoleHandler())
@@ -42,22 +57,12 @@ def main() -> None:
     code = 0
     try:
         app(permitted(sys.argv[1:]))
-    except ConfigError as error:
-        for issue in error.issues:
-            say(f"error: {issue}")
-        code = error.exit_code
-    except (SimclrRayError, ImageError) as error:
-        say(f"error: {error}")
-        code = error.exit_code if isinstance(error, SimclrRayError) else 2
-    except OSError as error:
-        if error.errno not in OF_A_PATH:
-            raise
-        say(f"error: {one_line(error)}")
-        code = 2
     except SystemExit as stop:  # typer ends by one, whatever happened; interrupts are 130
         code = stop.code if isinstance(stop.code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED_BY_USER
+    except Exception as error:  # noqa: BLE001 - raised again where it is no message
+        code = STOPPED_BY_USER if was_stopped() else say_error(error)
     if code == STOPPED_BY_USER:
         code = exit_code_of_stop()
     sys.exit(code)

@@ -20,6 +20,7 @@ model_validator = pydantic.model_validator
 Tree = dict[str, Any]
 Scalar = str | int | float | bool
 BASE_FORMAT: Final = 2  # the first format whose digests stay what they are
+AUTO: Final = "auto"  # a value that the images decide
 _DEFAULT: Final = object()
 
 
@@ -59,6 +60,14 @@ def absolute_path(where: str) -> str:
     """Return a local path made absolute; URIs and empty text as they are."""
     return where if "://" in where or not where else str(Path(where).expanduser().resolve())
 
+
+def _check_white(level: float | str) -> float | str:
+    if level == AUTO or (isinstance(level, float) and level >= 0):
+        return level
+    raise ValueError(f"got {level!r}; allowed: a number from 0, or {AUTO}")
+
+
+WhiteLevel = Annotated[float | str, pydantic.AfterValidator(_check_white)]
 
 # A local path is absolute from the moment it is read: workers have other working directories.
 PathOrURI = Annotated[str, pydantic.AfterValidator(absolute_path)]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr_ray.augment.decode import ImageError, decode_image
+from simclr_ray.augment.decode import ImageDecoder, ImageError
 from simclr_ray.augment.ops import Op
 from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
 from simclr_ray.augment.views import Pixels, TwoViews, ViewPair
@@ -27,6 +27,7 @@ from simclr_ray.config.experiment import (
 )
 from simclr_ray.config.sections.views import AnyStageConfig
 from simclr_ray.data.batch import Batch
+from simclr_ray.data.decoding import training_decoder
 from simclr_ray.data.image_cache import DecodedImage, ImageCache
 from simclr_ray.data.plan import BatchPlan, replacement
 from simclr_ray.data.rowgroups import EncodedRow, RecentGroups, RowGroups
@@ -65,16 +66,16 @@ class RowReader:
 
     Args:
         source: The dataset.
-        max_pixels: Larger images count as bad.
+        decoder: Of its images.
         cache_gib: For decoded rows.
         shared: Whether the readers of this node that share a dataset also share the cache.
     """
 
     def __init__(
-        self, source: Source, *, max_pixels: int, cache_gib: float, shared: bool = False
+        self, source: Source, decoder: ImageDecoder, *, cache_gib: float, shared: bool = False
     ) -> None:
-        self.max_pixels = max_pixels
-        name = f"{source.uri} {source.fingerprint} {max_pixels}" if shared else ""
+        self.decoder = decoder
+        name = f"{source.uri} {source.fingerprint} {decoder}" if shared else ""
         self.cache = ImageCache(name, source.num_rows, int(cache_gib * GIB))
         self.recent = RecentGroups(source)
         self.bad: dict[int, Bad] = {}
@@ -109,7 +110,7 @@ class RowReader:
         try:
             if encoded.image is None:
                 raise ImageError("null image")
-            return DecodedImage(encoded.id, decode_image(encoded.image, self.max_pixels))
+            return DecodedImage(encoded.id, self.decoder.decode(encoded.image))
         except ImageError as error:
             self.bad[row] = Bad(encoded.id, str(error))
             return None
@@ -140,7 +141,7 @@ class BatchBuilder:
         self.plan, self.views, self.places = plan, views, places
         self.max_bad_fraction = data.max_bad_fraction
         self.reader = RowReader(
-            source, max_pixels=data.max_pixels, cache_gib=data.cache_gib, shared=True
+            source, training_decoder(data), cache_gib=data.cache_gib, shared=True
         )
         self.groups = RowGroups(
             source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.listing import REMOTE_THREADS, Listed
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import is_local, one_line
+from simclr_ray.storage.filesystem import filesystem, is_local, one_line
 
 MAGIC = b"PAR1"
 # The footer's length (4 bytes, little endian) and the magic number end every file.
@@ -175,3 +176,12 @@ def _json(text: str) -> object:
         return cast("object", json.loads(text))
     except ValueError:
         return None
+
+
+@functools.lru_cache(maxsize=16_384)  # files; of each some kilobytes, and 64 to read it again
+def cached_footer(uri: str, path: str, fingerprint: str) -> pq.FileMetaData:
+    """Return a footer, kept per process: row groups of one file are read many times."""
+    del fingerprint  # only part of the key: a changed dataset must not meet an old footer
+    fs, _ = filesystem(uri)
+    with fs.open_input_file(path) as stream:
+        return pq.read_metadata(stream)

@@ -8,7 +8,6 @@ they are the ids (design, load-bearing 2). pyarrow only; Ray is not needed to re
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from simclr_ray.data.columns import (
 )
 from simclr_ray.data.files import read_images
 from simclr_ray.data.folder_input import index_folder
-from simclr_ray.data.footer import Footer, fingerprint_of, read_footers
+from simclr_ray.data.footer import Footer, cached_footer, fingerprint_of, read_footers
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
@@ -204,6 +203,26 @@ class Source:
                 paths[place] = part.paths[at] if part.paths else None
         return RowTable(ids, images, labels, paths if self.has_paths else None)
 
+    def read_first_images(self, index: int, num: int) -> list[bytes | None]:
+        """Return the images of the first `num` rows of row group `index`, and read little more.
+
+        Raises:
+            DataError: the file is gone, changed, or broken.
+        """
+        group, name = self.row_groups[index], self.columns.image
+        path, (fs, _) = self.files[group.file], filesystem(self.uri)
+        try:
+            with fs.open_input_file(path) as stream:
+                file = pq.ParquetFile(
+                    stream, metadata=cached_footer(self.uri, path, self.fingerprint)
+                )
+                few = min(num, group.num_rows)
+                batches = file.iter_batches(few, row_groups=[group.group], columns=[name])
+                column = pa.chunked_array([next(batches).column(0)])
+        except (OSError, pa.ArrowException, StopIteration) as error:
+            raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+        return read_images(column, fs, path, self.image_root)
+
     def labels(self) -> Int64s:
         """Return the label of every row, int64 [num_rows], -1 where null; reads no image.
 
@@ -285,7 +304,7 @@ class Source:
         path = self.files[group.file]
         fs, _ = filesystem(self.uri)
         try:
-            footer = _metadata(self.uri, path, self.fingerprint)
+            footer = cached_footer(self.uri, path, self.fingerprint)
             with fs.open_input_file(path) as stream:
                 # the columns of a group in one request where each takes a while
                 file = pq.ParquetFile(stream, metadata=footer, pre_buffer=not is_local(fs))
@@ -297,15 +316,6 @@ class Source:
         if table.num_rows < group.num_rows:
             raise DataError(f"{path} changed while it was in use; start again")
         return table.slice(0, group.num_rows)
-
-
-@functools.lru_cache(maxsize=16_384)  # files; of each some kilobytes, and 64 to read it again
-def _metadata(uri: str, path: str, fingerprint: str) -> pq.FileMetaData:
-    """Return a footer, kept per process: row groups of one file are read many times."""
-    del fingerprint  # only part of the key: a changed dataset must not meet an old footer
-    fs, _ = filesystem(uri)
-    with fs.open_input_file(path) as stream:
-        return pq.read_metadata(stream)
 
 
 def _row_groups(footers: Sequence[Footer], limit: int) -> tuple[RowGroup, ...]:

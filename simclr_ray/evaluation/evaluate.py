@@ -16,6 +16,7 @@ from simclr_ray.config.experiment import (
 )
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
 from simclr_ray.data.aligned import align_labels, map_to_classifier
+from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.classification import Classification, classification
@@ -125,7 +126,7 @@ def _score_by_actors(
             experiment.evaluation_size,
             experiment.evaluation,
             limit=limit,
-            max_pixels=experiment.data.max_pixels,
+            decoder=evaluation_decoder(experiment.data),
             precision=experiment.precision,
         )
 
@@ -164,7 +165,9 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
     head, names = experiment.classifier, checkpoint.read_record(folder).get("class_names", ())
     assert head is not None
     test = map_to_classifier(test, names, head.num_classes)
-    split = load_split(test, experiment.evaluation_size, max_pixels=data.max_pixels).labelled()
+    split = load_split(
+        test, experiment.evaluation_size, decoder=evaluation_decoder(data)
+    ).labelled()
     scores = extract_features(
         network, split.images, experiment.evaluation.batch_size, device, experiment.precision
     )  # [Q, K]
@@ -194,13 +197,14 @@ def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
 
 def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
     data, size = experiment.data, experiment.evaluation_size
+    decoder = evaluation_decoder(data)
     train = Source.open(
         data.eval_train or data.train, data.columns, 0 if data.eval_train else data.limit
     )
-    train_images = load_split(train, size, PROBE_ROWS, data.max_pixels).images
+    train_images = load_split(train, size, PROBE_ROWS, decoder).images
     if data.test:
         test = Source.open(data.test, data.columns)
-        test_split = load_split(test, size, PROBE_ROWS // 2, data.max_pixels)
+        test_split = load_split(test, size, PROBE_ROWS // 2, decoder)
         unseen = test_split.images
     else:
         train_images, unseen = (
@@ -232,15 +236,15 @@ def split_like_test(data: DataConfig) -> str:
 
 def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
     """Return what is learned from and what is scored; the second is None without labels."""
-    size, max_pixels = experiment.evaluation_size, experiment.data.max_pixels
+    size, decoder = experiment.evaluation_size, evaluation_decoder(experiment.data)
     bank, test, is_halved = _sources(experiment)
     if is_halved:
-        return halves(load_split(bank, size, max_pixels=max_pixels))
+        return halves(load_split(bank, size, decoder=decoder))
     if test is None:
-        return load_split(bank, size, LABEL_FREE_ROWS, max_pixels), None
+        return load_split(bank, size, LABEL_FREE_ROWS, decoder), None
     return (
-        load_split(bank, size, max_pixels=max_pixels),
-        load_split(test, size, max_pixels=max_pixels),
+        load_split(bank, size, decoder=decoder),
+        load_split(test, size, decoder=decoder),
     )
 
 

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simclr_ray.augment.decode import ImageError, Pixels, decode_image, evaluation_view
+from simclr_ray.augment.decode import (
+    DEFAULT_DECODER,
+    ImageDecoder,
+    ImageError,
+    Pixels,
+    evaluation_view,
+)
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import Int64s
 from simclr_ray.data.source import RowTable, Source
@@ -85,7 +91,9 @@ def halves(split: HalvedT) -> tuple[HalvedT, HalvedT]:
     return labelled.at(first), labelled.at(second)
 
 
-def load_split(source: Source, size: int, limit: int = 0, max_pixels: int = 50_000_000) -> Split:
+def load_split(
+    source: Source, size: int, limit: int = 0, decoder: ImageDecoder = DEFAULT_DECODER
+) -> Split:
     """Return the evaluation views of a split, all in memory: 3·size² bytes a row.
 
     With a `limit` below the number of rows, one row is taken from each of `limit` equal runs of
@@ -96,12 +104,12 @@ def load_split(source: Source, size: int, limit: int = 0, max_pixels: int = 50_0
         source: the opened split.
         size: side S of the views in pixels.
         limit: rows at most; 0 takes all.
-        max_pixels: larger images are left out undecoded, and listed as bad.
+        decoder: of its images.
 
     Raises:
         DataError: the files cannot be read, or no chosen row can be decoded.
     """
-    split = decoded_rows(source, sample_rows(source, limit), size, max_pixels)
+    split = decoded_rows(source, sample_rows(source, limit), size, decoder)
     if not len(split.images):
         reason = split.bad[0].reason
         raise DataError(f"{source.uri}: none of {len(split.bad)} rows is an image: {reason}")
@@ -115,7 +123,7 @@ def sample_rows(source: Source, limit: int = 0) -> Int64s:
     return rows
 
 
-def decoded_rows(source: Source, rows: Int64s, size: int, max_pixels: int) -> Split:
+def decoded_rows(source: Source, rows: Int64s, size: int, decoder: ImageDecoder) -> Split:
     """Return the evaluation views of `rows`, in their order; those that are none are `bad`.
 
     Raises:
@@ -129,7 +137,7 @@ def decoded_rows(source: Source, rows: Int64s, size: int, max_pixels: int) -> Sp
     for places, wanted in grouped(source, rows):
         part = source.read_rows(wanted)
         ids[torch.from_numpy(places)] = torch.from_numpy(part.ids)
-        for place, view in zip(places, _views(part, size, max_pixels), strict=True):
+        for place, view in zip(places, _views(part, size, decoder), strict=True):
             if isinstance(view, str):
                 bad.append(BadRow(int(ids[place]), view))
                 good[place] = False
@@ -202,14 +210,14 @@ def grouped(source: Source, rows: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
         yield places, rows[places]
 
 
-def _views(rows: RowTable, size: int, max_pixels: int) -> list[Pixels | str]:
+def _views(rows: RowTable, size: int, decoder: ImageDecoder) -> list[Pixels | str]:
     """Return of each row its view, uint8 `[S, S, 3]`, or the reason why there is none."""
 
     def view(encoded: bytes | None) -> Pixels | str:
         if encoded is None:
             return "null"
         try:
-            return evaluation_view(decode_image(encoded, max_pixels), size)
+            return evaluation_view(decoder.decode(encoded), size)
         except ImageError as error:
             return str(error)
 

@@ -15,6 +15,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.aligned import align_labels
 from simclr_ray.data.batches import build_views
 from simclr_ray.data.classes import Int64s
+from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.errors import DataError
@@ -116,9 +117,11 @@ class OnlineEvaluation:
     def _part(self, source: Source, rows: Int64s, *, labelled: bool = False) -> tuple[Split, _Part]:
         """Return this rank's share of `rows`; no rank reads or decodes another's. A collective."""
         first, last = dist.partition(len(rows), self.rank, self.num_ranks)
-        size, max_pixels = self.experiment.evaluation_size, self.experiment.data.max_pixels
+        size, decoder = (
+            self.experiment.evaluation_size, evaluation_decoder(self.experiment.data)
+        )  # fmt: skip
         try:
-            own = decoded_rows(source, rows[first:last], size, max_pixels)
+            own = decoded_rows(source, rows[first:last], size, decoder)
             own = own.labelled() if labelled else own
         except DataError:
             dist.row_counts(FAILED, self.device)  # the other ranks would wait for this one

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from simclr_ray.augment.decode import DEFAULT_DECODER, ImageDecoder
 from simclr_ray.config.experiment import EvaluationConfig
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ClusterError, DataError
@@ -47,18 +48,18 @@ class _Extractor:
         source: Source,
         networks: list[nn.Module],
         size: int,
-        max_pixels: int,
+        decoder: ImageDecoder,
         settings: tuple[int, Precision],
     ) -> None:
         self.device = best_device()
-        self.source, self.size, self.max_pixels = source, size, max_pixels
+        self.source, self.size, self.decoder = source, size, decoder
         self.networks = [network.to(self.device) for network in networks]
         self.batch_size, self.precision = settings
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """Return ids, labels, features and reasons of the rows of one group."""
         rows = np.concatenate(batch["rows"]).astype(np.int64)
-        split = decoded_rows(self.source, rows, self.size, self.max_pixels)
+        split = decoded_rows(self.source, rows, self.size, self.decoder)
         out: dict[str, Any] = {"id": split.ids.numpy(), "label": split.labels.numpy()}
         out["reason"] = np.full(len(split.ids), "", object)
         for index, network in enumerate(self.networks):
@@ -77,7 +78,7 @@ def extract(
     evaluation: EvaluationConfig,
     *,
     limit: int = 0,
-    max_pixels: int = 50_000_000,
+    decoder: ImageDecoder = DEFAULT_DECODER,
     precision: Precision = "float32",
 ) -> SplitFeatures:
     """Return what each network makes of the rows that `load_split` would choose.
@@ -88,7 +89,7 @@ def extract(
         size: Side S of the views in pixels.
         evaluation: Number of actors, their resources, and images per forward pass.
         limit: Rows at most, the same ones as `load_split`; 0 takes all.
-        max_pixels: Larger images are left out.
+        decoder: Of its images.
         precision: Same as `extract_features`.
 
     Raises:
@@ -103,7 +104,7 @@ def extract(
     encoded = planned.map_batches(
         _Extractor,
         fn_constructor_args=(
-            source, list(networks), size, max_pixels, (evaluation.batch_size, precision),
+            source, list(networks), size, decoder, (evaluation.batch_size, precision),
         ),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(evaluation.actors, len(groups))),

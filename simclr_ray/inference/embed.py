@@ -65,13 +65,14 @@ def embed_images(
         CheckpointError: as in `load_encoder`.
         TrackingError: as in `load_encoder`.
     """
-    encoder, _, size, feature_dim = _loaded(where, tracking_uri)
+    encoder, _, size, feature_dim, white = _loaded(where, tracking_uri)
+    decoder = decode.ImageDecoder(white=white)
     embeddings = np.full((len(images), feature_dim), np.nan, dtype=np.float32)  # [N, F]
     for start in range(0, len(images), BATCH_SIZE):
         views: dict[int, npt.NDArray[np.uint8]] = {}
         for place in range(start, min(start + BATCH_SIZE, len(images))):
             try:
-                views[place] = decode.evaluation_view(decode.decode_image(images[place]), size)
+                views[place] = decode.evaluation_view(decoder.decode(images[place]), size)
             except decode.ImageError as error:
                 if on_bad is None:
                     raise decode.ImageError(f"image {place}: {error}") from error

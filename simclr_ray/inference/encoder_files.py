@@ -41,6 +41,7 @@ CARD: Final = "encoder.json"
 WEIGHTS: Final = SAFETENSORS.file
 PROGRAM: Final = TORCH_EXPORT.file
 ENCODER_FOLDER: Final = "encoder"
+DECODE_FOLDER: Final = "decode"
 REQUIREMENTS: Final = ("mlflow", "torch", "pillow", "numpy", "pandas")
 
 
@@ -52,6 +53,7 @@ class EncoderCard(NamedTuple):
         encoder: config tree of the encoder (`experiment.encoder`).
         size: side of the evaluation view in pixels, S.
         feature_dim: F.
+        white: `data.white` of the images it was trained on.
         weights_sha256: of `model.safetensors`.
         versions: of the libraries that wrote it.
     """
@@ -62,6 +64,7 @@ class EncoderCard(NamedTuple):
     feature_dim: int
     weights_sha256: str
     versions: dict[str, str]
+    white: float = 0
 
 
 class LoadedEncoder(NamedTuple):
@@ -71,6 +74,7 @@ class LoadedEncoder(NamedTuple):
     config: dict[str, Any]
     size: int
     feature_dim: int
+    white: float = 0
 
 
 def write_encoder(
@@ -80,6 +84,7 @@ def write_encoder(
     config: Mapping[str, Any],
     size: int,
     feature_dim: int,
+    white: float = 0,
     formats: Sequence[ExportFormat] = FORMATS,
 ) -> None:
     """Write the files of an encoder to `folder`, which appears whole or not at all.
@@ -90,6 +95,7 @@ def write_encoder(
         config: tree of its config, such as `to_tree(experiment)["encoder"]`.
         size: side S of the views that it is for.
         feature_dim: F.
+        white: `data.white` of the images that it is for.
         formats: of `export_formats`, or others; `SAFETENSORS` must be among them.
 
     Raises:
@@ -111,6 +117,7 @@ def write_encoder(
             feature_dim=feature_dim,
             weights_sha256=sha256(new / WEIGHTS),
             versions=versions_of((*REQUIREMENTS, "safetensors")),
+            white=white,
         )
         text = json.dumps(card._asdict(), indent=2) + "\n"
         (new / CARD).write_text(text, encoding="utf-8")
@@ -132,6 +139,7 @@ def write_encoder_of(folder: Path, out: Path, formats: Sequence[ExportFormat] = 
         config=loaded.config,
         size=loaded.size,
         feature_dim=loaded.feature_dim,
+        white=loaded.white,
         formats=formats,
     )
 
@@ -144,7 +152,9 @@ def load_folder(folder: Path) -> LoadedEncoder:
     """
     if (folder / CARD).is_file():
         card = read_card(folder)
-        return LoadedEncoder(read_encoder(folder), card.encoder, card.size, card.feature_dim)
+        return LoadedEncoder(
+            read_encoder(folder), card.encoder, card.size, card.feature_dim, card.white
+        )
     kept = checkpoint.read(folder)
     tree = kept.record["experiment"]
     size = tree["evaluation"]["size"] or tree["augment"]["size"]
@@ -154,7 +164,8 @@ def load_folder(folder: Path) -> LoadedEncoder:
         raise CheckpointError(f"{folder} names no encoder: {error}") from error
     checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
     frozen = encoder.float().eval().requires_grad_(requires_grad=False)
-    return LoadedEncoder(frozen, tree["encoder"], size, networks.feature_dim(frozen))
+    white = float(tree["data"].get("white", 0))
+    return LoadedEncoder(frozen, tree["encoder"], size, networks.feature_dim(frozen), white)
 
 
 def read_card(folder: Path) -> EncoderCard:

@@ -1,7 +1,7 @@
 """The model-from-code file of a registered encoder: encoded images in, embeddings out.
 
 MLflow stores this file in the model and runs it where the model is loaded. It knows mlflow, torch,
-pillow, numpy and pandas, and neither ray nor simclr_ray: the decoder travels beside it as a file.
+pillow, numpy and pandas, and neither ray nor simclr_ray: the decoder travels beside it as a folder.
 Nothing here, and nothing that it loads, is a pickle.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import uuid
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +33,8 @@ class Embedder(PythonModel):
         card = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         self.size = int(card["size"])
         self.feature_dim = int(card["feature_dim"])
-        self.decode = _module_of(Path(context.artifacts["decode"]))
+        self.white = float(card["white"])
+        self.decode = _package_at(Path(context.artifacts["decode"]))
         self.program = torch.export.load(folder / "encoder.pt2").module()
 
     def predict(
@@ -63,19 +66,22 @@ class Embedder(PythonModel):
     def _view(self, encoded: bytes, row: int) -> npt.NDArray[np.uint8]:
         """Return one evaluation view, uint8 [S, S, 3]."""
         try:
-            pixels = self.decode.decode_image(bytes(encoded))
+            pixels = self.decode.decode_image(bytes(encoded), white=self.white)
             view: npt.NDArray[np.uint8] = self.decode.evaluation_view(pixels, self.size)
         except (ValueError, TypeError) as error:
             raise ValueError(f"row {row}: {error}") from error
         return view
 
 
-def _module_of(path: Path) -> ModuleType:
-    """Return the module in a file. Not by `sys.path`: two loaded versions must not share one."""
-    spec = importlib.util.spec_from_file_location("encoder_decode", path)
+def _package_at(folder: Path) -> ModuleType:
+    """Return the package in a folder, by a name of its own: two loaded versions share no module."""
+    name = f"encoder_decode_{uuid.uuid4().hex}"
+    path = folder / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its own files find it
     spec.loader.exec_module(module)
     return module
 

@@ -18,6 +18,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError, TrackingError
 from simclr_ray.evaluation.scores import TRAINED
 from simclr_ray.inference.encoder_files import (
+    DECODE_FOLDER,
     ENCODER_FOLDER,
     REQUIREMENTS,
     read_card,
@@ -142,9 +143,12 @@ def register_encoder(
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / ENCODER_FOLDER  # MLflow names an artifact by its last path part
         shutil.copytree(folder, staged)
+        decoder = Path(scratch) / DECODE_FOLDER
+        bytecode = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(decode.__file__).parent, decoder, ignore=bytecode)
         parts = ModelParts(
             code=Path(__file__).with_name("pyfunc.py"),
-            artifacts={"encoder": staged, "decode": Path(decode.__file__)},
+            artifacts={"encoder": staged, "decode": decoder},
             requirements=pinned_requirements(),
             example=example,
             feature_dim=card.feature_dim,

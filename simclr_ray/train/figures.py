@@ -19,6 +19,7 @@ from simclr_ray.augment.pipeline import Pipelines
 from simclr_ray.augment.views import Step, TwoViews
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import RowReader, build_views
+from simclr_ray.data.decoding import training_decoder
 from simclr_ray.data.image_cache import DecodedImage
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
@@ -81,7 +82,7 @@ def draw_views(
 
 def _images(experiment: Experiment, source: Source, num: int) -> list[DecodedImage]:
     """Return some images that can be decoded, spread over the dataset."""
-    reader = RowReader(source, max_pixels=experiment.data.max_pixels, cache_gib=0)
+    reader = RowReader(source, training_decoder(experiment.data), cache_gib=0)
     chosen = np.linspace(0, source.num_rows - 1, min(4 * num, source.num_rows)).astype(int)
     decoded = (reader.image(row) for row in dict.fromkeys(chosen.tolist()))
     good = [p for p in decoded if p is not None]

@@ -18,6 +18,7 @@ from simclr_ray.config.imports import imports_in
 from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.classes import NO_LABEL
+from simclr_ray.data.decoding import resolve_white
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
@@ -116,6 +117,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     experiment = resolve_folders(resolve_imports(experiment))
     data = experiment.data
     source = Source.open(data.train, data.columns, data.limit)
+    experiment = experiment.model_copy(update={"data": resolve_white(data, source)})
     config, source = resolve_classes(resolve_teacher(resolve_init(experiment)), source)
     build_plan(config, source)  # fails here when the rows fill no batch
     _check_evaluation(config, source)

@@ -22,6 +22,7 @@ from simclr_ray.config.sections.training import AnyLossConfig, AnyOptimizerConfi
 from simclr_ray.config.sections.views import AnyStageConfig, SimCLRViewsConfig
 
 ROOT = Path(simclr_ray.__file__).parent
+TRAVELLING = ROOT / "augment" / "decode"
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 MOST_CONFIG_CHECKS = 8  # isinstance on config classes outside of their own room
 
@@ -81,16 +82,20 @@ def imported(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-        assert node.level == 0, f"relative import of {node.module}"
         assert node.module is not None
-        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from (f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names)
     for child in ast.iter_child_nodes(node):
         yield from imported(child)
 
 
 @cache
 def imports(path: Path) -> tuple[str, ...]:
-    return tuple(imported(ast.parse(path.read_text(encoding="utf-8"))))
+    """Return what a file imports; relative names are for the folder that travels with models."""
+    names = tuple(imported(ast.parse(path.read_text(encoding="utf-8"))))
+    if path.parent == TRAVELLING:
+        return tuple(re.sub(r"^\.", "simclr_ray.augment.decode.", name) for name in names)
+    assert not any(name.startswith(".") for name in names), f"{path}: relative import"
+    return names
 
 
 def attributes(path: Path) -> set[str]:

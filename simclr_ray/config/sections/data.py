@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from simclr_ray.config.schema import Config, Field, PathOrURI
+from simclr_ray.config.schema import Config, Field, PathOrURI, WhiteLevel
+
+DecoderName = Literal["pillow", "turbo"]
 
 
 class ColumnsConfig(Config):
@@ -39,6 +41,17 @@ class DataConfig(Config):
         0.01, placement=True, ge=0, le=1, description="Share of undecodable rows that stops."
     )
     max_pixels: int = Field(50_000_000, ge=1, description="Larger images are refused undecoded.")
+    white: WhiteLevel = Field(
+        0,
+        since=3,
+        description="Value that is white in images of 9 to 16 bits: a number, or `auto` for nearly "
+        "the largest of a sample; 0: the largest that their bits hold.",
+    )
+    decoder: DecoderName = Field(
+        "pillow",
+        since=3,
+        description="What decodes JPEG for training: pillow, or turbo (extra), in half the time.",
+    )
     shuffle_rows: int = Field(
         65_536, ge=1, description="Rows held by the shuffle windows together, over all workers."
     )

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from simclr_ray import config as cfg
+from simclr_ray.augment.decode import ImageDecoder
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import (
@@ -242,7 +243,7 @@ def test_the_cache_changes_no_pixel(write: Write) -> None:
 
 def test_the_cache_stays_within_its_budget(write: Write) -> None:
     source = Source.open(str(write()))
-    reader = RowReader(source, max_pixels=10**6, cache_gib=10.5 * 768 / 2**30)
+    reader = RowReader(source, ImageDecoder(10**6), cache_gib=10.5 * 768 / 2**30)
     for _ in range(2):
         for row in range(NUM_ROWS):
             assert reader.image(row) is not None

@@ -49,6 +49,7 @@ Embeddings = npt.NDArray[np.float32]
 
 CONFIG = ResNetConfig(depth=10, width=0.25, stem="cifar")
 SIZE = 48  # above 32, so the evaluation view crops and resizes
+WHITE = 4095  # of images with more than 8 bits
 # float32: kernels of the program may be fused differently; features are of order 1.
 TOLERANCE = 1e-5
 
@@ -68,6 +69,14 @@ def image(seed: int, height: int = 40, width: int = 50, kind: str = "PNG") -> by
     return out.getvalue()
 
 
+def deep_image(seed: int) -> bytes:
+    """Return gray of 12 bits in a file of 16."""
+    values = np.random.default_rng(seed).integers(0, WHITE + 1, (40, 50)).astype(np.uint16)
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "PNG")
+    return out.getvalue()
+
+
 def trained_encoder(config: ResNetConfig | TorchvisionConfig = CONFIG) -> nn.Module:
     """Return an encoder whose weights and running statistics are all away from their start."""
     torch.manual_seed(0)
@@ -83,7 +92,7 @@ def trained_encoder(config: ResNetConfig | TorchvisionConfig = CONFIG) -> nn.Mod
 
 def module_embeddings(encoder: nn.Module, images: list[bytes]) -> Embeddings:
     """Return what the module in memory gives for the evaluation views: the oracle of this file."""
-    views = [decode.evaluation_view(decode.decode_image(i), SIZE) for i in images]
+    views = [decode.evaluation_view(decode.decode_image(i, white=WHITE), SIZE) for i in images]
     batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         embeddings: Embeddings = encoder.eval()(batch).numpy()
@@ -92,8 +101,9 @@ def module_embeddings(encoder: nn.Module, images: list[bytes]) -> Embeddings:
 
 def write(folder: Path, encoder: nn.Module) -> None:
     export.write_encoder(
-        folder, encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=feature_dim(encoder)
-    )
+        folder, encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=feature_dim(encoder),
+        white=WHITE,
+    )  # fmt: skip
 
 
 def feature_dim(encoder: nn.Module) -> int:
@@ -122,7 +132,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     write(base / "best", encoder)
     tracker = Tracker.open(TrackingConfig(uri=f"sqlite:///{base}/mlflow.db"), "unused")
     run = tracker.start_run("run", params={"seed": 3}, tags={})
-    images = [image(1), image(2, 30, 64, "JPEG"), image(3, 100, 50, "WEBP")]
+    images = [image(1), image(2, 30, 64, "JPEG"), image(3, 100, 50, "WEBP"), deep_image(4)]
     tags: dict[str, str | int | float] = {"dataset_fingerprint": "f" * 64, "knn_top1": 0.5}
     version = registry.register_encoder(
         base / "best", run, name="m", alias="newest", example=images[0], tags=tags
@@ -281,7 +291,7 @@ def test_the_registered_model_embeds_encoded_images_as_the_module_does(
 ) -> None:
     got = predict(registered.uri, "models:/m@newest", registered.images)
     assert got.dtype == np.float32
-    assert got.shape == (3, feature_dim(registered.encoder))
+    assert got.shape == (len(registered.images), feature_dim(registered.encoder))
     want = module_embeddings(registered.encoder, registered.images)
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
     assert np.abs(want[0] - want[1]).max() > 100 * TOLERANCE  # the features do differ
@@ -345,7 +355,9 @@ def test_the_version_says_what_it_needs_and_where_it_comes_from(registered: Regi
     example = json.loads((folder / "input_example.json").read_text())
     assert example["columns"] == ["image"]
     assert not [p.name for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle")]
-    mentions = (folder / "pyfunc.py").read_text() + (folder / "artifacts/decode.py").read_text()
+    mentions = (folder / "pyfunc.py").read_text() + "".join(
+        path.read_text() for path in (folder / "artifacts/decode").glob("*.py")
+    )
     assert not [
         line for line in mentions.splitlines() if line.startswith(("import ray", "from simclr"))
     ]

@@ -1,0 +1,218 @@
+"""One encoded image in, RGB pixels out; and the fixed view that evaluation uses.
+
+This folder travels alone with exported models, so it knows only NumPy and Pillow. It picks the
+decoder by the first bytes itself rather than through `Image.open`: that keeps Pillow's exotic
+formats (some of which start other programs) out of reach of untrusted bytes, tests the size in the
+header against our limit before a pixel is decoded, and never touches Pillow's own global limit,
+whose warning could only be silenced for the whole process (`catch_warnings` is not thread-safe).
+`torchvision.io.decode_image` does not replace it: it allocates what the header says without a
+limit, reads neither BMP, TIFF nor PPM, and would have to be installed wherever a model is served.
+
+How bright a value is follows from the file's own bits and photometric: 12-bit gray is white at
+4095. What a file says *about* its pixels (comments, profiles, thumbnails) never costs the pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .extras import open_by_extra, read_deep_color, read_jpeg_by_turbo, read_tiff_page
+from .formats import (
+    FIRST_BYTES,
+    JPEG,
+    PNG,
+    PNM,
+    TIFF,
+    WEBP,
+    Format,
+    ImageError,
+    Pixels,
+    UndecodedError,
+    check_size,
+    decoder_missing,
+    format_of,
+    reason_of,
+    webp_size,
+)
+from .metadata import turn_upright, without_metadata
+from .rgb import WHITE_16, DeepImage, read_gray, read_stored, to_rgb, with_orientation_of
+
+__all__ = [
+    "DEFAULT_DECODER",
+    "FIRST_BYTES",
+    "DeepImage",
+    "ImageDecoder",
+    "ImageError",
+    "Pixels",
+    "decode_image",
+    "decoder_missing",
+    "evaluation_view",
+    "format_of",
+    "read_deep_image",
+]
+
+# The authors' centre crop; 0.875 = 224/256 (google-research/simclr, data_util.py CROP_PROPORTION).
+CROP_PROPORTION: Final = 0.875
+# At most this side, the authors evaluate on the whole image (data.py: no crop for 32 px and less).
+WHOLE_IMAGE_SIDE: Final = 32
+
+Library = Literal["pillow", "turbo"]
+
+
+class ImageDecoder(NamedTuple):
+    """How the images of a dataset are decoded: all by the same rules.
+
+    Attributes:
+        max_pixels: Images of more pixels are refused by their header, before they take memory.
+        min_side: Images with a shorter side are refused.
+        white: Value that is white in images of 9 to 16 bits; 0: the largest that their bits hold.
+            Where color is of 16 bits, that takes the extra `tiff`. DICOM states its own window.
+        library: What decodes JPEG: `pillow`, or `turbo` (simplejpeg), in half the time and within
+            2 of 255. What simplejpeg does not decode whole, Pillow is asked about.
+    """
+
+    max_pixels: int = 50_000_000
+    min_side: int = 2
+    white: float = 0
+    library: Library = "pillow"
+
+    def decode(self, encoded: bytes) -> Pixels:
+        """Return the pixels of one encoded image, as `decode_image` does."""
+        kind = format_of(encoded[:FIRST_BYTES])
+        if kind is JPEG and self.library == "turbo":
+            pixels = read_jpeg_by_turbo(encoded, self.max_pixels, self.min_side)
+            if pixels is not None:
+                return pixels
+        try:
+            return self._decode(encoded, kind)
+        except UndecodedError as error:
+            for stripped in without_metadata(encoded, kind):
+                with contextlib.suppress(UndecodedError):
+                    return self._decode(stripped, kind)
+            page = read_tiff_page(encoded, self.max_pixels) if kind is TIFF else None
+            if page is None:
+                raise error from error.__cause__
+            check_size(page.values.shape[1::-1], self.max_pixels, self.min_side)
+            return page.to_pixels(self.white)
+
+    def _decode(self, encoded: bytes, kind: Format | None) -> Pixels:
+        image = _open(encoded, kind, self.max_pixels)
+        check_size(image.size, self.max_pixels, self.min_side)
+        stored = read_stored(image)
+        deep = None
+        if self.white and stored.is_deep_color:
+            deep = read_deep_color(encoded, kind, self.max_pixels)
+            if deep is None:
+                shown = f"color of 16 bits with data.white={self.white:g}"
+                raise ImageError(f"{shown} (install simclr-ray[tiff])")
+        try:
+            image.load()
+            # before turning, which forgets what the file says
+            deep = deep or read_gray(image, stored)
+            if deep is not None:
+                image = with_orientation_of(image, deep.to_pixels(self.white))
+            return to_rgb(turn_upright(image), high_bytes=stored.is_deep_color and deep is None)
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # decoders raise anything at all on broken bytes
+            raise UndecodedError(reason_of(error)) from error
+
+
+def read_deep_image(encoded: bytes, max_pixels: int = 50_000_000) -> DeepImage | None:
+    """Return the values of an image of 9 to 16 bits; None for one of 8, or one that is broken.
+
+    Color of 16 bits is read by imagecodecs or tifffile; without them its high bytes are returned.
+    """
+    kind = format_of(encoded[:FIRST_BYTES])
+    if kind not in (PNG, TIFF, PNM):
+        return None
+    try:
+        image = _open(encoded, kind, max_pixels)
+        check_size(image.size, max_pixels)
+        stored = read_stored(image)
+        if not stored.is_deep_color:
+            image.load()
+            return read_gray(image, stored)
+        deep = read_deep_color(encoded, kind, max_pixels)
+        return deep or DeepImage(np.asarray(image.convert("RGB")).astype(np.uint16) << 8, WHITE_16)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - broken in whatever way: decoding says it
+        page = read_tiff_page(encoded, max_pixels) if kind is TIFF else None
+        return page if page is not None and page.values.dtype == np.uint16 else None
+
+
+DEFAULT_DECODER: Final = ImageDecoder()
+
+
+def decode_image(
+    encoded: bytes, max_pixels: int = 50_000_000, min_side: int = 2, white: float = 0
+) -> Pixels:
+    """Return the pixels of one encoded image as people see it, uint8 [H, W, 3], contiguous.
+
+    JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, JPEG 2000 and PPM/PGM/PBM; HEIC and DICOM where pi-heif
+    and pydicom are installed, and TIFF that Pillow does not read where tifffile is. EXIF
+    orientation is applied, transparency is laid over white, of an animation the first frame
+    counts; CMYK, palette, gray and bilevel become RGB. Gray of more than 8 bits is scaled by its
+    bits. Safe to call from many threads.
+
+    Args:
+        encoded: The bytes of the file.
+        max_pixels: As in `ImageDecoder`, as all that follow.
+        min_side: In pixels.
+        white: Value of 9 to 16 bits.
+
+    Raises:
+        ImageError: With the reason: `empty`, `not an image`, `broken header`, `truncated`,
+            `undecodable`, `too many pixels: WxH`, `too small: WxH`, `pixels of mode F ...`,
+            `HEIC (install simclr-ray[heic])`.
+    """
+    return ImageDecoder(max_pixels, min_side, white).decode(encoded)
+
+
+def evaluation_view(pixels: Pixels, size: int) -> Pixels:
+    """Return the one view of an image that evaluation uses, uint8 [size, size, 3].
+
+    The authors' evaluation (google-research/simclr, `preprocess_for_eval`): up to 32 px the whole
+    image; above, the central square of 0.875 of the shorter side; then bicubic resizing, here
+    with Pillow's antialiasing.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        size: side of the view in pixels.
+    """
+    height, width = pixels.shape[:2]
+    if size <= WHOLE_IMAGE_SIDE:
+        if (height, width) == (size, size):
+            return pixels
+        box = (0, 0, width, height)
+    else:
+        side = max(round(CROP_PROPORTION * min(height, width)), 1)
+        top, left = (height - side + 1) // 2, (width - side + 1) // 2
+        box = (left, top, left + side, top + side)
+    image = Image.fromarray(pixels)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _open(encoded: bytes, kind: Format | None, max_pixels: int) -> Image.Image:
+    """Return the image with its header read and its pixels not."""
+    if not encoded:
+        raise ImageError("empty")
+    if kind is None:
+        raise ImageError("not an image")
+    if kind.open is None:
+        return open_by_extra(encoded, kind, max_pixels)
+    if kind is WEBP:
+        check_size(webp_size(encoded), max_pixels)  # Pillow's constructor takes a whole canvas
+    try:
+        image: Image.Image = kind.open(io.BytesIO(encoded))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UndecodedError("broken header") from error
+    return image

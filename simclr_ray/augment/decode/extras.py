@@ -1,0 +1,144 @@
+"""Images whose decoders are packages that the base does not install."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, JpegImagePlugin
+
+from .formats import (
+    HEIC,
+    PNG,
+    TIFF,
+    Format,
+    ImageError,
+    Pixels,
+    UndecodedError,
+    check_size,
+    reason_of,
+)
+from .metadata import ORIENTED, turn_upright
+from .rgb import WHITE_16, DeepImage, scaled_gray, to_rgb
+
+
+def open_by_extra(encoded: bytes, kind: Format, max_pixels: int) -> Image.Image:
+    """Return an image whose decoder is a package that the base does not install."""
+    try:
+        if kind is HEIC:
+            heif = importlib.import_module("pi_heif")
+            return heif.HeifImagePlugin.HeifImageFile(io.BytesIO(encoded))  # type: ignore[no-any-return]
+        dicom = importlib.import_module("pydicom").dcmread(io.BytesIO(encoded))
+        check_size((int(dicom.Columns), int(dicom.Rows)), max_pixels)
+        return Image.fromarray(_dicom_frame(dicom))
+    except ImportError:
+        raise ImageError(f"{kind.name} (install simclr-ray[{kind.extra}])") from None
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError("undecodable") from error
+
+
+def _dicom_frame(dicom: Any) -> Pixels:
+    """Return the first frame as uint8: gray by the file's own tables and window, or color.
+
+    What the window leaves is stretched from its least to its largest value, as viewers do.
+    """
+    pixels = importlib.import_module("pydicom.pixels")
+    frame = pixels.pixel_array(dicom, index=0)
+    if dicom.PhotometricInterpretation == "PALETTE COLOR":
+        frame = pixels.apply_color_lut(frame, dicom)
+        return scaled_gray(frame, np.iinfo(frame.dtype).max)
+    if frame.ndim == 3:
+        return scaled_gray(frame, 2 ** int(dicom.BitsStored) - 1)
+    values = pixels.apply_voi_lut(pixels.apply_modality_lut(frame, dicom), dicom).astype(np.float64)
+    gray = (values - values.min()) / max(values.max() - values.min(), 1e-9)
+    if dicom.PhotometricInterpretation == "MONOCHROME1":
+        gray = 1 - gray
+    return scaled_gray(gray, 1)
+
+
+def read_jpeg_by_turbo(encoded: bytes, max_pixels: int, min_side: int) -> Pixels | None:
+    """Return what simplejpeg decodes without an error; None where Pillow is to be asked.
+
+    Raises:
+        ImageError: simplejpeg is not installed, or the image is too large or too small.
+    """
+    try:
+        simplejpeg = importlib.import_module("simplejpeg")
+    except ImportError:
+        raise ImageError("JPEG (data.decoder=turbo: install simclr-ray[turbo])") from None
+    try:
+        height, width, color, _ = simplejpeg.decode_jpeg_header(encoded)
+        if color not in ("YCbCr", "Gray", "RGB"):
+            return None
+        check_size((width, height), max_pixels, min_side)
+        pixels: Pixels = simplejpeg.decode_jpeg(encoded, "RGB")
+        said = JpegImagePlugin.JpegImageFile(io.BytesIO(encoded)).info
+    except (ImageError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001 - whatever it is, Pillow finds it and says what it is
+        return None
+    if not any(key in said for key in ORIENTED):
+        return pixels
+    image = Image.fromarray(pixels)
+    image.info = said
+    return to_rgb(turn_upright(image))
+
+
+def read_deep_color(encoded: bytes, kind: Format | None, max_pixels: int) -> DeepImage | None:
+    """Return the values of a PNG or TIFF whose pixels are several values of 16 bits.
+
+    None for other images, and where imagecodecs and tifffile are not installed.
+
+    Raises:
+        ImageError: The image is broken, too large, or of other channels.
+    """
+    if kind is not PNG:
+        return read_tiff_page(encoded, max_pixels) if kind is TIFF else None
+    try:
+        imagecodecs = importlib.import_module("imagecodecs")
+        values = imagecodecs.png_decode(encoded)
+    except ImportError:
+        return None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UndecodedError(reason_of(error)) from error
+    if values.ndim == 3 and values.shape[2] == 2:
+        values = values[:, :, [0, 0, 0, 1]]
+    return DeepImage(values, WHITE_16)
+
+
+def read_tiff_page(encoded: bytes, max_pixels: int) -> DeepImage | None:
+    """Return the first page by tifffile, where that is installed and it is gray or RGB; else None.
+
+    Pillow refuses bits, byte order and photometric that are not on its list, as 12 bits in MM.
+
+    Raises:
+        ImageError: The page is broken, too large, or of other channels.
+    """
+    try:
+        tifffile = importlib.import_module("tifffile")
+        page = tifffile.TiffFile(io.BytesIO(encoded)).pages[0]
+        check_size((page.imagewidth, page.imagelength), max_pixels)
+        kind = page.photometric.name
+        if page.dtype.name not in ("uint8", "uint16") or not kind.startswith(("MINIS", "RGB")):
+            return None
+        values, top = page.asarray(), 2**page.bitspersample - 1
+    except ImportError:
+        return None
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(reason_of(error)) from error
+    values = (top - values if kind == "MINISWHITE" else values).squeeze()
+    if page.planarconfig == 2 and values.ndim == 3:
+        values = values.transpose(1, 2, 0)
+    if values.ndim == 3 and values.shape[2] not in (3, 4):
+        raise ImageError(f"{values.shape[-1]} channels")
+    if values.ndim not in (2, 3):
+        raise ImageError("undecodable")
+    return DeepImage(values, top)

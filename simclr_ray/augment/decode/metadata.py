@@ -1,0 +1,61 @@
+"""What a file says about its pixels: orientation is heeded, the rest may be broken."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+from PIL import Image, ImageOps
+
+from .formats import JPEG, PNG, Format
+
+_EXIF, _ADOBE = 0xE1, 0xEE  # segments of a JPEG: orientation, and how color is coded
+ORIENTED: Final = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Return the image turned as its EXIF orientation says; a broken EXIF block says nothing."""
+    if image.format != "TIFF" and not any(key in image.info for key in ORIENTED):
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - the pixels are whole, only what is said about them is not
+        return image
+
+
+def without_metadata(encoded: bytes, kind: Format | None) -> Iterator[bytes]:
+    """Yield a PNG or JPEG without comments, profiles and the like; of a JPEG EXIF is last to go."""
+    with contextlib.suppress(struct.error, IndexError):
+        if kind is PNG:
+            yield b"".join(_png_chunks(encoded))
+        if kind is JPEG:
+            yield b"".join(_jpeg_segments(encoded, kept=(_EXIF, _ADOBE)))
+            yield b"".join(_jpeg_segments(encoded, kept=(_ADOBE,)))
+
+
+def _png_chunks(encoded: bytes) -> Iterator[bytes]:
+    """Yield signature and critical chunks, named with a capital; transparency and EXIF as well."""
+    yield encoded[:8]
+    at = 8
+    while at < len(encoded):
+        (length,) = struct.unpack_from(">I", encoded, at)
+        name = encoded[at + 4 : at + 8]
+        if name[:1].isupper() or name in (b"tRNS", b"eXIf"):
+            yield encoded[at : at + 12 + length]
+        at += 12 + length
+
+
+def _jpeg_segments(encoded: bytes, kept: tuple[int, ...]) -> Iterator[bytes]:
+    """Yield the segments but for comments and, unless `kept`, those of applications."""
+    yield encoded[:2]
+    at = 2
+    while encoded[at + 1] != 0xDA:  # the scan, to which nothing is said any more
+        marker, (length,) = encoded[at + 1], struct.unpack_from(">H", encoded, at + 2)
+        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker in kept:
+            yield encoded[at : at + 2 + length]
+        at += 2 + length
+    yield encoded[at:]

@@ -1,0 +1,131 @@
+"""Pixels of any mode and depth as uint8 RGB."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .formats import Pixels, UndecodedError
+from .metadata import ORIENTED
+
+WHITE_16: Final = 65535
+_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # tags of a TIFF
+
+
+class DeepImage(NamedTuple):
+    """An image of 9 to 16 bits, as its file holds it.
+
+    Attributes:
+        values: Unsigned integers [H, W] of gray, [H, W, 3] of RGB, [H, W, 4] with transparency;
+            0 is black.
+        top: The largest value that its bits hold.
+        clear: The gray that is transparent, if one is.
+    """
+
+    values: npt.NDArray[Any]
+    top: int
+    clear: int | None = None
+
+    def to_pixels(self, white: float) -> Pixels:
+        """Return uint8 [H, W, 3]; `white`, or `top` where that is 0, is 255, as what is above."""
+        if self.values.ndim == 2:
+            gray = scaled_gray(self.values, white or self.top)
+            if self.clear is not None:
+                gray[self.values == self.clear] = 255
+            return np.repeat(gray[:, :, None], 3, axis=2)
+        color = scaled_gray(self.values[:, :, :3], white or self.top)
+        if self.values.shape[2] == 3:
+            return color
+        opaque = self.values[:, :, 3:] / self.top
+        return np.rint(color * opaque + 255 * (1 - opaque)).astype(np.uint8)
+
+
+class Stored(NamedTuple):
+    """How a file stores its pixels, which Pillow forgets once it has loaded them."""
+
+    raw_mode: str  # Pillow's: `RGB;16B`
+    most: int  # the largest value of a PGM; 0: it states none
+
+    @property
+    def is_deep_color(self) -> bool:
+        """Whether several values of 16 bits are a pixel, of which Pillow keeps the high bytes."""
+        return self.raw_mode.endswith((";16B", ";16L", ";16N")) and not self.raw_mode.startswith(
+            "I;"
+        )
+
+
+def read_stored(image: Image.Image) -> Stored:
+    """Return how the file of an image that is not loaded yet stores its pixels."""
+    tiles = getattr(image, "tile", None)  # None: its decoder has made the pixels
+    args = tiles[0].args if tiles else ""
+    parts = args if isinstance(args, tuple) else (args,)
+    raw_mode = parts[0] if parts and isinstance(parts[0], str) else ""
+    most = parts[1] if image.format == "PPM" and len(parts) > 1 else 0
+    return Stored(raw_mode, int(most))
+
+
+def to_rgb(image: Image.Image, *, high_bytes: bool = False) -> Pixels:
+    """Return a loaded image of any mode as uint8 [H, W, 3].
+
+    Args:
+        image: Pillow's.
+        high_bytes: Its values are the upper halves of 16 bits.
+    """
+    if image.mode in ("I", "F"):
+        raise UndecodedError(f"pixels of mode {image.mode} have no known range")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        rgba = image.convert("RGBA")
+        return _lay_deep_over_white(rgba) if high_bytes else _lay_over_white(rgba)
+    rgb = image if image.mode == "RGB" else image.convert("RGB")  # which copies whatever it is
+    return np.array(rgb, dtype=np.uint8, order="C")
+
+
+def read_gray(image: Image.Image, stored: Stored) -> DeepImage | None:
+    """Return a loaded image where it is gray of 9 to 16 bits; None for others."""
+    is_wide = image.mode.startswith("I;16")
+    if not is_wide and not (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return None
+    values, top = np.asarray(image), WHITE_16
+    clear = image.info.get("transparency") if image.format == "PNG" else None
+    if image.format == "TIFF":
+        tags: Any = image
+        top = 2 ** int(tags.tag_v2.get(_BITS, (16,))[0]) - 1
+        if tags.tag_v2.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits
+            values = top - values
+    elif stored.most:  # Pillow has stretched them over 16 bits
+        values, top = np.rint(values * (stored.most / WHITE_16)).astype(np.uint16), stored.most
+    return DeepImage(values, top, clear if isinstance(clear, int) else None)
+
+
+def with_orientation_of(image: Image.Image, pixels: Pixels) -> Image.Image:
+    """Return pixels as an image that says of its orientation what `image` says."""
+    out = Image.fromarray(pixels)
+    out.info = {key: image.info[key] for key in ORIENTED if key in image.info}
+    if image.format == "TIFF":
+        out.getexif().update({_ORIENTATION: image.getexif().get(_ORIENTATION, 1)})
+        out.info["exif"] = out.getexif().tobytes()
+    return out
+
+
+def scaled_gray(values: npt.NDArray[Any], white: float) -> Pixels:
+    """Return values in [0, white] as uint8; what is above is white."""
+    # 65535 / 255 is 257 without rounding
+    return np.clip(np.rint(values / (white / 255)), 0, 255).astype(np.uint8)
+
+
+def _lay_over_white(rgba: Image.Image) -> Pixels:
+    canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    canvas.alpha_composite(rgba)
+    return np.array(canvas.convert("RGB"), dtype=np.uint8, order="C")
+
+
+def _lay_deep_over_white(rgba: Image.Image) -> Pixels:
+    """Return what `_lay_over_white` does of high bytes, each taken for the middle of its range."""
+    high = np.asarray(rgba, dtype=np.float64)
+    values = high + (127.5 - high) / 257
+    opaque = values[:, :, 3:] / 255
+    laid = values[:, :, :3] * opaque + 255 * (1 - opaque)
+    return np.clip(np.rint(laid), 0, 255).astype(np.uint8)

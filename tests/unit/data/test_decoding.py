@@ -1,0 +1,124 @@
+"""Which value is white: found in the images, or said by the config; and what decodes them."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import DataConfig, Experiment
+from simclr_ray.data.decoding import (
+    evaluation_decoder,
+    read_value_range,
+    resolve_white,
+    training_decoder,
+)
+from simclr_ray.data.source import Source
+from simclr_ray.train.resolve import resolve
+from tests.unit.augment.test_deep_images import color, gray, png, tiff
+
+
+def write(folder: Path, images: list[bytes | None], group_rows: int = 8) -> Source:
+    table = pa.table({"image": pa.array(images, pa.binary())})
+    pq.write_table(table, folder / "set.parquet", row_group_size=group_rows)
+    return Source.open(str(folder / "set.parquet"))
+
+
+def deep(most: int, seed: int, dtype: str = "uint16") -> bytes:
+    values = np.random.default_rng(seed).integers(0, most + 1, (20, 30)).astype(dtype)
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_white_is_found_by_a_percentile_and_is_the_same_each_time(tmp_path: Path) -> None:
+    images: list[bytes | None] = [deep(3000, i) for i in range(40)]
+    source = write(tmp_path, images)
+    data = DataConfig(train=source.uri, white="auto")
+    sampled = [np.asarray(Image.open(io.BytesIO(i or b""))) for i in images[:8]]  # of four groups
+    found = read_value_range(source, data.max_pixels)
+    assert found is not None
+    assert (found.least, found.most, found.top) == (0, 3000, 65535)
+    assert found.white == pytest.approx(np.percentile(np.concatenate(sampled), 99.9), abs=3)
+    once = resolve_white(data, source).white
+    assert once == resolve_white(data, source).white == found.white
+    hot = np.full((20, 30), 100, np.uint16)
+    hot[3, 4] = 60_000  # one pixel of a broken sensor is not white
+    out = io.BytesIO()
+    Image.fromarray(hot).save(out, "PNG")
+    (tmp_path / "hot").mkdir()
+    white = resolve_white(data, write(tmp_path / "hot", [*images[:30], out.getvalue()])).white
+    assert 2900 < float(white) <= 3000
+
+
+def test_a_run_is_of_the_white_that_was_found(tmp_path: Path) -> None:
+    source = write(tmp_path, [deep(4095, i) for i in range(16)])
+    tree = {"name": "t", "data": {"train": source.uri, "white": "auto"}, "batch_size": 2,
+            "storage": str(tmp_path / "runs")}  # fmt: skip
+    found = resolve(cfg.validate(Experiment, tree))
+    white = found.config.data.white
+    assert 4000 < float(white) <= 4095
+    tree["data"] = {"train": source.uri, "white": white}
+    assert resolve(cfg.validate(Experiment, tree)).run_name == found.run_name
+    tree["data"] = {"train": source.uri, "white": 2000}
+    assert resolve(cfg.validate(Experiment, tree)).run_name != found.run_name
+
+
+def test_a_fraction_of_the_range_is_said_with_what_mends_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write(tmp_path, [deep(3000, i) for i in range(20)])
+    with caplog.at_level(logging.WARNING):
+        data = resolve_white(DataConfig(train=source.uri), source)
+    assert data.white == 0
+    (line,) = caplog.messages
+    assert "20 images of 16 bits with values of 0 to 3,000 of 65,535" in line
+    assert "data.white=3000, or data.white=auto" in line
+    decoded = evaluation_decoder(DataConfig(train="x", white=3000)).decode(deep(3000, 1))
+    assert decoded.max() == 255
+
+
+@pytest.mark.parametrize("kind", ["all of 16 bits", "8 bits", "broken", "12 bits by their own"])
+def test_nothing_is_said_of_images_that_use_their_bits(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images: list[bytes | None] = {
+        "all of 16 bits": [deep(65535, 1)] * 9,
+        "8 bits": [deep(100, 1, "uint8")] * 9,
+        "broken": [b"\x89PNG\r\n\x1a\n" + b"x" * 90, None, b""],
+        "12 bits by their own": [b"P5\n34 21\n4095\n" + gray(12).astype(">u2").tobytes()] * 9,
+    }[kind]
+    source = write(tmp_path, images)
+    with caplog.at_level(logging.WARNING):
+        assert resolve_white(DataConfig(train=source.uri), source).white == 0
+    assert not caplog.messages
+
+
+def test_auto_leaves_images_of_8_bits_as_they_are(tmp_path: Path) -> None:
+    source = write(tmp_path, [deep(100, 1, "uint8")] * 9)
+    assert resolve_white(DataConfig(train=source.uri, white="auto"), source).white == 0
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_color_of_16_bits_has_a_white_as_well(kind: str, tmp_path: Path) -> None:
+    values = color(12)
+    encoded = png(values) if kind == "png" else tiff(values)
+    found = read_value_range(write(tmp_path, [encoded] * 3), 10**6)
+    assert found is not None
+    assert found.most == values.max()
+    pixels = evaluation_decoder(DataConfig(train="x", white=4095)).decode(encoded)
+    np.testing.assert_array_equal(pixels, np.rint(values / (4095 / 255)).astype(np.uint8))
+
+
+def test_only_training_takes_the_faster_decoder() -> None:
+    data = DataConfig(train="x", decoder="turbo", max_pixels=77, white=9)
+    assert training_decoder(data).library == "turbo"
+    assert evaluation_decoder(data) == training_decoder(data)._replace(library="pillow")
+    assert evaluation_decoder(data).max_pixels == 77
