@@ -12,7 +12,7 @@
             ├── DivergedError    a loss, feature or weight is not finite
             └── CollapseError    all images look alike to the encoder
 
-`simclr_ray.augment.decode.ImageError` stands apart: that file travels alone with exported models.
+`simclr_ray.augment.decode.ImageError` stands apart: that folder travels alone with exported models.
 Everything else that escapes is a defect.
 """
 

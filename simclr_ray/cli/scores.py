@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from simclr_ray.train.outcome import Run
 
 REASONS_SHOWN = 5
+PATHS_SHOWN = 3
 
 
 def show_scores(scores: Sequence[Score]) -> None:
@@ -49,7 +50,9 @@ def show_bad_rows(folder: RunFolder) -> None:
         return
     shown = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(REASONS_SHOWN))
     summary = f"replaced {counted(sum(reasons.values()), 'row')} that could not be decoded: {shown}"
-    out.print(f"{summary} (ids in {folder.uri}/{BAD_ROWS})", markup=False, soft_wrap=True)
+    paths = [str(row["path"]) for row in rows.values() if row.get("path")]
+    named = f"first: {', '.join(paths[:PATHS_SHOWN])}; all" if paths else "ids"
+    out.print(f"{summary} ({named} in {folder.uri}/{BAD_ROWS})", markup=False, soft_wrap=True)
 
 
 def show_next(folder: RunFolder, model: str = "", image: str = "IMAGE.png") -> None:

@@ -16,6 +16,7 @@ class Batch(NamedTuple):
     ids: Tensor  # int64 [n]
     bad: Tensor  # int64 [m], ids of rows that had to be replaced
     reasons: tuple[str, ...] = ()  # why, of each of `bad`
+    paths: tuple[str, ...] = ()  # the file of each of `bad`, empty where it is not known
     labels: Tensor | None = (
         None  # int64 [n] or a teacher's scores [n, 2, K], if the loss takes them
     )

@@ -50,13 +50,15 @@ class BatchPart(NamedTuple):
     ids: NDArray[np.int64]  # [n]
     bad: NDArray[np.int64]  # [m]
     reasons: tuple[str, ...]
+    paths: tuple[str, ...]
 
 
 class Bad(NamedTuple):
-    """A row that cannot be used: its id, and why."""
+    """A row that cannot be used: its id, why, and the file that it was, where that is known."""
 
     id: int
     reason: str
+    path: str
 
 
 class RowReader:
@@ -112,7 +114,7 @@ class RowReader:
                 raise ImageError("null image")
             return DecodedImage(encoded.id, self.decoder.decode(encoded.image))
         except ImageError as error:
-            self.bad[row] = Bad(encoded.id, str(error))
+            self.bad[row] = Bad(encoded.id, str(error), encoded.path)
             return None
 
 
@@ -176,7 +178,8 @@ class BatchBuilder:
         batches = []
         for step, (_, bad), (a, b, own) in zip(steps, gathered, parts, strict=True):
             unusable = torch.tensor([b.id for b in bad], dtype=torch.int64)
-            batches.append(Batch(step, a, b, own, unusable, tuple(b.reason for b in bad)))
+            reasons, paths = tuple(b.reason for b in bad), tuple(b.path for b in bad)
+            batches.append(Batch(step, a, b, own, unusable, reasons, paths))
         return batches
 
     def _gathered(self, step: int) -> tuple[list[DecodedImage], list[Bad]]:
@@ -236,10 +239,11 @@ class BatchBuilder:
         num_bad, rows = len(self.reader.bad), self.plan.num_rows
         if num_bad > self.max_bad_fraction * rows:
             reasons = sorted({bad.reason for bad in self.reader.bad.values()})
+            names = [bad.path or f"row {row}" for row, bad in sorted(self.reader.bad.items())]
             raise TooManyBadImages(
                 f"{num_bad} of {rows} rows cannot be used, more than data.max_bad_fraction="
                 f"{self.max_bad_fraction:g} allows; reasons: {'; '.join(reasons[:5])}; "
-                f"first rows: {sorted(self.reader.bad)[:10]}"
+                f"first: {', '.join(names[:10])}"
             )
 
 
@@ -303,4 +307,5 @@ def join(parts: Sequence[Batch] | Sequence[BatchPart]) -> Batch:
     columns = zip(*(part[1:5] for part in parts), strict=True)
     a, b, ids, bad = (torch.from_numpy(np.concatenate(column)) for column in columns)
     reasons = tuple(reason for part in parts for reason in part.reasons)
-    return Batch(parts[0].step, a, b, ids, bad, reasons)
+    paths = tuple(path for part in parts for path in part.paths)
+    return Batch(parts[0].step, a, b, ids, bad, reasons, paths)

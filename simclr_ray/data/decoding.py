@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from simclr_ray.augment.decode import DeepImage, ImageDecoder, read_deep_image
+from simclr_ray.augment.decode import DeepImage, ImageDecoder, ImageError, read_deep_image
 from simclr_ray.config.experiment import DataConfig
 from simclr_ray.config.schema import AUTO
+from simclr_ray.config.wording import counted
 from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 
 SAMPLED_GROUPS: Final = 4
 IMAGES_OF_A_GROUP: Final = 64
 WHITE_PERCENTILE: Final = 99.9  # of all values of the sample: single hot pixels are not white
 DARK_FRACTION: Final = 0.5  # of the range: images that stay below are said to be dark
 VALUES: Final = 2**16
+# A JPEG of 24 by 24 pixels with halved colors, by which decoders are told apart.
+_PROBE: Final = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABQODxIPDRQSEBIXFRQYHjIhHhwcHj0sLiQySUBMS0dARkVQWnNiUFVt"
+    "VkVGZIhlbXd7gYKBTmCNl4x9lnN+gXz/2wBDARUXFx4aHjshITt8U0ZTfHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8"
+    "fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHz/wAARCAAYABgDASIAAhEBAxEB/8QAGQABAQEAAwAAAAAAAAAAAAAA"
+    "AAQDAQUG/8QAIRAAAQQBAwUAAAAAAAAAAAAAAAECAwRhISIxERJBgaH/xAAYAQADAQEAAAAAAAAAAAAAAAACBAUD"
+    "Bv/EAB4RAAICAgIDAAAAAAAAAAAAAAECABEDIQQSEzFB/9oADAMBAAIRAxEAPwDzMdfBXHWwURQKibU1Nm1ZncM+"
+    "oYglvlxnisrL2LgTOOrgHaVoFjia17d/lPYDPhGmO5RXOQKE4gr8aFrYe1qdE1UAXRyuEsPc47A5sSiGrgAA2EUU"
+    "JaR2qf/Z"
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +52,7 @@ class ValueRange(NamedTuple):
         return self.most < DARK_FRACTION * self.top
 
     def __str__(self) -> str:
-        images = f"{self.num_images:,} images of {self.top.bit_length()} bits"
+        images = f"{counted(self.num_images, 'image')} of {self.top.bit_length()} bits"
         return f"{images} with values of {self.least:,} to {self.most:,} of {self.top:,}"
 
 
@@ -49,6 +64,46 @@ def training_decoder(data: DataConfig) -> ImageDecoder:
 def evaluation_decoder(data: DataConfig) -> ImageDecoder:
     """Return what decodes images for evaluation and embedding: Pillow, whatever trains."""
     return ImageDecoder(data.max_pixels, white=float(data.white))
+
+
+def resolve_decoder(data: DataConfig) -> DataConfig:
+    """Return the config with the hash of what `data.decoder` makes of a JPEG here.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        return data.model_copy(update={"decoder_sha256": _hash_of_probe(training_decoder(data))})
+    except ImageError as error:
+        raise ConfigError([ConfigIssue("data.decoder", f"{data.decoder}: {error}")]) from None
+
+
+def check_decoder(data: DataConfig) -> None:
+    """Raise `DataError` where a JPEG is decoded otherwise than where the run was started.
+
+    A run whose nodes decode otherwise would depend on which of them made a view.
+    """
+    if not data.decoder_sha256:
+        return
+    try:
+        same = _hash_of_probe(training_decoder(data)) == data.decoder_sha256
+        why = f"by {_version_of(data)} here, to other pixels than where the run was started"
+    except ImageError as error:
+        same, why = False, f"not at all here: {error}"
+    if not same:
+        raise DataError(
+            f"data.decoder={data.decoder}: JPEG is decoded {why}; the nodes of a run need the same "
+            "packages"
+        )
+
+
+def _hash_of_probe(decoder: ImageDecoder) -> str:
+    return hashlib.sha256(decoder.decode(_PROBE).tobytes()).hexdigest()
+
+
+def _version_of(data: DataConfig) -> str:
+    package = {"pillow": "pillow", "turbo": "simplejpeg"}[data.decoder]
+    return f"{package} {metadata.version(package)}"
 
 
 def resolve_white(data: DataConfig, source: Source) -> DataConfig:

@@ -28,10 +28,14 @@ RECENT_BYTES = 64 * 2**20
 
 
 class EncodedRow(NamedTuple):
-    """A row as the file has it: its id, and the encoded image, None where there is none."""
+    """A row as the file has it: its id, the encoded image, and the file that it was.
+
+    `image` is None where there is none, `path` empty where the dataset does not name it.
+    """
 
     id: int
     image: bytes | None
+    path: str = ""
 
 
 EncodedRows = dict[int, EncodedRow]
@@ -189,8 +193,10 @@ def read_encoded(source: Source, index: int) -> EncodedRows:
         DataError: A file is gone, changed, or broken.
     """
     rows = source.read_group(index, labels=False)
-    pairs = map(EncodedRow, rows.ids.tolist(), rows.images)
-    return dict(enumerate(pairs, start=source.row_groups[index].first_row))
+    paths = rows.paths or [None] * len(rows.images)
+    columns = zip(rows.ids.tolist(), rows.images, paths, strict=True)
+    encoded = (EncodedRow(row_id, image, path or "") for row_id, image, path in columns)
+    return dict(enumerate(encoded, start=source.row_groups[index].first_row))
 
 
 class _Visit(NamedTuple):

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import BatchBuilder, BatchPart, build_plan, join, view_builder
+from simclr_ray.data.decoding import check_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.collectives import partition
 from simclr_ray.distributed.malloc import keep_freed_memory
@@ -53,6 +54,7 @@ class _Actor:
     ) -> None:
         torch.set_num_threads(1)
         keep_freed_memory()
+        self.data = experiment.data
         plan, views = build_plan(experiment, source), view_builder(experiment)
         self.builder = BatchBuilder(source, plan, views, experiment.data, places, stop=stop)
         images = places[1] - places[0]
@@ -68,6 +70,7 @@ class _Actor:
         made: list[Batch] = []
         in_a_call = max(1, CALL_BYTES // self.step_bytes)
         try:
+            check_decoder(self.data)
             for steps in self._handed_over(rows["step"].tolist()):
                 for at in range(0, len(steps), in_a_call):
                     self._make(steps[at : at + in_a_call], made)
@@ -212,6 +215,7 @@ def _packed(batches: list[Batch]) -> pa.Table:
         "sizes": [b.a.shape[-1] for b in batches],
         "bad": [b.bad.tolist() for b in batches],
         "reasons": [b.reasons for b in batches],
+        "paths": [b.paths for b in batches],
     }
     ids = np.concatenate([b.ids.numpy() for b in batches])
     pixels = np.concatenate([view.numpy().ravel() for b in batches for view in (b.a, b.b)])
@@ -244,13 +248,14 @@ def _unpacked(table: pa.Table) -> Iterator[BatchPart]:
         raise kind(header["message"])
     numbers = ids.view(np.int64).reshape(len(header["steps"]), -1)
     rest = pixels
-    columns = (header[name] for name in ("steps", "sizes", "bad", "reasons"))
-    for row, step, size, bad, reasons in zip(numbers, *columns, strict=True):
+    columns = (header[name] for name in ("steps", "sizes", "bad", "reasons", "paths"))
+    for row, step, size, bad, *texts in zip(numbers, *columns, strict=True):
         shape = (len(row), 3, size, size)
         num = int(np.prod(shape))
         a, b, rest = rest[:num], rest[num : 2 * num], rest[2 * num :]
         unusable = np.array(bad, np.int64)
-        yield BatchPart(step, a.reshape(shape), b.reshape(shape), row, unusable, tuple(reasons))
+        reasons, paths = map(tuple, texts)
+        yield BatchPart(step, a.reshape(shape), b.reshape(shape), row, unusable, reasons, paths)
 
 
 def _value(column: pa.Array) -> NDArray[np.uint8]:

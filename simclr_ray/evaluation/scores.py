@@ -20,7 +20,12 @@ from simclr_ray.errors import ConfigError, ConfigIssue, DataError, DivergedError
 from simclr_ray.evaluation.features import Features, Split, extract_features
 from simclr_ray.evaluation.label_free import label_free
 
-LABEL_FREE: Final = ("uniformity", "effective rank", "feature std")  # headings of their columns
+# Key of a metric without labels -> heading of its column: the arrow says which way is better.
+LABEL_FREE: Final = {
+    "uniformity": "uniformity ↓",
+    "effective_rank": "effective rank ↑",
+    "feature_std": "feature std ↑",
+}
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
 TRAINED: Final = "trained encoder"
 PIXELS: Final = "raw pixels"
@@ -70,12 +75,11 @@ class Score:
         """Return name and numbers as `scores.json` has them; null for what was not asked for."""
         columns = dict.fromkeys(protocol.metric for protocol in PROTOCOLS)
         free = (self.uniformity, self.effective_rank, self.feature_std)
-        names = (heading.replace(" ", "_") for heading in LABEL_FREE)
         return {
             "name": self.name,
             **columns,
             **self.accuracies,
-            **dict(zip(names, free, strict=True)),
+            **dict(zip(LABEL_FREE, free, strict=True)),
         }
 
     def numbers(self) -> dict[str, float]:
@@ -170,7 +174,7 @@ def table(scores: Sequence[Score]) -> list[list[str]]:
     metrics += [m for m in reported if m not in labels]
     headings = [labels.get(m, m.replace("_top1", " top-1")) for m in metrics]
     return [
-        ["features", *headings, *LABEL_FREE],
+        ["features", *headings, *LABEL_FREE.values()],
         *([score.name, *_percentages(score, metrics), *_label_free(score)] for score in scores),
     ]
 

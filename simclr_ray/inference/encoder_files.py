@@ -3,7 +3,7 @@
 `model.safetensors` holds the weights, `encoder.json` says what they are weights of, `encoder.pt2`
 is the same network as a `torch.export` program that needs no code of ours. None of them is a
 pickle. Which files there are, `export_formats` says. A registry version carries them all, with
-`pyfunc.py` and `augment/decode.py` as plain source, so it runs with mlflow, torch, pillow, numpy
+`pyfunc.py` and `augment/decode/` as plain source, so it runs with mlflow, torch, pillow, numpy
 and pandas alone.
 """
 

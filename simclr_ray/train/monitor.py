@@ -43,6 +43,17 @@ class WorkerReady(NamedTuple):
     num_workers: int
 
 
+class _BadRow(NamedTuple):
+    """Why a row cannot be used, and the file that it was, where that is known."""
+
+    reason: str
+    path: str
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> _BadRow:
+        return cls(str(record["reason"]), str(record.get("path", "")))
+
+
 class RunMonitor:
     """Thread that stores the workers' records in log file and MLflow, and calls `on_progress`."""
 
@@ -70,7 +81,7 @@ class RunMonitor:
             for name in (METRICS, BAD_ROWS):
                 (self._local / name).write_text(folder.read_text(name) or "", encoding="utf-8")
         bad_rows = read_records(folder.read_text(BAD_ROWS) or "")
-        self._bad = {int(row["id"]): str(row["reason"]) for row in bad_rows}
+        self._bad = {int(row["id"]): _BadRow.of(row) for row in bad_rows}
 
     def __enter__(self) -> RunMonitor:
         self._thread.start()
@@ -159,17 +170,18 @@ class RunMonitor:
         """Name the row; end the run when more are unusable than `data.max_bad_fraction` allows."""
         if item["id"] in self._bad:
             return
-        self._bad[item["id"]] = item["reason"]
+        self._bad[item["id"]] = _BadRow.of(item)
         _append(self._local / BAD_ROWS, json.dumps(item))
         share = self.resolved.config.data.max_bad_fraction
         rows = self.resolved.source.num_rows
         if len(self._bad) > share * rows:
-            reasons = "; ".join(sorted(set(self._bad.values()))[:5])
+            reasons = "; ".join(sorted({bad.reason for bad in self._bad.values()})[:5])
+            names = [bad.path or f"id {row_id}" for row_id, bad in sorted(self._bad.items())]
             self._end(
                 TooManyBadImages(
                     f"{len(self._bad)} of {rows} rows cannot be used, more than "
                     f"data.max_bad_fraction={share:g} allows; reasons: {reasons}; "
-                    f"ids: {sorted(self._bad)[:10]}"
+                    f"first: {', '.join(names[:10])}"
                 )
             )
 

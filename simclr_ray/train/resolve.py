@@ -18,7 +18,7 @@ from simclr_ray.config.imports import imports_in
 from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.decoding import resolve_white
+from simclr_ray.data.decoding import resolve_decoder, resolve_white
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
@@ -106,8 +106,8 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     """Return the experiment with nothing left open, and fail now for what would fail in hours.
 
     Raises:
-        ConfigError: First weights or a teacher are not there or do not fit, imported code breaks
-            its contract, an encoder of it that is to be registered cannot be, or
+        ConfigError: First weights, a teacher or a decoder are not there or do not fit, imported
+            code breaks its contract, an encoder of it that is to be registered cannot be, or
             $SIMCLR_RAY_NATIVE is invalid.
         DataError: The images cannot be read, fill no batch, or lack labels that the loss takes; or
             those of `data.test` are of classes that the classifier does not know.
@@ -117,7 +117,9 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     experiment = resolve_folders(resolve_imports(experiment))
     data = experiment.data
     source = Source.open(data.train, data.columns, data.limit)
-    experiment = experiment.model_copy(update={"data": resolve_white(data, source)})
+    experiment = experiment.model_copy(
+        update={"data": resolve_decoder(resolve_white(data, source))}
+    )
     config, source = resolve_classes(resolve_teacher(resolve_init(experiment)), source)
     build_plan(config, source)  # fails here when the rows fill no batch
     _check_evaluation(config, source)

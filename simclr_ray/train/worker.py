@@ -187,10 +187,11 @@ class TrainWorker:
             if index == 0:
                 waited = {FIRST_BATCH: time.perf_counter() - wait_began}
                 self._send(batch.step, batch.step / self.resolved.steps_per_epoch, waited)
-            for row_id, reason in zip(batch.bad.tolist(), batch.reasons, strict=True):
+            for row_id, *about in zip(batch.bad.tolist(), batch.reasons, batch.paths, strict=True):
                 if row_id not in sent:
                     sent.add(row_id)
-                    self.inbox.put({"step": batch.step, "id": row_id, "reason": reason})
+                    named = dict(zip(("reason", "path"), about, strict=True))
+                    self.inbox.put({"step": batch.step, "id": row_id, **named})
             yield batch
 
     def _send(self, step: int, epoch: float, values: dict[str, float]) -> None:

@@ -132,4 +132,4 @@ def test_an_error_keeps_its_type_and_comes_after_the_steps_that_were_made(
     assert 0 < len(made) == len(expected) < 8
     assert all(torch.equal(x.a, y.a) for x, y in zip(made, expected, strict=True))
     for x, y in zip(made, expected, strict=True):
-        assert (x.bad.tolist(), x.reasons) == (y.bad.tolist(), y.reasons)
+        assert (x.bad.tolist(), x.reasons, x.paths) == (y.bad.tolist(), y.reasons, y.paths)

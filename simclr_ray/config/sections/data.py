@@ -52,6 +52,11 @@ class DataConfig(Config):
         since=3,
         description="What decodes JPEG for training: pillow, or turbo (extra), in half the time.",
     )
+    decoder_sha256: str = Field(
+        "",
+        placement=True,
+        description="Of what it makes of a JPEG, which nodes agree on; filled in.",
+    )
     shuffle_rows: int = Field(
         65_536, ge=1, description="Rows held by the shuffle windows together, over all workers."
     )

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_ray.augment.decode import ImageError, Pixels, decode_image, evaluation_view
+from simclr_ray.augment.decode import (
+    DEFAULT_DECODER,
+    ImageDecoder,
+    ImageError,
+    Pixels,
+    decode_image,
+    evaluation_view,
+)
+from simclr_ray.data.shapes import render
 
 # What the README of the `odd` images says each file is; a string is the reason it is refused.
 ODD: dict[str, tuple[int, int] | str] = {
@@ -104,6 +112,62 @@ def test_odd_encodings_of_one_photograph_look_alike(image_root: Path) -> None:
     gray = decode_image((odd / "gray.jpg").read_bytes()).astype(float)
     gray16 = decode_image((odd / "gray16.png").read_bytes()).astype(float)
     assert np.abs(gray - gray16).mean() < 3
+
+
+TURBO = ImageDecoder(library="turbo")
+# what a JPEG is written with -> how it may differ
+WRITTEN: dict[str, dict[str, Any]] = {
+    "halved colors": {"quality": 75, "subsampling": 2},
+    "whole colors": {"quality": 95, "subsampling": 0},
+    "colors halved across": {"quality": 30, "subsampling": 1},
+    "progressive": {"quality": 60, "progressive": True},
+    "low quality": {"quality": 5},
+}
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "gray", "cmyk", *(f"turned {n}" for n in range(1, 9))])
+def test_turbo_decodes_a_jpeg_within_two_levels_of_pillow(name: str) -> None:
+    image = Image.fromarray(render(3, 5).pixels).resize((90, 61))
+    options: dict[str, Any] = WRITTEN.get(name, {})
+    if name in ("gray", "cmyk"):
+        image = image.convert({"gray": "L", "cmyk": "CMYK"}[name])
+    if name.startswith("turned"):
+        exif = Image.Exif()
+        exif[274] = int(name[-1])
+        options = {"exif": exif}
+    encoded = encode(image, "JPEG", **options)
+    pillow, turbo = decode_image(encoded), TURBO.decode(encoded)
+    assert turbo.shape == pillow.shape
+    assert turbo.flags.c_contiguous
+    assert np.abs(turbo.astype(int) - pillow).max() <= 2
+
+
+def outcome(decoder: ImageDecoder, encoded: bytes) -> Pixels | str:
+    """Return the pixels, or why there are none."""
+    try:
+        return decoder.decode(encoded)
+    except ImageError as error:
+        return str(error)
+
+
+def test_turbo_finds_what_pillow_finds(image_root: Path) -> None:
+    for path in sorted((image_root / "odd").iterdir()):
+        pillow, turbo = (outcome(d, path.read_bytes()) for d in (DEFAULT_DECODER, TURBO))
+        if isinstance(pillow, str) or isinstance(turbo, str):
+            assert turbo == pillow, path.name
+        else:
+            assert np.abs(turbo.astype(int) - pillow).max() <= 2, path.name
+
+
+def test_turbo_refuses_what_the_limits_refuse() -> None:
+    encoded = encode(Image.new("RGB", (40, 24)), "JPEG")
+    with pytest.raises(ImageError, match="too many pixels: 40x24"):
+        TURBO._replace(max_pixels=959).decode(encoded)
+    with pytest.raises(ImageError, match="too small: 40x24"):
+        TURBO._replace(min_side=25).decode(encoded)
+    for end in (3, 200, len(encoded) // 2):
+        cut = encoded[:end]
+        assert outcome(TURBO, cut) == outcome(DEFAULT_DECODER, cut)
 
 
 @pytest.mark.parametrize(

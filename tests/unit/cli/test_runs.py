@@ -109,6 +109,10 @@ def test_replaced_rows_are_told_once_each_with_their_reasons(
     assert told.startswith(
         "replaced 3 rows that could not be decoded: 2 x truncated; 1 x too small: 1x1 (ids in "
     )
+    named = {"step": 0, "id": 7, "reason": "truncated", "path": "cats/7.jpg"}
+    (a_run / BAD_ROWS).write_text(json.dumps(named) + "\n")
+    show_bad_rows(RunFolder.at(str(a_run)))
+    assert "1 x truncated (first: cats/7.jpg; all in " in " ".join(capsys.readouterr().out.split())
 
 
 def png(side: int) -> bytes:

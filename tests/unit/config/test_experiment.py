@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {
     "optimizer.momentum_form": "outside",
     "batch_norm.group_size": 128,
     "evaluation.size": 40,
+    "data.decoder": "turbo",
     "augment.start_size": 16,
     "loss.negatives": "other",
     "scaling.color_augment_on": "worker",
@@ -91,6 +92,7 @@ def is_placement(path: tuple[str, ...]) -> bool:
         "data.cache_gib",
         "data.eval_train",
         "data.test",
+        "data.decoder_sha256",
         "data.max_bad_fraction",  # whether a run goes on, not what it computes
     )
 

@@ -56,6 +56,7 @@ def write(tmp_path: Path) -> Write:
             {
                 "id": pa.array(range(FIRST_ID, FIRST_ID + NUM_ROWS), pa.int64()),
                 "image": pa.array(images, pa.binary()),
+                "path": [f"cats/{i}.png" for i in range(NUM_ROWS)],
             }
         )
         pq.write_table(table, tmp_path / "set.parquet", row_group_size=7)
@@ -213,6 +214,7 @@ def test_too_many_bad_rows_stop_the_run_with_reasons(write: Write) -> None:
     assert re.match("[45] of 60 rows cannot be used", message)  # 3 are 5 %, and would do
     assert "data.max_bad_fraction=0.05" in message
     assert "not an image" in message
+    assert re.search(r"first: cats/\d\.png, cats/", message)
     assert caught.value.exit_code == 2
 
 
@@ -224,7 +226,9 @@ def test_a_share_of_zero_stops_at_the_first_bad_row(write: Write) -> None:
 
 def test_as_many_bad_rows_as_allowed_do_not_stop(write: Write) -> None:
     e = experiment(write(bad=(1, 2, 3)), "data.max_bad_fraction=0.05")
-    assert sum(len(b.bad) for b in whole(e, range(5))) == 3
+    batches = whole(e, range(5))
+    named = {row: path for b in batches for row, path in zip(b.bad.tolist(), b.paths, strict=True)}
+    assert named == {FIRST_ID + i: f"cats/{i}.png" for i in (1, 2, 3)}
 
 
 def test_where_no_row_is_left_to_stand_in_the_run_stops(write: Write) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,15 @@ from PIL import Image
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import DataConfig, Experiment
 from simclr_ray.data.decoding import (
+    check_decoder,
     evaluation_decoder,
     read_value_range,
+    resolve_decoder,
     resolve_white,
     training_decoder,
 )
 from simclr_ray.data.source import Source
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.train.resolve import resolve
 from tests.unit.augment.test_deep_images import color, gray, png, tiff
 
@@ -89,13 +94,13 @@ def test_a_fraction_of_the_range_is_said_with_what_mends_it(
 def test_nothing_is_said_of_images_that_use_their_bits(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images: list[bytes | None] = {
+    kinds: dict[str, list[bytes | None]] = {
         "all of 16 bits": [deep(65535, 1)] * 9,
         "8 bits": [deep(100, 1, "uint8")] * 9,
         "broken": [b"\x89PNG\r\n\x1a\n" + b"x" * 90, None, b""],
         "12 bits by their own": [b"P5\n34 21\n4095\n" + gray(12).astype(">u2").tobytes()] * 9,
-    }[kind]
-    source = write(tmp_path, images)
+    }
+    source = write(tmp_path, kinds[kind])
     with caplog.at_level(logging.WARNING):
         assert resolve_white(DataConfig(train=source.uri), source).white == 0
     assert not caplog.messages
@@ -122,3 +127,20 @@ def test_only_training_takes_the_faster_decoder() -> None:
     assert training_decoder(data).library == "turbo"
     assert evaluation_decoder(data) == training_decoder(data)._replace(library="pillow")
     assert evaluation_decoder(data).max_pixels == 77
+
+
+def test_a_node_that_decodes_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = resolve_decoder(DataConfig(train="x", decoder="turbo"))
+    assert data.decoder_sha256
+    check_decoder(data)
+    check_decoder(DataConfig(train="x"))  # never resolved: nothing to compare with
+    simplejpeg = importlib.import_module("simplejpeg")
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a: decode(*a) ^ 1)
+    with pytest.raises(DataError, match=r"by simplejpeg .* to other pixels"):
+        check_decoder(data)
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(DataError, match=r"not at all here: .*simclr-ray\[turbo\]"):
+        check_decoder(data)
+    with pytest.raises(ConfigError, match=r"data.decoder: .*simclr-ray\[turbo\]"):
+        resolve_decoder(DataConfig(train="x", decoder="turbo"))

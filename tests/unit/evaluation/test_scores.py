@@ -127,17 +127,15 @@ def test_the_table_reads_as_markdown_with_one_line_a_row() -> None:
         Score("raw pixels", -1.0, 3.0, 0.1),
     ]
     head, rule, *lines = format_table(rows).splitlines()
-    assert head == (
-        "| features        | kNN top-1 | linear top-1 | uniformity | effective rank | feature std |"
-    )
-    assert rule == (
-        "| :-------------- | --------: | -----------: | ---------: | -------------: | ----------: |"
-    )
-    assert lines == [
-        "| trained encoder |    81.2 % |       90.0 % |    "
-        "  -2.50 |           40.2 |      0.0500 |",
-        "| raw pixels      |         - |            - |    "
-        "  -1.00 |            3.0 |      0.1000 |",
+    assert [head, rule, *lines] == [
+        "| features        | kNN top-1 | linear top-1"
+        " | uniformity ↓ | effective rank ↑ | feature std ↑ |",
+        "| :-------------- | --------: | -----------:"
+        " | -----------: | ---------------: | ------------: |",
+        "| trained encoder |    81.2 % |       90.0 %"
+        " |        -2.50 |             40.2 |        0.0500 |",
+        "| raw pixels      |         - |            -"
+        " |        -1.00 |              3.0 |        0.1000 |",
     ]
 
 
