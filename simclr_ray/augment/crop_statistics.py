@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from simclr_ray.augment.pipeline import Pipelines
 from simclr_ray.augment.views import Boxes, TwoViews
 
-PAIRS = 2000  # of crops that shares are counted over
+PAIRS = 2000  # of crops that fractions are counted over
 WITHIN = 0.75  # of the smaller box lies in the larger one, which has at least twice its area
 BESIDE = 0.25  # of the smaller box, at most, lies in the other
 
@@ -30,7 +30,7 @@ class CropTaskFractions(NamedTuple):
 def crop_task_fractions(
     views: TwoViews | Pipelines, height: int, width: int
 ) -> CropTaskFractions | None:
-    """Return the shares of a pipeline over 2,000 pairs of crops of images of one size.
+    """Return the fractions of a pipeline over 2,000 pairs of crops of images of one size.
 
     None where views do not begin with a crop each: without one, or with one crop for both.
     """
@@ -45,7 +45,7 @@ def crop_task_fractions(
 
 
 def fractions_of_pairs(a: Boxes, b: Boxes) -> CropTaskFractions:
-    """Return the shares over n pairs of crops."""
+    """Return the fractions over n pairs of crops."""
     height = _overlap(a.top, a.height, b.top, b.height)
     width = _overlap(a.left, a.width, b.left, b.width)
     areas = np.stack([a.height * a.width, b.height * b.width])

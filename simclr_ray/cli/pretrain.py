@@ -74,14 +74,14 @@ def _run(resolved: ResolvedExperiment) -> PretrainOutcome:
 
 def _show(resolved: ResolvedExperiment, outcome: PretrainOutcome, image: str) -> None:
     from simclr_ray.cli.scores import show_classifier, show_next, show_scores, show_where
-    from simclr_ray.train.advice import after_scores
+    from simclr_ray.train.advice import advise_after_scores
 
     if outcome.is_stored:
         notice = "this run is finished; its stored scores follow, and are made anew by:"
         out.print(notice, markup=False, soft_wrap=True)
         out.print(f"  {command('evaluate', outcome.run.folder)}", markup=False, soft_wrap=True)
     show_scores(outcome.scores)
-    advice = after_scores(resolved, outcome.scores, outcome.run.metrics)
+    advice = advise_after_scores(resolved, outcome.scores, outcome.run.metrics)
     if advice:
         out.print(advice, markup=False, soft_wrap=True)
     if outcome.classifier is not None:

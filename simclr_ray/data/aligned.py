@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
-from simclr_ray.data.classes import keys_of, occurring, one_numbering, renumber
+from simclr_ray.data.classes import class_keys, distinct_labels, number_classes, renumber
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 
@@ -27,7 +27,7 @@ def align_labels(*sources: Source) -> tuple[Source, ...]:
     """
     labels = [source.labels() for source in sources]
     columns = [source.label for source in sources if source.label]
-    keys = [keys_of(column, own) for column, own in zip(columns, labels, strict=True)]
+    keys = [class_keys(column, own) for column, own in zip(columns, labels, strict=True)]
     named = [bool(column.names) for column in columns]
     if not all(named):  # by number, also of those that have names
         if texts := [s.uri for s, column in zip(sources, columns, strict=True) if column.is_text]:
@@ -37,7 +37,7 @@ def align_labels(*sources: Source) -> tuple[Source, ...]:
                 "which is not known; give both names (class_names in the metadata, or text)"
             )
         keys = [{label: str(label) for label in own} for own in keys]
-    classes, said = one_numbering(keys, named, [source.uri for source in sources])
+    classes, said = number_classes(keys, named, [source.uri for source in sources])
     if said:
         warn_once(log, said)
     renumbered = map(renumber, columns, keys, [classes] * len(keys))
@@ -61,7 +61,7 @@ def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) ->
     """
     labels, column = source.labels(), source.label
     assert column is not None
-    present = occurring(labels)
+    present = distinct_labels(labels)
     by_name = bool(column.names) and not set(names).isdisjoint(column.names)
     if column.is_text and not by_name:
         raise DataError(f"{source.uri} has none of the classes that the classifier knows")

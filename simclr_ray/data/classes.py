@@ -160,16 +160,16 @@ def label_column(
     return LabelColumn(name, union, label_of_file=table)
 
 
-def occurring(labels: Int64s) -> tuple[int, ...]:
+def distinct_labels(labels: Int64s) -> tuple[int, ...]:
     """Return the labels that occur, ascending, without -1."""
     return tuple(int(label) for label in np.unique(labels) if label >= 0)
 
 
-def keys_of(column: LabelColumn, labels: Int64s) -> dict[int, str]:
+def class_keys(column: LabelColumn, labels: Int64s) -> dict[int, str]:
     """Return what each label is called: names, all of them, or the numbers that occur, as text."""
     if column.names:
         return dict(enumerate(column.names))
-    return {label: str(label) for label in occurring(labels)}
+    return {label: str(label) for label in distinct_labels(labels)}
 
 
 def renumber(column: LabelColumn, keys: Mapping[int, str], classes: Sequence[str]) -> LabelColumn:
@@ -184,7 +184,7 @@ def renumber(column: LabelColumn, keys: Mapping[int, str], classes: Sequence[str
     return replace(column, names=tuple(classes), renumbered=(before, after))
 
 
-def one_numbering(
+def number_classes(
     keys: Sequence[Mapping[int, str]], named: Sequence[bool], uris: Sequence[str]
 ) -> tuple[tuple[str, ...], str]:
     """Return the classes of several datasets, those of the first before others; and what to say.

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from simclr_ray.augment.decode import FIRST_BYTES, decoder_missing, format_of
+from simclr_ray.augment.decode import FIRST_BYTES, format_of, missing_decoder
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import DataError
@@ -149,7 +149,7 @@ def _why(fs: pafs.FileSystem, file: Listed) -> str:
     kind = format_of(first)
     if kind is None:
         return "not images" if first else "empty"
-    missing = decoder_missing(kind)
+    missing = missing_decoder(kind)
     return f"{_suffix(file.path) or kind.name} ({missing})" if missing else ""
 
 

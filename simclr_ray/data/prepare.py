@@ -152,17 +152,18 @@ class _Limit:
     """How many images may be unusable."""
 
     num_rows: int
-    share: float
+    max_fraction: float
 
     def check(self, reports: Sequence[ShardReport]) -> None:
         """Raise `TooManyBadImages` as soon as the rest cannot mend it."""
         rejected = sorted(r for report in reports for r in report.rejected)
-        if len(rejected) <= self.share * self.num_rows and len(rejected) < self.num_rows:
+        if len(rejected) <= self.max_fraction * self.num_rows and len(rejected) < self.num_rows:
             return
         shown = [f"{r.name}: {r.reason}" for r in rejected[:NUM_REASONS_SHOWN]]
         raise TooManyBadImages(
-            f"{len(rejected)} of {self.num_rows} images are unusable so far, more than the share "
-            f"of {self.share:.2%} that is allowed (max_bad_fraction); the first: {'; '.join(shown)}"
+            f"{len(rejected)} of {self.num_rows} images are unusable so far, more than the "
+            f"{self.max_fraction:.2%} that are allowed (max_bad_fraction); the first: "
+            f"{'; '.join(shown)}"
         )
 
 

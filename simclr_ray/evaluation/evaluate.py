@@ -20,7 +20,13 @@ from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.classification import Classification, classification
-from simclr_ray.evaluation.features import Features, Split, extract_features, halves, load_split
+from simclr_ray.evaluation.features import (
+    Features,
+    Split,
+    extract_features,
+    load_split,
+    split_halves,
+)
 from simclr_ray.evaluation.probes import Probe, probe
 from simclr_ray.evaluation.scores import (
     LABEL_FREE_ROWS,
@@ -136,7 +142,7 @@ def _score_by_actors(
     def features(i: int) -> tuple[Features, Features | None]:
         own = Features(bank_features.features[i], bank_features.labels)
         if is_halved:
-            return halves(own)
+            return split_halves(own)
         if test_features is None:
             return own, None
         return own, Features(test_features.features[i], test_features.labels)
@@ -239,7 +245,7 @@ def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
     size, decoder = experiment.evaluation_size, evaluation_decoder(experiment.data)
     bank, test, is_halved = _sources(experiment)
     if is_halved:
-        return halves(load_split(bank, size, decoder=decoder))
+        return split_halves(load_split(bank, size, decoder=decoder))
     if test is None:
         return load_split(bank, size, LABEL_FREE_ROWS, decoder), None
     return (

@@ -75,7 +75,7 @@ class Features(NamedTuple):
 HalvedT = TypeVar("HalvedT", Split, Features)
 
 
-def halves(split: HalvedT) -> tuple[HalvedT, HalvedT]:
+def split_halves(split: HalvedT) -> tuple[HalvedT, HalvedT]:
     """Return the labelled rows in two halves, drawn once for all: one to learn from, one to score.
 
     Raises:

@@ -19,7 +19,7 @@ NEAR_CHANCE = 0.9  # of the loss without learning
 MIB = 2**20
 
 
-def before_start(resolved: ResolvedExperiment) -> list[str]:
+def advise_before_start(resolved: ResolvedExperiment) -> list[str]:
     """Return what is likely to go wrong, by the config alone."""
     config, total, warmup = resolved.config, resolved.total_steps, resolved.warmup_steps
     advice = []
@@ -40,7 +40,7 @@ def _few(total: int) -> str:
     return f"{counted(total, 'step')} are few to learn from"
 
 
-def after_scores(
+def advise_after_scores(
     resolved: ResolvedExperiment, scores: Sequence[Score], metrics: Mapping[str, float]
 ) -> str:
     """Return why the encoder is no better than raw pixels, and what to change; else nothing.

@@ -29,7 +29,7 @@ from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import store_uri, without_password
-from simclr_ray.train.advice import before_start
+from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter
@@ -112,7 +112,7 @@ def _trained(
     if checkpoint.step_of(newest) < total:
         for name in folder.repair_snapshot():
             log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
-        for advice in before_start(resolved):
+        for advice in advise_before_start(resolved):
             log.warning(advice)
         _fit(resolved, tracked, on_progress)
         newest = _newest(folder)

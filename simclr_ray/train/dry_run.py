@@ -16,7 +16,7 @@ from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
 from simclr_ray.optim import state_per_parameter
-from simclr_ray.train.advice import before_start, memory_advice
+from simclr_ray.train.advice import advise_before_start, memory_advice
 from simclr_ray.train.imports import export_problem
 from simclr_ray.train.resolve import ResolvedExperiment
 
@@ -78,7 +78,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
             f"{workers} share the {counted(cores, 'core')} of this machine: slower than {cores}"
         )
     per_image = memory.activations // max(memory.images, 1)
-    notes = before_start(resolved)
+    notes = advise_before_start(resolved)
     notes += filter(None, [memory_advice(resolved, per_image, memory.weights + memory.loss)])
     return rows | {f"note {k}" if k > 1 else "note": text for k, text in enumerate(notes, 1)}
 

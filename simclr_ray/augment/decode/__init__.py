@@ -34,8 +34,8 @@ from .formats import (
     Pixels,
     UndecodedError,
     check_size,
-    decoder_missing,
     format_of,
+    missing_decoder,
     reason_of,
     webp_size,
 )
@@ -50,9 +50,9 @@ __all__ = [
     "ImageError",
     "Pixels",
     "decode_image",
-    "decoder_missing",
     "evaluation_view",
     "format_of",
+    "missing_decoder",
     "read_deep_image",
 ]
 

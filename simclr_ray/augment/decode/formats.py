@@ -77,7 +77,7 @@ def format_of(first_bytes: bytes) -> Format | None:
     return DICOM if first_bytes[128:132] == b"DICM" else None
 
 
-def decoder_missing(kind: Format) -> str:
+def missing_decoder(kind: Format) -> str:
     """Return how to install the decoder of a format; nothing where it is there."""
     package = _EXTRA_PACKAGES.get(kind.extra)
     if package is None or importlib.util.find_spec(package):

@@ -15,7 +15,7 @@ from torch import nn
 
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
-from simclr_ray.evaluation.features import Features, extract_features, halves, load_split
+from simclr_ray.evaluation.features import Features, extract_features, load_split, split_halves
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 
 SIDE = 8
@@ -167,12 +167,12 @@ def test_no_images_at_all_is_refused_and_an_empty_share_is_not() -> None:
 def test_halves_are_of_all_labelled_rows_and_the_same_each_time() -> None:
     labels = torch.tensor([0, 1] * 50 + [-1] * 3)
     rows = torch.arange(103.0)[:, None]
-    one, other = halves(Features(rows, labels))
+    one, other = split_halves(Features(rows, labels))
     assert sorted(torch.cat([one.rows, other.rows]).flatten().tolist()) == list(range(100))
     assert (len(one.labels), len(other.labels)) == (50, 50)
     for part in (one, other):  # classes that take turns are in both halves
         assert 15 < int(part.labels.sum()) < 35
         assert part.labels.tolist() == [int(row) % 2 for row in part.rows]
-    assert torch.equal(halves(Features(rows, labels))[0].rows, one.rows)
+    assert torch.equal(split_halves(Features(rows, labels))[0].rows, one.rows)
     with pytest.raises(DataError, match="1 labelled image cannot be halved"):
-        halves(Features(rows[:1], labels[:1]))
+        split_halves(Features(rows[:1], labels[:1]))

@@ -32,31 +32,31 @@ def score(name: str, knn: float) -> Score:
 
 
 def test_a_usual_run_gets_no_advice(tmp_path: Path) -> None:
-    assert advice.before_start(resolved(tmp_path, epochs=30)) == []
+    assert advice.advise_before_start(resolved(tmp_path, epochs=30)) == []
 
 
 def test_an_abrupt_warm_up_is_said_with_the_key(tmp_path: Path) -> None:
     schedule = {"learning_rate": 3.0, "warmup_steps": 2}
-    (line,) = advice.before_start(resolved(tmp_path, epochs=30, schedule=schedule))
+    (line,) = advice.advise_before_start(resolved(tmp_path, epochs=30, schedule=schedule))
     assert line.startswith("warm-up of 2 steps to a rate of 1.17188 is abrupt")
     assert "schedule.warmup_steps=30" in line
 
 
 def test_few_steps_are_said(tmp_path: Path) -> None:
-    lines = advice.before_start(resolved(tmp_path, epochs=1, schedule={"warmup_steps": 1}))
+    lines = advice.advise_before_start(resolved(tmp_path, epochs=1, schedule={"warmup_steps": 1}))
     assert lines == ["10 steps are few to learn from: raise epochs, or lower batch_size"]
 
 
 def test_an_encoder_no_better_than_pixels_is_said_with_its_reasons(tmp_path: Path) -> None:
     run = resolved(tmp_path, epochs=1, schedule={"warmup_steps": 8})
     worse = [score(TRAINED, 0.2), score(PIXELS, 0.25)]
-    line = advice.after_scores(run, worse, {"train/mean_loss": 5.2})
+    line = advice.advise_after_scores(run, worse, {"train/mean_loss": 5.2})
     assert line.startswith("the encoder is no better than raw pixels: 10 steps are few")
     assert "8 of 10 steps were warm-up" in line
     assert "the loss, 5.20, is near 5.29" in line
     better = [score(TRAINED, 0.3), score(PIXELS, 0.25)]
-    assert advice.after_scores(run, better, {}) == ""
-    assert advice.after_scores(run, [score(TRAINED, 0.3)], {}) == ""
+    assert advice.advise_after_scores(run, better, {}) == ""
+    assert advice.advise_after_scores(run, [score(TRAINED, 0.3)], {}) == ""
 
 
 def test_a_step_that_does_not_fit_names_the_largest_group_that_does(
