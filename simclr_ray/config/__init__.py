@@ -1,6 +1,7 @@
 """What a run is: typed, frozen, checked whole. Imports neither torch nor ray."""
 
 from simclr_ray.config.loader import (
+    YAML_SUFFIXES,
     apply_overrides,
     differences,
     digest_of,
@@ -26,6 +27,7 @@ from simclr_ray.config.schema import (
 from simclr_ray.config.validation import nearest
 
 __all__ = [
+    "YAML_SUFFIXES",
     "Config",
     "Field",
     "PathOrURI",

@@ -167,7 +167,7 @@ class Experiment(Config):
     batch_size: int = Field(
         256, ge=2, description="Images in the global batch N, over all workers."
     )
-    epochs: int = Field(100, ge=1)
+    epochs: int = Field(100, ge=1, le=1_000_000)
     precision: Literal["float64", "float32", "bf16"] = "float32"
     compress_gradients: bool = Field(
         default=False,
@@ -241,7 +241,7 @@ class Experiment(Config):
         tree, shown = cfg.read_tree(source)
         whole = cfg.apply_overrides(tree, overrides, cls)
         permit_code(whole, tree, shown, allow_code=allow_code)
-        return cfg.validate(cls, whole)
+        return cfg.validate(cls, whole, shown)
 
     def digest(self) -> str:
         """Return 16 hex digits over everything that changes the trained weights, and only that."""

@@ -12,9 +12,12 @@ only what surrounds it: YAML, dotted overrides, presets, digests and the wording
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import io
+import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -32,19 +35,38 @@ from simclr_ray.config.schema import (
     _configs_in,
     _default_name,
 )
-from simclr_ray.config.validation import _issue, nearest
+from simclr_ray.config.validation import issues_of, nearest, yaml_problem
 from simclr_ray.errors import ConfigError, ConfigIssue
+
+YAML_SUFFIXES = (".yaml", ".yml")
 
 
 def parse_yaml(text: str, source: str = "config") -> Any:
     """Return the value of one YAML 1.2 document; raise `ConfigError` naming `source` if broken."""
     try:
-        return YAML(typ="safe", pure=True).load(io.StringIO(text))
+        value = YAML(typ="safe", pure=True).load(io.StringIO(text))
+        json.dumps(value, default=_as_text)  # finds loops
     except YAMLError as error:
-        said, _, _ = str(error).partition("To suppress this check")  # advice for programmers
-        raise ConfigError(
-            [ConfigIssue(source, f"is not YAML: {' '.join(said.split())}")]
-        ) from error
+        raise ConfigError([ConfigIssue(source, f"is not YAML: {yaml_problem(error)}")]) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        problem = "holds what is no text, number, list or mapping with names as keys"
+        raise ConfigError([ConfigIssue(source, problem)]) from error
+    return _plain(value)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time):  # 2024-01-01: no such type in JSON
+        return value.isoformat()
+    raise TypeError
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as what JSON has: mappings, lists and scalars, dates as text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float) else _as_text(value)
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
@@ -60,17 +82,27 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
 def parse_overrides(overrides: Sequence[str]) -> tuple[list[tuple[str, Any]], list[ConfigIssue]]:
     """Return path and value of each `dotted.path=value`, in order, and an issue for each other.
 
-    Values are YAML.
+    Values are YAML. What a shell has torn apart (`epochs = 3`) is one issue.
     """
     issues = []
     parsed = []
-    for text in overrides:
-        path, equals, value = text.partition("=")
-        if not equals or not all(path.split(".")):
-            issues.append(ConfigIssue(text, "is no override; the form is key.path=value"))
-        else:
-            parsed.append((path, parse_yaml(value, text)))
+    for is_form, given in itertools.groupby(overrides, _is_override):
+        texts = list(given)
+        if is_form:
+            pairs = [(text, *text.partition("=")[::2]) for text in texts]
+            parsed += [(path, parse_yaml(value, text)) for text, path, value in pairs]
+            continue
+        torn = " ".join(texts)
+        is_torn = "=" in torn or (parsed and parsed[-1][1] is None)
+        spaces = ", without spaces" if is_torn else ""
+        shown = torn or repr(torn)
+        issues.append(ConfigIssue(shown, f"is no override; the form is key.path=value{spaces}"))
     return parsed, issues
+
+
+def _is_override(text: str) -> bool:
+    path, equals, _ = text.partition("=")
+    return bool(equals) and all(path.split(".")) and not re.search(r"\s", path)
 
 
 def apply_overrides(
@@ -107,13 +139,18 @@ def apply_overrides(
     return out
 
 
-def validate(schema: type[ConfigT], tree: Any) -> ConfigT:
-    """Return `tree` as a `schema`; raise `ConfigError` with an issue for each wrong key."""
+def validate(schema: type[ConfigT], tree: Any, source: str = "") -> ConfigT:
+    """Return `tree` as a `schema`; raise `ConfigError` with an issue for each wrong key.
+
+    Args:
+        schema: What it is to be.
+        tree: Keys and values.
+        source: Name of the file that they are from, for messages.
+    """
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
-        issues = [_issue(schema, tree, item) for item in error.errors()]
-        raise ConfigError(list(dict.fromkeys(issues))) from None
+        raise ConfigError(issues_of(schema, tree, error.errors(), source)) from None
 
 
 def to_tree(config: Config) -> Tree:
@@ -197,21 +234,29 @@ def read_tree(source: str) -> tuple[Tree, str]:
     return tree, shown
 
 
+def read_yaml_file(path: str) -> str:
+    """Return the text of a YAML file; raise `ConfigError` where there is none that can be read."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        problem = "no such file"
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8: {error}"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    raise ConfigError([ConfigIssue(path, problem)])
+
+
 def _read_source(source: str) -> tuple[str, str]:
     """Return the text of a YAML file or of a preset, and the name to show for it."""
-    if source.endswith((".yaml", ".yml")):
-        path = Path(source)
-        if not path.is_file():
-            raise ConfigError([ConfigIssue(source, "no such file")])
-        try:
-            return path.read_text(encoding="utf-8"), source
-        except UnicodeDecodeError as error:
-            raise ConfigError([ConfigIssue(source, f"is not UTF-8: {error}")]) from error
+    if source.endswith(YAML_SUFFIXES):
+        return read_yaml_file(source), source
     names = preset_names()
     if source not in names:
-        hint = nearest(source, names)
-        message = f"no preset and no .yaml file{hint}; presets: {', '.join(names)}"
-        raise ConfigError([ConfigIssue(source, message)])
+        is_there = Path(source).exists()
+        message = "is no .yaml file" if is_there else "no preset and no .yaml file"
+        message += f"{'' if is_there else nearest(source, names)}; presets: {', '.join(names)}"
+        raise ConfigError([ConfigIssue(source or repr(source), message)])
     return (resources.files("simclr_ray.config") / "presets" / f"{source}.yaml").read_text(
         "utf-8"
     ), source

@@ -7,6 +7,7 @@ digest leaves both out, the second as long as its value reproduces what earlier 
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ model_validator = pydantic.model_validator
 
 Tree = dict[str, Any]
 Scalar = str | int | float | bool
+HALVED_URI: Final = re.compile(r"(s3|gs|gcs|hdfs|abfss?|file|https?|hf):/([^/].*)")
 BASE_FORMAT: Final = 2  # the first format whose digests stay what they are
 AUTO: Final = "auto"  # a value that the images decide
 _DEFAULT: Final = object()
@@ -57,7 +59,15 @@ def Field(  # noqa: N802 - pydantic's own name
 
 
 def absolute_path(where: str) -> str:
-    """Return a local path made absolute; URIs and empty text as they are."""
+    """Return a local path made absolute; URIs and empty text as they are.
+
+    Raises:
+        ValueError: It is a URI with one slash, such as `s3:/bucket`.
+    """
+    halved = HALVED_URI.match(where)
+    if halved and not Path(where).exists():
+        slashes = "///" if halved[1] == "file" else "//"
+        raise ValueError(f"got {where!r}; a URI is {halved[1]}:{slashes}{halved[2]}")
     return where if "://" in where or not where else str(Path(where).expanduser().resolve())
 
 

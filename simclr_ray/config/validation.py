@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import pydantic_core
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from simclr_ray.config.schema import (
     Config,
@@ -16,7 +21,12 @@ from simclr_ray.errors import ConfigIssue
 
 Where = tuple[str | int, ...]
 
-# Keys and values of format 1 and their names since; `docs/glossary.md` has the whole list.
+EXTRA = "extra_forbidden"
+SCALARS = ("str", "int", "float", "bool")
+NODE_ERRORS = ("model_type", "model_attributes_type", "dict_type")
+FOREIGN = 3  # unknown keys at the top, and half of all: a file that was written for another program
+
+# Keys and values of format 1 and their names since; `docs/upgrade.md` has the whole list.
 RENAMED = {
     "start": "init",
     "start.weights": "init.weights",
@@ -52,11 +62,39 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def issues_of(
+    schema: type[Config], tree: Any, errors: Sequence[pydantic_core.ErrorDetails], source: str = ""
+) -> list[ConfigIssue]:
+    """Return an issue for each thing that pydantic found; one in all for a file of another tool."""
+    strange = [str(e["loc"][0]) for e in errors if e["type"] == EXTRA and len(e["loc"]) == 1]
+    keys = [key for key in strange if key not in RENAMED]
+    if len(keys) >= FOREIGN and 2 * len(keys) >= len(tree):
+        shown = ", ".join(f"{key}{nearest(key, schema.model_fields)}" for key in keys)
+        kind, allowed = schema.__name__.lower(), ", ".join(sorted(schema.model_fields))
+        problem = f"holds no {kind}: unknown keys {shown}; allowed here: {allowed}"
+        return [ConfigIssue(source, problem)]
+    return list(dict.fromkeys(_issue(schema, tree, item) for item in errors))
+
+
+def yaml_problem(error: YAMLError) -> str:
+    """Return in one line what is wrong with a YAML document, and where."""
+    if not isinstance(error, MarkedYAMLError):
+        where = getattr(error, "position", None)
+        at = "" if where is None else f"character {where + 1}: "
+        return f"{at}{getattr(error, 'reason', '') or ' '.join(str(error).split())}"
+    mark = error.problem_mark or error.context_mark
+    at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    if "found character '\\t'" in str(error.problem):
+        return f"{at}a tab; YAML is indented by spaces"
+    said = [text for text in (error.context, error.problem) if text]
+    return at + " ".join(" ".join(said).split())
+
+
 def _issue(schema: type[Config], tree: Any, item: Any) -> ConfigIssue:
     where = _without_tags(tree, item["loc"])
     path = ".".join(str(part) for part in where)
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
-    if kind == "extra_forbidden":
+    if kind == EXTRA:
         keys = _keys_at(schema, tree, where[:-1])
         if path in RENAMED:
             return ConfigIssue(path, f"is called {RENAMED[path]} since format 2 (docs/upgrade.md)")
@@ -78,11 +116,19 @@ def _issue(schema: type[Config], tree: Any, item: Any) -> ConfigIssue:
         return ConfigIssue(f"{path}.name", f"{shown}; allowed: {', '.join(options)}{hint}")
     if kind == "value_error":
         return ConfigIssue(path, str(context["error"]))
+    if kind in NODE_ERRORS:
+        return ConfigIssue(path, f"got {given!r}; it must be keys and values")
+    if where[-1:] and where[-1] in SCALARS:  # one of each type of a scalar
+        path = ".".join(str(part) for part in where[:-1])
+        return ConfigIssue(path, f"got {given!r}; it must be text, a number, true or false")
     return ConfigIssue(path, f"got {given!r}; {_sentence(item['msg'])}")
 
 
 def _sentence(message: str) -> str:
-    return message.replace("Input should be", "it must be").replace("Input", "it").strip()
+    """Return pydantic's message as the end of ours."""
+    message = re.sub(r"^(Input|String|List) should", "it must", message)
+    message = message.replace("List", "it").replace("Input", "it")
+    return message.partition(" after validation")[0].strip()
 
 
 def _without_tags(tree: Any, loc: Where) -> Where:
@@ -122,6 +168,7 @@ def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | No
     current: type[Config] = schema
     variants: list[type[Config]] = []
     node = tree
+    below_mapping = False
     for part in where:
         if isinstance(part, int):  # a list's: its items have the variants of the field
             node = node[part] if isinstance(node, list) and part < len(node) else {}
@@ -131,9 +178,13 @@ def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | No
             current = (named or variants or [schema])[0]
             continue
         node = node[part] if isinstance(node, Mapping) and part in node else {}
+        if below_mapping:  # its keys are the user's
+            below_mapping = False
+            continue
         field = current.model_fields.get(part)
-        if field is None:  # below a mapping, whose keys are the user's
+        if field is None:
             return None
+        below_mapping = typing.get_origin(field.annotation) is dict
         variants, usual = _configs_in(field.annotation), _default_name(field)
         given = node.get("name", usual) if isinstance(node, Mapping) else usual
         named = [v for v in variants if _name_of(v) == (given or _name_of(v))]

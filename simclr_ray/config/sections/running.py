@@ -28,7 +28,9 @@ class EvaluationConfig(Config):
     every_epochs: int = Field(
         1, ge=0, description="kNN (or label-free metrics) while training; 0: never."
     )
-    size: int = Field(0, ge=0, description="Side of the views that are evaluated; 0: augment.size.")
+    size: int = Field(
+        0, ge=0, le=4096, description="Side of the views that are evaluated; 0: augment.size."
+    )
     eval_train_limit: int = Field(5_000, ge=0, description="Bank rows used while training; 0: all.")
     test_limit: int = Field(2_000, ge=0, description="Test rows used while training; 0: all.")
     knn: KNNConfig = KNNConfig()

@@ -15,7 +15,7 @@ class SimCLRViewsConfig(ComponentConfig):
     component = "simclr_ray.augment.views:TwoViews"
 
     name: Literal["simclr"] = "simclr"
-    size: int = Field(32, ge=8, description="Side of a view in pixels.")
+    size: int = Field(32, ge=8, le=4096, description="Side of a view in pixels.")
     start_size: int = Field(
         0, ge=0, description="Side in the first epoch, growing to `size`; 0: `size` throughout."
     )
@@ -249,7 +249,7 @@ class PipelineViewsConfig(Config):
     """Views by lists of transformations, in order: `shared` first, then each view's own (§3)."""
 
     name: Literal["pipeline"] = "pipeline"
-    size: int = Field(32, ge=8, description="Side of a view in pixels.")
+    size: int = Field(32, ge=8, le=4096, description="Side of a view in pixels.")
     shared: list[AnyStageConfig] = Field(
         default=[], description="Stages whose outcome both views share, such as one crop of both."
     )
