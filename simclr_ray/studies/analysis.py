@@ -16,7 +16,7 @@ import numpy as np
 
 from simclr_ray.config import Scalar
 from simclr_ray.config.metrics import EPOCH_METRICS
-from simclr_ray.studies.definition import Comparison, Study, label_of
+from simclr_ray.studies.definition import Comparison, Study, is_same, label_of
 from simclr_ray.studies.folder import TrialOutcome
 from simclr_ray.studies.plan import Point
 
@@ -202,20 +202,12 @@ def paper_value(study: Study, point: Point) -> float | None:
         if name not in point:
             return None
         like = paper.matches.get(name, {})
-        named = (theirs for ours, theirs in like.items() if _same(ours, point[name]))
+        named = (theirs for ours, theirs in like.items() if is_same(ours, point[name]))
         wanted.append(next(named, point[name]))
     for row in paper.rows:
-        if all(map(_same, row[:-1], wanted)):
+        if all(map(is_same, row[:-1], wanted)):
             return float(row[-1])
     return None
-
-
-def _same(a: Scalar, b: Scalar) -> bool:
-    """Return whether two values are one: numbers as numbers, whatever they are written as."""
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        return str(a) == str(b)
 
 
 def _agreement(study: Study, rows: Sequence[Row]) -> Agreement | None:
@@ -241,7 +233,7 @@ def _verdict(study: Study, comparison: Comparison, readings: Sequence[Reading]) 
         {
             _key({**{k: v for k, v in r.point.items() if k not in side}, "seed": r.seed}): r
             for r in readings
-            if all(_same(r.point[k], v) for k, v in side.items())
+            if all(is_same(r.point[k], v) for k, v in side.items())
         }
         for side in (comparison.better, comparison.worse)
     )

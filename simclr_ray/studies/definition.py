@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field, Scalar
@@ -59,6 +59,13 @@ class Dimension(Config):
         "another dimension sets; a path that ends with + adds the items to a list.",
     )
 
+    @cfg.model_validator(mode="before")
+    @classmethod
+    def _refuse_bare(cls, tree: Any) -> Any:
+        if isinstance(tree, list):
+            raise ValueError(f"got {tree!r}; write {{grid: {json.dumps(tree)}}}")
+        return tree
+
     @cfg.model_validator(mode="after")
     def _check_one(self) -> Dimension:
         if len(self.model_fields_set) != 1:
@@ -70,10 +77,21 @@ class Dimension(Config):
             raise ValueError("loguniform needs bounds above 0")
         if not (self.listed or self.uniform or self.loguniform):
             raise ValueError("is empty: there is nothing to run")
+        for path, value in ((p, v) for case in self.cases.values() for p, v in case.items()):
+            if path.endswith("+") and not isinstance(value, list):
+                raise ValueError(f"{path} adds the items of a list, got {value!r}")
         labels = [label_of(value) for value in self.listed]
         if len(set(labels)) < len(labels):
             raise ValueError(f"names a value twice: {', '.join(map(str, labels))}")
         return self
+
+    @property
+    def common_paths(self) -> set[str]:
+        """Return the paths to which every case gives a value."""
+        given = [
+            {path for path, v in case.items() if v is not None} for case in self.cases.values()
+        ]
+        return set.intersection(*given) if given else set()
 
     @property
     def listed(self) -> list[Any]:
@@ -167,7 +185,7 @@ class Paper(Config):
     @cfg.model_validator(mode="after")
     def _check_rows(self) -> Paper:
         wanted = len(self.columns) + 1
-        wrong = [row for row in self.rows if len(row) != wanted or isinstance(row[-1], str)]
+        wrong = [r for r in self.rows if len(r) != wanted or isinstance(r[-1], str | bool)]
         if wrong:
             raise ValueError(f"each row needs {wanted} entries, the last a number; got {wrong[0]}")
         return self
@@ -183,7 +201,7 @@ class Study(Config):
     base: str = Field(min_length=1, description="Preset or YAML file of the experiment.")
     set: dict[str, Any] = Field({}, description="Path -> value, for all trials.")
     space: dict[str, Dimension] = Field(description="Path, or name of cases, -> what varies.")
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
     metric: str = "final/linear_top1"
     extra_metrics: list[str] = Field([], description="Metrics that the table shows besides.")
     mode: Literal["max", "min"] = "max"
@@ -215,17 +233,19 @@ class Study(Config):
     def _check_together(self) -> Study:
         if not self.space:
             raise ValueError("space is empty: nothing varies")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds names one twice: {self.seeds}")
+        for key in ("seeds", "protocols", "extra_metrics"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"{key} names one twice: {getattr(self, key)}")
         reported = self.metrics()
-        for metric in (self.metric, *self.extra_metrics):
+        named = [("metric", self.metric), *(("extra_metrics", m) for m in self.extra_metrics)]
+        for key, metric in named:
             if metric not in reported:
                 protocol = metric.removeprefix("final/").removesuffix("_top1")
                 hint = cfg.nearest(metric, reported)
                 if protocol in PROTOCOL_NAMES:
                     hint = f" without {protocol!r} in protocols"
                 raise ValueError(
-                    f"metric: nobody reports {metric!r}{hint}; reported are: {', '.join(reported)}"
+                    f"{key}: nobody reports {metric!r}{hint}; reported are: {', '.join(reported)}"
                 )
         if self.scheduler.name != "none" and self.metric not in EPOCH_METRICS:
             raise ValueError(
@@ -233,8 +253,22 @@ class Study(Config):
                 f"be one of: {', '.join(EPOCH_METRICS)}"
             )
         self._check_search()
+        self._check_paths()
         self._check_names()
+        self._check_figure()
+        self._check_paper()
+        self._check_claims()
         return self
+
+    def _check_paths(self) -> None:
+        """Raise for values that never count, since every case of another dimension has its own."""
+        for name, dim in self.space.items():
+            taken = sorted(dim.common_paths & (self.space.keys() - {name}))
+            if taken:
+                raise ValueError(
+                    f"space.{taken[0]}: each case of space.{name} sets it: what is given here "
+                    "would never count"
+                )
 
     def _check_search(self) -> None:
         if self.search.name == "grid":
@@ -262,27 +296,56 @@ class Study(Config):
                     f"figure or comparison: {name!r} does not vary{hint}; space has: "
                     f"{', '.join(self.space)}"
                 )
-        axis = self.space[self.figure.x]
-        if self.figure.x_scale != "category" and not all(
-            isinstance(v, int | float) for v in axis.values
+
+    def _check_figure(self) -> None:
+        """Raise for axes that cannot be drawn."""
+        drawn = [n for n in (self.figure.x, self.figure.series, self.figure.panel) if n]
+        if len(set(drawn)) < len(drawn):
+            raise ValueError(f"figure: x, series and panel must differ, got {', '.join(drawn)}")
+        numbers = [v for v in self.space[self.figure.x].values if not isinstance(v, bool)]
+        scale, is_log = self.figure.x_scale, self.figure.x_scale.startswith("log")
+        if scale != "category" and not all(
+            isinstance(v, int | float) and (v > 0 or not is_log) for v in numbers
         ):
-            raise ValueError(f"figure.x_scale={self.figure.x_scale} needs numbers along x")
-        strange = [c for c in self.paper.columns if self.paper.rows and c not in self.space]
-        if strange:
-            raise ValueError(f"paper.columns: {strange[0]!r} does not vary in space")
+            above = ", all above 0" if is_log else ""
+            raise ValueError(f"figure.x_scale={scale} needs numbers along x{above}")
+
+    def _check_paper(self) -> None:
+        """Raise for columns and values of the paper's table that the space does not have."""
+        columns, matches = self.paper.columns, self.paper.matches
+        for key, names in (("columns", columns if self.paper.rows else ()), ("matches", matches)):
+            for name in names:
+                if name not in self.space:
+                    hint = cfg.nearest(name, self.space)
+                    raise ValueError(f"paper.{key}: {name!r} does not vary in space{hint}")
+        for name, theirs in matches.items():
+            ours = [label_of(value) for value in self.space[name].listed]
+            for value in theirs:
+                if ours and not any(is_same(value, own) for own in ours):
+                    there = ", ".join(map(str, ours))
+                    raise ValueError(
+                        f"paper.matches.{name}: {value} is not run; there are: {there}"
+                    )
+
+    def _check_claims(self) -> None:
+        """Raise for a claim about what is not run, or about nothing."""
         for comparison in self.comparisons:
+            claim = f"comparison {comparison.claim!r}"
             if set(comparison.better) != set(comparison.worse):
-                raise ValueError(
-                    f"comparison {comparison.claim!r}: both sides must name the same dimensions"
-                )
+                raise ValueError(f"{claim}: both sides must name the same dimensions")
+            if comparison.better == comparison.worse:
+                raise ValueError(f"{claim}: both sides are the same: {comparison.better}")
             for side in (comparison.better, comparison.worse):
                 for name, value in side.items():
                     listed = [label_of(v) for v in self.space[name].listed]
                     if listed and label_of(value) not in listed:
                         raise ValueError(
-                            f"comparison {comparison.claim!r}: {name}={value} is not run; "
-                            f"there are: {', '.join(map(str, listed))}"
+                            f"{claim}: {name}={value!r} is not run; there are: "
+                            f"{', '.join(map(repr, listed))}"
                         )
+        claims = [comparison.claim for comparison in self.comparisons]
+        if len(set(claims)) < len(claims):
+            raise ValueError(f"comparisons names a claim twice: {claims}")
 
     def metrics(self) -> list[str]:
         """Return the metrics that trials of this study report."""
@@ -308,3 +371,11 @@ def point_of(study: Study, drawn: Mapping[str, Any]) -> dict[str, Scalar]:
 def label_of(value: Any) -> Scalar:
     """Return a value of the space as a scalar that can name it; lists and nodes as JSON."""
     return value if isinstance(value, str | int | float | bool) else json.dumps(value)
+
+
+def is_same(a: Scalar, b: Scalar) -> bool:
+    """Return whether two values are one: numbers as numbers, whatever they are written as."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return str(a) == str(b)

@@ -13,6 +13,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.definition import Study
 
 NEVER_MERGED = ("name", "scales")
+ADDED = ("set", "paper")  # of a scale: to the study's, which other keys replace
 
 
 def study_names() -> list[str]:
@@ -59,6 +60,8 @@ def load_study(source: str, scale: str = "", *overrides: str, allow_code: bool =
         allow(EVERYTHING)
     tree, shown = _read(source)
     scales = tree.pop("scales", {}) or {}
+    if isinstance(scales, dict):
+        scales = {str(name): values for name, values in scales.items()}
     if not isinstance(scales, dict) or not all(isinstance(v, dict) for v in scales.values()):
         raise ConfigError([ConfigIssue("scales", "must be a mapping: scale -> keys of the study")])
     if scale and scale not in scales:
@@ -71,8 +74,8 @@ def load_study(source: str, scale: str = "", *overrides: str, allow_code: bool =
     trees = {name: _merged(tree, name, values) for name, values in scales.items()} or {"": tree}
     for name, merged in trees.items():
         if name != chosen:
-            cfg.validate(Study, merged)
-    study = cfg.validate(Study, _overridden(trees[chosen], overrides))
+            cfg.validate(Study, merged, f"{shown}, scale {name}")
+    study = cfg.validate(Study, _overridden(trees[chosen], overrides), shown)
     given = [text.partition("=")[0] for text in overrides]
     wrong = [
         ConfigIssue(path, f"varies in space.{name}: what is given here would never count")
@@ -89,12 +92,13 @@ def load_study(source: str, scale: str = "", *overrides: str, allow_code: bool =
 
 
 def _read(source: str) -> tuple[dict[str, Any], str]:
-    if not source.endswith((".yaml", ".yml")):
+    if not source.endswith(cfg.YAML_SUFFIXES):
         if source not in study_names():
             hint = cfg.nearest(source, study_names())
             names = ", ".join(study_names())
-            problem = f"no study and no .yaml file{hint}; studies: {names}"
-            raise ConfigError([ConfigIssue(source, problem)])
+            is_there = bool(source) and Path(source).exists()
+            problem = "is no .yaml file" if is_there else f"no study and no .yaml file{hint}"
+            raise ConfigError([ConfigIssue(source or repr(source), f"{problem}; studies: {names}")])
         source = str(_folder() / f"{source}.yaml")
     return cfg.read_tree(source)
 
@@ -112,8 +116,9 @@ def _merged(tree: dict[str, Any], scale: str, values: dict[str, Any]) -> dict[st
     if wrong:
         raise ConfigError([ConfigIssue(f"scales.{scale}.{wrong[0]}", "is the same at every scale")])
     merged = {**tree, **values, "scale": scale}
-    for key in ("set", "paper"):
-        merged[key] = {**tree.get(key, {}), **values.get(key, {})}
+    for key in ADDED:
+        if key in tree and key in values:
+            merged[key] = {**_mapping(tree, key), **_mapping(values, key)}
     whole: dict[str, Any] = json.loads(json.dumps(merged))  # keys that look like numbers are text
     return whole
 
@@ -130,5 +135,13 @@ def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, A
     given, issues = cfg.parse_overrides(rest)
     if issues:
         raise ConfigError(issues)
-    tree["set"] = {**tree.get("set", {}), **dict(given)}
+    tree["set"] = {**_mapping(tree, "set"), **dict(given)}
     return tree
+
+
+def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a mapping of the file; raise `ConfigError` where something else stands there."""
+    value = tree.get(key, {})
+    if not isinstance(value, dict):
+        raise ConfigError([ConfigIssue(key, f"got {value!r}; it must be keys and values")])
+    return value

@@ -94,18 +94,18 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
         ConfigError: A path or value cannot be; every issue once.
     """
     trials: dict[str, Trial] = {}
-    issues: dict[ConfigIssue, None] = {}
+    issues: dict[str, ConfigIssue] = {}  # one a path: what is wrong with a key is so for all values
     points = list(points)
     for seed in study.seeds:
         for point in points:
             try:
                 trial = _trial(study, tree, point, seed)
             except ConfigError as error:
-                issues |= dict.fromkeys(error.issues)
+                issues = {issue.path or issue.problem: issue for issue in error.issues} | issues
                 continue
             trials.setdefault(trial.name, trial)
     if issues:
-        raise ConfigError(list(issues))
+        raise ConfigError(list(issues.values()))
     made = _trunks(study, _merged(trials.values()))
     for trial in made:
         _check_reports(study, trial)
@@ -185,7 +185,7 @@ def base_tree(study: Study) -> dict[str, Any]:
     Raises:
         ConfigError: The base or a value of `set` cannot be.
     """
-    tree, _ = cfg.read_tree(study.base)
+    tree, shown = cfg.read_tree(study.base)
     wrong = [ConfigIssue(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
     wrong += [
         ConfigIssue(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))
@@ -195,7 +195,7 @@ def base_tree(study: Study) -> dict[str, Any]:
     ]
     if wrong:
         raise ConfigError(wrong)
-    base = cfg.validate(Experiment, _with(tree, study.set))
+    base = cfg.validate(Experiment, _with(tree, study.set), shown)
     paths = {path for dim in _dimensions(study) for path in dim}
     uri = store_uri(base.tracking.uri, base.storage)
     tracking = base.tracking.model_copy(
