@@ -22,6 +22,7 @@ def demo(
     from simclr_ray.cli.pretrain import run_experiment
     from simclr_ray.distributed.ray_cluster import connect
 
+    folder.mkdir(parents=True, exist_ok=True)  # fails here where it cannot be
     connect(Experiment.load("shapes_demo"))  # one cluster for preparing and training
     for split, images, seed in (("train", DEMO_TRAIN_IMAGES, 0), ("test", DEMO_TEST_IMAGES, 1)):
         place = str(folder / "shapes" / split)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def register(
     run: RunPlace,
-    name: Annotated[str, typer.Argument(help="Registered model.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")],
     alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "newest",
 ) -> None:
     """Register a run's newest checkpoint in MLflow's model registry."""
@@ -28,7 +28,7 @@ def register(
 
 
 def finetune(
-    run: Annotated[str, typer.Argument(help="Folder or URI of a pretraining run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or URI of a pretraining run.")],
     overrides: Overrides = None,
     labels: Annotated[float, typer.Option(help="Share of the labels, class-balanced.")] = 0.1,
     random: Annotated[  # noqa: FBT002 - typer makes it a flag
@@ -47,7 +47,9 @@ def finetune(
 
 
 def distill(
-    teacher: Annotated[str, typer.Argument(help="Folder or URI of a fine-tuning.")],
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="Folder or URI of a fine-tuning.")
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Train a student of any size on what a fine-tuned classifier says of unlabelled images.
@@ -62,10 +64,10 @@ def distill(
 
 def _train(planned: Planned) -> FineTuned:
     from simclr_ray.cli.progress import RunProgress
-    from simclr_ray.distributed.ray_cluster import connect
+    from simclr_ray.train.driver import start_cluster
     from simclr_ray.train.finetune import train
 
-    connect(planned.experiment.config)
+    start_cluster(planned.experiment.config)
     with RunProgress() as progress:
         return train(planned, on_progress=progress)
 

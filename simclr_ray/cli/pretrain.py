@@ -64,10 +64,10 @@ def _run_and_show(resolved: ResolvedExperiment, *, dry_run: bool, image: str) ->
 def _run(resolved: ResolvedExperiment) -> PretrainOutcome:
     loading("ray")
     from simclr_ray.cli.progress import RunProgress
-    from simclr_ray.distributed.ray_cluster import connect
+    from simclr_ray.train.driver import start_cluster
     from simclr_ray.train.pipeline import train_and_evaluate
 
-    connect(resolved.config)
+    start_cluster(resolved.config)
     with RunProgress() as progress:
         return train_and_evaluate(resolved, on_progress=progress)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -33,6 +34,7 @@ KNOCK_TIMEOUT_S: Final = 10.0
 HTTP2_SETTINGS: Final = 4  # type of a frame
 HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of its own
+_ADDRESS: Final = re.compile(r"auto|local|(\w+://)?\[?[\w.:-]+\]?:\d+")
 _started_here: set[str] = set()  # addresses of the local clusters of this process
 log = logging.getLogger(__name__)
 
@@ -72,14 +74,14 @@ def connect(
     if ray.is_initialized():
         _check_code(whose, paths)
         return
+    check_machine(experiment, copies)
     code = runtime_env(whose, *paths) or None
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if os.environ.get("RAY_ADDRESS") in _started_here:  # of a cluster that is down again
-        del os.environ["RAY_ADDRESS"]
+    if os.environ.get("RAY_ADDRESS", "") in {"", *_started_here}:  # unset, or down again
+        os.environ.pop("RAY_ADDRESS", None)
     if "RAY_ADDRESS" in os.environ:
         _join(os.environ["RAY_ADDRESS"], code)
         return
-    _check_machine(experiment)
     # one machine is not preempted, and the watcher costs a process
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # logical CPUs may exceed cores: workers and decode actors share them by time
@@ -116,13 +118,23 @@ def _join(address: str, code: dict[str, Any] | None) -> None:
     """Connect to a cluster that is up, shipping code. Raises `ClusterError` where none answers."""
     log.info("connecting to the Ray cluster at %s", address)
     try:
-        knock(address)
         init(runtime_env=code)
-    except OSError as error:  # ConnectionError, which Ray raises, is one
-        raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
+    except (OSError, ValueError) as error:  # ConnectionError, which Ray raises, is one
+        raise _no_answer(address) from error
     alive = [node for node in nodes() if node.is_alive]
     cpus, gpus = sum(node.cpus for node in alive), sum(node.gpus for node in alive)
     log.info("connected: %s, %g CPUs, %g GPUs", counted(len(alive), "node"), cpus, gpus)
+
+
+def _knock(address: str) -> None:
+    try:
+        knock(address)
+    except (OSError, OverflowError) as error:
+        raise _no_answer(address) from error
+
+
+def _no_answer(address: str) -> ClusterError:
+    return ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}")
 
 
 def init(**options: Any) -> None:
@@ -184,15 +196,67 @@ def _check_code(whose: list[Experiment | None], paths: Sequence[str]) -> None:
         )
 
 
-def _check_machine(experiment: Experiment | None) -> None:
-    """Raise `ClusterError` for far more workers than this machine has cores."""
-    cores = os.cpu_count() or 1
-    workers = experiment.scaling.num_workers if experiment else 1
-    if workers > WORKERS_PER_CORE * cores:
+def check_machine(experiment: Experiment | None, copies: int = 1) -> None:
+    """Raise `ClusterError` for what Ray cannot give, before it is started or joined.
+
+    Of a cluster that is named by `RAY_ADDRESS`, only whether something listens there is known.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address not in _started_here:
+        if not _ADDRESS.fullmatch(address):
+            raise ClusterError(
+                f"RAY_ADDRESS={address} is no address of a cluster; the form is HOST:PORT, "
+                "ray://HOST:PORT or auto"
+            )
+        _knock(address)
+    elif experiment is not None:
+        _check_cores(experiment, copies)
+        _check_devices(experiment)
+
+
+def _check_cores(experiment: Experiment, copies: int) -> None:
+    """Raise `ClusterError` for far more processes than this machine has cores."""
+    cores, scaling = os.cpu_count() or 1, experiment.scaling
+    if copies * scaling.num_workers > WORKERS_PER_CORE * cores:
+        times = f"{copies} trials of " if copies > 1 else ""
         raise ClusterError(
-            f"scaling.num_workers={workers} on a machine of {cores} cores; more than "
-            f"{WORKERS_PER_CORE * cores} would wait for each other (RAY_ADDRESS names a cluster)"
+            f"{times}scaling.num_workers={scaling.num_workers} on a machine of "
+            f"{counted(cores, 'core')}; more than {WORKERS_PER_CORE * cores} would wait for each "
+            "other (RAY_ADDRESS names a cluster)"
         )
+    for key in ("cpus_per_worker", "cpus_per_data_actor"):
+        if getattr(scaling, key) > cores:
+            raise ClusterError(
+                f"scaling.{key}={getattr(scaling, key):g}, and this machine has "
+                f"{counted(cores, 'core')} (RAY_ADDRESS names a cluster)"
+            )
+
+
+def _check_devices(experiment: Experiment) -> None:
+    """Raise `ClusterError` for GPUs or a resource that this machine does not have."""
+    scaling, evaluation = experiment.scaling, experiment.evaluation
+    if scaling.data_resource:
+        raise ClusterError(
+            f"scaling.data_resource={scaling.data_resource}: the cluster that is started on this "
+            "machine has no resources of your own (RAY_ADDRESS names a cluster)"
+        )
+    wanted = {
+        "scaling.gpus_per_worker": (scaling.gpus_per_worker, scaling.num_workers),
+        "evaluation.gpus_per_actor": (evaluation.gpus_per_actor, evaluation.actors),
+    }
+    if not any(each * times for each, times in wanted.values()):
+        return
+    import torch
+
+    there = torch.cuda.device_count()
+    for key, (each, times) in wanted.items():
+        if each * times > there:
+            raise ClusterError(
+                f"{key}={each:g} for {times} asks for {counted(math.ceil(each * times), 'GPU')}, "
+                f"and PyTorch sees {there or 'none'} on this machine (RAY_ADDRESS names a cluster)"
+            )
 
 
 def is_local() -> bool:

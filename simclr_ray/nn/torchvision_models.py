@@ -17,7 +17,8 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
         """Return the backbone.
 
         Raises:
-            ConfigError: torchvision has no such model, or it has no final linear layer.
+            ConfigError: torchvision has no such model, it takes no images of that size, or it has
+                no final linear layer.
         """
         import torchvision  # seconds to import, in every worker; few runs need it
 
@@ -30,7 +31,10 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
             options["image_size"] = size
         if name in ("googlenet", "inception_v3"):
             options |= {"aux_logits": False, "init_weights": True}
-        backbone: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+        try:
+            backbone: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+        except (RuntimeError, ValueError, AssertionError) as error:  # of a size, in its own words
+            raise _issue(f"{name} takes no images of {size} px: {error}") from error
         linears = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
         if not linears or list(backbone.named_modules())[-1][0] != linears[-1][0]:
             raise _issue(f"{name} does not end in a linear layer")

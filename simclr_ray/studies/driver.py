@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -15,7 +16,12 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import IMPORT_PATH, imports_in, permit_code
 from simclr_ray.config.protocols import PROBE, protocol_named
 from simclr_ray.data.source import Source
-from simclr_ray.distributed.ray_cluster import check_cluster, connect, is_local
+from simclr_ray.distributed.ray_cluster import (
+    check_cluster,
+    check_machine,
+    connect,
+    is_local,
+)
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.studies.definition import Study
@@ -55,6 +61,7 @@ def run_study(study: Study, *, command: str = "") -> StudyFolder:
     digest = digest_of_study(study, base)
     fingerprints = check_startable(study, trials)
     folder.withdraw_stop()
+    Tracker.open(base.tracking, base.storage)  # what it refuses, it refuses before Ray starts
     at_a_time = start_cluster(study, trials)
     with folder.files.lock(LOOKED_AT_S):
         folder.write_definition(study, base, digest)
@@ -90,6 +97,7 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     Raises:
         ConfigError: The name is taken, the metric needs labels, images have changed, or a file
             names code that nobody has permitted.
+        ClusterError: This machine cannot hold a trial, or no cluster answers.
         DataError: A split cannot be read.
         RunError: Another driver is at it.
     """
@@ -98,7 +106,12 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     folder.check(digest_of_study(study, base))
     folder.files.ensure_unlocked()
     _check_code(study, trials)
+    if study.search.learns and importlib.util.find_spec("optuna") is None:
+        problem = "optuna is not installed: pip install 'simclr-ray[search]'"
+        raise ConfigError([ConfigIssue("search.name", problem)])
     check_labels(study, trials)
+    for trial in trials:
+        check_machine(trial.experiment, _copies(study, _largest(trials)))
     return _checked_images(folder, base)
 
 
@@ -158,6 +171,11 @@ def _largest(trials: Sequence[Trial]) -> Experiment:
     return max((t.experiment for t in trials), key=lambda e: e.scaling.num_cpus)
 
 
+def _copies(study: Study, largest: Experiment) -> int:
+    """Return for how many trials a cluster on this machine would be made."""
+    return study.concurrency or _per_machine(largest)
+
+
 def _per_machine(experiment: Experiment) -> int:
     """Return how many trials the cores of this machine are for."""
     return max(1, (os.cpu_count() or 1) // experiment.scaling.num_workers)
@@ -172,7 +190,7 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
     largest = _largest(trials)
     connect(
         largest,
-        copies=study.concurrency or _per_machine(largest),
+        copies=_copies(study, largest),
         others=[trial.experiment for trial in trials],
         paths=[name for name in study.protocols if IMPORT_PATH.fullmatch(name)],
     )

@@ -13,13 +13,14 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from simclr_ray.config.logging import held_back
-from simclr_ray.errors import ConfigError, ConfigIssue, TrackingError
+from simclr_ray.errors import ConfigError, ConfigIssue
 
 URI_VARIABLE: Final = "MLFLOW_TRACKING_URI"
 DATABASE: Final = "mlflow.db"
@@ -35,6 +36,11 @@ MAX_KEY_CHARS: Final = 250
 MAX_DIGEST_CHARS: Final = 36
 MAX_DATASET_NAME_CHARS: Final = 500
 
+# what MLflow opens as it is; others are of its plugins
+_STORES: Final = re.compile(
+    r"(https?|(postgresql|mysql|mssql)(\+\w+)?|databricks(-uc)?|uc)://."
+    r"|sqlite:///.|file:.|databricks(-uc)?$"
+)
 _RESERVED_ALIAS: Final = re.compile(r"(?i:latest|v\d+)")  # the registry refuses these names
 _ALIAS: Final = re.compile(r"[\w\-]{1,255}")
 # the registry refuses / and :, and `models:/NAME@ALIAS` holds neither @ nor what a URI escapes
@@ -70,10 +76,12 @@ def store_uri(setting: str = "", storage: str = "runs") -> str:
     A relative SQLite path becomes absolute: workers have other working directories.
 
     Raises:
-        TrackingError: the default is asked of a storage that is no local folder.
+        ConfigError: MLflow has no such store, or the default is asked of a storage that is no
+            local folder.
     """
     given = setting or os.environ.get(URI_VARIABLE, "")
     if given:
+        _check_scheme(given, "tracking.uri" if setting else URI_VARIABLE)
         database = sqlite_file(given)
         return f"sqlite:///{database}" if database is not None else given
     if storage.startswith("file://"):
@@ -81,11 +89,28 @@ def store_uri(setting: str = "", storage: str = "runs") -> str:
     elif "://" not in storage:
         folder = Path(storage).expanduser().resolve()
     else:
-        raise TrackingError(
-            f"storage {storage} is not a local folder, and the default SQLite store needs one; "
-            f"set tracking.uri (or ${URI_VARIABLE}) to an MLflow server"
+        problem = (
+            f"is empty, and storage {storage} is no local folder for the default SQLite store; "
+            f"set it (or ${URI_VARIABLE}) to an MLflow server"
         )
+        raise ConfigError([ConfigIssue("tracking.uri", problem)])
     return f"sqlite:///{folder / DATABASE}"
+
+
+def _check_scheme(uri: str, key: str) -> None:
+    """Raise `ConfigError` for a URI that no store of MLflow has."""
+    plugins = entry_points(group="mlflow.tracking_store")
+    if _STORES.match(uri) or plugins or Path(uri).is_dir():
+        return
+    scheme, shown = uri.partition("://")[0], without_password(uri)
+    if "://" in uri and scheme != "sqlite":
+        problem = f"got {shown}; MLflow has no {scheme}:// store"
+    elif re.fullmatch(r"[\w.-]+:\d+", uri):
+        problem = f"got {shown}; a server is http://{uri}"
+    else:
+        path = uri.removeprefix("sqlite:").lstrip("/")
+        problem = f"got {shown}; a file is sqlite:///{path}, a server http://HOST:PORT"
+    raise ConfigError([ConfigIssue(key, problem)])
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -96,10 +121,11 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def check_there(uri: str) -> None:
-    """Raise `TrackingError` for a SQLite store without its file, which MLflow would make, empty."""
+    """Raise `ConfigError` for a SQLite store without its file, which MLflow would make, empty."""
     database = sqlite_file(uri)
     if database is not None and not database.is_file():
-        raise TrackingError(f"no MLflow store at {uri}: there is no file {database}")
+        problem = f"no MLflow store at {uri}: there is no file {database}"
+        raise ConfigError([ConfigIssue("", problem)])
 
 
 def check_model(name: str, alias: str) -> None:

@@ -21,7 +21,12 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import one_arena
-from simclr_ray.distributed.ray_cluster import check_cluster, connect, driver_queue
+from simclr_ray.distributed.ray_cluster import (
+    check_cluster,
+    check_machine,
+    connect,
+    driver_queue,
+)
 from simclr_ray.errors import RunError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
@@ -87,9 +92,25 @@ def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -
     return enter(experiment, train_resolved, on_progress=on_progress)
 
 
+def start_cluster(config: Experiment) -> None:
+    """Connect to the cluster or start one, after all that is refused without one.
+
+    Nothing is left behind by what is refused; of the machine first, then of the tracking store.
+
+    Raises:
+        ClusterError: No cluster answers, or this machine cannot hold the run.
+        ConfigError: MLflow has no such store.
+        TrackingError: MLflow refuses or cannot be reached.
+    """
+    check_machine(config)
+    Tracker.open(config.tracking, config.storage)
+    connect(config)
+
+
 def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None) -> Run:
     """Train a resolved experiment; otherwise the same as `pretrain`."""
     config, folder = resolved.config, resolved.folder
+    check_machine(config)
     with folder.lock(HELD_S):
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
         uri = store_uri(config.tracking.uri, config.storage)

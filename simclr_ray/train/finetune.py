@@ -26,7 +26,7 @@ from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train import driver
 from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import Run
-from simclr_ray.train.resolve import ResolvedExperiment, enter
+from simclr_ray.train.resolve import ResolvedExperiment, enter, resolve_init
 
 FEW_LABELS, EPOCHS_OF_FEW, EPOCHS = 0.01, 60, 30
 SCORES = "classification.json"
@@ -72,6 +72,7 @@ def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool =
     settings["tracking"] |= {"parent_run": record.mlflow_run_id}
     chosen = _validated(settings, overrides)
     data = chosen.data
+    resolve_init(chosen)  # what does not fit is refused before a file is written
     source = Source.open(data.train, data.columns, data.limit)
     rows = write_subset(source, share, chosen.seed, chosen.storage)
     num_rows = Source.open(rows, data.columns).num_rows

@@ -13,7 +13,7 @@ from pyarrow.fs import FileType
 
 from simclr_ray import config as cfg
 from simclr_ray.augment import native
-from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.experiment import Experiment, RegistryConfig
 from simclr_ray.config.imports import imports_in
 from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.batches import build_plan
@@ -22,11 +22,11 @@ from simclr_ray.data.decoding import resolve_decoder, resolve_white
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.evaluate import split_like_test
 from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, open_checkpoint
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.filesystem import filesystem, one_line
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import check_model, store_uri
@@ -125,6 +125,11 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     _check_evaluation(config, source)
     if config.registry.name:
         check_model(config.registry.name, config.registry.alias)
+    elif config.registry.alias != RegistryConfig().alias:
+        problem = (
+            f"got {config.registry.alias!r}, and registry.name, whose version it names, is empty"
+        )
+        raise ConfigError([ConfigIssue("registry.alias", problem)])
     RunFolder.of(config.storage, config.name)  # fails here for a file in its place
     store_uri(config.tracking.uri, config.storage)
     _check_registrable(config)
@@ -227,6 +232,10 @@ def resolve_init(experiment: Experiment) -> Experiment:
         path = Path(weights)
         if not path.is_file():
             raise _issue(f"no file {weights}")
+        try:
+            checkpoint.read_file(path)  # what it holds, before workers open it
+        except CheckpointError as error:
+            raise _issue(f"cannot be read: {one_line(error)}") from error
         update = {"weights": weights, "sha256": sha256(path)}
     else:
         with open_checkpoint(weights) as (where, folder):

@@ -237,7 +237,7 @@ def test_a_deleted_experiment_is_refused_with_what_to_do(
 
 
 def test_remote_storage_needs_a_tracking_uri() -> None:
-    with pytest.raises(TrackingError, match=r"set tracking\.uri"):
+    with pytest.raises(ConfigError, match=r"tracking\.uri: is empty"):
         mlflow_store.store_uri("", "s3://bucket/runs")
     assert mlflow_store.store_uri("http://host:5000", "s3://bucket/runs") == "http://host:5000"
 
