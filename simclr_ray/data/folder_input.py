@@ -57,10 +57,10 @@ class FolderInput:
         """
         fs, root = filesystem(uri)
         listing = list_images(fs, root, uri)
-        listing.say(uri)
         if not listing.files:
             others = f" ({left_out_line(listing.left_out)})" if listing.left_out else ""
             raise DataError(f"{uri} holds neither images nor parquet{others}")
+        listing.say(uri)
         size_of = {f.path.removeprefix(root).lstrip("/"): f.size for f in listing.files}
         names = sorted(size_of)
         classes = _class_folders(names, uri, labels)

@@ -6,7 +6,8 @@ the rows of one shard, which a Ray task reads where it runs. The driver never ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.config.sections.data import FolderLabels
+from simclr_ray.config.sections.data import FolderLabels, PreparationConfig
 from simclr_ray.data import shapes
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.folder_input import FolderInput
@@ -23,7 +24,7 @@ from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.data.torchvision_input import TorchvisionInput, torchvision_names
-from simclr_ray.errors import DataError
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.storage.filesystem import filesystem
 
 # A task that reads shuffled parquet rows holds a shard of them; this bounds what it holds.
@@ -139,21 +140,40 @@ def open_input(
     """Return what `kind_or_path` names: `shapes`, an existing path or URI, or torchvision's name.
 
     Raises:
+        ConfigError: an option is given that this input does not take.
         DataError: it names nothing, or what it names cannot be read.
     """
+    given = {"size": size, "labels": labels, "columns": columns, "split": split}
+    check_taken = functools.partial(_check_taken, given | {"download_folder": root})
     if kind_or_path == "shapes":
+        check_taken("size", of="`shapes`")
         return ShapesInput(num_images or 20_000, size, seed)
     path = Path(kind_or_path).expanduser()
     if "://" in kind_or_path or path.exists():
         fs, where = filesystem(kind_or_path)
         if list_parquet(fs, where, kind_or_path):
+            check_taken("columns", of="parquet")
             return ParquetInput.open(kind_or_path, columns, num_images)
+        check_taken("labels", of="a folder of images")
         return FolderInput.open(kind_or_path, num_images, labels)
-    datasets = torchvision_names()
+    is_name = kind_or_path.replace("_", "").isalnum()  # seconds to import, for a name alone
+    datasets = torchvision_names() if is_name else {}
     if kind_or_path.lower() in datasets:
+        check_taken("split", "download_folder", of="a torchvision dataset")
         return TorchvisionInput.open(datasets[kind_or_path.lower()], split, root, num_images)
     hint = nearest(kind_or_path.lower(), ["shapes", *datasets])
     raise DataError(
         f"{kind_or_path}: no such file or folder, and no dataset of that name{hint}; "
         "give a folder of images, parquet, `shapes`, or a torchvision dataset"
     )
+
+
+def _check_taken(given: Mapping[str, object], *taken: str, of: str) -> None:
+    """Raise `ConfigError` for each option that has no meaning for an input; defaults pass."""
+    issues = [
+        ConfigIssue(key, f"got {value!r}; {of} takes {' and '.join(taken)}, and not this")
+        for key, value in given.items()
+        if key not in taken and value != PreparationConfig.model_fields[key].default
+    ]
+    if issues:
+        raise ConfigError(issues)

@@ -38,7 +38,7 @@ from simclr_ray.data.shards import (
     write_shard,
 )
 from simclr_ray.data.source import INDEX, MANIFEST, Source
-from simclr_ray.distributed.ray_cluster import connect
+from simclr_ray.distributed.ray_cluster import check_machine, connect
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.storage.filesystem import filesystem, open_whole, write_text_whole
 from simclr_ray.storage.provenance import versions_of
@@ -111,6 +111,7 @@ def prepare(
         on_progress: called with (finished shards, all shards), first with those found finished.
 
     Raises:
+        ConfigError: an option is given that the input does not take.
         DataError: the input cannot be read, or `out` holds something else.
         TooManyBadImages: more than `max_bad_fraction` were unusable; no manifest is written.
     """
@@ -139,6 +140,8 @@ def prepare(
         ShardPlan(index, part, plan, given.class_names, max_pixels)
         for index, part in enumerate(given.parts(rows_per_shard, seed))
     ]
+    if fs.get_file_info(folder).type == pafs.FileType.NotFound:
+        check_machine(None)  # else it would be made for nothing
     reports = _finished(fs, folder, out, shards, overwrite=overwrite)
     if len(reports) == len(shards) and (manifest := _read_manifest(fs, folder, plan)):
         return manifest
@@ -170,6 +173,8 @@ class _Limit:
 def _check_apart(kind_or_path: str, out: str) -> None:
     """Refuse an output inside its input, or the other way round: a rerun would read itself."""
     folder, origin = filesystem(out)[1], filesystem(kind_or_path)[1]
+    if folder == origin and kind_or_path != "shapes":
+        raise DataError(f"{out} is the input; prepare into a folder of its own")
     if "://" not in kind_or_path and not Path(origin).exists():
         return  # a name, of `shapes` or of a torchvision dataset
     if kind_or_path != "shapes" and f"{folder}/".startswith(f"{origin}/"):
