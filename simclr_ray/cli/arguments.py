@@ -12,7 +12,7 @@ ConfigSource = Annotated[
     str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Values to override.")
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values to override.")
 ]
 RunOrCheckpoint = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder or its URI, or one checkpoint in it.")

@@ -11,7 +11,8 @@ from simclr_ray.cli.arguments import Overrides
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ClusterError
+from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
+from simclr_ray.storage.filesystem import filesystem
 
 
 def doctor(
@@ -20,16 +21,19 @@ def doctor(
         int, typer.Option(min=1, help="Workers of the planned run; up to 4 check the gradient.")
     ] = 2,
     loss: Annotated[
-        str, typer.Option(metavar="PATH", help="Check only this loss of yours: module:attribute.")
+        str, typer.Option(help="Check only this loss of yours: module:attribute.")
     ] = "",
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Options of the loss.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the loss.")
     ] = None,
 ) -> None:
     """Check this machine and cluster, and say what to do about each finding.
 
     Example: simclr-ray doctor --loss own.losses:MyLoss temperature=0.2
     """
+    if options and not loss:
+        raise ConfigError([ConfigIssue(options[0], "is for a loss of yours, which --loss names")])
+    filesystem(storage)  # a scheme that nobody knows is no finding about this machine
     loading("torch")
     from simclr_ray.cli.doctor import check_loss, run_checks
 
@@ -48,7 +52,7 @@ def doctor(
 
 def status(
     source: Annotated[
-        str, typer.Argument(metavar="[PRESET_OR_YAML]", help="Config that is to run there.")
+        str, typer.Argument(metavar="PRESET_OR_YAML", help="Config that is to run there.")
     ] = "",
     overrides: Overrides = None,
 ) -> None:

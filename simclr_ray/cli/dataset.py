@@ -24,7 +24,10 @@ BAD_SHOWN, CLASSES_SHOWN = 5, 40
 
 def prepare(
     what: Annotated[
-        str, typer.Argument(help="`shapes`, a folder, a parquet path, or a torchvision dataset.")
+        str,
+        typer.Argument(
+            metavar="IMAGES", help="`shapes`, a folder, a parquet path, or a torchvision dataset."
+        ),
     ],
     to: Annotated[
         str, typer.Argument(metavar="OUT", help="Folder for the shards; made if absent.")
@@ -32,7 +35,7 @@ def prepare(
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[key=value ...]", help=f"Keys: {', '.join(PreparationConfig.model_fields)}."
+            metavar="KEY=VALUE", help=f"Keys: {', '.join(PreparationConfig.model_fields)}."
         ),
     ] = None,
     overwrite: Annotated[  # noqa: FBT002 - typer makes it a flag
@@ -65,10 +68,13 @@ def prepare_shards(what: str, to: str, *options: str, overwrite: bool = False) -
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A parquet file, or a folder or URI of them.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="IMAGES", help="A parquet file, or a folder or URI of them."),
+    ],
     columns: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[role=column ...]", help="image=photo, label=class, id=key."),
+        typer.Argument(metavar="ROLE=COLUMN", help="image=photo, label=class, id=key."),
     ] = None,
 ) -> None:
     """Tell what a parquet dataset holds, and try to decode a sample of its images.
@@ -137,6 +143,7 @@ def preview(
     from simclr_ray.train.figures import draw_views
 
     data = experiment.data
+    train = Source.open(data.train, data.columns, data.limit)
     image.parent.mkdir(parents=True, exist_ok=True)
-    draw_views(experiment, Source.open(data.train, data.columns, data.limit), image)
+    draw_views(experiment, train, image)
     out.print(f"wrote {image}", markup=False)

@@ -21,7 +21,7 @@ Model = Annotated[
 
 def embed(
     model: Model,
-    files: Annotated[list[Path], typer.Argument(help="Image files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
     tracking_uri: TrackingUri = "",
 ) -> None:
     """Print the embedding of each image: its path, then F numbers, tab-separated.
@@ -32,11 +32,10 @@ def embed(
     loading("torch")
     from simclr_ray.inference.embed import embed_images
 
-    bad: set[int] = set()
+    bad: dict[int, str] = {}
 
     def left_out(place: int, reason: str) -> None:
-        bad.add(place)
-        say(f"left out: {files[place]}: {reason}")
+        bad[place] = f"left out: {files[place]}: {reason}"
 
     read: dict[int, bytes] = {}
     for place, path in enumerate(files):
@@ -48,6 +47,8 @@ def embed(
     rows = embed_images(
         model, images, tracking_uri=tracking_uri, on_bad=lambda at, why: left_out(places[at], why)
     )
+    for place in sorted(bad):
+        say(bad[place])
     for place, row in zip(places, rows, strict=True):
         if place not in bad:
             name = str(files[place])

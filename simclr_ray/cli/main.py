@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+from typing import Any
 
 import typer
 
 from simclr_ray.augment.decode import ImageError
 from simclr_ray.cli.app import app
-from simclr_ray.cli.console import ConsoleHandler, say
+from simclr_ray.cli.console import ConsoleHandler, command, say
 from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen, was_stopped
 from simclr_ray.config import logging as logs
 from simclr_ray.config.imports import EVERYTHING, allow
 from simclr_ray.errors import ConfigError, SimclrRayError
 from simclr_ray.storage.filesystem import one_line
 
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer gives it no name of its own
 ALLOW_CODE = "--allow-code"
 # What a path of the user's can be, wherever it is met: the system says it better than we could.
 OF_A_PATH = {
@@ -50,14 +53,40 @@ def say_error(error: Exception) -> int:
     raise error
 
 
+def say_usage(error: Any) -> None:
+    """Say in a line what is wrong with verbs, options and arguments, or show a group's help."""
+    context = error.ctx
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    problem = error.format_message().rstrip(".")
+    option = str(getattr(error, "option_name", ""))
+    takes_overrides = any(p.nargs == -1 for p in context.command.params) if context else False
+    if option.startswith("--") and takes_overrides and not getattr(error, "possibilities", None):
+        key = option.removeprefix("--").replace("-", "_")
+        problem += f"; keys are set without dashes: {key}=VALUE"
+    verbs: list[str] = []
+    while context and context.parent:  # the outermost is the program
+        verbs.insert(0, context.info_name)
+        context = context.parent
+    say(f"error: {problem[:1].lower()}{problem[1:]}; see {command(*verbs, '--help')}")
+
+
 def main() -> None:
     """Run the command line, mapping errors to exit codes."""
     logs.configure(ConsoleHandler())
     listen()
     code = 0
     try:
-        app(permitted(sys.argv[1:]))
-    except SystemExit as stop:  # typer ends by one, whatever happened; interrupts are 130
+        code = app(permitted(sys.argv[1:]), standalone_mode=False) or 0
+        sys.stdout.flush()
+    except UsageError as error:
+        say_usage(error)
+        code = 2
+    except BrokenPipeError:  # `| head`: who reads our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except SystemExit as stop:  # of a library
         code = stop.code if isinstance(stop.code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED_BY_USER

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace, permitted_names
-from simclr_ray.cli.console import loading, out, show_pairs, show_table
+from simclr_ray.cli.console import command, loading, out, show_pairs, show_table
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOL_NAMES
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
@@ -107,13 +107,21 @@ def status(run: RunPlace) -> None:
 
 
 def list_runs(
-    storage: Annotated[str, typer.Argument(help="Folder or URI that holds runs.")] = "runs",
+    storage: Annotated[
+        str, typer.Argument(metavar="STORAGE", help="Folder or URI that holds runs.")
+    ] = "runs",
 ) -> None:
     """List the runs of a storage: how each stands, its epoch, and its last kNN."""
+    from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
     from simclr_ray.storage.run_status import runs_in, status_of_run
 
-    if "://" not in storage and not Path(storage).is_dir():
-        raise ConfigError([ConfigIssue(storage, "there is no folder of that name")])
+    if "://" not in storage and not (storage and Path(storage).is_dir()):
+        raise ConfigError(
+            [ConfigIssue(storage or repr(storage), "there is no folder of that name")]
+        )
+    if RunFolder.at(storage).read_text(CONFIG_FILE) is not None:
+        problem = f"is a run itself; see {command('status', storage)}"
+        raise ConfigError([ConfigIssue(storage, problem)])
     statuses = [status_of_run(folder) for folder in runs_in(storage)]
     rows = []
     for run in statuses:

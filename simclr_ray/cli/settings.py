@@ -12,7 +12,9 @@ from simclr_ray.config.experiment import Experiment
 
 
 def config(
-    source: Annotated[str, typer.Argument(metavar="[PRESET_OR_YAML]")] = "",
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")
+    ] = "",
     overrides: Overrides = None,
 ) -> None:
     """Print a config whole, defaults included; without arguments, list the presets."""

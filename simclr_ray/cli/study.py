@@ -41,7 +41,7 @@ def run(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[key.path=value ...]", help="Of every trial; study.key=value of the study."
+            metavar="KEY.PATH=VALUE", help="Of every trial; study.key=value of the study."
         ),
     ] = None,
     scale: Annotated[

@@ -12,6 +12,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.inference.encoder_files import CARD, load_folder, write_encoder_of
 from simclr_ray.inference.encoder_folder import encoder_folder
 from simclr_ray.inference.export_formats import FORMATS, ExportFormat, formats_named, write_checked
+from simclr_ray.storage.filesystem import check_makeable
 
 FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
 
@@ -48,6 +49,7 @@ def export_encoder(
         tempfile.TemporaryDirectory() as scratch,
         encoder_folder(where, Path(scratch), tracking_uri) as folder,
     ):
+        check_makeable(out)
         staged = Path(scratch) / "staged"
         if (folder / CARD).is_file():
             _copy_or_write(folder, staged, chosen)

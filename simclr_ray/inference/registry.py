@@ -15,7 +15,7 @@ import numpy as np
 from simclr_ray.augment import decode
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError, TrackingError
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.scores import TRAINED
 from simclr_ray.inference.encoder_files import (
     DECODE_FOLDER,
@@ -74,18 +74,19 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
     """Make the newest checkpoint of a run folder a version of the registered model `name`.
 
     Raises:
-        ConfigError: `run` is no run folder.
+        ConfigError: `run` is no run folder, its store is gone, or name or alias cannot be.
         CheckpointError: It holds no whole checkpoint.
         TrackingError: The registry refuses or cannot be reached.
     """
+    store.check_model(name, alias)
     folder = RunFolder.at(run)
     record = RunRecord.read(folder)
+    store.check_there(record.tracking_uri)
     with folder.newest_checkpoint() as newest, tempfile.TemporaryDirectory() as scratch:
         if newest is None:
             raise ConfigError([ConfigIssue(run, "holds no whole checkpoint to register")])
         experiment, target = experiment_of(newest), Path(scratch) / ENCODER_FOLDER
         write_encoder_of(newest, target)
-        folder.put_folder(target, ENCODER_FOLDER)
         tags: dict[str, str | int | float] = {
             "experiment_digest": experiment.digest(),
             "dataset_fingerprint": record.fingerprint,
@@ -95,7 +96,7 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
         for score in json.loads(folder.read_text(SCORES) or "[]"):
             if score["name"] == TRAINED:
                 tags |= {k: v for k, v in score.items() if isinstance(v, float)}
-        return register_encoder(
+        made = register_encoder(
             target,
             TrackedRun.attach(record.tracking_uri, record.mlflow_run_id),
             name=name,
@@ -103,6 +104,8 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
             example=_example(experiment),
             tags=tags,
         )
+        folder.put_folder(target, ENCODER_FOLDER)  # after all that can be refused
+    return made
 
 
 def register_encoder(
@@ -174,7 +177,8 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
         part: path inside of the model; empty: the whole model.
 
     Raises:
-        TrackingError: `where` has another form, or there is no such model, version or alias.
+        ConfigError: `where` has another form, or the store's file is not there.
+        TrackingError: there is no such model, version or alias.
     """
     address = model_address(where)
     name, version = address.name, address.version
@@ -182,12 +186,13 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
     with store.quiet(), door(f"find {where}", uri) as client:
         from mlflow.artifacts import download_artifacts
 
-        if address.alias:
-            version = str(client.get_model_version_by_alias(name, address.alias).version)
-        elif version == "latest":
-            versions = client.search_model_versions(f"name = '{name}'")
-            version = str(max((int(v.version) for v in versions), default=1))
-        source = client.get_model_version_download_uri(name, version)
+        with store.first_contact():
+            if address.alias:
+                version = str(client.get_model_version_by_alias(name, address.alias).version)
+            elif version == "latest":
+                versions = client.search_model_versions(f"name = '{name}'")
+                version = str(max((int(v.version) for v in versions), default=1))
+            source = client.get_model_version_download_uri(name, version)
         got = download_artifacts(
             artifact_uri=f"{source}/{part}".rstrip("/"),
             dst_path=str(folder),
@@ -201,11 +206,12 @@ def model_address(where: str) -> ModelAddress:
     """Return the parts of `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
 
     Raises:
-        TrackingError: `where` has another form.
+        ConfigError: `where` has another form.
     """
     match = _MODEL_URI.fullmatch(where)
     if match is None:
-        raise TrackingError(f"{where}: the form is models:/name@alias or models:/name/version")
+        problem = "the form is models:/name@alias or models:/name/version"
+        raise ConfigError([ConfigIssue(where, problem)])
     name, alias, version = match.groups(default="")
     return ModelAddress(name, alias, version.lower())
 

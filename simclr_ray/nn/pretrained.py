@@ -25,6 +25,7 @@ from simclr_ray.storage.run_folder import RunFolder
 
 FILES = (".pth", ".pt", ".safetensors")
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's of ImageNet
+TRAINED_WITH = ("encoder", "head", "init", "loss", "optimizer", "schedule", "batch_size", "epochs")
 WHERE, TEACHER = "init.weights", "loss.teacher"
 
 
@@ -56,6 +57,11 @@ def load_model(folder: Path) -> SimCLRModel:
 
 def _overridden(record: dict[str, Any], folder: Path, overrides: Sequence[str]) -> Experiment:
     tree = record["experiment"]
+    given, _ = cfg.parse_overrides(overrides)
+    fixed = [path for path, _ in given if path.split(".")[0] in TRAINED_WITH]
+    if fixed:
+        problem = f"is what {folder.name} was trained with; here it cannot be changed"
+        raise ConfigError([ConfigIssue(path, problem) for path in fixed])
     whole = cfg.apply_overrides(tree, overrides, Experiment)
     permit_code(whole, tree, str(folder))
     return cfg.validate(Experiment, whole)

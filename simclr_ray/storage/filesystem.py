@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,13 +24,15 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the file system of a local path or URI, and the path on it.
 
     Raises:
-        DataError: pyarrow knows no such scheme, or cannot reach it.
+        DataError: pyarrow knows no such scheme, or cannot reach it; or there is no name.
     """
+    if not uri.strip("/ ").rpartition(":")[2] and uri != "/":
+        raise DataError(f"{uri!r} is no path: it names nothing")
     if "://" not in uri:
         return pafs.LocalFileSystem(), Path(uri).expanduser().absolute().as_posix()
     try:
         fs, path = pafs.FileSystem.from_uri(uri)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ImportError, ValueError) as error:  # of a scheme's package
         raise DataError(f"{uri} cannot be opened: {one_line(error)}") from error
     return fs, path.rstrip("/")
 
@@ -48,6 +51,15 @@ def is_local(fs: pafs.FileSystem) -> bool:
 def one_line(error: Exception) -> str:
     """Return the message of a foreign error on one line, or its type's name where there is none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_makeable(folder: Path) -> None:
+    """Raise `OSError` where a local folder cannot be made or written to; leave nothing behind."""
+    above = folder
+    while not above.exists():
+        above = above.parent
+    with tempfile.TemporaryDirectory(dir=above, prefix=".simclr_ray-"):
+        pass
 
 
 def entries_in(fs: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:

@@ -213,6 +213,6 @@ def test_a_store_that_is_not_there_is_said_and_not_made(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"unread")
     uri = f"sqlite:///{tmp_path}/none/mlflow.db"
     done = run("embed", "models:/enc@best", "x.png", "--tracking-uri", uri, cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert errors(done) == [f"error: no MLflow store at {uri}: there is no file {uri[10:]}"]
     assert not (tmp_path / "none").exists()

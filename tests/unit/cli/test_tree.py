@@ -8,12 +8,18 @@ import shutil
 import subprocess
 import sys
 import time
+import typing
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.models import ArgumentInfo
 
 from simclr_ray import config as cfg
+from simclr_ray.cli.app import app
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
@@ -71,6 +77,22 @@ def test_no_help_imports_what_takes_seconds(tmp_path: Path) -> None:
     found = loaded_by([[*verb, "--help"] for verb in [[], *verbs]], tmp_path)
     assert {name for name, modules in found.items() if modules} == set()
     assert len(found) == 1 + len(EVERYDAY) + len(GROUPS) + 13
+
+
+def test_arguments_are_named_in_capitals() -> None:
+    def commands(group: typer.Typer) -> Iterator[Any]:
+        for command in group.registered_commands:
+            if not command.hidden:
+                yield command.callback
+        for each in group.registered_groups:
+            assert each.typer_instance is not None
+            yield from commands(each.typer_instance)
+
+    for verb in commands(app):
+        for name, annotation in typing.get_type_hints(verb, include_extras=True).items():
+            for info in typing.get_args(annotation)[1:]:
+                if isinstance(info, ArgumentInfo):
+                    assert (info.metavar or name).isupper(), (verb.__name__, name)
 
 
 def test_light_verbs_import_nothing_that_takes_seconds(a_run: Path, tmp_path: Path) -> None:

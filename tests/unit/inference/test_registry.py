@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simclr_ray.errors import TrackingError
+from simclr_ray.errors import ConfigError
 from simclr_ray.inference.registry import model_address
 
 
@@ -24,5 +24,5 @@ def test_the_forms_of_a_model_address_are_told_apart(
 
 @pytest.mark.parametrize("where", ["models:/m", "models:/m@", "models:/m/3/x", "m@newest"])
 def test_another_form_of_address_is_refused_with_the_right_one(where: str) -> None:
-    with pytest.raises(TrackingError, match="models:/name@alias"):
+    with pytest.raises(ConfigError, match="models:/name@alias"):
         model_address(where)

@@ -1,0 +1,225 @@
+"""What a new user gets wrong: a line each that names what is wrong and what to do, and exit code 2.
+
+Before Ray starts, and with nothing left behind; `tests/unit/studies/test_study_refusals.py` has
+those in study files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.formats.test_formats import HERE as FORMATS
+from tests.ray.images import write_shapes
+from tests.unit.cli.in_process import run
+from tests.unit.cli.test_app import ROOT
+
+CONFIG = """\
+name: mine
+data: {train: train.parquet, test: test.parquet}
+batch_size: 16
+epochs: 2
+encoder: {name: resnet, depth: 10, width: 0.125, stem: strided}
+"""
+FILES = {
+    "good.yaml": CONFIG,
+    "tab.yaml": "name: mine\ndata:\n\ttrain: train.parquet\n",
+    "twice.yaml": f"{CONFIG}epochs: 3\n",
+    "open.yaml": "name: mine\ndata: {train: train.parquet\nepochs: 2\n",
+    "list.yaml": "- name\n- data\n",
+    "date.yaml": f"{CONFIG}seed: 2024-01-01\n",
+    "loop.yaml": "name: &a [*a]\n",
+    "quoted.yaml": CONFIG.replace("epochs: 2", "epochs: '2'"),
+    "solo.yaml": "name: simclr\nmethod: simclr\nbackbone: {name: resnet18}\nmax_epochs: 1000\n"
+    "data: {dataset: cifar10}\noptimizer: {name: lars, lr: 0.4}\nscheduler: {name: warmup}\n",
+    "code.yaml": f"{CONFIG}loss: {{name: import, path: 'mine:MyLoss'}}\n",
+    "text.txt": "hello",
+    "weights.pth": "no weights",
+}
+RUN = "runs/small-0123"
+PRETRAIN = ["pretrain", "good.yaml"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what a new user may have: images, configs, a run."""
+    folder = tmp_path_factory.mktemp("user")
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    (folder / "latin.yaml").write_bytes(b"name: \xff\n")
+    write_shapes(folder / "train.parquet", 40)
+    write_shapes(folder / "test.parquet", 20)
+    pq.write_table(pa.table({"x": [1, 2]}), folder / "numbers.parquet")
+    (folder / "images" / "cat").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (24, 24), (number, 0, 0)).save(folder / f"images/cat/{number}.png")
+    (folder / "empty").mkdir()
+    (folder / "folder.yaml").mkdir()
+    shutil.copytree(FORMATS / "format_2", folder / RUN)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _there(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+REFUSED: list[tuple[list[str], list[str]]] = [
+    # verbs, options, arguments
+    (["pretrian", "good.yaml"], ["pretrian", "'pretrain'"]),
+    (["study", "rnu", "losses"], ["rnu", "'run'", "study --help"]),
+    (["pretrain"], ["PRESET_OR_YAML", "pretrain --help"]),
+    ([*PRETRAIN, "--epochs=3"], ["--epochs", "epochs=VALUE"]),
+    ([*PRETRAIN, "--dryrun"], ["--dryrun", "--dry-run"]),
+    (["doctor", "--workers", "two"], ["--workers", "integer"]),
+    # the form of overrides
+    ([*PRETRAIN, "epochs", "=", "3"], ["epochs = 3", "key.path=value", "without spaces"]),
+    ([*PRETRAIN, "epochs= ", "3"], ["3", "without spaces"]),
+    ([*PRETRAIN, "epochs =3"], ["epochs =3", "without spaces"]),
+    ([*PRETRAIN, "epochs:3"], ["epochs:3", "key.path=value"]),
+    ([*PRETRAIN, ""], ["''", "key.path=value"]),
+    ([*PRETRAIN, "data.train=[a"], ["data.train=[a", "line 1, column 3"]),
+    # keys and values
+    ([*PRETRAIN, "batchsize=3"], ["batchsize", "'batch_size'"]),
+    ([*PRETRAIN, "loss.temp=0.5"], ["loss.temp", "'temperature'"]),
+    ([*PRETRAIN, "loss=ntxent"], ["loss", "'ntxent'", "keys and values"]),
+    ([*PRETRAIN, "epochs.max=3"], ["epochs.max", "has no keys"]),
+    ([*PRETRAIN, "loss.name=simclr"], ["loss.name", "ntxent, ntlogistic"]),
+    ([*PRETRAIN, "epochs=0"], ["epochs: got 0", "greater than or equal to 1"]),
+    ([*PRETRAIN, f"epochs={10**22}"], ["epochs", "less than or equal to 1000000"]),
+    ([*PRETRAIN, "loss.temperature=.nan"], ["loss.temperature", "finite"]),
+    ([*PRETRAIN, "batch_size=4096"], ["40 rows", "4096", "batch_size"]),
+    ([*PRETRAIN, "name=a/b"], ["name: got 'a/b'; it must match"]),
+    # config files
+    (["pretrain", "cifar10"], ["cifar10", "'cifar10_cpu'"]),
+    (["pretrain", "nope.yaml"], ["nope.yaml: no such file"]),
+    (["pretrain", "folder.yaml"], ["folder.yaml", "directory"]),
+    (["pretrain", "text.txt"], ["text.txt: is no .yaml file"]),
+    (["pretrain", "latin.yaml"], ["latin.yaml", "UTF-8"]),
+    (["pretrain", "tab.yaml"], ["tab.yaml", "line 3, column 1", "tab", "spaces"]),
+    (["pretrain", "twice.yaml"], ["twice.yaml", 'duplicate key "epochs"', "line 6"]),
+    (["pretrain", "open.yaml"], ["open.yaml", "line 3"]),
+    (["pretrain", "list.yaml"], ["list.yaml", "a list, not keys and values"]),
+    (["pretrain", "date.yaml"], ["seed", "'2024-01-01'", "integer"]),
+    (["pretrain", "loop.yaml"], ["loop.yaml", "text, number, list or mapping"]),
+    (["pretrain", "quoted.yaml"], ["epochs", "'2'", "integer"]),
+    (["pretrain", "solo.yaml"], ["solo.yaml", "no experiment", "method", "backbone"]),
+    (["pretrain", "code.yaml"], ["code.yaml", "mine:MyLoss", "--allow-code"]),
+    # images
+    ([*PRETRAIN, "data.train=not/there"], ["not/there", "no such file"]),
+    ([*PRETRAIN, "data.train=text.txt"], ["text.txt", "no parquet"]),
+    ([*PRETRAIN, "data.train=empty"], ["empty", "neither images nor parquet"]),
+    ([*PRETRAIN, "data.train=numbers.parquet"], ["numbers.parquet", "data.columns.image="]),
+    ([*PRETRAIN, "data.train=s3:/bucket/x"], ["data.train", "s3://bucket/x"]),
+    ([*PRETRAIN, "data.train=s4://bucket/x"], ["s4://bucket/x", "cannot be opened"]),
+    # machine, storage, tracking, registry
+    ([*PRETRAIN, "scaling.num_workers=64"], ["batch_size", "64 workers"]),
+    ([*PRETRAIN, "scaling.cpus_per_worker=1000"], ["scaling.cpus_per_worker=1000", "core"]),
+    ([*PRETRAIN, "scaling.gpus_per_worker=99"], ["scaling.gpus_per_worker=99", "PyTorch sees"]),
+    ([*PRETRAIN, "scaling.data_resource=disk"], ["scaling.data_resource=disk", "RAY_ADDRESS"]),
+    ([*PRETRAIN, "storage=text.txt"], ["storage", "is a file"]),
+    ([*PRETRAIN, "storage=/proc/none"], ["/proc/none"]),
+    ([*PRETRAIN, "storage=s3://bucket/runs"], ["tracking.uri", "s3://bucket/runs"]),
+    ([*PRETRAIN, "tracking.uri=mlflow.db"], ["tracking.uri", "sqlite:///mlflow.db"]),
+    ([*PRETRAIN, "tracking.uri=localhost:5000"], ["tracking.uri", "http://localhost:5000"]),
+    ([*PRETRAIN, "tracking.uri=foo://x"], ["tracking.uri", "foo://"]),
+    ([*PRETRAIN, "registry.name=team/enc"], ["registry.name", "'/'"]),
+    ([*PRETRAIN, "registry.alias=best"], ["registry.alias", "registry.name"]),
+    (
+        [*PRETRAIN, "encoder={name: torchvision, model: vit_b_16}", "augment.size=40"],
+        ["encoder.model", "vit_b_16", "40 px"],
+    ),
+    (
+        [*PRETRAIN, "encoder={name: torchvision, model: alexnet}"],
+        ["augment.size", "alexnet takes no views of 32 px"],
+    ),
+    ([*PRETRAIN, "init.weights=weights.pth"], ["init.weights", "weights.pth"]),
+    ([*PRETRAIN, f"init.weights={RUN}"], ["init.weights", "another encoder", "width"]),
+    # other verbs
+    (["prepare", "images/dogs", "out"], ["images/dogs", "no such file"]),
+    (["prepare", "images", "out", "size=64"], ["size", "a folder of images takes labels"]),
+    (["prepare", "shapes", "out", "labels=none"], ["labels", "`shapes` takes size"]),
+    (["prepare", "train.parquet", "out", "split=test"], ["split", "parquet takes columns"]),
+    (["prepare", "images", "images/out"], ["images/out", "lies inside images"]),
+    (["prepare", "images", "images"], ["images is the input"]),
+    (["prepare", "shapes", ""], ["''", "no path"]),
+    (["inspect", "train.parquet", "img=image"], ["img", "'image'"]),
+    (["preview", "good.yaml", "--out", "x.jpg"], ["--out", ".png"]),
+    (["preview", "good.yaml", "data.train=nope", "--out", "new/x.png"], ["nope", "no such file"]),
+    (["evaluate", "runs/nope"], ["runs/nope", "checkpoint"]),
+    (["evaluate", RUN, "encoder.depth=18"], ["encoder.depth", "trained with"]),
+    (["embed", "models:/", "images/cat/0.png"], ["models:/name@alias"]),
+    (["embed", "models:/enc@newest", "images/cat/0.png"], ["no MLflow store", "mlflow.db"]),
+    (["export", RUN, "out", "--format", "onnx"], ["--format", "safetensors, torch-export"]),
+    (["export", RUN, "/proc/none"], ["/proc"]),
+    (["model", "register", RUN, "team/enc"], ["'/'", "team/enc"]),
+    (["model", "register", RUN, "enc", "--alias", "latest"], ["'latest'", "`newest`"]),
+    (["model", "register", RUN, "enc"], ["/somewhere/runs/mlflow.db"]),
+    (["model", "finetune", RUN, "--labels", "10"], ["labels", "at most 1"]),
+    (["run", "list", RUN], [RUN, "status"]),
+    (["status", "empty"], ["empty", "experiment.yaml"]),
+    (["doctor", "--storage", "s4://x"], ["s4://x", "cannot be opened"]),
+    (["doctor", "temperature=0.2"], ["temperature=0.2", "--loss"]),
+    (["demo", "--folder", "text.txt"], ["text.txt"]),
+    (["study", "run", "losse"], ["losse", "'losses'"]),
+    (["study", "run", "temperature", "--scale", "gpu"], ["'gpu'", "cpu"]),
+    (["study", "status", "empty"], ["empty", "study.yaml"]),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSED, ids=lambda part: " ".join(part))
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    words: list[str], told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run(words, capsys)
+    assert ended.code == 2, ended
+    assert len(ended.problems) == 1, ended
+    assert ended.problems[0].startswith("error: ")
+    for part in told:
+        assert part in ended.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("RAY_ADDRESS", "garbage", "HOST:PORT"),
+        ("RAY_ADDRESS", "127.0.0.1:9", "no Ray cluster answers"),
+        ("RAY_ADDRESS", "127.0.0.1:99999", "no Ray cluster answers"),
+        ("MLFLOW_TRACKING_URI", "htp://x:5000", "htp://"),
+        ("SIMCLR_RAY_NATIVE", "yes", "off, package, build"),
+    ],
+)
+def test_a_wrong_variable_is_named(
+    variable: str,
+    value: str,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    ended = run(PRETRAIN, capsys)
+    assert ended.code == 2, ended
+    (line,) = ended.problems
+    assert variable in line
+    assert told in line
+
+
+def test_output_that_nobody_reads_on_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m simclr_ray config imagenet_resnet50 | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("name: ")
+    assert done.stderr == ""

@@ -1,0 +1,164 @@
+"""What is wrong in study files: a line each that names the key and what to do, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ray.images import write_shapes
+from tests.unit.cli.in_process import run
+
+BASE = """\
+name: base
+data: {train: train.parquet, test: test.parquet}
+batch_size: 16
+epochs: 2
+encoder: {name: resnet, depth: 10, width: 0.125, stem: strided}
+"""
+TAU = "loss.temperature"
+STUDY: dict[str, Any] = {
+    "name": "mine",
+    "question": "Which temperature?",
+    "base": "base.yaml",
+    "space": {TAU: {"grid": [0.1, 0.5]}},
+    "metric": "eval/knn_top1",
+    "protocols": [],
+}
+RANDOM = {"name": "random", "trials": 3}
+PAPER = {"source": "Table 5", "metric": "top-1", "columns": [TAU], "rows": [[0.1, 64.4]]}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a base and its images."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "base.yaml").write_text(BASE)
+    write_shapes(folder / "train.parquet", 40)
+    write_shapes(folder / "test.parquet", 20)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _there(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def space(**dimension: Any) -> dict[str, Any]:
+    return {"space": {TAU: dimension}}
+
+
+def claim(better: Any, worse: Any) -> dict[str, Any]:
+    return {"comparisons": [{"claim": "c", "better": better, "worse": worse}]}
+
+
+def cases(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {"l": {"cases": {"one": one, "other": other}}}
+
+
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    # what is wrong in the file, by key, and words of the line
+    ({"seed": [0]}, ["seed", "'seeds'"]),
+    ({"base": "cifar10"}, ["cifar10", "'cifar10_cpu'"]),
+    ({"base": "study.yaml"}, ["study.yaml", "no experiment", "question"]),
+    ({"name": "a/b"}, ["name: got 'a/b'; it must match"]),
+    ({"search": "random"}, ["search", "keys and values"]),
+    ({"search": {"name": "bayes"}}, ["search.name", "grid, random, optuna"]),
+    ({"search": {"name": "random"}}, ["search.trials"]),
+    (space(uniform=[0.1, 0.5]), ["search.name=grid", TAU]),
+    # space
+    ({"space": {}}, ["space", "nothing varies"]),
+    ({"space": {TAU: [0.1, 0.5]}}, [f"space.{TAU}", "{grid: [0.1, 0.5]}"]),
+    (space(values=[0.1, 0.5]), [f"space.{TAU}.values", "grid, loguniform"]),
+    (space(grid=[]), [f"space.{TAU}", "empty"]),
+    (space(grid=[0.1, 0.1]), [f"space.{TAU}", "twice"]),
+    (space(grid=["low", "high"]), [TAU, "'low'", "number"]),
+    (space(grid=[0.1, -1]), [TAU, "got -1"]),
+    (space(uniform=[-2.0, -1.0]) | {"search": RANDOM}, [TAU, "greater than"]),
+    (space(uniform=[0.5, 0.1]) | {"search": RANDOM}, [f"space.{TAU}", "low below high"]),
+    ({"space": {"loss.temp": {"grid": [0.1]}}}, ["loss.temp", "'temperature'"]),
+    ({"space": {"epochs.max": {"grid": [1]}}}, ["epochs.max", "has no keys"]),
+    ({"space": {"seed": {"grid": [0, 1]}}}, ["seed", "`seeds`"]),
+    ({"space": cases({"augment.a+": 3}, {})}, ["augment.a+", "list"]),
+    (
+        {"space": cases({TAU: 0.2}, {TAU: 0.3}) | {TAU: {"grid": [0.1]}}},
+        [f"space.{TAU}", "space.l", "never count"],
+    ),
+    ({"set": ["epochs=3"]}, ["set", "keys and values"]),
+    ({"set": {"epocs": 3}}, ["epocs", "'epochs'"]),
+    # seeds, metric, protocols
+    ({"seeds": 3}, ["seeds: got 3", "list"]),
+    ({"seeds": []}, ["seeds", "at least 1 item"]),
+    ({"seeds": [0, 0]}, ["seeds", "twice"]),
+    ({"seeds": [-1]}, ["seeds.0: got -1"]),
+    ({"metric": "eval/knn_top"}, ["'eval/knn_top'", "'eval/knn_top1'"]),
+    ({"metric": "final/linear_top1"}, ["'final/linear_top1'", "'linear' in protocols"]),
+    ({"extra_metrics": ["acc"]}, ["extra_metrics", "'acc'"]),
+    ({"mode": None}, ["mode", "max, min"]),
+    ({"set": {"data.test": ""}}, ["metric", "data.test is empty"]),
+    ({"protocols": ["kn"]}, ["protocols.0", "'knn'"]),
+    ({"protocols": ["knn", "knn"]}, ["protocols", "twice"]),
+    # scheduler, budget, machine
+    ({"scheduler": {"name": "hyperband"}}, ["scheduler.name", "none, asha, median"]),
+    ({"scheduler": {"name": "asha", "grace_epochs": 9}}, ["scheduler.grace_epochs", "at most 2"]),
+    ({"budget": {"trials": 1}}, ["budget.trials", "2 trials"]),
+    ({"concurrency": 10_000}, ["10000 trials", "core"]),
+    ({"set": {"scaling.gpus_per_worker": 99}}, ["scaling.gpus_per_worker=99"]),
+    ({"set": {"tracking.uri": "foo://x"}}, ["tracking.uri", "foo://"]),
+    ({"space": {"batch_size": {"grid": [8, 4096]}}}, ["batch_size-4096", "40 rows"]),
+    # figure, claims, paper
+    ({"figure": {"x": "tau"}}, ["'tau'", TAU]),
+    ({"figure": {"x": TAU, "series": TAU}}, ["figure", "must differ"]),
+    (claim({TAU: 0.2}, {TAU: 0.5}), ["'c'", f"{TAU}=0.2", "0.1, 0.5"]),
+    (claim({TAU: "0.1"}, {TAU: 0.5}), ["'c'", f"{TAU}='0.1'", "0.1, 0.5"]),
+    (claim({TAU: 0.1}, {TAU: 0.1}), ["'c'", "the same"]),
+    (claim({"tau": 0.1}, {"tau": 0.5}), ["'tau'", TAU]),
+    ({"paper": PAPER | {"matches": {"tau": {"1": 2}}}}, ["paper.matches", "'tau'"]),
+    ({"paper": PAPER | {"matches": {TAU: {"0.3": 0.1}}}}, [f"paper.matches.{TAU}", "0.3"]),
+    ({"paper": PAPER | {"rows": [[0.1, None]]}}, ["paper.rows.0.1", "None"]),
+    ({"paper": PAPER | {"rows": [[0.1, "64 %"]]}}, ["paper", "a number"]),
+    # scales
+    ({"scales": {"cpu": {"seedz": [1]}}}, ["seedz", "'seeds'"]),
+    ({"scales": {"cpu": {"set": None}}, "set": {"epochs": 1}}, ["set: got None"]),
+    ({"scales": ["cpu"]}, ["scales", "mapping"]),
+    ({"scales": {"cpu": {}, "gpu": {"seeds": []}}}, ["seeds", "at least 1 item"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), REFUSED, ids=lambda part: str(part)[:60])
+def test_what_is_wrong_in_a_study_file_is_one_line_and_exit_code_2(
+    changes: dict[str, Any], told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("study.yaml").write_text(json.dumps(STUDY | changes))
+    ended = run(["study", "run", "study.yaml"], capsys)
+    assert ended.code == 2, ended
+    assert len(ended.problems) == 1, ended
+    assert ended.problems[0].startswith("error: ")
+    for part in told:
+        assert part in ended.problems[0]
+
+
+def test_a_study_of_scales_needs_no_numbers_of_a_paper(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("study.yaml").write_text(
+        json.dumps(STUDY | {"scales": {"cpu": {"budget": {"trials": 1}}}})
+    )
+    ended = run(["study", "run", "study.yaml"], capsys)
+    assert ended.problems == [
+        "error: budget.trials: 2 trials are wanted, budget.trials=1 allows fewer"
+    ]
+
+
+def test_a_file_of_another_tool_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sweep.yaml").write_text(
+        "program: train.py\nmethod: bayes\nparameters: {lr: {min: 0.1, max: 1}}\n"
+    )
+    ended = run(["study", "run", "sweep.yaml"], capsys)
+    Path("sweep.yaml").unlink()
+    (line,) = ended.problems
+    assert line.startswith("error: sweep.yaml: holds no study: unknown keys program, method")
