@@ -70,9 +70,9 @@ def test_the_rooms_on_the_page_are_those_of_the_test_floor_by_floor() -> None:
     assert told == {(i, room) for i, rooms in enumerate(FLOORS, start=1) for room in rooms}
 
 
-def test_the_glossary_has_every_renamed_key_and_no_other() -> None:
-    glossary = text_of("docs/glossary.md")
-    keys = glossary.split("Keys and their values:")[1].split("Metrics of a run:")[0]
+def test_the_old_names_have_every_renamed_key_and_no_other() -> None:
+    old_names = text_of("docs/upgrade.md")
+    keys = old_names.split("Keys and their values:")[1].split("Metrics of a run:")[0]
     assert dict(re.findall(r"`([^`]+)` → `([^`]+)`", keys)) == RENAMED
 
 

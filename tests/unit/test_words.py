@@ -1,6 +1,6 @@
 """Old names do not come back: one meaning a word, in code, keys, help and documents.
 
-The left column is what earlier commits said; `docs/glossary.md` maps old keys and metrics to new.
+The left column is what earlier commits said; `docs/upgrade.md` maps old keys and metrics to new.
 """
 
 from __future__ import annotations
