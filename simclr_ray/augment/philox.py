@@ -3,7 +3,8 @@
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), vectorised over
 rows in NumPy. There is no state: resume, number of workers and order of rows cannot change a draw.
 `numpy.random.Philox` is the same function for one key: a generator object for each row, where this
-is one call for a batch. torch has it for CUDA alone, and with a state. The known answers of the
+is one call for a batch. torch has it for CUDA alone, and with a state (`nn.stochastic` has this
+function in torch's integers). The known answers of the
 paper's authors are the test.
 """
 
@@ -21,8 +22,15 @@ LOW = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
 
 # What a key is used for: each purpose has its own stream.
-Purpose = Literal["views", "order", "window", "replacement", "stages"]
-STREAMS: dict[Purpose, int] = {"views": 1, "order": 2, "window": 3, "replacement": 4, "stages": 5}
+Purpose = Literal["views", "order", "window", "replacement", "stages", "layers"]
+STREAMS: dict[Purpose, int] = {
+    "views": 1,
+    "order": 2,
+    "window": 3,
+    "replacement": 4,
+    "stages": 5,
+    "layers": 6,  # drawn by nn.stochastic
+}
 
 
 def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:

@@ -16,6 +16,7 @@ from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.encoders import family_of, feature_dim
 from simclr_ray.nn.heads import LearnableTemperature
 from simclr_ray.nn.losses import Loss
+from simclr_ray.nn.stochastic import key_draws
 
 __all__ = [
     "Projection",
@@ -80,11 +81,14 @@ def build_encoder(
 ) -> nn.Module:
     """Return an encoder: [N, 3, H, W] in [0, 1] -> [N, F], with `feature_dim` = F.
 
+    Its dropout and stochastic depth are keyed (`nn.stochastic`).
     Weights are drawn from torch's global generator. Raises `ConfigError` for a torchvision model
     that is unknown or has no final linear layer, and for imported code that breaks its contract.
     """
     momentum = (batch_norm or BatchNormConfig()).momentum
-    return family_of(encoder).build(partial(GlobalBatchNorm, momentum=momentum), size)
+    built = family_of(encoder).build(partial(GlobalBatchNorm, momentum=momentum), size)
+    key_draws(built)
+    return built
 
 
 def encoder_from_tree(tree: dict[str, Any], *, size: int = 224) -> nn.Module:

@@ -45,6 +45,7 @@ from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn.batchnorm import frozen_statistics
 from simclr_ray.nn.losses import Loss
 from simclr_ray.nn.precision import Precision, as_input, autocast
+from simclr_ray.nn.stochastic import Rows, draw_for
 from simclr_ray.train.gradient_cache import averaging_over_ranks, group_rows
 from simclr_ray.train.meter import Metrics, StepMeter
 from simclr_ray.train.step_schedule import StepSchedule
@@ -103,7 +104,7 @@ def train(
         schedule: The run's arithmetic.
         callbacks: What to call and when.
         precision: float64, float32, or bf16 autocast around the model.
-        seed: Of what the model itself draws, such as dropout.
+        seed: Of what the model itself draws, such as dropout: by (seed, step, id, view, layer).
         num_groups: Above 1, a step's images pass the model in so many groups, by gradient caching;
             batch norm's statistics are those of a group.
 
@@ -150,6 +151,7 @@ def train(
             meter.check_finite(done)
             callbacks.checkpoint(done)
             meter.restart()
+    draw_for(model, None)
 
 
 def plain_step(forward: Forward, loss: LossOfViews) -> StepOutput:
@@ -223,7 +225,9 @@ def forward_views(
     views = [batch.a] if one_view else [batch.a, batch.b]
     images = torch.cat([view[rows] for view in views])  # uint8 [2m, 3, S, S]
     device = next(model.parameters()).device
-    # dropout: a second pass draws the same, and so does a resumed run of as many ranks and groups
+    # dropout of the keyed layers, by image; whatever else a model draws is the same in a second
+    # pass, and in a resumed run of as many ranks and groups
+    draw_for(model, Rows.of_views(seed, batch.step, batch.ids[rows].to(device), len(views)))
     turn = batch.step * dist.world_size() + dist.rank()
     torch.manual_seed((seed << 32) + turn * num_groups + group)
     with autocast(device, precision):  # bf16 has float32's range, so no loss is scaled
