@@ -270,6 +270,25 @@ def build_optimizer(model: nn.Module, config: AnyOptimizerConfig) -> torch.optim
     return build(config, torch.optim.Optimizer, groups, lr=0.0)
 
 
+def clip_gradients(model: nn.Module, longest: float) -> Tensor:
+    """Scale the gradients of `model` down to a joint norm of at most `longest`, in place.
+
+    All ranks have the same averaged gradients, so each scales them alike without a collective.
+
+    Args:
+        model: After a backward pass.
+        longest: Above 0; with 0 nothing is scaled.
+
+    Returns:
+        The norm before, a scalar: of all gradients as one vector.
+    """
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if longest:
+        torch.nn.utils.clip_grads_with_norm_(trained, longest, norm)
+    return norm
+
+
 def state_per_parameter(config: AnyOptimizerConfig) -> int:
     """Return the numbers that the optimizer keeps for each parameter, found by a step on one."""
     layer = nn.Linear(2, 2, bias=False)

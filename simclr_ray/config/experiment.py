@@ -26,6 +26,7 @@ from simclr_ray.config.sections.model import (
     MLPHeadConfig,
     NoHeadConfig,
     ResNetConfig,
+    TimmConfig,
     TorchvisionConfig,
 )
 from simclr_ray.config.sections.running import (
@@ -95,6 +96,7 @@ __all__ = [
     "ScheduleConfig",
     "SimCLRViewsConfig",
     "SupConConfig",
+    "TimmConfig",
     "TorchvisionConfig",
     "TrackingConfig",
     "TripletConfig",
@@ -117,7 +119,7 @@ class Experiment(Config):
             (GiB).
         augment: How two views are made: `simclr` (App. A) or a `pipeline` of transformations; sizes
             in pixels, probabilities in [0, 1].
-        encoder: `resnet` of the authors, or a `torchvision` backbone; F features out.
+        encoder: `resnet` of the authors, or a `torchvision` or `timm` backbone; F features out.
         head: Projection g: `none`, `linear`, `mlp`; or `classifier` for the supervised losses.
         init: Weights to begin with; empty: random.
         batch_norm: Images with joint statistics, and the momentum.

@@ -79,6 +79,26 @@ class GlobalBatchNorm(nn.Module):
         return f"{len(self.weight)}, eps={self.eps}, momentum={self.momentum}"
 
 
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """Global batch norm with the activation that timm has within its layer.
+
+    Args:
+        norm: Gives parameters, statistics and settings.
+        drop: Applied before the activation.
+        act: The activation.
+    """
+
+    def __init__(self, norm: GlobalBatchNorm, drop: nn.Module, act: nn.Module) -> None:
+        super().__init__(len(norm.weight), norm.eps, norm.momentum)
+        self.load_state_dict(norm.state_dict())
+        self.drop, self.act = drop, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return act(drop(norm(x))). Collective while training."""
+        out: Tensor = self.act(self.drop(super().forward(x)))
+        return out
+
+
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Leave the running statistics of all global batch norms below `module` as they are."""

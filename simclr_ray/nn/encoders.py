@@ -11,11 +11,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from simclr_ray.config.components import ComponentConfig, build
 from simclr_ray.config.imports import ImportConfig
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.batchnorm import GlobalBatchNorm, GlobalBatchNormAct
 
 Norm = Callable[..., GlobalBatchNorm]
 ConfigT = TypeVar("ConfigT", bound=ComponentConfig)
@@ -79,25 +80,59 @@ def set_recompute(encoder: nn.Module, *, recompute: bool) -> None:
     """Have an encoder's blocks run again in the backward pass, or not.
 
     Raises:
-        ConfigError: It is asked for and the encoder has no `recompute`.
+        ConfigError: It is asked for and the encoder has no `recompute`, or it is timm's and has
+            batch norm, whose statistics would move again in the backward pass.
     """
     if hasattr(encoder, "recompute"):
         encoder.recompute = recompute  # type: ignore[assignment] # a plain attribute
+    elif recompute and (switch := getattr(encoder, "set_grad_checkpointing", None)):
+        if any(isinstance(m, GlobalBatchNorm) for m in encoder.modules()):
+            raise _issue("scaling.recompute_activations is not for timm's models with batch norm")
+        switch()
     elif recompute:
         raise _issue("has no attribute `recompute`, by which scaling.recompute_activations is set")
 
 
 def globalize(module: nn.Module, norm: Norm) -> None:
-    """Replace each batch norm below `module` by the global one, in place; weights stay."""
+    """Replace each batch norm below `module` by the global one, in place; weights stay.
+
+    Raises:
+        ConfigError: One is of a class that computes something of its own.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d):
-            replaced = norm(child.num_features, child.eps)
-            replaced.load_state_dict(child.state_dict(), strict=False)  # what it has of ours
-            if not child.affine:
-                replaced.requires_grad_(requires_grad=False)
-            setattr(module, name, replaced)
+        if isinstance(child, _BatchNorm):
+            setattr(module, name, _globalized(child, norm))
         else:
             globalize(child, norm)
+
+
+def _globalized(child: _BatchNorm, norm: Norm) -> GlobalBatchNorm:
+    replaced = norm(child.num_features, child.eps)
+    replaced.load_state_dict(child.state_dict(), strict=False)  # what it has of ours
+    if type(child).__name__ == "BatchNormAct2d":  # timm's
+        drop, act = child.get_submodule("drop"), child.get_submodule("act")
+        replaced = GlobalBatchNormAct(replaced, drop, act)
+    elif not isinstance(child, nn.SyncBatchNorm) and type(child).forward is not _BatchNorm.forward:
+        raise _issue(
+            f"has a batch norm of class {type(child).__name__} with a forward of its own, for "
+            "which there is no form over all workers"
+        )
+    if not child.affine:
+        replaced.requires_grad_(requires_grad=False)
+    return replaced
+
+
+def freeze_patch_embedding(encoder: nn.Module) -> None:
+    """Leave an encoder's patch-wise first layer as it is, in place (MoCo v3, arXiv:2104.02057).
+
+    Raises:
+        ConfigError: Its first convolution is none whose patches do not overlap.
+    """
+    first = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or tuple(first.kernel_size) != tuple(first.stride):
+        problem = "the encoder does not begin with patches that do not overlap"
+        raise ConfigError([ConfigIssue("encoder.freeze_patch_embedding", problem)])
+    first.requires_grad_(requires_grad=False)
 
 
 class ImportedFamily(EncoderFamily[ImportConfig]):

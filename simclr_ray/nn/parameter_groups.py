@@ -6,6 +6,7 @@ that differs has an `update_rule`, as of `batchnorm` and `heads`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Final, NamedTuple
 
 from torch import nn
@@ -24,6 +25,33 @@ SCORES: Final = UpdateRule(decay=True, adapt=False)
 SCALE: Final = UpdateRule(decay=False, adapt=True)
 # Checkpoints number parameters in this order. The first two are groups of every optimizer.
 ORDER: Final = (USUAL, PLAIN, SCORES, SCALE)
+# Of transformers and ConvNeXt, which recipes exempt as they do biases: tokens, positions, scales.
+EXEMPT: Final = frozenset(
+    {
+        *("cls_token", "class_token", "dist_token", "reg_token", "mask_token"),
+        *("pos_embed", "pos_embedding", "relative_position_bias_table"),
+        *("gamma", "gamma_1", "gamma_2", "layer_scale", "logit_scale"),
+    }
+)
+
+
+def exempt_parameters(encoder: nn.Module, names: Collection[str] = ()) -> None:
+    """Have what is no matrix or kernel of an encoder updated as biases are; in place.
+
+    Those are vectors, tokens, position embeddings and tables, and layer scales.
+
+    Args:
+        encoder: Of layers without an `update_rule`.
+        names: Further dotted names, such as timm's `no_weight_decay()`.
+    """
+    for place, module in encoder.named_modules():
+        exempt = {
+            name
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim <= 1 or name in EXEMPT or f"{place}.{name}".lstrip(".") in names
+        }
+        if exempt:
+            module.exempt = frozenset(exempt)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -45,7 +73,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def rule_of(module: nn.Module, name: str) -> UpdateRule:
     """Return how the parameter `name` of a layer is updated."""
-    if name == "bias" or isinstance(module, nn.LayerNorm | nn.GroupNorm):
+    if (
+        name == "bias"
+        or name in getattr(module, "exempt", ())
+        or isinstance(module, nn.LayerNorm | nn.GroupNorm)
+    ):
         return PLAIN
     rule = getattr(module, "update_rule", USUAL)
     assert isinstance(rule, UpdateRule)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from torch import nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import TorchvisionConfig
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.nn.encoders import EncoderFamily, Norm, globalize
+from simclr_ray.nn.encoders import EncoderFamily, Norm, freeze_patch_embedding, globalize
+from simclr_ray.nn.parameter_groups import exempt_parameters
+
+RESERVED: Final = frozenset({"weights", "image_size", "num_classes", "aux_logits", "init_weights"})
 
 
 class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
@@ -26,14 +31,18 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
         names = torchvision.models.list_models(module=torchvision.models)
         if name not in names:
             raise _issue(f"torchvision has no {name!r}{cfg.nearest(name, names)}")
-        options: dict[str, object] = {}
+        options: dict[str, object] = dict(self.config.options)
+        if reserved := sorted(RESERVED & options.keys()):
+            raise _issue(f"options.{reserved[0]} is set here and cannot be given", "options")
         if self.config.has_fixed_size:
             options["image_size"] = size
         if name in ("googlenet", "inception_v3"):
             options |= {"aux_logits": False, "init_weights": True}
         try:
             backbone: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-        except (RuntimeError, ValueError, AssertionError) as error:  # of a size, in its own words
+        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            if self.config.options:
+                raise _issue(f"{name} of {size} px with {options}: {error}", "options") from error
             raise _issue(f"{name} takes no images of {size} px: {error}") from error
         linears = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
         if not linears or list(backbone.named_modules())[-1][0] != linears[-1][0]:
@@ -42,9 +51,12 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
         parent, _, leaf = where.rpartition(".")
         setattr(backbone.get_submodule(parent), leaf, nn.Identity())
         globalize(backbone, norm)
+        exempt_parameters(backbone)
+        if self.config.freeze_patch_embedding:
+            freeze_patch_embedding(backbone)
         backbone.feature_dim = classifier.in_features  # type: ignore[assignment] # plain attribute
         return backbone
 
 
-def _issue(problem: str) -> ConfigError:
-    return ConfigError([ConfigIssue("encoder.model", problem)])
+def _issue(problem: str, key: str = "model") -> ConfigError:
+    return ConfigError([ConfigIssue(f"encoder.{key}", problem)])

@@ -23,9 +23,9 @@ from simclr_ray.config.imports import ImportConfig, imports_in, with_hashes
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.inference.export_formats import TORCH_EXPORT, write_checked
 from simclr_ray.nn.build import build_encoder, feature_dim
-from simclr_ray.nn.encoders import set_recompute
 from simclr_ray.nn.losses import Loss
 from simclr_ray.optim import state_per_parameter
+from simclr_ray.train.encoder_check import check_encoder
 
 IMAGES: Final = 4
 DIM: Final = 8
@@ -41,7 +41,7 @@ def resolve_imports(experiment: Experiment) -> Experiment:
         return experiment
     experiment = with_hashes(experiment)
     checks: dict[str, Callable[[Experiment, Any], None]] = {
-        "encoder": check_encoder,
+        "encoder": check_imported_encoder,
         "loss": check_loss,
         "optimizer": check_optimizer,
         "augment": check_op,
@@ -52,13 +52,10 @@ def resolve_imports(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def check_encoder(experiment: Experiment, node: ImportConfig) -> None:
-    """Build the encoder, and have it encode two images of each size that it will see."""
+def check_imported_encoder(experiment: Experiment, node: ImportConfig) -> None:
+    """Build the encoder for each size that it will see, and try it."""
     build_encoder(node, size=experiment.evaluation_size)
-    encoder = build_encoder(node, size=experiment.augment.size)
-    set_recompute(encoder, recompute=experiment.scaling.recompute_activations)
-    if not any(p.requires_grad for p in encoder.parameters()):
-        raise ConfigError([ConfigIssue("", "has no parameter to train")])
+    check_encoder(experiment)
 
 
 def check_loss(experiment: Experiment, node: ImportedLossConfig) -> None:

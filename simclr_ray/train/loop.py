@@ -25,9 +25,9 @@ for sampled minibatch {x_k}, k = 1..N:        `stream`: data.plan says which ima
                                               LARS's ratios are the optimizer's (optim)
 return f, throw g away                        inference.embed.load_encoder, from a checkpoint
 
-Not in Algorithm 1, and marked where they come: gradient caching, bf16, reports, evaluation and
-checkpoints. The loop is given all of this and plain functions to call at the right times. It runs
-alone, under torchrun (benchmarks/step.py), and under Ray Train (train.worker).
+Not in Algorithm 1, and marked where they come: gradient caching, clipping, bf16, reports,
+evaluation and checkpoints. The loop is given all of this and plain functions to call at the right
+times. It runs alone, under torchrun (benchmarks/step.py), and under Ray Train (train.worker).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from simclr_ray.nn.batchnorm import frozen_statistics
 from simclr_ray.nn.losses import Loss
 from simclr_ray.nn.precision import Precision, as_input, autocast
 from simclr_ray.nn.stochastic import Rows, draw_for
+from simclr_ray.optim import clip_gradients
 from simclr_ray.train.gradient_cache import averaging_over_ranks, group_rows
 from simclr_ray.train.meter import Metrics, StepMeter
 from simclr_ray.train.step_schedule import StepSchedule
@@ -92,6 +93,7 @@ def train(
     precision: Precision = "float32",
     seed: int = 0,
     num_groups: int = 1,
+    clip_norm: float = 0.0,
 ) -> None:
     """Train until the stream ends. A collective: every rank streams the same steps.
 
@@ -107,6 +109,7 @@ def train(
         seed: Of what the model itself draws, such as dropout: by (seed, step, id, view, layer).
         num_groups: Above 1, a step's images pass the model in so many groups, by gradient caching;
             batch norm's statistics are those of a group.
+        clip_norm: Longest gradient that is stepped by, of all parameters as one vector; 0: any.
 
     Raises:
         DivergedError: The loss was not finite; looked at when metrics or a checkpoint are due, so
@@ -133,16 +136,18 @@ def train(
             if labels is not None:
                 labels = torch.cat([labels[rows] for rows in groups])
             output = cached_step(model, forward, partial(loss, labels=labels), groups)
+        done = batch.step + 1
+        epoch_ends = done % schedule.steps_per_epoch == 0
+        is_due = done % schedule.log_every == 0 or epoch_ends
+        grad_norm = clip_gradients(model, clip_norm) if clip_norm or is_due else None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(batch, output.loss)
 
-        done = batch.step + 1
-        epoch_ends = done % schedule.steps_per_epoch == 0
         # once in a while a report, which stops the run if a loss was not finite or ranks disagree
-        if done % schedule.log_every == 0 or epoch_ends:
+        if grad_norm is not None and is_due:
             metrics = loss.metrics(output.z1, output.z2, labels)
-            callbacks.report(meter.read(done, metrics))
+            callbacks.report(meter.read(done, metrics, grad_norm))
         if epoch_ends:
             callbacks.epoch_end(done // schedule.steps_per_epoch, done)
             model.train()  # evaluation has left it in eval mode

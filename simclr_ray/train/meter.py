@@ -29,6 +29,7 @@ class Metrics(NamedTuple):
     loss: float  # of the last step: the paper's L over the global batch
     mean_loss: float
     learning_rate: float
+    grad_norm: float  # of all parameters, at the last step, before it is clipped
     top1: float  # of picking the partner, or the class
     entropy: float  # of that choice, nats
     images_per_s: float
@@ -76,8 +77,14 @@ class StepMeter:
                 _NOT_FINITE.format(step=done, mean=float(self.loss_sum) / self.steps)
             )
 
-    def read(self, done: int, of_batch: BatchMetrics) -> Metrics:
-        """Return the interval's metrics and start the next. Collective."""
+    def read(self, done: int, of_batch: BatchMetrics, grad_norm: Tensor) -> Metrics:
+        """Return the interval's metrics and start the next. Collective.
+
+        Args:
+            done: Steps.
+            of_batch: Of the last one.
+            grad_norm: Of the last one, the same on all ranks.
+        """
         # reading the loss waits for the device: only then is the interval's work done
         mine = [float(done), float(self.last_loss), float(self.loss_sum) / self.steps]
         elapsed = time.perf_counter() - self.began
@@ -97,6 +104,7 @@ class StepMeter:
             loss=last,
             mean_loss=mean,
             learning_rate=self.schedule.learning_rate(done - 1),
+            grad_norm=float(grad_norm),
             top1=float(of_batch.top1),
             entropy=float(of_batch.entropy),
             images_per_s=images / elapsed,

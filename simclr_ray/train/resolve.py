@@ -30,6 +30,7 @@ from simclr_ray.storage.filesystem import filesystem, one_line
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import check_model, store_uri
+from simclr_ray.train.encoder_check import check_encoder
 from simclr_ray.train.imports import export_problem, resolve_imports
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,10 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         TrackingError: MLflow cannot keep the run, or not under the alias that is asked for.
     """
     native.check_setting()  # read by the actors that make views, on other nodes and minutes later
-    experiment = resolve_folders(resolve_imports(experiment))
+    experiment = resolve_imports(experiment)
+    if experiment.encoder.is_tried and not any(w == "encoder" for w, _ in imports_in(experiment)):
+        check_encoder(experiment)
+    experiment = resolve_folders(experiment)
     data = experiment.data
     source = Source.open(data.train, data.columns, data.limit)
     experiment = experiment.model_copy(

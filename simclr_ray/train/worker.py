@@ -105,6 +105,7 @@ class TrainWorker:
             precision=experiment.precision,
             seed=experiment.seed,
             num_groups=experiment.num_groups,
+            clip_norm=experiment.optimizer.clip_norm,
         )
 
     def report(self, metrics: loop.Metrics) -> None:

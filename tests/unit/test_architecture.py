@@ -57,6 +57,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "filelock": ("storage.run_lock",),
     "jinja2": ("studies.report",),
     "scipy": ("studies.analysis",),
+    "timm": ("nn.timm_models",),
     "fcntl": ("distributed.shared_memory", "data.image_cache"),
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from simclr_ray.config.experiment import AdamWConfig, LARSConfig, SGDConfig
 from simclr_ray.nn.heads import mlp_head
-from simclr_ray.optim import LARS, build_optimizer, learning_rate_at
+from simclr_ray.optim import LARS, build_optimizer, clip_gradients, learning_rate_at
 from tests.reference import lars as oracle
 
 SHAPES = [(4, 3, 3, 3), (7, 5), (5,), (1,)]
@@ -170,3 +170,15 @@ def test_the_rate_is_the_authors_schedule_and_starts_at_zero(warmup: int, total:
 def test_warm_up_that_ends_with_the_run_never_divides_by_zero() -> None:
     assert learning_rate_at(9, 1.0, 10, 10) == pytest.approx(0.9)
     assert learning_rate_at(10, 1.0, 10, 10) == pytest.approx(1.0)
+
+
+def test_a_long_gradient_is_scaled_to_the_longest_and_a_short_one_left() -> None:
+    model = nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[2.0, 3.0]]), torch.tensor([6.0])  # norm 7
+    assert clip_gradients(model, 0.0).item() == pytest.approx(7.0)
+    assert model.bias.grad.item() == 6.0
+    assert clip_gradients(model, 8.0).item() == pytest.approx(7.0)
+    assert model.bias.grad.item() == 6.0
+    assert clip_gradients(model, 3.5).item() == pytest.approx(7.0)
+    assert model.weight.grad.tolist() == [[pytest.approx(1.0), pytest.approx(1.5)]]
+    assert clip_gradients(model, 0.0).item() == pytest.approx(3.5, rel=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from simclr_ray.config.components import ComponentConfig
 from simclr_ray.config.imports import ImportConfig
@@ -13,6 +13,7 @@ class _EncoderConfig(ComponentConfig):
     """What all encoders answer; the component is an `nn.encoders.EncoderFamily`."""
 
     can_recompute: ClassVar[bool] = False  # its blocks can run again in the backward pass
+    is_tried: ClassVar[bool] = True  # on two images before a start: its code is not ours
 
     @property
     def has_fixed_size(self) -> bool:
@@ -25,6 +26,7 @@ class ResNetConfig(_EncoderConfig):
 
     component = "simclr_ray.nn.resnet:ResNetFamily"
     can_recompute = True
+    is_tried = False
 
     name: Literal["resnet"] = "resnet"
     depth: Literal[10, 18, 34, 50, 101, 152, 200] = Field(50, description="10 is not in the paper.")
@@ -54,11 +56,37 @@ class TorchvisionConfig(_EncoderConfig):
 
     name: Literal["torchvision"] = "torchvision"
     model: str = Field("resnet50", min_length=1, description="A name of torchvision.models.")
+    options: dict[str, Any] = Field(
+        {}, since=3, description="What it is called with: stochastic_depth_prob, dropout, …"
+    )
+    freeze_patch_embedding: bool = Field(
+        default=False, since=3, description="As of timm: the first, patch-wise layer stays random."
+    )
 
     @property
     def has_fixed_size(self) -> bool:
         """Return whether it is a vision transformer, whose position embeddings have one size."""
         return self.model.startswith("vit")
+
+
+class TimmConfig(_EncoderConfig):
+    """Any classification backbone of timm (extra `timm`), its classifier removed."""
+
+    component = "simclr_ray.nn.timm_models:TimmFamily"
+    can_recompute = True  # where there is no batch norm, which is looked at before a start
+
+    name: Literal["timm"] = "timm"
+    model: str = Field("resnet50", min_length=1, description="A name of timm.list_models().")
+    options: dict[str, Any] = Field(
+        {},
+        description="What it is called with: drop_path_rate, global_pool, dynamic_img_size, … A "
+        "vision transformer gets img_size = augment.size.",
+    )
+    freeze_patch_embedding: bool = Field(
+        default=False,
+        description="Leave the patch-wise first layer as it was drawn, for stability (MoCo v3, "
+        "arXiv:2104.02057).",
+    )
 
 
 class ImportedEncoderConfig(ImportConfig, _EncoderConfig):
@@ -68,7 +96,8 @@ class ImportedEncoderConfig(ImportConfig, _EncoderConfig):
 
 
 AnyEncoderConfig = Annotated[
-    ResNetConfig | TorchvisionConfig | ImportedEncoderConfig, Field(discriminator="name")
+    ResNetConfig | TorchvisionConfig | TimmConfig | ImportedEncoderConfig,
+    Field(discriminator="name"),
 ]
 
 

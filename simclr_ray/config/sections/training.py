@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from simclr_ray.config.components import ComponentConfig
 from simclr_ray.config.imports import ImportConfig
@@ -176,8 +176,18 @@ class _OptimizerConfig(ComponentConfig):
     """What all optimizers answer; the component is a `torch.optim.Optimizer` of groups, `lr=0`."""
 
     def arguments(self) -> dict[str, Any]:
-        """Return all fields but the weight decay, which parameter groups have."""
-        return {k: v for k, v in super().arguments().items() if k != "weight_decay"}
+        """Return its own fields: parameter groups have the weight decay, and the loop clips."""
+        return {k: v for k, v in super().arguments().items() if k not in NOT_ITS_OWN}
+
+
+NOT_ITS_OWN: Final = ("weight_decay", "clip_norm")
+CLIP_NORM: Final = Field(
+    0.0,
+    ge=0,
+    since=3,
+    description="Longest gradient of all parameters together, after the average over workers; a "
+    "longer one is scaled down to it; 0: none is.",
+)
 
 
 class LARSConfig(_OptimizerConfig):
@@ -191,6 +201,7 @@ class LARSConfig(_OptimizerConfig):
     trust_coefficient: float = Field(1e-3, gt=0)
     momentum_form: Literal["authors", "outside"] = "authors"
     clip_lr: bool = False
+    clip_norm: float = CLIP_NORM
 
 
 class SGDConfig(_OptimizerConfig):
@@ -202,6 +213,7 @@ class SGDConfig(_OptimizerConfig):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     nesterov: bool = False
+    clip_norm: float = CLIP_NORM
 
 
 class AdamWConfig(_OptimizerConfig):
@@ -213,6 +225,7 @@ class AdamWConfig(_OptimizerConfig):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
+    clip_norm: float = CLIP_NORM
 
     def arguments(self) -> dict[str, Any]:
         """Return torch's `betas`."""
@@ -226,6 +239,7 @@ class ImportedOptimizerConfig(ImportConfig, _OptimizerConfig):
     """
 
     weight_decay: float = Field(1e-4, ge=0, description="Of groups that are decayed.")
+    clip_norm: float = CLIP_NORM
 
 
 AnyOptimizerConfig = Annotated[

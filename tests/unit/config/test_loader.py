@@ -219,7 +219,7 @@ def test_a_variant_without_a_name_is_the_default_one() -> None:
             "encoder",
             {"name": "resnt"},
             "'resnt'",
-            "resnet, torchvision, import (did you mean 'resnet'?)",
+            "resnet, torchvision, timm, import (did you mean 'resnet'?)",
         ),
         (
             "head",

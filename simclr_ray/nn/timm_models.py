@@ -1,0 +1,114 @@
+"""timm's backbones as encoders (extra `timm`): pooled features, batch norm made global."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from simclr_ray import config as cfg
+from simclr_ray.config.sections.model import TimmConfig
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.nn.encoders import EncoderFamily, Norm, freeze_patch_embedding, globalize
+from simclr_ray.nn.parameter_groups import exempt_parameters
+
+EXTRA: Final = "simclr-ray[timm]"
+# set here, or would load weights: those come by init.weights, with a hash
+RESERVED: Final = frozenset(
+    {
+        *("num_classes", "in_chans", "features_only"),
+        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+    }
+)
+
+
+class TimmFamily(EncoderFamily[TimmConfig]):
+    """Any of timm's that gives one vector an image."""
+
+    def build(self, norm: Norm, size: int) -> nn.Module:
+        """Return the backbone up to its pooled features, before the classifier.
+
+        Raises:
+            ConfigError: timm is not installed, has no such model, or the model takes other options
+                or other images.
+        """
+        timm = load_timm()
+        name, options = self.config.model, dict(self.config.options)
+        if "." in name or not timm.is_model(name):
+            raise _issue(_no_model(name, timm.list_models()), "model")
+        if reserved := sorted(RESERVED & options.keys()):
+            raise _issue(f"options.{reserved[0]} is set here and cannot be given", "options")
+        settings = timm.models.get_pretrained_cfg(name)
+        if settings is not None and settings.fixed_input_size and not _takes_any_size(options):
+            options.setdefault("img_size", size)
+        try:
+            backbone: nn.Module = timm.create_model(
+                name, pretrained=False, num_classes=0, **options
+            )
+        except Exception as error:  # timm's models raise what they find, of any kind
+            raise _issue(f"timm's {name} with {options}: {_said(error)}", "options") from error
+        globalize(backbone, norm)
+        exempt_parameters(backbone, getattr(backbone, "no_weight_decay", set)())
+        if self.config.freeze_patch_embedding:
+            freeze_patch_embedding(backbone)
+        backbone.feature_dim = self._feature_dim(backbone, size)  # type: ignore[assignment] # plain attribute
+        return backbone
+
+    def _feature_dim(self, backbone: nn.Module, size: int) -> int:
+        """Return F, found by a pass over shapes alone."""
+        named = (*backbone.named_parameters(), *backbone.named_buffers())
+        shapes = {n: t.detach().to("meta") for n, t in named}
+        images = torch.empty(2, 3, size, size, device="meta")
+        training = backbone.training
+        shown = f"timm's {self.config.model}"
+        try:
+            with torch.no_grad():
+                h = torch.func.functional_call(backbone.eval(), shapes, images)
+        except Exception as error:  # as above
+            hint = ""
+            if "dynamic_img_size" not in self.config.options:
+                hint = "; options.dynamic_img_size=true lets timm's ViTs take any size"
+            raise _issue(f"{shown} takes no images of {size} px: {_said(error)}{hint}") from error
+        finally:
+            backbone.train(training)
+        if not isinstance(h, Tensor) or h.ndim != 2:
+            given = [*h.shape] if isinstance(h, Tensor) else type(h).__name__
+            raise _issue(f"{shown} gives {given} where one vector an image, [2, F], is needed")
+        return h.shape[1]
+
+
+def load_timm() -> Any:
+    """Return the module timm.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import timm  # seconds to import, in every worker; few runs need it
+    except ImportError as error:
+        problem = f"timm needs the extra: pip install '{EXTRA}' ({error})"
+        raise ConfigError([ConfigIssue("encoder.name", problem)]) from error
+    return timm
+
+
+def _takes_any_size(options: dict[str, Any]) -> bool:
+    return bool(options.get("dynamic_img_size"))
+
+
+def _no_model(name: str, names: list[str]) -> str:
+    """Return why there is no model of a name, and which is meant."""
+    bare, _, tag = name.partition(".")
+    if tag and bare in names:
+        return (
+            f"{name!r}: the tag .{tag} names weights, which are given by init.weights; say {bare!r}"
+        )
+    return f"timm has no {name!r}{cfg.nearest(name, names)}"
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _issue(problem: str, key: str = "model") -> ConfigError:
+    return ConfigError([ConfigIssue(f"encoder.{key}", problem)])
