@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from simclr_ray.config.components import ComponentConfig, build
 from simclr_ray.config.imports import ImportConfig
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.nn.batchnorm import GlobalBatchNorm, GlobalBatchNormAct
+from simclr_ray.nn.foreign_weights import DEVIATION, MEAN
 
 Norm = Callable[..., GlobalBatchNorm]
+SCALES: Final = ("gamma", "layer_scale")
 ConfigT = TypeVar("ConfigT", bound=ComponentConfig)
 
 
@@ -52,13 +54,35 @@ class EncoderFamily(ABC, Generic[ConfigT]):
             ConfigError: There is no such encoder.
         """
 
-    def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a torchvision-style state dict under the encoder's own names.
+    def file_names(self, encoder: nn.Module) -> dict[str, str]:
+        """Return what a state dict in a file calls each tensor of the encoder.
 
         Raises:
             CheckpointError: No such weights can fit.
         """
-        return tensors
+        return {name: name for name in encoder.state_dict()}
+
+    def file_children(self, encoder: nn.Module) -> list[str]:
+        """Return the first parts of `file_names` in the order of layers, as a Sequential has it."""
+        return [name for name, _ in encoder.named_children()]
+
+    def resized(self, encoder: nn.Module, name: str, tensor: Tensor, like: Tensor) -> Tensor | None:
+        """Return a file's tensor in the shape of `like`; None: that cannot be.
+
+        Args:
+            encoder: Whose tensor it is to be.
+            name: Its name there.
+            tensor: Of the file.
+            like: What it is to replace.
+        """
+        del encoder
+        if name.endswith(SCALES) and tensor.numel() == like.numel():
+            return tensor.reshape(like.shape)  # [C] or [C, 1, 1]
+        return None
+
+    def input_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and deviation that its weights' images had taken off, if nobody says."""
+        return (MEAN, DEVIATION) if self.folds_input else ((0.0,) * 3, (1.0,) * 3)
 
 
 def family_of(config: ComponentConfig) -> EncoderFamily[Any]:

@@ -1,13 +1,15 @@
-"""Weights of other runs: to start from, or of a teacher; and torchvision-style state dicts.
+"""Weights of other runs: to start from, or of a teacher; and state dicts of other programs.
 
-torchvision's weights are for images less a mean and over a deviation; ours are in [0, 1]. Both
-are folded into the first convolution and its batch norm, exact but for the border that it pads.
+Weights elsewhere are for images less a mean and over a deviation; ours are in [0, 1]. Both are
+folded into the first convolution, exact but for the border that it pads (`nn.foreign_weights`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +22,14 @@ from simclr_ray.config.imports import permit_code
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.nn.encoders import family_of
+from simclr_ray.nn.foreign_weights import DEVIATION, MEAN, fit, fold_input
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 
-FILES = (".pth", ".pt", ".safetensors")
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's of ImageNet
+FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
+FOLDER_CONFIG, FOLDER_INDEX = "config.json", "model.safetensors.index.json"  # Hugging Face's
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+PREPROCESSOR = "preprocessor_config.json"
 TRAINED_WITH = ("encoder", "head", "init", "loss", "optimizer", "schedule", "batch_size", "epochs")
 WHERE, TEACHER = "init.weights", "loss.teacher"
 
@@ -91,8 +96,9 @@ def load_init(model: SimCLRModel, experiment: Experiment) -> None:
     weights = experiment.init.weights
     if not weights:
         return
-    if weights.endswith(FILES):
-        _load_torchvision(model.encoder, checkpoint.read_file(Path(weights)), experiment)
+    if weight_files(weights):
+        foreign = foreign_weights(model.encoder, experiment)
+        model.encoder.load_state_dict(foreign.tensors, strict=False)  # all are there but constants
         return
     with open_checkpoint(weights) as (_, folder):
         tensors = checkpoint.read(folder).tensors
@@ -141,39 +147,77 @@ def open_checkpoint(weights: str, option: str = WHERE) -> Iterator[tuple[str, Pa
         yield f"{folder.uri}/{newest.name}", newest
 
 
-def _load_torchvision(
-    encoder: nn.Module, tensors: dict[str, Tensor], experiment: Experiment
-) -> None:
-    """Load a torchvision classifier's state dict, its last layer left out."""
-    tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
-    family = family_of(experiment.encoder)
-    tensors = family.renamed(tensors)
-    wanted = encoder.state_dict()
-    fitting = {n: t for n, t in tensors.items() if n in wanted}
-    if family.folds_input:
-        convolution, norm = _first(encoder)
-        if convolution in fitting and fitting[convolution].shape == wanted[convolution].shape:
-            _fold_input(fitting, convolution, norm)
+class ForeignWeights(NamedTuple):
+    """Weights of another program, ready for an encoder of ours."""
+
+    tensors: dict[str, Tensor]
+    line: str  # what was loaded and what was left out
+
+
+def foreign_weights(encoder: nn.Module, experiment: Experiment) -> ForeignWeights:
+    """Return the tensors of `init.weights`, a file or a folder of another program's, by our names.
+
+    Args:
+        encoder: Its names and shapes are looked at.
+        experiment: Of it.
+
+    Raises:
+        CheckpointError: They cannot be read without running code, or do not fit.
+    """
+    init, family = experiment.init, family_of(experiment.encoder)
+    tree: dict[str, Any] = {}
+    for path in weight_files(init.weights):
+        tree |= checkpoint.read_file(path)
     try:
-        encoder.load_state_dict(fitting)
-    except RuntimeError as error:
-        raise CheckpointError(f"{WHERE} does not fit the encoder: {error}") from error
+        fitted = fit(
+            encoder,
+            tree,
+            partial(family.resized, encoder),
+            names=family.file_names(encoder),
+            children=family.file_children(encoder),
+        )
+        mean, std = tuple(init.mean), tuple(init.std)
+        if not mean:
+            mean, std = _folder_statistics(Path(init.weights)) or (
+                (MEAN, DEVIATION)
+                if fitted.is_nested and family.folds_input
+                else family.input_statistics()
+            )
+        fold_input(encoder, fitted.tensors, mean, std)
+    except CheckpointError as error:
+        raise CheckpointError(f"{Path(init.weights).name} {error}") from error
+    shown = ", ".join(f"{m:g}" for m in mean), ", ".join(f"{d:g}" for d in std)
+    line = f"{fitted.line()}; for images less ({shown[0]}) over ({shown[1]})"
+    return ForeignWeights(fitted.tensors, line)
 
 
-def _first(encoder: nn.Module) -> tuple[str, str]:
-    """Return the names of the first convolution's weight and of the norm that follows it."""
-    names = [n for n, m in encoder.named_modules() if not list(m.children())]
-    return f"{names[0]}.weight", names[1]
+def weight_files(weights: str) -> list[Path]:
+    """Return the files of another program's weights; none where it is a run or a checkpoint.
+
+    Args:
+        weights: A file, or a folder as Hugging Face's libraries write it.
+    """
+    if weights.endswith(FILES):
+        return [Path(weights)]
+    folder = Path(weights)
+    if not (folder / FOLDER_CONFIG).is_file():
+        return []
+    if (folder / FOLDER_INDEX).is_file():
+        index = json.loads((folder / FOLDER_INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return [folder / name for name in FOLDER_FILES if (folder / name).is_file()][:1]
 
 
-def _fold_input(tensors: dict[str, Tensor], convolution: str, norm: str) -> None:
-    """Make the first layer take images in [0, 1] where it took them less mean, over deviation."""
-    deviation = torch.tensor(DEVIATION)[:, None, None]
-    weight = tensors[convolution] / deviation
-    tensors[convolution] = weight
-    shift = (weight * torch.tensor(MEAN)[:, None, None]).sum((1, 2, 3))
-    bias = convolution.replace("weight", "bias")
-    if bias in tensors:
-        tensors[bias] = tensors[bias] - shift
-    elif f"{norm}.running_mean" in tensors:
-        tensors[f"{norm}.running_mean"] = tensors[f"{norm}.running_mean"] + shift
+def _folder_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and deviation that a Hugging Face folder names, of timm's there as well."""
+    for name, keys in (
+        (PREPROCESSOR, ("image_mean", "image_std")),
+        (FOLDER_CONFIG, ("mean", "std")),
+    ):
+        if (folder / name).is_file():
+            tree = json.loads((folder / name).read_text(encoding="utf-8"))
+            tree = tree.get("pretrained_cfg", tree)
+            if tree.get("do_normalize", True) and all(key in tree for key in keys):
+                mean, std = (tuple(map(float, tree[key])) for key in keys)
+                return mean, std
+    return None

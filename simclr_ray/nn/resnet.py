@@ -248,32 +248,31 @@ class ResNetFamily(EncoderFamily[ResNetConfig]):
         """Return the network."""
         return ResNet(**self.config.arguments(), norm=norm)
 
-    def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return torchvision's ResNet's tensors under our names.
+    def file_names(self, encoder: nn.Module) -> dict[str, str]:
+        """Return torchvision's names of our tensors.
 
         Raises:
             CheckpointError: torchvision has no such ResNet.
         """
         config = self.config
-        if config.depth < 50 or config.stem != "imagenet" or config.selective_kernel:
+        if config.depth < 50 or config.stem == "strided" or config.selective_kernel:
             raise CheckpointError(
-                "init.weights: torchvision has no such ResNet: depth 50 or more, stem imagenet, no "
+                "torchvision has no such ResNet: depth 50 or more, stem imagenet or cifar, no "
                 "selective kernels; for its others take encoder.name=torchvision"
             )
-        names = {"conv1": "stem.0", "bn1": "stem.1"}
+        layers = {"stem.0": "conv1", "stem.1": "bn1"}
         block = 0
-        for group in range(1, 5):
-            repeats = {n.split(".")[1] for n in tensors if n.startswith(f"layer{group}.")}
-            for repeat in range(len(repeats)):
+        for group, repeats in enumerate(BLOCKS[config.depth], 1):
+            for repeat in range(repeats):
                 theirs, ours = f"layer{group}.{repeat}", f"blocks.{block}"
                 for place in range(3):
-                    names[f"{theirs}.conv{place + 1}"] = f"{ours}.branch.{place}.0"
-                    names[f"{theirs}.bn{place + 1}"] = f"{ours}.branch.{place}.1"
-                names |= {f"{theirs}.downsample.{i}": f"{ours}.shortcut.{i}" for i in (0, 1)}
+                    layers[f"{ours}.branch.{place}.0"] = f"{theirs}.conv{place + 1}"
+                    layers[f"{ours}.branch.{place}.1"] = f"{theirs}.bn{place + 1}"
+                layers |= {f"{ours}.shortcut.{i}": f"{theirs}.downsample.{i}" for i in (0, 1)}
                 block += 1
-        out: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            layer, _, kind = name.rpartition(".")
-            if layer in names:
-                out[f"{names[layer]}.{kind}"] = tensor
-        return out
+        parts = (name.rpartition(".") for name in encoder.state_dict())
+        return {f"{layer}.{kind}": f"{layers[layer]}.{kind}" for layer, _, kind in parts}
+
+    def file_children(self, encoder: nn.Module) -> list[str]:  # noqa: ARG002 - torchvision's
+        """Return torchvision's layers."""
+        return ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]

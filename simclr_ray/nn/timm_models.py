@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import torch
@@ -76,6 +77,25 @@ class TimmFamily(EncoderFamily[TimmConfig]):
             given = [*h.shape] if isinstance(h, Tensor) else type(h).__name__
             raise _issue(f"{shown} gives {given} where one vector an image, [2, F], is needed")
         return h.shape[1]
+
+    def resized(self, encoder: nn.Module, name: str, tensor: Tensor, like: Tensor) -> Tensor | None:
+        """Return position embeddings by timm's own rule; tokens before the grid stay."""
+        if name != "pos_embed" or tensor.ndim != 3 or tensor.shape[2] != like.shape[2]:
+            return super().resized(encoder, name, tensor, like)
+        rows, columns = encoder.get_submodule("patch_embed").grid_size  # type: ignore[misc] # two ints
+        tokens = like.shape[1] - rows * columns
+        if math.isqrt(max(0, tensor.shape[1] - tokens)) ** 2 + tokens != tensor.shape[1]:
+            return None
+        resample = load_timm().layers.resample_abs_pos_embed
+        new: Tensor = resample(tensor, [rows, columns], num_prefix_tokens=tokens)
+        return new
+
+    def input_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return those of the weights that timm has under the model's name."""
+        settings = load_timm().models.get_pretrained_cfg(self.config.model)
+        if settings is None or settings.mean is None:
+            return super().input_statistics()
+        return tuple(settings.mean), tuple(settings.std)
 
 
 def load_timm() -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import TorchvisionConfig
@@ -56,6 +59,17 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
             freeze_patch_embedding(backbone)
         backbone.feature_dim = classifier.in_features  # type: ignore[assignment] # plain attribute
         return backbone
+
+    def resized(self, encoder: nn.Module, name: str, tensor: Tensor, like: Tensor) -> Tensor | None:
+        """Return position embeddings by torchvision's own rule, the class token left as it is."""
+        if not name.endswith("pos_embedding") or tensor.ndim != 3:
+            return super().resized(encoder, name, tensor, like)
+        old, new = (math.isqrt(t.shape[1] - 1) for t in (tensor, like))
+        if tensor.shape[2] != like.shape[2] or old**2 + 1 != tensor.shape[1]:
+            return None
+        grid = tensor[:, 1:].reshape(len(tensor), old, old, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=True)
+        return torch.cat([tensor[:, :1], grid.flatten(2).mT], 1)
 
 
 def _issue(problem: str, key: str = "model") -> ConfigError:

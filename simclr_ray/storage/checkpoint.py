@@ -188,11 +188,13 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(int(record["step"]), tensors, record)
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file, or of one that torch wrote; no code is run.
+def read_file(path: Path) -> dict[str, Any]:
+    """Return what a .safetensors file holds, or one that torch wrote; no code is run.
+
+    That is tensors by name, perhaps in dicts of dicts.
 
     Raises:
-        CheckpointError: It holds something else.
+        CheckpointError: It holds something else, or other objects besides.
     """
     import torch
     from safetensors.torch import load_file
@@ -200,14 +202,19 @@ def read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state_dict: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(state_dict, dict) or not all(
-        isinstance(t, torch.Tensor) for t in state_dict.values()
-    ):
-        raise CheckpointError(f"{path} is no state dict: names and tensors")
-    return state_dict
+        tree: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise CheckpointError(
+            f"{path} holds {named[1] if named else 'objects'} besides tensors, and to read that "
+            "would run code; where you trust it, write its tensors alone: torch.save(torch.load("
+            f"{path.name!r}, weights_only=False)['state_dict'], 'weights.pth')"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} holds a {type(tree).__name__}; expected tensors by name")
+    return tree
 
 
 def _sync(path: Path) -> None:

@@ -16,11 +16,12 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
+from simclr_ray.nn.pretrained import weight_files
 from simclr_ray.optim import state_per_parameter
 from simclr_ray.storage.filesystem import one_line
 from simclr_ray.train.advice import advise_before_start, memory_advice
 from simclr_ray.train.imports import export_problem
-from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.resolve import ResolvedExperiment, init_line
 
 MIB = 2**20
 SAMPLE = 4  # images in the pass that is counted; the result is per image
@@ -69,6 +70,8 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         f"loss {memory.loss / MIB:,.0f}",
     }
     rows |= _of_imports(experiment)
+    if weight_files(experiment.init.weights):
+        rows["first weights"] = init_line(experiment)
     if experiment.num_groups > 1:
         rows["gradient caching"] = (
             f"{experiment.num_groups} groups of {experiment.batch_norm.group_size:,} images "

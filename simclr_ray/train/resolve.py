@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
+import torch
 from pyarrow.fs import FileType
 
 from simclr_ray import config as cfg
@@ -24,7 +25,14 @@ from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.evaluate import split_like_test
-from simclr_ray.nn.pretrained import FILES, TEACHER, WHERE, open_checkpoint
+from simclr_ray.nn.build import build_encoder
+from simclr_ray.nn.pretrained import (
+    TEACHER,
+    WHERE,
+    foreign_weights,
+    open_checkpoint,
+    weight_files,
+)
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import filesystem, one_line
 from simclr_ray.storage.provenance import sha256
@@ -232,15 +240,14 @@ def resolve_init(experiment: Experiment) -> Experiment:
     weights = experiment.init.weights
     if not weights:
         return experiment
-    if weights.endswith(FILES):
-        path = Path(weights)
-        if not path.is_file():
-            raise _issue(f"no file {weights}")
-        try:
-            checkpoint.read_file(path)  # what it holds, before workers open it
-        except CheckpointError as error:
-            raise _issue(f"cannot be read: {one_line(error)}") from error
-        update = {"weights": weights, "sha256": sha256(path)}
+    files = weight_files(weights)
+    if files:
+        for path in files:
+            if not path.is_file():
+                raise _issue(f"no file {path}")
+        log.info("%s: %s", WHERE, init_line(experiment))
+        hashes = [sha256(path) for path in files]
+        update = {"weights": weights, "sha256": hashes[0] if len(files) == 1 else _joint(hashes)}
     else:
         with open_checkpoint(weights) as (where, folder):
             record = checkpoint.read_record(folder)
@@ -248,6 +255,25 @@ def resolve_init(experiment: Experiment) -> Experiment:
             update = {"weights": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
     init = experiment.init.model_copy(update=update)
     return experiment.model_copy(update={"init": init})
+
+
+def init_line(experiment: Experiment) -> str:
+    """Return how the tensors of `init.weights`, another program's, serve the encoder.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    device = "cpu" if any(w == "encoder" for w, _ in imports_in(experiment)) else "meta"
+    with torch.device(device):  # names and shapes are enough, but imported code may refuse
+        encoder = build_encoder(experiment.encoder, size=experiment.augment.size)
+    try:
+        return foreign_weights(encoder, experiment).line
+    except CheckpointError as error:
+        raise _issue(str(error)) from error
+
+
+def _joint(hashes: list[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 NO_CLASSIFIER = "is a run without a classifier: `simclr-ray model finetune` trains one from it"

@@ -162,13 +162,28 @@ class InitConfig(Config):
 
     weights: PathOrURI = Field(
         "",
-        description="A run folder, a checkpoint in one, or a torchvision-style state dict (.pth, "
-        ".safetensors); empty: random.",
+        description="A run folder, a checkpoint in one, a state dict of torchvision, timm, lightly "
+        "or solo-learn (.pth, .ckpt, .safetensors, …), or a Hugging Face folder; empty: random.",
     )
+    mean: list[float] = Field(
+        [],
+        since=3,
+        description="Of each channel in [0, 1], which the images of these weights had taken off; "
+        "[]: as the folder or the model says, else ImageNet's. [0, 0, 0] with std [1, 1, 1]: none.",
+    )
+    std: list[float] = Field([], since=3, description="Likewise what they were divided by.")
     sha256: str = Field("", description="Of the weights; filled in.")
+
+    @model_validator(mode="after")
+    def _check_statistics(self) -> InitConfig:
+        if len(self.mean) != len(self.std) or any(value <= 0 for value in self.std):
+            raise ValueError("mean and std have one number a channel each, those of std above 0")
+        return self
 
     def canonical(self) -> InitConfig:
         """Return the config without the path where the hash says which weights they are."""
+        if not self.weights and not self.sha256:
+            return InitConfig()
         return self.model_copy(update={"weights": ""}) if self.sha256 else self
 
 

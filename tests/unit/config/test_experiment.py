@@ -58,6 +58,13 @@ def leaf_paths(tree: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple
             yield (*at, key)
 
 
+# go together only; and what is the model's own (`test_options_and_statistics_...`)
+TOGETHER = {
+    *(("augment", "b"), ("augment", "symmetric")),
+    *(("init", "mean"), ("init", "std"), ("encoder", "options")),
+}
+
+
 def another(path: str, value: Any) -> Any:
     """Return a valid value of the leaf that differs from `value`."""
     if path in OTHER:
@@ -110,8 +117,8 @@ def test_the_digest_changes_with_every_leaf_that_changes_the_result_and_with_no_
         if path[-1] == "full_size_epoch_fraction":
             assert changed(tree, path).digest() == base.digest()  # nothing grows
             continue
-        if path in (("augment", "b"), ("augment", "symmetric")):
-            continue  # go together only
+        if path in TOGETHER:
+            continue
         if path == ("scaling", "color_augment_on") and base.augment.name != "simclr":
             continue  # refused there
         if path[-1] == "selective_kernel" and getattr(base.encoder, "depth", 0) < 50:
@@ -151,12 +158,25 @@ def test_naming_what_has_no_variants_keeps_what_stands_beside_the_name() -> None
 
 def test_every_variant_has_a_digest_of_its_own() -> None:
     parts = {
-        "encoder": ["resnet", "torchvision"],
+        "encoder": ["resnet", "torchvision", "timm"],
         "head": ["none", "linear", "mlp"],
         "optimizer": ["lars", "sgd", "adamw"],
     }
     digests = {experiment(**{p: {"name": n}}).digest() for p, names in parts.items() for n in names}
-    assert len(digests) == 2 + 3 + 3 - 2  # three of them are the default experiment
+    assert len(digests) == 3 + 3 + 3 - 2  # three of them are the default experiment
+
+
+def test_options_and_statistics_are_of_the_digest_where_they_count() -> None:
+    plain = experiment(encoder={"name": "timm"})
+    assert experiment(encoder={"name": "timm", "options": {}}).digest() == plain.digest()
+    other = experiment(encoder={"name": "timm", "options": {"drop_path_rate": 0.1}})
+    assert other.digest() != plain.digest()
+    statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    assert experiment(init=statistics).digest() == experiment().digest()  # of no weights
+    of = {"weights": "w.pth", "sha256": "x"}
+    assert experiment(init=of | statistics).digest() != experiment(init=of).digest()
+    with pytest.raises(ConfigError, match="one number a channel each"):
+        experiment(init=of | {"mean": [0.5] * 3})
 
 
 def test_defaults_written_out_are_the_same_experiment() -> None:

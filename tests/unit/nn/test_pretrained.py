@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from simclr_ray import config as cfg
@@ -15,10 +19,11 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CheckpointError, ConfigError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_model
-from simclr_ray.nn.pretrained import DEVIATION, MEAN, load_init, load_trained
+from simclr_ray.nn.foreign_weights import DEVIATION, MEAN
+from simclr_ray.nn.pretrained import load_init, load_trained
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
-from simclr_ray.train.resolve import resolve_init
+from simclr_ray.train.resolve import init_line, resolve_init
 
 SMALL = {"name": "resnet", "depth": 10, "width": 0.125, "stem": "cifar"}
 
@@ -164,3 +169,196 @@ def test_experiment_and_model_of_a_checkpoint_come_from_one_reading(
     assert not trained.model.training
     theirs = source.state_dict()
     assert all(torch.equal(t, theirs[name]) for name, t in trained.model.state_dict().items())
+
+
+VIT: dict[str, Any] = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+TIMM_VIT = {"name": "timm", "model": "vit_small_patch16_224", "options": VIT}
+NO_SHIFT = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+Named = dict[str, torch.Tensor]
+
+
+def prefixed(tensors: Named, prefix: str) -> Named:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def narrow_resnet() -> nn.Module:
+    """Return torchvision's ResNet-50, narrow: quickly written."""
+    torch.manual_seed(3)
+    return moved(torchvision.models.resnet50(width_per_group=4))
+
+
+def solo_learn(backbone: Named) -> dict[str, Any]:
+    """Return a checkpoint as solo-learn's methods write it, a momentum copy beside."""
+    shaken = {name: tensor + 1 for name, tensor in backbone.items()}
+    head = {"projector.0.weight": torch.zeros(4, 4), "classifier.weight": torch.zeros(10, 4)}
+    copies = prefixed(shaken, "momentum_backbone.")
+    return {"epoch": 3, "state_dict": copies | prefixed(backbone, "backbone.") | head}
+
+
+CHILDREN = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+
+def numbered(backbone: Named) -> Named:
+    """Return the names of `nn.Sequential(*list(resnet.children())[:-1])`, as of lightly."""
+    out = {}
+    for name, tensor in backbone.items():
+        first, _, rest = name.partition(".")
+        out[f"{CHILDREN.index(first)}.{rest}"] = tensor
+    return out
+
+
+LAYOUTS: dict[str, Callable[[Named], dict[str, Any]]] = {
+    "plain": lambda own: own,
+    "DDP": lambda own: prefixed(own, "module."),
+    "compiled": lambda own: {"model": prefixed(own, "_orig_mod.")},
+    "MoCo": lambda own: {
+        "state_dict": prefixed({n: t + 1 for n, t in own.items()}, "module.encoder_k.")
+        | prefixed(own, "module.encoder_q."),
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}},
+    },
+    "DINO": lambda own: {
+        "student": prefixed({n: t + 1 for n, t in own.items()}, "module.backbone."),
+        "teacher": prefixed(own, "backbone."),
+    },
+    "encoder": lambda own: prefixed(own, "encoder."),
+    "solo-learn": solo_learn,
+    "solo-learn, before 1.0": lambda own: {"state_dict": prefixed(own, "encoder.")},
+    "lightly": lambda own: {"state_dict": prefixed(numbered(own), "backbone.")},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_of_a_state_dict_gives_the_features_of_its_encoder(
+    layout: str, tmp_path: Path
+) -> None:
+    theirs = narrow_resnet()
+    theirs.fc = nn.Identity()
+    path = tmp_path / "weights.ckpt"
+    torch.save(LAYOUTS[layout](theirs.state_dict()), path)
+    encoder = {"name": "torchvision", "model": "resnet50", "options": {"width_per_group": 4}}
+    exp = resolve_init(experiment(encoder=encoder, init={"weights": str(path), **NO_SHIFT}))
+    model = build_model(exp).eval()
+    load_init(model, exp)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encoder(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_loaded_and_left_out_is_one_line(tmp_path: Path) -> None:
+    theirs = timm.create_model("vit_small_patch16_224", img_size=32, num_classes=3, **VIT)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "weights.pth")
+    init = {"weights": f"{tmp_path}/weights.pth"}
+    line = init_line(experiment(encoder=TIMM_VIT, init=init))
+    assert line == (
+        "18 of 20 tensors loaded from model; left out 2: head.weight, head.bias; "
+        "for images less (0.485, 0.456, 0.406) over (0.229, 0.224, 0.225)"
+    )
+    torch.save(theirs.state_dict(), tmp_path / "plain.pth")  # as timm's own: of what it has
+    init = {"weights": f"{tmp_path}/plain.pth"}
+    assert "(0.5, 0.5, 0.5) over (0.5, 0.5, 0.5)" in init_line(
+        experiment(encoder=TIMM_VIT, init=init)
+    )
+
+
+@pytest.mark.parametrize("kind", ["timm", "torchvision"])
+def test_patches_take_the_normalisation_exactly_and_positions_another_grid(
+    kind: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    if kind == "timm":
+        encoder = TIMM_VIT
+        theirs = timm.create_model("vit_small_patch16_224", img_size=64, num_classes=0, **VIT)
+    else:
+        encoder = {"name": "torchvision", "model": "vit_b_32"}
+        theirs = torchvision.models.vit_b_32(image_size=64)
+        theirs.heads = nn.Identity()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    path = tmp_path / "weights.safetensors"
+    save_file(theirs.state_dict(), path)
+    init = {"weights": str(path), "mean": list(MEAN), "std": list(DEVIATION)}
+    exp = experiment(encoder=encoder, augment={"size": 64}, init=init)
+    model = build_model(exp).eval()
+    load_init(model, exp)
+    images = torch.rand(2, 3, 64, 64)
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
+    with torch.no_grad():
+        expected = theirs.eval()((images - mean) / deviation)
+        torch.testing.assert_close(model.encoder(images), expected, rtol=1e-4, atol=1e-5)
+    larger = experiment(encoder=encoder, augment={"size": 96}, init=init)
+    assert "resampled to the grid of augment.size" in init_line(larger)
+    load_init(build_model(larger), larger)
+
+
+def test_a_hugging_face_folder_says_what_its_images_had_taken_off(tmp_path: Path) -> None:
+    theirs = timm.create_model("vit_small_patch16_224", img_size=32, num_classes=0, **VIT)
+    names = {
+        "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "blocks.0.norm1.": "encoder.layer.0.layernorm_before.",
+        "blocks.0.norm2.": "encoder.layer.0.layernorm_after.",
+        "blocks.0.attn.proj.": "encoder.layer.0.attention.output.dense.",
+        "blocks.0.mlp.fc1.": "encoder.layer.0.intermediate.dense.",
+        "blocks.0.mlp.fc2.": "encoder.layer.0.output.dense.",
+        "norm.": "layernorm.",
+    }
+    tensors = {}
+    for name, tensor in theirs.state_dict().items():
+        if ".qkv." in name:
+            for which, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                kind = name.rpartition(".")[2]
+                tensors[f"vit.encoder.layer.0.attention.attention.{which}.{kind}"] = part.clone()
+            continue
+        old = next(o for o in names if name.startswith(o))
+        tensors[f"vit.{names[old]}{name.removeprefix(old)}"] = tensor
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    preprocessing = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    exp = resolve_init(experiment(encoder=TIMM_VIT, init={"weights": str(tmp_path)}))
+    assert exp.init.sha256 == sha256(tmp_path / "model.safetensors")
+    line = init_line(exp)
+    assert "18 of 18 tensors loaded under 'vit.' as of Hugging Face ViT" in line
+    assert "(0.1, 0.2, 0.3) over (0.4, 0.5, 0.6)" in line
+    model = build_model(exp).eval()
+    load_init(model, exp)
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(v)[:, None, None] for v in preprocessing.values())
+    with torch.no_grad():
+        expected = theirs.eval()((images - mean) / std)
+        torch.testing.assert_close(model.encoder(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_names_five_of_each_side_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    theirs = narrow_resnet().state_dict()
+    for tensors, told in (
+        ({"a": torch.zeros(1)}, r"0 of its 18 tensors are in the file.*it holds a$"),
+        (theirs, r"0 of its 18.*it lacks cls_token, pos_embed, patch_embed.proj.weight, .*, …; it"),
+        ({}, "0 of its 18"),
+    ):
+        torch.save(tensors, path)
+        exp = experiment(encoder=TIMM_VIT, init={"weights": str(path)})
+        with pytest.raises(ConfigError, match=told) as caught:
+            resolve_init(exp)
+        assert len(str(caught.value)) < 500
+        assert len(str(caught.value).splitlines()) == 1
+    lacking = {name: t for name, t in theirs.items() if not name.startswith("layer4.2.")}
+    torch.save(lacking, path)
+    encoder = {"name": "torchvision", "model": "resnet50", "options": {"width_per_group": 4}}
+    with pytest.raises(ConfigError, match=r"250 of its 265 .*lacks layer4\.2\.conv1\.weight"):
+        resolve_init(experiment(encoder=encoder, init={"weights": str(path)}))
+
+
+class _Settings:
+    """Stands for the objects that training programs put beside weights."""
+
+
+def test_a_file_with_objects_is_refused_and_the_way_out_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "hyper_parameters": _Settings()}, path)
+    exp = experiment(encoder=TIMM_VIT, init={"weights": str(path)})
+    with pytest.raises(ConfigError, match=r"_Settings besides tensors.*weights_only=False") as told:
+        resolve_init(exp)
+    assert len(str(told.value).splitlines()) == 1
