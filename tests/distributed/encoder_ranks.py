@@ -114,6 +114,7 @@ def state_of(losses: list[float], model: nn.Module) -> dict[str, Tensor]:
 
 def _relative(own: Tensor, reference: Tensor) -> float:
     # by AdamW what has no gradient moves by its rounding; what moved at all has gone a rate far
+    own, reference = own.double(), reference.double()  # tables of positions are integers
     difference = float((own - reference).norm() / reference.norm().clamp(min=RATE))
     return float("inf") if math.isnan(difference) else difference
 

@@ -192,8 +192,10 @@ DIGESTS = {
     "cifar10_small_batch": "21428d711153ccd9",
     "cifar10_solo_learn": "8109eb6a9f73dfa4",
     "cifar10_study_cpu": "9677f728d8a54705",
+    "imagenet_convnext_tiny": "7502f89f6d00f77f",
     "imagenet_resnet50": "4af99d521f163431",
     "imagenet_resnet50_1000": "a6208b014ea74c09",
+    "imagenet_vit_small": "f302b0b31e2ba61a",
     "photos_cpu": "a69ef23d7991772a",
     "shapes_demo": "c1c7066870ae5611",
 }

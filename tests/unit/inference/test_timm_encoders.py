@@ -22,16 +22,11 @@ from simclr_ray.storage import checkpoint
 SIZE = 32
 DROPS = {"drop_path_rate": 0.3, "proj_drop_rate": 0.1}
 ENCODERS: dict[str, dict[str, Any]] = {
-    "resnet": {"model": "resnet50", "options": {"layers": [1, 1, 1, 1], "channels": [8] * 4}},
     "mobilenet": {"model": "mobilenetv3_small_050"},
-    "vit": {
-        "model": "vit_small_patch16_224",
-        "options": {"depth": 2, "embed_dim": 32, "num_heads": 2, **DROPS},
-        "freeze_patch_embedding": True,
-    },
     "vit of any size": {
         "model": "vit_small_patch16_224",
-        "options": {"depth": 1, "embed_dim": 32, "num_heads": 2, "dynamic_img_size": True},
+        "options": {"depth": 2, "embed_dim": 32, "num_heads": 2, "dynamic_img_size": True, **DROPS},
+        "freeze_patch_embedding": True,
     },
     "convnext": {
         "model": "convnext_tiny",
