@@ -49,7 +49,7 @@ class Fit(NamedTuple):
         total = len(self.tensors) + len(self.left_out)
         text = f"{len(self.tensors)} of {total} tensors loaded{self.where}"
         if self.resized:
-            text += f"; {', '.join(self.resized)} resampled to the grid of augment.size"
+            text += f"; {', '.join(self.resized)} resampled to the encoder's grid"
         if self.left_out:
             text += f"; left out {len(self.left_out)}: {_some(self.left_out)}"
         return text

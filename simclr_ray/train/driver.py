@@ -28,6 +28,7 @@ from simclr_ray.distributed.ray_cluster import (
     driver_queue,
 )
 from simclr_ray.errors import RunError
+from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
@@ -37,7 +38,7 @@ from simclr_ray.tracking.store import store_uri, without_password
 from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
-from simclr_ray.train.resolve import ResolvedExperiment, enter
+from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker, unwrap_error
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,8 @@ def _trained(
             log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
         for advice in advise_before_start(resolved):
             log.warning(advice)
+        if not newest and weight_files(resolved.config.init.weights):
+            log.info("%s: %s", WHERE, init_line(resolved.config))
         _fit(resolved, tracked, on_progress)
         newest = _newest(folder)
     if checkpoint.step_of(newest) < total:

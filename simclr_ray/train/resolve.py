@@ -116,7 +116,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
 
     Raises:
         ConfigError: First weights, a teacher or a decoder are not there or do not fit, imported
-            code breaks its contract, an encoder of it that is to be registered cannot be, or
+            code breaks its contract, an encoder of others that is to be registered cannot be, or
             $SIMCLR_RAY_NATIVE is invalid.
         DataError: The images cannot be read, fill no batch, or lack labels that the loss takes; or
             those of `data.test` are of classes that the classifier does not know.
@@ -182,8 +182,11 @@ def _check_evaluation(experiment: Experiment, source: Source) -> None:
 
 
 def _check_registrable(experiment: Experiment) -> None:
-    """Raise `ConfigError` for an imported encoder that is to be registered and cannot be."""
-    if not (experiment.registry.name and any(w == "encoder" for w, _ in imports_in(experiment))):
+    """Raise `ConfigError` for an encoder of others that is to be registered and cannot be.
+
+    Seconds, against a training; torchvision's are not asked, whose exports are tested.
+    """
+    if not (experiment.registry.name and experiment.encoder.name in ("import", "timm")):
         return
     problem = export_problem(experiment)
     if problem:
@@ -245,7 +248,7 @@ def resolve_init(experiment: Experiment) -> Experiment:
         for path in files:
             if not path.is_file():
                 raise _issue(f"no file {path}")
-        log.info("%s: %s", WHERE, init_line(experiment))
+        init_line(experiment)  # fails here where they do not fit
         hashes = [sha256(path) for path in files]
         update = {"weights": weights, "sha256": hashes[0] if len(files) == 1 else _joint(hashes)}
     else:

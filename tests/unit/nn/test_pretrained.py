@@ -286,7 +286,7 @@ def test_patches_take_the_normalisation_exactly_and_positions_another_grid(
         expected = theirs.eval()((images - mean) / deviation)
         torch.testing.assert_close(model.encoder(images), expected, rtol=1e-4, atol=1e-5)
     larger = experiment(encoder=encoder, augment={"size": 96}, init=init)
-    assert "resampled to the grid of augment.size" in init_line(larger)
+    assert "resampled to the encoder's grid" in init_line(larger)
     load_init(build_model(larger), larger)
 
 
