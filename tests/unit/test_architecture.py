@@ -55,8 +55,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "typer": ("cli",),
     "safetensors": ("storage.checkpoint", "inference"),
     "filelock": ("storage.run_lock",),
-    "jinja2": ("studies.report",),
-    "scipy": ("studies.analysis",),
+    "jinja2": ("studies.report", "data.inspection_page"),
+    "scipy": ("studies.analysis", "data.duplicates"),
     "timm": ("nn.timm_models",),
     "fcntl": ("distributed.shared_memory", "data.image_cache"),
 }
