@@ -14,12 +14,13 @@ from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.experiment import ColumnsConfig, Experiment, PreparationConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage.filesystem import make_parent
 
 if TYPE_CHECKING:
     from simclr_ray.data.description import Description
 
 MIB = 2**20
-BAD_SHOWN, CLASSES_SHOWN = 5, 40
+BAD_SHOWN, CLASSES_SHOWN, CLASSES_NAMED = 5, 40, 12
 
 
 def prepare(
@@ -57,41 +58,121 @@ def prepare_shards(what: str, to: str, *options: str, overwrite: bool = False) -
     chosen = cfg.validate(PreparationConfig, cfg.apply_overrides({}, options))
     fields = {name: getattr(chosen, name) for name in type(chosen).model_fields}
     loading("ray")
-    from simclr_ray.cli.progress import ShardProgress
+    from simclr_ray.cli.progress import CountProgress
 
-    with ShardProgress(to) as progress:
+    with CountProgress(to, "images") as progress:
         manifest = write_shards(what, to, **fields, overwrite=overwrite, on_progress=progress)
     out.print(f"{to}: {counted(manifest.num_rows, 'image')}", markup=False)
+    if manifest.sizes is not None:
+        narrow, wide, low, high = manifest.sizes
+        out.print(f"sizes: {narrow} to {wide} px wide, {low} to {high} px high")
+    out.print(f"classes: {_classes_of(to)}", markup=False, soft_wrap=True)
     if manifest.rejected:
         shown = "; ".join(f"{r.name}: {r.reason}" for r in manifest.rejected[:BAD_SHOWN])
         out.print(f"left out {len(manifest.rejected)}: {shown}", markup=False, soft_wrap=True)
 
 
+def _classes_of(uri: str) -> str:
+    """Return the classes of a prepared set with their images, the first of them by name."""
+    from simclr_ray.data.description import class_name, count_labels
+    from simclr_ray.data.source import Source
+
+    source = Source.open(uri)
+    counts = count_labels(source)
+    shown = [
+        f"{class_name(source, label)} {count:,}"
+        for label, count in list(counts.items())[:CLASSES_NAMED]
+    ]
+    more = len(counts) - len(shown)
+    listed = ", ".join([*shown, f"{more:,} more"] if more else shown)
+    num_classes = sum(label >= 0 for label in counts)
+    return f"{num_classes:,} ({listed})" if counts else "none"
+
+
 def inspect(
     path: Annotated[
         str,
-        typer.Argument(metavar="IMAGES", help="A parquet file, or a folder or URI of them."),
+        typer.Argument(
+            metavar="IMAGES", help="Parquet, or a folder of images or parquet; a path or URI."
+        ),
     ],
     columns: Annotated[
         list[str] | None,
         typer.Argument(metavar="ROLE=COLUMN", help="image=photo, label=class, id=key."),
     ] = None,
+    *,
+    full: Annotated[
+        bool, typer.Option("--full", help="Decode all images, not a sample, and look for copies.")
+    ] = False,
+    duplicates: Annotated[
+        bool, typer.Option(help="With all images: look for exact and near duplicates.")
+    ] = True,
+    against: Annotated[
+        str,
+        typer.Option(metavar="TEST", help="Look for the images of this dataset; implies --full."),
+    ] = "",
+    page: Annotated[
+        str,
+        typer.Option(metavar="FILE.html", help="Write one page with samples; implies --full."),
+    ] = "",
+    record: Annotated[
+        str,
+        typer.Option("--json", metavar="FILE.json", help="Write what was seen; implies --full."),
+    ] = "",
 ) -> None:
-    """Tell what a parquet dataset holds, and try to decode a sample of its images.
+    """Tell what a dataset holds: columns, classes, sizes, what cannot be decoded, copies.
+
+    Without options a sample of the images is decoded, which takes seconds. Near duplicates are
+    recompressed, scaled or slightly cropped copies; those that were flipped or turned are not seen.
 
     Example: simclr-ray inspect data/images
     Example: simclr-ray inspect s3://bucket/train image=photo label=class
+    Example: simclr-ray inspect data/train --against data/test --page train.html
     """
-    from simclr_ray.data.description import describe
-
     given = [text.removeprefix("data.columns.") for text in columns or []]
-    description = describe(path, cfg.validate(ColumnsConfig, cfg.apply_overrides({}, given)))
-    _show_description(description)
+    chosen = cfg.validate(ColumnsConfig, cfg.apply_overrides({}, given))
+    for option, name, ending in (("--page", page, ".html"), ("--json", record, ".json")):
+        if name and not name.endswith(ending):
+            raise ConfigError([ConfigIssue(option, f"got {name}; it must end in {ending}")])
+        if name:
+            make_parent(name)
+    if not (full or against or page or record):
+        from simclr_ray.data.description import describe
+
+        _show_description(describe(path, chosen))
+        return
+    inspect_whole(path, chosen, against, duplicates=duplicates, page=page, record=record)
 
 
-def _show_description(description: Description) -> None:
-    from simclr_ray.data.description import class_name
+def inspect_whole(
+    path: str, columns: ColumnsConfig, against: str, *, duplicates: bool, page: str, record: str
+) -> None:
+    """Look at every image of a dataset; show what was seen, and write page and record."""
+    from simclr_ray.cli.progress import StageProgress
+    from simclr_ray.data.description import describe_columns
+    from simclr_ray.data.inspection import inspect_all
+    from simclr_ray.data.inspection_page import facts, write_page, write_record
+    from simclr_ray.data.source import Source
 
+    description = describe_columns(path, columns)
+    other = Source.open(against, columns) if against else None
+    with StageProgress() as progress:
+        seen = inspect_all(
+            description.source,
+            against=other,
+            names=(path, against),
+            duplicates=duplicates,
+            on_progress=progress,
+        )
+    show_pairs(_dataset_rows(description) | {"dataset": path} | facts(seen))
+    _show_classes(description)
+    for target, write in ((page, write_page), (record, write_record)):
+        if target:
+            write(seen, target)
+            out.print(f"wrote {target}", markup=False)
+
+
+def _dataset_rows(description: Description) -> dict[str, str]:
     source, roles = description.source, description.source.columns
     used = {roles.image: "image"}
     used |= {roles.label: "label"} if source.has_labels else {}
@@ -105,6 +186,11 @@ def _show_description(description: Description) -> None:
     for name, kind in description.columns.items():
         role = f" ({used[name]})" if name in used else ""
         rows[f"column {name}"] = f"{kind}{role}"
+    return rows
+
+
+def _show_description(description: Description) -> None:
+    rows = _dataset_rows(description)
     if description.sizes:
         widths, heights = zip(*description.sizes, strict=True)
         rows["sizes"] = (
@@ -116,17 +202,22 @@ def _show_description(description: Description) -> None:
     for row in description.bad[:BAD_SHOWN]:
         rows[f"row {row.row}"] = row.reason
     show_pairs(rows)
-    if description.labels:
-        classes = [
-            [str(label), class_name(source, label), f"{n:,}"]
-            for label, n in description.labels.items()
-        ]
-        more = len(classes) - CLASSES_SHOWN
-        last = [["", f"{more} more", ""]] if more > 0 else []
-        title = counted(
-            len([label for label in description.labels if label >= 0]), "class", "classes"
-        )
-        show_table(title, ["label", "class", "images"], [*classes[:CLASSES_SHOWN], *last])
+    _show_classes(description)
+
+
+def _show_classes(description: Description) -> None:
+    from simclr_ray.data.description import class_name
+
+    if not description.labels:
+        return
+    classes = [
+        [str(label), class_name(description.source, label), f"{n:,}"]
+        for label, n in description.labels.items()
+    ]
+    more = len(classes) - CLASSES_SHOWN
+    last = [["", f"{more} more", ""]] if more > 0 else []
+    title = counted(len([label for label in description.labels if label >= 0]), "class", "classes")
+    show_table(title, ["label", "class", "images"], [*classes[:CLASSES_SHOWN], *last])
 
 
 def preview(

@@ -101,17 +101,49 @@ class RunProgress(_Bar):
         self.show(epoch, step, total, f"{detail}  {rest}", line)
 
 
-class ShardProgress(_Bar):
-    """Shows shards as they are finished."""
+class CountProgress(_Bar):
+    """Shows how many of something are done, how many a second, and the time left.
 
-    def __init__(self, target: str) -> None:
-        super().__init__("shards")
-        self.target = target
+    Args:
+        what: Name of the work.
+        unit: What is counted, plural.
+    """
+
+    def __init__(self, what: str, unit: str) -> None:
+        super().__init__(unit)
+        self.what, self.unit = what, unit
+        self.began, self.first = time.monotonic(), -1
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` shards are finished."""
-        plain = f"{self.target}: {done} of {counted(total, 'shard')}"
-        self.show(self.target, done, total, "", plain)
+        """Show that `done` of `total` are done; speed is counted from the first call on."""
+        if self.first < 0:
+            self.first, self.began = done, time.monotonic()
+        took, more = time.monotonic() - self.began, done - self.first
+        speed = f"{more / took:,.0f} {self.unit}/s" if more and took else ""
+        left = f", {speed}, left {clock(took / more * (total - done))}" if speed else ""
+        plain = f"{self.what}: {done:,} of {total:,} {self.unit}{left}"
+        self.show(self.what, done, total, speed, plain)
+
+
+class StageProgress:
+    """Shows work of several stages, each as `CountProgress` does, one after the other."""
+
+    def __init__(self) -> None:
+        self._bar: CountProgress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.__exit__()
+
+    def __call__(self, what: str, unit: str, done: int, total: int) -> None:
+        """Show that `done` of `total` of a stage are done."""
+        if self._bar is None or (self._bar.what, self._bar.unit) != (what, unit):
+            self.__exit__()
+            self._bar = CountProgress(what, unit).__enter__()
+        self._bar(done, total)
 
 
 class StudyProgress:

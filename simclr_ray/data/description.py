@@ -43,21 +43,36 @@ def describe(uri: str, columns: ColumnsConfig | None = None) -> Description:
     Raises:
         DataError: As `Source.open`.
     """
+    description = describe_columns(uri, columns)
+    sizes, bad, num_sampled = _decoded(description.source)
+    return description._replace(num_sampled=num_sampled, sizes=sizes, bad=bad)
+
+
+def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Description:
+    """Return what the dataset at `uri` holds; no image is decoded.
+
+    Raises:
+        DataError: As `Source.open`.
+    """
     source = Source.open(uri, columns)
     files, root = filesystem(source.uri)  # of a folder of images, its list
     listed = list_parquet(files, root, source.uri)
     (first,) = read_footers(files, listed[:1])
-    labels = Counter(source.labels().tolist()) if source.has_labels else Counter[int]()
-    sizes, bad, num_sampled = _decoded(source)
     return Description(
         source,
         {field.name: str(field.type) for field in first.schema},
         sum(file.size for file in listed),
-        dict(sorted(labels.items())),
-        num_sampled,
-        sizes,
-        bad,
+        count_labels(source),
+        num_sampled=0,
+        sizes=[],
+        bad=[],
     )
+
+
+def count_labels(source: Source) -> dict[int, int]:
+    """Return how many rows each label has, -1 where there is none; empty without labels."""
+    labels = Counter(source.labels().tolist()) if source.has_labels else Counter[int]()
+    return dict(sorted(labels.items()))
 
 
 def class_name(source: Source, label: int) -> str:

@@ -33,6 +33,7 @@ from simclr_ray.data.shards import (
     Rejected,
     ShardPlan,
     ShardReport,
+    SizeRange,
     read_report,
     shard_name,
     write_shard,
@@ -55,7 +56,8 @@ logger = logging.getLogger(__name__)
 class Manifest:
     """What a prepared folder holds; `_manifest.json`.
 
-    `has_index`: ids are distinct, and stand with the labels in `_labels.parquet`.
+    `has_index`: ids are distinct, and stand with the labels in `_labels.parquet`. `sizes` are None
+    where shards do not say them.
     """
 
     schema_version: int
@@ -68,6 +70,7 @@ class Manifest:
     plan: str
     has_index: bool
     libraries: dict[str, str]
+    sizes: SizeRange | None = None
 
 
 def prepare(
@@ -108,7 +111,8 @@ def prepare(
         max_bad_fraction: share of unusable images that stops, in [0, 1].
         max_pixels: larger images are rejected undecoded.
         overwrite: start over where `out` holds another dataset.
-        on_progress: called with (finished shards, all shards), first with those found finished.
+        on_progress: called with (images looked at, all images), first with those of shards that
+            were finished before.
 
     Raises:
         ConfigError: an option is given that the input does not take.
@@ -240,12 +244,16 @@ def _write_all(
     on_progress: OnProgress | None,
 ) -> None:
     """Write the shards that `reports` lacks, and add their reports."""
-    tell = on_progress or _log_progress
-    tell(len(reports), len(shards))
+    show = on_progress or _log_progress
+
+    def tell() -> None:
+        show(sum(report.num_seen for report in reports.values()), limit.num_rows)
+
+    tell()
     limit.check(list(reports.values()))
     for index, report in _stream([s for s in shards if s.index not in reports], out):
         reports[index] = report
-        tell(len(reports), len(shards))
+        tell()
         limit.check(list(reports.values()))
 
 
@@ -303,10 +311,22 @@ def _write_manifest(
         plan=plan,
         has_index=source.has_ids,
         libraries={"python": platform.python_version()} | versions_of(LIBRARIES),
+        sizes=_sizes(reports),
     )
     tree = asdict(manifest) | {"rejected": [r._asdict() for r in manifest.rejected]}
     write_text_whole(fs, f"{folder}/{MANIFEST}", json.dumps(tree, indent=2) + "\n")
     return manifest
+
+
+def _sizes(reports: Sequence[ShardReport]) -> SizeRange | None:
+    """Return the sizes of all images; None where a shard does not say those of its own."""
+    sizes: SizeRange | None = None
+    for report in reports:
+        if report.sizes is not None:
+            sizes = report.sizes.united(sizes)
+        elif report.num_rows:
+            return None
+    return sizes
 
 
 def _write_index(fs: pafs.FileSystem, path: str, source: Source) -> None:
@@ -330,8 +350,9 @@ def _read_manifest(fs: pafs.FileSystem, folder: str, plan: str) -> Manifest | No
         return None
     tree["class_names"] = tuple(tree["class_names"])
     tree["rejected"] = tuple(Rejected(**row) for row in tree["rejected"])
+    tree["sizes"] = SizeRange(*tree["sizes"]) if tree.get("sizes") else None
     return Manifest(**tree)
 
 
 def _log_progress(done: int, total: int) -> None:
-    logger.info("prepare: %d of %d shards", done, total)
+    logger.info("prepare: %d of %d images", done, total)

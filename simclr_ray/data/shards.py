@@ -44,11 +44,33 @@ class Rejected(NamedTuple):
     reason: str
 
 
+class SizeRange(NamedTuple):
+    """Least and largest width and height of some images, in pixels."""
+
+    least_width: int
+    most_width: int
+    least_height: int
+    most_height: int
+
+    def united(self, other: SizeRange | None) -> SizeRange:
+        """Return the range of both."""
+        if other is None:
+            return self
+        pairs = zip((min, max, min, max), self, other, strict=True)
+        return SizeRange(*(choose(mine, theirs) for choose, mine, theirs in pairs))
+
+
 class ShardReport(NamedTuple):
-    """What came of one shard."""
+    """What came of one shard; `sizes` are None without images."""
 
     num_rows: int
     rejected: list[Rejected]
+    sizes: SizeRange | None = None
+
+    @property
+    def num_seen(self) -> int:
+        """How many images were looked at, good and bad."""
+        return self.num_rows + len(self.rejected)
 
 
 @dataclass(frozen=True)
@@ -97,12 +119,16 @@ def write_shard(plan: ShardPlan, fs: pafs.FileSystem, folder: str) -> ShardRepor
     ):
         groups = _Groups(writer)
         for item in plan.part.read():
-            groups.add(item, _fault(item, plan.max_pixels))
+            groups.add(item, plan.max_pixels)
         groups.flush()
         writer.add_key_value_metadata(
-            {"rejected": json.dumps(groups.rejected), "content": groups.content.hexdigest()}
+            {
+                "rejected": json.dumps(groups.rejected),
+                "content": groups.content.hexdigest(),
+                "sizes": json.dumps(groups.sizes),
+            }
         )
-    return ShardReport(groups.num_rows, groups.rejected)
+    return ShardReport(groups.num_rows, groups.rejected, groups.sizes)
 
 
 def read_report(fs: pafs.FileSystem, path: str, plan: str) -> ShardReport | None:
@@ -116,7 +142,8 @@ def read_report(fs: pafs.FileSystem, path: str, plan: str) -> ShardReport | None
     if entries.get(b"plan", b"").decode() != plan or b"rejected" not in entries:
         return None
     rejected = [Rejected(*row) for row in json.loads(entries[b"rejected"])]
-    return ShardReport(metadata.num_rows, rejected)
+    sizes = json.loads(entries.get(b"sizes", b"null"))  # of shards before there was this: none
+    return ShardReport(metadata.num_rows, rejected, SizeRange(*sizes) if sizes else None)
 
 
 @dataclass
@@ -126,15 +153,20 @@ class _Groups:
     writer: pq.ParquetWriter
     num_rows: int = 0
     rejected: list[Rejected] = field(default_factory=list)
+    sizes: SizeRange | None = None
     content: hashlib._Hash = field(default_factory=hashlib.sha256)
     _items: list[Item] = field(default_factory=list)
     _bytes: int = 0
 
-    def add(self, item: Item, fault: str) -> None:
+    def add(self, item: Item, max_pixels: int) -> None:
         """Keep one good item, or note one bad."""
-        if fault or item.encoded is None:
-            self.rejected.append(Rejected(item.id, item.name, fault))
+        try:
+            size = _size(item, max_pixels)
+        except ImageError as error:
+            self.rejected.append(Rejected(item.id, item.name, str(error)))
             return
+        assert item.encoded is not None
+        self.sizes = size.united(self.sizes)
         if len(self._items) >= MAX_GROUP_ROWS or (
             self._items and self._bytes + len(item.encoded) > MAX_GROUP_BYTES
         ):
@@ -159,12 +191,13 @@ class _Groups:
         self._items, self._bytes = [], 0
 
 
-def _fault(item: Item, max_pixels: int) -> str:
-    """Return why an item cannot be stored, or nothing."""
+def _size(item: Item, max_pixels: int) -> SizeRange:
+    """Return the size of an item's image.
+
+    Raises:
+        ImageError: It cannot be stored.
+    """
     if item.encoded is None:
-        return "no image"
-    try:
-        decode_image(item.encoded, max_pixels)
-    except ImageError as error:
-        return str(error)
-    return ""
+        raise ImageError("no image")
+    height, width, _ = decode_image(item.encoded, max_pixels).shape
+    return SizeRange(width, width, height, height)

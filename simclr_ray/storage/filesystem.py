@@ -5,6 +5,7 @@ And files that appear whole or not at all, on either.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import tempfile
@@ -97,6 +98,22 @@ def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     finally:
         hidden.unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def make_parent(uri: str) -> None:
+    """Make the folder that a file will lie in, so that long work does not end in its absence.
+
+    Raises:
+        DataError: As `filesystem`.
+        OSError: It cannot be made, or not be written to.
+    """
+    fs, path = filesystem(uri)
+    if not is_local(fs):
+        return  # a bucket has no folders
+    folder = Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def write_text_whole(fs: pafs.FileSystem, path: str, text: str) -> None:

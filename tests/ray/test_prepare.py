@@ -19,20 +19,20 @@ from PIL import Image
 from simclr_ray.augment.decode import decode_image
 from simclr_ray.data.prepare import Manifest, prepare
 from simclr_ray.data.shapes import CLASS_NAMES, render
-from simclr_ray.data.shards import Rejected
+from simclr_ray.data.shards import Rejected, SizeRange
 from simclr_ray.data.source import INDEX, MANIFEST, Source
 from simclr_ray.errors import DataError, TooManyBadImages
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-# Prints a line per finished shard, so that the test knows when to kill it.
+# Prints a line when a shard is finished, so that the test knows when to kill it.
 KILLED_RUN = """
 import sys
 from simclr_ray.data.prepare import prepare
 import ray
 ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
 prepare("shapes", sys.argv[1], num_images=2400, rows_per_shard=100,
-        on_progress=lambda done, total: print("shard", done, total, flush=True))
+        on_progress=lambda done, total: print("images", done, total, flush=True))
 """
 
 
@@ -44,6 +44,7 @@ def read_back(out: Path) -> Manifest:
     """Return the manifest as it is stored."""
     tree = json.loads((out / MANIFEST).read_text())
     rejected = tuple(Rejected(**row) for row in tree.pop("rejected"))
+    tree["sizes"] = SizeRange(*tree["sizes"])
     return Manifest(**tree | {"class_names": tuple(tree["class_names"])}, rejected=rejected)
 
 
@@ -54,7 +55,11 @@ def shapes(out: Path, **options: object) -> Manifest:
 def test_shapes_become_shuffled_shards_with_a_manifest(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     manifest = shapes(tmp_path, on_progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert [total for _, total in seen] == [60] * 4
+    done = [done for done, _ in seen]
+    assert (done[0], done[-1]) == (0, 60)
+    assert sorted(np.diff(done).tolist()) == [10, 25, 25]
+    assert manifest.sizes == (32, 32, 32, 32)
     assert manifest == read_back(tmp_path)
     assert manifest == shapes(tmp_path)  # since all is there
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -125,7 +130,7 @@ def test_a_killed_run_leaves_whole_shards_that_the_next_run_keeps(
     )
     assert run.stdout is not None
     for line in run.stdout:
-        if line.startswith("shard 3"):
+        if line.startswith("images 300"):
             break
     run.send_signal(signal.SIGKILL)
     run.stdout.close()
@@ -142,7 +147,7 @@ def test_a_killed_run_leaves_whole_shards_that_the_next_run_keeps(
         rows_per_shard=100,
         on_progress=lambda done, _total: told.append(done),
     )
-    assert told[0] >= len(finished)
+    assert told[0] >= 100 * len(finished)
     assert {n: (out / n).stat().st_mtime_ns for n in finished} == finished
     undisturbed = prepare("shapes", str(tmp_path / "other"), num_images=2400, rows_per_shard=100)
     assert again == undisturbed
@@ -159,7 +164,7 @@ def test_a_finished_set_is_not_written_again_and_a_lost_shard_is(tmp_path: Path)
     (tmp_path / ".part-00001.parquet.abc.tmp").write_bytes(b"half")
     told: list[int] = []
     assert shapes(tmp_path, on_progress=lambda done, _total: told.append(done)) == first
-    assert told == [2, 3]
+    assert told == [35, 60]  # of shards of 25, 25 and 10 the second was lost
     assert {p.name for p in tmp_path.iterdir()} == set(before)
     assert (tmp_path / "part-00000.parquet").stat().st_mtime_ns == before["part-00000.parquet"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 
 import pytest
 from rich.console import Console
@@ -77,11 +78,29 @@ def test_a_terminal_gets_one_bar_with_loss_speed_and_knn_and_log_lines_above_it(
 
 
 @pytest.mark.parametrize("shown", [False], indirect=True)
-def test_shards_are_counted_with_the_right_noun(shown: io.StringIO) -> None:
-    with progress.ShardProgress("x") as seen:
-        seen(0, 1)
-        seen(1, 1)
-    assert shown.getvalue().splitlines() == ["x: 0 of 1 shard", "x: 1 of 1 shard"]
+def test_what_is_counted_is_shown_with_its_speed_and_the_time_left(
+    shown: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 100.0, 102.0, 120.0])  # begins where an earlier run stood: 500 are no speed
+    monkeypatch.setattr(time, "monotonic", lambda: next(now, 120.0))
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
+    with progress.CountProgress("x", "images") as seen:
+        for done in (500, 1500, 2500):
+            seen(done, 2500)
+    first, *_, last = shown.getvalue().splitlines()
+    assert first == "x: 500 of 2,500 images"
+    assert last == "x: 2,500 of 2,500 images, 100 images/s, left 0:00"
+
+
+@pytest.mark.parametrize("shown", [True], indirect=True)
+def test_stages_have_a_bar_each(shown: io.StringIO) -> None:
+    with progress.StageProgress() as seen:
+        for unit in ("images", "pairs"):
+            for done in (0, 5, 10):
+                seen("a/set", unit, done, 10)
+    text = shown.getvalue()
+    for expected in ("images  left", "pairs  left", "images/s", "pairs/s"):
+        assert expected in text
 
 
 def test_nouns_agree_with_their_numbers_and_times_are_read_as_times() -> None:

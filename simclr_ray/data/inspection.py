@@ -1,0 +1,334 @@
+"""Every image of a dataset looked at once: what cannot be used, sizes, ranges, copies, leaks.
+
+Threads decode, since Pillow lets go of the interpreter's lock, and one reads ahead; of an image
+there stays its thumbnail, its size and two digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from simclr_ray.augment.decode import ImageDecoder, ImageError
+from simclr_ray.data.alignment import SIDE, Floats
+from simclr_ray.data.classes import NO_LABEL
+from simclr_ray.data.decoding import ValueRange, read_value_range
+from simclr_ray.data.duplicates import Int64s, flat, linked, near_copies, same_digests, thumbnail
+from simclr_ray.data.source import RowTable, Source
+
+DIGEST_BYTES = 16  # 1e9 images collide with a chance of 1e-21
+CHANNELS = ("red", "green", "blue")
+OnProgress = Callable[[str, str, int, int], None]  # what is looked at, unit, done, all
+LOOKING, COMPARING = "images", "pairs"
+
+
+class ChannelRange(NamedTuple):
+    """Values of one channel over all pixels of all images, of 255, as decoding gives them."""
+
+    name: str
+    least: int
+    most: int
+    mean: float
+    std: float
+
+
+class Copies(NamedTuple):
+    """Rows that show one image; `labels_differ` where they are not all of one class."""
+
+    rows: list[int]
+    misfit: float  # the largest of those that link them: 0 for the same pixels
+    same_bytes: bool
+    labels_differ: bool
+
+
+class Match(NamedTuple):
+    """A row of another dataset that shows the same image as one of this, the nearest."""
+
+    other: int
+    row: int
+    misfit: float  # 0 for the same pixels
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What looking at all images of a dataset left of them.
+
+    Attributes:
+        name: What the user calls the dataset.
+        source: The dataset.
+        decoder: Of its images.
+        ids: int64 [M].
+        paths: Which file each was; None: the dataset does not say.
+        labels: int64 [M], -1 without.
+        sizes: int64 [M, 2], width and height in pixels; 0 for those that cannot be used.
+        unusable: Reason -> rows.
+        values: int64 [3, 256], how often each value occurs in each channel.
+        thumbnails: uint8 [M, 32, 32, 3].
+        pixels: Digest of size and pixels of each; empty for those that cannot be used.
+        encoded: Digest of the bytes of each.
+    """
+
+    name: str
+    source: Source
+    decoder: ImageDecoder
+    ids: Int64s
+    paths: list[str | None] | None
+    labels: Int64s
+    sizes: Int64s
+    unusable: dict[str, list[int]]
+    values: Int64s
+    thumbnails: npt.NDArray[np.uint8]
+    pixels: list[bytes]
+    encoded: list[bytes]
+
+    @property
+    def usable(self) -> Int64s:
+        """Rows whose image can be used, ascending."""
+        return np.flatnonzero(self.sizes[:, 0])
+
+    @property
+    def channels(self) -> list[ChannelRange]:
+        """Ranges of the channels; empty without usable images."""
+        return [
+            _range(name, counts)
+            for name, counts in zip(CHANNELS, self.values, strict=True)
+            if counts.any()
+        ]
+
+    def name_of(self, row: int) -> str:
+        """Return what a person may call a row: its file, or its number."""
+        path = self.paths[row] if self.paths else None
+        return path or f"row {row}"
+
+
+class Leaks(NamedTuple):
+    """Images of another dataset, as a test split, that are in this one."""
+
+    other: Looked
+    matches: list[Match]
+    num_crowded: int
+
+
+class Inspection(NamedTuple):
+    """What was seen of a dataset.
+
+    `same_pixels` and `near` are groups of copies; of images with the same pixels the first alone is
+    compared with others. `num_flat` images of one color are compared by pixels alone, `num_crowded`
+    have more look-alikes than were compared. `deep` are the values of images of 9 to 16 bits.
+    """
+
+    looked: Looked
+    deep: ValueRange | None
+    duplicates: bool  # whether copies were looked for
+    same_pixels: list[Copies]
+    near: list[Copies]
+    num_flat: int
+    num_crowded: int
+    leaks: Leaks | None
+
+
+def inspect_all(
+    source: Source,
+    *,
+    against: Source | None = None,
+    names: tuple[str, str] = ("", ""),
+    duplicates: bool = True,
+    on_progress: OnProgress | None = None,
+) -> Inspection:
+    """Return what is seen when every image is decoded, and compared with every other.
+
+    Args:
+        source: The dataset.
+        against: Another, as the test split, whose images are looked for in `source`.
+        names: What to call both; empty: by their places.
+        duplicates: Whether to look for copies within `source`.
+        on_progress: Called with the dataset's place, what is counted (`images` looked at, then
+            `pairs` compared), how many are done and how many there are.
+
+    Raises:
+        DataError: A file is gone, changed, or broken.
+    """
+    tell = on_progress or (lambda _what, _unit, _done, _total: None)
+    max_pixels = ImageDecoder().max_pixels
+    deep = read_value_range(source, max_pixels)
+    # what is nearly black is stretched, as `data.white=auto` does, or all would be of one color
+    decoder = ImageDecoder(max_pixels, white=deep.white if deep and deep.is_dark else 0)
+    looked = look(source, decoder, tell, names[0])
+    same: list[Copies] = []
+    near: list[Copies] = []
+    num_crowded = 0
+    if duplicates:
+        same = [_copies(looked, rows, 0.0) for rows in same_digests(looked.pixels)]
+        near, num_crowded = _near(looked, tell)
+    num_flat = int(flat(looked.thumbnails[looked.usable]).sum())
+    leaks = _leaks(looked, look(against, decoder, tell, names[1]), tell) if against else None
+    return Inspection(looked, deep, duplicates, same, near, num_flat, num_crowded, leaks)
+
+
+def look(source: Source, decoder: ImageDecoder, tell: OnProgress, name: str = "") -> Looked:
+    """Return what is kept of each image of a dataset, after decoding it.
+
+    Raises:
+        DataError: A file is gone, changed, or broken.
+    """
+    m, name = source.num_rows, name or source.uri
+    ids, sizes = np.zeros(m, np.int64), np.zeros((m, 2), np.int64)
+    thumbnails = np.zeros((m, SIDE, SIDE, 3), np.uint8)
+    values = np.zeros((3, 256), np.int64)
+    unusable: defaultdict[str, list[int]] = defaultdict(list)
+    pixels, encoded = [b""] * m, [b""] * m
+    paths: list[str | None] = [None] * m
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first, table in _ahead(source):
+            rows = range(first, first + len(table.images))
+            ids[first : rows.stop] = table.ids
+            if table.paths is not None:
+                paths[first : rows.stop] = table.paths
+            for row, seen in zip(
+                rows, pool.map(partial(_look_at, decoder), table.images), strict=True
+            ):
+                if isinstance(seen, str):
+                    unusable[seen].append(row)
+                    continue
+                pixels[row], encoded[row], sizes[row], thumbnails[row], counts = seen
+                values += counts
+            tell(name, LOOKING, rows.stop, m)
+    labels = source.labels() if source.has_labels else np.full(m, NO_LABEL)
+    return Looked(
+        name,
+        source,
+        decoder,
+        ids,
+        paths if source.has_paths else None,
+        labels,
+        sizes,
+        dict(unusable),
+        values,
+        thumbnails,
+        pixels,
+        encoded,
+    )
+
+
+class _Seen(NamedTuple):
+    pixels: bytes
+    encoded: bytes
+    size: tuple[int, int]
+    thumbnail: npt.NDArray[np.uint8]
+    values: Int64s
+
+
+def _look_at(decoder: ImageDecoder, encoded: bytes | None) -> _Seen | str:
+    """Return what is kept of an image, or why it cannot be used."""
+    try:
+        decoded = decoder.decode(encoded or b"")
+    except ImageError as error:
+        return str(error)
+    height, width, _ = decoded.shape
+    image = Image.fromarray(decoded)
+    values = np.array(image.histogram(), np.int64).reshape(3, 256)
+    pixels = hashlib.blake2b(
+        decoded.data, digest_size=DIGEST_BYTES, salt=f"{width}x{height}".encode()
+    )
+    whole = hashlib.blake2b(encoded or b"", digest_size=DIGEST_BYTES)
+    return _Seen(pixels.digest(), whole.digest(), (width, height), thumbnail(image), values)
+
+
+def _ahead(source: Source) -> Iterator[tuple[int, RowTable]]:
+    """Yield the row groups with their first rows; the next is read meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(source.read_group, 0, labels=False)
+        for index, group in enumerate(source.row_groups):
+            table = coming.result()
+            if index + 1 < len(source.row_groups):
+                coming = reader.submit(source.read_group, index + 1, labels=False)
+            yield group.first_row, table
+
+
+def _range(name: str, counts: Int64s) -> ChannelRange:
+    """Return least, most, mean and standard deviation of a histogram [256]."""
+    occur, value, total = np.flatnonzero(counts), np.arange(256), int(counts.sum())
+    mean = float((counts * value).sum() / total)
+    std = float(np.sqrt((counts * (value - mean) ** 2).sum() / total))
+    return ChannelRange(name, int(occur[0]), int(occur[-1]), mean, std)
+
+
+def _copies(looked: Looked, rows: Int64s, misfit: float) -> Copies:
+    encoded = {looked.encoded[row] for row in rows}
+    labels = set(looked.labels[rows].tolist()) - {NO_LABEL}
+    return Copies(rows.tolist(), misfit, len(encoded) == 1, len(labels) > 1)
+
+
+def _compared(looked: Looked) -> Int64s:
+    """Return the rows that are compared: usable, of no single color, the first of their pixels."""
+    usable = looked.usable
+    seen: set[bytes] = set()
+    first = []
+    for row, is_flat in zip(usable.tolist(), flat(looked.thumbnails[usable]), strict=True):
+        if not is_flat and looked.pixels[row] not in seen:
+            first.append(row)
+        seen.add(looked.pixels[row])
+    return np.array(first, np.int64)
+
+
+def _near(looked: Looked, tell: OnProgress) -> tuple[list[Copies], int]:
+    rows = _compared(looked)
+    copies = near_copies(
+        looked.thumbnails[rows],
+        looked.sizes[rows].min(1),
+        on_pairs=lambda done, total: tell(looked.name, COMPARING, done, total),
+    )
+    groups = linked(len(rows), copies.pairs)
+    group_of = {int(row): at for at, group in enumerate(groups) for row in group}
+    misfits = [0.0] * len(groups)
+    for (row, _), misfit in zip(copies.pairs.tolist(), copies.misfits.tolist(), strict=True):
+        at = group_of[row]
+        misfits[at] = max(misfits[at], misfit)
+    near = [_copies(looked, rows[g], m) for g, m in zip(groups, misfits, strict=True)]
+    return near, copies.num_crowded
+
+
+def _leaks(looked: Looked, other: Looked, tell: OnProgress) -> Leaks:
+    """Return which images of `other` are in `looked`: by their pixels, else nearly."""
+    row_of = {digest: row for row, digest in reversed(list(enumerate(looked.pixels))) if digest}
+    same = {
+        row: Match(row, row_of[digest], 0.0)
+        for row, digest in enumerate(other.pixels)
+        if digest in row_of
+    }
+    queries = [row for row in other.usable.tolist() if row not in same]
+    is_flat = flat(other.thumbnails[queries])
+    queries = [row for row, one_color in zip(queries, is_flat, strict=True) if not one_color]
+    rows = _compared(looked)
+    if not len(rows) or not queries:
+        return Leaks(other, list(same.values()), 0)
+    copies = near_copies(
+        np.concatenate([looked.thumbnails[rows], other.thumbnails[queries]]),
+        np.concatenate([looked.sizes[rows], other.sizes[queries]]).min(1),
+        first_query=len(rows),
+        on_pairs=lambda done, total: tell(other.name, COMPARING, done, total),
+    )
+    return Leaks(
+        other, _nearest(same, rows, queries, copies.pairs, copies.misfits), copies.num_crowded
+    )
+
+
+def _nearest(
+    same: dict[int, Match], rows: Int64s, queries: list[int], pairs: Int64s, misfits: Floats
+) -> list[Match]:
+    """Return the matches by their row of the other dataset, of each the one that fits best."""
+    matches = dict(same)
+    for at in np.argsort(misfits, kind="stable"):
+        row, other = rows[pairs[at, 0]], queries[pairs[at, 1] - len(rows)]
+        matches.setdefault(other, Match(other, int(row), float(misfits[at])))
+    return [matches[other] for other in sorted(matches)]
