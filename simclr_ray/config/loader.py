@@ -27,6 +27,7 @@ import pydantic
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from simclr_ray.config.moves import CONFIG_FILE, relocated_run
 from simclr_ray.config.schema import (
     Config,
     ConfigT,
@@ -231,7 +232,8 @@ def read_tree(source: str) -> tuple[Tree, str]:
     if not isinstance(tree, dict):
         held = "nothing" if tree is None else f"a {type(tree).__name__}"
         raise ConfigError([ConfigIssue(shown, f"holds {held}, not keys and values")])
-    return tree, shown
+    path = Path(source)
+    return relocated_run(tree, path.parent) if path.name == CONFIG_FILE else tree, shown
 
 
 def read_yaml_file(path: str) -> str:

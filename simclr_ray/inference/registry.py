@@ -30,7 +30,7 @@ from simclr_ray.storage.provenance import code_commit, version_of
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
-from simclr_ray.tracking import store
+from simclr_ray.tracking import moved, store
 from simclr_ray.tracking.runs import TrackedRun, door
 from simclr_ray.tracking.store import RegisteredEncoder
 
@@ -170,6 +170,8 @@ def register_encoder(
 def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
     """Return the path in `folder` of the downloaded model `where`, or of a part of it.
 
+    Where the store's project was moved, artifacts are found in the new place; nothing is written.
+
     Args:
         where: `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
         folder: an existing folder.
@@ -192,7 +194,7 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
             elif version == "latest":
                 versions = client.search_model_versions(f"name = '{name}'")
                 version = str(max((int(v.version) for v in versions), default=1))
-            source = client.get_model_version_download_uri(name, version)
+            source = moved.translated(uri, client.get_model_version_download_uri(name, version))
         got = download_artifacts(
             artifact_uri=f"{source}/{part}".rstrip("/"),
             dst_path=str(folder),

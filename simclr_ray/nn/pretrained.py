@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
+from simclr_ray.config.moves import relocated_run
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.nn.encoders import family_of
@@ -61,7 +62,7 @@ def load_model(folder: Path) -> SimCLRModel:
 
 
 def _overridden(record: dict[str, Any], folder: Path, overrides: Sequence[str]) -> Experiment:
-    tree = record["experiment"]
+    tree = relocated_run(record["experiment"], folder.parent)
     given, _ = cfg.parse_overrides(overrides)
     fixed = [path for path, _ in given if path.split(".")[0] in TRAINED_WITH]
     if fixed:

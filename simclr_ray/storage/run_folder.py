@@ -27,6 +27,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from simclr_ray.config import moves
 from simclr_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -257,4 +258,4 @@ class RunFolder:
 
 
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"
-RUN_FILE, CONFIG_FILE = "run.json", "experiment.yaml"
+RUN_FILE, CONFIG_FILE = "run.json", moves.CONFIG_FILE

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.checkpoint import FORMAT_VERSION
-from simclr_ray.storage.run_folder import RUN_FILE, RunFolder
+from simclr_ray.storage.run_folder import CONFIG_FILE, RUN_FILE, RunFolder
+from simclr_ray.storage.tracking_place import read_uri, stored_uri
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class RunRecord:
 
     Attributes:
         mlflow_run_id: Run in the MLflow store.
-        tracking_uri: Of that store.
+        tracking_uri: Of that store; in the file relative to the folder, where it can be.
         fingerprint: Of the training images.
         digest: Of the experiment.
         format_version: Of the folder.
@@ -48,10 +49,11 @@ class RunRecord:
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         names = {field.name for field in fields(cls)}
         try:
-            return cls(**{key: value for key, value in tree.items() if key in names})
+            record = cls(**{key: value for key, value in tree.items() if key in names})
         except TypeError as error:
             problem = f"is no whole record: {error}"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)]) from error
+        return replace(record, tracking_uri=read_uri(record.tracking_uri, folder, CONFIG_FILE))
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunRecord:
@@ -63,4 +65,5 @@ class RunRecord:
 
     def write(self, folder: RunFolder) -> None:
         """Write the record into the folder."""
-        folder.write_text(RUN_FILE, json.dumps(asdict(self), indent=1))
+        stored = replace(self, tracking_uri=stored_uri(self.tracking_uri, folder))
+        folder.write_text(RUN_FILE, json.dumps(asdict(stored), indent=1))

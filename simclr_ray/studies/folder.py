@@ -26,6 +26,7 @@ from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.tracking_place import read_uri, stored_uri
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.plan import RUNS
 
@@ -109,26 +110,49 @@ class StudyFolder:
 
     def state(self) -> dict[str, Any]:
         """Return what is stored of the study as a whole, or nothing before it began."""
-        return dict(json.loads(self.files.read_text(STATE) or "{}"))
+        return self._with_uri(json.loads(self.files.read_text(STATE) or "{}"))
 
     def update_state(self, **values: Any) -> None:
-        """Store values of the study as a whole."""
-        self.files.write_text(STATE, json.dumps(self.state() | values, indent=1))
+        """Store values of the study as a whole; the MLflow store's address where it lies now."""
+        state = self.state() | values
+        if "tracking_uri" in state:
+            state["tracking_uri"] = stored_uri(state["tracking_uri"], self.files)
+        self.files.write_text(STATE, json.dumps(state, indent=1))
+
+    def _with_uri(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """Return what a file holds, the MLflow store's address where that lies now."""
+        if not tree.get("tracking_uri"):
+            return tree
+        return tree | {"tracking_uri": read_uri(tree["tracking_uri"], self.files, BASE, RUNS)}
 
     def outcome(self, trial: str) -> TrialOutcome | None:
         """Return what became of a trial, or None while it is open."""
         text = self.files.read_text(f"{OUTCOMES}/{trial}.json")
-        return _read(text) if text else None
+        return self._read(text) if text else None
 
     def outcomes(self) -> list[TrialOutcome]:
         """Return what became of all trials that have ended, by name."""
         texts = (self.files.read_text(f"{OUTCOMES}/{name}") for name in self.files.names(OUTCOMES))
-        return [_read(text) for text in texts if text]
+        return [self._read(text) for text in texts if text]
 
     def write_outcome(self, outcome: TrialOutcome) -> None:
-        """Store what became of a trial."""
-        text = json.dumps(outcome._asdict(), indent=1, sort_keys=True)
+        """Store what became of a trial; its run is named relative to the study's folder."""
+        run = dict(outcome.run)
+        if run.get("folder", "").startswith(f"{self.uri}/"):
+            run["folder"] = run["folder"].removeprefix(f"{self.uri}/")
+        if run.get("tracking_uri"):
+            run["tracking_uri"] = stored_uri(run["tracking_uri"], self.files)
+        text = json.dumps(outcome._replace(run=run)._asdict(), indent=1, sort_keys=True)
         RunFolder(self.uri, OUTCOMES).write_text(f"{outcome.trial}.json", text)
+
+    def _read(self, text: str) -> TrialOutcome:
+        """Return an outcome, its run where the study lies now; earlier releases wrote paths."""
+        tree = json.loads(text)
+        tree["curve"] = {int(epoch): values for epoch, values in tree["curve"].items()}
+        run = self._with_uri(tree["run"])
+        if run.get("folder"):
+            run["folder"] = self.run(run["folder"].rpartition("/")[2]).uri
+        return TrialOutcome(**tree | {"run": run})
 
     def run(self, name: str) -> RunFolder:
         """Return the run folder of a trial's run."""
@@ -204,9 +228,3 @@ def curve_of(lines: str, last_epoch: int = 0) -> Curve:
         else:
             training |= values
     return dict(sorted(curve.items()))
-
-
-def _read(text: str) -> TrialOutcome:
-    tree = json.loads(text)
-    tree["curve"] = {int(epoch): values for epoch, values in tree["curve"].items()}
-    return TrialOutcome(**tree)

@@ -18,6 +18,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config import Scalar
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.metrics import EPOCH_METRICS
+from simclr_ray.config.moves import Move, relocated
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.studies.definition import (
@@ -208,12 +209,17 @@ def base_tree(study: Study) -> dict[str, Any]:
 def restored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
     """Return the tree of a stored base as it was given: its storage is the one above the study.
 
-    A study's folder that was moved goes on where it lies now.
+    A study's folder that was moved goes on where it lies now, with what was moved with it.
     """
     storage = folder.rsplit("/", 2)[0]
-    tracking = {k: v for k, v in tree["tracking"].items() if k != "only_params"}
     before = tree["storage"].rsplit("/", 3)[0]
-    if tracking["uri"] == f"sqlite:///{before}/{DATABASE}":  # that of the storage, wherever it is
+    is_local = before.startswith("/") and storage.startswith("/")
+    move = Move.between(before, storage) if is_local else None
+    if move is not None:
+        tree = relocated(tree, move)
+    tracking = {k: v for k, v in tree["tracking"].items() if k != "only_params"}
+    of_storage = (f"sqlite:///{before}/{DATABASE}", f"sqlite:///{storage}/{DATABASE}")
+    if tracking["uri"] in of_storage:  # wherever it is
         tracking["uri"] = ""
     return {**tree, "storage": storage, "tracking": tracking}
 

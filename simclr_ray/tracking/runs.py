@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from simclr_ray.errors import TrackingError
-from simclr_ray.tracking import store
+from simclr_ray.tracking import moved, store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,6 +42,7 @@ class Tracker:
     def open(cls, tracking: TrackingConfig, storage: str) -> Tracker:
         """Return the tracker of `tracking.experiment`, which is created where it does not exist.
 
+        A store whose project was moved or copied is rewritten first (`moved`).
         Creates the database and the folder of the default store too; call it once on the driver
         before workers start, since the first opening of a SQLite store runs its migrations.
 
@@ -54,8 +55,22 @@ class Tracker:
         if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
             location = (database.parent / store.ARTIFACTS).as_uri()
+        moved.settle(uri)
         with store.quiet(), store.first_contact():
             return cls(uri, _experiment_id(uri, tracking.experiment, location))
+
+    def has_run(self, run_id: str) -> bool:
+        """Return whether the store knows a run of this id, in whatever experiment."""
+        with door(f"find run {run_id}", self.uri) as client:
+            from mlflow.exceptions import MlflowException
+
+            try:
+                client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return False
+                raise
+        return True
 
     def start_run(
         self,
@@ -125,7 +140,15 @@ class TrackedRun:
 
     @classmethod
     def attach(cls, uri: str, run_id: str) -> TrackedRun:
-        """Return the existing run `run_id` of the store `uri`, its status as it is."""
+        """Return the existing run `run_id` of the store `uri`, its status as it is.
+
+        A store whose project was moved or copied is rewritten first (`moved`).
+
+        Raises:
+            TrackingError: There is no such store or run, or the store refuses.
+        """
+        store.check_there(uri)
+        moved.settle(uri)
         with door(f"find run {run_id}", uri) as client:
             experiment_id = client.get_run(run_id).info.experiment_id
         return cls(uri, run_id, experiment_id, resumed=True)

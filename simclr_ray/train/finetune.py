@@ -8,6 +8,7 @@ classifies: Nesterov SGD, rate 0.05·B/256, no warm-up, no decay, crop and flip 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
 from simclr_ray.data.source import Source
 from simclr_ray.data.subset import write_subset
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError, TrackingError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.evaluate import score_classifier
 from simclr_ray.nn.pretrained import experiment_of
@@ -27,6 +28,8 @@ from simclr_ray.train import driver
 from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, resolve_init
+
+log = logging.getLogger(__name__)
 
 FEW_LABELS, EPOCHS_OF_FEW, EPOCHS = 0.01, 60, 30
 SCORES = "classification.json"
@@ -198,4 +201,7 @@ def _log(run: Run, parent: RunRecord, name: str, scores: Classification) -> None
     own = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
     TrackedRun.attach(record.tracking_uri, record.mlflow_run_id).log_metrics(own, step)
     for_parent = {f"{name}/{key}": value for key, value in scores._asdict().items()}
-    TrackedRun.attach(parent.tracking_uri, parent.mlflow_run_id).log_metrics(for_parent, step)
+    try:
+        TrackedRun.attach(parent.tracking_uri, parent.mlflow_run_id).log_metrics(for_parent, step)
+    except TrackingError as error:  # of a run that was copied alone, the store is not here
+        log.warning("the scores are not logged with the run they are of: %s", error)

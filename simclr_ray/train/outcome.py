@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
+from simclr_ray.errors import TrackingError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.scores import Score
 from simclr_ray.storage import checkpoint
@@ -17,6 +19,7 @@ from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
+from simclr_ray.tracking.moved import settle
 from simclr_ray.tracking.store import RegisteredEncoder, store_uri
 from simclr_ray.train.resolve import ResolvedExperiment
 
@@ -97,6 +100,8 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
     with folder.newest_checkpoint() as newest:
         if newest is None or newest.name != names[0]:
             return None
+    with suppress(TrackingError):  # a store that cannot be written keeps what it says
+        settle(record.tracking_uri)
     metrics = last_values(folder.read_text(METRICS) or "")
     registered, classifier = stored["registered"], stored["classifier"]
     return PretrainOutcome(
