@@ -89,7 +89,7 @@ def settle(uri: str) -> None:
         _rewrite(database)
     except (sqlite3.Error, OSError) as error:
         raise TrackingError(
-            f"MLflow's database {database} was moved, and its URIs cannot be rewritten: {error}"
+            f"MLflow's {database} was moved, and its addresses cannot be rewritten: {error}"
         ) from error
 
 

@@ -18,10 +18,11 @@ import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import TooManyBadImages
+from simclr_ray.errors import RunError, TooManyBadImages
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.storage.checkpoint import Checkpoint, read
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train.driver import pretrain
 from simclr_ray.train.outcome import PretrainOutcome, Run
 from simclr_ray.train.pipeline import run_pipeline
@@ -148,7 +149,7 @@ def test_a_run_is_judged_published_and_registered(
         score.knn_top1 is not None and score.linear_top1 is not None for score in outcome.scores
     )
     assert outcome.registered is not None
-    store = json.loads((Path(one_worker.folder) / "run.json").read_text())["tracking_uri"]
+    store = RunRecord.read(RunFolder.at(one_worker.folder)).tracking_uri
     registered = load_encoder("models:/forms@newest", tracking_uri=store)
     images = torch.rand(5, 3, 32, 32)
     from_checkpoint = load_encoder(one_worker.checkpoint)
@@ -207,6 +208,46 @@ def test_a_driver_killed_after_epoch_two_continues_to_the_last_bit(
     assert final.tensors.keys() == undisturbed.tensors.keys()
     for name, tensor in final.tensors.items():
         assert tensor.equal(undisturbed.tensors[name]), name
+
+
+def test_a_project_that_is_moved_goes_on_as_the_same_run_to_the_last_bit(
+    folder: Path, one_worker: Run
+) -> None:
+    before, after = folder / "project before", folder / "project"
+    tree = tree_of(folder, "project before/runs", 1, "float64")
+    tree["registry"] = {"name": "forms", "alias": "newest"}
+
+    def stop(record: dict[str, float]) -> None:
+        if record["step"] > 20:
+            raise RunError("stopped by the test")
+
+    with pytest.raises(RunError, match="by the test"):
+        run_pipeline(cfg.validate(Experiment, tree), on_progress=stop)
+    name = Path(one_worker.folder).name  # it does not depend on the place
+    first = RunRecord.read(RunFolder.at(str(before / "runs" / name)))
+    before.rename(after)
+    moved = cfg.validate(Experiment, tree | {"storage": str(after / "runs")})
+    outcome = run_pipeline(moved)
+    assert outcome.run.folder == str(after / "runs" / name)
+    assert outcome.run.mlflow_run_id == first.mlflow_run_id
+    assert losses_of(after / "runs" / name) == losses_of(Path(one_worker.folder))
+    final, undisturbed = read(outcome.run.checkpoint), read(one_worker.checkpoint)
+    for key, tensor in undisturbed.tensors.items():
+        assert final.tensors[key].equal(tensor), key
+    store = RunRecord.read(RunFolder.at(outcome.run.folder)).tracking_uri
+    assert str(after) in store
+    load_encoder("models:/forms@newest", tracking_uri=store)
+    assert len(list((after / "runs").glob("mlflow.db.before-move-*"))) == 1
+    # moved again when it is finished: its model is found, and it answers with what is stored
+    third = folder / "third"
+    after.rename(third)
+    moved_uri = f"sqlite:///{third / 'runs' / 'mlflow.db'}"
+    load_encoder("models:/forms@newest", tracking_uri=moved_uri)
+    again = run_pipeline(cfg.validate(Experiment, tree | {"storage": str(third / "runs")}))
+    assert again.is_stored
+    assert again.run.mlflow_run_id == first.mlflow_run_id
+    assert not before.exists()
+    assert not after.exists()
 
 
 def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
