@@ -9,7 +9,7 @@ the database, experiment by experiment; nothing else is recorded, so that older 
   one is a copy, and must not write to what is the original's.
 - An experiment of another location has moved if that location's last parts, below a folder that
   holds this database, are a folder with its runs in it; run ids are unique.
-- A folder that is the same by another name (a link, a mount) has not moved.
+- A folder that is reached by two paths (a link, a mount) has not moved.
 
 What is below the location of such an experiment is translated. So is what is below the root that
 moved with it (the old and the new location less what both end in alike), if it exists there now:
@@ -141,7 +141,7 @@ def _new_place(db: sqlite3.Connection, database: Path, experiment: int, old: str
         new = here / ARTIFACTS
         moved = _is_left(before, new, database) or _holds(new, ids)
         return str(new) if moved and not _are_same(before, new) else ""
-    for size in range(1, len(before.parts)):
+    for size in range(1, len(before.parts)) if ids else ():
         ending = Path(*before.parts[-size:])
         for folder in (here, *here.parents):
             new = folder / ending

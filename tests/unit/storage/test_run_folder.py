@@ -235,6 +235,18 @@ def test_a_lock_goes_with_the_block_and_an_error_in_it_too(tmp_path: Path) -> No
     assert not folder.is_locked()
 
 
+def test_a_run_whose_folder_is_moved_stays_locked_until_its_driver_ends(tmp_path: Path) -> None:
+    (tmp_path / "a" / "r").mkdir(parents=True)
+    moved = RunFolder.at(str(tmp_path / "b" / "r"))
+    with RunFolder.at(str(tmp_path / "a" / "r")).lock():
+        (tmp_path / "a").rename(tmp_path / "b")
+        with pytest.raises(RunError, match=f"process {os.getpid()}"), moved.lock():
+            pass
+        assert moved.is_locked()
+    assert not moved.is_locked()
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_remote_folder_is_not_locked(tmp_path: Path) -> None:
     folder = RunFolder.of(tmp_path.as_uri(), "r-1")
     with folder.lock(), folder.lock():
