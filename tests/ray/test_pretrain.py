@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
@@ -210,6 +212,29 @@ def test_a_driver_killed_after_epoch_two_continues_to_the_last_bit(
         assert tensor.equal(undisturbed.tensors[name]), name
 
 
+def test_a_finished_run_in_a_copy_is_the_same_run_in_the_store_of_the_copy(
+    folder: Path, pipeline_of_two: tuple[PretrainOutcome, list[str]], tmp_path: Path
+) -> None:
+    first, _ = pipeline_of_two
+    copy = tmp_path / "a copy"
+    shutil.copytree(folder / "two", copy)
+    original = (folder / "two" / "mlflow.db").read_bytes()
+    there = cfg.validate(Experiment, tree_of(folder, "two", 2, "float64") | {"storage": str(copy)})
+    again = run_pipeline(there)
+    assert again.is_stored
+    assert again.run == first.run._replace(folder=str(copy / first.run.name))
+    assert len(list(copy.glob("mlflow.db.before-move-*"))) == 1
+    assert pretrain(there) == again.run  # which opens the MLflow run once more
+    uri = RunRecord.read(RunFolder.at(again.run.folder)).tracking_uri
+    assert uri == f"sqlite:///{copy}/mlflow.db"
+    artifacts = MlflowClient(uri).get_run(again.run.mlflow_run_id).info.artifact_uri
+    assert artifacts is not None
+    assert artifacts.startswith(copy.as_uri())
+    assert (folder / "two" / "mlflow.db").read_bytes() == original
+    assert len(list(copy.glob("mlflow.db.before-move-*"))) == 1
+
+
+@pytest.mark.long  # half a run and the other half; whole runs are copied above
 def test_a_project_that_is_moved_goes_on_as_the_same_run_to_the_last_bit(
     folder: Path, one_worker: Run
 ) -> None:
