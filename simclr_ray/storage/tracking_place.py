@@ -27,7 +27,7 @@ def stored_uri(uri: str, folder: RunFolder) -> str:
     if folder.local is None or not uri.startswith(SQLITE) or not path.is_absolute():
         return uri
     roots = (_storage_above(folder.local), Path.cwd())
-    if not any(path.is_relative_to(r) and folder.local.is_relative_to(r) for r in roots):
+    if not any(r.name and path.is_relative_to(r) and folder.local.is_relative_to(r) for r in roots):
         return uri
     return SQLITE + os.path.relpath(path, folder.local)
 

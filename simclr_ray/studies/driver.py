@@ -245,7 +245,7 @@ def _checked_images(folder: StudyFolder, base: Experiment) -> dict[str, str]:
 def _parent_run(study: Study, folder: StudyFolder, tracker: Tracker) -> TrackedRun:
     state = folder.state()
     resume_id = state.get("mlflow_run_id", "")
-    if state.get("tracking_uri") != tracker.uri and not (resume_id and tracker.has_run(resume_id)):
+    if resume_id and not tracker.has_run(resume_id):
         resume_id = ""
     run = tracker.start_run(
         study.name,

@@ -104,6 +104,22 @@ def translated(uri: str, location: str) -> str:
     return location if database is None else _translated(location, _has_moved(database))
 
 
+def has_run(uri: str, run_id: str) -> bool:
+    """Return whether a SQLite store that is there has a run; of other stores it is taken as so."""
+    database = sqlite_file(uri)
+    if database is None:
+        return True
+    if not database.is_file():
+        return False
+    try:
+        with closing(_reading(database)) as db:
+            row = db.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone()
+    except sqlite3.Error as error:
+        log.debug("%s cannot be looked at: %s", database, error)
+        return False
+    return row is not None
+
+
 def _has_moved(database: Path) -> list[MovedLocation]:
     """Return what has moved of a database; nothing where it cannot be read: MLflow says why."""
     if not database.is_file():
@@ -203,7 +219,7 @@ def _rewrite(database: Path) -> None:
     _forget_artifact_places()
     roots = dict.fromkeys(f"from {move.root.old} to {move.root.new}" for move in moves)
     log.warning(
-        "the project was moved %s: %s of MLflow's database rewritten; as it was: %s",
+        "the project was moved or copied %s: %s of MLflow's database rewritten; as it was: %s",
         ", ".join(roots), counted(len(changes), "address", "addresses"), backup,
     )  # fmt: skip
 

@@ -171,7 +171,7 @@ def _tracked(resolved: ResolvedExperiment, tracker: Tracker) -> Iterator[Tracked
     experiment, source, folder = resolved.config, resolved.source, resolved.folder
     record = RunRecord.find(folder)
     resume_id = record.mlflow_run_id if record else ""
-    if record and record.tracking_uri != tracker.uri and not tracker.has_run(resume_id):
+    if record and not tracker.has_run(resume_id):  # ids are unique, addresses change by a move
         log.warning("the run was tracked elsewhere; it goes on as a new MLflow run here")
         resume_id = ""
     run = tracker.start_run(

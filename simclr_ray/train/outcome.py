@@ -19,7 +19,7 @@ from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
-from simclr_ray.tracking.moved import settle
+from simclr_ray.tracking.moved import has_run, settle
 from simclr_ray.tracking.store import RegisteredEncoder, store_uri
 from simclr_ray.train.resolve import ResolvedExperiment
 
@@ -91,6 +91,8 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
     if any(stored[key] != value for key, value in expected.items()):
         return None
     if record.tracking_uri != store_uri(resolved.config.tracking.uri, resolved.config.storage):
+        return None
+    if not has_run(record.tracking_uri, record.mlflow_run_id):  # its folder was copied alone
         return None
     names = folder.checkpoints()
     if not names or names[0] != stored["checkpoint"] or folder.is_locked():

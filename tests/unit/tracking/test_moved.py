@@ -383,6 +383,16 @@ def test_what_goes_wrong_leaves_the_store_as_it_was(
     assert here.rows() == before
 
 
+def test_a_store_is_asked_for_a_run_without_mlflow(here: Project, tmp_path: Path) -> None:
+    assert moved.has_run(here.uri, here.run_id)
+    assert not moved.has_run(here.uri, "0" * 32)
+    assert not moved.has_run(f"sqlite:///{tmp_path}/no.db", here.run_id)
+    assert moved.has_run("http://host:5000", here.run_id)
+    tracker = Tracker.open(TrackingConfig(), str(here.root / "runs"))
+    assert tracker.has_run(here.run_id)
+    assert not tracker.has_run("0" * 32)
+
+
 @pytest.mark.parametrize("uri", ["http://host:5000", "postgresql://h/db", "file:///x/mlruns"])
 def test_other_stores_are_left_alone(uri: str) -> None:
     moved.settle(uri)
