@@ -215,11 +215,11 @@ def test_a_driver_killed_after_epoch_two_continues_to_the_last_bit(
 def test_a_finished_run_in_a_copy_is_the_same_run_in_the_store_of_the_copy(
     folder: Path, pipeline_of_two: tuple[PretrainOutcome, list[str]], tmp_path: Path
 ) -> None:
-    first, _ = pipeline_of_two
-    copy = tmp_path / "a copy"
+    tree, copy = tree_of(folder, "two", 2, "float64"), tmp_path / "a copy"
+    first = run_pipeline(cfg.validate(Experiment, tree))  # stored, or evaluated by these settings
     shutil.copytree(folder / "two", copy)
     original = (folder / "two" / "mlflow.db").read_bytes()
-    there = cfg.validate(Experiment, tree_of(folder, "two", 2, "float64") | {"storage": str(copy)})
+    there = cfg.validate(Experiment, tree | {"storage": str(copy)})
     again = run_pipeline(there)
     assert again.is_stored
     assert again.run == first.run._replace(folder=str(copy / first.run.name))
