@@ -17,6 +17,8 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluation.evaluate import probe_run
 from simclr_ray.storage.checkpoint import read_record
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train.driver import pretrain
 from simclr_ray.train.finetune import plan_distillation, plan_finetuning, train
 from simclr_ray.train.outcome import Run
@@ -90,8 +92,7 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     assert 0 <= tuned.scores.top1 <= tuned.scores.top5 <= 1
     first = next(r for r in records(tuned.run) if "train/loss" in r)
     assert first["train/loss"] == pytest.approx(np.log(10), abs=1e-4)  # the classifier is zero
-    stored = json.loads((Path(run.folder) / "run.json").read_text())
-    client = MlflowClient(stored["tracking_uri"])
+    client = MlflowClient(RunRecord.read(RunFolder.at(run.folder)).tracking_uri)
     child = client.get_run(tuned.run.mlflow_run_id)
     assert child.data.tags["mlflow.parentRunId"] == run.mlflow_run_id
     assert child.data.metrics["final/classifier/top1"] == pytest.approx(tuned.scores.top1)
