@@ -34,7 +34,7 @@ from simclr_ray.nn.pretrained import (
     weight_files,
 )
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.filesystem import filesystem, one_line
+from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import check_model, store_uri
