@@ -10,6 +10,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__SSE4_1__)
+#include <smmintrin.h>
+#endif
 
 #define UNIT 2048.0          /* weights are integers over this */
 #define FINE 8.0f            /* steps of a gray level kept between passes */
@@ -17,10 +20,62 @@
 #define ROUND 12582912.0f    /* x + ROUND - ROUND rounds |x| < 2^22 to even */
 #define BLOCK 1024           /* pixels whose three channels stay in L1 */
 
+/* Vectors as wide as the machine's: of four floats, or of eight, which are two rows of four. */
+#if defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define ROWS (LANES / 4)
+typedef uint8_t u4 __attribute__((vector_size(4)));
 typedef float v4 __attribute__((vector_size(16)));
+typedef float wide __attribute__((vector_size(4 * LANES)));
+typedef float wide_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t indices __attribute__((vector_size(4 * LANES)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (indices){__VA_ARGS__})
+#endif
+/* Of each row of four lanes, in a and in b: lanes i, j of a and k, l of b. */
+#if LANES == 8
+#define PICK(a, b, i, j, k, l) \
+    SHUFFLE(a, b, i, j, 8 + k, 8 + l, 4 + i, 4 + j, 12 + k, 12 + l)
+#else
+#define PICK(a, b, i, j, k, l) SHUFFLE(a, b, i, j, 4 + k, 4 + l)
+#endif
 
 static const float TO_UNIT = (float)(1.0 / 255.0), FROM_FULL = (float)(1.0 / 2040.0);
 static const float LUMA_R = 0.299f, LUMA_G = 0.587f, LUMA_B = 0.114f;
+
+/* ---------------------------------------------------------------- weighted sums */
+
+/* to[x] = the rounded `scale` times the sum over t of weight[t] * from[t * stride + x], then times
+ * `unit`. Sums are of integers, so of any order; they are kept in registers, since in memory each
+ * weight would cost a load and a store of them. */
+static void weigh(const float *weight, int count, const float *from, int64_t stride, int num,
+                  float scale, float unit, float *restrict to)
+{
+    int x = 0;
+    for (; x + 4 * LANES <= num; x += 4 * LANES) {
+        wide a = {0}, b = {0}, c = {0}, d = {0};
+        for (int t = 0; t < count; t++) {
+            const wide_anywhere *at = (const wide_anywhere *)(from + t * stride + x);
+            a += at[0] * weight[t], b += at[1] * weight[t];
+            c += at[2] * weight[t], d += at[3] * weight[t];
+        }
+        wide_anywhere *put = (wide_anywhere *)(to + x);
+        put[0] = (a * scale + ROUND - ROUND) * unit, put[1] = (b * scale + ROUND - ROUND) * unit;
+        put[2] = (c * scale + ROUND - ROUND) * unit, put[3] = (d * scale + ROUND - ROUND) * unit;
+    }
+    for (; x < num; x++) {
+        float sum = 0.0f;
+        for (int t = 0; t < count; t++)
+            sum += from[t * stride + x] * weight[t];
+        to[x] = (sum * scale + ROUND - ROUND) * unit;
+    }
+}
 
 /* ---------------------------------------------------------------- crop and resize */
 
@@ -74,7 +129,7 @@ typedef struct {
     int32_t *lo_x, *lo_y, *count_x, *count_y;
     float *x, *y;   /* weights */
     double *raw;
-    v4 *row;
+    v4 *row;        /* [w, ROWS] */
     float *mid;     /* [3, h, size] */
     float *line;    /* [size] */
 } Crop;
@@ -93,31 +148,78 @@ static int make_crop(Crop *c, int size, int64_t h, int64_t w)
     c->count_x = malloc(size * sizeof *c->count_x), c->count_y = malloc(size * sizeof *c->count_y);
     c->x = malloc((size_t)size * taps_x * sizeof *c->x);
     c->y = malloc((size_t)size * taps_y * sizeof *c->y);
-    c->raw = malloc(most * sizeof *c->raw), c->row = malloc(w * sizeof *c->row);
+    c->raw = malloc(most * sizeof *c->raw), c->row = malloc(ROWS * w * sizeof *c->row);
     c->mid = malloc((size_t)3 * h * size * sizeof *c->mid);
     c->line = malloc(size * sizeof *c->line);
     return c->lo_x && c->lo_y && c->count_x && c->count_y && c->x && c->y && c->raw && c->row &&
            c->mid && c->line;
 }
 
+/* Four bytes as floats; compilers take it for four conversions. */
+static inline v4 floats_of(const uint8_t *p)
+{
+#if defined(__SSE4_1__)
+    int32_t bits;
+    memcpy(&bits, p, sizeof bits);
+    return (v4)_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bits)));
+#else
+    u4 four;
+    memcpy(&four, p, sizeof four);
+    return __builtin_convertvector(four, v4);
+#endif
+}
+
+/* Put a row of pixels, red, green, blue and one that does not matter, ROWS places apart. */
+static void widen(const uint8_t *restrict p, int64_t w, v4 *restrict to)
+{
+    for (int64_t i = 0; i < w - 1; i++) /* a byte of the next pixel is read */
+        to[ROWS * i] = floats_of(p + 3 * i);
+    p += 3 * (w - 1);
+    to[ROWS * (w - 1)] = (v4){p[0], p[1], p[2], 0.0f};
+}
+
+static inline wide resampled(const Crop *c, int x, int64_t left, int taps)
+{
+    const float *weight = c->x + (int64_t)x * taps;
+    const wide_anywhere *from = (const wide_anywhere *)(c->row + ROWS * (c->lo_x[x] - left));
+    wide sum = {0};
+    for (int t = 0; t < c->count_x[x]; t++)
+        sum += from[t] * weight[t];
+    return sum * (float)(FINE / UNIT) + ROUND - ROUND;
+}
+
+/* As many rows at a time as a vector holds: pixels of one place are one vector, and four places are
+ * turned into runs of four reds, greens and blues. */
 static void across(const Crop *c, const uint8_t *pixels, int64_t stride, const int64_t *box,
                    int flip, int size, int taps)
 {
     int64_t top = box[0], left = box[1], h = box[2], w = box[3], plane = h * size;
-    for (int64_t y = 0; y < h; y++) {
-        const uint8_t *p = pixels + (top + y) * stride + 3 * left;
-        for (int64_t i = 0; i < w; i++)
-            c->row[i] = (v4){p[3 * i], p[3 * i + 1], p[3 * i + 2], 0.0f};
-        float *to = c->mid + y * size;
-        for (int x = 0; x < size; x++) {
-            const float *weight = c->x + (int64_t)x * taps;
-            const v4 *from = c->row + (c->lo_x[x] - left);
-            v4 sum = {0};
-            for (int t = 0; t < c->count_x[x]; t++)
-                sum += from[t] * weight[t];
-            sum = sum * (float)(FINE / UNIT) + ROUND - ROUND;
-            int at = flip ? size - 1 - x : x;
-            to[at] = sum[0], to[plane + at] = sum[1], to[2 * plane + at] = sum[2];
+    int step = flip ? -1 : 1;
+    for (int64_t y = 0; y < h; y += ROWS) {
+        float *to[ROWS];
+        for (int64_t r = 0; r < ROWS; r++) {
+            int64_t row = y + r < h ? y + r : h - 1; /* of an odd height the last one twice */
+            widen(pixels + (top + row) * stride + 3 * left, w, c->row + r);
+            to[r] = c->mid + row * size;
+        }
+        int at = 0, x = flip ? size - 1 : 0;
+        for (; at + 4 <= size; at += 4, x += 4 * step) {
+            wide p0 = resampled(c, x, left, taps), p1 = resampled(c, x + step, left, taps);
+            wide p2 = resampled(c, x + 2 * step, left, taps);
+            wide p3 = resampled(c, x + 3 * step, left, taps);
+            wide rg01 = PICK(p0, p1, 0, 1, 0, 1), rg23 = PICK(p2, p3, 0, 1, 0, 1);
+            wide b01 = PICK(p0, p1, 2, 3, 2, 3), b23 = PICK(p2, p3, 2, 3, 2, 3);
+            wide color[3] = {PICK(rg01, rg23, 0, 2, 0, 2), PICK(rg01, rg23, 1, 3, 1, 3),
+                             PICK(b01, b23, 0, 2, 0, 2)};
+            for (int k = 0; k < 3; k++)
+                for (int r = 0; r < ROWS; r++)
+                    memcpy(to[r] + k * plane + at, (float *)&color[k] + 4 * r, sizeof(v4));
+        }
+        for (; at < size; at++, x += step) {
+            wide sum = resampled(c, x, left, taps);
+            for (int k = 0; k < 3; k++)
+                for (int r = 0; r < ROWS; r++)
+                    to[r][k * plane + at] = sum[4 * r + k];
         }
     }
 }
@@ -128,17 +230,12 @@ static void down(const Crop *c, int64_t top, int64_t h, int size, int taps, uint
     for (int channel = 0; channel < 3; channel++)
         for (int y = 0; y < size; y++) {
             const float *weight = c->y + (int64_t)y * taps;
-            memset(line, 0, size * sizeof *line);
-            for (int t = 0; t < c->count_y[y]; t++) {
-                const float *from = c->mid + ((channel * h) + c->lo_y[y] - top + t) * size;
-                float one = weight[t];
-                for (int x = 0; x < size; x++)
-                    line[x] += one * from[x];
-            }
+            const float *from = c->mid + ((channel * h) + c->lo_y[y] - top) * size;
+            weigh(weight, c->count_y[y], from, size, size, (float)(1.0 / (UNIT * FINE)), 1.0f,
+                  line);
             uint8_t *restrict to = out + ((int64_t)channel * size + y) * size;
             for (int x = 0; x < size; x++) {
-                float v = line[x] * (float)(1.0 / (UNIT * FINE)) + ROUND - ROUND;
-                v = v < 0.0f ? 0.0f : v;
+                float v = line[x] < 0.0f ? 0.0f : line[x];
                 to[x] = (uint8_t)(int32_t)(v > 255.0f ? 255.0f : v);
             }
         }
@@ -177,6 +274,12 @@ static inline float unit(float x)
 static inline float luma(float r, float g, float b)
 {
     return r * LUMA_R + g * LUMA_G + b * LUMA_B;
+}
+
+static inline float floored(float x) /* |x| < 2^22; floorf is a call on some machines */
+{
+    float whole = x + ROUND - ROUND;
+    return whole > x ? whole - 1.0f : whole;
 }
 
 static void brightness(float *restrict r, float *restrict g, float *restrict b, int m, float f)
@@ -224,12 +327,10 @@ static void hue(float *restrict r, float *restrict g, float *restrict b, int m, 
         float most = red > green ? red : green, least = red < green ? red : green;
         most = most > blue ? most : blue, least = least < blue ? least : blue;
         float chroma = most - least, safe = chroma > 0.0f ? chroma : 1.0f;
-        float a = (green - blue) / safe, c = (blue - red) / safe + 2.0f;
-        float d = (red - green) / safe + 4.0f;
-        float sector = most == green ? c : d;
-        sector = most == red ? a : sector;
-        float u = sector + turn;
-        u = u - floorf(u * (float)(1.0 / 6.0)) * 6.0f;
+        float part = most == green ? blue - red : red - green, base = most == green ? 2.0f : 4.0f;
+        part = most == red ? green - blue : part, base = most == red ? 0.0f : base;
+        float u = part / safe + base + turn;
+        u = u - floored(u * (float)(1.0 / 6.0)) * 6.0f;
         r[i] = unit(unit(fabsf(u - 3.0f) - 1.0f) * chroma + least);
         g[i] = unit(unit(2.0f - fabsf(u - 2.0f)) * chroma + least);
         b[i] = unit(unit(2.0f - fabsf(u - 4.0f)) * chroma + least);
@@ -246,40 +347,26 @@ static void apply(int op, float *r, float *g, float *b, int m, const float *fact
     }
 }
 
+/* work [size * size], line [size + taps] */
 static void blur(float *restrict x, float *restrict work, float *restrict line, int size,
                  const float *kernel, int taps)
 {
     int radius = taps / 2, reach = radius;
     while (reach && kernel[radius - reach] == 0.0f)
         reach--;
-    memset(work, 0, (size + 2 * radius) * sizeof *work);
+    memset(line, 0, (size + 2 * radius) * sizeof *line);
     for (int y = 0; y < size; y++) {
-        float *row = x + (int64_t)y * size;
+        const float *row = x + (int64_t)y * size;
         for (int i = 0; i < size; i++)
-            work[radius + i] = row[i] * FULL + ROUND - ROUND;
-        memset(line, 0, size * sizeof *line);
-        for (int t = radius - reach; t <= radius + reach; t++) {
-            float one = kernel[t];
-            for (int i = 0; i < size; i++)
-                line[i] += one * work[i + t];
-        }
-        for (int i = 0; i < size; i++)
-            row[i] = line[i] * (float)(1.0 / UNIT) + ROUND - ROUND;
+            line[radius + i] = row[i] * FULL + ROUND - ROUND;
+        weigh(kernel + radius - reach, 2 * reach + 1, line + radius - reach, 1, size,
+              (float)(1.0 / UNIT), 1.0f, work + (int64_t)y * size);
     }
-    memcpy(work, x, (size_t)size * size * sizeof *x);
     for (int y = 0; y < size; y++) {
-        memset(line, 0, size * sizeof *line);
-        for (int t = radius - reach; t <= radius + reach; t++) {
-            int from = y + t - radius;
-            if (from < 0 || from >= size)
-                continue;
-            float one = kernel[t];
-            const float *row = work + (int64_t)from * size;
-            for (int i = 0; i < size; i++)
-                line[i] += one * row[i];
-        }
-        for (int i = 0; i < size; i++)
-            x[(int64_t)y * size + i] = (line[i] * (float)(1.0 / UNIT) + ROUND - ROUND) * FROM_FULL;
+        int first = y - reach > 0 ? y - reach : 0;
+        int last = y + reach < size - 1 ? y + reach : size - 1;
+        weigh(kernel + radius + first - y, last - first + 1, work + (int64_t)first * size, size,
+              size, (float)(1.0 / UNIT), FROM_FULL, x + (int64_t)y * size);
     }
 }
 
@@ -341,8 +428,8 @@ int distort_color(int64_t n, int32_t size, const uint8_t *in, const float *facto
                    const uint8_t *blurred, const float *kernels, int32_t taps, uint8_t *out)
 {
     int64_t plane = (int64_t)size * size;
-    float *x = malloc(3 * plane * sizeof *x), *work = malloc((plane + size + taps) * sizeof *work);
-    float *line = malloc(size * sizeof *line);
+    float *x = malloc(3 * plane * sizeof *x), *work = malloc(plane * sizeof *work);
+    float *line = malloc((size + taps) * sizeof *line);
     int failed = !x || !work || !line;
     for (int64_t i = 0; i < n && !failed; i++) {
         const uint8_t *from = in + 3 * plane * i;
