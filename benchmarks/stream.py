@@ -34,7 +34,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.record import portable, store
-from benchmarks.views import albumentations_pair
+from benchmarks.view_peers import albumentations_pair
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import BatchBuilder, build_plan, view_builder

@@ -2,16 +2,16 @@
 
     python -m benchmarks.views PARQUET [--size 32] [--strength 0.5] [--blur 0] [--seconds 4]
 
-From encoded bytes, and, for images of one size, from decoded pixels in memory. Rounds take turns,
-one thread each; what is counted are source images, of which each gives two views. Peers that are
-not installed are left out and named. Writes `benchmarks/results/views_SIZE.json`.
+From encoded bytes, and, for images of one size, from decoded pixels in memory; and the rates of
+decoding alone, which no pipeline exceeds. Rounds take turns, one thread each; what is counted are
+source images, of which each gives two views. Peers that are not installed are left out and named.
+Writes `benchmarks/results/views_SIZE.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import io
+import importlib.util
 import json
 import statistics
 import sys
@@ -23,19 +23,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 from benchmarks.record import portable, store
-from simclr_ray.augment.decode import decode_image
+from benchmarks.view_peers import DECODERS, MEAN, PEERS, STD, Pair
+from simclr_ray.augment.decode import ImageDecoder, Library, decode_image
 from simclr_ray.augment.views import TwoViews
 from simclr_ray.distributed.malloc import keep_freed_memory
 
-Pixels = NDArray[np.uint8]
 Make = Callable[[Sequence[Any]], object]
-Pair = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 IMAGES, ROUNDS = 512, 5
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Settings(argparse.Namespace):
@@ -70,13 +66,18 @@ def main() -> None:
     rates_of: dict[str, dict[str, float]] = {}
     for kind, images in sources.items():
         forms = {"simclr_ray": ours(settings), **peers(settings, encoded=kind == "encoded")}
+        if kind == "encoded" and importlib.util.find_spec("simplejpeg"):
+            forms["simclr_ray, turbo"] = ours(settings, "turbo")
         rates_of[kind] = _rates(forms, images, settings)
         print(kind, json.dumps(rates_of[kind]), flush=True)
+    decode_alone = _rates(decoders(), encoded, settings)
+    print("decoding alone", json.dumps(decode_alone), flush=True)
     result = {
         "command": "python -m benchmarks.views " + " ".join(map(portable, sys.argv[1:])),
         "threads": 1,
         "size": settings.size,
         "images_per_s": rates_of,
+        "decoding_alone_images_per_s": decode_alone,
         "ratio": {
             kind: {n: round(rates["simclr_ray"] / r, 2) for n, r in rates.items()}
             for kind, rates in rates_of.items()
@@ -85,15 +86,34 @@ def main() -> None:
     store(f"views_{settings.size}", result)
 
 
-def ours(settings: Settings) -> Make:
+def decoders() -> dict[str, Make]:
+    """Return what decodes and no more: what no pipeline can be faster than."""
+    forms: dict[str, Make] = {
+        library: partial(_each, ImageDecoder(library=library).decode)
+        for library in ("pillow", "turbo")
+    }
+    for name, package, build in DECODERS:
+        if importlib.util.find_spec(package):
+            forms[name] = partial(_each, build())
+    return forms
+
+
+def _each(decode: Callable[[bytes], object], images: Sequence[Any]) -> object:
+    return [decode(image) for image in images]
+
+
+def ours(settings: Settings, library: Library = "pillow") -> Make:
     """Return our pipeline and, for comparison, the others' normalisation to float32."""
+    decoder = ImageDecoder(library=library)
     views = TwoViews.simclr(settings.size, settings.strength, settings.blur)
     turn = iter(range(2**31))
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    scale = 1 / std
 
     def make(images: Sequence[Any]) -> object:
-        pair = views(images, np.arange(len(images)), next(turn))
-        return [v.float().sub_(mean).div_(std) for v in pair]  # what the others hand over
+        pixels = [decoder.decode(i) if isinstance(i, bytes) else i for i in images]
+        pair = views(pixels, np.arange(len(images)), next(turn))
+        return [v.sub(mean).mul_(scale) for v in pair]  # what the others hand over
 
     return make
 
@@ -101,7 +121,7 @@ def ours(settings: Settings) -> Make:
 def peers(settings: Settings, *, encoded: bool) -> dict[str, Make]:
     """Return the pipelines of other libraries, each image by itself as they work."""
     forms: dict[str, Make] = {}
-    for name, build in (("albumentations", albumentations_pair), ("torchvision", torchvision_pair)):
+    for name, build in PEERS.items():
         try:
             pair = build(settings.size, settings.strength, settings.blur, encoded=encoded)
         except ImportError:
@@ -113,61 +133,6 @@ def peers(settings: Settings, *, encoded: bool) -> dict[str, Make]:
 
 def _stacked(pair: Pair, images: Sequence[Any]) -> object:
     return [torch.stack(v) for v in zip(*map(pair, images), strict=True)]
-
-
-def albumentations_pair(size: int, strength: float, blur: float, *, encoded: bool) -> Pair:
-    """Return albumentations' two views of one image: float32 [3, size, size] each."""
-    a: Any = importlib.import_module("albumentations")
-    cv2: Any = importlib.import_module("cv2")
-    cv2.setNumThreads(0)
-    s = 0.8 * strength
-    steps = [
-        a.RandomResizedCrop(size=(size, size), scale=(0.08, 1.0)),
-        a.HorizontalFlip(p=0.5),
-        a.ColorJitter((1 - s, 1 + s), (1 - s, 1 + s), (1 - s, 1 + s), (-s / 4, s / 4), p=0.8),
-        a.ToGray(p=0.2),
-    ]
-    if blur:
-        taps = size // 20 * 2 + 1
-        steps.append(a.GaussianBlur(blur_limit=(taps, taps), sigma_limit=(0.1, 2.0), p=blur))
-    transform = a.Compose([*steps, a.Normalize(MEAN, STD)])
-
-    def view(pixels: Pixels) -> torch.Tensor:
-        out: Pixels = transform(image=pixels)["image"]
-        return torch.from_numpy(np.ascontiguousarray(out.transpose(2, 0, 1)))
-
-    def pair(image: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = image
-        if encoded:
-            raw = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
-            pixels = cv2.cvtColor(raw, cv2.COLOR_BGR2RGB)
-        return view(pixels), view(pixels)
-
-    return pair
-
-
-def torchvision_pair(size: int, strength: float, blur: float, *, encoded: bool) -> Pair:
-    """Return torchvision's two views of one image, through Pillow: float32 [3, size, size]."""
-    t: Any = importlib.import_module("torchvision.transforms.v2")
-    s = 0.8 * strength
-    steps = [
-        t.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True),
-        t.RandomHorizontalFlip(0.5),
-        t.RandomApply([t.ColorJitter(s, s, s, s / 4)], 0.8),
-        t.RandomGrayscale(0.2),
-    ]
-    if blur:
-        steps.append(t.RandomApply([t.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))], blur))
-    transform = t.Compose(
-        [*steps, t.PILToTensor(), t.ToDtype(torch.float32, scale=True), t.Normalize(MEAN, STD)]
-    )
-
-    def pair(image: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        opened = Image.open(io.BytesIO(image)) if encoded else Image.fromarray(image)
-        image = opened.convert("RGB")
-        return transform(image), transform(image)
-
-    return pair
 
 
 def _rates(forms: dict[str, Make], images: Sequence[Any], settings: Settings) -> dict[str, float]:
