@@ -240,6 +240,15 @@ class TwoViews:
             x[rows] = blur(x[rows].mul_(FULL).round_(), band).mul_(1 / FULL)
         return x.mul_(255).round_().to(torch.uint8)
 
+    def least_sides(self, ids: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Return the height and width of each image below which a crop of it is enlarged: [n, 2].
+
+        An image may be decoded at a smaller scale that leaves as much: its crops are fractions.
+        """
+        fractions = self.draw_both_views(ids, epoch).crop[:, :2].reshape(2, len(ids), 2).min(0)
+        least: NDArray[np.int64] = np.ceil(self.size / fractions).astype(np.int64)
+        return least
+
     def draw_both_views(self, ids: NDArray[np.int64], epoch: int) -> AugmentParams:
         """Return the parameters of view 0 of all ids, then of view 1."""
         return self.draw(np.tile(ids, 2), epoch, np.repeat([0, 1], len(ids)))

@@ -212,6 +212,8 @@ class Experiment(Config):
             self.augment, SimCLRViewsConfig
         ):
             raise ValueError("scaling.color_augment_on=worker is for augment.name=simclr")
+        if self.data.decoder == "turbo_scaled" and not isinstance(self.augment, SimCLRViewsConfig):
+            raise ValueError("data.decoder=turbo_scaled is for augment.name=simclr")
         if self.scaling.recompute_activations and not self.encoder.can_recompute:
             raise ValueError(
                 f"scaling.recompute_activations: encoder.name={self.encoder.name} has no blocks "

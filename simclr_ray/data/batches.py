@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from simclr_ray.errors import DataError, TooManyBadImages
 
 Take = Callable[[int], EncodedRow | None]
 MakeViews = Callable[[list[Pixels], NDArray[np.int64], int], ViewPair]
+LeastSides = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 GIB = 2**30
 MAX_ATTEMPTS = 64  # then any row that is left
 
@@ -71,6 +73,10 @@ class RowReader:
         decoder: Of its images.
         cache_gib: For decoded rows.
         shared: Whether the readers of this node that share a dataset also share the cache.
+
+    Attributes:
+        least_sides: Returns the height and width of images, [n, 2], that suffice in this epoch, by
+            their ids; None: images are decoded whole. Not to be set with a cache.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class RowReader:
         self.cache = ImageCache(name, source.num_rows, int(cache_gib * GIB))
         self.recent = RecentGroups(source)
         self.bad: dict[int, Bad] = {}
+        self.least_sides: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
 
     def images(self, rows: Sequence[int], take: Take) -> list[DecodedImage | None]:
         """Return the decoded rows, None for each that cannot be used.
@@ -91,11 +98,15 @@ class RowReader:
         """
         images = self.cache.find(rows)
         new: dict[int, DecodedImage] = {}
-        for place, (row, image) in enumerate(zip(rows, images, strict=True)):
-            if image is None and row not in self.bad:
-                images[place] = decoded = self._decode(row, take(row) or self.recent.take(row))
-                if decoded is not None:
-                    new[row] = decoded
+        missing = [
+            (place, row, take(row) or self.recent.take(row))
+            for place, (row, image) in enumerate(zip(rows, images, strict=True))
+            if image is None and row not in self.bad
+        ]
+        for (place, row, encoded), least in zip(missing, self._least(missing), strict=True):
+            images[place] = decoded = self._decode(row, encoded, least)
+            if decoded is not None:
+                new[row] = decoded
         self.cache.keep(new)
         return images
 
@@ -108,11 +119,17 @@ class RowReader:
         unknown = np.flatnonzero(~self.cache.holds(first, last)) + first
         return [row for row in unknown.tolist() if row not in self.bad]
 
-    def _decode(self, row: int, encoded: EncodedRow) -> DecodedImage | None:
+    def _least(self, missing: list[tuple[int, int, EncodedRow]]) -> list[tuple[int, int]]:
+        if self.least_sides is None or not missing:
+            return [(0, 0)] * len(missing)
+        ids = np.array([encoded.id for _, _, encoded in missing], np.int64)
+        return [(height, width) for height, width in self.least_sides(ids).tolist()]
+
+    def _decode(self, row: int, encoded: EncodedRow, least: tuple[int, int]) -> DecodedImage | None:
         try:
             if encoded.image is None:
                 raise ImageError("null image")
-            return DecodedImage(encoded.id, self.decoder.decode(encoded.image))
+            return DecodedImage(encoded.id, self.decoder.decode(encoded.image, least))
         except ImageError as error:
             self.bad[row] = Bad(encoded.id, str(error), encoded.path)
             return None
@@ -128,6 +145,7 @@ class BatchBuilder:
         data: Limits and cache.
         places: [first, last) of the global batch's list.
         stop: The step before which the run ends.
+        least_sides: As of `least_sides_of`.
     """
 
     def __init__(
@@ -139,11 +157,16 @@ class BatchBuilder:
         places: tuple[int, int],
         *,
         stop: int = sys.maxsize,
+        least_sides: LeastSides | None = None,
     ) -> None:
+        self.least_sides = least_sides
         self.plan, self.views, self.places = plan, views, places
         self.max_bad_fraction = data.max_bad_fraction
         self.reader = RowReader(
-            source, training_decoder(data), cache_gib=data.cache_gib, shared=True
+            source,
+            training_decoder(data),
+            cache_gib=0 if least_sides else data.cache_gib,  # an image is another in each epoch
+            shared=True,
         )
         self.groups = RowGroups(
             source,
@@ -187,6 +210,8 @@ class BatchBuilder:
         first, last = self.places
         rows = self.plan.rows_of(step, first, last).tolist()
         self.groups.advance(step)
+        if self.least_sides is not None:
+            self.reader.least_sides = partial(_of_epoch, self.least_sides, self.plan.epoch_of(step))
         images, bad = [], []
         decoded = self.reader.images(rows, self.groups.take)
         for place, (row, planned) in enumerate(zip(rows, decoded, strict=True), start=first):
@@ -247,6 +272,10 @@ class BatchBuilder:
             )
 
 
+def _of_epoch(least: LeastSides, epoch: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    return least(ids, epoch)
+
+
 def build_two_views(views: SimCLRViewsConfig, seed: int) -> TwoViews:
     """Return the paper's pipeline as a config describes it."""
     return build(views, TwoViews, seed=seed)
@@ -280,6 +309,19 @@ def view_builder(experiment: Experiment) -> MakeViews:
     return make
 
 
+def least_sides_of(experiment: Experiment) -> LeastSides | None:
+    """Return what tells by ids and epoch how large images need to be; None: whole, always."""
+    config = experiment.augment
+    if experiment.data.decoder != "turbo_scaled" or not isinstance(config, SimCLRViewsConfig):
+        return None
+    views = build_two_views(config, experiment.seed)
+
+    def least(ids: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        return views.with_size(config.size_at(epoch, experiment.epochs)).least_sides(ids, epoch)
+
+    return least
+
+
 def build_plan(experiment: Experiment, source: Source) -> BatchPlan:
     """Return the experiment's plan over `source`. Raises `DataError` if it fills no batch."""
     data = experiment.data
@@ -294,7 +336,10 @@ def local_batches(
     """Yield this rank's batches of `steps`, made in this process: for tests and lone machines."""
     places = partition(experiment.batch_size, rank, num_ranks)
     plan, views = build_plan(experiment, source), view_builder(experiment)
-    builder = BatchBuilder(source, plan, views, experiment.data, places, stop=steps.stop)
+    builder = BatchBuilder(
+        source, plan, views, experiment.data, places,
+        stop=steps.stop, least_sides=least_sides_of(experiment),
+    )  # fmt: skip
     for step in steps:
         yield builder.make(step)
 

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from simclr_ray.augment.decode import DeepImage, ImageDecoder, ImageError, read_deep_image
+from simclr_ray.augment.decode import DeepImage, ImageDecoder, ImageError, Library, read_deep_image
 from simclr_ray.config.experiment import DataConfig
 from simclr_ray.config.schema import AUTO
 from simclr_ray.config.wording import counted
@@ -58,7 +58,8 @@ class ValueRange(NamedTuple):
 
 def training_decoder(data: DataConfig) -> ImageDecoder:
     """Return what decodes images for training; `data.white` is a number by now."""
-    return evaluation_decoder(data)._replace(library=data.decoder)
+    library: Library = "pillow" if data.decoder == "pillow" else "turbo"
+    return evaluation_decoder(data)._replace(library=library)
 
 
 def evaluation_decoder(data: DataConfig) -> ImageDecoder:
@@ -102,7 +103,7 @@ def _hash_of_probe(decoder: ImageDecoder) -> str:
 
 
 def _version_of(data: DataConfig) -> str:
-    package = {"pillow": "pillow", "turbo": "simplejpeg"}[data.decoder]
+    package = "pillow" if data.decoder == "pillow" else "simplejpeg"
     return f"{package} {metadata.version(package)}"
 
 

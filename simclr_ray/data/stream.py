@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
-from simclr_ray.data.batches import BatchBuilder, BatchPart, build_plan, join, view_builder
+from simclr_ray.data.batches import (
+    BatchBuilder,
+    BatchPart,
+    build_plan,
+    join,
+    least_sides_of,
+    view_builder,
+)
 from simclr_ray.data.decoding import check_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.collectives import partition
@@ -56,7 +63,10 @@ class _Actor:
         keep_freed_memory()
         self.data = experiment.data
         plan, views = build_plan(experiment, source), view_builder(experiment)
-        self.builder = BatchBuilder(source, plan, views, experiment.data, places, stop=stop)
+        self.builder = BatchBuilder(
+            source, plan, views, experiment.data, places,
+            stop=stop, least_sides=least_sides_of(experiment),
+        )  # fmt: skip
         images = places[1] - places[0]
         views_bytes = 6 * images * experiment.augment.size**2
         self.step_bytes = max(views_bytes, int(images * source.row_bytes))

@@ -27,7 +27,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         DataError: pyarrow knows no such scheme, or cannot reach it; or there is no name.
     """
-    if not uri.strip("/ ").rpartition(":")[2] and uri != "/":
+    if not uri.strip("/ ").rpartition(":")[2] and uri not in ("/", "file:///"):
         raise DataError(f"{uri!r} is no path: it names nothing")
     if "://" not in uri:
         return pafs.LocalFileSystem(), Path(uri).expanduser().absolute().as_posix()

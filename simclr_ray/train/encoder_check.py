@@ -9,6 +9,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.encoders import set_recompute
 from simclr_ray.nn.stochastic import check_draws
+from simclr_ray.storage.filesystem import one_line
 
 IMAGES = 2
 
@@ -40,4 +41,9 @@ def check_encoder(experiment: Experiment) -> None:
             )
             raise ConfigError([ConfigIssue("encoder", problem)]) from error
     generator = torch.Generator().manual_seed(0)
-    check_draws(encoder, torch.rand(IMAGES, 3, size, size, generator=generator))
+    try:
+        check_draws(encoder, torch.rand(IMAGES, 3, size, size, generator=generator))
+    except RuntimeError as error:  # torch's own, of shapes that do not fit
+        name = getattr(experiment.encoder, "model", experiment.encoder.name)
+        problem = f"{name} takes no views of {size} px: {one_line(error)}"
+        raise ConfigError([ConfigIssue("augment.size", problem)]) from error

@@ -48,6 +48,7 @@ __all__ = [
     "DeepImage",
     "ImageDecoder",
     "ImageError",
+    "Library",
     "Pixels",
     "decode_image",
     "evaluation_view",
@@ -81,11 +82,17 @@ class ImageDecoder(NamedTuple):
     white: float = 0
     library: Library = "pillow"
 
-    def decode(self, encoded: bytes) -> Pixels:
-        """Return the pixels of one encoded image, as `decode_image` does."""
+    def decode(self, encoded: bytes, least: tuple[int, int] = (0, 0)) -> Pixels:
+        """Return the pixels of one encoded image, as `decode_image` does.
+
+        Args:
+            encoded: The bytes of the file.
+            least: Height and width that suffice: `turbo` decodes a JPEG at 1/2, 1/4 or 1/8 of its
+                size where that leaves no less. (0, 0): whole images only.
+        """
         kind = format_of(encoded[:FIRST_BYTES])
         if kind is JPEG and self.library == "turbo":
-            pixels = read_jpeg_by_turbo(encoded, self.max_pixels, self.min_side)
+            pixels = read_jpeg_by_turbo(encoded, self.max_pixels, self.min_side, least)
             if pixels is not None:
                 return pixels
         try:

@@ -21,7 +21,9 @@ from .formats import (
     reason_of,
 )
 from .metadata import ORIENTED, turn_upright
-from .rgb import WHITE_16, DeepImage, scaled_gray, to_rgb
+from .rgb import ORIENTATION, WHITE_16, DeepImage, scaled_gray, to_rgb
+
+LIES_FROM = 5  # orientations in which height and width change places
 
 
 def open_by_extra(encoded: bytes, kind: Format, max_pixels: int) -> Image.Image:
@@ -60,8 +62,16 @@ def _dicom_frame(dicom: Any) -> Pixels:
     return scaled_gray(gray, 1)
 
 
-def read_jpeg_by_turbo(encoded: bytes, max_pixels: int, min_side: int) -> Pixels | None:
+def read_jpeg_by_turbo(
+    encoded: bytes, max_pixels: int, min_side: int, least: tuple[int, int]
+) -> Pixels | None:
     """Return what simplejpeg decodes without an error; None where Pillow is to be asked.
+
+    Args:
+        encoded: A JPEG.
+        max_pixels: Of the whole image, in its header.
+        min_side: Of the whole image.
+        least: As in `ImageDecoder.decode`.
 
     Raises:
         ImageError: simplejpeg is not installed, or the image is too large or too small.
@@ -75,16 +85,22 @@ def read_jpeg_by_turbo(encoded: bytes, max_pixels: int, min_side: int) -> Pixels
         if color not in ("YCbCr", "Gray", "RGB"):
             return None
         check_size((width, height), max_pixels, min_side)
-        pixels: Pixels = simplejpeg.decode_jpeg(encoded, "RGB")
-        said = JpegImagePlugin.JpegImageFile(io.BytesIO(encoded)).info
+        header = JpegImagePlugin.JpegImageFile(io.BytesIO(encoded))
+        is_oriented = any(key in header.info for key in ORIENTED)
+        options: dict[str, int] = {}
+        if max(least):  # scales of n/8 above 1/2 take longer than the whole
+            lies = is_oriented and header.getexif().get(ORIENTATION, 1) >= LIES_FROM
+            high, wide = least[::-1] if lies else least
+            options = {"min_height": high, "min_width": wide, "min_factor": 2}
+        pixels: Pixels = simplejpeg.decode_jpeg(encoded, "RGB", **options)
     except (ImageError, MemoryError):
         raise
     except Exception:  # noqa: BLE001 - whatever it is, Pillow finds it and says what it is
         return None
-    if not any(key in said for key in ORIENTED):
+    if not is_oriented:
         return pixels
     image = Image.fromarray(pixels)
-    image.info = said
+    image.info = header.info
     return to_rgb(turn_upright(image))
 
 

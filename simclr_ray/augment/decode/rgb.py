@@ -12,7 +12,7 @@ from .formats import Pixels, UndecodedError
 from .metadata import ORIENTED
 
 WHITE_16: Final = 65535
-_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # tags of a TIFF
+_BITS, _PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of a TIFF
 
 
 class DeepImage(NamedTuple):
@@ -105,7 +105,7 @@ def with_orientation_of(image: Image.Image, pixels: Pixels) -> Image.Image:
     out = Image.fromarray(pixels)
     out.info = {key: image.info[key] for key in ORIENTED if key in image.info}
     if image.format == "TIFF":
-        out.getexif().update({_ORIENTATION: image.getexif().get(_ORIENTATION, 1)})
+        out.getexif().update({ORIENTATION: image.getexif().get(ORIENTATION, 1)})
         out.info["exif"] = out.getexif().tobytes()
     return out
 

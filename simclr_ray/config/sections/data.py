@@ -6,7 +6,7 @@ from typing import Literal
 
 from simclr_ray.config.schema import Config, Field, PathOrURI, WhiteLevel
 
-DecoderName = Literal["pillow", "turbo"]
+DecoderName = Literal["pillow", "turbo", "turbo_scaled"]
 
 
 class ColumnsConfig(Config):
@@ -50,7 +50,9 @@ class DataConfig(Config):
     decoder: DecoderName = Field(
         "pillow",
         since=3,
-        description="What decodes JPEG for training: pillow, or turbo (extra), in half the time.",
+        description="What decodes JPEG for training: pillow; turbo (extra), in half the time; "
+        "turbo_scaled, large images at 1/2, 1/4 or 1/8 where no crop is enlarged by it, anew in "
+        "each epoch.",
     )
     decoder_sha256: str = Field(
         "",

@@ -11,7 +11,7 @@ PROGRAM = """
 import os, signal, sys
 from simclr_ray.cli import main
 
-def app(arguments):
+def app(arguments, standalone_mode):
     try:
         os.kill(os.getpid(), signal.{signal})
     except KeyboardInterrupt:

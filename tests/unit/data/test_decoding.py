@@ -7,15 +7,18 @@ import io
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import DataConfig, Experiment
+from simclr_ray.data.batches import local_batches
 from simclr_ray.data.decoding import (
     check_decoder,
     evaluation_decoder,
@@ -144,3 +147,64 @@ def test_a_node_that_decodes_otherwise_is_refused(monkeypatch: pytest.MonkeyPatc
         check_decoder(data)
     with pytest.raises(ConfigError, match=r"data.decoder: .*simclr-ray\[turbo\]"):
         resolve_decoder(DataConfig(train="x", decoder="turbo"))
+
+
+def photograph(seed: int, exif: Image.Exif | None = None) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    large = Image.fromarray(pixels).resize((800, 600), Image.Resampling.BICUBIC)
+    large.save(out, "JPEG", quality=90, exif=exif or Image.Exif())
+    return out.getvalue()
+
+
+def test_an_image_is_decoded_small_where_no_crop_is_enlarged_by_it() -> None:
+    decoder, encoded = (
+        training_decoder(DataConfig(train="x", decoder="turbo_scaled")),
+        photograph(1),
+    )
+    sides = {
+        (300, 400): (300, 400),
+        (301, 10): (600, 800),
+        (150, 200): (150, 200),
+        (1, 1): (75, 100),
+    }
+    for least, shape in sides.items():
+        assert decoder.decode(encoded, least).shape == (*shape, 3)
+    assert decoder.decode(encoded).shape == (600, 800, 3)
+    turned = Image.Exif()
+    turned[274] = 6
+    assert decoder.decode(photograph(1, turned), (400, 300)).shape == (400, 300, 3)
+    assert decoder.decode(photograph(1, turned), (300, 400)).shape == (800, 600, 3)
+    whole = decoder.decode(encoded).reshape(300, 2, 400, 2, 3).mean((1, 3))
+    assert np.abs(decoder.decode(encoded, (300, 400)) - whole).mean() < 1.5
+
+
+def test_views_of_small_decoded_images_are_those_of_whole_ones_but_for_rounding(
+    tmp_path: Path,
+) -> None:
+    source = write(tmp_path, [photograph(i) for i in range(12)])
+    tree: dict[str, Any] = {
+        "name": "t", "data": {"train": source.uri}, "augment": {"size": 48}, "batch_size": 4
+    }  # fmt: skip
+    made = {}
+    for decoder in ("turbo", "turbo_scaled"):
+        tree["data"] = {"train": source.uri, "decoder": decoder}
+        made[decoder] = list(local_batches(cfg.validate(Experiment, tree), source, range(6)))
+    for whole, small in zip(made["turbo"], made["turbo_scaled"], strict=True):
+        assert torch.equal(whole.ids, small.ids)
+        for a, b in ((whole.a, small.a), (whole.b, small.b)):
+            assert (a.float() - b.float()).abs().mean() < 3
+    assert any(not torch.equal(w.a, s.a) for w, s in zip(*made.values(), strict=True))
+    tree["batch_size"] = 4
+    experiment = cfg.validate(Experiment, tree)
+    halves = [
+        list(local_batches(experiment, source, range(6), rank, 2)) for rank in range(2)
+    ]  # whoever makes a view, it is the same
+    for step, whole in enumerate(made["turbo_scaled"]):
+        assert torch.equal(torch.cat([half[step].a for half in halves]), whole.a)
+
+
+def test_small_decoding_is_for_crops_alone() -> None:
+    tree = {"name": "t", "data": {"train": "x", "decoder": "turbo_scaled"}}
+    with pytest.raises(ConfigError, match=r"turbo_scaled is for augment\.name=simclr"):
+        cfg.validate(Experiment, tree | {"augment": {"name": "pipeline"}})

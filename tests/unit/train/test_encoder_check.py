@@ -54,7 +54,7 @@ def vit(**options: Any) -> dict[str, Any]:
         (
             {"name": "torchvision", "model": "resnet18", "options": {"dropot": 0.1}},
             {},
-            "encoder.options: resnet18 with .*dropot",
+            "encoder.options: resnet18 of 32 px with .*dropot",
         ),
         (
             {"name": "torchvision", "model": "mobilenet_v3_small", "options": {"weights": "x"}},
