@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -327,3 +328,46 @@ def test_a_dicom_in_color_is_scaled_by_its_bits_and_looked_up_in_its_palette() -
     pixels = decode_image(dicom(indices, "PALETTE COLOR", 16, **tables))
     expected = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0]], np.uint8)[indices]
     np.testing.assert_array_equal(pixels, expected)
+
+
+FEW = range(40)
+MANY = [pytest.param(seed, marks=pytest.mark.long) for seed in range(40, 240)]
+
+
+@pytest.mark.parametrize("seed", [*FEW, *MANY])
+def test_any_deep_image_is_within_one_level_of_what_another_decoder_reads(seed: int) -> None:
+    """Random bits, byte order, photometric, compression, layout, transparency and white."""
+    rng = np.random.default_rng(seed)
+    bits = int(rng.choice([8, 12, 16]))
+    channels = int(rng.choice([1, 1, 3, 4]))
+    top = int(rng.integers(2 ** (bits - 1), 2**bits))  # a fraction of the range
+    shape = (HEIGHT, WIDTH) if channels == 1 else (HEIGHT, WIDTH, channels)
+    values = rng.integers(0, top + 1, shape).astype(np.uint8 if bits == 8 else np.uint16)
+    stored_bits = 8 if bits == 8 else 16
+    white = int(rng.choice([0, top])) if bits > 8 else 0
+    if rng.random() < 0.5:
+        encoded = png(values)
+        read = imagecodecs.png_decode(encoded)
+    else:
+        options: dict[str, Any] = {
+            "byteorder": str(rng.choice(["<", ">"])),
+            "compression": [None, "zlib", "lzw", "packbits"][int(rng.integers(4))],
+            "photometric": "rgb" if channels > 1 else str(rng.choice(["minisblack", "miniswhite"])),
+            "bigtiff": bool(rng.random() < 0.3),
+        }
+        if rng.random() < 0.3:
+            options["tile"] = (16, 16)
+        if channels == 4:
+            options["extrasamples"] = ["unassalpha"]
+        encoded = tiff(values, **options)
+        read = tifffile.imread(io.BytesIO(encoded))
+        if options["photometric"] == "miniswhite":
+            read = (2**stored_bits - 1) - read
+    largest = white or 2**stored_bits - 1
+    levels = np.clip(np.rint(read.astype(np.float64) * 255 / largest), 0, 255)
+    if channels == 4:
+        opaque = read[:, :, 3:].astype(np.float64) / (2**stored_bits - 1)
+        levels = np.rint(levels[:, :, :3] * opaque + 255 * (1 - opaque))
+    expected = levels if channels > 1 else levels[:, :, None].repeat(3, 2)
+    pixels = decode_image(encoded, white=white)
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
