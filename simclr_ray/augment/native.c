@@ -158,13 +158,13 @@ static int make_crop(Crop *c, int size, int64_t h, int64_t w)
 /* Four bytes as floats; compilers take it for four conversions. */
 static inline v4 floats_of(const uint8_t *p)
 {
+    u4 four;
+    memcpy(&four, p, sizeof four);
 #if defined(__SSE4_1__)
     int32_t bits;
     memcpy(&bits, p, sizeof bits);
     return (v4)_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bits)));
 #else
-    u4 four;
-    memcpy(&four, p, sizeof four);
     return __builtin_convertvector(four, v4);
 #endif
 }
@@ -231,12 +231,11 @@ static void down(const Crop *c, int64_t top, int64_t h, int size, int taps, uint
         for (int y = 0; y < size; y++) {
             const float *weight = c->y + (int64_t)y * taps;
             const float *from = c->mid + ((channel * h) + c->lo_y[y] - top) * size;
-            weigh(weight, c->count_y[y], from, size, size, (float)(1.0 / (UNIT * FINE)), 1.0f,
-                  line);
+            weigh(weight, c->count_y[y], from, size, size, (float)(1.0 / (UNIT * FINE)), 1.0f, line);
             uint8_t *restrict to = out + ((int64_t)channel * size + y) * size;
             for (int x = 0; x < size; x++) {
-                float v = line[x] < 0.0f ? 0.0f : line[x];
-                to[x] = (uint8_t)(int32_t)(v > 255.0f ? 255.0f : v);
+                float v = line[x] > 0.0f ? line[x] : 0.0f;
+                to[x] = (uint8_t)(int32_t)(v < 255.0f ? v : 255.0f);
             }
         }
 }
@@ -267,8 +266,8 @@ int crop_views(int64_t n, const uint8_t *const *pixels, const int64_t *widths,
 
 static inline float unit(float x)
 {
-    x = x < 0.0f ? 0.0f : x;
-    return x > 1.0f ? 1.0f : x;
+    x = x > 0.0f ? x : 0.0f; /* the order in which this is one instruction */
+    return x < 1.0f ? x : 1.0f;
 }
 
 static inline float luma(float r, float g, float b)
