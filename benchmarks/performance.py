@@ -108,6 +108,11 @@ def _views(*results: Result) -> str:
         for kind, rates in result["images_per_s"].items()
         for form, rate in rates.items()
     ]
+    rows += [
+        (f"{result['size']} px, encoded", f"decoding alone: {form}", f"{rate:,.0f}", "")
+        for result in results
+        for form, rate in result["decoding_alone_images_per_s"].items()
+    ]
     return _table(("from", "form", "images/s", "ours / this"), rows)
 
 
