@@ -27,7 +27,8 @@ def prepare(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="IMAGES", help="`shapes`, a folder, a parquet path, or a torchvision dataset."
+            metavar="IMAGES",
+            help="`shapes`, a folder, parquet, tar shards, or a torchvision set; paths or URIs.",
         ),
     ],
     to: Annotated[
@@ -47,6 +48,7 @@ def prepare(
 
     Example: simclr-ray prepare ~/images data/images
     Example: simclr-ray prepare shapes data/shapes num_images=12000
+    Example: simclr-ray prepare 's3://bucket/train-{0000..0146}.tar' data/train
     """
     prepare_shards(what, to, *(options or []), overwrite=overwrite)
 

@@ -1,4 +1,4 @@
-"""What `prepare` can read: `shapes`, a folder of images, parquet, or a torchvision dataset.
+"""What `prepare` reads: `shapes`, a folder of images, parquet, tar shards, a torchvision dataset.
 
 An `Input` knows how many rows there are and hands out `ShardTask`s: small picklable descriptions of
 the rows of one shard, which a Ray task reads where it runs. The driver never holds images.
@@ -23,6 +23,7 @@ from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
+from simclr_ray.data.tar_input import TarInput, find_tars
 from simclr_ray.data.torchvision_input import TorchvisionInput, torchvision_names
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.storage.filesystem import filesystem
@@ -149,7 +150,10 @@ def open_input(
         check_taken("size", of="`shapes`")
         return ShapesInput(num_images or 20_000, size, seed)
     path = Path(kind_or_path).expanduser()
-    if "://" in kind_or_path or path.exists():
+    if "://" in kind_or_path or "{" in kind_or_path or path.exists():
+        if tars := find_tars(kind_or_path):
+            check_taken("columns", of="tar shards")
+            return TarInput.open(kind_or_path, tars, columns, num_images)
         fs, where = filesystem(kind_or_path)
         if list_parquet(fs, where, kind_or_path):
             check_taken("columns", of="parquet")
@@ -164,7 +168,7 @@ def open_input(
     hint = nearest(kind_or_path.lower(), ["shapes", *datasets])
     raise DataError(
         f"{kind_or_path}: no such file or folder, and no dataset of that name{hint}; "
-        "give a folder of images, parquet, `shapes`, or a torchvision dataset"
+        "give a folder of images, parquet, tar shards, `shapes`, or a torchvision dataset"
     )
 
 

@@ -31,6 +31,7 @@ from simclr_ray.storage.filesystem import is_local, one_line
 REMOTE_THREADS = 16
 OLD_MANIFEST = "manifest.json"  # of sets prepared by earlier releases, which no reader skips
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # Believed without a look into the file; contents decide for all others, and when decoding.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
@@ -105,10 +106,10 @@ def list_parquet(fs: pafs.FileSystem, root: str, uri: str) -> list[Listed]:
     if [f.path for f in files] == [root]:
         return files
     files = [f for f in files if not _is_hidden(f.path, root, "_")]
-    parquet = [f for f in files if _suffix(f.path) in PARQUET_SUFFIXES]
+    parquet = [f for f in files if suffix_of(f.path) in PARQUET_SUFFIXES]
     if not parquet:
         return []
-    others = [PurePosixPath(f.path) for f in files if _suffix(f.path) not in PARQUET_SUFFIXES]
+    others = [PurePosixPath(f.path) for f in files if suffix_of(f.path) not in PARQUET_SUFFIXES]
     reasons = (p.suffix.lower() or "without an ending" for p in others if p.name != OLD_MANIFEST)
     left_out.update(reasons)
     Listing(parquet, left_out).say(uri)
@@ -125,7 +126,7 @@ def list_images(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
         DataError: There is nothing at `uri`, or a folder that cannot be listed.
     """
     files, left_out = list_files(fs, root, uri)
-    doubtful = [f for f in files if _suffix(f.path) not in IMAGE_SUFFIXES]
+    doubtful = [f for f in files if suffix_of(f.path) not in IMAGE_SUFFIXES]
     reasons = dict(zip(doubtful, _why_left_out(fs, doubtful), strict=True))
     left_out.update(reason for reason in reasons.values() if reason)
     return Listing([f for f in files if not reasons.get(f)], left_out)
@@ -141,6 +142,8 @@ def _why_left_out(fs: pafs.FileSystem, files: Sequence[Listed]) -> list[str]:
 
 
 def _why(fs: pafs.FileSystem, file: Listed) -> str:
+    if suffix_of(file.path) in TAR_SUFFIXES:
+        return f"{suffix_of(file.path)} (of shards, which `prepare` reads by themselves)"
     try:
         with fs.open_input_file(file.path) as stream:
             first = stream.read(FIRST_BYTES)
@@ -150,7 +153,7 @@ def _why(fs: pafs.FileSystem, file: Listed) -> str:
     if kind is None:
         return "not images" if first else "empty"
     missing = missing_decoder(kind)
-    return f"{_suffix(file.path) or kind.name} ({missing})" if missing else ""
+    return f"{suffix_of(file.path) or kind.name} ({missing})" if missing else ""
 
 
 def _walk(
@@ -194,8 +197,10 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _suffix(path: str) -> str:
-    return PurePosixPath(path).suffix.lower()
+def suffix_of(path: str) -> str:
+    """Return the ending of a file's name in lower case; of tars, `.tar.gz` as well."""
+    name = PurePosixPath(path.lower())
+    return ".tar.gz" if name.name.endswith(".tar.gz") else name.suffix
 
 
 def _is_hidden(path: str, root: str, first: str) -> bool:

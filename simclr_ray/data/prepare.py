@@ -96,12 +96,14 @@ def prepare(
     place in the sorted listing; bad images are left out and leave a gap.
 
     Args:
-        kind_or_path: `shapes`, a folder of images, parquet (path or URI), or a torchvision name.
-            A file or folder of that name goes before a torchvision dataset.
+        kind_or_path: `shapes`, a folder of images, parquet or tar shards (path or URI; of tars
+            also `train-{000..146}.tar`), or a torchvision name. A file or folder of that name goes
+            before a torchvision dataset.
         out: folder or URI of the shards, shared by all nodes.
         num_images: keep the first only; 0 keeps all (of `shapes`: 20,000).
         seed: of the shuffle, and of the set of `shapes`.
-        columns: which columns of a parquet input hold what.
+        columns: which columns of a parquet input hold what; of tar shards, the ending of the images
+            (all), and where labels stand: `cls`, or a key of `.json`.
         split: of a torchvision dataset that has splits.
         size: side of the images of `shapes`, in pixels.
         labels: of a folder of images: `folders`, whose names are the classes, `none`, or `auto`:

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -247,3 +249,57 @@ def _png(seed: int) -> bytes:
     out = io.BytesIO()
     Image.fromarray(render(seed, 0).pixels).save(out, "PNG")
     return out.getvalue()
+
+
+def test_tar_shards_are_prepared_and_go_on_where_they_were_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    for shard in range(3):
+        with tarfile.open(tmp_path / "tars" / f"s{shard}.tar", "w") as tar:
+            for at in range(20):
+                content = io.BytesIO()
+                Image.new("RGB", (8, 8), (shard, at, 0)).save(content, "PNG")
+                bad = (shard, at) == (2, 19)
+                for ending, data in (
+                    ("png", b"no image" if bad else content.getvalue()),
+                    ("cls", f"class {at % 3}".encode()),
+                    ("txt", b"a caption"),
+                ):
+                    member = tarfile.TarInfo(f"{at:03}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+    def stop(done: int, _total: int) -> None:
+        if done >= 20:
+            raise InterruptedError
+
+    def run(out: str, on_progress: Any = None) -> Manifest:
+        what = f"{tmp_path}/tars/s{{0..2}}.tar"
+        return prepare(
+            what, str(tmp_path / out), rows_per_shard=10, max_bad_fraction=0.1,
+            on_progress=on_progress,
+        )  # fmt: skip
+
+    with pytest.raises(InterruptedError):
+        run("out", stop)
+    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("part-*")}
+    assert finished
+    told: list[int] = []
+    manifest = run("out", lambda done, _total: told.append(done))
+    assert told[0] >= 10 * len(finished)
+    assert all((tmp_path / "out" / n).stat().st_mtime_ns == t for n, t in finished.items())
+    assert [r.name for r in manifest.rejected] == ["s2.tar/019.png"]
+    assert manifest.class_names == ("class 0", "class 1", "class 2")
+    assert run("whole").fingerprint == manifest.fingerprint
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    source = Source.open(str(tmp_path / "out"))
+    assert sorted(source.ids()) == list(range(59))
+    rows = source.read_rows(np.arange(59))
+    assert rows.paths is not None
+    assert rows.labels is not None
+    for row_id, encoded, label, path in zip(
+        rows.ids.tolist(), rows.images, rows.labels.tolist(), rows.paths, strict=True
+    ):
+        assert path == f"s{row_id // 20}.tar/{row_id % 20:03}.png"
+        assert label == row_id % 20 % 3
+        assert encoded is not None
+        assert decode_image(encoded)[0, 0].tolist() == [row_id // 20, row_id % 20, 0]
