@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from simclr_ray.errors import DataError
+from simclr_ray.storage.hub import SCHEME, hub_filesystem
 
 
 @functools.lru_cache(maxsize=64)
@@ -31,6 +32,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         raise DataError(f"{uri!r} is no path: it names nothing")
     if "://" not in uri:
         return pafs.LocalFileSystem(), Path(uri).expanduser().absolute().as_posix()
+    if uri.startswith(SCHEME):
+        return hub_filesystem(), uri.removeprefix(SCHEME).rstrip("/")
     try:
         fs, path = pafs.FileSystem.from_uri(uri)
     except (OSError, pa.ArrowException, ImportError, ValueError) as error:  # of a scheme's package

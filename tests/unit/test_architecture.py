@@ -55,6 +55,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "typer": ("cli",),
     "safetensors": ("storage.checkpoint", "inference"),
     "filelock": ("storage.run_lock",),
+    "huggingface_hub": ("storage.hub",),
     "jinja2": ("studies.report", "data.inspection_page"),
     "scipy": ("studies.analysis", "data.duplicates"),
     "timm": ("nn.timm_models",),
