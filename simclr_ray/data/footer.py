@@ -137,6 +137,8 @@ def fingerprint_of(footers: Sequence[Footer], root: str, columns: ColumnsConfig,
     """
     if len(footers) == 1 and footers[0].path == root:
         root = root.rpartition("/")[0]
+    elif not footers[0].path.startswith(root):  # FOLDER#SPLIT
+        root = root.rpartition("#")[0]
     tree = {
         "files": [footer.identity(root) for footer in footers],
         "columns": cfg.to_tree(columns),

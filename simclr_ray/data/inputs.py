@@ -7,11 +7,13 @@ the rows of one shard, which a Ray task reads where it runs. The driver never ho
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs as pafs
 from PIL import Image
 
 from simclr_ray.config import nearest
@@ -21,8 +23,9 @@ from simclr_ray.data import shapes
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
-from simclr_ray.data.listing import list_parquet
+from simclr_ray.data.listing import all_parquet, part_split
 from simclr_ray.data.source import Source
+from simclr_ray.data.splits import choose_split, splits_in, usual_name
 from simclr_ray.data.tar_input import TarInput, find_tars
 from simclr_ray.data.torchvision_input import TorchvisionInput, torchvision_names
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -30,6 +33,9 @@ from simclr_ray.storage.filesystem import filesystem
 
 # A task that reads shuffled parquet rows holds a shard of them; this bounds what it holds.
 MAX_SHARD_BYTES = 256 * 2**20
+DEFAULT_SPLIT = PreparationConfig.model_fields["split"].default
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,14 +156,15 @@ def open_input(
         check_taken("size", of="`shapes`")
         return ShapesInput(num_images or 20_000, size, seed)
     path = Path(kind_or_path).expanduser()
-    if "://" in kind_or_path or "{" in kind_or_path or path.exists():
+    is_path = path.exists() or ("#" in path.name and Path(str(path).rpartition("#")[0]).exists())
+    if "://" in kind_or_path or "{" in kind_or_path or is_path:
         if tars := find_tars(kind_or_path):
             check_taken("columns", of="tar shards")
             return TarInput.open(kind_or_path, tars, columns, num_images)
         fs, where = filesystem(kind_or_path)
-        if list_parquet(fs, where, kind_or_path):
-            check_taken("columns", of="parquet")
-            return ParquetInput.open(kind_or_path, columns, num_images)
+        if parquet := _parquet_of(kind_or_path, fs, where, split):
+            check_taken("columns", "split", of="parquet")
+            return ParquetInput.open(parquet, columns, num_images)
         check_taken("labels", of="a folder of images")
         return FolderInput.open(kind_or_path, num_images, labels)
     is_name = kind_or_path.replace("_", "").isalnum()  # seconds to import, for a name alone
@@ -170,6 +177,26 @@ def open_input(
         f"{kind_or_path}: no such file or folder, and no dataset of that name{hint}; "
         "give a folder of images, parquet, tar shards, `shapes`, or a torchvision dataset"
     )
+
+
+def _parquet_of(uri: str, fs: pafs.FileSystem, root: str, split: str) -> str:
+    """Return where the parquet of a split lies, nothing if there is none.
+
+    Of several splits that of the option is taken, by default `train`, and others are said.
+
+    Raises:
+        DataError: There is no such split, or nothing at `uri`.
+    """
+    folder, named = part_split(fs, root)
+    files = [file.path for file in all_parquet(fs, folder, uri).files]
+    groups = splits_in(files, folder)
+    if not files or named or (not groups and split == DEFAULT_SPLIT):
+        return uri if files else ""
+    choose_split(files, folder, split, uri)
+    others = sorted(name or "none" for name in groups if name != usual_name(split))
+    if others:
+        log.warning("%s: split=%s is taken; there are also %s", uri, split, ", ".join(others))
+    return f"{uri.rstrip('/')}#{split}"
 
 
 def _check_taken(given: Mapping[str, object], *taken: str, of: str) -> None:

@@ -24,6 +24,7 @@ import pyarrow.fs as pafs
 from simclr_ray.augment.decode import FIRST_BYTES, format_of, missing_decoder
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
+from simclr_ray.data.splits import choose_split
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import is_local, one_line
 
@@ -97,23 +98,42 @@ def list_parquet(fs: pafs.FileSystem, root: str, uri: str) -> list[Listed]:
     """Return the file `root`, or parquet below the folder `root`, sorted by path; none: no parquet.
 
     Names that begin with a dot or underscore are skipped, as everywhere in the parquet world:
-    they are half-written files and notes. Other files are left out and said.
+    they are half-written files and notes. Other files are left out and said. Of `FOLDER#SPLIT`
+    the files of one split are returned.
 
     Raises:
-        DataError: There is nothing at `uri`, or a folder that cannot be listed.
+        DataError: There is nothing at `uri`, a folder that cannot be listed, or several splits
+            and none is named.
     """
+    folder, split = part_split(fs, root)
+    listing = all_parquet(fs, folder, uri)
+    if not listing.files:
+        return []
+    listing.say(uri)
+    shown = uri.rpartition("#")[0] if split else uri
+    kept = set(choose_split([f.path for f in listing.files], folder, split, shown))
+    return [file for file in listing.files if file.path in kept]
+
+
+def part_split(fs: pafs.FileSystem, root: str) -> tuple[str, str]:
+    """Return a folder and the split of `FOLDER#SPLIT`; a path that exists is one."""
+    folder, mark, split = root.rpartition("#")
+    if not mark or not split or "/" in split or not folder:
+        return root, ""
+    return (root, "") if fs.get_file_info(root).type != pafs.FileType.NotFound else (folder, split)
+
+
+def all_parquet(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
+    """Return the parquet of all splits, and what else there is; see `list_parquet`."""
     files, left_out = list_files(fs, root, uri)
     if [f.path for f in files] == [root]:
-        return files
+        return Listing(files, left_out)
     files = [f for f in files if not _is_hidden(f.path, root, "_")]
     parquet = [f for f in files if suffix_of(f.path) in PARQUET_SUFFIXES]
-    if not parquet:
-        return []
     others = [PurePosixPath(f.path) for f in files if suffix_of(f.path) not in PARQUET_SUFFIXES]
     reasons = (p.suffix.lower() or "without an ending" for p in others if p.name != OLD_MANIFEST)
     left_out.update(reasons)
-    Listing(parquet, left_out).say(uri)
-    return parquet
+    return Listing(parquet, left_out)
 
 
 def list_images(fs: pafs.FileSystem, root: str, uri: str) -> Listing:

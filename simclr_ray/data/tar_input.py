@@ -34,6 +34,7 @@ from simclr_ray.data.listing import (
     TAR_SUFFIXES,
     left_out_line,
     list_files,
+    part_split,
     suffix_of,
 )
 from simclr_ray.data.tar_index import BROKEN, TarIndex, TarRow, label_keys, open_tar, read_index
@@ -107,6 +108,8 @@ def find_tars(kind_or_path: str) -> list[TarShard]:
             raise DataError(f"{kind_or_path}: {are} not there; the first: {gone[0]}")
         return _named([(u, p, i.size) for (u, _, p), i in zip(places, infos, strict=True)])
     fs, root = filesystem(kind_or_path)
+    if part_split(fs, root)[1]:
+        return []
     files, left_out = list_files(fs, root, kind_or_path)
     tars = [file for file in files if suffix_of(file.path) in TAR_SUFFIXES]
     others = Counter(suffix_of(file.path) or "without an ending" for file in files)

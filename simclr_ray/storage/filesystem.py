@@ -34,11 +34,12 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), Path(uri).expanduser().absolute().as_posix()
     if uri.startswith(SCHEME):
         return hub_filesystem(), uri.removeprefix(SCHEME).rstrip("/")
+    address, mark, split = uri.partition("#")  # which `from_uri` would drop
     try:
-        fs, path = pafs.FileSystem.from_uri(uri)
+        fs, path = pafs.FileSystem.from_uri(address)
     except (OSError, pa.ArrowException, ImportError, ValueError) as error:  # of a scheme's package
         raise DataError(f"{uri} cannot be opened: {one_line(error)}") from error
-    return fs, path.rstrip("/")
+    return fs, path.rstrip("/") + mark + split
 
 
 def cache_folder(part: str) -> Path:

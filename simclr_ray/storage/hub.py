@@ -55,6 +55,9 @@ class _Handler(pafs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no type
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
         infos = []
         for path in paths:
+            if "#" in path:  # names a split, and is no file
+                infos.append(pafs.FileInfo(path, pafs.FileType.NotFound))
+                continue
             with _as_os_error(path):
                 self._check_repository(path)
                 infos += super().get_file_info([path])

@@ -82,7 +82,9 @@ class PreparationConfig(Config):
         0, ge=0, description="Keep the first only; 0 keeps all, and draws 20,000 `shapes`."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the shuffle, and of `shapes`.")
-    split: str = Field("train", min_length=1, description="Of a torchvision dataset.")
+    split: str = Field(
+        "train", min_length=1, description="Of a torchvision dataset, or of the hub's."
+    )
     size: int = Field(32, ge=16, le=1024, description="Side of `shapes` in pixels.")
     columns: ColumnsConfig = ColumnsConfig()
     labels: FolderLabels = Field(
