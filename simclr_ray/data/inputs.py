@@ -20,6 +20,7 @@ from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.sections.data import FolderLabels, PreparationConfig
 from simclr_ray.data import shapes
+from simclr_ray.data.arrow_input import ArrowInput, find_arrow
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
@@ -158,6 +159,9 @@ def open_input(
     path = Path(kind_or_path).expanduser()
     is_path = path.exists() or ("#" in path.name and Path(str(path).rpartition("#")[0]).exists())
     if "://" in kind_or_path or "{" in kind_or_path or is_path:
+        if arrow := find_arrow(kind_or_path, split, DEFAULT_SPLIT):
+            check_taken("columns", "split", of="a folder of `datasets`")
+            return ArrowInput.open(kind_or_path, arrow, columns, num_images)
         if tars := find_tars(kind_or_path):
             check_taken("columns", of="tar shards")
             return TarInput.open(kind_or_path, tars, columns, num_images)

@@ -39,6 +39,7 @@ from simclr_ray.data.shards import (
     write_shard,
 )
 from simclr_ray.data.source import INDEX, MANIFEST, Source
+from simclr_ray.data.tar_input import first_of
 from simclr_ray.distributed.ray_cluster import check_machine, connect
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.storage.filesystem import filesystem, open_whole, write_text_whole
@@ -96,15 +97,16 @@ def prepare(
     place in the sorted listing; bad images are left out and leave a gap.
 
     Args:
-        kind_or_path: `shapes`, a folder of images, parquet or tar shards (path or URI; of tars
-            also `train-{000..146}.tar`), or a torchvision name. A file or folder of that name goes
+        kind_or_path: `shapes`, a folder of images, parquet, tar shards or a folder of
+            Hugging Face's `datasets` (path or URI; of tars also `train-{000..146}.tar`), or a
+            torchvision name. A file or folder of that name goes
             before a torchvision dataset.
         out: folder or URI of the shards, shared by all nodes.
         num_images: keep the first only; 0 keeps all (of `shapes`: 20,000).
         seed: of the shuffle, and of the set of `shapes`.
         columns: which columns of a parquet input hold what; of tar shards, the ending of the images
             (all), and where labels stand: `cls`, or a key of `.json`.
-        split: of a torchvision dataset that has splits.
+        split: of a torchvision dataset, parquet or `datasets` folder that has splits.
         size: side of the images of `shapes`, in pixels.
         labels: of a folder of images: `folders`, whose names are the classes, `none`, or `auto`:
             the folders, saying which images lie in none.
@@ -122,7 +124,7 @@ def prepare(
         TooManyBadImages: more than `max_bad_fraction` were unusable; no manifest is written.
     """
     fs, folder = filesystem(out)
-    _check_apart(kind_or_path, out)
+    _check_apart(first_of(kind_or_path), out)
     given = open_input(
         kind_or_path,
         columns=columns or ColumnsConfig(),

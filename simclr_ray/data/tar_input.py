@@ -90,6 +90,11 @@ def expand_braces(text: str) -> list[str]:
     return [before + c + rest for c in choices for rest in expand_braces(after)]
 
 
+def first_of(uri: str) -> str:
+    """Return a URI, the first where braces stand for several; a path may have braces in it."""
+    return expand_braces(uri)[0] if "://" in uri else uri
+
+
 def find_tars(kind_or_path: str) -> list[TarShard]:
     """Return the tar shards that a path, URI or expression with braces names; none: it names none.
 

@@ -273,7 +273,7 @@ def test_tar_shards_are_prepared_and_go_on_where_they_were_interrupted(tmp_path:
             raise InterruptedError
 
     def run(out: str, on_progress: Any = None) -> Manifest:
-        what = f"{tmp_path}/tars/s{{0..2}}.tar"
+        what = f"file://{tmp_path}/tars/s{{0..2}}.tar"
         return prepare(
             what, str(tmp_path / out), rows_per_shard=10, max_bad_fraction=0.1,
             on_progress=on_progress,
