@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
@@ -43,6 +45,61 @@ def jitter(images: Tensor, draws: JitterParams) -> Tensor:
                 rows = chosen.to(images.device)
                 out[rows] = function(out[rows], factor).clamp_(0, 1)
     return out
+
+
+def jitter_channels(images: Tensor, draws: JitterParams) -> Tensor:
+    """Return images after brightness and contrast of each channel, where `draws.apply`.
+
+    Args:
+        images: float32 [n, C, S, S] in [0, 1], whatever the channels are.
+        draws: Of n images on CPU, but factors [n, 2·C]: of brightness, then of contrast; and order
+            [n, 2].
+    """
+    n, channels = images.shape[:2]
+    out = images.clone()
+    factors = draws.factors.view(n, 2, channels, 1, 1)
+    for slot in range(2):
+        for op, function in enumerate((brightness, channel_contrast)):
+            chosen = (draws.apply & (draws.order[:, slot] == op)).nonzero().squeeze(1)
+            if len(chosen):
+                rows = chosen.to(images.device)
+                factor = factors[chosen, op].to(images.device)
+                out[rows] = function(out[rows], factor).clamp_(0, 1)
+    return out
+
+
+def channel_params(
+    u: NDArray[np.float64],
+    order: NDArray[np.float64],
+    chosen: NDArray[np.bool_],
+    strength: float,
+    amounts: tuple[float, float],
+) -> JitterParams:
+    """Return the parameters of jitter of strength s, ±0.8s, of each channel by itself.
+
+    Args:
+        u: [n, 2·C], of the factors.
+        order: [n], of the order.
+        chosen: [n], which images are jittered.
+        strength: s.
+        amounts: Of brightness and contrast at s = 1.
+    """
+    reach = np.repeat(np.array(amounts) * strength, u.shape[1] // 2)  # [2·C]
+    low, high = np.maximum(0.0, 1 - reach), 1 + reach
+    contrast_first = (order >= 0.5).astype(np.int64)
+    return JitterParams(
+        torch.from_numpy((low + u * (high - low)).astype(np.float32)),
+        torch.from_numpy(np.stack([contrast_first, 1 - contrast_first], axis=1)),
+        torch.from_numpy(chosen & (strength > 0)),
+    )
+
+
+def channel_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Return the blend of each channel with its own mean; factor [n, C, 1, 1]."""
+    steps = (images * MEAN_STEPS).round()
+    pixels = images.shape[2] * images.shape[3]
+    mean = steps.sum((2, 3), keepdim=True, dtype=torch.float64) / (MEAN_STEPS * pixels)
+    return factor * images + (1 - factor) * mean.to(images.dtype)
 
 
 def grayscale(images: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ typedef struct {
     float *x, *y;   /* weights */
     double *raw;
     v4 *row;        /* [w, ROWS] */
-    float *mid;     /* [3, h, size] */
+    float *mid;     /* [channels, h, size] */
     float *line;    /* [size] */
 } Crop;
 
@@ -140,7 +140,7 @@ static void free_crop(Crop *c)
     free(c->raw), free(c->row), free(c->mid), free(c->line);
 }
 
-static int make_crop(Crop *c, int size, int64_t h, int64_t w)
+static int make_crop(Crop *c, int size, int channels, int64_t h, int64_t w)
 {
     int taps_y = taps_of(h, size), taps_x = taps_of(w, size);
     size_t most = taps_x > taps_y ? taps_x : taps_y;
@@ -149,7 +149,7 @@ static int make_crop(Crop *c, int size, int64_t h, int64_t w)
     c->x = malloc((size_t)size * taps_x * sizeof *c->x);
     c->y = malloc((size_t)size * taps_y * sizeof *c->y);
     c->raw = malloc(most * sizeof *c->raw), c->row = malloc(ROWS * w * sizeof *c->row);
-    c->mid = malloc((size_t)3 * h * size * sizeof *c->mid);
+    c->mid = malloc((size_t)channels * h * size * sizeof *c->mid);
     c->line = malloc(size * sizeof *c->line);
     return c->lo_x && c->lo_y && c->count_x && c->count_y && c->x && c->y && c->raw && c->row &&
            c->mid && c->line;
@@ -224,10 +224,36 @@ static void across(const Crop *c, const uint8_t *pixels, int64_t stride, const i
     }
 }
 
-static void down(const Crop *c, int64_t top, int64_t h, int size, int taps, uint8_t *restrict out)
+/* Up to four channels, `many` from `first` on, of pixels that have `channels`: what is no RGB. */
+static void across_some(const Crop *c, const uint8_t *pixels, int64_t stride, const int64_t *box,
+                        int flip, int size, int taps, int channels, int first, int many)
+{
+    int64_t top = box[0], left = box[1], h = box[2], w = box[3], plane = h * size;
+    for (int64_t y = 0; y < h; y++) {
+        const uint8_t *p = pixels + (top + y) * stride + channels * left + first;
+        for (int64_t i = 0; i < w; i++, p += channels)
+            c->row[i] = (v4){p[0], many > 1 ? p[1] : 0.0f, many > 2 ? p[2] : 0.0f,
+                             many > 3 ? p[3] : 0.0f};
+        float *to = c->mid + first * plane + y * size;
+        for (int x = 0; x < size; x++) {
+            const float *weight = c->x + (int64_t)x * taps;
+            const v4 *from = c->row + (c->lo_x[x] - left);
+            v4 sum = {0};
+            for (int t = 0; t < c->count_x[x]; t++)
+                sum += from[t] * weight[t];
+            sum = sum * (float)(FINE / UNIT) + ROUND - ROUND;
+            int at = flip ? size - 1 - x : x;
+            for (int k = 0; k < many; k++)
+                to[k * plane + at] = sum[k];
+        }
+    }
+}
+
+static void down(const Crop *c, int64_t top, int64_t h, int size, int channels, int taps,
+                 uint8_t *restrict out)
 {
     float *restrict line = c->line;
-    for (int channel = 0; channel < 3; channel++)
+    for (int channel = 0; channel < channels; channel++)
         for (int y = 0; y < size; y++) {
             const float *weight = c->y + (int64_t)y * taps;
             const float *from = c->mid + ((channel * h) + c->lo_y[y] - top) * size;
@@ -240,23 +266,30 @@ static void down(const Crop *c, int64_t top, int64_t h, int size, int taps, uint
         }
 }
 
-/* pixels: n images [H, W, 3]; widths [n]; boxes [n, 4] of top, left, height, width; flip [n];
- * out [n, 3, size, size]. Returns 0, or 1 without memory. */
+/* pixels: n images [H, W, channels]; widths [n]; boxes [n, 4] of top, left, height, width;
+ * flip [n]; out [n, channels, size, size]. Returns 0, or 1 without memory. */
 int crop_views(int64_t n, const uint8_t *const *pixels, const int64_t *widths,
-               const int64_t *boxes, const uint8_t *flip, int32_t size, uint8_t *out)
+               const int64_t *boxes, const uint8_t *flip, int32_t size, int32_t channels,
+               uint8_t *out)
 {
     for (int64_t i = 0; i < n; i++) {
         const int64_t *box = boxes + 4 * i;
         int taps_y = taps_of(box[2], size), taps_x = taps_of(box[3], size);
         Crop c;
-        if (!make_crop(&c, size, box[2], box[3])) {
+        if (!make_crop(&c, size, channels, box[2], box[3])) {
             free_crop(&c);
             return 1;
         }
         band(box[0], box[2], size, taps_y, c.lo_y, c.count_y, c.y, c.raw);
         band(box[1], box[3], size, taps_x, c.lo_x, c.count_x, c.x, c.raw);
-        across(&c, pixels[i], 3 * widths[i], box, flip[i], size, taps_x);
-        down(&c, box[0], box[2], size, taps_y, out + i * 3 * size * size);
+        int64_t stride = channels * widths[i];
+        if (channels == 3)
+            across(&c, pixels[i], stride, box, flip[i], size, taps_x);
+        for (int first = 0; channels != 3 && first < channels; first += 4) {
+            int many = channels - first < 4 ? channels - first : 4;
+            across_some(&c, pixels[i], stride, box, flip[i], size, taps_x, channels, first, many);
+        }
+        down(&c, box[0], box[2], size, channels, taps_y, out + i * channels * size * size);
         free_crop(&c);
     }
     return 0;
@@ -441,6 +474,56 @@ int distort_color(int64_t n, int32_t size, const uint8_t *in, const float *facto
         for (int c = channels; c < 3; c++)
             memcpy(to + c * plane, to, plane);
     }
+    free(x), free(work), free(line);
+    return failed;
+}
+
+/* One channel's brightness and contrast, in the order of `order`. */
+static void jitter_channel(float *restrict x, int64_t plane, float bright, float strong,
+                           const int64_t *order)
+{
+    for (int k = 0; k < 2; k++) {
+        if (order[k] == 0) {
+            for (int64_t i = 0; i < plane; i++)
+                x[i] = unit(x[i] * bright);
+            continue;
+        }
+        int64_t sum = 0;
+        for (int64_t at = 0; at < plane; at += BLOCK) {
+            int64_t end = plane - at < BLOCK ? plane : at + BLOCK;
+            int32_t part = 0; /* of at most BLOCK * 4097 */
+            for (int64_t i = at; i < end; i++)
+                part += (int32_t)(x[i] * 4096.0f + ROUND - ROUND);
+            sum += part;
+        }
+        float mean = (float)((double)sum / (4096.0 * (double)plane));
+        float rest = (1.0f - strong) * mean;
+        for (int64_t i = 0; i < plane; i++)
+            x[i] = unit(strong * x[i] + rest);
+    }
+}
+
+/* in, out [n, channels, size, size]; factors [n, 2, channels]: brightness, contrast; order [n, 2];
+ * the rest as above. Returns 0, or 1 without memory. */
+int distort_channels(int64_t n, int32_t channels, int32_t size, const uint8_t *in,
+                     const float *factors, const int64_t *order, const uint8_t *jitter,
+                     const uint8_t *blurred, const float *kernels, int32_t taps, uint8_t *out)
+{
+    int64_t plane = (int64_t)size * size;
+    float *x = malloc(plane * sizeof *x), *work = malloc((plane + size + taps) * sizeof *work);
+    float *line = malloc(size * sizeof *line);
+    int failed = !x || !work || !line;
+    for (int64_t i = 0; i < n && !failed; i++)
+        for (int c = 0; c < channels; c++) {
+            const float *own = factors + 2 * channels * i + c;
+            int64_t at = (channels * i + c) * plane;
+            from_bytes(in + at, x, plane);
+            if (jitter[i])
+                jitter_channel(x, plane, own[0], own[channels], order + 2 * i);
+            if (blurred[i])
+                blur(x, work, line, size, kernels + (int64_t)taps * i, taps);
+            to_bytes(x, out + at, plane);
+        }
     free(x), free(work), free(line);
     return failed;
 }

@@ -59,21 +59,26 @@ def check_setting() -> Setting:
 
 
 def crop_views(
-    images: Sequence[Pixels], boxes: NDArray[np.int64], flip: NDArray[np.bool_], size: int
+    images: Sequence[Pixels],
+    boxes: NDArray[np.int64],
+    flip: NDArray[np.bool_],
+    size: int,
+    channels: int = 3,
 ) -> Tensor:
-    """Return images cropped, resized and flipped: uint8 [k, 3, size, size].
+    """Return images cropped, resized and flipped: uint8 [k, C, size, size].
 
     Args:
-        images: n images, uint8 [H, W, 3] each.
+        images: n images, uint8 [H, W, C] each.
         boxes: [k, 4] of top, left, height, width in pixels, k a multiple of n; row i crops
             image i mod n.
         flip: [k].
         size: Side of a crop.
+        channels: C.
 
     Raises:
-        ValueError: An image is not uint8 [H, W, 3], or a crop lies outside of it.
+        ValueError: An image is not uint8 [H, W, C], or a crop lies outside of it.
     """
-    _check_images(images)
+    _check_images(images, channels)
     whole = [np.ascontiguousarray(p) for p in images]
     times = len(boxes) // max(1, len(whole))
     if not len(flip) == len(boxes) == times * len(whole):
@@ -82,7 +87,7 @@ def crop_views(
     widths = np.array([p.shape[1] for p in whole] * times, np.int64)
     heights = np.array([p.shape[0] for p in whole] * times, np.int64)
     _check_boxes(boxes, heights, widths)
-    out = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
+    out = torch.empty(len(boxes), channels, size, size, dtype=torch.uint8)
     _call(
         "crop_views",
         ctypes.c_int64(len(boxes)),
@@ -91,6 +96,7 @@ def crop_views(
         _pointer(boxes.astype(np.int64, order="C")),
         _pointer(flip.astype(np.uint8)),
         ctypes.c_int32(size),
+        ctypes.c_int32(channels),
         ctypes.c_void_p(out.data_ptr()),
     )
     return out
@@ -135,11 +141,51 @@ def distort_color(
     return out
 
 
-def _check_images(images: Sequence[Pixels]) -> None:
+def distort_channels(
+    crops: Tensor,
+    factors: NDArray[np.float32],
+    order: NDArray[np.int64],
+    jitter: NDArray[np.bool_],
+    blur: NDArray[np.bool_],
+    kernels: NDArray[np.float32],
+) -> Tensor:
+    """Return crops after jitter of each channel and blur: uint8 [n, C, S, S], for any C.
+
+    Args:
+        crops: uint8 [n, C, S, S] on CPU.
+        factors: [n, 2·C], as in `color.jitter_channels`.
+        order: [n, 2] likewise.
+        jitter: [n], whether an image is jittered.
+        blur: [n], whether it is blurred.
+        kernels: [n, taps], integers over `resample.UNIT`, of odd length.
+    """
+    source = crops.contiguous()
+    n, channels, size = source.shape[:3]
+    if factors.shape != (n, 2 * channels):
+        raise ValueError(f"factors {[*factors.shape]} are not [{n}, {2 * channels}]")
+    out = torch.empty_like(source)
+    _call(
+        "distort_channels",
+        ctypes.c_int64(n),
+        ctypes.c_int32(channels),
+        ctypes.c_int32(size),
+        ctypes.c_void_p(source.data_ptr()),
+        _pointer(factors.astype(np.float32, order="C")),
+        _pointer(order.astype(np.int64, order="C")),
+        _pointer(jitter.astype(np.uint8)),
+        _pointer(blur.astype(np.uint8)),
+        _pointer(kernels.astype(np.float32, order="C")),
+        ctypes.c_int32(kernels.shape[1]),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    return out
+
+
+def _check_images(images: Sequence[Pixels], channels: int) -> None:
     """Raise `ValueError` for what is no image: C would read past its end."""
     for p in images:
-        if p.dtype != np.uint8 or p.ndim != 3 or p.shape[2] != 3:
-            raise ValueError(f"an image is uint8 [H, W, 3], not {p.dtype} {[*p.shape]}")
+        if p.dtype != np.uint8 or p.ndim != 3 or p.shape[2] != channels:
+            raise ValueError(f"an image is uint8 [H, W, {channels}], not {p.dtype} {[*p.shape]}")
 
 
 def _check_boxes(

@@ -4,7 +4,8 @@ Each is a class of settings whose call takes a batch and the draws of its images
 many draws an image needs: so what it does is a pure function of (seed, epoch, id, view). To add
 one: a class here, and its config class in `config.sections.views`, which names it.
 
-Images are float32 [n, 3, S, S] in [0, 1], before and after. Where the paper gives no parameters
+Images are float32 [n, C, S, S] in [0, 1], before and after, RGB where the config has not checked
+that an op takes others. Where the paper gives no parameters
 (noise, cutout, Sobel) the source of ours is named.
 """
 
@@ -111,6 +112,27 @@ class Jitter:
         amounts = (self.brightness, self.contrast, self.saturation, self.hue)
         draws = jitter_params(u[:, :4], u[:, 4], everyone, self.strength, amounts)
         return color.jitter(images, draws)
+
+
+@dataclass(frozen=True)
+class ChannelJitter:
+    """Brightness and contrast of each channel by itself: jitter of images that are no RGB."""
+
+    channels: int
+    strength: float = 1.0
+    brightness: float = AMOUNTS[0]
+    contrast: float = AMOUNTS[1]
+
+    def num_draws(self, size: int) -> int:  # noqa: ARG002 - the protocol's
+        """Return two a channel, and one of the order."""
+        return 2 * self.channels + 1
+
+    def __call__(self, images: Tensor, u: Uniforms) -> Tensor:
+        """Return the images jittered, clipped after each of both."""
+        everyone = np.ones(len(u), np.bool_)
+        amounts = (self.brightness, self.contrast)
+        draws = color.channel_params(u[:, 1:], u[:, 0], everyone, self.strength, amounts)
+        return color.jitter_channels(images, draws)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Pipelines:
         a: Stages of view a after these.
         b: Of view b. The first stage that a view meets must be a `Crop` of probability 1.
         seed: 32 bits.
+        channels: C of the images.
 
     Raises:
         ValueError: A view does not begin with a crop, or lists are too long.
@@ -94,6 +95,7 @@ class Pipelines:
         b: Sequence[Stage],
         *,
         seed: int = 0,
+        channels: int = 3,
     ) -> None:
         self.size, self.seed = size, seed
         self.shared, self.a, self.b = tuple(shared), tuple(a), tuple(b)
@@ -103,12 +105,12 @@ class Pipelines:
                 raise ValueError("a view must begin with a crop of probability 1")
             if len(stages) > MAX_STAGES:
                 raise ValueError(f"a view can have {MAX_STAGES} stages at most, got {len(stages)}")
-        self._cropper = TwoViews(size)
+        self._cropper = TwoViews(size, channels=channels)
 
     def with_size(self, size: int) -> Pipelines:
         """Return the same pipelines for views of another side."""
         other = copy.copy(self)
-        other.size, other._cropper = size, TwoViews(size)
+        other.size, other._cropper = size, self._cropper.with_size(size)
         return other
 
     def __call__(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:

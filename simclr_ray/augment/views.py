@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr_ray.augment import color, native
-from simclr_ray.augment.decode import decode_image
+from simclr_ray.augment.decode import ImageDecoder
 from simclr_ray.augment.philox import uniforms
 from simclr_ray.augment.resample import (
     FULL,
@@ -40,7 +40,7 @@ Images = Sequence[bytes] | Sequence[Pixels] | Tensor
 
 
 class ViewPair(NamedTuple):
-    """Two views of the same images, row by row: uint8 [n, 3, S, S] each."""
+    """Two views of the same images, row by row: uint8 [n, C, S, S] each."""
 
     a: Tensor
     b: Tensor
@@ -78,7 +78,7 @@ class Step(NamedTuple):
     """The images of one view after one stage."""
 
     name: str
-    images: Tensor  # uint8 [n, 3, S, S]
+    images: Tensor  # uint8 [n, C, S, S]
     draws: AugmentParams | None  # of a crop of the original
 
 
@@ -99,6 +99,8 @@ class TwoViews:
         flip: Probability of a left-right flip.
         jitter: Probability of color jitter.
         grayscale: Probability of dropping color.
+        channels: C of the images. Where they are no RGB, each channel gets a brightness and a
+            contrast of its own, ±0.8s, and there is neither saturation nor hue nor grayscale.
         compiled: On CPU, use `native.c` where it is available: the same bytes in less time.
 
     Raises:
@@ -131,11 +133,12 @@ class TwoViews:
         flip: float = 0.5,
         jitter: float = 0.8,
         grayscale: float = 0.2,
+        channels: int = 3,
         compiled: bool = True,
     ) -> None:
         self.size, self.strength, self.blur, self.seed = size, strength, blur, seed
         self.min_area, self.flip = min_area, flip
-        self.jitter, self.grayscale = jitter, grayscale
+        self.jitter, self.grayscale, self.channels = jitter, grayscale, channels
         self.compiled = compiled
         if compiled:
             native.check_setting()
@@ -159,11 +162,11 @@ class TwoViews:
         return other
 
     def __call__(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
-        """Return both views of each image, uint8 [n, 3, S, S] RGB in 0 to 255 each.
+        """Return both views of each image, uint8 [n, C, S, S] in 0 to 255 each: RGB where C is 3.
 
         Args:
             images: n encoded images (`decode_image` has the formats), n decoded ones (uint8
-                [H, W, 3] each, of any sizes), or a tensor, uint8 [n, 3, H, W]. A tensor on a GPU
+                [H, W, C] each, of any sizes), or a tensor, uint8 [n, C, H, W]. A tensor on a GPU
                 is augmented there; all else on CPU.
             ids: Key of each image, which its draws depend on. Shape [n], int64.
             epoch: From 0.
@@ -189,32 +192,30 @@ class TwoViews:
         never = np.zeros(len(ids), np.bool_)
         crops = self.cropped(images, draws)
         steps = [Step("crop", crops, draws)]
-        for name, so_far in (
-            ("jitter", draws._replace(gray=never, blur=never)),
-            ("grayscale", draws._replace(blur=never)),
-            ("blur", draws),
-        ):
+        later = [("grayscale", draws._replace(blur=never)), ("blur", draws)]
+        jittered = ("jitter", draws._replace(gray=never, blur=never))
+        for name, so_far in [jittered, *later[self.channels != 3 :]]:
             steps.append(Step(name, self.distort(crops, so_far), None))
         return steps
 
     def cropped(self, images: Images, draws: AugmentParams) -> Tensor:
-        """Return the crops of n images by k draws, k a multiple of n: uint8 [k, 3, S, S].
+        """Return the crops of n images by k draws, k a multiple of n: uint8 [k, C, S, S].
 
         Draw i is of image i mod n.
         """
         if isinstance(images, Tensor) and images.device.type != "cpu":
             times = len(draws.flip) // len(images)
             return self._crop_stack(images.repeat(times, 1, 1, 1), draws)
-        decoded = _decoded(images)
+        decoded = _decoded(images, self.channels)
         if self.compiled and native.available():
             times = len(draws.flip) // max(1, len(decoded))
             heights, widths = (np.array([p.shape[d] for p in decoded] * times) for d in (0, 1))
             boxes = np.stack(self.boxes(draws, heights, widths), axis=1)
-            return native.crop_views(decoded, boxes, draws.flip, self.size)
+            return native.crop_views(decoded, boxes, draws.flip, self.size, self.channels)
         return self._crop_by_shape(decoded, draws)
 
     def distort(self, crops: Tensor, draws: AugmentParams) -> Tensor:
-        """Return the second stage: jitter, grayscale and blur of uint8 [n, 3, S, S], on its device.
+        """Return the second stage: jitter, grayscale and blur of uint8 [n, C, S, S], on its device.
 
         Args:
             crops: The first stage's.
@@ -226,10 +227,13 @@ class TwoViews:
             if draws.blur.any():
                 kernels[draws.blur] = blur_kernels(draws.sigma[draws.blur], taps)
             factors, order, jitter = (t.numpy() for t in draws.jitter)
+            if self.channels != 3:
+                return native.distort_channels(crops, factors, order, jitter, draws.blur, kernels)
             return native.distort_color(
                 crops, factors, order, jitter, draws.gray, draws.blur, kernels
             )
-        x = color.jitter(crops.float().mul_(1 / 255), draws.jitter)
+        jittered = color.jitter if self.channels == 3 else color.jitter_channels
+        x = jittered(crops.float().mul_(1 / 255), draws.jitter)
         gray = torch.from_numpy(np.flatnonzero(draws.gray)).to(crops.device)
         if len(gray):
             x[gray] = color.grayscale(x[gray]).expand(-1, 3, -1, -1)
@@ -257,13 +261,19 @@ class TwoViews:
         self, ids: NDArray[np.int64], epoch: int, view: int | NDArray[np.int64]
     ) -> AugmentParams:
         """Return the parameters of view 0 or 1, of all ids or [n], of each id in an epoch."""
-        num = 14 + 2 * CROP_ATTEMPTS
-        u = uniforms(ids, num, seed=self.seed, epoch=epoch, sub=view, purpose="views")
+        num, is_rgb = 14 + 2 * CROP_ATTEMPTS, self.channels == 3
+        more = 0 if is_rgb else 2 * self.channels  # more draws of a key leave the first as they are
+        u = uniforms(ids, num + more, seed=self.seed, epoch=epoch, sub=view, purpose="views")
+        how = (u[:, 7], u[:, 8] < self.jitter, self.strength)
+        if is_rgb:
+            jitter = jitter_params(u[:, 0:4], *how)
+        else:
+            jitter = color.channel_params(u[:, num:], *how, AMOUNTS[:2])
         return AugmentParams(
-            crop=np.concatenate([crop_fractions(u[:, 14:], self.min_area), u[:, 4:6]], axis=1),
+            crop=np.concatenate([crop_fractions(u[:, 14:num], self.min_area), u[:, 4:6]], axis=1),
             flip=u[:, 6] < self.flip,
-            jitter=jitter_params(u[:, 0:4], u[:, 7], u[:, 8] < self.jitter, self.strength),
-            gray=u[:, 9] < self.grayscale,
+            jitter=jitter,
+            gray=(u[:, 9] < self.grayscale) & is_rgb,
             blur=u[:, 10] < self.blur,
             sigma=SIGMAS[0] + u[:, 11] * (SIGMAS[1] - SIGMAS[0]),
         )
@@ -280,7 +290,8 @@ class TwoViews:
 
     def _crop_by_shape(self, images: Sequence[Pixels], draws: AugmentParams) -> Tensor:
         """Return the crops of images of any sizes, with torch; 2n draws for n images."""
-        out = torch.empty(len(draws.flip), 3, self.size, self.size, dtype=torch.uint8)
+        num, side = len(draws.flip), self.size
+        out = torch.empty(num, self.channels, side, side, dtype=torch.uint8)
         shapes: dict[tuple[int, ...], list[int]] = {}
         for row in range(len(out)):
             shapes.setdefault(images[row % len(images)].shape, []).append(row)
@@ -294,7 +305,7 @@ class TwoViews:
         return out
 
     def _crop_stack(self, pixels: Tensor, draws: AugmentParams) -> Tensor:
-        """Return one crop of each of n images of one size, uint8 [n, 3, H, W], on its device."""
+        """Return one crop of each of n images of one size, uint8 [n, C, H, W], on its device."""
         height, width = pixels.shape[2:]
         box = self.boxes(draws, height, width)
         if len(pixels) == 1:  # a large photograph: touch only what the crop shows
@@ -370,8 +381,9 @@ def _taken(draws: AugmentParams, rows: list[int]) -> AugmentParams:
     return AugmentParams(jitter=jitter, **rest)
 
 
-def _decoded(images: Images) -> list[Pixels]:
-    """Return n images, uint8 [H, W, 3] each."""
+def _decoded(images: Images, channels: int) -> list[Pixels]:
+    """Return n images, uint8 [H, W, C] each."""
     if isinstance(images, Tensor):
         return list(images.permute(0, 2, 3, 1).contiguous().numpy())
-    return [decode_image(i) if isinstance(i, bytes) else i for i in images]
+    decoder = ImageDecoder(channels=channels)
+    return [decoder.decode(i) if isinstance(i, bytes) else i for i in images]

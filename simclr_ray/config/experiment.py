@@ -206,6 +206,10 @@ class Experiment(Config):
                 f"loss.name={self.loss.name} does not go with head.name={self.head.name}: "
                 "a classifier and cross_entropy or distillation belong together"
             )
+        needs_rgb = self.augment.needs_rgb() if self.data.channels != 3 else ""
+        if needs_rgb:
+            given = f"data.channels={self.data.channels}"
+            raise ValueError(f"augment: {needs_rgb} is for RGB, not for {given}")
         if self.compress_gradients and self.precision == "float64":
             raise ValueError("compress_gradients rounds to 8 bits; precision=float64 is for exact")
         if self.scaling.color_augment_on == "worker" and not isinstance(
@@ -252,11 +256,16 @@ class Experiment(Config):
         return cfg.digest_of(identity(self))
 
     def canonical(self) -> Experiment:
-        """Return the experiment with one group of all images said as no groups."""
-        if self.num_groups > 1:
-            return self
-        batch_norm = self.batch_norm.model_copy(update={"group_size": 0})
-        return self.model_copy(update={"batch_norm": batch_norm})
+        """Return the experiment with one group of all images said as no groups.
+
+        And without grayscale where there is no color to drop.
+        """
+        update: dict[str, Config] = {}
+        if self.num_groups == 1:
+            update["batch_norm"] = self.batch_norm.model_copy(update={"group_size": 0})
+        if self.data.channels != 3 and isinstance(self.augment, SimCLRViewsConfig):
+            update["augment"] = self.augment.model_copy(update={"grayscale": 0.0})
+        return self.model_copy(update=update) if update else self
 
     @property
     def evaluation_size(self) -> int:

@@ -71,13 +71,16 @@ def absolute_path(where: str) -> str:
     return where if "://" in where or not where else str(Path(where).expanduser().resolve())
 
 
-def _check_white(level: float | str) -> float | str:
-    if level == AUTO or (isinstance(level, float) and level >= 0):
+def _check_white(level: float | list[float] | str) -> float | list[float] | str:
+    levels = level if isinstance(level, list) else [level]
+    if level == AUTO or (levels and all(isinstance(v, float) and v >= 0 for v in levels)):
         return level
-    raise ValueError(f"got {level!r}; allowed: a number from 0, or {AUTO}")
+    raise ValueError(
+        f"got {level!r}; allowed: a number from 0, a list of one for each channel, or {AUTO}"
+    )
 
 
-WhiteLevel = Annotated[float | str, pydantic.AfterValidator(_check_white)]
+WhiteLevel = Annotated[float | list[float] | str, pydantic.AfterValidator(_check_white)]
 
 # A local path is absolute from the moment it is read: workers have other working directories.
 PathOrURI = Annotated[str, pydantic.AfterValidator(absolute_path)]

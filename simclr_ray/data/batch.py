@@ -11,8 +11,8 @@ class Batch(NamedTuple):
     """This rank's share of one global batch."""
 
     step: int
-    a: Tensor  # uint8 [n, 3, S, S]
-    b: Tensor  # uint8 [n, 3, S, S]
+    a: Tensor  # uint8 [n, C, S, S]
+    b: Tensor  # uint8 [n, C, S, S]
     ids: Tensor  # int64 [n]
     bad: Tensor  # int64 [m], ids of rows that had to be replaced
     reasons: tuple[str, ...] = ()  # why, of each of `bad`

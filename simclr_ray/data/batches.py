@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError
-from simclr_ray.augment.ops import Op
+from simclr_ray.augment.ops import ChannelJitter, Op
 from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
 from simclr_ray.augment.views import Pixels, TwoViews, ViewPair
 from simclr_ray.config.components import build
@@ -47,8 +47,8 @@ class BatchPart(NamedTuple):
     """A part of a step, in memory that may be another's: as `Batch`, but arrays."""
 
     step: int
-    a: Pixels  # uint8 [n, 3, S, S]
-    b: Pixels  # uint8 [n, 3, S, S]
+    a: Pixels  # uint8 [n, C, S, S]
+    b: Pixels  # uint8 [n, C, S, S]
     ids: NDArray[np.int64]  # [n]
     bad: NDArray[np.int64]  # [m]
     reasons: tuple[str, ...]
@@ -84,7 +84,7 @@ class RowReader:
     ) -> None:
         self.decoder = decoder
         name = f"{source.uri} {source.fingerprint} {decoder}" if shared else ""
-        self.cache = ImageCache(name, source.num_rows, int(cache_gib * GIB))
+        self.cache = ImageCache(name, source.num_rows, int(cache_gib * GIB), decoder.channels)
         self.recent = RecentGroups(source)
         self.bad: dict[int, Bad] = {}
         self.least_sides: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
@@ -276,29 +276,35 @@ def _of_epoch(least: LeastSides, epoch: int, ids: NDArray[np.int64]) -> NDArray[
     return least(ids, epoch)
 
 
-def build_two_views(views: SimCLRViewsConfig, seed: int) -> TwoViews:
-    """Return the paper's pipeline as a config describes it."""
-    return build(views, TwoViews, seed=seed)
+def build_two_views(views: SimCLRViewsConfig, seed: int, channels: int = 3) -> TwoViews:
+    """Return the paper's pipeline as a config describes it, for images of so many channels."""
+    return build(views, TwoViews, seed=seed, channels=channels)
 
 
-def build_views(views: SimCLRViewsConfig | PipelineViewsConfig, seed: int) -> TwoViews | Pipelines:
-    """Return what makes views as a config describes it."""
+def build_views(
+    views: SimCLRViewsConfig | PipelineViewsConfig, seed: int, channels: int = 3
+) -> TwoViews | Pipelines:
+    """Return what makes views as a config describes it, for images of so many channels."""
     if isinstance(views, SimCLRViewsConfig):
-        return build_two_views(views, seed)
-    lists = ([_stage(s) for s in part] for part in (views.shared, views.a, views.stages_of_b))
-    return Pipelines(views.size, *lists, seed=seed)
+        return build_two_views(views, seed, channels)
+    parts = (views.shared, views.a, views.stages_of_b)
+    lists = ([_stage(s, channels) for s in part] for part in parts)
+    return Pipelines(views.size, *lists, seed=seed, channels=channels)
 
 
-def _stage(config: AnyStageConfig) -> Stage:
+def _stage(config: AnyStageConfig, channels: int) -> Stage:
     if config.name == "crop":
         return Stage(config.name, build(config, Crop), config.p)
+    if config.name == "jitter" and channels != 3:
+        amounts = (config.brightness, config.contrast)
+        return Stage(config.name, ChannelJitter(channels, config.strength, *amounts), config.p)
     return Stage(config.name, build(config, Op), config.p)  # type: ignore[type-abstract] # a protocol
 
 
 def view_builder(experiment: Experiment) -> MakeViews:
     """Return what a run makes of images: views of the epoch's size, or crops for the worker."""
     config = experiment.augment
-    views = build_views(config, experiment.seed)
+    views = build_views(config, experiment.seed, experiment.data.channels)
 
     def make(images: list[Pixels], ids: NDArray[np.int64], epoch: int) -> ViewPair:
         sized = views.with_size(config.size_at(epoch, experiment.epochs))

@@ -5,13 +5,25 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from simclr_ray.augment.decode import DeepImage, ImageDecoder, ImageError, Library, read_deep_image
+from simclr_ray.augment.decode import (
+    COLOR,
+    Bands,
+    DeepImage,
+    ImageDecoder,
+    ImageError,
+    Library,
+    image_decoder,
+    read_deep_bands,
+    read_deep_image,
+)
 from simclr_ray.config.experiment import DataConfig
 from simclr_ray.config.schema import AUTO
 from simclr_ray.config.wording import counted
@@ -23,6 +35,8 @@ IMAGES_OF_A_GROUP: Final = 64
 WHITE_PERCENTILE: Final = 99.9  # of all values of the sample: single hot pixels are not white
 DARK_FRACTION: Final = 0.5  # of the range: images that stay below are said to be dark
 VALUES: Final = 2**16
+_BELOW: Final = f"{WHITE_PERCENTILE:g} % of the values in"
+_ONLY_8_BITS: Final = "no image of a sample has more than 8 bits"
 # A JPEG of 24 by 24 pixels with halved colors, by which decoders are told apart.
 _PROBE: Final = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABQODxIPDRQSEBIXFRQYHjIhHhwcHj0sLiQySUBMS0dARkVQWnNiUFVt"
@@ -33,6 +47,8 @@ _PROBE: Final = base64.b64decode(
     "oYglvlxnisrL2LgTOOrgHaVoFjia17d/lPYDPhGmO5RXOQKE4gr8aFrYe1qdE1UAXRyuEsPc47A5sSiGrgAA2EUU"
     "JaR2qf/Z"
 )
+
+ImageT = TypeVar("ImageT", DeepImage, Bands)
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +80,8 @@ def training_decoder(data: DataConfig) -> ImageDecoder:
 
 def evaluation_decoder(data: DataConfig) -> ImageDecoder:
     """Return what decodes images for evaluation and embedding: Pillow, whatever trains."""
-    return ImageDecoder(data.max_pixels, white=float(data.white))
+    assert not isinstance(data.white, str)  # resolved
+    return image_decoder(data.channels, data.white, data.max_pixels)
 
 
 def resolve_decoder(data: DataConfig) -> DataConfig:
@@ -99,6 +116,7 @@ def check_decoder(data: DataConfig) -> None:
 
 
 def _hash_of_probe(decoder: ImageDecoder) -> str:
+    decoder = decoder._replace(channels=3, white=0)  # JPEG is RGB, and of 8 bits
     return hashlib.sha256(decoder.decode(_PROBE).tobytes()).hexdigest()
 
 
@@ -108,27 +126,46 @@ def _version_of(data: DataConfig) -> str:
 
 
 def resolve_white(data: DataConfig, source: Source) -> DataConfig:
-    """Return the config with `data.white` a number; what it is, or should be, is logged.
+    """Return the config with `data.white` in numbers; what it is, or should be, is logged.
 
     Raises:
         DataError: A file cannot be read.
     """
     if data.white not in (AUTO, 0):
         return data
+    if data.channels not in COLOR:
+        return _resolve_white_of_each(data, source)
     seen = read_value_range(source, data.max_pixels)
     if data.white == AUTO:
         white = seen.white if seen else 0
-        why = f"{WHITE_PERCENTILE:g} % of the values in {seen} are below" if seen else (
-            "no image of a sample has more than 8 bits"
-        )  # fmt: skip
+        why = f"{_BELOW} {seen} are below" if seen else _ONLY_8_BITS
         log.info("data.white=%d: %s", white, why)
         return data.model_copy(update={"white": float(white)})
     if seen and seen.is_dark:
-        log.warning(
-            "%s: %s, so they are nearly black: data.white=%d, or data.white=auto, says what is "
-            "white", source.uri, seen, seen.most,
-        )  # fmt: skip
+        _warn_of_dark(source, seen, f"{seen.most}")
     return data
+
+
+def _resolve_white_of_each(data: DataConfig, source: Source) -> DataConfig:
+    """Return the config with a white of each channel."""
+    seen = read_channel_ranges(source, data.max_pixels, data.channels)
+    if data.white == AUTO:
+        white = [float(each.white) for each in seen] or 0.0
+        shown = f"[{', '.join(f'{each.white}' for each in seen)}]" if seen else "0"
+        why = f"{_BELOW} channel 1 of {seen[0]} are below, and so on" if seen else _ONLY_8_BITS
+        log.info("data.white=%s: %s", shown, why)
+        return data.model_copy(update={"white": white})
+    dark = [each for each in seen if each.is_dark]
+    if dark:
+        _warn_of_dark(source, dark[0], f"[{', '.join(f'{each.most}' for each in seen)}]")
+    return data
+
+
+def _warn_of_dark(source: Source, seen: ValueRange, white: str) -> None:
+    log.warning(
+        "%s: %s, so they are nearly black: data.white=%s, or data.white=auto, says what is white",
+        source.uri, seen, white,
+    )  # fmt: skip
 
 
 def read_value_range(source: Source, max_pixels: int) -> ValueRange | None:
@@ -139,26 +176,59 @@ def read_value_range(source: Source, max_pixels: int) -> ValueRange | None:
     Raises:
         DataError: A file cannot be read.
     """
-    counts = np.zeros(VALUES, np.int64)
-    num, top = 0, 0
-    for deep in _deep_images(source, max_pixels):
-        values = deep.values if deep.values.ndim == 2 else deep.values[:, :, :3]
-        counts += np.bincount(values.ravel(), minlength=VALUES)
-        num, top = num + 1, max(top, deep.top)
-    if not num:
-        return None
-    below = np.cumsum(counts)
-    white = int(np.searchsorted(below, WHITE_PERCENTILE / 100 * below[-1]))
-    (occurring,) = np.nonzero(counts)
-    return ValueRange(num, int(occurring[0]), int(occurring[-1]), max(white, 1), top)
+    seen = _Histogram()
+    for deep in _sampled(source, partial(read_deep_image, max_pixels=max_pixels)):
+        seen.add(deep.values if deep.values.ndim == 2 else deep.values[:, :, :3], deep.top)
+    return seen.range() if seen.num_images else None
 
 
-def _deep_images(source: Source, max_pixels: int) -> Iterator[DeepImage]:
+def read_channel_ranges(source: Source, max_pixels: int, channels: int) -> list[ValueRange]:
+    """Return the values of each channel of a sample of images; none where they have 8 bits.
+
+    Args:
+        source: The dataset.
+        max_pixels: Larger images are left out.
+        channels: Of its images; others are left out.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    seen = [_Histogram() for _ in range(channels)]
+    read = partial(read_deep_bands, channels=channels, max_pixels=max_pixels)
+    for bands in _sampled(source, read):
+        for channel, histogram in enumerate(seen):
+            histogram.add(bands.values[:, :, channel], bands.top)
+    return [histogram.range() for histogram in seen if histogram.num_images]
+
+
+class _Histogram:
+    """How often each value of 16 bits occurs."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(VALUES, np.int64)
+        self.num_images, self.top = 0, 0
+
+    def add(self, values: NDArray[Any], top: int) -> None:
+        """Count the values of an image whose bits hold up to `top`."""
+        self.counts += np.bincount(values.ravel(), minlength=VALUES)
+        self.num_images, self.top = self.num_images + 1, max(self.top, top)
+
+    def range(self) -> ValueRange:
+        """Return least, most and white of what was counted."""
+        below = np.cumsum(self.counts)
+        white = int(np.searchsorted(below, WHITE_PERCENTILE / 100 * below[-1]))
+        (occurring,) = np.nonzero(self.counts)
+        least, most = int(occurring[0]), int(occurring[-1])
+        return ValueRange(self.num_images, least, most, max(white, 1), self.top)
+
+
+def _sampled(source: Source, read: Callable[[bytes], ImageT | None]) -> Iterator[ImageT]:
+    """Yield what is read of a sample's images, up to a row group that has none of more bits."""
     last = len(source.row_groups) - 1
     places = np.linspace(0, last, SAMPLED_GROUPS).round().astype(int)
     for index in dict.fromkeys(places.tolist()):
         images = source.read_first_images(index, IMAGES_OF_A_GROUP)
-        deep = [read_deep_image(image, max_pixels) for image in images if image]
+        deep = [read(image) for image in images if image]
         if not any(deep):
             return
         yield from (image for image in deep if image is not None)

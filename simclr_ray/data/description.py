@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simclr_ray.augment.decode import ImageError, decode_image
+from simclr_ray.augment.decode import ImageError, image_size
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.footer import read_footers
@@ -95,7 +95,7 @@ def _decoded(source: Source) -> tuple[list[tuple[int, int]], list[BadRow], int]:
         num_sampled += len(images)
         for row, image in enumerate(images, start=group.first_row):
             try:
-                height, width, _ = decode_image(image or b"").shape
+                height, width = image_size(image or b"")
             except ImageError as error:
                 bad.append(BadRow(row, str(error)))
             else:

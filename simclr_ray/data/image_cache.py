@@ -39,7 +39,7 @@ ALIGNMENT: Final = 16
 
 
 class DecodedImage(NamedTuple):
-    """A decoded row: its id, and uint8 [H, W, 3], not to be written to."""
+    """A decoded row: its id, and uint8 [H, W, C], not to be written to."""
 
     id: int
     pixels: Pixels
@@ -58,10 +58,11 @@ class ImageCache:
             rows and budget share; an empty name shares with none.
         num_rows: Of the dataset.
         budget: Bytes for images.
+        channels: C of the images, which `name` has to tell.
     """
 
-    def __init__(self, name: str, num_rows: int, budget: int) -> None:
-        self.full = budget <= 0
+    def __init__(self, name: str, num_rows: int, budget: int, channels: int = 3) -> None:
+        self.full, self.channels = budget <= 0, channels
         index_bytes = -(-8 * num_rows // ALIGNMENT) * ALIGNMENT
         size = HEAD_BYTES + index_bytes + max(budget, 0)
         self._file = _shared_file(name, num_rows, size) if name and not self.full else -1
@@ -121,7 +122,8 @@ class ImageCache:
     def _entry(self, place: int) -> DecodedImage:
         number, height, width = ENTRY.unpack_from(self._memory, place)
         begin = place + ENTRY.size
-        return DecodedImage(number, np.ndarray((height, width, 3), np.uint8, self._memory, begin))
+        shape = (height, width, self.channels)
+        return DecodedImage(number, np.ndarray(shape, np.uint8, self._memory, begin))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # Believed without a look into the file; contents decide for all others, and when decoding.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".npy",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from simclr_ray.augment.decode import ImageError, decode_image
+from simclr_ray.augment.decode import ImageError, image_size
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.columns import PATH_COLUMN
 from simclr_ray.data.items import Item, ShardTask
@@ -199,5 +199,5 @@ def _size(item: Item, max_pixels: int) -> SizeRange:
     """
     if item.encoded is None:
         raise ImageError("no image")
-    height, width, _ = decode_image(item.encoded, max_pixels).shape
+    height, width = image_size(item.encoded, max_pixels)
     return SizeRange(width, width, height, height)

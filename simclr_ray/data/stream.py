@@ -222,7 +222,7 @@ def _packed(batches: list[Batch]) -> pa.Table:
     """
     about = {
         "steps": [b.step for b in batches],
-        "sizes": [b.a.shape[-1] for b in batches],
+        "shapes": [b.a.shape[1:] for b in batches],
         "bad": [b.bad.tolist() for b in batches],
         "reasons": [b.reasons for b in batches],
         "paths": [b.paths for b in batches],
@@ -258,9 +258,9 @@ def _unpacked(table: pa.Table) -> Iterator[BatchPart]:
         raise kind(header["message"])
     numbers = ids.view(np.int64).reshape(len(header["steps"]), -1)
     rest = pixels
-    columns = (header[name] for name in ("steps", "sizes", "bad", "reasons", "paths"))
-    for row, step, size, bad, *texts in zip(numbers, *columns, strict=True):
-        shape = (len(row), 3, size, size)
+    columns = (header[name] for name in ("steps", "shapes", "bad", "reasons", "paths"))
+    for row, step, shape_of_view, bad, *texts in zip(numbers, *columns, strict=True):
+        shape = (len(row), *shape_of_view)
         num = int(np.prod(shape))
         a, b, rest = rest[:num], rest[num : 2 * num], rest[2 * num :]
         unusable = np.array(bad, np.int64)

@@ -37,7 +37,7 @@ class BadRow(NamedTuple):
 class Split(NamedTuple):
     """Decoded evaluation views, ordered by id.
 
-    `images` uint8 `[M, 3, S, S]`; `labels` int64 `[M]`, -1 where there is none; `ids` int64 `[M]`;
+    `images` uint8 `[M, C, S, S]`; `labels` int64 `[M]`, -1 where there is none; `ids` int64 `[M]`;
     `bad` the chosen rows that could not be decoded and are not among the M.
     """
 
@@ -94,7 +94,7 @@ def split_halves(split: HalvedT) -> tuple[HalvedT, HalvedT]:
 def load_split(
     source: Source, size: int, limit: int = 0, decoder: ImageDecoder = DEFAULT_DECODER
 ) -> Split:
-    """Return the evaluation views of a split, all in memory: 3·size² bytes a row.
+    """Return the evaluation views of a split, all in memory: C·size² bytes a row.
 
     With a `limit` below the number of rows, one row is taken from each of `limit` equal runs of
     the rows in order of id, at a place fixed by the run's number alone. So the sample covers a
@@ -129,7 +129,7 @@ def decoded_rows(source: Source, rows: Int64s, size: int, decoder: ImageDecoder)
     Raises:
         DataError: a file cannot be read.
     """
-    images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+    images = torch.empty(len(rows), decoder.channels, size, size, dtype=torch.uint8)
     labels = torch.full((len(rows),), -1, dtype=torch.int64)
     ids = torch.empty(len(rows), dtype=torch.int64)
     good = torch.ones(len(rows), dtype=torch.bool)
@@ -164,8 +164,8 @@ def extract_features(
     back into the mode that it was in.
 
     Args:
-        encoder: `[m, 3, S, S]` in [0, 1] -> `[m, F]`, its weights on `device`.
-        images: uint8 `[M, 3, S, S]`, or parts of it one after the other.
+        encoder: `[m, C, S, S]` in [0, 1] -> `[m, F]`, its weights on `device`.
+        images: uint8 `[M, C, S, S]`, or parts of it one after the other.
         batch_size: images per forward pass.
         device: where the encoder is.
         precision: `bf16` runs under autocast; the other two change nothing.
@@ -211,7 +211,7 @@ def grouped(source: Source, rows: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
 
 
 def _views(rows: RowTable, size: int, decoder: ImageDecoder) -> list[Pixels | str]:
-    """Return of each row its view, uint8 `[S, S, 3]`, or the reason why there is none."""
+    """Return of each row its view, uint8 `[S, S, C]`, or the reason why there is none."""
 
     def view(encoded: bytes | None) -> Pixels | str:
         if encoded is None:

@@ -38,7 +38,7 @@ PROBE_EPOCH = 2**32 - 1  # views of the probe never coincide with views of train
 class _Part(NamedTuple):
     """This rank's share of a split, and the labels of all of it."""
 
-    images: Tensor  # uint8 [m, 3, S, S]
+    images: Tensor  # uint8 [m, C, S, S]
     labels: Tensor  # int64 [M]
     counts: list[int]  # m of each rank
 
@@ -72,7 +72,7 @@ class OnlineEvaluation:
         if not limits.every_epochs:
             return
         own, self.probe = self._part(source, sample_rows(source, PROBE_IMAGES))
-        views = build_views(experiment.augment, experiment.seed)
+        views = build_views(experiment.augment, experiment.seed, data.channels)
         self.views = views(own.images, own.ids.numpy(), PROBE_EPOCH)
         if data.test:
             test = Source.open(data.test, data.columns)

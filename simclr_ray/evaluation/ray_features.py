@@ -85,7 +85,7 @@ def extract(
 
     Args:
         source: The opened split.
-        networks: `[m, 3, S, S]` in [0, 1] -> `[m, F]`; they pickle.
+        networks: `[m, C, S, S]` in [0, 1] -> `[m, F]`; they pickle.
         size: Side S of the views in pixels.
         evaluation: Number of actors, their resources, and images per forward pass.
         limit: Rows at most, the same ones as `load_split`; 0 takes all.

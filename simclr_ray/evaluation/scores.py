@@ -99,7 +99,7 @@ def score_encoder(
 
     Args:
         name: what the row is called.
-        encoder: `[m, 3, S, S]` in [0, 1] -> `[m, F]`.
+        encoder: `[m, C, S, S]` in [0, 1] -> `[m, F]`.
         bank: what kNN and the probe learn from; without `test`, what label-free metrics see.
         test: what is scored, label-free metrics included.
         experiment: settings of the protocols, the precision, and the probe's seed.
@@ -157,7 +157,7 @@ def _scorable(bank: SplitT, test: SplitT | None) -> tuple[SplitT, SplitT | None]
 
 
 class Pixels(nn.Module):
-    """The pixels themselves, as an encoder: `[m, 3, S, S]` in [0, 1] -> `[m, 3·min(S, 32)²]`."""
+    """The pixels themselves, as an encoder: `[m, C, S, S]` in [0, 1] -> `[m, C·min(S, 32)²]`."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the pixels, larger images averaged down."""

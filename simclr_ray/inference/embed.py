@@ -20,7 +20,7 @@ BATCH_SIZE: Final = 256
 
 
 def load_encoder(where: str | Path, *, tracking_uri: str = "") -> nn.Module:
-    """Return an encoder in eval mode, [N, 3, H, W] in [0, 1] -> [N, F].
+    """Return an encoder in eval mode, [N, C, H, W] in [0, 1] -> [N, F].
 
     Args:
         where: a run folder, whose newest checkpoint is taken, or a checkpoint, by path or URI; a
@@ -65,9 +65,9 @@ def embed_images(
         CheckpointError: as in `load_encoder`.
         TrackingError: as in `load_encoder`.
     """
-    encoder, _, size, feature_dim, white = _loaded(where, tracking_uri)
-    decoder = decode.ImageDecoder(white=white)
-    embeddings = np.full((len(images), feature_dim), np.nan, dtype=np.float32)  # [N, F]
+    loaded = _loaded(where, tracking_uri)
+    encoder, size, decoder = loaded.encoder, loaded.size, loaded.decoder
+    embeddings = np.full((len(images), loaded.feature_dim), np.nan, dtype=np.float32)  # [N, F]
     for start in range(0, len(images), BATCH_SIZE):
         views: dict[int, npt.NDArray[np.uint8]] = {}
         for place in range(start, min(start + BATCH_SIZE, len(images))):
@@ -80,7 +80,7 @@ def embed_images(
         if not views:
             continue
         stacked = torch.from_numpy(np.stack(list(views.values())))
-        batch = stacked.permute(0, 3, 1, 2).float().div(255)  # [n, 3, S, S]
+        batch = stacked.permute(0, 3, 1, 2).float().div(255)  # [n, C, S, S]
         with torch.inference_mode():
             embeddings[list(views)] = encoder(batch.contiguous()).numpy()
     return embeddings

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from simclr_ray.augment.decode import ImageDecoder, image_decoder
 from simclr_ray.errors import CheckpointError, SimclrRayError
 from simclr_ray.inference.export_formats import (
     FORMATS,
@@ -56,6 +57,7 @@ class EncoderCard(NamedTuple):
         white: `data.white` of the images it was trained on.
         weights_sha256: of `model.safetensors`.
         versions: of the libraries that wrote it.
+        channels: `data.channels` of them; of cards that do not say it, 3.
     """
 
     format: int
@@ -64,7 +66,13 @@ class EncoderCard(NamedTuple):
     feature_dim: int
     weights_sha256: str
     versions: dict[str, str]
-    white: float = 0
+    white: float | list[float] = 0
+    channels: int = 3
+
+    @property
+    def decoder(self) -> ImageDecoder:
+        """What decodes images for the encoder."""
+        return image_decoder(self.channels, self.white)
 
 
 class LoadedEncoder(NamedTuple):
@@ -74,7 +82,13 @@ class LoadedEncoder(NamedTuple):
     config: dict[str, Any]
     size: int
     feature_dim: int
-    white: float = 0
+    white: float | list[float] = 0
+    channels: int = 3
+
+    @property
+    def decoder(self) -> ImageDecoder:
+        """What decodes images for it."""
+        return image_decoder(self.channels, self.white)
 
 
 def write_encoder(
@@ -84,18 +98,20 @@ def write_encoder(
     config: Mapping[str, Any],
     size: int,
     feature_dim: int,
-    white: float = 0,
+    white: float | list[float] = 0,
+    channels: int = 3,
     formats: Sequence[ExportFormat] = FORMATS,
 ) -> None:
     """Write the files of an encoder to `folder`, which appears whole or not at all.
 
     Args:
         folder: created; files of an earlier export in it are replaced.
-        encoder: float [N, 3, H, W] in [0, 1] -> [N, F]; it is copied to CPU, float32, eval mode.
+        encoder: float [N, C, H, W] in [0, 1] -> [N, F]; it is copied to CPU, float32, eval mode.
         config: tree of its config, such as `to_tree(experiment)["encoder"]`.
         size: side S of the views that it is for.
         feature_dim: F.
         white: `data.white` of the images that it is for.
+        channels: C of them.
         formats: of `export_formats`, or others; `SAFETENSORS` must be among them.
 
     Raises:
@@ -109,7 +125,7 @@ def write_encoder(
         new = Path(scratch) / "new"
         new.mkdir()
         for chosen in formats:
-            write_checked(chosen, new / chosen.file, frozen, size, feature_dim)
+            write_checked(chosen, new / chosen.file, frozen, size, feature_dim, channels)
         card = EncoderCard(
             format=FORMAT_VERSION,
             encoder=dict(config),
@@ -118,6 +134,7 @@ def write_encoder(
             weights_sha256=sha256(new / WEIGHTS),
             versions=versions_of((*REQUIREMENTS, "safetensors")),
             white=white,
+            channels=channels,
         )
         text = json.dumps(card._asdict(), indent=2) + "\n"
         (new / CARD).write_text(text, encoding="utf-8")
@@ -140,6 +157,7 @@ def write_encoder_of(folder: Path, out: Path, formats: Sequence[ExportFormat] = 
         size=loaded.size,
         feature_dim=loaded.feature_dim,
         white=loaded.white,
+        channels=loaded.channels,
         formats=formats,
     )
 
@@ -152,20 +170,24 @@ def load_folder(folder: Path) -> LoadedEncoder:
     """
     if (folder / CARD).is_file():
         card = read_card(folder)
+        network = read_encoder(folder)
         return LoadedEncoder(
-            read_encoder(folder), card.encoder, card.size, card.feature_dim, card.white
+            network, card.encoder, card.size, card.feature_dim, card.white, card.channels
         )
     kept = checkpoint.read(folder)
     tree = kept.record["experiment"]
     size = tree["evaluation"]["size"] or tree["augment"]["size"]
+    channels = int(tree["data"].get("channels", 3))
     try:
-        encoder = networks.encoder_from_tree(tree["encoder"], size=tree["augment"]["size"])
+        encoder = networks.encoder_from_tree(
+            tree["encoder"], size=tree["augment"]["size"], channels=channels
+        )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} names no encoder: {error}") from error
     checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
     frozen = encoder.float().eval().requires_grad_(requires_grad=False)
-    white = float(tree["data"].get("white", 0))
-    return LoadedEncoder(frozen, tree["encoder"], size, networks.feature_dim(frozen), white)
+    white, feature_dim = tree["data"].get("white", 0), networks.feature_dim(frozen)
+    return LoadedEncoder(frozen, tree["encoder"], size, feature_dim, white, channels)
 
 
 def read_card(folder: Path) -> EncoderCard:
@@ -201,7 +223,7 @@ def read_encoder(folder: Path) -> nn.Module:
     if not path.is_file() or sha256(path) != card.weights_sha256:
         raise CheckpointError(f"{path} is not the file that {CARD} was written for")
     try:
-        encoder = networks.encoder_from_tree(card.encoder, size=card.size)
+        encoder = networks.encoder_from_tree(card.encoder, size=card.size, channels=card.channels)
         encoder.load_state_dict(load_file(path))
     except (SimclrRayError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: weights and config do not fit: {error}") from error

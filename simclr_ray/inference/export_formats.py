@@ -33,7 +33,7 @@ class ExportFormat(NamedTuple):
     Attributes:
         name: What it is asked for by.
         file: Its file in an encoder folder.
-        write: Writes the file: (path, encoder, example images float32 [2, 3, S, S] in [0, 1]).
+        write: Writes the file: (path, encoder, example images float32 [2, C, S, S] in [0, 1]).
         check: Returns the network of the file, to be compared with the encoder, given as second
             argument; None where the file holds no network, after a check of its own.
     """
@@ -45,7 +45,12 @@ class ExportFormat(NamedTuple):
 
 
 def write_checked(
-    chosen: ExportFormat, path: Path, encoder: nn.Module, size: int, feature_dim: int
+    chosen: ExportFormat,
+    path: Path,
+    encoder: nn.Module,
+    size: int,
+    feature_dim: int,
+    channels: int = 3,
 ) -> None:
     """Write an encoder in a format, and check the *stored* file against it.
 
@@ -54,12 +59,12 @@ def write_checked(
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        chosen.write(path, encoder, torch.rand(2, 3, size, size, generator=generator))
+        chosen.write(path, encoder, torch.rand(2, channels, size, size, generator=generator))
         stored = chosen.check(path, encoder)
     if stored is None:
         return
     for n in CHECKED_BATCHES:
-        images = torch.rand(n, 3, size, size, generator=generator)
+        images = torch.rand(n, channels, size, size, generator=generator)
         with torch.inference_mode():
             got, want = stored(images), encoder(images)
         if want.shape != (n, feature_dim):

@@ -33,8 +33,8 @@ class Embedder(PythonModel):
         card = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         self.size = int(card["size"])
         self.feature_dim = int(card["feature_dim"])
-        self.white = float(card["white"])
         self.decode = _package_at(Path(context.artifacts["decode"]))
+        self.decoder = self.decode.image_decoder(card["channels"], card["white"])
         self.program = torch.export.load(folder / "encoder.pt2").module()
 
     def predict(
@@ -58,15 +58,15 @@ class Embedder(PythonModel):
         for start in range(0, len(encoded), BATCH_SIZE):
             some = encoded[start : start + BATCH_SIZE]
             views = np.stack([self._view(item, start + k) for k, item in enumerate(some)])
-            images = torch.from_numpy(views).permute(0, 3, 1, 2).float().div(255)  # [n, 3, S, S]
+            images = torch.from_numpy(views).permute(0, 3, 1, 2).float().div(255)  # [n, C, S, S]
             with torch.inference_mode():
                 embeddings[start : start + len(some)] = self.program(images.contiguous()).numpy()
         return embeddings
 
     def _view(self, encoded: bytes, row: int) -> npt.NDArray[np.uint8]:
-        """Return one evaluation view, uint8 [S, S, 3]."""
+        """Return one evaluation view, uint8 [S, S, C]."""
         try:
-            pixels = self.decode.decode_image(bytes(encoded), white=self.white)
+            pixels = self.decoder.decode(bytes(encoded))
             view: npt.NDArray[np.uint8] = self.decode.evaluation_view(pixels, self.size)
         except (ValueError, TypeError) as error:
             raise ValueError(f"row {row}: {error}") from error

@@ -137,7 +137,7 @@ def register_encoder(
     """
     card = read_card(folder)
     read_encoder(folder)
-    decode.decode_image(example)
+    card.decoder.decode(example)
     commit = code_commit()
     all_tags = {key: str(value) for key, value in tags.items()}
     all_tags["weights_sha256"] = card.weights_sha256

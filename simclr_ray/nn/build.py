@@ -44,7 +44,7 @@ class SimCLRModel(nn.Module):
         self.encoder, self.head = encoder, head
 
     def forward(self, images: Tensor) -> Projection:
-        """Return h [M, F] and z [M, D] of images [M, 3, S, S] in [0, 1]."""
+        """Return h [M, F] and z [M, D] of images [M, C, S, S] in [0, 1]."""
         h = self.encoder(images)
         return Projection(h, self.head(h))
 
@@ -54,7 +54,10 @@ def build_model(experiment: Experiment) -> SimCLRModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
         encoder = build_encoder(
-            experiment.encoder, experiment.batch_norm, size=experiment.augment.size
+            experiment.encoder,
+            experiment.batch_norm,
+            size=experiment.augment.size,
+            channels=experiment.data.channels,
         )
         head = _head(experiment, feature_dim(encoder))
     return SimCLRModel(encoder, head)
@@ -77,20 +80,25 @@ def build_loss(experiment: Experiment) -> Loss:
 
 
 def build_encoder(
-    encoder: ComponentConfig, batch_norm: BatchNormConfig | None = None, *, size: int = 224
+    encoder: ComponentConfig,
+    batch_norm: BatchNormConfig | None = None,
+    *,
+    size: int = 224,
+    channels: int = 3,
 ) -> nn.Module:
-    """Return an encoder: [N, 3, H, W] in [0, 1] -> [N, F], with `feature_dim` = F.
+    """Return an encoder: [N, C, H, W] in [0, 1] -> [N, F], with `feature_dim` = F.
 
     Its dropout and stochastic depth are keyed (`nn.stochastic`).
     Weights are drawn from torch's global generator. Raises `ConfigError` for a torchvision model
     that is unknown or has no final linear layer, and for imported code that breaks its contract.
     """
     momentum = (batch_norm or BatchNormConfig()).momentum
-    built = family_of(encoder).build(partial(GlobalBatchNorm, momentum=momentum), size)
+    built = family_of(encoder).build(partial(GlobalBatchNorm, momentum=momentum), size, channels)
     key_draws(built)
     return built
 
 
-def encoder_from_tree(tree: dict[str, Any], *, size: int = 224) -> nn.Module:
+def encoder_from_tree(tree: dict[str, Any], *, size: int = 224, channels: int = 3) -> nn.Module:
     """Return the encoder that a stored config tree (`encoder: …`) describes."""
-    return build_encoder(cfg.validate(EncoderSection, {"encoder": tree}).encoder, size=size)
+    encoder = cfg.validate(EncoderSection, {"encoder": tree}).encoder
+    return build_encoder(encoder, size=size, channels=channels)

@@ -5,6 +5,7 @@ A family is a class here or beside its network, named by its config class (`conf
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
@@ -20,6 +21,7 @@ from simclr_ray.nn.batchnorm import GlobalBatchNorm, GlobalBatchNormAct
 from simclr_ray.nn.foreign_weights import DEVIATION, MEAN
 
 Norm = Callable[..., GlobalBatchNorm]
+RGB: Final = 3
 SCALES: Final = ("gamma", "layer_scale")
 ConfigT = TypeVar("ConfigT", bound=ComponentConfig)
 
@@ -41,14 +43,15 @@ class EncoderFamily(ABC, Generic[ConfigT]):
         self.config = config
 
     @abstractmethod
-    def build(self, norm: Norm, size: int) -> nn.Module:
-        """Return the encoder, [N, 3, S, S] in [0, 1] -> [N, F], with `feature_dim` = F.
+    def build(self, norm: Norm, size: int, channels: int) -> nn.Module:
+        """Return the encoder, [N, C, S, S] in [0, 1] -> [N, F], with `feature_dim` = F.
 
         Weights are drawn from torch's global generator.
 
         Args:
             norm: Makes the global batch norm of a channel count, in place of any other.
             size: S, for encoders of one size.
+            channels: C.
 
         Raises:
             ConfigError: There is no such encoder.
@@ -146,6 +149,47 @@ def _globalized(child: _BatchNorm, norm: Norm) -> GlobalBatchNorm:
     return replaced
 
 
+def take_channels(encoder: nn.Module, channels: int) -> None:
+    """Put a first convolution of `channels` inputs in the place of one of three, in place.
+
+    Its weights are drawn anew, so that what it gives varies as with three channels.
+
+    Raises:
+        ConfigError: The first convolution takes no RGB, or there is none.
+    """
+    where, first = first_convolution(encoder)
+    if first.in_channels != RGB or first.groups != 1:
+        raise _issue(f"{where} takes {first.in_channels} channels: no place for {channels}")
+    wide = nn.Conv2d(
+        channels,
+        first.out_channels,
+        first.kernel_size,  # type: ignore[arg-type] # pairs, as they were given
+        first.stride,  # type: ignore[arg-type]
+        first.padding,  # type: ignore[arg-type]
+        first.dilation,  # type: ignore[arg-type]
+        bias=first.bias is not None,
+        padding_mode=first.padding_mode,
+    )
+    deviation = first.weight.detach().std() * math.sqrt(RGB / channels)
+    with torch.no_grad():
+        wide.weight.copy_(torch.randn_like(wide.weight) * deviation)
+    wide.bias = first.bias
+    parent, _, leaf = where.rpartition(".")
+    setattr(encoder.get_submodule(parent), leaf, wide)
+
+
+def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d]:
+    """Return name and module of the convolution that images come to.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name, module
+    raise _issue("has no convolution that images come to")
+
+
 def freeze_patch_embedding(encoder: nn.Module) -> None:
     """Leave an encoder's patch-wise first layer as it is, in place (MoCo v3, arXiv:2104.02057).
 
@@ -164,14 +208,14 @@ class ImportedFamily(EncoderFamily[ImportConfig]):
 
     folds_input = False  # its contract is images in [0, 1], and its weights' as well
 
-    def build(self, norm: Norm, size: int) -> nn.Module:
+    def build(self, norm: Norm, size: int, channels: int) -> nn.Module:
         """Return what the import path makes; F is found by two images of `size`."""
         encoder = build(self.config, nn.Module)
         globalize(encoder, norm)
         encoder.eval()
-        images = torch.zeros(2, 3, size, size)
+        images = torch.zeros(2, channels, size, size)
         shown = f"{self.config.path} gives"
-        expected = f"expected features [2, F] of images [2, 3, {size}, {size}]"
+        expected = f"expected features [2, F] of images [2, {channels}, {size}, {size}]"
         try:
             with torch.no_grad():
                 h = encoder(images)

@@ -43,7 +43,7 @@ Norm = Callable[[int], nn.Module]
 
 
 class ResNet(nn.Module):
-    """ResNet of `depth`, every channel count times `width`: [N, 3, H, W] in [0, 1] -> h [N, F].
+    """ResNet of `depth`, every channel count times `width`: [N, C, H, W] in [0, 1] -> h [N, F].
 
     Args:
         depth: 10, 18, 34, 50, 101, 152 or 200; F is 512·width (basic) or 2048·width.
@@ -51,6 +51,7 @@ class ResNet(nn.Module):
         stem: `imagenet` 7x7/2 and 3x3/2 max pool; `cifar` 3x3; `strided` 3x3/2.
         norm: Makes the batch norm (or another norm with `weight`) of a channel count.
         selective_kernel: Ratio of SimCLRv2's selective kernels, 0.0625 there; 0: none.
+        inputs: C, channels of the images.
 
     Attributes:
         recompute: Keep only what passes between blocks, and make the rest again in the backward
@@ -66,6 +67,7 @@ class ResNet(nn.Module):
         norm: Norm = GlobalBatchNorm,
         *,
         selective_kernel: float = 0.0,
+        inputs: int = 3,
     ) -> None:
         super().__init__()
         if depth not in BLOCKS:
@@ -79,7 +81,7 @@ class ResNet(nn.Module):
             expansion = Bottleneck.expansion
             block = partial(Bottleneck, norm=norm, selective_kernel=selective_kernel)
         channels = round(64 * width)
-        self.stem = _stem(stem, channels, norm, deep=selective_kernel > 0)
+        self.stem = _stem(stem, inputs, channels, norm, deep=selective_kernel > 0)
         self.pool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         groups = []
         for index, repeats in enumerate(BLOCKS[depth]):
@@ -123,22 +125,23 @@ class ConvNorm(nn.Sequential):
         super().__init__(conv, norm(outputs))
 
 
-def _stem(kind: str, channels: int, norm: Norm, *, deep: bool) -> nn.Sequential:
+def _stem(kind: str, inputs: int, channels: int, norm: Norm, *, deep: bool) -> nn.Sequential:
     """Return the layers before the first block, without their last ReLU and the pool.
 
     Args:
         kind: `imagenet`, `cifar` or `strided`.
+        inputs: Channels of the images.
         channels: 64·width.
         norm: Makes a norm.
         deep: ResNet-D's three 3x3 in place of the 7x7.
     """
     if deep and kind == "imagenet":
         half = channels // 2
-        first, second = ConvNorm(3, half, 3, 2, norm), ConvNorm(half, half, 3, 1, norm)
+        first, second = ConvNorm(inputs, half, 3, 2, norm), ConvNorm(half, half, 3, 1, norm)
         last = ConvNorm(half, channels, 3, 1, norm)
         return nn.Sequential(*first, nn.ReLU(inplace=True), *second, nn.ReLU(inplace=True), *last)
     kernel, stride = {"imagenet": (7, 2), "cifar": (3, 1), "strided": (3, 2)}[kind]
-    return ConvNorm(3, channels, kernel, stride, norm)
+    return ConvNorm(inputs, channels, kernel, stride, norm)
 
 
 class SelectiveKernel(nn.Module):
@@ -244,9 +247,9 @@ def _init_conv(conv: nn.Conv2d) -> None:
 class ResNetFamily(EncoderFamily[ResNetConfig]):
     """The authors' ResNets."""
 
-    def build(self, norm: GlobalNorm, size: int) -> ResNet:  # noqa: ARG002 - takes any size
+    def build(self, norm: GlobalNorm, size: int, channels: int) -> ResNet:  # noqa: ARG002 - takes any size
         """Return the network."""
-        return ResNet(**self.config.arguments(), norm=norm)
+        return ResNet(**self.config.arguments(), norm=norm, inputs=channels)
 
     def file_names(self, encoder: nn.Module) -> dict[str, str]:
         """Return torchvision's names of our tensors.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import TimmConfig
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.nn.encoders import EncoderFamily, Norm, freeze_patch_embedding, globalize
+from simclr_ray.nn.encoders import RGB, EncoderFamily, Norm, freeze_patch_embedding, globalize
 from simclr_ray.nn.parameter_groups import exempt_parameters
 
 EXTRA: Final = "simclr-ray[timm]"
@@ -27,7 +27,7 @@ RESERVED: Final = frozenset(
 class TimmFamily(EncoderFamily[TimmConfig]):
     """Any of timm's that gives one vector an image."""
 
-    def build(self, norm: Norm, size: int) -> nn.Module:
+    def build(self, norm: Norm, size: int, channels: int) -> nn.Module:
         """Return the backbone up to its pooled features, before the classifier.
 
         Raises:
@@ -40,6 +40,8 @@ class TimmFamily(EncoderFamily[TimmConfig]):
             raise _issue(_no_model(name, timm.list_models()), "model")
         if reserved := sorted(RESERVED & options.keys()):
             raise _issue(f"options.{reserved[0]} is set here and cannot be given", "options")
+        if channels != RGB:
+            options["in_chans"] = channels
         settings = timm.models.get_pretrained_cfg(name)
         if settings is not None and settings.fixed_input_size and not _takes_any_size(options):
             options.setdefault("img_size", size)
@@ -53,14 +55,14 @@ class TimmFamily(EncoderFamily[TimmConfig]):
         exempt_parameters(backbone, getattr(backbone, "no_weight_decay", set)())
         if self.config.freeze_patch_embedding:
             freeze_patch_embedding(backbone)
-        backbone.feature_dim = self._feature_dim(backbone, size)  # type: ignore[assignment] # plain attribute
+        backbone.feature_dim = self._feature_dim(backbone, size, channels)  # type: ignore[assignment] # plain attribute
         return backbone
 
-    def _feature_dim(self, backbone: nn.Module, size: int) -> int:
+    def _feature_dim(self, backbone: nn.Module, size: int, channels: int) -> int:
         """Return F, found by a pass over shapes alone."""
         named = (*backbone.named_parameters(), *backbone.named_buffers())
         shapes = {n: t.detach().to("meta") for n, t in named}
-        images = torch.empty(2, 3, size, size, device="meta")
+        images = torch.empty(2, channels, size, size, device="meta")
         training = backbone.training
         shown = f"timm's {self.config.model}"
         try:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import TorchvisionConfig
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.nn.encoders import EncoderFamily, Norm, freeze_patch_embedding, globalize
+from simclr_ray.nn.encoders import (
+    RGB,
+    EncoderFamily,
+    Norm,
+    freeze_patch_embedding,
+    globalize,
+    take_channels,
+)
 from simclr_ray.nn.parameter_groups import exempt_parameters
 
 RESERVED: Final = frozenset({"weights", "image_size", "num_classes", "aux_logits", "init_weights"})
@@ -21,7 +28,7 @@ RESERVED: Final = frozenset({"weights", "image_size", "num_classes", "aux_logits
 class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
     """Any of torchvision's that ends in a linear layer."""
 
-    def build(self, norm: Norm, size: int) -> nn.Module:
+    def build(self, norm: Norm, size: int, channels: int) -> nn.Module:
         """Return the backbone.
 
         Raises:
@@ -53,6 +60,8 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
         where, classifier = linears[-1]
         parent, _, leaf = where.rpartition(".")
         setattr(backbone.get_submodule(parent), leaf, nn.Identity())
+        if channels != RGB:
+            take_channels(backbone, channels)
         globalize(backbone, norm)
         exempt_parameters(backbone)
         if self.config.freeze_patch_embedding:

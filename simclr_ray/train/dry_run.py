@@ -105,8 +105,8 @@ def step_memory(experiment: Experiment) -> StepMemory:
     """
     with _counting_device(experiment):
         model = build_model(experiment).to(DTYPES[experiment.precision])
-        views = _views(experiment)
-        images = torch.rand(views * SAMPLE, 3, experiment.augment.size, experiment.augment.size)
+        views, size = _views(experiment), experiment.augment.size
+        images = torch.rand(views * SAMPLE, experiment.data.channels, size, size)
         images = images.to(DTYPES[experiment.precision])
     own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}

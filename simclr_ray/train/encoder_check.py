@@ -21,8 +21,8 @@ def check_encoder(experiment: Experiment) -> None:
         ConfigError: There is no such encoder, it takes no images of a size, has nothing to train,
             or draws random numbers that would depend on the number of workers.
     """
-    size = experiment.augment.size
-    encoder = build_encoder(experiment.encoder, size=size)
+    size, channels = experiment.augment.size, experiment.data.channels
+    encoder = build_encoder(experiment.encoder, size=size, channels=channels)
     set_recompute(encoder, recompute=experiment.scaling.recompute_activations)
     if not any(p.requires_grad for p in encoder.parameters()):
         raise ConfigError([ConfigIssue("encoder", "has no parameter to train")])
@@ -31,7 +31,7 @@ def check_encoder(experiment: Experiment) -> None:
     for side in sorted(others):
         try:
             with torch.no_grad():
-                encoder(torch.zeros(IMAGES, 3, side, side))
+                encoder(torch.zeros(IMAGES, channels, side, side))
         except Exception as error:
             said = " ".join(str(error).split())[:200]
             problem = (
@@ -42,7 +42,7 @@ def check_encoder(experiment: Experiment) -> None:
             raise ConfigError([ConfigIssue("encoder", problem)]) from error
     generator = torch.Generator().manual_seed(0)
     try:
-        check_draws(encoder, torch.rand(IMAGES, 3, size, size, generator=generator))
+        check_draws(encoder, torch.rand(IMAGES, channels, size, size, generator=generator))
     except RuntimeError as error:  # torch's own, of shapes that do not fit
         name = getattr(experiment.encoder, "model", experiment.encoder.name)
         problem = f"{name} takes no views of {size} px: {one_line(error)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -13,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 
 from simclr_ray.augment.crop_statistics import BESIDE, WITHIN, crop_task_fractions
 from simclr_ray.augment.pipeline import Pipelines
@@ -25,6 +27,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.metrics_log import read_series
 
+GRAY: Any = {"cmap": "gray", "vmin": 0, "vmax": 255}  # of one channel; RGB heeds none of it
 VIEW_COLORS = ("tab:orange", "tab:cyan")
 CURVES = (
     ("train/loss", "loss (paper's L)"),
@@ -48,7 +51,7 @@ def draw_views(
     Above it stands how often pairs of crops set each of the two tasks of §3
     (`augment.crop_statistics`).
     """
-    views = build_views(experiment.augment, experiment.seed)
+    views = build_views(experiment.augment, experiment.seed, experiment.data.channels)
     images = _images(experiment, source, rows)
     if not images:
         raise DataError(f"{source.uri}: none of the rows looked at is an image")
@@ -60,7 +63,7 @@ def draw_views(
     grid = figure.add_gridspec(2 * len(images), columns, width_ratios=[2, *[1] * (columns - 1)])
     for i, image in enumerate(images):
         left = figure.add_subplot(grid[2 * i : 2 * i + 2, 0])
-        left.imshow(image.pixels)
+        left.imshow(_shown(image.pixels), **GRAY)
         size = image.pixels.shape[:2]
         left.set_title(f"id {image.id}, {size[1]} x {size[0]} px", fontsize=7)
         left.set_axis_off()
@@ -68,7 +71,7 @@ def draw_views(
             _mark(left, views, steps[0], i, size, color, shared=traces[0][0] is traces[1][0])
             for column, step in enumerate(steps, start=1):
                 axis = figure.add_subplot(grid[2 * i + view, column])
-                axis.imshow(step.images[i].permute(1, 2, 0).numpy())
+                axis.imshow(_shown(step.images[i].permute(1, 2, 0).numpy()), **GRAY)
                 axis.set_xticks([])
                 axis.set_yticks([])
                 axis.spines[:].set_color(color)
@@ -78,6 +81,11 @@ def draw_views(
                     axis.set_title(f"{'ab'[view]}: {step.name}", fontsize=7, color=color)
     figure.suptitle(_tasks(views, images), fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def _shown(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return what can be drawn of pixels [H, W, C]: the first three channels, or the first."""
+    return pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
 
 
 def _images(experiment: Experiment, source: Source, num: int) -> list[DecodedImage]:

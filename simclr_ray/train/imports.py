@@ -54,7 +54,7 @@ def resolve_imports(experiment: Experiment) -> Experiment:
 
 def check_imported_encoder(experiment: Experiment, node: ImportConfig) -> None:
     """Build the encoder for each size that it will see, and try it."""
-    build_encoder(node, size=experiment.evaluation_size)
+    build_encoder(node, size=experiment.evaluation_size, channels=experiment.data.channels)
     check_encoder(experiment)
 
 
@@ -96,7 +96,7 @@ def check_op(experiment: Experiment, node: ImportConfig) -> None:
     if not isinstance(draws, int) or draws < 0:
         raise ConfigError([ConfigIssue("", f"num_draws gives {draws!r}; expected a count")])
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.random((3, 3, size, size), np.float32))
+    images = torch.from_numpy(rng.random((3, experiment.data.channels, size, size), np.float32))
     out: object = op(images.clone(), rng.random((3, draws)))
     if not isinstance(out, Tensor) or out.shape != images.shape or out.dtype != images.dtype:
         expected = f"expected torch.float32 {[*images.shape]}, as it was given"
@@ -109,13 +109,13 @@ def check_op(experiment: Experiment, node: ImportConfig) -> None:
 
 def export_problem(experiment: Experiment) -> str:
     """Return why the experiment's encoder cannot be exported by `torch.export`; empty: it can."""
-    size = experiment.evaluation_size
-    encoder = build_encoder(experiment.encoder, size=size).eval()
+    size, channels = experiment.evaluation_size, experiment.data.channels
+    encoder = build_encoder(experiment.encoder, size=size, channels=channels).eval()
     encoder.requires_grad_(requires_grad=False)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / TORCH_EXPORT.file
-            write_checked(TORCH_EXPORT, path, encoder, size, feature_dim(encoder))
+            write_checked(TORCH_EXPORT, path, encoder, size, feature_dim(encoder), channels)
     except CheckpointError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - torch.export raises what it finds, of any kind

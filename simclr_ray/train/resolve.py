@@ -268,7 +268,9 @@ def init_line(experiment: Experiment) -> str:
     """
     device = "cpu" if any(w == "encoder" for w, _ in imports_in(experiment)) else "meta"
     with torch.device(device):  # names and shapes are enough, but imported code may refuse
-        encoder = build_encoder(experiment.encoder, size=experiment.augment.size)
+        encoder = build_encoder(
+            experiment.encoder, size=experiment.augment.size, channels=experiment.data.channels
+        )
     try:
         return foreign_weights(encoder, experiment).line
     except CheckpointError as error:
@@ -296,8 +298,11 @@ def resolve_teacher(experiment: Experiment) -> Experiment:
     head = cfg.validate(Experiment, record["experiment"]).classifier
     if head is None:
         raise ConfigError([ConfigIssue(TEACHER, f"{loss.teacher} {NO_CLASSIFIER}")])
-    own = experiment.classifier
+    own, channels = experiment.classifier, experiment.data.channels
     assert own is not None
+    if _channels_of(record["experiment"]) != channels:
+        problem = f"takes {_channels_of(record['experiment'])} channels, data.channels={channels}"
+        raise ConfigError([ConfigIssue(TEACHER, problem)])
     if own.num_classes not in (0, head.num_classes):
         problem = f"knows {head.num_classes} classes, head.num_classes={own.num_classes}"
         raise ConfigError([ConfigIssue(TEACHER, problem)])
@@ -319,6 +324,9 @@ def _check_fits(experiment: Experiment, other: Mapping[str, object]) -> None:
         if (theirs.get("name") == encoder["name"])
         else [f"name: {theirs.get('name')} -> {encoder['name']}"]
     )
+    channels = experiment.data.channels
+    if _channels_of(other) != channels:
+        apart.append(f"data.channels: {_channels_of(other)} -> {channels}")
     if apart:
         raise _issue(f"is of another encoder: {'; '.join(apart)}")
     head, brought = experiment.classifier, other["head"]
@@ -330,6 +338,13 @@ def _check_fits(experiment: Experiment, other: Mapping[str, object]) -> None:
         raise _issue(
             f"head.layers={head.layers} hidden layers are to come from a head that has {hidden}"
         )
+
+
+def _channels_of(tree: Mapping[str, object]) -> int:
+    """Return `data.channels` of a stored experiment, which earlier releases did not have."""
+    data = tree["data"]
+    assert isinstance(data, dict)
+    return int(data.get("channels", 3))
 
 
 def _issue(problem: str) -> ConfigError:

@@ -214,7 +214,7 @@ class TrainWorker:
 
 
 def apply_color(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:
-    """Return the views whose crops are in `batch`: uint8 [n, 3, S, S] each, on `device`."""
+    """Return the views whose crops are in `batch`: uint8 [n, C, S, S] each, on `device`."""
     crops = torch.cat([batch.a, batch.b]).to(device)
     draws = views.draw_both_views(batch.ids.numpy(), epoch)
     return ViewPair(*views.with_size(crops.shape[-1]).distort(crops, draws).chunk(2))
@@ -247,7 +247,7 @@ def add_color(
     """Yield batches of crops with color and blur applied on `device`."""
     config = experiment.augment
     assert isinstance(config, SimCLRViewsConfig)  # checked by the config
-    views = build_two_views(config, experiment.seed)
+    views = build_two_views(config, experiment.seed, experiment.data.channels)
     per_epoch = experiment.steps_per_epoch(source.num_rows)
     for batch in batches:
         a, b = apply_color(views, batch, batch.step // per_epoch, device)

@@ -21,10 +21,12 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .channels import COLOR, MOST_CHANNELS, Bands, White, luma_of, read_bands
 from .extras import open_by_extra, read_deep_color, read_jpeg_by_turbo, read_tiff_page
 from .formats import (
     FIRST_BYTES,
     JPEG,
+    NPY,
     PNG,
     PNM,
     TIFF,
@@ -43,17 +45,24 @@ from .metadata import turn_upright, without_metadata
 from .rgb import WHITE_16, DeepImage, read_gray, read_stored, to_rgb, with_orientation_of
 
 __all__ = [
+    "COLOR",
     "DEFAULT_DECODER",
     "FIRST_BYTES",
+    "MOST_CHANNELS",
+    "Bands",
     "DeepImage",
     "ImageDecoder",
     "ImageError",
     "Library",
     "Pixels",
+    "White",
     "decode_image",
     "evaluation_view",
     "format_of",
+    "image_decoder",
+    "image_size",
     "missing_decoder",
+    "read_deep_bands",
     "read_deep_image",
 ]
 
@@ -73,17 +82,21 @@ class ImageDecoder(NamedTuple):
         min_side: Images with a shorter side are refused.
         white: Value that is white in images of 9 to 16 bits; 0: the largest that their bits hold.
             Where color is of 16 bits, that takes the extra `tiff`. DICOM states its own window.
+            With other channels than 1 and 3, one for all or one for each.
         library: What decodes JPEG: `pillow`, or `turbo` (simplejpeg), in half the time and within
             2 of 255. What simplejpeg does not decode whole, Pillow is asked about.
+        channels: C of the pixels, 1 to 16: 3 is RGB, 1 gray (luma where the image has color); any
+            other is what the files have to hold, as `read_bands` reads them.
     """
 
     max_pixels: int = 50_000_000
     min_side: int = 2
-    white: float = 0
+    white: White = 0
     library: Library = "pillow"
+    channels: int = 3
 
     def decode(self, encoded: bytes, least: tuple[int, int] = (0, 0)) -> Pixels:
-        """Return the pixels of one encoded image, as `decode_image` does.
+        """Return the pixels of one encoded image, uint8 [H, W, C], else as `decode_image` does.
 
         Args:
             encoded: The bytes of the file.
@@ -91,6 +104,17 @@ class ImageDecoder(NamedTuple):
                 size where that leaves no less. (0, 0): whole images only.
         """
         kind = format_of(encoded[:FIRST_BYTES])
+        if kind is NPY or self.channels not in COLOR:
+            bands = read_bands(encoded, kind, self.channels, self.max_pixels)
+            check_size(bands.values.shape[1::-1], self.max_pixels, self.min_side)
+            pixels = bands.as_color(self.channels).to_pixels(self.white)
+            return luma_of(pixels) if self.channels == 1 < pixels.shape[2] else pixels
+        pixels = self._decode_rgb(encoded, kind, least)
+        return luma_of(pixels) if self.channels == 1 else pixels
+
+    def _decode_rgb(
+        self, encoded: bytes, kind: Format | None, least: tuple[int, int]
+    ) -> Pixels:
         if kind is JPEG and self.library == "turbo":
             pixels = read_jpeg_by_turbo(encoded, self.max_pixels, self.min_side, least)
             if pixels is not None:
@@ -105,7 +129,12 @@ class ImageDecoder(NamedTuple):
             if page is None:
                 raise error from error.__cause__
             check_size(page.values.shape[1::-1], self.max_pixels, self.min_side)
-            return page.to_pixels(self.white)
+            return page.to_pixels(self._white)
+
+    @property
+    def _white(self) -> float:
+        assert not isinstance(self.white, tuple)  # RGB and gray have one
+        return self.white
 
     def _decode(self, encoded: bytes, kind: Format | None) -> Pixels:
         image = _open(encoded, kind, self.max_pixels)
@@ -115,14 +144,14 @@ class ImageDecoder(NamedTuple):
         if self.white and stored.is_deep_color:
             deep = read_deep_color(encoded, kind, self.max_pixels)
             if deep is None:
-                shown = f"color of 16 bits with data.white={self.white:g}"
+                shown = f"color of 16 bits with data.white={self._white:g}"
                 raise ImageError(f"{shown} (install simclr-ray[tiff])")
         try:
             image.load()
             # before turning, which forgets what the file says
             deep = deep or read_gray(image, stored)
             if deep is not None:
-                image = with_orientation_of(image, deep.to_pixels(self.white))
+                image = with_orientation_of(image, deep.to_pixels(self._white))
             return to_rgb(turn_upright(image), high_bytes=stored.is_deep_color and deep is None)
         except (ImageError, MemoryError):
             raise
@@ -136,6 +165,9 @@ def read_deep_image(encoded: bytes, max_pixels: int = 50_000_000) -> DeepImage |
     Color of 16 bits is read by imagecodecs or tifffile; without them its high bytes are returned.
     """
     kind = format_of(encoded[:FIRST_BYTES])
+    if kind is NPY:
+        bands = read_deep_bands(encoded, 3, max_pixels)
+        return DeepImage(bands.as_color(3).values, bands.top) if bands else None
     if kind not in (PNG, TIFF, PNM):
         return None
     try:
@@ -152,6 +184,41 @@ def read_deep_image(encoded: bytes, max_pixels: int = 50_000_000) -> DeepImage |
     except Exception:  # noqa: BLE001 - broken in whatever way: decoding says it
         page = read_tiff_page(encoded, max_pixels) if kind is TIFF else None
         return page if page is not None and page.values.dtype == np.uint16 else None
+
+
+def read_deep_bands(encoded: bytes, channels: int, max_pixels: int = 50_000_000) -> Bands | None:
+    """Return the values of an image of 9 to 16 bits and so many channels; None for any other."""
+    try:
+        bands = read_bands(encoded, format_of(encoded[:FIRST_BYTES]), channels, max_pixels)
+    except ImageError:  # decoding says it
+        return None
+    return bands if bands.is_deep else None
+
+
+def image_size(encoded: bytes, max_pixels: int = 50_000_000) -> tuple[int, int]:
+    """Return (height, width) of an image that can be decoded, of whatever number of channels.
+
+    Raises:
+        ImageError: Same as `decode_image`.
+    """
+    kind = format_of(encoded[:FIRST_BYTES])
+    decoder = ImageDecoder(max_pixels)
+    try:
+        height, width, _ = decoder.decode(encoded).shape
+    except ImageError:
+        if kind not in (NPY, TIFF):
+            raise
+        height, width, _ = read_bands(encoded, kind, 0, max_pixels).values.shape
+        check_size((width, height), max_pixels, decoder.min_side)
+    return height, width
+
+
+def image_decoder(
+    channels: int, white: float | list[float], max_pixels: int = 50_000_000
+) -> ImageDecoder:
+    """Return the decoder that a config or the card of an encoder describes."""
+    level = tuple(map(float, white)) if isinstance(white, list) else float(white)
+    return ImageDecoder(max_pixels, white=level, channels=channels)
 
 
 DEFAULT_DECODER: Final = ImageDecoder()
@@ -183,14 +250,14 @@ def decode_image(
 
 
 def evaluation_view(pixels: Pixels, size: int) -> Pixels:
-    """Return the one view of an image that evaluation uses, uint8 [size, size, 3].
+    """Return the one view of an image that evaluation uses, uint8 [size, size, C].
 
     The authors' evaluation (google-research/simclr, `preprocess_for_eval`): up to 32 px the whole
     image; above, the central square of 0.875 of the shorter side; then bicubic resizing, here
     with Pillow's antialiasing.
 
     Args:
-        pixels: uint8 [H, W, 3].
+        pixels: uint8 [H, W, C].
         size: side of the view in pixels.
     """
     height, width = pixels.shape[:2]
@@ -202,8 +269,11 @@ def evaluation_view(pixels: Pixels, size: int) -> Pixels:
         side = max(round(CROP_PROPORTION * min(height, width)), 1)
         top, left = (height - side + 1) // 2, (width - side + 1) // 2
         box = (left, top, left + side, top + side)
-    image = Image.fromarray(pixels)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    planes = [pixels] if pixels.shape[2] == 3 else np.moveaxis(pixels, 2, 0)
+    images = (Image.fromarray(np.ascontiguousarray(plane)) for plane in planes)
+    resized = [i.resize((size, size), Image.Resampling.BICUBIC, box=box) for i in images]
+    views = [np.asarray(image) for image in resized]
+    return views[0] if pixels.shape[2] == 3 else np.dstack(views)
 
 
 def _open(encoded: bytes, kind: Format | None, max_pixels: int) -> Image.Image:

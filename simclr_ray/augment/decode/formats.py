@@ -44,12 +44,14 @@ PNM = Format("PNM", open=PpmImagePlugin.PpmImageFile)
 AVIF = Format("AVIF", open=AvifImagePlugin.AvifImageFile)
 HEIC = Format("HEIC", extra="heic")
 DICOM = Format("DICOM", extra="dicom")
+NPY = Format("NumPy array")
 _MAGIC: Final[tuple[tuple[tuple[bytes, ...], Format], ...]] = (
     ((b"\xff\xd8\xff",), JPEG),
     ((b"\x89PNG\r\n\x1a\n",), PNG),
     ((b"GIF8",), Format("GIF", open=GifImagePlugin.GifImageFile)),
     ((b"BM",), Format("BMP", open=BmpImagePlugin.BmpImageFile)),
     ((b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"), TIFF),  # + is BigTIFF's
+    ((b"\x93NUMPY",), NPY),
     ((b"\x00\x00\x00\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"), JPEG_2000),
 )
 _HEIC_BRANDS: Final = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from simclr_ray.config.schema import Config, Field, PathOrURI, WhiteLevel
+from simclr_ray.config.schema import (
+    Config,
+    Field,
+    PathOrURI,
+    WhiteLevel,
+    model_validator,
+)
 
 DecoderName = Literal["pillow", "turbo", "turbo_scaled"]
 
@@ -45,7 +51,16 @@ class DataConfig(Config):
         0,
         since=3,
         description="Value that is white in images of 9 to 16 bits: a number, or `auto` for nearly "
-        "the largest of a sample; 0: the largest that their bits hold.",
+        "the largest of a sample; 0: the largest that their bits hold. With other channels than 1 "
+        "and 3 also a list, one of each.",
+    )
+    channels: int = Field(
+        3,
+        since=3,
+        ge=1,
+        le=16,
+        description="Of an image: 3 is RGB, 1 gray; others are those of NumPy arrays (.npy), or "
+        "pages of TIFF.",
     )
     decoder: DecoderName = Field(
         "pillow",
@@ -70,6 +85,16 @@ class DataConfig(Config):
     cache_gib: float = Field(
         2.0, placement=True, ge=0, description="Decoded-row cache of one node's actors, GiB."
     )
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> DataConfig:
+        if not isinstance(self.white, list):
+            return self
+        if self.channels in (1, 3):
+            raise ValueError(f"white is one number with channels={self.channels}, not a list")
+        if len(self.white) != self.channels:
+            raise ValueError(f"white has {len(self.white)} numbers, channels={self.channels}")
+        return self
 
 
 FolderLabels = Literal["auto", "folders", "none"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from simclr_ray.config.components import ComponentConfig
 from simclr_ray.config.imports import ImportConfig
 from simclr_ray.config.schema import Config, Field, model_validator
+
+# Transformations of images of any channels; the others are of RGB.
+OF_ANY_CHANNELS: Final = frozenset(
+    {"crop", "flip", "rotate", "cutout", "jitter", "blur", "solarize", "import"}
+)
 
 
 class SimCLRViewsConfig(ComponentConfig):
@@ -38,6 +43,11 @@ class SimCLRViewsConfig(ComponentConfig):
                 f"start_size={self.start_size} must be 0, or between 8 and size={self.size}"
             )
         return self
+
+    def needs_rgb(self) -> str:
+        """Return which key asks for what only RGB has; grayscale at its default does nothing."""
+        usual = type(self).model_fields["grayscale"].default
+        return "" if self.grayscale in (0, usual) else f"grayscale={self.grayscale:g}"
 
     def canonical(self) -> SimCLRViewsConfig:
         """Return the config with the time of full size at its default where views do not grow."""
@@ -280,6 +290,15 @@ class PipelineViewsConfig(Config):
     def stages_of_b(self) -> list[AnyStageConfig]:
         """Return the stages of view b after the shared ones."""
         return self.a if self.symmetric else self.b
+
+    def needs_rgb(self) -> str:
+        """Return which stage asks for what only RGB has, if one does."""
+        for stage in (*self.shared, *self.a, *self.b):
+            if stage.name not in OF_ANY_CHANNELS:
+                return f"stage {stage.name}"
+            if isinstance(stage, JitterConfig) and (stage.saturation or stage.hue):
+                return f"jitter with saturation={stage.saturation:g} and hue={stage.hue:g}"
+        return ""
 
     @property
     def start_size(self) -> int:

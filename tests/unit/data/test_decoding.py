@@ -63,7 +63,8 @@ def test_white_is_found_by_a_percentile_and_is_the_same_each_time(tmp_path: Path
     Image.fromarray(hot).save(out, "PNG")
     (tmp_path / "hot").mkdir()
     white = resolve_white(data, write(tmp_path / "hot", [*images[:30], out.getvalue()])).white
-    assert 2900 < float(white) <= 3000
+    assert isinstance(white, float)
+    assert 2900 < white <= 3000
 
 
 def test_a_run_is_of_the_white_that_was_found(tmp_path: Path) -> None:
@@ -72,7 +73,8 @@ def test_a_run_is_of_the_white_that_was_found(tmp_path: Path) -> None:
             "storage": str(tmp_path / "runs")}  # fmt: skip
     found = resolve(cfg.validate(Experiment, tree))
     white = found.config.data.white
-    assert 4000 < float(white) <= 4095
+    assert isinstance(white, float)
+    assert 4000 < white <= 4095
     tree["data"] = {"train": source.uri, "white": white}
     assert resolve(cfg.validate(Experiment, tree)).run_name == found.run_name
     tree["data"] = {"train": source.uri, "white": 2000}

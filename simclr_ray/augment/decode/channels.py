@@ -1,0 +1,246 @@
+"""Images of any number of channels: arrays of NumPy, pages of a TIFF, and gray."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, TiffImagePlugin
+
+from .extras import read_deep_color
+from .formats import (
+    NPY,
+    TIFF,
+    Format,
+    ImageError,
+    Pixels,
+    UndecodedError,
+    check_size,
+    reason_of,
+)
+from .rgb import WHITE_16, read_gray, read_stored, scaled_gray
+
+MOST_CHANNELS: Final = 16
+COLOR: Final = (1, 3)  # gray becomes RGB and RGB gray; other numbers become nothing else
+White = float | tuple[float, ...]
+
+
+class Bands(NamedTuple):
+    """An image as its file holds it.
+
+    Attributes:
+        values: uint8 or uint16 [H, W, C]; 0 is black.
+        top: The largest value that its bits hold.
+    """
+
+    values: npt.NDArray[Any]
+    top: int
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether a value has more than 8 bits, so that `white` is asked for."""
+        return self.values.dtype.itemsize > 1
+
+    def to_pixels(self, white: White) -> Pixels:
+        """Return uint8 [H, W, C].
+
+        Args:
+            white: What is 255, of all channels or of each; where it is 0, `top` is. Values of 8
+                bits stay what they are.
+        """
+        if not self.is_deep and self.top == 255:
+            return np.array(self.values, np.uint8, order="C")
+        channels = self.values.shape[2]
+        levels = white if isinstance(white, tuple) else (white,) * channels
+        out = np.empty(self.values.shape, np.uint8)
+        for channel, level in enumerate(levels):
+            full = level if self.is_deep and level else self.top
+            out[..., channel] = scaled_gray(self.values[..., channel], full)
+        return out
+
+    def as_color(self, channels: int) -> Bands:
+        """Return gray as three equal channels, where three are asked for."""
+        gray_as_rgb = channels == 3 and self.values.shape[2] == 1
+        return Bands(np.repeat(self.values, 3, axis=2), self.top) if gray_as_rgb else self
+
+
+def read_bands(encoded: bytes, kind: Format | None, channels: int, max_pixels: int) -> Bands:
+    """Return the values of an image of `channels` channels, or of as many as it has.
+
+    A NumPy array is [H, W], [H, W, C] or [C, H, W]: where both ends are C, the last. A TIFF has C
+    gray pages of one size, or a page of C samples. Other files serve where they are RGBA and C
+    is 4: transparency is a channel like the others then.
+
+    Args:
+        encoded: The bytes of the file.
+        kind: What `format_of` says of them.
+        channels: C; 0: as many as there are. Of 1 and 3 either serves.
+        max_pixels: Of a channel.
+
+    Raises:
+        ImageError: The image is broken, too large, or of another number of channels.
+    """
+    if kind is NPY:
+        bands = _read_array(encoded, channels, max_pixels)
+    elif kind is TIFF:
+        bands = _read_tiff(encoded, channels, max_pixels)
+    else:
+        bands = _read_rgba(encoded, kind, max_pixels)
+    num = bands.values.shape[2]
+    fits = num == channels or (channels in COLOR and num in COLOR)
+    if num > MOST_CHANNELS or (channels and not fits):
+        raise channels_error(num, channels or MOST_CHANNELS)
+    return bands
+
+
+def channels_error(num: int, channels: int) -> ImageError:
+    """Return the error of an image of another number of channels."""
+    return ImageError(f"{num} channel{'s' * (num != 1)}, data.channels={channels}")
+
+
+def luma_of(rgb: Pixels) -> Pixels:
+    """Return RGB as gray, uint8 [H, W, 1], by Pillow's weights (ITU-R 601); gray stays as it is."""
+    return np.array(Image.fromarray(rgb).convert("L"))[..., None]
+
+
+def _read_array(encoded: bytes, channels: int, max_pixels: int) -> Bands:
+    """Return an array of NumPy, whose header is read first and by NumPy, never a pickle."""
+    stream = io.BytesIO(encoded)
+    form = np.lib.format
+    read = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+    try:
+        shape, by_column, dtype = read[form.read_magic(stream)](stream)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError("broken header") from error
+    if dtype.kind != "u" or dtype.itemsize > 2:
+        raise ImageError(f"values of {dtype.name} have no known range")
+    if len(shape) not in (2, 3):
+        raise ImageError(f"an array of {len(shape)} dimensions")
+    last = len(shape) == 2 or _channels_are_last(shape, channels)
+    height, width = shape[:2] if last else shape[1:]
+    check_size((width, height), max_pixels, 1)
+    count = int(np.prod(shape, dtype=np.int64))
+    if len(encoded) - stream.tell() < count * dtype.itemsize:
+        raise ImageError("truncated")
+    flat = np.frombuffer(encoded, dtype, count, stream.tell())
+    values = flat.reshape(shape, order="F" if by_column else "C")
+    if values.ndim == 2:
+        values = values[..., None]
+    elif not last:
+        values = np.moveaxis(values, 0, 2)
+    own = np.dtype(f"u{dtype.itemsize}")
+    return Bands(values.astype(own, order="C"), int(np.iinfo(own).max))
+
+
+def _channels_are_last(shape: tuple[int, ...], channels: int) -> bool:
+    """Return whether an array is [H, W, C], and not [C, H, W]."""
+    for wanted in (channels, *COLOR) if channels in COLOR else (channels,):
+        if wanted in (shape[2], shape[0]):
+            return shape[2] == wanted
+    return shape[2] <= shape[0]
+
+
+def _read_tiff(encoded: bytes, channels: int, max_pixels: int) -> Bands:
+    """Return the gray pages of a TIFF by Pillow; pages of several samples by tifffile."""
+    try:
+        image = TiffImagePlugin.TiffImageFile(io.BytesIO(encoded))
+        num = image.n_frames
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - bits and samples that are not on Pillow's list
+        return _read_tiff_samples(encoded, channels, max_pixels)
+    if num == 1 or (channels and num != channels):
+        return _read_tiff_samples(encoded, channels, max_pixels)
+    if num > MOST_CHANNELS:
+        raise channels_error(num, channels or MOST_CHANNELS)
+    try:
+        return _stacked([_page(image, place, max_pixels) for place in range(num)])
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise UndecodedError(reason_of(error)) from error
+
+
+def _page(image: TiffImagePlugin.TiffImageFile, place: int, max_pixels: int) -> Bands:
+    image.seek(place)
+    check_size(image.size, max_pixels, 1)
+    stored = read_stored(image)
+    image.load()
+    deep = read_gray(image, stored)
+    if deep is not None:
+        return Bands(deep.values[..., None], deep.top)
+    if image.mode not in ("L", "1"):
+        raise ImageError(f"page {place + 1} is not gray")
+    return Bands(np.asarray(image.convert("L"))[..., None], 255)
+
+
+def _read_tiff_samples(encoded: bytes, channels: int, max_pixels: int) -> Bands:
+    try:
+        tifffile = importlib.import_module("tifffile")
+    except ImportError:
+        raise ImageError("TIFF of several channels (install simclr-ray[tiff])") from None
+    try:
+        with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+            pages = [file.pages[0]]
+            if pages[0].samplesperpixel != channels and len(file.pages) in (channels, 0):
+                pages = list(file.pages)
+            elif pages[0].samplesperpixel == 1 and len(file.pages) > 1:
+                raise channels_error(len(file.pages), channels)
+            return _stacked([_samples(page, max_pixels) for page in pages])
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(reason_of(error)) from error
+
+
+def _samples(page: Any, max_pixels: int) -> Bands:
+    """Return a page of tifffile's."""
+    check_size((page.imagewidth, page.imagelength), max_pixels, 1)
+    if page.samplesperpixel > MOST_CHANNELS:
+        raise channels_error(page.samplesperpixel, MOST_CHANNELS)
+    if page.dtype is None or page.dtype.name not in ("uint8", "uint16"):
+        raise ImageError(f"values of {page.dtype} have no known range")
+    if not page.photometric.name.startswith(("MINIS", "RGB")):
+        raise ImageError(f"TIFF of {page.photometric.name.lower()}")
+    values, top = page.asarray(), 2**page.bitspersample - 1
+    values = top - values if page.photometric.name == "MINISWHITE" else values
+    if page.planarconfig == 2 and page.samplesperpixel > 1:
+        values = np.moveaxis(values, 0, 2)
+    shape = (page.imagelength, page.imagewidth, page.samplesperpixel)
+    return Bands(values.reshape(shape), top)
+
+
+def _stacked(pages: list[Bands]) -> Bands:
+    first = pages[0]
+    if any(p.values.shape[:2] != first.values.shape[:2] or p.top != first.top for p in pages):
+        raise ImageError("pages of different sizes or bits")
+    return Bands(np.concatenate([p.values for p in pages], axis=2), first.top)
+
+
+def _read_rgba(encoded: bytes, kind: Format | None, max_pixels: int) -> Bands:
+    """Return the channels of an image that Pillow opens, transparency as one of them."""
+    if not encoded:
+        raise ImageError("empty")
+    if kind is None or kind.open is None:
+        raise ImageError("not an image" if kind is None else f"{kind.name} of several channels")
+    try:
+        image: Image.Image = kind.open(io.BytesIO(encoded))
+        check_size(image.size, max_pixels, 1)
+        if read_stored(image).is_deep_color:
+            deep = read_deep_color(encoded, kind, max_pixels)
+            if deep is None:
+                raise ImageError("color of 16 bits (install simclr-ray[tiff])")
+            return Bands(deep.values, WHITE_16)
+        image.load()
+        values = np.asarray(image if image.mode != "P" else image.convert("RGB"))
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise UndecodedError(reason_of(error)) from error
+    values = values if values.ndim == 3 else values[..., None]
+    return Bands(values if image.mode in ("RGBA", "RGB", "L") else values[..., :1], 255)
