@@ -38,7 +38,8 @@ def drawn(index: int, channels: int) -> NDArray[np.uint16]:
         0.5 + 0.5 * np.sin(6.3 * (x if index % 2 else y) * (1 + c) + rng.uniform(0, 6.3))
         for c in range(channels)
     ]
-    return np.rint(np.stack(waves, 2) * BRIGHT[:channels]).astype(np.uint16)
+    values: NDArray[np.uint16] = np.rint(np.stack(waves, 2) * BRIGHT[:channels]).astype(np.uint16)
+    return values
 
 
 def npy(values: NDArray[Any]) -> bytes:
@@ -56,7 +57,10 @@ def png_16(values: NDArray[np.uint16]) -> bytes:
 def scaled(values: NDArray[np.uint16], white: Any, ending: str) -> NDArray[np.uint8]:
     """Return values as bytes, by a formula of this test's own."""
     level = values * np.uint16(10) if ending == "png" else values
-    return np.minimum(np.round(level * 255.0 / np.array(white)), 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.minimum(np.round(level * 255.0 / np.array(white)), 255).astype(
+        np.uint8
+    )
+    return pixels
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def test_defaults_written_out_are_the_same_experiment() -> None:
 
 # From format 2 on a digest stays what it is: runs and studies are found again by it.
 DIGESTS = {
+    "bands_resnet18": "95ee9fd3e36e27f6",
     "cifar10_cpu": "5bffa9a5beda6767",
     "cifar10_lightly": "0d1e4655cb2d7c99",
     "cifar10_resnet18": "765b043ec6ea96c3",
@@ -192,6 +193,7 @@ DIGESTS = {
     "cifar10_small_batch": "21428d711153ccd9",
     "cifar10_solo_learn": "8109eb6a9f73dfa4",
     "cifar10_study_cpu": "9677f728d8a54705",
+    "gray16_resnet18": "899de377ee6daeb8",
     "imagenet_convnext_tiny": "7502f89f6d00f77f",
     "imagenet_resnet50": "4af99d521f163431",
     "imagenet_resnet50_1000": "a6208b014ea74c09",

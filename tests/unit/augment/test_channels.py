@@ -1,0 +1,149 @@
+"""Images of other channels than RGB: read from each format, and made into views."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from simclr_ray.augment import native
+from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view, image_size
+from simclr_ray.augment.views import TwoViews
+
+
+def values(channels: int, dtype: Any = np.uint16) -> NDArray[Any]:
+    rng = np.random.default_rng(channels)
+    return rng.integers(0, np.iinfo(dtype).max, (20, 30, channels), dtype, endpoint=True)
+
+
+def npy(array: NDArray[Any]) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def tiff(array: NDArray[Any], **options: Any) -> bytes:
+    out = io.BytesIO()
+    tifffile.imwrite(out, array, photometric="minisblack", **options)
+    return out.getvalue()
+
+
+def eight_bits(array: NDArray[Any], white: Any) -> NDArray[np.float64]:
+    scaled: NDArray[np.float64] = np.minimum(np.round(array * 255.0 / np.array(white)), 255)
+    return scaled
+
+
+@pytest.mark.parametrize("channels", [2, 4, 13, 16])
+def test_arrays_and_tiffs_of_the_same_values_are_the_same_pixels(channels: int) -> None:
+    deep = values(channels)
+    planes = deep.transpose(2, 0, 1)
+    files = [
+        npy(deep),
+        npy(planes),
+        npy(np.asfortranarray(deep)),
+        npy(deep.astype(">u2")),
+        tiff(np.ascontiguousarray(planes), planarconfig="separate"),
+        tiff(deep, planarconfig="contig"),
+        tiff(np.ascontiguousarray(planes)[:, None], metadata=None),
+    ]
+    white = tuple(float(1000 * (c + 1)) for c in range(channels))
+    for file in files:
+        assert image_size(file) == (20, 30)
+        pixels = ImageDecoder(channels=channels).decode(file)
+        assert np.array_equal(pixels, eight_bits(deep, 65535))
+        pixels = ImageDecoder(channels=channels, white=white).decode(file)
+        assert np.array_equal(pixels, eight_bits(deep, white))
+    shallow = values(channels, np.uint8)
+    assert np.array_equal(
+        ImageDecoder(channels=channels, white=white).decode(npy(shallow)), shallow
+    )
+
+
+def test_gray_is_one_channel_and_color_becomes_luma() -> None:
+    decoder = ImageDecoder(channels=1, white=4095)
+    gray = values(1) % 4096
+    out = io.BytesIO()
+    Image.fromarray(gray[..., 0]).save(out, "PNG")
+    for file in (out.getvalue(), npy(gray), npy(gray[..., 0]), tiff(gray[..., 0])):
+        assert np.array_equal(decoder.decode(file), eight_bits(gray, 4095))
+        rgb = ImageDecoder(white=4095).decode(file)
+        assert np.array_equal(rgb, np.repeat(eight_bits(gray, 4095), 3, axis=2))
+    image = Image.fromarray(values(3, np.uint8))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    assert np.array_equal(decoder.decode(out.getvalue())[..., 0], np.asarray(image.convert("L")))
+
+
+@pytest.mark.parametrize(
+    ("file", "channels", "reason"),
+    [
+        (npy(values(4)), 3, "4 channels, data.channels=3"),
+        (npy(values(4)), 5, "4 channels, data.channels=5"),
+        (tiff(values(5), planarconfig="contig"), 4, "5 channels, data.channels=4"),
+        (npy(values(4))[:-1], 4, "truncated"),
+        (npy(values(4))[:40], 4, "broken header"),
+        (npy(values(4).astype(np.float32)), 4, "values of float32 have no known range"),
+        (npy(np.array([{}], object)), 4, "values of object have no known range"),
+        (npy(values(1)[:1]), 1, "too small: 30x1"),
+        (b"", 4, "empty"),
+        (b"GIF", 4, "not an image"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_with_both_numbers(
+    file: bytes, channels: int, reason: str
+) -> None:
+    with pytest.raises(ImageError) as caught:
+        ImageDecoder(channels=channels).decode(file)
+    assert str(caught.value) == reason
+
+
+def test_the_size_in_a_header_is_checked_before_memory_is_taken() -> None:
+    header = io.BytesIO()
+    form = np.lib.format
+    form.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6, 4)}
+    )
+    with pytest.raises(ImageError, match="too many pixels: 1000000x1000000"):
+        ImageDecoder(channels=4).decode(header.getvalue())
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_views_are_those_of_torch_and_depend_on_the_key_alone(channels: int) -> None:
+    rng = np.random.default_rng(0)
+    sides = [(32, 32), (1, 40), (90, 61), (32, 32)]
+    images = [rng.integers(0, 256, (*side, channels), dtype=np.uint8) for side in sides]
+    ids = np.arange(4) * 7 - 5
+    forms = [TwoViews(20, blur=0.6, seed=3, channels=channels, compiled=c) for c in (True, False)]
+    compiled, torchs = (views(images, ids, 5) for views in forms)
+    assert compiled.a.shape == (4, channels, 20, 20)
+    if native.available():
+        for first, second in zip(compiled, torchs, strict=True):
+            assert torch.equal(first, second)
+    alone = forms[0](images[2:3], ids[2:3], 5)
+    assert torch.equal(alone.a, compiled.a[2:3])
+    assert torch.equal(alone.b, compiled.b[2:3])
+    rgb = TwoViews(20, seed=3).draw(ids, 5, 0)
+    assert np.array_equal(forms[0].draw(ids, 5, 0).crop, rgb.crop)  # crops are those of RGB
+
+
+def test_a_channel_does_not_depend_on_the_others() -> None:
+    images = [np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)]
+    other = [images[0].copy()]
+    other[0][..., 2:] = 9
+    views = TwoViews(24, seed=1, channels=4, jitter=1.0)
+    first, second = (views(given, np.array([4]), 0).a for given in (images, other))
+    assert torch.equal(first[:, :2], second[:, :2])
+    assert not torch.equal(first[:, 2:], second[:, 2:])
+
+
+@pytest.mark.parametrize("size", [24, 48])
+def test_an_evaluation_view_of_three_channels_is_that_of_each(size: int) -> None:
+    pixels = values(3, np.uint8).repeat(3, axis=0)
+    four = np.dstack([pixels, pixels[..., :1]])
+    assert np.array_equal(evaluation_view(four, size)[..., :3], evaluation_view(pixels, size))
