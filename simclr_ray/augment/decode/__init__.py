@@ -112,9 +112,7 @@ class ImageDecoder(NamedTuple):
         pixels = self._decode_rgb(encoded, kind, least)
         return luma_of(pixels) if self.channels == 1 else pixels
 
-    def _decode_rgb(
-        self, encoded: bytes, kind: Format | None, least: tuple[int, int]
-    ) -> Pixels:
+    def _decode_rgb(self, encoded: bytes, kind: Format | None, least: tuple[int, int]) -> Pixels:
         if kind is JPEG and self.library == "turbo":
             pixels = read_jpeg_by_turbo(encoded, self.max_pixels, self.min_side, least)
             if pixels is not None:
