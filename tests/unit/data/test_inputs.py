@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import pickle
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torchvision
 from PIL import Image
 
 from simclr_ray.augment.decode import decode_image
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.data import torchvision_input
 from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.inputs import ParquetInput, ShapesInput, open_input
 from simclr_ray.data.items import Input, Item
 from simclr_ray.data.shapes import render
-from simclr_ray.data.torchvision_input import TorchvisionInput
+from simclr_ray.data.torchvision_input import UNSUPPORTED, TorchvisionInput
 from simclr_ray.errors import DataError
 
 
@@ -178,3 +183,101 @@ def test_an_unknown_name_is_refused_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match=r"torchvision CIFAR10 \(train\)"):
         opened("cifar10", root=str(tmp_path / "file"))
+
+
+class Given(torch.utils.data.Dataset):  # type: ignore[type-arg]  # torchvision's are untyped as well
+    """A dataset that answers how it was made."""
+
+    target: object = 2
+
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        self.made = {"train": train}
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, object]:
+        return Image.new("RGB", (4, 4), (255 * self.made["train"], index, 0)), self.target
+
+
+class Both(Given):
+    """As EMNIST: a split with both halves, the rest by keywords."""
+
+    def __init__(self, root: str, split: str, **kwargs: Any) -> None:
+        if split != "letters":
+            raise ValueError(f"Unknown value {split!r}\nValid: letters")
+        super().__init__(root, **kwargs)
+
+
+class Splits(Given):
+    """As STL10, SVHN and most others."""
+
+    target = None
+
+    def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
+        self.made = {"train": split == "train"}
+
+
+class Plain(Given):
+    """As Caltech256: no splits."""
+
+    def __init__(self, root: str, download: bool = False) -> None:
+        self.made = {"train": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "is_train"),
+    [
+        (Given, "train", True),
+        (Given, "test", False),
+        (Both, "letters", True),
+        (Both, "letters/test", False),
+        (Splits, "train", True),
+        (Splits, "unlabeled", False),
+        (Plain, "train", True),
+    ],
+)
+def test_a_split_means_what_the_constructor_of_a_torchvision_dataset_says(
+    kind: type[Given],
+    split: str,
+    is_train: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    torchvision_input._open_torchvision.cache_clear()
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", kind)
+    items = [i for p in read(opened("cifar10", split=split, root=str(tmp_path))) for i in p]
+    assert [i.label for i in items] == [-1 if kind is Splits else 2] * 2
+    assert ("images get no label" in caplog.text) == (kind is Splits)
+    assert items[0].encoded is not None
+    assert decode_image(items[0].encoded)[0, 0, 0] == 255 * is_train
+
+
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [(Given, "tset"), (Given, "val"), (Both, "train"), (Both, "letters/val"), (Plain, "test")],
+)
+def test_a_split_that_is_not_there_is_refused_in_one_line(
+    kind: type[Given], split: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torchvision_input._open_torchvision.cache_clear()
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", kind)
+    with pytest.raises(DataError, match=r"torchvision CIFAR10 \(") as error:
+        opened("cifar10", split=split, root=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*UNSUPPORTED])
+def test_torchvision_sets_without_classes_of_images_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"torchvision {name} is not read: "):
+        opened(name, root=str(tmp_path))
+
+
+def test_every_other_torchvision_dataset_is_made_of_root_split_and_halves_alone() -> None:
+    for name in sorted({*torchvision.datasets.__all__} - {*UNSUPPORTED}):
+        parameters = inspect.signature(getattr(torchvision.datasets, name)).parameters.values()
+        needed = {
+            p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+        }
+        assert needed <= {"root", "split"}, name
