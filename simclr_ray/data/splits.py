@@ -43,8 +43,8 @@ def splits_in(paths: Sequence[str], folder: str) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for path in paths:
         groups.setdefault(split_of(path, folder), []).append(path)
-    known = [name for name in groups if name]
-    return groups if len(known) > 1 and any(name in _WORDS for name in known) else {}
+    names = [name for name in groups if name]
+    return groups if len(names) > 1 and any(name in _WORDS for name in names) else {}
 
 
 def choose_split(paths: Sequence[str], folder: str, split: str, uri: str) -> list[str]:
