@@ -510,8 +510,8 @@ int distort_channels(int64_t n, int32_t channels, int32_t size, const uint8_t *i
                      const uint8_t *blurred, const float *kernels, int32_t taps, uint8_t *out)
 {
     int64_t plane = (int64_t)size * size;
-    float *x = malloc(plane * sizeof *x), *work = malloc((plane + size + taps) * sizeof *work);
-    float *line = malloc(size * sizeof *line);
+    float *x = malloc(plane * sizeof *x), *work = malloc(plane * sizeof *work);
+    float *line = malloc((size + taps) * sizeof *line);
     int failed = !x || !work || !line;
     for (int64_t i = 0; i < n && !failed; i++)
         for (int c = 0; c < channels; c++) {

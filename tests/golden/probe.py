@@ -30,12 +30,10 @@ from safetensors.torch import save_file
 
 NUM_IMAGES, BATCH_SIZE, STEPS = 160, 32, 20  # five steps an epoch, four epochs
 NUM_ROWS = 50_000  # of which learning rates are told
-LATER = (
-    "bands_resnet18",
-    "gray16_resnet18",
-    "imagenet_convnext_tiny",
-    "imagenet_vit_small",
-)  # presets that earlier commits lack
+LATER = (  # presets that earlier commits lack
+    *("bands_resnet18", "gray16_resnet18"),
+    *("imagenet_convnext_tiny", "imagenet_vit_small"),
+)
 Tree = dict[str, Any]
 
 # name here -> places, the newest layout first
