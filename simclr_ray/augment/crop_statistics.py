@@ -36,7 +36,7 @@ def crop_task_fractions(
     """
     if isinstance(views, Pipelines) and views.shared:
         return None
-    blank = [np.zeros((8, 8 * width // height or 8, 3), np.uint8)] * PAIRS
+    blank = [np.zeros((8, 8 * width // height or 8, views.channels), np.uint8)] * PAIRS
     ids = np.arange(PAIRS, dtype=np.int64)
     a, b = (steps[0].draws for steps in views.with_size(8).trace(blank, ids, 0))
     if a is None or b is None:

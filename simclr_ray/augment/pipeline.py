@@ -107,6 +107,11 @@ class Pipelines:
                 raise ValueError(f"a view can have {MAX_STAGES} stages at most, got {len(stages)}")
         self._cropper = TwoViews(size, channels=channels)
 
+    @property
+    def channels(self) -> int:
+        """C of the images."""
+        return self._cropper.channels
+
     def with_size(self, size: int) -> Pipelines:
         """Return the same pipelines for views of another side."""
         other = copy.copy(self)

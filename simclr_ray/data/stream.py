@@ -68,7 +68,7 @@ class _Actor:
             stop=stop, least_sides=least_sides_of(experiment),
         )  # fmt: skip
         images = places[1] - places[0]
-        views_bytes = 6 * images * experiment.augment.size**2
+        views_bytes = 2 * experiment.data.channels * images * experiment.augment.size**2
         self.step_bytes = max(views_bytes, int(images * source.row_bytes))
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[pa.Table]:
