@@ -22,7 +22,7 @@ LOW = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
 
 # What a key is used for: each purpose has its own stream.
-Purpose = Literal["views", "order", "window", "replacement", "stages", "layers"]
+Purpose = Literal["views", "order", "window", "replacement", "stages", "layers", "members"]
 STREAMS: dict[Purpose, int] = {
     "views": 1,
     "order": 2,
@@ -30,6 +30,7 @@ STREAMS: dict[Purpose, int] = {
     "replacement": 4,
     "stages": 5,
     "layers": 6,  # drawn by nn.stochastic
+    "members": 7,
 }
 
 

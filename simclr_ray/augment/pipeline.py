@@ -118,22 +118,39 @@ class Pipelines:
         other.size, other._cropper = size, self._cropper.with_size(size)
         return other
 
-    def __call__(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
-        """Return both views of each image. Same as a call of `TwoViews`."""
-        a, b = self.trace(images, ids, epoch)
+    def __call__(
+        self,
+        images: Images,
+        ids: NDArray[np.int64],
+        epoch: int,
+        ids_b: NDArray[np.int64] | None = None,
+    ) -> ViewPair:
+        """Return both views of each image. Same as a call of `TwoViews`.
+
+        Of two images the shared stages are drawn for each: by its own id.
+        """
+        if ids_b is None:
+            a, b = self.trace(images, ids, epoch)
+        else:
+            a = self.trace(images[: len(ids)], ids, epoch, (VIEW_A,))[0]
+            b = self.trace(images[len(ids) :], ids_b, epoch, (VIEW_B,))[0]
         return ViewPair(a[-1].images, b[-1].images)
 
     def trace(
-        self, images: Images, ids: NDArray[np.int64], epoch: int
-    ) -> tuple[list[Step], list[Step]]:
+        self,
+        images: Images,
+        ids: NDArray[np.int64],
+        epoch: int,
+        lanes: Sequence[int] = (VIEW_A, VIEW_B),
+    ) -> list[list[Step]]:
         """Return what each view is after each of its stages."""
         shared = list(self._run(images, ids, epoch, SHARED, self.shared, 0))
         begun: Images | Tensor = shared[-1].images if shared else images
         views = []
-        for lane, stages in ((VIEW_A, self.a), (VIEW_B, self.b)):
-            first = len(self.shared)
+        for lane in lanes:
+            stages, first = {VIEW_A: self.a, VIEW_B: self.b}[lane], len(self.shared)
             views.append([*shared, *self._run(begun, ids, epoch, lane, stages, first)])
-        return views[0], views[1]
+        return views
 
     def boxes(self, draws: AugmentParams, height: int, width: int) -> Boxes:
         """Return the crops, in pixels, of images of one size."""

@@ -36,6 +36,7 @@ AMOUNTS = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue at stren
 ASPECTS = (3 / 4, 4 / 3)  # relative to the image's own aspect, App. A
 
 Pixels = NDArray[np.uint8]
+Ids = NDArray[np.int64]
 Images = Sequence[bytes] | Sequence[Pixels] | Tensor
 
 
@@ -161,7 +162,7 @@ class TwoViews:
         other.size = size
         return other
 
-    def __call__(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
+    def __call__(self, images: Images, ids: Ids, epoch: int, ids_b: Ids | None = None) -> ViewPair:
         """Return both views of each image, uint8 [n, C, S, S] in 0 to 255 each: RGB where C is 3.
 
         Args:
@@ -170,16 +171,18 @@ class TwoViews:
                 is augmented there; all else on CPU.
             ids: Key of each image, which its draws depend on. Shape [n], int64.
             epoch: From 0.
+            ids_b: Where view b is of other images: their keys, int64 [n]; `images` are then 2n,
+                those of view a first.
 
         Raises:
             ImageError: An image cannot be decoded.
         """
-        draws = self.draw_both_views(ids, epoch)
+        draws = self.draw_both_views(ids, epoch, ids_b)
         return ViewPair(*self.distort(self.cropped(images, draws), draws).chunk(2))
 
-    def crops(self, images: Images, ids: NDArray[np.int64], epoch: int) -> ViewPair:
+    def crops(self, images: Images, ids: Ids, epoch: int, ids_b: Ids | None = None) -> ViewPair:
         """Return the first stage alone: crop, resize and flip. Same arguments as a call."""
-        return ViewPair(*self.cropped(images, self.draw_both_views(ids, epoch)).chunk(2))
+        return ViewPair(*self.cropped(images, self.draw_both_views(ids, epoch, ids_b)).chunk(2))
 
     def trace(
         self, images: Images, ids: NDArray[np.int64], epoch: int
@@ -253,9 +256,10 @@ class TwoViews:
         least: NDArray[np.int64] = np.ceil(self.size / fractions).astype(np.int64)
         return least
 
-    def draw_both_views(self, ids: NDArray[np.int64], epoch: int) -> AugmentParams:
-        """Return the parameters of view 0 of all ids, then of view 1."""
-        return self.draw(np.tile(ids, 2), epoch, np.repeat([0, 1], len(ids)))
+    def draw_both_views(self, ids: Ids, epoch: int, ids_b: Ids | None = None) -> AugmentParams:
+        """Return the parameters of view 0 of all ids, then of view 1, of `ids_b` where given."""
+        both = np.concatenate([ids, ids if ids_b is None else ids_b])
+        return self.draw(both, epoch, np.repeat([0, 1], len(ids)))
 
     def draw(
         self, ids: NDArray[np.int64], epoch: int, view: int | NDArray[np.int64]

@@ -55,6 +55,7 @@ def prepare(
 
 def prepare_shards(what: str, to: str, *options: str, overwrite: bool = False) -> None:
     """Write the shards of a dataset, and show what became of its images."""
+    from simclr_ray.data.image_groups import groups_text
     from simclr_ray.data.prepare import prepare as write_shards
 
     chosen = cfg.validate(PreparationConfig, cfg.apply_overrides({}, options))
@@ -68,6 +69,9 @@ def prepare_shards(what: str, to: str, *options: str, overwrite: bool = False) -
     if manifest.sizes is not None:
         narrow, wide, low, high = manifest.sizes
         out.print(f"sizes: {narrow} to {wide} px wide, {low} to {high} px high")
+    if manifest.groups is not None:
+        line = groups_text(*manifest.groups)
+        out.print(f"groups: {line}; train with data.columns.group=group", soft_wrap=True)
     out.print(f"classes: {_classes_of(to)}", markup=False, soft_wrap=True)
     if manifest.rejected:
         shown = "; ".join(f"{r.name}: {r.reason}" for r in manifest.rejected[:BAD_SHOWN])
@@ -100,7 +104,9 @@ def inspect(
     ],
     columns: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ROLE=COLUMN", help="image=photo, label=class, id=key."),
+        typer.Argument(
+            metavar="ROLE=COLUMN", help="image=photo, label=class, id=key, group=visit."
+        ),
     ] = None,
     *,
     full: Annotated[
@@ -185,6 +191,9 @@ def _dataset_rows(description: Description) -> dict[str, str]:
         f"{counted(len(source.row_groups), 'row group')}, {description.num_bytes / MIB:,.1f} MiB",
         "fingerprint": source.fingerprint,
     }
+    if description.groups:
+        rows["groups"] = description.groups
+        used[roles.group] = "group"
     for name, kind in description.columns.items():
         role = f" ({used[name]})" if name in used else ""
         rows[f"column {name}"] = f"{kind}{role}"

@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr_ray.augment.decode import ImageDecoder, ImageError
 from simclr_ray.augment.ops import ChannelJitter, Op
 from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
 from simclr_ray.augment.views import Pixels, TwoViews, ViewPair
@@ -29,16 +28,20 @@ from simclr_ray.config.experiment import (
 from simclr_ray.config.sections.views import AnyStageConfig
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.decoding import training_decoder
-from simclr_ray.data.image_cache import DecodedImage, ImageCache
+from simclr_ray.data.image_cache import DecodedImage
+from simclr_ray.data.image_groups import groups_of
 from simclr_ray.data.plan import BatchPlan, replacement
-from simclr_ray.data.rowgroups import EncodedRow, RecentGroups, RowGroups
+from simclr_ray.data.row_reader import Bad, RowReader
+from simclr_ray.data.rowgroups import RowGroups
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.collectives import partition
 from simclr_ray.errors import DataError, TooManyBadImages
 
-Take = Callable[[int], EncodedRow | None]
-MakeViews = Callable[[list[Pixels], NDArray[np.int64], int], ViewPair]
 LeastSides = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
+# images, ids, epoch, ids of view b where it is of other images (see `TwoViews`)
+MakeViews = Callable[[list[Pixels], NDArray[np.int64], int, NDArray[np.int64] | None], ViewPair]
+# the image of both views, or of view a and of view b
+Shown = tuple[DecodedImage, ...]
 GIB = 2**30
 MAX_ATTEMPTS = 64  # then any row that is left
 
@@ -53,86 +56,7 @@ class BatchPart(NamedTuple):
     bad: NDArray[np.int64]  # [m]
     reasons: tuple[str, ...]
     paths: tuple[str, ...]
-
-
-class Bad(NamedTuple):
-    """A row that cannot be used: its id, why, and the file that it was, where that is known."""
-
-    id: int
-    reason: str
-    path: str
-
-
-class RowReader:
-    """Decoded rows by number, through a bounded cache.
-
-    `bad` names each row that could not be decoded, by its id and why.
-
-    Args:
-        source: The dataset.
-        decoder: Of its images.
-        cache_gib: For decoded rows.
-        shared: Whether the readers of this node that share a dataset also share the cache.
-
-    Attributes:
-        least_sides: Returns the height and width of images, [n, 2], that suffice in this epoch, by
-            their ids; None: images are decoded whole. Not to be set with a cache.
-    """
-
-    def __init__(
-        self, source: Source, decoder: ImageDecoder, *, cache_gib: float, shared: bool = False
-    ) -> None:
-        self.decoder = decoder
-        name = f"{source.uri} {source.fingerprint} {decoder}" if shared else ""
-        self.cache = ImageCache(name, source.num_rows, int(cache_gib * GIB), decoder.channels)
-        self.recent = RecentGroups(source)
-        self.bad: dict[int, Bad] = {}
-        self.least_sides: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
-
-    def images(self, rows: Sequence[int], take: Take) -> list[DecodedImage | None]:
-        """Return the decoded rows, None for each that cannot be used.
-
-        Args:
-            rows: Row numbers.
-            take: Where encoded rows come from; those for which it has None are read one by one.
-        """
-        images = self.cache.find(rows)
-        new: dict[int, DecodedImage] = {}
-        missing = [
-            (place, row, take(row) or self.recent.take(row))
-            for place, (row, image) in enumerate(zip(rows, images, strict=True))
-            if image is None and row not in self.bad
-        ]
-        for (place, row, encoded), least in zip(missing, self._least(missing), strict=True):
-            images[place] = decoded = self._decode(row, encoded, least)
-            if decoded is not None:
-                new[row] = decoded
-        self.cache.keep(new)
-        return images
-
-    def image(self, row: int) -> DecodedImage | None:
-        """Return one decoded row, or None where it cannot be used."""
-        return self.images([row], self.recent.take)[0]
-
-    def missing(self, first: int, last: int) -> list[int]:
-        """Return those of the rows [first, last) that were never decoded, or not kept."""
-        unknown = np.flatnonzero(~self.cache.holds(first, last)) + first
-        return [row for row in unknown.tolist() if row not in self.bad]
-
-    def _least(self, missing: list[tuple[int, int, EncodedRow]]) -> list[tuple[int, int]]:
-        if self.least_sides is None or not missing:
-            return [(0, 0)] * len(missing)
-        ids = np.array([encoded.id for _, _, encoded in missing], np.int64)
-        return [(height, width) for height, width in self.least_sides(ids).tolist()]
-
-    def _decode(self, row: int, encoded: EncodedRow, least: tuple[int, int]) -> DecodedImage | None:
-        try:
-            if encoded.image is None:
-                raise ImageError("null image")
-            return DecodedImage(encoded.id, self.decoder.decode(encoded.image, least))
-        except ImageError as error:
-            self.bad[row] = Bad(encoded.id, str(error), encoded.path)
-            return None
+    ids_b: NDArray[np.int64] | None = None  # [n]
 
 
 class BatchBuilder:
@@ -168,6 +92,8 @@ class BatchBuilder:
             cache_gib=0 if least_sides else data.cache_gib,  # an image is another in each epoch
             shared=True,
         )
+        self.num_rows = source.num_rows
+        self.images = groups_of(source) if source.num_groups else None
         self.groups = RowGroups(
             source,
             plan,
@@ -175,6 +101,7 @@ class BatchBuilder:
             stop,
             missing=self.reader.missing,
             read_beyond_epoch=lambda: self.reader.cache.full,
+            images=self.images,
         )
 
     def make(self, step: int) -> Batch:
@@ -193,75 +120,136 @@ class BatchBuilder:
         if len(epochs) != 1:
             raise ValueError(f"steps {[*steps]} are of epochs {sorted(epochs)}")
         gathered = [self._gathered(step) for step in steps]
-        images = [p for step_images, _ in gathered for p in step_images]
-        ids = np.array([p.id for p in images], np.int64)
-        views = self.views([p.pixels for p in images], ids, epochs.pop())
-        columns = (*views, torch.from_numpy(ids))
+        by_view = [
+            [image for images in same_view for image in images]
+            for same_view in zip(*(shown for shown, _ in gathered), strict=True)
+        ]
+        ids, *others = (np.array([p.id for p in images], np.int64) for images in by_view)
+        ids_b = others[0] if others else None
+        pixels = [p.pixels for images in by_view for p in images]
+        views = self.views(pixels, ids, epochs.pop(), ids_b)
+        columns = (*views, *(torch.from_numpy(column) for column in (ids, *others)))
         parts = zip(*(column.chunk(len(steps)) for column in columns), strict=True)
         batches = []
-        for step, (_, bad), (a, b, own) in zip(steps, gathered, parts, strict=True):
+        for step, (_, bad), (a, b, own, *own_b) in zip(steps, gathered, parts, strict=True):
             unusable = torch.tensor([b.id for b in bad], dtype=torch.int64)
             reasons, paths = tuple(b.reason for b in bad), tuple(b.path for b in bad)
-            batches.append(Batch(step, a, b, own, unusable, reasons, paths))
+            of_b = own_b[0] if own_b else None
+            batches.append(Batch(step, a, b, own, unusable, reasons, paths, ids_b=of_b))
         return batches
 
-    def _gathered(self, step: int) -> tuple[list[DecodedImage], list[Bad]]:
-        """Return the images of this part of a step, and the rows that others stand in for."""
+    def _gathered(self, step: int) -> tuple[list[list[DecodedImage]], list[Bad]]:
+        """Return the images of this part of a step, and the rows that others stand in for.
+
+        The images are those of both views, or those of view a and those of view b.
+        """
         first, last = self.places
-        rows = self.plan.rows_of(step, first, last).tolist()
+        units = self.plan.rows_of(step, first, last)
+        epoch, num = self.plan.epoch_of(step), len(units)
         self.groups.advance(step)
         if self.least_sides is not None:
-            self.reader.least_sides = partial(_of_epoch, self.least_sides, self.plan.epoch_of(step))
-        images, bad = [], []
-        decoded = self.reader.images(rows, self.groups.take)
-        for place, (row, planned) in enumerate(zip(rows, decoded, strict=True), start=first):
-            image = planned
-            if image is None:
+            self.reader.least_sides = partial(_of_epoch, self.least_sides, epoch)
+        rows = self._rows(units, epoch)
+        decoded = self._decoded(rows)
+        images: list[list[Any]] = [decoded[num * v : num * (v + 1)] for v in range(len(rows))]
+        bad: list[Bad] = []
+        if None not in decoded:
+            return images, bad
+        for index, unit in enumerate(units.tolist()):
+            planned = [images_of_view[index] for images_of_view in images]
+            own = [rows_of_view[index] for rows_of_view in rows]
+            unusable = [row for row, image in zip(own, planned, strict=True) if image is None]
+            if unusable:
                 self._check_fraction()
-                bad.append(self.reader.bad[row])
-                image = self._stand_in(row, place, step)
-            images.append(image)
+                bad += [self.reader.bad[row] for row in dict.fromkeys(unusable)]
+                shown = self._mended(unit, own, planned, epoch)
+                shown = shown or self._stand_in(unit, first + index, step)
+                for images_of_view, image in zip(images, shown, strict=True):
+                    images_of_view[index] = image
         return images, bad
 
-    def _stand_in(self, row: int, place: int, step: int) -> DecodedImage:
-        stand_in_row = self._keyed(row, place, step)
-        if stand_in_row < 0:
-            stand_in_row = self._left_over(place, step)
-        image = self.reader.image(stand_in_row) if stand_in_row >= 0 else None
-        if image is None:
-            raise DataError(f"no usable row is left to stand in for row {row} of step {step}")
-        return image
+    def _decoded(self, rows: list[list[int]]) -> list[DecodedImage | None]:
+        """Return the images of rows, one list after the other, each decoded once."""
+        if len(rows) == 1:
+            return self.reader.images(rows[0], self.groups.take)
+        both = [row for own in rows for row in own]
+        distinct = list(dict.fromkeys(both))  # a group may have one image
+        image_of = dict(zip(distinct, self.reader.images(distinct, self.groups.take), strict=True))
+        return [image_of[row] for row in both]
 
-    def _keyed(self, row: int, place: int, step: int) -> int:
-        """Return the row that the key names to stand in at `place`, or -1."""
+    def _rows(self, units: NDArray[np.int64], epoch: int) -> list[list[int]]:
+        """Return the rows that an epoch shows: of both views, or of view a and of view b."""
+        if self.images is None:
+            return [units.tolist()]
+        pairs = self.images.pairs(units, seed=self.plan.seed, epoch=epoch)
+        return [rows.tolist() for rows in pairs]
+
+    def _shown(self, unit: int, epoch: int) -> Shown | None:
+        """Return the images of a row or group, None where none of it can be used."""
+        rows = [row for (row,) in self._rows(np.array([unit]), epoch)]
+        images = [self.reader.image(row) for row in rows]
+        return self._mended(unit, rows, images, epoch)
+
+    def _mended(
+        self, unit: int, rows: list[int], images: list[DecodedImage | None], epoch: int
+    ) -> Shown | None:
+        """Return the images, where one cannot be used another of the group: the other view's last.
+
+        None where no image of the group can be used.
+        """
+        usable = [image for image in images if image is not None]
+        if len(usable) < len(images) and self.images is not None:
+            others = self.images.stand_ins(unit, seed=self.plan.seed, epoch=epoch)
+            spare = filter(None, (self.reader.image(r) for r in others if r not in rows))
+            images = [image or next(spare, None) for image in images]
+            self._check_fraction()
+            usable = [image for image in images if image is not None]
+            usable = usable * 2 if len(usable) == 1 else usable
+        return tuple(usable) if usable else None
+
+    def _stand_in(self, unit: int, place: int, step: int) -> Shown:
+        named = self._keyed(unit, place, step)
+        if named < 0:
+            named = self._left_over(place, step)
+        shown = self._shown(named, self.plan.epoch_of(step)) if named >= 0 else None
+        if shown is None:
+            kind = "row" if self.images is None else "group"
+            problem = f"no usable {kind} is left to stand in for {kind} {unit} of step {step}"
+            raise DataError(problem)
+        return shown
+
+    def _keyed(self, unit: int, place: int, step: int) -> int:
+        """Return the row, or group, that the key names to stand in at `place`, or -1."""
         batch: set[int] = set(self.plan.rows(step).tolist())
         epoch = self.plan.epoch_of(step)
         for attempt in range(MAX_ATTEMPTS):
-            candidate = replacement(row, place, batch, attempt, plan=self.plan, epoch=epoch)
+            candidate = replacement(unit, place, batch, attempt, plan=self.plan, epoch=epoch)
             if candidate >= 0:
-                if self.reader.image(candidate) is not None:
+                if self._shown(candidate, epoch) is not None:
                     return candidate
                 self._check_fraction()
         return -1
 
     def _left_over(self, place: int, step: int) -> int:
-        """Return the row for a place that the key names none for, or -1: in a set of few batches.
+        """Return the row, or group, for a place that the key names none for, or -1.
+
+        That happens in a set of few batches.
 
         All bad places of the batch are gone through in order, those of other parts too, so that
         every part agrees on who takes what, and no row is taken twice.
         """
-        rows = self.plan.rows(step).tolist()
-        bad = [(p, row) for p, row in enumerate(rows) if self.reader.image(row) is None]
+        rows, epoch = self.plan.rows(step).tolist(), self.plan.epoch_of(step)
+        bad = [(p, row) for p, row in enumerate(rows) if self._shown(row, epoch) is None]
         keyed = {p: self._keyed(row, p, step) for p, row in bad}
         used = {*rows, *keyed.values()}
-        free = (r for r in range(self.plan.num_rows) if r not in used and self.reader.image(r))
+        free = (r for r in range(self.plan.num_rows) if r not in used and self._shown(r, epoch))
         waiting = [p for p, row in keyed.items() if row < 0]
         given = dict(zip(waiting, free, strict=False))
         self._check_fraction()
         return given.get(place, -1)
 
     def _check_fraction(self) -> None:
-        num_bad, rows = len(self.reader.bad), self.plan.num_rows
+        num_bad, rows = len(self.reader.bad), self.num_rows
         if num_bad > self.max_bad_fraction * rows:
             reasons = sorted({bad.reason for bad in self.reader.bad.values()})
             names = [bad.path or f"row {row}" for row, bad in sorted(self.reader.bad.items())]
@@ -306,11 +294,16 @@ def view_builder(experiment: Experiment) -> MakeViews:
     config = experiment.augment
     views = build_views(config, experiment.seed, experiment.data.channels)
 
-    def make(images: list[Pixels], ids: NDArray[np.int64], epoch: int) -> ViewPair:
+    def make(
+        images: list[Pixels],
+        ids: NDArray[np.int64],
+        epoch: int,
+        ids_b: NDArray[np.int64] | None = None,
+    ) -> ViewPair:
         sized = views.with_size(config.size_at(epoch, experiment.epochs))
         if isinstance(sized, TwoViews) and experiment.scaling.color_augment_on == "worker":
-            return sized.crops(images, ids, epoch)
-        return sized(images, ids, epoch)
+            return sized.crops(images, ids, epoch, ids_b)
+        return sized(images, ids, epoch, ids_b)
 
     return make
 
@@ -331,9 +324,12 @@ def least_sides_of(experiment: Experiment) -> LeastSides | None:
 def build_plan(experiment: Experiment, source: Source) -> BatchPlan:
     """Return the experiment's plan over `source`. Raises `DataError` if it fills no batch."""
     data = experiment.data
+    most = min(data.shuffle_rows, int(data.shuffle_gib * GIB / source.row_bytes))
+    if source.num_groups:  # of each, two rows are held
+        sizes = tuple(np.diff(groups_of(source).firsts).tolist())
+        return BatchPlan(sizes, experiment.batch_size, experiment.seed, most // 2, "groups")
     sizes = tuple(g.num_rows for g in source.row_groups)
-    most = int(data.shuffle_gib * GIB / source.row_bytes)
-    return BatchPlan(sizes, experiment.batch_size, experiment.seed, min(data.shuffle_rows, most))
+    return BatchPlan(sizes, experiment.batch_size, experiment.seed, most)
 
 
 def local_batches(
@@ -359,4 +355,6 @@ def join(parts: Sequence[Batch] | Sequence[BatchPart]) -> Batch:
     a, b, ids, bad = (torch.from_numpy(np.concatenate(column)) for column in columns)
     reasons = tuple(reason for part in parts for reason in part.reasons)
     paths = tuple(path for part in parts for path in part.paths)
-    return Batch(parts[0].step, a, b, ids, bad, reasons, paths)
+    of_b = [np.asarray(part.ids_b) for part in parts if part.ids_b is not None]
+    ids_b = torch.from_numpy(np.concatenate(of_b)) if of_b else None
+    return Batch(parts[0].step, a, b, ids, bad, reasons, paths, ids_b=ids_b)

@@ -14,6 +14,7 @@ from simclr_ray.data.footer import Footer
 from simclr_ray.errors import DataError
 
 PATH_COLUMN = "path"  # which file an image was, as `prepare` writes it
+GROUP_COLUMN = "group"  # which thing it is of, likewise
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +39,14 @@ def has_paths(footers: Sequence[Footer]) -> bool:
 def has_integer_ids(footers: Sequence[Footer], columns: ColumnsConfig) -> bool:
     """Return whether the id column is there, as integers, in all files.
 
-    A column of nulls counts as absent. Under its default name one that is no integer is left alone,
-    and said.
+    A column of nulls counts as absent, and so does one that is `data.columns.group`. Under its
+    default name one that is no integer is left alone, and said.
 
     Raises:
         DataError: Only some files have it, or `data.columns.id` names one that cannot serve.
     """
     name, required = columns.id, columns.id != ColumnsConfig().id
-    if not name or _is_empty(footers, name):
+    if name in ("", columns.group) or _is_empty(footers, name):
         return False
     return _all_usable(footers, "id", name, pa.types.is_integer, "an integer", required=required)
 

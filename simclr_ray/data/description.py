@@ -11,8 +11,10 @@ from simclr_ray.augment.decode import ImageError, image_size
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.footer import read_footers
+from simclr_ray.data.image_groups import groups_line, open_grouped
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem
 
 SAMPLED_GROUPS, ROWS_OF_A_GROUP = 4, 64  # images that are decoded: the first of some row groups
@@ -35,6 +37,7 @@ class Description(NamedTuple):
     num_sampled: int
     sizes: list[tuple[int, int]]  # width and height of the sampled images
     bad: list[BadRow]
+    groups: str = ""  # of images of one thing: how many, or why they cannot serve as they lie
 
 
 def describe(uri: str, columns: ColumnsConfig | None = None) -> Description:
@@ -54,10 +57,17 @@ def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Descript
     Raises:
         DataError: As `Source.open`.
     """
+    columns = columns or ColumnsConfig()
     source = Source.open(uri, columns)
     files, root = filesystem(source.uri)  # of a folder of images, its list
     listed = list_parquet(files, root, source.uri)
     (first,) = read_footers(files, listed[:1])
+    groups = ""
+    if source.columns.group:
+        try:
+            groups = groups_line(open_grouped(uri, columns))
+        except DataError as error:
+            groups = str(error)
     return Description(
         source,
         {field.name: str(field.type) for field in first.schema},
@@ -66,6 +76,7 @@ def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Descript
         num_sampled=0,
         sizes=[],
         bad=[],
+        groups=groups,
     )
 
 

@@ -9,17 +9,19 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simclr_ray.config.sections.data import FolderLabels
+from simclr_ray.config.sections.data import FolderGroups, FolderLabels
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.columns import PATH_COLUMN
 from simclr_ray.data.files import read_file
 from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
+from simclr_ray.data.grouping import cut_between_groups, grouped_order
 from simclr_ray.data.items import Item, ShardTask, cut, shuffled
 from simclr_ray.data.listing import left_out_line, list_images
 from simclr_ray.errors import DataError
@@ -39,9 +41,16 @@ class FolderInput:
     class_names: tuple[str, ...]
     listing: str
     num_bytes: int  # of all files
+    groups: Literal["", "string"] = ""  # those of one folder are a group, of its name
 
     @classmethod
-    def open(cls, uri: str, limit: int = 0, labels: FolderLabels = "auto") -> FolderInput:
+    def open(
+        cls,
+        uri: str,
+        limit: int = 0,
+        labels: FolderLabels = "auto",
+        groups: FolderGroups = "none",
+    ) -> FolderInput:
         """Return the images at any depth below a folder or URI, sorted by name.
 
         Args:
@@ -50,6 +59,8 @@ class FolderInput:
             labels: `none`: no image gets a label. `folders`: the first folder of an image's name
                 is its class, and an image beside the folders has none. `auto` does as `folders`,
                 and says what gets no label.
+            groups: `folders`: the images of one folder, not of those in it, are a group of images
+                of one thing; one that lies loose is a group of its own.
 
         Raises:
             DataError: There are none, the folder cannot be listed, or there are no class folders
@@ -68,12 +79,15 @@ class FolderInput:
         sizes = [(name, size_of[name]) for name in names]
         digest = hashlib.sha256(repr(sizes).encode(errors="surrogateescape")).hexdigest()
         where = root if is_local(fs) else uri
-        return cls(where, tuple(names), classes, digest, sum(size for _, size in sizes))
+        num_bytes = sum(size for _, size in sizes)
+        kind: Literal["", "string"] = "string" if groups == "folders" else ""
+        return cls(where, tuple(names), classes, digest, num_bytes, kind)
 
     @property
     def identity(self) -> dict[str, object]:
         """Names and sizes of the files; where the folder lies does not matter."""
-        return {"kind": "folder", "n": self.num_rows, "listing": self.listing}
+        groups = {"groups": "folders"} if self.groups else {}
+        return {"kind": "folder", "n": self.num_rows, "listing": self.listing} | groups
 
     @property
     def num_rows(self) -> int:
@@ -88,9 +102,21 @@ class FolderInput:
     def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         """Return the shuffled files, cut."""
         labels = self.labels()
+        pieces = cut(shuffled(self.num_rows, seed), rows_per_shard)
+        if self.groups:
+            folders = [name.rpartition("/")[0] or None for name in self.names]
+            order, groups = grouped_order(pa.chunked_array([pa.array(folders, pa.string())]), seed)
+            runs = cut_between_groups(groups, rows_per_shard)
+            pieces = [order[first:last] for first, last in runs]
         return [
-            FolderTask(self.uri, rows, [self.names[r] for r in rows], [labels[r] for r in rows])
-            for rows in cut(shuffled(self.num_rows, seed), rows_per_shard)
+            FolderTask(
+                self.uri,
+                rows,
+                [self.names[r] for r in rows],
+                [labels[r] for r in rows],
+                grouped=bool(self.groups),
+            )
+            for rows in pieces
         ]
 
 
@@ -127,12 +153,14 @@ class FolderTask:
     rows: Int64s
     names: list[str]
     labels: list[int]
+    grouped: bool = False
 
     def read(self) -> Iterator[Item]:
         """Yield the bytes of each file as they are."""
         fs, root = filesystem(self.uri)
         for row, name, label in zip(self.rows.tolist(), self.names, self.labels, strict=True):
-            yield Item(row, name, read_file((fs, f"{root}/{name}")), label, name)
+            group = (name.rpartition("/")[0] or None) if self.grouped else None
+            yield Item(row, name, read_file((fs, f"{root}/{name}")), label, name, group)
 
 
 def index_folder(uri: str, out: str) -> str:

@@ -21,6 +21,8 @@ from simclr_ray.data.listing import REMOTE_THREADS, Listed
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
 
+INDEX = "_labels.parquet"  # of a prepared set: ids, labels and groups of all rows, in order
+MANIFEST = "_manifest.json"
 MAGIC = b"PAR1"
 # The footer's length (4 bytes, little endian) and the magic number end every file.
 TAIL_BYTES = 8
@@ -139,12 +141,32 @@ def fingerprint_of(footers: Sequence[Footer], root: str, columns: ColumnsConfig,
         root = root.rpartition("/")[0]
     elif not footers[0].path.startswith(root):  # FOLDER#SPLIT
         root = root.rpartition("#")[0]
+    roles = cfg.to_tree(columns)
+    del roles["group"]  # groups choose pairs of the rows, and no rows
     tree = {
         "files": [footer.identity(root) for footer in footers],
-        "columns": cfg.to_tree(columns),
+        "columns": roles,
         "limit": limit,
     }
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_index(
+    fs: pafs.FileSystem, root: str, footers: Sequence[Footer], columns: ColumnsConfig
+) -> str:
+    """Return the file with ids and labels of a prepared set, unless its manifest says otherwise."""
+    usual = ColumnsConfig()
+    if (columns.id, columns.label) != (usual.id, usual.label):
+        return ""
+    try:
+        with fs.open_input_file(f"{root}/{MANIFEST}") as stream:
+            manifest = json.loads(stream.read())
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(manifest, dict) or not manifest.get("has_index"):
+        return ""
+    whole = fingerprint_of(footers, root, usual, 0)
+    return f"{root}/{INDEX}" if manifest.get("fingerprint") == whole else ""
 
 
 def _footer_bytes(stream: pa.NativeFile, file: Listed) -> bytes:

@@ -18,13 +18,16 @@ from PIL import Image
 
 from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.config.sections.data import FolderLabels, PreparationConfig
+from simclr_ray.config.sections.data import FolderGroups, FolderLabels, PreparationConfig
 from simclr_ray.data import shapes
 from simclr_ray.data.arrow_input import ArrowInput, find_arrow
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.folder_input import FolderInput
+from simclr_ray.data.grouping import cut_between_groups, grouped_order
+from simclr_ray.data.image_groups import group_column, group_kind
 from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
 from simclr_ray.data.listing import all_parquet, part_split
+from simclr_ray.data.shards import MAX_IMAGES_OF_A_GROUP, GroupKind, too_large
 from simclr_ray.data.source import Source
 from simclr_ray.data.splits import choose_split, splits_in, usual_name
 from simclr_ray.data.tar_input import TarInput, find_tars
@@ -82,17 +85,20 @@ class ParquetInput:
 
     source: Source
     bytes_per_row: int
+    groups: GroupKind = ""
 
     @classmethod
     def open(cls, uri: str, columns: ColumnsConfig, limit: int) -> ParquetInput:
         """Return the dataset at `uri`; raises `DataError` as `Source.open` does."""
         source = Source.open(uri, columns, limit)
-        return cls(source, int(source.row_bytes) + 1)
+        groups = group_kind(source) if columns.group else ""
+        return cls(source, int(source.row_bytes) + 1, groups)
 
     @property
     def identity(self) -> dict[str, object]:
         """The fingerprint of the dataset."""
-        return {"kind": "parquet", "fingerprint": self.source.fingerprint}
+        identity: dict[str, object] = {"kind": "parquet", "fingerprint": self.source.fingerprint}
+        return identity | ({"group": self.source.columns.group} if self.groups else {})
 
     @property
     def num_rows(self) -> int:
@@ -107,31 +113,50 @@ class ParquetInput:
     def parts(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         """Return row groups in shuffled order, cut, each shard shuffled again.
 
-        A shuffle of single rows would have every shard read every file.
+        A shuffle of single rows would have every shard read every file. Of groups of images all
+        are shuffled, and a shard holds them whole.
         """
+        if self.groups:
+            return self._parts_of_groups(rows_per_shard, seed)
         rng = np.random.default_rng(seed)
         groups = [self.source.row_groups[g] for g in rng.permutation(len(self.source.row_groups))]
         rows = np.concatenate([g.first_row + np.arange(g.num_rows, dtype=np.int64) for g in groups])
-        count = max(min(rows_per_shard, MAX_SHARD_BYTES // self.bytes_per_row), 1)
-        return [ParquetTask(self.source, rng.permutation(piece)) for piece in cut(rows, count)]
+        pieces = cut(rows, self._rows_of_a_shard(rows_per_shard))
+        return [ParquetTask(self.source, rng.permutation(piece)) for piece in pieces]
+
+    def _parts_of_groups(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
+        names = group_column(self.source)
+        order, groups = grouped_order(names, seed)
+        most = int(np.bincount(groups).max())
+        if most > MAX_IMAGES_OF_A_GROUP:
+            raise DataError(too_large(f"of {most:,} images"))
+        runs = cut_between_groups(groups, self._rows_of_a_shard(rows_per_shard))
+        pieces = [order[first:last] for first, last in runs]
+        return [ParquetTask(self.source, rows, names.take(rows).to_pylist()) for rows in pieces]
+
+    def _rows_of_a_shard(self, most: int) -> int:
+        return max(min(most, MAX_SHARD_BYTES // self.bytes_per_row), 1)
 
 
 @dataclass(frozen=True)
 class ParquetTask:
-    """Some rows of a parquet dataset."""
+    """Some rows of a parquet dataset, and the group of each where there are groups."""
 
     source: Source
     rows: Int64s
+    groups: list[int | str | None] | None = None
 
     def read(self) -> Iterator[Item]:
         """Yield the rows with the bytes as they are."""
         got = self.source.read_rows(self.rows)
         labels = got.labels if got.labels is not None else np.full(len(self.rows), NO_LABEL)
         paths = got.paths or [None] * len(self.rows)
-        for row, key, label, image, path in zip(
-            self.rows.tolist(), got.ids.tolist(), labels.tolist(), got.images, paths, strict=True
+        numbers = (column.tolist() for column in (self.rows, got.ids, labels))
+        groups = self.groups or [None] * len(self.rows)
+        for row, key, label, image, path, group in zip(
+            *numbers, got.images, paths, groups, strict=True
         ):
-            yield Item(key, path or f"row {row}", image, label, path or "")
+            yield Item(key, path or f"row {row}", image, label, path or "", group)
 
 
 def open_input(
@@ -144,6 +169,7 @@ def open_input(
     size: int,
     seed: int,
     labels: FolderLabels = "auto",
+    groups: FolderGroups = "none",
 ) -> Input:
     """Return what `kind_or_path` names: `shapes`, an existing path or URI, or torchvision's name.
 
@@ -151,7 +177,7 @@ def open_input(
         ConfigError: an option is given that this input does not take.
         DataError: it names nothing, or what it names cannot be read.
     """
-    given = {"size": size, "labels": labels, "columns": columns, "split": split}
+    given = {"size": size, "labels": labels, "columns": columns, "split": split, "groups": groups}
     check_taken = functools.partial(_check_taken, given | {"download_folder": root})
     if kind_or_path == "shapes":
         check_taken("size", of="`shapes`")
@@ -169,8 +195,8 @@ def open_input(
         if parquet := _parquet_of(kind_or_path, fs, where, split):
             check_taken("columns", "split", of="parquet")
             return ParquetInput.open(parquet, columns, num_images)
-        check_taken("labels", of="a folder of images")
-        return FolderInput.open(kind_or_path, num_images, labels)
+        check_taken("labels", "groups", of="a folder of images")
+        return FolderInput.open(kind_or_path, num_images, labels, groups)
     is_name = kind_or_path.replace("_", "").isalnum()  # seconds to import, for a name alone
     datasets = torchvision_names() if is_name else {}
     if kind_or_path.lower() in datasets:
@@ -181,6 +207,11 @@ def open_input(
         f"{kind_or_path}: no such file or folder, and no dataset of that name{hint}; "
         "give a folder of images, parquet, tar shards, `shapes`, or a torchvision dataset"
     )
+
+
+def groups_of_input(given: Input) -> GroupKind:
+    """Return how an input names its groups of images; empty: it has none."""
+    return given.groups if isinstance(given, ParquetInput | FolderInput) else ""
 
 
 def _parquet_of(uri: str, fs: pafs.FileSystem, root: str, split: str) -> str:

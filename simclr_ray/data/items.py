@@ -21,6 +21,7 @@ class Item(NamedTuple):
         encoded: Its bytes; None where they cannot be had.
         label: Its class, or -1.
         path: Where it came from, relative to the input; empty for what is no file.
+        group: What else is of the same thing; None: nothing.
     """
 
     id: int
@@ -28,6 +29,7 @@ class Item(NamedTuple):
     encoded: bytes | None
     label: int
     path: str = ""
+    group: int | str | None = None
 
 
 class ShardTask(Protocol):

@@ -5,6 +5,9 @@ equal runs whose number comes from the manifest alone; within a lane, rows are s
 windows. A global batch takes its share of each lane, lane by lane, and rank r of R takes rows
 [r·B//R, (r+1)·B//R) of that list: so ranks (and the decode actors of a rank) read different lanes,
 each row group is read once an epoch and in one piece, and the batch is the same for every R.
+
+Where images are in groups (`image_groups`), what is planned are the groups: read "group of images"
+for "row", numbered over the row groups that they lie in.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class BatchPlan:
         batch_size: B, images in a global batch.
         seed: 32 bits.
         shuffle_rows: Rows that the windows of all lanes hold together.
+        unit: What the rows are, for messages.
 
     Raises:
         DataError: There are fewer rows than a batch takes.
@@ -68,11 +72,12 @@ class BatchPlan:
     batch_size: int
     seed: int
     shuffle_rows: int
+    unit: str = "rows"
 
     def __post_init__(self) -> None:
         if self.num_rows < self.batch_size:
             raise DataError(
-                f"{self.num_rows} rows do not fill one global batch of {self.batch_size}; "
+                f"{self.num_rows} {self.unit} do not fill one global batch of {self.batch_size}; "
                 "lower batch_size or bring more images"
             )
 

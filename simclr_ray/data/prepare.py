@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -24,10 +24,16 @@ import pyarrow.parquet as pq
 
 from simclr_ray.config import digest_of
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.config.sections.data import FolderLabels
+from simclr_ray.config.sections.data import FolderGroups, FolderLabels
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.inputs import open_input
+from simclr_ray.data.columns import GROUP_COLUMN
+from simclr_ray.data.footer import INDEX, MANIFEST
+from simclr_ray.data.image_groups import group_column, groups_of, open_grouped
+from simclr_ray.data.inputs import groups_of_input, open_input
 from simclr_ray.data.items import Input
+from simclr_ray.data.ray_tasks import run_tasks
+from simclr_ray.data.regroup import FOLDER as REGROUPED
+from simclr_ray.data.regroup import bring_together
 from simclr_ray.data.shards import (
     SCHEMA_VERSION,
     Rejected,
@@ -38,7 +44,7 @@ from simclr_ray.data.shards import (
     shard_name,
     write_shard,
 )
-from simclr_ray.data.source import INDEX, MANIFEST, Source
+from simclr_ray.data.source import Source
 from simclr_ray.data.tar_input import first_of
 from simclr_ray.distributed.ray_cluster import check_machine, connect
 from simclr_ray.errors import DataError, TooManyBadImages
@@ -53,12 +59,20 @@ OnProgress = Callable[[int, int], None]
 logger = logging.getLogger(__name__)
 
 
+class GroupSizes(NamedTuple):
+    """How many groups of images there are, and the least and most images of one."""
+
+    number: int
+    least: int
+    most: int
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a prepared folder holds; `_manifest.json`.
 
     `has_index`: ids are distinct, and stand with the labels in `_labels.parquet`. `sizes` are None
-    where shards do not say them.
+    where shards do not say them; `groups` where images are not in groups.
     """
 
     schema_version: int
@@ -72,6 +86,7 @@ class Manifest:
     has_index: bool
     libraries: dict[str, str]
     sizes: SizeRange | None = None
+    groups: GroupSizes | None = None
 
 
 def prepare(
@@ -84,6 +99,7 @@ def prepare(
     split: str = "train",
     size: int = 32,
     labels: FolderLabels = "auto",
+    groups: FolderGroups = "none",
     download_folder: str = "",
     rows_per_shard: int = 5000,
     max_bad_fraction: float = 0.01,
@@ -105,11 +121,14 @@ def prepare(
         num_images: keep the first only; 0 keeps all (of `shapes`: 20,000).
         seed: of the shuffle, and of the set of `shapes`.
         columns: which columns of a parquet input hold what; of tar shards, the ending of the images
-            (all), and where labels stand: `cls`, or a key of `.json`.
+            (all), and where labels stand: `cls`, or a key of `.json`. The
+            images of one group of `columns.group` (parquet) are written into one row group, the
+            column as `group`.
         split: of a torchvision dataset, parquet or `datasets` folder that has splits.
         size: side of the images of `shapes`, in pixels.
         labels: of a folder of images: `folders`, whose names are the classes, `none`, or `auto`:
             the folders, saying which images lie in none.
+        groups: of a folder of images: with `folders`, those of one folder are a group, of its name.
         download_folder: where torchvision keeps its files; empty is a cache folder of the user.
         rows_per_shard: at most; fewer where parquet rows are large.
         max_bad_fraction: share of unusable images that stops, in [0, 1].
@@ -134,7 +153,9 @@ def prepare(
         size=size,
         seed=seed,
         labels=labels,
+        groups=groups,
     )
+    groups_kind = groups_of_input(given)
     identity = {
         "schema_version": SCHEMA_VERSION,
         "input": given.identity,
@@ -145,7 +166,7 @@ def prepare(
     }
     plan = digest_of(identity)
     shards = [
-        ShardPlan(index, part, plan, given.class_names, max_pixels)
+        ShardPlan(index, part, plan, given.class_names, max_pixels, groups_kind)
         for index, part in enumerate(given.parts(rows_per_shard, seed))
     ]
     if fs.get_file_info(folder).type == pafs.FileType.NotFound:
@@ -154,7 +175,13 @@ def prepare(
     if len(reports) == len(shards) and (manifest := _read_manifest(fs, folder, plan)):
         return manifest
     connect()  # after all that a look at input and output can refuse
+    if len(reports) < len(shards):
+        pieces = f"{out.rstrip('/')}/{REGROUPED}/{plan}"
+        parts = bring_together([shard.part for shard in shards], pieces)
+        shards = [replace(shard, part=part) for shard, part in zip(shards, parts, strict=True)]
     _write_all(shards, reports, out, _Limit(given.num_rows, max_bad_fraction), on_progress)
+    if fs.get_file_info(f"{folder}/{REGROUPED}").type == pafs.FileType.Directory:
+        fs.delete_dir(f"{folder}/{REGROUPED}")
     return _write_manifest(fs, folder, out, given, plan, [reports[s.index] for s in shards])
 
 
@@ -255,42 +282,16 @@ def _write_all(
 
     tell()
     limit.check(list(reports.values()))
-    for index, report in _stream([s for s in shards if s.index not in reports], out):
+    work = [partial(_write_one, shard, out) for shard in shards if shard.index not in reports]
+    for index, report in run_tasks(work):
         reports[index] = report
         tell()
         limit.check(list(reports.values()))
 
 
-def _stream(shards: Sequence[ShardPlan], out: str) -> Iterator[tuple[int, ShardReport]]:
-    """Yield the report of each shard as Ray Data finishes it: one shard, one block, one task."""
-    if not shards:
-        return
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    shown = (context.enable_progress_bars, context.print_on_execution_start)
-    context.enable_progress_bars = context.print_on_execution_start = False
-    try:
-        items = [{"work": pickle.dumps((shard, out))} for shard in shards]
-        done = ray.data.from_items(items, override_num_blocks=len(items)).map(_write_one)
-        for row in done.iter_rows():
-            index, report, error = pickle.loads(row["result"])  # noqa: S301 - from our own task
-            if error:
-                raise DataError(error)
-            yield index, report
-    finally:
-        context.enable_progress_bars, context.print_on_execution_start = shown
-
-
-def _write_one(row: dict[str, Any]) -> dict[str, Any]:
-    """Write one shard, in a Ray task; a `DataError` goes back as text, as Ray would bury it."""
-    shard, out = pickle.loads(row["work"])  # noqa: S301 - from our own driver
-    fs, folder = filesystem(out)
-    try:
-        report, error = write_shard(shard, fs, folder), ""
-    except DataError as problem:
-        report, error = ShardReport(0, []), str(problem)
-    return {"result": pickle.dumps((shard.index, report, error))}
+def _write_one(shard: ShardPlan, out: str) -> tuple[int, ShardReport]:
+    """Write one shard, in a Ray task; return its number and what came of it."""
+    return shard.index, write_shard(shard, *filesystem(out))
 
 
 def _write_manifest(
@@ -301,7 +302,11 @@ def _write_manifest(
     plan: str,
     reports: Sequence[ShardReport],
 ) -> Manifest:
-    source = Source.open(out)
+    source, sizes = Source.open(out), None
+    if groups_of_input(given):
+        source = open_grouped(out, ColumnsConfig(group=GROUP_COLUMN))
+        each = groups_of(source).sizes
+        sizes = GroupSizes(len(each), int(each.min()), int(each.max()))
     if source.has_ids:
         _write_index(fs, f"{folder}/{INDEX}", source)
     manifest = Manifest(
@@ -316,8 +321,10 @@ def _write_manifest(
         has_index=source.has_ids,
         libraries={"python": platform.python_version()} | versions_of(LIBRARIES),
         sizes=_sizes(reports),
+        groups=sizes,
     )
     tree = asdict(manifest) | {"rejected": [r._asdict() for r in manifest.rejected]}
+    tree["groups"] = sizes._asdict() if sizes else None
     write_text_whole(fs, f"{folder}/{MANIFEST}", json.dumps(tree, indent=2) + "\n")
     return manifest
 
@@ -334,13 +341,16 @@ def _sizes(reports: Sequence[ShardReport]) -> SizeRange | None:
 
 
 def _write_index(fs: pafs.FileSystem, path: str, source: Source) -> None:
-    """Write ids and labels of all rows, in order, so that nobody reads each shard for them."""
+    """Write ids, labels and groups of all rows, in order: nobody reads each shard for them."""
     labels = pa.nulls(source.num_rows, pa.int64())
     if source.has_labels:
         values = source.labels()
         labels = pa.array(values, mask=values == NO_LABEL)
     with open_whole(fs, path) as stream:
-        pq.write_table(pa.table({"id": source.ids(), "label": labels}), stream)
+        columns = {"id": source.ids(), "label": labels}
+        if source.num_groups:
+            columns[GROUP_COLUMN] = group_column(source)
+        pq.write_table(pa.table(columns), stream)
 
 
 def _read_manifest(fs: pafs.FileSystem, folder: str, plan: str) -> Manifest | None:
@@ -355,6 +365,7 @@ def _read_manifest(fs: pafs.FileSystem, folder: str, plan: str) -> Manifest | No
     tree["class_names"] = tuple(tree["class_names"])
     tree["rejected"] = tuple(Rejected(**row) for row in tree["rejected"])
     tree["sizes"] = SizeRange(*tree["sizes"]) if tree.get("sizes") else None
+    tree["groups"] = GroupSizes(**tree["groups"]) if tree.get("groups") else None
     return Manifest(**tree)
 
 

@@ -15,6 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
+from simclr_ray.data.image_groups import ImageGroups
 from simclr_ray.data.plan import BatchPlan
 from simclr_ray.data.source import Source
 from simclr_ray.storage.filesystem import filesystem, is_local
@@ -56,6 +59,7 @@ class RowGroups:
             still to be decoded.
         read_beyond_epoch: Whether to read ahead for the next epoch now. While decoded rows are
             still being added to a cache, they may all be there by then.
+        images: The groups of images that the plan is of; of each, two rows are held.
     """
 
     def __init__(
@@ -67,10 +71,13 @@ class RowGroups:
         *,
         missing: Callable[[int, int], list[int]],
         read_beyond_epoch: Callable[[], bool],
+        images: ImageGroups | None = None,
     ) -> None:
+        self.images = images
         self.source, self.plan, self.places, self.stop = source, plan, places, stop
         self.missing, self.read_beyond_epoch = missing, read_beyond_epoch
         self.room = plan.window_rows * sum(1 for _ in plan.runs(*places))  # rows
+        self.room *= 2 if images else 1
         self._starts = [g.first_row for g in source.row_groups]
         fs, _ = filesystem(source.uri)
         threads = LOCAL_THREADS if is_local(fs) else REMOTE_THREADS
@@ -137,23 +144,36 @@ class RowGroups:
             return False
         if visit.epoch > self.plan.epoch_of(self._step) and not self.read_beyond_epoch():
             return False
-        return held + self.source.row_groups[visit.group].num_rows <= self.room
+        return held + self._num_drawn(visit.group) <= self.room
 
     def _start(self, visit: _Visit) -> int:
         """Start to read a group, unless all its rows are decoded; return the rows it holds."""
-        group = self.source.row_groups[visit.group]
-        if not self.missing(group.first_row, group.first_row + group.num_rows):
+        if not self._undecoded(visit.group, visit.epoch):
             return 0
-        read = partial(self._read, visit.group)
+        read, num_rows = partial(self._read, visit.group, visit.epoch), self._num_drawn(visit.group)
         self._held[visit.epoch, visit.group] = _Held(
-            visit.last_step, group.num_rows, self._pool.submit(read), read
+            visit.last_step, num_rows, self._pool.submit(read), read
         )
-        return group.num_rows
+        return num_rows
 
-    def _read(self, index: int) -> EncodedRows:
-        group = self.source.row_groups[index]
+    def _read(self, index: int, epoch: int) -> EncodedRows:
         rows = read_encoded(self.source, index)
-        return {r: rows[r] for r in self.missing(group.first_row, group.first_row + len(rows))}
+        return {r: rows[r] for r in self._undecoded(index, epoch)}
+
+    def _undecoded(self, index: int, epoch: int) -> list[int]:
+        """Return the rows of a row group that the epoch shows and that are still to be decoded."""
+        group = self.source.row_groups[index]
+        missing = self.missing(group.first_row, group.first_row + group.num_rows)
+        if self.images is None or not missing:
+            return missing
+        pairs = self.images.pairs(self.images.within(index), seed=self.plan.seed, epoch=epoch)
+        drawn: list[int] = np.intersect1d(np.concatenate(pairs), missing).tolist()
+        return drawn
+
+    def _num_drawn(self, index: int) -> int:
+        """Return the most rows of a row group that an epoch shows."""
+        num_rows = self.source.row_groups[index].num_rows
+        return num_rows if self.images is None else min(num_rows, 2 * self.plan.group_sizes[index])
 
 
 class RecentGroups:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -18,14 +18,19 @@ import pyarrow.parquet as pq
 
 from simclr_ray.augment.decode import ImageError, image_size
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.columns import PATH_COLUMN
+from simclr_ray.data.columns import GROUP_COLUMN, PATH_COLUMN
 from simclr_ray.data.items import Item, ShardTask
+from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import open_whole
 
 SCHEMA_VERSION = 2  # 1 had no paths
 MAX_GROUP_ROWS = 1000
 # A reader holds a row group at a time: 32 MiB keeps two actors with windows of several small.
 MAX_GROUP_BYTES = 32 * 2**20
+# A group of images of one thing lies in one row group, which is larger where it must be: up to
+MAX_IMAGES_OF_A_GROUP = 10_000
+MAX_BYTES_OF_A_GROUP = 512 * 2**20
+GroupKind = Literal["", "int64", "string"]  # how groups are named; empty: there are none
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.int64(), nullable=False),
@@ -82,6 +87,7 @@ class ShardPlan:
     plan: str
     class_names: tuple[str, ...]
     max_pixels: int
+    groups: GroupKind = ""
 
     @property
     def file_name(self) -> str:
@@ -98,7 +104,7 @@ def write_shard(plan: ShardPlan, fs: pafs.FileSystem, folder: str) -> ShardRepor
     """Write one shard and return what came of it; until it is whole, its name does not exist.
 
     Raises:
-        DataError: its source cannot be read.
+        DataError: its source cannot be read, or a group is too large for a row group.
         OSError: it cannot be written.
     """
     metadata = {
@@ -107,20 +113,21 @@ def write_shard(plan: ShardPlan, fs: pafs.FileSystem, folder: str) -> ShardRepor
         "plan": plan.plan,
         "shard": str(plan.index),
     }
+    schema = schema_of(plan.groups)
     with (
         open_whole(fs, f"{folder}/{plan.file_name}") as stream,
         pq.ParquetWriter(
             stream,
-            SCHEMA.with_metadata(metadata),
-            compression={name: "none" if name == "image" else "snappy" for name in SCHEMA.names},
+            schema.with_metadata(metadata),
+            compression={name: "none" if name == "image" else "snappy" for name in schema.names},
             use_dictionary=["label"],
             write_statistics=["id", "label"],
         ) as writer,
     ):
-        groups = _Groups(writer)
+        groups = _Groups(writer, schema)
         for item in plan.part.read():
             groups.add(item, plan.max_pixels)
-        groups.flush()
+        groups.finish()
         writer.add_key_value_metadata(
             {
                 "rejected": json.dumps(groups.rejected),
@@ -129,6 +136,22 @@ def write_shard(plan: ShardPlan, fs: pafs.FileSystem, folder: str) -> ShardRepor
             }
         )
     return ShardReport(groups.num_rows, groups.rejected, groups.sizes)
+
+
+def schema_of(groups: GroupKind) -> pa.Schema:
+    """Return the columns of a shard."""
+    if not groups:
+        return SCHEMA
+    return SCHEMA.append(pa.field(GROUP_COLUMN, pa.int64() if groups == "int64" else pa.string()))
+
+
+def too_large(group: str) -> str:
+    """Return the sentence that refuses a group."""
+    return (
+        f"group {group} has more than {MAX_IMAGES_OF_A_GROUP:,} images or "
+        f"{MAX_BYTES_OF_A_GROUP // 2**20} MiB; a group lies in one row group, which is read whole: "
+        "name a column of smaller groups"
+    )
 
 
 def read_report(fs: pafs.FileSystem, path: str, plan: str) -> ShardReport | None:
@@ -148,15 +171,21 @@ def read_report(fs: pafs.FileSystem, path: str, plan: str) -> ShardReport | None
 
 @dataclass
 class _Groups:
-    """Collects rows and writes them as row groups of bounded rows and bytes."""
+    """Collects rows and writes them as row groups of bounded rows and bytes.
+
+    Images of one thing, which come one after the other, are never parted.
+    """
 
     writer: pq.ParquetWriter
+    schema: pa.Schema
     num_rows: int = 0
     rejected: list[Rejected] = field(default_factory=list)
     sizes: SizeRange | None = None
     content: hashlib._Hash = field(default_factory=hashlib.sha256)
     _items: list[Item] = field(default_factory=list)
     _bytes: int = 0
+    _open: list[Item] = field(default_factory=list)  # of the group that has begun
+    _open_bytes: int = 0
 
     def add(self, item: Item, max_pixels: int) -> None:
         """Keep one good item, or note one bad."""
@@ -167,15 +196,33 @@ class _Groups:
             return
         assert item.encoded is not None
         self.sizes = size.united(self.sizes)
-        if len(self._items) >= MAX_GROUP_ROWS or (
-            self._items and self._bytes + len(item.encoded) > MAX_GROUP_BYTES
-        ):
-            self.flush()
-        self._items.append(item)
-        self._bytes += len(item.encoded)
+        if self._open and (item.group is None or item.group != self._open[-1].group):
+            self._close()
+        self._open.append(item)
+        self._open_bytes += len(item.encoded)
         self.content.update(item.encoded)
+        if len(self._open) > MAX_IMAGES_OF_A_GROUP or (
+            len(self._open) > 1 and self._open_bytes > MAX_BYTES_OF_A_GROUP
+        ):
+            raise DataError(too_large(f"{item.group!r}"))
 
-    def flush(self) -> None:
+    def finish(self) -> None:
+        """Write what is left."""
+        self._close()
+        self._flush()
+
+    def _close(self) -> None:
+        """Add the images of the group that has ended."""
+        if self._items and (
+            len(self._items) + len(self._open) > MAX_GROUP_ROWS
+            or self._bytes + self._open_bytes > MAX_GROUP_BYTES
+        ):
+            self._flush()
+        self._items += self._open
+        self._bytes += self._open_bytes
+        self._open, self._open_bytes = [], 0
+
+    def _flush(self) -> None:
         """Write what is collected as one row group."""
         if not self._items:
             return
@@ -186,7 +233,10 @@ class _Groups:
             pa.array(labels, pa.int64()),
             pa.array([i.path or None for i in self._items], pa.string()),
         ]
-        self.writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), MAX_GROUP_ROWS)
+        if GROUP_COLUMN in self.schema.names:
+            kind = self.schema.field(GROUP_COLUMN).type
+            columns.append(pa.array([i.group for i in self._items], kind))
+        self.writer.write_table(pa.Table.from_arrays(columns, schema=self.schema), len(self._items))
         self.num_rows += len(self._items)
         self._items, self._bytes = [], 0
 

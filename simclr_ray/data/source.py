@@ -8,7 +8,6 @@ they are the ids (design, load-bearing 2). pyarrow only; Ray is not needed to re
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.config.experiment import ColumnsConfig
@@ -32,13 +30,16 @@ from simclr_ray.data.columns import (
 )
 from simclr_ray.data.files import read_images
 from simclr_ray.data.folder_input import index_folder
-from simclr_ray.data.footer import Footer, cached_footer, fingerprint_of, read_footers
+from simclr_ray.data.footer import (
+    Footer,
+    cached_footer,
+    find_index,
+    fingerprint_of,
+    read_footers,
+)
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
-
-INDEX = "_labels.parquet"  # of a prepared set: ids and labels of all rows, in order
-MANIFEST = "_manifest.json"
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Source:
         image_root: Where images that are named by path lie; empty: beside the parquet.
         index: File with ids and labels alone, of a prepared set; empty: there is none.
         fingerprint: 16 hex digits of all that decides the rows.
+        num_groups: Groups of images that pairs are of; 0: each image is its own pair.
     """
 
     uri: str
@@ -97,6 +99,12 @@ class Source:
     image_root: str
     index: str
     fingerprint: str
+    num_groups: int = 0
+
+    @property
+    def num_pairs(self) -> int:
+        """Positive pairs of an epoch: one a group, or one an image."""
+        return self.num_groups or self.num_rows
 
     @property
     def has_labels(self) -> bool:
@@ -149,7 +157,7 @@ class Source:
             unlabelled="",
             has_paths=has_paths(footers),
             image_root=footers[0].image_root,
-            index=_index(fs, root, footers, columns),
+            index=find_index(fs, root, footers, columns),
             fingerprint=fingerprint_of(footers, root, columns, limit),
         )
         label, why, no_keys = _columns_read(source, footers)
@@ -232,7 +240,7 @@ class Source:
         if self.label is None:
             raise DataError(f"{self.uri} {self.unlabelled}")
         if self.index:
-            column = self._indexed(self.label.name)
+            column = self.read_index(self.label.name)
             return self.label.read(column, 0, self.index)
         parts = zip(self._parts(self.label.name), self.row_groups, strict=True)
         return np.concatenate(
@@ -258,7 +266,7 @@ class Source:
         if not self.has_ids:
             return np.arange(self.num_rows, dtype=np.int64)
         if self.index:
-            return _integers(self._indexed(self.columns.id), self.index, self.columns.id)
+            return _integers(self.read_index(self.columns.id), self.index, self.columns.id)
         name = self.columns.id
         parts = zip(self._parts(name), self.row_groups, strict=True)
         return np.concatenate([_integers(part, self.files[g.file], name) for part, g in parts])
@@ -275,10 +283,14 @@ class Source:
 
     def _parts(self, name: str) -> list[pa.ChunkedArray]:
         """Return a column of each row group."""
-        return [self._read(group, [name]).column(name) for group in self.row_groups]
+        return [self.read_column(group, name) for group in self.row_groups]
 
-    def _indexed(self, name: str) -> pa.ChunkedArray:
-        """Return a column of the rows, from the one file that holds it for all."""
+    def read_column(self, group: RowGroup, name: str) -> pa.ChunkedArray:
+        """Return a column of a row group. Raises `DataError` as `read_group`."""
+        return self._read(group, [name]).column(name)
+
+    def read_index(self, name: str) -> pa.ChunkedArray:
+        """Return a column of the rows, from the one file of a prepared set that has it for all."""
         fs, _ = filesystem(self.uri)
         try:
             with fs.open_input_file(self.index) as stream:
@@ -330,14 +342,14 @@ def _row_groups(footers: Sequence[Footer], limit: int) -> tuple[RowGroup, ...]:
     return tuple(groups)
 
 
-# By place and fingerprint: how labels are read, why there are none, why ids are no keys. A
-# dataset is opened many times in a process, and columns are read for this.
-_COLUMNS_READ: dict[tuple[str, str], tuple[LabelColumn | None, str, str]] = {}
+# By place, fingerprint and column of groups: how labels are read, why there are none, why ids are
+# no keys. A dataset is opened many times in a process, and columns are read for this.
+_COLUMNS_READ: dict[tuple[str, str, str], tuple[LabelColumn | None, str, str]] = {}
 
 
 def _columns_read(source: Source, footers: Sequence[Footer]) -> tuple[LabelColumn | None, str, str]:
     """Return how labels are read, why there are none, and why the ids are no keys."""
-    key = (source.uri, source.fingerprint)
+    key = (source.uri, source.fingerprint, source.columns.group)
     if key not in _COLUMNS_READ:
         label, why = find_label_column(footers, source.columns, source.num_rows, source._parts)
         # of a prepared set `prepare` has seen to it
@@ -379,21 +391,3 @@ def _why_no_keys(source: Source) -> str:
 def _integers(column: pa.ChunkedArray, path: str, name: str) -> Int64s:
     values: Int64s = as_integers(column, path, name).to_numpy()
     return values
-
-
-def _index(
-    fs: pafs.FileSystem, root: str, footers: Sequence[Footer], columns: ColumnsConfig
-) -> str:
-    """Return the file with ids and labels of a prepared set, unless its manifest says otherwise."""
-    usual = ColumnsConfig()
-    if (columns.id, columns.label) != (usual.id, usual.label):
-        return ""
-    try:
-        with fs.open_input_file(f"{root}/{MANIFEST}") as stream:
-            manifest = json.loads(stream.read())
-    except (OSError, ValueError):
-        return ""
-    if not isinstance(manifest, dict) or not manifest.get("has_index"):
-        return ""
-    whole = fingerprint_of(footers, root, usual, 0)
-    return f"{root}/{INDEX}" if manifest.get("fingerprint") == whole else ""

@@ -67,8 +67,9 @@ class _Actor:
             source, plan, views, experiment.data, places,
             stop=stop, least_sides=least_sides_of(experiment),
         )  # fmt: skip
-        images = places[1] - places[0]
-        views_bytes = 2 * experiment.data.channels * images * experiment.augment.size**2
+        num = places[1] - places[0]
+        views_bytes = 2 * experiment.data.channels * num * experiment.augment.size**2
+        images = num * (2 if source.num_groups else 1)
         self.step_bytes = max(views_bytes, int(images * source.row_bytes))
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[pa.Table]:
@@ -226,8 +227,11 @@ def _packed(batches: list[Batch]) -> pa.Table:
         "bad": [b.bad.tolist() for b in batches],
         "reasons": [b.reasons for b in batches],
         "paths": [b.paths for b in batches],
+        "paired": batches[0].ids_b is not None,
     }
-    ids = np.concatenate([b.ids.numpy() for b in batches])
+    # of each batch its ids, and then those of view b where they are others
+    columns = [ids for b in batches for ids in (b.ids, b.ids_b) if ids is not None]
+    ids = np.concatenate([column.numpy() for column in columns])
     pixels = np.concatenate([view.numpy().ravel() for b in batches for view in (b.a, b.b)])
     return _row(about, ids, pixels)
 
@@ -260,12 +264,15 @@ def _unpacked(table: pa.Table) -> Iterator[BatchPart]:
     rest = pixels
     columns = (header[name] for name in ("steps", "shapes", "bad", "reasons", "paths"))
     for row, step, shape_of_view, bad, *texts in zip(numbers, *columns, strict=True):
-        shape = (len(row), *shape_of_view)
+        images = len(row) // 2 if header["paired"] else len(row)
+        ids_b = row[images:] if header["paired"] else None
+        shape = (images, *shape_of_view)
         num = int(np.prod(shape))
         a, b, rest = rest[:num], rest[num : 2 * num], rest[2 * num :]
         unusable = np.array(bad, np.int64)
         reasons, paths = map(tuple, texts)
-        yield BatchPart(step, a.reshape(shape), b.reshape(shape), row, unusable, reasons, paths)
+        views = a.reshape(shape), b.reshape(shape)
+        yield BatchPart(step, *views, row[:images], unusable, reasons, paths, ids_b)
 
 
 def _value(column: pa.Array) -> NDArray[np.uint8]:

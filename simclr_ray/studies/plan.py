@@ -19,6 +19,7 @@ from simclr_ray.config import Scalar
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.config.moves import Move, relocated
+from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.studies.definition import (
@@ -128,17 +129,18 @@ def images_of(trials: Sequence[Trial]) -> dict[str, int]:
     Raises:
         DataError: Images cannot be read, or fill no batch.
     """
-    num_rows = {
-        data: Source.open(data.train, data.columns, data.limit).num_rows
+    num_pairs = {
+        data: open_grouped(data.train, data.columns, data.limit).num_pairs
         for data in {trial.experiment.data for trial in trials}
     }
     images = {}
     for trial in trials:
         experiment = trial.experiment
-        rows = num_rows[experiment.data]
-        images[trial.name] = experiment.total_steps(rows) * experiment.batch_size
+        pairs = num_pairs[experiment.data]
+        images[trial.name] = experiment.total_steps(pairs) * experiment.batch_size
         if not images[trial.name]:
-            reason = f"{rows} rows fill no batch of {experiment.batch_size}"
+            kind = "groups" if experiment.data.columns.group else "rows"
+            reason = f"{pairs} {kind} fill no batch of {experiment.batch_size}"
             raise DataError(f"{trial.name}: {experiment.data.train}: {reason}")
     return images
 

@@ -12,6 +12,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import ImportConfig, imports_in, is_installed
 from simclr_ray.config.wording import counted
 from simclr_ray.data.batches import build_plan
+from simclr_ray.data.image_groups import groups_line
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
@@ -54,7 +55,8 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         "run": resolved.run_name,
         "images": f"{source.num_rows:,} in {counted(len(source.files), 'file')}, "
         f"{counted(len(source.row_groups), 'row group')}, {counted(plan.num_lanes, 'lane')}",
-        "global batch": f"{experiment.batch_size:,} images, "
+        **({"groups": groups_line(source)} if source.num_groups else {}),
+        "global batch": f"{experiment.batch_size:,} {'pairs' if source.num_groups else 'images'}, "
         f"{_views(experiment) * experiment.batch_size:,} views",
         **_of_the_loss(experiment),
         "local batch": " or ".join(str(n) for n in local)

@@ -20,9 +20,10 @@ from simclr_ray.augment.crop_statistics import BESIDE, WITHIN, crop_task_fractio
 from simclr_ray.augment.pipeline import Pipelines
 from simclr_ray.augment.views import Step, TwoViews
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.batches import RowReader, build_views
+from simclr_ray.data.batches import build_views
 from simclr_ray.data.decoding import training_decoder
 from simclr_ray.data.image_cache import DecodedImage
+from simclr_ray.data.row_reader import RowReader
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.metrics_log import read_series

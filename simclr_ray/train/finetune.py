@@ -83,6 +83,7 @@ def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool =
     group = group if group <= size else 0
     tuned = cfg.to_tree(chosen)
     tuned["data"] |= {"train": rows, "limit": 0}
+    tuned["data"]["columns"]["group"] = ""  # an image's label is of it alone
     tuned["batch_norm"]["group_size"] = group
     tuned["batch_size"] = size // group * group if group else size
     return enter(cfg.validate(Experiment, tuned), _planned, record)

@@ -21,6 +21,7 @@ from simclr_ray.data.batches import build_plan
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.decoding import resolve_decoder, resolve_white
 from simclr_ray.data.folder_input import index_folder
+from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
@@ -84,17 +85,17 @@ class ResolvedExperiment:
     @property
     def steps_per_epoch(self) -> int:
         """Whole global batches in an epoch."""
-        return self.config.steps_per_epoch(self.source.num_rows)
+        return self.config.steps_per_epoch(self.source.num_pairs)
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.config.total_steps(self.source.num_rows)
+        return self.config.total_steps(self.source.num_pairs)
 
     @property
     def warmup_steps(self) -> int:
         """Steps of linear warm-up."""
-        return self.config.warmup_steps(self.source.num_rows)
+        return self.config.warmup_steps(self.source.num_pairs)
 
 
 def enter(
@@ -128,7 +129,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         check_encoder(experiment)
     experiment = resolve_folders(experiment)
     data = experiment.data
-    source = Source.open(data.train, data.columns, data.limit)
+    source = open_grouped(data.train, data.columns, data.limit)
     experiment = experiment.model_copy(
         update={"data": resolve_decoder(resolve_white(data, source))}
     )

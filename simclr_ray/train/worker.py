@@ -216,7 +216,8 @@ class TrainWorker:
 def apply_color(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:
     """Return the views whose crops are in `batch`: uint8 [n, C, S, S] each, on `device`."""
     crops = torch.cat([batch.a, batch.b]).to(device)
-    draws = views.draw_both_views(batch.ids.numpy(), epoch)
+    ids_b = None if batch.ids_b is None else batch.ids_b.numpy()
+    draws = views.draw_both_views(batch.ids.numpy(), epoch, ids_b)
     return ViewPair(*views.with_size(crops.shape[-1]).distort(crops, draws).chunk(2))
 
 
@@ -248,7 +249,7 @@ def add_color(
     config = experiment.augment
     assert isinstance(config, SimCLRViewsConfig)  # checked by the config
     views = build_two_views(config, experiment.seed, experiment.data.channels)
-    per_epoch = experiment.steps_per_epoch(source.num_rows)
+    per_epoch = experiment.steps_per_epoch(source.num_pairs)
     for batch in batches:
         a, b = apply_color(views, batch, batch.step // per_epoch, device)
         yield batch._replace(a=a, b=b)

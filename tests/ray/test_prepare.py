@@ -19,10 +19,11 @@ import pytest
 from PIL import Image
 
 from simclr_ray.augment.decode import decode_image
+from simclr_ray.data.footer import INDEX, MANIFEST
 from simclr_ray.data.prepare import Manifest, prepare
 from simclr_ray.data.shapes import CLASS_NAMES, render
 from simclr_ray.data.shards import Rejected, SizeRange
-from simclr_ray.data.source import INDEX, MANIFEST, Source
+from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

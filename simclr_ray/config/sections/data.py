@@ -21,6 +21,12 @@ class ColumnsConfig(Config):
     image: str = Field("image", min_length=1, description="Encoded bytes, {bytes, path}, or paths.")
     label: str = Field("label", description="Integer class; the column may be absent.")
     id: str = Field("id", description="int64 key of a row; where absent, rows are numbered.")
+    group: str = Field(
+        "",
+        since=3,
+        description="Which thing an image is of (int64 or text): view b is of another of its "
+        "images; empty: both views are of one image.",
+    )
 
 
 class DataConfig(Config):
@@ -98,6 +104,7 @@ class DataConfig(Config):
 
 
 FolderLabels = Literal["auto", "folders", "none"]
+FolderGroups = Literal["none", "folders"]
 
 
 class PreparationConfig(Config):
@@ -114,6 +121,9 @@ class PreparationConfig(Config):
     columns: ColumnsConfig = ColumnsConfig()
     labels: FolderLabels = Field(
         "auto", description="Of a folder of images: its class folders, or none."
+    )
+    groups: FolderGroups = Field(
+        "none", description="Of a folder of images: `folders`: those of one folder are a group."
     )
     rows_per_shard: int = Field(5000, ge=1)
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

@@ -21,12 +21,12 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import (
     BatchBuilder,
-    RowReader,
     build_plan,
     build_views,
     join,
     local_batches,
 )
+from simclr_ray.data.row_reader import RowReader
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
 

@@ -1,0 +1,97 @@
+"""Decoded rows of a dataset by number, and which of them cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_ray.augment.decode import ImageDecoder, ImageError
+from simclr_ray.data.image_cache import DecodedImage, ImageCache
+from simclr_ray.data.rowgroups import EncodedRow, RecentGroups
+from simclr_ray.data.source import Source
+
+Take = Callable[[int], EncodedRow | None]
+GIB = 2**30
+
+
+class Bad(NamedTuple):
+    """A row that cannot be used: its id, why, and the file that it was, where that is known."""
+
+    id: int
+    reason: str
+    path: str
+
+
+class RowReader:
+    """Decoded rows by number, through a bounded cache.
+
+    `bad` names each row that could not be decoded, by its id and why.
+
+    Args:
+        source: The dataset.
+        decoder: Of its images.
+        cache_gib: For decoded rows.
+        shared: Whether the readers of this node that share a dataset also share the cache.
+
+    Attributes:
+        least_sides: Returns the height and width of images, [n, 2], that suffice in this epoch, by
+            their ids; None: images are decoded whole. Not to be set with a cache.
+    """
+
+    def __init__(
+        self, source: Source, decoder: ImageDecoder, *, cache_gib: float, shared: bool = False
+    ) -> None:
+        self.decoder = decoder
+        name = f"{source.uri} {source.fingerprint} {decoder}" if shared else ""
+        self.cache = ImageCache(name, source.num_rows, int(cache_gib * GIB), decoder.channels)
+        self.recent = RecentGroups(source)
+        self.bad: dict[int, Bad] = {}
+        self.least_sides: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
+
+    def images(self, rows: Sequence[int], take: Take) -> list[DecodedImage | None]:
+        """Return the decoded rows, None for each that cannot be used.
+
+        Args:
+            rows: Row numbers.
+            take: Where encoded rows come from; those for which it has None are read one by one.
+        """
+        images = self.cache.find(rows)
+        new: dict[int, DecodedImage] = {}
+        missing = [
+            (place, row, take(row) or self.recent.take(row))
+            for place, (row, image) in enumerate(zip(rows, images, strict=True))
+            if image is None and row not in self.bad
+        ]
+        for (place, row, encoded), least in zip(missing, self._least(missing), strict=True):
+            images[place] = decoded = self._decode(row, encoded, least)
+            if decoded is not None:
+                new[row] = decoded
+        self.cache.keep(new)
+        return images
+
+    def image(self, row: int) -> DecodedImage | None:
+        """Return one decoded row, or None where it cannot be used."""
+        return self.images([row], self.recent.take)[0]
+
+    def missing(self, first: int, last: int) -> list[int]:
+        """Return those of the rows [first, last) that were never decoded, or not kept."""
+        unknown = np.flatnonzero(~self.cache.holds(first, last)) + first
+        return [row for row in unknown.tolist() if row not in self.bad]
+
+    def _least(self, missing: list[tuple[int, int, EncodedRow]]) -> list[tuple[int, int]]:
+        if self.least_sides is None or not missing:
+            return [(0, 0)] * len(missing)
+        ids = np.array([encoded.id for _, _, encoded in missing], np.int64)
+        return [(height, width) for height, width in self.least_sides(ids).tolist()]
+
+    def _decode(self, row: int, encoded: EncodedRow, least: tuple[int, int]) -> DecodedImage | None:
+        try:
+            if encoded.image is None:
+                raise ImageError("null image")
+            return DecodedImage(encoded.id, self.decoder.decode(encoded.image, least))
+        except ImageError as error:
+            self.bad[row] = Bad(encoded.id, str(error), encoded.path)
+            return None

@@ -1,0 +1,78 @@
+"""Shards of groups that lie anywhere get their rows, and nothing is read more than once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.data import regroup
+from simclr_ray.data.inputs import ParquetInput, ParquetTask
+from simclr_ray.data.regroup import RegroupedTask, bring_together
+from simclr_ray.data.source import RowTable, Source
+
+NUM_ROWS = 200
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run tasks here, each over a few row groups."""
+    monkeypatch.setattr(regroup, "run_tasks", lambda work: [each() for each in work])
+    monkeypatch.setattr(regroup, "MAX_SHARD_BYTES", 3000)
+
+
+def write(target: Path, groups: list[int | None], **columns: object) -> Path:
+    images = [b"%060d" % i if i % 17 else None for i in range(len(groups))]
+    table = pa.table({"image": pa.array(images, pa.binary()), "visit": groups} | columns)
+    pq.write_table(table, target, row_group_size=10)
+    return target
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rows_per_shard", [7, 40, 500])
+def test_regrouped_shards_hold_what_they_would_read_themselves(
+    tmp_path: Path, seed: int, rows_per_shard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(seed)
+    groups = [None if rng.random() < 0.1 else int(g) for g in rng.integers(0, 30, NUM_ROWS)]
+    columns = {"id": 5000 + rng.permutation(NUM_ROWS), "path": [f"{i}.png" for i in groups]}
+    labels = {"label": rng.integers(0, 3, NUM_ROWS)} if seed % 2 else {}
+    path = write(tmp_path / "set.parquet", groups, **columns, **labels)
+    given = ParquetInput.open(str(path), ColumnsConfig(group="visit"), 0)
+    parts = given.parts(rows_per_shard, seed)
+    expected = [list(part.read()) for part in parts]
+    reads: Counter[int] = Counter()
+
+    def counting(source: Source, rows: np.ndarray) -> RowTable:
+        reads.update(np.unique(rows // 10).tolist())
+        return original(source, rows)
+
+    original = Source.read_rows
+    monkeypatch.setattr(Source, "read_rows", counting)
+    together = bring_together(parts, str(tmp_path / "pieces"))
+    assert [list(part.read()) for part in together] == expected
+    assert sum(reads.values()) <= 2 * 20
+    if rows_per_shard < 500:
+        assert all(isinstance(part, RegroupedTask) for part in together)
+        assert set(reads.values()) == {1}
+        assert len(list((tmp_path / "pieces").iterdir())) > 3
+        reads.clear()
+        bring_together(parts, str(tmp_path / "pieces"))  # after an interruption
+        assert not reads
+
+
+def test_shards_of_groups_that_lie_together_read_them_where_they_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "set.parquet", [i // 5 for i in range(NUM_ROWS)])
+    given = ParquetInput.open(str(path), ColumnsConfig(group="visit"), 0)
+    parts = given.parts(1000, 0)
+    assert bring_together(parts, str(tmp_path / "pieces")) == parts
+    no_groups = replace(given, groups="").parts(7, 0)
+    assert all(isinstance(part, ParquetTask) for part in no_groups)
+    assert bring_together(no_groups, str(tmp_path / "pieces")) == no_groups
+    assert not (tmp_path / "pieces").exists()
