@@ -121,7 +121,7 @@ class Layout:
             said = json.dumps({"label": label, "other": [1]}) if self.by_json else str(label)
             members.append(Member(f"{key}.{'json' if self.by_json else 'cls'}", said.encode()))
             self.left_out += not images
-        for name, content in ((f"{key}.txt", b"a caption"), (f"{key}.npy", b"")):
+        for name, content in ((f"{key}.txt", b"a caption"), (f"{key}.pyd", b"")):
             if rng.random() < 0.3:
                 members.append(Member(name, content))
                 self.left_out += 1
