@@ -149,7 +149,10 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["prepare", "images/dogs", "out"], ["images/dogs", "no such file"]),
     (["prepare", "images", "out", "size=64"], ["size", "a folder of images takes labels"]),
     (["prepare", "shapes", "out", "labels=none"], ["labels", "`shapes` takes size"]),
-    (["prepare", "train.parquet", "out", "split=test"], ["train.parquet", "there is no split test"]),
+    (
+        ["prepare", "train.parquet", "out", "split=test"],
+        ["train.parquet", "there is no split test"],
+    ),
     (["prepare", "images", "images/out"], ["images/out", "lies inside images"]),
     (["prepare", "images", "images"], ["images is the input"]),
     (["prepare", "shapes", ""], ["''", "no path"]),
