@@ -151,7 +151,7 @@ def test_batches_of_three_workers_are_those_of_one_process(prepared: Path) -> No
             assert torch.equal(getattr(together, name), getattr(alone, name)), name
 
 
-@pytest.mark.long  # two minutes; `test_batches_of_three_workers_are_those_of_one_process` is its core
+@pytest.mark.long  # two minutes; the batches of three workers are compared above
 def test_two_workers_train_as_one_does(prepared: Path) -> None:
     resolved = resolve(experiment(prepared))
     said = derived(resolved)
