@@ -122,23 +122,8 @@ def distort_color(
         blur: [n], whether it is blurred.
         kernels: [n, taps], integers over `resample.UNIT`, of odd length.
     """
-    source = crops.contiguous()
-    out = torch.empty_like(source)
-    _call(
-        "distort_color",
-        ctypes.c_int64(len(source)),
-        ctypes.c_int32(source.shape[-1]),
-        ctypes.c_void_p(source.data_ptr()),
-        _pointer(factors.astype(np.float32, order="C")),
-        _pointer(order.astype(np.int64, order="C")),
-        _pointer(jitter.astype(np.uint8)),
-        _pointer(gray.astype(np.uint8)),
-        _pointer(blur.astype(np.uint8)),
-        _pointer(kernels.astype(np.float32, order="C")),
-        ctypes.c_int32(kernels.shape[1]),
-        ctypes.c_void_p(out.data_ptr()),
-    )
-    return out
+    size = (crops.shape[-1],)
+    return _distort("distort_color", crops, size, factors, order, (jitter, gray, blur), kernels)
 
 
 def distort_channels(
@@ -159,21 +144,33 @@ def distort_channels(
         blur: [n], whether it is blurred.
         kernels: [n, taps], integers over `resample.UNIT`, of odd length.
     """
-    source = crops.contiguous()
-    n, channels, size = source.shape[:3]
+    n, channels, size = crops.shape[:3]
     if factors.shape != (n, 2 * channels):
         raise ValueError(f"factors {[*factors.shape]} are not [{n}, {2 * channels}]")
+    return _distort(
+        "distort_channels", crops, (channels, size), factors, order, (jitter, blur), kernels
+    )
+
+
+def _distort(
+    name: str,
+    crops: Tensor,
+    sizes: tuple[int, ...],
+    factors: NDArray[np.float32],
+    order: NDArray[np.int64],
+    chosen: tuple[NDArray[np.bool_], ...],
+    kernels: NDArray[np.float32],
+) -> Tensor:
+    source = crops.contiguous()
     out = torch.empty_like(source)
     _call(
-        "distort_channels",
-        ctypes.c_int64(n),
-        ctypes.c_int32(channels),
-        ctypes.c_int32(size),
+        name,
+        ctypes.c_int64(len(source)),
+        *map(ctypes.c_int32, sizes),
         ctypes.c_void_p(source.data_ptr()),
         _pointer(factors.astype(np.float32, order="C")),
         _pointer(order.astype(np.int64, order="C")),
-        _pointer(jitter.astype(np.uint8)),
-        _pointer(blur.astype(np.uint8)),
+        *(_pointer(images.astype(np.uint8)) for images in chosen),
         _pointer(kernels.astype(np.float32, order="C")),
         ctypes.c_int32(kernels.shape[1]),
         ctypes.c_void_p(out.data_ptr()),

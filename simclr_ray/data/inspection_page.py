@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from simclr_ray.augment.decode import Pixels
@@ -18,6 +17,7 @@ from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.description import class_name
 from simclr_ray.data.inspection import Copies, Inspection, Looked
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
+from simclr_ray.storage.page import render_page
 
 # A thumbnail takes about 4 kB as text: a page of all of them 2 MB.
 THUMBNAIL_SIDE, JPEG_QUALITY = 112, 75
@@ -48,15 +48,10 @@ def write_page(inspection: Inspection, path: str) -> None:
         DataError: An image cannot be read again.
         OSError: The file cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("simclr_ray", "data"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     looked = inspection.looked
-    page = environment.get_template("inspection.html.j2").render(
+    page = render_page(
+        "data",
+        "inspection.html.j2",
         uri=looked.name,
         facts=facts(inspection),
         reasons=_reasons(looked),

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-
 from simclr_ray import config as cfg
 from simclr_ray.errors import TrackingError
+from simclr_ray.storage.page import render_page
 from simclr_ray.studies.analysis import (
     Results,
     Verdict,
@@ -94,7 +93,9 @@ def _log_report(target: Path, results: Results, state: dict[str, Any]) -> None:
 def page(results: Results, svg: str, state: dict[str, Any]) -> str:
     """Return the page as HTML that needs nothing else; `report.html.j2` is its form."""
     study = results.study
-    text: str = _template().render(
+    return render_page(
+        "studies",
+        "report.html.j2",
         study=study,
         drawing=svg[svg.index("<svg") :],
         claims=claims_table(results),
@@ -106,19 +107,6 @@ def page(results: Results, svg: str, state: dict[str, Any]) -> str:
         versions=_versions(state),
         definition=cfg.dump_yaml(cfg.to_tree(study)),
     )
-    return text
-
-
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("simclr_ray", "studies"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("report.html.j2")
 
 
 def claims_table(results: Results) -> Table:

@@ -5,11 +5,6 @@ They are written in an environment of its own, which sees the packages of this o
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +14,7 @@ import pytest
 from simclr_ray.augment.decode import decode_image
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.inputs import open_input
+from tests.long.environments import make_environment
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -55,20 +51,7 @@ images(5, 100).to_parquet(f"{folder}/clone/data/test-00000-of-00001.parquet")
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("datasets")
-    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
-    python = folder / "env" / "bin" / "python"
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
-
-    def run(*command: str) -> None:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    run(uv, "venv", "--python", sys.executable, str(folder / "env"))
-    (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
-    (packages / "above.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    run(uv, "pip", "install", "--python", str(python), "--no-deps", *PACKAGES)
-    run(str(python), "-c", WRITER, str(folder))
+    make_environment(folder, PACKAGES)("-c", WRITER, str(folder))
     return folder
 
 

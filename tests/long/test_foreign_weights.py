@@ -6,11 +6,6 @@ downloaded again, and neither transformers nor lightly is a dependency.
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ from simclr_ray.nn.build import build_model
 from simclr_ray.nn.pretrained import load_init
 from simclr_ray.train.resolve import init_line, resolve_init
 from tests.long import foreign_writers
+from tests.long.environments import make_environment
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
@@ -66,19 +62,7 @@ CASES = [(name, encoder) for name, encoders in ENCODERS.items() for encoder in e
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("foreign")
-    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
-    python = folder / "env" / "bin" / "python"
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-
-    def run(*command: str) -> None:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    run(uv, "venv", "--python", sys.executable, str(folder / "env"))
-    (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
-    (packages / "above.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    run(uv, "pip", "install", "--python", str(python), "--no-deps", *PACKAGES)
-    run(str(python), foreign_writers.__file__, str(folder))
+    make_environment(folder, PACKAGES)(foreign_writers.__file__, str(folder))
     return folder
 
 

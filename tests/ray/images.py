@@ -5,11 +5,20 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from simclr_ray.data.shapes import render
+
+
+def noise_png(seed: int, side: int) -> bytes:
+    """Return a PNG of random pixels, side by side, no two seeds alike."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
 
 
 def write_shapes(path: Path, num_images: int, *, row_group_size: int = 1000) -> None:

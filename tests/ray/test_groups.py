@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from pyarrow.fs import LocalFileSystem
 
 from simclr_ray import config as cfg
@@ -31,18 +29,12 @@ from simclr_ray.errors import DataError
 from simclr_ray.train.driver import pretrain
 from simclr_ray.train.dry_run import derived
 from simclr_ray.train.resolve import resolve
+from tests.ray.images import noise_png
 from tests.ray.test_pretrain import losses_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 NUM_IMAGES = 300
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
 
 
 def visits() -> list[str | None]:
@@ -56,7 +48,7 @@ def visits() -> list[str | None]:
 def scattered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a set whose visits lie all over its row groups, with images that cannot be decoded."""
     path = tmp_path_factory.mktemp("groups") / "clinic.parquet"
-    images = [b"no image" if i in (5, 250) else png(i) for i in range(NUM_IMAGES)]
+    images = [b"no image" if i in (5, 250) else noise_png(i, 32) for i in range(NUM_IMAGES)]
     table = pa.table({"image": images, "visit": visits(), "label": np.arange(NUM_IMAGES) % 3})
     pq.write_table(table, path, row_group_size=40)
     return path
@@ -127,7 +119,9 @@ def test_prepare_writes_each_group_into_one_row_group(prepared: Path) -> None:
     group_of_row = group_column(source).to_pylist()
     assert group_of_row == [given[i] for i in source.ids().tolist()]  # each with its own image
     rows = source.read_rows(np.arange(source.num_rows))
-    assert all(image == png(i) for i, image in zip(rows.ids.tolist(), rows.images, strict=True))
+    assert all(
+        image == noise_png(i, 32) for i, image in zip(rows.ids.tolist(), rows.images, strict=True)
+    )
     assert rows.labels is not None
     assert (rows.labels == rows.ids % 3).all()
     order = [given.index(v) for v in dict.fromkeys(group_of_row) if v]
@@ -169,7 +163,7 @@ def test_images_of_one_folder_are_a_group(tmp_path: Path) -> None:
             folder = tmp_path / "in" / cls / f"visit{visit}"
             folder.mkdir(parents=True)
             for frame in range(3):
-                (folder / f"{frame}.png").write_bytes(png(visit * 3 + frame))
+                (folder / f"{frame}.png").write_bytes(noise_png(visit * 3 + frame, 32))
     out = tmp_path / "out"
     manifest = prepare(str(tmp_path / "in"), str(out), groups="folders", rows_per_shard=10)
     assert manifest.groups == (12, 3, 3)
@@ -191,7 +185,9 @@ def test_images_of_one_folder_are_a_group(tmp_path: Path) -> None:
 def test_a_group_that_is_too_large_for_a_row_group_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = pa.table({"image": [png(i) for i in range(12)], "visit": [1] * 9 + [2, 3, None]})
+    table = pa.table(
+        {"image": [noise_png(i, 32) for i in range(12)], "visit": [1] * 9 + [2, 3, None]}
+    )
     pq.write_table(table, tmp_path / "in.parquet")
     columns = ColumnsConfig(group="visit")
     for name, value in (("MAX_GROUP_ROWS", 2), ("MAX_GROUP_BYTES", 10)):
@@ -200,7 +196,7 @@ def test_a_group_that_is_too_large_for_a_row_group_is_refused(
     shards.write_shard(part, *folder_of(tmp_path))
     source = open_grouped(str(tmp_path / part.file_name), ColumnsConfig(group="group"))
     assert sorted(g.num_rows for g in source.row_groups) == [1, 1, 1, 9]  # it alone is larger
-    monkeypatch.setattr(shards, "MAX_BYTES_OF_A_GROUP", 8 * len(png(0)))
+    monkeypatch.setattr(shards, "MAX_BYTES_OF_A_GROUP", 8 * len(noise_png(0, 32)))
     with pytest.raises(DataError, match="group 1 has more than 10,000 images or 0 MiB"):
         shards.write_shard(part, *folder_of(tmp_path))
     monkeypatch.setattr("simclr_ray.data.inputs.MAX_IMAGES_OF_A_GROUP", 8)

@@ -56,7 +56,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "safetensors": ("storage.checkpoint", "inference"),
     "filelock": ("storage.run_lock",),
     "huggingface_hub": ("storage.hub",),
-    "jinja2": ("studies.report", "data.inspection_page"),
+    "jinja2": ("storage.page",),
     "scipy": ("studies.analysis", "data.duplicates"),
     "timm": ("nn.timm_models",),
     "fcntl": ("distributed.shared_memory", "data.image_cache"),

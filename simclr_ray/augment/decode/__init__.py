@@ -173,8 +173,7 @@ def read_deep_image(encoded: bytes, max_pixels: int = 50_000_000) -> DeepImage |
         check_size(image.size, max_pixels)
         stored = read_stored(image)
         if not stored.is_deep_color:
-            image.load()
-            return read_gray(image, stored)
+            return read_gray(image, stored)  # which loads no other
         deep = read_deep_color(encoded, kind, max_pixels)
         return deep or DeepImage(np.asarray(image.convert("RGB")).astype(np.uint16) << 8, WHITE_16)
     except MemoryError:

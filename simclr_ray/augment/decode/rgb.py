@@ -84,7 +84,7 @@ def to_rgb(image: Image.Image, *, high_bytes: bool = False) -> Pixels:
 
 
 def read_gray(image: Image.Image, stored: Stored) -> DeepImage | None:
-    """Return a loaded image where it is gray of 9 to 16 bits; None for others."""
+    """Return the values of gray of 9 to 16 bits; None for other images, which are not loaded."""
     is_wide = image.mode.startswith("I;16")
     if not is_wide and not (image.mode == "I" and image.format in ("PNG", "PPM")):
         return None

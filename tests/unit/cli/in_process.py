@@ -25,10 +25,18 @@ class Ended(NamedTuple):
     stdout: str
 
 
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder, as somebody whose shell names neither a cluster nor a store."""
+    monkeypatch.chdir(folder)
+    for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+
+
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> Ended:
     """Return what `simclr-ray WORDS` does; fail where it leaves a file or starts Ray."""
     before = contents(Path.cwd())
-    package, handler = logging.getLogger("simclr_ray"), signal.getsignal(signal.SIGTERM)
+    package = logging.getLogger("simclr_ray")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     logged = (package.level, package.propagate, list(package.handlers))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["simclr-ray", *words])
@@ -36,7 +44,8 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> Ended:
         patch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
         with pytest.raises(SystemExit) as stop:
             main()
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     package.level, package.propagate, package.handlers = logged[0], logged[1], logged[2]
     said = capsys.readouterr()
     assert contents(Path.cwd()) == before

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.formats.test_formats import HERE as FORMATS
 from tests.ray.images import write_shapes
-from tests.unit.cli.in_process import run
+from tests.unit.cli.in_process import enter, run
 from tests.unit.cli.test_app import ROOT
 
 CONFIG = """\
@@ -69,9 +69,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _there(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(files)
-    for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(variable, raising=False)
+    enter(files, monkeypatch)
 
 
 REFUSED: list[tuple[list[str], list[str]]] = [

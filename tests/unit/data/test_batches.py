@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.augment.decode import ImageDecoder
@@ -29,16 +26,10 @@ from simclr_ray.data.batches import (
 from simclr_ray.data.row_reader import RowReader
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
+from tests.ray.images import noise_png
 
 NUM_ROWS, BATCH = 60, 12
 FIRST_ID = 1000  # ids are no row numbers here
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
 
 
 Write = Callable[..., Path]
@@ -50,7 +41,8 @@ def write(tmp_path: Path) -> Write:
 
     def make(bad: tuple[int, ...] = (), null: tuple[int, ...] = ()) -> Path:
         images = [
-            None if i in null else b"no image" if i in bad else png(i) for i in range(NUM_ROWS)
+            None if i in null else b"no image" if i in bad else noise_png(i, 16)
+            for i in range(NUM_ROWS)
         ]
         table = pa.table(
             {
@@ -112,7 +104,7 @@ def test_a_batch_holds_the_planned_rows_and_the_views_of_their_ids(write: Write)
         assert batch.ids.tolist() == (rows + FIRST_ID).tolist()
         assert batch.bad.tolist() == []
         epoch = batch.step // (NUM_ROWS // BATCH)
-        pair = views([png(int(row)) for row in rows], batch.ids.numpy(), epoch)
+        pair = views([noise_png(int(row), 16) for row in rows], batch.ids.numpy(), epoch)
         assert torch.equal(batch.a, pair.a)
         assert torch.equal(batch.b, pair.b)
         assert batch.a.shape == (BATCH, 3, 16, 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import chisquare
 
 from simclr_ray import config as cfg
@@ -25,19 +23,13 @@ from simclr_ray.data.image_groups import groups_line, groups_of, open_grouped
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.train.worker import apply_color
+from tests.ray.images import noise_png
 
 FIRST_ID = 1000  # ids are no row numbers here
 BATCH = 12
 
 
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-PNGS = [png(seed) for seed in range(400)]
+PNGS = [noise_png(seed, 8) for seed in range(400)]
 
 
 def write(

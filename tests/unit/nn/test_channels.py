@@ -34,8 +34,6 @@ from simclr_ray.nn.build import build_encoder, build_loss, build_model, feature_
     ids=["cifar", "selective kernels", "torchvision", "timm"],
 )
 def test_the_first_layer_takes_so_many_channels(config: Any, channels: int) -> None:
-    if isinstance(config, TimmConfig):
-        pytest.importorskip("timm")
     torch.manual_seed(0)
     encoder = build_encoder(config, size=32, channels=channels)
     h = encoder(torch.rand(2, channels, 32, 32))

@@ -109,7 +109,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a hub that is asked instead of the real one."""
-    pytest.importorskip("huggingface_hub")
     answers = type("Answers", (Hub,), {"root": tmp_path / "hub", "requests": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers)
     thread = threading.Thread(target=server.serve_forever)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.ray.images import write_shapes
-from tests.unit.cli.in_process import run
+from tests.unit.cli.in_process import enter, run
 
 BASE = """\
 name: base
@@ -43,9 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _there(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(files)
-    for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(variable, raising=False)
+    enter(files, monkeypatch)
 
 
 def space(**dimension: Any) -> dict[str, Any]:
