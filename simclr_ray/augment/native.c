@@ -158,13 +158,13 @@ static int make_crop(Crop *c, int size, int channels, int64_t h, int64_t w)
 /* Four bytes as floats; compilers take it for four conversions. */
 static inline v4 floats_of(const uint8_t *p)
 {
-    u4 four;
-    memcpy(&four, p, sizeof four);
 #if defined(__SSE4_1__)
     int32_t bits;
     memcpy(&bits, p, sizeof bits);
     return (v4)_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bits)));
 #else
+    u4 four;
+    memcpy(&four, p, sizeof four);
     return __builtin_convertvector(four, v4);
 #endif
 }

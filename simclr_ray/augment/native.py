@@ -121,7 +121,12 @@ def distort_color(
         gray: [n], whether it loses its color.
         blur: [n], whether it is blurred.
         kernels: [n, taps], integers over `resample.UNIT`, of odd length.
+
+    Raises:
+        ValueError: Crops or factors are of another shape: C would read or write past their end.
     """
+    if crops.shape[1:2] != (3,) or factors.shape != (len(crops), 4):
+        raise ValueError(f"crops {[*crops.shape]} are not [n, 3, S, S] with 4 factors each")
     size = (crops.shape[-1],)
     return _distort("distort_color", crops, size, factors, order, (jitter, gray, blur), kernels)
 
@@ -143,6 +148,9 @@ def distort_channels(
         jitter: [n], whether an image is jittered.
         blur: [n], whether it is blurred.
         kernels: [n, taps], integers over `resample.UNIT`, of odd length.
+
+    Raises:
+        ValueError: As of `distort_color`.
     """
     n, channels, size = crops.shape[:3]
     if factors.shape != (n, 2 * channels):
@@ -161,6 +169,8 @@ def _distort(
     chosen: tuple[NDArray[np.bool_], ...],
     kernels: NDArray[np.float32],
 ) -> Tensor:
+    if crops.dtype != torch.uint8:
+        raise ValueError(f"crops are {crops.dtype}, not torch.uint8")
     source = crops.contiguous()
     out = torch.empty_like(source)
     _call(

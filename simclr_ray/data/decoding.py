@@ -222,12 +222,22 @@ class _Histogram:
         return ValueRange(self.num_images, least, most, max(white, 1), self.top)
 
 
-def _sampled(source: Source, read: Callable[[bytes], ImageT | None]) -> Iterator[ImageT]:
-    """Yield what is read of a sample's images, up to a row group that has none of more bits."""
+def read_sample(source: Source) -> Iterator[tuple[int, list[bytes | None]]]:
+    """Yield of some row groups the first row and the first images, the same ones each time.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
     last = len(source.row_groups) - 1
     places = np.linspace(0, last, SAMPLED_GROUPS).round().astype(int)
     for index in dict.fromkeys(places.tolist()):
-        images = source.read_first_images(index, IMAGES_OF_A_GROUP)
+        first_row = source.row_groups[index].first_row
+        yield first_row, source.read_first_images(index, IMAGES_OF_A_GROUP)
+
+
+def _sampled(source: Source, read: Callable[[bytes], ImageT | None]) -> Iterator[ImageT]:
+    """Yield what is read of a sample's images, up to a row group that has none of more bits."""
+    for _, images in read_sample(source):
         deep = [read(image) for image in images if image]
         if not any(deep):
             return

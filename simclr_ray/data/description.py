@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-import numpy as np
-
 from simclr_ray.augment.decode import ImageError, image_size
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.classes import NO_LABEL
+from simclr_ray.data.decoding import read_sample
 from simclr_ray.data.footer import read_footers
 from simclr_ray.data.image_groups import groups_line, open_grouped
 from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem
-
-SAMPLED_GROUPS, ROWS_OF_A_GROUP = 4, 64  # images that are decoded: the first of some row groups
 
 
 class BadRow(NamedTuple):
@@ -99,12 +96,9 @@ def _decoded(source: Source) -> tuple[list[tuple[int, int]], list[BadRow], int]:
     sizes: list[tuple[int, int]] = []
     bad: list[BadRow] = []
     num_sampled = 0
-    last = len(source.row_groups) - 1
-    for index in np.unique(np.linspace(0, last, SAMPLED_GROUPS).round().astype(int)).tolist():
-        group = source.row_groups[index]
-        images = source.read_group(index, labels=False).images[:ROWS_OF_A_GROUP]
+    for first_row, images in read_sample(source):
         num_sampled += len(images)
-        for row, image in enumerate(images, start=group.first_row):
+        for row, image in enumerate(images, start=first_row):
             try:
                 height, width = image_size(image or b"")
             except ImageError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from simclr_ray.data.rowgroups import EncodedRow, RecentGroups
 from simclr_ray.data.source import Source
 
 Take = Callable[[int], EncodedRow | None]
+Missing = tuple[int, int, EncodedRow]  # its place, its number, and what is to be decoded
 GIB = 2**30
 
 
@@ -60,12 +62,12 @@ class RowReader:
         """
         images = self.cache.find(rows)
         new: dict[int, DecodedImage] = {}
-        missing = [
+        missing = (  # one by one: while one is decoded, the next ones are still being read
             (place, row, take(row) or self.recent.take(row))
             for place, (row, image) in enumerate(zip(rows, images, strict=True))
             if image is None and row not in self.bad
-        ]
-        for (place, row, encoded), least in zip(missing, self._least(missing), strict=True):
+        )
+        for (place, row, encoded), least in self._with_least(missing):
             images[place] = decoded = self._decode(row, encoded, least)
             if decoded is not None:
                 new[row] = decoded
@@ -81,11 +83,15 @@ class RowReader:
         unknown = np.flatnonzero(~self.cache.holds(first, last)) + first
         return [row for row in unknown.tolist() if row not in self.bad]
 
-    def _least(self, missing: list[tuple[int, int, EncodedRow]]) -> list[tuple[int, int]]:
-        if self.least_sides is None or not missing:
-            return [(0, 0)] * len(missing)
-        ids = np.array([encoded.id for _, _, encoded in missing], np.int64)
-        return [(height, width) for height, width in self.least_sides(ids).tolist()]
+    def _with_least(self, missing: Iterable[Missing]) -> Iterator[tuple[Missing, tuple[int, int]]]:
+        """Yield rows with the height and width that suffice; (0, 0): the whole image."""
+        if self.least_sides is None:
+            yield from zip(missing, repeat((0, 0)), strict=False)
+            return
+        listed = list(missing)  # draws are made for all ids at once
+        ids = np.array([encoded.id for _, _, encoded in listed], np.int64)
+        sides = self.least_sides(ids).tolist() if listed else []
+        yield from zip(listed, ((height, width) for height, width in sides), strict=True)
 
     def _decode(self, row: int, encoded: EncodedRow, least: tuple[int, int]) -> DecodedImage | None:
         try:

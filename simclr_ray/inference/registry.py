@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from simclr_ray.augment import decode
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.scores import TRAINED
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 
+EXAMPLES_TRIED: Final = 64
 _MODEL_URI: Final = re.compile(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+|(?i:latest)))")
 
 
@@ -219,11 +222,14 @@ def model_address(where: str) -> ModelAddress:
 
 
 def _example(experiment: Experiment) -> bytes:
-    source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
-    for image in source.read_group(0).images:
-        if image is not None:
-            return image
-    raise DataError(f"{source.uri}: the first row group holds no image")
+    """Return the first image that can be decoded: a run may have some that cannot."""
+    data = experiment.data
+    source, decoder = Source.open(data.train, data.columns, data.limit), evaluation_decoder(data)
+    for image in source.read_first_images(0, EXAMPLES_TRIED):
+        with suppress(decode.ImageError):
+            decoder.decode(image or b"")
+            return image or b""
+    raise DataError(f"{source.uri}: none of its first {EXAMPLES_TRIED} images can be decoded")
 
 
 def _register_model(

@@ -21,7 +21,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .channels import COLOR, MOST_CHANNELS, Bands, White, luma_of, read_bands
+from .channels import COLOR, Bands, White, luma_of, read_bands
 from .extras import open_by_extra, read_deep_color, read_jpeg_by_turbo, read_tiff_page
 from .formats import (
     FIRST_BYTES,
@@ -48,7 +48,6 @@ __all__ = [
     "COLOR",
     "DEFAULT_DECODER",
     "FIRST_BYTES",
-    "MOST_CHANNELS",
     "Bands",
     "DeepImage",
     "ImageDecoder",
@@ -144,6 +143,8 @@ class ImageDecoder(NamedTuple):
             if deep is None:
                 shown = f"color of 16 bits with data.white={self._white:g}"
                 raise ImageError(f"{shown} (install simclr-ray[tiff])")
+            if kind is TIFF:  # upright already, and Pillow would decode it a second time
+                return deep.to_pixels(self._white)
         try:
             image.load()
             # before turning, which forgets what the file says

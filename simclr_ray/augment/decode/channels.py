@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, TiffImagePlugin
 
-from .extras import read_deep_color
+from .extras import page_problem, page_values, read_deep_color
 from .formats import (
     NPY,
     TIFF,
@@ -123,8 +124,13 @@ def _read_array(encoded: bytes, channels: int, max_pixels: int) -> Bands:
         raise ImageError(f"an array of {len(shape)} dimensions")
     last = len(shape) == 2 or _channels_are_last(shape, channels)
     height, width = shape[:2] if last else shape[1:]
+    num = 1 if len(shape) == 2 else shape[2 if last else 0]
+    if min(shape) < 1:
+        raise ImageError("broken header")
+    if num > MOST_CHANNELS:
+        raise channels_error(num, channels or MOST_CHANNELS)
     check_size((width, height), max_pixels, 1)
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if len(encoded) - stream.tell() < count * dtype.itemsize:
         raise ImageError("truncated")
     flat = np.frombuffer(encoded, dtype, count, stream.tell())
@@ -187,7 +193,7 @@ def _read_tiff_samples(encoded: bytes, channels: int, max_pixels: int) -> Bands:
     try:
         with tifffile.TiffFile(io.BytesIO(encoded)) as file:
             pages = [file.pages[0]]
-            if pages[0].samplesperpixel != channels and len(file.pages) in (channels, 0):
+            if pages[0].samplesperpixel != channels and len(file.pages) == channels:
                 pages = list(file.pages)
             elif pages[0].samplesperpixel == 1 and len(file.pages) > 1:
                 raise channels_error(len(file.pages), channels)
@@ -200,19 +206,11 @@ def _read_tiff_samples(encoded: bytes, channels: int, max_pixels: int) -> Bands:
 
 def _samples(page: Any, max_pixels: int) -> Bands:
     """Return a page of tifffile's."""
-    check_size((page.imagewidth, page.imagelength), max_pixels, 1)
     if page.samplesperpixel > MOST_CHANNELS:
         raise channels_error(page.samplesperpixel, MOST_CHANNELS)
-    if page.dtype is None or page.dtype.name not in ("uint8", "uint16"):
-        raise ImageError(f"values of {page.dtype} have no known range")
-    if not page.photometric.name.startswith(("MINIS", "RGB")):
-        raise ImageError(f"TIFF of {page.photometric.name.lower()}")
-    values, top = page.asarray(), 2**page.bitspersample - 1
-    values = top - values if page.photometric.name == "MINISWHITE" else values
-    if page.planarconfig == 2 and page.samplesperpixel > 1:
-        values = np.moveaxis(values, 0, 2)
-    shape = (page.imagelength, page.imagewidth, page.samplesperpixel)
-    return Bands(values.reshape(shape), top)
+    if problem := page_problem(page):
+        raise ImageError(problem)
+    return Bands(*page_values(page, max_pixels))
 
 
 def _stacked(pages: list[Bands]) -> Bands:

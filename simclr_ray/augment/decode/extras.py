@@ -13,6 +13,7 @@ import io
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, JpegImagePlugin
 
 from .formats import (
@@ -26,7 +27,7 @@ from .formats import (
     check_size,
     reason_of,
 )
-from .metadata import ORIENTED, turn_upright
+from .metadata import ORIENTED, turn_upright, turn_values_upright
 from .rgb import ORIENTATION, WHITE_16, DeepImage, scaled_gray, to_rgb
 
 LIES_FROM = 5  # orientations in which height and width change places
@@ -144,23 +145,42 @@ def read_tiff_page(encoded: bytes, max_pixels: int) -> DeepImage | None:
     """
     try:
         tifffile = importlib.import_module("tifffile")
-        page = tifffile.TiffFile(io.BytesIO(encoded)).pages[0]
-        check_size((page.imagewidth, page.imagelength), max_pixels)
-        kind = page.photometric.name
-        if page.dtype.name not in ("uint8", "uint16") or not kind.startswith(("MINIS", "RGB")):
-            return None
-        values, top = page.asarray(), 2**page.bitspersample - 1
+        with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+            page = file.pages[0]
+            if page_problem(page):
+                return None
+            values, top = page_values(page, max_pixels)
     except ImportError:
         return None
     except (ImageError, MemoryError):
         raise
     except Exception as error:
         raise ImageError(reason_of(error)) from error
-    values = (top - values if kind == "MINISWHITE" else values).squeeze()
-    if page.planarconfig == 2 and values.ndim == 3:
-        values = values.transpose(1, 2, 0)
-    if values.ndim == 3 and values.shape[2] not in (3, 4):
-        raise ImageError(f"{values.shape[-1]} channels")
-    if values.ndim not in (2, 3):
-        raise ImageError("undecodable")
-    return DeepImage(values, top)
+    num = values.shape[2]
+    if num not in (1, 3, 4):
+        raise ImageError(f"{num} channels")
+    return DeepImage(values[..., 0] if num == 1 else values, top)
+
+
+def page_problem(page: Any) -> str:
+    """Return why a page of tifffile's has no meaning here; nothing where it has one."""
+    if page.dtype is None or page.dtype.name not in ("uint8", "uint16"):
+        return f"values of {page.dtype} have no known range"
+    kind = page.photometric.name
+    return "" if kind.startswith(("MINIS", "RGB")) else f"TIFF of {kind.lower()}"
+
+
+def page_values(page: Any, max_pixels: int) -> tuple[npt.NDArray[Any], int]:
+    """Return a page of tifffile's upright, unsigned [H, W, C], 0 is black; and its largest value.
+
+    Raises:
+        ImageError: It is too large.
+    """
+    check_size((page.imagewidth, page.imagelength), max_pixels, 1)
+    values, top = page.asarray(), 2**page.bitspersample - 1
+    if page.photometric.name == "MINISWHITE":
+        values = top - values
+    if page.planarconfig == 2 and page.samplesperpixel > 1:
+        values = np.moveaxis(values, 0, 2)
+    values = values.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+    return turn_values_upright(values, page.tags.valueof(ORIENTATION, 1)), top

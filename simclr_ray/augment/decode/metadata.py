@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from .formats import JPEG, PNG, Format
@@ -25,6 +27,20 @@ def turn_upright(image: Image.Image) -> Image.Image:
         raise
     except Exception:  # noqa: BLE001 - the pixels are whole, only what is said about them is not
         return image
+
+
+def turn_values_upright(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """Return values [H, W, C] turned as an EXIF orientation says; an unknown one says nothing."""
+    turned = {
+        2: values[:, ::-1],
+        3: values[::-1, ::-1],
+        4: values[::-1],
+        5: values.swapaxes(0, 1),
+        6: np.rot90(values, -1),
+        7: values[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(values),
+    }
+    return turned.get(orientation, values)
 
 
 def without_metadata(encoded: bytes, kind: Format | None) -> Iterator[bytes]:

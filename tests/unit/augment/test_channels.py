@@ -147,3 +147,32 @@ def test_an_evaluation_view_of_three_channels_is_that_of_each(size: int) -> None
     pixels = values(3, np.uint8).repeat(3, axis=0)
     four = np.dstack([pixels, pixels[..., :1]])
     assert np.array_equal(evaluation_view(four, size)[..., :3], evaluation_view(pixels, size))
+
+
+def header(shape: tuple[int, ...]) -> bytes:
+    """An .npy file that claims a shape and holds a few values."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        out, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    return out.getvalue() + b"x" * 40
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 5, -1), (4, -5, 3), (0, 5, 3), (2, 2, 2**62), (4, 5, 17), (2**40, 2**40, 3)]
+)
+def test_an_array_that_claims_what_it_cannot_hold_is_a_bad_image(shape: tuple[int, ...]) -> None:
+    for channels in (1, 3, 4):
+        with pytest.raises(ImageError):
+            ImageDecoder(channels=channels).decode(header(shape))
+
+
+def test_crops_of_other_channels_never_reach_the_code_for_three() -> None:
+    if not native.available():
+        return  # torch takes any
+    one = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    draws = TwoViews(8).draw_both_views(np.array([3]), 0)
+    with pytest.raises(ValueError, match=r"are not \[n, 3, S, S\]"):
+        TwoViews(8).distort(one, draws)
+    with pytest.raises(ValueError, match=r"not torch\.uint8"):
+        TwoViews(8).distort(torch.zeros(2, 3, 8, 8), draws)

@@ -42,13 +42,13 @@ def tiff(values: Any, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def packed_tiff(values: Any, order: str, photometric: int) -> bytes:
+def packed_tiff(values: Any, order: str, photometric: int, orientation: int = 1) -> bytes:
     """12 bits a value without a gap between them, as scanners and microscopes write."""
     bits = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(HEIGHT, WIDTH, 2), axis=2)
     rows = np.packbits(bits[:, :, 4:].reshape(HEIGHT, -1), axis=1).tobytes()
     tags = [
         (256, 3, WIDTH), (257, 3, HEIGHT), (258, 3, 12), (259, 3, 1), (262, 3, photometric),
-        (273, 4, 8), (277, 3, 1), (278, 3, HEIGHT), (279, 4, len(rows)),
+        (273, 4, 8), (274, 3, orientation), (277, 3, 1), (278, 3, HEIGHT), (279, 4, len(rows)),
     ]  # fmt: skip
     body = b"".join(
         struct.pack(f"{order}HHI", tag, kind, 1)
@@ -371,3 +371,37 @@ def test_any_deep_image_is_within_one_level_of_what_another_decoder_reads(seed: 
     expected = levels if channels > 1 else levels[:, :, None].repeat(3, 2)
     pixels = decode_image(encoded, white=white)
     assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+ORIENTATION = 274  # the tag; what each value asks for, as Pillow turns it
+TURNED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("kind", ["16-bit color with white", "16-bit color", "16-bit gray"])
+def test_a_deep_tiff_is_turned_as_it_says(kind: str, orientation: int) -> None:
+    values = gray(16) if kind == "16-bit gray" else color(16)
+    tag = [(ORIENTATION, "H", 1, orientation, True)]
+    encoded = tiff(values, extratags=tag)
+    upright = Image.fromarray(seen(values, 16))
+    turn = TURNED[orientation]
+    expected = np.asarray(upright if turn is None else upright.transpose(turn)).astype(int)
+    pixels = decode_image(encoded, white=65535 if "white" in kind else 0)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+def test_a_packed_tiff_that_pillow_refuses_is_turned_too() -> None:
+    packed = packed_tiff(gray(12), ">", 1)
+    plain = decode_image(packed)
+    turned = packed_tiff(gray(12), ">", 1, orientation=6)
+    np.testing.assert_array_equal(decode_image(turned), np.rot90(plain, -1))
