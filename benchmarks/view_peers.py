@@ -15,6 +15,7 @@ from PIL import Image
 Pixels = NDArray[np.uint8]
 Pair = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MEAN, _SCALE = 255 * torch.tensor(MEAN).view(3, 1, 1), 1 / (255 * torch.tensor(STD).view(3, 1, 1))
 JITTER, GRAY = 0.8, 0.2  # probabilities
 
 
@@ -160,8 +161,7 @@ def _jittered(cv2: Any, out: Pixels, factors: NDArray[np.float64], hue: float) -
 
 def _normalized(pixels: Pixels) -> torch.Tensor:
     floats = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return floats.sub_(mean).div_(std)
+    return floats.sub_(_MEAN).mul_(_SCALE)
 
 
 def _opencv_decoder() -> Callable[[bytes], Pixels]:

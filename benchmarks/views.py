@@ -88,9 +88,10 @@ def main() -> None:
 
 def decoders() -> dict[str, Make]:
     """Return what decodes and no more: what no pipeline can be faster than."""
+    installed = importlib.util.find_spec("simplejpeg") is not None
+    libraries: tuple[Library, ...] = ("pillow", "turbo") if installed else ("pillow",)
     forms: dict[str, Make] = {
-        library: partial(_each, ImageDecoder(library=library).decode)
-        for library in ("pillow", "turbo")
+        library: partial(_each, ImageDecoder(library=library).decode) for library in libraries
     }
     for name, package, build in DECODERS:
         if importlib.util.find_spec(package):

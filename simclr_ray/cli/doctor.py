@@ -28,7 +28,7 @@ from simclr_ray.cli.environment import (
 )
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
 from simclr_ray.config.imports import allow
-from simclr_ray.errors import DataError, TrackingError, last_line
+from simclr_ray.errors import ConfigError, DataError, TrackingError, last_line
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.tracking.runs import Tracker
@@ -131,7 +131,7 @@ def check_storage(storage: str) -> Finding:
 def check_auth(environment: Mapping[str, str]) -> Finding:
     """Return whether Ray's authentication is chosen, rather than left to which files exist."""
     mode = environment.get("RAY_AUTH_MODE", "")
-    remote = "RAY_ADDRESS" in environment
+    remote = bool(environment.get("RAY_ADDRESS"))
     if mode == "token" or (mode == "disabled" and not remote):
         return Finding("auth", "ok", f"RAY_AUTH_MODE={mode}")
     if mode == "disabled":
@@ -186,7 +186,7 @@ def check_tracking(uri: str, storage: str) -> Finding:
     """Return whether the MLflow store opens; an SQLite file is made where a run would make it."""
     try:
         tracker = Tracker.open(TrackingConfig(uri=uri), storage)
-    except (TrackingError, OSError) as error:
+    except (ConfigError, TrackingError, OSError) as error:
         advice = "start the server, or correct tracking.uri or $MLFLOW_TRACKING_URI"
         return Finding("mlflow", "fail", _line(error), advice)
     return Finding("mlflow", "ok", f"{without_password(tracker.uri)} opens")

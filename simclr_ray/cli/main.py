@@ -86,8 +86,6 @@ def main() -> None:
     except BrokenPipeError:  # `| head`: who reads our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except SystemExit as stop:  # of a library
-        code = stop.code if isinstance(stop.code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED_BY_USER
     except Exception as error:  # noqa: BLE001 - raised again where it is no message

@@ -108,6 +108,10 @@ class Config(pydantic.BaseModel):
         }
         return {**tree, **named}
 
+    def __hash__(self) -> int:
+        """Return a hash of the values, of which some are lists."""
+        return hash(self.model_dump_json())
+
     def canonical(self) -> Self:
         """Return the config with what has no effect at its default: equal runs, equal digests."""
         return self

@@ -72,7 +72,8 @@ def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) ->
     else:  # it has names, and the images numbers: the label is the place among the names
         classes = [str(label) for label in range(num_classes)]
     keys = {label: column.names[label] if by_name else str(label) for label in present}
-    unknown = [key for key in keys.values() if key not in classes]
+    names_there = set(classes)
+    unknown = [key for key in keys.values() if key not in names_there]
     if unknown:
         shown = counted(len(unknown), "class", "classes")
         raise DataError(

@@ -199,10 +199,11 @@ def number_classes(
         nameless = [uri for uri, has_names in zip(uris, named, strict=True) if not has_names]
         said = [f"{', '.join(nameless)} has no names of classes: labels are compared as numbers"]
     first = list(dict.fromkeys(keys[0].values()))
-    classes = dict.fromkeys(first)
+    ours, classes = set(first), dict.fromkeys(first)
     for uri, theirs in zip(uris[1:], keys[1:], strict=True):
-        missing = [key for key in first if key not in theirs.values()]
-        alone = [key for key in theirs.values() if key not in first]
+        others = set(theirs.values())
+        missing = [key for key in first if key not in others]
+        alone = [key for key in theirs.values() if key not in ours]
         said += [f"{uri} has no {_shown(missing)}"] if missing else []
         said += [f"{uris[0]} has no {_shown(alone)}, which {uri} has"] if alone else []
         classes |= dict.fromkeys(theirs.values())

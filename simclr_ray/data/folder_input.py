@@ -24,6 +24,7 @@ from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
 from simclr_ray.data.grouping import cut_between_groups, grouped_order
 from simclr_ray.data.items import Item, ShardTask, cut, shuffled
 from simclr_ray.data.listing import left_out_line, list_images
+from simclr_ray.data.shards import check_group_sizes
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, open_whole
 
@@ -106,6 +107,7 @@ class FolderInput:
         if self.groups:
             folders = [name.rpartition("/")[0] or None for name in self.names]
             order, groups = grouped_order(pa.chunked_array([pa.array(folders, pa.string())]), seed)
+            check_group_sizes(groups)
             runs = cut_between_groups(groups, rows_per_shard)
             pieces = [order[first:last] for first, last in runs]
         return [

@@ -240,7 +240,8 @@ def _check_column(source: Source) -> pa.DataType:
     """Return the type of the group column, or raise `DataError` where a file has none that can."""
     name = source.columns.group
     kind: pa.DataType = pa.null()
-    for path in source.files:
+    # of a prepared set all files have one schema
+    for path in source.files[:1] if source.index else source.files:
         footer: pq.FileMetaData = cached_footer(source.uri, path, source.fingerprint)
         schema = footer.schema.to_arrow_schema()
         at = schema.get_field_index(name)
@@ -267,8 +268,7 @@ def _parts(source: Source) -> Iterator[pa.ChunkedArray]:
         for group in source.row_groups:
             yield whole.slice(group.first_row, group.num_rows)
         return
-    for group in source.row_groups:
-        yield source.read_column(group, name)
+    yield from source.read_columns(name)
 
 
 def _plain(column: pa.ChunkedArray, source: Source) -> pa.ChunkedArray:

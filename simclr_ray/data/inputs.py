@@ -27,7 +27,7 @@ from simclr_ray.data.grouping import cut_between_groups, grouped_order
 from simclr_ray.data.image_groups import group_column, group_kind
 from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
 from simclr_ray.data.listing import all_parquet, part_split
-from simclr_ray.data.shards import MAX_IMAGES_OF_A_GROUP, GroupKind, too_large
+from simclr_ray.data.shards import GroupKind, check_group_sizes
 from simclr_ray.data.source import Source
 from simclr_ray.data.splits import choose_split, splits_in, usual_name
 from simclr_ray.data.tar_input import TarInput, find_tars
@@ -127,9 +127,7 @@ class ParquetInput:
     def _parts_of_groups(self, rows_per_shard: int, seed: int) -> list[ShardTask]:
         names = group_column(self.source)
         order, groups = grouped_order(names, seed)
-        most = int(np.bincount(groups).max())
-        if most > MAX_IMAGES_OF_A_GROUP:
-            raise DataError(too_large(f"of {most:,} images"))
+        check_group_sizes(groups)
         runs = cut_between_groups(groups, self._rows_of_a_shard(rows_per_shard))
         pieces = [order[first:last] for first, last in runs]
         return [ParquetTask(self.source, rows, names.take(rows).to_pylist()) for rows in pieces]

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +96,22 @@ class Looked:
         """Rows whose image can be used, ascending."""
         return np.flatnonzero(self.sizes[:, 0])
 
+    @cached_property
+    def is_flat(self) -> npt.NDArray[np.bool_]:
+        """Which images are of one color, bool [M]; those that cannot be used are."""
+        return flat(self.thumbnails)
+
+    @cached_property
+    def compared(self) -> Int64s:
+        """Rows that are compared: usable, of no single color, the first of their pixels."""
+        seen: set[bytes] = set()
+        first = []
+        for row in self.usable.tolist():
+            if not self.is_flat[row] and self.pixels[row] not in seen:
+                first.append(row)
+            seen.add(self.pixels[row])
+        return np.array(first, np.int64)
+
     @property
     def channels(self) -> list[ChannelRange]:
         """Ranges of the channels; empty without usable images."""
@@ -170,7 +186,7 @@ def inspect_all(
     if duplicates:
         same = [_copies(looked, rows, 0.0) for rows in same_digests(looked.pixels)]
         near, num_crowded = _near(looked, tell)
-    num_flat = int(flat(looked.thumbnails[looked.usable]).sum())
+    num_flat = int(looked.is_flat[looked.usable].sum())
     leaks = _leaks(looked, look(against, decoder, tell, names[1]), tell) if against else None
     return Inspection(looked, deep, duplicates, same, near, num_flat, num_crowded, leaks)
 
@@ -269,20 +285,8 @@ def _copies(looked: Looked, rows: Int64s, misfit: float) -> Copies:
     return Copies(rows.tolist(), misfit, len(encoded) == 1, len(labels) > 1)
 
 
-def _compared(looked: Looked) -> Int64s:
-    """Return the rows that are compared: usable, of no single color, the first of their pixels."""
-    usable = looked.usable
-    seen: set[bytes] = set()
-    first = []
-    for row, is_flat in zip(usable.tolist(), flat(looked.thumbnails[usable]), strict=True):
-        if not is_flat and looked.pixels[row] not in seen:
-            first.append(row)
-        seen.add(looked.pixels[row])
-    return np.array(first, np.int64)
-
-
 def _near(looked: Looked, tell: OnProgress) -> tuple[list[Copies], int]:
-    rows = _compared(looked)
+    rows = looked.compared
     copies = near_copies(
         looked.thumbnails[rows],
         looked.sizes[rows].min(1),
@@ -306,10 +310,9 @@ def _leaks(looked: Looked, other: Looked, tell: OnProgress) -> Leaks:
         for row, digest in enumerate(other.pixels)
         if digest in row_of
     }
-    queries = [row for row in other.usable.tolist() if row not in same]
-    is_flat = flat(other.thumbnails[queries])
-    queries = [row for row, one_color in zip(queries, is_flat, strict=True) if not one_color]
-    rows = _compared(looked)
+    usable = other.usable.tolist()
+    queries = [row for row in usable if row not in same and not other.is_flat[row]]
+    rows = looked.compared
     if not len(rows) or not queries:
         return Leaks(other, list(same.values()), 0)
     copies = near_copies(

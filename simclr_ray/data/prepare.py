@@ -31,6 +31,7 @@ from simclr_ray.data.footer import INDEX, MANIFEST
 from simclr_ray.data.image_groups import group_column, groups_of, open_grouped
 from simclr_ray.data.inputs import groups_of_input, open_input
 from simclr_ray.data.items import Input
+from simclr_ray.data.listing import part_split
 from simclr_ray.data.ray_tasks import run_tasks
 from simclr_ray.data.regroup import FOLDER as REGROUPED
 from simclr_ray.data.regroup import bring_together
@@ -207,7 +208,7 @@ class _Limit:
 
 def _check_apart(kind_or_path: str, out: str) -> None:
     """Refuse an output inside its input, or the other way round: a rerun would read itself."""
-    folder, origin = filesystem(out)[1], filesystem(kind_or_path)[1]
+    folder, origin = filesystem(out)[1], part_split(*filesystem(kind_or_path))[0]
     if folder == origin and kind_or_path != "shapes":
         raise DataError(f"{out} is the input; prepare into a folder of its own")
     if "://" not in kind_or_path and not Path(origin).exists():
@@ -234,7 +235,8 @@ def _finished(
             reports[shard.index] = report
     if len(reports) < len(shards) and MANIFEST in present:
         fs.delete_file(present.pop(MANIFEST))  # what it says is true no more
-    others = [name for name in parquet if name not in {shard_name(i) for i in reports}]
+    finished = {shard_name(index) for index in reports}
+    others = [name for name in parquet if name not in finished]
     if not others:
         return reports
     foreign = [name for name in others if not name.startswith("part-")]
@@ -302,11 +304,13 @@ def _write_manifest(
     plan: str,
     reports: Sequence[ShardReport],
 ) -> Manifest:
-    source, sizes = Source.open(out), None
+    groups = None
     if groups_of_input(given):
         source = open_grouped(out, ColumnsConfig(group=GROUP_COLUMN))
         each = groups_of(source).sizes
-        sizes = GroupSizes(len(each), int(each.min()), int(each.max()))
+        groups = GroupSizes(len(each), int(each.min()), int(each.max()))
+    else:
+        source = Source.open(out)
     if source.has_ids:
         _write_index(fs, f"{folder}/{INDEX}", source)
     manifest = Manifest(
@@ -321,10 +325,10 @@ def _write_manifest(
         has_index=source.has_ids,
         libraries={"python": platform.python_version()} | versions_of(LIBRARIES),
         sizes=_sizes(reports),
-        groups=sizes,
+        groups=groups,
     )
     tree = asdict(manifest) | {"rejected": [r._asdict() for r in manifest.rejected]}
-    tree["groups"] = sizes._asdict() if sizes else None
+    tree["groups"] = groups._asdict() if groups else None
     write_text_whole(fs, f"{folder}/{MANIFEST}", json.dumps(tree, indent=2) + "\n")
     return manifest
 
@@ -354,13 +358,13 @@ def _write_index(fs: pafs.FileSystem, path: str, source: Source) -> None:
 
 
 def _read_manifest(fs: pafs.FileSystem, folder: str, plan: str) -> Manifest | None:
-    """Return the manifest, if it is of this version and (unless empty) of this plan."""
+    """Return the manifest, if it is of this version and of this plan."""
     path = f"{folder}/{MANIFEST}"
     if fs.get_file_info(path).type != pafs.FileType.File:
         return None
     with fs.open_input_file(path) as stream:
         tree = json.loads(stream.read())
-    if tree.get("schema_version") != SCHEMA_VERSION or (plan and tree.get("plan") != plan):
+    if tree.get("schema_version") != SCHEMA_VERSION or tree.get("plan") != plan:
         return None
     tree["class_names"] = tuple(tree["class_names"])
     tree["rejected"] = tuple(Rejected(**row) for row in tree["rejected"])

@@ -12,12 +12,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.augment.decode import ImageError, image_size
-from simclr_ray.data.classes import NO_LABEL
+from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.columns import GROUP_COLUMN, PATH_COLUMN
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.errors import DataError
@@ -145,7 +146,14 @@ def schema_of(groups: GroupKind) -> pa.Schema:
     return SCHEMA.append(pa.field(GROUP_COLUMN, pa.int64() if groups == "int64" else pa.string()))
 
 
-def too_large(group: str) -> str:
+def check_group_sizes(groups: Int64s) -> None:
+    """Raise `DataError` where a group of rows, int64 [m], has more than a row group may hold."""
+    most = int(np.bincount(groups).max())
+    if most > MAX_IMAGES_OF_A_GROUP:
+        raise DataError(_too_large(f"of {most:,} images"))
+
+
+def _too_large(group: str) -> str:
     """Return the sentence that refuses a group."""
     return (
         f"group {group} has more than {MAX_IMAGES_OF_A_GROUP:,} images or "
@@ -204,7 +212,7 @@ class _Groups:
         if len(self._open) > MAX_IMAGES_OF_A_GROUP or (
             len(self._open) > 1 and self._open_bytes > MAX_BYTES_OF_A_GROUP
         ):
-            raise DataError(too_large(f"{item.group!r}"))
+            raise DataError(_too_large(f"{item.group!r}"))
 
     def finish(self) -> None:
         """Write what is left."""

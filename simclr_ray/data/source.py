@@ -8,8 +8,10 @@ they are the ids (design, load-bearing 2). pyarrow only; Ray is not needed to re
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -37,7 +39,7 @@ from simclr_ray.data.footer import (
     fingerprint_of,
     read_footers,
 )
-from simclr_ray.data.listing import list_parquet
+from simclr_ray.data.listing import REMOTE_THREADS, list_parquet
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
 
@@ -242,7 +244,7 @@ class Source:
         if self.index:
             column = self.read_index(self.label.name)
             return self.label.read(column, 0, self.index)
-        parts = zip(self._parts(self.label.name), self.row_groups, strict=True)
+        parts = zip(self.read_columns(self.label.name), self.row_groups, strict=True)
         return np.concatenate(
             [self.label.read(part, g.file, self.files[g.file]) for part, g in parts]
         )
@@ -268,7 +270,7 @@ class Source:
         if self.index:
             return _integers(self.read_index(self.columns.id), self.index, self.columns.id)
         name = self.columns.id
-        parts = zip(self._parts(name), self.row_groups, strict=True)
+        parts = zip(self.read_columns(name), self.row_groups, strict=True)
         return np.concatenate([_integers(part, self.files[g.file], name) for part, g in parts])
 
     def _wanted(self, *, labels: bool = True) -> list[str]:
@@ -281,9 +283,11 @@ class Source:
             wanted.append(PATH_COLUMN)
         return list(dict.fromkeys(wanted))
 
-    def _parts(self, name: str) -> list[pa.ChunkedArray]:
-        """Return a column of each row group."""
-        return [self.read_column(group, name) for group in self.row_groups]
+    def read_columns(self, name: str) -> list[pa.ChunkedArray]:
+        """Return a column of each row group; of a bucket many at a time."""
+        threads = 1 if is_local(filesystem(self.uri)[0]) else REMOTE_THREADS
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(functools.partial(self.read_column, name=name), self.row_groups))
 
     def read_column(self, group: RowGroup, name: str) -> pa.ChunkedArray:
         """Return a column of a row group. Raises `DataError` as `read_group`."""
@@ -351,7 +355,9 @@ def _columns_read(source: Source, footers: Sequence[Footer]) -> tuple[LabelColum
     """Return how labels are read, why there are none, and why the ids are no keys."""
     key = (source.uri, source.fingerprint, source.columns.group)
     if key not in _COLUMNS_READ:
-        label, why = find_label_column(footers, source.columns, source.num_rows, source._parts)
+        label, why = find_label_column(
+            footers, source.columns, source.num_rows, source.read_columns
+        )
         # of a prepared set `prepare` has seen to it
         no_keys = "" if source.index or not source.has_ids else _why_no_keys(source)
         _COLUMNS_READ[key] = label, why, no_keys
@@ -379,7 +385,7 @@ def _without_ids(source: Source, why: str) -> Source:
 def _why_no_keys(source: Source) -> str:
     """Return why the id column, which is read, does not tell rows apart; nothing where it does."""
     name = source.columns.id
-    parts = source._parts(name)
+    parts = source.read_columns(name)
     nulls = sum(part.null_count for part in parts)
     if nulls:
         return f"{source.num_rows:,} rows, {nulls:,} of them null"

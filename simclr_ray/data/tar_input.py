@@ -106,7 +106,8 @@ def find_tars(kind_or_path: str) -> list[TarShard]:
     if "{" in kind_or_path and not Path(kind_or_path).expanduser().exists():
         uris = expand_braces(kind_or_path)
         places = [(uri, *filesystem(uri)) for uri in uris]
-        infos = [fs.get_file_info(path) for _, fs, path in places]
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+            infos = list(pool.map(lambda place: place[1].get_file_info(place[2]), places))
         gone = [u for u, info in zip(uris, infos, strict=True) if info.type != pafs.FileType.File]
         if gone:
             are = f"{len(gone)} of {counted(len(uris), 'file')}"
@@ -267,7 +268,7 @@ def _choose_labels(
     values = [row.labels[at] for row in rows]
     nothing = sum(value is None for value in values)
     if nothing:
-        log.warning("%s: %s of %d no label", uri, counted(nothing, "image"), len(rows))
+        log.warning("%s: %s of %d without a label", uri, counted(nothing, "image"), len(rows))
     texts = [value for value in values if isinstance(value, str)]
     if not texts:
         return [v if isinstance(v, int) and v >= 0 else NO_LABEL for v in values], ()

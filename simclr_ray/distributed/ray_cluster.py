@@ -31,6 +31,7 @@ QUIET = {
     "idle_worker_killing_time_threshold_ms": 30_000,
 }
 KNOCK_TIMEOUT_S: Final = 10.0
+PORTS = 2**16
 HTTP2_SETTINGS: Final = 4  # type of a frame
 HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of its own
@@ -129,7 +130,7 @@ def _join(address: str, code: dict[str, Any] | None) -> None:
 def _knock(address: str) -> None:
     try:
         knock(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise _no_answer(address) from error
 
 
@@ -158,6 +159,8 @@ def knock(address: str) -> None:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdigit():
         return
+    if int(port) >= PORTS:  # the system would take it modulo that, and knock elsewhere
+        raise ConnectionError(f"{address}: there is no such port")
     with socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S) as stream:
         if os.environ.get("RAY_USE_TLS", "0") != "0":
             return

@@ -107,15 +107,18 @@ def set_recompute(encoder: nn.Module, *, recompute: bool) -> None:
     """Have an encoder's blocks run again in the backward pass, or not.
 
     Raises:
-        ConfigError: It is asked for and the encoder has no `recompute`, or it is timm's and has
-            batch norm, whose statistics would move again in the backward pass.
+        ConfigError: It is asked for and the encoder has no `recompute`, or it is timm's and cannot,
+            or has batch norm, whose statistics would move again in the backward pass.
     """
     if hasattr(encoder, "recompute"):
         encoder.recompute = recompute  # type: ignore[assignment] # a plain attribute
     elif recompute and (switch := getattr(encoder, "set_grad_checkpointing", None)):
         if any(isinstance(m, GlobalBatchNorm) for m in encoder.modules()):
             raise _issue("scaling.recompute_activations is not for timm's models with batch norm")
-        switch()
+        try:
+            switch()
+        except AssertionError as error:  # timm's way to say that a model cannot
+            raise _issue(f"scaling.recompute_activations: {error}") from error
     elif recompute:
         raise _issue("has no attribute `recompute`, by which scaling.recompute_activations is set")
 
@@ -194,10 +197,10 @@ def freeze_patch_embedding(encoder: nn.Module) -> None:
     """Leave an encoder's patch-wise first layer as it is, in place (MoCo v3, arXiv:2104.02057).
 
     Raises:
-        ConfigError: Its first convolution is none whose patches do not overlap.
+        ConfigError: It has no convolution, or the patches of the first overlap.
     """
-    first = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None or tuple(first.kernel_size) != tuple(first.stride):
+    _, first = first_convolution(encoder)
+    if tuple(first.kernel_size) != tuple(first.stride):
         problem = "the encoder does not begin with patches that do not overlap"
         raise ConfigError([ConfigIssue("encoder.freeze_patch_embedding", problem)])
     first.requires_grad_(requires_grad=False)

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from simclr_ray.config.wording import counted
 from simclr_ray.errors import CheckpointError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.weight_names import StateDict, readings
@@ -212,14 +213,26 @@ def fold_input(
         deviation: Likewise.
 
     Raises:
-        CheckpointError: Its first convolution has no bias and no batch norm that could take it.
+        CheckpointError: The mean is of other channels, or nothing could take it: there is no
+            convolution, or the first has no bias and no batch norm.
     """
     if not any(mean) and all(d == 1 for d in deviation):
         return
     modules = list(encoder.named_modules())
-    index = next(i for i, (_, m) in enumerate(modules) if isinstance(m, nn.Conv2d))
+    index = next((i for i, (_, m) in enumerate(modules) if isinstance(m, nn.Conv2d)), None)
+    if index is None:
+        raise CheckpointError(
+            "has no convolution to take the mean of images into; say init.mean=[0,0,0] "
+            "init.std=[1,1,1] for weights of images that were not shifted"
+        )
     convolution = modules[index][0]
     name, bias = f"{convolution}.weight", f"{convolution}.bias"
+    channels = tensors[name].shape[1]
+    if len(mean) != channels:
+        raise CheckpointError(
+            f"takes images of {counted(channels, 'channel')}, and the mean of images is of "
+            f"{len(mean)}; say init.mean and init.std, one number a channel"
+        )
     weight = tensors[name] / torch.tensor(deviation)[:, None, None]
     shift = (weight * torch.tensor(mean)[:, None, None]).sum((1, 2, 3))
     norm = f"{modules[index + 1][0]}.running_mean" if index + 1 < len(modules) else ""

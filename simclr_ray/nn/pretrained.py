@@ -22,7 +22,7 @@ from simclr_ray.config.imports import permit_code
 from simclr_ray.config.moves import relocated_run
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.nn.build import SimCLRModel, build_model
-from simclr_ray.nn.encoders import family_of
+from simclr_ray.nn.encoders import RGB, family_of
 from simclr_ray.nn.foreign_weights import DEVIATION, MEAN, fit, fold_input
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
@@ -218,7 +218,9 @@ def _folder_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ..
         if (folder / name).is_file():
             tree = json.loads((folder / name).read_text(encoding="utf-8"))
             tree = tree.get("pretrained_cfg", tree)
-            if tree.get("do_normalize", True) and all(key in tree for key in keys):
+            if not tree.get("do_normalize", True):
+                return (0.0,) * RGB, (1.0,) * RGB
+            if all(key in tree for key in keys):
                 mean, std = (tuple(map(float, tree[key])) for key in keys)
                 return mean, std
     return None

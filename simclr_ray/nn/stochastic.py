@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -26,6 +26,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 LOW: Final = 0xFFFFFFFF
 # A word of the key is the stream in 8 bits, the view in 8, the layer in 16.
 VIEW_SHIFT, LAYER_SHIFT, MAX_LAYERS = 8, 16, 2**16
+USE_SHIFT: Final = 28  # above the blocks of words of one use
 WHOLE_BATCH: Final = -1  # the id by which a layer draws once for all images
 
 
@@ -51,16 +52,18 @@ class Rows(NamedTuple):
         return cls(seed, step, ids.repeat(num_views), views)
 
 
-def keyed_words(rows: Rows, layer: int, num: int) -> Tensor:
+def keyed_words(rows: Rows, layer: int, num: int, use: int = 0) -> Tensor:
     """Return `num` 32-bit words for each row, as `augment.philox` makes them: int64 [m, num].
 
     Args:
         rows: Images that pass.
         layer: Number of the layer, below 2¹⁶.
-        num: Words a row, at most 2³⁴.
+        num: Words a row, at most 2³⁰.
+        use: How often the layer has drawn for these rows before.
     """
     ids = rows.ids[:, None]
     c2 = torch.arange(-(-num // 4), device=ids.device)[None]  # [1, blocks]
+    c2 = c2 + ((use << USE_SHIFT) & LOW)
     c0, c1, c3 = ids & LOW, (ids >> 32) & LOW, torch.full_like(c2, rows.step)
     k0 = rows.seed
     k1 = ((rows.views << VIEW_SHIFT) + STREAMS["layers"] + (layer << LAYER_SHIFT))[:, None]
@@ -91,12 +94,15 @@ class KeyedLayer(nn.Module, ABC):
     Attributes:
         rows: Whose images pass, set by `draw_for`; it holds until the next, since activation
             checkpointing runs the layer again within the backward pass.
+        uses: How often it has drawn since: in the forward pass, and again within the backward pass.
+            A layer may stand in two branches, as torchvision's Swin has it, and draws for each.
     """
 
     def __init__(self, p: float, layer: int) -> None:
         super().__init__()
         self.p, self.layer = p, layer
         self.rows: Rows | None = None
+        self.uses = [0, 0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [k·m, ...], what is dropped at 0, while training; else x itself.
@@ -123,7 +129,10 @@ class KeyedLayer(nn.Module, ABC):
 
     def kept(self, rows: Rows, num: int, dtype: torch.dtype, *, scaled: bool = True) -> Tensor:
         """Return 1/(1 − p) where a number is kept and 0 where it is not: [m, num]."""
-        kept = keyed_words(rows, self.layer, num) >= round(self.p * 2**32)
+        # as torch.utils.checkpoint asks whether it recomputes
+        again = torch._C._current_graph_task_id() != -1
+        use, self.uses[again] = self.uses[again], self.uses[again] + 1
+        kept = keyed_words(rows, self.layer, num, use) >= round(self.p * 2**32)
         return kept.to(dtype).mul_(1.0 / (1.0 - self.p) if scaled and self.p < 1 else 1.0)
 
     def extra_repr(self) -> str:
@@ -220,16 +229,15 @@ def _class_of(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-def draw_for(model: nn.Module, rows: Rows | None) -> None:
-    """Have the keyed layers of `model` draw for these rows from now on; None: as torch does."""
-    for module in model.modules():
-        if isinstance(module, KeyedLayer):
-            module.rows = rows
+def keyed_layers(model: nn.Module) -> list[KeyedLayer]:
+    """Return the keyed layers of a model."""
+    return [module for module in model.modules() if isinstance(module, KeyedLayer)]
 
 
-def draws_in(model: nn.Module) -> bool:
-    """Return whether `model` has a keyed layer."""
-    return any(isinstance(module, KeyedLayer) for module in model.modules())
+def draw_for(layers: Iterable[KeyedLayer], rows: Rows | None) -> None:
+    """Have keyed layers draw for these rows from now on; None: as torch does."""
+    for layer in layers:
+        layer.rows, layer.uses = rows, [0, 0]
 
 
 def first_unkeyed_draw(encoder: nn.Module, images: Tensor) -> str:
@@ -242,12 +250,12 @@ def first_unkeyed_draw(encoder: nn.Module, images: Tensor) -> str:
     rows = Rows(0, 0, torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64))
     drawing: list[str] = []
     training = encoder.training
-    draw_for(encoder, rows)
+    draw_for(keyed_layers(encoder), rows)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _watched(encoder, drawing):
             encoder.train()(images)
     finally:
-        draw_for(encoder, None)
+        draw_for(keyed_layers(encoder), None)
         encoder.train(training)
     return drawing[0] if drawing else ""
 
@@ -293,7 +301,7 @@ def check_draws(encoder: nn.Module, images: Tensor) -> None:
             "set that probability to 0"
         )
         raise ConfigError([ConfigIssue("encoder", problem)])
-    if draws_in(encoder) and not _draws_by_image(encoder, images):
+    if keyed_layers(encoder) and not _draws_by_image(encoder, images):
         problem = (
             "its dropout or stochastic depth sees rows that are not one image after the other, so "
             "that masks would depend on the number of workers; set that probability to 0"
@@ -311,10 +319,10 @@ def _draws_by_image(encoder: nn.Module, images: Tensor) -> bool:
     try:
         outputs = []
         for order in (ids, ids.flip(0)):
-            draw_for(encoder, Rows(0, 0, order, torch.zeros_like(order)))
+            draw_for(keyed_layers(encoder), Rows(0, 0, order, torch.zeros_like(order)))
             outputs.append(encoder(images[order])[order])
     finally:
-        draw_for(encoder, None)
+        draw_for(keyed_layers(encoder), None)
         encoder.train(training)
     first, second = outputs
     return torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max()))

@@ -84,7 +84,10 @@ class TimmFamily(EncoderFamily[TimmConfig]):
         """Return position embeddings by timm's own rule; tokens before the grid stay."""
         if name != "pos_embed" or tensor.ndim != 3 or tensor.shape[2] != like.shape[2]:
             return super().resized(encoder, name, tensor, like)
-        rows, columns = encoder.get_submodule("patch_embed").grid_size  # type: ignore[misc] # two ints
+        grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
+        if grid is None:  # positions of another kind, as Hiera's
+            return super().resized(encoder, name, tensor, like)
+        rows, columns = grid
         tokens = like.shape[1] - rows * columns
         if math.isqrt(max(0, tensor.shape[1] - tokens)) ** 2 + tokens != tensor.shape[1]:
             return None

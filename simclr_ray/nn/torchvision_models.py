@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Final
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_ray import config as cfg
@@ -73,12 +72,14 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
         """Return position embeddings by torchvision's own rule, the class token left as it is."""
         if not name.endswith("pos_embedding") or tensor.ndim != 3:
             return super().resized(encoder, name, tensor, like)
-        old, new = (math.isqrt(t.shape[1] - 1) for t in (tensor, like))
+        old, new = (math.isqrt(t.shape[1] - 1) for t in (tensor, like))  # sides, in patches
         if tensor.shape[2] != like.shape[2] or old**2 + 1 != tensor.shape[1]:
             return None
-        grid = tensor[:, 1:].reshape(len(tensor), old, old, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=True)
-        return torch.cat([tensor[:, :1], grid.flatten(2).mT], 1)
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        key = "encoder.pos_embedding"
+        resampled: Tensor = interpolate_embeddings(new, 1, OrderedDict({key: tensor}))[key]
+        return resampled
 
 
 def _issue(problem: str, key: str = "model") -> ConfigError:

@@ -6,6 +6,7 @@ place. A store that is elsewhere, or a server, is named as it is.
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def read_uri(stored: str, folder: RunFolder, config_file: str, runs: str = "") -
     return relocated_path(stored, move) if move else stored
 
 
+@functools.lru_cache(maxsize=16)  # a study's is asked for with each of its outcomes
 def _storage_in(text: str) -> str:
     tree: Any = cfg.parse_yaml(text)
     storage = tree.get("storage") if isinstance(tree, dict) else None

@@ -61,11 +61,10 @@ def run_study(study: Study, *, command: str = "") -> StudyFolder:
     digest = digest_of_study(study, base)
     fingerprints = check_startable(study, trials)
     folder.withdraw_stop()
-    Tracker.open(base.tracking, base.storage)  # what it refuses, it refuses before Ray starts
+    tracker = Tracker.open(base.tracking, base.storage)  # refuses before Ray starts
     at_a_time = start_cluster(study, trials)
     with folder.files.lock(LOOKED_AT_S):
         folder.write_definition(study, base, digest)
-        tracker = Tracker.open(base.tracking, base.storage)
         parent = _parent_run(study, folder, tracker)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
         try:
@@ -110,8 +109,10 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
         problem = "optuna is not installed: pip install 'simclr-ray[search]'"
         raise ConfigError([ConfigIssue("search.name", problem)])
     check_labels(study, trials)
-    for trial in trials:
-        check_machine(trial.experiment, _copies(study, _largest(trials)))
+    copies = _copies(study, _largest(trials))
+    placed = {repr((t.experiment.scaling, t.experiment.evaluation)): t for t in trials}
+    for trial in placed.values():  # each asks the cluster
+        check_machine(trial.experiment, copies)
     return _checked_images(folder, base)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from simclr_ray.errors import TrackingError
+from simclr_ray.errors import ConfigError, TrackingError
 from simclr_ray.tracking import moved, store
 
 if TYPE_CHECKING:
@@ -147,7 +147,10 @@ class TrackedRun:
         Raises:
             TrackingError: There is no such store or run, or the store refuses.
         """
-        store.check_there(uri)
+        try:
+            store.check_there(uri)
+        except ConfigError as error:  # a run is worth more than its store: callers go on without
+            raise TrackingError(str(error)) from error
         moved.settle(uri)
         with door(f"find run {run_id}", uri) as client:
             experiment_id = client.get_run(run_id).info.experiment_id

@@ -13,13 +13,11 @@ from simclr_ray.config.imports import ImportConfig, imports_in, is_installed
 from simclr_ray.config.wording import counted
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.image_groups import groups_line
-from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
 from simclr_ray.nn.pretrained import weight_files
 from simclr_ray.optim import state_per_parameter
-from simclr_ray.storage.filesystem import one_line
 from simclr_ray.train.advice import advise_before_start, memory_advice
 from simclr_ray.train.imports import export_problem
 from simclr_ray.train.resolve import ResolvedExperiment, init_line
@@ -100,10 +98,7 @@ def step_memory(experiment: Experiment) -> StepMemory:
     """Return the memory of one training step, counted on a pass over shapes alone.
 
     Activations are the distinct tensors that autograd saves, which is what a step holds at its
-    peak, allocator slack aside.
-
-    Raises:
-        ConfigError: The encoder takes no views of that size.
+    peak, allocator slack aside. That the encoder takes the size, `resolve` has seen.
     """
     with _counting_device(experiment):
         model = build_model(experiment).to(DTYPES[experiment.precision])
@@ -122,11 +117,7 @@ def step_memory(experiment: Experiment) -> StepMemory:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        try:
-            _, z = model.train()(images)
-        except RuntimeError as error:
-            issue = ConfigIssue("augment.size", _size_problem(experiment, error))
-            raise ConfigError([issue]) from error
+        _, z = model.train()(images)
     largest = max(experiment.local_batch_size(r) for r in range(experiment.scaling.num_workers))
     n = -(-largest // experiment.num_groups)
     halved = 2 if experiment.precision == "bf16" else 1
@@ -141,11 +132,6 @@ def step_memory(experiment: Experiment) -> StepMemory:
         loss=2 * gathered + 3 * tile,
         images=n,
     )
-
-
-def _size_problem(experiment: Experiment, error: RuntimeError) -> str:
-    name = getattr(experiment.encoder, "model", experiment.encoder.name)
-    return f"{name} takes no views of {experiment.augment.size} px: {one_line(error)}"
 
 
 def _counting_device(experiment: Experiment) -> torch.device:

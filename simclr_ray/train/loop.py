@@ -32,7 +32,7 @@ times. It runs alone, under torchrun (benchmarks/step.py), and under Ray Train (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -45,7 +45,7 @@ from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn.batchnorm import frozen_statistics
 from simclr_ray.nn.losses import Loss
 from simclr_ray.nn.precision import Precision, as_input, autocast
-from simclr_ray.nn.stochastic import Rows, draw_for
+from simclr_ray.nn.stochastic import KeyedLayer, Rows, draw_for, keyed_layers
 from simclr_ray.optim import clip_gradients
 from simclr_ray.train.gradient_cache import averaging_over_ranks, group_rows
 from simclr_ray.train.meter import Metrics, StepMeter
@@ -121,6 +121,7 @@ def train(
     # where this rank's images lie in the global batch, over whose places the groups are spread
     first, last = dist.partition(schedule.global_batch_size, dist.rank(), dist.world_size())
     groups = group_rows(last - first, first, num_groups)
+    layers = keyed_layers(model)
     model.train()
     for batch in meter.timed(stream):
         for group in optimizer.param_groups:
@@ -129,6 +130,7 @@ def train(
         forward = partial(
             forward_views, model, batch,
             one_view=loss.one_view, precision=precision, seed=seed, num_groups=num_groups,
+            layers=layers,
         )  # fmt: skip
         if num_groups == 1:
             output = plain_step(forward, partial(loss, labels=labels))
@@ -156,7 +158,7 @@ def train(
             meter.check_finite(done)
             callbacks.checkpoint(done)
             meter.restart()
-    draw_for(model, None)
+    draw_for(layers, None)
 
 
 def plain_step(forward: Forward, loss: LossOfViews) -> StepOutput:
@@ -211,6 +213,7 @@ def forward_views(
     precision: Precision,
     seed: int,
     num_groups: int,
+    layers: Sequence[KeyedLayer],
 ) -> tuple[Tensor, Tensor]:
     """Return z1, z2 [m, D] of some rows of a batch: the same numbers each time it is called.
 
@@ -226,13 +229,16 @@ def forward_views(
         precision: Same as `train`.
         seed: Same as `train`.
         num_groups: Same as `train`.
+        layers: Of the model, those that draw by image.
     """
     views = [batch.a] if one_view else [batch.a, batch.b]
     images = torch.cat([view[rows] for view in views])  # uint8 [2m, 3, S, S]
     device = next(model.parameters()).device
-    # dropout of the keyed layers, by image; whatever else a model draws is the same in a second
-    # pass, and in a resumed run of as many ranks and groups
-    draw_for(model, Rows.of_views(seed, batch.step, batch.ids[rows].to(device), len(views)))
+    if layers:
+        ids = batch.ids[rows].to(device, non_blocking=True)
+        draw_for(layers, Rows.of_views(seed, batch.step, ids, len(views)))
+    # whatever else a model draws is the same in a second pass, and in a resumed run of as many
+    # ranks and groups
     turn = batch.step * dist.world_size() + dist.rank()
     torch.manual_seed((seed << 32) + turn * num_groups + group)
     with autocast(device, precision):  # bf16 has float32's range, so no loss is scaled

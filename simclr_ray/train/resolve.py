@@ -214,8 +214,8 @@ def resolve_classes(experiment: Experiment, source: Source) -> tuple[Experiment,
     head = experiment.classifier
     if head is None:
         return experiment, source
-    labels = source.labels()
-    if labels.max() >= head.num_classes or not head.num_classes:  # else K is chosen, gaps and all
+    labels = source.labels() if head.num_classes else None  # K is chosen: gaps and all
+    if labels is None or labels.max() >= head.num_classes:
         (source,) = align_labels(source)
         labels = source.labels()
     if (labels == NO_LABEL).any() or labels.min() < 0:

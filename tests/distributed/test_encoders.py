@@ -14,7 +14,7 @@ import torch
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.build import build_model
-from simclr_ray.nn.stochastic import draws_in
+from simclr_ray.nn.stochastic import keyed_layers
 from simclr_ray.storage import checkpoint
 from simclr_ray.train.encoder_check import check_encoder
 from tests.distributed.encoder_ranks import (
@@ -100,7 +100,7 @@ def test_the_check_sees_what_is_dropped() -> None:
     for name in CASES:
         check_encoder(case(name))  # which refuses what draws otherwise
     for name in ("vit", "convnext", "swin", "mobilenet of timm"):
-        assert draws_in(build_model(case(name))), name
+        assert keyed_layers(build_model(case(name))), name
     tree = CASES["vit"]
     still = {**tree, "options": {**tree["options"], **dict.fromkeys(DROPS, 0.0)}}
     first = train_steps(0, experiment(still, 32, 10))[0]

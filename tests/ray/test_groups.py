@@ -199,6 +199,6 @@ def test_a_group_that_is_too_large_for_a_row_group_is_refused(
     monkeypatch.setattr(shards, "MAX_BYTES_OF_A_GROUP", 8 * len(noise_png(0, 32)))
     with pytest.raises(DataError, match="group 1 has more than 10,000 images or 0 MiB"):
         shards.write_shard(part, *folder_of(tmp_path))
-    monkeypatch.setattr("simclr_ray.data.inputs.MAX_IMAGES_OF_A_GROUP", 8)
+    monkeypatch.setattr("simclr_ray.data.shards.MAX_IMAGES_OF_A_GROUP", 8)
     with pytest.raises(DataError, match="of 9 images has more than"):
         shards_of(tmp_path, columns)

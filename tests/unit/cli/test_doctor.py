@@ -247,6 +247,13 @@ def test_a_tracking_server_that_is_not_there_fails_with_advice(tmp_path: Path) -
     assert "tracking.uri" in finding.advice
 
 
+@pytest.mark.parametrize("uri", ["localhost:5000", "mysql2://x", "ftp://a/b"])
+def test_an_address_that_mlflow_does_not_know_fails_with_advice(uri: str, tmp_path: Path) -> None:
+    finding = doctor.check_tracking(uri, str(tmp_path))
+    assert finding.status == "fail"
+    assert "tracking.uri" in finding.advice
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_every_check_runs_on_a_live_cluster(

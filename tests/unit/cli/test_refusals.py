@@ -153,6 +153,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ),
     (["prepare", "images", "images/out"], ["images/out", "lies inside images"]),
     (["prepare", "images", "images"], ["images is the input"]),
+    (["prepare", "images#test", "images/out"], ["images/out", "lies inside images#test"]),
     (["prepare", "shapes", ""], ["''", "no path"]),
     (["inspect", "train.parquet", "img=image"], ["img", "'image'"]),
     (["preview", "good.yaml", "--out", "x.jpg"], ["--out", ".png"]),

@@ -337,3 +337,11 @@ def test_a_run_takes_the_cpus_and_gpus_of_all_workers_decoding_included() -> Non
     decoding = {"data_actors_per_worker": 3, "cpus_per_data_actor": 0.25}
     whole = experiment(scaling=scaling | decoding).scaling
     assert (whole.data_cpus_per_worker, whole.num_cpus, whole.num_gpus) == (0.75, 11.0, 2.0)
+
+
+def test_a_config_with_a_list_in_it_has_a_hash() -> None:
+    data = {"train": "here", "channels": 4, "white": [1.0, 2.0, 3.0, 4.0]}
+    one, other = experiment(data=data).data, experiment(data=data).data
+    assert one is not other
+    assert {one, other} == {one}
+    assert len({one, experiment(data=data | {"white": [1.0, 2.0, 3.0, 5.0]}).data}) == 2

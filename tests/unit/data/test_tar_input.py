@@ -251,7 +251,7 @@ def test_labels_are_of_one_key_and_others_are_said(
     path = write(tmp_path / "x.tar", both)
     assert [item.label for item in sorted(items_of(opened(path)))] == [3, -1]
     assert "labels are from .cls; class of .json not used" in caplog.text
-    assert "1 image of 2 no label" in caplog.text
+    assert "1 image of 2 without a label" in caplog.text
     assert opened(path, label="class").class_names == ("cat",)
     assert [item.label for item in sorted(items_of(opened(path, label="json.kind")))] == [7, -1]
     assert [item.label for item in items_of(opened(path, label=""))] == [-1, -1]

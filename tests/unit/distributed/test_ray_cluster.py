@@ -48,3 +48,9 @@ def test_what_listens_but_is_not_ray_ends_in_one_line(
     with pytest.raises(ClusterError, match=f"no Ray cluster answers at RAY_ADDRESS={stranger}"):
         ray_cluster.connect()
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("port", [2**16, 99_999, 10**20])
+def test_a_port_that_cannot_be_is_an_address_where_nobody_answers(port: int) -> None:
+    with pytest.raises(OSError, match="there is no such port"):
+        ray_cluster.knock(f"127.0.0.1:{port}")

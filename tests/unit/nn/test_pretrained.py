@@ -362,3 +362,32 @@ def test_a_file_with_objects_is_refused_and_the_way_out_is_said(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"_Settings besides tensors.*weights_only=False") as told:
         resolve_init(exp)
     assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_weights_of_other_channels_are_refused_before_anything_starts(
+    channels: int, tmp_path: Path
+) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    exp = experiment(
+        data={"train": "x", "channels": channels},
+        encoder={"name": "torchvision", "model": "resnet18"},
+        init={"weights": str(tmp_path / "weights.pth")},
+    )
+    with pytest.raises(ConfigError, match=r"init\.weights"):
+        resolve_init(exp)
+
+
+def test_a_mean_of_other_channels_than_the_weights_is_said(tmp_path: Path) -> None:
+    own = torchvision.models.resnet18()
+    own.conv1 = nn.Conv2d(4, 64, 7, 2, 3, bias=False)
+    torch.save(own.state_dict(), tmp_path / "weights.pth")
+    changes: dict[str, Any] = {
+        "data": {"train": "x", "channels": 4},
+        "encoder": {"name": "torchvision", "model": "resnet18"},
+        "init": {"weights": str(tmp_path / "weights.pth")},
+    }
+    with pytest.raises(ConfigError, match=r"4 channels.* of 3; say init\.mean"):
+        resolve_init(experiment(**changes))
+    changes["init"] |= {"mean": [0.0] * 4, "std": [1.0] * 4}
+    assert resolve_init(experiment(**changes)).init.sha256

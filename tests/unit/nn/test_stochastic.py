@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from simclr_ray.augment.philox import STREAMS, philox
 from simclr_ray.errors import ConfigError
@@ -22,8 +23,8 @@ from simclr_ray.nn.stochastic import (
     Rows,
     check_draws,
     draw_for,
-    draws_in,
     key_draws,
+    keyed_layers,
     keyed_words,
 )
 from simclr_ray.train.gradient_cache import group_rows
@@ -34,7 +35,7 @@ IDS = torch.tensor([0, 1, -5, 2**40 + 3])
 
 def ones(layer: KeyedLayer, rows: Rows, *shape: int) -> Tensor:
     """Return what a layer makes of ones."""
-    draw_for(layer, rows)
+    draw_for([layer], rows)
     out: Tensor = layer.train()(torch.ones(len(rows.ids), *shape))
     return out
 
@@ -114,7 +115,7 @@ def test_the_batch_mode_of_stochastic_depth_draws_once_a_view() -> None:
 
 def test_windows_of_an_image_share_its_rows() -> None:
     layer = KeyedDropPath(0.5, 0)
-    draw_for(layer, rows(ids=torch.arange(50)))
+    draw_for([layer], rows(ids=torch.arange(50)))
     out = layer.train()(torch.ones(200, 2))
     assert torch.equal(out, out[::4].repeat_interleave(4, 0))
     with pytest.raises(RuntimeError, match="51 rows"):
@@ -141,8 +142,8 @@ def test_layers_are_replaced_in_place_and_what_drops_nothing_stays() -> None:
     kinds = [type(m).__name__ for m in model]  # type: ignore[attr-defined] # a Sequential
     assert kinds[1::2] == ["KeyedDropout", "KeyedDropPath", "Dropout", "KeyedDropout"]
     assert [m.layer for m in model.modules() if isinstance(m, KeyedLayer)] == [0, 1, 2]
-    assert draws_in(model)
-    assert not draws_in(nn.Sequential(nn.Dropout(0.0)))
+    assert keyed_layers(model)
+    assert not keyed_layers(nn.Sequential(nn.Dropout(0.0)))
     images = torch.rand(5, 3, 8, 8, dtype=torch.float64)
     torch.manual_seed(1)  # without rows, as a user's own loop has it
     first = model(images)
@@ -158,7 +159,7 @@ def test_gradient_caching_gives_the_gradient_of_one_pass_with_dropout_on() -> No
     loss = NTXentLoss(0.2)
 
     def forward(model: nn.Module, some: slice) -> tuple[Tensor, Tensor]:
-        draw_for(model, Rows.of_views(3, 4, torch.arange(num)[some], 2))
+        draw_for(keyed_layers(model), Rows.of_views(3, 4, torch.arange(num)[some], 2))
         z1, z2 = model(torch.cat([views[0, some], views[1, some]])).chunk(2)
         return z1, z2
 
@@ -205,3 +206,39 @@ def test_draws_that_would_depend_on_the_workers_are_refused(layer: Any, told: st
         check_draws(model, torch.rand(4, 4, 2, 2))
     model.eval()
     assert model(torch.rand(4, 4, 2, 2)).shape == (4, 16)
+
+
+class TwoBranches(nn.Module):
+    """One layer in two branches, as a block of torchvision's Swin has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = KeyedDropPath(0.5, layer=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.drop(x), self.drop(x)])
+
+
+def test_a_layer_in_two_branches_draws_for_each() -> None:
+    block, x = TwoBranches(), torch.ones(4000, 1, requires_grad=True)
+    draw_for(keyed_layers(block), rows(ids=torch.arange(4000)))
+    first, second = block(x)
+    both = ((first > 0) & (second > 0)).float().mean().item()
+    assert abs(both - 0.25) < 0.03  # 0.5, were they one draw
+    draw_for(keyed_layers(block), rows(ids=torch.arange(4000)))
+    again = block(x)
+    assert torch.equal(torch.stack([first, second]), again)
+    alone = KeyedDropPath(0.5, layer=3)
+    draw_for([alone], rows(ids=torch.arange(4000)))
+    assert torch.equal(alone(x), first)  # one use is what it was
+
+
+def test_a_layer_in_two_branches_draws_the_same_when_it_is_run_again() -> None:
+    block, x = TwoBranches(), torch.rand(200, 1, requires_grad=True)
+    weight = torch.rand(2, 200, 1)
+    gradients: list[Tensor] = []
+    for recompute in (False, True):
+        draw_for(keyed_layers(block), rows(ids=torch.arange(200)))
+        out = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        gradients += torch.autograd.grad((out * weight).sum(), x)
+    assert torch.equal(*gradients)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ResNetConfig, TrackingConfig
-from simclr_ray.errors import ConfigError, TrackingError
+from simclr_ray.errors import TrackingError
 from simclr_ray.inference import registry
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.encoder_files import write_encoder
@@ -402,7 +402,7 @@ def test_other_stores_are_left_alone(uri: str) -> None:
 def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/no/mlflow.db"
     moved.settle(uri)
-    with pytest.raises(ConfigError, match="no MLflow store"):
+    with pytest.raises(TrackingError, match="no MLflow store"):
         TrackedRun.attach(uri, "1" * 32)
     assert list(tmp_path.iterdir()) == []
 
