@@ -42,7 +42,15 @@ from .formats import (
     webp_size,
 )
 from .metadata import turn_upright, without_metadata
-from .rgb import WHITE_16, DeepImage, read_gray, read_stored, to_rgb, with_orientation_of
+from .rgb import (
+    EIGHT_BITS,
+    WHITE_16,
+    DeepImage,
+    read_gray,
+    read_stored,
+    to_rgb,
+    with_orientation_of,
+)
 
 __all__ = [
     "COLOR",
@@ -69,6 +77,8 @@ __all__ = [
 CROP_PROPORTION: Final = 0.875
 # At most this side, the authors evaluate on the whole image (data.py: no crop for 32 px and less).
 WHOLE_IMAGE_SIDE: Final = 32
+
+MAY_BE_DEEP: Final = (PNG, TIFF, PNM)  # formats whose values may have more than 8 bits
 
 Library = Literal["pillow", "turbo"]
 
@@ -136,7 +146,7 @@ class ImageDecoder(NamedTuple):
     def _decode(self, encoded: bytes, kind: Format | None) -> Pixels:
         image = _open(encoded, kind, self.max_pixels)
         check_size(image.size, self.max_pixels, self.min_side)
-        stored = read_stored(image)
+        stored = read_stored(image) if kind in MAY_BE_DEEP else EIGHT_BITS
         deep = None
         if self.white and stored.is_deep_color:
             deep = read_deep_color(encoded, kind, self.max_pixels)
@@ -167,7 +177,7 @@ def read_deep_image(encoded: bytes, max_pixels: int = 50_000_000) -> DeepImage |
     if kind is NPY:
         bands = read_deep_bands(encoded, 3, max_pixels)
         return DeepImage(bands.as_color(3).values, bands.top) if bands else None
-    if kind not in (PNG, TIFF, PNM):
+    if kind not in MAY_BE_DEEP:
         return None
     try:
         image = _open(encoded, kind, max_pixels)

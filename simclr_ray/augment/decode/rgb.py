@@ -57,6 +57,9 @@ class Stored(NamedTuple):
         )
 
 
+EIGHT_BITS: Final = Stored("", 0)
+
+
 def read_stored(image: Image.Image) -> Stored:
     """Return how the file of an image that is not loaded yet stores its pixels."""
     tiles = getattr(image, "tile", None)  # None: its decoder has made the pixels
