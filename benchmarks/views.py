@@ -115,7 +115,7 @@ def ours(settings: Settings, library: Library = "pillow") -> Make:
     def normalized(view: torch.Tensor) -> torch.Tensor:
         out = torch.empty(view.shape)
         some = max(1, CACHED // view[0].numel())
-        for part, images in zip(out.split(some), view.split(some), strict=True):
+        for part, images in zip(torch.split(out, some), torch.split(view, some), strict=True):
             torch.sub(images, mean, out=part).mul_(scale)
         return out
 
