@@ -109,6 +109,10 @@ def inspect(
         ),
     ] = None,
     *,
+    channels: Annotated[
+        int,
+        typer.Option(min=1, max=16, help="Channels of the images, as data.channels: 1 is gray."),
+    ] = 3,
     full: Annotated[
         bool, typer.Option("--full", help="Decode all images, not a sample, and look for copies.")
     ] = False,
@@ -136,6 +140,7 @@ def inspect(
     Example: simclr-ray inspect data/images
     Example: simclr-ray inspect s3://bucket/train image=photo label=class
     Example: simclr-ray inspect data/train --against data/test --page train.html
+    Example: simclr-ray inspect data/tiles --channels 13 --full
     """
     given = [text.removeprefix("data.columns.") for text in columns or []]
     chosen = cfg.validate(ColumnsConfig, cfg.apply_overrides({}, given))
@@ -147,13 +152,22 @@ def inspect(
     if not (full or against or page or record):
         from simclr_ray.data.description import describe
 
-        _show_description(describe(path, chosen))
+        _show_description(describe(path, chosen, channels if channels != 3 else None))
         return
-    inspect_whole(path, chosen, against, duplicates=duplicates, page=page, record=record)
+    inspect_whole(
+        path, chosen, against, channels=channels, duplicates=duplicates, page=page, record=record
+    )
 
 
 def inspect_whole(
-    path: str, columns: ColumnsConfig, against: str, *, duplicates: bool, page: str, record: str
+    path: str,
+    columns: ColumnsConfig,
+    against: str,
+    *,
+    channels: int,
+    duplicates: bool,
+    page: str,
+    record: str,
 ) -> None:
     """Look at every image of a dataset; show what was seen, and write page and record."""
     from simclr_ray.cli.progress import StageProgress
@@ -170,6 +184,7 @@ def inspect_whole(
             against=other,
             names=(path, against),
             duplicates=duplicates,
+            channels=channels,
             on_progress=progress,
         )
     show_pairs(_dataset_rows(description) | {"dataset": path} | facts(seen))
@@ -241,11 +256,11 @@ def preview(
         raise ConfigError([ConfigIssue("--out", f"got {image}; it must end in .png, .svg or .pdf")])
     experiment = Experiment.load(source, *(overrides or []))
     loading("torch", "matplotlib")
-    from simclr_ray.data.source import Source
+    from simclr_ray.data.image_groups import open_grouped
     from simclr_ray.train.figures import draw_views
 
     data = experiment.data
-    train = Source.open(data.train, data.columns, data.limit)
+    train = open_grouped(data.train, data.columns, data.limit)
     image.parent.mkdir(parents=True, exist_ok=True)
     draw_views(experiment, train, image)
     out.print(f"wrote {image}", markup=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from simclr_ray.augment.decode import ImageError, image_size
+from simclr_ray.augment.decode import ImageDecoder, ImageError, image_size
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.decoding import read_sample
@@ -37,14 +37,21 @@ class Description(NamedTuple):
     groups: str = ""  # of images of one thing: how many, or why they cannot serve as they lie
 
 
-def describe(uri: str, columns: ColumnsConfig | None = None) -> Description:
+def describe(
+    uri: str, columns: ColumnsConfig | None = None, channels: int | None = None
+) -> Description:
     """Return what the dataset at `uri` holds; some images of up to four row groups are decoded.
+
+    Args:
+        uri: Folder or file.
+        columns: Which column is what.
+        channels: That images must have, as `data.channels`; None: images of any number count.
 
     Raises:
         DataError: As `Source.open`.
     """
     description = describe_columns(uri, columns)
-    sizes, bad, num_sampled = _decoded(description.source)
+    sizes, bad, num_sampled = _decoded(description.source, channels)
     return description._replace(num_sampled=num_sampled, sizes=sizes, bad=bad)
 
 
@@ -91,16 +98,22 @@ def class_name(source: Source, label: int) -> str:
     return source.class_names[label] if has_name else str(label)
 
 
-def _decoded(source: Source) -> tuple[list[tuple[int, int]], list[BadRow], int]:
+def _decoded(
+    source: Source, channels: int | None
+) -> tuple[list[tuple[int, int]], list[BadRow], int]:
     """Return the sizes of a sample of images, the rows that cannot be used, and how many it is."""
     sizes: list[tuple[int, int]] = []
     bad: list[BadRow] = []
     num_sampled = 0
+    decoder = ImageDecoder(channels=channels) if channels else None
     for first_row, images in read_sample(source):
         num_sampled += len(images)
         for row, image in enumerate(images, start=first_row):
             try:
-                height, width = image_size(image or b"")
+                encoded = image or b""
+                height, width = (
+                    decoder.decode(encoded).shape[:2] if decoder else image_size(encoded)
+                )
             except ImageError as error:
                 bad.append(BadRow(row, str(error)))
             else:

@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from simclr_ray.augment.decode import ImageDecoder, ImageError
+from simclr_ray.augment.decode import COLOR, ImageDecoder, ImageError, Pixels, shown_as_rgb
 from simclr_ray.data.alignment import SIDE, Floats
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.decoding import ValueRange, read_value_range
+from simclr_ray.data.decoding import ValueRange, read_channel_ranges, read_value_range
 from simclr_ray.data.duplicates import Int64s, flat, linked, near_copies, same_digests, thumbnail
 from simclr_ray.data.source import RowTable, Source
 
 DIGEST_BYTES = 16  # 1e9 images collide with a chance of 1e-21
-CHANNELS = ("red", "green", "blue")
+RGB = ("red", "green", "blue")
 OnProgress = Callable[[str, str, int, int], None]  # what is looked at, unit, done, all
 LOOKING, COMPARING = "images", "pairs"
 
@@ -72,7 +72,7 @@ class Looked:
         labels: int64 [M], -1 without.
         sizes: int64 [M, 2], width and height in pixels; 0 for those that cannot be used.
         unusable: Reason -> rows.
-        values: int64 [3, 256], how often each value occurs in each channel.
+        values: int64 [C, 256], how often each value occurs in each channel.
         thumbnails: uint8 [M, 32, 32, 3].
         pixels: Digest of size and pixels of each; empty for those that cannot be used.
         encoded: Digest of the bytes of each.
@@ -115,9 +115,12 @@ class Looked:
     @property
     def channels(self) -> list[ChannelRange]:
         """Ranges of the channels; empty without usable images."""
+        num = len(self.values)
+        numbered = (f"channel {at}" for at in range(1, num + 1))
+        names = RGB if num == 3 else ("gray",) if num == 1 else numbered
         return [
             _range(name, counts)
-            for name, counts in zip(CHANNELS, self.values, strict=True)
+            for name, counts in zip(names, self.values, strict=True)
             if counts.any()
         ]
 
@@ -139,12 +142,13 @@ class Inspection(NamedTuple):
     """What was seen of a dataset.
 
     `same_pixels` and `near` are groups of copies; of images with the same pixels the first alone is
-    compared with others. `num_flat` images of one color are compared by pixels alone, `num_crowded`
-    have more look-alikes than were compared. `deep` are the values of images of 9 to 16 bits.
+    compared with others. `num_flat` images of one color are compared by pixels alone, and
+    `num_crowded` have more look-alikes than were compared. `deep` are the values of images of 9 to
+    16 bits: all of gray and color, of others those of each channel; none where all have 8 bits.
     """
 
     looked: Looked
-    deep: ValueRange | None
+    deep: list[ValueRange]
     duplicates: bool  # whether copies were looked for
     same_pixels: list[Copies]
     near: list[Copies]
@@ -159,6 +163,7 @@ def inspect_all(
     against: Source | None = None,
     names: tuple[str, str] = ("", ""),
     duplicates: bool = True,
+    channels: int = 3,
     on_progress: OnProgress | None = None,
 ) -> Inspection:
     """Return what is seen when every image is decoded, and compared with every other.
@@ -168,6 +173,8 @@ def inspect_all(
         against: Another, as the test split, whose images are looked for in `source`.
         names: What to call both; empty: by their places.
         duplicates: Whether to look for copies within `source`.
+        channels: Of the images, as `data.channels`. Copies are looked for in what
+            `shown_as_rgb` shows of them, exact ones in all channels.
         on_progress: Called with the dataset's place, what is counted (`images` looked at, then
             `pairs` compared), how many are done and how many there are.
 
@@ -176,9 +183,15 @@ def inspect_all(
     """
     tell = on_progress or (lambda _what, _unit, _done, _total: None)
     max_pixels = ImageDecoder().max_pixels
-    deep = read_value_range(source, max_pixels)
+    if channels in COLOR:
+        deep = [seen for seen in [read_value_range(source, max_pixels)] if seen]
+    else:
+        deep = read_channel_ranges(source, max_pixels, channels)
+    decoder = ImageDecoder(max_pixels, channels=channels)
     # what is nearly black is stretched, as `data.white=auto` does, or all would be of one color
-    decoder = ImageDecoder(max_pixels, white=deep.white if deep and deep.is_dark else 0)
+    if any(seen.is_dark for seen in deep):
+        levels = tuple(float(seen.white) for seen in deep)
+        decoder = decoder._replace(white=levels[0] if channels in COLOR else levels)
     looked = look(source, decoder, tell, names[0])
     same: list[Copies] = []
     near: list[Copies] = []
@@ -200,7 +213,7 @@ def look(source: Source, decoder: ImageDecoder, tell: OnProgress, name: str = ""
     m, name = source.num_rows, name or source.uri
     ids, sizes = np.zeros(m, np.int64), np.zeros((m, 2), np.int64)
     thumbnails = np.zeros((m, SIDE, SIDE, 3), np.uint8)
-    values = np.zeros((3, 256), np.int64)
+    values = np.zeros((decoder.channels, 256), np.int64)
     unusable: defaultdict[str, list[int]] = defaultdict(list)
     pixels, encoded = [b""] * m, [b""] * m
     paths: list[str | None] = [None] * m
@@ -251,13 +264,21 @@ def _look_at(decoder: ImageDecoder, encoded: bytes | None) -> _Seen | str:
     except ImageError as error:
         return str(error)
     height, width, _ = decoded.shape
-    image = Image.fromarray(decoded)
-    values = np.array(image.histogram(), np.int64).reshape(3, 256)
+    image = Image.fromarray(shown_as_rgb(decoded))
     pixels = hashlib.blake2b(
         decoded.data, digest_size=DIGEST_BYTES, salt=f"{width}x{height}".encode()
     )
     whole = hashlib.blake2b(encoded or b"", digest_size=DIGEST_BYTES)
+    values = _histogram(decoded, image)
     return _Seen(pixels.digest(), whole.digest(), (width, height), thumbnail(image), values)
+
+
+def _histogram(pixels: Pixels, shown: Image.Image) -> Int64s:
+    """Return how often each value occurs in each channel of pixels [H, W, C], int64 [C, 256]."""
+    if pixels.shape[2] == 3:
+        return np.array(shown.histogram(), np.int64).reshape(3, 256)
+    planes = np.moveaxis(pixels, 2, 0)
+    return np.stack([np.bincount(plane.ravel(), minlength=256) for plane in planes])
 
 
 def _ahead(source: Source) -> Iterator[tuple[int, RowTable]]:

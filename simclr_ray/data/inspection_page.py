@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from simclr_ray.augment.decode import Pixels
+from simclr_ray.augment.decode import Pixels, shown_as_rgb
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.description import class_name
@@ -89,7 +89,7 @@ def as_tree(inspection: Inspection) -> dict[str, Any]:
             for label, count in zip(labels.tolist(), counts.tolist(), strict=True)
             if looked.source.has_labels
         ],
-        "deep": inspection.deep and inspection.deep._asdict(),
+        "deep": [seen._asdict() for seen in inspection.deep],
         "num_one_color": inspection.num_flat,
         "num_with_more_lookalikes": inspection.num_crowded,
         "same_pixels": [_group(looked, copies) for copies in inspection.same_pixels],
@@ -128,9 +128,12 @@ def facts(inspection: Inspection) -> dict[str, str]:
         rows[channel.name] = (
             f"{channel.least} to {channel.most}, mean {channel.mean:.1f}, std {channel.std:.1f}"
         )
-    if inspection.deep:
-        dark = f", nearly black: shown and compared with data.white={inspection.deep.white}"
-        rows["more than 8 bits"] = f"{inspection.deep}{dark if inspection.deep.is_dark else ''}"
+    white = looked.decoder.white
+    shown = f"[{', '.join(f'{w:g}' for w in white)}]" if isinstance(white, tuple) else f"{white:g}"
+    for number, seen in enumerate(inspection.deep, start=1):
+        of_channel = f" of channel {number}" if len(inspection.deep) > 1 else ""
+        dark = f", nearly black: shown and compared with data.white={shown}"
+        rows[f"more than 8 bits{of_channel}"] = f"{seen}{dark if seen.is_dark else ''}"
     if inspection.num_flat:
         rows["one color"] = f"{counted(inspection.num_flat, 'image')}, compared by pixels alone"
     if inspection.duplicates:
@@ -279,7 +282,9 @@ def _thumbnails(looked: Looked, rows: Iterable[int]) -> dict[int, Thumbnail]:
             width, height = looked.sizes[row]
             note = f"{width}x{height} {of_class}".strip()
             out[row] = Thumbnail(
-                looked.name_of(row), note, _data_uri(looked.decoder.decode(image or b""))
+                looked.name_of(row),
+                note,
+                _data_uri(shown_as_rgb(looked.decoder.decode(image or b""))),
             )
     return out
 

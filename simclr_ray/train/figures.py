@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -13,22 +12,23 @@ mpl.use("Agg")  # no display, whatever the machine
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Rectangle
-from numpy.typing import NDArray
 
 from simclr_ray.augment.crop_statistics import BESIDE, WITHIN, crop_task_fractions
+from simclr_ray.augment.decode import shown_as_rgb
 from simclr_ray.augment.pipeline import Pipelines
 from simclr_ray.augment.views import Step, TwoViews
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import build_views
 from simclr_ray.data.decoding import training_decoder
 from simclr_ray.data.image_cache import DecodedImage
+from simclr_ray.data.image_groups import groups_of
 from simclr_ray.data.row_reader import RowReader
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.metrics_log import read_series
 
-GRAY: Any = {"cmap": "gray", "vmin": 0, "vmax": 255}  # of one channel; RGB heeds none of it
 VIEW_COLORS = ("tab:orange", "tab:cyan")
 CURVES = (
     ("train/loss", "loss (paper's L)"),
@@ -49,30 +49,27 @@ def draw_views(
 ) -> None:
     """Write an image of view pairs: each original with both crop boxes, and its views by stages.
 
+    Where the dataset is of groups, view b has an original of its own, the one that training takes.
     Above it stands how often pairs of crops set each of the two tasks of §3
     (`augment.crop_statistics`).
     """
     views = build_views(experiment.augment, experiment.seed, experiment.data.channels)
-    images = _images(experiment, source, rows)
-    if not images:
+    pairs = _pairs(experiment, source, rows, epoch)
+    if not pairs:
         raise DataError(f"{source.uri}: none of the rows looked at is an image")
-    ids = np.array([p.id for p in images], np.int64)
-    traces = views.trace([p.pixels for p in images], ids, epoch)
+    traces = _traces(views, pairs, epoch)
     columns = 1 + max(map(len, traces))
-    width, height = 1.25 * (columns + 1), 2.5 * len(images)
+    width, height = 1.25 * (columns + 1), 2.5 * len(pairs)
     figure = Figure(figsize=(width, height + 0.6), layout="constrained")
-    grid = figure.add_gridspec(2 * len(images), columns, width_ratios=[2, *[1] * (columns - 1)])
-    for i, image in enumerate(images):
-        left = figure.add_subplot(grid[2 * i : 2 * i + 2, 0])
-        left.imshow(_shown(image.pixels), **GRAY)
-        size = image.pixels.shape[:2]
-        left.set_title(f"id {image.id}, {size[1]} x {size[0]} px", fontsize=7)
-        left.set_axis_off()
+    grid = figure.add_gridspec(2 * len(pairs), columns, width_ratios=[2, *[1] * (columns - 1)])
+    for i, pair in enumerate(pairs):
+        originals = _draw_originals(figure, grid, i, pair)
         for view, (steps, color) in enumerate(zip(traces, VIEW_COLORS, strict=True)):
-            _mark(left, views, steps[0], i, size, color, shared=traces[0][0] is traces[1][0])
+            size, shared = pair[view].pixels.shape[:2], traces[0][0] is traces[1][0]
+            _mark(originals[view], views, steps[0], i, size, color, shared=shared)
             for column, step in enumerate(steps, start=1):
                 axis = figure.add_subplot(grid[2 * i + view, column])
-                axis.imshow(_shown(step.images[i].permute(1, 2, 0).numpy()), **GRAY)
+                axis.imshow(shown_as_rgb(step.images[i].permute(1, 2, 0).numpy()))
                 axis.set_xticks([])
                 axis.set_yticks([])
                 axis.spines[:].set_color(color)
@@ -80,23 +77,57 @@ def draw_views(
                 axis.spines[:].set_linewidth(2.0 if last else 0.6)
                 if i == 0:
                     axis.set_title(f"{'ab'[view]}: {step.name}", fontsize=7, color=color)
-    figure.suptitle(_tasks(views, images), fontsize=8)
+    figure.suptitle(_tasks(views, pairs[0][0]), fontsize=8)
     figure.savefig(path, dpi=150)
 
 
-def _shown(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return what can be drawn of pixels [H, W, C]: the first three channels, or the first."""
-    return pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
-
-
-def _images(experiment: Experiment, source: Source, num: int) -> list[DecodedImage]:
-    """Return some images that can be decoded, spread over the dataset."""
+def _pairs(
+    experiment: Experiment, source: Source, num: int, epoch: int
+) -> list[tuple[DecodedImage, DecodedImage]]:
+    """Return what both views are of, for some rows or groups spread over the dataset."""
     reader = RowReader(source, training_decoder(experiment.data), cache_gib=0)
-    chosen = np.linspace(0, source.num_rows - 1, min(4 * num, source.num_rows)).astype(int)
-    decoded = (reader.image(row) for row in dict.fromkeys(chosen.tolist()))
-    good = [p for p in decoded if p is not None]
+    units = source.num_groups or source.num_rows
+    chosen = np.unique(np.linspace(0, units - 1, min(4 * num, units)).astype(np.int64))
+    rows_a = rows_b = chosen
+    if source.num_groups:
+        rows_a, rows_b = groups_of(source).pairs(chosen, seed=experiment.seed, epoch=epoch)
+    good = []
+    for row_a, row_b in zip(rows_a.tolist(), rows_b.tolist(), strict=True):
+        a = reader.image(row_a)
+        b = a if row_b == row_a else reader.image(row_b)
+        if a is not None and b is not None:
+            good.append((a, b))
     places = np.linspace(0, len(good) - 1, min(num, len(good))).astype(int)
     return [good[place] for place in places]
+
+
+def _traces(
+    views: TwoViews | Pipelines, pairs: Sequence[tuple[DecodedImage, DecodedImage]], epoch: int
+) -> Sequence[list[Step]]:
+    """Return the images of each view after each of its stages."""
+    first, second = ([pair[view] for pair in pairs] for view in (0, 1))
+    traces = [
+        views.trace([p.pixels for p in images], np.array([p.id for p in images], np.int64), epoch)
+        for images in ([first] if all(a is b for a, b in pairs) else [first, second])
+    ]
+    return traces[0] if len(traces) == 1 else [traces[0][0], traces[1][1]]
+
+
+def _draw_originals(
+    figure: Figure, grid: GridSpec, at: int, pair: tuple[DecodedImage, DecodedImage]
+) -> list[Axes]:
+    """Draw the image, or both images, of a pair; return where those of each view are."""
+    one = pair[0] is pair[1]
+    cells = [grid[2 * at : 2 * at + 2, 0]] if one else [grid[2 * at + v, 0] for v in (0, 1)]
+    originals = []
+    for cell, image in zip(cells, pair, strict=False):
+        axis = figure.add_subplot(cell)
+        axis.imshow(shown_as_rgb(image.pixels))
+        height, width = image.pixels.shape[:2]
+        axis.set_title(f"id {image.id}, {width} x {height} px", fontsize=7)
+        axis.set_axis_off()
+        originals.append(axis)
+    return originals * 2 if one else originals
 
 
 def _mark(
@@ -115,13 +146,11 @@ def _mark(
     axis.add_patch(patch)
 
 
-def _tasks(views: TwoViews | Pipelines, images: Sequence[DecodedImage]) -> str:
+def _tasks(views: TwoViews | Pipelines, image: DecodedImage) -> str:
     """Return how often pairs of crops set each task, over 2,000 pairs of images of one size."""
-    if not images:
-        return ""
     if isinstance(views, Pipelines) and views.shared:
         return "both views begin with one crop"
-    shares = crop_task_fractions(views, *images[0].pixels.shape[:2])
+    shares = crop_task_fractions(views, *image.pixels.shape[:2])
     if shares is None:
         return ""
     return (

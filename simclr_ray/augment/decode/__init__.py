@@ -21,7 +21,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .channels import COLOR, Bands, White, luma_of, read_bands
+from .channels import COLOR, Bands, White, luma_of, read_bands, shown_as_rgb
 from .extras import open_by_extra, read_deep_color, read_jpeg_by_turbo, read_tiff_page
 from .formats import (
     FIRST_BYTES,
@@ -71,6 +71,7 @@ __all__ = [
     "missing_decoder",
     "read_deep_bands",
     "read_deep_image",
+    "shown_as_rgb",
 ]
 
 # The authors' centre crop; 0.875 = 224/256 (google-research/simclr, data_util.py CROP_PROPORTION).

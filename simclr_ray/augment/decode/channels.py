@@ -102,6 +102,15 @@ def channels_error(num: int, channels: int) -> ImageError:
     return ImageError(f"{num} channel{'s' * (num != 1)}, data.channels={channels}")
 
 
+def shown_as_rgb(pixels: Pixels) -> Pixels:
+    """Return what a person can look at of pixels [H, W, C]: uint8 [H, W, 3], contiguous.
+
+    The first three channels, or of fewer the first one as gray.
+    """
+    first = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, 2)
+    return np.ascontiguousarray(first)
+
+
 def luma_of(rgb: Pixels) -> Pixels:
     """Return RGB as gray, uint8 [H, W, 1], by Pillow's weights (ITU-R 601); gray stays as it is."""
     return np.array(Image.fromarray(rgb).convert("L"))[..., None]

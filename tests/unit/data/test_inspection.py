@@ -32,6 +32,12 @@ def encode(pixels: npt.NDArray[Any], kind: str = "PNG", **options: object) -> by
     return out.getvalue()
 
 
+def array_bytes(pixels: npt.NDArray[Any]) -> bytes:
+    out = io.BytesIO()
+    np.save(out, pixels)
+    return out.getvalue()
+
+
 def dataset(path: Path, images: Sequence[bytes | None], **columns: Sequence[object]) -> str:
     table = pa.table({"image": pa.array(images, pa.binary()), **columns})
     pq.write_table(table, path, row_group_size=4)
@@ -137,6 +143,43 @@ def test_gray_of_16_bits_and_ids_that_repeat_are_looked_at(tmp_path: Path) -> No
     assert seen.looked.unusable == {}
     assert [group.rows for group in seen.same_pixels] == [[0, 3]]
     assert facts(seen)["more than 8 bits"].endswith("of 65,535")
+
+
+def test_images_of_five_channels_are_looked_at_in_all_of_them(tmp_path: Path) -> None:
+    bands = [np.dstack([drawn(seed), drawn(seed + 9)[..., :2]]) for seed in range(2)]
+    other_last = bands[0].copy()
+    other_last[..., 4] ^= 1  # the same in red, green and blue
+    images = [bands[0], bands[1], other_last, bands[0]]
+    encoded = [array_bytes(image) for image in images] + [encode(drawn(0))]
+    source = Source.open(dataset(tmp_path / "a.parquet", encoded))
+    seen = inspect_all(source, channels=5)
+    assert [group.rows for group in seen.same_pixels] == [[0, 3]]
+    assert [group.rows for group in seen.near] == [[0, 2]]
+    assert [*map(len, seen.looked.unusable.values())] == [1]
+    every = np.concatenate([image.reshape(-1, 5) for image in images])
+    assert [c.name for c in seen.looked.channels] == [f"channel {at}" for at in range(1, 6)]
+    for at, channel in enumerate(seen.looked.channels):
+        assert (channel.least, channel.most) == (every[:, at].min(), every[:, at].max())
+        assert channel.mean == pytest.approx(every[:, at].mean(), abs=1e-9)
+    write_page(seen, str(tmp_path / "a.html"))
+    shown = run("inspect", str(tmp_path / "a.parquet"), "--channels", "5", cwd=tmp_path)
+    assert "1 of 5 images of a sample" in " ".join(shown.stdout.split())
+
+
+def test_dark_channels_are_stretched_each_by_its_own_white(tmp_path: Path) -> None:
+    scale = np.array([1, 4, 16, 257], np.uint16)
+    bands = [drawn(seed)[..., [0, 1, 2, 0]].astype(np.uint16) * scale for seed in range(3)]
+    seen = inspect_all(
+        Source.open(dataset(tmp_path / "a.parquet", [array_bytes(image) for image in bands])),
+        channels=4,
+    )
+    assert [deep.is_dark for deep in seen.deep] == [True, True, True, False]
+    assert [deep.most for deep in seen.deep] == [
+        int(np.stack(bands)[..., c].max()) for c in range(4)
+    ]
+    assert all(channel.most == 255 for channel in seen.looked.channels)
+    assert "data.white=[" in facts(seen)["more than 8 bits of channel 1"]
+    assert "nearly black" not in facts(seen)["more than 8 bits of channel 4"]
 
 
 def test_images_that_are_nearly_black_are_compared_all_the_same(tmp_path: Path) -> None:

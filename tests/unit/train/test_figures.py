@@ -15,6 +15,7 @@ from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.source import Source
 from simclr_ray.storage.metrics_log import last_values, read_series
 from simclr_ray.train.figures import draw_curves, draw_views
@@ -55,6 +56,30 @@ def test_views_are_drawn_and_bad_rows_left_out(experiment: Experiment, tmp_path:
     # 6 good rows of 7 against 3, and a title above
     assert opened(tmp_path / "all.png").height - few.height == pytest.approx(7.5 * 150, abs=2)
     assert len(set(few.resize((64, 64)).tobytes())) > 50  # something is on it
+
+
+def test_both_images_of_a_group_are_drawn(experiment: Experiment, tmp_path: Path) -> None:
+    """A group of one red and one blue image: each view has the color of its own original."""
+    colors = [(255, 0, 0), (0, 0, 255)]
+    images = [np.full((20, 30, 3), color, np.uint8) for color in colors]
+    encoded = []
+    for pixels in images:
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        encoded.append(out.getvalue())
+    table = pa.table({"image": pa.array(encoded, pa.binary()), "visit": [7, 7]})
+    pq.write_table(table, tmp_path / "visits.parquet")
+    weak = {"min_area": 0.9, "jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
+    data = {"train": str(tmp_path / "visits.parquet"), "columns": {"group": "visit"}}
+    tree = {"name": "t", "data": data, "augment": {"size": 16, **weak}}
+    grouped = cfg.validate(Experiment, tree)
+    source = open_grouped(grouped.data.train, grouped.data.columns)
+    draw_views(grouped, source, tmp_path / "v.png", rows=1)
+    drawn = np.asarray(opened(tmp_path / "v.png"))
+    top, bottom = np.split(drawn[: len(drawn) // 2 * 2], 2)
+    shares = [[(half == color).all(-1).mean() for color in colors] for half in (top, bottom)]
+    assert min(map(max, shares)) > 0.5  # one color each, but for what the title moves down
+    assert max(map(min, shares)) < 0.05
 
 
 def test_views_of_another_epoch_are_other_views(experiment: Experiment, tmp_path: Path) -> None:
