@@ -57,7 +57,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         include_dashboard=True,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _system_config=QUIET,
+        # a worker of Ray's yields to any other process by default, here to the tests beside
+        _system_config={**QUIET, "worker_niceness": 0},
     )
     address: str = ray.get_runtime_context().gcs_address
     os.environ["RAY_ADDRESS"] = address

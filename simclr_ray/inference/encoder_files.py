@@ -44,6 +44,8 @@ PROGRAM: Final = TORCH_EXPORT.file
 ENCODER_FOLDER: Final = "encoder"
 DECODE_FOLDER: Final = "decode"
 REQUIREMENTS: Final = ("mlflow", "torch", "pillow", "numpy", "pandas")
+# What an image may be decoded by where it is installed.
+OPTIONAL_DECODERS: Final = ("imagecodecs", "pi-heif", "pydicom", "tifffile")
 
 
 class EncoderCard(NamedTuple):
@@ -132,7 +134,7 @@ def write_encoder(
             size=size,
             feature_dim=feature_dim,
             weights_sha256=sha256(new / WEIGHTS),
-            versions=versions_of((*REQUIREMENTS, "safetensors")),
+            versions=versions_of((*REQUIREMENTS, *OPTIONAL_DECODERS, "safetensors")),
             white=white,
             channels=channels,
         )

@@ -22,13 +22,14 @@ from simclr_ray.evaluation.scores import TRAINED
 from simclr_ray.inference.encoder_files import (
     DECODE_FOLDER,
     ENCODER_FOLDER,
+    OPTIONAL_DECODERS,
     REQUIREMENTS,
     read_card,
     read_encoder,
     write_encoder_of,
 )
 from simclr_ray.nn.pretrained import experiment_of
-from simclr_ray.storage.provenance import code_commit, version_of
+from simclr_ray.storage.provenance import code_commit, versions_of
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
@@ -349,6 +350,13 @@ def _create_version(
 def pinned_requirements() -> list[str]:
     """Return `name==version` of what a registered model needs, as installed here.
 
-    Local parts such as `+cpu` or `+cu130` are dropped: the package index knows no such versions.
+    Decoders of the extras are needed where they are installed: images may need them, and others
+    may be decoded otherwise without them. Local parts such as `+cpu` or `+cu130` are dropped: the
+    package index knows no such versions.
     """
-    return [f"{name}=={version_of(name).partition('+')[0]}" for name in REQUIREMENTS]
+    versions = versions_of((*REQUIREMENTS, *OPTIONAL_DECODERS))
+    return [
+        f"{name}=={version.partition('+')[0]}"
+        for name, version in versions.items()
+        if version != "absent" or name in REQUIREMENTS
+    ]

@@ -27,7 +27,7 @@ from simclr_ray.distributed.ray_cluster import (
     connect,
     driver_queue,
 )
-from simclr_ray.errors import RunError
+from simclr_ray.errors import RunError, TrackingError
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
@@ -183,16 +183,16 @@ def _tracked(resolved: ResolvedExperiment, tracker: Tracker) -> Iterator[Tracked
     )
     RunRecord(run.run_id, tracker.uri, source.fingerprint, resolved.digest).write(folder)
     run.log_dataset("train", source.uri, source.fingerprint, source.num_rows, "pretraining")
-    status = "KILLED"
     try:
         with run.system_metrics() if experiment.tracking.system_metrics else nullcontext():
             yield run
-        status = "FINISHED"
-    except Exception:
-        status = "FAILED"
+    except BaseException as error:
+        try:
+            run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        except TrackingError as unfinished:  # what ended the run is what is told
+            log.warning("MLflow still shows the run as running: %s", unfinished)
         raise
-    finally:
-        run.finish(status)  # type: ignore[arg-type] # one of the three literals
+    run.finish("FINISHED")
 
 
 def _fit(resolved: ResolvedExperiment, tracked: TrackedRun, on_progress: OnProgress | None) -> None:

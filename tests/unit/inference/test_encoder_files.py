@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -342,6 +343,18 @@ def test_the_same_encoder_of_a_run_is_one_version_and_the_alias_moves(
     assert [int(version.version) for version in found] == [1, 2]
 
 
+def test_a_decoder_that_is_not_installed_is_no_requirement(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = provenance.versions_of
+
+    def without_tifffile(names: Iterable[str]) -> dict[str, str]:
+        return {**installed(names), "tifffile": "absent"}
+
+    monkeypatch.setattr(registry, "versions_of", without_tifffile)
+    required = [line.split("==")[0] for line in registry.pinned_requirements()]
+    assert {"torch", "imagecodecs"} <= set(required)
+    assert "tifffile" not in required
+
+
 def test_the_version_says_what_it_needs_and_where_it_comes_from(registered: Registered) -> None:
     client = MlflowClient(tracking_uri=registered.uri)
     version = client.get_model_version("m", str(registered.version.version))
@@ -352,6 +365,7 @@ def test_the_version_says_what_it_needs_and_where_it_comes_from(registered: Regi
     requirements = (folder / "requirements.txt").read_text().split()
     assert requirements == registry.pinned_requirements()
     assert all("==" in line and "+" not in line for line in requirements)
+    assert any(line.startswith("tifffile==") for line in requirements)  # decodes here, so there too
     example = json.loads((folder / "input_example.json").read_text())
     assert example["columns"] == ["image"]
     assert not [p.name for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle")]

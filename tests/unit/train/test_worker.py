@@ -12,8 +12,9 @@ from ray.exceptions import RayTaskError
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.distributed import collectives
-from simclr_ray.errors import DataError, RunError
+from simclr_ray.errors import DataError, DivergedError, RunError, TrackingError
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train.resolve import resolve
 from simclr_ray.train.worker import prepare_process, unwrap_error
 from tests.ray.images import write_shapes
@@ -53,14 +54,31 @@ def test_a_worker_takes_from_the_config_what_carries_small_vectors(
     assert experiment.digest() == cfg.validate(Experiment, tree | {"scaling": {}}).digest()
 
 
+def test_what_ended_a_run_is_told_where_mlflow_does_not_answer_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    experiment = _small_experiment(tmp_path)
+    driver = import_module("simclr_ray.train.driver")
+
+    def diverge(*_: object) -> None:
+        raise DivergedError("the loss is not finite at step 3")
+
+    def lock(*_: object) -> None:
+        raise TrackingError("end the run: database is locked")
+
+    for name in ("connect", "check_cluster", "check_machine"):
+        monkeypatch.setattr(driver, name, lambda _: None)
+    monkeypatch.setattr(driver, "_trained", diverge)
+    monkeypatch.setattr(TrackedRun, "finish", lock)
+    with pytest.raises(DivergedError, match="not finite at step 3"):
+        driver.pretrain(experiment)
+    assert "still shows the run as running: end the run: database is locked" in caplog.text
+
+
 def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_shapes(tmp_path / "train.parquet", 40)
-    given = {"data.train": tmp_path / "train.parquet", "storage": tmp_path / "runs"}
-    sizes = {"batch_size": 16, "epochs": 1}
-    overrides = [f"{key}={value}" for key, value in (given | sizes).items()]
-    experiment = Experiment.load("cifar10_study_cpu", *overrides, "data.test=''")
+    experiment = _small_experiment(tmp_path)
     name = resolve(experiment).run_name
     driver = import_module("simclr_ray.train.driver")  # the package has a function of that name
     monkeypatch.setattr(driver, "HELD_S", 0.0)
@@ -70,3 +88,11 @@ def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(
         pytest.raises(RunError, match="is being run by process"),
     ):
         driver.pretrain(experiment)
+
+
+def _small_experiment(folder: Path) -> Experiment:
+    write_shapes(folder / "train.parquet", 40)
+    given = {"data.train": folder / "train.parquet", "storage": folder / "runs"}
+    sizes = {"batch_size": 16, "epochs": 1}
+    overrides = [f"{key}={value}" for key, value in (given | sizes).items()]
+    return Experiment.load("cifar10_study_cpu", *overrides, "data.test=''")
