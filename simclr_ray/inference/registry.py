@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -97,7 +96,7 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
             "seed": experiment.seed,
             "checkpoint": newest.name,
         }
-        for score in json.loads(folder.read_text(SCORES) or "[]"):
+        for score in folder.read_json(SCORES, list) or []:
             if score["name"] == TRAINED:
                 tags |= {k: v for k, v in score.items() if isinstance(v, float)}
         made = register_encoder(

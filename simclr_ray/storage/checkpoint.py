@@ -2,35 +2,40 @@
 
     step-00001200-<attempt>/
         state.safetensors     model.*, optimizer.*
-        record.json           written last: names every file with size and SHA-256
+        record.json           written last: names the file with size and SHA-256, what tensors
+                              it holds, and the SHA-256 of itself
 
 `RunFolder.newest_checkpoint` walks from the newest and takes the first that verifies.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from simclr_ray.errors import CheckpointError
-from simclr_ray.storage.filesystem import filesystem, write_text_whole
+from simclr_ray.storage.filesystem import filesystem, one_line, write_text_whole
 from simclr_ray.storage.provenance import sha256, versions_of
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: names and folders need none of it
     import torch
     from torch import Tensor, nn
 
-FORMAT_VERSION = 2  # 1 had other config keys and metric names (docs/upgrade.md)
+FORMAT_VERSION = 3  # docs/upgrade.md
+FORMATS_READ = (2, 3)  # a record of format 2 says nothing of itself; it has no `sha256`
 STATE, RECORD = "state.safetensors", "record.json"
 NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}")
+Identity = Mapping[str, str]
+ANY: Final[Identity] = {}
 LIBRARIES = ("simclr-ray", "torch", "torchvision", "ray", "numpy")
 
 
@@ -73,7 +78,7 @@ def unpack(
     """Load what `pack` returned, in place.
 
     Raises:
-        CheckpointError: The tensors do not fit the model.
+        CheckpointError: The tensors do not fit the model, or the optimizer's are missing.
     """
     restore_model(tensors, model)
     state: dict[int, dict[str, Tensor]] = {}
@@ -82,7 +87,19 @@ def unpack(
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
+    known = {index for group in groups for index in group["params"]}
+    kinds = {frozenset(of) for of in state.values()}
+    if not state.keys() <= known or len(kinds) > 1 or (keeps_state(optimizer) and not state):
+        raise CheckpointError("the checkpoint does not hold the state of this optimizer")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def keeps_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer's steps hang on more than the gradient: all but plain SGD's."""
+    import torch
+
+    plain = isinstance(optimizer, torch.optim.SGD)
+    return not plain or any(group["momentum"] for group in optimizer.param_groups)
 
 
 def restore_model(tensors: Mapping[str, Tensor], model: nn.Module, prefix: str = "model.") -> None:
@@ -92,6 +109,12 @@ def restore_model(tensors: Mapping[str, Tensor], model: nn.Module, prefix: str =
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit the model: {error}") from error
+
+
+def layout(names: Iterable[tuple[str, str, Sequence[int]]]) -> str:
+    """Return a hash of which tensors there are: name, dtype as safetensors writes it, shape."""
+    told = sorted((name, dtype, list(shape)) for name, dtype, shape in names)
+    return _hash_of(told)
 
 
 def write(
@@ -115,11 +138,19 @@ def write(
         "step": step,
         **record,
         "versions": versions_of(LIBRARIES),
+        "tensors": _layout_in(folder / STATE),
         "files": {
             STATE: {"size": (folder / STATE).stat().st_size, "sha256": sha256(folder / STATE)}
         },
     }
-    write_text_whole(*filesystem(str(folder / RECORD)), json.dumps(whole, indent=1))
+    sign(folder / RECORD, whole)
+
+
+def sign(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record with its own hash, which is of all else that it says."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    signed = rest | {"sha256": _hash_of(rest)}
+    write_text_whole(*filesystem(str(path)), json.dumps(signed, indent=1))
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -129,45 +160,87 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return next((name for name, t in tensors if not torch.isfinite(t).all()), "")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint after checking every file that it names.
+def read_record(folder: Path, identity: Identity = ANY) -> dict[str, Any]:
+    """Return the manifest of a checkpoint after checking it and the file that it names.
+
+    Args:
+        folder: The checkpoint.
+        identity: What the record must say of the experiment and its images, key -> value.
 
     Raises:
-        CheckpointError: There is no manifest, it is of another format, a file is missing or
-            altered, or a weight is not finite: training from it could only fail again.
+        CheckpointError: There is no manifest, it was altered, is of another format, step or
+            experiment, the file is missing or altered, or a weight is not finite: training from
+            it could only fail again.
     """
-    path = folder / RECORD
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {RECORD}; the checkpoint was not finished")
+    record = _own_record(folder / RECORD)
+    step = step_of(folder.name)
+    if step >= 0 and record["step"] != step:
+        told = f"is of step {record['step']}, its folder of {step}"
+        raise CheckpointError(f"{folder / RECORD}: {told}")
+    for key, value in identity.items():
+        if record.get(key) != value:
+            told = f"is of another run: its {key} is {record.get(key)}, not {value}"
+            raise CheckpointError(f"{folder / RECORD}: {told}")
+    file, entry = folder / STATE, record["files"][STATE]
     try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{path}: no checkpoint's record")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format {record.get('format_version')}, this release reads {FORMAT_VERSION}; "
-            "see docs/upgrade.md"
-        )
-    if not isinstance(record.get("files"), dict) or not isinstance(record.get("step"), int):
-        raise CheckpointError(f"{path}: no checkpoint's record")
-    for name, entry in record["files"].items():
-        file = folder / name
         if not file.is_file() or file.stat().st_size != entry["size"]:
             raise CheckpointError(f"{file}: missing or of the wrong size")
         if sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file}: altered; its hash is not the recorded one")
-    name = first_not_finite(_tensors_in(folder / STATE))
+        if record["tensors"] not in ("", _layout_in(file)):
+            raise CheckpointError(f"{file}: holds other tensors than were written")
+    except OSError as error:
+        raise CheckpointError(f"{file}: {one_line(error)}") from error
+    name = first_not_finite(_tensors_in(file))
     if name:
-        raise CheckpointError(f"{folder / STATE}: {name} is not finite; the training had diverged")
+        raise CheckpointError(f"{file}: {name} is not finite; the training had diverged")
     return record
+
+
+def _own_record(path: Path) -> dict[str, Any]:
+    """Return what a manifest says, after checking that it is as it was written."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: no {RECORD}; the checkpoint was not finished")
+    try:
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {one_line(error)}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: no checkpoint's record")
+    version, own = record.get("format_version"), record.pop("sha256", None)
+    if version not in FORMATS_READ:
+        read = " and ".join(map(str, FORMATS_READ))
+        raise CheckpointError(
+            f"{path}: format {version}, this release reads {read}; see docs/upgrade.md"
+        )
+    if (own is not None or version != 2) and own != _hash_of(record):
+        raise CheckpointError(f"{path}: altered; its hash is not the one that it states")
+    record.setdefault("tensors", "")
+    files = record.get("files")
+    entry = files.get(STATE) if isinstance(files, dict) else None
+    known = isinstance(entry, dict) and {"size", "sha256"} <= set(entry)
+    if not known or type(record.get("step")) is not int:
+        raise CheckpointError(f"{path}: no checkpoint's record")
+    return record
+
+
+def _hash_of(tree: object) -> str:
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _layout_in(path: Path) -> str:
+    """Return the layout of a file, of its header alone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118
+            return layout((name, part.get_dtype(), part.get_shape()) for name, part in slices)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor one after the other, so that one is in memory at a time."""
-    if not path.is_file():  # a record without a state file: `read` says so
-        return
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
@@ -176,11 +249,11 @@ def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def read(folder: Path) -> Checkpoint:
-    """Return the checkpoint in `folder`, verified. Raises `CheckpointError`."""
+def read(folder: Path, identity: Identity = ANY) -> Checkpoint:
+    """Return the checkpoint in `folder`, verified as `read_record` does."""
     from safetensors.torch import load_file
 
-    record = read_record(folder)
+    record = read_record(folder, identity)
     try:
         tensors = load_file(folder / STATE)
     except SafetensorError as error:

@@ -10,13 +10,17 @@ log = logging.getLogger(__name__)
 
 
 def read_records(lines: str) -> list[dict[str, Any]]:
-    """Return the records of a log; a line that a kill has cut off is passed over."""
+    """Return the records of a log; a line that a kill or a disk has spoiled is passed over."""
     records = []
     for line in lines.splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            log.debug("a record was cut off: %s", line[:80])
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            log.debug("no record: %s", line[:80])
     return records
 
 

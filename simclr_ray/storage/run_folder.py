@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
@@ -35,8 +36,17 @@ from simclr_ray.errors import (
     RunError,
 )
 from simclr_ray.storage import checkpoint, run_lock
-from simclr_ray.storage.filesystem import cache_folder, entries_in, filesystem, write_text_whole
+from simclr_ray.storage.checkpoint import ANY, Identity
+from simclr_ray.storage.filesystem import (
+    cache_folder,
+    entries_in,
+    filesystem,
+    open_whole,
+    write_text_whole,
+)
 
+JsonT = TypeVar("JsonT", dict[str, Any], list[Any])
+COPY_BYTES = 2**22
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 log = logging.getLogger(__name__)
 
@@ -89,14 +99,34 @@ class RunFolder:
         return None if "://" in self.storage else Path(self.uri)
 
     def read_text(self, name: str) -> str | None:
-        """Return the text of a file, or None where there is none."""
+        """Return the text of a file, or None where there is none.
+
+        Bytes that are no UTF-8, as a fault of the disk leaves them, come back as U+FFFD.
+        """
         files, root = self._open()
         try:
             with files.open_input_stream(f"{root}/{name}") as stream:
                 data: bytes = stream.read()
         except FileNotFoundError:
             return None
-        return data.decode()
+        return data.decode(errors="replace")
+
+    def read_json(self, name: str, kind: type[JsonT]) -> JsonT | None:
+        """Return what a JSON file holds, or None where there is none.
+
+        One that cannot be read, as a power cut leaves it, counts as absent, and that is said.
+        """
+        text = self.read_text(name)
+        if text is None:
+            return None
+        try:
+            tree: Any = json.loads(text)
+        except (ValueError, RecursionError):
+            tree = None
+        if not isinstance(tree, kind):
+            log.warning("%s/%s cannot be read and counts as absent", self.uri, name)
+            return None
+        return tree
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file, whole or not at all."""
@@ -126,6 +156,15 @@ class RunFolder:
         files.create_dir(f"{root}/{name}" if local.is_dir() else root, recursive=True)
         fs.copy_files(str(local), f"{root}/{name}", fs.LocalFileSystem(), files)
 
+    def put_checkpoint(self, local: Path, name: str) -> None:
+        """Copy a checkpoint to `name`, each file whole, and the record when all else is there."""
+        files, root = self._open()
+        files.create_dir(f"{root}/{name}", recursive=True)
+        last = local / checkpoint.RECORD
+        for file in (*sorted(f for f in local.iterdir() if f != last), last):
+            with file.open("rb") as source, open_whole(files, f"{root}/{name}/{file.name}") as out:
+                shutil.copyfileobj(source, out, COPY_BYTES)
+
     def checkpoints(self) -> list[str]:
         """Return the names of the checkpoint directories, newest first."""
         names = [f.base_name for f in self._entries() if checkpoint.step_of(f.base_name) >= 0]
@@ -145,18 +184,53 @@ class RunFolder:
             yield self._copy(name, Path(scratch) / name)
 
     @contextmanager
-    def newest_checkpoint(self) -> Iterator[Path | None]:
+    def newest_checkpoint(self, identity: Identity = ANY) -> Iterator[Path | None]:
         """Give a local path of the newest checkpoint that verifies, or None.
 
         A remote one is a copy that goes with the block. What does not verify is named in the log
         and passed over.
+
+        Args:
+            identity: Of the run that it must be of, as `checkpoint.read_record` takes it.
         """
         for name in self.checkpoints():
             with self.fetched(name) as folder:
-                if self._verifies(folder):
+                reason = _flaw(folder, identity)
+                if not reason:
                     yield folder
                     return
+                log.warning("passing over checkpoint %s: %s", name, reason)
         yield None
+
+    def check_resumable(self, identity: Identity) -> None:
+        """Raise `CheckpointError` where checkpoints were finished and none can be gone on from."""
+        flaws = []
+        for name in self.checkpoints():
+            with self.fetched(name) as folder:
+                reason = _flaw(folder, identity)
+                if not reason:
+                    return
+                if (folder / checkpoint.RECORD).is_file():  # else it was never finished
+                    flaws.append(f"{name}: {reason}")
+        if flaws:
+            raise CheckpointError(
+                f"{self.uri}: no checkpoint can be gone on from ({'; '.join(flaws)}); --restart "
+                "sets them aside and begins anew"
+            )
+
+    def prune_checkpoints(self, keep: int, newest: str) -> None:
+        """Remove what starts that were killed have left: all older than the `keep` newest.
+
+        Those are counted from `newest`, the newest that verifies. What is newer is left where it
+        is: a disk that answers wrongly for a moment costs no checkpoint.
+        """
+        names = self.checkpoints()
+        older = names[names.index(newest) :] if newest in names else []
+        finished = [name for name in older if checkpoint.RECORD in self.names(name)]
+        files, root = self._open()
+        for name in older:
+            if name not in finished[:keep]:
+                files.delete_dir(f"{root}/{name}")
 
     def cached_checkpoint(self, name: str) -> Path:
         """Return a local path of a checkpoint that stays: of a remote one a copy in the cache.
@@ -182,14 +256,6 @@ class RunFolder:
         target.mkdir(parents=True)
         fs.copy_files(f"{root}/{name}", str(target), files, fs.LocalFileSystem())
         return target
-
-    def _verifies(self, folder: Path) -> bool:
-        try:
-            checkpoint.read_record(folder)
-        except CheckpointError as error:
-            log.warning("passing over checkpoint %s: %s", folder.name, error)
-            return False
-        return True
 
     def is_locked(self) -> bool:
         """Return whether a driver holds the folder; of a remote one that is not known: False."""
@@ -227,11 +293,10 @@ class RunFolder:
         Ray Train refuses to start a run whose snapshot names a missing directory. Without a
         snapshot it starts afresh, and ours finds the newest checkpoint by itself.
         """
-        text = self.read_text(SNAPSHOT)
-        if text is None:
+        if self.read_text(SNAPSHOT) is None:
             return []
         try:
-            results = json.loads(text)["checkpoint_results"]
+            results = (self.read_json(SNAPSHOT, dict) or {})["checkpoint_results"]
             named = {str(result["checkpoint_dir_name"]) for result in results}
         except (ValueError, KeyError, TypeError):
             named = {"(an unreadable snapshot)"}
@@ -255,6 +320,15 @@ class RunFolder:
 
     def _open(self) -> tuple[fs.FileSystem, str]:
         return filesystem(self.uri)
+
+
+def _flaw(folder: Path, identity: Identity) -> str:
+    """Return why a checkpoint cannot be gone on from; nothing where it can."""
+    try:
+        checkpoint.read_record(folder, identity)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.storage.checkpoint import FORMAT_VERSION
+from simclr_ray.storage.checkpoint import FORMAT_VERSION, FORMATS_READ
 from simclr_ray.storage.run_folder import CONFIG_FILE, RUN_FILE, RunFolder
 from simclr_ray.storage.tracking_place import read_uri, stored_uri
 
@@ -33,26 +33,25 @@ class RunRecord:
     def find(cls, folder: RunFolder) -> RunRecord | None:
         """Return the record of a folder, or None where no run has begun in it.
 
+        One that cannot be read, as a power cut leaves a file, counts as absent, and that is said.
+
         Raises:
-            ConfigError: It is of another format, or no record.
+            ConfigError: It is of another format, or not whole.
         """
-        text = folder.read_text(RUN_FILE)
-        if text is None:
+        tree = folder.read_json(RUN_FILE, dict)
+        if tree is None:
             return None
-        try:
-            tree = json.loads(text)
-        except ValueError as error:
-            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", str(error))]) from error
-        version = tree.get("format_version", 1) if isinstance(tree, dict) else None
-        if version != FORMAT_VERSION:
-            problem = f"format {version}, this release reads {FORMAT_VERSION}; see docs/upgrade.md"
+        version = tree.get("format_version", 1)
+        if version not in FORMATS_READ:
+            read = " and ".join(map(str, FORMATS_READ))
+            problem = f"format {version}, this release reads {read}; see docs/upgrade.md"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         names = {field.name for field in fields(cls)}
-        try:
-            record = cls(**{key: value for key, value in tree.items() if key in names})
-        except TypeError as error:
-            problem = f"is no whole record: {error}"
-            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)]) from error
+        known = {key: value for key, value in tree.items() if key in names}
+        if missing := sorted(names - {"format_version"} - set(known)):
+            problem = f"is no whole record: it lacks {', '.join(missing)}"
+            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
+        record = cls(**known)
         return replace(record, tracking_uri=read_uri(record.tracking_uri, folder, CONFIG_FILE))
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
@@ -59,7 +58,7 @@ def status_of_run(folder: RunFolder) -> RunStatus:
         total,
         epoch,
         metrics,
-        json.loads(folder.read_text(SCORES) or "[]"),
+        folder.read_json(SCORES, list) or [],
         checkpoints,
         folder.written_at(),
     )

@@ -110,7 +110,7 @@ class StudyFolder:
 
     def state(self) -> dict[str, Any]:
         """Return what is stored of the study as a whole, or nothing before it began."""
-        return self._with_uri(json.loads(self.files.read_text(STATE) or "{}"))
+        return self._with_uri(self.files.read_json(STATE, dict) or {})
 
     def update_state(self, **values: Any) -> None:
         """Store values of the study as a whole; the MLflow store's address where it lies now."""
@@ -127,13 +127,14 @@ class StudyFolder:
 
     def outcome(self, trial: str) -> TrialOutcome | None:
         """Return what became of a trial, or None while it is open."""
-        text = self.files.read_text(f"{OUTCOMES}/{trial}.json")
-        return self._read(text) if text else None
+        tree = self.files.read_json(f"{OUTCOMES}/{trial}.json", dict)
+        return self._read(tree) if tree else None
 
     def outcomes(self) -> list[TrialOutcome]:
         """Return what became of all trials that have ended, by name."""
-        texts = (self.files.read_text(f"{OUTCOMES}/{name}") for name in self.files.names(OUTCOMES))
-        return [self._read(text) for text in texts if text]
+        names = self.files.names(OUTCOMES)
+        trees = (self.files.read_json(f"{OUTCOMES}/{name}", dict) for name in names)
+        return [self._read(tree) for tree in trees if tree]
 
     def write_outcome(self, outcome: TrialOutcome) -> None:
         """Store what became of a trial; its run is named relative to the study's folder."""
@@ -145,14 +146,13 @@ class StudyFolder:
         text = json.dumps(outcome._replace(run=run)._asdict(), indent=1, sort_keys=True)
         RunFolder(self.uri, OUTCOMES).write_text(f"{outcome.trial}.json", text)
 
-    def _read(self, text: str) -> TrialOutcome:
+    def _read(self, tree: dict[str, Any]) -> TrialOutcome:
         """Return an outcome, its run where the study lies now; earlier releases wrote paths."""
-        tree = json.loads(text)
-        tree["curve"] = {int(epoch): values for epoch, values in tree["curve"].items()}
+        curve = {int(epoch): values for epoch, values in tree["curve"].items()}
         run = self._with_uri(tree["run"])
         if run.get("folder"):
             run["folder"] = self.run(run["folder"].rpartition("/")[2]).uri
-        return TrialOutcome(**tree | {"run": run})
+        return TrialOutcome(**tree | {"run": run, "curve": curve})
 
     def run(self, name: str) -> RunFolder:
         """Return the run folder of a trial's run."""

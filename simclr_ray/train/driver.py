@@ -31,7 +31,7 @@ from simclr_ray.errors import RunError, TrackingError
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
-from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
+from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import store_uri, without_password
@@ -128,10 +128,13 @@ def _trained(
 ) -> Run:
     """Train what is left of a run; return it."""
     total, folder = resolved.total_steps, resolved.folder
-    newest = _newest(folder)
+    newest = _newest(resolved)
+    if not newest:
+        folder.check_resumable(resolved.identity)
     if 0 <= checkpoint.step_of(newest) < total:
         log.info("continuing after step %d of %d", checkpoint.step_of(newest), total)
     if checkpoint.step_of(newest) < total:
+        folder.prune_checkpoints(resolved.config.checkpoint.keep, newest)
         for name in folder.repair_snapshot():
             log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
         for advice in advise_before_start(resolved):
@@ -139,16 +142,17 @@ def _trained(
         if not newest and weight_files(resolved.config.init.weights):
             log.info("%s: %s", WHERE, init_line(resolved.config))
         _fit(resolved, tracked, on_progress)
-        newest = _newest(folder)
+        newest = _newest(resolved)
+        folder.prune_checkpoints(resolved.config.checkpoint.keep, newest)
     if checkpoint.step_of(newest) < total:
         raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
     metrics = last_values(folder.read_text(METRICS) or "")
     return Run(folder.name, folder.uri, newest, tracked.run_id, metrics)
 
 
-def _newest(folder: RunFolder) -> str:
+def _newest(resolved: ResolvedExperiment) -> str:
     """Return the name of the newest checkpoint that verifies, or nothing."""
-    with folder.newest_checkpoint() as path:
+    with resolved.folder.newest_checkpoint(resolved.identity) as path:
         return path.name if path else ""
 
 

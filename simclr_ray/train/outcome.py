@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,31 +80,31 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
     another way or on other images, or not tracked or registered as is asked for now.
     """
     folder = resolved.folder
-    stored, record = _read(folder), RunRecord.find(folder)
-    scores = json.loads(folder.read_text(SCORES) or "[]")
+    stored, record = folder.read_json(OUTCOME, dict), RunRecord.find(folder)
+    scores = folder.read_json(SCORES, list)
     if stored is None or record is None or not scores:
         return None
     expected: dict[str, Any] = {"evaluated": evaluation_digest(resolved.config)}
     if resolved.config.registry.name:
         expected["registry"] = cfg.to_tree(resolved.config.registry)
-    if any(stored[key] != value for key, value in expected.items()):
+    if any(stored.get(key) != value for key, value in expected.items()):
         return None
     if record.tracking_uri != store_uri(resolved.config.tracking.uri, resolved.config.storage):
         return None
     if not has_run(record.tracking_uri, record.mlflow_run_id):  # its folder was copied alone
         return None
     names = folder.checkpoints()
-    if not names or names[0] != stored["checkpoint"] or folder.is_locked():
+    if not names or names[0] != stored.get("checkpoint") or folder.is_locked():
         return None
     if checkpoint.step_of(names[0]) < resolved.total_steps:
         return None
-    with folder.newest_checkpoint() as newest:
+    with folder.newest_checkpoint(resolved.identity) as newest:
         if newest is None or newest.name != names[0]:
             return None
     with suppress(TrackingError):  # a store that cannot be written keeps what it says
         settle(record.tracking_uri)
     metrics = last_values(folder.read_text(METRICS) or "")
-    registered, classifier = stored["registered"], stored["classifier"]
+    registered, classifier = stored.get("registered"), stored.get("classifier")
     return PretrainOutcome(
         Run(folder.name, folder.uri, names[0], record.mlflow_run_id, metrics),
         [Score.from_tree(row) for row in scores],
@@ -113,11 +112,6 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
         Classification(**classifier) if classifier else None,
         is_stored=True,
     )
-
-
-def _read(folder: RunFolder) -> Mapping[str, Any] | None:
-    text = folder.read_text(OUTCOME)
-    return None if text is None else json.loads(text)
 
 
 def evaluation_digest(experiment: Experiment) -> str:

@@ -68,6 +68,11 @@ class ResolvedExperiment:
         return self.config.digest()
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What the record of a checkpoint says of the run that wrote it."""
+        return {"digest": self.digest, "fingerprint": self.source.fingerprint}
+
+    @property
     def run_name(self) -> str:
         """The name under which the run is stored.
 

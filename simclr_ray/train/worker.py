@@ -6,7 +6,9 @@ metrics, rows that had to be replaced, and errors that no restart can mend.
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -80,6 +82,8 @@ class TrainWorker:
 
     def run(self) -> None:
         """Train from the newest whole checkpoint to the end. A collective."""
+        if ray.train.get_context().get_local_rank() == 0:
+            self._clear_scratch()
         experiment, kept = self.experiment, self._newest()
         start = kept.step if kept else 0
         if start >= self.total:
@@ -140,11 +144,10 @@ class TrainWorker:
         kept = None
         name = dist.broadcast_text(checkpoint.new_name(step))
         if self.rank == 0:
-            local = Path(tempfile.gettempdir()) / f"simclr_ray-{name}"
+            local = Path(tempfile.gettempdir()) / f"{self._scratch_prefix}{name}"
             record = {
                 "experiment": cfg.to_tree(self.experiment),
-                "digest": self.experiment.digest(),
-                "fingerprint": self.source.fingerprint,
+                **self.resolved.identity,
                 "class_names": list(self.source.class_names),
             }
             checkpoint.write(local, step, tensors, record)
@@ -153,20 +156,46 @@ class TrainWorker:
             {"step": step},
             checkpoint=kept,
             checkpoint_dir_name=name,
+            checkpoint_upload_fn=self._upload,
             delete_local_checkpoint_after_upload=True,
         )
 
+    def _upload(self, written: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Copy a checkpoint to where the run lies, its record last: what has one is whole."""
+        self.folder.put_checkpoint(Path(written.path), name)
+        storage = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(
+            f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem
+        )
+
+    @property
+    def _scratch_prefix(self) -> str:
+        """What the names of this run's checkpoints begin with before they are uploaded."""
+        return f"simclr_ray-{self.folder.name}-"
+
+    def _clear_scratch(self) -> None:
+        """Remove what a killed worker of this run has left on this machine."""
+        for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(self._scratch_prefix)}step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
     def _newest(self) -> checkpoint.Checkpoint | None:
-        """Return the newest whole checkpoint, the one that rank 0 finds. A collective."""
-        newest = self.folder.newest_checkpoint() if self.rank == 0 else nullcontext()
+        """Return the newest whole checkpoint, the one that rank 0 finds. A collective.
+
+        Raises:
+            CheckpointError: There are checkpoints, and none can be gone on from.
+        """
+        identity = self.resolved.identity
+        newest = self.folder.newest_checkpoint(identity) if self.rank == 0 else nullcontext()
         with newest as own:
+            if self.rank == 0 and own is None:
+                self.folder.check_resumable(identity)
             name = dist.broadcast_text(own.name if own else "")
             if own:
-                return checkpoint.read(own)
+                return checkpoint.read(own, identity)
         if not name:
             return None
         with self.folder.fetched(name) as path:
-            return checkpoint.read(path)
+            return checkpoint.read(path, identity)
 
     def _build(self, kept: checkpoint.Checkpoint | None) -> None:
         """Make the model and the optimizer, as they were when the checkpoint was written."""

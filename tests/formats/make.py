@@ -1,6 +1,6 @@
 """Make the small run folder that a release leaves behind, to be read by those after it.
 
-    python -m tests.formats.make tests/formats/format_2
+    python -m tests.formats.make tests/formats/format_3
 
 Trains the smallest encoder for two epochs of drawn images by a real `sr.pretrain`, and takes the
 paths of this machine out of what it wrote. Run once a format, at its first release; `test_formats`
@@ -20,6 +20,7 @@ import torch
 import simclr_ray as sr
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.storage import checkpoint
 from tests.ray.images import write_shapes
 
 TREE = {
@@ -48,8 +49,10 @@ def main(target: Path) -> None:
             shutil.copy(Path(run.folder) / name, target / name)
         for file in target.rglob("*"):
             if file.suffix in (".yaml", ".json", ".jsonl"):
-                text = file.read_text(encoding="utf-8")
-                file.write_text(text.replace(place, "/somewhere"), encoding="utf-8")
+                text = file.read_text(encoding="utf-8").replace(place, "/somewhere")
+                file.write_text(text, encoding="utf-8")
+                if file.name == checkpoint.RECORD:  # it names its own hash
+                    checkpoint.sign(file, json.loads(text))
         features = sr.load_encoder(run.checkpoint)(
             torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)
         )

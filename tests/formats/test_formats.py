@@ -69,10 +69,10 @@ def test_what_format_1_left_is_refused_with_the_reason_and_the_new_names(tmp_pat
     shutil.copytree(HERE / "format_2", run)
     as_format_1(run)
     with pytest.raises(
-        ConfigError, match=r"run\.json: format 1, this release reads 2; see docs/up"
+        ConfigError, match=r"run\.json: format 1, this release reads 2 and 3; see docs/up"
     ):
         RunRecord.read(RunFolder.at(str(run)))
-    with pytest.raises(CheckpointError, match=r"format 1, this release reads 2; see docs/upgrade"):
+    with pytest.raises(CheckpointError, match="format 1, this release reads 2 and 3"):
         checkpoint.read(step_folder(run))
     with pytest.raises(ConfigError) as caught:
         Experiment.load(str(run / "experiment.yaml"))

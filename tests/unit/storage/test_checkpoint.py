@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_all_dtypes_come_back_as_they_were(tmp_path: Path) -> None:
 def test_the_record_holds_what_it_was_given_and_the_versions(tmp_path: Path) -> None:
     write(tmp_path / "c")
     record = checkpoint.read_record(tmp_path / "c")
-    assert (record["step"], record["digest"], record["format_version"]) == (3, "abc", 2)
+    assert (record["step"], record["digest"], record["format_version"]) == (3, "abc", 3)
     assert set(record["versions"]) == {"simclr-ray", "torch", "torchvision", "ray", "numpy"}
     assert record["versions"]["numpy"] == np.__version__
     size = (tmp_path / "c" / checkpoint.STATE).stat().st_size
@@ -161,20 +162,73 @@ def older_format(folder: Path) -> None:
     (folder / checkpoint.RECORD).write_text(json.dumps({**record, "format_version": 1}))
 
 
+def edit(folder: Path, *, signed: bool = False, **values: Any) -> None:
+    """Change what the record says, with or without the hash of what it says then."""
+    path = folder / checkpoint.RECORD
+    record = json.loads(path.read_text()) | values
+    if signed:
+        checkpoint.sign(path, record)
+    else:
+        path.write_text(json.dumps(record))
+
+
+def rewrite_state(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Make the state another one, whose hash the record states."""
+    state = folder / checkpoint.STATE
+    save_file(tensors, state)
+    entry = {"size": state.stat().st_size, "sha256": sha256(state)}
+    edit(folder, signed=True, files={checkpoint.STATE: entry})
+
+
 def diverged(folder: Path) -> None:
     """Make the state one that an earlier release would have written: whole, with a NaN in it."""
-    save_file({"model.w": torch.tensor([0.0, float("nan")])}, folder / checkpoint.STATE)
-    record = json.loads((folder / checkpoint.RECORD).read_text())
-    state = folder / checkpoint.STATE
-    entry = {"size": state.stat().st_size, "sha256": sha256(state)}
-    record["files"] = {checkpoint.STATE: entry}
-    (folder / checkpoint.RECORD).write_text(json.dumps(record))
+    rewrite_state(folder, {"model.w": torch.tensor([0.0, 1, 2, 3, 4, float("nan")])})
+
+
+def other_tensors(folder: Path) -> None:
+    rewrite_state(folder, {"model.w": torch.arange(5.0)})
 
 
 def nameless(folder: Path) -> None:
+    edit(folder, signed=True, files=None)
+
+
+def without_files(folder: Path) -> None:
+    edit(folder, signed=True, files={})
+
+
+def entry_without_size(folder: Path) -> None:
+    edit(folder, signed=True, files={checkpoint.STATE: {"sha256": "0"}})
+
+
+def other_step(folder: Path) -> None:
+    edit(folder, signed=True, step=11)
+
+
+def altered_step(folder: Path) -> None:
+    edit(folder, step=11)
+
+
+def altered_digest(folder: Path) -> None:
+    edit(folder, digest="abd")
+
+
+def unsigned(folder: Path) -> None:
     record = json.loads((folder / checkpoint.RECORD).read_text())
-    del record["files"]
+    del record["sha256"]
     (folder / checkpoint.RECORD).write_text(json.dumps(record))
+
+
+def said_to_be_of_format_2(folder: Path) -> None:
+    edit(folder, format_version=2)
+
+
+def binary(folder: Path) -> None:
+    (folder / checkpoint.RECORD).write_bytes(bytes(range(256)))
+
+
+def bottomless(folder: Path) -> None:
+    (folder / checkpoint.RECORD).write_text("[" * 100_000)
 
 
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
@@ -185,7 +239,17 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (killed_at_the_record, "the checkpoint was not finished"),
     (half_a_record, "not JSON"),
     (no_record_at_all, "no checkpoint's record"),
-    (older_format, "format 1, this release reads 2; see docs/upgrade.md"),
+    (older_format, "format 1, this release reads 2 and 3; see docs/upgrade.md"),
+    (without_files, "no checkpoint's record"),
+    (entry_without_size, "no checkpoint's record"),
+    (other_step, "is of step 11, its folder of 10"),
+    (altered_step, "altered; its hash is not the one that it states"),
+    (altered_digest, "altered; its hash is not the one that it states"),
+    (unsigned, "altered; its hash is not the one that it states"),
+    (said_to_be_of_format_2, "altered; its hash is not the one that it states"),
+    (other_tensors, "holds other tensors than were written"),
+    (binary, "not JSON"),
+    (bottomless, "not JSON"),
     (nameless, "no checkpoint's record"),
     (diverged, r"model\.w is not finite"),
 ]
@@ -208,6 +272,75 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_the_older_whole_one_taken
         with pytest.raises(CheckpointError, match=message):
             read(broken)
     assert newest(tmp_path) == older
+
+
+@pytest.mark.parametrize("key", ["digest", "fingerprint"])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, key: str) -> None:
+    record = {"digest": "abc", "fingerprint": "fed"}
+    folder = tmp_path / "step-00000010-0000000b"
+    checkpoint.write(folder, 10, {"model.w": torch.arange(6.0)}, record)
+    assert checkpoint.read(folder, record).step == 10
+    with pytest.raises(CheckpointError, match=f"of another run: its {key} is .*, not 123"):
+        checkpoint.read(folder, record | {key: "123"})
+    with RunFolder.at(str(tmp_path)).newest_checkpoint(record | {key: "123"}) as found:
+        assert found is None
+
+
+def test_where_no_finished_checkpoint_can_be_gone_on_from_it_is_said(tmp_path: Path) -> None:
+    folder = RunFolder.at(str(tmp_path))
+    folder.check_resumable({})
+    lose_record(write(tmp_path / "step-00000003-00000001", 3))
+    folder.check_resumable({})  # the first one was never finished: nothing is lost
+    alter(write(tmp_path / "step-00000009-0000000a", 9))
+    cut(write(tmp_path / "step-00000010-0000000b", 10))
+    with pytest.raises(CheckpointError, match=r"0000000b: .*wrong size.*0000000a: .*--restart"):
+        folder.check_resumable({})
+    write(tmp_path / "step-00000005-0000000c", 5)
+    folder.check_resumable({})
+
+
+def test_without_the_optimizers_state_a_checkpoint_is_refused() -> None:
+    model = tiny()
+    optimizer = build_optimizer(model, LARSConfig())
+    train(model, optimizer, range(2))
+    packed = checkpoint.pack(model, optimizer)
+    without = {name: t for name, t in packed.items() if not name.startswith("optimizer.")}
+    again = tiny()
+    with pytest.raises(CheckpointError, match="does not hold the state of this optimizer"):
+        checkpoint.unpack(without, again, build_optimizer(again, LARSConfig()))
+
+
+@pytest.mark.parametrize("fault", range(200))
+def test_no_random_fault_of_a_file_is_accepted(tmp_path: Path, fault: int) -> None:
+    """Bits flipped, bytes lost or added, files swapped: refused, by no error but ours."""
+    rng = np.random.default_rng(fault)
+    folder = write(tmp_path / "step-00000010-0000000b", 10)
+    before = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    path = folder / (checkpoint.RECORD, checkpoint.STATE)[fault % 2]
+    data = bytearray(before[path])
+    kind = fault // 2 % 4
+    at = int(rng.integers(len(data)))
+    if kind == 0:
+        data[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del data[at:]
+    elif kind == 2:
+        data[at:at] = rng.bytes(int(rng.integers(1, 64)))
+    else:
+        data = bytearray(before[next(p for p in before if p != path)])
+    path.write_bytes(bytes(data))
+    if path.name == checkpoint.RECORD and _says_the_same(before[path], bytes(data)):
+        assert checkpoint.read(folder).step == 10  # a space between two values, for one
+        return
+    with pytest.raises(CheckpointError):
+        checkpoint.read(folder)
+
+
+def _says_the_same(one: bytes, other: bytes) -> bool:
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from simclr_ray.errors import CheckpointError, ConfigError, RunError
-from simclr_ray.storage import checkpoint
+from simclr_ray.storage import checkpoint, run_folder
 from simclr_ray.storage.filesystem import filesystem, open_whole
 from simclr_ray.storage.run_folder import RUN_FILE, SNAPSHOT, RunFolder
 from simclr_ray.storage.run_lock import HOLDER, LOCK
@@ -298,15 +298,62 @@ def test_a_folder_is_copied_whole(folder: RunFolder, on_disk: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format_version": 2}', r"run\.json: is no whole record: .*mlflow_run_id"),
-        ("[]", "format None, this release reads 2"),
-        ('{"format_ver', "Unterminated string"),
+        ('{"format_version": 3}', r"run\.json: is no whole record: it lacks digest, fing"),
+        ('{"mlflow_run_id": "a"}', "format 1, this release reads 2 and 3"),
     ],
 )
 def test_what_is_no_record_of_a_run_is_refused(folder: RunFolder, text: str, message: str) -> None:
     folder.write_text(RUN_FILE, text)
     with pytest.raises(ConfigError, match=message):
         RunRecord.find(folder)
+
+
+@pytest.mark.parametrize("text", ['{"format_ver', "[]", "", "[" * 100_000])
+def test_a_record_that_cannot_be_read_counts_as_absent_and_is_said(
+    folder: RunFolder, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.write_text(RUN_FILE, text)
+    assert RunRecord.find(folder) is None
+    assert f"{folder.uri}/run.json cannot be read and counts as absent" in caplog.text
+
+
+def test_a_file_that_is_no_text_counts_as_absent(folder: RunFolder, on_disk: Path) -> None:
+    folder.write_text(RUN_FILE, "{}")
+    (on_disk / RUN_FILE).write_bytes(bytes(range(256)))
+    assert folder.read_json(RUN_FILE, dict) is None
+    assert folder.read_json("scores.json", list) is None
+
+
+def test_of_the_checkpoints_the_newest_that_verify_are_kept(
+    folder: RunFolder, on_disk: Path
+) -> None:
+    """The newest is damaged, which a fault of the disk may seem; one was never finished."""
+    names = [add(on_disk, checkpoint.new_name(step), step).name for step in (1, 2, 3, 4)]
+    unfinished, damaged = (add(on_disk, checkpoint.new_name(step), step).name for step in (2, 5))
+    (on_disk / unfinished / checkpoint.RECORD).unlink()
+    (on_disk / damaged / checkpoint.STATE).write_bytes(b"")
+    for newest in (names[3], names[3], ""):  # without one to go by nothing goes
+        folder.prune_checkpoints(2, newest)
+        assert folder.checkpoints() == [damaged, names[3], names[2]]
+
+
+def test_a_checkpoint_is_copied_with_its_record_last(
+    folder: RunFolder, on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = add(on_disk, checkpoint.new_name(3), 3).name
+    (on_disk / name).rename(on_disk.parent / "made")
+    written = []
+
+    def noted(files: pafs.FileSystem, path: str) -> object:
+        written.append(path.rpartition("/")[2])
+        return open_whole(files, path)
+
+    monkeypatch.setattr(run_folder, "open_whole", noted)
+    folder.put_checkpoint(on_disk.parent / "made", name)
+    assert written == [checkpoint.STATE, checkpoint.RECORD]
+    with folder.newest_checkpoint() as found:
+        assert found is not None
+        assert checkpoint.read(found).step == 3
 
 
 def test_what_fails_halfway_leaves_nothing_in_a_bucket(tmp_path: Path) -> None:
