@@ -9,6 +9,7 @@ import typer
 from simclr_ray.cli.arguments import ConfigSource, Overrides
 from simclr_ray.cli.console import command, loading, out, show_pairs
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.errors import ConfigError, ConfigIssue
 
 if TYPE_CHECKING:
     from simclr_ray.train.outcome import PretrainOutcome
@@ -18,47 +19,80 @@ if TYPE_CHECKING:
 def pretrain(
     source: ConfigSource,
     overrides: Overrides = None,
-    dry_run: Annotated[  # noqa: FBT002 - typer makes it a flag
+    *,
+    dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")
+    ] = False,
+    name: Annotated[str, typer.Option(help="Call the run so; the same as name=NAME.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin a new run.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; set aside what there is of this run.")
     ] = False,
 ) -> None:
     """Pretrain an encoder, evaluate it, and register it if `registry.name` is set.
 
     The same command continues a run that was stopped; of one that is finished it shows what is
-    stored.
+    stored. Whatever changes the result makes it another run.
     Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
     """
-    run_experiment(Experiment.load(source, *(overrides or [])), dry_run=dry_run)
+    if resume and restart:
+        raise ConfigError([ConfigIssue("--resume", "and --restart exclude each other")])
+    named = [f"name={name}"] if name else []
+    experiment = Experiment.load(source, *(overrides or []), *named)
+    run_experiment(experiment, dry_run=dry_run, resume=resume, restart=restart)
 
 
 def run_experiment(
-    experiment: Experiment, *, dry_run: bool = False, image: str = "IMAGE.png"
+    experiment: Experiment,
+    *,
+    dry_run: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+    image: str = "IMAGE.png",
 ) -> None:
     """Train, evaluate and register an experiment, showing all of it.
 
     Args:
         experiment: What to run.
         dry_run: Show the arithmetic alone.
+        resume: Refuse to begin a new run.
+        restart: Begin anew, and set aside what there is of the run.
         image: File that the command to embed names.
     """
     loading("torch")
     from simclr_ray.train.resolve import enter
 
-    enter(experiment, _run_and_show, dry_run=dry_run, image=image)
+    enter(experiment, _run_and_show, dry_run=dry_run, resume=resume, restart=restart, image=image)
 
 
-def _run_and_show(resolved: ResolvedExperiment, *, dry_run: bool, image: str) -> None:
+def _run_and_show(
+    resolved: ResolvedExperiment, *, dry_run: bool, resume: bool, restart: bool, image: str
+) -> None:
+    from simclr_ray.storage.run_folder import HELD_S
+    from simclr_ray.train.identity import begin_anew, check_is_there
     from simclr_ray.train.outcome import stored_outcome
 
-    outcome = None if dry_run else stored_outcome(resolved)
+    if resume:
+        check_is_there(resolved)
+    if dry_run:
+        _show_arithmetic(resolved)
+        return
+    outcome = None if restart else stored_outcome(resolved)
     if outcome is None:
-        from simclr_ray.train.dry_run import derived
-
-        show_pairs(derived(resolved))
-        if dry_run:
-            return
-        outcome = _run(resolved)
+        with resolved.folder.lock(HELD_S):  # before a cluster is started for nothing
+            if restart:
+                begin_anew(resolved)
+            outcome = stored_outcome(resolved)  # of whoever held it until now
+            if outcome is None:
+                _show_arithmetic(resolved)
+                outcome = _run(resolved)
     _show(resolved, outcome, image)
+
+
+def _show_arithmetic(resolved: ResolvedExperiment) -> None:
+    from simclr_ray.train.dry_run import derived
+
+    show_pairs(derived(resolved))
 
 
 def _run(resolved: ResolvedExperiment) -> PretrainOutcome:

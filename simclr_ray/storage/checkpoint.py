@@ -87,9 +87,9 @@ def unpack(
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
-    known = {index for group in groups for index in group["params"]}
+    indices = {index for group in groups for index in group["params"]}
     kinds = {frozenset(of) for of in state.values()}
-    if not state.keys() <= known or len(kinds) > 1 or (keeps_state(optimizer) and not state):
+    if not state.keys() <= indices or len(kinds) > 1 or (keeps_state(optimizer) and not state):
         raise CheckpointError("the checkpoint does not hold the state of this optimizer")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -113,8 +113,7 @@ def restore_model(tensors: Mapping[str, Tensor], model: nn.Module, prefix: str =
 
 def layout(names: Iterable[tuple[str, str, Sequence[int]]]) -> str:
     """Return a hash of which tensors there are: name, dtype as safetensors writes it, shape."""
-    told = sorted((name, dtype, list(shape)) for name, dtype, shape in names)
-    return _hash_of(told)
+    return _hash_of(sorted((name, dtype, list(shape)) for name, dtype, shape in names))
 
 
 def write(
@@ -175,12 +174,12 @@ def read_record(folder: Path, identity: Identity = ANY) -> dict[str, Any]:
     record = _own_record(folder / RECORD)
     step = step_of(folder.name)
     if step >= 0 and record["step"] != step:
-        told = f"is of step {record['step']}, its folder of {step}"
-        raise CheckpointError(f"{folder / RECORD}: {told}")
+        problem = f"is of step {record['step']}, its folder of {step}"
+        raise CheckpointError(f"{folder / RECORD}: {problem}")
     for key, value in identity.items():
         if record.get(key) != value:
-            told = f"is of another run: its {key} is {record.get(key)}, not {value}"
-            raise CheckpointError(f"{folder / RECORD}: {told}")
+            problem = f"is of another run: its {key} is {record.get(key)}, not {value}"
+            raise CheckpointError(f"{folder / RECORD}: {problem}")
     file, entry = folder / STATE, record["files"][STATE]
     try:
         if not file.is_file() or file.stat().st_size != entry["size"]:
@@ -218,8 +217,8 @@ def _own_record(path: Path) -> dict[str, Any]:
     record.setdefault("tensors", "")
     files = record.get("files")
     entry = files.get(STATE) if isinstance(files, dict) else None
-    known = isinstance(entry, dict) and {"size", "sha256"} <= set(entry)
-    if not known or type(record.get("step")) is not int:
+    is_entry = isinstance(entry, dict) and {"size", "sha256"} <= set(entry)
+    if not is_entry or type(record.get("step")) is not int:
         raise CheckpointError(f"{path}: no checkpoint's record")
     return record
 

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -41,12 +42,14 @@ from simclr_ray.storage.filesystem import (
     cache_folder,
     entries_in,
     filesystem,
+    is_local,
     open_whole,
     write_text_whole,
 )
 
 JsonT = TypeVar("JsonT", dict[str, Any], list[Any])
 COPY_BYTES = 2**22
+HELD_S = 30.0  # waited for a lock: a trial's driver, a task of Ray's, outlives a study's by seconds
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 log = logging.getLogger(__name__)
 
@@ -231,6 +234,24 @@ class RunFolder:
         for name in older:
             if name not in finished[:keep]:
                 files.delete_dir(f"{root}/{name}")
+
+    def set_aside(self) -> RunFolder:
+        """Move all but the lock to a folder beside this one, `<name>~1` or the next free number."""
+        files, root = self._open()
+        taken = {entry.base_name for entry in entries_in(files, root.rpartition("/")[0])}
+        number = next(n for n in itertools.count(1) if f"{self.name}~{n}" not in taken)
+        other = RunFolder(self.storage, f"{self.name}~{number}")
+        target = filesystem(other.uri)[1]
+        files.create_dir(target, recursive=True)
+        for entry in self._entries():
+            if entry.base_name in (run_lock.LOCK, run_lock.HOLDER):
+                continue
+            if is_local(files) or entry.is_file:
+                files.move(entry.path, f"{target}/{entry.base_name}")
+            else:  # a bucket has no folders to rename
+                fs.copy_files(entry.path, f"{target}/{entry.base_name}", files, files)
+                files.delete_dir(entry.path)
+        return other
 
     def cached_checkpoint(self, name: str) -> Path:
         """Return a local path of a checkpoint that stays: of a remote one a copy in the cache.

@@ -27,7 +27,7 @@ class LockedError(Exception):
 
 @contextmanager
 def hold(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock of `folder`, which is made, while the block runs.
+    """Hold the lock of `folder`, which is made, while the block runs; a thread may nest blocks.
 
     On a file system that knows no locks nothing is held, as nobody else could hold it either.
 
@@ -35,7 +35,10 @@ def hold(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
         LockedError: Another process holds it, and still does after `wait_s` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(folder / LOCK), folder / HOLDER
+    lock, holder = FileLock(folder / LOCK, is_singleton=True), folder / HOLDER
+    if lock.is_locked:  # by this thread: others have a state of their own
+        yield
+        return
     if not _acquires(lock, 0.0):
         if wait_s:
             log.warning("%s is held by %s; waiting %g s", folder, _text(holder), wait_s)

@@ -47,11 +47,11 @@ class RunRecord:
             problem = f"format {version}, this release reads {read}; see docs/upgrade.md"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         names = {field.name for field in fields(cls)}
-        known = {key: value for key, value in tree.items() if key in names}
-        if missing := sorted(names - {"format_version"} - set(known)):
+        values = {key: value for key, value in tree.items() if key in names}
+        if missing := sorted(names - {"format_version"} - set(values)):
             problem = f"is no whole record: it lacks {', '.join(missing)}"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
-        record = cls(**known)
+        record = cls(**values)
         return replace(record, tracking_uri=read_uri(record.tracking_uri, folder, CONFIG_FILE))
 
     @classmethod

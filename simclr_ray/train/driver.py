@@ -31,19 +31,18 @@ from simclr_ray.errors import RunError, TrackingError
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
-from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS
+from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import store_uri, without_password
 from simclr_ray.train.advice import advise_before_start
+from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker, unwrap_error
 
 log = logging.getLogger(__name__)
-
-HELD_S = 30.0  # a trial's driver is a task of Ray's, which outlives a study's by seconds
 
 
 def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -> Run:
@@ -113,6 +112,8 @@ def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | No
     config, folder = resolved.config, resolved.folder
     check_machine(config)
     with folder.lock(HELD_S):
+        for other in runs_of_this_name(resolved) if is_new(folder) else []:
+            log.info("a new run, %s: %s", folder.name, other)
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
         uri = store_uri(config.tracking.uri, config.storage)
         log.info("opening MLflow at %s", without_password(uri))

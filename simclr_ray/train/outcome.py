@@ -94,7 +94,7 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
     if not has_run(record.tracking_uri, record.mlflow_run_id):  # its folder was copied alone
         return None
     names = folder.checkpoints()
-    if not names or names[0] != stored.get("checkpoint") or folder.is_locked():
+    if not names or names[0] != stored.get("checkpoint"):
         return None
     if checkpoint.step_of(names[0]) < resolved.total_steps:
         return None

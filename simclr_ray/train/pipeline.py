@@ -15,12 +15,13 @@ from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.evaluate import evaluate_experiment, score_classifier
 from simclr_ray.evaluation.scores import Score, format_table
 from simclr_ray.inference.registry import register_run
-from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
+from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train.driver import train_resolved
 from simclr_ray.train.figures import draw_curves, draw_views
+from simclr_ray.train.identity import begin_anew
 from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import PretrainOutcome, Run, store_outcome, stored_outcome
 from simclr_ray.train.resolve import ResolvedExperiment, enter
@@ -29,15 +30,26 @@ log = logging.getLogger(__name__)
 
 
 def run_pipeline(
-    experiment: Experiment, *, on_progress: OnProgress | None = None
+    experiment: Experiment, *, restart: bool = False, on_progress: OnProgress | None = None
 ) -> PretrainOutcome:
     """Train, evaluate, publish to MLflow and, where `registry.name` is set, register.
 
     Of a run that is finished, evaluated and registered, what is stored is returned.
+
+    Args:
+        experiment: What to run.
+        restart: Begin anew, and set aside what there is of the run.
+        on_progress: As for `pretrain`.
     """
 
     def answer(resolved: ResolvedExperiment) -> PretrainOutcome:
-        return stored_outcome(resolved) or train_and_evaluate(resolved, on_progress=on_progress)
+        stored = None if restart else stored_outcome(resolved)
+        if stored is not None:
+            return stored
+        with resolved.folder.lock(HELD_S):
+            if restart:
+                begin_anew(resolved)
+            return stored_outcome(resolved) or train_and_evaluate(resolved, on_progress=on_progress)
 
     return enter(experiment, answer)
 
@@ -45,16 +57,20 @@ def run_pipeline(
 def train_and_evaluate(
     resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None
 ) -> PretrainOutcome:
-    """Train, evaluate, publish and register a resolved experiment; nothing stored is returned."""
-    run = train_resolved(resolved, on_progress=on_progress)
-    try:
-        outcome = _evaluated(run, resolved)
-    except KeyboardInterrupt:  # the training itself had set it to FINISHED
-        record = RunRecord.read(resolved.folder)
-        TrackedRun.attach(record.tracking_uri, record.mlflow_run_id).finish("KILLED")
-        raise
-    store_outcome(resolved, outcome)
-    return outcome
+    """Train, evaluate, publish and register a resolved experiment; nothing stored is returned.
+
+    One driver at a time: a second one waits, or is refused, until all of that is done.
+    """
+    with resolved.folder.lock(HELD_S):
+        run = train_resolved(resolved, on_progress=on_progress)
+        try:
+            outcome = _evaluated(run, resolved)
+        except KeyboardInterrupt:  # the training itself had set it to FINISHED
+            record = RunRecord.read(resolved.folder)
+            TrackedRun.attach(record.tracking_uri, record.mlflow_run_id).finish("KILLED")
+            raise
+        store_outcome(resolved, outcome)
+        return outcome
 
 
 def _evaluated(run: Run, resolved: ResolvedExperiment) -> PretrainOutcome:

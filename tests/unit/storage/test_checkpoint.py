@@ -210,7 +210,7 @@ def altered_step(folder: Path) -> None:
 
 
 def altered_digest(folder: Path) -> None:
-    edit(folder, digest="abd")
+    edit(folder, digest="abx")
 
 
 def unsigned(folder: Path) -> None:
