@@ -59,7 +59,10 @@ app.add_typer(
     name="model",
 )
 app.add_typer(
-    _group("Runs of a storage.", [("list", run.list_runs), ("probe", run.probe)]), name="run"
+    _group(
+        "Runs of a storage.", [("list", run.list_runs), ("probe", run.probe), ("stop", run.stop)]
+    ),
+    name="run",
 )
 app.add_typer(
     _group(

@@ -106,6 +106,23 @@ def status(run: RunPlace) -> None:
             show_table("scores", ["features", *(n.removesuffix("_top1") for n in names)], cells)
 
 
+def stop(run: RunPlace) -> None:
+    """Ask a run, wherever it trains, to save a checkpoint of its step and end.
+
+    The command that began it goes on from there.
+    Example: simclr-ray run stop runs/cifar10_cpu-1a2b3c4d
+    """
+    from simclr_ray.storage.run_folder import RunFolder
+    from simclr_ray.storage.run_status import status_of_run
+    from simclr_ray.train.stop import request_stop
+
+    state = status_of_run(RunFolder.at(run))
+    if state.folder.local is not None and state.state != "running":
+        raise ConfigError([ConfigIssue(state.folder.uri, "no driver holds it: nothing to stop")])
+    request_stop(state.folder)
+    out.print(f"asked {state.folder.uri} to stop", markup=False, soft_wrap=True)
+
+
 def list_runs(
     storage: Annotated[
         str, typer.Argument(metavar="STORAGE", help="Folder or URI that holds runs.")

@@ -191,6 +191,43 @@ def broadcast_text(text: str) -> str:
     return box[0]
 
 
+class RankZeroSignal:
+    """A number that rank 0 says after each step, and that all ranks know one step later.
+
+    Nobody waits for it: it travels while the next step is computed, by CPU, whatever the gradients
+    go by. Alone, it is known at once.
+
+    Args:
+        timeout_s: How long it may take before the ranks are given up.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        limit = timedelta(seconds=timeout_s)
+        self._group: Any = None
+        if is_distributed():
+            self._group = td.new_group(backend="gloo", timeout=limit)
+        self._number = torch.zeros(1, dtype=torch.int64)
+        self._sent: Any = None
+
+    def say(self, number: int) -> int:
+        """Send rank 0's number; return the one that it sent last, 0 at first. A collective."""
+        if self._group is None:
+            return number
+        heard = 0
+        if self._sent is not None:
+            self._sent.wait()
+            heard = int(self._number)
+        self._number.fill_(number)
+        self._sent = td.broadcast(self._number, 0, group=self._group, async_op=True)
+        return heard
+
+    def close(self) -> None:
+        """Let the last number arrive. A collective."""
+        if self._sent is not None:
+            self._sent.wait()
+            self._sent = None
+
+
 def data_parallel(module: nn.Module, *, compressed: bool = False) -> nn.Module:
     """Return `module` with gradients averaged over ranks during backward. A collective.
 

@@ -142,11 +142,19 @@ def init(**options: Any) -> None:
     """Connect by `ray.init`, without Ray's log; a SIGTERM handler that is installed is kept.
 
     Ray puts its own there, which exits: a command would lose its exit code, and who stopped it.
+    What Ray starts inherits that SIGHUP is blocked: it outlives the terminal, as the driver does,
+    for as long as that needs it.
     """
     handler = signal.getsignal(signal.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except SystemExit:  # by Ray's handler, before ours is back
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if (
             handler not in (None, signal.SIG_DFL)
             and threading.current_thread() is threading.main_thread()

@@ -35,6 +35,7 @@ from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import store_uri, without_password
+from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
@@ -142,9 +143,13 @@ def _trained(
             log.warning(advice)
         if not newest and weight_files(resolved.config.init.weights):
             log.info("%s: %s", WHERE, init_line(resolved.config))
-        _fit(resolved, tracked, on_progress)
+        with stop.passed_on(folder):
+            _fit(resolved, tracked, on_progress)
+            is_stopped = stop.is_requested(folder)
         newest = _newest(resolved)
         folder.prune_checkpoints(resolved.config.checkpoint.keep, newest)
+        if is_stopped and checkpoint.step_of(newest) < total:
+            raise KeyboardInterrupt
     if checkpoint.step_of(newest) < total:
         raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
     metrics = last_values(folder.read_text(METRICS) or "")

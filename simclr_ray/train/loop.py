@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,9 @@ Forward = Callable[[int, slice], tuple[Tensor, Tensor]]  # group number, rows ->
 LossOfViews = Callable[[Tensor, Tensor], Tensor]  # z1, z2 -> scalar
 
 
+Request = Literal["", "save", "stop"]
+
+
 @dataclass(frozen=True)
 class Callbacks:
     """Plain functions that the loop calls on every rank; they may be collectives."""
@@ -72,6 +75,7 @@ class Callbacks:
     report: Callable[[Metrics], None]
     epoch_end: Callable[[int, int], None]  # evaluate and save: (epochs done, steps done)
     checkpoint: Callable[[int], None]  # (steps done), within an epoch
+    request: Callable[[], Request] = lambda: ""  # after each step: to save, or to save and end
 
 
 class StepOutput(NamedTuple):
@@ -110,6 +114,8 @@ def train(
         num_groups: Above 1, a step's images pass the model in so many groups, by gradient caching;
             batch norm's statistics are those of a group.
         clip_norm: Longest gradient that is stepped by, of all parameters as one vector; 0: any.
+
+    It ends with the stream, or where it is asked to stop, after a checkpoint of its last step.
 
     Raises:
         DivergedError: The loss was not finite; looked at when metrics or a checkpoint are due, so
@@ -154,10 +160,13 @@ def train(
             callbacks.epoch_end(done // schedule.steps_per_epoch, done)
             model.train()  # evaluation has left it in eval mode
             meter.restart()  # that was no training time
-        elif schedule.checkpoint_every and done % schedule.checkpoint_every == 0:
+        request = callbacks.request()  # made elsewhere: by a signal, or for a node that goes
+        if schedule.saves_within_epoch(done) or (request and done < schedule.total_steps):
             meter.check_finite(done)
             callbacks.checkpoint(done)
             meter.restart()
+        if request == "stop":
+            break
     draw_for(layers, None)
 
 

@@ -25,6 +25,7 @@ from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
 from simclr_ray.tracking.runs import TrackedRun
+from simclr_ray.train import stop
 from simclr_ray.train.resolve import ResolvedExperiment
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ class RunMonitor:
     def _take_metrics(self, item: Record) -> None:
         if FIRST_BATCH in item:
             log.info("first batch after %.0f s", time.monotonic() - self._began)
+            stop.workers_can_save()
         _append(self._local / METRICS, json.dumps(item))
         metrics = {k: v for k, v in item.items() if "/" in k}
         try:

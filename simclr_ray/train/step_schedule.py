@@ -21,6 +21,11 @@ class StepSchedule:
     checkpoint_every: int = 0  # steps, besides the ends of epochs; 0: none
     config: ScheduleConfig = COSINE  # what the rate does after warm-up
 
+    def saves_within_epoch(self, done: int) -> bool:
+        """Return whether a checkpoint is due after so many steps, which end no epoch."""
+        every = self.checkpoint_every
+        return bool(every) and done % every == 0 and done % self.steps_per_epoch != 0
+
     def learning_rate(self, step: int) -> float:
         """Return the rate of `step`."""
         return learning_rate_at(

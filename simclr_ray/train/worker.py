@@ -45,7 +45,11 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.train import loop
 from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
 from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.stop import StopWatch
 
+# Ray's own, off where one machine is the cluster. It looks every 5 s whether a node is taken away.
+WATCHER, PREEMPTION_S = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", 5.0
+STOP, LOOK = 1, 2  # what rank 0 says
 LOWER_THE_RATE = "lower schedule.learning_rate, or lengthen the warm-up"
 
 
@@ -78,6 +82,10 @@ class TrainWorker:
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        self.saved = -1  # step of the last checkpoint
+        self.preempted: ray.train.PreemptionInfo | None = None
+        self.looks_for_preemption = os.environ.get(WATCHER, "1") != "0"
+        self.looked_at = time.monotonic()
         prepare_process(self.experiment, context.get_local_world_size())
 
     def run(self) -> None:
@@ -96,6 +104,8 @@ class TrainWorker:
         self.evaluation = OnlineEvaluation(
             experiment, self.source, self.rank, self.num_ranks, self.device
         )
+        self.signal = dist.RankZeroSignal(experiment.scaling.collective_timeout_s)
+        self.stop = StopWatch(self.folder) if self.rank == 0 else None
         self.inbox.put(WorkerReady(self.rank, self.num_ranks))
         loop.train(
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
@@ -105,12 +115,34 @@ class TrainWorker:
                 experiment, self.source, self._with_replaced_rows_sent(batches), self.device
             ),
             self._schedule(),
-            loop.Callbacks(self.report, self.epoch_end, self.save),
+            loop.Callbacks(self.report, self.epoch_end, self.save, self.request),
             precision=experiment.precision,
             seed=experiment.seed,
             num_groups=experiment.num_groups,
             clip_norm=experiment.optimizer.clip_norm,
         )
+        self.signal.close()
+
+    def request(self) -> loop.Request:
+        """Return what is asked of all ranks alike after a step. A collective.
+
+        A stop, by rank 0's word; or to save, since a node that holds ranks is about to be taken.
+        """
+        heard = self.signal.say(self._wanted() if self.rank == 0 else 0)
+        if heard & LOOK:
+            preempted = ray.train.get_preemption_info()  # a barrier, of some ms
+            if preempted is not None and preempted != self.preempted:
+                self.preempted = preempted
+                return "save"
+        return "stop" if heard & STOP else ""
+
+    def _wanted(self) -> int:
+        """Return what rank 0 wants all ranks to do after the next step."""
+        wanted = STOP if self.stop is not None and self.stop.is_requested else 0
+        if self.looks_for_preemption and time.monotonic() - self.looked_at > PREEMPTION_S:
+            self.looked_at = time.monotonic()
+            wanted |= LOOK
+        return wanted
 
     def report(self, metrics: loop.Metrics) -> None:
         """Send the metrics to the driver."""
@@ -137,6 +169,8 @@ class TrainWorker:
         Raises:
             DivergedError: A weight is not finite, on all ranks at once, since they hold the same.
         """
+        if step == self.saved:
+            return
         tensors = checkpoint.pack(self.model, self.optimizer)
         wrong = checkpoint.first_not_finite(tensors.items())
         if wrong:
@@ -159,6 +193,7 @@ class TrainWorker:
             checkpoint_upload_fn=self._upload,
             delete_local_checkpoint_after_upload=True,
         )
+        self.saved = step
 
     def _upload(self, written: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         """Copy a checkpoint to where the run lies, its record last: what has one is whole."""

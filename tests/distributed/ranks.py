@@ -71,6 +71,14 @@ def loss_and_norm(
     )
 
 
+def rank_zero_says(rank: int, numbers: list[int]) -> list[int]:
+    """Return what a rank hears while rank 0 says `numbers` and the others something else."""
+    signal = dist.RankZeroSignal(timeout_s=60)
+    heard = [signal.say(number if rank == 0 else 9) for number in numbers]
+    signal.close()
+    return heard
+
+
 def small_exchanges(rank: int, *, shared: bool = True) -> list[str]:
     """Return what went wrong when small vectors of many sizes and dtypes were exchanged."""
     dist.allow_shared_memory(allowed=shared)

@@ -13,6 +13,7 @@ from tests.distributed.ranks import (
     lengths_differ,
     loss_and_norm,
     loss_and_norm_without_shared_memory,
+    rank_zero_says,
     small_exchanges,
 )
 
@@ -28,6 +29,12 @@ def test_small_vectors_of_many_sizes_arrive_whole_and_in_order(
     num_ranks: int, *, shared: bool
 ) -> None:
     assert spawn(small_exchanges, num_ranks, shared=shared) == [[]] * num_ranks
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_what_rank_0_says_all_ranks_know_one_step_later(num_ranks: int) -> None:
+    heard = spawn(rank_zero_says, num_ranks, [1, 0, 3, 0, 0])
+    assert heard == [[1, 0, 3, 0, 0] if num_ranks == 1 else [0, 1, 0, 3, 0]] * num_ranks
 
 
 def test_the_process_group_alone_gives_the_loss_and_batch_norm_of_shared_memory() -> None:

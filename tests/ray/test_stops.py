@@ -15,8 +15,12 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, STOPPED_BY_USER
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.metrics_log import read_records
+from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train.resolve import resolve
+from simclr_ray.train.stop import is_requested
 from tests.ray.images import write_shapes
 from tests.ray.test_pretrain import tree_of
 
@@ -32,13 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stopped(
-    folder: Path, storage: str, said: str, sent: signal.Signals
+    folder: Path, storage: str, said: str, sent: signal.Signals, workers: int = 1
 ) -> tuple[int, list[str], list[str]]:
     """Return exit code, lines and MLflow statuses of a run that gets a signal when it says that.
 
     A terminal sends Ctrl-C to the whole group, a scheduler its signal to one process.
     """
-    tree = tree_of(folder, storage, 1, "float32")
+    tree = tree_of(folder, storage, workers, "float32")
     tree["epochs"] = 1 if said.startswith("evaluating") else 300
     config = folder / f"{storage}.yaml"
     config.write_text(cfg.dump_yaml(tree))
@@ -101,10 +105,20 @@ def test_ctrl_c_ends_in_130_leaves_the_run_killed_and_says_how_to_go_on(
     assert not any("Traceback" in line for line in lines)
 
 
-def test_a_schedulers_signal_ends_in_75_and_leaves_the_run_killed(
-    folder: Path, ray_cluster: str
+@pytest.mark.parametrize(
+    ("sent", "workers"), [(signal.SIGTERM, 2), (signal.SIGHUP, 1)], ids=lambda v: str(int(v))
+)
+def test_a_schedulers_signal_costs_no_step_ends_in_75_and_leaves_the_run_killed(
+    sent: signal.Signals, workers: int, folder: Path, ray_cluster: str
 ) -> None:
-    code, lines, statuses = stopped(folder, "system", "step 1/", signal.SIGTERM)
+    storage = f"system{sent}"
+    code, lines, statuses = stopped(folder, storage, "step 1", sent, workers)
     assert code == STOPPED_BY_SYSTEM, lines
     assert statuses == ["KILLED"]
     assert lines[-1].startswith("stopped by the system; to continue: ")
+    assert not any("Traceback" in line for line in lines)
+    (run,) = (RunFolder.at(str(path.parent)) for path in folder.glob(f"{storage}/*/run.json"))
+    records = read_records(run.read_text(METRICS) or "")
+    last = max(record["step"] for record in records if "train/loss" in record)
+    assert checkpoint.step_of(run.checkpoints()[0]) == last
+    assert not is_requested(run)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+import pytest
 
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, STOPPED_BY_USER
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train import stop
 
 PROGRAM = """
 import os, signal, sys
@@ -39,6 +45,62 @@ def test_an_error_that_an_interrupt_turned_into_is_the_interrupt() -> None:
     code, said = ended("SIGTERM")
     assert code == STOPPED_BY_SYSTEM
     assert said.startswith("stopped by the system; to continue: ")
+
+
+LOST = """
+import os, signal, sys, time
+from simclr_ray.cli import main
+
+class Closing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{signal})
+
+def app(arguments, standalone_mode):
+    Closing()  # an exception in there goes no further
+    time.sleep(20)
+
+main.app = app
+main.main()
+"""
+
+
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_an_interrupt_is_not_lost_where_it_cannot_be_raised(sent: str) -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", LOST.format(signal=sent)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == (STOPPED_BY_USER if sent == "SIGINT" else STOPPED_BY_SYSTEM)
+    assert "ignored" not in done.stderr
+    assert time.monotonic() - began < 15
+
+
+def test_where_workers_train_the_first_signal_is_theirs_and_the_second_interrupts(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder.of(str(tmp_path), "r-1")
+    assert not stop.defer()  # nobody trains
+    with stop.passed_on(folder):
+        assert not stop.defer()  # nobody trains yet
+        stop.workers_can_save()
+        watch = stop.StopWatch(folder)
+        assert stop.defer()
+        assert not stop.defer()
+        deadline = time.monotonic() + 20
+        while not watch.is_requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert watch.is_requested
+        assert stop.is_requested(folder)
+    assert not stop.is_requested(folder)
+    assert not stop.defer()
+
+
+def test_what_a_killed_driver_was_asked_is_not_asked_of_the_next(tmp_path: Path) -> None:
+    folder = RunFolder.of(str(tmp_path), "r-1")
+    stop.request_stop(folder)
+    with stop.passed_on(folder):
+        assert not stop.is_requested(folder)
 
 
 def test_an_interrupt_that_the_shell_has_ignored_stays_ignored() -> None:

@@ -124,6 +124,39 @@ def test_a_checkpoint_that_falls_on_the_end_of_an_epoch_is_left_to_the_epochs_ho
     assert log.events == [("report", 5), ("epoch", 5)]
 
 
+@pytest.mark.parametrize("at", [3, 4, 5, 7])
+def test_what_is_asked_after_a_step_is_done_with_that_step(at: int) -> None:
+    """To stop: its checkpoint and no further step; to save: its checkpoint alone."""
+    for asked in ("save", "stop"):
+        log, steps = Log(), iter(range(1, 100))
+        answers = replace(log.callbacks(), request=lambda: asked if next(steps) == at else "")  # noqa: B023
+        model = tiny()
+        train(
+            model, NTXentLoss(TEMPERATURE), LARS(model.parameters(), lr=0.0), batches(0, 10),
+            schedule(log_every=1), answers,
+        )  # fmt: skip
+        saved = [step for what, step in log.events if what == "checkpoint"]
+        assert saved == [at]
+        last = max(step for what, step in log.events if what == "report")
+        assert last == (at if asked == "stop" else 10)
+
+
+def test_after_the_last_step_nothing_is_asked_for_again() -> None:
+    """The run's end saves by itself."""
+    log, model = Log(), tiny()
+    train(
+        model, NTXentLoss(TEMPERATURE), LARS(model.parameters(), lr=0.0), batches(10, 15),
+        schedule(), replace(log.callbacks(), request=lambda: "stop"),
+    )  # fmt: skip
+    assert log.events[-1] == ("checkpoint", 11)
+    log = Log()
+    train(
+        model, NTXentLoss(TEMPERATURE), LARS(model.parameters(), lr=0.0), batches(14, 15),
+        schedule(), replace(log.callbacks(), request=lambda: "stop"),
+    )  # fmt: skip
+    assert log.events == [("report", 15), ("epoch", 15)]
+
+
 def test_each_step_takes_the_rate_of_its_schedule() -> None:
     seen: list[float] = []
 

@@ -1,0 +1,98 @@
+"""A stop that somebody asks for while workers train: they save a checkpoint at their step first.
+
+The driver is told by a signal (`cli.signals`), anybody by `simclr-ray run stop`. Either way a file
+in the run's folder says it to rank 0, wherever that runs, and rank 0 to the others
+(`collectives.RankZeroSignal`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from simclr_ray.storage.run_folder import RunFolder
+
+STOP = "stop"  # the file
+LOOK_S = 0.5  # rank 0 looks so often on a disk, and ten times less often in a bucket
+log = logging.getLogger(__name__)
+
+_requested = threading.Event()
+_can_save = threading.Event()
+
+
+def defer() -> bool:
+    """Ask the workers of this process's run to save and end; return whether they will.
+
+    False where none trains yet or any more, and where they were asked before: who asks twice does
+    not want to wait.
+    """
+    if not _can_save.is_set() or _requested.is_set():
+        return False
+    _requested.set()
+    return True
+
+
+def workers_can_save() -> None:
+    """Remember that the workers train: from now on a stop is theirs to answer."""
+    _can_save.set()
+
+
+@contextmanager
+def passed_on(folder: RunFolder) -> Iterator[None]:
+    """Write the file for what is asked of this process, while the block runs; remove it after."""
+    folder.remove(STOP)  # of a driver that was killed
+    ended = threading.Event()
+
+    def wait() -> None:
+        while not ended.is_set():
+            if _requested.wait(timeout=LOOK_S):
+                log.info("stopping: a checkpoint of the current step is written first")
+                with suppress(OSError):  # of a full disk: the signal after this one ends it
+                    request_stop(folder)
+                return
+
+    watcher = threading.Thread(target=wait, daemon=True, name="stop")
+    watcher.start()
+    try:
+        yield
+    finally:
+        _can_save.clear()
+        ended.set()
+        watcher.join()
+        _requested.clear()
+        with suppress(OSError):
+            folder.remove(STOP)
+
+
+def request_stop(folder: RunFolder) -> None:
+    """Ask the workers of a run to save and end."""
+    folder.write_text(STOP, "")
+
+
+def is_requested(folder: RunFolder) -> bool:
+    """Return whether somebody has asked."""
+    return folder.read_text(STOP) is not None
+
+
+class StopWatch:
+    """Rank 0's thread that looks for the file, so that no step waits for a bucket's answer."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._seen, self._folder = threading.Event(), folder
+        threading.Thread(target=self._look, daemon=True, name="stop").start()
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether the file was seen."""
+        return self._seen.is_set()
+
+    def _look(self) -> None:
+        wait_s = LOOK_S if self._folder.local is not None else 10 * LOOK_S
+        done = threading.Event()
+        while not done.wait(wait_s):
+            with suppress(OSError):  # a store that does not answer is asked again
+                if is_requested(self._folder):
+                    self._seen.set()
+                    return
