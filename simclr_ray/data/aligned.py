@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
-from simclr_ray.data.classes import class_keys, distinct_labels, number_classes, renumber
+from simclr_ray.data.classes import SHOWN, class_keys, distinct_labels, number_classes, renumber
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 
@@ -23,7 +23,8 @@ def align_labels(*sources: Source) -> tuple[Source, ...]:
     in all, stay what they are. Reads label columns, no image.
 
     Raises:
-        DataError: A dataset has no labels; or one holds text, and another numbers without names.
+        DataError: A dataset has no labels; one holds text, and another numbers without names; or
+            another has no class of the first.
     """
     labels = [source.labels() for source in sources]
     columns = [source.label for source in sources if source.label]
@@ -37,6 +38,12 @@ def align_labels(*sources: Source) -> tuple[Source, ...]:
                 "which is not known; give both names (class_names in the metadata, or text)"
             )
         keys = [{label: str(label) for label in own} for own in keys]
+    for source, own in zip(sources[1:], keys[1:], strict=True):
+        if set(own.values()).isdisjoint(keys[0].values()):
+            raise DataError(
+                f"{source.uri} has no class of {sources[0].uri}: {_some(own)} there, "
+                f"{_some(keys[0])} here, so that no score could be right"
+            )
     classes, said = number_classes(keys, named, [source.uri for source in sources])
     if said:
         warn_once(log, said)
@@ -44,6 +51,11 @@ def align_labels(*sources: Source) -> tuple[Source, ...]:
     return tuple(
         replace(source, label=label) for source, label in zip(sources, renumbered, strict=True)
     )
+
+
+def _some(keys: Mapping[int, str]) -> str:
+    names = list(keys.values())
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) -> Source:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 
 EXAMPLES_TRIED: Final = 64
+MOST_NAMED: Final = 20
+ABSENT: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter of an alias
 _MODEL_URI: Final = re.compile(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+|(?i:latest)))")
 
 
@@ -182,22 +184,30 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
         part: path inside of the model; empty: the whole model.
 
     Raises:
-        ConfigError: `where` has another form, or the store's file is not there.
-        TrackingError: there is no such model, version or alias.
+        ConfigError: `where` has another form, the store's file is not there, or there is no such
+            model, version or alias.
+        TrackingError: The store cannot be reached, or lacks the files.
     """
     address = model_address(where)
     name, version = address.name, address.version
     store.check_there(uri)
     with store.quiet(), door(f"find {where}", uri) as client:
         from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
 
         with store.first_contact():
-            if address.alias:
-                version = str(client.get_model_version_by_alias(name, address.alias).version)
-            elif version == "latest":
-                versions = client.search_model_versions(f"name = '{name}'")
-                version = str(max((int(v.version) for v in versions), default=1))
-            source = moved.translated(uri, client.get_model_version_download_uri(name, version))
+            try:
+                if address.alias:
+                    version = str(client.get_model_version_by_alias(name, address.alias).version)
+                elif version == "latest":
+                    versions = client.search_model_versions(f"name = '{name}'")
+                    version = str(max((int(v.version) for v in versions), default=1))
+                stored = client.get_model_version_download_uri(name, version)
+            except MlflowException as error:
+                if error.error_code not in ABSENT:
+                    raise
+                raise ConfigError([ConfigIssue(where, _what_there_is(client, name))]) from error
+            source = moved.translated(uri, stored)
         got = download_artifacts(
             artifact_uri=f"{source}/{part}".rstrip("/"),
             dst_path=str(folder),
@@ -205,6 +215,19 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
             registry_uri=uri,
         )
     return Path(got)
+
+
+def _what_there_is(client: MlflowClient, name: str) -> str:
+    """Return why a model is not found: which names there are, or which versions of its name."""
+    versions = client.search_model_versions(f"name = '{name}'", max_results=MOST_NAMED)
+    if versions:
+        numbers = ", ".join(str(v.version) for v in versions)
+        aliases = client.get_registered_model(name).aliases
+        called = f", aliases {', '.join(sorted(aliases))}" if aliases else ""
+        return f"there is none; {name} has the versions {numbers}{called}"
+    models = client.search_registered_models(max_results=MOST_NAMED)
+    names = ", ".join(model.name for model in models) or "none"
+    return f"there is no registered model {name!r}; the store has: {names}"
 
 
 def model_address(where: str) -> ModelAddress:

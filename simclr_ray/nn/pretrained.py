@@ -25,6 +25,7 @@ from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.nn.encoders import RGB, family_of
 from simclr_ray.nn.foreign_weights import DEVIATION, MEAN, fit, fold_input
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.filesystem import one_line
 from simclr_ray.storage.run_folder import RunFolder
 
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
@@ -144,8 +145,19 @@ def open_checkpoint(weights: str, option: str = WHERE) -> Iterator[tuple[str, Pa
             return
         newest = stack.enter_context(folder.newest_checkpoint())
         if newest is None:
-            raise ConfigError([ConfigIssue(option, f"{weights} holds no whole checkpoint")])
+            raise ConfigError([ConfigIssue(option, _why_not(weights, folder))])
         yield f"{folder.uri}/{newest.name}", newest
+
+
+def _why_not(weights: str, folder: RunFolder) -> str:
+    """Return why a path or URI without a whole checkpoint gives no weights."""
+    if folder.checkpoints():
+        return f"{weights} holds no whole checkpoint"
+    if folder.local is not None and not folder.local.exists():
+        return f"there is no file or folder {weights}"
+    if folder.read_text(FOLDER_CONFIG) is not None:
+        return f"{weights} holds {FOLDER_CONFIG} and no weights ({', '.join(FOLDER_FILES)})"
+    return f"{weights} holds no checkpoint, and no folder of Hugging Face's ({FOLDER_CONFIG})"
 
 
 class ForeignWeights(NamedTuple):
@@ -177,6 +189,9 @@ def foreign_weights(encoder: nn.Module, experiment: Experiment) -> ForeignWeight
             names=family.file_names(encoder),
             children=family.file_children(encoder),
         )
+        wrong = checkpoint.first_not_finite(fitted.tensors.items())
+        if wrong:
+            raise CheckpointError(f"cannot be trained from: {wrong} is not finite")
         mean, std = tuple(init.mean), tuple(init.std)
         if not mean:
             mean, std = _folder_statistics(Path(init.weights)) or (
@@ -197,6 +212,9 @@ def weight_files(weights: str) -> list[Path]:
 
     Args:
         weights: A file, or a folder as Hugging Face's libraries write it.
+
+    Raises:
+        CheckpointError: The folder's index of files cannot be read.
     """
     if weights.endswith(FILES):
         return [Path(weights)]
@@ -204,9 +222,22 @@ def weight_files(weights: str) -> list[Path]:
     if not (folder / FOLDER_CONFIG).is_file():
         return []
     if (folder / FOLDER_INDEX).is_file():
-        index = json.loads((folder / FOLDER_INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        places = _json_of(folder / FOLDER_INDEX).get("weight_map")
+        names = set(places.values()) if isinstance(places, dict) else set()
+        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+            raise CheckpointError(f"{folder / FOLDER_INDEX} names no files of this folder")
+        return [folder / name for name in sorted(names)]
     return [folder / name for name in FOLDER_FILES if (folder / name).is_file()][:1]
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} holds a {type(tree).__name__}, not keys and values")
+    return tree
 
 
 def _folder_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -216,7 +247,7 @@ def _folder_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ..
         (FOLDER_CONFIG, ("mean", "std")),
     ):
         if (folder / name).is_file():
-            tree = json.loads((folder / name).read_text(encoding="utf-8"))
+            tree = _json_of(folder / name)
             tree = tree.get("pretrained_cfg", tree)
             if not tree.get("do_normalize", True):
                 return (0.0,) * RGB, (1.0,) * RGB

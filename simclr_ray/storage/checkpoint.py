@@ -36,6 +36,8 @@ STATE, RECORD = "state.safetensors", "record.json"
 NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}")
 Identity = Mapping[str, str]
 ANY: Final[Identity] = {}
+TORCH_MAGIC = (b"PK\x03\x04", b"\x80")  # a zip archive, or a pickle as torch wrote before 1.6
+FIRST_BYTES = 64
 LIBRARIES = ("simclr-ray", "torch", "torchvision", "ray", "numpy")
 
 
@@ -271,22 +273,42 @@ def read_file(path: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
+    with path.open("rb") as file:
+        first_bytes = file.read(FIRST_BYTES)
+    if not first_bytes:
+        raise CheckpointError(f"{path} is empty")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if not first_bytes.startswith(TORCH_MAGIC):
+            raise CheckpointError(f"{path} is no file of weights{_guess(first_bytes)}")
         tree: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named is None:
+            raise CheckpointError(f"{path} is no file of weights: {one_line(error)}") from error
         raise CheckpointError(
-            f"{path} holds {named[1] if named else 'objects'} besides tensors, and to read that "
-            "would run code; where you trust it, write its tensors alone: torch.save(torch.load("
-            f"{path.name!r}, weights_only=False)['state_dict'], 'weights.pth')"
+            f"{path} holds {named[1]} besides tensors, and to read that would run code; where you "
+            "trust it, read it by the program that wrote it and write its tensors alone: "
+            "torch.save(model.state_dict(), 'weights.pth')"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # torch raises anything at all on broken bytes
+        problem = f"{one_line(error).partition('. ')[0]}{_guess(first_bytes)}"
+        raise CheckpointError(f"{path} is no whole file of weights: {problem}") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}; expected tensors by name")
     return tree
+
+
+def _guess(first_bytes: bytes) -> str:
+    """Return what a file is that holds no weights, where its first bytes tell."""
+    if first_bytes.startswith(b"version https://git-lfs"):
+        return ": it is a pointer of Git LFS (git lfs pull fetches the file)"
+    if first_bytes.lstrip()[:1] == b"<":
+        return ": it is a page of HTML, as a download without permission gives"
+    return ""
 
 
 def _sync(path: Path) -> None:

@@ -312,7 +312,7 @@ def door(action: str, uri: str) -> Iterator[MlflowClient]:
     """Give a client for `uri`; whatever MLflow or its stores raise becomes a `TrackingError`."""
     try:
         yield _client(uri)
-    except TrackingError:
+    except (ConfigError, TrackingError):
         raise
     except Exception as error:
         where, reason = store.without_password(uri), store.reason_of(error)

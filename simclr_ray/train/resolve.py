@@ -35,7 +35,7 @@ from simclr_ray.nn.pretrained import (
     weight_files,
 )
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.filesystem import check_makeable, filesystem, one_line
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import check_model, store_uri
@@ -151,7 +151,13 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     RunFolder.of(config.storage, config.name)  # fails here for a file in its place
     store_uri(config.tracking.uri, config.storage)
     _check_registrable(config)
-    return ResolvedExperiment(config, source)
+    resolved = ResolvedExperiment(config, source)
+    if resolved.folder.local is not None and not resolved.folder.local.exists():
+        try:
+            check_makeable(resolved.folder.local)
+        except OSError as error:
+            raise ConfigError([ConfigIssue("storage", one_line(error))]) from error
+    return resolved
 
 
 def resolve_folders(experiment: Experiment) -> Experiment:
@@ -178,13 +184,16 @@ def _check_evaluation(experiment: Experiment, source: Source) -> None:
     same = split_like_test(data)
     if same:
         log.warning("%s holds the images of %s: scores flatter", data.test, same)
-    if data.eval_train and not data.test:
-        Source.open(data.eval_train, data.columns)
-    if head is None or not data.test:
+    bank = Source.open(data.eval_train, data.columns) if data.eval_train else source
+    if not data.test:
         return
     test = Source.open(data.test, data.columns)
-    if test.has_labels:
+    if head is not None and test.has_labels:
         map_to_classifier(test, source.class_names, head.num_classes)
+    elif test.has_labels and bank.has_labels:
+        align_labels(bank, test)
+    elif bank.has_labels:
+        log.warning("%s %s: no kNN and no linear scores", test.uri, test.unlabelled)
 
 
 def _check_registrable(experiment: Experiment) -> None:
@@ -249,7 +258,10 @@ def resolve_init(experiment: Experiment) -> Experiment:
     weights = experiment.init.weights
     if not weights:
         return experiment
-    files = weight_files(weights)
+    try:
+        files = weight_files(weights)
+    except CheckpointError as error:
+        raise _issue(str(error)) from error
     if files:
         for path in files:
             if not path.is_file():

@@ -18,6 +18,7 @@ from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ResNetConfig, TrackingConfig
+from simclr_ray.errors import ConfigError
 from simclr_ray.inference import embed, registry
 from simclr_ray.inference import encoder_files as export
 from simclr_ray.nn.build import build_encoder
@@ -127,3 +128,16 @@ def test_a_registered_model_embeds_in_an_environment_of_only_its_own_requirement
     )
     want = embed.embed_images(tmp_path / "e", [image()])
     np.testing.assert_allclose(np.load(tmp_path / "got.npy"), want, rtol=0, atol=TOLERANCE)
+
+
+def test_a_model_that_is_not_there_is_refused_with_what_is(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    register_one(Tracker.open(TrackingConfig(uri=uri), "unused"), tmp_path / "e")
+    for where, told in {
+        "models:/x@newest": "there is no registered model 'x'; the store has: m",
+        "models:/x/1": "there is no registered model 'x'",
+        "models:/m@best": "m has the versions 1, aliases newest",
+        "models:/m/7": "m has the versions 1, aliases newest",
+    }.items():
+        with pytest.raises(ConfigError, match=told):
+            embed.embed_images(where, [image()], tracking_uri=uri)

@@ -359,9 +359,73 @@ def test_a_file_with_objects_is_refused_and_the_way_out_is_said(tmp_path: Path) 
     path = tmp_path / "weights.ckpt"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "hyper_parameters": _Settings()}, path)
     exp = experiment(encoder=TIMM_VIT, init={"weights": str(path)})
-    with pytest.raises(ConfigError, match=r"_Settings besides tensors.*weights_only=False") as told:
+    with pytest.raises(
+        ConfigError, match=r"_Settings besides tensors.*model\.state_dict\(\)"
+    ) as told:
         resolve_init(exp)
     assert len(str(told.value).splitlines()) == 1
+
+
+NO_WEIGHTS: list[tuple[bytes, str]] = [
+    (b"", "is empty"),
+    (b"hello", "is no file of weights"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a pointer of Git LFS"),
+    (b"<!DOCTYPE html><html></html>", "a page of HTML"),
+    (b"PK\x03\x04 and no archive", "is no whole file of weights"),
+    (b"\x80\x02hello", "is no whole file of weights"),
+    (bytes(range(128, 256)), "is no whole file of weights"),
+]
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+@pytest.mark.parametrize(("data", "told"), NO_WEIGHTS, ids=lambda v: str(v)[:12])
+def test_what_holds_no_weights_is_named_and_nobody_is_told_to_run_it(
+    data: bytes, told: str, ending: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"weights.{ending}"
+    path.write_bytes(data)
+    if ending == "safetensors" and told == "is no file of weights":
+        told = "is no whole file of weights"
+    with pytest.raises(ConfigError, match=told) as caught:
+        resolve_init(experiment(encoder=TIMM_VIT, init={"weights": str(path)}))
+    assert "weights_only" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_model_saved_whole_is_refused_with_the_way_to_save_its_tensors(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    exp = experiment(encoder=TIMM_VIT, init={"weights": str(tmp_path / "whole.pt")})
+    with pytest.raises(ConfigError, match=r"Linear besides tensors.*model\.state_dict\(\)"):
+        resolve_init(exp)
+
+
+def test_weights_that_are_not_finite_are_named_before_anything_starts(tmp_path: Path) -> None:
+    tensors = torchvision.models.resnet18().state_dict()
+    tensors["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(tensors, tmp_path / "weights.pth")
+    encoder = {"name": "torchvision", "model": "resnet18"}
+    exp = experiment(encoder=encoder, init={"weights": str(tmp_path / "weights.pth")})
+    with pytest.raises(ConfigError, match=r"layer1\.0\.conv1\.weight is not finite"):
+        resolve_init(exp)
+
+
+def test_a_place_without_weights_says_what_is_there(tmp_path: Path) -> None:
+    def refused(weights: Path) -> str:
+        with pytest.raises(ConfigError) as caught:
+            resolve_init(experiment(encoder=TIMM_VIT, init={"weights": str(weights)}))
+        return str(caught.value)
+
+    assert "there is no file or folder" in refused(tmp_path / "nope")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert "holds no checkpoint" in refused(folder)
+    (folder / "config.json").write_text("{}")
+    assert "holds config.json and no weights (model.safetensors" in refused(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    assert "index.json is no JSON" in refused(folder)
+    for index in ("{}", '{"weight_map": {"a": "../other.safetensors"}}', '{"weight_map": 3}'):
+        (folder / "model.safetensors.index.json").write_text(index)
+        assert "names no files of this folder" in refused(folder)
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -15,7 +15,7 @@ from simclr_ray.errors import ConfigError, DataError, SimclrRayError
 from simclr_ray.evaluation.evaluate import split_like_test
 from simclr_ray.train.outcome import evaluation_digest
 from simclr_ray.train.resolve import resolve
-from tests.ray.images import write_shapes
+from tests.ray.images import noise_png, write_shapes
 
 CLASSIFIER = {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}}
 
@@ -199,6 +199,40 @@ def test_what_would_fail_after_hours_is_told_by_a_dry_run_as_well(
     changes["data"] = {**changes.get("data", {}), "train": train}
     with pytest.raises(SimclrRayError, match=told):
         resolve(experiment(**changes))
+
+
+def test_classes_that_have_nothing_in_common_are_refused_before_anything_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another set of names, numbers as text, and no labels at all."""
+    labels = {"train": ["cat", "dog"], "other": ["car", "bus"], "digits": ["0", "1"]}
+    numbered: dict[str, list[Any]] = {"ints": [0, 1], "unlabelled": [None, None]}
+    for name, two in {**labels, **numbered}.items():
+        kind = pa.string() if name in labels else pa.int64()
+        png = noise_png(1, 8)
+        table = {"image": pa.array([png] * 20, pa.binary()), "label": pa.array(two * 10, kind)}
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+
+    def resolved_with(test: str) -> object:
+        data = {"train": str(tmp_path / "train.parquet"), "test": str(tmp_path / f"{test}.parquet")}
+        tree = {"name": "t", "data": data, "batch_size": 4, "storage": str(tmp_path / "runs")}
+        return resolve(cfg.validate(Experiment, tree))
+
+    for test in ("other", "digits"):
+        with pytest.raises(DataError, match=r"has no class of .*train\.parquet.*cat, dog here"):
+            resolved_with(test)
+    with pytest.raises(DataError, match="numbers without names"):
+        resolved_with("ints")
+    resolved_with("unlabelled")
+    assert "no kNN and no linear scores" in caplog.text
+
+
+def test_a_storage_that_cannot_be_made_is_named_before_anything_starts(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "train.parquet", 40)
+    data = {"train": str(tmp_path / "train.parquet")}
+    tree = {"name": "t", "data": data, "batch_size": 4, "storage": "/proc/x"}
+    with pytest.raises(ConfigError, match="storage: "):
+        resolve(cfg.validate(Experiment, tree))
 
 
 def test_an_unknown_way_to_make_views_is_told_before_anything_starts(
