@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := hatch_build.py simclr_ray/augment/native_build.py simclr_ray/augment/native.c
 
-.PHONY: demo test check test-unit test-long lint clean
+.PHONY: demo test check test-unit test-long test-nodes lint clean
 
 demo: $(STAMP)
 	$(BIN)/simclr-ray demo
@@ -18,6 +18,9 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-long
+
+test-nodes: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-nodes
 
 # uv only installs: it resolves nothing, since every version and hash stands in the lock file.
 # Compiled once: a run starts a dozen processes, and where PYTHONDONTWRITEBYTECODE is set each would
