@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,57 @@ def test_what_a_killed_session_left_is_removed_by_the_next() -> None:
     assert set(leftovers(token)) == {"namespaces", "links", "folders", "mounts"}
     with Network():
         assert not leftovers(token)
+
+
+def test_a_run_whose_node_dies_goes_on_when_another_joins(network: Network) -> None:
+    data, runs = network.folder / "data", network.folder / "runs"
+    ours = [sys.executable, "-m", "simclr_ray"]
+    env = {"GLOO_SOCKET_IFNAME": "eth0"}
+    with (
+        network.node("head", head=True, cpus=1, env=env) as head,
+        network.node("second", cpus=1, env=env) as second,
+    ):
+        for split, number in (("train", 1024), ("test", 256)):
+            target = str(data / split)
+            made = head.run([*ours, "prepare", "shapes", target, f"num_images={number}"])
+            assert made.returncode == 0, made.stderr
+        run = head.popen([*ours, "pretrain", "shapes_demo", *_settings(data, runs)], log="pretrain")
+        at_kill = _wait_for_steps(run, runs, 20)
+        second.kill()
+        killed = time.monotonic()
+        time.sleep(15)  # the cluster is one node short for a while
+        with network.node("third", cpus=1, env=env):
+            joined = time.monotonic()
+            _wait_for_steps(run, runs, at_kill + 1)
+            went_on = time.monotonic()
+            code = run.wait()
+        told = (head.folder / "pretrain.log").read_text()
+        # recorded only: how long it may take is for the reliability tests to say
+        sys.stdout.write(
+            f"{told}\nno step for {went_on - killed:.0f} s after the loss, "
+            f"{went_on - joined:.0f} s after another node had joined\n"
+        )
+        assert code == 0, told
+        assert max(json.loads(line)["step"] for line in _records(runs)) == 96
+
+
+def _settings(data: Path, runs: Path) -> list[str]:
+    """Return a run of 96 steps whose two workers need a node of one CPU each."""
+    return [
+        *(f"data.train={data}/train", f"data.test={data}/test", f"storage={runs}", "epochs=12"),
+        *("scaling.num_workers=2", "scaling.collective_timeout_s=60", "tracking.log_every_steps=1"),
+        *("tracking.system_metrics=false", "checkpoint.every_epochs=1", "registry.name="),
+        "evaluation.every_epochs=0",
+    ]
+
+
+def _records(runs: Path) -> list[str]:
+    """Return the lines of the metrics of the one run in a folder."""
+    return [line for log in runs.glob("*/metrics.jsonl") for line in log.read_text().splitlines()]
+
+
+def _wait_for_steps(run: subprocess.Popen[str], runs: Path, number: int) -> int:
+    """Return how many steps are logged, when there are `number`, or the run has ended."""
+    while run.poll() is None and len(_records(runs)) < number:
+        time.sleep(0.1)
+    return len(_records(runs))
