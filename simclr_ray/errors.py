@@ -7,6 +7,7 @@
     ├── CheckpointError      a checkpoint is not whole, or is another experiment's (exit code 1)
     ├── ClusterError         the Ray cluster cannot hold what was asked for        (exit code 2)
     ├── TrackingError        MLflow refused or cannot be reached                    (exit code 1)
+    │   └── TrackingUnavailableError  it did not answer, and may later             (exit code 1)
     └── RunError             the training run itself failed                        (exit code 1)
         └── UnhealthyRunError    it learns nothing more, so that going on is not worth it
             ├── DivergedError    a loss, feature or weight is not finite
@@ -74,6 +75,10 @@ class ClusterError(SimclrRayError):
 
 class TrackingError(SimclrRayError):
     """MLflow refused, or cannot be reached."""
+
+
+class TrackingUnavailableError(TrackingError):
+    """MLflow did not answer, or could not for now: the same may work later."""
 
 
 class RunError(SimclrRayError):

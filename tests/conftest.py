@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import collections
 import logging
 import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.mlflow_server import free_port, serving
 
 DATA_VARIABLE = "SIMCLR_RAY_DATA"
 
@@ -70,39 +66,5 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def mlflow_server(tmp_path: Path) -> Iterator[str]:
     """Run `mlflow server` with served artifacts in a process group of its own; give its URI."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--workers", "1",
-        "--artifacts-destination", str(tmp_path / "served"), "--serve-artifacts",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-    )
-    assert process.stderr is not None
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            told = "".join(lines)
-            # on its own, either may come before the port is open
-            if "Application startup complete" in told and "Uvicorn running on" in told:
-                break
-        else:
-            pytest.fail("the server did not start:\n" + "".join(lines))
-        rest = collections.deque[str](maxlen=1)  # read on, or the server blocks on a full pipe
-        reader = threading.Thread(target=rest.extend, args=(process.stderr,), daemon=True)
-        reader.start()
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    reader.join()
-    process.stderr.close()
+    with serving(tmp_path, free_port()) as uri:
+        yield uri

@@ -60,7 +60,8 @@ app.add_typer(
 )
 app.add_typer(
     _group(
-        "Runs of a storage.", [("list", run.list_runs), ("probe", run.probe), ("stop", run.stop)]
+        "Runs of a storage.",
+        [("list", run.list_runs), ("probe", run.probe), ("stop", run.stop), ("sync", run.sync)],
     ),
     name="run",
 )

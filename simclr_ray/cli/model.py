@@ -67,7 +67,7 @@ def _train(planned: Planned) -> FineTuned:
     from simclr_ray.train.driver import start_cluster
     from simclr_ray.train.finetune import train
 
-    start_cluster(planned.experiment.config)
+    start_cluster(planned.experiment)
     with RunProgress() as progress:
         return train(planned, on_progress=progress)
 

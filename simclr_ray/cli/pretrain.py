@@ -101,7 +101,7 @@ def _run(resolved: ResolvedExperiment) -> PretrainOutcome:
     from simclr_ray.train.driver import start_cluster
     from simclr_ray.train.pipeline import train_and_evaluate
 
-    start_cluster(resolved.config)
+    start_cluster(resolved)
     with RunProgress() as progress:
         return train_and_evaluate(resolved, on_progress=progress)
 

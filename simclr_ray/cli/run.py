@@ -123,6 +123,25 @@ def stop(run: RunPlace) -> None:
     out.print(f"asked {state.folder.uri} to stop", markup=False, soft_wrap=True)
 
 
+def sync(run: RunPlace) -> None:
+    """Deliver to MLflow what it lacks of a run: points, other writes, and how the run ended.
+
+    A run that was killed, and that MLflow shows as running, is shown as killed.
+    Example: simclr-ray run sync runs/cifar10_cpu-1a2b3c4d
+    """
+    loading("mlflow")
+    from simclr_ray.storage.run_folder import RunFolder
+    from simclr_ray.train.tracked import sync_run
+
+    synced = sync_run(RunFolder.at(run))
+    parts = [counted(synced.points, "point")]
+    parts += [counted(synced.writes, "other write")] if synced.writes else []
+    parts += [f"the status {synced.status}"] if synced.status else []
+    out.print(f"delivered: {', '.join(parts)}", markup=False)
+    if synced.still_runs:
+        out.print("its status stays: something writes to the folder still", markup=False)
+
+
 def list_runs(
     storage: Annotated[
         str, typer.Argument(metavar="STORAGE", help="Folder or URI that holds runs.")

@@ -3,6 +3,8 @@
 <storage>/<run name>/
     experiment.yaml  run.json           what is run, and where it is tracked
     metrics.jsonl  bad_rows.jsonl       what training said
+    other_metrics.jsonl                 of the machine, and of the evaluation at the end
+    delivered.json                      how much of that MLflow has, and what it is owed
     scores.json  views.png  curves.png  of the evaluation at the end
     outcome.json                        written last: the run is finished and evaluated
     classification.json                 of a fine-tuning or a distillation: its test
@@ -106,13 +108,18 @@ class RunFolder:
 
         Bytes that are no UTF-8, as a fault of the disk leaves them, come back as U+FFFD.
         """
+        data = self.read_bytes(name)
+        return None if data is None else data.decode(errors="replace")
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """Return the content of a file, or None where there is none."""
         files, root = self._open()
         try:
             with files.open_input_stream(f"{root}/{name}") as stream:
                 data: bytes = stream.read()
         except FileNotFoundError:
             return None
-        return data.decode(errors="replace")
+        return data
 
     def read_json(self, name: str, kind: type[JsonT]) -> JsonT | None:
         """Return what a JSON file holds, or None where there is none.
@@ -353,4 +360,5 @@ def _flaw(folder: Path, identity: Identity) -> str:
 
 
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"
+OTHER_METRICS = "other_metrics.jsonl"
 RUN_FILE, CONFIG_FILE = "run.json", moves.CONFIG_FILE

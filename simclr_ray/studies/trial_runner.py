@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import PROBE
-from simclr_ray.errors import CollapseError, SimclrRayError, UnhealthyRunError
+from simclr_ray.errors import CollapseError, SimclrRayError, TrackingError, UnhealthyRunError
 from simclr_ray.evaluation.evaluate import evaluate_trained, probe_experiment, score_classifier
 from simclr_ray.nn.build import build_loss
 from simclr_ray.storage.metrics_log import read_records
@@ -165,6 +165,16 @@ def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, 
     """Return the metrics after training, and log them in an MLflow run under the trial's."""
     with RunFolder.at(run.folder).fetched(run.checkpoint_name) as checkpoint:
         metrics = _scores(study, experiment, checkpoint)
+    try:
+        _log_evaluation(study, experiment, run, metrics)
+    except TrackingError as error:  # they are in the trial's outcome, and of the trial's run
+        log.warning("the evaluation of %s has no MLflow run of its own: %s", run.name, error)
+    return metrics
+
+
+def _log_evaluation(
+    study: Study, experiment: Experiment, run: Run, metrics: dict[str, float]
+) -> None:
     tracker = Tracker.open(experiment.tracking, experiment.storage)
     evaluated = tracker.start_run(
         f"{run.name}-evaluation",
@@ -174,7 +184,6 @@ def evaluate_trial(study: Study, experiment: Experiment, run: Run) -> dict[str, 
     )
     evaluated.log_metrics(metrics, int(run.metrics.get("step", 0)))
     evaluated.finish("FINISHED")
-    return metrics
 
 
 def _scores(study: Study, experiment: Experiment, checkpoint: Path) -> dict[str, float]:

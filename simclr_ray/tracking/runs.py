@@ -10,25 +10,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from simclr_ray.errors import ConfigError, TrackingError
+from simclr_ray.errors import ConfigError, TrackingError, TrackingUnavailableError
 from simclr_ray.tracking import moved, store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     from simclr_ray.config import Scalar
     from simclr_ray.config.experiment import TrackingConfig
 
-_log = logging.getLogger(__name__)
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+class Point(NamedTuple):
+    """One value of a metric; a store keeps the same point once."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
 
 
 class Tracker:
@@ -135,7 +142,7 @@ class TrackedRun:
         self.uri = uri
         self.run_id = run_id
         self.experiment_id = experiment_id
-        self._resumed = resumed
+        self.is_resumed = resumed
         self._highest: dict[str, int] = {}
 
     @classmethod
@@ -179,6 +186,34 @@ class TrackedRun:
                 client.log_batch(self.run_id, metrics=some, synchronous=True)
         self._highest.update({metric.key: step for metric in fresh})
 
+    def log_points(self, points: Sequence[Point]) -> None:
+        """Store points as they are, in one request for up to 1,000; see `stored_steps`.
+
+        Raises:
+            TrackingError: the store refuses or cannot be reached; some may be stored.
+        """
+        with door(f"log {len(points)} points", self.uri) as client:
+            from mlflow.entities import Metric
+
+            metrics = [Metric(p.key, p.value, p.time_ms, p.step) for p in points]
+            for some in store.batches(metrics, store.MAX_METRICS_PER_BATCH):
+                client.log_batch(self.run_id, metrics=some, synchronous=True)
+
+    def stored_keys(self) -> set[str]:
+        """Return the metrics of which the run has points."""
+        with door("look up metrics", self.uri) as client:
+            return set(client.get_run(self.run_id).data.metrics)
+
+    def stored_steps(self, key: str) -> list[int]:
+        """Return the steps of which the run has a point of `key`, as often as it has one."""
+        with door(f"look up {key}", self.uri) as client:
+            return [metric.step for metric in client.get_metric_history(self.run_id, key)]
+
+    def status(self) -> str:
+        """Return the run's status as MLflow shows it, such as `RUNNING`."""
+        with door("look up the run", self.uri) as client:
+            return str(client.get_run(self.run_id).info.status)
+
     def log_params(self, params: Mapping[str, Scalar]) -> None:
         """Store parameters; long values are cut, with their length said.
 
@@ -192,7 +227,7 @@ class TrackedRun:
         with door("log parameters", self.uri) as client:
             from mlflow.entities import Param
 
-            stored = client.get_run(self.run_id).data.params if self._resumed else {}
+            stored = client.get_run(self.run_id).data.params if self.is_resumed else {}
             new = [Param(k, v) for k, v in wanted.items() if k not in stored]
             other = {f"resumed/{k}": v for k, v in wanted.items() if stored.get(k, v) != v}
             for some in store.batches(new, store.MAX_PER_BATCH):
@@ -243,46 +278,18 @@ class TrackedRun:
         with door(f"store {file}", self.uri) as client:
             client.log_text(self.run_id, text, file)
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Set the run's last status and end time."""
-        with door("end the run", self.uri) as client:
-            client.set_terminated(self.run_id, status)
-
-    @contextlib.contextmanager
-    def system_metrics(self, interval_s: float = 10.0) -> Iterator[None]:
-        """Log this machine's `system/...` metrics every `interval_s` while the block runs.
-
-        Needs psutil, and pynvml for GPUs; without psutil one line is logged and the block runs.
-        """
-        monitor = self._started_monitor(interval_s)
-        try:
-            yield
-        finally:
-            if monitor is not None:
-                with store.quiet():
-                    monitor.finish()  # type: ignore[no-untyped-call] # MLflow's is not annotated
-
-    def _started_monitor(self, interval_s: float) -> SystemMetricsMonitor | None:
-        try:
-            with store.quiet():
-                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-                monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
-                    self.run_id,
-                    sampling_interval=interval_s,
-                    resume_logging=True,
-                    tracking_uri=self.uri,
-                )
-                monitor.start()  # type: ignore[no-untyped-call]
-        except Exception as error:  # noqa: BLE001 - psutil, its kernel files, drivers: all optional
-            _log.warning("no system metrics: %s", error)
-            return None
-        return monitor
+    def finish(self, status: Status) -> None:
+        """Set the run's status; with one that is its last, its end time."""
+        with door(f"set the run to {status}", self.uri) as client:
+            if status == "RUNNING":
+                client.update_run(self.run_id, status=status)
+            else:
+                client.set_terminated(self.run_id, status)
 
     def _highest_step(self, client: MlflowClient, key: str) -> int:
         """Return the highest step that the store has for `key`, or one below every step."""
         if key not in self._highest:
-            history = client.get_metric_history(self.run_id, key) if self._resumed else []
+            history = client.get_metric_history(self.run_id, key) if self.is_resumed else []
             self._highest[key] = max((metric.step for metric in history), default=-(2**63))
         return self._highest[key]
 
@@ -309,14 +316,18 @@ def _experiment_id(uri: str, name: str, artifact_location: str | None) -> str:
 
 @contextlib.contextmanager
 def door(action: str, uri: str) -> Iterator[MlflowClient]:
-    """Give a client for `uri`; whatever MLflow or its stores raise becomes a `TrackingError`."""
+    """Give a client for `uri`; whatever MLflow or its stores raise becomes a `TrackingError`.
+
+    It is a `TrackingUnavailableError` where the same may work later.
+    """
     try:
         yield _client(uri)
     except (ConfigError, TrackingError):
         raise
     except Exception as error:
         where, reason = store.without_password(uri), store.reason_of(error)
-        raise TrackingError(f"MLflow at {where} could not {action}: {reason}") from error
+        kind = TrackingUnavailableError if store.is_for_now(error) else TrackingError
+        raise kind(f"MLflow at {where} could not {action}: {reason}") from error
 
 
 @functools.lru_cache(maxsize=16)

@@ -58,6 +58,18 @@ MANNERS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
+# What a store says that may take the same later: connections, locks, overload, its own defects.
+_FOR_NOW: Final = frozenset(
+    {
+        "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED",
+        "DEADLINE_EXCEEDED", "ABORTED",
+    }
+)  # fmt: skip
+# While a run is delivered: what fails is tried anew by the sender, which can be asked to stop.
+FEW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+# Who would say, with tracebacks, what the sender says in a line.
+LOGGERS: Final = ("mlflow", "alembic", "urllib3", "sqlalchemy")
+
 T = TypeVar("T")
 
 
@@ -164,6 +176,17 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:400]}"
 
 
+def is_for_now(error: Exception) -> bool:
+    """Return whether what failed may work later: no answer, a lock, an overload."""
+    code = getattr(error, "error_code", None)
+    if code is not None:
+        return code in _FOR_NOW
+    return isinstance(error, OSError) or type(error).__name__ in (
+        "OperationalError",
+        "TimeoutError",
+    )
+
+
 def key_of(text: str) -> str:
     """Return a key that MLflow takes: letters, digits and `_-./ :`, at most 250 characters."""
     return re.sub(r"[^\w\-./ :]", "_", text)[:MAX_KEY_CHARS]
@@ -206,7 +229,24 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def first_contact() -> Iterator[None]:
     """Fail within seconds at a wrong address, unless the user has set other limits."""
-    ours = {k: v for k, v in FIRST_CONTACT.items() if k not in os.environ}
+    with _unless_set(FIRST_CONTACT):
+        yield
+
+
+@contextlib.contextmanager
+def delivering() -> Iterator[None]:
+    """Leave retries and words about failures to a sender while the block runs.
+
+    Both are of the whole process: enter it in the main thread, around the sender's life.
+    """
+    with _unless_set(FEW_RETRIES), held_back(LOGGERS, logging.CRITICAL + 1):
+        yield
+
+
+@contextlib.contextmanager
+def _unless_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment that have no value, while the block runs."""
+    ours = {k: v for k, v in variables.items() if k not in os.environ}
     os.environ.update(ours)
     try:
         yield

@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 
 import ray
 import ray.train
@@ -27,13 +25,11 @@ from simclr_ray.distributed.ray_cluster import (
     connect,
     driver_queue,
 )
-from simclr_ray.errors import RunError, TrackingError
+from simclr_ray.errors import RunError
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS
-from simclr_ray.storage.run_record import RunRecord
-from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.store import store_uri, without_password
 from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
@@ -41,6 +37,7 @@ from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
+from simclr_ray.train.tracked import Tracked, open_tracker, tracked_run
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker, unwrap_error
 
 log = logging.getLogger(__name__)
@@ -68,7 +65,8 @@ def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -
             than one batch.
         CheckpointError: The newest checkpoint does not fit the experiment.
         ClusterError: `RAY_ADDRESS` does not answer, or the cluster cannot hold the workers.
-        TrackingError: MLflow refuses or cannot be reached.
+        TrackingError: MLflow refuses, or cannot be reached and the run is new: one that was begun
+            goes on, and what MLflow lacks is delivered later.
         TooManyBadImages: More rows than `data.max_bad_fraction` could not be decoded.
         DivergedError: A loss, feature or weight is not finite.
         RunError: Training failed otherwise, with its cause; or another process trains this run.
@@ -93,7 +91,7 @@ def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -
     return enter(experiment, train_resolved, on_progress=on_progress)
 
 
-def start_cluster(config: Experiment) -> None:
+def start_cluster(resolved: ResolvedExperiment) -> None:
     """Connect to the cluster or start one, after all that is refused without one.
 
     Nothing is left behind by what is refused; of the machine first, then of the tracking store.
@@ -101,11 +99,11 @@ def start_cluster(config: Experiment) -> None:
     Raises:
         ClusterError: No cluster answers, or this machine cannot hold the run.
         ConfigError: MLflow has no such store.
-        TrackingError: MLflow refuses or cannot be reached.
+        TrackingError: MLflow refuses, or cannot be reached and the run is new.
     """
-    check_machine(config)
-    Tracker.open(config.tracking, config.storage)
-    connect(config)
+    check_machine(resolved.config)
+    open_tracker(resolved)
+    connect(resolved.config)
 
 
 def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None) -> Run:
@@ -118,16 +116,14 @@ def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | No
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
         uri = store_uri(config.tracking.uri, config.storage)
         log.info("opening MLflow at %s", without_password(uri))
-        tracker = Tracker.open(config.tracking, config.storage)  # before the cluster waits
+        tracker = open_tracker(resolved)  # before the cluster waits
         connect(config)
         check_cluster(config)
-        with _tracked(resolved, tracker) as tracked:
+        with tracked_run(resolved, tracker) as tracked:
             return _trained(resolved, tracked, on_progress)
 
 
-def _trained(
-    resolved: ResolvedExperiment, tracked: TrackedRun, on_progress: OnProgress | None
-) -> Run:
+def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None) -> Run:
     """Train what is left of a run; return it."""
     total, folder = resolved.total_steps, resolved.folder
     newest = _newest(resolved)
@@ -162,50 +158,7 @@ def _newest(resolved: ResolvedExperiment) -> str:
         return path.name if path else ""
 
 
-def _params(experiment: Experiment) -> dict[str, cfg.Scalar]:
-    """Return what MLflow shows as parameters: every leaf, or those asked for and the rest's digest.
-
-    A path that names a node of the config stands for all below it.
-    """
-    leaves, only = cfg.leaves(cfg.to_tree(experiment)), experiment.tracking.only_params
-    if not only:
-        return leaves
-    shown = {k: v for k, v in leaves.items() if any(f"{k}.".startswith(f"{a}.") for a in only)}
-    decisive = cfg.leaves(cfg.identity(experiment))
-    return shown | {"rest": cfg.digest_of({k: v for k, v in decisive.items() if k not in shown})}
-
-
-@contextmanager
-def _tracked(resolved: ResolvedExperiment, tracker: Tracker) -> Iterator[TrackedRun]:
-    """Open the MLflow run, new or continued, and give it its status at the end."""
-    experiment, source, folder = resolved.config, resolved.source, resolved.folder
-    record = RunRecord.find(folder)
-    resume_id = record.mlflow_run_id if record else ""
-    if record and not tracker.has_run(resume_id):  # ids are unique, addresses change by a move
-        log.warning("the run was tracked elsewhere; it goes on as a new MLflow run here")
-        resume_id = ""
-    run = tracker.start_run(
-        folder.name,
-        params=_params(experiment),
-        tags={"digest": resolved.digest, "storage": folder.uri},
-        resume_id=resume_id,
-        parent_id=experiment.tracking.parent_run,
-    )
-    RunRecord(run.run_id, tracker.uri, source.fingerprint, resolved.digest).write(folder)
-    run.log_dataset("train", source.uri, source.fingerprint, source.num_rows, "pretraining")
-    try:
-        with run.system_metrics() if experiment.tracking.system_metrics else nullcontext():
-            yield run
-    except BaseException as error:
-        try:
-            run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
-        except TrackingError as unfinished:  # what ended the run is what is told
-            log.warning("MLflow still shows the run as running: %s", unfinished)
-        raise
-    run.finish("FINISHED")
-
-
-def _fit(resolved: ResolvedExperiment, tracked: TrackedRun, on_progress: OnProgress | None) -> None:
+def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None) -> None:
     experiment, folder, scaling = resolved.config, resolved.folder, resolved.config.scaling
     inbox = driver_queue()
     resources = {"CPU": scaling.cpus_per_worker}

@@ -28,6 +28,7 @@ from simclr_ray.train import driver
 from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, resolve_init
+from simclr_ray.train.tracked import late_writes
 
 log = logging.getLogger(__name__)
 
@@ -197,10 +198,10 @@ def _log(run: Run, parent: RunRecord, name: str, scores: Classification) -> None
     """Store the scores with the fine-tuning, and with the run whose encoder it evaluates."""
     folder = RunFolder.at(run.folder)
     folder.write_text(SCORES, json.dumps(scores._asdict(), indent=1))
-    record = RunRecord.read(folder)
     step = int(run.metrics.get("step", 0))
     own = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
-    TrackedRun.attach(record.tracking_uri, record.mlflow_run_id).log_metrics(own, step)
+    with late_writes(folder) as writes:
+        writes.metrics(own, step)
     for_parent = {f"{name}/{key}": value for key, value in scores._asdict().items()}
     try:
         TrackedRun.attach(parent.tracking_uri, parent.mlflow_run_id).log_metrics(for_parent, step)

@@ -1,17 +1,16 @@
-"""What workers report, taken by the driver: into the log first, then MLflow, then the terminal."""
+"""What workers report, taken by the driver: into the run's log, then shown.
+
+MLflow is not waited for: a sender of its own reads the log (`train/tracked.py`).
+"""
 
 from __future__ import annotations
 
 import _thread
-import json
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import ray
@@ -22,18 +21,16 @@ from ray.util.queue import Empty
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
-from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
-from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train import stop
 from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.tracked import Tracked
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, float]
 OnProgress = Callable[[Record], None]
 WAIT_S = 10.0  # for a record; what comes is taken at once
-UPLOAD_EVERY_S = 60.0
 FIRST_BATCH = "start/first_batch_s"
 
 
@@ -56,33 +53,23 @@ class _BadRow(NamedTuple):
 
 
 class RunMonitor:
-    """Thread that stores the workers' records in log file and MLflow, and calls `on_progress`."""
+    """Thread that stores the workers' records in the run's log, and calls `on_progress`."""
 
     def __init__(
         self,
         inbox: PickledQueue,
-        tracked: TrackedRun,
+        tracked: Tracked,
         on_progress: OnProgress | None,
         resolved: ResolvedExperiment,
     ) -> None:
-        folder = resolved.folder
-        self.inbox, self.folder, self.tracked = inbox, folder, tracked
+        self.inbox, self.log, self.sender = inbox, tracked.log, tracked.sender
         self.on_progress, self.resolved = on_progress, resolved
         self.fatal: SimclrRayError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._scratch = ExitStack()
-        self._local = folder.local or Path(
-            self._scratch.enter_context(tempfile.TemporaryDirectory(prefix="simclr_ray-"))
-        )
-        self._local.mkdir(parents=True, exist_ok=True)
-        self._uploaded_at = self._began = time.monotonic()
+        self._began = time.monotonic()
         self._ready: set[int] = set()
-        if folder.local is None:  # what earlier starts of this run have logged
-            for name in (METRICS, BAD_ROWS):
-                (self._local / name).write_text(folder.read_text(name) or "", encoding="utf-8")
-        bad_rows = read_records(folder.read_text(BAD_ROWS) or "")
-        self._bad = {int(row["id"]): _BadRow.of(row) for row in bad_rows}
+        self._bad = {int(row["id"]): _BadRow.of(row) for row in self.log.records(BAD_ROWS)}
 
     def __enter__(self) -> RunMonitor:
         self._thread.start()
@@ -94,8 +81,6 @@ class RunMonitor:
             self.inbox.put(None)  # so that the thread need not wait for a record
         self._thread.join(timeout=60)
         self.inbox.shutdown(force=True)
-        with self._scratch:
-            self._upload()
 
     def _watch(self) -> None:
         while True:
@@ -103,8 +88,7 @@ class RunMonitor:
             try:
                 for item in self._drain() if last else self._arrived():
                     self._take(item)
-                if time.monotonic() - self._uploaded_at > UPLOAD_EVERY_S:
-                    self._upload()
+                self.log.upload_if_due()
             except OSError as error:
                 self._end(RunError(f"the log of the run cannot be written: {error}"))
             if last:
@@ -156,12 +140,8 @@ class RunMonitor:
         if FIRST_BATCH in item:
             log.info("first batch after %.0f s", time.monotonic() - self._began)
             stop.workers_can_save()
-        _append(self._local / METRICS, json.dumps(item))
-        metrics = {k: v for k, v in item.items() if "/" in k}
-        try:
-            self.tracked.log_metrics(metrics, int(item["step"]))
-        except SimclrRayError as error:  # the run is worth more than its log
-            log.warning("not logged to MLflow: %s", error)
+        self.log.append(METRICS, item)
+        self.sender.wake()
         if self.on_progress is not None:
             try:
                 self.on_progress(item)
@@ -173,7 +153,7 @@ class RunMonitor:
         if item["id"] in self._bad:
             return
         self._bad[item["id"]] = _BadRow.of(item)
-        _append(self._local / BAD_ROWS, json.dumps(item))
+        self.log.append(BAD_ROWS, item)
         share = self.resolved.config.data.max_bad_fraction
         rows = self.resolved.source.num_rows
         if len(self._bad) > share * rows:
@@ -193,17 +173,3 @@ class RunMonitor:
             self.fatal = error
             if not self._stop.is_set():
                 _thread.interrupt_main()
-
-    def _upload(self) -> None:
-        self._uploaded_at = time.monotonic()
-        if self.folder.local is None:
-            for name in (METRICS, BAD_ROWS):
-                self.folder.put_folder(self._local / name, name)
-
-
-def _append(path: Path, line: str) -> None:
-    """Append a line; where a kill has cut the last one off, start on a new one."""
-    with path.open("ab+") as file:
-        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-            file.write(b"\n")
-        file.write(line.encode() + b"\n")

@@ -21,6 +21,7 @@ from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking.moved import has_run, settle
 from simclr_ray.tracking.store import RegisteredEncoder, store_uri
 from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.tracked import deliver_owed
 
 OUTCOME = "outcome.json"
 
@@ -103,6 +104,7 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
             return None
     with suppress(TrackingError):  # a store that cannot be written keeps what it says
         settle(record.tracking_uri)
+    deliver_owed(folder)
     metrics = last_values(folder.read_text(METRICS) or "")
     registered, classifier = stored.get("registered"), stored.get("classifier")
     return PretrainOutcome(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +12,21 @@ from pathlib import Path
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
+from simclr_ray.errors import TrackingUnavailableError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.evaluate import evaluate_experiment, score_classifier
 from simclr_ray.evaluation.scores import Score, format_table
 from simclr_ray.inference.registry import register_run
 from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolder
-from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
-from simclr_ray.tracking.runs import TrackedRun
+from simclr_ray.tracking.store import RegisteredEncoder
 from simclr_ray.train.driver import train_resolved
 from simclr_ray.train.figures import draw_curves, draw_views
 from simclr_ray.train.identity import begin_anew
 from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import PretrainOutcome, Run, store_outcome, stored_outcome
 from simclr_ray.train.resolve import ResolvedExperiment, enter
+from simclr_ray.train.tracked import late_writes
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +68,8 @@ def train_and_evaluate(
         try:
             outcome = _evaluated(run, resolved)
         except KeyboardInterrupt:  # the training itself had set it to FINISHED
-            record = RunRecord.read(resolved.folder)
-            TrackedRun.attach(record.tracking_uri, record.mlflow_run_id).finish("KILLED")
+            with late_writes(resolved.folder) as writes:
+                writes.status("KILLED")
             raise
         store_outcome(resolved, outcome)
         return outcome
@@ -83,8 +85,19 @@ def _evaluated(run: Run, resolved: ResolvedExperiment) -> PretrainOutcome:
     registered = None
     if config.registry.name:
         log.info("registering %s", config.registry.name)
-        registered = register_run(run.folder, config.registry.name, config.registry.alias)
+        registered = _registered(run, config)
     return PretrainOutcome(run, scores, registered, classifier)
+
+
+def _registered(run: Run, config: Experiment) -> RegisteredEncoder:
+    """Register the run's encoder; where MLflow is gone, name the command that does it later."""
+    name, alias = config.registry.name, config.registry.alias
+    try:
+        return register_run(run.folder, name, alias)
+    except TrackingUnavailableError as error:
+        words = ["simclr-ray", "model", "register", run.folder, name, "--alias", alias]
+        text = f"{error}; trained and evaluated, but not registered: {shlex.join(words)}"
+        raise TrackingUnavailableError(text) from error
 
 
 def _test_classifier(run: Run, experiment: Experiment, checkpoint: Path) -> Classification | None:
@@ -95,29 +108,28 @@ def _test_classifier(run: Run, experiment: Experiment, checkpoint: Path) -> Clas
     if not Source.open(data.test, data.columns).has_labels:
         return None
     scores = score_classifier(checkpoint, experiment)
-    record = RunRecord.read(RunFolder.at(run.folder))
     named = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
-    tracked = TrackedRun.attach(record.tracking_uri, record.mlflow_run_id)
-    tracked.log_metrics(named, int(run.metrics.get("step", 0)))
+    with late_writes(RunFolder.at(run.folder)) as writes:
+        writes.metrics(named, int(run.metrics.get("step", 0)))
     return scores
 
 
 def publish(run: Run, resolved: ResolvedExperiment, scores: Sequence[Score]) -> None:
-    """Store config, view pairs, curves and the score table as artifacts of the MLflow run."""
+    """Store config, view pairs, curves and the score table as artifacts of the MLflow run.
+
+    Where MLflow does not take them now, they are delivered later.
+    """
     folder = RunFolder.at(run.folder)
-    record = RunRecord.read(folder)
-    tracked = TrackedRun.attach(record.tracking_uri, record.mlflow_run_id)
     folder.write_text(SCORES, json.dumps([s.as_tree() for s in scores], indent=1))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, late_writes(folder) as writes:
         views, curves = Path(scratch) / "views.png", Path(scratch) / "curves.png"
         draw_views(resolved.config, resolved.source, views)
         draw_curves(folder.read_text(METRICS) or "", curves)
-        for figure in (views, curves):
-            folder.put_folder(figure, figure.name)
-            tracked.log_artifact(figure)
-    tracked.log_text(cfg.dump_yaml(cfg.to_tree(resolved.config)), CONFIG_FILE)
-    tracked.log_text(format_table(scores), "scores.md")
-    tracked.log_metrics(score_metrics(scores), step=int(run.metrics.get("step", 0)))
+        writes.file(views)
+        writes.file(curves)
+        writes.text(cfg.dump_yaml(cfg.to_tree(resolved.config)), CONFIG_FILE)
+        writes.text(format_table(scores), "scores.md")
+        writes.metrics(score_metrics(scores), int(run.metrics.get("step", 0)))
 
 
 def score_metrics(scores: Sequence[Score]) -> dict[str, float]:

@@ -41,7 +41,7 @@ ADDED: dict[str, list[str]] = {
     "preview": [], "status": [],
     "evaluate": ["evaluation.linear.epochs=2"],
     "pretrain": SMALL,
-    "run list": [], "run probe": [],
+    "run list": [], "run probe": [], "run sync": [],
     "model finetune": ["epochs=1", "batch_size=8"],
     "model distill": ["epochs=1", "batch_size=16"],
     "study list": [], "study status": [], "study stop": [], "study resume": [],

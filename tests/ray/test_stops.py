@@ -99,7 +99,7 @@ def test_ctrl_c_ends_in_130_leaves_the_run_killed_and_says_how_to_go_on(
     storage = f"stop{len(said)}"  # a path that says none of it: paths are in the log
     code, lines, statuses = stopped(folder, storage, said, signal.SIGINT)
     assert code == STOPPED_BY_USER, "\n".join(lines[-40:])
-    assert statuses == ["KILLED"]
+    assert statuses == ["KILLED"], "\n".join(lines)
     again = f"python -m simclr_ray pretrain {folder}/{storage}.yaml"
     assert lines[-1] == f"stopped; to continue: {again}"
     assert not any("Traceback" in line for line in lines)

@@ -17,6 +17,7 @@ from simclr_ray.config.experiment import TrackingConfig
 from simclr_ray.errors import ConfigError, TrackingError
 from simclr_ray.tracking import store as mlflow_store
 from simclr_ray.tracking.runs import TrackedRun, Tracker
+from simclr_ray.tracking.system_metrics import system_metrics
 
 
 @pytest.fixture(scope="module")
@@ -197,15 +198,28 @@ def test_a_run_can_be_pickled_and_goes_on_where_it_is_unpickled(
 
 
 def test_watching_the_system_never_stops_what_is_watched(
-    tracker: Tracker, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run = start(tracker)
-    with pytest.raises(ZeroDivisionError), run.system_metrics(interval_s=0.1):
-        raise ZeroDivisionError
-    with caplog.at_level(logging.WARNING), run.system_metrics(interval_s=0.1):
-        run.log_metrics({"loss": 1.0}, 0)
+    records: list[dict[str, float]] = []
+    with system_metrics(records.append, 7, interval_s=0.05):
+        deadline = time.monotonic() + 20
+        while len(records) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
     if importlib.util.find_spec("psutil") is None:
-        assert "no system metrics" in caplog.text
+        pytest.skip("no psutil")
+    assert [record["step"] for record in records[:2]] == [7, 8]
+    assert records[0].keys() >= {"system/cpu_utilization_percentage"}
+
+    def full(_: object) -> None:
+        raise OSError("no space left")
+
+    with caplog.at_level(logging.WARNING), system_metrics(full, interval_s=0.05):
+        deadline = time.monotonic() + 20
+        while not caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    with pytest.raises(ZeroDivisionError), system_metrics(records.append):
+        raise ZeroDivisionError
+    assert "no more system metrics: no space left" in caplog.text
 
 
 def test_a_server_that_is_not_there_is_reported_in_one_sentence_within_seconds(

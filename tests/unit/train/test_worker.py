@@ -71,9 +71,12 @@ def test_what_ended_a_run_is_told_where_mlflow_does_not_answer_at_the_end(
         monkeypatch.setattr(driver, name, lambda _: None)
     monkeypatch.setattr(driver, "_trained", diverge)
     monkeypatch.setattr(TrackedRun, "finish", lock)
+    monkeypatch.setattr("simclr_ray.tracking.sender.PATIENCE_S", 0.5)
     with pytest.raises(DivergedError, match="not finite at step 3"):
         driver.pretrain(experiment)
-    assert "still shows the run as running: end the run: database is locked" in caplog.text
+    (said,) = [r.getMessage() for r in caplog.records if r.name.endswith("sender")]
+    assert "the status FAILED (end the run: database is locked)" in said
+    assert f"simclr-ray run sync {tmp_path}/runs/" in said
 
 
 def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(

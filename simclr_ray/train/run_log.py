@@ -1,0 +1,123 @@
+"""The logs of a run as local files: in its folder, or in scratch that is uploaded to it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from simclr_ray.errors import RunError
+from simclr_ray.storage.filesystem import one_line
+from simclr_ray.storage.metrics_log import append_record, read_records
+from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, OTHER_METRICS, RunFolder
+from simclr_ray.tracking.delivery import STATE
+
+UPLOAD_EVERY_S = 60.0
+DELIVERED = (METRICS, OTHER_METRICS)  # logs of points, which go to MLflow
+FILES = (METRICS, OTHER_METRICS, BAD_ROWS, STATE)
+CANNOT_BE_UPLOADED = "the log of the run cannot be uploaded"
+log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The logs of a run, as local files while the block runs.
+
+    Those of a remote folder are fetched at the start, and uploaded every minute and at the end: a
+    kill loses at most what came since.
+
+    Attributes:
+        path: Folder of the files.
+    """
+
+    path: Path
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._scratch = ExitStack()
+        self._uploaded_at = time.monotonic()
+        self._uploaded: dict[str, tuple[int, int]] = {}  # name -> size and time of the file
+
+    def __enter__(self) -> RunLog:
+        if self.folder.local is not None:
+            self.path = self.folder.local
+            self.path.mkdir(parents=True, exist_ok=True)
+            return self
+        scratch = tempfile.TemporaryDirectory(prefix="simclr_ray-", ignore_cleanup_errors=True)
+        self.path = Path(self._scratch.enter_context(scratch))
+        for name in FILES:
+            self.fetch(name)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._scratch:
+            if kind is not None:  # what ended the run is what is told
+                self.try_upload()
+                return
+            try:
+                self.upload()
+            except OSError as error:
+                raise RunError(f"{CANNOT_BE_UPLOADED}: {one_line(error)}") from error
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append a record to a log; raise `OSError` where it cannot be written."""
+        append_record(self.path / name, record)
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Return the records of a log; none where there is no such log yet."""
+        file = self.path / name
+        return read_records(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    def fetch(self, name: str) -> None:
+        """Have a file of a remote run folder in `path`, if there is one."""
+        if self.folder.local is None and not (self.path / name).exists():
+            data = self.folder.read_bytes(name)
+            if data is not None:
+                (self.path / name).write_bytes(data)
+                self._uploaded[name] = self._stamp(name)
+
+    def put(self, path: Path) -> None:
+        """Store a local file in the run folder, and have it in `path`."""
+        self.folder.put_folder(path, path.name)
+        if self.folder.local is None:
+            shutil.copyfile(path, self.path / path.name)
+
+    def upload(self) -> None:
+        """Bring a remote folder up to date; of a local one there is nothing to do.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        self._uploaded_at = time.monotonic()
+        if self.folder.local is not None:
+            return
+        for name in FILES:
+            if (self.path / name).is_file() and self._uploaded.get(name) != self._stamp(name):
+                stamp = self._stamp(name)  # before: what comes meanwhile is new
+                self.folder.put_folder(self.path / name, name)
+                self._uploaded[name] = stamp
+
+    def try_upload(self) -> None:
+        """Bring a remote folder up to date; a failure is a line, as another error matters more."""
+        try:
+            self.upload()
+        except OSError as error:
+            log.warning("%s: %s", CANNOT_BE_UPLOADED, one_line(error))
+
+    def upload_if_due(self) -> None:
+        """Bring a remote folder up to date, once a minute; one file at least shows that it lives.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        if time.monotonic() - self._uploaded_at > UPLOAD_EVERY_S:
+            self._uploaded.pop(STATE, None)
+            self.upload()
+
+    def _stamp(self, name: str) -> tuple[int, int]:
+        stat = (self.path / name).stat()
+        return stat.st_size, stat.st_mtime_ns
