@@ -115,7 +115,7 @@ class Delivery:
         self._lock = threading.RLock()
         self._stored = _StoredSteps(run, is_new=is_new)
         self.is_given_up = False
-        self._is_settled = False
+        self.is_settled = False  # what was moved is rewritten; opening a run does that, too
 
     def owe(self, kind: str, **what: Any) -> None:
         """Have MLflow told something when it can be; it is stored before this returns.
@@ -174,9 +174,9 @@ class Delivery:
             store.check_there(self.run.uri)
         except ConfigError as error:
             raise TrackingError(str(error)) from error
-        if not self._is_settled:
+        if not self.is_settled:
             moved.settle(self.run.uri)
-            self._is_settled = True
+            self.is_settled = True
 
     def _read(self, name: str) -> _Part:
         """Return the next records of a log, as many as go into a request; one at least."""

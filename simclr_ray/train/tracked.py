@@ -189,10 +189,12 @@ def _was_written_lately(folder: RunFolder) -> bool:
 
 def _delivery(folder: RunFolder, run_log: RunLog, run: TrackedRun | None = None) -> Delivery:
     """Return the delivery of a folder's run; `run` where that is open, else asking nothing."""
+    is_open = run is not None
     if run is None:
         record = RunRecord.read(folder)
         run = TrackedRun(record.tracking_uri, record.mlflow_run_id, "", resumed=True)
     delivery = Delivery(run, run_log.path, DELIVERED)
+    delivery.is_settled = is_open
     for write in delivery.state.owed:
         if write["kind"] == "file":
             run_log.fetch(write["name"])
