@@ -190,8 +190,6 @@ def test_a_run_whose_driver_was_killed_is_shown_so_by_a_sync_and_runs_again_when
     run.sender.wake()
     run.sender._thread.join()
     assert mlflow_of(folder)[0] == "RUNNING"
-    with folder.lock(), pytest.raises(RunError, match="is being run by process"):
-        sync_run(folder)
     assert sync_run(folder).status == "KILLED"
     assert mlflow_of(folder) == ("KILLED", [0])
     with tracked_run(resolved, open_tracker(resolved)):
@@ -208,6 +206,10 @@ def test_the_verb_says_what_it_delivered(resolved: ResolvedExperiment, outage: O
         writes.status("KILLED")
     outage.is_on = False
     sync = ["run", "sync", resolved.folder.uri]
+    with resolved.folder.lock():
+        (refused,) = run_in_turn(sync, cwd=Path(resolved.folder.storage))
+    assert refused.returncode == 1
+    assert f"error: {resolved.folder.uri} is being run by process" in refused.stderr
     first, second = run_in_turn(sync, sync, cwd=Path(resolved.folder.storage))
     assert first.stdout == "delivered: 1 point, 1 other write, the status KILLED\n", first
     assert second.stdout == "delivered: 0 points\n"
