@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := hatch_build.py simclr_ray/augment/native_build.py simclr_ray/augment/native.c
 
-.PHONY: demo test check test-unit test-long test-nodes lint clean
+.PHONY: demo test check test-unit test-long test-nodes test-faults lint clean
 
 demo: $(STAMP)
 	$(BIN)/simclr-ray demo
@@ -18,6 +18,9 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-long
+
+test-faults: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-faults
 
 test-nodes: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-nodes

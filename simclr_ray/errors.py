@@ -9,6 +9,7 @@
     ├── TrackingError        MLflow refused or cannot be reached                    (exit code 1)
     │   └── TrackingUnavailableError  it did not answer, and may later             (exit code 1)
     └── RunError             the training run itself failed                        (exit code 1)
+        ├── RestartsError        workers fail again and again: try another time   (exit code 75)
         └── UnhealthyRunError    it learns nothing more, so that going on is not worth it
             ├── DivergedError    a loss, feature or weight is not finite
             └── CollapseError    all images look alike to the encoder
@@ -83,6 +84,12 @@ class TrackingUnavailableError(TrackingError):
 
 class RunError(SimclrRayError):
     """The training run failed; the message holds the worker's own error."""
+
+
+class RestartsError(RunError):
+    """Workers fail again and again without a further checkpoint; another time may do (75)."""
+
+    exit_code = 75
 
 
 class UnhealthyRunError(RunError):

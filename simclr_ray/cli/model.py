@@ -18,12 +18,16 @@ def register(
     run: RunPlace,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")],
     alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "newest",
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where the encoder has collapsed.")
+    ] = False,
 ) -> None:
     """Register a run's newest checkpoint in MLflow's model registry."""
     loading("torch")
     from simclr_ray.inference.registry import register_run
 
-    made = register_run(run, name, alias)
+    made = register_run(run, name, alias, force=force)
     out.print(f"models:/{made.name}@{alias} is version {made.version}", markup=False)
 
 

@@ -32,6 +32,7 @@ from simclr_ray.config.sections.model import (
 from simclr_ray.config.sections.running import (
     CheckpointConfig,
     EvaluationConfig,
+    HealthConfig,
     KNNConfig,
     LinearConfig,
     RegistryConfig,
@@ -74,6 +75,7 @@ __all__ = [
     "DistillationConfig",
     "EvaluationConfig",
     "Experiment",
+    "HealthConfig",
     "ImportedEncoderConfig",
     "ImportedLossConfig",
     "ImportedOptimizerConfig",
@@ -133,6 +135,7 @@ class Experiment(Config):
         evaluation: Protocols while training and after, and their settings.
         checkpoint: How often state is written, and how many are kept.
         scaling: Workers, CPUs, GPUs, data actors, restarts: where it runs, never what it computes.
+        health: What follows where the encoder has collapsed.
         tracking: MLflow's store, experiment and logging.
         registry: Registered model to become a version of, and the alias to move.
         storage: Folder or URI that holds the runs.
@@ -179,6 +182,7 @@ class Experiment(Config):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), placement=True)
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), placement=True)
     scaling: ScalingConfig = Field(ScalingConfig(), placement=True)
+    health: HealthConfig = Field(HealthConfig(), placement=True)
     tracking: TrackingConfig = Field(TrackingConfig(), placement=True)
     registry: RegistryConfig = Field(RegistryConfig(), placement=True)
     storage: PathOrURI = Field(

@@ -32,6 +32,7 @@ from simclr_ray.evaluation.scores import (
     LABEL_FREE_ROWS,
     PIXELS,
     TRAINED,
+    UNTRAINED,
     Pixels,
     Score,
     score_encoder,
@@ -93,7 +94,7 @@ def _score_all(
     )
     networks = {
         TRAINED: trained.encoder,
-        "untrained encoder": untrained.encoder,
+        UNTRAINED: untrained.encoder,
         PIXELS: Pixels(),
     }
     return _score(experiment, networks, protocols)

@@ -28,6 +28,7 @@ LABEL_FREE: Final = {
 }
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
 TRAINED: Final = "trained encoder"
+UNTRAINED: Final = "untrained encoder"
 PIXELS: Final = "raw pixels"
 PIXEL_SIDE_PX: Final = 32  # raw pixels of larger views are averaged down: 3,072 features at most
 

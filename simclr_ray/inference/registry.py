@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,8 @@ from simclr_ray.augment import decode
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
-from simclr_ray.evaluation.scores import TRAINED
+from simclr_ray.errors import CollapseError, ConfigError, ConfigIssue, DataError
+from simclr_ray.evaluation.scores import TRAINED, UNTRAINED
 from simclr_ray.inference.encoder_files import (
     DECODE_FOLDER,
     ENCODER_FOLDER,
@@ -27,6 +26,7 @@ from simclr_ray.inference.encoder_files import (
     read_encoder,
     write_encoder_of,
 )
+from simclr_ray.inference.model_address import model_address, what_there_is
 from simclr_ray.nn.pretrained import experiment_of
 from simclr_ray.storage.provenance import code_commit, versions_of
 from simclr_ray.storage.run_folder import RunFolder
@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 
 
 EXAMPLES_TRIED: Final = 64
-MOST_NAMED: Final = 20
+FEW_DIMENSIONS: Final = 2.0  # effective rank; a trained encoder has ten times that and more
 ABSENT: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter of an alias
-_MODEL_URI: Final = re.compile(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+|(?i:latest)))")
 
 
 class ModelParts(NamedTuple):
@@ -67,18 +66,17 @@ class ModelParts(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-class ModelAddress(NamedTuple):
-    """A registered model's name, and one of alias and version (`latest` or a number)."""
-
-    name: str
-    alias: str
-    version: str
-
-
-def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
+def register_run(run: str, name: str, alias: str, *, force: bool = False) -> RegisteredEncoder:
     """Make the newest checkpoint of a run folder a version of the registered model `name`.
 
+    Args:
+        run: Folder or URI.
+        name: Of the model.
+        alias: Moved to the new version.
+        force: Also where the encoder has collapsed.
+
     Raises:
+        CollapseError: By its stored scores the encoder has collapsed.
         ConfigError: `run` is no run folder, its store is gone, or name or alias cannot be.
         CheckpointError: It holds no whole checkpoint.
         TrackingError: The registry refuses or cannot be reached.
@@ -87,6 +85,8 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
     folder = RunFolder.at(run)
     record = RunRecord.read(folder)
     store.check_there(record.tracking_uri)
+    if not force:
+        check_scores(folder)
     with folder.newest_checkpoint() as newest, tempfile.TemporaryDirectory() as scratch:
         if newest is None:
             raise ConfigError([ConfigIssue(run, "holds no whole checkpoint to register")])
@@ -111,6 +111,21 @@ def register_run(run: str, name: str, alias: str) -> RegisteredEncoder:
         )
         folder.put_folder(target, ENCODER_FOLDER)  # after all that can be refused
     return made
+
+
+def check_scores(folder: RunFolder) -> None:
+    """Raise `CollapseError` where a run's stored scores are those of an encoder that has collapsed.
+
+    Its features span next to nothing, and fewer dimensions than those of the untrained encoder.
+    """
+    scores = {score["name"]: score for score in folder.read_json(SCORES, list) or []}
+    trained, before = (scores.get(name, {}).get("effective_rank") for name in (TRAINED, UNTRAINED))
+    if trained is None or before is None or trained >= min(FEW_DIMENSIONS, before):
+        return
+    raise CollapseError(
+        f"{folder.uri}: the features' effective rank is {trained:.2f}, that of the untrained "
+        f"encoder {before:.2f}: all images look alike to it, so it is not registered (--force)"
+    )
 
 
 def register_encoder(
@@ -206,7 +221,7 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
             except MlflowException as error:
                 if error.error_code not in ABSENT:
                     raise
-                raise ConfigError([ConfigIssue(where, _what_there_is(client, name))]) from error
+                raise ConfigError([ConfigIssue(where, what_there_is(client, name))]) from error
             source = moved.translated(uri, stored)
         got = download_artifacts(
             artifact_uri=f"{source}/{part}".rstrip("/"),
@@ -215,33 +230,6 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
             registry_uri=uri,
         )
     return Path(got)
-
-
-def _what_there_is(client: MlflowClient, name: str) -> str:
-    """Return why a model is not found: which names there are, or which versions of its name."""
-    versions = client.search_model_versions(f"name = '{name}'", max_results=MOST_NAMED)
-    if versions:
-        numbers = ", ".join(str(v.version) for v in versions)
-        aliases = client.get_registered_model(name).aliases
-        called = f", aliases {', '.join(sorted(aliases))}" if aliases else ""
-        return f"there is none; {name} has the versions {numbers}{called}"
-    models = client.search_registered_models(max_results=MOST_NAMED)
-    names = ", ".join(model.name for model in models) or "none"
-    return f"there is no registered model {name!r}; the store has: {names}"
-
-
-def model_address(where: str) -> ModelAddress:
-    """Return the parts of `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
-
-    Raises:
-        ConfigError: `where` has another form.
-    """
-    match = _MODEL_URI.fullmatch(where)
-    if match is None:
-        problem = "the form is models:/name@alias or models:/name/version"
-        raise ConfigError([ConfigIssue(where, problem)])
-    name, alias, version = match.groups(default="")
-    return ModelAddress(name, alias, version.lower())
 
 
 def _example(experiment: Experiment) -> bytes:

@@ -8,7 +8,6 @@ A trial that is started again goes on where its run stands.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +17,8 @@ from ray.exceptions import RayTaskError
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import PROBE
-from simclr_ray.errors import CollapseError, SimclrRayError, TrackingError, UnhealthyRunError
+from simclr_ray.errors import SimclrRayError, TrackingError, UnhealthyRunError
 from simclr_ray.evaluation.evaluate import evaluate_trained, probe_experiment, score_classifier
-from simclr_ray.nn.build import build_loss
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.provenance import code_commit
 from simclr_ray.storage.run_folder import METRICS, RunFolder
@@ -30,19 +28,13 @@ from simclr_ray.studies.folder import FINAL, Curve, Status, StudyFolder, TrialOu
 from simclr_ray.studies.plan import Trial, task_fractions_of
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.train.driver import train_resolved
+from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.monitor import Record
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import unwrap_error
 
 log = logging.getLogger(__name__)
-
-# RankMe of features that all point one way is 1. An untrained ResNet-10 has 2.3
-# (`benchmarks/results/cifar10_cpu.json`), so that 1.1 is no healthy start either.
-COLLAPSED_RANK = 1.1
-# NT-Xent of embeddings that are all equal is ln(2N − 1). Trained at τ = 1 it is about 1 below.
-STUCK_FRACTION = 0.998
-STUCK_AFTER_EPOCHS = 2  # beyond warm-up: before, a healthy loss may still lie there
 
 Tell = Callable[[int, dict[str, float]], None]  # epoch, its metrics
 
@@ -87,7 +79,12 @@ def run_trial(
         log.debug("trial %s", trial.name, exc_info=error)
         status, reason = "failed", f"{type(error).__name__}: {error}"
     outcome = outcome_of(
-        trial, watch.folder, status, reason=reason, metrics=metrics, last_epoch=watch.collapsed_at
+        trial,
+        watch.folder,
+        status,
+        reason=reason,
+        metrics=metrics,
+        last_epoch=watch.health.collapsed_at,
     )
     return store_outcome(outcome, job.study.name, job.folder)
 
@@ -244,11 +241,8 @@ class RunWatch:
     """Passes epoch ends on, and ends a run that has collapsed."""
 
     def __init__(self, experiment: Experiment, tell: Tell) -> None:
-        self.experiment, self.tell = experiment, tell
-        # 0 for D or K: no level that depends on them tells a collapsed model (`only_collapsed`)
-        self.level = build_loss(experiment).chance_level(experiment.batch_size, 0)
+        self.health, self.tell = HealthWatch(experiment), tell
         self.folder: RunFolder | None = None  # where the run is, once that is resolved
-        self.collapsed_at = 0  # the epoch whose end is the last that counts; 0: all do
         self.training: dict[str, float] = {}
 
     def replay(self, lines: str) -> None:
@@ -264,30 +258,10 @@ class RunWatch:
         values = {key: value for key, value in record.items() if "/" in key}
         if not evaluated:
             self.training |= values
-            self._check_loss(record)
+            self.health(record)
             return
         self.tell(round(record["epoch"]), self.training | values)
-        rank = record.get("eval/effective_rank", math.inf)
-        if rank < COLLAPSED_RANK:
-            self.collapsed_at = round(record["epoch"])
-            raise CollapseError(
-                f"collapsed: the features' effective rank is {rank:.2f} after epoch "
-                f"{record['epoch']:.0f}; all images look alike to the encoder"
-            )
-
-    def _check_loss(self, record: Record) -> None:
-        if self.level is None or "train/mean_loss" not in record:
-            return
-        if not self.level.only_collapsed:  # a healthy loss may lie there as well
-            return
-        stuck = self.level.value
-        since = self.experiment.schedule.warmup_epochs + STUCK_AFTER_EPOCHS
-        if record["epoch"] > since and record["train/mean_loss"] > STUCK_FRACTION * stuck:
-            self.collapsed_at = max(1, math.floor(record["epoch"]))
-            raise CollapseError(
-                f"stuck: the loss is {record['train/mean_loss']:.4f} after epoch "
-                f"{record['epoch']:.2f}, that of embeddings that are all equal ({stuck:.4f})"
-            )
+        self.health(record)
 
 
 def _under(experiment: Experiment, parent_run: str) -> Experiment:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from typing import Any
 
 import ray
 import ray.train
@@ -20,12 +21,13 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import (
+    PickledQueue,
     check_cluster,
     check_machine,
     connect,
     driver_queue,
 )
-from simclr_ray.errors import RunError
+from simclr_ray.errors import RunError, last_line
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
@@ -33,6 +35,7 @@ from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS
 from simclr_ray.tracking.store import store_uri, without_password
 from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
+from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
@@ -180,7 +183,9 @@ def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress
             name=folder.name,
             storage_path=folder.storage,
             worker_runtime_env={"env_vars": one_arena()},
-            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
+            # counted by `RunMonitor`, anew after each checkpoint
+            failure_config=ray.train.FailureConfig(max_failures=-1 if scaling.max_failures else 0),
+            callbacks=[FailureReport(inbox)],  # type: ignore[list-item] # Train V2 takes these
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=experiment.checkpoint.keep),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
@@ -202,6 +207,28 @@ def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress
             signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
     if watcher.fatal is not None:
         raise watcher.fatal
+
+
+class FailureReport(ray.train.UserCallback):
+    """Tells the driver why ranks have ended, before Ray starts them again."""
+
+    def __init__(self, inbox: PickledQueue) -> None:
+        self.inbox = inbox
+
+    def after_exception(
+        self,
+        run_context: Any,  # noqa: ARG002 - Ray's interface
+        worker_exceptions: dict[int, Exception],
+    ) -> None:
+        """Send the last line of each error; Ray calls this in its own process."""
+        causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
+        self.inbox.put(RanksFailed(causes))
+
+
+def _cause(error: Exception) -> str:
+    """Return the last line of an error, without the advice that Ray adds to that of a death."""
+    line = last_line(error)
+    return line.partition(" Worker exit detail:")[0].partition(" Some common causes")[0]
 
 
 def _root_message(error: BaseException) -> str:

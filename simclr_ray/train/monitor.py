@@ -20,9 +20,18 @@ from ray.util.queue import Empty
 
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.ray_cluster import PickledQueue
-from simclr_ray.errors import RunError, SimclrRayError, TooManyBadImages
+from simclr_ray.errors import (
+    CollapseError,
+    RestartsError,
+    RunError,
+    SimclrRayError,
+    TooManyBadImages,
+)
+from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
 from simclr_ray.train import stop
+from simclr_ray.train.health import HealthWatch
+from simclr_ray.train.heartbeat import Beat, RankFinished, RanksFailed, RankStarted, RankWatch
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.tracked import Tracked
 
@@ -30,7 +39,7 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, float]
 OnProgress = Callable[[Record], None]
-WAIT_S = 10.0  # for a record; what comes is taken at once
+WAIT_S = 5.0  # for a record; what comes is taken at once
 FIRST_BATCH = "start/first_batch_s"
 
 
@@ -65,6 +74,10 @@ class RunMonitor:
         self.inbox, self.log, self.sender = inbox, tracked.log, tracked.sender
         self.on_progress, self.resolved = on_progress, resolved
         self.fatal: SimclrRayError | None = None
+        self.health: HealthWatch | None = HealthWatch(resolved.config)
+        self.ranks = RankWatch(resolved.config.scaling)
+        self._restarts = 0  # without a new checkpoint
+        self._kept = self._newest_step()  # at the last restart
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._began = time.monotonic()
@@ -88,6 +101,8 @@ class RunMonitor:
             try:
                 for item in self._drain() if last else self._arrived():
                     self._take(item)
+                if not last:
+                    self.ranks.look()
                 self.log.upload_if_due()
             except OSError as error:
                 self._end(RunError(f"the log of the run cannot be written: {error}"))
@@ -119,6 +134,14 @@ class RunMonitor:
             self._end(item)
         elif isinstance(item, WorkerReady):
             self._tell_ready(item)
+        elif isinstance(item, RankStarted):
+            self.ranks.take_start(item)
+        elif isinstance(item, Beat):
+            self.ranks.take(item)
+        elif isinstance(item, RankFinished):
+            self.ranks.take_end(item)
+        elif isinstance(item, RanksFailed):
+            self._take_failure(item)
         elif "reason" in item:
             self._take_bad(item)
         else:
@@ -136,6 +159,34 @@ class RunMonitor:
                 time.monotonic() - self._began,
             )
 
+    def _take_failure(self, failed: RanksFailed) -> None:
+        """Say why all is started again; end the run where that brings it no further."""
+        self.ranks.forget()
+        self._ready.clear()
+        self._began = time.monotonic()
+        kept, most = self._newest_step(), self.resolved.config.scaling.max_failures
+        self._restarts = 1 if kept > self._kept else self._restarts + 1
+        self._kept = kept
+        rank, cause = next(iter(failed.errors.items()), (0, "for no reason given"))
+        if self._restarts > most:
+            if most:  # without restarts Ray itself ends the run
+                self._end(
+                    RestartsError(
+                        f"failed {self._restarts} times after step {kept:,} without a further "
+                        f"checkpoint (scaling.max_failures={most}), last rank {rank}: {cause}; the "
+                        "same command goes on from there"
+                    )
+                )
+            return
+        log.warning(
+            "rank %d failed: %s; all ranks start again after step %d (%d of %d times without a "
+            "further checkpoint)", rank, cause, kept, self._restarts, most,
+        )  # fmt: skip
+
+    def _newest_step(self) -> int:
+        names = self.resolved.folder.checkpoints()
+        return checkpoint.step_of(names[0]) if names else 0
+
     def _take_metrics(self, item: Record) -> None:
         if FIRST_BATCH in item:
             log.info("first batch after %.0f s", time.monotonic() - self._began)
@@ -147,6 +198,20 @@ class RunMonitor:
                 self.on_progress(item)
             except SimclrRayError as error:  # who watches may end a run
                 self._end(error)
+        self._check_health(item)
+
+    def _check_health(self, item: Record) -> None:
+        """End the run, or say so once, where the encoder has collapsed."""
+        if self.health is None:
+            return
+        try:
+            self.health(item)
+        except CollapseError as error:
+            self.health = None
+            if self.resolved.config.health.on_collapse == "stop":
+                self._end(error)
+            else:
+                log.warning("%s (health.on_collapse=warn)", error)
 
     def _take_bad(self, item: dict[str, Any]) -> None:
         """Name the row; end the run when more are unusable than `data.max_bad_fraction` allows."""

@@ -43,6 +43,7 @@ from simclr_ray.nn.pretrained import load_init, load_teacher
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.train import loop
+from simclr_ray.train.heartbeat import Heartbeat, RankStarted
 from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.stop import StopWatch
@@ -64,7 +65,9 @@ def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
     """Train on one rank; an error that no restart can mend is sent to the driver first."""
     worker_input = config["input"]
     try:
-        TrainWorker(worker_input).run()
+        worker = TrainWorker(worker_input)
+        worker.run()
+        worker.heartbeat.stop()
     except Exception as error:
         ours = unwrap_error(error)
         if ours is not None:
@@ -86,6 +89,8 @@ class TrainWorker:
         self.preempted: ray.train.PreemptionInfo | None = None
         self.looks_for_preemption = os.environ.get(WATCHER, "1") != "0"
         self.looked_at = time.monotonic()
+        self.inbox.put(RankStarted.here(self.rank))
+        self.heartbeat = Heartbeat(self.inbox, self.rank, self.experiment.scaling)
         prepare_process(self.experiment, context.get_local_world_size())
 
     def run(self) -> None:
@@ -159,6 +164,7 @@ class TrainWorker:
         """Evaluate and save when it is due. A collective."""
         every, last = self.experiment.evaluation.every_epochs, step == self.total
         if every and (epoch % every == 0 or last):
+            self.heartbeat.enter("evaluation", step)
             self._send(step, epoch, self.evaluation(self.model))
         if epoch % self.experiment.checkpoint.every_epochs == 0 or last:
             self.save(step)
@@ -171,6 +177,7 @@ class TrainWorker:
         """
         if step == self.saved:
             return
+        self.heartbeat.enter("checkpoint", step)
         tensors = checkpoint.pack(self.model, self.optimizer)
         wrong = checkpoint.first_not_finite(tensors.items())
         if wrong:
@@ -257,7 +264,9 @@ class TrainWorker:
                     sent.add(row_id)
                     named = dict(zip(("reason", "path"), about, strict=True))
                     self.inbox.put({"step": batch.step, "id": row_id, **named})
+            self.heartbeat.enter("step", batch.step)
             yield batch
+            self.heartbeat.enter("data", batch.step + 1)
 
     def _send(self, step: int, epoch: float, values: dict[str, float]) -> None:
         if self.rank == 0:

@@ -82,6 +82,12 @@ class ScalingConfig(Config):
     )
     max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint.")
     collective_timeout_s: float = Field(1800.0, gt=0)
+    stalled_s: float = Field(
+        120.0, gt=0, description="A rank is ended when data or a step take longer, and 10 times it."
+    )
+    startup_s: float = Field(
+        600.0, gt=0, description="The same for a start, an evaluation and a checkpoint."
+    )
 
     @property
     def data_cpus_per_worker(self) -> float:
@@ -97,6 +103,16 @@ class ScalingConfig(Config):
     def num_gpus(self) -> float:
         """Return the GPUs of a run."""
         return self.num_workers * self.gpus_per_worker
+
+
+class HealthConfig(Config):
+    """What follows where a run learns nothing more. A loss that is not finite always ends it."""
+
+    on_collapse: Literal["stop", "warn"] = Field(
+        "stop",
+        description="Of an encoder to which all images look alike: end the run, or say it and "
+        "train on.",
+    )
 
 
 class TrackingConfig(Config):

@@ -13,7 +13,7 @@ from simclr_ray.config.experiment import Experiment, NTXentConfig, SimCLRViewsCo
 from simclr_ray.errors import ConfigError
 
 IMAGENET_ROWS, CIFAR_ROWS = 1_281_167, 50_000
-PLACED = ("scaling", "tracking", "checkpoint", "evaluation", "registry")
+PLACED = ("scaling", "health", "tracking", "checkpoint", "evaluation", "registry")
 # Each other leaf with a value that it may have beside the default.
 OTHER: dict[str, Any] = {
     "schedule.decay": "constant",
@@ -75,6 +75,8 @@ def another(path: str, value: Any) -> Any:
         return [{"name": "crop"}]
     if path == "loss.views":
         return 2
+    if path == "health.on_collapse":
+        return "warn"
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

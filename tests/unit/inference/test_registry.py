@@ -12,7 +12,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.inference import registry
-from simclr_ray.inference.registry import model_address
+from simclr_ray.inference.model_address import model_address
 from tests.ray.images import noise_png
 
 

@@ -1,0 +1,99 @@
+"""A rank that is stopped, or killed again and again: named, with its cause, and what follows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train.resolve import resolve
+from tests.ray import processes
+from tests.ray.images import write_shapes
+from tests.ray.test_pretrain import losses_of, tree_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
+WAIT_S = 200.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    write_shapes(path / "train.parquet", 330, row_group_size=100)
+    write_shapes(path / "test.parquet", 60)
+    return path
+
+
+class Driver:
+    """A `pretrain` in a process of its own, and what it says."""
+
+    def __init__(self, folder: Path, storage: str, workers: int, **scaling: float) -> None:
+        tree = tree_of(folder, storage, workers, "float64")
+        tree["scaling"] = tree["scaling"] | scaling  # type: ignore[operator] # a mapping
+        tree["checkpoint"] = {"every_steps": 2}
+        config = folder / f"{storage}.yaml"
+        config.write_text(cfg.dump_yaml(tree))
+        self.folder: RunFolder = resolve(cfg.validate(Experiment, tree)).folder
+        self.said = folder / f"{storage}.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "simclr_ray", "pretrain", str(config)],
+            stdout=subprocess.DEVNULL, stderr=self.said.open("w"),
+        )  # fmt: skip
+
+    @property
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        names = self.folder.checkpoints() if self.folder.local.exists() else []  # type: ignore[union-attr]
+        return checkpoint.step_of(names[0]) if names else 0
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not until():
+            assert self.process.poll() is None, self.said.read_text()
+            assert time.monotonic() < deadline, self.said.read_text()
+            time.sleep(0.1)
+
+
+def test_a_stopped_rank_is_named_within_20_s_and_ended(folder: Path, ray_cluster: str) -> None:
+    driver = Driver(folder, "stopped", 2, stalled_s=22.0)
+    driver.wait(lambda: driver.step >= 4)
+    stopped_at = time.monotonic()
+    os.kill(processes.named("RayTrainWorker")[-1], signal.SIGSTOP)
+    driver.wait(lambda: "has not answered for" in driver.said.read_text())
+    assert time.monotonic() - stopped_at < 20 + 5  # so long a beat may have just gone out
+    driver.wait(lambda: "rank 1 on " in driver.said.read_text())
+    driver.wait(lambda: "is ended, and the run goes on" in driver.said.read_text())
+    assert driver.process.wait(timeout=WAIT_S) == 0, driver.said.read_text()
+    said = driver.said.read_text()
+    assert "Traceback" not in said
+    assert "all ranks start again after step" in said
+    assert sorted(losses_of(Path(driver.folder.uri))) == list(range(1, 31))
+
+
+def test_failures_are_counted_anew_after_a_checkpoint_and_end_with_what_to_do(
+    folder: Path, ray_cluster: str
+) -> None:
+    driver = Driver(folder, "killed", 1, max_failures=1)
+    for _ in range(2):  # with a checkpoint between, each is the first
+        before = driver.step
+        driver.wait(lambda: driver.step > before)  # noqa: B023 - called at once
+        os.kill(processes.named("RayTrainWorker")[-1], signal.SIGKILL)
+        said = "(1 of 1 times without a further checkpoint)"
+        times = driver.said.read_text().count(said)
+        driver.wait(lambda: driver.said.read_text().count(said) > times)  # noqa: B023 - the same
+    ready = driver.said.read_text().count("ready after")
+    driver.wait(lambda: driver.said.read_text().count("ready after") > ready)
+    os.kill(processes.named("RayTrainWorker")[-1], signal.SIGKILL)  # before its next checkpoint
+    assert driver.process.wait(timeout=WAIT_S) == 75, driver.said.read_text()
+    last = driver.said.read_text().splitlines()[-1]
+    assert "without a further checkpoint (scaling.max_failures=1)" in last
+    assert last.endswith("the same command goes on from there")
