@@ -83,7 +83,7 @@ def evaluate_experiment(
 
 def evaluate_trained(experiment: Experiment, folder: Path, protocols: Sequence[str]) -> Score:
     """Return the row of the trained encoder alone. Same as `evaluate_experiment` otherwise."""
-    return _score(experiment, {TRAINED: load_model(folder).encoder}, protocols)[0]
+    return score_networks(experiment, {TRAINED: load_model(folder).encoder}, protocols)[0]
 
 
 def _score_all(
@@ -97,13 +97,18 @@ def _score_all(
         UNTRAINED: untrained.encoder,
         PIXELS: Pixels(),
     }
-    return _score(experiment, networks, protocols)
+    return score_networks(experiment, networks, protocols)
 
 
-def _score(
+def score_networks(
     experiment: Experiment, networks: Mapping[str, nn.Module], protocols: Sequence[str]
 ) -> list[Score]:
-    """Return a row of each network."""
+    """Return a row of each network, name -> encoder, by the splits of an experiment.
+
+    Raises:
+        ConfigError: A protocol is unknown.
+        DataError: A split cannot be read.
+    """
     for name in protocols:
         protocol_named(name).load()  # fails here for one that is unknown
     if experiment.evaluation.actors:
@@ -265,6 +270,8 @@ def _sources(experiment: Experiment) -> tuple[Source, Source | None, bool]:
     bank = Source.open(data.eval_train, data.columns) if data.eval_train else train
     test = Source.open(data.test, data.columns) if data.test else None
     if test is None or not test.has_labels:
+        if test is not None and bank.has_labels:
+            log.warning("%s %s: scores are those without labels", test.uri, test.unlabelled)
         return train, None, False
     if not bank.has_labels:
         log.warning(
