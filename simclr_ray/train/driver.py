@@ -207,6 +207,7 @@ def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress
             signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
     if watcher.fatal is not None:
         raise watcher.fatal
+    watcher.say_bad_rows()
 
 
 class FailureReport(ray.train.UserCallback):

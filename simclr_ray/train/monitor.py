@@ -101,6 +101,7 @@ class RunMonitor:
             try:
                 for item in self._drain() if last else self._arrived():
                     self._take(item)
+                self._check_bad_rows()
                 if not last:
                     self.ranks.look()
                 self.log.upload_if_due()
@@ -214,23 +215,33 @@ class RunMonitor:
                 log.warning("%s (health.on_collapse=warn)", error)
 
     def _take_bad(self, item: dict[str, Any]) -> None:
-        """Name the row; end the run when more are unusable than `data.max_bad_fraction` allows."""
-        if item["id"] in self._bad:
+        if item["id"] not in self._bad:
+            self._bad[item["id"]] = _BadRow.of(item)
+            self.log.append(BAD_ROWS, item)
+
+    def _check_bad_rows(self) -> None:
+        """End the run when more rows are unusable than `data.max_bad_fraction` allows; name all."""
+        share, rows = self.resolved.config.data.max_bad_fraction, self.resolved.source.num_rows
+        if len(self._bad) <= share * rows:
             return
-        self._bad[item["id"]] = _BadRow.of(item)
-        self.log.append(BAD_ROWS, item)
-        share = self.resolved.config.data.max_bad_fraction
-        rows = self.resolved.source.num_rows
-        if len(self._bad) > share * rows:
-            reasons = "; ".join(sorted({bad.reason for bad in self._bad.values()})[:5])
-            names = [bad.path or f"id {row_id}" for row_id, bad in sorted(self._bad.items())]
-            self._end(
-                TooManyBadImages(
-                    f"{len(self._bad)} of {rows} rows cannot be used, more than "
-                    f"data.max_bad_fraction={share:g} allows; reasons: {reasons}; "
-                    f"first: {', '.join(names[:10])}"
-                )
+        reasons = "; ".join(sorted({bad.reason for bad in self._bad.values()})[:5])
+        names = [bad.path or f"id {row_id}" for row_id, bad in sorted(self._bad.items())]
+        self._end(
+            TooManyBadImages(
+                f"{len(self._bad)} of {rows} rows cannot be used, more than "
+                f"data.max_bad_fraction={share:g} allows; reasons: {reasons}; first: "
+                f"{', '.join(names[:10])}; all: {self.resolved.folder.uri}/{BAD_ROWS}"
             )
+        )
+
+    def say_bad_rows(self) -> None:
+        """Say how many rows could not be used, where there are any and the run goes on."""
+        if self._bad and self.fatal is None:
+            log.warning(
+                "%s of %s could not be used, and others stood in for them: %s/%s",
+                counted(len(self._bad), "image"), f"{self.resolved.source.num_rows:,}",
+                self.resolved.folder.uri, BAD_ROWS,
+            )  # fmt: skip
 
     def _end(self, error: SimclrRayError) -> None:
         """End `fit` now, once: no retry can mend it."""

@@ -1,0 +1,107 @@
+"""What the driver makes of what workers send: bad rows counted whole, collapse, and restarts."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.util.queue import Empty
+
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.errors import CollapseError, RestartsError, SimclrRayError, TooManyBadImages
+from simclr_ray.storage.run_folder import BAD_ROWS
+from simclr_ray.train.heartbeat import RanksFailed
+from simclr_ray.train.monitor import RunMonitor
+from simclr_ray.train.resolve import ResolvedExperiment, resolve
+from simclr_ray.train.tracked import open_tracker, tracked_run
+from tests.ray.images import write_shapes
+
+
+class Inbox(queue.Queue[Any]):
+    """Stands for Ray's queue."""
+
+    def get(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().get(*args, **options)
+        except queue.Empty:
+            raise Empty from None
+
+    def shutdown(self, *, force: bool) -> None:
+        assert force
+
+
+@pytest.fixture(autouse=True)
+def interrupts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    monkeypatch.setattr(_thread, "interrupt_main", lambda: calls.append("interrupt"))
+    return calls
+
+
+def resolved(folder: Path, *overrides: str) -> ResolvedExperiment:
+    write_shapes(folder / "train.parquet", 40)
+    given = {"data.train": folder / "train.parquet", "storage": folder / "runs", "batch_size": 16}
+    changes = [f"{key}={value}" for key, value in given.items()]
+    return resolve(Experiment.load("cifar10_study_cpu", *changes, "data.test=''", *overrides))
+
+
+def fate(run: ResolvedExperiment, items: list[Any]) -> SimclrRayError | None:
+    """Return what ends a run whose workers send these items at once."""
+    inbox: Any = Inbox()
+    for item in items:
+        inbox.put(item)
+    with tracked_run(run, open_tracker(run)) as tracked:
+        watcher = RunMonitor(inbox, tracked, None, run)
+        with watcher:
+            pass
+        watcher.say_bad_rows()
+    return watcher.fatal
+
+
+def bad(row: int) -> dict[str, Any]:
+    return {"step": 1, "id": row, "reason": "truncated", "path": f"{row}.png"}
+
+
+def test_all_rows_that_were_found_unusable_are_named(tmp_path: Path) -> None:
+    run = resolved(tmp_path, "data.max_bad_fraction=0.1")
+    error = fate(run, [*map(bad, range(23)), bad(3)])
+    assert isinstance(error, TooManyBadImages)
+    assert str(error).startswith("23 of 40 rows cannot be used")
+    assert "0.png, 1.png" in str(error)
+    assert str(error).endswith(f"all: {run.folder.uri}/{BAD_ROWS}")
+    lines = (run.folder.read_text(BAD_ROWS) or "").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == list(range(23))
+
+
+def test_rows_that_others_stood_in_for_are_said_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert fate(resolved(tmp_path, "data.max_bad_fraction=0.1"), [bad(1), bad(7)]) is None
+    assert "2 images of 40 could not be used, and others stood in for them" in caplog.text
+
+
+def test_a_collapse_ends_a_run_or_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [
+        {"step": 10 * epoch, "epoch": epoch, "total": 90, "eval/effective_rank": 1.02}
+        for epoch in (1, 2)
+    ]
+    assert isinstance(fate(resolved(tmp_path), records), CollapseError)
+    assert fate(resolved(tmp_path, "health.on_collapse=warn", "seed=5"), records) is None
+    assert caplog.text.count("(health.on_collapse=warn)") == 1
+
+
+def test_restarts_without_a_further_checkpoint_end_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed = RanksFailed({1: "connection reset by peer"})
+    run = resolved(tmp_path, "scaling.max_failures=2")
+    assert fate(run, [failed, failed]) is None
+    assert "rank 1 failed: connection reset by peer; all ranks start again after" in caplog.text
+    error = fate(run, [failed] * 3)
+    assert isinstance(error, RestartsError)
+    assert error.exit_code == 75
