@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import imports_in
 from simclr_ray.errors import CollapseError
 from simclr_ray.nn.build import build_loss
 
@@ -25,12 +26,15 @@ class HealthWatch:
 
     Args:
         experiment: Its loss tells which level only a collapsed model has, and how long it warms up.
+        min_steps: Before so many no loss tells anything.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self._schedule = experiment.schedule
-        # 0 for D or K: no level that depends on them tells a collapsed model (`only_collapsed`)
-        self._level = build_loss(experiment).chance_level(experiment.batch_size, 0)
+    def __init__(self, experiment: Experiment, min_steps: int = 0) -> None:
+        self._schedule, self._min_steps = experiment.schedule, min_steps
+        self._level = None  # of imported code, which need not be here any more: none is known
+        if not any(where == "loss" for where, _ in imports_in(experiment)):
+            # 0 for D or K: no level that depends on them tells a collapsed model (`only_collapsed`)
+            self._level = build_loss(experiment).chance_level(experiment.batch_size, 0)
         self.collapsed_at = 0  # the epoch whose end is the last that counts; 0: all do
 
     def __call__(self, record: Mapping[str, float]) -> None:
@@ -48,6 +52,8 @@ class HealthWatch:
             )
         # a healthy loss may lie at a level that is not `only_collapsed`
         if self._level is None or not self._level.only_collapsed:
+            return
+        if record["step"] < self._min_steps:
             return
         stuck, loss = self._level.value, record.get("train/mean_loss", -math.inf)
         schedule, epoch = self._schedule, record["epoch"]

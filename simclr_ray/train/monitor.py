@@ -30,6 +30,7 @@ from simclr_ray.errors import (
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
 from simclr_ray.train import stop
+from simclr_ray.train.advice import FEW_STEPS
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import Beat, RankFinished, RanksFailed, RankStarted, RankWatch
 from simclr_ray.train.resolve import ResolvedExperiment
@@ -74,7 +75,9 @@ class RunMonitor:
         self.inbox, self.log, self.sender = inbox, tracked.log, tracked.sender
         self.on_progress, self.resolved = on_progress, resolved
         self.fatal: SimclrRayError | None = None
-        self.health: HealthWatch | None = HealthWatch(resolved.config)
+        self.health: HealthWatch | None = HealthWatch(
+            resolved.config, min_steps=resolved.warmup_steps + FEW_STEPS
+        )
         self.ranks = RankWatch(resolved.config.scaling)
         self._restarts = 0  # without a new checkpoint
         self._kept = self._newest_step()  # at the last restart
