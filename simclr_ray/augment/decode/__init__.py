@@ -21,9 +21,11 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .channels import COLOR, Bands, White, luma_of, read_bands, shown_as_rgb
-from .extras import open_by_extra, read_deep_color, read_jpeg_by_turbo, read_tiff_page
+from .channels import Bands, White, luma_of, read_bands, shown_as_rgb
+from .extras import open_by_extra, read_deep_color, read_jpeg_by_turbo
 from .formats import (
+    BROKEN_HEADER,
+    COLOR,
     FIRST_BYTES,
     JPEG,
     NPY,
@@ -51,6 +53,7 @@ from .rgb import (
     to_rgb,
     with_orientation_of,
 )
+from .tiff import UnknownColorError, check_samples, read_tiff_page
 
 __all__ = [
     "COLOR",
@@ -133,11 +136,19 @@ class ImageDecoder(NamedTuple):
             for stripped in without_metadata(encoded, kind):
                 with contextlib.suppress(UndecodedError):
                     return self._decode(stripped, kind)
-            page = read_tiff_page(encoded, self.max_pixels) if kind is TIFF else None
+            page = self._page_instead(encoded, error) if kind is TIFF else None
             if page is None:
                 raise error from error.__cause__
             check_size(page.values.shape[1::-1], self.max_pixels, self.min_side)
             return page.to_pixels(self._white)
+
+    def _page_instead(self, encoded: bytes, error: ImageError) -> DeepImage | None:
+        try:
+            return read_tiff_page(encoded, self.max_pixels, self.channels)
+        except UnknownColorError:
+            if str(error) == BROKEN_HEADER:  # it is not, Pillow does not know the page
+                raise
+            return None
 
     @property
     def _white(self) -> float:
@@ -147,10 +158,12 @@ class ImageDecoder(NamedTuple):
     def _decode(self, encoded: bytes, kind: Format | None) -> Pixels:
         image = _open(encoded, kind, self.max_pixels)
         check_size(image.size, self.max_pixels, self.min_side)
+        if kind is TIFF:
+            check_samples(image, self.channels)
         stored = read_stored(image) if kind in MAY_BE_DEEP else EIGHT_BITS
         deep = None
         if self.white and stored.is_deep_color:
-            deep = read_deep_color(encoded, kind, self.max_pixels)
+            deep = read_deep_color(encoded, kind, self.max_pixels, self.channels)
             if deep is None:
                 shown = f"color of 16 bits with data.white={self._white:g}"
                 raise ImageError(f"{shown} (install simclr-ray[tiff])")
@@ -183,6 +196,8 @@ def read_deep_image(encoded: bytes, max_pixels: int = 50_000_000) -> DeepImage |
     try:
         image = _open(encoded, kind, max_pixels)
         check_size(image.size, max_pixels)
+        if kind is TIFF:
+            check_samples(image, 3)
         stored = read_stored(image)
         if not stored.is_deep_color:
             return read_gray(image, stored)  # which loads no other
@@ -191,8 +206,10 @@ def read_deep_image(encoded: bytes, max_pixels: int = 50_000_000) -> DeepImage |
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - broken in whatever way: decoding says it
-        page = read_tiff_page(encoded, max_pixels) if kind is TIFF else None
-        return page if page is not None and page.values.dtype == np.uint16 else None
+        with contextlib.suppress(ImageError):
+            page = read_tiff_page(encoded, max_pixels) if kind is TIFF else None
+            return page if page is not None and page.values.dtype == np.uint16 else None
+        return None
 
 
 def read_deep_bands(encoded: bytes, channels: int, max_pixels: int = 50_000_000) -> Bands | None:
@@ -252,8 +269,8 @@ def decode_image(
 
     Raises:
         ImageError: With the reason: `empty`, `not an image`, `broken header`, `truncated`,
-            `undecodable`, `too many pixels: WxH`, `too small: WxH`, `pixels of mode F ...`,
-            `HEIC (install simclr-ray[heic])`.
+            `undecodable`, `too many pixels: WxH`, `too small: WxH`, `values of float32 have no
+            known range`, `4 channels, data.channels=3`, `HEIC (install simclr-ray[heic])`.
     """
     return ImageDecoder(max_pixels, min_side, white).decode(encoded)
 
@@ -300,5 +317,5 @@ def _open(encoded: bytes, kind: Format | None, max_pixels: int) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:
-        raise UndecodedError("broken header") from error
+        raise UndecodedError(BROKEN_HEADER) from error
     return image

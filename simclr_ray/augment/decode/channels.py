@@ -5,27 +5,30 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, TiffImagePlugin
 
-from .extras import page_problem, page_values, read_deep_color
+from .extras import read_deep_color
 from .formats import (
+    BROKEN_HEADER,
+    COLOR,
+    MOST_CHANNELS,
     NPY,
     TIFF,
     Format,
     ImageError,
     Pixels,
     UndecodedError,
+    channels_error,
     check_size,
     reason_of,
 )
 from .rgb import WHITE_16, read_gray, read_stored, scaled_gray
+from .tiff import check_page, page_values, samples_of
 
-MOST_CHANNELS: Final = 16
-COLOR: Final = (1, 3)  # gray becomes RGB and RGB gray; other numbers become nothing else
 White = float | tuple[float, ...]
 
 
@@ -97,11 +100,6 @@ def read_bands(encoded: bytes, kind: Format | None, channels: int, max_pixels: i
     return bands
 
 
-def channels_error(num: int, channels: int) -> ImageError:
-    """Return the error of an image of another number of channels."""
-    return ImageError(f"{num} channel{'s' * (num != 1)}, data.channels={channels}")
-
-
 def shown_as_rgb(pixels: Pixels) -> Pixels:
     """Return what a person can look at of pixels [H, W, C]: uint8 [H, W, 3], contiguous.
 
@@ -126,7 +124,7 @@ def _read_array(encoded: bytes, channels: int, max_pixels: int) -> Bands:
     except MemoryError:
         raise
     except Exception as error:
-        raise ImageError("broken header") from error
+        raise ImageError(BROKEN_HEADER) from error
     if dtype.kind != "u" or dtype.itemsize > 2:
         raise ImageError(f"values of {dtype.name} have no known range")
     if len(shape) not in (2, 3):
@@ -135,7 +133,7 @@ def _read_array(encoded: bytes, channels: int, max_pixels: int) -> Bands:
     height, width = shape[:2] if last else shape[1:]
     num = 1 if len(shape) == 2 else shape[2 if last else 0]
     if min(shape) < 1:
-        raise ImageError("broken header")
+        raise ImageError(BROKEN_HEADER)
     if num > MOST_CHANNELS:
         raise channels_error(num, channels or MOST_CHANNELS)
     check_size((width, height), max_pixels, 1)
@@ -184,7 +182,11 @@ def _read_tiff(encoded: bytes, channels: int, max_pixels: int) -> Bands:
 def _page(image: TiffImagePlugin.TiffImageFile, place: int, max_pixels: int) -> Bands:
     image.seek(place)
     check_size(image.size, max_pixels, 1)
-    stored = read_stored(image)
+    stored, samples = read_stored(image), samples_of(image.tag_v2.get)
+    if samples.problem:
+        raise ImageError(samples.problem)
+    if samples.num != 1:  # of gray planes Pillow gives the first
+        raise ImageError(f"page {place + 1} is not gray")
     image.load()
     deep = read_gray(image, stored)
     if deep is not None:
@@ -217,8 +219,7 @@ def _samples(page: Any, max_pixels: int) -> Bands:
     """Return a page of tifffile's."""
     if page.samplesperpixel > MOST_CHANNELS:
         raise channels_error(page.samplesperpixel, MOST_CHANNELS)
-    if problem := page_problem(page):
-        raise ImageError(problem)
+    check_page(page)
     return Bands(*page_values(page, max_pixels))
 
 

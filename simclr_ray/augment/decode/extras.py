@@ -13,7 +13,6 @@ import io
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, JpegImagePlugin
 
 from .formats import (
@@ -27,8 +26,9 @@ from .formats import (
     check_size,
     reason_of,
 )
-from .metadata import ORIENTED, turn_upright, turn_values_upright
+from .metadata import ORIENTED, turn_upright
 from .rgb import ORIENTATION, WHITE_16, DeepImage, scaled_gray, to_rgb
+from .tiff import read_tiff_page
 
 LIES_FROM = 5  # orientations in which height and width change places
 
@@ -111,7 +111,9 @@ def read_jpeg_by_turbo(
     return to_rgb(turn_upright(image))
 
 
-def read_deep_color(encoded: bytes, kind: Format | None, max_pixels: int) -> DeepImage | None:
+def read_deep_color(
+    encoded: bytes, kind: Format | None, max_pixels: int, channels: int = 3
+) -> DeepImage | None:
     """Return the values of a PNG or TIFF whose pixels are several values of 16 bits.
 
     None for other images, and where imagecodecs and tifffile are not installed.
@@ -120,7 +122,7 @@ def read_deep_color(encoded: bytes, kind: Format | None, max_pixels: int) -> Dee
         ImageError: The image is broken, too large, or of other channels.
     """
     if kind is not PNG:
-        return read_tiff_page(encoded, max_pixels) if kind is TIFF else None
+        return read_tiff_page(encoded, max_pixels, channels) if kind is TIFF else None
     try:
         imagecodecs = importlib.import_module("imagecodecs")
         values = imagecodecs.png_decode(encoded)
@@ -133,54 +135,3 @@ def read_deep_color(encoded: bytes, kind: Format | None, max_pixels: int) -> Dee
     if values.ndim == 3 and values.shape[2] == 2:
         values = values[:, :, [0, 0, 0, 1]]
     return DeepImage(values, WHITE_16)
-
-
-def read_tiff_page(encoded: bytes, max_pixels: int) -> DeepImage | None:
-    """Return the first page by tifffile, where that is installed and it is gray or RGB; else None.
-
-    Pillow refuses bits, byte order and photometric that are not on its list, as 12 bits in MM.
-
-    Raises:
-        ImageError: The page is broken, too large, or of other channels.
-    """
-    try:
-        tifffile = importlib.import_module("tifffile")
-        with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-            page = file.pages[0]
-            if page_problem(page):
-                return None
-            values, top = page_values(page, max_pixels)
-    except ImportError:
-        return None
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:
-        raise ImageError(reason_of(error)) from error
-    num = values.shape[2]
-    if num not in (1, 3, 4):
-        raise ImageError(f"{num} channels")
-    return DeepImage(values[..., 0] if num == 1 else values, top)
-
-
-def page_problem(page: Any) -> str:
-    """Return why a page of tifffile's has no meaning here; nothing where it has one."""
-    if page.dtype is None or page.dtype.name not in ("uint8", "uint16"):
-        return f"values of {page.dtype} have no known range"
-    kind = page.photometric.name
-    return "" if kind.startswith(("MINIS", "RGB")) else f"TIFF of {kind.lower()}"
-
-
-def page_values(page: Any, max_pixels: int) -> tuple[npt.NDArray[Any], int]:
-    """Return a page of tifffile's upright, unsigned [H, W, C], 0 is black; and its largest value.
-
-    Raises:
-        ImageError: It is too large.
-    """
-    check_size((page.imagewidth, page.imagelength), max_pixels, 1)
-    values, top = page.asarray(), 2**page.bitspersample - 1
-    if page.photometric.name == "MINISWHITE":
-        values = top - values
-    if page.planarconfig == 2 and page.samplesperpixel > 1:
-        values = np.moveaxis(values, 0, 2)
-    values = values.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
-    return turn_values_upright(values, page.tags.valueof(ORIENTATION, 1)), top

@@ -24,6 +24,10 @@ from PIL import (
 
 Pixels = npt.NDArray[np.uint8]
 
+COLOR: Final = (1, 3)  # channels of gray and RGB, which become each other and nothing else
+MOST_CHANNELS: Final = 16
+BROKEN_HEADER: Final = "broken header"
+
 FIRST_BYTES: Final = 132  # of a file, which tell its format: DICOM has a preamble of 128
 
 
@@ -91,6 +95,11 @@ class UndecodedError(ImageError):
     """A decoder has failed, perhaps for what is said about the pixels."""
 
 
+def channels_error(num: int, channels: int) -> ImageError:
+    """Return the error of an image of another number of channels."""
+    return ImageError(f"{num} channel{'s' * (num != 1)}, data.channels={channels}")
+
+
 def check_size(size: tuple[int, ...], max_pixels: int, min_side: int = 0) -> None:
     """Raise `ImageError` for an image, (width, height) in pixels, of too many or too few."""
     if size[0] * size[1] > max_pixels:
@@ -103,7 +112,7 @@ def webp_size(encoded: bytes) -> tuple[int, int]:
     """Return (width, height) from the first chunk of a WebP file (RFC 9649 §2.5-2.7)."""
     kind, head = encoded[12:16], encoded[20:30]
     if len(head) < 10:
-        raise ImageError("broken header")
+        raise ImageError(BROKEN_HEADER)
     if kind == b"VP8X":
         width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (4, 7))
         return width, height
@@ -113,7 +122,7 @@ def webp_size(encoded: bytes) -> tuple[int, int]:
     if kind == b"VP8 ":
         width, height = struct.unpack("<HH", head[6:10])
         return width & 0x3FFF, height & 0x3FFF
-    raise ImageError("broken header")
+    raise ImageError(BROKEN_HEADER)
 
 
 def reason_of(error: Exception) -> str:

@@ -23,23 +23,32 @@ class DeepImage(NamedTuple):
             0 is black.
         top: The largest value that its bits hold.
         clear: The gray that is transparent, if one is.
+        is_premultiplied: Whether color is over black already by its transparency.
     """
 
     values: npt.NDArray[Any]
     top: int
     clear: int | None = None
+    is_premultiplied: bool = False
 
     def to_pixels(self, white: float) -> Pixels:
-        """Return uint8 [H, W, 3]; `white`, or `top` where that is 0, is 255, as what is above."""
+        """Return uint8 [H, W, 3]; `white` is 255, as what is above.
+
+        Where it is 0, or the image has up to 8 bits, `top` is.
+        """
+        full = white if white and self.values.dtype.itemsize > 1 else self.top
         if self.values.ndim == 2:
-            gray = scaled_gray(self.values, white or self.top)
+            gray = scaled_gray(self.values, full)
             if self.clear is not None:
                 gray[self.values == self.clear] = 255
             return np.repeat(gray[:, :, None], 3, axis=2)
-        color = scaled_gray(self.values[:, :, :3], white or self.top)
+        color = scaled_gray(self.values[:, :, :3], full)
         if self.values.shape[2] == 3:
             return color
         opaque = self.values[:, :, 3:] / self.top
+        if self.is_premultiplied:  # no color is more than its transparency lets through
+            lit = np.minimum(self.values[:, :, :3] / full, opaque)
+            return np.rint(255 * (lit + 1 - opaque)).astype(np.uint8)
         return np.rint(color * opaque + 255 * (1 - opaque)).astype(np.uint8)
 
 

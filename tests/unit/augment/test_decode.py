@@ -313,7 +313,7 @@ def test_a_raised_limit_admits_large_images_without_a_warning() -> None:
         (b"RIFF\x00\x00\x00\x00WAVEfmt ", "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
         (encode(Image.new("RGB", (1, 9)), "PNG"), "too small: 1x9"),
-        (encode(Image.new("F", (4, 4)), "TIFF"), "pixels of mode F have no known range"),
+        (encode(Image.new("F", (4, 4)), "TIFF"), "values of float32 have no known range"),
     ],
 )
 def test_what_is_no_image_is_refused_with_its_reason(encoded: bytes, reason: str) -> None:
