@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import contextlib
+import errno
+import os
 import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +16,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from simclr_ray.augment.decode import (
+    FIRST_BYTES,
+    format_of,
+    instead_of_image,
+    stands_for_image,
+)
 from simclr_ray.data.listing import REMOTE_THREADS
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
+
+LEAST_BASE64 = 64  # characters; shorter text may be a name
 
 
 def read_images(
     column: pa.ChunkedArray, fs: pafs.FileSystem, path: str, root: str = ""
 ) -> list[bytes | None]:
-    """Return the encoded images of a column; None for a null, and for a named file that is gone.
+    """Return the encoded images of a column; None for a null.
+
+    For a named file that cannot be had there are bytes whose decoding raises why.
 
     Args:
         column: binary, a struct of bytes and path (bytes win), or strings: paths, taken from the
@@ -45,8 +60,23 @@ def read_images(
     missing = [i for i, image in enumerate(whole) if image is None and named[i] is not None]
     targets = [_target(str(named[i]), fs, path, root) for i in missing]
     for i, image in zip(missing, _read_all(targets), strict=True):
-        images[i] = image
+        plainly = _said_of_text(str(named[i])) if stands_for_image(image) else None
+        images[i] = plainly or image
     return images
+
+
+def _said_of_text(text: str) -> bytes | None:
+    """Return what stands for an image where its path is plainly something else."""
+    if not text:
+        return instead_of_image("empty")
+    if text.startswith("data:image"):
+        return instead_of_image("text that holds an image, not a path")
+    head = text[: 4 * FIRST_BYTES].encode()
+    if len(text) >= LEAST_BASE64:
+        with contextlib.suppress(binascii.Error):
+            if format_of(base64.b64decode(head[: len(head) // 4 * 4], validate=True)):
+                return instead_of_image("base64 text, not bytes or a path")
+    return None
 
 
 def _target(name: str, fs: pafs.FileSystem, path: str, root: str) -> tuple[pafs.FileSystem, str]:
@@ -65,23 +95,39 @@ def _target(name: str, fs: pafs.FileSystem, path: str, root: str) -> tuple[pafs.
     return fs, "/".join(part for part in (path.rpartition("/")[0], root, name) if part)
 
 
-def _read_all(targets: Sequence[tuple[pafs.FileSystem, str]]) -> list[bytes | None]:
+def _read_all(targets: Sequence[tuple[pafs.FileSystem, str]]) -> list[bytes]:
     if not targets or all(is_local(fs) for fs, _ in targets):
         return [read_file(target) for target in targets]
     with ThreadPoolExecutor(REMOTE_THREADS) as pool:
         return list(pool.map(read_file, targets))
 
 
-def read_file(target: tuple[pafs.FileSystem, str]) -> bytes | None:
-    """Return a file, or None when it cannot be had: one bad row, counted as such by the reader."""
+def read_file(target: tuple[pafs.FileSystem, str]) -> bytes:
+    """Return a file, or what stands for its image where it cannot be had: one bad row.
+
+    Raises:
+        DataError: A store of files cannot be reached.
+    """
     fs, path = target
     try:
         with fs.open_input_file(path) as stream:
             content: bytes = stream.read()
             return content
-    except (FileNotFoundError, PermissionError):
-        return None
+    except (FileNotFoundError, NotADirectoryError):
+        return instead_of_image("no such file")
+    except PermissionError:
+        return instead_of_image("a file that may not be read")
     except (OSError, pa.ArrowException) as error:
         if is_local(fs):  # a folder, a name too long, a bad sector: of this file alone
-            return None
+            return instead_of_image(_reason(fs, path, error))
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _reason(fs: pafs.FileSystem, path: str, error: Exception) -> str:
+    """Return why a local file cannot be read."""
+    number = getattr(error, "errno", None)
+    if number == errno.ENAMETOOLONG or "\0" in path:
+        return "text that is no path"
+    if fs.get_file_info(path).type == pafs.FileType.Directory:
+        return "a folder, not a file"
+    return f"a file that cannot be read: {os.strerror(number)}" if number else "unreadable file"

@@ -39,8 +39,11 @@ from .formats import (
     UndecodedError,
     check_size,
     format_of,
+    instead_of_image,
     missing_decoder,
+    no_image,
     reason_of,
+    stands_for_image,
     webp_size,
 )
 from .metadata import turn_upright, without_metadata
@@ -71,10 +74,12 @@ __all__ = [
     "format_of",
     "image_decoder",
     "image_size",
+    "instead_of_image",
     "missing_decoder",
     "read_deep_bands",
     "read_deep_image",
     "shown_as_rgb",
+    "stands_for_image",
 ]
 
 # The authors' centre crop; 0.875 = 224/256 (google-research/simclr, data_util.py CROP_PROPORTION).
@@ -304,10 +309,8 @@ def evaluation_view(pixels: Pixels, size: int) -> Pixels:
 
 def _open(encoded: bytes, kind: Format | None, max_pixels: int) -> Image.Image:
     """Return the image with its header read and its pixels not."""
-    if not encoded:
-        raise ImageError("empty")
     if kind is None:
-        raise ImageError("not an image")
+        raise no_image(encoded)
     if kind.open is None:
         return open_by_extra(encoded, kind, max_pixels)
     if kind is WEBP:

@@ -24,6 +24,7 @@ from .formats import (
     UndecodedError,
     channels_error,
     check_size,
+    no_image,
     reason_of,
 )
 from .rgb import WHITE_16, read_gray, read_stored, scaled_gray
@@ -232,10 +233,10 @@ def _stacked(pages: list[Bands]) -> Bands:
 
 def _read_rgba(encoded: bytes, kind: Format | None, max_pixels: int) -> Bands:
     """Return the channels of an image that Pillow opens, transparency as one of them."""
-    if not encoded:
-        raise ImageError("empty")
-    if kind is None or kind.open is None:
-        raise ImageError("not an image" if kind is None else f"{kind.name} of several channels")
+    if kind is None:
+        raise no_image(encoded)
+    if kind.open is None:
+        raise ImageError(f"{kind.name} of several channels")
     try:
         image: Image.Image = kind.open(io.BytesIO(encoded))
         check_size(image.size, max_pixels, 1)

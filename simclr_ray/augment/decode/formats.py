@@ -26,6 +26,8 @@ Pixels = npt.NDArray[np.uint8]
 
 COLOR: Final = (1, 3)  # channels of gray and RGB, which become each other and nothing else
 MOST_CHANNELS: Final = 16
+_INSTEAD: Final = b"\0no image: "  # no format begins so
+MOST_REASON: Final = 80  # characters, of bytes that may come from anywhere
 BROKEN_HEADER: Final = "broken header"
 
 FIRST_BYTES: Final = 132  # of a file, which tell its format: DICOM has a preamble of 128
@@ -89,6 +91,24 @@ def missing_decoder(kind: Format) -> str:
     if package is None or importlib.util.find_spec(package):
         return ""
     return f"install simclr-ray[{kind.extra}]"
+
+
+def instead_of_image(reason: str) -> bytes:
+    """Return what stands for an image that cannot be had: decoding it raises the reason."""
+    return _INSTEAD + reason.encode()
+
+
+def stands_for_image(encoded: bytes) -> bool:
+    """Return whether bytes are those of `instead_of_image`."""
+    return encoded.startswith(_INSTEAD)
+
+
+def no_image(encoded: bytes) -> ImageError:
+    """Return the error of bytes that have no format."""
+    if stands_for_image(encoded):
+        reason = encoded[len(_INSTEAD) :][:MOST_REASON].decode("ascii", "replace")
+        return ImageError(reason if reason.isprintable() else "not an image")
+    return ImageError("not an image" if encoded else "empty")
 
 
 class UndecodedError(ImageError):

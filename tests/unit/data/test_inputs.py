@@ -18,7 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from simclr_ray.augment.decode import decode_image
+from simclr_ray.augment.decode import ImageError, decode_image
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data import torchvision_input
 from simclr_ray.data.folder_input import FolderInput
@@ -96,11 +96,13 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert [(i.name, i.label) for i in items] == [("a.jpg", -1), ("b.jpg", -1)]
 
 
-def test_a_file_that_went_away_is_an_item_without_bytes(tmp_path: Path) -> None:
+def test_a_file_that_went_away_is_an_item_that_says_so(tmp_path: Path) -> None:
     given = opened(str(fill(tmp_path, ["a.jpg", "b.jpg"])))
     (tmp_path / "a.jpg").unlink()
     items = sorted(item for part in read(given) for item in part)
-    assert [item.encoded is None for item in items] == [True, False]
+    assert decode_image(items[1].encoded or b"").ndim == 3
+    with pytest.raises(ImageError, match="no such file"):
+        decode_image(items[0].encoded or b"")
 
 
 def test_the_identity_of_a_folder_follows_names_and_sizes_and_not_the_place(tmp_path: Path) -> None:

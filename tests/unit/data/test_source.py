@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import pickle
 import shutil
 from collections.abc import Callable
@@ -12,8 +14,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from simclr_ray.augment.decode import ImageDecoder, ImageError, instead_of_image, stands_for_image
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.data.description import describe
 from simclr_ray.data.source import RowGroup, Source
 from simclr_ray.errors import DataError
 
@@ -44,6 +49,13 @@ def write(path: Path, columns: dict[str, pa.Array], **metadata: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata or None), path)
     return path
+
+
+def reason(encoded: bytes | None) -> str:
+    for channels in (3, 5):
+        with pytest.raises(ImageError) as refusal:
+            ImageDecoder(channels=channels).decode(encoded or b"")
+    return str(refusal.value)
 
 
 def test_row_groups_number_the_rows_over_the_files_sorted_by_path(folder: Path) -> None:
@@ -196,8 +208,9 @@ def test_a_struct_gives_its_bytes_and_else_the_file_at_its_path(tmp_path: Path) 
     ]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     path = write(tmp_path / "a.parquet", {"image": pa.array(rows, kind)})
-    expected = [b"bytes", b"from the file", None, None, None]
-    assert Source.open(str(path)).read_group(0).images == expected
+    *held, gone = Source.open(str(path)).read_group(0).images
+    assert held == [b"bytes", b"from the file", None, None]
+    assert reason(gone) == "no such file"
     only_paths = pa.array([{"path": "in file"}], pa.struct([("path", pa.string())]))
     path = write(tmp_path / "b.parquet", {"image": only_paths})
     assert Source.open(str(path)).read_group(0).images == [b"from the file"]
@@ -211,7 +224,41 @@ def test_strings_are_paths_from_the_parquet_file_or_uris(kind: pa.DataType, tmp_
     uri = f"file://{here}".replace(" ", "%20")
     names = ["pics/a b.png", str(here), uri, "../set/pics/a b.png", "pics/none.png", "pics", None]
     path = write(tmp_path / "set" / "a.parquet", {"image": pa.array(names, kind)})
-    assert Source.open(str(path)).read_group(0).images == [b"here"] * 4 + [None] * 3
+    found = Source.open(str(path)).read_group(0).images
+    assert found[:4] == [b"here"] * 4
+    assert [reason(f) for f in found[4:6]] == ["no such file", "a folder, not a file"]
+    assert found[6] is None
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_text_that_is_no_path_is_said_to_be_what_it_is(kind: str, tmp_path: Path) -> None:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(out, kind)
+    encoded = base64.b64encode(out.getvalue()).decode()
+    texts = {
+        encoded: "base64 text, not bytes or a path",
+        encoded[:96]: "base64 text, not bytes or a path",
+        f"data:image/png;base64,{encoded}": "text that holds an image, not a path",
+        "gone.png": "no such file",
+        "a.parquet/gone.png": "no such file",
+        "": "empty",
+        "a cat on a mat": "no such file",
+        "word " * 100: "text that is no path",
+        "a\0b": "text that is no path",
+    }
+    path = write(tmp_path / "a.parquet", {"image": pa.array(list(texts))})
+    source = Source.open(str(path))
+    assert [reason(i) for i in source.read_group(0).images] == list(texts.values())
+    seen = describe(str(path))
+    assert [row.reason for row in seen.bad] == list(texts.values())
+
+
+def test_what_stands_for_an_image_holds_no_more_than_a_reason() -> None:
+    for bad in (b"\xff\0\n" * 10, b"x" * 10_000, "ü".encode()):
+        said = reason(instead_of_image("") + bad)
+        assert said.isprintable()
+        assert len(said) <= 80
 
 
 def test_files_named_in_another_parquet_folder_resolve_there(tmp_path: Path) -> None:
@@ -304,8 +351,10 @@ def test_every_odd_parquet_opens_or_is_refused_for_its_reason(image_root: Path) 
             continue
         source = Source.open(str(path))
         rows = source.read_rows(np.arange(source.num_rows))
-        nulls = {"null_images": 10, "string_image_column": 100}.get(path.stem, 0)
+        nulls = {"null_images": 10}.get(path.stem, 0)
         assert sum(image is None for image in rows.images) == nulls
+        gone = {"string_image_column": 100}.get(path.stem, 0)
+        assert sum(stands_for_image(image or b"") for image in rows.images) == gone
     good = Source.open(str(image_root / "odd" / "good.parquet"))
     struct = Source.open(str(image_root / "odd" / "struct_image_column.parquet"))
     every = np.arange(100)
