@@ -152,7 +152,8 @@ def inspect(
     if not (full or against or page or record):
         from simclr_ray.data.description import describe
 
-        _show_description(describe(path, chosen, channels if channels != 3 else None))
+        number = channels if channels != 3 else None
+        _show_description(describe(path, chosen, number), number)
         return
     inspect_whole(
         path, chosen, against, channels=channels, duplicates=duplicates, page=page, record=record
@@ -215,7 +216,15 @@ def _dataset_rows(description: Description) -> dict[str, str]:
     return rows
 
 
-def _show_description(description: Description) -> None:
+def _show_description(description: Description, channels: int | None) -> None:
+    """Show what a sample holds.
+
+    Args:
+        description: Of the dataset.
+        channels: That were asked for, if any were.
+    """
+    from simclr_ray.data.description import channels_in_words
+
     rows = _dataset_rows(description)
     if description.sizes:
         widths, heights = zip(*description.sizes, strict=True)
@@ -223,6 +232,9 @@ def _show_description(description: Description) -> None:
             f"{min(widths)} to {max(widths)} px wide, {min(heights)} to {max(heights)} px high, "
             f"most often {'x'.join(map(str, Counter(description.sizes).most_common(1)[0][0]))}"
         )
+    other = {num: images for num, images in description.channels.items() if num != 3}
+    if other and not channels:
+        rows["channels"] = f"of a sample {channels_in_words(other)}"
     bad = f"{len(description.bad)} of {counted(description.num_sampled, 'image')} of a sample"
     rows["undecodable"] = bad
     for row in description.bad[:BAD_SHOWN]:

@@ -27,11 +27,9 @@ from simclr_ray.augment.decode import (
 from simclr_ray.config.experiment import DataConfig
 from simclr_ray.config.schema import AUTO
 from simclr_ray.config.wording import counted
-from simclr_ray.data.source import Source
+from simclr_ray.data.sample import Sample
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 
-SAMPLED_GROUPS: Final = 4
-IMAGES_OF_A_GROUP: Final = 64
 WHITE_PERCENTILE: Final = 99.9  # of all values of the sample: single hot pixels are not white
 DARK_FRACTION: Final = 0.5  # of the range: images that stay below are said to be dark
 VALUES: Final = 2**16
@@ -125,7 +123,7 @@ def _version_of(data: DataConfig) -> str:
     return f"{package} {metadata.version(package)}"
 
 
-def resolve_white(data: DataConfig, source: Source) -> DataConfig:
+def resolve_white(data: DataConfig, sample: Sample) -> DataConfig:
     """Return the config with `data.white` in numbers; what it is, or should be, is logged.
 
     Raises:
@@ -134,21 +132,21 @@ def resolve_white(data: DataConfig, source: Source) -> DataConfig:
     if data.white not in (AUTO, 0):
         return data
     if data.channels not in COLOR:
-        return _resolve_white_of_each(data, source)
-    seen = read_value_range(source, data.max_pixels)
+        return _resolve_white_of_each(data, sample)
+    seen = read_value_range(sample, data.max_pixels)
     if data.white == AUTO:
         white = seen.white if seen else 0
         why = f"{_BELOW} {seen} are below" if seen else _ONLY_8_BITS
         log.info("data.white=%d: %s", white, why)
         return data.model_copy(update={"white": float(white)})
     if seen and seen.is_dark:
-        _warn_of_dark(source, seen, f"{seen.most}")
+        _warn_of_dark(sample, seen, f"{seen.most}")
     return data
 
 
-def _resolve_white_of_each(data: DataConfig, source: Source) -> DataConfig:
+def _resolve_white_of_each(data: DataConfig, sample: Sample) -> DataConfig:
     """Return the config with a white of each channel."""
-    seen = read_channel_ranges(source, data.max_pixels, data.channels)
+    seen = read_channel_ranges(sample, data.max_pixels, data.channels)
     if data.white == AUTO:
         white = [float(each.white) for each in seen] or 0.0
         shown = f"[{', '.join(f'{each.white}' for each in seen)}]" if seen else "0"
@@ -157,36 +155,34 @@ def _resolve_white_of_each(data: DataConfig, source: Source) -> DataConfig:
         return data.model_copy(update={"white": white})
     dark = [each for each in seen if each.is_dark]
     if dark:
-        _warn_of_dark(source, dark[0], f"[{', '.join(f'{each.most}' for each in seen)}]")
+        _warn_of_dark(sample, dark[0], f"[{', '.join(f'{each.most}' for each in seen)}]")
     return data
 
 
-def _warn_of_dark(source: Source, seen: ValueRange, white: str) -> None:
+def _warn_of_dark(sample: Sample, seen: ValueRange, white: str) -> None:
     log.warning(
         "%s: %s, so they are nearly black: data.white=%s, or data.white=auto, says what is white",
-        source.uri, seen, white,
+        sample.source.uri, seen, white,
     )  # fmt: skip
 
 
-def read_value_range(source: Source, max_pixels: int) -> ValueRange | None:
+def read_value_range(sample: Sample, max_pixels: int) -> ValueRange | None:
     """Return the values of a sample of images; None where its first images have 8 bits.
-
-    The sample is the first images of some row groups, the same ones each time.
 
     Raises:
         DataError: A file cannot be read.
     """
     seen = _Histogram()
-    for deep in _sampled(source, partial(read_deep_image, max_pixels=max_pixels)):
+    for deep in _sampled(sample, partial(read_deep_image, max_pixels=max_pixels)):
         seen.add(deep.values if deep.values.ndim == 2 else deep.values[:, :, :3], deep.top)
     return seen.range() if seen.num_images else None
 
 
-def read_channel_ranges(source: Source, max_pixels: int, channels: int) -> list[ValueRange]:
+def read_channel_ranges(sample: Sample, max_pixels: int, channels: int) -> list[ValueRange]:
     """Return the values of each channel of a sample of images; none where they have 8 bits.
 
     Args:
-        source: The dataset.
+        sample: Of the dataset.
         max_pixels: Larger images are left out.
         channels: Of its images; others are left out.
 
@@ -195,7 +191,7 @@ def read_channel_ranges(source: Source, max_pixels: int, channels: int) -> list[
     """
     seen = [_Histogram() for _ in range(channels)]
     read = partial(read_deep_bands, channels=channels, max_pixels=max_pixels)
-    for bands in _sampled(source, read):
+    for bands in _sampled(sample, read):
         for channel, histogram in enumerate(seen):
             histogram.add(bands.values[:, :, channel], bands.top)
     return [histogram.range() for histogram in seen if histogram.num_images]
@@ -222,22 +218,9 @@ class _Histogram:
         return ValueRange(self.num_images, least, most, max(white, 1), self.top)
 
 
-def read_sample(source: Source) -> Iterator[tuple[int, list[bytes | None]]]:
-    """Yield of some row groups the first row and the first images, the same ones each time.
-
-    Raises:
-        DataError: A file cannot be read.
-    """
-    last = len(source.row_groups) - 1
-    places = np.linspace(0, last, SAMPLED_GROUPS).round().astype(int)
-    for index in dict.fromkeys(places.tolist()):
-        first_row = source.row_groups[index].first_row
-        yield first_row, source.read_first_images(index, IMAGES_OF_A_GROUP)
-
-
-def _sampled(source: Source, read: Callable[[bytes], ImageT | None]) -> Iterator[ImageT]:
+def _sampled(sample: Sample, read: Callable[[bytes], ImageT | None]) -> Iterator[ImageT]:
     """Yield what is read of a sample's images, up to a row group that has none of more bits."""
-    for _, images in read_sample(source):
+    for _, images in sample:
         deep = [read(image) for image in images if image]
         if not any(deep):
             return

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from simclr_ray.augment.decode import ImageDecoder, ImageError, image_size
+from simclr_ray.augment.decode import ImageDecoder, ImageError, image_shape
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.decoding import read_sample
 from simclr_ray.data.footer import read_footers
 from simclr_ray.data.image_groups import groups_line, open_grouped
 from simclr_ray.data.listing import list_parquet
+from simclr_ray.data.sample import Sample
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem
@@ -34,6 +36,7 @@ class Description(NamedTuple):
     num_sampled: int
     sizes: list[tuple[int, int]]  # width and height of the sampled images
     bad: list[BadRow]
+    channels: dict[int, int]  # of the images -> how many of the sample; gray and color are 3
     groups: str = ""  # of images of one thing: how many, or why they cannot serve as they lie
 
 
@@ -51,8 +54,7 @@ def describe(
         DataError: As `Source.open`.
     """
     description = describe_columns(uri, columns)
-    sizes, bad, num_sampled = _decoded(description.source, channels)
-    return description._replace(num_sampled=num_sampled, sizes=sizes, bad=bad)
+    return _decoded(description, channels)
 
 
 def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Description:
@@ -80,6 +82,7 @@ def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Descript
         num_sampled=0,
         sizes=[],
         bad=[],
+        channels={},
         groups=groups,
     )
 
@@ -98,24 +101,39 @@ def class_name(source: Source, label: int) -> str:
     return source.class_names[label] if has_name else str(label)
 
 
-def _decoded(
-    source: Source, channels: int | None
-) -> tuple[list[tuple[int, int]], list[BadRow], int]:
-    """Return the sizes of a sample of images, the rows that cannot be used, and how many it is."""
+def channels_in_words(num_of: Mapping[int, int]) -> str:
+    """Return how many images have which number of channels, and what takes most of them.
+
+    Args:
+        num_of: Channels -> images.
+    """
+    shown = " and ".join(
+        f"{counted(images, 'image')} of {counted(num, 'channel')}" for num, images in num_of.items()
+    )
+    most = max(num_of, key=num_of.__getitem__)
+    return f"{shown}: --channels {most} looks at them, data.channels={most} trains on them"
+
+
+def _decoded(description: Description, channels: int | None) -> Description:
+    """Return the description with sizes and channels of a sample, and rows that cannot be used."""
     sizes: list[tuple[int, int]] = []
     bad: list[BadRow] = []
+    num_of = Counter[int]()
     num_sampled = 0
     decoder = ImageDecoder(channels=channels) if channels else None
-    for first_row, images in read_sample(source):
+    for first_row, images in Sample(description.source):
         num_sampled += len(images)
         for row, image in enumerate(images, start=first_row):
             try:
                 encoded = image or b""
-                height, width = (
-                    decoder.decode(encoded).shape[:2] if decoder else image_size(encoded)
+                height, width, num = (
+                    decoder.decode(encoded).shape if decoder else image_shape(encoded)
                 )
             except ImageError as error:
                 bad.append(BadRow(row, str(error)))
             else:
                 sizes.append((width, height))
-    return sizes, bad, num_sampled
+                num_of[num] += 1
+    return description._replace(
+        num_sampled=num_sampled, sizes=sizes, bad=bad, channels=dict(num_of.most_common())
+    )

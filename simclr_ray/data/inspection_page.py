@@ -5,16 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from simclr_ray.augment.decode import Pixels, shown_as_rgb
+from simclr_ray.augment.decode import Pixels, channels_in, shown_as_rgb
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.description import class_name
+from simclr_ray.data.description import channels_in_words, class_name
 from simclr_ray.data.inspection import Copies, Inspection, Looked
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
 from simclr_ray.storage.page import render_page
@@ -117,6 +118,10 @@ def facts(inspection: Inspection) -> dict[str, str]:
     num_rows, num_bad = looked.source.num_rows, looked.source.num_rows - len(looked.usable)
     rows = {"images": f"{num_rows:,}, all of them looked at"}
     rows["unusable"] = f"{num_bad:,}" + (f": {_in_words(looked.unusable)}" if num_bad else "")
+    num_of = Counter({channels_in(reason): len(rows) for reason, rows in looked.unusable.items()})
+    del num_of[0]
+    if num_of:
+        rows["channels"] = channels_in_words(dict(num_of.most_common()))
     sizes = _sizes(looked)
     if sizes:
         rows["sizes"] = (
@@ -137,8 +142,9 @@ def facts(inspection: Inspection) -> dict[str, str]:
     if inspection.num_flat:
         rows["one color"] = f"{counted(inspection.num_flat, 'image')}, compared by pixels alone"
     if inspection.duplicates:
-        rows["exact duplicates"] = _in_groups(inspection.same_pixels)
-        rows["near duplicates"] = _in_groups(inspection.near)
+        none = "" if len(looked.usable) else "no image that could be compared"
+        rows["exact duplicates"] = none or _in_groups(inspection.same_pixels)
+        rows["near duplicates"] = none or _in_groups(inspection.near)
     if inspection.num_crowded:
         crowded = counted(inspection.num_crowded, "image")
         rows["many look-alikes"] = f"{crowded}, of which the 16 most alike were compared"

@@ -14,15 +14,21 @@ from pyarrow.fs import FileType
 
 from simclr_ray import config as cfg
 from simclr_ray.augment import native
-from simclr_ray.config.experiment import Experiment, RegistryConfig
+from simclr_ray.config.experiment import DataConfig, Experiment, RegistryConfig
 from simclr_ray.config.imports import imports_in
 from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.decoding import resolve_decoder, resolve_white
+from simclr_ray.data.decoding import (
+    evaluation_decoder,
+    resolve_decoder,
+    resolve_white,
+    training_decoder,
+)
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.listing import list_parquet
+from simclr_ray.data.sample import CHECK_SECONDS, Sample, check_sample
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.evaluate import split_like_test
@@ -124,8 +130,9 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         ConfigError: First weights, a teacher or a decoder are not there or do not fit, imported
             code breaks its contract, an encoder of others that is to be registered cannot be, or
             $SIMCLR_RAY_NATIVE is invalid.
-        DataError: The images cannot be read, fill no batch, or lack labels that the loss takes; or
-            those of `data.test` are of classes that the classifier does not know.
+        DataError: The images cannot be read, none of a sample can be used, they fill no batch, or
+            lack labels that the loss takes; or those of `data.test` are of classes that the
+            classifier does not know.
         TrackingError: MLflow cannot keep the run, or not under the alias that is asked for.
     """
     native.check_setting()  # read by the actors that make views, on other nodes and minutes later
@@ -135,12 +142,14 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     experiment = resolve_folders(experiment)
     data = experiment.data
     source = open_grouped(data.train, data.columns, data.limit)
+    sample = Sample(source)
     experiment = experiment.model_copy(
-        update={"data": resolve_decoder(resolve_white(data, source))}
+        update={"data": resolve_decoder(resolve_white(data, sample))}
     )
     config, source = resolve_classes(resolve_teacher(resolve_init(experiment)), source)
     build_plan(config, source)  # fails here when the rows fill no batch
     _check_evaluation(config, source)
+    _check_images(config.data, sample)
     if config.registry.name:
         check_model(config.registry.name, config.registry.alias)
     elif config.registry.alias != RegistryConfig().alias:
@@ -176,6 +185,16 @@ def _is_of_images(uri: str) -> bool:
         return False
     fs, root = filesystem(uri)
     return fs.get_file_info(root).type == FileType.Directory and not list_parquet(fs, root, uri)
+
+
+def _check_images(data: DataConfig, train: Sample) -> None:
+    """Decode a sample of the images of each split, as the run will."""
+    decoder = training_decoder(data)
+    check_sample(train, decoder, max_bad_fraction=data.max_bad_fraction)
+    for uri in dict.fromkeys((data.test, data.eval_train)):
+        if uri and uri != data.train:
+            sample = Sample(Source.open(uri, data.columns))
+            check_sample(sample, evaluation_decoder(data), seconds=CHECK_SECONDS / 2)
 
 
 def _check_evaluation(experiment: Experiment, source: Source) -> None:

@@ -37,6 +37,7 @@ from .formats import (
     ImageError,
     Pixels,
     UndecodedError,
+    channels_in,
     check_size,
     format_of,
     instead_of_image,
@@ -69,10 +70,12 @@ __all__ = [
     "Library",
     "Pixels",
     "White",
+    "channels_in",
     "decode_image",
     "evaluation_view",
     "format_of",
     "image_decoder",
+    "image_shape",
     "image_size",
     "instead_of_image",
     "missing_decoder",
@@ -232,16 +235,25 @@ def image_size(encoded: bytes, max_pixels: int = 50_000_000) -> tuple[int, int]:
     Raises:
         ImageError: Same as `decode_image`.
     """
+    return image_shape(encoded, max_pixels)[:2]
+
+
+def image_shape(encoded: bytes, max_pixels: int = 50_000_000) -> tuple[int, int, int]:
+    """Return (height, width, channels) of an image that can be decoded; all color and gray is RGB.
+
+    Raises:
+        ImageError: Same as `decode_image`.
+    """
     kind = format_of(encoded[:FIRST_BYTES])
     decoder = ImageDecoder(max_pixels)
     try:
-        height, width, _ = decoder.decode(encoded).shape
+        height, width, channels = decoder.decode(encoded).shape
     except ImageError:
         if kind not in (NPY, TIFF):
             raise
-        height, width, _ = read_bands(encoded, kind, 0, max_pixels).values.shape
+        height, width, channels = read_bands(encoded, kind, 0, max_pixels).values.shape
         check_size((width, height), max_pixels, decoder.min_side)
-    return height, width
+    return height, width, channels
 
 
 def image_decoder(

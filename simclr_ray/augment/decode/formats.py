@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import struct
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
@@ -116,8 +117,14 @@ class UndecodedError(ImageError):
 
 
 def channels_error(num: int, channels: int) -> ImageError:
-    """Return the error of an image of another number of channels."""
+    """Return the error of an image of `num` channels where `channels` are asked for."""
     return ImageError(f"{num} channel{'s' * (num != 1)}, data.channels={channels}")
+
+
+def channels_in(reason: str) -> int:
+    """Return the number of channels that an image has, by its `channels_error`; 0 by another."""
+    match = re.match(r"(\d+) channels?, data\.channels=", reason)
+    return int(match[1]) if match else 0
 
 
 def check_size(size: tuple[int, ...], max_pixels: int, min_side: int = 0) -> None:

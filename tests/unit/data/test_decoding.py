@@ -27,6 +27,7 @@ from simclr_ray.data.decoding import (
     resolve_white,
     training_decoder,
 )
+from simclr_ray.data.sample import Sample
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.train.resolve import resolve
@@ -51,18 +52,19 @@ def test_white_is_found_by_a_percentile_and_is_the_same_each_time(tmp_path: Path
     source = write(tmp_path, images)
     data = DataConfig(train=source.uri, white="auto")
     sampled = [np.asarray(Image.open(io.BytesIO(i or b""))) for i in images[:8]]  # of four groups
-    found = read_value_range(source, data.max_pixels)
+    found = read_value_range(Sample(source), data.max_pixels)
     assert found is not None
     assert (found.least, found.most, found.top) == (0, 3000, 65535)
     assert found.white == pytest.approx(np.percentile(np.concatenate(sampled), 99.9), abs=3)
-    once = resolve_white(data, source).white
-    assert once == resolve_white(data, source).white == found.white
+    once = resolve_white(data, Sample(source)).white
+    assert once == resolve_white(data, Sample(source)).white == found.white
     hot = np.full((20, 30), 100, np.uint16)
     hot[3, 4] = 60_000  # one pixel of a broken sensor is not white
     out = io.BytesIO()
     Image.fromarray(hot).save(out, "PNG")
     (tmp_path / "hot").mkdir()
-    white = resolve_white(data, write(tmp_path / "hot", [*images[:30], out.getvalue()])).white
+    source = write(tmp_path / "hot", [*images[:30], out.getvalue()])
+    white = resolve_white(data, Sample(source)).white
     assert isinstance(white, float)
     assert 2900 < white <= 3000
 
@@ -86,7 +88,7 @@ def test_a_fraction_of_the_range_is_said_with_what_mends_it(
 ) -> None:
     source = write(tmp_path, [deep(3000, i) for i in range(20)])
     with caplog.at_level(logging.WARNING):
-        data = resolve_white(DataConfig(train=source.uri), source)
+        data = resolve_white(DataConfig(train=source.uri), Sample(source))
     assert data.white == 0
     (line,) = caplog.messages
     assert "20 images of 16 bits with values of 0 to 3,000 of 65,535" in line
@@ -107,20 +109,20 @@ def test_nothing_is_said_of_images_that_use_their_bits(
     }
     source = write(tmp_path, kinds[kind])
     with caplog.at_level(logging.WARNING):
-        assert resolve_white(DataConfig(train=source.uri), source).white == 0
+        assert resolve_white(DataConfig(train=source.uri), Sample(source)).white == 0
     assert not caplog.messages
 
 
 def test_auto_leaves_images_of_8_bits_as_they_are(tmp_path: Path) -> None:
     source = write(tmp_path, [deep(100, 1, "uint8")] * 9)
-    assert resolve_white(DataConfig(train=source.uri, white="auto"), source).white == 0
+    assert resolve_white(DataConfig(train=source.uri, white="auto"), Sample(source)).white == 0
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff"])
 def test_color_of_16_bits_has_a_white_as_well(kind: str, tmp_path: Path) -> None:
     values = color(12)
     encoded = png(values) if kind == "png" else tiff(values)
-    found = read_value_range(write(tmp_path, [encoded] * 3), 10**6)
+    found = read_value_range(Sample(write(tmp_path, [encoded] * 3)), 10**6)
     assert found is not None
     assert found.most == values.max()
     pixels = evaluation_decoder(DataConfig(train="x", white=4095)).decode(encoded)

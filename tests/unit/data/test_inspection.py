@@ -263,3 +263,26 @@ def test_the_verb_shows_progress_writes_page_and_record_and_refuses_before_it_lo
         assert done.returncode == 2
         assert len(errors(done)) == 1
         assert "3 images" not in done.stderr
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_images_of_other_channels_are_said_with_what_looks_at_them(
+    channels: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bands"
+    folder.mkdir()
+    for at in range(9):
+        np.save(folder / f"{at}.npy", np.full((8, 9, channels), 20 * at, np.uint8))
+    told = (
+        f"9 images of {channels} channels: --channels {channels} looks at them, "
+        f"data.channels={channels} trains on them"
+    )
+    typed = run("inspect", "bands", cwd=tmp_path)
+    assert f"of a sample {told}" in " ".join(typed.stdout.split())
+    whole = facts(look(str(folder)))
+    assert whole["channels"] == told
+    assert whole["exact duplicates"] == "no image that could be compared"
+    asked = run("inspect", "bands", "--channels", str(channels), cwd=tmp_path)
+    assert "looks at them" not in asked.stdout
+    source = Source.open(str(folder))
+    assert "channels" not in facts(inspect_all(source, channels=channels))

@@ -52,9 +52,11 @@ def write(path: Path, columns: dict[str, pa.Array], **metadata: str) -> Path:
 
 
 def reason(encoded: bytes | None) -> str:
-    for channels in (3, 5):
-        with pytest.raises(ImageError) as refusal:
-            ImageDecoder(channels=channels).decode(encoded or b"")
+    with pytest.raises(ImageError) as refusal:
+        ImageDecoder().decode(encoded or b"")
+    with pytest.raises(ImageError) as other:
+        ImageDecoder(channels=5).decode(encoded or b"")
+    assert str(refusal.value) == str(other.value)
     return str(refusal.value)
 
 

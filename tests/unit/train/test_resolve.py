@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ClassifierHeadConfig, DataConfig, Experiment
@@ -42,7 +44,9 @@ def resolved(experiment: Experiment, train: str) -> Experiment:
 
 
 def source(folder: Path, labels: list[int | None] | None) -> str:
-    columns: dict[str, Any] = {"image": pa.array([b"x"] * 6, pa.binary())}
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    columns: dict[str, Any] = {"image": pa.array([out.getvalue()] * 6, pa.binary())}
     if labels is not None:
         columns["label"] = pa.array(labels, pa.int64())
     pq.write_table(pa.table(columns), folder / "set.parquet")
@@ -96,8 +100,8 @@ def test_the_same_on_other_workers_and_storage_is_the_same_run(tmp_path: Path) -
     )
     assert resolve(placed).run_name == run.run_name
     assert resolve(asked.model_copy(update={"seed": 9})).run_name != run.run_name
-    table = pa.table({"image": pa.array([b"y"] * 7, pa.binary())})
-    pq.write_table(table, tmp_path / "set.parquet")
+    table = pq.read_table(tmp_path / "set.parquet")
+    pq.write_table(pa.concat_tables([table, table[:1]]), tmp_path / "set.parquet")
     assert resolve(asked).run_name != run.run_name
 
 
