@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -34,6 +34,7 @@ def hold(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     Raises:
         LockedError: Another process holds it, and still does after `wait_s` seconds.
     """
+    above = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(folder / LOCK, is_singleton=True), folder / HOLDER
     if lock.is_locked:  # by this thread: others have a state of their own
@@ -50,6 +51,11 @@ def hold(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # it may have been moved meanwhile
+            if above and {entry.name for entry in folder.iterdir()} <= {LOCK}:
+                (folder / LOCK).unlink(missing_ok=True)  # what was refused leaves nothing behind
+                for place in above:
+                    place.rmdir()
 
 
 def holder_of(folder: Path) -> str:

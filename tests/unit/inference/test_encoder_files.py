@@ -34,7 +34,7 @@ from simclr_ray.config.experiment import (
     TrackingConfig,
 )
 from simclr_ray.config.imports import PERMISSION
-from simclr_ray.errors import CheckpointError, ConfigError, TrackingError
+from simclr_ray.errors import CheckpointError, ConfigError
 from simclr_ray.inference import embed, registry
 from simclr_ray.inference import encoder_files as export
 from simclr_ray.inference.export_formats import FORMATS
@@ -449,7 +449,7 @@ def test_what_is_not_there_is_said_so(registered: Registered, tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"holds no encoder\.json"):
         embed.load_encoder(tmp_path)
     for where in ("models:/m@nobody", "models:/m/9", "models:/other/latest"):
-        with pytest.raises(TrackingError, match=r"could not find models:/"):
+        with pytest.raises(ConfigError, match=r"^models:/.*there is no"):
             embed.load_encoder(where, tracking_uri=registered.uri)
 
 
