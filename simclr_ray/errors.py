@@ -3,7 +3,8 @@
     SimclrRayError
     ├── ConfigError          a key or value of a config or override is wrong       (exit code 2)
     ├── DataError            a dataset cannot be used as it is                     (exit code 2)
-    │   └── TooManyBadImages more rows are unusable than `data.max_bad_fraction` allows    (exit 2)
+    │   ├── TooManyBadImages more rows are unusable than `data.max_bad_fraction` allows    (exit 2)
+    │   └── HubError         the Hugging Face hub refused or cannot be asked; an `OSError`  (exit 2)
     ├── CheckpointError      a checkpoint is not whole, or is another experiment's (exit code 1)
     ├── ClusterError         the Ray cluster cannot hold what was asked for        (exit code 2)
     ├── TrackingError        MLflow refused or cannot be reached                    (exit code 1)
@@ -62,6 +63,10 @@ class DataError(SimclrRayError):
 
 class TooManyBadImages(DataError):  # noqa: N818 - reads as the sentence that it is
     """More rows than `data.max_bad_fraction` could not be decoded."""
+
+
+class HubError(DataError, OSError):
+    """The hub refused, or cannot be asked: an `OSError` as other file systems raise it."""
 
 
 class CheckpointError(SimclrRayError):

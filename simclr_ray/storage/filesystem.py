@@ -67,6 +67,20 @@ def check_makeable(folder: Path) -> None:
         pass
 
 
+def info_of(fs: pafs.FileSystem, path: str) -> pafs.FileInfo:
+    """Return what lies at a path, if anything.
+
+    Raises:
+        DataError: The file system cannot be asked.
+    """
+    try:
+        return fs.get_file_info(path)
+    except DataError:  # the hub's, which names the path
+        raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be looked at: {one_line(error)}") from error
+
+
 def entries_in(fs: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
     """Return what lies directly in a folder; nothing where there is none."""
     entries: list[pafs.FileInfo] = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))

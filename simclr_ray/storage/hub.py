@@ -1,7 +1,8 @@
 """The Hugging Face hub as a file system to read from: `hf://datasets/owner/name[@revision][/path]`.
 
-`huggingface_hub` (extra `hf`) asks it. Its errors, some of which are no `OSError`, become such,
-so that callers meet one kind of failure whatever the place.
+`huggingface_hub` (extra `hf`) asks it. Its errors, some of which are no `OSError`, become a
+`HubError`, which is one, so that callers meet one kind of failure whatever the place, and which is
+a message as well where nobody meets it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import IO, Any, Never
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from simclr_ray.errors import DataError
+from simclr_ray.errors import DataError, HubError
 
 SCHEME = "hf://"
 NO_ACCESS = "log in (`hf auth login`, or HF_TOKEN) and ask for access on its page"
@@ -35,18 +36,18 @@ def hub_filesystem() -> pafs.FileSystem:
 
 @contextmanager
 def _as_os_error(path: str) -> Iterator[None]:
-    """Turn what the hub's client raises into an `OSError` of one line; missing files stay such."""
+    """Turn what the hub's client raises into a `HubError` of one line; missing files stay such."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, HubError):
         raise
     except Exception as error:
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", 0)
         if type(error).__name__ == "GatedRepoError" or status in (401, 403):
-            raise OSError(f"{path}: gated or private: {NO_ACCESS}") from error
+            raise HubError(f"{SCHEME}{path}: gated or private: {NO_ACCESS}") from error
         said = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{path}: the hub cannot be asked: {said}") from error
+        raise HubError(f"{SCHEME}{path}: the hub cannot be asked: {said}") from error
 
 
 class _Handler(pafs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no types
@@ -87,15 +88,15 @@ class _Handler(pafs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no type
         _refuse(path)
 
     def _check_repository(self, path: str) -> None:
-        """Raise `OSError` where there is no such repository, or none that this user may see."""
+        """Raise `HubError` where there is no such repository, or none that this user may see."""
         try:
             self.fs.resolve_path(path)
         except FileNotFoundError as error:
-            raise OSError(f"no such dataset on the hub, or no access: {NO_ACCESS}") from error
+            raise HubError(f"no such dataset on the hub, or no access: {NO_ACCESS}") from error
 
 
 class _File:
-    """A file of the hub whose reads fail by `OSError`."""
+    """A file of the hub whose reads fail by `HubError`."""
 
     def __init__(self, file: IO[bytes], path: str) -> None:
         self._file, self._path = file, path
@@ -109,4 +110,4 @@ class _File:
 
 
 def _refuse(path: str) -> Never:
-    raise OSError(f"hf://{path}: the hub is read from, and not written to")
+    raise HubError(f"hf://{path}: the hub is read from, and not written to")
