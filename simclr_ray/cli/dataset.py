@@ -12,7 +12,7 @@ from simclr_ray import config as cfg
 from simclr_ray.cli.arguments import ConfigSource, Overrides
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.experiment import ColumnsConfig, Experiment, PreparationConfig
-from simclr_ray.config.wording import counted
+from simclr_ray.config.wording import column_keys, counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.filesystem import make_parent
 
@@ -28,7 +28,8 @@ def prepare(
         str,
         typer.Argument(
             metavar="IMAGES",
-            help="`shapes`, a folder, parquet, tar shards, or a torchvision set; paths or URIs.",
+            help="`shapes`, a folder, parquet, tar shards, or a torchvision set; paths or URIs; "
+            "of splits PATH#train.",
         ),
     ],
     to: Annotated[
@@ -99,7 +100,8 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="IMAGES", help="Parquet, or a folder of images or parquet; a path or URI."
+            metavar="IMAGES",
+            help="Parquet, or a folder of images or parquet; a path or URI; of splits PATH#train.",
         ),
     ],
     columns: Annotated[
@@ -149,15 +151,17 @@ def inspect(
             raise ConfigError([ConfigIssue(option, f"got {name}; it must end in {ending}")])
         if name:
             make_parent(name)
-    if not (full or against or page or record):
-        from simclr_ray.data.description import describe
+    with column_keys(""):
+        if not (full or against or page or record):
+            from simclr_ray.data.description import describe
 
-        number = channels if channels != 3 else None
-        _show_description(describe(path, chosen, number), number)
-        return
-    inspect_whole(
-        path, chosen, against, channels=channels, duplicates=duplicates, page=page, record=record
-    )
+            number = channels if channels != 3 else None
+            _show_description(describe(path, chosen, number), number)
+            return
+        inspect_whole(
+            path, chosen, against,
+            channels=channels, duplicates=duplicates, page=page, record=record,
+        )  # fmt: skip
 
 
 def inspect_whole(

@@ -25,9 +25,9 @@ from simclr_ray.data.columns import check_image, find_label_column
 from simclr_ray.data.files import read_images
 from simclr_ray.data.footer import Footer
 from simclr_ray.data.items import Item, ShardTask, cut
-from simclr_ray.data.splits import usual_name
+from simclr_ray.data.splits import ask_for_split, usual_name
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, is_local, one_line
+from simclr_ray.storage.filesystem import filesystem, info_of, is_local, one_line
 
 MAX_PART_BYTES = 256 * 2**20  # a task holds its part to shuffle it
 DICT_FILE, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"
@@ -35,16 +35,16 @@ DICT_FILE, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_i
 log = logging.getLogger(__name__)
 
 
-def find_arrow(uri: str, split: str, default: str) -> tuple[str, ...]:
+def find_arrow(uri: str, split: str) -> tuple[str, ...]:
     """Return the folder of a `save_to_disk` and its Arrow files, on its file system; else nothing.
 
     Args:
         uri: Path or URI.
-        split: Which of a `DatasetDict`.
-        default: A split that nobody asked for; others are then said.
+        split: Which of a `DatasetDict`; empty: the only one.
 
     Raises:
-        DataError: There is no such split, or a file that says what there is cannot be read.
+        DataError: There is no such split, or several and none is named, or a file that says what
+            there is cannot be read.
     """
     if "://" in uri and "{" in uri:  # of tar shards
         return ()
@@ -52,20 +52,17 @@ def find_arrow(uri: str, split: str, default: str) -> tuple[str, ...]:
     splits = _read_json(fs, f"{folder}/{DICT_FILE}").get("splits")
     if isinstance(splits, list) and splits:
         same = {usual_name(str(name)): str(name) for name in splits}
+        if not split and len(splits) > 1:
+            raise DataError(ask_for_split(uri, {str(name): "" for name in splits}))
         chosen = split if split in splits else same.get(usual_name(split), "")
-        if not chosen and (split != default or len(splits) > 1):
+        if split and not chosen:
             raise DataError(f"{uri}: there is no split {split}; there are {', '.join(splits)}")
-        chosen = chosen or str(splits[0])
-        others = [name for name in splits if name != chosen]
-        if others:
-            log.warning("%s: split=%s is taken; there are also %s", uri, chosen, ", ".join(others))
-        folder = f"{folder}/{chosen}"
-    elif split != default:
-        splits = None
+        folder = f"{folder}/{chosen or splits[0]}"
+        split = ""
     state = _read_json(fs, f"{folder}/{STATE_FILE}").get("_data_files")
     if not isinstance(state, list):
         return ()
-    if splits is None and split != default:
+    if split:
         raise DataError(f"{uri} is one dataset, without splits: split={split} has no meaning")
     names = [str(entry["filename"]) for entry in state if isinstance(entry, dict)]
     return folder, *(f"{folder}/{name}" for name in names)
@@ -73,7 +70,7 @@ def find_arrow(uri: str, split: str, default: str) -> tuple[str, ...]:
 
 def _read_json(fs: pafs.FileSystem, path: str) -> dict[str, Any]:
     """Return a JSON object; an empty one where there is no such file."""
-    if fs.get_file_info(path).type != pafs.FileType.File:
+    if info_of(fs, path).type != pafs.FileType.File:
         return {}
     try:
         with fs.open_input_file(path) as stream:

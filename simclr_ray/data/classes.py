@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from simclr_ray.config.logging import warn_once
-from simclr_ray.config.wording import counted
+from simclr_ray.config.wording import column_key, counted
 from simclr_ray.errors import DataError
 
 Int64s = npt.NDArray[np.int64]
@@ -76,7 +76,7 @@ class LabelColumn:
             raise DataError(
                 f"{path}: column {self.name!r} has label {unknown.max()}, which is none of the "
                 f"{counted(len(before), 'class', 'classes')} that there are; mend the names "
-                "(class_names), or leave labels out by data.columns.label="
+                f"(class_names), or leave labels out by {column_key('label')}="
             )
         return np.where(values < 0, NO_LABEL, np.asarray(after)[at])
 
@@ -100,6 +100,13 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string())
 
 
+def blank_as_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of names as strings, those of no characters or of spaces alone as null."""
+    text = as_text(column)
+    is_blank = pc.equal(pc.utf8_trim_whitespace(text), "")
+    return pc.if_else(is_blank, pa.scalar(None, pa.string()), text)
+
+
 def as_integers(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
     """Return numbers as int64; NaN, by which pandas says null, becomes null.
 
@@ -120,6 +127,7 @@ def label_column(
     kinds: Sequence[pa.DataType],
     names_of_files: Sequence[tuple[str, ...]],
     values: Callable[[], Sequence[pa.ChunkedArray]],
+    place: str,
 ) -> LabelColumn:
     """Return how a column of usable types is read.
 
@@ -128,6 +136,7 @@ def label_column(
         kinds: Its type in each file.
         names_of_files: Of each file, the names of its classes by number; empty: it has none.
         values: Reads the column of every row group; called for text and fractions alone.
+        place: What the files are called in messages.
 
     Raises:
         DataError: Some files hold names and others numbers, or some name their classes differently
@@ -137,11 +146,10 @@ def label_column(
     if any(texts):
         if not all(texts):
             raise DataError(f"column {name!r} holds names in some files and numbers in others")
-        distinct = {value for part in values() for value in as_text(part).unique().to_pylist()}
-        return LabelColumn(name, tuple(sorted(distinct - {None})), is_text=True)
+        return _text_column(name, values(), place)
     if any(pa.types.is_floating(kind) for kind in kinds):
         for part in values():
-            as_integers(part, "", name)  # fails here for fractions
+            as_integers(part, place, name)  # fails here for fractions
     given = [names for names in names_of_files if names]
     if all(names == given[0] for names in given):
         if given and len(given) < len(names_of_files):
@@ -158,6 +166,24 @@ def label_column(
     table = tuple(tuple(number[n] for n in names) for names in names_of_files)
     warn_once(log, f"files number their classes differently: labels of {name!r} go by name")
     return LabelColumn(name, union, label_of_file=table)
+
+
+def _text_column(name: str, parts: Sequence[pa.ChunkedArray], place: str) -> LabelColumn:
+    """Return how a column of names is read; blank text is no name, and that is said."""
+    distinct: set[str | None] = set()
+    num_rows = num_blank = 0
+    for part in parts:
+        names = blank_as_null(part)
+        distinct |= {*names.unique().to_pylist()}
+        num_rows += len(names)
+        num_blank += names.null_count - part.null_count
+    if num_blank:
+        warn_once(
+            log,
+            f"{place}: column {name!r}: {num_blank:,} of {num_rows:,} labels are blank text: "
+            "no label",
+        )
+    return LabelColumn(name, tuple(sorted(value for value in distinct if value)), is_text=True)
 
 
 def distinct_labels(labels: Int64s) -> tuple[int, ...]:

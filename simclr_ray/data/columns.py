@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import posixpath
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
+from simclr_ray.config.wording import column_key
 from simclr_ray.data.classes import LabelColumn, is_number, is_text, label_column
 from simclr_ray.data.footer import Footer
 from simclr_ray.errors import DataError
@@ -71,7 +73,7 @@ def find_label_column(
     """
     name, usual = columns.label, ColumnsConfig().label
     if not name:
-        return None, "has no labels: data.columns.label is empty"
+        return None, f"has no labels: {column_key('label')} is empty"
     if _is_empty(footers, name) and any(f.type_of(name) is not None for f in footers):
         return None, f"has no labels: all {num_rows:,} of column {name!r} are null"
     required = name != usual
@@ -80,12 +82,21 @@ def find_label_column(
     kinds = [footer.type_of(name) or pa.null() for footer in footers]
     names = [footer.class_names(name) for footer in footers]
     try:
-        return label_column(name, kinds, names, lambda: parts(name)), ""
+        label = label_column(name, kinds, names, lambda: parts(name), _place_of(footers))
     except DataError as error:
         if required:
             raise
         warn_once(log, f"labels are not used: {error}")
         return None, f"has no labels that can be used: {error}"
+    if label.is_text and not label.names:
+        return None, f"has no labels: all {num_rows:,} of column {name!r} are null or blank"
+    return label, ""
+
+
+def _place_of(footers: Sequence[Footer]) -> str:
+    """Return the file, or the folder that all files lie in."""
+    paths = [footer.path for footer in footers]
+    return paths[0] if len(paths) == 1 else posixpath.commonpath(paths)
 
 
 def _can_label(kind: pa.DataType) -> bool:

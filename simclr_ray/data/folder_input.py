@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.config.sections.data import FolderGroups, FolderLabels
@@ -23,11 +25,14 @@ from simclr_ray.data.files import read_file
 from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
 from simclr_ray.data.grouping import cut_between_groups, grouped_order
 from simclr_ray.data.items import Item, ShardTask, cut, shuffled
-from simclr_ray.data.listing import left_out_line, list_images
+from simclr_ray.data.listing import Listing, list_images, part_split
 from simclr_ray.data.shards import check_group_sizes
+from simclr_ray.data.splits import choose_split_folder, split_folders
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, is_local, open_whole
+from simclr_ray.storage.filesystem import filesystem, info_of, is_local, open_whole
+from simclr_ray.storage.hub import SCHEME
 
+SAVED = ("dataset_dict.json", "state.json")  # by `datasets`, as `arrow_input` reads it
 GROUP_ROWS = 256  # of a list of paths: a reader holds the images of some groups
 
 log = logging.getLogger(__name__)
@@ -51,28 +56,38 @@ class FolderInput:
         limit: int = 0,
         labels: FolderLabels = "auto",
         groups: FolderGroups = "none",
+        split: str = "",
     ) -> FolderInput:
         """Return the images at any depth below a folder or URI, sorted by name.
 
         Args:
-            uri: Of the folder.
+            uri: Of the folder, or `FOLDER#SPLIT`.
             limit: Keep the first only; 0 keeps all.
             labels: `none`: no image gets a label. `folders`: the first folder of an image's name
                 is its class, and an image beside the folders has none. `auto` does as `folders`,
-                and says what gets no label.
+                says what gets no label, and takes folders of splits for what they are.
             groups: `folders`: the images of one folder, not of those in it, are a group of images
                 of one thing; one that lies loose is a group of its own.
+            split: As in `FOLDER#SPLIT`; empty: the folder is one dataset.
 
         Raises:
-            DataError: There are none, the folder cannot be listed, or there are no class folders
-                and `labels` asks for them.
+            DataError: There are none, the folder cannot be listed, there are no class folders
+                and `labels` asks for them, or there are several splits and none is named.
         """
         fs, root = filesystem(uri)
-        listing = list_images(fs, root, uri)
-        if not listing.files:
-            others = f" ({left_out_line(listing.left_out)})" if listing.left_out else ""
-            raise DataError(f"{uri} holds neither images nor parquet{others}")
-        listing.say(uri)
+        root, named = part_split(fs, root)
+        uri = uri.rpartition("#")[0] if named else uri
+        split = named or split
+        if split and info_of(fs, f"{root}/{split}").type == pafs.FileType.Directory:
+            uri, root, split = _joined(uri, split), f"{root}/{split}", ""
+            listing = list_images(fs, root, uri)
+            _say_what_is_there(listing, fs, root, uri)
+        else:
+            listing = list_images(fs, root, uri)
+            _say_what_is_there(listing, fs, root, uri)
+            if split or labels != "folders":
+                listing, folder = _of_split(listing, root, uri, split, all_of=labels == "none")
+                uri, root = _joined(uri, folder), f"{root}/{folder}".rstrip("/")
         size_of = {f.path.removeprefix(root).lstrip("/"): f.size for f in listing.files}
         names = sorted(size_of)
         classes = _class_folders(names, uri, labels)
@@ -120,6 +135,56 @@ class FolderInput:
             )
             for rows in pieces
         ]
+
+
+def _joined(uri: str, folder: str) -> str:
+    """Return the URI of a folder below another."""
+    if "://" in uri and not uri.startswith(SCHEME):
+        folder = urllib.parse.quote(folder)
+    return f"{uri.rstrip('/')}/{folder}" if folder else uri
+
+
+def _say_what_is_there(listing: Listing, fs: pafs.FileSystem, root: str, uri: str) -> None:
+    """Log what is left out, or raise `DataError` where nothing else is there."""
+    if listing.files:
+        listing.say(uri)
+        return
+    saved = [n for n in SAVED if info_of(fs, f"{root}/{n}").type == pafs.FileType.File]
+    if saved:
+        split = "#SPLIT" if SAVED[0] in saved else ""
+        raise DataError(
+            f"{uri} is a folder that `datasets` saved, which is read by "
+            f"`simclr-ray prepare {uri}{split} OUT`"
+        )
+    others = f" ({listing.left_out.line()})" if listing.left_out else ""
+    raise DataError(f"{uri} holds neither images nor parquet{others}")
+
+
+def _of_split(
+    listing: Listing, root: str, uri: str, split: str, *, all_of: bool
+) -> tuple[Listing, str]:
+    """Return the images of a split, and the folder of its classes; all, where there is none.
+
+    Without labels (`all_of`) folders mean nothing, so that all are taken, and said.
+    """
+    file_of = {file.path.removeprefix(root).lstrip("/"): file for file in listing.files}
+    if all_of and not split:
+        splits = split_folders(sorted(file_of))
+        if len(splits) > 1:
+            log.warning("%s: the splits %s are taken together", uri, ", ".join(splits))
+        return listing, ""
+    hint = "; if they are classes, `prepare` with labels=folders"
+    chosen = choose_split_folder(sorted(file_of), split, uri, hint)
+    if chosen is None:
+        return listing, ""
+    if not split:
+        log.warning(
+            "%s: all images are of the folder %s, whose folders are the classes; if it is a class "
+            "itself: `prepare` with labels=folders", uri, chosen.folder,
+        )  # fmt: skip
+    above = f"{chosen.folder}/" if chosen.folder else ""
+    files = [file_of[above + name] for name in chosen.names]
+    return listing._replace(files=files), chosen.folder
 
 
 def _folder_of(name: str) -> str:
@@ -180,7 +245,7 @@ def index_folder(uri: str, out: str) -> str:
     """
     given = FolderInput.open(uri)
     fs, folder = filesystem(out)
-    images, root = filesystem(uri)
+    images, root = filesystem(given.uri)
     if is_local(images) and is_local(fs):  # both may move together; `..` of a link is its target's
         root, folder = os.path.realpath(root), os.path.realpath(folder)
         base = os.path.relpath(root, folder)

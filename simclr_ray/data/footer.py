@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from simclr_ray import config as cfg
 from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.config.wording import column_key
 from simclr_ray.data.listing import REMOTE_THREADS, Listed
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
@@ -79,7 +80,7 @@ class Footer:
         return (
             f"{self.path} has no {role} column {column!r}{nearest(column, names)}; "
             f"its columns: {', '.join(names) or 'none'}; "
-            f"name the right one with data.columns.{role}=..."
+            f"name the right one with {column_key(role)}=..."
         )
 
     def class_names(self, label: str) -> tuple[str, ...]:

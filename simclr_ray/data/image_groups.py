@@ -22,8 +22,8 @@ from simclr_ray.augment.philox import integers
 from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
-from simclr_ray.config.wording import counted
-from simclr_ray.data.classes import Int64s, as_integers, as_text, is_text
+from simclr_ray.config.wording import column_key, counted
+from simclr_ray.data.classes import Int64s, as_integers, blank_as_null, is_text
 from simclr_ray.data.columns import GROUP_COLUMN
 from simclr_ray.data.footer import cached_footer
 from simclr_ray.data.grouping import number_groups
@@ -155,8 +155,7 @@ def group_column(source: Source) -> pa.ChunkedArray:
         DataError: There is no such column, or it can be no group.
     """
     _check_column(source)
-    chunks = [chunk for part in _parts(source) for chunk in _plain(part, source).chunks]
-    return pa.chunked_array(chunks)
+    return pa.chunked_array([chunk for part in _plain_parts(source) for chunk in part.chunks])
 
 
 def group_kind(source: Source) -> Literal["int64", "string"]:
@@ -169,7 +168,7 @@ def group_kind(source: Source) -> Literal["int64", "string"]:
 
 
 def _read_groups(source: Source) -> ImageGroups:
-    parts = [number_groups(_plain(part, source)) for part in _parts(source)]
+    parts = [number_groups(part) for part in _plain_parts(source)]
     kind = np.dtype(np.int32 if source.num_rows < 2**31 else np.int64)
     firsts = np.cumsum([0, *(len(part.keys) for part in parts)])
     keys = np.concatenate([part.keys for part in parts])
@@ -191,8 +190,8 @@ def _read_groups(source: Source) -> ImageGroups:
 
 def _scattered(source: Source, pieces: int, groups: int) -> str:
     return (
-        f"{source.uri}: data.columns.group={source.columns.group}: the images of a group must lie "
-        f"in one row group, and those of {counted(groups, 'group')} lie in {groups + pieces:,} "
+        f"{source.uri}: {column_key('group')}={source.columns.group}: the images of a group must "
+        f"lie in one row group, and those of {counted(groups, 'group')} lie in {groups + pieces:,} "
         f"pieces; write them so: {prepare_line(source)}; then train on that with "
         f"data.columns.group={GROUP_COLUMN}"
     )
@@ -249,7 +248,7 @@ def _check_column(source: Source) -> pa.DataType:
             hint = " (of a folder of images: `prepare` with groups=folders)"
             raise DataError(
                 f"{path} has no group column {name!r}{nearest(name, schema.names)}; its columns: "
-                f"{', '.join(schema.names)}; name the right one with data.columns.group=..."
+                f"{', '.join(schema.names)}; name the right one with {column_key('group')}=..."
                 + (hint if source.image_root else "")
             )
         kind = schema.field(at).type
@@ -271,8 +270,23 @@ def _parts(source: Source) -> Iterator[pa.ChunkedArray]:
     yield from source.read_columns(name)
 
 
+def _plain_parts(source: Source) -> Iterator[pa.ChunkedArray]:
+    """Yield the group column of each row group as int64 or text; say how much text is blank."""
+    num_blank = 0
+    for part in _parts(source):
+        plain = _plain(part, source)
+        num_blank += plain.null_count - part.null_count if is_text(part.type) else 0
+        yield plain
+    if num_blank:
+        warn_once(
+            log,
+            f"{source.uri}: {num_blank:,} of {source.num_rows:,} rows have blank text in column "
+            f"{source.columns.group!r}: each is a group of its own",
+        )
+
+
 def _plain(column: pa.ChunkedArray, source: Source) -> pa.ChunkedArray:
-    """Return a group column as int64 or text."""
+    """Return a group column as int64 or text, blank text as null."""
     if is_text(column.type):
-        return as_text(column)
+        return blank_as_null(column)
     return as_integers(column, source.uri, source.columns.group)

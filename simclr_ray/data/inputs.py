@@ -7,13 +7,11 @@ the rows of one shard, which a Ray task reads where it runs. The driver never ho
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.fs as pafs
 from PIL import Image
 
 from simclr_ray.config import nearest
@@ -29,7 +27,6 @@ from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
 from simclr_ray.data.listing import all_parquet, part_split
 from simclr_ray.data.shards import GroupKind, check_group_sizes
 from simclr_ray.data.source import Source
-from simclr_ray.data.splits import choose_split, splits_in, usual_name
 from simclr_ray.data.tar_input import TarInput, find_tars
 from simclr_ray.data.torchvision_input import TorchvisionInput, torchvision_names
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -37,9 +34,6 @@ from simclr_ray.storage.filesystem import filesystem
 
 # A task that reads shuffled parquet rows holds a shard of them; this bounds what it holds.
 MAX_SHARD_BYTES = 256 * 2**20
-DEFAULT_SPLIT = PreparationConfig.model_fields["split"].default
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -183,23 +177,26 @@ def open_input(
     path = Path(kind_or_path).expanduser()
     is_path = path.exists() or ("#" in path.name and Path(str(path).rpartition("#")[0]).exists())
     if "://" in kind_or_path or "{" in kind_or_path or is_path:
-        if arrow := find_arrow(kind_or_path, split, DEFAULT_SPLIT):
+        place, split = _place_and_split(kind_or_path, split)
+        if arrow := find_arrow(place, split):
             check_taken("columns", "split", of="a folder of `datasets`")
-            return ArrowInput.open(kind_or_path, arrow, columns, num_images)
-        if tars := find_tars(kind_or_path):
-            check_taken("columns", of="tar shards")
-            return TarInput.open(kind_or_path, tars, columns, num_images)
-        fs, where = filesystem(kind_or_path)
-        if parquet := _parquet_of(kind_or_path, fs, where, split):
+            return ArrowInput.open(place, arrow, columns, num_images)
+        if tars := find_tars(place, split):
+            check_taken("columns", "split", of="tar shards")
+            return TarInput.open(place, tars, columns, num_images, split)
+        if all_parquet(*filesystem(place), place).files:
             check_taken("columns", "split", of="parquet")
-            return ParquetInput.open(parquet, columns, num_images)
-        check_taken("labels", "groups", of="a folder of images")
-        return FolderInput.open(kind_or_path, num_images, labels, groups)
+            uri = f"{place.rstrip('/')}#{split}" if split else place
+            return ParquetInput.open(uri, columns, num_images)
+        check_taken("labels", "groups", "split", of="a folder of images")
+        return FolderInput.open(place, num_images, labels, groups, split)
     is_name = kind_or_path.replace("_", "").isalnum()  # seconds to import, for a name alone
     datasets = torchvision_names() if is_name else {}
     if kind_or_path.lower() in datasets:
         check_taken("split", "download_folder", of="a torchvision dataset")
-        return TorchvisionInput.open(datasets[kind_or_path.lower()], split, root, num_images)
+        return TorchvisionInput.open(
+            datasets[kind_or_path.lower()], split or "train", root, num_images
+        )
     hint = nearest(kind_or_path.lower(), ["shapes", *datasets])
     raise DataError(
         f"{kind_or_path}: no such file or folder, and no dataset of that name{hint}; "
@@ -212,24 +209,21 @@ def groups_of_input(given: Input) -> GroupKind:
     return given.groups if isinstance(given, ParquetInput | FolderInput) else ""
 
 
-def _parquet_of(uri: str, fs: pafs.FileSystem, root: str, split: str) -> str:
-    """Return where the parquet of a split lies, nothing if there is none.
-
-    Of several splits that of the option is taken, by default `train`, and others are said.
+def _place_and_split(kind_or_path: str, split: str) -> tuple[str, str]:
+    """Return PATH and the split of `PATH#SPLIT`, or of the option.
 
     Raises:
-        DataError: There is no such split, or nothing at `uri`.
+        ConfigError: Both name one, and not the same.
     """
-    folder, named = part_split(fs, root)
-    files = [file.path for file in all_parquet(fs, folder, uri).files]
-    groups = splits_in(files, folder)
-    if not files or named or (not groups and split == DEFAULT_SPLIT):
-        return uri if files else ""
-    choose_split(files, folder, split, uri)
-    others = sorted(name or "none" for name in groups if name != usual_name(split))
-    if others:
-        log.warning("%s: split=%s is taken; there are also %s", uri, split, ", ".join(others))
-    return f"{uri.rstrip('/')}#{split}"
+    if "://" in kind_or_path and "{" in kind_or_path:  # of tar shards
+        return kind_or_path, split
+    named = part_split(*filesystem(kind_or_path))[1]
+    if not named:
+        return kind_or_path, split
+    if split not in ("", named):
+        problem = f"got {split!r}, and {kind_or_path} names {named}"
+        raise ConfigError([ConfigIssue("split", problem)])
+    return kind_or_path.rpartition("#")[0], named
 
 
 def _check_taken(given: Mapping[str, object], *taken: str, of: str) -> None:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from simclr_ray.config import digest_of
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.sections.data import FolderGroups, FolderLabels
+from simclr_ray.config.wording import column_keys
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.columns import GROUP_COLUMN
 from simclr_ray.data.footer import INDEX, MANIFEST
@@ -90,6 +91,7 @@ class Manifest:
     groups: GroupSizes | None = None
 
 
+@column_keys("columns.")
 def prepare(
     kind_or_path: str,
     out: str,
@@ -97,7 +99,7 @@ def prepare(
     num_images: int = 0,
     seed: int = 0,
     columns: ColumnsConfig | None = None,
-    split: str = "train",
+    split: str = "",
     size: int = 32,
     labels: FolderLabels = "auto",
     groups: FolderGroups = "none",
@@ -125,7 +127,8 @@ def prepare(
             (all), and where labels stand: `cls`, or a key of `.json`. The
             images of one group of `columns.group` (parquet) are written into one row group, the
             column as `group`.
-        split: of a torchvision dataset, parquet or `datasets` folder that has splits.
+        split: which of several, as `PATH#SPLIT` names it; empty: the only one, and `train` of a
+            torchvision dataset.
         size: side of the images of `shapes`, in pixels.
         labels: of a folder of images: `folders`, whose names are the classes, `none`, or `auto`:
             the folders, saying which images lie in none.
@@ -293,7 +296,8 @@ def _write_all(
 
 def _write_one(shard: ShardPlan, out: str) -> tuple[int, ShardReport]:
     """Write one shard, in a Ray task; return its number and what came of it."""
-    return shard.index, write_shard(shard, *filesystem(out))
+    with column_keys("columns."):
+        return shard.index, write_shard(shard, *filesystem(out))
 
 
 def _write_manifest(

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
+from simclr_ray.config.wording import column_key
 from simclr_ray.data.classes import Int64s, LabelColumn, as_integers
 from simclr_ray.data.columns import (
     PATH_COLUMN,
@@ -375,8 +376,8 @@ def _without_ids(source: Source, why: str) -> Source:
     name = source.columns.id
     if name != ColumnsConfig().id:
         raise DataError(
-            f"{source.uri}: data.columns.id={name}: {why}; ids tell images apart: name another "
-            "column, or none (data.columns.id=) to number the rows"
+            f"{source.uri}: {column_key('id')}={name}: {why}; ids tell images apart: name another "
+            f"column, or none ({column_key('id')}=) to number the rows"
         )
     warn_once(logger, f"{source.uri}: column {name!r}: {why}: not used, rows are numbered")
     return replace(source, has_ids=False)

@@ -15,7 +15,6 @@ import json
 import re
 import tarfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import pyarrow as pa
 
 from simclr_ray.augment.decode import FIRST_BYTES, format_of, missing_decoder
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.data.left_out import LeftOut
 from simclr_ray.data.listing import IMAGE_SUFFIXES
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
@@ -57,7 +57,7 @@ class TarIndex:
     """The images of one shard in the order of its members, and what else it holds, by reason."""
 
     rows: list[TarRow] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOut = field(default_factory=LeftOut)
     has_end: bool = True
     num_crowded: int = 0  # samples with several images
 
@@ -154,30 +154,30 @@ class _Header(tarfile.TarInfo):
 
 
 def _read_member(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, columns: ColumnsConfig, left_out: Counter[str]
+    tar: tarfile.TarFile, member: tarfile.TarInfo, columns: ColumnsConfig, left_out: LeftOut
 ) -> list[_Member]:
     """Return the member if it is an image, or may hold labels; else count it, by reason."""
     if member.isdir():
         return []
     name = PurePosixPath(member.name).as_posix()  # without ./
     if reason := _why_not(member, name):
-        left_out[reason] += 1
+        left_out.add(reason, name)
         return []
     ending = _key_and_ending(name)[1]
     keys, suffix = label_keys(columns), PurePosixPath(name).suffix.lower()
     if (ending == "cls" and "cls" in keys) or (ending == "json" and set(keys) - {"cls"}):
         labels, problem = _labels_of(tar, member, ending, keys)
         if problem:
-            left_out[problem] += 1
+            left_out.add(problem, name)
         return [
             _Member(name, ending, member.offset_data, member.size, is_image=False, labels=labels)
         ]
     if suffix not in IMAGE_SUFFIXES and (reason := _why_no_image(tar, member, suffix)):
-        left_out[reason] += 1
+        left_out.add(reason, name)
         return []
     wanted = columns.image.lower().lstrip(".")
     if columns.image != ColumnsConfig().image and ending != wanted:
-        left_out[f".{ending} (columns.image={columns.image})"] += 1
+        left_out.add(f".{ending} (columns.image={columns.image})", name)
         return []
     return [_Member(name, ending, member.offset_data, member.size, is_image=True)]
 
@@ -286,7 +286,8 @@ def _add_rows(sample: Sequence[_Member], num_keys: int, index: TarIndex) -> None
     images = [member for member in sample if member.is_image]
     sidecars = [member for member in sample if not member.is_image]
     if not images:
-        index.left_out["labels without an image"] += len(sidecars)
+        for member in sidecars:
+            index.left_out.add("labels without an image", member.name)
         return
     index.num_crowded += len(images) > 1
     given = [[m.labels[at] for m in sidecars if m.labels[at] is not None] for at in range(num_keys)]

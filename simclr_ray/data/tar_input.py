@@ -13,7 +13,6 @@ import itertools
 import logging
 import posixpath
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,19 +26,21 @@ from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.items import Item, ShardTask
+from simclr_ray.data.left_out import LeftOut
 from simclr_ray.data.listing import (
     IMAGE_SUFFIXES,
     PARQUET_SUFFIXES,
     REMOTE_THREADS,
     TAR_SUFFIXES,
-    left_out_line,
+    below,
     list_files,
     part_split,
     suffix_of,
 )
+from simclr_ray.data.splits import choose_split, choose_split_folder, split_of
 from simclr_ray.data.tar_index import BROKEN, TarIndex, TarRow, label_keys, open_tar, read_index
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, one_line
+from simclr_ray.storage.filesystem import filesystem, info_of, one_line
 
 MAX_PART_BYTES = 256 * 2**20  # a task holds its part to shuffle it
 MAX_SHARDS = 1_000_000  # of an expression with braces
@@ -95,36 +96,49 @@ def first_of(uri: str) -> str:
     return expand_braces(uri)[0] if "://" in uri else uri
 
 
-def find_tars(kind_or_path: str) -> list[TarShard]:
+def find_tars(kind_or_path: str, split: str = "") -> list[TarShard]:
     """Return the tar shards that a path, URI or expression with braces names; none: it names none.
 
     A folder that holds images or parquet beside tars is one of these.
 
+    Args:
+        kind_or_path: Of a folder, or of shards.
+        split: Whose shards of a folder are wanted, where their names say it.
+
     Raises:
-        DataError: A file that is named is not there, or a folder cannot be listed.
+        DataError: A file that is named is not there, a folder cannot be listed, or it holds
+            several splits and none is named.
     """
     if "{" in kind_or_path and not Path(kind_or_path).expanduser().exists():
         uris = expand_braces(kind_or_path)
         places = [(uri, *filesystem(uri)) for uri in uris]
         with ThreadPoolExecutor(REMOTE_THREADS) as pool:
-            infos = list(pool.map(lambda place: place[1].get_file_info(place[2]), places))
+            infos = list(pool.map(lambda place: info_of(place[1], place[2]), places))
         gone = [u for u, info in zip(uris, infos, strict=True) if info.type != pafs.FileType.File]
         if gone:
             are = f"{len(gone)} of {counted(len(uris), 'file')}"
             raise DataError(f"{kind_or_path}: {are} not there; the first: {gone[0]}")
-        return _named([(u, p, i.size) for (u, _, p), i in zip(places, infos, strict=True)])
+        named = [(u, p, i.size) for (u, _, p), i in zip(places, infos, strict=True)]
+        if split and any(split_of(path, "") for _, path, _ in named):
+            kept = {*choose_split([path for _, path, _ in named], "", split, kind_or_path)}
+            named = [shard for shard in named if shard[1] in kept]
+        return _named(named)
     fs, root = filesystem(kind_or_path)
     if part_split(fs, root)[1]:
         return []
-    files, left_out = list_files(fs, root, kind_or_path)
+    files, left_out, _ = list_files(fs, root, kind_or_path)
     tars = [file for file in files if suffix_of(file.path) in TAR_SUFFIXES]
-    others = Counter(suffix_of(file.path) or "without an ending" for file in files)
-    if not tars or others.keys() & {*IMAGE_SUFFIXES, *PARQUET_SUFFIXES}:
+    endings = {suffix_of(file.path) for file in files}
+    if not tars or endings & {*IMAGE_SUFFIXES, *PARQUET_SUFFIXES}:
         return []
-    for suffix in TAR_SUFFIXES:
-        del others[suffix]
-    if others or left_out:
-        log.warning("%s: %s", kind_or_path, left_out_line(others + left_out))
+    for file in files:
+        if (suffix := suffix_of(file.path)) not in TAR_SUFFIXES:
+            left_out.add(suffix or "without an ending", below(root, file.path))
+    if left_out:
+        log.warning("%s: %s", kind_or_path, left_out.line())
+    if not split or any(split_of(file.path, root) for file in tars):
+        kept = {*choose_split([file.path for file in tars], root, split, kind_or_path)}
+        tars = [file for file in tars if file.path in kept]
     return _named([(kind_or_path, file.path, file.size) for file in tars])
 
 
@@ -146,7 +160,12 @@ class TarInput:
 
     @classmethod
     def open(
-        cls, uri: str, shards: Sequence[TarShard], columns: ColumnsConfig, limit: int = 0
+        cls,
+        uri: str,
+        shards: Sequence[TarShard],
+        columns: ColumnsConfig,
+        limit: int = 0,
+        split: str = "",
     ) -> TarInput:
         """Return the images of shards, which are read for it from begin to end.
 
@@ -155,17 +174,22 @@ class TarInput:
             shards: Sorted.
             columns: See `tar_index.read_index`.
             limit: Keep the first only; 0 keeps all.
+            split: Whose images are wanted, where folders of the members, and no names of shards,
+                say it.
 
         Raises:
-            DataError: A shard is broken, none holds an image, or what `columns` names is not there.
+            DataError: A shard is broken, none holds an image, what `columns` names is not there,
+                or there are several splits and none is named.
         """
         with ThreadPoolExecutor(REMOTE_THREADS) as pool:
             indices = list(pool.map(lambda s: read_index(s.base, s.path, s.name, columns), shards))
-        left_out = sum((index.left_out for index in indices), Counter[str]())
+        left_out = LeftOut().update(index.left_out for index in indices)
         if not any(index.rows for index in indices):
-            others = f" ({left_out_line(left_out)})" if left_out else ""
+            others = f" ({left_out.line()})" if left_out else ""
             raise DataError(f"{uri}: {counted(len(shards), 'tar')} without images{others}")
         _say(uri, shards, indices, left_out)
+        if not any(split_of(shard.name, "") for shard in shards):
+            _keep_split(uri, indices, split)
         rows = [row for index in indices for row in index.rows]
         labels, class_names = _choose_labels(uri, rows, label_keys(columns), columns)
         digest = hashlib.sha256()
@@ -226,12 +250,22 @@ def _cut(rows: list[tuple[int, TarImage]], most: int) -> Iterator[list[tuple[int
     yield part
 
 
+def _keep_split(uri: str, indices: Sequence[TarIndex], split: str) -> None:
+    """Keep the rows of a split, where the folders of the members name several."""
+    chosen = choose_split_folder([row.name for i in indices for row in i.rows], split, uri)
+    if chosen is None:
+        return
+    kept = {f"{chosen.folder}/{name}".lstrip("/") for name in chosen.names}
+    for index in indices:
+        index.rows = [row for row in index.rows if row.name in kept]
+
+
 def _say(
-    uri: str, shards: Sequence[TarShard], indices: Sequence[TarIndex], left_out: Counter[str]
+    uri: str, shards: Sequence[TarShard], indices: Sequence[TarIndex], left_out: LeftOut
 ) -> None:
     """Log what is left out, what looks cut short, and samples of several images."""
     if left_out:
-        log.warning("%s: %s", uri, left_out_line(left_out))
+        log.warning("%s: %s", uri, left_out.line())
     endless = [s.name for s, index in zip(shards, indices, strict=True) if not index.has_end]
     if endless:
         log.warning(

@@ -27,7 +27,7 @@ from simclr_ray.data.decoding import (
 )
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.image_groups import open_grouped
-from simclr_ray.data.listing import list_parquet
+from simclr_ray.data.listing import list_parquet, part_split
 from simclr_ray.data.sample import CHECK_SECONDS, Sample, check_sample
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
@@ -41,7 +41,7 @@ from simclr_ray.nn.pretrained import (
     weight_files,
 )
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.filesystem import check_makeable, filesystem, one_line
+from simclr_ray.storage.filesystem import check_makeable, filesystem, info_of, one_line
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import check_model, store_uri
@@ -184,7 +184,8 @@ def _is_of_images(uri: str) -> bool:
     if not uri:
         return False
     fs, root = filesystem(uri)
-    return fs.get_file_info(root).type == FileType.Directory and not list_parquet(fs, root, uri)
+    folder = info_of(fs, part_split(fs, root)[0])
+    return folder.type == FileType.Directory and not list_parquet(fs, root, uri)
 
 
 def _check_images(data: DataConfig, train: Sample) -> None:

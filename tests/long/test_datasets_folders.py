@@ -58,7 +58,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "split", "first", "count"),
     [
-        ("one", "train", 0, 25),
+        ("one", "", 0, 25),
         ("dict", "train", 0, 25),
         ("dict", "test", 100, 5),
         ("clone", "train", 0, 25),

@@ -115,7 +115,9 @@ class PreparationConfig(Config):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the shuffle, and of `shapes`.")
     split: str = Field(
-        "train", min_length=1, description="Of a torchvision dataset, or of the hub's."
+        "",
+        description="Which of several, as PATH#SPLIT names it; empty: the only one, and train of a "
+        "torchvision dataset.",
     )
     size: int = Field(32, ge=16, le=1024, description="Side of `shapes` in pixels.")
     columns: ColumnsConfig = ColumnsConfig()

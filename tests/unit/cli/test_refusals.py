@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from simclr_ray.storage.filesystem import filesystem
 from tests.formats.test_formats import HERE as FORMATS
 from tests.ray.images import write_shapes
 from tests.unit.cli.in_process import enter, run
@@ -61,6 +62,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images" / "cat").mkdir(parents=True)
     for number in range(3):
         Image.new("RGB", (24, 24), (number, 0, 0)).save(folder / f"images/cat/{number}.png")
+    for split in ("train", "test"):
+        (folder / "splits" / split / "cat").mkdir(parents=True)
+        shutil.copy(folder / "images/cat/0.png", folder / "splits" / split / "cat")
     (folder / "empty").mkdir()
     (folder / "folder.yaml").mkdir()
     shutil.copytree(FORMATS / "format_2", folder / RUN)
@@ -70,6 +74,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _there(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(files, monkeypatch)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    filesystem.cache_clear()
 
 
 REFUSED: list[tuple[list[str], list[str]]] = [
@@ -155,6 +161,18 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["prepare", "images", "images"], ["images is the input"]),
     (["prepare", "images#test", "images/out"], ["images/out", "lies inside images#test"]),
     (["prepare", "shapes", ""], ["''", "no path"]),
+    (["prepare", "images/cat/0.png", "out"], ["images/cat/0.png", "one image (PNG)", "`embed`"]),
+    (["prepare", "splits", "out"], ["test (1 image), train (1 image)", "splits#train"]),
+    (["inspect", "splits"], ["test (1 image), train (1 image)", "splits#train"]),
+    ([*PRETRAIN, "data.train=splits"], ["test (1 image), train (1 image)", "splits#train"]),
+    (["prepare", "splits#train", "out", "split=test"], ["split", "names train"]),
+    (["prepare", "hf://datasets/a/b", "out"], ["hf://datasets/a/b", "the hub cannot be asked"]),
+    ([*PRETRAIN, "data.train=hf://datasets/a/b", "--dry-run"], ["the hub cannot be asked"]),
+    (["inspect", "hf://datasets/a/b#train"], ["the hub cannot be asked"]),
+    (["inspect", "train.parquet", "image=photo"], ["the right one with image=..."]),
+    (["inspect", "train.parquet", "image=photo", "--full"], ["the right one with image=..."]),
+    (["prepare", "train.parquet", "out", "columns.image=photo"], ["one with columns.image=..."]),
+    ([*PRETRAIN, "data.columns.image=photo"], ["the right one with data.columns.image=..."]),
     (["inspect", "train.parquet", "img=image"], ["img", "'image'"]),
     (["preview", "good.yaml", "--out", "x.jpg"], ["--out", ".png"]),
     (["preview", "good.yaml", "data.train=nope", "--out", "new/x.png"], ["nope", "no such file"]),

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.config.wording import column_keys
 from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.folder_input import FolderInput, index_folder
 from simclr_ray.data.listing import list_images
@@ -42,6 +43,15 @@ def numbers(rng: np.random.Generator, low: int, high: int) -> int:
     return int(rng.integers(low, high))
 
 
+def hide_images(folder: Path) -> int:
+    """Write images that are hidden, and what is no image beside them; return how many."""
+    (folder / ".kept").mkdir()
+    (folder / ".kept" / "x.JPG").write_bytes(image(0))
+    (folder / ".kept" / "notes.txt").write_text("of no image")
+    (folder / ".y.png").write_bytes(image(0))
+    return 2
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_image_of_a_folder_is_lost_unnamed(seed: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
@@ -64,6 +74,7 @@ def test_no_image_of_a_folder_is_lost_unnamed(seed: int, tmp_path: Path) -> None
         if rng.random() < 0.3:
             (folder / "notes.txt").write_text("not an image")
             others += 1
+        others += hide_images(folder) if rng.random() < 0.3 else 0
         if rng.random() < 0.3:
             (folder / "loop").symlink_to(root)
             others += 1
@@ -76,6 +87,9 @@ def test_no_image_of_a_folder_is_lost_unnamed(seed: int, tmp_path: Path) -> None
         expected[(root / f"loose{i}.png").as_posix()] = ""
     (root / ".cache").mkdir()
     (root / ".cache" / "x.parquet").write_bytes(b"nothing of ours")
+    (root / ".git").mkdir()
+    for litter in (".cache/x.png", ".git/x.png", "._loose0.png", ".loose0.png.tmp"):
+        (root / litter).write_bytes(image(0))
     listing = list_images(pafs.LocalFileSystem(), str(root), str(root))
     assert {f.path for f in listing.files} == set(expected)
     assert listing.left_out.total() == others
@@ -383,3 +397,111 @@ def test_what_cannot_be_looked_at_is_an_error_and_no_link(
     monkeypatch.setattr(os, "scandir", lambda path: Entries() if path else scan(path))
     with pytest.raises(DataError, match=r"x\.jpg cannot be looked at: .*Stale"):
         FolderInput.open(str(tmp_path))
+
+
+def test_hidden_images_are_counted_by_their_folders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("v/1.png", ".h/a/1.png", ".h/2.png", "v/.3.png", ".ipynb_checkpoints/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(image(0))
+    listing = list_images(pafs.LocalFileSystem(), str(tmp_path), str(tmp_path))
+    assert listing.left_out.line() == (
+        "left out 3 files: 2 in hidden folders (.h), 1 hidden (v/.3.png)"
+    )
+    assert FolderInput.open(str(tmp_path)).names == ("v/1.png",)
+    assert "2 in hidden folders (.h)" in caplog.text
+    shown = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    assert list_images(shown, "", "").left_out.counts == listing.left_out.counts
+
+
+def test_what_is_left_out_is_named_and_lists_have_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(image(0))
+    for name in ("a.csv", "b.json", "c.jsonl", "d.txt", "e.doc"):
+        (tmp_path / name).write_text("file_name,label")
+    listing = list_images(pafs.LocalFileSystem(), str(tmp_path), str(tmp_path))
+    assert listing.left_out.line() == (
+        "left out 5 files: 4 lists, whose labels are not read (a.csv, b.json, c.jsonl, …), "
+        "1 not images (e.doc); labels of a list are read from parquet, with the columns image "
+        "(paths) and label"
+    )
+
+
+def test_labels_of_a_list_are_read_as_the_page_says(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(image(i))
+    rows = "".join(f"{i}.jpg,{'ab'[i % 2]}\n" for i in range(3))
+    (tmp_path / "labels.csv").write_text(f"file,class\n{rows}")
+    listed = pandas.read_csv(tmp_path / "labels.csv")
+    listed = listed.rename(columns={"file": "image", "class": "label"})
+    listed.to_parquet(tmp_path / "labels.parquet")
+    source = Source.open(str(tmp_path / "labels.parquet"))
+    assert source.read_group(0).images == [image(i) for i in range(3)]
+    assert source.labels().tolist() == [0, 1, 0]
+    assert source.class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        (
+            "1.jpg",
+            image(0),
+            r"no parquet file but one image \(JPEG\): give the folder .*",
+        ),
+        ("noending", image(0), r"is no parquet file but one image \(JPEG\)"),
+        ("x.csv", b"a,b", r"but a list \(\.csv\): .* written as parquet"),
+        ("x.jsonl", b"{}", r"but a list \(\.jsonl\)"),
+        ("x.tar", b"\0" * 1024, r"but a tar: simclr-ray prepare .*/x\.tar OUT"),
+        ("x.zip", b"PK\x03\x04", "but an archive: unpack it"),
+        ("x.arrow", b"ARROW1", "but an Arrow file: give `prepare` the folder"),
+        ("x.dat", b"what", "but none that is read; give parquet, or a folder of images"),
+    ],
+)
+def test_a_single_file_of_another_kind_is_told_what_takes_it(
+    name: str, content: bytes, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=what):
+        Source.open(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_blank_text_is_no_label_and_is_counted(
+    kind: pa.DataType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = pa.array(["b", "", "a", " \t", None, "b "], pa.string()).cast(kind)
+    source = Source.open(table(tmp_path / "a.parquet", label=texts))
+    assert source.class_names == ("a", "b", "b ")
+    assert source.labels().tolist() == [1, -1, 0, -1, -1, 2]
+    assert "column 'label': 2 of 6 labels are blank text: no label" in caplog.text
+    (aligned,) = align_labels(source)
+    assert aligned.labels().tolist() == [1, -1, 0, -1, -1, 2]
+
+
+def test_labels_that_are_all_blank_are_none(tmp_path: Path) -> None:
+    source = Source.open(table(tmp_path / "a.parquet", label=["", " ", None]))
+    assert not source.has_labels
+    with pytest.raises(DataError, match=r"all 3 of column 'label' are null or blank"):
+        source.labels()
+
+
+def test_a_problem_with_the_labels_of_many_files_has_no_empty_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Source.open(table(tmp_path / "a.parquet", label=[0.5, 1.0]))
+    assert f"labels are not used: {tmp_path}/a.parquet: column 'label' does not" in caplog.text
+
+
+def test_messages_name_columns_as_the_verb_takes_them(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.parquet", other=[1])
+    for prefix in ("data.columns.", "columns.", ""):
+        with (
+            pytest.raises(DataError, match=f"the right one with {prefix}image=") as error,
+            column_keys(prefix),
+        ):
+            Source.open(path, ColumnsConfig(image="photo"))
+        assert str(error.value).count("columns.") == prefix.count("columns.")

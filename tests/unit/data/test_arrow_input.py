@@ -15,6 +15,7 @@ from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.arrow_input import ArrowInput
 from simclr_ray.data.inputs import open_input
 from simclr_ray.data.items import Item
+from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 
 NAMES = ["zebra", "ant", "fox"]
@@ -50,7 +51,7 @@ def save(
     return folder
 
 
-def opened(what: object, split: str = "train", limit: int = 0, **columns: str) -> ArrowInput:
+def opened(what: object, split: str = "", limit: int = 0, **columns: str) -> ArrowInput:
     options: dict[str, Any] = {"root": "", "num_images": limit, "size": 32, "seed": 0}
     given = open_input(str(what), columns=ColumnsConfig(**columns), split=split, **options)
     assert isinstance(given, ArrowInput)
@@ -86,19 +87,23 @@ def test_every_row_keeps_its_bytes_label_and_name(
     assert opened(f"file://{tmp_path}/set").identity == given.identity
 
 
-def test_the_split_of_a_dict_is_chosen_and_others_are_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_dict_is_asked_for_a_split(tmp_path: Path) -> None:
     for split, label in (("train", 0), ("test", 1)):
         save(tmp_path / "dict" / split, [[label, label]])
     (tmp_path / "dict/dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
-    assert [item.label for item in items_of(opened(tmp_path / "dict"))] == [0, 0]
-    assert "split=train is taken; there are also test" in caplog.text
+    with pytest.raises(DataError, match=r"splits test, train side by side: .*dict#train$"):
+        opened(tmp_path / "dict")
+    assert [item.label for item in items_of(opened(f"{tmp_path}/dict#train"))] == [0, 0]
     assert [item.label for item in items_of(opened(tmp_path / "dict", "test"))] == [1, 1]
     with pytest.raises(DataError, match="no split val; there are train, test"):
         opened(tmp_path / "dict", "val")
     with pytest.raises(DataError, match="without splits: split=test has no meaning"):
         opened(tmp_path / "dict/train", "test")
+    for name, what in (("dict/train", "dict/train"), ("dict", "dict#SPLIT")):
+        with pytest.raises(DataError, match=f"`datasets` saved, .* prepare .*/{what} OUT"):
+            Source.open(f"{tmp_path}/{name}")
+    (tmp_path / "dict/dataset_dict.json").write_text(json.dumps({"splits": ["test"]}))
+    assert [item.label for item in items_of(opened(tmp_path / "dict"))] == [1, 1]
 
 
 def test_the_only_image_column_is_taken_and_said(

@@ -19,7 +19,7 @@ from simclr_ray.config.experiment import ColumnsConfig, Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import BatchBuilder, build_plan, build_views, join, local_batches
 from simclr_ray.data.grouping import cut_between_groups, grouped_order, number_groups
-from simclr_ray.data.image_groups import groups_line, groups_of, open_grouped
+from simclr_ray.data.image_groups import group_column, groups_line, groups_of, open_grouped
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.train.worker import apply_color
@@ -429,6 +429,17 @@ def test_groups_are_said_with_their_sizes(tmp_path: Path) -> None:
     assert groups_line(open_grouped(str(path), columns)) == "4 groups of 1 to 2 images"
     path = write(tmp_path / "one.parquet", [[1], [5]])
     assert groups_line(open_grouped(str(path), columns)) == "2 groups of 1 image"
+
+
+def test_images_of_blank_text_are_of_no_common_thing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = ColumnsConfig(group="visit")
+    path = write(tmp_path / "set.parquet", [["a", "", "a"], ["", " ", None, "b"]])
+    source = open_grouped(str(path), columns)
+    assert groups_of(source).sizes.tolist() == [2, 1, 1, 1, 1, 1]
+    assert "3 of 7 rows have blank text in column 'visit': each is a group" in caplog.text
+    assert group_column(source).to_pylist() == ["a", None, "a", None, None, None, "b"]
 
 
 def test_a_column_of_groups_changes_the_digest_and_not_the_fingerprint(tmp_path: Path) -> None:

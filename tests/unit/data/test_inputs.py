@@ -29,9 +29,7 @@ from simclr_ray.data.torchvision_input import UNSUPPORTED, TorchvisionInput
 from simclr_ray.errors import DataError
 
 
-def opened(
-    kind_or_path: str, *, num_images: int = 0, split: str = "train", root: str = ""
-) -> Input:
+def opened(kind_or_path: str, *, num_images: int = 0, split: str = "", root: str = "") -> Input:
     return open_input(
         kind_or_path,
         columns=ColumnsConfig(),
@@ -216,7 +214,7 @@ class Splits(Given):
 
     target = None
 
-    def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
+    def __init__(self, root: str, split: str = "", download: bool = False) -> None:
         self.made = {"train": split == "train"}
 
 

@@ -61,7 +61,7 @@ def opened(what: str | Path, limit: int = 0, **columns: str) -> TarInput:
     given = open_input(
         str(what),
         columns=ColumnsConfig(**columns),
-        split="train",
+        split="",
         root="",
         num_images=limit,
         size=32,
@@ -308,3 +308,21 @@ def test_options_of_other_inputs_are_refused(tmp_path: Path) -> None:
     chosen = {"root": "", "num_images": 0, "size": 64, "seed": 0, "split": "train"}
     with pytest.raises(ConfigError, match="tar shards takes columns"):
         open_input(str(path), columns=PreparationConfig().columns, **chosen)  # type: ignore[arg-type]  # of mixed types
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_splits_of_tars_are_asked_for(inside: bool, tmp_path: Path) -> None:
+    if inside:
+        members = [m for s in ("train", "test") for m in sample(f"{s}/{s}", len(s), len(s))]
+        write(tmp_path / "x.tar", members)
+    else:
+        for split in ("train", "test"):
+            write(tmp_path / f"{split}-0.tar", sample(split, len(split), len(split)))
+    with pytest.raises(
+        DataError, match=r"splits test \(1 .*, train \(1 .* name one, as in .*#train"
+    ):
+        opened(tmp_path)
+    assert [item.label for item in items_of(opened(f"{tmp_path}#train"))] == [5]
+    assert [item.label for item in items_of(opened(f"{tmp_path}#test"))] == [4]
+    with pytest.raises(DataError, match="there is no split val"):
+        opened(f"{tmp_path}#val")

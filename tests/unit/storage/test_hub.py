@@ -20,11 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.config.experiment import ColumnsConfig, Experiment
 from simclr_ray.data.inputs import open_input
+from simclr_ray.data.items import Input
+from simclr_ray.data.listing import list_files
+from simclr_ray.data.prepare import prepare
 from simclr_ray.data.source import Source
-from simclr_ray.errors import DataError
+from simclr_ray.errors import DataError, HubError
 from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.train.resolve import resolve_folders
 
 HUB = re.compile(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?$")
 
@@ -123,6 +127,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     thread.join()
 
 
+def opened(uri: str, split: str = "") -> Input:
+    options: dict[str, Any] = {"split": split, "root": "", "num_images": 0, "size": 32, "seed": 0}
+    return open_input(uri, columns=ColumnsConfig(), **options)
+
+
 def png(number: int) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (4, 4), (number, 0, 0)).save(out, "PNG")
@@ -151,6 +160,20 @@ def test_parquet_of_the_hub_is_a_dataset(hub: Path) -> None:
     assert one.num_rows == 2
 
 
+def test_images_of_the_hub_are_of_a_split(hub: Path) -> None:
+    for number, name in enumerate(("train/a/0", "train/b/1", "test/b/2")):
+        path = hub / "owner/folders" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(number))
+    uri = "hf://datasets/owner/folders"
+    with pytest.raises(DataError, match=rf"name one, as in {uri}#train"):
+        opened(uri)
+    for given in (opened(f"{uri}#train"), opened(uri, "training")):
+        assert given.class_names == ("a", "b")
+        items = sorted(item for part in given.parts(9, 0) for item in part.read())
+        assert [(i.encoded, i.label) for i in items] == [(png(0), 0), (png(1), 1)]
+
+
 def test_tar_shards_of_the_hub_are_read_in_order(hub: Path) -> None:
     (hub / "owner/tars").mkdir(parents=True)
     with tarfile.open(hub / "owner/tars/x-000.tar", "w") as tar:
@@ -159,9 +182,8 @@ def test_tar_shards_of_the_hub_are_read_in_order(hub: Path) -> None:
                 member = tarfile.TarInfo(f"{n}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    options: dict[str, Any] = {"split": "train", "root": "", "num_images": 0, "size": 32, "seed": 0}
     for uri in ("hf://datasets/owner/tars", "hf://datasets/owner/tars/x-{000..000}.tar"):
-        given = open_input(uri, columns=ColumnsConfig(), **options)
+        given = opened(uri)
         items = sorted(item for part in given.parts(2, 0) for item in part.read())
         assert [(i.encoded, i.label) for i in items] == [(png(n), n) for n in range(3)]
 
@@ -184,16 +206,33 @@ def test_what_is_not_there_or_not_for_everyone_is_one_line(hub: Path) -> None:
 def test_a_hub_that_does_not_answer_is_one_line(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     filesystem.cache_clear()
-    with pytest.raises(DataError, match="the hub cannot be asked") as error:
-        Source.open("hf://datasets/owner/name")
-    assert "\n" not in str(error.value)
+    uri = "hf://datasets/owner/name"
+    data = {"train": uri}
+    experiment = Experiment.model_validate({"name": "x", "data": data})
+    for door in (
+        lambda: Source.open(uri),
+        lambda: Source.open(f"{uri}#train"),
+        lambda: opened(uri),
+        lambda: opened(f"{uri}#train"),
+        lambda: opened(f"{uri}/x-{{0..3}}.tar"),
+        lambda: resolve_folders(experiment),
+        lambda: prepare(uri, "out"),
+        lambda: prepare("shapes", uri, num_images=1),
+        lambda: list_files(*filesystem(uri), uri),
+        lambda: filesystem(uri)[0].get_file_info(uri),
+        lambda: filesystem(uri)[0].open_input_file("datasets/owner/name/x"),
+    ):
+        with pytest.raises(DataError, match="the hub cannot be asked") as error:
+            door()
+        assert "\n" not in str(error.value)
 
 
 def test_nothing_is_written_to_the_hub(hub: Path) -> None:
     fs, path = filesystem("hf://datasets/owner/name")
-    with pytest.raises(OSError, match="not written to"):
+    with pytest.raises(OSError, match="not written to") as error:
         fs.create_dir(path)
-    with pytest.raises(OSError, match="not written to"):
+    assert isinstance(error.value, HubError)  # a message and exit code 2, where nobody meets it
+    with pytest.raises(HubError, match="not written to"):
         fs.open_output_stream(f"{path}/x")
 
 
