@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -164,6 +164,7 @@ class TrainWorker:
         """Evaluate and save when it is due. A collective."""
         every, last = self.experiment.evaluation.every_epochs, step == self.total
         if every and (epoch % every == 0 or last):
+            self._check_finite(step, self.model.state_dict())  # else evaluation fails for it
             self.heartbeat.enter("evaluation", step)
             self._send(step, epoch, self.evaluation(self.model))
         if epoch % self.experiment.checkpoint.every_epochs == 0 or last:
@@ -179,9 +180,7 @@ class TrainWorker:
             return
         self.heartbeat.enter("checkpoint", step)
         tensors = checkpoint.pack(self.model, self.optimizer)
-        wrong = checkpoint.first_not_finite(tensors.items())
-        if wrong:
-            raise DivergedError(f"{wrong} is not finite at step {step}; {LOWER_THE_RATE}")
+        self._check_finite(step, tensors)
         kept = None
         name = dist.broadcast_text(checkpoint.new_name(step))
         if self.rank == 0:
@@ -201,6 +200,11 @@ class TrainWorker:
             delete_local_checkpoint_after_upload=True,
         )
         self.saved = step
+
+    def _check_finite(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        wrong = checkpoint.first_not_finite(tensors.items())
+        if wrong:
+            raise DivergedError(f"{wrong} is not finite at step {step}; {LOWER_THE_RATE}")
 
     def _upload(self, written: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         """Copy a checkpoint to where the run lies, its record last: what has one is whole."""
