@@ -50,7 +50,14 @@ from simclr_ray.data.source import Source
 from simclr_ray.data.tar_input import first_of
 from simclr_ray.distributed.ray_cluster import check_machine, connect
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.storage.filesystem import filesystem, open_whole, write_text_whole
+from simclr_ray.storage.filesystem import (
+    filesystem,
+    info_of,
+    is_local,
+    one_line,
+    open_whole,
+    write_text_whole,
+)
 from simclr_ray.storage.provenance import versions_of
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "ray", "simclr-ray")
@@ -173,7 +180,7 @@ def prepare(
         ShardPlan(index, part, plan, given.class_names, max_pixels, groups_kind)
         for index, part in enumerate(given.parts(rows_per_shard, seed))
     ]
-    if fs.get_file_info(folder).type == pafs.FileType.NotFound:
+    if info_of(fs, folder).type == pafs.FileType.NotFound:
         check_machine(None)  # else it would be made for nothing
     reports = _finished(fs, folder, out, shards, overwrite=overwrite)
     if len(reports) == len(shards) and (manifest := _read_manifest(fs, folder, plan)):
@@ -261,7 +268,12 @@ def _finished(
 
 def _present(fs: pafs.FileSystem, folder: str) -> dict[str, str]:
     """Return the files of the folder by name; what a killed run left half-written is removed."""
-    fs.create_dir(folder, recursive=True)
+    try:
+        fs.create_dir(folder, recursive=True)
+    except OSError as error:
+        if is_local(fs):  # said as the system says it
+            raise
+        raise DataError(f"{folder} cannot be written to: {one_line(error)}") from error
     present = {}
     for info in fs.get_file_info(pafs.FileSelector(folder)):
         name = info.base_name

@@ -46,6 +46,7 @@ FILES = {
     "weights.pth": "no weights",
 }
 RUN = "runs/small-0123"
+BUCKET = "s3://key:secret@b/x?endpoint_override=127.0.0.1:9&scheme=http&region=x"  # of nobody
 PRETRAIN = ["pretrain", "good.yaml"]
 
 
@@ -207,6 +208,19 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     assert ended.problems[0].startswith("error: ")
     for part in told:
         assert part in ended.problems[0]
+
+
+@pytest.mark.long  # S3's client tries for seconds
+@pytest.mark.parametrize(
+    "words", [["prepare", "shapes", BUCKET], ["prepare", BUCKET, "out"], ["inspect", BUCKET]]
+)
+def test_a_bucket_that_does_not_answer_is_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run(words, capsys)
+    assert ended.code == 2, ended
+    assert len(ended.problems) == 1, ended
+    assert "127.0.0.1 port 9" in ended.problems[0]
 
 
 @pytest.mark.parametrize(
