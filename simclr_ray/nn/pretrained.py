@@ -154,7 +154,7 @@ def _why_not(weights: str, folder: RunFolder) -> str:
     if folder.checkpoints():
         return f"{weights} holds no whole checkpoint"
     if folder.local is not None and not folder.local.exists():
-        return f"there is no file or folder {weights}"
+        return f"there is no file or folder {weights}, so no checkpoint"
     if folder.read_text(FOLDER_CONFIG) is not None:
         return f"{weights} holds {FOLDER_CONFIG} and no weights ({', '.join(FOLDER_FILES)})"
     return f"{weights} holds no checkpoint, and no folder of Hugging Face's ({FOLDER_CONFIG})"

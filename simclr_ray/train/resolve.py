@@ -165,7 +165,8 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         try:
             check_makeable(resolved.folder.local)
         except OSError as error:
-            raise ConfigError([ConfigIssue("storage", one_line(error))]) from error
+            problem = f"{config.storage} cannot be made: {error.strerror or one_line(error)}"
+            raise ConfigError([ConfigIssue("storage", problem)]) from error
     return resolved
 
 

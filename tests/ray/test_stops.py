@@ -106,7 +106,9 @@ def test_ctrl_c_ends_in_130_leaves_the_run_killed_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(
-    ("sent", "workers"), [(signal.SIGTERM, 2), (signal.SIGHUP, 1)], ids=lambda v: str(int(v))
+    ("sent", "workers"),
+    [(signal.SIGTERM, 2), pytest.param(signal.SIGHUP, 1, marks=pytest.mark.long)],
+    ids=lambda v: str(int(v)),
 )
 def test_a_schedulers_signal_costs_no_step_ends_in_75_and_leaves_the_run_killed(
     sent: signal.Signals, workers: int, folder: Path, ray_cluster: str
