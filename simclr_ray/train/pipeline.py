@@ -67,7 +67,9 @@ def train_and_evaluate(
         run = train_resolved(resolved, on_progress=on_progress)
         try:
             outcome = _evaluated(run, resolved)
-        except KeyboardInterrupt:  # the training itself had set it to FINISHED
+        # the training itself had set it to FINISHED; an interrupt within the import of an extension
+        # module comes out of it as an ImportError
+        except (KeyboardInterrupt, ImportError):
             with late_writes(resolved.folder) as writes:
                 writes.status("KILLED")
             raise
