@@ -17,7 +17,7 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from tests.outside import own_components
-from tests.ray.images import write_shapes
+from tests.ray.images import write_splits
 from tests.ray.test_pretrain import tree_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
@@ -43,8 +43,7 @@ class Loss(PullLoss):
 
 def sick_run(folder: Path, at: int) -> tuple[list[str], Path]:
     """Return a command whose rank 1 has a NaN in its gradient of step `at`, and the file for it."""
-    write_shapes(folder / "train.parquet", 330, row_group_size=100)
-    write_shapes(folder / "test.parquet", 60)
+    write_splits(folder, 330)
     package = folder / "own_nets"
     package.mkdir()
     shutil.copy(own_components.__file__, package / "components.py")

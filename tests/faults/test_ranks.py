@@ -18,7 +18,7 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.resolve import resolve
 from tests.ray import processes
-from tests.ray.images import write_shapes
+from tests.ray.images import write_splits
 from tests.ray.test_pretrain import losses_of, tree_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
@@ -27,10 +27,7 @@ WAIT_S = 200.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ranks")
-    write_shapes(path / "train.parquet", 330, row_group_size=100)
-    write_shapes(path / "test.parquet", 60)
-    return path
+    return write_splits(tmp_path_factory.mktemp("ranks"), 330)
 
 
 class Driver:

@@ -13,6 +13,13 @@ from PIL import Image
 from simclr_ray.data.shapes import render
 
 
+def write_splits(folder: Path, num_images: int) -> Path:
+    """Write labelled shapes as `train.parquet`, and 60 as `test.parquet`; return the folder."""
+    write_shapes(folder / "train.parquet", num_images, row_group_size=100)
+    write_shapes(folder / "test.parquet", 60)
+    return folder
+
+
 def noise_png(seed: int, side: int) -> bytes:
     """Return a PNG of random pixels, side by side, no two seeds alike."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)

@@ -30,7 +30,7 @@ from simclr_ray.train.outcome import PretrainOutcome, Run
 from simclr_ray.train.pipeline import run_pipeline
 from simclr_ray.train.resolve import resolve
 from tests.ray import processes
-from tests.ray.images import write_shapes
+from tests.ray.images import write_splits
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -40,10 +40,7 @@ Losses = dict[int, float]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pretrain")
-    write_shapes(path / "train.parquet", NUM_IMAGES, row_group_size=100)
-    write_shapes(path / "test.parquet", 60)
-    return path
+    return write_splits(tmp_path_factory.mktemp("pretrain"), NUM_IMAGES)
 
 
 def tree_of(folder: Path, storage: str, workers: int, precision: str) -> dict[str, object]:

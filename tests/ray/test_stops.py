@@ -21,7 +21,7 @@ from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train.resolve import resolve
 from simclr_ray.train.stop import is_requested
-from tests.ray.images import write_shapes
+from tests.ray.images import write_splits
 from tests.ray.test_pretrain import tree_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -29,10 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("stops")
-    write_shapes(path / "train.parquet", 330, row_group_size=100)
-    write_shapes(path / "test.parquet", 60)
-    return path
+    return write_splits(tmp_path_factory.mktemp("stops"), 330)
 
 
 def stopped(

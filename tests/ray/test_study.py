@@ -23,7 +23,7 @@ from simclr_ray.studies.plan import base_tree, study_folder
 from simclr_ray.studies.report import publish_report
 from simclr_ray.studies.step_timing import pace_of
 from simclr_ray.studies.trials import plan
-from tests.ray.images import write_shapes
+from tests.ray.images import write_splits
 from tests.ray.test_pretrain import tree_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -31,10 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("study")
-    write_shapes(path / "train.parquet", 130, row_group_size=100)
-    write_shapes(path / "test.parquet", 60)
-    return path
+    return write_splits(tmp_path_factory.mktemp("study"), 130)
 
 
 def study_file(folder: Path, storage: str, **changes: Any) -> Path:
