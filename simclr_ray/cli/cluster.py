@@ -79,5 +79,5 @@ def status(
     if experiment is not None:
         check_cluster(experiment)
         scaling = experiment.scaling
-        demand = f"{counted(scaling.num_workers, 'worker')}, {scaling.num_cpus:g} CPUs"
+        demand = f"{counted(scaling.max_workers, 'worker')}, {scaling.num_cpus:g} CPUs"
         show_pairs({"fits": f"{demand}, {scaling.num_gpus:g} GPUs"})

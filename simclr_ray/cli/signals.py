@@ -73,7 +73,10 @@ def _again(unraisable: sys.UnraisableHookArgs) -> None:
         assert main is not None  # it runs
         later = threading.Timer(AGAIN_S, signal.pthread_kill, (main, number))  # not in this hook
         later.daemon = True
-        later.start()
+        try:
+            later.start()
+        except KeyboardInterrupt:  # it fired before this was left, as on a busy machine
+            _again(unraisable)
         return
     sys.__unraisablehook__(unraisable)
 

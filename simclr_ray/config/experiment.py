@@ -191,10 +191,10 @@ class Experiment(Config):
 
     @model_validator(mode="after")
     def _check_together(self) -> Experiment:
-        if self.batch_size < self.scaling.num_workers:
+        if self.batch_size < self.scaling.max_workers:
             raise ValueError(
                 f"batch_size is global: {self.batch_size} images cannot be shared by "
-                f"{self.scaling.num_workers} workers; raise batch_size or lower scaling.num_workers"
+                f"{self.scaling.max_workers} workers; raise batch_size or lower scaling.num_workers"
             )
         if 0 < self.evaluation.size < 8 or (
             self.encoder.has_fixed_size
@@ -228,10 +228,10 @@ class Experiment(Config):
                 "that can run again; resnet has"
             )
         group_size = self.batch_norm.group_size
-        if group_size and (self.batch_size % group_size or group_size < self.scaling.num_workers):
+        if group_size and (self.batch_size % group_size or group_size < self.scaling.max_workers):
             raise ValueError(
                 f"batch_norm.group_size={group_size} must divide batch_size={self.batch_size} "
-                f"and be no less than scaling.num_workers={self.scaling.num_workers}"
+                f"and be no less than scaling.num_workers={self.scaling.max_workers}"
             )
         return self
 
@@ -293,7 +293,7 @@ class Experiment(Config):
 
     def local_batch_size(self, rank: int) -> int:
         """Return the images of rank `rank`: they differ by at most one between ranks."""
-        n, workers = self.batch_size, self.scaling.num_workers
+        n, workers = self.batch_size, self.scaling.max_workers
         return (rank + 1) * n // workers - rank * n // workers
 
     @property

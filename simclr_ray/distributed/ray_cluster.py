@@ -230,10 +230,10 @@ def check_machine(experiment: Experiment | None, copies: int = 1) -> None:
 def _check_cores(experiment: Experiment, copies: int) -> None:
     """Raise `ClusterError` for far more processes than this machine has cores."""
     cores, scaling = os.cpu_count() or 1, experiment.scaling
-    if copies * scaling.num_workers > WORKERS_PER_CORE * cores:
+    if copies * scaling.max_workers > WORKERS_PER_CORE * cores:
         times = f"{copies} trials of " if copies > 1 else ""
         raise ClusterError(
-            f"{times}scaling.num_workers={scaling.num_workers} on a machine of "
+            f"{times}scaling.num_workers={scaling.max_workers} on a machine of "
             f"{counted(cores, 'core')}; more than {WORKERS_PER_CORE * cores} would wait for each "
             "other (RAY_ADDRESS names a cluster)"
         )
@@ -254,7 +254,7 @@ def _check_devices(experiment: Experiment) -> None:
             "machine has no resources of your own (RAY_ADDRESS names a cluster)"
         )
     wanted = {
-        "scaling.gpus_per_worker": (scaling.gpus_per_worker, scaling.num_workers),
+        "scaling.gpus_per_worker": (scaling.gpus_per_worker, scaling.max_workers),
         "evaluation.gpus_per_actor": (evaluation.gpus_per_actor, evaluation.actors),
     }
     if not any(each * times for each, times in wanted.values()):
@@ -308,11 +308,11 @@ def check_cluster(experiment: Experiment) -> None:
     """Raise `ClusterError` if the cluster cannot hold what `experiment` asks for."""
     scaling = experiment.scaling
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    data_cpus = scaling.data_cpus_per_worker
-    for what, needed in (("CPU", scaling.num_cpus), ("GPU", scaling.num_gpus)):
+    data_cpus, workers = scaling.data_cpus_per_worker, scaling.min_workers
+    for what, needed in (("CPU", scaling.least_cpus), ("GPU", scaling.least_gpus)):
         if needed > cluster.get(what, 0.0):
             raise ClusterError(
-                f"scaling asks for {needed:g} {what}s ({counted(scaling.num_workers, 'worker')}"
+                f"scaling asks for {needed:g} {what}s ({counted(workers, 'worker')}"
                 + (f", each with {data_cpus:g} for decoding" if what == "CPU" else "")
                 + f"), the cluster has {cluster.get(what, 0.0):g}; lower scaling.num_workers or "
                 f"scaling.{'cpus' if what == 'CPU' else 'gpus'}_per_worker"

@@ -146,7 +146,7 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     scaling = largest.scaling
     cpus, gpus = scaling.num_cpus + DRIVER_CPUS, scaling.num_gpus
-    decoding = scaling.num_workers * scaling.data_cpus_per_worker
+    decoding = scaling.max_workers * scaling.data_cpus_per_worker
     fits = math.floor(cluster.get("CPU", 0.0) / cpus)
     if gpus:
         fits = min(fits, math.floor(cluster.get("GPU", 0.0) / gpus))
@@ -179,7 +179,7 @@ def _copies(study: Study, largest: Experiment) -> int:
 
 def _per_machine(experiment: Experiment) -> int:
     """Return how many trials the cores of this machine are for."""
-    return max(1, (os.cpu_count() or 1) // experiment.scaling.num_workers)
+    return max(1, (os.cpu_count() or 1) // experiment.scaling.max_workers)
 
 
 def start_cluster(study: Study, trials: Sequence[Trial]) -> int:

@@ -153,7 +153,7 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     """
     share = study.search.runs_per_trial(len(trials))
     images = images_of(trials)
-    workers = {trial.name: trial.experiment.scaling.num_workers for trial in trials}
+    workers = {trial.name: trial.experiment.scaling.max_workers for trial in trials}
     rate = study.images_per_s
     points = {json.dumps(cell.point) for trial in trials for cell in trial.cells}
     return Forecast(

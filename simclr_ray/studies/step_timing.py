@@ -61,7 +61,7 @@ def pace_of(trials: Sequence[Trial], at_a_time: int, cores: float = math.inf) ->
         seconds_of_kind |= zip(wave, _timed([kinds[kind] for kind in wave]), strict=True)
     images = images_of(trials)
     device_s = [images[t.name] * seconds_of_kind[kind_of(t.experiment)] for t in trials]
-    whole = [s / t.experiment.scaling.num_workers for s, t in zip(device_s, trials, strict=True)]
+    whole = [s / t.experiment.scaling.max_workers for s, t in zip(device_s, trials, strict=True)]
     busy = sum(s * threads_of(t.experiment) for s, t in zip(device_s, trials, strict=True))
     seconds = max(max(whole), sum(whole) / min(at_a_time, len(trials)), busy / cores)
     return Pace(seconds, sum(device_s))
@@ -116,7 +116,7 @@ def _seconds_per_image(resolved: ResolvedExperiment) -> float:
     whole, source = resolved.config, resolved.source
     scaling, small = whole.scaling, shortened(whole)
     device = torch.device("cuda" if scaling.gpus_per_worker else "cpu")
-    prepare_process(whole, scaling.num_workers)
+    prepare_process(whole, scaling.max_workers)
     model = build_model(small)
     optimizer = prepare_training(model, small, device)
     batches = local_batches(small, source, range(STEPS))
@@ -146,7 +146,7 @@ def shortened(experiment: Experiment) -> Experiment:
     """
     scaling = experiment.scaling
     most = MOST_IMAGES["cuda" if scaling.gpus_per_worker else "cpu"]
-    size = math.ceil(experiment.batch_size / scaling.num_workers)
+    size = math.ceil(experiment.batch_size / scaling.max_workers)
     if experiment.num_groups > 1:
         size = 2 * math.ceil(size / experiment.num_groups)
     changes: dict[str, Any] = {

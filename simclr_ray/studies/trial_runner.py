@@ -281,7 +281,7 @@ def _cost(log: str, experiment: Experiment) -> dict[str, float]:
     for step in sorted(speeds):
         done = (step - before) * experiment.batch_size
         images, seconds, before = images + done, seconds + done / speeds[step], step
-    workers = experiment.scaling.num_workers
+    workers = experiment.scaling.max_workers
     return {
         "images": images,
         "seconds": round(seconds, 2),

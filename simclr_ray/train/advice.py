@@ -93,7 +93,7 @@ def memory_advice(resolved: ResolvedExperiment, per_image: int, fixed: int) -> s
         fixed: Bytes that do not shrink with the group.
     """
     config = resolved.config
-    workers = config.scaling.num_workers
+    workers = config.scaling.max_workers
     if config.scaling.gpus_per_worker:
         if not torch.cuda.is_available():
             return ""  # that of another machine
@@ -102,7 +102,8 @@ def memory_advice(resolved: ResolvedExperiment, per_image: int, fixed: int) -> s
         return ""
     else:
         here, where, sharing = machine_memory(), "this machine", workers
-    largest = max(config.local_batch_size(rank) for rank in range(workers))
+    fewest = config.scaling.min_workers if config.scaling.gpus_per_worker else workers
+    largest = -(-config.batch_size // fewest)
     needed = sharing * (fixed + per_image * -(-largest // config.num_groups))
     if needed <= here:
         return ""

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import ray.train.v2.api.config as ray_config
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
@@ -35,6 +36,7 @@ from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS
 from simclr_ray.tracking.store import store_uri, without_password
 from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
+from simclr_ray.train.elastic import RESIZE_S, Trainer
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
@@ -167,11 +169,16 @@ def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = Trainer(
         train_loop_per_worker,
+        scaling=scaling,
+        folder=folder,
         train_loop_config={"input": WorkerInput(resolved, inbox)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers,
+        scaling_config=ray_config.ScalingConfig(
+            num_workers=(scaling.min_workers, scaling.max_workers)
+            if scaling.is_elastic
+            else scaling.max_workers,
+            elastic_resize_monitor_interval_s=RESIZE_S,
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -179,18 +186,21 @@ def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress
             backend="nccl" if scaling.gpus_per_worker else "gloo",
             timeout_s=int(scaling.collective_timeout_s),
         ),
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg] # Train V2 puts its own there
+        run_config=ray_config.RunConfig(
             name=folder.name,
             storage_path=folder.storage,
             worker_runtime_env={"env_vars": one_arena()},
             # counted by `RunMonitor`, anew after each checkpoint
-            failure_config=ray.train.FailureConfig(max_failures=-1 if scaling.max_failures else 0),
-            callbacks=[FailureReport(inbox)],  # type: ignore[list-item] # Train V2 takes these
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=experiment.checkpoint.keep),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            failure_config=ray_config.FailureConfig(
+                max_failures=-1 if scaling.max_failures else 0, max_preemption_failures=-1
+            ),
+            callbacks=[FailureReport(inbox)],
+            checkpoint_config=ray_config.CheckpointConfig(num_to_keep=experiment.checkpoint.keep),
+            logging_config=ray_config.LoggingConfig(log_level="ERROR"),
         ),
     )
-    log.info("starting %s", counted(scaling.num_workers, "worker"))
+    least = f"{scaling.min_workers} to " if scaling.is_elastic else ""
+    log.info("starting %s%s", least, counted(scaling.max_workers, "worker"))
     watcher = RunMonitor(inbox, tracked, on_progress, resolved)
     handler = signal.getsignal(signal.SIGINT)
     try:

@@ -44,8 +44,6 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
     """Return the run's arithmetic as name -> text."""
     experiment, source = resolved.config, resolved.source
     plan = build_plan(experiment, source)
-    ranks = range(experiment.scaling.num_workers)
-    local = sorted({experiment.local_batch_size(r) for r in ranks}, reverse=True)
     memory = step_memory(experiment)
     total = resolved.total_steps
     warmup = resolved.warmup_steps
@@ -57,8 +55,10 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         "global batch": f"{experiment.batch_size:,} {'pairs' if source.num_groups else 'images'}, "
         f"{_views(experiment) * experiment.batch_size:,} views",
         **_of_the_loss(experiment),
-        "local batch": " or ".join(str(n) for n in local)
-        + f" images on {counted(len(ranks), 'worker')}",
+        "local batch": " to ".join(
+            _local_batch(experiment, number)
+            for number in sorted({experiment.scaling.min_workers, experiment.scaling.max_workers})
+        ),
         "steps": f"{plan.steps_per_epoch:,} per epoch, {total:,} in "
         f"{counted(experiment.epochs, 'epoch')}",
         "warm-up": counted(warmup, "step"),
@@ -77,7 +77,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
             f"{experiment.num_groups} groups of {experiment.batch_norm.group_size:,} images "
             "a step, each passed forward twice"
         )
-    cores, workers = os.cpu_count() or 1, experiment.scaling.num_workers
+    cores, workers = os.cpu_count() or 1, experiment.scaling.max_workers
     if workers > cores and "RAY_ADDRESS" not in os.environ:
         rows["workers"] = (
             f"{workers} share the {counted(cores, 'core')} of this machine: slower than {cores}"
@@ -86,6 +86,12 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
     notes = advise_before_start(resolved)
     notes += filter(None, [memory_advice(resolved, per_image, memory.weights + memory.loss)])
     return rows | {f"note {k}" if k > 1 else "note": text for k, text in enumerate(notes, 1)}
+
+
+def _local_batch(experiment: Experiment, workers: int) -> str:
+    least, more = divmod(experiment.batch_size, workers)
+    sizes = f"{least + 1} or {least}" if more else str(least)
+    return f"{sizes} images on {counted(workers, 'worker')}"
 
 
 def num_parameters(experiment: Experiment) -> int:
@@ -118,7 +124,7 @@ def step_memory(experiment: Experiment) -> StepMemory:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         _, z = model.train()(images)
-    largest = max(experiment.local_batch_size(r) for r in range(experiment.scaling.num_workers))
+    largest = -(-experiment.batch_size // experiment.scaling.min_workers)
     n = -(-largest // experiment.num_groups)
     halved = 2 if experiment.precision == "bf16" else 1
     element = 8 if experiment.precision == "float64" else 4

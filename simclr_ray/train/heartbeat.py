@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, Literal, NamedTuple
 
@@ -66,6 +66,14 @@ class RanksFailed(NamedTuple):
     """Ranks that have ended by an error, rank -> the last line of it; Ray starts all anew."""
 
     errors: Mapping[int, str]
+
+
+class RanksMove(NamedTuple):
+    """All ranks have saved and start again: as another number of them, or on other nodes."""
+
+    step: int
+    num_workers: int  # until now
+    taken: Sequence[str]  # nodes that are about to be taken away
 
 
 class Heartbeat:
@@ -192,8 +200,8 @@ class RankWatch:
             return
         self._said_at = now
         alive = [node for node in nodes() if node.is_alive]
-        there, needed = sum(node.cpus for node in alive), self._scaling.num_cpus
-        gpus, wanted = sum(node.gpus for node in alive), self._scaling.num_gpus
+        there, needed = sum(node.cpus for node in alive), self._scaling.least_cpus
+        gpus, wanted = sum(node.gpus for node in alive), self._scaling.least_gpus
         lacks = there < needed or gpus < wanted
         log.warning(
             "no worker is up for %.0f s: %s with %g of %g CPUs and %g of %g GPUs%s",

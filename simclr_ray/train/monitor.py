@@ -32,7 +32,15 @@ from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
 from simclr_ray.train import stop
 from simclr_ray.train.advice import FEW_STEPS
 from simclr_ray.train.health import HealthWatch
-from simclr_ray.train.heartbeat import Beat, RankFinished, RanksFailed, RankStarted, RankWatch
+from simclr_ray.train.heartbeat import (
+    Beat,
+    RankFinished,
+    RanksFailed,
+    RanksMove,
+    RankStarted,
+    RankWatch,
+)
+from simclr_ray.train.requests import NodeTaken
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.tracked import Tracked
 
@@ -144,6 +152,8 @@ class RunMonitor:
             self.ranks.take(item)
         elif isinstance(item, RankFinished):
             self.ranks.take_end(item)
+        elif isinstance(item, RanksMove):
+            self._take_move(item)
         elif isinstance(item, RanksFailed):
             self._take_failure(item)
         elif "reason" in item:
@@ -163,11 +173,27 @@ class RunMonitor:
                 time.monotonic() - self._began,
             )
 
-    def _take_failure(self, failed: RanksFailed) -> None:
-        """Say why all is started again; end the run where that brings it no further."""
+    def _take_move(self, move: RanksMove) -> None:
+        """Say why all is started again, where that is no failure."""
+        self._start_over()
+        why = "another number of workers has room"
+        if move.taken:
+            why = f"{counted(len(move.taken), 'node')} will be taken away"
+        log.info(
+            "%s: all %d ranks have saved step %s and start again",
+            why, move.num_workers, f"{move.step:,}",
+        )  # fmt: skip
+
+    def _start_over(self) -> None:
         self.ranks.forget()
         self._ready.clear()
         self._began = time.monotonic()
+
+    def _take_failure(self, failed: RanksFailed) -> None:
+        """Say why all is started again; end the run where that brings it no further."""
+        if all(NodeTaken.__name__ in cause for cause in failed.errors.values()):
+            return  # said already
+        self._start_over()
         kept, most = self._newest_step(), self.resolved.config.scaling.max_failures
         self._restarts = 1 if kept > self._kept else self._restarts + 1
         self._kept = kept

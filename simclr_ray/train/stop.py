@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from simclr_ray.storage.run_folder import RunFolder
 
-STOP = "stop"  # the file
+STOP, RESIZE = "stop", "resize"  # the files
 LOOK_S = 0.5  # rank 0 looks so often on a disk, and ten times less often in a bucket
 log = logging.getLogger(__name__)
 
@@ -76,23 +76,22 @@ def is_requested(folder: RunFolder) -> bool:
     return folder.read_text(STOP) is not None
 
 
-class StopWatch:
-    """Rank 0's thread that looks for the file, so that no step waits for a bucket's answer."""
+class FileWatch:
+    """Rank 0's thread that looks for files, so that no step waits for a bucket's answer.
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._seen, self._folder = threading.Event(), folder
-        threading.Thread(target=self._look, daemon=True, name="stop").start()
+    Attributes:
+        seen: Those that were there when it looked last.
+    """
 
-    @property
-    def is_requested(self) -> bool:
-        """Whether the file was seen."""
-        return self._seen.is_set()
+    def __init__(self, folder: RunFolder, names: Iterable[str]) -> None:
+        self.seen: frozenset[str] = frozenset()
+        self._folder, self._names = folder, tuple(names)
+        threading.Thread(target=self._look, daemon=True, name="requests").start()
 
     def _look(self) -> None:
         wait_s = LOOK_S if self._folder.local is not None else 10 * LOOK_S
         done = threading.Event()
         while not done.wait(wait_s):
             with suppress(OSError):  # a store that does not answer is asked again
-                if is_requested(self._folder):
-                    self._seen.set()
-                    return
+                there = [n for n in self._names if self._folder.read_text(n) is not None]
+                self.seen = frozenset(there)

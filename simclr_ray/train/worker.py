@@ -10,6 +10,7 @@ import glob
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,14 +44,13 @@ from simclr_ray.nn.pretrained import load_init, load_teacher
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.train import loop
-from simclr_ray.train.heartbeat import Heartbeat, RankStarted
+from simclr_ray.train.heartbeat import Heartbeat, RanksMove, RankStarted
 from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
+from simclr_ray.train.requests import NodeTaken, Requests
 from simclr_ray.train.resolve import ResolvedExperiment
-from simclr_ray.train.stop import StopWatch
 
-# Ray's own, off where one machine is the cluster. It looks every 5 s whether a node is taken away.
-WATCHER, PREEMPTION_S = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", 5.0
-STOP, LOOK = 1, 2  # what rank 0 says
+SYNC, ASYNC = ray.train.CheckpointUploadMode.SYNC, ray.train.CheckpointUploadMode.ASYNC
+SLOW_S = 1.0  # an upload that takes longer goes on beside the next steps
 LOWER_THE_RATE = "lower schedule.learning_rate, or lengthen the warm-up"
 
 
@@ -86,9 +86,9 @@ class TrainWorker:
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.saved = -1  # step of the last checkpoint
-        self.preempted: ray.train.PreemptionInfo | None = None
-        self.looks_for_preemption = os.environ.get(WATCHER, "1") != "0"
-        self.looked_at = time.monotonic()
+        self.uploaded = threading.Event()
+        self.uploaded.set()
+        self.upload_s = 0.0 if self.folder.local else SLOW_S + 1  # the last one
         self.inbox.put(RankStarted.here(self.rank))
         self.heartbeat = Heartbeat(self.inbox, self.rank, self.experiment.scaling)
         prepare_process(self.experiment, context.get_local_world_size())
@@ -109,8 +109,7 @@ class TrainWorker:
         self.evaluation = OnlineEvaluation(
             experiment, self.source, self.rank, self.num_ranks, self.device
         )
-        self.signal = dist.RankZeroSignal(experiment.scaling.collective_timeout_s)
-        self.stop = StopWatch(self.folder) if self.rank == 0 else None
+        self.requests = Requests(self.folder, self.rank, experiment.scaling)
         self.inbox.put(WorkerReady(self.rank, self.num_ranks))
         loop.train(
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
@@ -120,34 +119,27 @@ class TrainWorker:
                 experiment, self.source, self._with_replaced_rows_sent(batches), self.device
             ),
             self._schedule(),
-            loop.Callbacks(self.report, self.epoch_end, self.save, self.request),
+            loop.Callbacks(self.report, self.epoch_end, self.save, self.requests.ask),
             precision=experiment.precision,
             seed=experiment.seed,
             num_groups=experiment.num_groups,
             clip_norm=experiment.optimizer.clip_norm,
         )
-        self.signal.close()
+        self.requests.close()
+        if self.saved < self.total:
+            self._make_room()
 
-    def request(self) -> loop.Request:
-        """Return what is asked of all ranks alike after a step. A collective.
-
-        A stop, by rank 0's word; or to save, since a node that holds ranks is about to be taken.
-        """
-        heard = self.signal.say(self._wanted() if self.rank == 0 else 0)
-        if heard & LOOK:
-            preempted = ray.train.get_preemption_info()  # a barrier, of some ms
-            if preempted is not None and preempted != self.preempted:
-                self.preempted = preempted
-                return "save"
-        return "stop" if heard & STOP else ""
-
-    def _wanted(self) -> int:
-        """Return what rank 0 wants all ranks to do after the next step."""
-        wanted = STOP if self.stop is not None and self.stop.is_requested else 0
-        if self.looks_for_preemption and time.monotonic() - self.looked_at > PREEMPTION_S:
-            self.looked_at = time.monotonic()
-            wanted |= LOOK
-        return wanted
+    def _make_room(self) -> None:
+        """Wait to be ended, or end, where the ranks start again elsewhere. All have saved."""
+        reason = self.requests.reason
+        if self.rank == 0 and reason in {"resize", "taken"}:
+            self.inbox.put(RanksMove(self.saved, self.num_ranks, self.requests.taken))
+        if reason == "taken":
+            raise NodeTaken(f"of {', '.join(self.requests.taken)}")
+        if reason == "resize":
+            self.requests.answer()
+            self.heartbeat.enter("start", self.saved)
+            threading.Event().wait()  # for Ray's policy, which ends this process
 
     def report(self, metrics: loop.Metrics) -> None:
         """Send the metrics to the driver."""
@@ -179,6 +171,7 @@ class TrainWorker:
         if step == self.saved:
             return
         self.heartbeat.enter("checkpoint", step)
+        self.uploaded.wait()  # one at a time: else they would pile up on this machine's disk
         tensors = checkpoint.pack(self.model, self.optimizer)
         self._check_finite(step, tensors)
         kept = None
@@ -192,10 +185,13 @@ class TrainWorker:
             }
             checkpoint.write(local, step, tensors, record)
             kept = ray.train.Checkpoint.from_directory(local)
+            self.uploaded.clear()
+        is_last = step == self.total or self.requests.reason != ""
         ray.train.report(
             {"step": step},
             checkpoint=kept,
             checkpoint_dir_name=name,
+            checkpoint_upload_mode=SYNC if is_last or self.upload_s < SLOW_S else ASYNC,
             checkpoint_upload_fn=self._upload,
             delete_local_checkpoint_after_upload=True,
         )
@@ -208,7 +204,12 @@ class TrainWorker:
 
     def _upload(self, written: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         """Copy a checkpoint to where the run lies, its record last: what has one is whole."""
-        self.folder.put_checkpoint(Path(written.path), name)
+        began = time.monotonic()
+        try:
+            self.folder.put_checkpoint(Path(written.path), name)
+        finally:
+            self.upload_s = time.monotonic() - began
+            self.uploaded.set()
         storage = ray.train.get_context().get_storage()
         return ray.train.Checkpoint(
             f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem
@@ -395,4 +396,4 @@ def threads_of(experiment: Experiment, workers_here: int = 0) -> int:
     """Return the threads of a worker, on a node of so many of them; 0: of all."""
     scaling = experiment.scaling
     cores = os.cpu_count() or 1
-    return scaling.threads_per_worker or max(1, cores // (workers_here or scaling.num_workers))
+    return scaling.threads_per_worker or max(1, cores // (workers_here or scaling.max_workers))

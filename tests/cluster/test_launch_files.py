@@ -166,10 +166,10 @@ def test_the_nodes_that_are_kept_hold_what_the_command_asks_for() -> None:
         what: sum(t.get("min_workers", 0) * t["resources"].get(what, 0) for t in types.values())
         for what in ("CPU", "GPU", "data")
     }
-    assert kept["GPU"] >= scaling.num_workers * scaling.gpus_per_worker
-    assert kept["data"] >= scaling.num_workers * scaling.data_actors_per_worker
+    assert kept["GPU"] >= scaling.num_gpus
+    assert kept["data"] >= scaling.max_workers * scaling.data_actors_per_worker
     data_cpus = types["data"]["min_workers"] * types["data"]["resources"]["CPU"]
-    actors = scaling.num_workers * scaling.data_actors_per_worker
+    actors = scaling.max_workers * scaling.data_actors_per_worker
     assert data_cpus >= actors * scaling.cpus_per_data_actor
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from simclr_ray.config.schema import Config, Field
 
@@ -56,7 +58,11 @@ class CheckpointConfig(Config):
 class ScalingConfig(Config):
     """Where it runs; never what it computes."""
 
-    num_workers: int = Field(1, ge=1, description="Data-parallel workers.")
+    num_workers: int | list[int] = Field(
+        1,
+        description="Data-parallel workers; [least, most]: as many as there is room for while it "
+        "runs, and the global batch stays.",
+    )
     cpus_per_worker: float = Field(0.5, gt=0, description="Logical CPUs a worker reserves.")
     gpus_per_worker: float = Field(0.0, ge=0)
     threads_per_worker: int = Field(
@@ -89,20 +95,53 @@ class ScalingConfig(Config):
         600.0, gt=0, description="The same for a start, an evaluation and a checkpoint."
     )
 
+    @field_validator("num_workers", mode="plain")
+    @classmethod
+    def _check_workers(cls, value: Any) -> int | list[int]:
+        ends = list(value) if isinstance(value, list | tuple) else [value, value]
+        if [type(end) for end in ends] != [int, int] or not 1 <= ends[0] <= ends[1]:
+            raise ValueError("must be a whole number of at least 1, or [least, most] of such")
+        return ends if isinstance(value, list | tuple) else ends[0]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Return whether the number of workers may change while a run trains."""
+        return not isinstance(self.num_workers, int)
+
+    @property
+    def min_workers(self) -> int:
+        """Return the fewest workers that a run trains with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Return the most workers that a run trains with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
     @property
     def data_cpus_per_worker(self) -> float:
         """Return the logical CPUs that decode for one worker."""
         return self.data_actors_per_worker * self.cpus_per_data_actor
 
     @property
+    def least_cpus(self) -> float:
+        """Return the logical CPUs of a run with the fewest workers, decoding included."""
+        return self.min_workers * (self.cpus_per_worker + self.data_cpus_per_worker)
+
+    @property
+    def least_gpus(self) -> float:
+        """Return the GPUs of a run with the fewest workers."""
+        return self.min_workers * self.gpus_per_worker
+
+    @property
     def num_cpus(self) -> float:
-        """Return the logical CPUs of a run, decoding included."""
-        return self.num_workers * (self.cpus_per_worker + self.data_cpus_per_worker)
+        """Return the logical CPUs of a run with the most workers, decoding included."""
+        return self.max_workers * (self.cpus_per_worker + self.data_cpus_per_worker)
 
     @property
     def num_gpus(self) -> float:
-        """Return the GPUs of a run."""
-        return self.num_workers * self.gpus_per_worker
+        """Return the GPUs of a run with the most workers."""
+        return self.max_workers * self.gpus_per_worker
 
 
 class HealthConfig(Config):

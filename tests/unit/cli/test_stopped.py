@@ -84,13 +84,13 @@ def test_where_workers_train_the_first_signal_is_theirs_and_the_second_interrupt
     with stop.passed_on(folder):
         assert not stop.defer()  # nobody trains yet
         stop.workers_can_save()
-        watch = stop.StopWatch(folder)
+        watch = stop.FileWatch(folder, [stop.STOP, stop.RESIZE])
         assert stop.defer()
         assert not stop.defer()
         deadline = time.monotonic() + 20
-        while not watch.is_requested and time.monotonic() < deadline:
+        while not watch.seen and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert watch.is_requested
+        assert watch.seen == {stop.STOP}
         assert stop.is_requested(folder)
     assert not stop.is_requested(folder)
     assert not stop.defer()

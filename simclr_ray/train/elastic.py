@@ -1,0 +1,150 @@
+"""Workers that come and go while a run trains: Ray Train's elastic policy, and what it lacks.
+
+Ray counts every few seconds the workers that there is room for, and starts the group anew where
+that is another number. Ray 2.60 falls short in four things, each mended here and shown in
+`tests/unit/train/test_elastic.py` and `tests/faults/test_elastic.py`:
+
+- it ends workers in the middle of a step: here they save first, and no step is made twice;
+- it counts what workers take: here there has to be room for the data actors of each as well;
+- it counts nodes that are being drained, and those of up to 20 s ago: here neither;
+- a killed run keeps what it had asked for during 180 s: here what is free counts, where else fewer
+  than the fewest workers would be left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import ray
+import ray.train.v2.api.config as ray_config
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from simclr_ray.config.sections.running import ScalingConfig
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train.stop import RESIZE
+
+RESIZE_S: Final = 10.0  # how often the running workers are counted anew
+ANSWER_S: Final = 5.0  # for Ray's actor that keeps account
+EPSILON: Final = 1e-6  # 3 times 0.1 CPUs are more than 0.3
+Resources = Mapping[str, float]
+log = logging.getLogger(__name__)
+
+
+class Trainer(TorchTrainer):
+    """Ray's trainer, whose number of workers may change as `scaling` says."""
+
+    def __init__(self, *args: Any, scaling: ScalingConfig, folder: RunFolder, **options: Any):
+        super().__init__(*args, **options)
+        self._scaling, self._folder = scaling, folder
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if self._scaling.is_elastic:
+            of_ray: Any = self.scaling_config
+            parts["scaling_policy"] = ElasticWorkers(of_ray, self._scaling, self._folder)
+        return super()._initialize_and_run_controller(**parts)
+
+
+class ElasticWorkers(ElasticScalingPolicy):
+    """Ray's policy; it lives in the process that Ray Train keeps for a run."""
+
+    def __init__(
+        self, of_ray: ray_config.ScalingConfig, scaling: ScalingConfig, folder: RunFolder
+    ) -> None:
+        super().__init__(of_ray)
+        self.scaling, self.folder = scaling, folder
+        self._waits = False  # for the running workers to save
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Return with how many workers to start."""
+        self._forget()
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """Return another number of workers, once the running ones have saved."""
+        if not self._waits:
+            decision = super().make_decision_for_running_worker_group(
+                worker_group_state, worker_group_status
+            )
+            if isinstance(decision, ResizeDecision):
+                self.folder.write_text(RESIZE, "")
+                self._waits = True
+            return NoopDecision()
+        if self.folder.read_text(RESIZE) is not None:
+            return NoopDecision()
+        kept = self._get_reserved_resources()
+        if kept is None:
+            return NoopDecision()
+        # they have saved and wait to be ended, whatever the number is by now
+        workers = self._count_possible_workers(kept)
+        self._waits = False
+        return self._get_resize_decision(max(workers, self.scaling.min_workers))
+
+    def _forget(self) -> None:
+        if self._waits:
+            self._waits = False
+            self.folder.remove(RESIZE)
+
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
+        """Return what Ray keeps for this run on the nodes that stay; None: it did not answer."""
+        try:
+            kept: dict[str, dict[str, float]] = ray.get(
+                self._autoscaling_coordinator.get_reserved_resources.remote(
+                    self._requester_id, recompute=True
+                ),
+                timeout=ANSWER_S,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is: the next round asks again
+            log.warning("Ray's account of resources did not answer: %s", error)
+            return None
+        staying = staying_nodes()
+        return {node: resources for node, resources in kept.items() if node in staying}
+
+    def _count_possible_workers(self, reserved_resources: Mapping[str, dict[str, float]]) -> int:
+        """Return the workers that there is room for, with their data actors."""
+        nodes = staying_nodes()
+        most = self.scaling.max_workers
+        kept = super()._count_possible_workers(dict(reserved_resources))
+        if kept < self.scaling.min_workers:
+            free: Mapping[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+            kept = workers_on([free.get(node, {}) for node in nodes], self.scaling)
+        return min(kept, workers_on(list(nodes.values()), self.scaling), most)
+
+
+def staying_nodes() -> dict[str, Resources]:
+    """Return the resources of each node that is alive and not about to be taken away."""
+    leaving = ray._private.state.state.get_draining_nodes()
+    return {
+        node["NodeID"]: node["Resources"]
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and node["NodeID"] not in leaving
+    }
+
+
+def workers_on(nodes: Sequence[Resources], scaling: ScalingConfig) -> int:
+    """Return how many workers, with their data actors, find room on nodes with such resources.
+
+    Example: two nodes of 2 CPUs, 0.5 for a worker and 0.5 for its actor: 4.
+    """
+    each = {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}
+    by_node = sum(
+        min(_times(node.get(what, 0.0), number) for what, number in each.items() if number)
+        for node in nodes
+    )
+    marked = [n for n in nodes if not scaling.data_resource or scaling.data_resource in n]
+    cpus = sum(node.get("CPU", 0.0) for node in marked)
+    shared = 0.0 if scaling.data_resource else scaling.cpus_per_worker
+    return min(by_node, _times(cpus, shared + scaling.data_cpus_per_worker))
+
+
+def _times(amount: float, each: float) -> int:
+    return int((amount + EPSILON) // each)

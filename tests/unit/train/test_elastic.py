@@ -1,0 +1,139 @@
+"""How many workers there is room for, and that they save before their number changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+)
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
+
+from simclr_ray.config.sections.running import ScalingConfig
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train import elastic
+from simclr_ray.train.elastic import ElasticWorkers, workers_on
+from simclr_ray.train.stop import RESIZE
+
+HALVES = ScalingConfig(num_workers=[1, 8])  # 0.5 CPUs a worker, 0.5 an actor
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "room"),
+    [
+        ([{"CPU": 2.0}, {"CPU": 2.0}], {}, 4),
+        ([{"CPU": 2.0}, {"CPU": 1.0}], {"data_actors_per_worker": 2}, 2),
+        ([{"CPU": 0.9}], {"cpus_per_worker": 0.3, "cpus_per_data_actor": 0.15}, 2),
+        ([{"CPU": 0.3}], {"cpus_per_worker": 0.1, "cpus_per_data_actor": 0.0001}, 2),
+        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}], {"gpus_per_worker": 1.0}, 2),
+        # actors of their own nodes: 3 of 1 CPU each
+        ([{"CPU": 8.0}, {"CPU": 3.0, "data": 1.0}],
+         {"data_resource": "data", "cpus_per_data_actor": 1.0}, 3),
+        ([{"CPU": 8.0}], {"data_resource": "data"}, 0),
+        ([], {}, 0),
+    ],
+)  # fmt: skip
+def test_room_is_counted_with_the_data_actors(
+    nodes: list[dict[str, float]], changes: dict[str, Any], room: int
+) -> None:
+    assert workers_on(nodes, HALVES.model_copy(update=changes)) == room
+
+
+class Cluster:
+    """Nodes, what Ray's account keeps for the run on them, and what is free."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **cpus: float) -> None:
+        self.nodes = {name: {"CPU": number} for name, number in cpus.items()}
+        self.kept: Any = {name: {"CPU": number} for name, number in cpus.items()}
+        self.free: dict[str, dict[str, float]] = {}
+        monkeypatch.setattr(elastic, "staying_nodes", lambda: self.nodes)
+        monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: self.free)
+        for policy in (ElasticScalingPolicy, ElasticWorkers):
+            monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda _: None)
+            monkeypatch.setattr(policy, "_get_reserved_resources", lambda _: self.kept)
+
+
+def policy_of(kind: type[Any], folder: Path, scaling: ScalingConfig, **changes: Any) -> Any:
+    of_ray = RayScalingConfig(
+        num_workers=(scaling.min_workers, scaling.max_workers),
+        elastic_resize_monitor_interval_s=0.0,
+        resources_per_worker={"CPU": scaling.cpus_per_worker},
+        **changes,
+    )  # fmt: skip
+    if kind is ElasticScalingPolicy:
+        return kind(of_ray)
+    return kind(of_ray, scaling, RunFolder.of(str(folder), "r-1"))
+
+
+def running(policy: Any, workers: int) -> Any:
+    group = type("Group", (WorkerGroupState,), {"num_workers": workers, "__init__": lambda _: None})
+    state: Any = group()
+    object.__setattr__(state, "start_time", 0.0)
+    status = WorkerGroupPollStatus(worker_statuses={})
+    return policy.make_decision_for_running_worker_group(state, status)
+
+
+def test_workers_are_counted_with_what_decodes_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cluster(monkeypatch, a=2.0, b=1.0)
+    ours = policy_of(ElasticWorkers, tmp_path, HALVES)
+    assert ours.make_decision_for_non_running_worker_group().num_workers == 3
+    of_ray = policy_of(ElasticScalingPolicy, tmp_path, HALVES)
+    # six workers whose decode actors would wait for ever
+    assert of_ray.make_decision_for_non_running_worker_group().num_workers == 6
+
+
+def test_the_request_of_a_killed_run_does_not_keep_this_one_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(monkeypatch, a=2.0)
+    cluster.kept, cluster.free = {}, {"a": {"CPU": 2.0}}
+    of_ray = policy_of(ElasticScalingPolicy, tmp_path, HALVES)
+    assert isinstance(of_ray.make_decision_for_non_running_worker_group(), NoopDecision)
+    ours = policy_of(ElasticWorkers, tmp_path, HALVES)
+    assert ours.make_decision_for_non_running_worker_group().num_workers == 2
+    cluster.free = {"a": {"CPU": 0.5}}  # others really have it
+    assert isinstance(ours.make_decision_for_non_running_worker_group(), NoopDecision)
+
+
+def test_running_workers_save_before_their_number_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(monkeypatch, a=2.0)
+    policy = policy_of(ElasticWorkers, tmp_path, HALVES)
+    asked = policy.folder
+    assert isinstance(running(policy, 2), NoopDecision)
+    assert asked.read_text(RESIZE) is None
+    cluster.nodes["b"] = cluster.kept["b"] = {"CPU": 2.0}
+    for _ in range(3):
+        assert isinstance(running(policy, 2), NoopDecision)
+        assert asked.read_text(RESIZE) is not None  # a file that rank 0 sees
+    cluster.nodes["c"] = cluster.kept["c"] = {"CPU": 1.0}  # meanwhile
+    asked.remove(RESIZE)  # saved, by rank 0
+    kept, cluster.kept = cluster.kept, None  # Ray's account does not answer in time
+    assert isinstance(running(policy, 2), NoopDecision)
+    cluster.kept = kept
+    decision = running(policy, 2)
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == 5
+    assert isinstance(running(policy, 5), NoopDecision)
+
+
+def test_a_group_that_fails_when_it_was_asked_to_save_is_asked_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(monkeypatch, a=2.0, b=2.0)
+    policy = policy_of(ElasticWorkers, tmp_path, HALVES)
+    running(policy, 3)
+    assert policy.folder.read_text(RESIZE) is not None
+    del cluster.nodes["b"], cluster.kept["b"]
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+    assert policy.folder.read_text(RESIZE) is None
+    assert isinstance(running(policy, 2), NoopDecision)
