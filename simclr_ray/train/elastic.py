@@ -6,7 +6,8 @@ that is another number. Ray 2.60 falls short in four things, each mended here an
 
 - it ends workers in the middle of a step: here they save first, and no step is made twice;
 - it counts what workers take: here there has to be room for the data actors of each as well;
-- it counts nodes that are being drained, and those of up to 20 s ago: here neither;
+- it counts nodes that are being drained, and those of up to 20 s ago: here neither (what it keeps
+  for the run may lie on such a node, and then it lies elsewhere);
 - a killed run keeps what it had asked for during 180 s: here what is free counts, where else fewer
   than the fewest workers would be left.
 """
@@ -95,7 +96,7 @@ class ElasticWorkers(ElasticScalingPolicy):
             self.folder.remove(RESIZE)
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
-        """Return what Ray keeps for this run on the nodes that stay; None: it did not answer."""
+        """Return what Ray keeps for this run as of now; None: it did not answer."""
         try:
             kept: dict[str, dict[str, float]] = ray.get(
                 self._autoscaling_coordinator.get_reserved_resources.remote(
@@ -106,8 +107,7 @@ class ElasticWorkers(ElasticScalingPolicy):
         except Exception as error:  # noqa: BLE001 - whatever it is: the next round asks again
             log.warning("Ray's account of resources did not answer: %s", error)
             return None
-        staying = staying_nodes()
-        return {node: resources for node, resources in kept.items() if node in staying}
+        return kept
 
     def _count_possible_workers(self, reserved_resources: Mapping[str, dict[str, float]]) -> int:
         """Return the workers that there is room for, with their data actors."""
