@@ -40,9 +40,10 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start the one Ray cluster of this test session and return its address."""
     import ray
 
+    from simclr_ray.distributed import ray_token
     from simclr_ray.distributed.ray_cluster import QUIET
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray_token.create()  # as `connect` does; what tests start has it from the environment
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # one machine is not preempted, and the watcher costs a process a run: as `connect` sets it
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

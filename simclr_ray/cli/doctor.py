@@ -129,17 +129,20 @@ def check_storage(storage: str) -> Finding:
 
 
 def check_auth(environment: Mapping[str, str]) -> Finding:
-    """Return whether Ray's authentication is chosen, rather than left to which files exist."""
+    """Return whether a token is asked of who connects to the Ray cluster."""
     mode = environment.get("RAY_AUTH_MODE", "")
     remote = bool(environment.get("RAY_ADDRESS"))
-    if mode == "token" or (mode == "disabled" and not remote):
+    if mode == "token":
         return Finding("auth", "ok", f"RAY_AUTH_MODE={mode}")
+    if not mode and not remote:
+        return Finding("auth", "ok", "a Ray that is started here has a token of its own")
     if mode == "disabled":
-        advice = "set RAY_AUTH_MODE=token on every node and client (docs/cluster.md)"
-        return Finding("auth", "warn", "anyone who reaches the cluster may run code on it", advice)
+        where = "on every node and client (docs/cluster.md)" if remote else "or unset it"
+        shown = "anyone who reaches the cluster may run code on it"
+        return Finding("auth", "warn", shown, f"set RAY_AUTH_MODE=token {where}")
     shown = f"RAY_AUTH_MODE={mode} is no mode" if mode else "RAY_AUTH_MODE is unset"
-    advice = "set RAY_AUTH_MODE=token on every node and client; =disabled on a machine of your own"
-    return Finding("auth", "warn", f"{shown}: Ray then decides by the token files it finds", advice)
+    shown += ": Ray then decides by the token files it finds"
+    return Finding("auth", "warn", shown, "set RAY_AUTH_MODE=token on every node and client")
 
 
 def check_cluster(storage: str, num_workers: int) -> Findings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
+from simclr_ray.distributed import ray_reaper, ray_token
 from simclr_ray.errors import ClusterError
 
 # Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
@@ -60,7 +63,8 @@ def connect(
 
     A handler of SIGTERM stays.
 
-    A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need.
+    A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need,
+    asks for a token of its own, and ends with this process, however that ends.
     Code that `experiment` and `others` import, and that of the import `paths`, is shipped to all
     workers, by the job's runtime environment.
 
@@ -78,6 +82,7 @@ def connect(
     check_machine(experiment, copies)
     code = runtime_env(whose, *paths) or None
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    ray_token.remove()  # another cluster has its own
     if os.environ.get("RAY_ADDRESS", "") in {"", *_started_here}:  # unset, or down again
         os.environ.pop("RAY_ADDRESS", None)
     if "RAY_ADDRESS" in os.environ:
@@ -94,8 +99,9 @@ def connect(
         )
     log.info("starting Ray on this machine")
     began = time.monotonic()
+    ray_token.create()
     try:
-        init(
+        _init_marked(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
             object_store_memory=2**30,
@@ -113,6 +119,23 @@ def connect(
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     _started_here.add(os.environ["RAY_ADDRESS"])
     log.info("Ray is up after %.0f s", time.monotonic() - began)
+
+
+def _init_marked(**options: Any) -> None:
+    """Same as `init`; what it starts ends when this process is gone, even by SIGKILL."""
+    mark = uuid.uuid4().hex
+    reaper = ray_reaper.start(mark)
+    os.environ[ray_reaper.MARK] = mark
+    try:
+        session = str(init(**options).address_info["session_dir"])
+        if reaper:
+            with contextlib.suppress(OSError):
+                reaper.write(session.encode())
+    finally:
+        del os.environ[ray_reaper.MARK]  # what this process itself starts is none of Ray
+        if reaper:
+            with contextlib.suppress(OSError):
+                reaper.close()
 
 
 def _join(address: str, code: dict[str, Any] | None) -> None:
@@ -138,8 +161,10 @@ def _no_answer(address: str) -> ClusterError:
     return ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}")
 
 
-def init(**options: Any) -> None:
+def init(**options: Any) -> Any:
     """Connect by `ray.init`, without Ray's log; a SIGTERM handler that is installed is kept.
+
+    Returns Ray's context, which differs between a cluster and a client of one (`ray://`).
 
     Ray puts its own there, which exits: a command would lose its exit code, and who stopped it.
     What Ray starts inherits that SIGHUP is blocked: it outlives the terminal, as the driver does,
@@ -148,7 +173,7 @@ def init(**options: Any) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        context = ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except SystemExit:  # by Ray's handler, before ours is back
         if callable(handler):
             handler(signal.SIGTERM, None)
@@ -160,6 +185,7 @@ def init(**options: Any) -> None:
             and threading.current_thread() is threading.main_thread()
         ):
             signal.signal(signal.SIGTERM, handler)
+    return context
 
 
 def knock(address: str) -> None:

@@ -128,13 +128,14 @@ def test_a_storage_that_cannot_be_written_fails_with_its_name_and_advice(
     [
         ({"RAY_AUTH_MODE": "token"}, "ok"),
         ({"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "10.0.0.1:6379"}, "ok"),
-        ({"RAY_AUTH_MODE": "disabled"}, "ok"),
+        ({"RAY_AUTH_MODE": "disabled"}, "warn"),
         ({"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "10.0.0.1:6379"}, "warn"),
-        ({}, "warn"),
+        ({}, "ok"),
+        ({"RAY_ADDRESS": "10.0.0.1:6379"}, "warn"),
         ({"RAY_AUTH_MODE": "tokens"}, "warn"),
     ],
 )
-def test_authentication_is_to_be_chosen_and_on_where_others_reach_the_cluster(
+def test_authentication_is_to_be_on_and_chosen_where_a_cluster_is_joined(
     environment: dict[str, str], status: str
 ) -> None:
     finding = doctor.check_auth(environment)

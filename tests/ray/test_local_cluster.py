@@ -1,0 +1,109 @@
+"""The Ray that a command starts: who may use it, and what a killed driver leaves of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from simclr_ray.distributed import ray_reaper
+from simclr_ray.distributed.ray_token import MODE, TOKEN
+from tests.unit.distributed.test_ray_reaper import is_running
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+DRIVER = """
+import os, time
+from simclr_ray.distributed.ray_cluster import connect
+
+connect()
+import ray
+from ray._private.worker import _global_node
+
+@ray.remote
+def worker():
+    import subprocess
+    return os.getpid(), subprocess.Popen(["sleep", "300"], start_new_session=True).pid
+
+print(ray.get_runtime_context().gcs_address, _global_node.get_session_dir_path(), flush=True)
+print(*ray.get(worker.remote()), os.environ["RAY_AUTH_TOKEN"], flush=True)
+time.sleep(300)
+"""
+
+# Asks for the nodes, as Ray's own clients do, and says what came of it.
+CLIENT = """
+import sys
+from ray._raylet import GcsClient
+try:
+    print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)))
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+class Local(NamedTuple):
+    """A driver that has started Ray."""
+
+    driver: subprocess.Popen[str]
+    address: str
+    session: Path
+    token: str
+    processes: list[psutil.Process]
+
+
+def environment(**added: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return kept | {"PYTHONPATH": str(Path.cwd())} | added
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Local]:
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True,
+        env=environment(HOME=str(tmp_path)),
+    ) as driver:  # fmt: skip
+        assert driver.stdout is not None
+        address, session = driver.stdout.readline().split()
+        worker, its_child, token = driver.stdout.readline().split()
+        running = psutil.Process(driver.pid).children(recursive=True)
+        assert {int(worker), int(its_child)} <= {process.pid for process in running}
+        yield Local(driver, address, Path(session), token, running)
+        driver.kill()
+
+
+def nodes_for(address: str, **added: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, address],
+        env=environment(**added), capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_it_asks_for_a_token_that_is_in_no_file_and_dies_with_its_driver(
+    local: Local, tmp_path: Path
+) -> None:
+    """One cluster for all of it: each takes four seconds to start."""
+    assert nodes_for(local.address, **{MODE: "token", TOKEN: local.token}) == "1"
+    assert nodes_for(local.address, **{MODE: "token", TOKEN: "0" * 64}) != "1"
+    assert nodes_for(local.address, **{MODE: "disabled"}) != "1"
+    assert not (tmp_path / ".ray").exists()
+    written = [path for path in local.session.rglob("*") if path.is_file()]
+    assert written
+    assert not any(local.token.encode() in path.read_bytes() for path in written)
+    for process in local.processes:  # which any user of the machine may read
+        assert local.token not in " ".join(process.cmdline())
+
+    began = time.monotonic()
+    local.driver.kill()
+    local.driver.wait()
+    psutil.wait_procs(local.processes, timeout=ray_reaper.GRACE_S + 7)
+    left = [process for process in local.processes if is_running(process)]
+    assert not left, left
+    assert time.monotonic() - began < ray_reaper.GRACE_S + 7
