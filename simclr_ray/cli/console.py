@@ -10,17 +10,30 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from simclr_ray.config.uris import without_passwords
+
 # a log has no edge, and rich takes 80 columns where it finds none
 LOG_COLUMNS = 200
-out = Console(
+
+
+class _Console(Console):
+    """Shows no password of a URI."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Same as rich's."""
+        super().print(*(without_passwords(item) for item in objects), **options)
+
+
+out = _Console(
     highlight=False,
     width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_COLUMNS,
 )
-err = Console(stderr=True, highlight=False)
+err = _Console(stderr=True, highlight=False)
 
 PROGRAM, MODULE = "simclr-ray", "simclr_ray"
 
@@ -84,5 +97,5 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(without_passwords, row))
     out.print(table)

@@ -9,6 +9,7 @@ import typer
 from simclr_ray import config as cfg
 from simclr_ray.cli.arguments import Overrides
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.uris import hide_passwords
 
 
 def config(
@@ -22,4 +23,5 @@ def config(
         for name in cfg.preset_names():
             print(name)
         return
-    print(cfg.dump_yaml(cfg.to_tree(Experiment.load(source, *(overrides or [])))), end="")
+    text = cfg.dump_yaml(cfg.to_tree(Experiment.load(source, *(overrides or []))))
+    print(hide_passwords(text), end="")

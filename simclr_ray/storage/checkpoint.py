@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from simclr_ray.config.uris import without_passwords
 from simclr_ray.errors import CheckpointError
 from simclr_ray.storage.filesystem import filesystem, one_line, write_text_whole
 from simclr_ray.storage.provenance import sha256, versions_of
@@ -149,7 +150,8 @@ def write(
 
 def sign(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record with its own hash, which is of all else that it says."""
-    rest = {key: value for key, value in record.items() if key != "sha256"}
+    shown = without_passwords(record)
+    rest = {key: value for key, value in shown.items() if key != "sha256"}
     signed = rest | {"sha256": _hash_of(rest)}
     write_text_whole(*filesystem(str(path)), json.dumps(signed, indent=1))
 

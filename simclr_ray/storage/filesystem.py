@@ -17,28 +17,40 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from simclr_ray.config.uris import hide_passwords, recall, remember
 from simclr_ray.errors import DataError
 from simclr_ray.storage.hub import SCHEME, hub_filesystem
+
+# What pyarrow opens by itself; by `fsspec+…` it would import a package that the URI names.
+SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 
 
 @functools.lru_cache(maxsize=64)
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the file system of a local path or URI, and the path on it.
 
+    A password that it names is used, and shown nowhere.
+
     Raises:
-        DataError: pyarrow knows no such scheme, or cannot reach it; or there is no name.
+        DataError: It is of none of `SCHEMES`, or cannot be reached; or there is no name.
     """
+    uri = recall(remember(uri))
     if not uri.strip("/ ").rpartition(":")[2] and uri not in ("/", "file:///"):
         raise DataError(f"{uri!r} is no path: it names nothing")
     if "://" not in uri:
         return pafs.LocalFileSystem(), Path(uri).expanduser().absolute().as_posix()
     if uri.startswith(SCHEME):
         return hub_filesystem(), uri.removeprefix(SCHEME).rstrip("/")
+    scheme = uri.partition("://")[0].lower()
+    if scheme not in SCHEMES:
+        allowed = ", ".join(f"{name}://" for name in SCHEMES)
+        raise DataError(f"{hide_passwords(uri)} cannot be opened: not one of {allowed}, hf://")
     address, mark, split = uri.partition("#")  # which `from_uri` would drop
     try:
         fs, path = pafs.FileSystem.from_uri(address)
     except (OSError, pa.ArrowException, ImportError, ValueError) as error:  # of a scheme's package
-        raise DataError(f"{uri} cannot be opened: {one_line(error)}") from error
+        shown = hide_passwords(f"{uri} cannot be opened: {one_line(error)}")
+        raise DataError(shown) from None  # its own message may hold the password
     return fs, path.rstrip("/") + mark + split
 
 
@@ -135,7 +147,8 @@ def make_parent(uri: str) -> None:
 
 
 def write_text_whole(fs: pafs.FileSystem, path: str, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
+    """Write a text file that appears whole or not at all; it holds no password of a URI."""
+    text = hide_passwords(text)
     if not is_local(fs):  # in one request: nothing of it can fail halfway
         with fs.open_output_stream(path) as stream:
             stream.write(text.encode())

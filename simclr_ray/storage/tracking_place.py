@@ -13,6 +13,7 @@ from typing import Any
 
 from simclr_ray import config as cfg
 from simclr_ray.config.moves import SQLITE, Move, relocated_path
+from simclr_ray.config.uris import hide_passwords, recall, remember
 from simclr_ray.storage.run_folder import RunFolder
 
 STUDIES = "studies"  # <storage>/studies/<study>/runs/<run>: all share the storage's store
@@ -24,6 +25,7 @@ def stored_uri(uri: str, folder: RunFolder) -> str:
     That of a database in the storage above the folder is relative to the folder, and so is that of
     one that lies below the working directory with the folder.
     """
+    uri = hide_passwords(remember(uri))
     path = Path(uri.removeprefix(SQLITE))
     if folder.local is None or not uri.startswith(SQLITE) or not path.is_absolute():
         return uri
@@ -43,6 +45,7 @@ def read_uri(stored: str, folder: RunFolder, config_file: str, runs: str = "") -
         config_file: File in the folder, whose `storage` says where it lay when that was written.
         runs: Where below `folder` that storage lies; empty: the folder lies in it.
     """
+    stored = recall(stored)
     path = stored.removeprefix(SQLITE)
     if folder.local is None or not stored.startswith(SQLITE):
         return stored

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.errors import TrackingError
 from simclr_ray.storage.page import render_page
 from simclr_ray.studies.analysis import (
@@ -71,12 +72,12 @@ def _write(folder: StudyFolder, target: Path) -> Results:
     commits = {outcome.run.get("commit", "") for outcome in outcomes} - {""}
     for ending in ("png", "svg"):
         draw_study(results, target / f"{FIGURE}.{ending}")
-    (target / DATA).write_text(as_json(results) + "\n", encoding="utf-8")
-    (target / TABLE).write_text(markdown(results), encoding="utf-8")
+    (target / DATA).write_text(hide_passwords(as_json(results)) + "\n", encoding="utf-8")
+    (target / TABLE).write_text(hide_passwords(markdown(results)), encoding="utf-8")
     state = folder.state()
     svg = (target / f"{FIGURE}.svg").read_text(encoding="utf-8")
     state["commits"] = sorted(commits)
-    (target / PAGE).write_text(page(results, svg, state), encoding="utf-8")
+    (target / PAGE).write_text(hide_passwords(page(results, svg, state)), encoding="utf-8")
     return results
 
 

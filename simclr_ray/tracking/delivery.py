@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from simclr_ray.config.uris import without_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, TrackingError
 from simclr_ray.tracking import moved, store
@@ -125,7 +126,7 @@ class Delivery:
             what: As the kind needs it, in JSON.
         """
         with self._lock:
-            self.state.owed.append({"kind": kind, **what})
+            self.state.owed.append({"kind": kind, **without_passwords(what)})
             self._save()
 
     def want(self, status: Status, *, has_it: bool = False) -> None:

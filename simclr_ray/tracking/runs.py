@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.errors import ConfigError, TrackingError, TrackingUnavailableError
 from simclr_ray.tracking import moved, store
 
@@ -263,7 +264,7 @@ class TrackedRun:
                 fingerprint[: store.MAX_DIGEST_CHARS],
             )
             profile = json.dumps({"num_rows": num_rows, "fingerprint": fingerprint})
-            source = json.dumps({"uri": uri})
+            source = json.dumps({"uri": hide_passwords(uri)})
             dataset = Dataset(name, digest, "uri", source, profile=profile)
             tag = InputTag("mlflow.data.context", context)
             client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags=[tag])])
@@ -276,7 +277,7 @@ class TrackedRun:
     def log_text(self, text: str, file: str) -> None:
         """Store `text` as the artifact `file` (a path like `tables/scores.md`)."""
         with door(f"store {file}", self.uri) as client:
-            client.log_text(self.run_id, text, file)
+            client.log_text(self.run_id, hide_passwords(text), file)
 
     def finish(self, status: Status) -> None:
         """Set the run's status; with one that is its last, its end time."""

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from simclr_ray.config.logging import held_back
+from simclr_ray.config.uris import hide_passwords, recall, remember
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 URI_VARIABLE: Final = "MLFLOW_TRACKING_URI"
@@ -91,7 +92,7 @@ def store_uri(setting: str = "", storage: str = "runs") -> str:
         ConfigError: MLflow has no such store, or the default is asked of a storage that is no
             local folder.
     """
-    given = setting or os.environ.get(URI_VARIABLE, "")
+    given = recall(remember(setting or os.environ.get(URI_VARIABLE, "")))
     if given:
         _check_scheme(given, "tracking.uri" if setting else URI_VARIABLE)
         database = sqlite_file(given)
@@ -164,7 +165,7 @@ def check_model(name: str, alias: str) -> None:
 
 def without_password(uri: str) -> str:
     """Return the URI without the password that it may hold, for messages."""
-    return re.sub(r"(://[^:/@]*):[^/@]*@", r"\1:***@", uri)
+    return hide_passwords(uri)
 
 
 def reason_of(error: Exception) -> str:
@@ -172,7 +173,7 @@ def reason_of(error: Exception) -> str:
     text = str(error)
     if "Max retries exceeded" in text or "Connection refused" in text:
         return "no answer; is the server running, and tracking.uri right?"
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = hide_passwords(next((line for line in text.splitlines() if line.strip()), ""))
     return f"{type(error).__name__}: {first[:400]}"
 
 
@@ -200,12 +201,14 @@ def shortened(text: str, most: int) -> str:
 
 def params_of(params: Mapping[str, object]) -> dict[str, str]:
     """Return parameters that MLflow takes: keys cleaned, values as text, long ones cut."""
-    return {key_of(key): shortened(str(v), MAX_PARAM_CHARS) for key, v in params.items()}
+    shown = {key: hide_passwords(str(value)) for key, value in params.items()}
+    return {key_of(key): shortened(value, MAX_PARAM_CHARS) for key, value in shown.items()}
 
 
 def tags_of(tags: Mapping[str, str]) -> dict[str, str]:
     """Return tags that MLflow takes: keys cleaned, long values cut."""
-    return {key_of(key): shortened(value, MAX_TAG_CHARS) for key, value in tags.items()}
+    shown = {key: hide_passwords(value) for key, value in tags.items()}
+    return {key_of(key): shortened(value, MAX_TAG_CHARS) for key, value in shown.items()}
 
 
 def batches(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:

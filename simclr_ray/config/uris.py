@@ -1,0 +1,65 @@
+"""Passwords in URIs: used, and never shown or written.
+
+A URI may hold one (`s3://KEY:SECRET@bucket`, `http://me:SECRET@host`, `…?password=SECRET`). In
+logs, in the files of a run, and in MLflow stands `***`. A file that is read again names its URI so;
+the password then comes from what this process was given, else from the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
+
+HIDDEN: Final = "***"
+_USER: Final = re.compile(r"(://[^:/@\s\"'<>]*):[^/@\s\"'<>]*@")
+_QUERY: Final = re.compile(
+    r"(?i)([?&](?:password|passwd|pwd|token|sas_token|sig|signature|secret\w*|access_key|api_key)=)"
+    r"[^&#\s\"'<>]+"
+)
+_full: dict[str, str] = {}  # of this process: what is shown -> what was given
+
+T = TypeVar("T")
+
+
+def hide_passwords(text: str) -> str:
+    """Return the text with `***` for each password of a URI in it."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(rf"\1:{HIDDEN}@", text))
+
+
+def without_passwords(value: T) -> T:
+    """Return a tree of mappings, lists and scalars with `***` for each password of a URI in it."""
+    hidden: Any = value
+    if isinstance(value, str):
+        hidden = hide_passwords(value)
+    elif isinstance(value, Mapping):
+        hidden = {key: without_passwords(item) for key, item in value.items()}
+    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
+        hidden = type(value)(without_passwords(item) for item in value)
+    return hidden  # type: ignore[no-any-return]
+
+
+def remember(uri: str) -> str:
+    """Keep a URI with a password for `recall`, in this process only; return it."""
+    shown = hide_passwords(uri)
+    if shown != uri:
+        _full[shown] = uri
+    return uri
+
+
+def recall(shown: str) -> str:
+    """Return the URI that is shown so, where this process or `MLFLOW_TRACKING_URI` has it.
+
+    Otherwise without user and password, so that credentials of the environment hold.
+    """
+    if HIDDEN not in shown:
+        return shown
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if hide_passwords(given) == shown:
+        return given
+    if shown in _full:
+        return _full[shown]
+    return re.sub(rf"://[^:/@]*:{re.escape(HIDDEN)}@", "://", shown)
