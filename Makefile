@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := hatch_build.py simclr_ray/augment/native_build.py simclr_ray/augment/native.c
 
-.PHONY: demo test check test-unit test-long test-nodes test-faults lint clean
+.PHONY: demo test check test-unit test-long test-nodes test-faults audit fuzz lint clean
 
 demo: $(STAMP)
 	$(BIN)/simclr-ray demo
@@ -21,6 +21,12 @@ test-long: $(STAMP)
 
 test-faults: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-faults
+
+audit: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/audit
+
+fuzz: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/fuzz
 
 test-nodes: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-nodes

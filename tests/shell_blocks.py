@@ -18,11 +18,13 @@ OURS = "simclr-ray"
 # small; `make` by `make -n`, since make test runs these tests; `shell` only as part of its block.
 How = Literal["check", "now", "long", "make", "shell"]
 KNOWN: tuple[tuple[str, How, str], ...] = (
-    (r"make (?:demo|check|test|test-long|test-nodes|test-faults)(?: test-long)?", "make", ""),
+    (r"make (?:demo|check|audit|fuzz)", "make", ""),
+    (r"make (?:test|test-long|test-nodes|test-faults)(?: test-long)?", "make", ""),
     (r"pytest -q tests/unit/nn/test_losses\.py.*", "now", ""),
     (r"ruff check \.", "check", ""),
     (r"ruff format --check \.", "check", ""),
     (r"codespell", "check", ""),
+    (r"bandit -q -c pyproject\.toml -r simclr_ray hatch_build\.py", "check", ""),
     (r"mypy", "check", ""),
     (r"python -m benchmarks\.performance --check", "check", ""),
     (r"python -m benchmarks\.performance", "long", ""),

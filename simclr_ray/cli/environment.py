@@ -86,7 +86,7 @@ def check_machine() -> Findings:
     memory = memory_gib()
     little = "keep batch_size, data.cache_gib and scaling.num_workers small, or add memory"
     findings.append(_at_least("memory", memory, 4.0, little))
-    shared = Path("/dev/shm")
+    shared = Path("/dev/shm")  # nosec B108 # noqa: S108 - looked at only
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / GIB
         advice = (

@@ -125,7 +125,7 @@ def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
             stream.seek(0)
             parquet = pq.ParquetFile(stream)
             metadata, schema = parquet.metadata, parquet.schema_arrow
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeError) as error:
         raise DataError(f"{file.path} cannot be read: {one_line(error)}") from error
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     digest = hashlib.sha256(raw).hexdigest()[:16]

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -33,12 +32,12 @@ from simclr_ray.data.image_groups import group_column, groups_of, open_grouped
 from simclr_ray.data.inputs import groups_of_input, open_input
 from simclr_ray.data.items import Input
 from simclr_ray.data.listing import part_split
+from simclr_ray.data.manifest import GroupSizes, Manifest, read_manifest
 from simclr_ray.data.ray_tasks import run_tasks
 from simclr_ray.data.regroup import FOLDER as REGROUPED
 from simclr_ray.data.regroup import bring_together
 from simclr_ray.data.shards import (
     SCHEMA_VERSION,
-    Rejected,
     ShardPlan,
     ShardReport,
     SizeRange,
@@ -66,36 +65,6 @@ NUM_REASONS_SHOWN = 5
 OnProgress = Callable[[int, int], None]
 
 logger = logging.getLogger(__name__)
-
-
-class GroupSizes(NamedTuple):
-    """How many groups of images there are, and the least and most images of one."""
-
-    number: int
-    least: int
-    most: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a prepared folder holds; `_manifest.json`.
-
-    `has_index`: ids are distinct, and stand with the labels in `_labels.parquet`. `sizes` are None
-    where shards do not say them; `groups` where images are not in groups.
-    """
-
-    schema_version: int
-    num_rows: int
-    num_shards: int
-    fingerprint: str
-    class_names: tuple[str, ...]
-    rejected: tuple[Rejected, ...]
-    input: dict[str, object]
-    plan: str
-    has_index: bool
-    libraries: dict[str, str]
-    sizes: SizeRange | None = None
-    groups: GroupSizes | None = None
 
 
 @column_keys("columns.")
@@ -183,7 +152,7 @@ def prepare(
     if info_of(fs, folder).type == pafs.FileType.NotFound:
         check_machine(None)  # else it would be made for nothing
     reports = _finished(fs, folder, out, shards, overwrite=overwrite)
-    if len(reports) == len(shards) and (manifest := _read_manifest(fs, folder, plan)):
+    if len(reports) == len(shards) and (manifest := read_manifest(fs, folder, plan)):
         return manifest
     connect()  # after all that a look at input and output can refuse
     if len(reports) < len(shards):
@@ -371,22 +340,6 @@ def _write_index(fs: pafs.FileSystem, path: str, source: Source) -> None:
         if source.num_groups:
             columns[GROUP_COLUMN] = group_column(source)
         pq.write_table(pa.table(columns), stream)
-
-
-def _read_manifest(fs: pafs.FileSystem, folder: str, plan: str) -> Manifest | None:
-    """Return the manifest, if it is of this version and of this plan."""
-    path = f"{folder}/{MANIFEST}"
-    if fs.get_file_info(path).type != pafs.FileType.File:
-        return None
-    with fs.open_input_file(path) as stream:
-        tree = json.loads(stream.read())
-    if tree.get("schema_version") != SCHEMA_VERSION or tree.get("plan") != plan:
-        return None
-    tree["class_names"] = tuple(tree["class_names"])
-    tree["rejected"] = tuple(Rejected(**row) for row in tree["rejected"])
-    tree["sizes"] = SizeRange(*tree["sizes"]) if tree.get("sizes") else None
-    tree["groups"] = GroupSizes(**tree["groups"]) if tree.get("groups") else None
-    return Manifest(**tree)
 
 
 def _log_progress(done: int, total: int) -> None:

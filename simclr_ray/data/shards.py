@@ -170,11 +170,15 @@ def read_report(fs: pafs.FileSystem, path: str, plan: str) -> ShardReport | None
     except (OSError, pa.ArrowException):
         return None
     entries = metadata.metadata or {}
-    if entries.get(b"plan", b"").decode() != plan or b"rejected" not in entries:
+    if entries.get(b"plan", b"") != plan.encode() or b"rejected" not in entries:
         return None
-    rejected = [Rejected(*row) for row in json.loads(entries[b"rejected"])]
-    sizes = json.loads(entries.get(b"sizes", b"null"))  # of shards before there was this: none
-    return ShardReport(metadata.num_rows, rejected, SizeRange(*sizes) if sizes else None)
+    try:
+        rejected = [Rejected(*row) for row in json.loads(entries[b"rejected"])]
+        given = json.loads(entries.get(b"sizes", b"null"))  # of shards before there was this: none
+        sizes = SizeRange(*map(int, given)) if given else None
+    except (ValueError, TypeError, OverflowError, RecursionError):  # of a broken disk
+        return None
+    return ShardReport(metadata.num_rows, rejected, sizes)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import secrets
 from typing import Any, Final
 
 MODE: Final = "RAY_AUTH_MODE"
-TOKEN: Final = "RAY_AUTH_TOKEN"
+TOKEN: Final = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of it
 PATH: Final = "RAY_AUTH_TOKEN_PATH"
 _ours: dict[str, str] = {}  # what stands in the environment by `create`
 

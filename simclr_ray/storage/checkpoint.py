@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
+import pickle  # nosec B403 # for its error
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence

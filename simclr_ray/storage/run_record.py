@@ -52,6 +52,10 @@ class RunRecord:
             problem = f"is no whole record: it lacks {', '.join(missing)}"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         record = cls(**values)
+        wrong = [key for key in values if key != "format_version" and type(values[key]) is not str]
+        if wrong:
+            problem = f"is no record: {', '.join(wrong)} is no text"
+            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         return replace(record, tracking_uri=read_uri(record.tracking_uri, folder, CONFIG_FILE))
 
     @classmethod

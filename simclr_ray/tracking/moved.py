@@ -193,7 +193,7 @@ def _ids_of(db: sqlite3.Connection, experiment: int) -> set[str]:
     ids = set()
     for table, column in (("runs", "run_uuid"), ("logged_models", "model_id")):
         if _has_column(db, table, column):
-            query = f"SELECT {column} FROM {table} WHERE experiment_id = ?"
+            query = f"SELECT {column} FROM {table} WHERE experiment_id = ?"  # noqa: S608 - our own names
             ids |= {row[0] for row in db.execute(query, (experiment,))}
     return ids
 
@@ -210,7 +210,8 @@ def _rewrite(database: Path) -> None:
                 return
             backup = _back_up(database)
             for table, column, row, text in changes:
-                db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (text, row))
+                query = f"UPDATE {table} SET {column} = ? WHERE rowid = ?"  # noqa: S608 - our own names
+                db.execute(query, (text, row))
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
@@ -231,7 +232,7 @@ def _changes(
     for table, column, where in (*LOCATIONS, *LINEAGE):
         if not _has_column(db, table, column):
             continue
-        query = f"SELECT rowid, {column} FROM {table} WHERE {where or '1'}"
+        query = f"SELECT rowid, {column} FROM {table} WHERE {where or '1'}"  # noqa: S608 - our own names
         for row, text in db.execute(query).fetchall():
             new = _in_text(text, moves) if isinstance(text, str) else text
             if new != text:

@@ -20,7 +20,8 @@ from PIL import Image
 
 from simclr_ray.augment.decode import decode_image
 from simclr_ray.data.footer import INDEX, MANIFEST
-from simclr_ray.data.prepare import Manifest, prepare
+from simclr_ray.data.manifest import Manifest
+from simclr_ray.data.prepare import prepare
 from simclr_ray.data.shapes import CLASS_NAMES, render
 from simclr_ray.data.shards import Rejected, SizeRange
 from simclr_ray.data.source import Source

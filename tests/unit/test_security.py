@@ -1,4 +1,4 @@
-"""The package runs nothing that it reads: no pickle of a file, no eval, no shell, no unsafe YAML."""
+"""The package runs nothing that it reads: no pickle of a file, no eval, no shell, no YAML tag."""
 
 from __future__ import annotations
 
