@@ -11,6 +11,8 @@
     │   └── TrackingUnavailableError  it did not answer, and may later             (exit code 1)
     └── RunError             the training run itself failed                        (exit code 1)
         ├── RestartsError        workers fail again and again: try another time   (exit code 75)
+        ├── StorageError         a disk takes no more of the run; an `OSError`    (exit code 75)
+        │   └── StorageDeniedError   nobody may write there                       (exit code 2)
         └── UnhealthyRunError    it learns nothing more, so that going on is not worth it
             ├── DivergedError    a loss, feature or weight is not finite
             └── CollapseError    all images look alike to the encoder
@@ -95,6 +97,21 @@ class RestartsError(RunError):
     """Workers fail again and again without a further checkpoint; another time may do (75)."""
 
     exit_code = 75
+
+
+class StorageError(RunError, OSError):
+    """A disk takes no more of a run, which goes on by the same command when it does again (75).
+
+    An `OSError` as the system raises it, so that who expects those need not know this one.
+    """
+
+    exit_code = 75
+
+
+class StorageDeniedError(StorageError):
+    """The user may not write there: no waiting mends that."""
+
+    exit_code = 2
 
 
 class UnhealthyRunError(RunError):

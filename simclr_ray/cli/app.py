@@ -1,7 +1,7 @@
 """The command tree: `simclr-ray VERB ...`, everyday verbs flat, the rest in groups.
 
 Exit codes: 0 done · 1 the run failed · 2 bad config, arguments or data · 75 stopped by the system
-(SIGTERM), run the same command again to continue · 130 stopped by Ctrl-C, likewise.
+(SIGTERM) or a full disk, run the same command again to continue · 130 stopped by Ctrl-C, likewise.
 """
 
 from __future__ import annotations

@@ -15,15 +15,16 @@ from simclr_ray.cli.console import ConsoleHandler, command, say
 from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen, was_stopped
 from simclr_ray.config import logging as logs
 from simclr_ray.config.imports import EVERYTHING, allow
-from simclr_ray.errors import ConfigError, SimclrRayError
+from simclr_ray.errors import ConfigError, SimclrRayError, StorageError
 from simclr_ray.storage.filesystem import one_line
+from simclr_ray.storage.space import FULL, storage_error
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer gives it no name of its own
 ALLOW_CODE = "--allow-code"
 # What a path of the user's can be, wherever it is met: the system says it better than we could.
 OF_A_PATH = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EEXIST,
-    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE,
 }  # fmt: skip
 app.info.epilog = (
     f"{ALLOW_CODE}, anywhere on the line: permit the code that a file imports by `name: import`; "
@@ -44,11 +45,15 @@ def say_error(error: Exception) -> int:
         for issue in error.issues:
             say(f"error: {issue}")
         return error.exit_code
+    if isinstance(error, StorageError):
+        say(f"error: {error}; to continue: {command(*sys.argv[1:])}")
+        return error.exit_code
     if isinstance(error, SimclrRayError | ImageError):
         say(f"error: {error}")
         return error.exit_code if isinstance(error, SimclrRayError) else 2
     if isinstance(error, OSError) and error.errno in OF_A_PATH:
-        say(f"error: {one_line(error)}")
+        full = storage_error(error, "the disk") if error.errno in FULL else None
+        say(f"error: {full or one_line(error)}")
         return 2
     raise error
 

@@ -69,6 +69,7 @@ def _run_and_show(
     resolved: ResolvedExperiment, *, dry_run: bool, resume: bool, restart: bool, image: str
 ) -> None:
     from simclr_ray.storage.run_folder import HELD_S
+    from simclr_ray.train.disk_space import check_space
     from simclr_ray.train.identity import begin_anew, check_is_there
     from simclr_ray.train.outcome import stored_outcome
 
@@ -76,9 +77,11 @@ def _run_and_show(
         check_is_there(resolved)
     if dry_run:
         _show_arithmetic(resolved)
+        check_space(resolved)
         return
     outcome = None if restart else stored_outcome(resolved)
     if outcome is None:
+        check_space(resolved)  # before the lock, which is a file
         with resolved.folder.lock(HELD_S):  # before a cluster is started for nothing
             if restart:
                 begin_anew(resolved)

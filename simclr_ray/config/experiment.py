@@ -158,7 +158,9 @@ class Experiment(Config):
         simclr_ray.errors.ConfigError: loss.temp: unknown key (did you mean 'temperature'?)...
     """
 
-    name: str = Field(placement=True, min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(
+        placement=True, min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     data: DataConfig
     augment: AnyViewsConfig = SimCLRViewsConfig()

@@ -16,6 +16,7 @@ import os
 import pickle  # nosec B403 # for its error
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -26,6 +27,7 @@ from simclr_ray.config.uris import without_passwords
 from simclr_ray.errors import CheckpointError
 from simclr_ray.storage.filesystem import filesystem, one_line, write_text_whole
 from simclr_ray.storage.provenance import sha256, versions_of
+from simclr_ray.storage.space import writing
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: names and folders need none of it
     import torch
@@ -124,14 +126,28 @@ def write(
 ) -> None:
     """Write a checkpoint into `folder`, which is made and must not exist.
 
+    Nothing stays of one that could not be written.
+
     Raises:
         CheckpointError: A tensor holds a value that is not finite; nothing is written.
+        StorageError: The disk takes no more.
     """
-    from safetensors.torch import save_file
-
     name = first_not_finite(tensors.items())
     if name:
         raise CheckpointError(f"{name} is not finite at step {step}; no checkpoint is written")
+    try:
+        with writing(folder.parent, sum(t.nbytes for t in tensors.values())):
+            _write(folder, step, tensors, record)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> None:
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     save_file(dict(tensors), folder / STATE)
     _sync(folder / STATE)

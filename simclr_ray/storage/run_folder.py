@@ -23,7 +23,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +48,7 @@ from simclr_ray.storage.filesystem import (
     open_whole,
     write_text_whole,
 )
+from simclr_ray.storage.space import bytes_in, writing
 
 JsonT = TypeVar("JsonT", dict[str, Any], list[Any])
 COPY_BYTES = 2**22
@@ -139,10 +140,11 @@ class RunFolder:
         return tree
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file, whole or not at all; raise `StorageError` where the disk takes no more."""
         files, root = self._open()
-        files.create_dir(root, recursive=True)
-        write_text_whole(files, f"{root}/{name}", text)
+        with writing(self.uri, len(text)):
+            files.create_dir(root, recursive=True)
+            write_text_whole(files, f"{root}/{name}", text)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -161,19 +163,30 @@ class RunFolder:
         return sorted(f.base_name for f in entries if f.type == fs.FileType.Directory)
 
     def put_folder(self, local: Path, name: str) -> None:
-        """Copy a local folder or file to `name`."""
+        """Copy a local folder or file to `name`; raise as `write_text` does."""
         files, root = self._open()
-        files.create_dir(f"{root}/{name}" if local.is_dir() else root, recursive=True)
-        fs.copy_files(str(local), f"{root}/{name}", fs.LocalFileSystem(), files)
+        with writing(self.uri, bytes_in(local) if local.is_dir() else local.stat().st_size):
+            files.create_dir(f"{root}/{name}" if local.is_dir() else root, recursive=True)
+            fs.copy_files(str(local), f"{root}/{name}", fs.LocalFileSystem(), files)
 
     def put_checkpoint(self, local: Path, name: str) -> None:
-        """Copy a checkpoint to `name`, each file whole, and the record when all else is there."""
+        """Copy a checkpoint to `name`, each file whole, and the record when all else is there.
+
+        Raises:
+            StorageError: The disk takes no more; nothing stays of the checkpoint.
+        """
         files, root = self._open()
-        files.create_dir(f"{root}/{name}", recursive=True)
-        last = local / checkpoint.RECORD
-        for file in (*sorted(f for f in local.iterdir() if f != last), last):
-            with file.open("rb") as source, open_whole(files, f"{root}/{name}/{file.name}") as out:
-                shutil.copyfileobj(source, out, COPY_BYTES)
+        target, last = f"{root}/{name}", local / checkpoint.RECORD
+        try:
+            with writing(self.uri, bytes_in(local)):
+                files.create_dir(target, recursive=True)
+                for file in (*sorted(f for f in local.iterdir() if f != last), last):
+                    with file.open("rb") as source, open_whole(files, f"{target}/{file.name}") as o:
+                        shutil.copyfileobj(source, o, COPY_BYTES)
+        except Exception:
+            with suppress(OSError):  # the next start does it
+                files.delete_dir(target)
+            raise
 
     def checkpoints(self) -> list[str]:
         """Return the names of the checkpoint directories, newest first."""
@@ -232,15 +245,19 @@ class RunFolder:
         """Remove what starts that were killed have left: all older than the `keep` newest.
 
         Those are counted from `newest`, the newest that verifies. What is newer is left where it
-        is: a disk that answers wrongly for a moment costs no checkpoint.
+        is: a disk that answers wrongly for a moment costs no checkpoint. On a local disk what was
+        never finished goes nevertheless: it may be what has filled the disk.
         """
         names = self.checkpoints()
         older = names[names.index(newest) :] if newest in names else []
         finished = [name for name in older if checkpoint.RECORD in self.names(name)]
         files, root = self._open()
-        for name in older:
-            if name not in finished[:keep]:
+        for name in names:
+            half = self.local is not None and not (self.local / name / checkpoint.RECORD).exists()
+            if half or (name in older and name not in finished[:keep]):
                 files.delete_dir(f"{root}/{name}")
+        for left in self.local.glob(".*.tmp") if self.local is not None else ():
+            left.unlink(missing_ok=True)
 
     def set_aside(self) -> RunFolder:
         """Move all but the lock to a folder beside this one, `<name>~1` or the next free number."""

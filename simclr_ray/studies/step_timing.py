@@ -18,13 +18,13 @@ from simclr_ray.errors import ClusterError, RunError, last_line
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
 from simclr_ray.train import loop
+from simclr_ray.train.failures import unwrap_error
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import (
     finish_batches,
     prepare_process,
     prepare_training,
     threads_of,
-    unwrap_error,
 )
 
 STEPS: Final = 3  # the first is not counted: it decodes, allocates and compiles

@@ -28,11 +28,11 @@ from simclr_ray.studies.folder import FINAL, Curve, Status, StudyFolder, TrialOu
 from simclr_ray.studies.plan import Trial, task_fractions_of
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.train.driver import train_resolved
+from simclr_ray.train.failures import unwrap_error
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.monitor import Record
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter
-from simclr_ray.train.worker import unwrap_error
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from simclr_ray.config.logging import warn_once
 from simclr_ray.config.uris import without_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, TrackingError
@@ -245,7 +246,7 @@ class Delivery:
         try:
             self.state.write(self.folder / STATE)
         except OSError as error:  # what is sent twice is dropped; an error of the run is worth more
-            log.warning("%s cannot be written: %s", self.folder / STATE, error)
+            warn_once(log, f"{self.folder / STATE} cannot be written: {error.strerror or error}")
 
 
 class _Record(NamedTuple):

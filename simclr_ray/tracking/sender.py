@@ -16,6 +16,9 @@ from simclr_ray.tracking.delivery import Delivery
 SEND_EVERY_S = 1.0  # what is logged meanwhile goes into one request
 LONGEST_WAIT_S = 30.0  # between two tries; the first is after a second, and each doubles
 PATIENCE_S = 30.0  # at the end, without any progress
+IN_VAIN = (
+    3  # failures, after which an answer is no progress: a full disk is read, and takes nothing
+)
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +41,7 @@ class Sender:
         self._has_warned = False  # that it takes nothing
         self._late = 0  # points since it takes some again
         self._wait_s = 1.0
+        self._in_vain = 0  # failures since it had all
         self._stop, self._wake = threading.Event(), threading.Event()
         self._progress_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True, name="delivery")
@@ -83,8 +87,9 @@ class Sender:
             except Exception as error:  # noqa: BLE001 - a thread that dies would deliver nothing
                 self._failed(error)
                 continue
-            self._wait_s = 1.0
-            self._progress_at = time.monotonic()
+            self._in_vain = 0 if sent else self._in_vain
+            if self._in_vain < IN_VAIN:
+                self._progress()
             if sent is not None:
                 self._late += sent
                 continue
@@ -94,6 +99,10 @@ class Sender:
             self._wake.wait()
             self._stop.wait(SEND_EVERY_S)
 
+    def _progress(self) -> None:
+        self._wait_s = 1.0
+        self._progress_at = time.monotonic()
+
     def _failed(self, error: Exception) -> None:
         """Say so once, then wait: longer each time, but not while the run waits for its end."""
         if not self._has_warned and not self._stop.is_set():  # at the end, the end says it
@@ -101,6 +110,7 @@ class Sender:
             log.warning("%s; the run goes on, and its points are delivered later", text)
             self._has_warned, self._late = True, 0
         self.error = error
+        self._in_vain += 1
         if self._stop.is_set():
             time.sleep(min(self._wait_s, 1.0))
         else:
@@ -112,6 +122,7 @@ class Sender:
             late = counted(self._late, "point")
             log.info("MLflow takes the run's points again: %s delivered later", late)
         self._has_warned, self._late, self.error = False, 0, None
+        self._in_vain = 0
 
 
 @contextmanager

@@ -168,17 +168,25 @@ def without_password(uri: str) -> str:
     return hide_passwords(uri)
 
 
+# SQLite's words and the system's; PostgreSQL's are the system's
+NO_SPACE: Final = ("database or disk is full", "No space left on device", "Disk quota exceeded")
+
+
 def reason_of(error: Exception) -> str:
     """Return one line that says what MLflow's exception means to a user."""
     text = str(error)
     if "Max retries exceeded" in text or "Connection refused" in text:
         return "no answer; is the server running, and tracking.uri right?"
+    if any(sign in text for sign in NO_SPACE):
+        return "the disk that holds it is full; make room there"
     first = hide_passwords(next((line for line in text.splitlines() if line.strip()), ""))
     return f"{type(error).__name__}: {first[:400]}"
 
 
 def is_for_now(error: Exception) -> bool:
     """Return whether what failed may work later: no answer, a lock, an overload."""
+    if any(sign in str(error) for sign in NO_SPACE):
+        return True
     code = getattr(error, "error_code", None)
     if code is not None:
         return code in _FOR_NOW

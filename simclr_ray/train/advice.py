@@ -33,6 +33,10 @@ def advise_before_start(resolved: ResolvedExperiment) -> list[str]:
         )
     if warmup >= total:
         advice.append("warm-up is as long as the run: the rate never reaches its peak")
+    every, saved = config.checkpoint.every_steps, config.checkpoint.every_epochs
+    if every >= total or (saved > config.epochs and not every):
+        key = f"every_steps={every}" if every >= total else f"every_epochs={saved}"
+        advice.append(f"checkpoint.{key} is longer than the run: a kill loses all that is trained")
     return advice
 
 

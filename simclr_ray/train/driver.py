@@ -33,17 +33,20 @@ from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS
+from simclr_ray.storage.space import OF_THE_DISK, writing
 from simclr_ray.tracking.store import store_uri, without_password
 from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
+from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.elastic import RESIZE_S, Trainer
+from simclr_ray.train.failures import final_error
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
 from simclr_ray.train.tracked import Tracked, open_tracker, tracked_run
-from simclr_ray.train.worker import WorkerInput, train_loop_per_worker, unwrap_error
+from simclr_ray.train.worker import WorkerInput, train_loop_per_worker
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +67,9 @@ def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -
             run and is raised here.
 
     Raises:
-        ConfigError: `storage` lies below a file or holds a run of an older format, `init.weights`
-            or the loss's teacher is no checkpoint that fits, or $SIMCLR_RAY_NATIVE is invalid.
+        ConfigError: `storage` lies below a file, holds a run of an older format or has no room
+            for the checkpoints, `init.weights` or the loss's teacher is no checkpoint that fits,
+            or $SIMCLR_RAY_NATIVE is invalid.
         DataError: The data is missing, broken, without the labels that the loss takes, or smaller
             than one batch.
         CheckpointError: The newest checkpoint does not fit the experiment.
@@ -74,6 +78,7 @@ def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -
             goes on, and what MLflow lacks is delivered later.
         TooManyBadImages: More rows than `data.max_bad_fraction` could not be decoded.
         DivergedError: A loss, feature or weight is not finite.
+        StorageError: A disk takes no more of the run, which goes on when it does again.
         RunError: Training failed otherwise, with its cause; or another process trains this run.
         KeyboardInterrupt: Ctrl-C; the same call continues the run.
 
@@ -103,10 +108,11 @@ def start_cluster(resolved: ResolvedExperiment) -> None:
 
     Raises:
         ClusterError: No cluster answers, or this machine cannot hold the run.
-        ConfigError: MLflow has no such store.
+        ConfigError: MLflow has no such store, or a disk has no room for the checkpoints.
         TrackingError: MLflow refuses, or cannot be reached and the run is new.
     """
     check_machine(resolved.config)
+    check_space(resolved)
     open_tracker(resolved)
     connect(resolved.config)
 
@@ -115,7 +121,8 @@ def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | No
     """Train a resolved experiment; otherwise the same as `pretrain`."""
     config, folder = resolved.config, resolved.folder
     check_machine(config)
-    with folder.lock(HELD_S):
+    check_space(resolved)
+    with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):
         for other in runs_of_this_name(resolved) if is_new(folder) else []:
             log.info("a new run, %s: %s", folder.name, other)
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
@@ -210,7 +217,7 @@ def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress
         if watcher.fatal is None:
             raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        ours = watcher.fatal or unwrap_error(error)
+        ours = watcher.fatal or final_error(error)
         raise ours or RunError(f"training failed: {_root_message(error)}") from error
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -18,7 +18,9 @@ from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
 from simclr_ray.nn.pretrained import weight_files
 from simclr_ray.optim import state_per_parameter
+from simclr_ray.storage.space import sized
 from simclr_ray.train.advice import advise_before_start, memory_advice
+from simclr_ray.train.disk_space import checkpoint_bytes, counting_device
 from simclr_ray.train.imports import export_problem
 from simclr_ray.train.resolve import ResolvedExperiment, init_line
 
@@ -68,6 +70,8 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         "memory of a step": f"{memory.total / MIB:,.0f} MiB on the largest worker: "
         f"activations {memory.activations / MIB:,.0f}, weights {memory.weights / MIB:,.0f}, "
         f"loss {memory.loss / MIB:,.0f}",
+        "checkpoint": f"{sized(checkpoint_bytes(experiment))}, "
+        f"{experiment.checkpoint.keep} of them kept",
     }
     rows |= _of_imports(experiment)
     if weight_files(experiment.init.weights):
@@ -96,7 +100,7 @@ def _local_batch(experiment: Experiment, workers: int) -> str:
 
 def num_parameters(experiment: Experiment) -> int:
     """Return the parameters of encoder and head together."""
-    with _counting_device(experiment):
+    with counting_device(experiment):
         return sum(p.numel() for p in build_model(experiment).parameters())
 
 
@@ -106,7 +110,7 @@ def step_memory(experiment: Experiment) -> StepMemory:
     Activations are the distinct tensors that autograd saves, which is what a step holds at its
     peak, allocator slack aside. That the encoder takes the size, `resolve` has seen.
     """
-    with _counting_device(experiment):
+    with counting_device(experiment):
         model = build_model(experiment).to(DTYPES[experiment.precision])
         views, size = _views(experiment), experiment.augment.size
         images = torch.rand(views * SAMPLE, experiment.data.channels, size, size)
@@ -138,11 +142,6 @@ def step_memory(experiment: Experiment) -> StepMemory:
         loss=2 * gathered + 3 * tile,
         images=n,
     )
-
-
-def _counting_device(experiment: Experiment) -> torch.device:
-    """Return where shapes are counted: without memory, but for imported code, which may refuse."""
-    return torch.device("cpu" if any(imports_in(experiment.encoder)) else "meta")
 
 
 def _views(experiment: Experiment) -> int:

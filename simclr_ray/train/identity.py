@@ -77,6 +77,7 @@ def check_is_there(resolved: ResolvedExperiment) -> None:
         return
     others = [f"; {other}" for other in runs_of_this_name(resolved)]
     problem = f"no run of this experiment is in {resolved.folder.storage}{''.join(others)}"
+    problem += "; without --resume it is begun"
     raise ConfigError([ConfigIssue("--resume", problem)])
 
 

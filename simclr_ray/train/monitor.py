@@ -25,6 +25,7 @@ from simclr_ray.errors import (
     RestartsError,
     RunError,
     SimclrRayError,
+    StorageError,
     TooManyBadImages,
 )
 from simclr_ray.storage import checkpoint
@@ -116,6 +117,8 @@ class RunMonitor:
                 if not last:
                     self.ranks.look()
                 self.log.upload_if_due()
+            except StorageError as error:
+                self._end(error)
             except OSError as error:
                 self._end(RunError(f"the log of the run cannot be written: {error}"))
             if last:

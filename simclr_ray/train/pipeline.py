@@ -19,6 +19,7 @@ from simclr_ray.evaluation.scores import Score, format_table
 from simclr_ray.inference.registry import register_run
 from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolder
 from simclr_ray.storage.run_status import SCORES
+from simclr_ray.storage.space import OF_THE_DISK, writing
 from simclr_ray.tracking.store import RegisteredEncoder
 from simclr_ray.train.driver import train_resolved
 from simclr_ray.train.figures import draw_curves, draw_views
@@ -63,14 +64,15 @@ def train_and_evaluate(
 
     One driver at a time: a second one waits, or is refused, until all of that is done.
     """
-    with resolved.folder.lock(HELD_S):
+    folder = resolved.folder
+    with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):
         run = train_resolved(resolved, on_progress=on_progress)
         try:
             outcome = _evaluated(run, resolved)
         # the training itself had set it to FINISHED; an interrupt within the import of an extension
         # module comes out of it as an ImportError
         except (KeyboardInterrupt, ImportError):
-            with late_writes(resolved.folder) as writes:
+            with late_writes(folder) as writes:
                 writes.status("KILLED")
             raise
         store_outcome(resolved, outcome)

@@ -11,10 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from simclr_ray.errors import RunError
+from simclr_ray.errors import RunError, StorageError
 from simclr_ray.storage.filesystem import one_line
 from simclr_ray.storage.metrics_log import append_record, read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, OTHER_METRICS, RunFolder
+from simclr_ray.storage.space import writing
 from simclr_ray.tracking.delivery import STATE
 
 UPLOAD_EVERY_S = 60.0
@@ -60,12 +61,15 @@ class RunLog:
                 return
             try:
                 self.upload()
+            except StorageError:
+                raise
             except OSError as error:
                 raise RunError(f"{CANNOT_BE_UPLOADED}: {one_line(error)}") from error
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Append a record to a log; raise `OSError` where it cannot be written."""
-        append_record(self.path / name, record)
+        """Append a record to a log; raise `StorageError` where the disk takes no more."""
+        with writing(self.path / name):
+            append_record(self.path / name, record)
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return the records of a log; none where there is no such log yet."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import warn_once
-from simclr_ray.errors import TrackingUnavailableError
+from simclr_ray.errors import StorageError, TrackingUnavailableError
 from simclr_ray.storage.run_folder import OTHER_METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.delivery import STATE, Delivery
@@ -118,7 +118,7 @@ def tracked_run(resolved: ResolvedExperiment, tracker: Tracker | None) -> Iterat
             except BaseException as error:
                 is_stopped = not isinstance(error, Exception)
                 delivery.want("KILLED" if is_stopped else "FAILED")
-                if is_stopped:
+                if is_stopped or isinstance(error, StorageError):  # MLflow may lie on that disk
                     sender.patience_s = STOPPED_PATIENCE_S
                 raise
             else:

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import ray.train
 import ray.train.torch
 import torch
-from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from simclr_ray import config as cfg
@@ -34,7 +33,7 @@ from simclr_ray.data.stream import stream
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.distributed.ray_cluster import PickledQueue
-from simclr_ray.errors import DivergedError, SimclrRayError
+from simclr_ray.errors import DivergedError
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
 from simclr_ray.nn.encoders import set_recompute
@@ -44,6 +43,7 @@ from simclr_ray.nn.pretrained import load_init, load_teacher
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.train import loop
+from simclr_ray.train.failures import final_error
 from simclr_ray.train.heartbeat import Heartbeat, RanksMove, RankStarted
 from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
 from simclr_ray.train.requests import NodeTaken, Requests
@@ -69,7 +69,7 @@ def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
         worker.run()
         worker.heartbeat.stop()
     except Exception as error:
-        ours = unwrap_error(error)
+        ours = final_error(error)
         if ours is not None:
             worker_input.inbox.put(ours)
         raise
@@ -345,23 +345,6 @@ def teacher_logits(teacher: SimCLRModel, batch: Batch, device: torch.device) -> 
     """Return a teacher's class scores of both views: float32 [n, 2, K]."""
     views = (batch.a, batch.b)
     return torch.stack([teacher(as_input(v, device, "float32")).z for v in views], 1)
-
-
-def unwrap_error(error: BaseException) -> SimclrRayError | None:
-    """Return the error of ours that is wrapped in one of Ray's, if there is one."""
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        current = todo.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        # what a task raised comes back as a class of Ray's that is ours too, its text a traceback
-        if isinstance(current, SimclrRayError) and not isinstance(current, RayTaskError):
-            return current
-        todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        todo += list(getattr(current, "worker_failures", {}).values())
-    return None
 
 
 def _started(batches: Iterator[Batch]) -> Iterator[Batch]:

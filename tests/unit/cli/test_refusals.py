@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +19,8 @@ import pytest
 from PIL import Image
 
 from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.space import Space
+from simclr_ray.train import disk_space
 from tests.formats.test_formats import HERE as FORMATS
 from tests.ray.images import write_shapes
 from tests.unit.cli.in_process import enter, run
@@ -46,6 +49,7 @@ FILES = {
     "weights.pth": "no weights",
 }
 RUN = "runs/small-0123"
+OTHER = "runs/mine-01234567"  # of the name in CONFIG
 BUCKET = "s3://key:secret@b/x?endpoint_override=127.0.0.1:9&scheme=http&region=x"  # of nobody
 PRETRAIN = ["pretrain", "good.yaml"]
 
@@ -69,6 +73,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty").mkdir()
     (folder / "folder.yaml").mkdir()
     shutil.copytree(FORMATS / "format_2", folder / RUN)
+    (folder / OTHER).mkdir()
+    (folder / OTHER / "experiment.yaml").write_text(CONFIG)
+    shutil.copy(FORMATS / "format_3" / "run.json", folder / OTHER)
     return folder
 
 
@@ -105,6 +112,14 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ([*PRETRAIN, "loss.temperature=.nan"], ["loss.temperature", "finite"]),
     ([*PRETRAIN, "batch_size=4096"], ["40 rows", "4096", "batch_size"]),
     ([*PRETRAIN, "name=a/b"], ["name: got 'a/b'; it must match"]),
+    ([*PRETRAIN, f"name={'a' * 201}"], ["name: got ", "at most 200 characters"]),
+    ([*PRETRAIN, "--resume", "--restart"], ["--resume", "exclude each other"]),
+    (
+        [*PRETRAIN, "--resume", "batch_size=8"],
+        ["--resume", OTHER, "batch_size: 16 -> 8", "without --resume"],
+    ),
+    ([*PRETRAIN, "checkpoint.keep=0"], ["checkpoint.keep: got 0"]),
+    ([*PRETRAIN, "checkpoint.every_epochs=0"], ["checkpoint.every_epochs: got 0"]),
     # config files
     (["pretrain", "cifar10"], ["cifar10", "'cifar10_cpu'"]),
     (["pretrain", "nope.yaml"], ["nope.yaml: no such file"]),
@@ -208,6 +223,32 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     assert ended.problems[0].startswith("error: ")
     for part in told:
         assert part in ended.problems[0]
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("free", "told"),
+    [
+        ("runs", ["storage: ", "/runs has 0.0 MiB free; 3 checkpoints of", "set another storage"]),
+        (tempfile.gettempdir(), ["TMPDIR: ", "1 checkpoint of", "set TMPDIR"]),
+    ],
+)
+def test_a_disk_without_room_for_the_checkpoints_is_one_line(
+    free: str,
+    told: list[str],
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = Path(free).absolute()
+    monkeypatch.setattr(
+        disk_space, "space_at", lambda path: Space(0 if Path(path) == full else 2**40, None)
+    )
+    ended = run([*PRETRAIN, *options], capsys)
+    assert ended.code == 2, ended
+    (line,) = ended.problems
+    for part in told:
+        assert part in line
 
 
 @pytest.mark.long  # S3's client tries for seconds

@@ -42,6 +42,17 @@ def test_an_abrupt_warm_up_is_said_with_the_key(tmp_path: Path) -> None:
     assert "schedule.warmup_steps=30" in line
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "named"),
+    [({"every_epochs": 31}, "every_epochs=31"), ({"every_steps": 300}, "every_steps=300")],
+)
+def test_checkpoints_that_come_after_the_end_are_said(
+    checkpoint: dict[str, int], named: str, tmp_path: Path
+) -> None:
+    (line,) = advice.advise_before_start(resolved(tmp_path, epochs=30, checkpoint=checkpoint))
+    assert line.startswith(f"checkpoint.{named} is longer than the run")
+
+
 def test_few_steps_are_said(tmp_path: Path) -> None:
     lines = advice.advise_before_start(resolved(tmp_path, epochs=1, schedule={"warmup_steps": 1}))
     assert lines == ["10 steps are few to learn from: raise epochs, or lower batch_size"]

@@ -108,5 +108,6 @@ def test_the_verb_refuses_what_cannot_be(tmp_path: Path) -> None:
     )
     done = run("pretrain", "cifar10_study_cpu", *given, "--resume", "--name", "x", cwd=tmp_path)
     assert done.returncode == 2
-    assert errors(done) == [f"error: --resume: no run of this experiment is in {tmp_path}/runs"]
+    problem = f"no run of this experiment is in {tmp_path}/runs; without --resume it is begun"
+    assert errors(done) == [f"error: --resume: {problem}"]
     assert not (tmp_path / "runs").exists()

@@ -16,8 +16,9 @@ from simclr_ray.distributed import collectives
 from simclr_ray.errors import DataError, DivergedError, RunError, TrackingError
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.runs import TrackedRun
+from simclr_ray.train.failures import unwrap_error
 from simclr_ray.train.resolve import resolve
-from simclr_ray.train.worker import prepare_process, unwrap_error
+from simclr_ray.train.worker import prepare_process
 from tests.ray.images import write_shapes
 
 

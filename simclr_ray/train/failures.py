@@ -1,0 +1,53 @@
+"""What has ended a run, found in what Ray makes of it: errors of ours, and those of disks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+
+from ray.exceptions import OutOfDiskError, RayTaskError
+
+from simclr_ray.errors import SimclrRayError, StorageError
+from simclr_ray.storage.space import OF_THE_DISK, error_number, storage_error
+
+
+def unwrap_error(error: BaseException) -> SimclrRayError | None:
+    """Return the error of ours that is wrapped in one of Ray's, if there is one."""
+    for cause in _causes(error):
+        # what a task raised comes back as a class of Ray's that is ours too, its text a traceback
+        if isinstance(cause, SimclrRayError) and not isinstance(cause, RayTaskError):
+            return cause
+    return None
+
+
+def final_error(error: BaseException) -> SimclrRayError | None:
+    """Return the error of ours within one of Ray's, or that of a full disk, if it is one of them.
+
+    No restart mends either.
+    """
+    return unwrap_error(error) or _of_a_full_disk(error)
+
+
+def _of_a_full_disk(error: BaseException) -> StorageError | None:
+    place = tempfile.gettempdir()  # where Ray keeps what does not fit into memory
+    for cause in _causes(error):
+        if isinstance(cause, OutOfDiskError):
+            return StorageError(f"{place}: no space left for what Ray keeps there; make room there")
+        is_system = isinstance(cause, OSError) and not isinstance(cause, RayTaskError)
+        if is_system and error_number(cause) in OF_THE_DISK:
+            return storage_error(cause, place)
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all that it came from, through what Ray wraps around them."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        current = todo.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        todo += list(getattr(current, "worker_failures", {}).values())
