@@ -57,9 +57,10 @@ from .rgb import (
     to_rgb,
     with_orientation_of,
 )
-from .tiff import UnknownColorError, check_samples, read_tiff_page
+from .tiff import UnknownColorError, check_samples, check_tile, read_tiff_page
 
 __all__ = [
+    "BYTES_PER_PIXEL",
     "COLOR",
     "DEFAULT_DECODER",
     "FIRST_BYTES",
@@ -90,6 +91,9 @@ CROP_PROPORTION: Final = 0.875
 # At most this side, the authors evaluate on the whole image (data.py: no crop for 32 px and less).
 WHOLE_IMAGE_SIDE: Final = 32
 
+# What decoding takes at most, beside the file: 25 of RGBA, 17 of JPEG that lies on its side
+# (tests/unit/augment/test_bombs.py). Floats are made of blocks of rows.
+BYTES_PER_PIXEL: Final = 40
 MAY_BE_DEEP: Final = (PNG, TIFF, PNM)  # formats whose values may have more than 8 bits
 
 Library = Literal["pillow", "turbo"]
@@ -333,4 +337,6 @@ def _open(encoded: bytes, kind: Format | None, max_pixels: int) -> Image.Image:
         raise
     except Exception as error:
         raise UndecodedError(BROKEN_HEADER) from error
+    if kind is TIFF:
+        check_tile(image.tag_v2.get, max_pixels)  # type: ignore[attr-defined] # a TIFF's
     return image

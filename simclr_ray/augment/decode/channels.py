@@ -28,7 +28,7 @@ from .formats import (
     reason_of,
 )
 from .rgb import WHITE_16, read_gray, read_stored, scaled_gray
-from .tiff import check_page, page_values, samples_of
+from .tiff import check_page, check_tile, page_values, samples_of
 
 White = float | tuple[float, ...]
 
@@ -183,6 +183,7 @@ def _read_tiff(encoded: bytes, channels: int, max_pixels: int) -> Bands:
 def _page(image: TiffImagePlugin.TiffImageFile, place: int, max_pixels: int) -> Bands:
     image.seek(place)
     check_size(image.size, max_pixels, 1)
+    check_tile(image.tag_v2.get, max_pixels)
     stored, samples = read_stored(image), samples_of(image.tag_v2.get)
     if samples.problem:
         raise ImageError(samples.problem)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import zlib
 from typing import Any
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from .formats import (
+    BROKEN_HEADER,
     HEIC,
     PNG,
     TIFF,
@@ -30,6 +32,10 @@ from .metadata import ORIENTED, turn_upright
 from .rgb import ORIENTATION, WHITE_16, DeepImage, scaled_gray, to_rgb
 from .tiff import read_tiff_page
 
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax of a DICOM file (PS3.5 §A.5)
+GROUP_LENGTH = b"\2\0\0\0UL\4\0"  # its first element (PS3.10 §7.1)
+INFLATED_PER_PIXEL = 8  # bytes: three samples of 16 bits, and what is said about them
+INFLATED_AT_ONCE = 2**20
 LIES_FROM = 5  # orientations in which height and width change places
 
 
@@ -39,7 +45,9 @@ def open_by_extra(encoded: bytes, kind: Format, max_pixels: int) -> Image.Image:
         if kind is HEIC:
             heif = importlib.import_module("pi_heif")
             return heif.HeifImagePlugin.HeifImageFile(io.BytesIO(encoded))  # type: ignore[no-any-return]
-        dicom = importlib.import_module("pydicom").dcmread(io.BytesIO(encoded))
+        pydicom = importlib.import_module("pydicom")
+        _check_inflated(encoded, INFLATED_PER_PIXEL * max_pixels)
+        dicom = pydicom.dcmread(io.BytesIO(encoded))
         check_size((int(dicom.Columns), int(dicom.Rows)), max_pixels)
         return Image.fromarray(_dicom_frame(dicom))
     except ImportError:
@@ -48,6 +56,21 @@ def open_by_extra(encoded: bytes, kind: Format, max_pixels: int) -> Image.Image:
         raise
     except Exception as error:
         raise ImageError("undecodable") from error
+
+
+def _check_inflated(encoded: bytes, most: int) -> None:
+    """Raise `ImageError` for a deflated data set that becomes larger, which pydicom would hold."""
+    if DEFLATED not in encoded[:1024]:
+        return
+    if encoded[132:140] != GROUP_LENGTH:
+        raise ImageError(BROKEN_HEADER)
+    unpacker, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    rest = encoded[144 + int.from_bytes(encoded[140:144], "little") :]
+    while rest and not unpacker.eof:
+        total += len(unpacker.decompress(rest, INFLATED_AT_ONCE))
+        rest = unpacker.unconsumed_tail
+        if total > most:
+            raise ImageError(f"inflates to more than {most // 2**20} MiB")
 
 
 def _dicom_frame(dicom: Any) -> Pixels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from .formats import Pixels, UndecodedError
 from .metadata import ORIENTED
 
 WHITE_16: Final = 65535
+BLOCK_VALUES: Final = 2**18  # that are floats at a time
 _BITS, _PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of a TIFF
 
 
@@ -45,11 +47,14 @@ class DeepImage(NamedTuple):
         color = scaled_gray(self.values[:, :, :3], full)
         if self.values.shape[2] == 3:
             return color
-        opaque = self.values[:, :, 3:] / self.top
-        if self.is_premultiplied:  # no color is more than its transparency lets through
-            lit = np.minimum(self.values[:, :, :3] / full, opaque)
-            return np.rint(255 * (lit + 1 - opaque)).astype(np.uint8)
-        return np.rint(color * opaque + 255 * (1 - opaque)).astype(np.uint8)
+        for rows in blocks_of_rows(self.values):
+            opaque = self.values[rows, :, 3:] / self.top
+            if self.is_premultiplied:  # no color is more than its transparency lets through
+                lit = np.minimum(self.values[rows, :, :3] / full, opaque)
+                color[rows] = np.rint(255 * (lit + 1 - opaque))
+            else:
+                color[rows] = np.rint(color[rows] * opaque + 255 * (1 - opaque))
+        return color
 
 
 class Stored(NamedTuple):
@@ -125,7 +130,16 @@ def with_orientation_of(image: Image.Image, pixels: Pixels) -> Image.Image:
 def scaled_gray(values: npt.NDArray[Any], white: float) -> Pixels:
     """Return values in [0, white] as uint8; what is above is white."""
     # 65535 / 255 is 257 without rounding
-    return np.clip(np.rint(values / (white / 255)), 0, 255).astype(np.uint8)
+    pixels = np.empty(values.shape, np.uint8)
+    for rows in blocks_of_rows(values):
+        pixels[rows] = np.clip(np.rint(values[rows] / (white / 255)), 0, 255)
+    return pixels
+
+
+def blocks_of_rows(values: npt.NDArray[Any]) -> Iterator[slice]:
+    """Yield slices of rows that hold few values: floats of a whole image take 8 times its bytes."""
+    step = max(1, BLOCK_VALUES // max(values[:1].size, 1))
+    return (slice(first, first + step) for first in range(0, len(values), step))
 
 
 def _lay_over_white(rgba: Image.Image) -> Pixels:
@@ -136,8 +150,12 @@ def _lay_over_white(rgba: Image.Image) -> Pixels:
 
 def _lay_deep_over_white(rgba: Image.Image) -> Pixels:
     """Return what `_lay_over_white` does of high bytes, each taken for the middle of its range."""
-    high = np.asarray(rgba, dtype=np.float64)
-    values = high + (127.5 - high) / 257
-    opaque = values[:, :, 3:] / 255
-    laid = values[:, :, :3] * opaque + 255 * (1 - opaque)
-    return np.clip(np.rint(laid), 0, 255).astype(np.uint8)
+    laid = np.empty((rgba.height, rgba.width, 3), np.uint8)
+    stored = np.asarray(rgba)
+    for rows in blocks_of_rows(stored):
+        high = stored[rows].astype(np.float64)
+        values = high + (127.5 - high) / 257
+        opaque = values[:, :, 3:] / 255
+        over = values[:, :, :3] * opaque + 255 * (1 - opaque)
+        laid[rows] = np.clip(np.rint(over), 0, 255)
+    return laid

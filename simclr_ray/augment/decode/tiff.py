@@ -31,6 +31,7 @@ from .rgb import ORIENTATION, DeepImage
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANES = 258, 259, 262, 277, 284
 _EXTRA, _FORMAT = 338, 339
+_TILE: Final = (322, 323)  # width and length
 _GRAY, _RGB = (0, 1), 2  # photometric: white is zero, black is zero
 _NUM_COLOR: Final = {_RGB: 3, 5: 4, 6: 3, 8: 3}  # samples of RGB, CMYK, YCbCr, Lab; else 1
 _UNSPECIFIED, _PREMULTIPLIED, _TRANSPARENCY = 0, 1, 2  # kinds of extra samples
@@ -95,6 +96,15 @@ class Samples(NamedTuple):
         if len(bands) not in COLOR:
             raise channels_error(self.num if self.num not in COLOR else len(bands), channels)
         return bands, alpha
+
+
+def check_tile(tag: Callable[[int, Any], Any], max_pixels: int) -> None:
+    """Raise `ImageError` for tiles of too many pixels: a decoder makes whole ones of any image."""
+    try:
+        width, length = (max(_numbers(tag(key, 0)), default=0) for key in _TILE)
+    except (TypeError, ValueError):  # of another type: decoding says it
+        return
+    check_size((width, length), max_pixels)
 
 
 def check_samples(image: Any, channels: int) -> None:
@@ -197,12 +207,15 @@ def page_values(page: Any, max_pixels: int) -> tuple[npt.NDArray[Any], int]:
     """Return a page of tifffile's upright, unsigned [H, W, C], 0 is black; and its largest value.
 
     Raises:
-        ImageError: It is too large.
+        ImageError: It is too large, or of too many samples.
     """
     check_size((page.imagewidth, page.imagelength), max_pixels, 1)
+    check_tile(page.tags.valueof, max_pixels)
+    samples = samples_of(page.tags.valueof)
+    if samples.num > MOST_CHANNELS:
+        raise channels_error(samples.num, MOST_CHANNELS)
     values, top = page.asarray(), 2**page.bitspersample - 1
     values = values.astype(np.uint8) if values.dtype == bool else values
-    samples = samples_of(page.tags.valueof)
     if samples.are_apart:
         values = np.moveaxis(values, 0, 2)
     values = values.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)

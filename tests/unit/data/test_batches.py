@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from simclr_ray import config as cfg
-from simclr_ray.augment.decode import ImageDecoder
+from simclr_ray.augment.decode import ImageDecoder, decode_image
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import (
@@ -196,6 +196,36 @@ def test_the_replacement_of_a_row_differs_between_epochs(write: Write) -> None:
         if 17 in planned:
             stand_ins.add(int(batch.ids[planned.index(17)]))
     assert len(stand_ins) > 2
+
+
+@pytest.mark.parametrize(("stopped_at", "workers"), [(1, 1), (3, 2), (7, 3), (9, 5)])
+def test_bad_rows_and_those_that_stand_in_are_the_same_after_a_stop(
+    write: Write, stopped_at: int, workers: int
+) -> None:
+    """Three epochs; oracles for the list are the plan and the file, for pixels the images."""
+    bad, null = (0, 5, 17, 33, 34, 59), (8,)
+    e = experiment(write(bad=bad, null=null))
+    source = opened(e)
+    plan, views = build_plan(e, source), build_views(e.augment, e.seed)
+    steps = range(stopped_at, 15)
+    shares = [list(local_batches(e, source, steps, r, workers)) for r in range(workers)]
+    resumed = [join(list(parts)) for parts in zip(*shares, strict=True)]
+    undisturbed = whole(e, range(15))
+    assert_equal(whole(e, range(stopped_at)) + resumed, undisturbed)
+    for batch, other in zip(resumed, undisturbed[stopped_at:], strict=True):
+        planned = plan.rows(batch.step).tolist()
+        unusable = [row for row in planned if row in (*bad, *null)]
+        assert batch.bad.tolist() == [row + FIRST_ID for row in unusable]
+        reasons = ["null image" if row in null else "not an image" for row in unusable]
+        assert list(batch.reasons) == list(other.reasons) == reasons
+        assert list(batch.paths) == [f"cats/{row}.png" for row in unusable]
+        shown = (batch.ids - FIRST_ID).tolist()
+        kept = [(row, at) for row, at in zip(planned, shown, strict=True) if row not in unusable]
+        assert all(row == at for row, at in kept)
+        images = [decode_image(noise_png(row, 16)) for row in shown]
+        pair = views(images, batch.ids.numpy(), batch.step // (NUM_ROWS // BATCH))
+        assert torch.equal(batch.a, pair.a)
+        assert torch.equal(batch.b, pair.b)
 
 
 def test_too_many_bad_rows_stop_the_run_with_reasons(write: Write) -> None:
