@@ -69,10 +69,15 @@ def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
         worker.run()
         worker.heartbeat.stop()
     except Exception as error:
-        ours = final_error(error)
-        if ours is not None:
-            worker_input.inbox.put(ours)
+        tell_final(worker_input.inbox, error)
         raise
+
+
+def tell_final(inbox: PickledQueue, error: BaseException) -> None:
+    """Send the driver an error that no restart mends; of others Ray tells it."""
+    ours = final_error(error)
+    if ours is not None:
+        inbox.put(ours)
 
 
 class TrainWorker:
@@ -207,6 +212,10 @@ class TrainWorker:
         began = time.monotonic()
         try:
             self.folder.put_checkpoint(Path(written.path), name)
+        except BaseException as error:
+            shutil.rmtree(written.path, ignore_errors=True)  # Ray removes what could be copied only
+            tell_final(self.inbox, error)  # an upload beside the steps raises in no caller of ours
+            raise
         finally:
             self.upload_s = time.monotonic() - began
             self.uploaded.set()

@@ -148,6 +148,6 @@ def test_a_temporary_folder_that_is_full_is_told_with_its_place(
     own_lines = [line for line in lines if "ray_log_sink" not in line]  # Ray's logs lie there
     assert own_lines[-1].startswith(f"error: {disk}: no space left"), said
     assert "or set TMPDIR; to continue: " in own_lines[-1]
-    assert not list(disk.glob("simclr_ray-*"))
+    assert not list(disk.glob(f"simclr_ray-{run.name}-*"))
     for name in run.checkpoints():
         assert checkpoint.RECORD in run.names(name)
