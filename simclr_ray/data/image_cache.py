@@ -23,7 +23,7 @@ import struct
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -147,6 +147,7 @@ def _shared_file(name: str, num_rows: int, size: int) -> int:
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
             return -1
+        _remove_registers_of_the_dead(folder, key)
         with (folder / key).open("a+") as register:
             fcntl.flock(register, fcntl.LOCK_EX)
             register.seek(0)
@@ -161,6 +162,18 @@ def _shared_file(name: str, num_rows: int, size: int) -> int:
         log.warning("decoded images are kept by each process for itself: %s", error)
         return -1
     return file
+
+
+def _remove_registers_of_the_dead(folder: Path, own: str) -> None:
+    """Remove the registers of files that no process has any more, but for that of `own`.
+
+    Whoever opens one at that moment writes into a file without a name, and decodes for itself.
+    """
+    for path in folder.iterdir():
+        with suppress(OSError), path.open("r+") as register:
+            fcntl.flock(register, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.name != own and not any(_leads_to(e.strip(), path.name) for e in register):
+                path.unlink()
 
 
 def _opened(entry: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import tempfile
 import uuid
 from multiprocessing.queues import Queue
@@ -124,11 +125,16 @@ def test_a_process_that_is_killed_leaves_nothing_that_hinders_the_next(
     process.join()
     (register,) = tmp_path.glob("simclr_ray-images-*/*")
     assert register.read_text().startswith(f"{process.pid}/fd/")
+    shutil.copy(register, register.with_name("another"))  # of images that nobody has any more
     cache = ImageCache(name, NUM_ROWS, 10**6)  # the memory went with its last process
     assert cache.find([5]) == [None]
     cache.keep({5: image(5)})
     assert_is(ImageCache(name, NUM_ROWS, 10**6).find([5])[0], 5)
     assert f"{process.pid}/" not in register.read_text()
+    other = ImageCache(f"{name} other", NUM_ROWS, 10**6)  # those that are in use stay
+    assert other.find([5]) == [None]
+    assert register.exists()
+    assert not register.with_name("another").exists()
 
 
 def test_where_nothing_can_be_shared_a_process_keeps_its_own(
