@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := hatch_build.py simclr_ray/augment/native_build.py simclr_ray/augment/native.c
 
-.PHONY: demo test check test-unit test-long test-nodes test-faults audit fuzz lint clean
+.PHONY: demo test check test-unit test-long test-nodes test-faults audit fuzz soak lint clean
 
 demo: $(STAMP)
 	$(BIN)/simclr-ray demo
@@ -27,6 +27,9 @@ audit: $(STAMP)
 
 fuzz: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/fuzz
+
+soak: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/soak
 
 test-nodes: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-nodes
