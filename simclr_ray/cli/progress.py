@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from simclr_ray.cli.console import err, say
+from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.config.wording import clock, counted
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class RunProgress(_Bar):
 
     def __call__(self, record: Mapping[str, float]) -> None:
         """Show one record of metrics."""
-        scores = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
+        names = (k for k in record if k.startswith("eval/") and k in EPOCH_METRICS)
+        scores = {name.removeprefix("eval/"): record[name] for name in names}
         if scores:
             text = "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
             self.knn = f"  knn {scores['knn_top1']:.1%}" if "knn_top1" in scores else ""

@@ -1,4 +1,4 @@
-"""Metrics that need no labels: alignment, uniformity, effective rank, feature_std.
+"""Metrics that need no labels: alignment, uniformity, effective rank, feature_std, pairs.
 
 Alignment and uniformity: Wang & Isola 2020 (arXiv:2005.10242). Effective rank: RankMe, Garrido et
 al. 2023 (arXiv:2210.02885). Feature_std: Chen & He 2021 (SimSiam, arXiv:2011.10566, §4.1).
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 BLOCK_ROWS: Final = 2_048  # [2048, M] float64 distances at once
 UNIFORMITY_T: Final = 2.0
 RANK_EPSILON: Final = 1e-7  # RankMe eq. 1
+TIE: Final = 1e-9  # of cosines in float64: nearer is no difference
 
 
 class LabelFree(NamedTuple):
@@ -89,3 +90,38 @@ def feature_std(features: Tensor) -> float:
     About 1/√F for features that point everywhere alike, 0 for collapsed ones.
     """
     return F.normalize(features.double(), dim=1).std(0, correction=0).mean().item()
+
+
+class PairScores(NamedTuple):
+    """How two views of an image lie to each other, against those of other images."""
+
+    margin: float  # mean cosine of the two views of an image, less that of other images' views
+    top1: float  # share of views whose nearest among so many of the other kind is their partner
+
+
+def pair_scores(a: Tensor, b: Tensor, choices: int) -> PairScores:
+    """Return margin and top-1 of the pairs `a[i]`, `b[i]`.
+
+    Args:
+        a: features of one view of each image, `[M, F]`, M at least 2.
+        b: features of the other view, `[M, F]`.
+        choices: views among which a partner is picked, as in a batch of so many images; the last
+            group has fewer, and one of a single row is left out.
+    """
+    a, b = F.normalize(a.double(), dim=1), F.normalize(b.double(), dim=1)
+    num = len(a)
+    positive = (a * b).sum().item()
+    every = (a.sum(0) * b.sum(0)).sum().item()  # the sum over all pairs
+    margin = positive / num - (every - positive) / (num * (num - 1))
+    hits = rows = 0
+    size = max(2, choices)
+    for of_a, of_b in zip(torch.split(a, size), torch.split(b, size), strict=True):
+        if len(of_a) > 1:
+            partners = torch.arange(len(of_a), device=a.device)
+            # of equal views none is found: argmax would always name the first
+            similar = of_a @ of_b.T
+            own = similar.diagonal().clone()
+            similar[partners, partners] = -math.inf
+            hits += int((own > similar.max(1).values + TIE).sum())
+            rows += len(of_a)
+    return PairScores(margin, hits / rows if rows else 0.0)

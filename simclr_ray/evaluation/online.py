@@ -26,8 +26,15 @@ from simclr_ray.evaluation.features import (
     extract_features,
     sample_rows,
 )
-from simclr_ray.evaluation.label_free import alignment, effective_rank, uniformity
+from simclr_ray.evaluation.label_free import (
+    alignment,
+    effective_rank,
+    feature_std,
+    pair_scores,
+    uniformity,
+)
 from simclr_ray.evaluation.protocols import knn
+from simclr_ray.evaluation.view_facts import view_facts, view_marks
 from simclr_ray.nn.build import SimCLRModel
 
 PROBE_IMAGES = 1024  # RankMe needs more rows than the rank it is to find
@@ -72,6 +79,7 @@ class OnlineEvaluation:
         if not limits.every_epochs:
             return
         own, self.probe = self._part(source, sample_rows(source, PROBE_IMAGES))
+        self.own_probe = own.images
         views = build_views(experiment.augment, experiment.seed, data.channels)
         self.views = views(own.images, own.ids.numpy(), PROBE_EPOCH)
         if data.test:
@@ -82,16 +90,22 @@ class OnlineEvaluation:
                 self.bank = self._labelled(bank, limits.eval_train_limit)
                 self.test = self._labelled(test, limits.test_limit)
 
+    def before_training(self, model: SimCLRModel) -> dict[str, float]:
+        """Return what later scores are held against, and the facts of the views. Collective.
+
+        Named `start/…`: the scores of the untrained model, and `ViewFacts`.
+        """
+        if not self.experiment.evaluation.every_epochs:
+            return {}
+        marks = view_marks(self.own_probe, self.views)
+        gathered = dist.all_gather_rows(marks.to(self.device), self.probe.counts).cpu()  # [M, 3]
+        facts = view_facts(gathered, self.experiment.batch_size)._asdict()
+        scores = {key.partition("/")[2]: v for key, v in self._label_free(model).items()}
+        return {f"start/{key}": value for key, value in {**scores, **facts}.items()}
+
     def __call__(self, model: SimCLRModel) -> dict[str, float]:
         """Return the scores by name, the same on every rank. Collective."""
-        encoder = model.encoder
-        h = self._features(encoder, self.probe, self.probe.images)
-        pair = [self._features(encoder, self.probe, view) for view in self.views]
-        scores = {
-            "eval/alignment": alignment(*pair),
-            "eval/uniformity": uniformity(h),
-            "eval/effective_rank": effective_rank(h),
-        }
+        encoder, scores = model.encoder, self._label_free(model)
         if self.bank is not None:
             bank, test = (
                 Features(self._features(encoder, part, part.images), part.labels)
@@ -99,6 +113,29 @@ class OnlineEvaluation:
             )
             classes = int(torch.cat([bank.labels, test.labels]).max()) + 1
             scores["eval/knn_top1"] = knn(bank, test, classes, self.experiment)
+        return scores
+
+    def _label_free(self, model: SimCLRModel) -> dict[str, float]:
+        """Return the scores without labels. Collective."""
+        encoder = model.encoder
+        h = self._features(encoder, self.probe, self.probe.images)
+        pair = [self._features(encoder, self.probe, view) for view in self.views]
+        scores = {
+            "eval/alignment": alignment(*pair),
+            "eval/uniformity": uniformity(h),
+            "eval/effective_rank": effective_rank(h),
+            "eval/feature_std": feature_std(h),
+            "eval/weight_norm": weight_norm(encoder),
+        }
+        if self.experiment.classifier is None and len(h) > 1:
+            a, b = (project(model.head, part) for part in pair)
+            pairs = pair_scores(a, b, self.experiment.batch_size)
+            scores |= {
+                "eval/effective_rank_z": effective_rank(a),
+                "eval/feature_std_z": feature_std(a),
+                "eval/margin": pairs.margin,
+                "eval/pair_top1": pairs.top1,
+            }
         return scores
 
     def _features(self, encoder: nn.Module, part: _Part, images: Tensor) -> Tensor:
@@ -134,3 +171,27 @@ class OnlineEvaluation:
             raise DataError(f"{source.uri}: no row can be evaluated: {reasons[0]}")
         labels = dist.all_gather_rows(own.labels.to(self.device), counts).cpu()
         return own, _Part(own.images, labels, counts)
+
+
+@torch.no_grad()
+def project(head: nn.Module, h: Tensor) -> Tensor:
+    """Return z `[M, D]` of features `[M, F]`, float32 on the CPU, by a head in eval mode."""
+    first = next(head.parameters(), h)
+    modes = [(module, module.training) for module in head.modules()]
+    head.eval()
+    try:
+        z: Tensor = head(h.to(first.device, first.dtype))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return z.float().cpu()
+
+
+@torch.no_grad()
+def weight_norm(module: nn.Module) -> float:
+    """Return the length of a module's matrices and kernels, all as one vector.
+
+    Scales and shifts are left out, as by weight decay.
+    """
+    squares = [p.double().square().sum() for p in module.parameters() if p.ndim > 1]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
