@@ -15,7 +15,7 @@
         │   └── StorageDeniedError   nobody may write there                       (exit code 2)
         └── UnhealthyRunError    it learns nothing more, so that going on is not worth it
             ├── DivergedError    a loss, feature or weight is not finite
-            └── CollapseError    all images look alike to the encoder
+            └── CollapseError    the encoder learns nothing: all images look alike to it
 
 `simclr_ray.augment.decode.ImageError` stands apart: that folder travels alone with exported models.
 Everything else that escapes is a defect.
@@ -115,7 +115,15 @@ class StorageDeniedError(StorageError):
 
 
 class UnhealthyRunError(RunError):
-    """A run whose weights, features or loss show that it learns nothing more."""
+    """A run whose weights, features or loss show that it learns nothing more.
+
+    Attributes:
+        good_until: The last step at which nothing was wrong yet, where that is known.
+        rate_may_help: Whether the same from there on might do better with a lower learning rate.
+    """
+
+    good_until: int | None = None
+    rate_may_help: bool = True
 
 
 class DivergedError(UnhealthyRunError):
@@ -123,7 +131,7 @@ class DivergedError(UnhealthyRunError):
 
 
 class CollapseError(UnhealthyRunError):
-    """All images look alike to the encoder: features of rank one, or the loss of equal ones."""
+    """The encoder learns nothing: images look alike to it, or their views tell it nothing."""
 
 
 def last_line(error: object) -> str:

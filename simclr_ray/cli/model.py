@@ -20,7 +20,7 @@ def register(
     alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "newest",
     *,
     force: Annotated[
-        bool, typer.Option("--force", help="Also where the encoder has collapsed.")
+        bool, typer.Option("--force", help="Also one no better than untrained.")
     ] = False,
 ) -> None:
     """Register a run's newest checkpoint in MLflow's model registry."""

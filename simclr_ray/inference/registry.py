@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 EXAMPLES_TRIED: Final = 64
 FEW_DIMENSIONS: Final = 2.0  # effective rank; a trained encoder has ten times that and more
+NO_WORSE: Final = ("effective_rank", "feature_std")  # known of every encoder with two images
 ABSENT: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter of an alias
 
 
@@ -73,10 +74,10 @@ def register_run(run: str, name: str, alias: str, *, force: bool = False) -> Reg
         run: Folder or URI.
         name: Of the model.
         alias: Moved to the new version.
-        force: Also where the encoder has collapsed.
+        force: Also where the encoder is no better than an untrained one.
 
     Raises:
-        CollapseError: By its stored scores the encoder has collapsed.
+        CollapseError: By its stored scores the encoder is no better than an untrained one.
         ConfigError: `run` is no run folder, its store is gone, or name or alias cannot be.
         CheckpointError: It holds no whole checkpoint.
         TrackingError: The registry refuses or cannot be reached.
@@ -98,6 +99,8 @@ def register_run(run: str, name: str, alias: str, *, force: bool = False) -> Reg
             "seed": experiment.seed,
             "checkpoint": newest.name,
         }
+        if record.rollbacks:  # not the plain setting
+            tags |= {"rollbacks": record.rollbacks, "rate_multiplier": record.rate_multiplier}
         for score in folder.read_json(SCORES, list) or []:
             if score["name"] == TRAINED:
                 tags |= {k: v for k, v in score.items() if isinstance(v, float)}
@@ -114,18 +117,38 @@ def register_run(run: str, name: str, alias: str, *, force: bool = False) -> Reg
 
 
 def check_scores(folder: RunFolder) -> None:
-    """Raise `CollapseError` where a run's stored scores are those of an encoder that has collapsed.
+    """Raise `CollapseError` where, by a run's stored scores, its encoder has not learned.
 
-    Its features span next to nothing, and fewer dimensions than those of the untrained encoder.
+    Its features span next to nothing, and fewer dimensions than those of the untrained encoder; or
+    it is better than that in nothing: no accuracy, no effective rank and no deviation.
     """
     scores = {score["name"]: score for score in folder.read_json(SCORES, list) or []}
-    trained, before = (scores.get(name, {}).get("effective_rank") for name in (TRAINED, UNTRAINED))
-    if trained is None or before is None or trained >= min(FEW_DIMENSIONS, before):
+    trained, before = scores.get(TRAINED, {}), scores.get(UNTRAINED, {})
+    both = {k: (v, before[k]) for k, v in trained.items() if _is_number(v, before.get(k))}
+    if "effective_rank" not in both:
         return
-    raise CollapseError(
-        f"{folder.uri}: the features' effective rank is {trained:.2f}, that of the untrained "
-        f"encoder {before:.2f}: all images look alike to it, so it is not registered (--force)"
-    )
+    now, then = both["effective_rank"]
+    if now < min(FEW_DIMENSIONS, then):
+        problem = (
+            f"the features' effective rank is {now:.2f}, that of the untrained encoder {then:.2f}: "
+            "all images look alike to it"
+        )
+    elif set(NO_WORSE) <= both.keys() and not any(
+        ours > theirs for key, (ours, theirs) in both.items() if key != "uniformity"
+    ):
+        shown = ", ".join(
+            f"{key} {ours:.3g} (untrained {theirs:.3g})"
+            for key, (ours, theirs) in both.items()
+            if key != "uniformity"
+        )
+        problem = f"the encoder is no better than the untrained one: {shown}"
+    else:
+        return
+    raise CollapseError(f"{folder.uri}: {problem}, so it is not registered (--force)")
+
+
+def _is_number(*values: object) -> bool:
+    return all(isinstance(value, float) for value in values)
 
 
 def register_encoder(

@@ -4,6 +4,7 @@
     experiment.yaml  run.json           what is run, and where it is tracked
     metrics.jsonl  bad_rows.jsonl       what training said
     other_metrics.jsonl                 of the machine, and of the evaluation at the end
+    rollbacks.json                      how often it went back by itself, and why
     delivered.json                      how much of that MLflow has, and what it is owed
     scores.json  views.png  curves.png  of the evaluation at the end
     outcome.json                        written last: the run is finished and evaluated
@@ -251,13 +252,17 @@ class RunFolder:
         names = self.checkpoints()
         older = names[names.index(newest) :] if newest in names else []
         finished = [name for name in older if checkpoint.RECORD in self.names(name)]
-        files, root = self._open()
         for name in names:
             half = self.local is not None and not (self.local / name / checkpoint.RECORD).exists()
             if half or (name in older and name not in finished[:keep]):
-                files.delete_dir(f"{root}/{name}")
+                self.remove_checkpoint(name)
         for left in self.local.glob(".*.tmp") if self.local is not None else ():
             left.unlink(missing_ok=True)
+
+    def remove_checkpoint(self, name: str) -> None:
+        """Remove a checkpoint."""
+        files, root = self._open()
+        files.delete_dir(f"{root}/{name}")
 
     def set_aside(self) -> RunFolder:
         """Move all but the lock to a folder beside this one, `<name>~1` or the next free number."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.checkpoint import FORMAT_VERSION, FORMATS_READ
@@ -21,6 +21,8 @@ class RunRecord:
         fingerprint: Of the training images.
         digest: Of the experiment.
         format_version: Of the folder.
+        rollbacks: How often the run went back to a checkpoint by itself; in the file where it did.
+        rate_multiplier: Of the learning rate, for that.
     """
 
     mlflow_run_id: str
@@ -28,6 +30,8 @@ class RunRecord:
     fingerprint: str
     digest: str
     format_version: int = FORMAT_VERSION
+    rollbacks: int = 0
+    rate_multiplier: float = 1.0
 
     @classmethod
     def find(cls, folder: RunFolder) -> RunRecord | None:
@@ -48,7 +52,8 @@ class RunRecord:
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         names = {field.name for field in fields(cls)}
         values = {key: value for key, value in tree.items() if key in names}
-        if missing := sorted(names - {"format_version"} - set(values)):
+        defaults = {field.name for field in fields(cls) if field.default is not MISSING}
+        if missing := sorted(names - defaults - set(values)):
             problem = f"is no whole record: it lacks {', '.join(missing)}"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         record = cls(**values)
@@ -69,4 +74,7 @@ class RunRecord:
     def write(self, folder: RunFolder) -> None:
         """Write the record into the folder."""
         stored = replace(self, tracking_uri=stored_uri(self.tracking_uri, folder))
-        folder.write_text(RUN_FILE, json.dumps(asdict(stored), indent=1))
+        tree = asdict(stored)
+        if not self.rollbacks:
+            del tree["rollbacks"], tree["rate_multiplier"]
+        folder.write_text(RUN_FILE, json.dumps(tree, indent=1))

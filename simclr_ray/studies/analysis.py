@@ -100,7 +100,7 @@ def results_of(study: Study, outcomes: Sequence[TrialOutcome]) -> Results:
         rows,
         [_verdict(study, comparison, readings) for comparison in study.comparisons],
         _agreement(study, rows),
-        [o for o in outcomes if not readings_of(study, o)],
+        [o for o in outcomes if o.reason or not readings_of(study, o)],
         len(outcomes),
         sum(max(o.curve, default=0) for o in outcomes),
         sum(o.cost["images"] for o in outcomes),

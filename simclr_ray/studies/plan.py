@@ -189,6 +189,7 @@ def base_tree(study: Study) -> dict[str, Any]:
         ConfigError: The base or a value of `set` cannot be.
     """
     tree, shown = cfg.read_tree(study.base)
+    tree = {**tree, "health": {"on_collapse": "warn", **tree.get("health", {})}}
     wrong = [ConfigIssue(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
     wrong += [
         ConfigIssue(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))
@@ -296,6 +297,8 @@ def _trial(study: Study, tree: Mapping[str, Any], point: Point, seed: int) -> Tr
         made = _appended(made, {p[:-1]: v for p, v in case.items() if p.endswith("+")})
     name = name_of(study, point, seed)
     experiment = cfg.validate(Experiment, {**made, "name": name})
+    if experiment.health.rolls_back:  # a setting that learns nothing is a point as well
+        raise ConfigError([ConfigIssue("health", "rollback changes the rate: not in studies")])
     return Trial(name, (Cell(point, 0),), seed, experiment)
 
 

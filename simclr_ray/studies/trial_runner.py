@@ -17,7 +17,13 @@ from ray.exceptions import RayTaskError
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import PROBE
-from simclr_ray.errors import SimclrRayError, TrackingError, UnhealthyRunError
+from simclr_ray.errors import (
+    CollapseError,
+    RunError,
+    SimclrRayError,
+    TrackingError,
+    UnhealthyRunError,
+)
 from simclr_ray.evaluation.evaluate import evaluate_trained, probe_experiment, score_classifier
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.provenance import code_commit
@@ -33,6 +39,7 @@ from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.monitor import Record
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter
+from simclr_ray.train.rollback import Rollbacks
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +78,7 @@ def run_trial(
     metrics: dict[str, float] = {}
     try:
         metrics = enter(experiment, _train_and_evaluate, job.study, watch, check)
+        reason = watch.warned  # a bad setting is a point as well, and says so
     except UnhealthyRunError as error:
         status, reason = "collapsed", str(error)
     except SimclrRayError as error:
@@ -84,7 +92,7 @@ def run_trial(
         status,
         reason=reason,
         metrics=metrics,
-        last_epoch=watch.health.collapsed_at,
+        last_epoch=0 if watch.warned else watch.health.collapsed_at,
     )
     return store_outcome(outcome, job.study.name, job.folder)
 
@@ -93,6 +101,9 @@ def _train_and_evaluate(
     resolved: ResolvedExperiment, study: Study, watch: RunWatch, check: Callable[[], None]
 ) -> dict[str, float]:
     watch.folder = resolved.folder
+    watch.health = HealthWatch(resolved.config, resolved.warmup_steps)
+    if Rollbacks.read(resolved.folder).count:
+        raise RunError("the run was rolled back, to another rate than the setting's")
 
     def watched(record: Record) -> None:
         watch(record)
@@ -238,10 +249,15 @@ def tag(outcome: TrialOutcome, study: str) -> None:
 
 
 class RunWatch:
-    """Passes epoch ends on, and ends a run that has collapsed."""
+    """Passes epoch ends on, and ends a run that has collapsed, or remembers that.
+
+    Attributes:
+        warned: What was wrong, where `health.on_collapse` is `warn`; else empty.
+    """
 
     def __init__(self, experiment: Experiment, tell: Tell) -> None:
         self.health, self.tell = HealthWatch(experiment), tell
+        self.warns, self.warned = experiment.health.on_collapse == "warn", ""
         self.folder: RunFolder | None = None  # where the run is, once that is resolved
         self.training: dict[str, float] = {}
 
@@ -254,14 +270,17 @@ class RunWatch:
 
     def __call__(self, record: Record) -> None:
         """Take one record of metrics."""
-        evaluated = any(key.startswith("eval/") for key in record)
         values = {key: value for key, value in record.items() if "/" in key}
-        if not evaluated:
+        if any(key.startswith("eval/") for key in record):
+            self.tell(round(record["epoch"]), self.training | values)
+        else:
             self.training |= values
+        try:
             self.health(record)
-            return
-        self.tell(round(record["epoch"]), self.training | values)
-        self.health(record)
+        except CollapseError as error:
+            if not self.warns:
+                raise
+            self.warned = self.warned or str(error)
 
 
 def _under(experiment: Experiment, parent_run: str) -> Experiment:

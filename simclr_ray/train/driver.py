@@ -28,7 +28,7 @@ from simclr_ray.distributed.ray_cluster import (
     connect,
     driver_queue,
 )
-from simclr_ray.errors import RunError, last_line
+from simclr_ray.errors import RunError, UnhealthyRunError, last_line
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
@@ -40,11 +40,13 @@ from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.elastic import RESIZE_S, Trainer
 from simclr_ray.train.failures import final_error
+from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
+from simclr_ray.train.rollback import Rollbacks, keeps_good, roll_back
 from simclr_ray.train.tracked import Tracked, open_tracker, tracked_run
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker
 
@@ -138,6 +140,7 @@ def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | No
 def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None) -> Run:
     """Train what is left of a run; return it."""
     total, folder = resolved.total_steps, resolved.folder
+    Rollbacks.read(folder).drop_abandoned(folder)  # a kill may have come between
     newest = _newest(resolved)
     if not newest:
         folder.check_resumable(resolved.identity)
@@ -152,7 +155,7 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
         if not newest and weight_files(resolved.config.init.weights):
             log.info("%s: %s", WHERE, init_line(resolved.config))
         with stop.passed_on(folder):
-            _fit(resolved, tracked, on_progress)
+            _fit_with_rollbacks(resolved, tracked, on_progress)
             is_stopped = stop.is_requested(folder)
         newest = _newest(resolved)
         folder.prune_checkpoints(resolved.config.checkpoint.keep, newest)
@@ -170,7 +173,32 @@ def _newest(resolved: ResolvedExperiment) -> str:
         return path.name if path else ""
 
 
-def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None) -> None:
+def _fit_with_rollbacks(
+    resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None
+) -> None:
+    """Train to the end, or until a stop; go back where the run went wrong and is to."""
+    rollbacks = Rollbacks.read(resolved.folder)
+    health = HealthWatch(resolved.config, resolved.warmup_steps)
+    health.replay(tracked.log.records(METRICS))
+    while True:
+        try:
+            _fit(resolved, tracked, on_progress, health, rollbacks)
+        except UnhealthyRunError as error:
+            rollbacks = roll_back(resolved, rollbacks, error, health.last_step)
+            tracked.sender.delivery.owe("tags", values=rollbacks.tags)
+            for name in resolved.folder.repair_snapshot():
+                log.debug("Ray's snapshot named %s, which is gone; it was set aside", name)
+        else:
+            return
+
+
+def _fit(
+    resolved: ResolvedExperiment,
+    tracked: Tracked,
+    on_progress: OnProgress | None,
+    health: HealthWatch,
+    rollbacks: Rollbacks,
+) -> None:
     experiment, folder, scaling = resolved.config, resolved.folder, resolved.config.scaling
     inbox = driver_queue()
     resources = {"CPU": scaling.cpus_per_worker}
@@ -180,7 +208,7 @@ def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress
         train_loop_per_worker,
         scaling=scaling,
         folder=folder,
-        train_loop_config={"input": WorkerInput(resolved, inbox)},
+        train_loop_config={"input": WorkerInput(resolved, inbox, rollbacks)},
         scaling_config=ray_config.ScalingConfig(
             num_workers=(scaling.min_workers, scaling.max_workers)
             if scaling.is_elastic
@@ -202,13 +230,16 @@ def _fit(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress
                 max_failures=-1 if scaling.max_failures else 0, max_preemption_failures=-1
             ),
             callbacks=[FailureReport(inbox)],
-            checkpoint_config=ray_config.CheckpointConfig(num_to_keep=experiment.checkpoint.keep),
+            # that of a run that may go back for a collapse is kept by `RunMonitor`
+            checkpoint_config=ray_config.CheckpointConfig(
+                num_to_keep=None if keeps_good(experiment) else experiment.checkpoint.keep
+            ),
             logging_config=ray_config.LoggingConfig(log_level="ERROR"),
         ),
     )
     least = f"{scaling.min_workers} to " if scaling.is_elastic else ""
     log.info("starting %s%s", least, counted(scaling.max_workers, "worker"))
-    watcher = RunMonitor(inbox, tracked, on_progress, resolved)
+    watcher = RunMonitor(inbox, tracked, on_progress, resolved, health)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with watcher:

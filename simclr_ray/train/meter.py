@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,10 +16,8 @@ from simclr_ray.errors import DivergedError, RunError
 from simclr_ray.nn.losses import BatchMetrics
 from simclr_ray.train.step_schedule import StepSchedule
 
-_NOT_FINITE = (
-    "the loss is not finite at step {step} (mean since the last report: {mean}); "
-    "lower schedule.learning_rate, or lengthen the warm-up"
-)
+_GRADIENT = "the gradient is not finite at step {step}, while the loss is ({loss})"
+_NOT_FINITE = "the loss is not finite at step {step} (mean since the last report: {mean})"
 
 
 class Metrics(NamedTuple):
@@ -97,6 +96,8 @@ class StepMeter:
         _, last, mean, wait, _ = gathered.mean(0).tolist()
         if not torch.isfinite(gathered[:, 1:3]).all():
             raise DivergedError(_NOT_FINITE.format(step=done, mean=mean))
+        if not math.isfinite(float(grad_norm)):
+            raise DivergedError(_GRADIENT.format(step=done, loss=last))
         images = self.steps * self.schedule.global_batch_size
         metrics = Metrics(
             step=done,

@@ -27,11 +27,11 @@ from simclr_ray.errors import (
     SimclrRayError,
     StorageError,
     TooManyBadImages,
+    UnhealthyRunError,
 )
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
 from simclr_ray.train import stop
-from simclr_ray.train.advice import FEW_STEPS
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import (
     Beat,
@@ -43,6 +43,7 @@ from simclr_ray.train.heartbeat import (
 )
 from simclr_ray.train.requests import NodeTaken
 from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.rollback import CheckpointKeeper, keeps_good
 from simclr_ray.train.tracked import Tracked
 
 log = logging.getLogger(__name__)
@@ -80,13 +81,13 @@ class RunMonitor:
         tracked: Tracked,
         on_progress: OnProgress | None,
         resolved: ResolvedExperiment,
+        health: HealthWatch,
     ) -> None:
         self.inbox, self.log, self.sender = inbox, tracked.log, tracked.sender
         self.on_progress, self.resolved = on_progress, resolved
         self.fatal: SimclrRayError | None = None
-        self.health: HealthWatch | None = HealthWatch(
-            resolved.config, min_steps=resolved.warmup_steps + FEW_STEPS
-        )
+        self.health, self._has_warned = health, False
+        self._keeper = CheckpointKeeper(resolved) if keeps_good(resolved.config) else None
         self.ranks = RankWatch(resolved.config.scaling)
         self._restarts = 0  # without a new checkpoint
         self._kept = self._newest_step()  # at the last restart
@@ -143,26 +144,26 @@ class RunMonitor:
             return items
 
     def _take(self, item: Any) -> None:
-        if item is None:
-            return
-        if isinstance(item, SimclrRayError):
+        if isinstance(item, UnhealthyRunError):
+            self._end(self.health.explained(item))
+        elif isinstance(item, SimclrRayError):
             self._end(item)
-        elif isinstance(item, WorkerReady):
-            self._tell_ready(item)
-        elif isinstance(item, RankStarted):
-            self.ranks.take_start(item)
-        elif isinstance(item, Beat):
-            self.ranks.take(item)
-        elif isinstance(item, RankFinished):
-            self.ranks.take_end(item)
-        elif isinstance(item, RanksMove):
-            self._take_move(item)
-        elif isinstance(item, RanksFailed):
-            self._take_failure(item)
-        elif "reason" in item:
-            self._take_bad(item)
-        else:
-            self._take_metrics(item)
+        elif isinstance(item, dict):
+            self._take_bad(item) if "reason" in item else self._take_metrics(item)
+        elif item is not None:
+            self._take_word(item)
+
+    def _take_word(self, word: Any) -> None:
+        """Take what a rank, or Ray for it, says of itself."""
+        takers: dict[type, Callable[[Any], None]] = {
+            WorkerReady: self._tell_ready,
+            RankStarted: self.ranks.take_start,
+            Beat: self.ranks.take,
+            RankFinished: self.ranks.take_end,
+            RanksMove: self._take_move,
+            RanksFailed: self._take_failure,
+        }
+        takers[type(word)](word)
 
     def _tell_ready(self, worker: WorkerReady) -> None:
         """Say so when all workers are ready; after a restart, again."""
@@ -194,7 +195,8 @@ class RunMonitor:
 
     def _take_failure(self, failed: RanksFailed) -> None:
         """Say why all is started again; end the run where that brings it no further."""
-        if all(NodeTaken.__name__ in cause for cause in failed.errors.values()):
+        causes = failed.errors.values()
+        if causes and all(NodeTaken.__name__ in cause for cause in causes):
             return  # said already
         self._start_over()
         kept, most = self._newest_step(), self.resolved.config.scaling.max_failures
@@ -234,17 +236,19 @@ class RunMonitor:
         self._check_health(item)
 
     def _check_health(self, item: Record) -> None:
-        """End the run, or say so once, where the encoder has collapsed."""
-        if self.health is None:
-            return
+        """End the run, or say so once, where it does not learn."""
         try:
             self.health(item)
         except CollapseError as error:
-            self.health = None
-            if self.resolved.config.health.on_collapse == "stop":
+            if self.resolved.config.health.on_collapse != "warn":
                 self._end(error)
-            else:
+            elif not self._has_warned:
+                self._has_warned = True
                 log.warning("%s (health.on_collapse=warn)", error)
+        except UnhealthyRunError as error:
+            self._end(error)
+        if self._keeper is not None:
+            self._keeper.keep(self.health)
 
     def _take_bad(self, item: dict[str, Any]) -> None:
         if item["id"] not in self._bad:

@@ -47,6 +47,7 @@ from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import check_model, store_uri
 from simclr_ray.train.encoder_check import check_encoder
 from simclr_ray.train.imports import export_problem, resolve_imports
+from simclr_ray.train.rollback import check_policy
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     store_uri(config.tracking.uri, config.storage)
     _check_registrable(config)
     resolved = ResolvedExperiment(config, source)
+    check_policy(resolved)
     if resolved.folder.local is not None and not resolved.folder.local.exists():
         try:
             check_makeable(resolved.folder.local)

@@ -25,6 +25,7 @@ from simclr_ray.tracking.runs import Status, TrackedRun, Tracker
 from simclr_ray.tracking.sender import Sender, sending
 from simclr_ray.tracking.store import delivering, store_uri
 from simclr_ray.tracking.system_metrics import system_metrics
+from simclr_ray.train.rollback import Rollbacks
 from simclr_ray.train.run_log import DELIVERED, RunLog
 
 if TYPE_CHECKING:  # of what imports torch: a sync needs none of it
@@ -205,6 +206,7 @@ def _started(resolved: ResolvedExperiment, tracker: Tracker) -> TrackedRun | Non
     """Return the MLflow run, or None where a continued one does not answer."""
     experiment, source, folder = resolved.config, resolved.source, resolved.folder
     record = RunRecord.find(folder)
+    rollbacks = Rollbacks.read(folder)
     try:
         resume_id = record.mlflow_run_id if record else ""
         if record and not tracker.has_run(resume_id):  # ids are unique, addresses change by a move
@@ -213,11 +215,13 @@ def _started(resolved: ResolvedExperiment, tracker: Tracker) -> TrackedRun | Non
         run = tracker.start_run(
             folder.name,
             params=params_of(experiment),
-            tags={"digest": resolved.digest, "storage": folder.uri},
+            tags={"digest": resolved.digest, "storage": folder.uri} | rollbacks.tags,
             resume_id=resume_id,
             parent_id=experiment.tracking.parent_run,
         )
-        RunRecord(run.run_id, tracker.uri, source.fingerprint, resolved.digest).write(folder)
+        RunRecord(
+            run.run_id, tracker.uri, source.fingerprint, resolved.digest, **rollbacks.named
+        ).write(folder)
         run.log_dataset("train", source.uri, source.fingerprint, source.num_rows, "pretraining")
     except TrackingUnavailableError as error:
         if record is None or record.tracking_uri != tracker.uri:

@@ -48,10 +48,12 @@ from simclr_ray.train.heartbeat import Heartbeat, RanksMove, RankStarted
 from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
 from simclr_ray.train.requests import NodeTaken, Requests
 from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.rollback import Rollbacks
+from simclr_ray.train.step_schedule import schedule_of
 
 SYNC, ASYNC = ray.train.CheckpointUploadMode.SYNC, ray.train.CheckpointUploadMode.ASYNC
 SLOW_S = 1.0  # an upload that takes longer goes on beside the next steps
-LOWER_THE_RATE = "lower schedule.learning_rate, or lengthen the warm-up"
+BAD_START = "{} is not finite before the first step: it is so in init.weights, or in own code"
 
 
 class WorkerInput(NamedTuple):
@@ -59,6 +61,7 @@ class WorkerInput(NamedTuple):
 
     experiment: ResolvedExperiment
     inbox: PickledQueue
+    rollbacks: Rollbacks = Rollbacks()
 
 
 def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
@@ -86,6 +89,7 @@ class TrainWorker:
     def __init__(self, worker_input: WorkerInput) -> None:
         self.resolved, self.inbox = worker_input.experiment, worker_input.inbox
         self.experiment, self.source = self.resolved.config, self.resolved.source
+        self.rollbacks = worker_input.rollbacks
         self.folder, self.total = self.resolved.folder, self.resolved.total_steps
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
@@ -115,6 +119,9 @@ class TrainWorker:
             experiment, self.source, self.rank, self.num_ranks, self.device
         )
         self.requests = Requests(self.folder, self.rank, experiment.scaling)
+        if kept is None:
+            self._check_finite(0, self.model.state_dict())
+            self._send(0, 0, self.evaluation.before_training(self.model))
         self.inbox.put(WorkerReady(self.rank, self.num_ranks))
         loop.train(
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),
@@ -123,7 +130,7 @@ class TrainWorker:
             finish_batches(
                 experiment, self.source, self._with_replaced_rows_sent(batches), self.device
             ),
-            self._schedule(),
+            schedule_of(self.resolved, self.rollbacks.halved_at),
             loop.Callbacks(self.report, self.epoch_end, self.save, self.requests.ask),
             precision=experiment.precision,
             seed=experiment.seed,
@@ -186,6 +193,7 @@ class TrainWorker:
             record = {
                 "experiment": cfg.to_tree(self.experiment),
                 **self.resolved.identity,
+                **self.rollbacks.record,
                 "class_names": list(self.source.class_names),
             }
             checkpoint.write(local, step, tensors, record)
@@ -205,7 +213,10 @@ class TrainWorker:
     def _check_finite(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         wrong = checkpoint.first_not_finite(tensors.items())
         if wrong:
-            raise DivergedError(f"{wrong} is not finite at step {step}; {LOWER_THE_RATE}")
+            said = f"{wrong} is not finite at step {step}"
+            error = DivergedError(said if step else BAD_START.format(wrong))
+            error.rate_may_help = step > 0
+            raise error
 
     def _upload(self, written: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         """Copy a checkpoint to where the run lies, its record last: what has one is whole."""
@@ -285,19 +296,6 @@ class TrainWorker:
     def _send(self, step: int, epoch: float, values: dict[str, float]) -> None:
         if self.rank == 0:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
-
-    def _schedule(self) -> loop.StepSchedule:
-        experiment = self.experiment
-        return loop.StepSchedule(
-            steps_per_epoch=self.resolved.steps_per_epoch,
-            total_steps=self.total,
-            warmup_steps=self.resolved.warmup_steps,
-            peak_learning_rate=experiment.peak_learning_rate(),
-            global_batch_size=experiment.batch_size,
-            log_every=experiment.tracking.log_every_steps,
-            checkpoint_every=experiment.checkpoint.every_steps,
-            config=experiment.schedule,
-        )
 
 
 def apply_color(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:

@@ -29,20 +29,26 @@ from simclr_ray.distributed import collectives
 from own_nets.components import PullLoss
 
 class Loss(PullLoss):
-    def __init__(self, file, at, *, global_batch_size=0):
+    def __init__(self, file, at, once=False, *, global_batch_size=0):
         super().__init__(global_batch_size=global_batch_size)
-        self.file, self.at, self.calls = Path(file), at, 0
+        self.file, self.at, self.calls, self.once = Path(file), at, 0, once
 
     def forward(self, z1, z2, labels=None):
         self.calls += 1
         if self.calls == self.at and collectives.rank() == 1 and self.file.exists():
+            if self.once:
+                self.file.unlink()
             z1.register_hook(lambda gradient: gradient * float("nan"))
         return super().forward(z1, z2, labels)
 """
 
 
-def sick_run(folder: Path, at: int) -> tuple[list[str], Path]:
-    """Return a command whose rank 1 has a NaN in its gradient of step `at`, and the file for it."""
+def sick_run(folder: Path, at: int, *, once: bool = False) -> tuple[list[str], Path]:
+    """Return a command whose rank 1 has a NaN in its gradient of step `at`, and the file for it.
+
+    With `once` the file goes with it.
+    """
+    folder.mkdir(exist_ok=True)
     write_splits(folder, 330)
     package = folder / "own_nets"
     package.mkdir()
@@ -52,7 +58,7 @@ def sick_run(folder: Path, at: int) -> tuple[list[str], Path]:
     file = folder / "sick"
     file.touch()
     tree = tree_of(folder, "runs", 2, "float64")
-    options = {"file": str(file), "at": at}
+    options = {"file": str(file), "at": at, "once": once}
     tree["loss"] = {"name": "import", "path": "own_nets.sick:Loss", "options": options}
     tree["schedule"] = {"learning_rate": 0.01, "warmup_steps": 5}
     tree["checkpoint"] = {"every_steps": 2}

@@ -145,13 +145,24 @@ class ScalingConfig(Config):
 
 
 class HealthConfig(Config):
-    """What follows where a run learns nothing more. A loss that is not finite always ends it."""
+    """What follows where a run diverges or learns nothing more."""
 
-    on_collapse: Literal["stop", "warn"] = Field(
+    on_divergence: Literal["stop", "rollback"] = Field(
         "stop",
-        description="Of an encoder to which all images look alike: end the run, or say it and "
-        "train on.",
+        description="Of a loss, gradient or weight that is not finite: end the run, or go back to "
+        "the last good checkpoint and on with half the rate.",
     )
+    on_collapse: Literal["stop", "rollback", "warn"] = Field(
+        "stop",
+        description="Of an encoder that learns nothing more: end the run, go back as for "
+        "on_divergence, or say it and train on, as studies do by default.",
+    )
+    max_rollbacks: int = Field(3, ge=1, description="Of a whole run; then it ends.")
+
+    @property
+    def rolls_back(self) -> bool:
+        """Return whether a run may go back by itself."""
+        return "rollback" in (self.on_divergence, self.on_collapse)
 
 
 class TrackingConfig(Config):

@@ -75,8 +75,8 @@ def another(path: str, value: Any) -> Any:
         return [{"name": "crop"}]
     if path == "loss.views":
         return 2
-    if path == "health.on_collapse":
-        return "warn"
+    if path in ("health.on_collapse", "health.on_divergence"):
+        return "rollback"
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

@@ -45,20 +45,29 @@ def test_epoch_ends_carry_the_training_record_before_them() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("epoch", "loss", "ends"),
-    [(2.9, STUCK, False), (3.1, STUCK, True), (3.1, STUCK - 0.2, False), (9.0, STUCK, True)],
-)
+@pytest.mark.parametrize(("loss", "ends"), [(STUCK, True), (STUCK - 0.2, False)])
 def test_a_loss_of_equal_embeddings_ends_a_run_once_it_has_had_its_time(
-    epoch: float, loss: float, *, ends: bool
+    loss: float, *, ends: bool
 ) -> None:
     _, watch = told()
-    record = {"step": 1, "epoch": epoch, "total": 9, "train/mean_loss": loss}
-    if not ends:
+    records = [
+        {"step": step, "epoch": step / 100, "total": 900, "train/mean_loss": loss}
+        for step in range(10, 210, 10)
+    ]
+    for record in records[:-1]:
         watch(record)
+    if not ends:
+        watch(records[-1])
         return
     with pytest.raises(CollapseError, match=r"stuck: .* 4\.8442"):
-        watch(record)
+        watch(records[-1])
+
+
+def test_a_trial_that_is_to_warn_goes_on_and_says_what_was_wrong() -> None:
+    watch = RunWatch(experiment(health={"on_collapse": "warn"}), lambda *_: None)
+    for epoch in (1, 2):
+        watch({"step": epoch, "epoch": epoch, "total": 9, "eval/effective_rank": 1.02})
+    assert "effective rank is 1.02 after epoch 1" in watch.warned
 
 
 def test_features_of_one_direction_end_a_run() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,187 @@ import pytest
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import CollapseError
+from simclr_ray.errors import CollapseError, DivergedError, UnhealthyRunError
 from simclr_ray.inference.registry import check_scores
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.train.health import HealthWatch
 
-N = 64
+N, WARMUP = 64, 100
 STUCK = math.log(2 * N - 1)
+START = {
+    "start/effective_rank": 4.5, "start/feature_std": 0.006, "start/weight_norm": 27.0,
+    "start/effective_rank_z": 3.4, "start/feature_std_z": 0.01, "start/margin": 0.001,
+    "start/equal_views": 0.0, "start/blank_views": 0.0, "start/copied_images": 0.0,
+}  # fmt: skip
+WELL = {
+    "eval/effective_rank": 32.0, "eval/feature_std": 0.03, "eval/weight_norm": 27.2,
+    "eval/effective_rank_z": 35.0, "eval/feature_std_z": 0.12, "eval/margin": 0.5,
+    "eval/pair_top1": 0.3,
+}  # fmt: skip
+EQUAL = WELL | {
+    "eval/effective_rank": 1.8, "eval/feature_std": 0.001, "eval/margin": 0.0004,
+    "eval/pair_top1": 0.02,
+}  # fmt: skip
 
 
-def watch(**schedule: Any) -> HealthWatch:
-    tree = {"name": "t", "data": {"train": "x"}, "batch_size": N, "schedule": schedule}
-    return HealthWatch(cfg.validate(Experiment, tree))
+def watch(**changes: Any) -> HealthWatch:
+    tree = {"name": "t", "data": {"train": "x"}, "batch_size": N, **changes}
+    made = HealthWatch(cfg.validate(Experiment, tree), WARMUP)
+    made(at(0, START))
+    return made
 
 
-@pytest.mark.parametrize(("step", "ends"), [(210, False), (290, False), (310, True)])
-def test_a_warm_up_in_steps_is_waited_for_as_one_in_epochs(step: int, *, ends: bool) -> None:
-    """100 steps an epoch: a warm-up of 100 steps, and two epochs more."""
-    record = {"step": step, "epoch": step / 100, "total": 900, "train/mean_loss": STUCK}
-    health = watch(warmup_steps=100)
-    if not ends:
-        health(record)
-        return
-    with pytest.raises(CollapseError, match="stuck: the loss"):
-        health(record)
-    assert health.collapsed_at == 3
+def at(step: int, values: Mapping[str, float]) -> dict[str, float]:
+    return {"step": step, "epoch": step / 100, "total": 900, **values}
+
+
+def report(step: int, loss: float, top1: float = 0.3) -> dict[str, float]:
+    values = {"mean_loss": loss, "contrastive_top1": top1, "grad_norm": 10.0}
+    return at(step, {f"train/{name}": value for name, value in values.items()})
+
+
+def ended(health: HealthWatch, records: Iterable[Mapping[str, float]]) -> UnhealthyRunError | None:
+    """Return what a watch raises of records in order, if anything."""
+    for record in records:
+        try:
+            health(record)
+        except UnhealthyRunError as error:
+            return error
+    return None
+
+
+@pytest.mark.parametrize(("steps", "ends"), [(290, False), (300, True)])
+def test_a_loss_has_two_hundred_steps_after_warm_up_to_leave_that_of_equal_embeddings(
+    steps: int, *, ends: bool
+) -> None:
+    error = ended(watch(), (report(step, STUCK) for step in range(10, steps + 1, 10)))
+    assert isinstance(error, CollapseError) == ends
+    if error is not None:
+        assert "stuck: the loss is 4.8442" in str(error)
+        assert error.good_until == WARMUP
+
+
+def test_one_report_below_that_level_is_a_sign_of_life() -> None:
+    losses = [STUCK + 0.1] * 20 + [STUCK - 0.2] + [STUCK + 0.1] * 19
+    assert ended(watch(), (report(10 * k, v) for k, v in enumerate(losses, 1))) is None
+
+
+def test_features_that_shrink_below_the_untrained_end_a_run_where_that_lasts() -> None:
+    once = [at(150, WELL), at(200, EQUAL), at(250, WELL), at(300, EQUAL), at(340, EQUAL)]
+    health = watch()
+    assert ended(health, once) is None
+    assert health.well_until == 250
+    error = ended(health, [at(350, EQUAL)])
+    assert isinstance(error, CollapseError)
+    assert "effective rank is 1.8, untrained 4.5" in str(error)
+    assert error.good_until == 250
+
+
+def test_a_margin_that_falls_back_ends_a_run_and_names_when_it_was_well() -> None:
+    fallen = WELL | {"eval/margin": 0.02}
+    error = ended(watch(), [at(150, WELL), at(200, fallen), at(250, fallen)])
+    assert isinstance(error, CollapseError)
+    assert "0.0200 (cosine), after 0.500" in str(error)
+    assert error.good_until == 150
+
+
+def test_features_of_one_direction_end_a_run_at_once() -> None:
+    error = ended(watch(), [at(10, {**EQUAL, "eval/effective_rank": 1.02})])
+    assert isinstance(error, CollapseError)
+    assert "effective rank is 1.02 after epoch 0" in str(error)
+    assert error.good_until == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ({"equal_views": 0.95}, "the two views of 95% of the images are identical"),
+        ({"blank_views": 0.6}, "60% of the images have two views of one color"),
+        ({"copied_images": 0.8}, "80% of the images have exact duplicates in a batch of 64"),
+        ({"equal_views": 0.5, "blank_views": 0.3, "copied_images": 0.3}, ""),
+    ],
+)
+def test_views_that_tell_nothing_end_a_run_before_its_first_step(
+    start: dict[str, float], said: str
+) -> None:
+    tree = {"name": "t", "data": {"train": "x"}, "batch_size": N}
+    health = HealthWatch(cfg.validate(Experiment, tree), WARMUP)
+    error = ended(health, [at(0, START | {f"start/{k}": v for k, v in start.items()})])
+    assert said in str(error)
+    assert (error is not None) == bool(said)
+    assert error is None or not error.rate_may_help
+    supervised = tree | {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}}
+    health = HealthWatch(cfg.validate(Experiment, supervised), WARMUP)
+    assert ended(health, [at(0, START | {f"start/{k}": v for k, v in start.items()})]) is None
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "changes", "cause"),
+    [
+        ({"weight_norm": 600.0}, {}, "probably the rate: 0.075 after a warm-up of 100 steps, the"),
+        ({"weight_norm": 3.0}, {"optimizer": {"weight_decay": 2.0}}, "optimizer.weight_decay=2 "),
+        ({"feature_std": 0.03, "feature_std_z": 1e-7}, {}, "probably the head: z hardly varies"),
+        ({"feature_std": 0.03}, {}, "probably pairs that share nothing"),
+        ({}, {"loss": {"temperature": 0.001}}, "loss.temperature=0.001 lengthens gradients 1,000"),
+        ({}, {"loss": {"temperature": 50.0}}, "loss.temperature=50 makes all pairs count alike"),
+        ({}, {}, "probably the rate"),
+    ],
+)
+def test_the_likely_cause_is_named(
+    evaluated: dict[str, float], changes: dict[str, Any], cause: str
+) -> None:
+    values = EQUAL | {f"eval/{name}": value for name, value in evaluated.items()}
+    records = [at(step, values) for step in range(150, 500, 50)]
+    error = ended(watch(**changes), records)
+    assert cause in str(error)
+
+
+def test_an_encoder_whose_weights_do_not_move_is_named() -> None:
+    error = ended(watch(), [at(60, WELL | {"eval/weight_norm": 27.0})])
+    assert "frozen: no weight of the encoder has moved in 60 steps" in str(error)
+    assert error is not None
+    assert not error.rate_may_help
+
+
+def test_partners_that_only_training_mode_finds_are_a_leak() -> None:
+    records = [report(step, 0.1, top1=0.95) for step in range(10, 260, 10)]
+    records += [at(step, WELL | {"eval/pair_top1": 0.05}) for step in (150, 200, 250)]
+    error = ended(watch(), sorted(records, key=lambda r: r["step"]))
+    assert "95.0% of the batches in training, in 5.0% by running statistics" in str(error)
+
+
+@pytest.mark.parametrize("key", ["train/grad_norm", "eval/margin"])
+def test_a_metric_that_is_not_finite_is_a_divergence(key: str) -> None:
+    record = report(20, 3.0) if key.startswith("train") else at(20, WELL)
+    error = ended(watch(), [record | {key: math.nan}])
+    assert isinstance(error, DivergedError)
+    assert f"{key} is not finite at step 20" in str(error)
+
+
+def test_a_single_bad_value_is_told_from_a_rate_that_is_too_high() -> None:
+    steady, rising = watch(), watch()
+    for step in range(10, 60, 10):
+        steady(report(step, 3.0))
+        rising(report(step, 3.0 * 1.5 ** (step / 10)))
+    error = DivergedError("the loss is not finite at step 60")
+    assert "a single bad value" in str(steady.explained(error))
+    assert "probably the rate" in str(rising.explained(error))
+    assert "probably the rate" in str(watch().explained(error))  # at once
+
+
+def test_records_that_a_restart_makes_anew_count_once() -> None:
+    health = watch()
+    health.replay(report(step, STUCK) for step in range(10, 290, 10))
+    assert ended(health, (report(step, STUCK) for step in range(210, 290, 10))) is None
+    assert ended(health, [report(300, STUCK)]) is not None
+
+
+def test_a_loss_without_such_a_level_is_not_held_to_it() -> None:
+    health = watch(loss={"name": "triplet"})
+    assert ended(health, (report(step, STUCK) for step in range(10, 900, 10))) is None
+    error = ended(health, (report(step, 1.0, top1=1 / N) for step in range(900, 1500, 10)))
+    assert "a view's partner is found in" in str(error)
 
 
 def test_what_ends_a_run_is_no_part_of_its_digest() -> None:
@@ -63,6 +219,25 @@ def test_an_encoder_that_spans_less_than_an_untrained_one_is_not_registered(
         check_scores(folder)
         return
     with pytest.raises(CollapseError, match=r"effective rank is 1\..*untrained.*--force"):
+        check_scores(folder)
+
+
+@pytest.mark.parametrize(
+    ("better", "refused"),
+    [({}, True), ({"knn_top1": 0.31}, False), ({"effective_rank": 9.1}, False),
+     ({"feature_std": 0.02}, False)],
+)  # fmt: skip
+def test_an_encoder_that_is_better_than_the_untrained_in_nothing_is_not_registered(
+    better: dict[str, float], tmp_path: Path, *, refused: bool
+) -> None:
+    folder = RunFolder(str(tmp_path), "r")
+    before = {"knn_top1": 0.3, "effective_rank": 9.0, "feature_std": 0.01, "uniformity": -0.1}
+    rows = {"trained encoder": before | {"uniformity": -3.0} | better, "untrained encoder": before}
+    folder.write_text(SCORES, json.dumps([{"name": n, **row} for n, row in rows.items()]))
+    if not refused:
+        check_scores(folder)
+        return
+    with pytest.raises(CollapseError, match=r"no better than the untrained one: knn_top1 0\.3 "):
         check_scores(folder)
 
 

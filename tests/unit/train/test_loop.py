@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(poison: floa
                     model.head.get_parameter("bias").fill_(poison)
             yield batch
 
-    with pytest.raises(RunError, match=r"the loss is not finite at step 4 .*learning_rate"):
+    with pytest.raises(RunError, match="the loss is not finite at step 4 "):
         run(model, stream(), schedule(log_every=4))
 
 

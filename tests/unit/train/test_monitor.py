@@ -12,8 +12,15 @@ import pytest
 from ray.util.queue import Empty
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import CollapseError, RestartsError, SimclrRayError, TooManyBadImages
+from simclr_ray.errors import (
+    CollapseError,
+    DivergedError,
+    RestartsError,
+    SimclrRayError,
+    TooManyBadImages,
+)
 from simclr_ray.storage.run_folder import BAD_ROWS
+from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.monitor import RunMonitor
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
@@ -54,7 +61,8 @@ def fate(run: ResolvedExperiment, items: list[Any]) -> SimclrRayError | None:
     for item in items:
         inbox.put(item)
     with tracked_run(run, open_tracker(run)) as tracked:
-        watcher = RunMonitor(inbox, tracked, None, run)
+        health = HealthWatch(run.config, run.warmup_steps)
+        watcher = RunMonitor(inbox, tracked, None, run, health)
         with watcher:
             pass
         watcher.say_bad_rows()
@@ -93,6 +101,14 @@ def test_a_collapse_ends_a_run_or_is_said_once(
     assert isinstance(fate(resolved(tmp_path), records), CollapseError)
     assert fate(resolved(tmp_path, "health.on_collapse=warn", "seed=5"), records) is None
     assert caplog.text.count("(health.on_collapse=warn)") == 1
+
+
+def test_a_worker_s_error_is_told_with_what_the_records_say_of_it(tmp_path: Path) -> None:
+    steady = {"train/mean_loss": 2.5, "train/grad_norm": 3.0, "total": 90}
+    records = [{"step": step, "epoch": step / 2, **steady} for step in (10, 20, 30)]
+    error = fate(resolved(tmp_path), [*records, DivergedError("the loss is not finite at step 40")])
+    assert isinstance(error, DivergedError)
+    assert str(error).startswith("the loss is not finite at step 40; probably a single bad value")
 
 
 def test_restarts_without_a_further_checkpoint_end_a_run(

@@ -24,6 +24,7 @@ from simclr_ray.tracking import runs, sender
 from simclr_ray.tracking.delivery import STATE
 from simclr_ray.tracking.runs import Point, TrackedRun
 from simclr_ray.train import pipeline, tracked
+from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.monitor import RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
@@ -251,9 +252,10 @@ def test_the_local_log_does_not_wait_for_an_mlflow_that_is_slow(
     inbox = Inbox()
     seen: list[dict[str, float]] = []
     lags: list[float] = []
+    health = HealthWatch(resolved.config, resolved.warmup_steps)
     with (
         tracked_run(resolved, open_tracker(resolved)) as run,
-        RunMonitor(inbox, run, seen.append, resolved),  # type: ignore[arg-type] # without Ray
+        RunMonitor(inbox, run, seen.append, resolved, health),  # type: ignore[arg-type] # no Ray
     ):
         for step in range(30):
             began = time.monotonic()
