@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := hatch_build.py simclr_ray/augment/native_build.py simclr_ray/augment/native.c
 
-.PHONY: demo test check test-unit test-long test-nodes test-faults audit fuzz soak lint clean
+.PHONY: demo test check test-unit test-long test-nodes test-faults audit fuzz soak collapse lint clean
 
 demo: $(STAMP)
 	$(BIN)/simclr-ray demo
@@ -30,6 +30,9 @@ fuzz: $(STAMP)
 
 soak: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/soak
+
+collapse: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/collapse
 
 test-nodes: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-nodes
