@@ -31,6 +31,7 @@ COLLAPSED_RANK: Final = 1.1
 # NT-Xent of embeddings that are all equal is ln(2N − 1). Trained at τ = 1 it is about 1 below.
 STUCK_FRACTION: Final = 0.998
 SHRUNK: Final = 0.5  # of the untrained features' rank beyond 1, and of their deviation
+SHRUNK_ALONE: Final = 0.2  # the same where no margin speaks for or against it
 NO_MARGIN: Final = 0.01  # of cosines; 50 steps after warm-up the healthy have 0.03 and more
 FELL_TO: Final = 0.1  # of the largest margin
 TOLD_MARGIN: Final = 0.1  # below, a margin has not yet risen
@@ -69,12 +70,13 @@ class HealthWatch:
     def __init__(self, experiment: Experiment, warmup_steps: int = 0) -> None:
         self._experiment, self._warmup_steps = experiment, warmup_steps
         self._level: float | None = None  # of imported code, which need not be here any more
-        if not any(where == "loss" for where, _ in imports_in(experiment)):
+        is_known = not any(where == "loss" for where, _ in imports_in(experiment))
+        if is_known:
             # 0 for D or K: no level that depends on them tells a collapsed model (`only_collapsed`)
             level = build_loss(experiment).chance_level(experiment.batch_size, 0)
             # a healthy loss may lie at a level that is not `only_collapsed`
             self._level = level.value if level is not None and level.only_collapsed else None
-        self._is_contrastive = experiment.classifier is None
+        self._is_contrastive = is_known and experiment.classifier is None
         self.collapsed_at = self.good_until = self.last_step = 0
         self._start: dict[str, float] = {}
         self._reports: list[_Report] = []
@@ -186,12 +188,13 @@ class HealthWatch:
     def _shrunk(self) -> list[str]:
         """Return the metrics of h and of z where it has shrunk below the untrained one's."""
         shrunk: list[str] = []
+        most = SHRUNK if "margin" in self._evaluation else SHRUNK_ALONE
         for part in ("", "_z"):
             names = (f"effective_rank{part}", f"feature_std{part}")
             if all(name in of for name in names for of in (self._start, self._evaluation)):
                 rank, deviation = (self._evaluation[name] for name in names)
                 rank_before, deviation_before = (self._start[name] for name in names)
-                if rank - 1 < SHRUNK * (rank_before - 1) and deviation < SHRUNK * deviation_before:
+                if rank - 1 < most * (rank_before - 1) and deviation < most * deviation_before:
                     shrunk += names
         return shrunk
 
