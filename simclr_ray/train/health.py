@@ -70,13 +70,13 @@ class HealthWatch:
     def __init__(self, experiment: Experiment, warmup_steps: int = 0) -> None:
         self._experiment, self._warmup_steps = experiment, warmup_steps
         self._level: float | None = None  # of imported code, which need not be here any more
-        is_known = not any(where == "loss" for where, _ in imports_in(experiment))
-        if is_known:
+        is_ours = not any(where == "loss" for where, _ in imports_in(experiment))
+        if is_ours:
             # 0 for D or K: no level that depends on them tells a collapsed model (`only_collapsed`)
             level = build_loss(experiment).chance_level(experiment.batch_size, 0)
             # a healthy loss may lie at a level that is not `only_collapsed`
             self._level = level.value if level is not None and level.only_collapsed else None
-        self._is_contrastive = is_known and experiment.classifier is None
+        self._is_contrastive = is_ours and experiment.classifier is None
         self.collapsed_at = self.good_until = self.last_step = 0
         self._start: dict[str, float] = {}
         self._reports: list[_Report] = []

@@ -276,6 +276,13 @@ def test_the_digest_knows_results_from_looks_and_placement(tmp_path: Path) -> No
         assert digest(changed) != same, changed
 
 
+def test_a_trial_that_collapses_is_a_point_unless_the_study_says_otherwise(tmp_path: Path) -> None:
+    policies = {t.experiment.health.on_collapse for t in trials_of(written(tmp_path))}
+    assert policies == {"warn"}
+    told = written(tmp_path, set={"health.on_collapse": "stop"})
+    assert {t.experiment.health.on_collapse for t in trials_of(told)} == {"stop"}
+
+
 def test_only_what_varies_becomes_a_parameter(tmp_path: Path) -> None:
     (trial, *_) = trials_of(written(tmp_path))
     assert trial.experiment.tracking.only_params == ["batch_size", "epochs", "seed"]

@@ -88,6 +88,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"set": ["epochs=3"]}, ["set", "keys and values"]),
     ({"set": {"epocs": 3}}, ["epocs", "'epochs'"]),
+    ({"set": {"health.on_divergence": "rollback"}}, ["health: rollback", "not in studies"]),
+    ({"space": cases({"health.on_collapse": "rollback"}, {})}, ["health: rollback"]),
     # seeds, metric, protocols
     ({"seeds": 3}, ["seeds: got 3", "list"]),
     ({"seeds": []}, ["seeds", "at least 1 item"]),
