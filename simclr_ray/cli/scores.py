@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from simclr_ray.cli.console import command, out, show_pairs, show_table, sibling
+from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.config.wording import counted
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
@@ -82,6 +83,6 @@ def open_mlflow(uri: str) -> str:
 
 
 def short_scores(metrics: Mapping[str, float]) -> str:
-    """Return the evaluation metrics of a run in one line."""
-    names = [name for name in metrics if name.startswith("eval/")]
+    """Return the evaluation metrics of a run in one line, those that runs are compared by."""
+    names = [name for name in metrics if name.startswith("eval/") and name in EPOCH_METRICS]
     return ", ".join(f"{name.removeprefix('eval/')} {metrics[name]:.3f}" for name in names)

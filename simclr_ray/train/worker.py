@@ -121,7 +121,9 @@ class TrainWorker:
         self.requests = Requests(self.folder, self.rank, experiment.scaling)
         if kept is None:
             self._check_finite(0, self.model.state_dict())
-            self._send(0, 0, self.evaluation.before_training(self.model))
+            before = self.evaluation.before_training(self.model)
+            if before:
+                self._send(0, 0, before)
         self.inbox.put(WorkerReady(self.rank, self.num_ranks))
         loop.train(
             dist.data_parallel(self.model, compressed=experiment.compress_gradients),

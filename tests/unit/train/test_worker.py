@@ -17,8 +17,9 @@ from simclr_ray.errors import DataError, DivergedError, RunError, TrackingError
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train.failures import unwrap_error
+from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.resolve import resolve
-from simclr_ray.train.worker import prepare_process
+from simclr_ray.train.worker import TrainWorker, prepare_process
 from tests.ray.images import write_shapes
 
 
@@ -78,6 +79,19 @@ def test_what_ended_a_run_is_told_where_mlflow_does_not_answer_at_the_end(
     (said,) = [r.getMessage() for r in caplog.records if r.name.endswith("sender")]
     assert "the status FAILED (end the run: database is locked)" in said
     assert f"simclr-ray run sync {tmp_path}/runs/" in said
+
+
+def test_a_weight_that_is_not_finite_before_the_first_step_is_not_laid_on_the_rate() -> None:
+    weights = {"encoder.stem.weight": torch.tensor([1.0, float("nan")])}
+    check = TrainWorker._check_finite
+    with pytest.raises(DivergedError, match=r"weight is not .* before the first step") as early:
+        check(TrainWorker.__new__(TrainWorker), 0, weights)
+    with pytest.raises(DivergedError, match=r"not finite at step 7$") as late:
+        check(TrainWorker.__new__(TrainWorker), 7, weights)
+    assert (early.value.rate_may_help, late.value.rate_may_help) == (False, True)
+    health = HealthWatch(cfg.validate(Experiment, {"name": "t", "data": {"train": "x"}}))
+    assert health.explained(early.value) is early.value
+    assert "probably" in str(health.explained(late.value))
 
 
 def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(
