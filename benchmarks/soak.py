@@ -35,6 +35,7 @@ import psutil
 
 from benchmarks.record import portable, store
 
+SHARED = Path("/dev/shm")  # noqa: S108 - looked at, not written
 MIB: Final = 2**20
 WARM_UP: Final = 0.3  # of the time: caches fill, allocators keep what they have had
 BLOCK_S: Final = 60.0  # samples within it are not independent; their mean counts once
@@ -195,7 +196,7 @@ def sample_of(driver: int, temporary: Path, storage: Path) -> Sample:
         "storage_bytes": sum(size for _, size in names),
         "temporary_files": len([n for n, _ in files_in(temporary) if is_ours(n)]),
         "ray_bytes": sum(size for name, size in files_in(temporary) if not is_ours(name)),
-        "shared_files": len(list(Path("/dev/shm").iterdir())),
+        "shared_files": len(list(SHARED.iterdir())),
     }
 
 
@@ -239,7 +240,7 @@ def what_is_left(pids: Iterable[int], temporary: Path, storage: Path) -> dict[st
     while alive and time.monotonic() < deadline:
         alive = {pid for pid in alive if is_alive(pid)}
         time.sleep(0.5)
-    shared = [path.name for path in Path("/dev/shm").glob("simclr_ray-*")]
+    shared = [path.name for path in SHARED.glob("simclr_ray-*")]
     kept = sorted({name.split("/")[1] for name, _ in files_in(storage) if "/step-" in name})
     hidden = [name for name, _ in files_in(storage) if Path(name).name.startswith(".")]
     return {
