@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := hatch_build.py simclr_ray/augment/native_build.py simclr_ray/augment/native.c
 
-.PHONY: demo test check test-unit test-long test-nodes test-faults audit fuzz soak collapse lint clean
+.PHONY: demo test check test-unit test-long test-nodes test-faults faults-long audit fuzz soak collapse lint clean
 
 demo: $(STAMP)
 	$(BIN)/simclr-ray demo
@@ -21,6 +21,9 @@ test-long: $(STAMP)
 
 test-faults: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test-faults
+
+faults-long: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/faults-long
 
 audit: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/audit

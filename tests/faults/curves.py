@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import local_batches
 from simclr_ray.nn.build import build_loss, build_model
+from simclr_ray.storage import checkpoint
 from simclr_ray.train import loop
 from simclr_ray.train.resolve import resolve
 from simclr_ray.train.worker import prepare_training
@@ -50,8 +51,15 @@ def tree_of(folder: Path, storage: Path, *, epochs: int, **sections: Any) -> dic
     return tree | sections
 
 
-def undisturbed(tree: Mapping[str, Any], *, moved_by: float = 0.0) -> list[float]:
-    """Return the losses of one worker in this process, one weight moved by so much before."""
+class Curve(NamedTuple):
+    """What a run without faults gives."""
+
+    losses: list[float]
+    tensors: dict[str, torch.Tensor]  # of encoder and head, after the last step
+
+
+def undisturbed(tree: Mapping[str, Any], *, moved_by: float = 0.0) -> Curve:
+    """Return what one worker computes in this process, one weight moved by so much before."""
     resolved = resolve(cfg.validate(Experiment, dict(tree)))
     experiment, source = resolved.config, resolved.source
     torch.set_num_threads(1)
@@ -80,7 +88,7 @@ def undisturbed(tree: Mapping[str, Any], *, moved_by: float = 0.0) -> list[float
         num_groups=experiment.num_groups,
         clip_norm=experiment.optimizer.clip_norm,
     )
-    return losses
+    return Curve(losses, {name: t.clone() for name, t in model.state_dict().items()})
 
 
 def logged_losses(run_folder: Path) -> list[tuple[int, float]]:
@@ -96,10 +104,24 @@ def repeated(run_folder: Path) -> list[int]:
     return [step for place, step in enumerate(steps) if step in steps[:place]]
 
 
+def check_same(run_folder: Path, expected: Curve) -> None:
+    """Hold all that a run of one worker has logged and kept to `expected`, to the last bit."""
+    logged = logged_losses(run_folder)
+    assert {step for step, _ in logged} == set(range(1, len(expected.losses) + 1))
+    for step, loss in logged:
+        assert loss == expected.losses[step - 1], step
+    (newest,) = run_folder.glob(f"step-{len(expected.losses):08d}-*")
+    kept = checkpoint.read(newest).tensors
+    weights = {name[6:]: t for name, t in kept.items() if name.startswith("model.")}
+    assert weights.keys() == expected.tensors.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected.tensors[name]), name
+
+
 def check_equal(run_folder: Path, tree: Mapping[str, Any], expected: Sequence[float]) -> None:
     """Hold every loss that a run with any number of workers has logged against `expected`."""
-    beside = undisturbed(tree, moved_by=1e-15)
-    apart = [abs(a - b) / abs(b) for a, b in zip(beside, expected, strict=True)]  # after each step
+    beside = undisturbed(tree, moved_by=1e-15).losses
+    apart = [abs(a - b) / abs(b) for a, b in zip(beside, expected, strict=True)]
     allowed = [max(CLOSE, LUCK * most) for most in accumulate(apart, max)]
     logged = logged_losses(run_folder)
     assert {step for step, _ in logged} == set(range(1, len(expected) + 1))

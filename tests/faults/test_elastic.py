@@ -86,7 +86,7 @@ def test_four_workers_then_three_then_four_then_two(network: Network) -> None:
         write_splits(network.folder, 330), network.folder / "runs", epochs=90,
         scaling={"num_workers": [2, 4], "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.5},
     )  # fmt: skip
-    expected = undisturbed(tree)
+    expected = undisturbed(tree).losses
     times: dict[str, float] = {}
     with ExitStack() as stack:
 
@@ -126,7 +126,7 @@ def test_of_three_nodes_one_is_lost_and_another_joins(network: Network) -> None:
         scaling={"num_workers": 3, "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.5,
                  "collective_timeout_s": 60.0},
     )  # fmt: skip
-    expected = undisturbed(tree)
+    expected = undisturbed(tree).losses
     with (
         network.node("head", head=True, cpus=1, env=ENV) as head,
         network.node("second", cpus=1, env=ENV),
@@ -154,7 +154,7 @@ def test_a_node_that_is_drained_with_15_s_notice_costs_no_step(network: Network)
         checkpoint={"every_epochs": 40},
         scaling={"num_workers": 2, "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.5},
     )  # fmt: skip
-    expected = undisturbed(tree)
+    expected = undisturbed(tree).losses
     with (
         network.node("head", head=True, cpus=1, env=ENV) as head,
         network.node("second", cpus=1, env=ENV) as second,
