@@ -109,7 +109,7 @@ class HealthWatch:
         self._rewind(step)
         wrong = next((k for k, v in record.items() if "/" in k and not math.isfinite(v)), "")
         if wrong:
-            raise self.explained(DivergedError(f"{wrong} is not finite at step {step}"))
+            raise DivergedError(f"{wrong} is not finite at step {step}")
         self.last_step = step
         if "train/mean_loss" in record:
             self._take_report(step, record)

@@ -144,9 +144,7 @@ class RunMonitor:
             return items
 
     def _take(self, item: Any) -> None:
-        if isinstance(item, UnhealthyRunError):
-            self._end(self.health.explained(item))
-        elif isinstance(item, SimclrRayError):
+        if isinstance(item, SimclrRayError):
             self._end(item)
         elif isinstance(item, dict):
             self._take_bad(item) if "reason" in item else self._take_metrics(item)
@@ -282,6 +280,8 @@ class RunMonitor:
     def _end(self, error: SimclrRayError) -> None:
         """End `fit` now, once: no retry can mend it."""
         if self.fatal is None:
+            if isinstance(error, UnhealthyRunError):
+                error = self.health.explained(error)
             self.fatal = error
             if not self._stop.is_set():
                 _thread.interrupt_main()
