@@ -57,9 +57,12 @@ class RunRecord:
             problem = f"is no whole record: it lacks {', '.join(missing)}"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         record = cls(**values)
-        wrong = [key for key in values if key != "format_version" and type(values[key]) is not str]
+        kinds: dict[str, tuple[type, ...]] = {
+            "format_version": (int,), "rollbacks": (int,), "rate_multiplier": (int, float),
+        }  # fmt: skip
+        wrong = [key for key in values if type(values[key]) not in kinds.get(key, (str,))]
         if wrong:
-            problem = f"is no record: {', '.join(wrong)} is no text"
+            problem = f"is no record: {', '.join(wrong)} is of another type"
             raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
         return replace(record, tracking_uri=read_uri(record.tracking_uri, folder, CONFIG_FILE))
 
