@@ -49,6 +49,7 @@ from simclr_ray.storage.filesystem import (
     open_whole,
     write_text_whole,
 )
+from simclr_ray.storage.scratch import scratch_folder
 from simclr_ray.storage.space import bytes_in, writing
 
 JsonT = TypeVar("JsonT", dict[str, Any], list[Any])
@@ -204,8 +205,8 @@ class RunFolder:
         if self.local is not None:
             yield self.local / name
             return
-        with tempfile.TemporaryDirectory(prefix="simclr_ray-") as scratch:
-            yield self._copy(name, Path(scratch) / name)
+        with scratch_folder() as scratch:
+            yield self._copy(name, scratch / name)
 
     @contextmanager
     def newest_checkpoint(self, identity: Identity = ANY) -> Iterator[Path | None]:

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.scratch import scratch_folder
 from simclr_ray.storage.tracking_place import read_uri, stored_uri
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.plan import RUNS
@@ -200,8 +200,8 @@ class StudyFolder:
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
             return
-        with tempfile.TemporaryDirectory(prefix="simclr_ray-") as scratch:
-            folder = Path(scratch) / REPORT
+        with scratch_folder() as scratch:
+            folder = scratch / REPORT
             folder.mkdir()
             yield folder
             self.files.put_folder(folder, REPORT)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simclr_ray import config as cfg
 from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage.scratch import scratch_folder
 from simclr_ray.studies.definition import Budget, Dimension, Study, label_of, point_of
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import Point, Trial, base_tree, make_trials, points_of, restored
@@ -54,8 +53,8 @@ def stored_study(where: str) -> Iterator[tuple[Study, list[Trial]]]:
         raise ConfigError(
             [ConfigIssue(where, f"holds study {study.name!r}; folders keep their names")]
         )
-    with tempfile.TemporaryDirectory(prefix="simclr_ray-") as scratch:
-        base = Path(scratch) / "base.yaml"
+    with scratch_folder() as scratch:
+        base = scratch / "base.yaml"
         base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")
         study = study.model_copy(update={"base": str(base)})
         yield study, plan(study, base_tree(study))

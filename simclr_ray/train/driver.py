@@ -199,12 +199,36 @@ def _fit(
     health: HealthWatch,
     rollbacks: Rollbacks,
 ) -> None:
+    scaling, inbox = resolved.config.scaling, driver_queue()
+    trainer = _trainer(resolved, inbox, rollbacks)
+    least = f"{scaling.min_workers} to " if scaling.is_elastic else ""
+    log.info("starting %s%s", least, counted(scaling.max_workers, "worker"))
+    watcher = RunMonitor(inbox, tracked, on_progress, resolved, health)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with watcher:
+            trainer.fit()
+    except (KeyboardInterrupt, SystemExit):  # Ray's handler aborts the run and exits by 0
+        if watcher.fatal is None:
+            raise KeyboardInterrupt from None
+    except ray.train.TrainingFailedError as error:
+        ours = watcher.fatal or final_error(error)
+        raise ours or RunError(f"training failed: {_root_message(error)}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
+    if watcher.fatal is not None:
+        raise watcher.fatal
+    watcher.say_bad_rows()
+
+
+def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollbacks) -> Trainer:
+    """Return Ray's trainer of a run, as the run's config has it."""
     experiment, folder, scaling = resolved.config, resolved.folder, resolved.config.scaling
-    inbox = driver_queue()
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
-    trainer = Trainer(
+    return Trainer(
         train_loop_per_worker,
         scaling=scaling,
         folder=folder,
@@ -237,25 +261,6 @@ def _fit(
             logging_config=ray_config.LoggingConfig(log_level="ERROR"),
         ),
     )
-    least = f"{scaling.min_workers} to " if scaling.is_elastic else ""
-    log.info("starting %s%s", least, counted(scaling.max_workers, "worker"))
-    watcher = RunMonitor(inbox, tracked, on_progress, resolved, health)
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with watcher:
-            trainer.fit()
-    except (KeyboardInterrupt, SystemExit):  # Ray's handler aborts the run and exits by 0
-        if watcher.fatal is None:
-            raise KeyboardInterrupt from None
-    except ray.train.TrainingFailedError as error:
-        ours = watcher.fatal or final_error(error)
-        raise ours or RunError(f"training failed: {_root_message(error)}") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
-    if watcher.fatal is not None:
-        raise watcher.fatal
-    watcher.say_bad_rows()
 
 
 class FailureReport(ray.train.UserCallback):

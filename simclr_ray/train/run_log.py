@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from simclr_ray.errors import RunError, StorageError
 from simclr_ray.storage.filesystem import one_line
 from simclr_ray.storage.metrics_log import append_record, read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, OTHER_METRICS, RunFolder
+from simclr_ray.storage.scratch import scratch_folder
 from simclr_ray.storage.space import writing
 from simclr_ray.tracking.delivery import STATE
 
@@ -48,8 +48,7 @@ class RunLog:
             self.path = self.folder.local
             self.path.mkdir(parents=True, exist_ok=True)
             return self
-        scratch = tempfile.TemporaryDirectory(prefix="simclr_ray-", ignore_cleanup_errors=True)
-        self.path = Path(self._scratch.enter_context(scratch))
+        self.path = self._scratch.enter_context(scratch_folder())
         for name in FILES:
             self.fetch(name)
         return self

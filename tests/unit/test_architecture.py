@@ -59,7 +59,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "jinja2": ("storage.page",),
     "scipy": ("studies.analysis", "data.duplicates"),
     "timm": ("nn.timm_models",),
-    "fcntl": ("distributed.shared_memory", "data.image_cache"),
+    "fcntl": ("distributed.shared_memory", "data.image_cache", "storage.scratch"),
 }
 
 
