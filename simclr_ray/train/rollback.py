@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -85,18 +86,21 @@ class Rollbacks:
         Raises:
             CheckpointError: The run was rolled back and no one says to which steps.
         """
-        tree = folder.read_json(STATE, dict)
-        if tree is not None:
-            return cls(_steps(tree), int(tree["history"][-1]["failed_after"]))
-        record = RunRecord.find(folder)
-        if record is None or not record.rollbacks:
+        tree, record = folder.read_json(STATE, dict) or {}, RunRecord.find(folder)
+        count = record.rollbacks if record is not None else 0
+        with suppress(LookupError, TypeError, ValueError):  # altered: the same as lost
+            state = cls(_steps(tree), int(tree["history"][-1]["failed_after"]))
+            if state.count >= count:
+                return state
+        if not count:
             return cls()
         for name in folder.checkpoints():
-            steps = _steps(folder.read_json(f"{name}/{checkpoint.RECORD}", dict) or {})
-            if len(steps) >= record.rollbacks:
-                return cls(steps)
+            with suppress(TypeError, ValueError):
+                steps = _steps(folder.read_json(f"{name}/{checkpoint.RECORD}", dict) or {})
+                if len(steps) >= count:
+                    return cls(steps)
         raise CheckpointError(
-            f"{folder.uri}: the run was rolled back {counted(record.rollbacks, 'time')}, and "
+            f"{folder.uri}: the run was rolled back {counted(count, 'time')}, and "
             f"{STATE}, which says at which rate it goes on, is lost; --restart begins anew"
         )
 
@@ -106,7 +110,8 @@ class Rollbacks:
             record = folder.read_json(f"{name}/{checkpoint.RECORD}", dict)
             if record is None:  # unfinished, or not to be read now: nothing goes on from it
                 continue
-            later = self.halved_at[int(record.get("rollbacks", 0)) :]
+            made_after = record.get("rollbacks", 0)
+            later = self.halved_at[made_after:] if isinstance(made_after, int) else ()
             if later and checkpoint.step_of(name) > min(later):
                 folder.remove_checkpoint(name)
 
@@ -203,6 +208,11 @@ def note_in_record(folder: RunFolder, rollbacks: Rollbacks) -> None:
 def keeps_good(experiment: Experiment) -> bool:
     """Return whether a good checkpoint is kept beside the newest: a collapse is seen late."""
     return experiment.health.on_collapse == "rollback"
+
+
+def kept_by_ray(experiment: Experiment) -> int | None:
+    """Return how many checkpoints Ray keeps; None: all, and `CheckpointKeeper` removes some."""
+    return None if keeps_good(experiment) else experiment.checkpoint.keep
 
 
 class CheckpointKeeper:

@@ -177,7 +177,16 @@ def test_a_lost_state_is_taken_from_a_checkpoint_and_never_guessed(
     with pytest.raises(CheckpointError, match=r"rolled back 1 time, and rollbacks\.json"):
         Rollbacks.read(folder)
     save(run, 50, state)
-    assert Rollbacks.read(folder).halved_at == state.halved_at
+    for altered in (
+        None,
+        "{}",
+        "[1]",
+        '{"halved_at": [], "history": [{"failed_after": 9}]}',
+        '{"halved_at": [null], "history": [{}]}',
+    ):
+        if altered is not None:
+            (Path(folder.uri) / STATE).write_text(altered)
+        assert Rollbacks.read(folder).halved_at == state.halved_at
 
 
 @pytest.mark.parametrize(
