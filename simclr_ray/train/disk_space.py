@@ -15,7 +15,6 @@ import torch
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import imports_in
 from simclr_ray.config.wording import counted
-from simclr_ray.distributed.ray_cluster import is_local
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.nn.build import build_model
 from simclr_ray.optim import state_per_parameter
@@ -78,7 +77,7 @@ def check_space(resolved: ResolvedExperiment) -> None:
         remedy = "make room, or set another storage"
         lower = f", or lower checkpoint.keep={keep}" if keep + 1 > LEAST else ""
         needs.append(_Need("storage", folder.storage, max(LEAST, keep + 1 - there), remedy + lower))
-    if "RAY_ADDRESS" not in os.environ or is_local():  # workers write their own, on this machine
+    if _workers_are_here():  # and write their own
         remedy = "make room, or set TMPDIR to another folder"
         needs.append(_Need("TMPDIR", tempfile.gettempdir(), IN_SCRATCH, remedy))
     if not needs:
@@ -94,6 +93,14 @@ def _checkpoints_in(folder: RunFolder) -> tuple[int, int]:
     paths = [folder.local / name for name in folder.checkpoints()]
     halves = [path for path in paths if not (path / checkpoint.RECORD).exists()]
     return len(paths) - len(halves), sum(map(bytes_in, halves))
+
+
+def _workers_are_here() -> bool:
+    if "RAY_ADDRESS" not in os.environ:
+        return True
+    from simclr_ray.distributed.ray_cluster import is_local  # 2 s that a dry run need not take
+
+    return is_local()
 
 
 def _check(needs: list[_Need], size: int, left: int) -> None:
