@@ -1,11 +1,13 @@
-"""Workers that come and go while a run trains: Ray Train's elastic policy, and what it lacks.
+"""How many workers a run has, and when they are started: Ray Train's policies, and what they lack.
 
-Ray counts every few seconds the workers that there is room for, and starts the group anew where
-that is another number. Ray 2.60 falls short in four things, each mended here and shown in
-`tests/unit/train/test_elastic.py` and `tests/faults/test_elastic.py`:
+With `scaling.num_workers=[least, most]` Ray counts every few seconds the workers that there is
+room for, and starts the group anew where that is another number. Ray 2.60 falls short in four
+things, each mended here and shown in `tests/unit/train/test_elastic.py` and
+`tests/faults/test_elastic.py`:
 
 - it ends workers in the middle of a step: here they save first, and no step is made twice;
-- it counts what workers take: here there has to be room for the data actors of each as well;
+- it counts what workers take: here there has to be room for the data actors of each as well, for a
+  fixed number, too, whose workers would else wait for the first batch until they are given up;
 - it counts nodes that are being drained, and those of up to 20 s ago: here neither (what it keeps
   for the run may lie on such a node, and then it lies elsewhere);
 - a killed run keeps what it had asked for during 180 s: here what is free counts, where else fewer
@@ -22,6 +24,7 @@ import ray
 import ray.train.v2.api.config as ray_config
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
+    FixedScalingPolicy,
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
@@ -47,10 +50,26 @@ class Trainer(TorchTrainer):
         self._scaling, self._folder = scaling, folder
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        of_ray: Any = self.scaling_config
         if self._scaling.is_elastic:
-            of_ray: Any = self.scaling_config
             parts["scaling_policy"] = ElasticWorkers(of_ray, self._scaling, self._folder)
+        else:
+            parts["scaling_policy"] = FixedWorkers(of_ray, self._scaling)
         return super()._initialize_and_run_controller(**parts)
+
+
+class FixedWorkers(FixedScalingPolicy):
+    """Ray's policy, which waits until the data actors have room as well."""
+
+    def __init__(self, of_ray: ray_config.ScalingConfig, scaling: ScalingConfig) -> None:
+        super().__init__(of_ray)
+        self.scaling = scaling
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Return to start all workers, or to wait."""
+        decision = super().make_decision_for_non_running_worker_group()
+        room = workers_on(list(staying_nodes().values()), self.scaling)
+        return decision if room >= self.scaling.min_workers else NoopDecision()
 
 
 class ElasticWorkers(ElasticScalingPolicy):

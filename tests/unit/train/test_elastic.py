@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
+    FixedScalingPolicy,
     NoopDecision,
     ResizeDecision,
 )
@@ -18,7 +19,7 @@ from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train import elastic
-from simclr_ray.train.elastic import ElasticWorkers, workers_on
+from simclr_ray.train.elastic import ElasticWorkers, FixedWorkers, workers_on
 from simclr_ray.train.stop import RESIZE
 
 HALVES = ScalingConfig(num_workers=[1, 8])  # 0.5 CPUs a worker, 0.5 an actor
@@ -54,7 +55,10 @@ class Cluster:
         self.free: dict[str, dict[str, float]] = {}
         monkeypatch.setattr(elastic, "staying_nodes", lambda: self.nodes)
         monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: self.free)
-        for policy in (ElasticScalingPolicy, ElasticWorkers):
+        for policy in (ElasticScalingPolicy, ElasticWorkers, FixedScalingPolicy):
+            if policy is FixedScalingPolicy:
+                monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda _: None)
+                continue
             monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda _: None)
             monkeypatch.setattr(policy, "_get_reserved_resources", lambda _: self.kept)
 
@@ -137,3 +141,18 @@ def test_a_group_that_fails_when_it_was_asked_to_save_is_asked_no_more(
     assert policy.make_decision_for_non_running_worker_group().num_workers == 2
     assert policy.folder.read_text(RESIZE) is None
     assert isinstance(running(policy, 2), NoopDecision)
+
+
+def test_a_fixed_number_waits_until_what_decodes_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = HALVES.model_copy(update={"num_workers": 3})
+    of_ray = RayScalingConfig(num_workers=3, resources_per_worker={"CPU": 0.5})
+    cluster = Cluster(monkeypatch, a=1.0, b=1.0)
+    # three workers have room on two CPUs; their decode actors have not
+    ours: Any = FixedWorkers(of_ray, three)
+    bare: Any = FixedScalingPolicy(of_ray)
+    assert bare.make_decision_for_non_running_worker_group().num_workers == 3
+    assert isinstance(ours.make_decision_for_non_running_worker_group(), NoopDecision)
+    cluster.nodes["c"] = {"CPU": 1.0}
+    assert ours.make_decision_for_non_running_worker_group().num_workers == 3
