@@ -123,7 +123,7 @@ def test_four_workers_then_three_then_four_then_two(network: Network) -> None:
 def test_of_three_nodes_one_is_lost_and_another_joins(network: Network) -> None:
     tree = tree_of(
         write_splits(network.folder, 330), network.folder / "runs", epochs=40,
-        scaling={"num_workers": 3, "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.5,
+        scaling={"num_workers": 3, "cpus_per_worker": 0.6, "cpus_per_data_actor": 0.4,
                  "collective_timeout_s": 60.0},
     )  # fmt: skip
     expected = undisturbed(tree).losses
@@ -152,7 +152,7 @@ def test_a_node_that_is_drained_with_15_s_notice_costs_no_step(network: Network)
     tree = tree_of(
         write_splits(network.folder, 330), network.folder / "runs", epochs=40,
         checkpoint={"every_epochs": 40},
-        scaling={"num_workers": 2, "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.5},
+        scaling={"num_workers": 2, "cpus_per_worker": 0.6, "cpus_per_data_actor": 0.4},
     )  # fmt: skip
     expected = undisturbed(tree).losses
     with (
