@@ -12,12 +12,13 @@ import typer
 from simclr_ray.augment.decode import ImageError
 from simclr_ray.cli.app import app
 from simclr_ray.cli.console import ConsoleHandler, command, say
-from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen, was_stopped
+from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen
 from simclr_ray.config import logging as logs
 from simclr_ray.config.imports import EVERYTHING, allow
 from simclr_ray.errors import ConfigError, SimclrRayError, StorageError
 from simclr_ray.storage.filesystem import one_line
 from simclr_ray.storage.space import FULL, storage_error
+from simclr_ray.train.stop import was_interrupted
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer gives it no name of its own
 ALLOW_CODE = "--allow-code"
@@ -94,7 +95,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED_BY_USER
     except Exception as error:  # noqa: BLE001 - raised again where it is no message
-        code = STOPPED_BY_USER if was_stopped() else say_error(error)
+        code = STOPPED_BY_USER if was_interrupted() else say_error(error)
     if code == STOPPED_BY_USER:
         code = exit_code_of_stop()
     sys.exit(code)

@@ -17,7 +17,6 @@ STOPPED_BY_USER = 130
 AGAIN_S = 0.1
 
 _terminated = threading.Event()
-_interrupted = threading.Event()
 
 
 def listen() -> None:
@@ -31,15 +30,6 @@ def listen() -> None:
     sys.unraisablehook = _again
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _interrupt)
-
-
-def was_stopped() -> bool:
-    """Return whether a signal asked the process to stop.
-
-    What fails after that fails for it: an interrupt within the import of an extension module, for
-    one, comes out of it as an ImportError.
-    """
-    return _interrupted.is_set()
 
 
 def exit_code_of_stop() -> int:
@@ -82,5 +72,5 @@ def _again(unraisable: sys.UnraisableHookArgs) -> None:
 
 
 def _interrupt(*_: object) -> None:
-    _interrupted.set()
+    stop.note_interrupt()
     raise KeyboardInterrupt

@@ -6,6 +6,7 @@ Of a bucket that is not known, nor of a quota: that is met while the run goes on
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -98,9 +99,9 @@ def _checkpoints_in(folder: RunFolder) -> tuple[int, int]:
 def _workers_are_here() -> bool:
     if "RAY_ADDRESS" not in os.environ:
         return True
-    from simclr_ray.distributed.ray_cluster import is_local  # 2 s that a dry run need not take
-
-    return is_local()
+    # who has started a Ray here has loaded this; 2 s that a dry run need not take
+    cluster = sys.modules.get("simclr_ray.distributed.ray_cluster")
+    return cluster is not None and cluster.is_local()
 
 
 def _check(needs: list[_Need], size: int, left: int) -> None:

@@ -21,6 +21,7 @@ from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolde
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.storage.space import OF_THE_DISK, writing
 from simclr_ray.tracking.store import RegisteredEncoder
+from simclr_ray.train import stop
 from simclr_ray.train.driver import train_resolved
 from simclr_ray.train.figures import draw_curves, draw_views
 from simclr_ray.train.identity import begin_anew
@@ -69,11 +70,12 @@ def train_and_evaluate(
         run = train_resolved(resolved, on_progress=on_progress)
         try:
             outcome = _evaluated(run, resolved)
-        # the training itself had set it to FINISHED; an interrupt within the import of an extension
-        # module comes out of it as an ImportError
-        except (KeyboardInterrupt, ImportError):
-            with late_writes(folder) as writes:
-                writes.status("KILLED")
+        # the training itself had set it to FINISHED; an interrupt within an import comes out of it
+        # as an ImportError, or as whatever that code makes of it
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | ImportError) or stop.was_interrupted():
+                with late_writes(folder) as writes:
+                    writes.status("KILLED")
             raise
         store_outcome(resolved, outcome)
         return outcome

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _requested = threading.Event()
 _can_save = threading.Event()
+_interrupted = threading.Event()
 
 
 def defer() -> bool:
@@ -32,6 +33,20 @@ def defer() -> bool:
         return False
     _requested.set()
     return True
+
+
+def note_interrupt() -> None:
+    """Remember that a signal has interrupted this process."""
+    _interrupted.set()
+
+
+def was_interrupted() -> bool:
+    """Return whether a signal has interrupted this process.
+
+    What fails after that fails for it: an interrupt within an import comes out of it as an error of
+    another kind.
+    """
+    return _interrupted.is_set()
 
 
 def workers_can_save() -> None:
