@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,24 +17,13 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.train.resolve import resolve
-from tests.cluster.nodes import CannotBuild, Network, Node
+from tests.cluster.nodes import Network, Node
 from tests.faults.curves import check_equal, repeated, tree_of, undisturbed
 from tests.ray.images import write_splits
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 WAIT_S = 240.0
 ENV = {"GLOO_SOCKET_IFNAME": "eth0"}
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    with ExitStack() as stack:
-        try:
-            net = stack.enter_context(Network())
-        except CannotBuild as reason:
-            # namespaces take root and iproute2: nothing that a package index has
-            pytest.skip(str(reason))
-        yield net
 
 
 class ClusterRun:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
 
 import pytest
 
 from simclr_ray import config as cfg
-from tests.cluster.nodes import CannotBuild, Network
+from tests.cluster.nodes import Network
+from tests.cluster.services import S3
 from tests.faults.curves import tree_of
 from tests.ray.images import write_splits
 
@@ -36,24 +35,7 @@ with folder.fetched(name) as local:
 """
 
 
-@pytest.fixture
-def network() -> Iterator[Network]:
-    with ExitStack() as stack:
-        try:
-            net = stack.enter_context(Network())
-        except CannotBuild as reason:
-            # namespaces take root and iproute2: nothing that a package index has
-            pytest.skip(str(reason))
-        yield net
-
-
-def test_a_checkpoint_to_a_slow_store_does_not_hold_training_up(network: Network) -> None:
-    try:
-        store = network.s3()
-        s3 = store.__enter__()
-    except CannotBuild as reason:
-        # moto, from the package index
-        pytest.skip(str(reason))
+def test_a_checkpoint_to_a_slow_store_does_not_hold_training_up(network: Network, s3: S3) -> None:
     tree = tree_of(
         write_splits(network.folder, 330), network.folder / "x", epochs=30,
         precision="float32", encoder={"name": "resnet", "depth": 18, "stem": "strided"},
@@ -71,7 +53,6 @@ def test_a_checkpoint_to_a_slow_store_does_not_hold_training_up(network: Network
         assert done.returncode == 0, done.stdout + done.stderr
         read = head.run([sys.executable, "-c", READ, str(config)], env=s3.env)
         assert read.returncode == 0, read.stderr
-    store.__exit__(None, None, None)
     times, size, synchronous_s = json.loads(read.stdout.splitlines()[-1])
     at = {int(step): time for step, time in times.items()}
     took = {step: at[step] - at[step - 1] for step in at if step - 1 in at}
