@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from typing import Any
 
 import ray
 import ray.train
@@ -28,7 +27,7 @@ from simclr_ray.distributed.ray_cluster import (
     connect,
     driver_queue,
 )
-from simclr_ray.errors import RunError, UnhealthyRunError, last_line
+from simclr_ray.errors import RunError, UnhealthyRunError
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
@@ -41,11 +40,11 @@ from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.elastic import RESIZE_S, Trainer
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.health import HealthWatch
-from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
+from simclr_ray.train.restarts import FailureReport
 from simclr_ray.train.rollback import Rollbacks, keeps_good, roll_back
 from simclr_ray.train.tracked import Tracked, open_tracker, tracked_run
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker
@@ -232,6 +231,7 @@ def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollb
         train_loop_per_worker,
         scaling=scaling,
         folder=folder,
+        inbox=inbox,
         train_loop_config={"input": WorkerInput(resolved, inbox, rollbacks)},
         scaling_config=ray_config.ScalingConfig(
             num_workers=(scaling.min_workers, scaling.max_workers)
@@ -261,28 +261,6 @@ def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollb
             logging_config=ray_config.LoggingConfig(log_level="ERROR"),
         ),
     )
-
-
-class FailureReport(ray.train.UserCallback):
-    """Tells the driver why ranks have ended, before Ray starts them again."""
-
-    def __init__(self, inbox: PickledQueue) -> None:
-        self.inbox = inbox
-
-    def after_exception(
-        self,
-        run_context: Any,  # noqa: ARG002 - Ray's interface
-        worker_exceptions: dict[int, Exception],
-    ) -> None:
-        """Send the last line of each error; Ray calls this in its own process."""
-        causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
-        self.inbox.put(RanksFailed(causes))
-
-
-def _cause(error: Exception) -> str:
-    """Return the last line of an error, without the advice that Ray adds to that of a death."""
-    line = last_line(error)
-    return line.partition(" Worker exit detail:")[0].partition(" Some common causes")[0]
 
 
 def _root_message(error: BaseException) -> str:

@@ -32,7 +32,9 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from simclr_ray.config.sections.running import ScalingConfig
+from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train.restarts import RestartPolicy
 from simclr_ray.train.stop import RESIZE
 
 RESIZE_S: Final = 10.0  # how often the running workers are counted anew
@@ -45,16 +47,25 @@ log = logging.getLogger(__name__)
 class Trainer(TorchTrainer):
     """Ray's trainer, whose number of workers may change as `scaling` says."""
 
-    def __init__(self, *args: Any, scaling: ScalingConfig, folder: RunFolder, **options: Any):
+    def __init__(
+        self,
+        *args: Any,
+        scaling: ScalingConfig,
+        folder: RunFolder,
+        inbox: PickledQueue,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self._scaling, self._folder = scaling, folder
+        self._scaling, self._folder, self._inbox = scaling, folder, inbox
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         of_ray: Any = self.scaling_config
+        failures: Any = self.run_config.failure_config
         if self._scaling.is_elastic:
             parts["scaling_policy"] = ElasticWorkers(of_ray, self._scaling, self._folder)
         else:
             parts["scaling_policy"] = FixedWorkers(of_ray, self._scaling)
+        parts["failure_policy"] = RestartPolicy(failures, self._inbox)
         return super()._initialize_and_run_controller(**parts)
 
 

@@ -40,6 +40,7 @@ class Beat(NamedTuple):
     step: int  # done
     seconds: float  # in this phase
     limit_s: float  # of it
+    slow_s: float = math.inf  # after so long it is said that it takes longer than others did
 
 
 class RankStarted(NamedTuple):
@@ -63,9 +64,9 @@ class RankFinished(NamedTuple):
 
 
 class RanksFailed(NamedTuple):
-    """Ranks that have ended by an error, rank -> the last line of it; Ray starts all anew."""
+    """What has ended by an error, such as `rank 1` -> the last line of it; Ray starts all anew."""
 
-    errors: Mapping[int, str]
+    causes: Mapping[str, str]
 
 
 class RanksMove(NamedTuple):
@@ -105,11 +106,19 @@ class Heartbeat:
             return max(self._scaling.startup_s, TIMES * max(before, default=0.0))
         return max(self._scaling.stalled_s, TIMES * statistics.median(before))
 
+    def slow_s(self, phase: Phase) -> float:
+        """Return after how many seconds a phase takes longer than the same did before."""
+        before = list(self._durations[phase])
+        if phase in LONG or not before:
+            return math.inf
+        return max(SILENT_S, TIMES * statistics.median(before))
+
     def _tell(self) -> None:
         while not self._ended.wait(BEAT_S):
             phase, step, since = self._phase, self._step, self._since
             beat = Beat(
-                self._rank, phase, step, time.monotonic() - since, self.limit_s(phase)
+                self._rank, phase, step, time.monotonic() - since,
+                self.limit_s(phase), self.slow_s(phase),
             )  # fmt: skip
             with suppress(ray.exceptions.RayError):  # the driver is gone, and Ray ends us
                 self._inbox.put(beat)
@@ -120,6 +129,15 @@ class _Rank(NamedTuple):
     beat: Beat
     at: float  # when that came
 
+    def seconds(self, now: float) -> float:
+        """Return for how long it is in its phase."""
+        return self.beat.seconds + now - self.at
+
+
+def _not_waiting_for_others(ranks: list[_Rank]) -> list[_Rank]:
+    """Return those that are late by themselves; in a step each waits for all."""
+    return [rank for rank in ranks if rank.beat.phase != "step"] or ranks
+
 
 class RankWatch:
     """The driver's view of its ranks: says who is silent or stuck, and ends who is so for good."""
@@ -128,6 +146,7 @@ class RankWatch:
         self._scaling = scaling
         self._ranks: dict[int, _Rank] = {}
         self._silent: set[int] = set()
+        self._slow_at = -1  # the last step at which that was said
         self._without = time.monotonic()  # since when no rank is up
         self._said_at = -float("inf")
 
@@ -158,6 +177,7 @@ class RankWatch:
         """Begin anew: all ranks are being started again."""
         self._ranks.clear()
         self._silent.clear()
+        self._slow_at = -1
         self._without = time.monotonic()
 
     def look(self) -> None:
@@ -175,25 +195,40 @@ class RankWatch:
                     _named(rank.started), silent_s, rank.beat.step, rank.beat.phase,
                     "its node is gone" if _is_gone(rank.started) else "waiting for it",
                 )  # fmt: skip
+        self._say_who_is_slow(now)
         stuck = self._stuck(now)
         if stuck:
             for rank in stuck:
                 log.warning(
                     "%s is stuck in %s at step %d for %.0f s: it is ended, and the run goes on "
                     "from its last checkpoint", _named(rank.started), rank.beat.phase,
-                    rank.beat.step, rank.beat.seconds + now - rank.at,
+                    rank.beat.step, rank.seconds(now),
                 )  # fmt: skip
                 with suppress(Exception):  # of a node that is gone: Ray sees that by itself
                     ray.kill(rank.started.actor)
             self.forget()
 
+    def _say_who_is_slow(self, now: float) -> None:
+        """Say, once, who waits for longer than ever: what it waits for may be on a lost node."""
+        ranks = list(self._ranks.values())
+        if self._silent or any(rank.beat.phase in LONG for rank in ranks):
+            return  # said already, or waited for
+        late = _not_waiting_for_others([r for r in ranks if r.seconds(now) > r.beat.slow_s])
+        if late and late[0].beat.step > self._slow_at:
+            self._slow_at = late[0].beat.step
+            log.warning(
+                "%s has been in %s at step %d for %.0f s, far longer than before%s; the limit is "
+                "%.0f s", _named(late[0].started), late[0].beat.phase, late[0].beat.step,
+                late[0].seconds(now), f", as {len(late) - 1} more" if late[1:] else "",
+                late[0].beat.limit_s,
+            )  # fmt: skip
+
     def _stuck(self, now: float) -> list[_Rank]:
         """Return the ranks that keep the run from going on; those they keep waiting are spared."""
         for_good = max(SILENT_S, self._scaling.stalled_s)
         silent = [rank for rank in self._ranks.values() if now - rank.at > for_good]
-        late = [r for r in self._ranks.values() if r.beat.seconds + now - r.at > r.beat.limit_s]
-        alone = [r for r in late if r.beat.phase != "step"]
-        return silent or alone or late
+        late = [r for r in self._ranks.values() if r.seconds(now) > r.beat.limit_s]
+        return silent or _not_waiting_for_others(late)
 
     def _say_what_lacks(self, now: float) -> None:
         if now - self._without < RESOURCES_S or now - self._said_at < 4 * RESOURCES_S:
@@ -204,9 +239,9 @@ class RankWatch:
         gpus, wanted = sum(node.gpus for node in alive), self._scaling.least_gpus
         lacks = there < needed or gpus < wanted
         log.warning(
-            "no worker is up for %.0f s: %s with %g of %g CPUs and %g of %g GPUs%s",
-            now - self._without, counted(len(alive), "node"), there, needed, gpus, wanted,
-            "; waiting for a node to join" if lacks else "",
+            "no worker is up for %.0f s: %s with %g CPUs and %g GPUs, of which the run takes %g "
+            "and %g; waiting for %s", now - self._without, counted(len(alive), "node"),
+            there, gpus, needed, wanted, "a node to join" if lacks else "Ray to start them",
         )  # fmt: skip
 
 

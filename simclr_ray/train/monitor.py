@@ -193,27 +193,27 @@ class RunMonitor:
 
     def _take_failure(self, failed: RanksFailed) -> None:
         """Say why all is started again; end the run where that brings it no further."""
-        causes = failed.errors.values()
+        causes = failed.causes.values()
         if causes and all(NodeTaken.__name__ in cause for cause in causes):
             return  # said already
         self._start_over()
         kept, most = self._newest_step(), self.resolved.config.scaling.max_failures
         self._restarts = 1 if kept > self._kept else self._restarts + 1
         self._kept = kept
-        rank, cause = next(iter(failed.errors.items()), (0, "for no reason given"))
+        who, cause = next(iter(failed.causes.items()), ("a rank", "for no reason given"))
         if self._restarts > most:
             if most:  # without restarts Ray itself ends the run
                 self._end(
                     RestartsError(
                         f"failed {self._restarts} times after step {kept:,} without a further "
-                        f"checkpoint (scaling.max_failures={most}), last rank {rank}: {cause}; the "
+                        f"checkpoint (scaling.max_failures={most}), last {who}: {cause}; the "
                         "same command goes on from there"
                     )
                 )
             return
         log.warning(
-            "rank %d failed: %s; all ranks start again after step %d (%d of %d times without a "
-            "further checkpoint)", rank, cause, kept, self._restarts, most,
+            "%s failed: %s; all ranks start again after step %d (%d of %d times without a "
+            "further checkpoint)", who, cause, kept, self._restarts, most,
         )  # fmt: skip
 
     def _newest_step(self) -> int:

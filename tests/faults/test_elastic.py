@@ -18,7 +18,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.train.resolve import resolve
 from tests.cluster.nodes import Network, Node
-from tests.faults.curves import check_equal, repeated, tree_of, undisturbed
+from tests.faults.curves import check_equal, check_same, repeated, tree_of, undisturbed
 from tests.ray.images import write_splits
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
@@ -73,7 +73,8 @@ class ClusterRun:
 def test_four_workers_then_three_then_four_then_two(network: Network) -> None:
     tree = tree_of(
         write_splits(network.folder, 330), network.folder / "runs", epochs=90,
-        scaling={"num_workers": [2, 4], "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.5},
+        scaling={"num_workers": [2, 4], "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.5,
+                 "threads_per_worker": 1},
     )  # fmt: skip
     expected = undisturbed(tree).losses
     times: dict[str, float] = {}
@@ -113,7 +114,7 @@ def test_of_three_nodes_one_is_lost_and_another_joins(network: Network) -> None:
     tree = tree_of(
         write_splits(network.folder, 330), network.folder / "runs", epochs=40,
         scaling={"num_workers": 3, "cpus_per_worker": 0.6, "cpus_per_data_actor": 0.4,
-                 "collective_timeout_s": 60.0},
+                 "collective_timeout_s": 60.0, "threads_per_worker": 1},
     )  # fmt: skip
     expected = undisturbed(tree).losses
     with (
@@ -141,7 +142,8 @@ def test_a_node_that_is_drained_with_15_s_notice_costs_no_step(network: Network)
     tree = tree_of(
         write_splits(network.folder, 330), network.folder / "runs", epochs=40,
         checkpoint={"every_epochs": 40},
-        scaling={"num_workers": 2, "cpus_per_worker": 0.6, "cpus_per_data_actor": 0.4},
+        scaling={"num_workers": 2, "cpus_per_worker": 0.6, "cpus_per_data_actor": 0.4,
+                 "threads_per_worker": 1},
     )  # fmt: skip
     expected = undisturbed(tree).losses
     with (
@@ -160,3 +162,59 @@ def test_a_node_that_is_drained_with_15_s_notice_costs_no_step(network: Network)
     assert "Traceback" not in run.said
     assert len(repeated(run.folder)) <= 1
     check_equal(run.folder, tree, expected)
+
+
+def test_workers_go_on_without_a_node_that_is_lost_and_take_another_in(network: Network) -> None:
+    tree = tree_of(
+        write_splits(network.folder, 330), network.folder / "runs", epochs=60,
+        scaling={"num_workers": [1, 2], "cpus_per_worker": 0.6, "cpus_per_data_actor": 0.4,
+                 "collective_timeout_s": 60.0, "threads_per_worker": 1},
+    )  # fmt: skip
+    expected = undisturbed(tree).losses
+    with (
+        network.node("head", head=True, cpus=1, env=ENV) as head,
+        network.node("second", cpus=1, env=ENV) as second,
+    ):
+        run = ClusterRun(network, head, tree)
+        run.wait_for_workers(2, 1)
+        run.wait_for_steps(60)
+        second.kill()
+        named_s = run.wait(lambda: f"on {second.address} has not answered" in run.said, "a name")
+        run.wait_for_workers(1, 1)
+        went_on_s = named_s + run.wait_for_steps(1)
+        with network.node("third", cpus=1, env=ENV):
+            run.wait_for_workers(2, 2)
+            assert run.process.wait(timeout=2 * WAIT_S) == 0, run.said
+    sys.stdout.write(f"{run.said}\nnamed after {named_s:.0f} s, a step by {went_on_s:.0f} s\n")
+    assert named_s < 20 + 5
+    assert "Traceback" not in run.said
+    assert len(repeated(run.folder)) <= 10
+    check_equal(run.folder, tree, expected)
+
+
+def test_a_lost_node_that_holds_data_actors_only_is_told_by_who_waits_for_them(
+    network: Network,
+) -> None:
+    tree = tree_of(
+        write_splits(network.folder, 330), network.folder / "runs", epochs=40,
+        scaling={"num_workers": 1, "cpus_per_worker": 1.0, "data_resource": "data",
+                 "threads_per_worker": 1},
+    )  # fmt: skip
+    expected = undisturbed(tree)
+    data = {"data": 1.0}
+    with (
+        network.node("head", head=True, cpus=1, env=ENV) as head,
+        network.node("second", cpus=1, env=ENV, resources=data) as second,
+    ):
+        run = ClusterRun(network, head, tree)
+        run.wait_for_steps(60)
+        second.kill()
+        told_s = run.wait(lambda: "far longer than before" in run.said, "a word of the wait")
+        with network.node("third", cpus=1, env=ENV, resources=data):
+            went_on_s = run.wait_for_steps(1)
+            assert run.process.wait(timeout=2 * WAIT_S) == 0, run.said
+    sys.stdout.write(f"{run.said}\ntold after {told_s:.0f} s, a step {went_on_s:.0f} s after\n")
+    assert told_s < 20 + 5
+    assert "Traceback" not in run.said
+    assert len(repeated(run.folder)) <= 10
+    check_same(run.folder, expected)

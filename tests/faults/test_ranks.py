@@ -94,3 +94,22 @@ def test_failures_are_counted_anew_after_a_checkpoint_and_end_with_what_to_do(
     last = driver.said.read_text().splitlines()[-1]
     assert "without a further checkpoint (scaling.max_failures=1)" in last
     assert last.endswith("the same command goes on from there")
+
+
+def test_processes_that_end_before_they_are_up_are_not_started_without_end(
+    folder: Path, ray_cluster: str
+) -> None:
+    driver = Driver(folder, "before", 1, max_failures=1)
+    killed: set[int] = set()
+    deadline = time.monotonic() + WAIT_S
+    while driver.process.poll() is None:
+        assert time.monotonic() < deadline, driver.said.read_text()
+        for pid in set(processes.named("RayTrainWorker")) - killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        time.sleep(0.01)
+    assert driver.process.returncode == 75, driver.said.read_text()
+    said = driver.said.read_text()
+    assert len(killed) == 2
+    assert "Traceback" not in said
+    assert "ended before it was up" in said.splitlines()[-1]

@@ -144,6 +144,11 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ([*PRETRAIN, "data.train=s4://bucket/x"], ["s4://bucket/x", "cannot be opened"]),
     # machine, storage, tracking, registry
     ([*PRETRAIN, "scaling.num_workers=64"], ["batch_size", "64 workers"]),
+    ([*PRETRAIN, "scaling.num_workers=[2, 64]"], ["batch_size", "64 workers"]),
+    *(
+        ([*PRETRAIN, f"scaling.num_workers={ends}"], ["scaling.num_workers", "[least, most]"])
+        for ends in ("[3, 2]", "[0, 2]", "[2]", "[1, 2, 3]", "[1.5, 2]", "[]", "0", "many")
+    ),
     ([*PRETRAIN, "scaling.cpus_per_worker=1000"], ["scaling.cpus_per_worker=1000", "core"]),
     ([*PRETRAIN, "scaling.gpus_per_worker=99"], ["scaling.gpus_per_worker=99", "PyTorch sees"]),
     ([*PRETRAIN, "scaling.data_resource=disk"], ["scaling.data_resource=disk", "RAY_ADDRESS"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -101,6 +102,37 @@ def test_of_ranks_that_all_answer_the_one_that_waits_for_data_keeps_the_others(
     assert ended == ["actor 1"]
 
 
+@pytest.mark.parametrize(("phases", "named"), [(("step", "data"), 1), (("step", "step"), 0)])
+def test_a_wait_far_longer_than_those_before_is_said_once(
+    clock: Clock, ended: list[str], caplog: pytest.LogCaptureFixture, phases: Any, named: int
+) -> None:
+    ranks = watch()
+    for seconds in (4.0, 9.0, 14.0, 19.0, 24.0):
+        for rank, phase in enumerate(phases):
+            ranks.take(beat(rank, phase, seconds)._replace(slow_s=15.0))
+        ranks.look()
+    said = [r.message for r in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith(f"rank {named} on 10.0.0.{named} has been in {phases[named]} at step")
+    assert "7 for 19 s, far longer than before" in said[0]
+    assert said[0].endswith("the limit is 120 s")
+    assert ended == []
+
+
+def test_who_waits_for_a_silent_rank_or_for_an_evaluation_is_not_called_slow(
+    clock: Clock, ended: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = watch()
+    ranks.take(beat(0, "step", 20)._replace(slow_s=15.0))
+    ranks.take(beat(1, "evaluation", 20, 600))
+    ranks.look()
+    assert caplog.text == ""
+    clock.now += 20
+    ranks.take(beat(0, "step", 40)._replace(slow_s=15.0))
+    ranks.look()
+    assert [r.message.partition(" on ")[0] for r in caplog.records] == ["rank 1"]
+
+
 def test_ranks_stuck_in_one_step_are_all_ended(clock: Clock, ended: list[str]) -> None:
     ranks = watch()
     for rank in range(2):
@@ -137,7 +169,8 @@ def test_without_a_rank_it_is_said_what_the_cluster_lacks_and_not_too_often(
         ranks.look()
     said = [r.message for r in caplog.records]
     assert len(said) == 2
-    assert said[0].startswith("no worker is up for 15 s: 0 nodes with 0 of 2 CPUs")
+    assert said[0].startswith("no worker is up for 15 s: 0 nodes with 0 CPUs and 0 GPUs, of which")
+    assert "the run takes 2 and 0" in said[0]
     assert said[0].endswith("waiting for a node to join")
 
 
@@ -147,16 +180,18 @@ def test_a_phase_is_stuck_after_ten_times_its_median_and_its_first_by_the_start(
     inbox: Any = Inbox()
     rank = Heartbeat(inbox, 1, ScalingConfig(stalled_s=120, startup_s=600))
     assert rank.limit_s("step") == 600
+    assert rank.slow_s("step") == math.inf
     for step in range(5):
         rank.enter("step", step)
         clock.now += 1 if step < 3 else 30
         rank.enter("data", step)
     assert rank.limit_s("step") == 120
+    assert rank.slow_s("step") == 15
     for step in range(20):
         rank.enter("step", step)
         clock.now += 30
         rank.enter("data", step)
-    assert rank.limit_s("step") == 300
+    assert rank.limit_s("step") == rank.slow_s("step") == 300
     rank.enter("evaluation", 20)
     clock.now += 100
     rank.enter("data", 20)

@@ -114,7 +114,7 @@ def test_a_worker_s_error_is_told_with_what_the_records_say_of_it(tmp_path: Path
 def test_restarts_without_a_further_checkpoint_end_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    failed = RanksFailed({1: "connection reset by peer"})
+    failed = RanksFailed({"rank 1": "connection reset by peer"})
     run = resolved(tmp_path, "scaling.max_failures=2")
     assert fate(run, [failed, failed]) is None
     assert "rank 1 failed: connection reset by peer; all ranks start again after" in caplog.text

@@ -1,0 +1,72 @@
+"""Why all ranks start again, told to the driver, which counts (`RunMonitor`).
+
+Ray counts the failures of a whole run; the driver those since the newest checkpoint. And Ray counts
+a start that finds no room like one whose processes die: here it waits for the one without end, and
+not for the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from simclr_ray.distributed.ray_cluster import PickledQueue
+from simclr_ray.errors import last_line
+from simclr_ray.train.heartbeat import RanksFailed
+
+BEFORE = "its process ended before it was up"
+
+
+class FailureReport(ray.train.UserCallback):
+    """Tells the driver why ranks have ended, before Ray starts them again."""
+
+    def __init__(self, inbox: PickledQueue) -> None:
+        self.inbox = inbox
+
+    def after_exception(
+        self,
+        run_context: Any,  # noqa: ARG002 - Ray's interface
+        worker_exceptions: dict[int, Exception],
+    ) -> None:
+        """Send the last line of each error; Ray calls this in its own process."""
+        tell(self.inbox, {f"rank {r}": cause_of(e) for r, e in worker_exceptions.items()})
+
+
+class RestartPolicy(DefaultFailurePolicy):
+    """Ray's policy, which tells the driver of what no rank can report."""
+
+    def __init__(self, failure_config: FailureConfig, inbox: PickledQueue) -> None:
+        super().__init__(failure_config)
+        self.inbox = inbox
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Return to start again, or to end the run."""
+        decision = super().make_decision(training_failed_error)
+        failure = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(failure, WorkerGroupStartupFailedError):
+            tell(self.inbox, {"a worker": f"{BEFORE}: {cause_of(failure.__cause__ or failure)}"})
+            if self.failure_config.max_failures == 0:
+                return FailureDecision.RAISE
+        elif getattr(training_failed_error, "drain_timed_out", False):
+            tell(self.inbox, {"a rank": "its node was taken away before all had saved"})
+        return decision
+
+
+def tell(inbox: PickledQueue, causes: Mapping[str, str]) -> None:
+    """Send the causes to the driver, where there still is one."""
+    with suppress(ray.exceptions.RayError):
+        inbox.put(RanksFailed(causes))
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the last line of an error, without the advice that Ray adds to that of a death."""
+    line = last_line(error)
+    return line.partition(" Worker exit detail:")[0].partition(" Some common causes")[0]

@@ -1,0 +1,65 @@
+"""What the driver is told of failures, and which of them Ray may meet without end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from simclr_ray.train.heartbeat import RanksFailed
+from simclr_ray.train.restarts import RestartPolicy
+
+
+class Inbox:
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+    def put(self, item: Any) -> None:
+        self.items.append(item)
+
+
+def dead_at_start() -> ControllerError:
+    failure = WorkerGroupStartupFailedError("One of the worker actors failed to initialize")
+    failure.__cause__ = RayActorError()
+    return ControllerError(failure)
+
+
+def decide(
+    error: TrainingFailedError, max_failures: int = -1
+) -> tuple[FailureDecision, list[RanksFailed]]:
+    inbox: Any = Inbox()
+    policy = RestartPolicy(FailureConfig(max_failures=max_failures), inbox)
+    return policy.make_decision(error), inbox.items
+
+
+def test_a_process_that_dies_before_it_is_up_counts_as_a_failure() -> None:
+    decision, said = decide(dead_at_start())
+    assert decision == FailureDecision.RETRY
+    assert [list(word.causes) for word in said] == [["a worker"]]
+    assert said[0].causes["a worker"].startswith("its process ended before it was up: ")
+    assert decide(dead_at_start(), max_failures=0)[0] == FailureDecision.RAISE
+
+
+@pytest.mark.parametrize("max_failures", [0, -1])
+def test_a_start_that_finds_no_room_is_waited_for(max_failures: int) -> None:
+    error = ControllerError(WorkerGroupStartupTimeoutError(2))
+    assert decide(error, max_failures) == (FailureDecision.RETRY, [])
+
+
+def test_a_node_that_goes_before_its_ranks_have_saved_is_told() -> None:
+    taken = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [1]})
+    late = PreemptionError(taken, drain_timed_out=True)
+    assert decide(late)[0] == FailureDecision.RETRY
+    assert [dict(word.causes) for word in decide(late)[1]] == [
+        {"a rank": "its node was taken away before all had saved"}
+    ]
+    assert decide(PreemptionError(taken)) == (FailureDecision.RETRY, [])
