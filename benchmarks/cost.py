@@ -17,7 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import store
 from tests.golden.compare import lay_out
@@ -44,18 +47,25 @@ def step_of(storage: Path) -> int:
     return max((int(record["step"]) for record in whole), default=0)
 
 
-def images_per_s(package: Path, data: Path) -> float:
-    """Return the speed of a run by the package in a folder."""
+def images_per_s(
+    package: Path,
+    data: Path,
+    *overrides: str,
+    disturbed: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Return the speed of a run by the package in a folder, disturbed from its first step on."""
     with tempfile.TemporaryDirectory() as scratch:
         storage = Path(scratch) / "runs"
         env = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
         env.pop("RAY_ADDRESS", None)
-        command = [sys.executable, "-m", "simclr_ray", "pretrain", *settings(data, storage)]
+        command = [sys.executable, "-m", "simclr_ray", "pretrain", *settings(data, storage),
+                   *overrides]  # fmt: skip
         with (Path(scratch) / "log").open("w") as log:
             run = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=scratch)
         try:
             first = _when(run, storage, FIRST)
-            last = _when(run, storage, LAST)
+            with disturbed(storage):
+                last = _when(run, storage, LAST)
         finally:
             run.terminate()
             run.wait()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import collections
+import http.client
+import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -60,3 +65,55 @@ def serving(folder: Path, port: int) -> Iterator[str]:
         process.wait()
     reader.join()
     process.stderr.close()
+
+
+@dataclass
+class Proxy:
+    """What stands before a server, and may be slow or answer nobody."""
+
+    uri: str = ""
+    delay_s: float = 0.0  # before each answer
+    is_gone: bool = False  # connections are closed without an answer
+
+
+@contextmanager
+def between(uri: str) -> Iterator[Proxy]:
+    """Give a proxy before a server."""
+    target = urlsplit(uri)
+    assert target.hostname is not None
+    proxy = Proxy()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            time.sleep(proxy.delay_s)
+            if proxy.is_gone:
+                self.close_connection = True
+                return
+            with closing(http.client.HTTPConnection(str(target.hostname), target.port)) as there:
+                there.request(self.command, self.path, body, dict(self.headers))
+                answer = there.getresponse()
+                data = answer.read()
+            self.send_response(answer.status)
+            for key, value in answer.getheaders():
+                if key.lower() not in ("transfer-encoding", "content-length", "connection"):
+                    self.send_header(key, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_PATCH = do_PUT = forward  # noqa: N815 - as the base class calls them
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        proxy.uri = f"http://127.0.0.1:{server.server_address[1]}"
+        yield proxy
+        server.shutdown()
+        thread.join()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
-import http.server
 import logging
 import signal
 import sqlite3
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from mlflow import MlflowClient
@@ -26,7 +21,7 @@ from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
 from simclr_ray.train.tracked import Tracked, open_tracker, sync_run, tracked_run
-from tests.mlflow_server import free_port, serving
+from tests.mlflow_server import between, free_port, serving
 from tests.ray.images import write_shapes
 
 pytestmark = [pytest.mark.long]
@@ -64,44 +59,6 @@ def steps_in_mlflow(resolved: ResolvedExperiment) -> tuple[str, list[int]]:
 
 def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if "tracking" in r.name]
-
-
-@contextmanager
-def slowed(uri: str, delay_s: float) -> Iterator[str]:
-    """Give the URI of a proxy that answers each request after a delay."""
-    target = urlsplit(uri)
-    assert target.hostname is not None
-
-    class Proxy(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def forward(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            time.sleep(delay_s)
-            with closing(http.client.HTTPConnection(str(target.hostname), target.port)) as there:
-                there.request(self.command, self.path, body, dict(self.headers))
-                answer = there.getresponse()
-                data = answer.read()
-            self.send_response(answer.status)
-            for key, value in answer.getheaders():
-                if key.lower() not in ("transfer-encoding", "content-length", "connection"):
-                    self.send_header(key, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_POST = do_PATCH = do_PUT = forward  # noqa: N815 - as the base class calls them
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
 
 
 def test_a_server_that_is_killed_for_a_minute_has_every_point_once_at_the_end(
@@ -167,12 +124,13 @@ def test_a_server_that_answers_after_ten_seconds_delays_no_record(
     tmp_path: Path, mlflow_server: str
 ) -> None:
     lags: list[float] = []
-    with slowed(mlflow_server, 10.0) as uri:
+    with between(mlflow_server) as proxy:
+        proxy.delay_s = 10.0
         resolved = experiment(tmp_path, mlflow_server)
         tracker = open_tracker(resolved)
         assert tracker is not None
         with tracked_run(resolved, tracker) as run:
-            run.sender.delivery.run.uri = uri
+            run.sender.delivery.run.uri = proxy.uri
             for step in range(400):
                 lags.append(log_step(run, step))
                 time.sleep(0.1)
