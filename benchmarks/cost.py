@@ -3,7 +3,7 @@
     python -m benchmarks.cost OLD_COMMIT [NEW_COMMIT] [--pairs 5]
 
 Each is a `pretrain` of two workers with a Ray of its own, with checkpoints, MLflow and everything
-that watches a run. What is timed is from step 20 to the last but one as the log gets them, so all
+that watches a run. What is timed is from step 40 to 200 as the log gets them, so all
 that is done between two steps counts. Writes `benchmarks/results/cost.json`.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.record import store
 from tests.golden.compare import lay_out
 
-FIRST, LAST, BATCH = 20, 180, 256
+FIRST, LAST, BATCH = 40, 200, 256
 WAIT_S = 600.0
 
 
@@ -33,7 +33,7 @@ def settings(data: Path, storage: Path) -> list[str]:
     """Return the run: a ResNet-10 of a quarter of the width, a checkpoint every 20 steps."""
     return [
         "cifar10_study_cpu", f"data.train={data}/cifar10/train", "data.test=''",
-        f"storage={storage}", f"batch_size={BATCH}", "epochs=1", "encoder.width=0.25",
+        f"storage={storage}", f"batch_size={BATCH}", "epochs=6", "encoder.width=0.25",
         "evaluation.every_epochs=0", "checkpoint.every_steps=20", "tracking.log_every_steps=2",
         "scaling.num_workers=2", "registry.name=''",
     ]  # fmt: skip
