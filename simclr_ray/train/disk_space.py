@@ -23,6 +23,7 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.space import bytes_in, sized, space_at
 from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.rollback import keeps_good
 
 LEAST: Final = 2  # checkpoints that have to fit, however few are kept
 IN_SCRATCH: Final = 1  # written to the temporary folder, and copied from there
@@ -69,21 +70,23 @@ def check_space(resolved: ResolvedExperiment) -> None:
     Raises:
         ConfigError: A disk has too little room; what is asked for, and what to change.
     """
-    folder, keep = resolved.folder, resolved.config.checkpoint.keep
+    folder, config = resolved.folder, resolved.config
+    keep = config.checkpoint.keep + keeps_good(config)
     if checkpoint.step_of(next(iter(folder.checkpoints()), "")) >= resolved.total_steps:
         return
     there, left = _checkpoints_in(folder)
     needs = []
     if folder.local is not None:
         remedy = "make room, or set another storage"
-        lower = f", or lower checkpoint.keep={keep}" if keep + 1 > LEAST else ""
+        kept = config.checkpoint.keep
+        lower = f", or lower checkpoint.keep={kept}" if kept > 1 else ""
         needs.append(_Need("storage", folder.storage, max(LEAST, keep + 1 - there), remedy + lower))
     if _workers_are_here():  # and write their own
         remedy = "make room, or set TMPDIR to another folder"
         needs.append(_Need("TMPDIR", tempfile.gettempdir(), IN_SCRATCH, remedy))
     if not needs:
         return
-    size = checkpoint_bytes(resolved.config)
+    size = checkpoint_bytes(config)
     _check(needs, size, left)
 
 

@@ -45,7 +45,7 @@ from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
 from simclr_ray.train.restarts import FailureReport
-from simclr_ray.train.rollback import Rollbacks, keeps_good, roll_back
+from simclr_ray.train.rollback import Rollbacks, keeps_good, kept_by_ray, roll_back
 from simclr_ray.train.tracked import Tracked, open_tracker, tracked_run
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker
 
@@ -148,7 +148,9 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
     if checkpoint.step_of(newest) < total:
         folder.prune_checkpoints(resolved.config.checkpoint.keep, newest)
         for name in folder.repair_snapshot():
-            log.warning("Ray's snapshot named %s, which is gone; it was set aside", name)
+            # where `RunMonitor` removes checkpoints it names all that there ever were
+            level = logging.DEBUG if keeps_good(resolved.config) else logging.WARNING
+            log.log(level, "Ray's snapshot named %s, which is gone; it was set aside", name)
         for advice in advise_before_start(resolved):
             log.warning(advice)
         if not newest and weight_files(resolved.config.init.weights):
@@ -198,6 +200,7 @@ def _fit(
     health: HealthWatch,
     rollbacks: Rollbacks,
 ) -> None:
+    stop.workers_are_gone()
     scaling, inbox = resolved.config.scaling, driver_queue()
     trainer = _trainer(resolved, inbox, rollbacks)
     least = f"{scaling.min_workers} to " if scaling.is_elastic else ""
@@ -254,10 +257,7 @@ def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollb
                 max_failures=-1 if scaling.max_failures else 0, max_preemption_failures=-1
             ),
             callbacks=[FailureReport(inbox)],
-            # that of a run that may go back for a collapse is kept by `RunMonitor`
-            checkpoint_config=ray_config.CheckpointConfig(
-                num_to_keep=None if keeps_good(experiment) else experiment.checkpoint.keep
-            ),
+            checkpoint_config=ray_config.CheckpointConfig(num_to_keep=kept_by_ray(experiment)),
             logging_config=ray_config.LoggingConfig(log_level="ERROR"),
         ),
     )

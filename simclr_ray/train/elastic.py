@@ -1,23 +1,29 @@
 """How many workers a run has, and when they are started: Ray Train's policies, and what they lack.
 
 With `scaling.num_workers=[least, most]` Ray counts every few seconds the workers that there is
-room for, and starts the group anew where that is another number. Ray 2.60 falls short in four
+room for, and starts the group anew where that is another number. Ray 2.60 falls short in five
 things, each mended here and shown in `tests/unit/train/test_elastic.py` and
 `tests/faults/test_elastic.py`:
 
-- it ends workers in the middle of a step: here they save first, and no step is made twice;
+- it ends workers in the middle of a step: here they save first and end by themselves
+  (`requests.RanksMoved`), and no step is made twice;
 - it counts what workers take: here there has to be room for the data actors of each as well, for a
   fixed number, too, whose workers would else wait for the first batch until they are given up;
 - it counts nodes that are being drained, and those of up to 20 s ago: here neither (what it keeps
   for the run may lie on such a node, and then it lies elsewhere);
 - a killed run keeps what it had asked for during 180 s: here what is free counts, where else fewer
-  than the fewest workers would be left.
+  than the fewest workers would be left;
+- what waits for room keeps a core busy, and hears of no interrupt.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import ray
@@ -39,6 +45,8 @@ from simclr_ray.train.stop import RESIZE
 
 RESIZE_S: Final = 10.0  # how often the running workers are counted anew
 ANSWER_S: Final = 5.0  # for Ray's actor that keeps account
+WAIT_S: Final = 1.0  # between two looks for room
+ABORT_S: Final = 10.0  # until a controller that does not hear of an interrupt is killed
 EPSILON: Final = 1e-6  # 3 times 0.1 CPUs are more than 0.3
 Resources = Mapping[str, float]
 log = logging.getLogger(__name__)
@@ -57,6 +65,22 @@ class Trainer(TorchTrainer):
     ) -> None:
         super().__init__(*args, **options)
         self._scaling, self._folder, self._inbox = scaling, folder, inbox
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Have an interrupt end a run that waits for room, too: its controller hears nothing."""
+        super()._register_sigint_handler(controller)
+        of_ray: Any = signal.getsignal(signal.SIGINT)
+
+        def end(number: int, frame: Any) -> None:
+            late = threading.Timer(ABORT_S, ray.kill, [controller])
+            late.daemon = True
+            late.start()
+            try:
+                of_ray(number, frame)
+            finally:
+                late.cancel()
+
+        signal.signal(signal.SIGINT, end)
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         of_ray: Any = self.scaling_config
@@ -80,7 +104,7 @@ class FixedWorkers(FixedScalingPolicy):
         """Return to start all workers, or to wait."""
         decision = super().make_decision_for_non_running_worker_group()
         room = workers_on(list(staying_nodes().values()), self.scaling)
-        return decision if room >= self.scaling.min_workers else NoopDecision()
+        return decision if room >= self.scaling.min_workers else wait()
 
 
 class ElasticWorkers(ElasticScalingPolicy):
@@ -91,39 +115,29 @@ class ElasticWorkers(ElasticScalingPolicy):
     ) -> None:
         super().__init__(of_ray)
         self.scaling, self.folder = scaling, folder
-        self._waits = False  # for the running workers to save
+        self._has_asked = True  # the running workers to save; a killed driver may have
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Return with how many workers to start."""
-        self._forget()
-        return super().make_decision_for_non_running_worker_group()
+        if self._has_asked:
+            with suppress(OSError):  # then the next group saves and starts again once more
+                self.folder.remove(RESIZE)
+                self._has_asked = False
+        decision = super().make_decision_for_non_running_worker_group()
+        return wait() if isinstance(decision, NoopDecision) else decision
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Return another number of workers, once the running ones have saved."""
-        if not self._waits:
-            decision = super().make_decision_for_running_worker_group(
-                worker_group_state, worker_group_status
-            )
-            if isinstance(decision, ResizeDecision):
+        """Ask the workers to save and start again where another number of them has room."""
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        if isinstance(decision, ResizeDecision):
+            self._has_asked = True
+            with suppress(OSError):  # of a store that does not answer now: the next time
                 self.folder.write_text(RESIZE, "")
-                self._waits = True
-            return NoopDecision()
-        if self.folder.read_text(RESIZE) is not None:
-            return NoopDecision()
-        kept = self._get_reserved_resources()
-        if kept is None:
-            return NoopDecision()
-        # they have saved and wait to be ended, whatever the number is by now
-        workers = self._count_possible_workers(kept)
-        self._waits = False
-        return self._get_resize_decision(max(workers, self.scaling.min_workers))
-
-    def _forget(self) -> None:
-        if self._waits:
-            self._waits = False
-            self.folder.remove(RESIZE)
+        return NoopDecision()
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
         """Return what Ray keeps for this run as of now; None: it did not answer."""
@@ -148,6 +162,12 @@ class ElasticWorkers(ElasticScalingPolicy):
             free: Mapping[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
             kept = workers_on([free.get(node, {}) for node in nodes], self.scaling)
         return min(kept, workers_on(list(nodes.values()), self.scaling), most)
+
+
+def wait() -> NoopDecision:
+    """Return to wait, a little later: Ray asks again at once, and would keep a core busy."""
+    time.sleep(WAIT_S)
+    return NoopDecision()
 
 
 def staying_nodes() -> dict[str, Resources]:

@@ -9,6 +9,7 @@ the thresholds were chosen. What a run does about it is `health.*` of the config
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
@@ -80,8 +81,7 @@ class HealthWatch:
         self.collapsed_at = self.good_until = self.last_step = 0
         self._start: dict[str, float] = {}
         self._reports: list[_Report] = []
-        self._evaluation: dict[str, float] = {}
-        self._best_margin = 0.0
+        self._evaluations: list[tuple[int, dict[str, float]]] = []  # step, metrics
         self._well_at = 0  # step of the last evaluation without a sign
         self._since: dict[str, int] = {}  # sign -> the first step at which it was there
 
@@ -89,6 +89,15 @@ class HealthWatch:
     def well_until(self) -> int:
         """The last step at which neither training nor an evaluation had a sign."""
         return min(self.good_until, self._well_at) if self._start else self.good_until
+
+    @property
+    def _evaluation(self) -> dict[str, float]:
+        """The last one; empty before the first."""
+        return self._evaluations[-1][1] if self._evaluations else {}
+
+    @property
+    def _best_margin(self) -> float:
+        return max((found.get("margin", 0.0) for _, found in self._evaluations), default=0.0)
 
     def replay(self, records: Iterable[Record]) -> None:
         """Take what a run had logged before it was stopped; nothing of it is raised."""
@@ -136,6 +145,8 @@ class HealthWatch:
             return
         while self._reports and self._reports[-1].step >= step:
             self._reports.pop()
+        while self._evaluations and self._evaluations[-1][0] > step:
+            self._evaluations.pop()
         self._since = {sign: first for sign, first in self._since.items() if first < step}
         self.good_until, self._well_at = min(self.good_until, step), min(self._well_at, step)
 
@@ -155,7 +166,7 @@ class HealthWatch:
 
     def _take_evaluation(self, step: int, record: Record) -> None:
         now = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
-        self._evaluation = now
+        self._evaluations.append((step, now))
         rank, epoch = now["effective_rank"], record["epoch"]
         if rank < COLLAPSED_RANK:
             self.collapsed_at = round(epoch)
@@ -178,7 +189,6 @@ class HealthWatch:
         self._set("margin", step, there=not apart)
         fell = self._best_margin > TOLD_MARGIN and margin < FELL_TO * self._best_margin
         self._set("fall", step, there=fell)
-        self._best_margin = max(self._best_margin, margin)
         top1 = self._recent_top1(LASTING["leak"])
         leaks = top1 > LEAK_TOP1 and now["pair_top1"] < LEAK_FRACTION * top1
         self._set("leak", step, there=leaks)
@@ -198,15 +208,20 @@ class HealthWatch:
                     shrunk += names
         return shrunk
 
+    def _recent(self, steps: int) -> list[_Report]:
+        """Return the reports of the last steps."""
+        first = bisect_right(self._reports, self.last_step - steps, key=lambda r: r.step)
+        return self._reports[first:]
+
     def _recent_top1(self, steps: int) -> float:
         """Return the mean of the last steps' top-1; NaN where there are no such reports."""
-        recent = [r.top1 for r in self._reports if r.step > self.last_step - steps]
+        recent = [report.top1 for report in self._recent(steps)]
         return math.fsum(recent) / len(recent) if recent else math.nan
 
     def _is_by_chance(self) -> bool:
         """Return whether partners are found no more often than random picks find them."""
         num = self._experiment.batch_size
-        picks = num * sum(r.step > self.last_step - LASTING["top1"] for r in self._reports)
+        picks = num * len(self._recent(LASTING["top1"]))
         if not picks:
             return False
         deviation = math.sqrt((1 / num) * (1 - 1 / num) / picks)

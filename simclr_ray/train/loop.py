@@ -65,7 +65,7 @@ Forward = Callable[[int, slice], tuple[Tensor, Tensor]]  # group number, rows ->
 LossOfViews = Callable[[Tensor, Tensor], Tensor]  # z1, z2 -> scalar
 
 
-Request = Literal["", "save", "stop"]
+Request = Literal["", "stop"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Callbacks:
     report: Callable[[Metrics], None]
     epoch_end: Callable[[int, int], None]  # evaluate and save: (epochs done, steps done)
     checkpoint: Callable[[int], None]  # (steps done), within an epoch
-    request: Callable[[], Request] = lambda: ""  # after each step: to save, or to save and end
+    request: Callable[[], Request] = lambda: ""  # after each step: to save and end
 
 
 class StepOutput(NamedTuple):
@@ -165,7 +165,7 @@ def train(
             meter.check_finite(done)
             callbacks.checkpoint(done)
             meter.restart()
-        if request == "stop":
+        if request:
             break
     draw_for(layers, None)
 

@@ -41,7 +41,7 @@ from simclr_ray.train.heartbeat import (
     RankStarted,
     RankWatch,
 )
-from simclr_ray.train.requests import NodeTaken
+from simclr_ray.train.requests import have_moved
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.rollback import CheckpointKeeper, keeps_good
 from simclr_ray.train.tracked import Tracked
@@ -187,14 +187,14 @@ class RunMonitor:
         )  # fmt: skip
 
     def _start_over(self) -> None:
+        stop.workers_are_gone()
         self.ranks.forget()
         self._ready.clear()
         self._began = time.monotonic()
 
     def _take_failure(self, failed: RanksFailed) -> None:
         """Say why all is started again; end the run where that brings it no further."""
-        causes = failed.causes.values()
-        if causes and all(NodeTaken.__name__ in cause for cause in causes):
+        if have_moved(failed.causes.values()):
             return  # said already
         self._start_over()
         kept, most = self._newest_step(), self.resolved.config.scaling.max_failures
@@ -246,7 +246,8 @@ class RunMonitor:
         except UnhealthyRunError as error:
             self._end(error)
         if self._keeper is not None:
-            self._keeper.keep(self.health)
+            with suppress(OSError):  # of a store that does not answer now: after the next one
+                self._keeper.keep(self.health)
 
     def _take_bad(self, item: dict[str, Any]) -> None:
         if item["id"] not in self._bad:

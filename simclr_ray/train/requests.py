@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from typing import Final, Literal
 
 import ray.train
@@ -26,8 +27,14 @@ LOOK: Final = 4
 Reason = Literal["", "stop", "resize", "taken"]
 
 
-class NodeTaken(RuntimeError):  # noqa: N818 - no fault, but Ray starts a group anew by an error only
-    """A node is about to be taken away; all ranks have saved and start again elsewhere."""
+class RanksMoved(RuntimeError):  # noqa: N818 - no fault, but only an error has Ray start anew
+    """All ranks have saved and start again, as another number of them or on other nodes."""
+
+
+def have_moved(causes: Iterable[str]) -> bool:
+    """Return whether ranks have ended to start again, by the last lines of their errors."""
+    causes = list(causes)
+    return bool(causes) and all(RanksMoved.__name__ in cause for cause in causes)
 
 
 class Requests:
@@ -42,7 +49,6 @@ class Requests:
         self.taken: list[str] = []  # nodes
         files = (STOP, RESIZE) if scaling.is_elastic else (STOP,)
         self._files = FileWatch(folder, files) if rank == 0 else None
-        self._folder = folder
         self._signal = RankZeroSignal(scaling.collective_timeout_s)
         self._looks = os.environ.get(WATCHER, "1") != "0"
         self._looked_at = time.monotonic()
@@ -50,20 +56,15 @@ class Requests:
     def ask(self) -> Request:
         """Return what is asked of all ranks alike after a step. A collective."""
         heard = self._signal.say(self._wanted())
+        if heard & BITS[RESIZE]:
+            self.reason = "resize"
         if heard & LOOK:
             info = ray.train.get_preemption_info()  # a barrier, of some ms
             if info is not None:
                 self.reason, self.taken = "taken", info.preempted_node_ids
-        if heard & BITS[RESIZE]:
-            self.reason = "resize"
         if heard & BITS[STOP]:
             self.reason = "stop"
         return "stop" if self.reason else ""
-
-    def answer(self) -> None:
-        """Say, by rank 0, that the ranks have saved and may be ended for another number of them."""
-        if self._files is not None:
-            self._folder.remove(RESIZE)
 
     def close(self) -> None:
         """Let the last word arrive. A collective."""

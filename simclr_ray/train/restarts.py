@@ -21,6 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.errors import last_line
 from simclr_ray.train.heartbeat import RanksFailed
+from simclr_ray.train.requests import have_moved
 
 BEFORE = "its process ended before it was up"
 
@@ -49,6 +50,9 @@ class RestartPolicy(DefaultFailurePolicy):
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Return to start again, or to end the run."""
+        failures = getattr(training_failed_error, "worker_failures", {}).values()
+        if have_moved(map(cause_of, failures)):
+            return FailureDecision.RETRY  # nothing has failed
         decision = super().make_decision(training_failed_error)
         failure = getattr(training_failed_error, "controller_failure", None)
         if isinstance(failure, WorkerGroupStartupFailedError):

@@ -120,6 +120,13 @@ def _steps(tree: dict[str, Any]) -> tuple[int, ...]:
     return tuple(int(step) for step in tree.get("halved_at", []))
 
 
+def first_save(resolved: ResolvedExperiment) -> int:
+    """Return the step of the first checkpoint that is due, and of the next so many."""
+    saved = resolved.config.checkpoint
+    within_epoch = saved.every_steps or resolved.total_steps
+    return min(within_epoch, saved.every_epochs * resolved.steps_per_epoch)
+
+
 def check_policy(resolved: ResolvedExperiment) -> None:
     """Raise `ConfigError` where a run is to go back to checkpoints and writes none before its end.
 
@@ -128,8 +135,7 @@ def check_policy(resolved: ResolvedExperiment) -> None:
     config, total = resolved.config, resolved.total_steps
     if not config.health.rolls_back:
         return
-    saved = config.checkpoint
-    first = min(saved.every_steps or total, saved.every_epochs * resolved.steps_per_epoch)
+    first = first_save(resolved)
     if first >= total:
         problem = (
             f"rollback needs a checkpoint before the end, and the first of {total:,} steps is due "
@@ -222,9 +228,8 @@ class CheckpointKeeper:
     """
 
     def __init__(self, resolved: ResolvedExperiment) -> None:
-        config = resolved.config.checkpoint
-        self._folder, self._keep = resolved.folder, config.keep
-        self._every = config.every_steps or config.every_epochs * resolved.steps_per_epoch
+        self._folder, self._keep = resolved.folder, resolved.config.checkpoint.keep
+        self._every = first_save(resolved)
         self._looked_at = 0
 
     def keep(self, health: HealthWatch) -> None:

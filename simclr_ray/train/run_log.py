@@ -73,7 +73,11 @@ class RunLog:
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return the records of a log; none where there is no such log yet."""
         file = self.path / name
-        return read_records(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return (
+            read_records(file.read_text(encoding="utf-8", errors="replace"))
+            if file.is_file()
+            else []
+        )
 
     def fetch(self, name: str) -> None:
         """Have a file of a remote run folder in `path`, if there is one."""

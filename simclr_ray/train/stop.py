@@ -54,6 +54,11 @@ def workers_can_save() -> None:
     _can_save.set()
 
 
+def workers_are_gone() -> None:
+    """Remember that no worker trains, until they do again: a stop ends this process at once."""
+    _can_save.clear()
+
+
 @contextmanager
 def passed_on(folder: RunFolder) -> Iterator[None]:
     """Write the file for what is asked of this process, while the block runs; remove it after."""

@@ -46,7 +46,7 @@ from simclr_ray.train import loop
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.heartbeat import Heartbeat, RanksMove, RankStarted
 from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
-from simclr_ray.train.requests import NodeTaken, Requests
+from simclr_ray.train.requests import RanksMoved, Requests
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.rollback import Rollbacks
 from simclr_ray.train.step_schedule import schedule_of
@@ -141,19 +141,14 @@ class TrainWorker:
         )
         self.requests.close()
         if self.saved < self.total:
-            self._make_room()
+            self._move()
 
-    def _make_room(self) -> None:
-        """Wait to be ended, or end, where the ranks start again elsewhere. All have saved."""
-        reason = self.requests.reason
-        if self.rank == 0 and reason in {"resize", "taken"}:
-            self.inbox.put(RanksMove(self.saved, self.num_ranks, self.requests.taken))
-        if reason == "taken":
-            raise NodeTaken(f"of {', '.join(self.requests.taken)}")
-        if reason == "resize":
-            self.requests.answer()
-            self.heartbeat.enter("start", self.saved)
-            threading.Event().wait()  # for Ray's policy, which ends this process
+    def _move(self) -> None:
+        """End, where the ranks are to start again. All have saved."""
+        if self.requests.reason in {"resize", "taken"}:
+            if self.rank == 0:
+                self.inbox.put(RanksMove(self.saved, self.num_ranks, self.requests.taken))
+            raise RanksMoved(f"after step {self.saved}")
 
     def report(self, metrics: loop.Metrics) -> None:
         """Send the metrics to the driver."""
@@ -226,8 +221,9 @@ class TrainWorker:
         try:
             self.folder.put_checkpoint(Path(written.path), name)
         except BaseException as error:
-            shutil.rmtree(written.path, ignore_errors=True)  # Ray removes what could be copied only
-            tell_final(self.inbox, error)  # an upload beside the steps raises in no caller of ours
+            if final_error(error) is not None:  # of others Ray may try again with the same files
+                shutil.rmtree(written.path, ignore_errors=True)
+                tell_final(self.inbox, error)  # one beside the steps raises in no caller of ours
             raise
         finally:
             self.upload_s = time.monotonic() - began

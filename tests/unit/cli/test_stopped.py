@@ -85,6 +85,9 @@ def test_where_workers_train_the_first_signal_is_theirs_and_the_second_interrupt
     with stop.passed_on(folder):
         assert not stop.defer()  # nobody trains yet
         stop.workers_can_save()
+        stop.workers_are_gone()
+        assert not stop.defer()  # nobody until the next group trains
+        stop.workers_can_save()
         watch = stop.FileWatch(folder, [stop.STOP, stop.RESIZE])
         assert stop.defer()
         assert not stop.defer()

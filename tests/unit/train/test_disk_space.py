@@ -58,11 +58,14 @@ def test_the_size_of_a_checkpoint_is_that_of_one_that_is_written(
     assert real <= checkpoint_bytes(config) <= 1.05 * real + 2**15
 
 
-@pytest.mark.parametrize(("keep", "copies"), [(1, 2), (2, 3), (5, 6)])
+@pytest.mark.parametrize(
+    ("keep", "policy", "copies"),
+    [(1, "stop", 2), (2, "stop", 3), (5, "stop", 6), (1, "rollback", 3)],  # a good one is kept, too
+)
 def test_what_is_kept_and_one_more_has_to_fit_and_one_in_the_temporary_folder(
-    keep: int, copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keep: int, policy: str, copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = resolved_in(tmp_path, checkpoint={"keep": keep})
+    run = resolved_in(tmp_path, checkpoint={"keep": keep}, health={"on_collapse": policy})
     size = checkpoint_bytes(run.config)
     with_free(monkeypatch, copies * size - 1)
     with pytest.raises(ConfigError, match=f"^storage: .* free; {copies} checkpoints of") as caught:

@@ -54,6 +54,7 @@ class Cluster:
         self.kept: Any = {name: {"CPU": number} for name, number in cpus.items()}
         self.free: dict[str, dict[str, float]] = {}
         monkeypatch.setattr(elastic, "staying_nodes", lambda: self.nodes)
+        monkeypatch.setattr(elastic, "WAIT_S", 0.0)
         monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: self.free)
         for policy in (ElasticScalingPolicy, ElasticWorkers, FixedScalingPolicy):
             if policy is FixedScalingPolicy:
@@ -120,14 +121,48 @@ def test_running_workers_save_before_their_number_changes(
         assert isinstance(running(policy, 2), NoopDecision)
         assert asked.read_text(RESIZE) is not None  # a file that rank 0 sees
     cluster.nodes["c"] = cluster.kept["c"] = {"CPU": 1.0}  # meanwhile
-    asked.remove(RESIZE)  # saved, by rank 0
+    # they have saved and ended
     kept, cluster.kept = cluster.kept, None  # Ray's account does not answer in time
-    assert isinstance(running(policy, 2), NoopDecision)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
     cluster.kept = kept
-    decision = running(policy, 2)
+    decision = policy.make_decision_for_non_running_worker_group()
     assert isinstance(decision, ResizeDecision)
     assert decision.num_workers == 5
+    assert asked.read_text(RESIZE) is None
     assert isinstance(running(policy, 5), NoopDecision)
+    assert asked.read_text(RESIZE) is None
+
+
+def test_what_a_killed_driver_asked_for_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cluster(monkeypatch, a=2.0)
+    policy = policy_of(ElasticWorkers, tmp_path, HALVES)
+    policy.folder.write_text(RESIZE, "")
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+    assert policy.folder.read_text(RESIZE) is None
+
+
+def test_a_store_that_does_not_answer_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("slow down")
+
+    cluster = Cluster(monkeypatch, a=2.0)
+    policy = policy_of(ElasticWorkers, tmp_path, HALVES)
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+    cluster.nodes["b"] = cluster.kept["b"] = {"CPU": 2.0}
+    with monkeypatch.context() as store:
+        store.setattr(RunFolder, "write_text", refuse)
+        assert isinstance(running(policy, 2), NoopDecision)
+    assert isinstance(running(policy, 2), NoopDecision)
+    assert policy.folder.read_text(RESIZE) is not None
+    with monkeypatch.context() as store:
+        store.setattr(RunFolder, "remove", refuse)
+        assert policy.make_decision_for_non_running_worker_group().num_workers == 4
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 4
+    assert policy.folder.read_text(RESIZE) is None
 
 
 def test_a_group_that_fails_when_it_was_asked_to_save_is_asked_no_more(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,26 @@ def test_records_that_a_restart_makes_anew_count_once() -> None:
     health.replay(report(step, STUCK) for step in range(10, 290, 10))
     assert ended(health, (report(step, STUCK) for step in range(210, 290, 10))) is None
     assert ended(health, [report(300, STUCK)]) is not None
+
+
+def test_what_a_rollback_has_left_behind_tells_nothing_of_the_new_branch() -> None:
+    """Neither the largest margin nor the evaluation of a collapse is of the steps made anew."""
+    health = watch()
+    lost = WELL | {"eval/margin": 0.001}
+    assert ended(health, [at(150, WELL), at(200, lost)]) is None
+    young = WELL | {"eval/margin": 0.03}
+    again = [report(110, STUCK * 1.1), at(150, young), at(200, young), at(250, young)]
+    assert ended(health, again) is None
+    assert health.well_until == 250
+
+
+def test_a_log_of_a_long_run_is_replayed_in_a_time_that_grows_with_its_length() -> None:
+    def seconds(steps: int) -> float:
+        health, began = watch(), time.process_time()
+        health.replay(report(step, 1.0) for step in range(10, 10 * steps, 10))
+        return time.process_time() - began
+
+    assert seconds(16_000) < 12 * seconds(4_000)  # 4 times; 16 where each looks at all
 
 
 def test_a_loss_without_such_a_level_is_not_held_to_it() -> None:

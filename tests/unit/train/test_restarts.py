@@ -7,15 +7,22 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError
+from ray.train.v2.api.exceptions import (
+    ControllerError,
+    PreemptionError,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from simclr_ray.train.heartbeat import RanksFailed
+from simclr_ray.train.requests import RanksMoved
 from simclr_ray.train.restarts import RestartPolicy
 
 
@@ -63,3 +70,16 @@ def test_a_node_that_goes_before_its_ranks_have_saved_is_told() -> None:
         {"a rank": "its node was taken away before all had saved"}
     ]
     assert decide(PreemptionError(taken)) == (FailureDecision.RETRY, [])
+
+
+@pytest.mark.parametrize("max_failures", [0, -1])
+def test_ranks_that_move_have_not_failed(max_failures: int) -> None:
+    moved: dict[int, Exception] = {
+        rank: UserExceptionWithTraceback(RanksMoved(), f"Traceback\n{RanksMoved.__name__}: after 7")
+        for rank in range(2)
+    }
+    error = WorkerGroupError("", moved)
+    assert decide(error, max_failures) == (FailureDecision.RETRY, [])
+    one_failed = WorkerGroupError("", moved | {1: ValueError("broken")})
+    expected = FailureDecision.RETRY if max_failures else FailureDecision.RAISE
+    assert decide(one_failed, max_failures) == (expected, [])  # `FailureReport` tells it

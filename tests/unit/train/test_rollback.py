@@ -239,10 +239,11 @@ def test_a_policy_without_checkpoints_is_refused_before_anything_starts(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("often", ["checkpoint.every_epochs=1", "checkpoint.every_steps=1000"])
 def test_the_newest_checkpoint_without_a_sign_is_kept_beside_the_newest(
-    images: Path, tmp_path: Path
+    images: Path, tmp_path: Path, often: str
 ) -> None:
-    run = resolved(images, tmp_path, *POLICY, "checkpoint.keep=1")
+    run = resolved(images, tmp_path, *POLICY, "checkpoint.keep=1", often)
     folder = begun(run)
     health, keeper = HealthWatch(run.config), CheckpointKeeper(run)
     values: dict[str, Any] = {"train/mean_loss": 3.0}
