@@ -41,7 +41,6 @@ from simclr_ray.train.heartbeat import (
     RankStarted,
     RankWatch,
 )
-from simclr_ray.train.requests import have_moved
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.rollback import CheckpointKeeper, keeps_good
 from simclr_ray.train.tracked import Tracked
@@ -194,8 +193,6 @@ class RunMonitor:
 
     def _take_failure(self, failed: RanksFailed) -> None:
         """Say why all is started again; end the run where that brings it no further."""
-        if have_moved(failed.causes.values()):
-            return  # said already
         self._start_over()
         kept, most = self._newest_step(), self.resolved.config.scaling.max_failures
         self._restarts = 1 if kept > self._kept else self._restarts + 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Final, Literal
 
 import ray.train
@@ -31,10 +31,9 @@ class RanksMoved(RuntimeError):  # noqa: N818 - no fault, but only an error has 
     """All ranks have saved and start again, as another number of them or on other nodes."""
 
 
-def have_moved(causes: Iterable[str]) -> bool:
-    """Return whether ranks have ended to start again, by the last lines of their errors."""
-    causes = list(causes)
-    return bool(causes) and all(RanksMoved.__name__ in cause for cause in causes)
+def have_moved(errors: Collection[BaseException]) -> bool:
+    """Return whether ranks have ended to start again, by their errors."""
+    return bool(errors) and all(isinstance(error, RanksMoved) for error in errors)
 
 
 class Requests:

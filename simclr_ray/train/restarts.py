@@ -38,7 +38,8 @@ class FailureReport(ray.train.UserCallback):
         worker_exceptions: dict[int, Exception],
     ) -> None:
         """Send the last line of each error; Ray calls this in its own process."""
-        tell(self.inbox, {f"rank {r}": cause_of(e) for r, e in worker_exceptions.items()})
+        if not have_moved(worker_exceptions.values()):
+            tell(self.inbox, {f"rank {r}": cause_of(e) for r, e in worker_exceptions.items()})
 
 
 class RestartPolicy(DefaultFailurePolicy):
@@ -50,8 +51,7 @@ class RestartPolicy(DefaultFailurePolicy):
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Return to start again, or to end the run."""
-        failures = getattr(training_failed_error, "worker_failures", {}).values()
-        if have_moved(map(cause_of, failures)):
+        if have_moved(getattr(training_failed_error, "worker_failures", {}).values()):
             return FailureDecision.RETRY  # nothing has failed
         decision = super().make_decision(training_failed_error)
         failure = getattr(training_failed_error, "controller_failure", None)

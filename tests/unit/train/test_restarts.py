@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import (
-    UserExceptionWithTraceback,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
@@ -23,7 +22,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.requests import RanksMoved
-from simclr_ray.train.restarts import RestartPolicy
+from simclr_ray.train.restarts import FailureReport, RestartPolicy
 
 
 class Inbox:
@@ -74,12 +73,14 @@ def test_a_node_that_goes_before_its_ranks_have_saved_is_told() -> None:
 
 @pytest.mark.parametrize("max_failures", [0, -1])
 def test_ranks_that_move_have_not_failed(max_failures: int) -> None:
-    moved: dict[int, Exception] = {
-        rank: UserExceptionWithTraceback(RanksMoved(), f"Traceback\n{RanksMoved.__name__}: after 7")
-        for rank in range(2)
-    }
+    moved: dict[int, Exception] = {rank: RanksMoved("after step 7") for rank in range(2)}
     error = WorkerGroupError("", moved)
     assert decide(error, max_failures) == (FailureDecision.RETRY, [])
+    inbox: Any = Inbox()
+    FailureReport(inbox).after_exception(None, moved)
+    assert inbox.items == []
+    FailureReport(inbox).after_exception(None, moved | {1: ValueError("broken")})
+    assert inbox.items == [RanksFailed({"rank 0": "after step 7", "rank 1": "broken"})]
     one_failed = WorkerGroupError("", moved | {1: ValueError("broken")})
     expected = FailureDecision.RETRY if max_failures else FailureDecision.RAISE
     assert decide(one_failed, max_failures) == (expected, [])  # `FailureReport` tells it
