@@ -149,6 +149,8 @@ class Soak:
         """Run until so many seconds were sampled in all; return what is left afterwards."""
         before = self.samples()
         offset = before[-1]["second"] + self.every_s if before else 0.0
+        if offset >= seconds:
+            raise SystemExit(f"{self.log} is complete: remove it to begin anew")
         session = 1 + max((sample["session"] for sample in before), default=0)
         temporary = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))  # Ray's sockets: short
         pids: set[int] = set()

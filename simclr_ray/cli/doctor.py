@@ -28,11 +28,11 @@ from simclr_ray.cli.environment import (
 )
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
 from simclr_ray.config.imports import allow
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.errors import ConfigError, DataError, TrackingError, last_line
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.tracking.runs import Tracker
-from simclr_ray.tracking.store import without_password
 
 __all__ = ["Finding", "run_checks"]
 
@@ -192,7 +192,7 @@ def check_tracking(uri: str, storage: str) -> Finding:
     except (ConfigError, TrackingError, OSError) as error:
         advice = "start the server, or correct tracking.uri or $MLFLOW_TRACKING_URI"
         return Finding("mlflow", "fail", _line(error), advice)
-    return Finding("mlflow", "ok", f"{without_password(tracker.uri)} opens")
+    return Finding("mlflow", "ok", f"{hide_passwords(tracker.uri)} opens")
 
 
 def check_gradient(num_workers: int, parity: Parity) -> Finding:

@@ -42,6 +42,8 @@ def permitted(arguments: list[str]) -> list[str]:
 
 def say_error(error: Exception) -> int:
     """Say what is wrong in a line an issue, and return the exit code; other errors are raised."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        error = storage_error(error, "the disk") or error
     if isinstance(error, ConfigError):
         for issue in error.issues:
             say(f"error: {issue}")
@@ -53,8 +55,7 @@ def say_error(error: Exception) -> int:
         say(f"error: {error}")
         return error.exit_code if isinstance(error, SimclrRayError) else 2
     if isinstance(error, OSError) and error.errno in OF_A_PATH:
-        full = storage_error(error, "the disk") if error.errno in FULL else None
-        say(f"error: {full or one_line(error)}")
+        say(f"error: {one_line(error)}")
         return 2
     raise error
 

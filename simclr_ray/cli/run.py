@@ -10,9 +10,9 @@ import typer
 from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace, permitted_names
 from simclr_ray.cli.console import command, loading, out, show_pairs, show_table
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOL_NAMES
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.tracking.store import without_password
 
 LAST_METRICS = ("train/mean_loss", "train/contrastive_top1", "train/classifier_top1")
 
@@ -90,7 +90,7 @@ def status(run: RunPlace) -> None:
         else "-",
     }
     if run_status.record is not None:
-        uri = without_password(run_status.record.tracking_uri)
+        uri = hide_passwords(run_status.record.tracking_uri)
         rows["MLflow run"] = f"{run_status.record.mlflow_run_id} of {uri}"
         rows["open MLflow"] = open_mlflow(uri)
     show_pairs(rows)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from simclr_ray.cli.console import command, out, show_pairs, show_table, sibling
 from simclr_ray.config.metrics import EPOCH_METRICS
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
-from simclr_ray.tracking.store import without_password
 
 if TYPE_CHECKING:
     from simclr_ray.evaluation.classification import Classification
@@ -64,7 +64,7 @@ def show_next(folder: RunFolder, model: str = "", image: str = "IMAGE.png") -> N
         model: Registered model, if it was registered.
         image: File that is embedded.
     """
-    uri = without_password(RunRecord.read(folder).tracking_uri)
+    uri = hide_passwords(RunRecord.read(folder).tracking_uri)
     where = ["--tracking-uri", uri] if model else []
     rows = {
         "look": command("status", folder.uri),

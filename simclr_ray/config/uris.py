@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 HIDDEN: Final = "***"
-_USER: Final = re.compile(r"(://[^:/@\s\"'<>]*):[^/@\s\"'<>]*@")
+_USER: Final = re.compile(r"(://[^:/@\s\"'<>]*):[^/\s\"'<>]*@")  # to the last @, as urllib reads it
 _QUERY: Final = re.compile(
-    r"(?i)([?&](?:password|passwd|pwd|token|sas_token|sig|signature|secret\w*|access_key|api_key)=)"
+    r"(?i)([?&](?:\w*(?:password|passwd|pwd|token|secret|signature|access_key|api_key)\w*|sig)=)"
     r"[^&#\s\"'<>]+"
 )
 _full: dict[str, str] = {}  # of this process: what is shown -> what was given
@@ -53,7 +53,7 @@ def remember(uri: str) -> str:
 def recall(shown: str) -> str:
     """Return the URI that is shown so, where this process or `MLFLOW_TRACKING_URI` has it.
 
-    Otherwise without user and password, so that credentials of the environment hold.
+    Otherwise without what is hidden, so that credentials of the environment hold.
     """
     if HIDDEN not in shown:
         return shown
@@ -62,4 +62,6 @@ def recall(shown: str) -> str:
         return given
     if shown in _full:
         return _full[shown]
-    return re.sub(rf"://[^:/@]*:{re.escape(HIDDEN)}@", "://", shown)
+    place, _, query = re.sub(rf"://[^:/@]*:{re.escape(HIDDEN)}@", "://", shown).partition("?")
+    kept = "&".join(part for part in query.split("&") if not part.endswith(f"={HIDDEN}"))
+    return f"{place}?{kept}" if kept else place

@@ -79,7 +79,6 @@ class OnlineEvaluation:
         if not limits.every_epochs:
             return
         own, self.probe = self._part(source, sample_rows(source, PROBE_IMAGES))
-        self.own_probe = own.images
         views = build_views(experiment.augment, experiment.seed, data.channels)
         self.views = views(own.images, own.ids.numpy(), PROBE_EPOCH)
         if data.test:
@@ -97,7 +96,7 @@ class OnlineEvaluation:
         """
         if not self.experiment.evaluation.every_epochs:
             return {}
-        marks = view_marks(self.own_probe, self.views)
+        marks = view_marks(self.probe.images, self.views)
         gathered = dist.all_gather_rows(marks.to(self.device), self.probe.counts).cpu()  # [M, 3]
         facts = view_facts(gathered, self.experiment.batch_size)._asdict()
         scores = {key.partition("/")[2]: v for key, v in self._label_free(model).items()}

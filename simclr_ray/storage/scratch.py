@@ -28,6 +28,8 @@ def scratch_folder() -> Iterator[Path]:
     try:
         with (folder / HELD).open("w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
+            if not (folder / HELD).exists():  # taken for abandoned before the lock was held
+                folder.mkdir(exist_ok=True)
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -75,11 +75,16 @@ class Results(NamedTuple):
     rows: list[Row]
     verdicts: list[Verdict]
     agreement: Agreement | None
-    others: list[TrialOutcome]  # trials that did not finish
+    others: list[TrialOutcome]  # trials that did not finish, or that finished with a warning
     num_trials: int
     epochs: int
     images: float
     device_hours: float
+
+    @property
+    def unfinished(self) -> list[TrialOutcome]:
+        """The trials that did not finish."""
+        return [outcome for outcome in self.others if outcome.status != "finished"]
 
     @property
     def best(self) -> Row | None:
@@ -300,7 +305,7 @@ def as_json(results: Results) -> str:
                 "reason": o.reason,
                 "epochs": max(o.curve, default=0),
             }
-            for o in results.others
+            for o in results.unfinished
         ],
         "epochs": results.epochs,
         "images": results.images,

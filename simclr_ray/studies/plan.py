@@ -189,7 +189,9 @@ def base_tree(study: Study) -> dict[str, Any]:
         ConfigError: The base or a value of `set` cannot be.
     """
     tree, shown = cfg.read_tree(study.base)
-    tree = {**tree, "health": {"on_collapse": "warn", **tree.get("health", {})}}
+    health = tree.get("health", {})
+    if isinstance(health, dict):  # what is none is refused with the rest
+        tree = {**tree, "health": {"on_collapse": "warn", **health}}
     wrong = [ConfigIssue(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
     wrong += [
         ConfigIssue(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))

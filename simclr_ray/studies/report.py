@@ -86,7 +86,7 @@ def _log_report(target: Path, results: Results, state: dict[str, Any]) -> None:
     run.log_artifact(target)
     best = results.best
     if best is not None:
-        finished = results.num_trials - len(results.others)
+        finished = results.num_trials - len(results.unfinished)
         run.log_metrics({f"best/{results.study.metric}": best.mean}, finished)
         run.set_tags({f"best/{key}": str(value) for key, value in best.point.items()})
 
@@ -189,7 +189,7 @@ def total_text(results: Results) -> str:
 
 
 def others_table(results: Results) -> Table:
-    """Return the trials without a value, and why."""
+    """Return the trials that did not finish or learned nothing, and why."""
     rows = [
         [o.trial, o.status, str(max(o.curve, default=0)), _first_line(o.reason)]
         for o in results.others

@@ -128,6 +128,10 @@ def run_trials(
 class _Driver(tune.Callback, tune.Stopper):
     """The study's side of Tune: stops when asked or out of time; stores what Tune has ended."""
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return nothing: Tune keeps it in its folder, where URIs would have their passwords."""
+        return {}
+
     def __init__(
         self,
         study: Study,

@@ -309,7 +309,7 @@ def _experiment_id(uri: str, name: str, artifact_location: str | None) -> str:
                 experiment = client.get_experiment_by_name(name)
         if experiment is None or experiment.lifecycle_stage != "active":
             raise TrackingError(
-                f"experiment {name!r} is deleted in {store.without_password(uri)}: restore it, "
+                f"experiment {name!r} is deleted in {hide_passwords(uri)}: restore it, "
                 "or set tracking.experiment to another name"
             )
         return str(experiment.experiment_id)
@@ -326,7 +326,7 @@ def door(action: str, uri: str) -> Iterator[MlflowClient]:
     except (ConfigError, TrackingError):
         raise
     except Exception as error:
-        where, reason = store.without_password(uri), store.reason_of(error)
+        where, reason = hide_passwords(uri), store.reason_of(error)
         kind = TrackingUnavailableError if store.is_for_now(error) else TrackingError
         raise kind(f"MLflow at {where} could not {action}: {reason}") from error
 

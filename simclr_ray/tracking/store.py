@@ -115,7 +115,7 @@ def _check_scheme(uri: str, key: str) -> None:
     plugins = entry_points(group="mlflow.tracking_store")
     if _STORES.match(uri) or plugins or Path(uri).is_dir():
         return
-    scheme, shown = uri.partition("://")[0], without_password(uri)
+    scheme, shown = uri.partition("://")[0], hide_passwords(uri)
     if "://" in uri and scheme != "sqlite":
         problem = f"got {shown}; MLflow has no {scheme}:// store"
     elif re.fullmatch(r"[\w.-]+:\d+", uri):
@@ -161,11 +161,6 @@ def check_model(name: str, alias: str) -> None:
         issues.append(ConfigIssue("registry.alias", f"got {alias!r}; letters, digits, - and _"))
     if issues:
         raise ConfigError(issues)
-
-
-def without_password(uri: str) -> str:
-    """Return the URI without the password that it may hold, for messages."""
-    return hide_passwords(uri)
 
 
 # SQLite's words and the system's; PostgreSQL's are the system's

@@ -71,7 +71,8 @@ def check_space(resolved: ResolvedExperiment) -> None:
         ConfigError: A disk has too little room; what is asked for, and what to change.
     """
     folder, config = resolved.folder, resolved.config
-    keep = config.checkpoint.keep + keeps_good(config)
+    # the good one, and one that `CheckpointKeeper` has not looked at
+    keep = config.checkpoint.keep + 2 * keeps_good(config)
     if checkpoint.step_of(next(iter(folder.checkpoints()), "")) >= resolved.total_steps:
         return
     there, left = _checkpoints_in(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 
 import ray
@@ -18,6 +19,7 @@ import ray.train.v2.api.config as ray_config
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import (
@@ -33,7 +35,7 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS
 from simclr_ray.storage.space import OF_THE_DISK, writing
-from simclr_ray.tracking.store import store_uri, without_password
+from simclr_ray.tracking.store import store_uri
 from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.disk_space import check_space
@@ -128,7 +130,7 @@ def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | No
             log.info("a new run, %s: %s", folder.name, other)
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
         uri = store_uri(config.tracking.uri, config.storage)
-        log.info("opening MLflow at %s", without_password(uri))
+        log.info("opening MLflow at %s", hide_passwords(uri))
         tracker = open_tracker(resolved)  # before the cluster waits
         connect(config)
         check_cluster(config)
@@ -141,12 +143,14 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
     total, folder = resolved.total_steps, resolved.folder
     Rollbacks.read(folder).drop_abandoned(folder)  # a kill may have come between
     newest = _newest(resolved)
+    # which of them is the good one, `RunMonitor` knows, and removes the rest
+    keep = sys.maxsize if keeps_good(resolved.config) else resolved.config.checkpoint.keep
     if not newest:
         folder.check_resumable(resolved.identity)
     if 0 <= checkpoint.step_of(newest) < total:
         log.info("continuing after step %d of %d", checkpoint.step_of(newest), total)
     if checkpoint.step_of(newest) < total:
-        folder.prune_checkpoints(resolved.config.checkpoint.keep, newest)
+        folder.prune_checkpoints(keep, newest)
         for name in folder.repair_snapshot():
             # where `RunMonitor` removes checkpoints it names all that there ever were
             level = logging.DEBUG if keeps_good(resolved.config) else logging.WARNING
@@ -159,7 +163,8 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
             _fit_with_rollbacks(resolved, tracked, on_progress)
             is_stopped = stop.is_requested(folder)
         newest = _newest(resolved)
-        folder.prune_checkpoints(resolved.config.checkpoint.keep, newest)
+        is_done = checkpoint.step_of(newest) >= total
+        folder.prune_checkpoints(resolved.config.checkpoint.keep if is_done else keep, newest)
         if is_stopped and checkpoint.step_of(newest) < total:
             raise KeyboardInterrupt
     if checkpoint.step_of(newest) < total:

@@ -115,14 +115,14 @@ class ElasticWorkers(ElasticScalingPolicy):
     ) -> None:
         super().__init__(of_ray)
         self.scaling, self.folder = scaling, folder
-        self._has_asked = True  # the running workers to save; a killed driver may have
+        self._resizing = True  # the workers are to save; by a killed driver they may be
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Return with how many workers to start."""
-        if self._has_asked:
+        if self._resizing:
             with suppress(OSError):  # then the next group saves and starts again once more
                 self.folder.remove(RESIZE)
-                self._has_asked = False
+                self._resizing = False
         decision = super().make_decision_for_non_running_worker_group()
         return wait() if isinstance(decision, NoopDecision) else decision
 
@@ -134,7 +134,7 @@ class ElasticWorkers(ElasticScalingPolicy):
             worker_group_state, worker_group_status
         )
         if isinstance(decision, ResizeDecision):
-            self._has_asked = True
+            self._resizing = True
             with suppress(OSError):  # of a store that does not answer now: the next time
                 self.folder.write_text(RESIZE, "")
         return NoopDecision()

@@ -97,7 +97,7 @@ class HealthWatch:
 
     @property
     def _best_margin(self) -> float:
-        return max((found.get("margin", 0.0) for _, found in self._evaluations), default=0.0)
+        return max((scores.get("margin", 0.0) for _, scores in self._evaluations), default=0.0)
 
     def replay(self, records: Iterable[Record]) -> None:
         """Take what a run had logged before it was stopped; nothing of it is raised."""

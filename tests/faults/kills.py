@@ -84,7 +84,12 @@ def kill_at_random(
     workers = 1 + seed % 2
     tree = tree | {
         "storage": str(folder / f"{victim}-{seed}"),
-        "scaling": {"num_workers": workers, "cpus_per_worker": 0.5, "cpus_per_data_actor": 0.3},
+        "scaling": {
+            "num_workers": workers,
+            "cpus_per_worker": 0.5,
+            "cpus_per_data_actor": 0.3,
+            "threads_per_worker": 1,
+        },  # as `undisturbed`
     }
     config = folder / f"{victim}-{seed}.yaml"
     config.write_text(cfg.dump_yaml(tree))

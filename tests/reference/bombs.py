@@ -168,12 +168,20 @@ def element(group: int, number: int, kind: bytes, value: bytes | int) -> bytes:
     return struct.pack("<HH", group, number) + kind + size + data
 
 
-def dicom(side: int, *, deflated: bool) -> bytes:
-    """Return a gray DICOM file, with few bytes of values, or deflated with far too many."""
+def dicom(side: int, *, deflated: bool, uid: bytes = b"1.2", length_off: int = 0) -> bytes:
+    """Return a gray DICOM file, with few bytes of values, or deflated with far too many.
+
+    A long `uid` stands before what says that it is deflated; a header may be wrong in its length.
+    """
     syntax = b"1.2.840.10008.1.2.1.99" if deflated else b"1.2.840.10008.1.2.1"
     meta = element(2, 1, b"OB", b"\0\1") + element(2, 2, b"UI", b"1.2.840.10008.5.1.4.1.1.7")
-    meta += element(2, 3, b"UI", b"1.2") + element(2, 16, b"UI", syntax)
-    head = bytes(128) + b"DICM" + element(2, 0, b"UL", struct.pack("<I", len(meta))) + meta
+    meta += element(2, 3, b"UI", uid) + element(2, 16, b"UI", syntax)
+    head = (
+        bytes(128)
+        + b"DICM"
+        + element(2, 0, b"UL", struct.pack("<I", len(meta) + length_off))
+        + meta
+    )
     numbers = {2: 1, 0x10: side, 0x11: side, 0x100: 8, 0x101: 8, 0x102: 7, 0x103: 0}
     body = b"".join(element(0x28, number, b"US", value) for number, value in numbers.items())
     body += element(0x28, 4, b"CS", b"MONOCHROME2")
@@ -244,6 +252,8 @@ BOMBS: Final[dict[str, Callable[[], bytes]]] = {
     "tiff_pages": tiff_pages,
     "dicom": lambda: dicom(SIDE, deflated=False),
     "dicom_deflated": lambda: dicom(64, deflated=True),
+    "dicom_deflated_said_late": lambda: dicom(64, deflated=True, uid=b"1.2." + b"3" * 2000),
+    "dicom_deflated_misplaced": lambda: dicom(64, deflated=True, length_off=20),
     "npy": npy,
 }
 

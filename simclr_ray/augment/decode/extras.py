@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from .formats import (
-    BROKEN_HEADER,
     HEIC,
     PNG,
     TIFF,
@@ -32,8 +31,7 @@ from .metadata import ORIENTED, turn_upright
 from .rgb import ORIENTATION, WHITE_16, DeepImage, scaled_gray, to_rgb
 from .tiff import read_tiff_page
 
-DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax of a DICOM file (PS3.5 §A.5)
-GROUP_LENGTH = b"\2\0\0\0UL\4\0"  # its first element (PS3.10 §7.1)
+DEFLATED = "1.2.840.10008.1.2.1.99"  # transfer syntax of a DICOM file (PS3.5 §A.5)
 INFLATED_PER_PIXEL = 8  # bytes: three samples of 16 bits, and what is said about them
 INFLATED_AT_ONCE = 2**20
 LIES_FROM = 5  # orientations in which height and width change places
@@ -60,12 +58,13 @@ def open_by_extra(encoded: bytes, kind: Format, max_pixels: int) -> Image.Image:
 
 def _check_inflated(encoded: bytes, most: int) -> None:
     """Raise `ImageError` for a deflated data set that becomes larger, which pydicom would hold."""
-    if DEFLATED not in encoded[:1024]:
+    # the header's own length may be wrong, and what it says may come late: pydicom finds where the
+    # data set begins, as it will when it decodes
+    reader, stream = importlib.import_module("pydicom.filereader"), io.BytesIO(encoded)
+    reader.read_preamble(stream, force=False)
+    if reader._read_file_meta_info(stream).get("TransferSyntaxUID") != DEFLATED:
         return
-    if encoded[132:140] != GROUP_LENGTH:
-        raise ImageError(BROKEN_HEADER)
-    unpacker, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    rest = encoded[144 + int.from_bytes(encoded[140:144], "little") :]
+    unpacker, total, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, stream.read()
     while rest and not unpacker.eof:
         total += len(unpacker.decompress(rest, INFLATED_AT_ONCE))
         rest = unpacker.unconsumed_tail

@@ -102,7 +102,7 @@ def check_tile(tag: Callable[[int, Any], Any], max_pixels: int) -> None:
     """Raise `ImageError` for tiles of too many pixels: a decoder makes whole ones of any image."""
     try:
         width, length = (max(_numbers(tag(key, 0)), default=0) for key in _TILE)
-    except (TypeError, ValueError):  # of another type: decoding says it
+    except (TypeError, ValueError, OverflowError):  # of another type: decoding says it
         return
     check_size((width, length), max_pixels)
 
@@ -120,7 +120,7 @@ def check_samples(image: Any, channels: int) -> None:
     """
     try:
         samples = samples_of(image.tag_v2.get)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UndecodedError(BROKEN_HEADER) from error
     if samples.problem:
         raise ImageError(samples.problem)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 import simclr_ray
 from simclr_ray.augment.decode import BYTES_PER_PIXEL
+from simclr_ray.augment.decode.tiff import check_tile
 from tests.reference.bombs import BOMBS, MIB, PIXELS
 
 BESIDE = 32 * MIB  # what is said about the pixels, and decoders' own
@@ -23,6 +25,8 @@ REFUSED = {  # by the header, before anything is decoded
     "tiff": "too many pixels: 50000x50000", "tiff_tile": "too many pixels: 30000x30000",
     "tiff_tile_of_12_bits": "too many pixels: 30000x30000", "npy": "too many pixels: 50000x50000",
     "dicom": "too many pixels: 50000x50000", "dicom_deflated": "inflates to more than 7 MiB",
+    "dicom_deflated_said_late": "inflates to more than 7 MiB",
+    "dicom_deflated_misplaced": "inflates to more than 7 MiB",
 }  # fmt: skip
 
 
@@ -69,3 +73,8 @@ def test_what_is_beside_or_behind_the_pixels_costs_them_nothing(
     name: str, decoded: dict[tuple[str, int], Decoded]
 ) -> None:
     assert decoded[name, 3].text.endswith(", 3)")
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, "wide", (3, math.inf), None])
+def test_a_tile_whose_width_is_no_number_is_left_to_who_decodes(value: Any) -> None:
+    check_tile(lambda _key, _default: value, 100)

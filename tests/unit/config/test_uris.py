@@ -26,6 +26,11 @@ URIS = {
         "postgresql://host/db?user=me&password=***&a=b"
     ),
     f"abfs://account:{SECRET}@c/p": "abfs://account:***@c/p",
+    f"abfs://c@account/p?client_id=a&client_secret={SECRET}": (
+        "abfs://c@account/p?client_id=a&client_secret=***"
+    ),
+    f"postgresql://host/db?sslpassword={SECRET}": "postgresql://host/db?sslpassword=***",
+    f"http://me:p@{SECRET}@host:5000": "http://me:***@host:5000",
 }
 
 
@@ -55,6 +60,9 @@ def test_what_is_shown_is_found_again_in_this_process_or_the_environment(
 ) -> None:
     uri, shown = next(iter(URIS.items()))
     assert recall(shown) == "s3://bucket/a?region=x"  # credentials of the environment hold
+    assert recall("postgresql://host/db?password=***&a=b") == "postgresql://host/db?a=b"
+    assert recall("postgresql://host/db?a=b&password=***") == "postgresql://host/db?a=b"
+    assert recall("postgresql://host/db?password=***") == "postgresql://host/db"
     assert remember(uri) == uri
     assert recall(shown) == uri
     given = f"http://me:{SECRET}@host"

@@ -60,7 +60,7 @@ def test_the_size_of_a_checkpoint_is_that_of_one_that_is_written(
 
 @pytest.mark.parametrize(
     ("keep", "policy", "copies"),
-    [(1, "stop", 2), (2, "stop", 3), (5, "stop", 6), (1, "rollback", 3)],  # a good one is kept, too
+    [(1, "stop", 2), (2, "stop", 3), (5, "stop", 6), (1, "rollback", 4)],  # a good one is kept, too
 )
 def test_what_is_kept_and_one_more_has_to_fit_and_one_in_the_temporary_folder(
     keep: int, policy: str, copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
