@@ -189,9 +189,8 @@ def base_tree(study: Study) -> dict[str, Any]:
         ConfigError: The base or a value of `set` cannot be.
     """
     tree, shown = cfg.read_tree(study.base)
-    health = tree.get("health", {})
-    if isinstance(health, dict):  # what is none is refused with the rest
-        tree = {**tree, "health": {"on_collapse": "warn", **health}}
+    if isinstance(tree.setdefault("health", {}), dict):  # what is none is refused with the rest
+        tree["health"] = {"on_collapse": "warn"} | tree["health"]
     wrong = [ConfigIssue(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
     wrong += [
         ConfigIssue(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))
@@ -202,11 +201,9 @@ def base_tree(study: Study) -> dict[str, Any]:
     if wrong:
         raise ConfigError(wrong)
     base = cfg.validate(Experiment, _with(tree, study.set), shown)
-    paths = {path for dim in _dimensions(study) for path in dim}
+    paths = sorted({path for dim in _dimensions(study) for path in dim})
     uri = store_uri(base.tracking.uri, base.storage)
-    tracking = base.tracking.model_copy(
-        update={"uri": uri, "only_params": [*sorted(paths), "seed"]}
-    )
+    tracking = base.tracking.model_copy(update={"uri": uri, "only_params": [*paths, "seed"]})
     runs = "/".join((*study_folder(study), RUNS))
     return cfg.to_tree(base.model_copy(update={"storage": runs, "tracking": tracking}))
 
