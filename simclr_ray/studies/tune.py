@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray import tune
@@ -87,10 +87,7 @@ def run_trials(
     def report(config: dict[str, Any]) -> None:
         _report(job, trial_of(config), ends)
 
-    def named(trial: Any) -> str:
-        name = trial_of(trial.config).name
-        return f"{name}-{trial.trial_id}" if searched else name  # it may suggest a point twice
-
+    named = _Names(trial_of, is_searched=searched)
     ends = None
     if study.scheduler.name != "none":
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -125,12 +122,33 @@ def run_trials(
     return not watch.is_stopping if searched else ended >= set(todo)
 
 
-class _Driver(tune.Callback, tune.Stopper):
-    """The study's side of Tune: stops when asked or out of time; stores what Tune has ended."""
+class _OfThisProcess:
+    """What Tune pickles into its folder, and we never read: there, URIs would have passwords."""
 
     def __getstate__(self) -> dict[str, object]:
-        """Return nothing: Tune keeps it in its folder, where URIs would have their passwords."""
         return {}
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+
+class _Names(_OfThisProcess):
+    """Names Tune's trials as the study does."""
+
+    def __init__(self, trial_of: Callable[[dict[str, Any]], Trial], *, is_searched: bool) -> None:
+        self.trial_of, self.is_searched = trial_of, is_searched
+
+    def __call__(self, trial: Any) -> str:
+        """Return the name of a trial; a search may suggest a point twice."""
+        name = self.trial_of(trial.config).name
+        return f"{name}-{trial.trial_id}" if self.is_searched else name
+
+
+class _Driver(_OfThisProcess, tune.Callback, tune.Stopper):
+    """The study's side of Tune: stops when asked or out of time; stores what Tune has ended."""
 
     def __init__(
         self,

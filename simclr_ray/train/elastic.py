@@ -67,7 +67,7 @@ class Trainer(TorchTrainer):
         self._scaling, self._folder, self._inbox = scaling, folder, inbox
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Have an interrupt end a run that waits for room, too: its controller hears nothing."""
+        """Have an interrupt also end a run that waits for room: its controller hears nothing."""
         super()._register_sigint_handler(controller)
         of_ray: Any = signal.getsignal(signal.SIGINT)
 

@@ -32,7 +32,7 @@ def ray_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_whole_run_writes_and_says_no_secret(
+def test_a_whole_run_and_a_study_write_and_say_no_secret(
     tmp_path: Path, ray_folder: Path, mlflow_server: str
 ) -> None:
     server = urlsplit(mlflow_server)
@@ -45,11 +45,22 @@ def test_a_whole_run_writes_and_says_no_secret(
     }
     config = tmp_path / "t.yaml"
     config.write_text(cfg.dump_yaml(tree))
+    study = {
+        "name": "s", "question": "?", "answers": "nothing", "base": str(config),
+        "space": {"loss.temperature": {"grid": [0.1, 0.5]}}, "figure": {"x": "loss.temperature"},
+        "comparisons": [], "seeds": [0],
+        "paper": {"source": "-", "metric": "-", "columns": ["loss.temperature"], "rows": []},
+    }  # fmt: skip
+    (tmp_path / "s.yaml").write_text(cfg.dump_yaml(study))
     secrets = {name: f"{SECRET}-{name}-0123456789" for name in NAMES}
     own_ray = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env = own_ray | secrets | {"MLFLOW_TRACKING_USERNAME": "me", "RAY_TMPDIR": str(ray_folder)}
     said = ""
-    for arguments in (["pretrain", str(config)], ["run", "list", str(tmp_path / "runs")]):
+    for arguments in (
+        ["pretrain", str(config)],
+        ["run", "list", str(tmp_path / "runs")],
+        ["study", "run", str(tmp_path / "s.yaml")],
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "simclr_ray", *arguments],
             env=env, capture_output=True, text=True, check=False, timeout=400,
@@ -65,4 +76,5 @@ def test_a_whole_run_writes_and_says_no_secret(
     ]
     assert not found
     assert any((tmp_path / "runs").rglob("run.json"))
+    assert any((tmp_path / "runs").rglob("tune/tuner.pkl"))
     assert any(ray_folder.rglob("raylet.out"))
