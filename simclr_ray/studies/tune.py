@@ -22,6 +22,7 @@ from typing import Any, Self
 import ray
 from ray import tune
 from ray.exceptions import RayError
+from ray.tune.execution import class_cache
 from ray.util.queue import Empty
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -50,6 +51,7 @@ WAIT_S = 1.0
 END_S = 120.0  # for a run to end by itself: it looks whenever it logs
 # What a trial without a value is told to have: finite, since ASHA takes percentiles.
 WORST = 1e9
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -356,9 +358,11 @@ def _run_remotely(job: Job, trial: Trial, inbox: PickledQueue, ends: Any) -> Tri
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Tune's own tables and handlers away while it runs: ours show the study."""
+    """Keep Tune's own tables and handlers away while it runs, ours show the study; and keys."""
     before = {key: os.environ.get(key) for key in QUIET}
     os.environ.update(QUIET)
+    # Tune sends them to its trials by a way that Ray logs; a node has its own, as for a run
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(KEYS)
     try:
         with held_back(("ray.tune", "ray.air", "ray.train"), logging.CRITICAL):
             yield

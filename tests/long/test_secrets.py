@@ -69,11 +69,13 @@ def test_a_whole_run_and_a_study_write_and_say_no_secret(
         assert done.returncode == 0, said
     assert SECRET not in said
     config.unlink()  # where the user wrote it down
-    found = [
-        str(path)
+    found = {
+        str(path): data[max(0, data.index(SECRET.encode()) - 200) :][:300]
         for path in (*tmp_path.rglob("*"), *ray_folder.rglob("*"))
-        if path.is_file() and not path.is_symlink() and SECRET.encode() in path.read_bytes()
-    ]
+        if path.is_file()
+        and not path.is_symlink()
+        and SECRET.encode() in (data := path.read_bytes())
+    }
     assert not found
     assert any((tmp_path / "runs").rglob("run.json"))
     assert any((tmp_path / "runs").rglob("tune/tuner.pkl"))
