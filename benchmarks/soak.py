@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -153,7 +153,7 @@ class Soak:
             raise SystemExit(f"{self.log} is complete: remove it to begin anew")
         session = 1 + max((sample["session"] for sample in before), default=0)
         temporary = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))  # Ray's sockets: short
-        pids: set[int] = set()
+        seen: dict[int, float] = {}  # process -> when it began: a number is given again
         with self.said.open("a") as said:
             driver = subprocess.Popen(
                 words, stdout=said, stderr=said, env=os.environ | {"TMPDIR": str(temporary)}
@@ -163,7 +163,7 @@ class Soak:
             while offset + time.monotonic() - began < seconds and driver.poll() is None:
                 time.sleep(self.every_s)
                 sample = sample_of(driver.pid, temporary, self.storage)
-                pids |= {process["pid"] for process in sample["processes"]}
+                seen |= {process["pid"]: process["began"] for process in sample["processes"]}
                 second = round(offset + time.monotonic() - began, 1)
                 with self.log.open("a") as log:
                     log.write(json.dumps({"session": session, "second": second, **sample}) + "\n")
@@ -171,7 +171,7 @@ class Soak:
         finally:
             driver.send_signal(signal.SIGTERM)
             code = driver.wait(timeout=600)
-        left = what_is_left(pids | {driver.pid}, temporary, self.storage)
+        left = what_is_left(seen, temporary, self.storage)
         shutil.rmtree(temporary, ignore_errors=True)
         return {"exit_code": code, "ended_early": is_early, "left": left}
 
@@ -186,7 +186,8 @@ def sample_of(driver: int, temporary: Path, storage: Path) -> Sample:
                 role = "driver" if process.pid == driver else role_of(process)
                 processes.append(
                     {
-                        "pid": process.pid, "role": role, **memory_of(process.pid),
+                        "pid": process.pid, "began": process.create_time(), "role": role,
+                        **memory_of(process.pid),
                         "rss": process.memory_info().rss, "files": process.num_fds(),
                         "threads": process.num_threads(),
                     }
@@ -235,12 +236,12 @@ def is_ours(name: str) -> bool:
     return not Path(name).parts[0].startswith(NOT_COUNTED)
 
 
-def what_is_left(pids: Iterable[int], temporary: Path, storage: Path) -> dict[str, list[str]]:
+def what_is_left(pids: Mapping[int, float], temporary: Path, storage: Path) -> dict[str, list[str]]:
     """Return processes and files of the run that are there after its end."""
     deadline = time.monotonic() + LEFT_S
     alive = set(pids)
     while alive and time.monotonic() < deadline:
-        alive = {pid for pid in alive if is_alive(pid)}
+        alive = {pid for pid in alive if is_alive(pid, pids[pid])}
         time.sleep(0.5)
     shared = [path.name for path in SHARED.glob("simclr_ray-*")]
     kept = sorted({name.split("/")[1] for name, _ in files_in(storage) if "/step-" in name})
@@ -256,10 +257,11 @@ def what_is_left(pids: Iterable[int], temporary: Path, storage: Path) -> dict[st
     }
 
 
-def is_alive(pid: int) -> bool:
-    """Return whether a process runs."""
+def is_alive(pid: int, began: float) -> bool:
+    """Return whether the process that began then runs."""
     with suppress(psutil.Error):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        return process.create_time() == began and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 

@@ -32,6 +32,8 @@ QUIET = {
     "enable_metrics_collection": False,
     "num_workers_soft_limit": 0,
     "idle_worker_killing_time_threshold_ms": 30_000,
+    # 100,000 calls of actors would be kept for a dashboard that is not there: 250 MB in some hours
+    "task_events_report_interval_ms": 0,
 }
 KNOCK_TIMEOUT_S: Final = 10.0
 PORTS = 2**16

@@ -69,13 +69,11 @@ def test_a_whole_run_and_a_study_write_and_say_no_secret(
         assert done.returncode == 0, said
     assert SECRET not in said
     config.unlink()  # where the user wrote it down
-    found = {
-        str(path): data[max(0, data.index(SECRET.encode()) - 200) :][:300]
-        for path in (*tmp_path.rglob("*"), *ray_folder.rglob("*"))
-        if path.is_file()
-        and not path.is_symlink()
-        and SECRET.encode() in (data := path.read_bytes())
-    }
+    found = {}
+    for path in (*tmp_path.rglob("*"), *ray_folder.rglob("*")):
+        data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        if SECRET.encode() in data:
+            found[str(path)] = data[max(0, data.index(SECRET.encode()) - 200) :][:300]
     assert not found
     assert any((tmp_path / "runs").rglob("run.json"))
     assert any((tmp_path / "runs").rglob("tune/tuner.pkl"))

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from benchmarks.soak import (
@@ -96,7 +97,8 @@ def test_what_a_run_leaves_is_named(tmp_path: Path) -> None:
     (storage / "r" / ".run.json.1.tmp").touch()
     for k in range(3):
         (storage / "r" / f"step-0000000{k}-a" / "record.json").touch()
-    left = what_is_left([], temporary, storage)
+    own = psutil.Process()
+    left = what_is_left({own.pid: own.create_time() - 60}, temporary, storage)  # given again
     assert left["temporary_folders"] == ["simclr_ray-x"]
     assert left["unfinished_files"] == ["r/.run.json.1.tmp"]
     assert left["checkpoints_beyond_two"] == ["step-00000000-a"]
