@@ -10,7 +10,6 @@ that is done between two steps counts. Writes `benchmarks/results/cost.json`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import store
+from tests.faults.curves import last_step
 from tests.golden.compare import lay_out
 
 FIRST, LAST, BATCH = 40, 200, 256
@@ -41,10 +41,7 @@ def settings(data: Path, storage: Path) -> list[str]:
 
 def step_of(storage: Path) -> int:
     """Return the last step that the log of the only run has."""
-    logs = list(storage.glob("*/metrics.jsonl"))
-    lines = logs[0].read_text().splitlines(keepends=True) if logs else []
-    whole = [json.loads(line) for line in lines[-3:] if line.endswith("\n")]
-    return max((int(record["step"]) for record in whole), default=0)
+    return max(map(last_step, storage.glob("*-*")), default=0)
 
 
 def images_per_s(

@@ -20,6 +20,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import local_batches
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.train import loop
 from simclr_ray.train.resolve import resolve
 from simclr_ray.train.worker import prepare_training
@@ -89,6 +90,13 @@ def undisturbed(tree: Mapping[str, Any], *, moved_by: float = 0.0) -> Curve:
         clip_norm=experiment.optimizer.clip_norm,
     )
     return Curve(losses, {name: t.clone() for name, t in model.state_dict().items()})
+
+
+def last_step(run_folder: Path) -> int:
+    """Return the last step in a run's log; 0 where there is none yet."""
+    log = run_folder / "metrics.jsonl"
+    records = read_records(log.read_text(encoding="utf-8")) if log.exists() else []
+    return int(records[-1]["step"]) if records else 0
 
 
 def logged_losses(run_folder: Path) -> list[tuple[int, float]]:

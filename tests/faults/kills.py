@@ -24,7 +24,15 @@ import psutil
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.train.resolve import resolve
-from tests.faults.curves import Curve, check_equal, check_same, repeated, tree_of, undisturbed
+from tests.faults.curves import (
+    Curve,
+    check_equal,
+    check_same,
+    last_step,
+    repeated,
+    tree_of,
+    undisturbed,
+)
 from tests.ray.images import write_splits
 
 Victim = Literal["worker", "driver"]
@@ -68,14 +76,6 @@ class Pretrain:
         assert self.process.wait(timeout=WAIT_S) == 0, self.log.read_text()
 
 
-def step_of(run_folder: Path) -> int:
-    """Return the last step in a run's log."""
-    path = run_folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    steps = [json.loads(line).get("step", 0) for line in lines[-3:] if line.endswith("\n")]
-    return max(steps, default=0)
-
-
 def kill_at_random(
     victim: Victim, seed: int, folder: Path, tree: dict[str, Any], expected: Curve
 ) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def kill_at_random(
     began = time.monotonic()
     run = Pretrain(config, folder / f"{victim}-{seed}.log")
     try:
-        run.wait_for(lambda: step_of(run_folder) >= at)
+        run.wait_for(lambda: last_step(run_folder) >= at)
         time.sleep(chance.random() * 0.1)
         if victim == "worker":
             chance.choice(run.below("RayTrainWorker")).kill()
@@ -109,7 +109,7 @@ def kill_at_random(
                     process.kill()
             run.process.wait()
             run = Pretrain(config, run.log)
-        killed_at = step_of(run_folder)
+        killed_at = last_step(run_folder)
         run.end()
     finally:
         if run.process.poll() is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -18,7 +17,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.train.resolve import resolve
 from tests.cluster.nodes import Network, Node
-from tests.faults.curves import check_equal, check_same, repeated, tree_of, undisturbed
+from tests.faults.curves import check_equal, check_same, last_step, repeated, tree_of, undisturbed
 from tests.ray.images import write_splits
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
@@ -45,10 +44,7 @@ class ClusterRun:
     @property
     def step(self) -> int:
         """Of the last record of its log."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        return int(json.loads(whole[-1])["step"]) if whole else 0
+        return last_step(self.folder)
 
     def wait(self, until: Callable[[], bool], what: str) -> float:
         """Return the seconds until something holds; `what` names it where it does not."""
