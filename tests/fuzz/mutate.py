@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -66,11 +67,11 @@ def broken_tree(draw: random.Random, tree: Any) -> Any:
         for node, key in places:
             places += [(node[key], k) for k in _keys(node[key])]
         if not places:
-            return draw.choice(ODD)
+            return odd(draw)
         node, key = draw.choice(places)
         match draw.randrange(5):
             case 0 | 1:
-                node[key] = draw.choice(ODD)
+                node[key] = odd(draw)
             case 2:
                 del node[key]
             case 3 if isinstance(node, dict):
@@ -78,6 +79,11 @@ def broken_tree(draw: random.Random, tree: Any) -> Any:
             case _:
                 node[key] = draw.choice(([node[key]], {"x": node[key]}, str(node[key])))
     return tree
+
+
+def odd(draw: random.Random) -> Any:
+    """Return an odd value of its own: what is broken next may be within it."""
+    return copy.deepcopy(draw.choice(ODD))
 
 
 def _keys(node: Any) -> list[Any]:
