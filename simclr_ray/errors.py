@@ -94,7 +94,7 @@ class RunError(SimclrRayError):
 
 
 class RestartsError(RunError):
-    """Workers fail again and again without a further checkpoint; another time may do (75)."""
+    """Workers fail again and again without a further checkpoint, or Ray does; later may do (75)."""
 
     exit_code = 75
 

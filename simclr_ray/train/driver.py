@@ -16,6 +16,7 @@ import ray
 import ray.train
 import ray.train.torch
 import ray.train.v2.api.config as ray_config
+from ray.exceptions import OutOfMemoryError
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
@@ -29,7 +30,7 @@ from simclr_ray.distributed.ray_cluster import (
     connect,
     driver_queue,
 )
-from simclr_ray.errors import RunError, UnhealthyRunError
+from simclr_ray.errors import RestartsError, RunError, UnhealthyRunError
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
@@ -46,7 +47,7 @@ from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
-from simclr_ray.train.restarts import FailureReport
+from simclr_ray.train.restarts import FailureReport, cause_of
 from simclr_ray.train.rollback import Rollbacks, keeps_good, kept_by_ray, roll_back
 from simclr_ray.train.tracked import Tracked, open_tracker, tracked_run
 from simclr_ray.train.worker import WorkerInput, train_loop_per_worker
@@ -221,6 +222,9 @@ def _fit(
     except ray.train.TrainingFailedError as error:
         ours = watcher.fatal or final_error(error)
         raise ours or RunError(f"training failed: {_root_message(error)}") from error
+    except ray.exceptions.RayError as error:  # Ray Train's own process is gone
+        said = f"Ray has ended the run: {cause_of(error)}; the same command goes on"
+        raise watcher.fatal or RestartsError(said) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
@@ -270,5 +274,7 @@ def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollb
 
 def _root_message(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", {})
-    root = next(iter(failures.values()), error)
+    root = next(iter(failures.values()), getattr(error, "controller_failure", error))
+    if isinstance(root, OutOfMemoryError):
+        return cause_of(root)
     return " ".join(str(root).split())[-2000:]

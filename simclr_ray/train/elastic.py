@@ -28,6 +28,7 @@ from typing import Any, Final
 
 import ray
 import ray.train.v2.api.config as ray_config
+from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
@@ -40,7 +41,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.storage.run_folder import RunFolder
-from simclr_ray.train.restarts import RestartPolicy
+from simclr_ray.train.restarts import BackendEnd, RestartPolicy
 from simclr_ray.train.stop import RESIZE
 
 RESIZE_S: Final = 10.0  # how often the running workers are counted anew
@@ -65,6 +66,11 @@ class Trainer(TorchTrainer):
     ) -> None:
         super().__init__(*args, **options)
         self._scaling, self._folder, self._inbox = scaling, folder, inbox
+
+    def _create_default_callbacks(self) -> list[Any]:
+        ends = BackendEnd(self.backend_config)
+        callbacks = super()._create_default_callbacks()
+        return [ends if isinstance(c, BackendSetupCallback) else c for c in callbacks]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Have an interrupt also end a run that waits for room: its controller hears nothing."""

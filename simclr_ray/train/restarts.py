@@ -7,12 +7,15 @@ not for the other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.config import FailureConfig
@@ -24,6 +27,11 @@ from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.requests import have_moved
 
 BEFORE = "its process ended before it was up"
+# of a start; those of running workers come with their ranks
+DEATHS = (WorkerGroupStartupFailedError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+MOST_MEMORY = re.compile(
+    r"PID\s+MEM\(GB\)\s+COMMAND\s+(\d+)\s+([\d.]+)\s+([^\n]{1,80})"
+)  # Ray's table
 
 
 class FailureReport(ray.train.UserCallback):
@@ -51,17 +59,40 @@ class RestartPolicy(DefaultFailurePolicy):
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Return to start again, or to end the run."""
+        if not is_heard(self.inbox):
+            return FailureDecision.RAISE  # nobody would count
         if have_moved(getattr(training_failed_error, "worker_failures", {}).values()):
             return FailureDecision.RETRY  # nothing has failed
         decision = super().make_decision(training_failed_error)
         failure = getattr(training_failed_error, "controller_failure", None)
-        if isinstance(failure, WorkerGroupStartupFailedError):
+        if isinstance(failure, DEATHS):
             tell(self.inbox, {"a worker": f"{BEFORE}: {cause_of(failure.__cause__ or failure)}"})
-            if self.failure_config.max_failures == 0:
-                return FailureDecision.RAISE
-        elif getattr(training_failed_error, "drain_timed_out", False):
+            is_last = self.failure_config.max_failures == 0
+            return FailureDecision.RAISE if is_last else FailureDecision.RETRY
+        if getattr(training_failed_error, "drain_timed_out", False):
             tell(self.inbox, {"a rank": "its node was taken away before all had saved"})
         return decision
+
+
+class BackendEnd(BackendSetupCallback):
+    """Ray's end of the process group, which goes wrong where a worker's node is out of memory.
+
+    Ray 2.60 passes over a worker that has died otherwise; of this it made the end of the run.
+    """
+
+    def before_execution_group_shutdown(self, execution_group: Any) -> None:
+        """Leave the process group, in the workers that there still are."""
+        with suppress(ray.exceptions.RayError):
+            super().before_execution_group_shutdown(execution_group)
+
+
+def is_heard(inbox: PickledQueue) -> bool:
+    """Return whether the inbox is there."""
+    try:
+        inbox.size()
+    except ray.exceptions.RayError:
+        return False
+    return True
 
 
 def tell(inbox: PickledQueue, causes: Mapping[str, str]) -> None:
@@ -72,5 +103,10 @@ def tell(inbox: PickledQueue, causes: Mapping[str, str]) -> None:
 
 def cause_of(error: BaseException) -> str:
     """Return the last line of an error, without the advice that Ray adds to that of a death."""
+    error = getattr(error, "health_check_failure", error)
+    if isinstance(error, OutOfMemoryError):
+        most = MOST_MEMORY.search(str(error))
+        largest = f"; most has process {most[1]}, {most[2]} GB: {most[3].strip()}" if most else ""
+        return f"its node has run out of memory, and Ray has ended it{largest}"
     line = last_line(error)
     return line.partition(" Worker exit detail:")[0].partition(" Some common causes")[0]

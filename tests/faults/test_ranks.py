@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 
 from simclr_ray import config as cfg
@@ -33,17 +34,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Driver:
     """A `pretrain` in a process of its own, and what it says."""
 
-    def __init__(self, folder: Path, storage: str, workers: int, **scaling: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        storage: str,
+        workers: int,
+        *,
+        epochs: int = 3,
+        env: Mapping[str, str] | None = None,
+        **scaling: float,
+    ) -> None:
         tree = tree_of(folder, storage, workers, "float64")
         tree["scaling"] = tree["scaling"] | scaling  # type: ignore[operator] # a mapping
         tree["checkpoint"] = {"every_steps": 2}
+        tree["epochs"] = epochs
         config = folder / f"{storage}.yaml"
         config.write_text(cfg.dump_yaml(tree))
         self.folder: RunFolder = resolve(cfg.validate(Experiment, tree)).folder
         self.said = folder / f"{storage}.log"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "simclr_ray", "pretrain", str(config)],
-            stdout=subprocess.DEVNULL, stderr=self.said.open("w"),
+            stdout=subprocess.DEVNULL, stderr=self.said.open("w"), env=env,
         )  # fmt: skip
 
     @property
@@ -112,3 +123,32 @@ def test_processes_that_end_before_they_are_up_are_not_started_without_end(
     said = driver.said.read_text()
     assert "Traceback" not in said
     assert "ended before it was up" in said.splitlines()[-1]
+
+
+def test_what_a_node_out_of_memory_ends_goes_on_when_there_is_room(
+    folder: Path,
+) -> None:
+    memory, gib = psutil.virtual_memory(), 2**30
+    if memory.available < 14 * gib:
+        pytest.skip("8 GiB beside a run, far from the machine's end: it has too little memory")
+    limit = (memory.total - memory.available + 8 * gib) / memory.total
+    own_ray = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    env = own_ray | {"RAY_memory_usage_threshold": f"{limit:.3f}"}
+    driver = Driver(folder, "memory", 2, epochs=30, env=env)
+    driver.wait(lambda: driver.step >= 4)
+    other = subprocess.Popen([sys.executable, "-c", f"a = b'1' * {8 * gib}; input()"], stdin=-1)
+    try:
+        driver.wait(lambda: "has run out of memory" in driver.said.read_text())
+    finally:
+        other.kill()
+        other.wait()
+    code, said = driver.process.wait(timeout=2 * WAIT_S), driver.said.read_text()
+    assert "Traceback" not in said
+    assert f"most has process {other.pid}" in said
+    assert code in {0, 75}, said
+    if code == 75:  # Ray has ended its own process of the run as well
+        assert "error: Ray has ended the run: " in said.splitlines()[-1]
+        assert said.splitlines()[-1].endswith("; the same command goes on")
+        driver = Driver(folder, "memory", 2, epochs=30, env=own_ray)
+        assert driver.process.wait(timeout=2 * WAIT_S) == 0, driver.said.read_text()
+    assert sorted(losses_of(Path(driver.folder.uri))) == list(range(1, 301))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
 )
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import FailureConfig
@@ -22,7 +23,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.requests import RanksMoved
-from simclr_ray.train.restarts import FailureReport, RestartPolicy
+from simclr_ray.train.restarts import FailureReport, RestartPolicy, cause_of
 
 
 class Inbox:
@@ -31,6 +32,9 @@ class Inbox:
 
     def put(self, item: Any) -> None:
         self.items.append(item)
+
+    def size(self) -> int:
+        return len(self.items)
 
 
 def dead_at_start() -> ControllerError:
@@ -69,6 +73,38 @@ def test_a_node_that_goes_before_its_ranks_have_saved_is_told() -> None:
         {"a rank": "its node was taken away before all had saved"}
     ]
     assert decide(PreemptionError(taken)) == (FailureDecision.RETRY, [])
+
+
+OOM = """Task was killed due to the node running low on memory.
+Top 10 memory users:
+PID	MEM(GB)	COMMAND
+8718	15.86	/usr/bin/python train.py
+1412	0.89	ray::RayTrainWorker
+
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io"""
+
+
+def test_a_node_out_of_memory_is_said_in_a_line_and_counts_as_a_failure() -> None:
+    error = OutOfMemoryError(OOM)  # type: ignore[no-untyped-call]
+    said = (
+        "its node has run out of memory, and Ray has ended it; most has process 8718, 15.86 GB: "
+        "/usr/bin/python train.py"
+    )
+    assert cause_of(error) == cause_of(WorkerHealthCheckFailedError("gone", error)) == said
+    decision, words = decide(ControllerError(error))
+    assert decision == FailureDecision.RETRY
+    assert words[0].causes["a worker"].endswith(said)
+    assert decide(ControllerError(error), max_failures=0)[0] == FailureDecision.RAISE
+
+
+def test_without_a_driver_that_counts_nothing_starts_again() -> None:
+    class Gone(Inbox):
+        def size(self) -> int:
+            raise RayActorError
+
+    inbox: Any = Gone()
+    policy = RestartPolicy(FailureConfig(max_failures=-1), inbox)
+    assert policy.make_decision(WorkerGroupError("", {0: ValueError()})) == FailureDecision.RAISE
 
 
 @pytest.mark.parametrize("max_failures", [0, -1])
