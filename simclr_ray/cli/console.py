@@ -68,6 +68,19 @@ def command(*arguments: str) -> str:
     return shlex.join([_shortest(called), *arguments])
 
 
+_done: set[str] = set()  # options of this command that are done, and would be done again
+
+
+def is_done(option: str) -> None:
+    """Leave an option out of the command that goes on."""
+    _done.add(option)
+
+
+def to_continue() -> str:
+    """Return the command by which what this one has begun goes on."""
+    return command(*(word for word in sys.argv[1:] if word not in _done))
+
+
 def sibling(program: str, *arguments: str) -> str:
     """Return a command of another program, of the environment that this one was called from."""
     beside = Path(sys.argv[0]).with_name(program)

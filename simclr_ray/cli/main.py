@@ -11,7 +11,7 @@ import typer
 
 from simclr_ray.augment.decode import ImageError
 from simclr_ray.cli.app import app
-from simclr_ray.cli.console import ConsoleHandler, command, say
+from simclr_ray.cli.console import ConsoleHandler, command, say, to_continue
 from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen
 from simclr_ray.config import logging as logs
 from simclr_ray.config.imports import EVERYTHING, allow
@@ -49,7 +49,7 @@ def say_error(error: Exception) -> int:
             say(f"error: {issue}")
         return error.exit_code
     if isinstance(error, StorageError):
-        say(f"error: {error}; to continue: {command(*sys.argv[1:])}")
+        say(f"error: {error}; to continue: {to_continue()}")
         return error.exit_code
     if isinstance(error, SimclrRayError | ImageError):
         say(f"error: {error}")

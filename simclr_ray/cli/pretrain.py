@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simclr_ray.cli.arguments import ConfigSource, Overrides
-from simclr_ray.cli.console import command, loading, out, show_pairs
+from simclr_ray.cli.console import command, is_done, loading, out, show_pairs
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 if TYPE_CHECKING:
     from simclr_ray.train.outcome import PretrainOutcome
     from simclr_ray.train.resolve import ResolvedExperiment
+
+RESTART = "--restart"
 
 
 def pretrain(
@@ -26,7 +28,7 @@ def pretrain(
     name: Annotated[str, typer.Option(help="Call the run so; the same as name=NAME.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin a new run.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew; set aside what there is of this run.")
+        bool, typer.Option(RESTART, help="Begin anew; set aside what there is of this run.")
     ] = False,
 ) -> None:
     """Pretrain an encoder, evaluate it, and register it if `registry.name` is set.
@@ -36,7 +38,7 @@ def pretrain(
     Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
     """
     if resume and restart:
-        raise ConfigError([ConfigIssue("--resume", "and --restart exclude each other")])
+        raise ConfigError([ConfigIssue("--resume", f"and {RESTART} exclude each other")])
     named = [f"name={name}"] if name else []
     experiment = Experiment.load(source, *(overrides or []), *named)
     run_experiment(experiment, dry_run=dry_run, resume=resume, restart=restart)
@@ -85,6 +87,7 @@ def _run_and_show(
         with resolved.folder.lock(HELD_S):  # before a cluster is started for nothing
             if restart:
                 begin_anew(resolved)
+                is_done(RESTART)
             outcome = stored_outcome(resolved)  # of whoever held it until now
             if outcome is None:
                 _show_arithmetic(resolved)

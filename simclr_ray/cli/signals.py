@@ -8,7 +8,7 @@ import sys
 import threading
 from contextlib import suppress
 
-from simclr_ray.cli.console import command, say
+from simclr_ray.cli.console import say, to_continue
 from simclr_ray.train import stop
 
 STOPPED_BY_SYSTEM = 75  # EX_TEMPFAIL: schedulers and shells take it as "try again"
@@ -35,7 +35,7 @@ def listen() -> None:
 def exit_code_of_stop() -> int:
     """Say how to go on, and return the exit code of a command that was interrupted."""
     by = " by the system" if _terminated.is_set() else ""
-    say(f"stopped{by}; to continue: {command(*sys.argv[1:])}")
+    say(f"stopped{by}; to continue: {to_continue()}")
     return STOPPED_BY_SYSTEM if _terminated.is_set() else STOPPED_BY_USER
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -12,11 +13,12 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import ray
 from ray import cloudpickle
+from ray._private import services
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -129,7 +131,8 @@ def _init_marked(**options: Any) -> None:
     reaper = ray_reaper.start(mark)
     os.environ[ray_reaper.MARK] = mark
     try:
-        session = str(init(**options).address_info["session_dir"])
+        with _groups_of_their_own():
+            session = str(init(**options).address_info["session_dir"])
         if reaper:
             with contextlib.suppress(OSError):
                 reaper.write(session.encode())
@@ -138,6 +141,22 @@ def _init_marked(**options: Any) -> None:
         if reaper:
             with contextlib.suppress(OSError):
                 reaper.close()
+
+
+@contextlib.contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """Have each process that Ray starts lead a process group.
+
+    A signal to that of the driver, by `timeout`, systemd or a scheduler, would end Ray before the
+    workers have saved.
+    """
+    of_ray: Any = services
+    usual = of_ray.ConsolePopen
+    of_ray.ConsolePopen = functools.partial(usual, process_group=0)
+    try:
+        yield
+    finally:
+        of_ray.ConsolePopen = usual
 
 
 def _join(address: str, code: dict[str, Any] | None) -> None:

@@ -153,9 +153,8 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
     if checkpoint.step_of(newest) < total:
         folder.prune_checkpoints(keep, newest)
         for name in folder.repair_snapshot():
-            # where `RunMonitor` removes checkpoints it names all that there ever were
-            level = logging.DEBUG if keeps_good(resolved.config) else logging.WARNING
-            log.log(level, "Ray's snapshot named %s, which is gone; it was set aside", name)
+            # a stop removes some that Ray does not hear of, and so does `RunMonitor`
+            log.debug("Ray's snapshot named %s, which is gone; it was set aside", name)
         for advice in advise_before_start(resolved):
             log.warning(advice)
         if not newest and weight_files(resolved.config.init.weights):

@@ -193,6 +193,8 @@ class RunMonitor:
 
     def _take_failure(self, failed: RanksFailed) -> None:
         """Say why all is started again; end the run where that brings it no further."""
+        if self.fatal is not None:
+            return  # nothing is
         self._start_over()
         kept, most = self._newest_step(), self.resolved.config.scaling.max_failures
         self._restarts = 1 if kept > self._kept else self._restarts + 1
@@ -260,7 +262,7 @@ class RunMonitor:
         names = [bad.path or f"id {row_id}" for row_id, bad in sorted(self._bad.items())]
         self._end(
             TooManyBadImages(
-                f"{len(self._bad)} of {rows} rows cannot be used, more than "
+                f"{len(self._bad)} of {rows} rows cannot be used, as far as it has come, more than "
                 f"data.max_bad_fraction={share:g} allows; reasons: {reasons}; first: "
                 f"{', '.join(names[:10])}; all: {self.resolved.folder.uri}/{BAD_ROWS}"
             )

@@ -33,11 +33,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stopped(
-    folder: Path, storage: str, said: str, sent: signal.Signals, workers: int = 1
+    folder: Path,
+    storage: str,
+    said: str,
+    sent: signal.Signals,
+    workers: int = 1,
+    env: dict[str, str] | None = None,
 ) -> tuple[int, list[str], list[str]]:
     """Return exit code, lines and MLflow statuses of a run that gets a signal when it says that.
 
-    A terminal sends Ctrl-C to the whole group, a scheduler its signal to one process.
+    A terminal sends Ctrl-C to the whole group, and so do `timeout` and systemd their signal.
     """
     tree = tree_of(folder, storage, workers, "float32")
     tree["epochs"] = 1 if said.startswith("evaluating") else 300
@@ -48,6 +53,7 @@ def stopped(
     driver = subprocess.Popen(
         [sys.executable, "-m", "simclr_ray", "pretrain", str(config)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=env,
     )  # fmt: skip
     assert driver.stderr is not None
     lines: list[str] = []
@@ -57,7 +63,7 @@ def stopped(
             lines.append(line.rstrip())
             if said in line and not is_sent:
                 is_sent = True
-                (os.killpg if sent == signal.SIGINT else os.kill)(driver.pid, sent)
+                os.killpg(driver.pid, sent)
     code = driver.wait(timeout=120)
     assert is_sent, lines
     record = RunRecord.read(resolve(cfg.validate(Experiment, tree)).folder)
@@ -103,15 +109,20 @@ def test_ctrl_c_ends_in_130_leaves_the_run_killed_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(
-    ("sent", "workers"),
-    [(signal.SIGTERM, 2), pytest.param(signal.SIGHUP, 1, marks=pytest.mark.long)],
+    ("sent", "workers", "own_ray"),
+    [
+        (signal.SIGTERM, 2, False),
+        (signal.SIGTERM, 1, True),  # which is of the same session
+        pytest.param(signal.SIGHUP, 1, False, marks=pytest.mark.long),
+    ],
     ids=lambda v: str(int(v)),
 )
 def test_a_schedulers_signal_costs_no_step_ends_in_75_and_leaves_the_run_killed(
-    sent: signal.Signals, workers: int, folder: Path, ray_cluster: str
+    sent: signal.Signals, workers: int, own_ray: bool, folder: Path, ray_cluster: str
 ) -> None:
-    storage = f"system{sent}"
-    code, lines, statuses = stopped(folder, storage, "step 1", sent, workers)
+    storage = f"system{sent}{workers}"
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} if own_ray else None
+    code, lines, statuses = stopped(folder, storage, "step 1", sent, workers, env)
     assert code == STOPPED_BY_SYSTEM, lines
     assert statuses == ["KILLED"]
     assert lines[-1].startswith("stopped by the system; to continue: ")
