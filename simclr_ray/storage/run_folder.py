@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 from pyarrow import fs
 
 from simclr_ray.config import moves
+from simclr_ray.config.logging import warn_once
 from simclr_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -137,7 +138,7 @@ class RunFolder:
         except (ValueError, RecursionError):
             tree = None
         if not isinstance(tree, kind):
-            log.warning("%s/%s cannot be read and counts as absent", self.uri, name)
+            warn_once(log, f"{self.uri}/{name} cannot be read and counts as absent")
             return None
         return tree
 

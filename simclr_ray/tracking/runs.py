@@ -80,6 +80,17 @@ class Tracker:
                 raise
         return True
 
+    def find_run(self, tags: Mapping[str, str]) -> str:
+        """Return the id of the newest run that has all these tags; empty where there is none."""
+        wanted = {key: value.replace("'", "''") for key, value in store.tags_of(tags).items()}
+        has_all = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
+        with door("find a run", self.uri) as client:
+            runs = client.search_runs(
+                [self.experiment_id], has_all, order_by=["attributes.start_time DESC"],
+                max_results=1,
+            )  # fmt: skip
+        return str(runs[0].info.run_id) if runs else ""
+
     def start_run(
         self,
         name: str,

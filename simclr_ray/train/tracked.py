@@ -18,7 +18,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import warn_once
 from simclr_ray.errors import StorageError, TrackingUnavailableError
-from simclr_ray.storage.run_folder import OTHER_METRICS, RunFolder
+from simclr_ray.storage.run_folder import METRICS, OTHER_METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.delivery import STATE, Delivery
 from simclr_ray.tracking.runs import Status, TrackedRun, Tracker
@@ -212,10 +212,13 @@ def _started(resolved: ResolvedExperiment, tracker: Tracker) -> TrackedRun | Non
         if record and not tracker.has_run(resume_id):  # ids are unique, addresses change by a move
             log.warning("the run was tracked elsewhere; it goes on as a new MLflow run here")
             resume_id = ""
+        tags = {"digest": resolved.digest, "storage": folder.uri}
+        if record is None and folder.read_text(METRICS) is not None:  # run.json is lost
+            resume_id = tracker.find_run(tags)
         run = tracker.start_run(
             folder.name,
             params=params_of(experiment),
-            tags={"digest": resolved.digest, "storage": folder.uri} | rollbacks.tags,
+            tags=tags | rollbacks.tags,
             resume_id=resume_id,
             parent_id=experiment.tracking.parent_run,
         )

@@ -125,6 +125,21 @@ def test_processes_that_end_before_they_are_up_are_not_started_without_end(
     assert "ended before it was up" in said.splitlines()[-1]
 
 
+def test_where_ray_ends_its_own_process_of_a_run_the_same_command_goes_on(
+    folder: Path, ray_cluster: str
+) -> None:
+    driver = Driver(folder, "controller", 1)
+    driver.wait(lambda: driver.step >= 4)
+    os.kill(processes.named("TrainController")[-1], signal.SIGKILL)
+    assert driver.process.wait(timeout=WAIT_S) == 75, driver.said.read_text()
+    said = driver.said.read_text()
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: Ray has ended the run: ")
+    driver = Driver(folder, "controller", 1)
+    assert driver.process.wait(timeout=WAIT_S) == 0, driver.said.read_text()
+    assert sorted(set(losses_of(Path(driver.folder.uri)))) == list(range(1, 31))
+
+
 def test_what_a_node_out_of_memory_ends_goes_on_when_there_is_room(
     folder: Path,
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from simclr_ray.cli import console
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, STOPPED_BY_USER
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train import stop
@@ -98,6 +99,16 @@ def test_where_workers_train_the_first_signal_is_theirs_and_the_second_interrupt
         assert stop.is_requested(folder)
     assert not stop.is_requested(folder)
     assert not stop.defer()
+
+
+def test_an_option_that_is_done_is_not_in_the_command_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(console, "_done", set())
+    monkeypatch.setattr(sys, "argv", ["simclr-ray", "pretrain", "a.yaml", "--restart", "epochs=3"])
+    assert console.to_continue().endswith("pretrain a.yaml --restart epochs=3")
+    console.is_done("--restart")
+    assert console.to_continue().endswith("pretrain a.yaml epochs=3")
 
 
 def test_what_a_killed_driver_was_asked_is_not_asked_of_the_next(tmp_path: Path) -> None:

@@ -198,6 +198,21 @@ def test_a_run_whose_driver_was_killed_is_shown_so_by_a_sync_and_runs_again_when
     assert mlflow_of(folder)[0] == "FINISHED"
 
 
+@pytest.mark.parametrize("lost", [b"", b"{"])
+def test_a_run_whose_record_is_lost_goes_on_as_the_same_run_of_mlflow(
+    resolved: ResolvedExperiment, lost: bytes
+) -> None:
+    folder = resolved.folder
+    with tracked_run(resolved, open_tracker(resolved)) as run:
+        run.log.append(METRICS, record(0))
+    before = RunRecord.read(folder).mlflow_run_id
+    folder.write_text("run.json", lost.decode())
+    with tracked_run(resolved, open_tracker(resolved)) as run:
+        run.log.append(METRICS, record(1))
+    assert RunRecord.read(folder).mlflow_run_id == before
+    assert mlflow_of(folder) == ("FINISHED", [0, 1])
+
+
 def test_the_verb_says_what_it_delivered(resolved: ResolvedExperiment, outage: Outage) -> None:
     train(resolved, [])
     with late_writes(resolved.folder) as writes:
