@@ -112,7 +112,7 @@ def _footer(base: str, path: str, features: str) -> Footer:
     empty = frozenset(n for n, nulls in zip(schema.names, nulls, strict=True) if nulls == sum(rows))
     size = fs.get_file_info(path).size
     digest = hashlib.sha256(repr((str(schema), size, rows)).encode()).hexdigest()[:16]
-    return Footer(path, size, tuple(rows), schema, digest, empty)
+    return Footer(path, size, tuple(rows), schema, digest, empty.__contains__)
 
 
 @dataclass(frozen=True)

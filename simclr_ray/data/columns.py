@@ -116,7 +116,7 @@ def _is_bytes(kind: pa.DataType | None) -> bool:
 
 def _is_empty(footers: Sequence[Footer], name: str) -> bool:
     """Return whether a column holds nothing but nulls in every file, or is in none."""
-    return all(name in footer.empty_columns or not footer.group_rows for footer in footers)
+    return all(not footer.group_rows or footer.is_empty(name) for footer in footers)
 
 
 def _all_usable(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
@@ -27,6 +27,7 @@ MANIFEST = "_manifest.json"
 MAGIC = b"PAR1"
 # The footer's length (4 bytes, little endian) and the magic number end every file.
 TAIL_BYTES = 8
+ROWS_AT_ONCE = 1024
 # Keys of the metadata of a list of images that lie elsewhere (`folder_input.index_folder`): where,
 # their bytes, and a hash of their names and sizes.
 IMAGE_ROOT, IMAGE_BYTES, IMAGE_LISTING = "image_root", "image_bytes", "image_listing"
@@ -36,7 +37,8 @@ IMAGE_ROOT, IMAGE_BYTES, IMAGE_LISTING = "image_root", "image_bytes", "image_lis
 class Footer:
     """What the footer of one file says.
 
-    `digest` is a hash of its bytes; `empty_columns` are those whose every value is null.
+    `digest` is a hash of its bytes; `is_empty` says of a column whether its every value is
+    null.
     """
 
     path: str
@@ -44,7 +46,7 @@ class Footer:
     group_rows: tuple[int, ...]
     schema: pa.Schema
     digest: str
-    empty_columns: frozenset[str]
+    is_empty: Callable[[str], bool]
 
     @property
     def num_bytes(self) -> int:
@@ -129,7 +131,8 @@ def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
         raise DataError(f"{file.path} cannot be read: {one_line(error)}") from error
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     digest = hashlib.sha256(raw).hexdigest()[:16]
-    return Footer(file.path, file.size, groups, schema, digest, _empty_columns(metadata))
+    is_empty = functools.partial(_holds_nulls_only, fs, file.path, schema)
+    return Footer(file.path, file.size, groups, schema, digest, is_empty)
 
 
 def fingerprint_of(footers: Sequence[Footer], root: str, columns: ColumnsConfig, limit: int) -> str:
@@ -185,15 +188,23 @@ def _footer_bytes(stream: pa.NativeFile, file: Listed) -> bytes:
     return raw
 
 
-def _empty_columns(metadata: pq.FileMetaData) -> frozenset[str]:
-    """Return the columns that the statistics know to hold nothing but nulls."""
-    empty = []
-    for at in range(metadata.num_columns):
-        chunks = [metadata.row_group(g).column(at) for g in range(metadata.num_row_groups)]
-        stats = [chunk.statistics for chunk in chunks]
-        if stats and all(s is not None and s.has_null_count and s.num_values == 0 for s in stats):
-            empty.append(chunks[0].path_in_schema)
-    return frozenset(empty)
+def _holds_nulls_only(fs: pafs.FileSystem, path: str, schema: pa.Schema, name: str) -> bool:
+    """Return whether a file has a column, and nothing but nulls in it; read to its first value.
+
+    Statistics would say it without reading, where there are some; but of a broken footer Arrow 25
+    ends the process when it is asked for them.
+    """
+    at = schema.get_field_index(name)
+    if at < 0:
+        return False
+    if pa.types.is_null(schema.field(at).type):
+        return True
+    try:
+        with fs.open_input_file(path) as stream:
+            batches = pq.ParquetFile(stream).iter_batches(ROWS_AT_ONCE, columns=[name])
+            return all(batch.column(0).null_count == batch.num_rows for batch in batches)
+    except (OSError, pa.ArrowException, UnicodeError) as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def _json(text: str) -> object:
