@@ -30,7 +30,7 @@ from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
 from simclr_ray.config.imports import allow
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.errors import ConfigError, DataError, TrackingError, last_line
-from simclr_ray.storage.filesystem import filesystem
+from simclr_ray.storage.filesystem import filesystem, remove_file
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.tracking.runs import Tracker
 
@@ -332,7 +332,7 @@ def _probe(storage: str, content: str) -> Iterator[tuple[fs.FileSystem, str]]:
     finally:
         for left in files.get_file_info([path, f"{path}.partial"]):
             if left.type == fs.FileType.File:
-                files.delete_file(left.path)
+                remove_file(files, left.path)
 
 
 def _line(error: Exception) -> str:

@@ -55,6 +55,7 @@ from simclr_ray.storage.filesystem import (
     is_local,
     one_line,
     open_whole,
+    remove_file,
     write_text_whole,
 )
 from simclr_ray.storage.provenance import versions_of
@@ -213,7 +214,7 @@ def _finished(
         if path and (report := read_report(fs, path, shard.plan)) is not None:
             reports[shard.index] = report
     if len(reports) < len(shards) and MANIFEST in present:
-        fs.delete_file(present.pop(MANIFEST))  # what it says is true no more
+        remove_file(fs, present.pop(MANIFEST))  # what it says is true no more
     finished = {shard_name(index) for index in reports}
     others = [name for name in parquet if name not in finished]
     if not others:
@@ -229,9 +230,9 @@ def _finished(
             "choose an empty folder, or start over (--overwrite, in Python overwrite=True)"
         )
     if MANIFEST in present:
-        fs.delete_file(present[MANIFEST])
+        remove_file(fs, present[MANIFEST])
     for name in others:
-        fs.delete_file(parquet[name])
+        remove_file(fs, parquet[name])
     return reports
 
 
@@ -247,7 +248,7 @@ def _present(fs: pafs.FileSystem, folder: str) -> dict[str, str]:
     for info in fs.get_file_info(pafs.FileSelector(folder)):
         name = info.base_name
         if name.startswith((".part-", f".{MANIFEST}")) and name.endswith(".tmp"):
-            fs.delete_file(info.path)
+            remove_file(fs, info.path)
         elif info.type == pafs.FileType.File:
             present[name] = info.path
     return present

@@ -99,6 +99,15 @@ def entries_in(fs: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
     return entries
 
 
+def remove_file(fs: pafs.FileSystem, path: str) -> None:
+    """Remove a file; one that somebody else has just removed or renamed is no error.
+
+    The tasks of a driver that was killed go on for a moment and clear up after themselves.
+    """
+    with suppress(FileNotFoundError):
+        fs.delete_file(path)
+
+
 @contextmanager
 def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     """Give a stream whose file gets its name when all is written.

@@ -48,6 +48,7 @@ from simclr_ray.storage.filesystem import (
     filesystem,
     is_local,
     open_whole,
+    remove_file,
     write_text_whole,
 )
 from simclr_ray.storage.scratch import scratch_folder
@@ -153,7 +154,7 @@ class RunFolder:
         """Remove a file, if it is there."""
         files, root = self._open()
         if files.get_file_info(f"{root}/{name}").type == fs.FileType.File:
-            files.delete_file(f"{root}/{name}")
+            remove_file(files, f"{root}/{name}")
 
     def names(self, folder: str) -> list[str]:
         """Return the names of the files of a folder in here, hidden ones aside, in order."""

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from simclr_ray.augment.decode import decode_image
+from simclr_ray.data import prepare as prepare_module
 from simclr_ray.data.footer import INDEX, MANIFEST
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.prepare import prepare
@@ -26,6 +28,7 @@ from simclr_ray.data.shapes import CLASS_NAMES, render
 from simclr_ray.data.shards import Rejected, SizeRange
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
+from simclr_ray.storage.filesystem import remove_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -171,6 +174,22 @@ def test_a_finished_set_is_not_written_again_and_a_lost_shard_is(tmp_path: Path)
     assert told == [35, 60]  # of shards of 25, 25 and 10 the second was lost
     assert {p.name for p in tmp_path.iterdir()} == set(before)
     assert (tmp_path / "part-00000.parquet").stat().st_mtime_ns == before["part-00000.parquet"]
+
+
+def test_a_half_file_that_goes_before_it_is_removed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as where a task of a driver that was killed clears up after itself between look and removal
+    first = shapes(tmp_path)
+    half = tmp_path / ".part-00001.parquet.abc.tmp"
+    half.write_bytes(b"half")
+    def too_late(fs: pafs.FileSystem, path: str) -> None:
+        Path(path).unlink()
+        remove_file(fs, path)
+
+    monkeypatch.setattr(prepare_module, "remove_file", too_late)
+    assert shapes(tmp_path) == first
+    assert not half.exists()
 
 
 def test_other_settings_are_refused_unless_told_to_start_over(tmp_path: Path) -> None:
