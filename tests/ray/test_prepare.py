@@ -183,6 +183,7 @@ def test_a_half_file_that_goes_before_it_is_removed_is_no_error(
     first = shapes(tmp_path)
     half = tmp_path / ".part-00001.parquet.abc.tmp"
     half.write_bytes(b"half")
+
     def too_late(fs: pafs.FileSystem, path: str) -> None:
         Path(path).unlink()
         remove_file(fs, path)
