@@ -9,11 +9,12 @@ import pytest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# In a process of its own: the test session has its own cluster. Of four actors without CPUs that
-# Ray may place as it likes on two nodes, some land elsewhere; the queues' actors never do.
+# In a process of its own: the test session has its own cluster. Of actors without CPUs that Ray may
+# place as it likes on two nodes, some land elsewhere; the queues' actors never do.
 PROGRAM = """
 import logging
 import sys
+import time
 
 import ray
 from ray.cluster_utils import Cluster
@@ -38,8 +39,10 @@ def node_of(actor):
 
 
 here = ray.get_runtime_context().get_node_id()
-free = [Anywhere.remote() for _ in range(4)]
-assert len({node_of(actor) for actor in free}) > 1, "the cluster has one node after all"
+free, until = [], time.monotonic() + 60  # the second node takes a moment to be chosen
+while len({node_of(actor) for actor in free}) < 2:
+    assert time.monotonic() < until, "the cluster has one node after all"
+    free.append(Anywhere.remote())
 queues = [driver_queue() for _ in range(4)]
 for queue in queues:
     queue.put(WorkerReady(0, 2))

@@ -51,6 +51,7 @@ def test_an_error_that_an_interrupt_turned_into_is_the_interrupt() -> None:
 LOST = """
 import os, signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run by nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # or beside a shell
 from simclr_ray.cli import main
 
 class Closing:
