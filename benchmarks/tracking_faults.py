@@ -1,6 +1,6 @@
 """Images a second of whole runs while MLflow is slow, gone or locked, interleaved with others.
 
-    python -m benchmarks.tracking_faults [--rounds 5]
+    python -m benchmarks.tracking_faults [--rounds 5] [--store server|file]
 
 The runs are those of `benchmarks.cost`. A server is disturbed at the proxy before it, from the
 first timed step to the last: each answer takes 10 s, or there is none; the database of the other
@@ -48,8 +48,8 @@ def failing(proxy: Proxy, fault: str) -> Iterator[None]:
         proxy.delay_s, proxy.is_gone = 0.0, False
 
 
-def measured(data: Path, round_number: int, proxy: Proxy) -> dict[str, float]:
-    """Return the speed under each fault, in an order of the round's own."""
+def measured(data: Path, round_number: int, proxy: Proxy, store: str) -> dict[str, float]:
+    """Return the speed under each fault of a store, or of both, in an order of the round's own."""
     uri = f"tracking.uri={proxy.uri}"
     runs = {
         "server": lambda: images_per_s(ROOT, data, uri),
@@ -62,6 +62,7 @@ def measured(data: Path, round_number: int, proxy: Proxy) -> dict[str, float]:
         "file": lambda: images_per_s(ROOT, data),
         "file, locked": lambda: images_per_s(ROOT, data, disturbed=locked),
     }
+    runs = {name: run for name, run in runs.items() if name.startswith(store)}
     order = list(runs)[round_number % len(runs) :] + list(runs)[: round_number % len(runs)]
     return {name: runs[name]() for name in order}
 
@@ -70,6 +71,7 @@ def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--store", choices=("server", "file"), default="")
     given = parser.parse_args()
     data = Path(os.environ["SIMCLR_RAY_DATA"])
     speeds: dict[str, list[float]] = defaultdict(list)
@@ -79,12 +81,13 @@ def main() -> None:
         between(uri) as proxy,
     ):
         for number in range(given.rounds):
-            for name, speed in measured(data, number, proxy).items():
+            for name, speed in measured(data, number, proxy, given.store).items():
                 speeds[name].append(speed)
             print(number, {name: round(v[-1], 1) for name, v in speeds.items()}, flush=True)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    store("tracking_faults", {
-        "command": f"python -m benchmarks.tracking_faults --rounds {given.rounds}",
+    only = f" --store {given.store}" if given.store else ""
+    store(f"tracking_faults{only.replace(' --store ', '_')}", {
+        "command": f"python -m benchmarks.tracking_faults --rounds {given.rounds}{only}",
         "delay_s": DELAY_S, "rounds": given.rounds,
         "images_per_s": {k: [round(v, 1) for v in values] for k, values in speeds.items()},
         "of_the_undisturbed": {
