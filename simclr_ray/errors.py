@@ -134,6 +134,10 @@ class CollapseError(UnhealthyRunError):
     """The encoder learns nothing: images look alike to it, or their views tell it nothing."""
 
 
+class NotPromotedError(SimclrRayError):
+    """A model does not show what an alias asks for; the alias stays where it was."""
+
+
 def last_line(error: object) -> str:
     """Return the last line of an error or text that says something, or its type where none does.
 

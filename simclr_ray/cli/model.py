@@ -1,4 +1,4 @@
-"""`simclr-ray model ...`: register a run's encoder, fine-tune it, distill it."""
+"""`simclr-ray model ...`: register a run's encoder, promote, compare, fine-tune, distill it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simclr_ray.cli.arguments import Overrides, RunPlace
-from simclr_ray.cli.console import loading, out
+from simclr_ray.cli.arguments import Overrides, RunPlace, TrackingUri
+from simclr_ray.cli.console import loading, out, show_table
 from simclr_ray.config.wording import counted
 
 if TYPE_CHECKING:
@@ -31,22 +31,118 @@ def register(
     out.print(f"models:/{made.name}@{alias} is version {made.version}", markup=False)
 
 
+Version = Annotated[
+    str, typer.Argument(metavar="MODEL", help="models:/NAME/3, or models:/NAME@ALIAS.")
+]
+Named = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")]
+Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.")]
+
+
+def promote(
+    model: Version,
+    alias: Alias,
+    overrides: Overrides = None,
+    require: Annotated[
+        str, typer.Option(help="Rule; empty: `registry.require` of the experiment.")
+    ] = "",
+    tracking_uri: TrackingUri = "",
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one no better than untrained.")
+    ] = False,
+) -> None:
+    """Move an alias to a version, where it shows what is required on the same test images.
+
+    A rule is comparisons of metrics with numbers, with `champion`, the metric's value for the
+    version that has the alias, and with `se`, the standard error of the difference. What was found
+    is kept as tags of the version. Exit code 1: it is not good enough.
+
+    Example: simclr-ray model promote models:/enc/4 champion \
+    --require 'linear_top1 >= champion - 0.2 * se and effective_rank > 10'
+    """
+    loading("torch")
+    from simclr_ray.inference.promotion import promote as move
+
+    made = move(
+        model, alias, *(overrides or []), require=require, force=force, tracking_uri=tracking_uri
+    )
+    for line in made.lines:
+        out.print(line, markup=False, soft_wrap=True)
+    before = f", before it {made.previous}" if made.previous not in (0, made.version) else ""
+    out.print(f"models:/{made.name}@{alias} is version {made.version}{before}", markup=False)
+
+
+def rollback(name: Named, alias: Alias, tracking_uri: TrackingUri = "") -> None:
+    """Move an alias back to the version that it pointed to before its last promotion."""
+    loading("mlflow")
+    from simclr_ray.inference.promotion import rollback as move_back
+
+    made = move_back(name, alias, tracking_uri=tracking_uri)
+    out.print(f"models:/{name}@{alias} is version {made.version} again", markup=False)
+
+
+def compare(
+    one: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="An encoder.")],
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another one.")],
+    overrides: Overrides = None,
+    tracking_uri: TrackingUri = "",
+) -> None:
+    """Set two encoders side by side: their scores on the test images of the first.
+
+    Example: simclr-ray model compare models:/enc/4 models:/enc@champion data.test=cifar/test
+    """
+    loading("torch")
+    from simclr_ray.inference.promotion import compare as side_by_side
+
+    headings, *rows = side_by_side(one, other, *(overrides or []), tracking_uri=tracking_uri)
+    show_table("the same images", headings, rows)
+
+
+def remove(
+    model: Version,
+    tracking_uri: TrackingUri = "",
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one that an alias points to.")
+    ] = False,
+) -> None:
+    """Delete a version of a registered model, with its files."""
+    loading("mlflow")
+    from simclr_ray.inference.promotion import remove_version
+
+    number = remove_version(model, force=force, tracking_uri=tracking_uri)
+    out.print(f"version {number} is deleted", markup=False)
+
+
 def finetune(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or URI of a pretraining run.")],
     overrides: Overrides = None,
     labels: Annotated[float, typer.Option(help="Share of the labels, class-balanced.")] = 0.1,
+    per_class: Annotated[
+        int, typer.Option(min=0, help="So many labels of each class, instead of a share.")
+    ] = 0,
+    frozen: Annotated[  # noqa: FBT002 - typer makes it a flag
+        bool, typer.Option("--frozen", help="Fit a classifier on the features, within seconds.")
+    ] = False,
     random: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool, typer.Option("--random", help="Start from random weights, for comparison.")
     ] = False,
 ) -> None:
     """Fine-tune a run's encoder on a share of the labels, and test the classifier.
 
+    Without `data.test` it is tested on the labelled images that it was not trained on.
+
     Example: simclr-ray model finetune runs/cifar10_cpu-1a2b3c4d --labels 0.01 data.test=cifar/test
+    Example: simclr-ray model finetune runs/photos-1a2b3c4d --per-class 10 --frozen data.train=new
     """
     loading("torch", "ray")
     from simclr_ray.train.finetune import plan_finetuning
 
-    tuned = _train(plan_finetuning(run, labels, *(overrides or []), from_random=random))
+    tuned = _train(
+        plan_finetuning(
+            run, labels, *(overrides or []), per_class=per_class, frozen=frozen, from_random=random
+        )
+    )
     _show(f"test, after {counted(tuned.num_images, 'label')}", tuned)
 
 
@@ -71,7 +167,8 @@ def _train(planned: Planned) -> FineTuned:
     from simclr_ray.train.driver import start_cluster
     from simclr_ray.train.finetune import train
 
-    start_cluster(planned.experiment)
+    if not planned.experiment.config.init.freeze:
+        start_cluster(planned.experiment)
     with RunProgress() as progress:
         return train(planned, on_progress=progress)
 
@@ -79,5 +176,6 @@ def _train(planned: Planned) -> FineTuned:
 def _show(title: str, tuned: FineTuned) -> None:
     from simclr_ray.cli.scores import show_classifier, show_where
 
-    show_classifier(title, tuned.scores)
+    if tuned.scores is not None:
+        show_classifier(title, tuned.scores)
     show_where(tuned.run)

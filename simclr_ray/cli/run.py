@@ -142,6 +142,21 @@ def sync(run: RunPlace) -> None:
         out.print("its status stays: something writes to the folder still", markup=False)
 
 
+def remove(run: RunPlace) -> None:
+    """Delete a run's folder, checkpoints included; in MLflow it is marked as deleted.
+
+    Registered versions stay: their files lie in MLflow's store.
+    Example: simclr-ray run rm runs/cifar10_cpu-1a2b3c4d
+    """
+    loading("mlflow")
+    from simclr_ray.storage.run_folder import RunFolder
+    from simclr_ray.train.tracked import remove_run
+
+    folder = RunFolder.at(run)
+    said = remove_run(folder)
+    out.print(f"deleted {folder.uri}{said}", markup=False, soft_wrap=True)
+
+
 def list_runs(
     storage: Annotated[
         str, typer.Argument(metavar="STORAGE", help="Folder or URI that holds runs.")

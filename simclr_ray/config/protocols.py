@@ -25,8 +25,8 @@ class Protocol(NamedTuple):
     Attributes:
         name: What it is asked for by.
         label: Heading of its column.
-        run: Import path of the function, `(bank, test, num_classes, experiment)` -> accuracy in
-            [0, 1], of splits that have labels; see `evaluation.protocols`.
+        run: Import path of the function, `(bank, test, num_classes, experiment)` -> which rows of
+            `test` it names rightly, bool [Q], or their share; see `evaluation.protocols`.
     """
 
     name: str

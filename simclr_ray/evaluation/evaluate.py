@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from simclr_ray.augment.decode import ImageDecoder
 from simclr_ray.config.experiment import (
     DataConfig,
     Experiment,
@@ -113,7 +114,7 @@ def score_networks(
         protocol_named(name).load()  # fails here for one that is unknown
     if experiment.evaluation.actors:
         return _score_by_actors(experiment, networks, protocols)
-    bank, test = _splits(experiment)
+    bank, test = load_splits(experiment)
     device = best_device()
     return [
         score_encoder(name, network.to(device), bank, test, experiment, protocols)
@@ -246,9 +247,23 @@ def split_like_test(data: DataConfig) -> str:
     return path_of_fingerprint.get(Source.open(data.test, data.columns).fingerprint, "")
 
 
-def _splits(experiment: Experiment) -> tuple[Split, Split | None]:
-    """Return what is learned from and what is scored; the second is None without labels."""
-    size, decoder = experiment.evaluation_size, evaluation_decoder(experiment.data)
+def load_splits(
+    experiment: Experiment, size: int = 0, decoder: ImageDecoder | None = None
+) -> tuple[Split, Split | None]:
+    """Return what is learned from and what is scored; the second is None without labels.
+
+    Args:
+        experiment: Its splits.
+        size: Side of the views in pixels; 0: the experiment's.
+        decoder: Of the images; None: the experiment's.
+
+    Raises:
+        DataError: A split cannot be read.
+    """
+    size, decoder = (
+        size or experiment.evaluation_size,
+        decoder or evaluation_decoder(experiment.data),
+    )
     bank, test, is_halved = _sources(experiment)
     if is_halved:
         return split_halves(load_split(bank, size, decoder=decoder))

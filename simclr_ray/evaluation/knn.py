@@ -56,7 +56,12 @@ def knn_scores(
 
 
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Return the share of rows whose class is among the `k` highest of `scores [Q, K]`, in [0, 1].
+    """Return the share of rows that `top_k_hits` names, in [0, 1]. Raises as it does."""
+    return top_k_hits(scores, labels, k).double().mean().item()
+
+
+def top_k_hits(scores: Tensor, labels: Tensor, k: int = 1) -> Tensor:
+    """Return whether each row's class is among the `k` highest of `scores [Q, K]`, bool `[Q]`.
 
     Of equal scores the lower class number counts as higher, so constant scores earn no more than
     chance. A row whose own score is not a number is a miss.
@@ -70,8 +75,7 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     own = scores.gather(1, labels[:, None])  # [Q, 1]
     classes = torch.arange(scores.shape[1], device=scores.device)
     ahead = (scores > own) | ((scores == own) & (classes < labels[:, None]))
-    hits = (ahead.sum(1) < k) & own[:, 0].isfinite()
-    return hits.double().mean().item()
+    return (ahead.sum(1) < k) & own[:, 0].isfinite()
 
 
 def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,8 @@ class OnlineEvaluation:
                 for part in (self.bank, self.test)
             )
             classes = int(torch.cat([bank.labels, test.labels]).max()) + 1
-            scores["eval/knn_top1"] = knn(bank, test, classes, self.experiment)
+            hits = knn(bank, test, classes, self.experiment)
+            scores["eval/knn_top1"] = hits.double().mean().item()
         return scores
 
     def _label_free(self, model: SimCLRModel) -> dict[str, float]:

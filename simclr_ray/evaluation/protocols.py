@@ -1,18 +1,20 @@
 """The evaluation protocols of `config.protocols`, one function each, all of one form.
 
 A protocol is called with features of two labelled splits, what it learns from and what it is asked
-about; K, the classes of both; and the experiment, for its settings and seed. It returns the share
-of test rows that it names rightly.
+about; K, the classes of both; and the experiment, for its settings and seed. It returns which test
+rows it names rightly, bool [Q], or their share alone.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from torch import Tensor
+
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.features import Features
-from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
+from simclr_ray.evaluation.knn import knn_scores, top_k_hits
 from simclr_ray.evaluation.linear import fit_linear
 from simclr_ray.evaluation.logistic_regression import sweep_logistic_regression
 
@@ -20,33 +22,33 @@ SOLO_K: Final = 20
 SOLO_TEMPERATURE: Final = 0.07
 
 
-def knn(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> float:
-    """Return the top-1 accuracy of weighted cosine kNN by `evaluation.knn`."""
+def knn(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> Tensor:
+    """Return the hits of weighted cosine kNN by `evaluation.knn`, bool [Q]."""
     settings = experiment.evaluation.knn
     return _nearest(bank, test, num_classes, settings.k, settings.temperature)
 
 
-def knn_k20(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> float:  # noqa: ARG001 - has no settings
-    """Return that of solo-learn's kNN."""
+def knn_k20(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> Tensor:  # noqa: ARG001 - has no settings
+    """Return those of solo-learn's kNN."""
     return _nearest(bank, test, num_classes, SOLO_K, SOLO_TEMPERATURE)
 
 
-def knn_k1(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> float:  # noqa: ARG001 - has no settings
-    """Return that of the nearest neighbour."""
+def knn_k1(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> Tensor:  # noqa: ARG001 - has no settings
+    """Return those of the nearest neighbour."""
     return _nearest(bank, test, num_classes, 1, 1.0)
 
 
-def linear(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> float:
-    """Return that of the linear probe by `evaluation.linear`."""
+def linear(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> Tensor:
+    """Return those of the linear probe by `evaluation.linear`."""
     settings, seed = experiment.evaluation.linear, experiment.seed
     probe = fit_linear(bank.rows, bank.labels, num_classes, settings, seed)
-    return top_k_accuracy(probe.logits(test.rows), test.labels)
+    return top_k_hits(probe.logits(test.rows), test.labels)
 
 
 def logistic_regression(
     bank: Features, test: Features, num_classes: int, experiment: Experiment
-) -> float:
-    """Return that of logistic regression by L-BFGS, its penalty chosen on held-out rows.
+) -> Tensor:
+    """Return those of logistic regression by L-BFGS, its penalty chosen on held-out rows.
 
     Raises:
         DataError: There are too few rows to hold some out.
@@ -55,9 +57,11 @@ def logistic_regression(
         chosen = sweep_logistic_regression(bank.rows, bank.labels, num_classes, experiment.seed)
     except ValueError as error:
         raise DataError(f"logistic_regression: {error}") from error
-    return top_k_accuracy(chosen.probe.logits(test.rows), test.labels)
+    return top_k_hits(chosen.probe.logits(test.rows), test.labels)
 
 
-def _nearest(bank: Features, test: Features, num_classes: int, k: int, temperature: float) -> float:
+def _nearest(
+    bank: Features, test: Features, num_classes: int, k: int, temperature: float
+) -> Tensor:
     votes = knn_scores(bank.rows, bank.labels, test.rows, k, temperature, num_classes)
-    return top_k_accuracy(votes, test.labels)
+    return top_k_hits(votes, test.labels)

@@ -226,15 +226,34 @@ def _evaluate(
     experiment: Experiment,
     protocols: Sequence[str],
 ) -> Score:
-    num_classes = int(max(bank.labels.max(), test.labels.max())) + 1
-    accuracies = {}
-    for protocol in map(protocol_named, protocols):
-        accuracy = protocol.load()(bank, test, num_classes, experiment)
-        if not isinstance(accuracy, float) or not 0 <= accuracy <= 1:
-            expected = "expected a float in [0, 1], the share of test rows named rightly"
-            raise ConfigError([ConfigIssue(protocol.run, f"returned {accuracy!r}; {expected}")])
-        accuracies[protocol.metric] = accuracy
+    results = protocol_results(bank, test, experiment, protocols)
+    accuracies = {
+        metric: result.double().mean().item() if isinstance(result, Tensor) else result
+        for metric, result in results.items()
+    }
     return replace(_score(name, test.rows), accuracies=accuracies)
+
+
+def protocol_results(
+    bank: Features, test: Features, experiment: Experiment, protocols: Sequence[str]
+) -> dict[str, Tensor | float]:
+    """Return by metric which rows of `test` each protocol names rightly, bool [Q], or their share.
+
+    Raises:
+        ConfigError: A protocol is unknown, or one of your own returns something else.
+    """
+    num_classes = int(max(bank.labels.max(), test.labels.max())) + 1
+    results: dict[str, Tensor | float] = {}
+    for protocol in map(protocol_named, protocols):
+        result = protocol.load()(bank, test, num_classes, experiment)
+        is_hits = isinstance(result, Tensor) and result.dtype == torch.bool
+        if not (is_hits and result.shape == test.labels.shape) and not (
+            isinstance(result, float) and 0 <= result <= 1
+        ):
+            expected = "expected a float in [0, 1], the share of test rows named rightly"
+            raise ConfigError([ConfigIssue(protocol.run, f"returned {result!r}; {expected}")])
+        results[protocol.metric] = result
+    return results
 
 
 def _score(name: str, features: Tensor) -> Score:

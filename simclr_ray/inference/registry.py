@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-import numpy as np
 
 from simclr_ray.augment import decode
 from simclr_ray.config.experiment import Experiment
@@ -20,18 +19,18 @@ from simclr_ray.evaluation.scores import TRAINED, UNTRAINED
 from simclr_ray.inference.encoder_files import (
     DECODE_FOLDER,
     ENCODER_FOLDER,
-    OPTIONAL_DECODERS,
-    REQUIREMENTS,
+    class_names_of,
     read_card,
     read_encoder,
     write_encoder_of,
 )
+from simclr_ray.inference.mlflow_model import ModelParts, log_model, pinned_requirements
 from simclr_ray.inference.model_address import model_address, what_there_is
 from simclr_ray.nn.pretrained import experiment_of
-from simclr_ray.storage.provenance import code_commit, versions_of
+from simclr_ray.storage.provenance import code_commit
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
-from simclr_ray.storage.run_status import SCORES
+from simclr_ray.storage.run_status import CLASSIFIER_SCORES, SCORES
 from simclr_ray.tracking import moved, store
 from simclr_ray.tracking.runs import TrackedRun, door
 from simclr_ray.tracking.store import RegisteredEncoder
@@ -44,27 +43,8 @@ if TYPE_CHECKING:
 EXAMPLES_TRIED: Final = 64
 FEW_DIMENSIONS: Final = 2.0  # effective rank; a trained encoder has ten times that and more
 NO_WORSE: Final = ("effective_rank", "feature_std")  # known of every encoder with two images
+VERSIONS_TAG: Final = "mlflow.modelVersions"
 ABSENT: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter of an alias
-
-
-class ModelParts(NamedTuple):
-    """What a pyfunc model is made of; nothing in it is pickled.
-
-    Attributes:
-        code: models-from-code file, which calls `mlflow.models.set_model`.
-        artifacts: files and folders that the code finds in `context.artifacts`.
-        requirements: pinned, as in a requirements file.
-        example: one encoded image, stored as the input example.
-        feature_dim: F, the width of the output.
-        metadata: a JSON tree that is stored in the MLmodel file.
-    """
-
-    code: Path
-    artifacts: Mapping[str, Path]
-    requirements: Sequence[str]
-    example: bytes
-    feature_dim: int
-    metadata: Mapping[str, Any]
 
 
 def register_run(run: str, name: str, alias: str, *, force: bool = False) -> RegisteredEncoder:
@@ -73,7 +53,7 @@ def register_run(run: str, name: str, alias: str, *, force: bool = False) -> Reg
     Args:
         run: Folder or URI.
         name: Of the model.
-        alias: Moved to the new version.
+        alias: Moved to the new version; empty: none is.
         force: Also where the encoder is no better than an untrained one.
 
     Raises:
@@ -101,9 +81,6 @@ def register_run(run: str, name: str, alias: str, *, force: bool = False) -> Reg
         }
         if record.rollbacks:  # not the plain setting
             tags |= {"rollbacks": record.rollbacks, "rate_multiplier": record.rate_multiplier}
-        for score in folder.read_json(SCORES, list) or []:
-            if score["name"] == TRAINED:
-                tags |= {k: v for k, v in score.items() if isinstance(v, float)}
         made = register_encoder(
             target,
             TrackedRun.attach(record.tracking_uri, record.mlflow_run_id),
@@ -111,40 +88,52 @@ def register_run(run: str, name: str, alias: str, *, force: bool = False) -> Reg
             alias=alias,
             example=_example(experiment),
             tags=tags,
+            scores=scores_of(folder),
         )
         folder.put_folder(target, ENCODER_FOLDER)  # after all that can be refused
     return made
 
 
+def scores_of(folder: RunFolder) -> dict[str, float]:
+    """Return the stored scores of a run's trained encoder, and of its classifier, by name."""
+    scores: dict[str, float] = {}
+    for row in folder.read_json(SCORES, list) or []:
+        if row["name"] == TRAINED:
+            scores |= {k: v for k, v in row.items() if isinstance(v, float)}
+    classifier = folder.read_json(CLASSIFIER_SCORES, dict) or {}
+    return scores | {f"classifier_{k}": v for k, v in classifier.items() if isinstance(v, float)}
+
+
 def check_scores(folder: RunFolder) -> None:
-    """Raise `CollapseError` where, by a run's stored scores, its encoder has not learned.
+    """Raise `CollapseError` where, by a run's stored scores, its encoder has not learned."""
+    scores = {score["name"]: score for score in folder.read_json(SCORES, list) or []}
+    problem = why_not_learned(scores.get(TRAINED, {}), scores.get(UNTRAINED, {}))
+    if problem:
+        raise CollapseError(f"{folder.uri}: {problem}, so it is not registered (--force)")
+
+
+def why_not_learned(trained: Mapping[str, Any], untrained: Mapping[str, Any]) -> str:
+    """Return why an encoder is no use, by its scores and those of the untrained one; "": it is.
 
     Its features span next to nothing, and fewer dimensions than those of the untrained encoder; or
     it is better than that in nothing: no accuracy, no effective rank and no deviation.
     """
-    scores = {score["name"]: score for score in folder.read_json(SCORES, list) or []}
-    trained, before = scores.get(TRAINED, {}), scores.get(UNTRAINED, {})
-    both = {k: (v, before[k]) for k, v in trained.items() if _is_number(v, before.get(k))}
+    both = {k: (v, untrained[k]) for k, v in trained.items() if _is_number(v, untrained.get(k))}
     if "effective_rank" not in both:
-        return
+        return ""
     now, then = both["effective_rank"]
     if now < min(FEW_DIMENSIONS, then):
-        problem = (
+        return (
             f"the features' effective rank is {now:.2f}, that of the untrained encoder {then:.2f}: "
             "all images look alike to it"
         )
-    elif set(NO_WORSE) <= both.keys() and not any(
-        ours > theirs for key, (ours, theirs) in both.items() if key != "uniformity"
-    ):
-        shown = ", ".join(
-            f"{key} {ours:.3g} (untrained {theirs:.3g})"
-            for key, (ours, theirs) in both.items()
-            if key != "uniformity"
+    compared = {k: values for k, values in both.items() if k != "uniformity"}
+    if set(NO_WORSE) <= both.keys() and not any(a > b for a, b in compared.values()):
+        shown = (
+            f"{k} {ours:.3g} (untrained {theirs:.3g})" for k, (ours, theirs) in compared.items()
         )
-        problem = f"the encoder is no better than the untrained one: {shown}"
-    else:
-        return
-    raise CollapseError(f"{folder.uri}: {problem}, so it is not registered (--force)")
+        return f"the encoder is no better than the untrained one: {', '.join(shown)}"
+    return ""
 
 
 def _is_number(*values: object) -> bool:
@@ -159,6 +148,7 @@ def register_encoder(
     alias: str,
     example: bytes,
     tags: Mapping[str, str | int | float],
+    scores: Mapping[str, float] | None = None,
 ) -> RegisteredEncoder:
     """Make the encoder in `folder` a new version of the registered model `name`.
 
@@ -168,10 +158,11 @@ def register_encoder(
         folder: written by `write_encoder`; travels in the version, for `load_encoder`.
         run: the run that the version belongs to.
         name: registered model, created where it does not exist.
-        alias: moved to the new version at the very end.
+        alias: moved to the new version at the very end; empty: none is.
         example: one encoded image, kept as the input example.
-        tags: lineage and scores, such as `dataset_fingerprint`, `experiment_digest`, `seed`,
-            `knn_top1`; `weights_sha256` is added, and `code_commit` in a git checkout.
+        tags: lineage, such as `dataset_fingerprint`, `experiment_digest`, `seed`;
+            `weights_sha256` is added, and `code_commit` in a git checkout.
+        scores: such as `knn_top1`: tags of the version, and metrics of the logged model.
 
     Raises:
         CheckpointError: `folder` is no whole encoder.
@@ -182,7 +173,7 @@ def register_encoder(
     read_encoder(folder)
     card.decoder.decode(example)
     commit = code_commit()
-    all_tags = {key: str(value) for key, value in tags.items()}
+    all_tags = {key: str(value) for key, value in {**tags, **(scores or {})}.items()}
     all_tags["weights_sha256"] = card.weights_sha256
     if commit:
         all_tags.setdefault("code_commit", commit)
@@ -197,8 +188,8 @@ def register_encoder(
             artifacts={"encoder": staged, "decode": decoder},
             requirements=pinned_requirements(),
             example=example,
-            feature_dim=card.feature_dim,
-            metadata={"encoder": card._asdict(), "tags": all_tags},
+            outputs=class_names_of(card) or card.feature_dim,
+            metadata={"encoder": card.as_tree(), "tags": all_tags},
         )
         return _register_model(
             run,
@@ -206,8 +197,61 @@ def register_encoder(
             parts,
             alias=alias,
             tags=all_tags,
+            scores=scores or {},
             same=[key for key in ("weights_sha256", "checkpoint") if key in all_tags],
         )
+
+
+class FoundVersion(NamedTuple):
+    """A version of a registered model.
+
+    Attributes:
+        name: Of the model.
+        version: Its number.
+        run_id: MLflow's run that it is of.
+        tags: Of the version.
+        source: Where its files are, as the store says.
+    """
+
+    name: str
+    version: int
+    run_id: str
+    tags: dict[str, str]
+    source: str
+
+
+def find_version(where: str, *, uri: str) -> FoundVersion:
+    """Return the version at `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
+
+    Args:
+        where: Its address.
+        uri: tracking URI of the store; its registry is asked, or $MLFLOW_REGISTRY_URI.
+
+    Raises:
+        ConfigError: `where` has another form, the store's file is not there, or there is no such
+            model, version or alias.
+        TrackingError: The store cannot be reached.
+    """
+    address = model_address(where)
+    name, version = address.name, address.version
+    store.check_there(uri)
+    store.check_there(store.registry_uri(uri))
+    with store.quiet(), door(f"find {where}", uri) as client, store.first_contact():
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if address.alias:
+                version = str(client.get_model_version_by_alias(name, address.alias).version)
+            elif version == "latest":
+                versions = client.search_model_versions(f"name = '{name}'")
+                version = str(max((int(v.version) for v in versions), default=1))
+            entity = client.get_model_version(name, version)
+            source = client.get_model_version_download_uri(name, version)
+        except MlflowException as error:
+            if error.error_code not in ABSENT:
+                raise
+            raise ConfigError([ConfigIssue(where, what_there_is(client, name))]) from error
+    return FoundVersion(name, int(version), entity.run_id or "", dict(entity.tags), source)
 
 
 def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
@@ -216,41 +260,25 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
     Where the store's project was moved, artifacts are found in the new place; nothing is written.
 
     Args:
-        where: `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
+        where: As in `find_version`.
         folder: an existing folder.
-        uri: tracking URI of the store; its registry is asked.
+        uri: As in `find_version`.
         part: path inside of the model; empty: the whole model.
 
     Raises:
-        ConfigError: `where` has another form, the store's file is not there, or there is no such
-            model, version or alias.
+        ConfigError: As `find_version`.
         TrackingError: The store cannot be reached, or lacks the files.
     """
-    address = model_address(where)
-    name, version = address.name, address.version
-    store.check_there(uri)
-    with store.quiet(), door(f"find {where}", uri) as client:
+    version = find_version(where, uri=uri)
+    with store.quiet(), door(f"fetch {where}", uri):
         from mlflow.artifacts import download_artifacts
-        from mlflow.exceptions import MlflowException
 
-        with store.first_contact():
-            try:
-                if address.alias:
-                    version = str(client.get_model_version_by_alias(name, address.alias).version)
-                elif version == "latest":
-                    versions = client.search_model_versions(f"name = '{name}'")
-                    version = str(max((int(v.version) for v in versions), default=1))
-                stored = client.get_model_version_download_uri(name, version)
-            except MlflowException as error:
-                if error.error_code not in ABSENT:
-                    raise
-                raise ConfigError([ConfigIssue(where, what_there_is(client, name))]) from error
-            source = moved.translated(uri, stored)
+        source = moved.translated(uri, version.source)
         got = download_artifacts(
             artifact_uri=f"{source}/{part}".rstrip("/"),
             dst_path=str(folder),
             tracking_uri=uri,
-            registry_uri=uri,
+            registry_uri=store.registry_uri(uri),
         )
     return Path(got)
 
@@ -273,6 +301,7 @@ def _register_model(
     *,
     alias: str,
     tags: Mapping[str, str],
+    scores: Mapping[str, float],
     same: Sequence[str] = (),
 ) -> store.RegisteredEncoder:
     """Store a pyfunc model under a run and make it a new version of `name`.
@@ -283,8 +312,9 @@ def _register_model(
         run: The run that the version belongs to.
         name: Registered model, created where it does not exist.
         parts: What is stored.
-        alias: Moved to the version at the very end.
+        alias: Moved to the version at the very end; empty: none is.
         tags: Of the version.
+        scores: Metrics of the logged model.
         same: Keys of `tags`. A version of this run that has the same values of them is the model
             already: it gets the other tags and the alias, and nothing is stored again.
 
@@ -299,52 +329,13 @@ def _register_model(
             for key, value in store.tags_of(tags).items():
                 client.set_model_version_tag(name, str(version), key, value)
         else:
-            version = _create_version(client, name, _stored(client, run, parts), run.run_id, tags)
-        client.set_registered_model_alias(name, alias, str(version))
+            model = log_model(client, run, parts)
+            version = _create_version(client, name, model, run.run_id, tags)
+            for metric, reached in scores.items():
+                client.log_metric(run.run_id, metric, reached, model_id=model.model_id)
+        if alias:
+            client.set_registered_model_alias(name, alias, str(version))
     return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
-
-
-def _stored(client: MlflowClient, run: TrackedRun, parts: ModelParts) -> LoggedModel:
-    """Return the model, stored under the run."""
-    model = client.create_logged_model(
-        run.experiment_id, name="encoder", source_run_id=run.run_id, model_type="encoder"
-    )
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            _save_pyfunc(folder, parts, run.run_id, model)
-            client.log_model_artifacts(model.model_id, str(folder))
-    except BaseException:
-        client.finalize_logged_model(model.model_id, "FAILED")
-        raise
-    client.finalize_logged_model(model.model_id, "READY")
-    return model
-
-
-def _save_pyfunc(folder: Path, parts: ModelParts, run_id: str, logged: LoggedModel) -> None:
-    """Write the MLflow model folder that `Model.log` would write, without an active run."""
-    import pandas as pd
-    from mlflow import pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
-
-    image = Schema([ColSpec(DataType.binary, "image")])
-    features = Schema([TensorSpec(np.dtype(np.float32), (-1, parts.feature_dim))])
-    pyfunc.save_model(
-        path=str(folder),
-        python_model=str(parts.code),
-        artifacts={name: str(path) for name, path in parts.artifacts.items()},
-        signature=ModelSignature(inputs=image, outputs=features),
-        input_example=pd.DataFrame({"image": [parts.example]}),
-        pip_requirements=list(parts.requirements),
-        metadata=dict(parts.metadata),
-        mlflow_model=Model(
-            artifact_path=logged.artifact_location,
-            run_id=run_id,
-            model_uuid=logged.model_id,
-            model_id=logged.model_id,
-        ),
-    )
 
 
 def _version_with(client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> int:
@@ -377,19 +368,7 @@ def _create_version(
         tags=store.tags_of(tags),
         model_id=model.model_id,
     )
+    # by which MLflow's page of the logged model shows where it is registered
+    registered = json.dumps([{"name": name, "version": str(made.version)}])
+    client.set_logged_model_tags(model.model_id, {VERSIONS_TAG: registered})
     return int(made.version)
-
-
-def pinned_requirements() -> list[str]:
-    """Return `name==version` of what a registered model needs, as installed here.
-
-    Decoders of the extras are needed where they are installed: images may need them, and others
-    may be decoded otherwise without them. Local parts such as `+cpu` or `+cu130` are dropped: the
-    package index knows no such versions.
-    """
-    versions = versions_of((*REQUIREMENTS, *OPTIONAL_DECODERS))
-    return [
-        f"{name}=={version.partition('+')[0]}"
-        for name, version in versions.items()
-        if version != "absent" or name in REQUIREMENTS
-    ]

@@ -281,13 +281,14 @@ def read(folder: Path, identity: Identity = ANY) -> Checkpoint:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return what a .safetensors file holds, or one that torch wrote; no code is run.
+    """Return what a .safetensors or .npz file holds, or one that torch wrote; no code is run.
 
     That is tensors by name, perhaps in dicts of dicts.
 
     Raises:
         CheckpointError: It holds something else, or other objects besides.
     """
+    import numpy as np
     import torch
     from safetensors.torch import load_file
 
@@ -298,6 +299,9 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         if not first_bytes.startswith(TORCH_MAGIC):
             raise CheckpointError(f"{path} is no file of weights{_guess(first_bytes)}")
         tree: Any = torch.load(path, map_location="cpu", weights_only=True)

@@ -267,6 +267,11 @@ class RunFolder:
         files, root = self._open()
         files.delete_dir(f"{root}/{name}")
 
+    def remove_all(self) -> None:
+        """Delete the folder with all that is in it."""
+        files, root = self._open()
+        files.delete_dir(root)
+
     def set_aside(self) -> RunFolder:
         """Move all but the lock to a folder beside this one, `<name>~1` or the next free number."""
         files, root = self._open()

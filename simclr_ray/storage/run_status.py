@@ -15,6 +15,7 @@ from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 
 SCORES = "scores.json"
+CLASSIFIER_SCORES = "classification.json"
 
 State = Literal["running", "finished", "stopped"]
 

@@ -298,6 +298,11 @@ class TrackedRun:
             else:
                 client.set_terminated(self.run_id, status)
 
+    def delete(self) -> None:
+        """Mark the run as deleted; `mlflow gc` removes such for good."""
+        with door("delete the run", self.uri) as client:
+            client.delete_run(self.run_id)
+
     def _highest_step(self, client: MlflowClient, key: str) -> int:
         """Return the highest step that the store has for `key`, or one below every step."""
         if key not in self._highest:
@@ -333,7 +338,7 @@ def door(action: str, uri: str) -> Iterator[MlflowClient]:
     It is a `TrackingUnavailableError` where the same may work later.
     """
     try:
-        yield _client(uri)
+        yield _client(uri, store.registry_uri(uri))
     except (ConfigError, TrackingError):
         raise
     except Exception as error:
@@ -343,10 +348,10 @@ def door(action: str, uri: str) -> Iterator[MlflowClient]:
 
 
 @functools.lru_cache(maxsize=16)
-def _client(uri: str) -> MlflowClient:
+def _client(uri: str, registry_uri: str) -> MlflowClient:
     for variable, value in store.MANNERS.items():
         os.environ.setdefault(variable, value)
     with store.quiet():
         from mlflow import MlflowClient
 
-        return MlflowClient(tracking_uri=uri)
+        return MlflowClient(tracking_uri=uri, registry_uri=registry_uri)

@@ -24,6 +24,7 @@ from simclr_ray.config.uris import hide_passwords, recall, remember
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 URI_VARIABLE: Final = "MLFLOW_TRACKING_URI"
+REGISTRY_VARIABLE: Final = "MLFLOW_REGISTRY_URI"
 DATABASE: Final = "mlflow.db"
 ARTIFACTS: Final = "mlartifacts"
 
@@ -110,6 +111,20 @@ def store_uri(setting: str = "", storage: str = "runs") -> str:
     return f"sqlite:///{folder / DATABASE}"
 
 
+def registry_uri(uri: str) -> str:
+    """Return the URI of the model registry beside a store: $MLFLOW_REGISTRY_URI, else the store's.
+
+    Raises:
+        ConfigError: MLflow has no such store.
+    """
+    given = recall(remember(os.environ.get(REGISTRY_VARIABLE, "")))
+    if not given:
+        return uri
+    _check_scheme(given, REGISTRY_VARIABLE)
+    database = sqlite_file(given)
+    return f"sqlite:///{database}" if database is not None else given
+
+
 def _check_scheme(uri: str, key: str) -> None:
     """Raise `ConfigError` for a URI that no store of MLflow has."""
     plugins = entry_points(group="mlflow.tracking_store")
@@ -151,13 +166,13 @@ def check_model(name: str, alias: str) -> None:
     elif not name.strip() or name != name.strip() or len(name) > MAX_KEY_CHARS:
         problem = f"got {name!r}; 1 to {MAX_KEY_CHARS} characters, no space at either end"
         issues.append(ConfigIssue("registry.name", problem))
-    if _RESERVED_ALIAS.fullmatch(alias):
+    if alias and _RESERVED_ALIAS.fullmatch(alias):
         problem = (
             f"{alias!r} is reserved by MLflow, where `models:/name/latest` and `models:/name/3` "
             "work without any alias; choose another, such as `newest`"
         )
         issues.append(ConfigIssue("registry.alias", problem))
-    elif not _ALIAS.fullmatch(alias):
+    elif alias and not _ALIAS.fullmatch(alias):
         issues.append(ConfigIssue("registry.alias", f"got {alias!r}; letters, digits, - and _"))
     if issues:
         raise ConfigError(issues)

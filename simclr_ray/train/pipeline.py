@@ -12,13 +12,15 @@ from pathlib import Path
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
-from simclr_ray.errors import TrackingUnavailableError
+from simclr_ray.errors import NotPromotedError, TrackingUnavailableError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.evaluate import evaluate_experiment, score_classifier
 from simclr_ray.evaluation.scores import Score, format_table
+from simclr_ray.inference.promotion import promote
 from simclr_ray.inference.registry import register_run
 from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolder
-from simclr_ray.storage.run_status import SCORES
+from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.storage.run_status import CLASSIFIER_SCORES, SCORES
 from simclr_ray.storage.space import OF_THE_DISK, writing
 from simclr_ray.tracking.store import RegisteredEncoder
 from simclr_ray.train import stop
@@ -97,9 +99,17 @@ def _evaluated(run: Run, resolved: ResolvedExperiment) -> PretrainOutcome:
 
 def _registered(run: Run, config: Experiment) -> RegisteredEncoder:
     """Register the run's encoder; where MLflow is gone, name the command that does it later."""
-    name, alias = config.registry.name, config.registry.alias
+    name, alias, require = config.registry.name, config.registry.alias, config.registry.require
     try:
-        return register_run(run.folder, name, alias)
+        if not require:
+            return register_run(run.folder, name, alias)
+        made = register_run(run.folder, name, "")
+        uri = RunRecord.read(RunFolder.at(run.folder)).tracking_uri
+        try:
+            promote(made.uri, alias, require=require, tracking_uri=uri)
+        except NotPromotedError as error:
+            log.warning("%s", error)
+        return made
     except TrackingUnavailableError as error:
         words = ["simclr-ray", "model", "register", run.folder, name, "--alias", alias]
         text = f"{error}; trained and evaluated, but not registered: {shlex.join(words)}"
@@ -115,7 +125,9 @@ def _test_classifier(run: Run, experiment: Experiment, checkpoint: Path) -> Clas
         return None
     scores = score_classifier(checkpoint, experiment)
     named = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
-    with late_writes(RunFolder.at(run.folder)) as writes:
+    folder = RunFolder.at(run.folder)
+    folder.write_text(CLASSIFIER_SCORES, json.dumps(scores._asdict(), indent=1))
+    with late_writes(folder) as writes:
         writes.metrics(named, int(run.metrics.get("step", 0)))
     return scores
 

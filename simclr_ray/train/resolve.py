@@ -32,6 +32,7 @@ from simclr_ray.data.sample import CHECK_SECONDS, Sample, check_sample
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.evaluate import split_like_test
+from simclr_ray.inference.requirement import Requirement
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.pretrained import (
     TEACHER,
@@ -153,6 +154,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     _check_images(config.data, sample)
     if config.registry.name:
         check_model(config.registry.name, config.registry.alias)
+        Requirement.parse(config.registry.require)
     elif config.registry.alias != RegistryConfig().alias:
         problem = (
             f"got {config.registry.alias!r}, and registry.name, whose version it names, is empty"

@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import warn_once
-from simclr_ray.errors import StorageError, TrackingUnavailableError
-from simclr_ray.storage.run_folder import METRICS, OTHER_METRICS, RunFolder
+from simclr_ray.errors import (
+    ConfigError,
+    ConfigIssue,
+    StorageError,
+    TrackingError,
+    TrackingUnavailableError,
+)
+from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, OTHER_METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.delivery import STATE, Delivery
 from simclr_ray.tracking.runs import Status, TrackedRun, Tracker
@@ -181,6 +187,27 @@ def sync_run(folder: RunFolder) -> Synced:
             points += sent
         after = delivery.state.status if not still_runs else before
     return Synced(points, writes, "" if after in ("", before) else after, still_runs)
+
+
+def remove_run(folder: RunFolder) -> str:
+    """Delete a run's folder, and mark MLflow's run as deleted; return what is left, as a clause.
+
+    Raises:
+        ConfigError: The folder holds no run.
+        RunError: Its driver runs.
+    """
+    record = RunRecord.find(folder)
+    if record is None and folder.read_text(CONFIG_FILE) is None:
+        raise ConfigError([ConfigIssue(folder.uri, "is no run folder")])
+    with folder.lock():
+        folder.remove_all()
+    if record is None:
+        return ""
+    try:
+        TrackedRun.attach(record.tracking_uri, record.mlflow_run_id).delete()
+    except (ConfigError, TrackingError) as error:
+        return f"; MLflow's run stays: {error}"
+    return ""
 
 
 def _was_written_lately(folder: RunFolder) -> bool:

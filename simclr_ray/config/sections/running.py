@@ -185,3 +185,9 @@ class RegistryConfig(Config):
     alias: str = Field(
         "newest", min_length=1, description="Alias that is moved to the new version."
     )
+    require: str = Field(
+        "",
+        since=3,
+        description="What the version has to show for that, such as "
+        "'linear_top1 >= champion - 0.2 * se and effective_rank > 10'; empty: nothing.",
+    )

@@ -1,0 +1,284 @@
+"""An alias moves to a better version, or stays: what it has to show, tested on the same images.
+
+Both versions are scored anew, by one code on one test split; stored scores may be of another. What
+was stored is kept as tags of the version, where it was refused as well.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.imports import permit_code
+from simclr_ray.config.moves import CONFIG_FILE
+from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
+from simclr_ray.errors import CollapseError, ConfigError, ConfigIssue, NotPromotedError
+from simclr_ray.inference.comparison import (
+    Scored,
+    score,
+    score_network,
+    standard_errors,
+    table,
+)
+from simclr_ray.inference.embed import load_encoder
+from simclr_ray.inference.encoder import Encoder
+from simclr_ray.inference.model_address import model_address
+from simclr_ray.inference.registry import find_version, why_not_learned
+from simclr_ray.inference.requirement import Facts, Requirement, Verdict
+from simclr_ray.nn.build import build_encoder
+from simclr_ray.nn.pretrained import experiment_of, open_checkpoint
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.tracking import store
+from simclr_ray.tracking.runs import door
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+LOGGED_MODEL: Final = re.compile(r"/(m-[0-9a-f]{32})(?:/|$)")  # in a version's source
+TRIES: Final = 3  # where somebody else moves the alias meanwhile
+
+
+class Promotion(NamedTuple):
+    """An alias that has moved.
+
+    Attributes:
+        name: Of the model.
+        alias: That has moved.
+        version: Where it points now.
+        previous: Where it did; 0: nowhere.
+        lines: What was tested, with its numbers.
+    """
+
+    name: str
+    alias: str
+    version: int
+    previous: int
+    lines: list[str]
+
+
+def promote(
+    where: str,
+    alias: str,
+    *overrides: str,
+    require: str = "",
+    force: bool = False,
+    tracking_uri: str = "",
+) -> Promotion:
+    """Move an alias to a version of a registered model, where that is good enough.
+
+    Args:
+        where: `models:/name/3`, or another address of the version.
+        alias: Such as `champion`.
+        overrides: Of the experiment that the version was trained by, such as `data.test=DIR`.
+        require: A rule, as `requirement` has it; empty: that of the experiment.
+        force: Also an encoder that has learned nothing; the rule is tested nevertheless.
+        tracking_uri: Store of the registry; empty: $MLFLOW_TRACKING_URI, else SQLite in `runs`.
+
+    Raises:
+        NotPromotedError: The rule does not hold.
+        CollapseError: The encoder has learned nothing.
+        ConfigError: There is no such version, or the rule is none.
+        DataError: The test images cannot be read.
+        TrackingError: The registry refuses or cannot be reached.
+    """
+    uri, address = store.store_uri(tracking_uri), model_address(where)
+    store.check_model(address.name, alias)
+    version = find_version(where, uri=uri)
+    experiment = _experiment_of(version.run_id, uri, overrides)
+    rule = Requirement.parse(require or experiment.registry.require, "--require")
+    protocols = _protocols_for(rule)
+    encoder = load_encoder(f"models:/{address.name}/{version.version}", tracking_uri=tracking_uri)
+    candidate = score(encoder, experiment, protocols)
+    if not force:
+        problem = why_not_learned(
+            candidate.metrics, _untrained(experiment, encoder, protocols).metrics
+        )
+        if problem:
+            _note(uri, address.name, version.version, f"refused.{alias}", [problem])
+            raise CollapseError(f"{where}: {problem}, so {alias} stays (--force)")
+    for _ in range(TRIES):
+        before = _version_of(uri, address.name, alias)
+        verdict = _tested(rule, candidate, experiment, protocols, (address.name, before, uri))
+        if not verdict.holds:
+            _note(uri, address.name, version.version, f"refused.{alias}", verdict.lines)
+            raise NotPromotedError(
+                f"{where} does not become {alias}, which stays "
+                f"{f'version {before}' if before else 'nowhere'}: {'; '.join(verdict.lines)}"
+            )
+        if _moved(uri, address.name, alias, version.version, before, verdict):
+            return Promotion(address.name, alias, version.version, before, verdict.lines)
+    problem = f"{alias} of {address.name} is being moved by others; try again"
+    raise ConfigError([ConfigIssue("", problem)])
+
+
+def rollback(name: str, alias: str, *, tracking_uri: str = "") -> Promotion:
+    """Move an alias back to the version that it pointed to before.
+
+    Raises:
+        ConfigError: There is no such model or alias, or nothing before it.
+        TrackingError: The registry refuses or cannot be reached.
+    """
+    uri = store.store_uri(tracking_uri)
+    store.check_model(name, alias)
+    store.check_there(uri)
+    now = find_version(f"models:/{name}@{alias}", uri=uri)
+    previous = int(now.tags.get(f"previous.{alias}", 0))
+    if not previous:
+        problem = f"pointed to no version before {now.version} that is on record"
+        raise ConfigError([ConfigIssue(f"models:/{name}@{alias}", problem)])
+    find_version(f"models:/{name}/{previous}", uri=uri)  # it may be gone
+    with store.quiet(), door(f"move {alias!r}", uri) as client:
+        client.set_model_version_tag(name, str(now.version), f"rolled_back.{alias}", _now())
+        client.set_registered_model_alias(name, alias, str(previous))
+    return Promotion(name, alias, previous, now.version, [])
+
+
+def remove_version(where: str, *, force: bool = False, tracking_uri: str = "") -> int:
+    """Delete a version of a registered model, its files in the store included; return its number.
+
+    Args:
+        where: `models:/name/3`.
+        force: Also one that an alias points to.
+        tracking_uri: As in `promote`.
+
+    Raises:
+        ConfigError: There is no such version, or an alias points to it.
+        TrackingError: The registry refuses or cannot be reached.
+    """
+    uri = store.store_uri(tracking_uri)
+    stored = find_version(where, uri=uri)
+    with store.quiet(), door(f"delete {where}", uri) as client:
+        aliases = client.get_registered_model(stored.name).aliases
+        pointing = sorted(a for a, version in aliases.items() if int(version) == stored.version)
+        if pointing and not force:
+            problem = f"{', '.join(pointing)} points to version {stored.version} (--force)"
+            raise ConfigError([ConfigIssue(where, problem)])
+        for alias in pointing:
+            client.delete_registered_model_alias(stored.name, alias)
+        client.delete_model_version(stored.name, str(stored.version))
+        if logged := LOGGED_MODEL.search(stored.source):
+            client.delete_logged_model(logged[1])
+    return stored.version
+
+
+def compare(one: str, other: str, *overrides: str, tracking_uri: str = "") -> list[list[str]]:
+    """Return headings and rows that set two encoders side by side, on the test images of the first.
+
+    Args:
+        one: As in `load_encoder`; a run, a checkpoint or a registered version.
+        other: Likewise.
+        overrides: Of the first one's experiment, such as `data.test=DIR`.
+        tracking_uri: As in `promote`.
+
+    Raises:
+        ConfigError: There is no such encoder, or nothing says what the first was trained by.
+        DataError: The images cannot be read.
+    """
+    uri = store.store_uri(tracking_uri)
+    if one.startswith("models:"):
+        experiment = _experiment_of(find_version(one, uri=uri).run_id, uri, overrides)
+    else:
+        with open_checkpoint(one, "RUN_OR_MODEL") as (_, folder):
+            experiment = experiment_of(folder, *overrides)
+    encoders = [load_encoder(where, tracking_uri=tracking_uri) for where in (one, other)]
+    return table([one, other], [score(encoder, experiment) for encoder in encoders])
+
+
+def _tested(
+    rule: Requirement,
+    candidate: Scored,
+    experiment: Experiment,
+    protocols: Sequence[str],
+    champion: tuple[str, int, str],
+) -> Verdict:
+    """Return the verdict of a rule, the champion scored where it is asked about."""
+    name, before, uri = champion
+    facts = Facts(candidate.metrics, None, {})
+    if before and rule.needs_champion:
+        other = score(
+            load_encoder(f"models:/{name}/{before}", tracking_uri=uri), experiment, protocols
+        )
+        facts = Facts(candidate.metrics, other.metrics, standard_errors(candidate, other))
+    return rule.check(facts)
+
+
+def _untrained(experiment: Experiment, encoder: Encoder, protocols: Sequence[str]) -> Scored:
+    """Return the scores of the encoder before its training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        network = build_encoder(
+            experiment.encoder,
+            experiment.batch_norm,
+            size=experiment.augment.size,
+            channels=experiment.data.channels,
+        )
+    return score_network(network.eval(), encoder, experiment, protocols)
+
+
+def _protocols_for(rule: Requirement) -> list[str]:
+    """Return the protocols that a rule asks about, and the usual ones, as the gate does."""
+    named = [p.name for p in PROTOCOLS if p.metric in rule.metrics]
+    return list(dict.fromkeys([*DEFAULT_PROTOCOLS, *named]))
+
+
+def _experiment_of(run_id: str, uri: str, overrides: Sequence[str]) -> Experiment:
+    """Return the experiment of a version's run: as MLflow has it, or as its folder has it."""
+    with store.quiet(), door(f"find run {run_id}", uri) as client:
+        text, folder = "", client.get_run(run_id).data.tags.get("storage", "")
+        with tempfile.TemporaryDirectory() as scratch, suppress(Exception):
+            text = Path(client.download_artifacts(run_id, CONFIG_FILE, scratch)).read_text()
+    if not text and folder:
+        text = RunFolder.at(folder).read_text(CONFIG_FILE) or ""
+    if not text:
+        problem = f"MLflow's run {run_id} has no {CONFIG_FILE}, and its folder is not here"
+        raise ConfigError([ConfigIssue("", problem)])
+    tree = cfg.parse_yaml(text)
+    whole = cfg.apply_overrides(tree, overrides, Experiment)
+    permit_code(whole, tree, "the run")
+    return cfg.validate(Experiment, whole)
+
+
+def _version_of(uri: str, name: str, alias: str) -> int:
+    """Return the version that an alias points to; 0: none."""
+    with store.quiet(), door(f"look up {name}", uri) as client:
+        return int(client.get_registered_model(name).aliases.get(alias, 0))
+
+
+def _moved(uri: str, name: str, alias: str, version: int, before: int, verdict: Verdict) -> bool:
+    """Move an alias, unless it points elsewhere than before; return whether it has moved."""
+    with store.quiet(), door(f"move {alias!r}", uri) as client:
+        if int(client.get_registered_model(name).aliases.get(alias, 0)) != before:
+            return False
+        if before not in (0, version):
+            _tag(client, name, version, {f"previous.{alias}": str(before)})
+        _tag(client, name, version, {f"promoted.{alias}": _said(verdict.lines)})
+        client.set_registered_model_alias(name, alias, str(version))
+        return True
+
+
+def _note(uri: str, name: str, version: int, key: str, lines: Sequence[str]) -> None:
+    with store.quiet(), door(f"note {key!r}", uri) as client:
+        _tag(client, name, version, {key: _said(lines)})
+
+
+def _tag(client: MlflowClient, name: str, version: int, tags: Mapping[str, str]) -> None:
+    for key, value in store.tags_of(tags).items():
+        client.set_model_version_tag(name, str(version), key, value)
+
+
+def _said(lines: Sequence[str]) -> str:
+    return json.dumps({"at": _now(), "tested": list(lines)})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
