@@ -192,6 +192,18 @@ class Experiment(Config):
     )
 
     @model_validator(mode="after")
+    def _check_frozen(self) -> Experiment:
+        head = self.classifier
+        if self.init.freeze and not (
+            self.init.weights and head and not head.layers and self.loss.name == "cross_entropy"
+        ):
+            raise ValueError(
+                "init.freeze needs init.weights, head.name=classifier without layers, and "
+                "loss.name=cross_entropy: `simclr-ray model finetune --frozen` sets them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_together(self) -> Experiment:
         if self.batch_size < self.scaling.max_workers:
             raise ValueError(

@@ -21,29 +21,30 @@ from simclr_ray.storage.filesystem import filesystem, open_whole
 GROUP_ROWS = 500
 
 
-def balanced_rows(labels: Int64s, share: float, seed: int) -> Int64s:
+def balanced_rows(labels: Int64s, share: float, seed: int, per_class: int = 0) -> Int64s:
     """Return the rows of a class-balanced share, ascending: of each class equally many.
 
-    That many is `share` of the labelled rows over the number of classes, at least 1; a class that
-    has fewer gives all it has.
+    That many is `share` of the labelled rows over the number of classes, at least 1, or
+    `per_class`; a class that has fewer gives all it has.
 
     Args:
         labels: int64 [M], below 0: none.
-        share: In (0, 1].
+        share: In (0, 1]; not asked about with `per_class`.
         seed: Which rows.
+        per_class: Of each class; 0: by `share`.
 
     Raises:
         DataError: There are no labels, or fewer labelled rows asked for than classes.
     """
     labelled = np.flatnonzero(labels >= 0)
     classes = np.unique(labels[labelled])
-    wanted = round(share * len(labelled))
+    wanted = per_class * len(classes) or round(share * len(labelled))
     if not len(classes) or wanted < len(classes):
         raise DataError(
             f"{share:g} of {len(labelled)} labelled rows are {wanted}, fewer than the "
             f"{len(classes)} classes; ask for a larger share"
         )
-    if share == 1:
+    if share == 1 and not per_class:
         return labelled
     each = max(1, round(wanted / len(classes)))
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(labelled)
@@ -51,18 +52,43 @@ def balanced_rows(labels: Int64s, share: float, seed: int) -> Int64s:
     return np.sort(np.concatenate(chosen))
 
 
-def write_subset(source: Source, share: float, seed: int, storage: str) -> str:
+def write_subset(
+    source: Source,
+    share: float,
+    seed: int,
+    storage: str,
+    *,
+    per_class: int = 0,
+    others: bool = False,
+) -> str:
     """Return the path or URI of the share's parquet below `storage`, written if it is not there.
 
     Its columns are called as those of `source`.
 
+    Args:
+        source: The labelled images.
+        share: As in `balanced_rows`.
+        seed: As there.
+        storage: Folder or URI.
+        per_class: As there.
+        others: The other labelled rows instead; where there are none, nothing is written and "" is
+            returned.
+
     Raises:
         DataError: As `balanced_rows`, or a file cannot be read.
     """
-    rows = balanced_rows(source.labels(), share, seed)
-    identity = json.dumps([source.fingerprint, share, seed, NO_LABEL])
+    labels = source.labels()
+    rows = balanced_rows(labels, share, seed, per_class)
+    if others:
+        rows = np.setdiff1d(np.flatnonzero(labels >= 0), rows)
+        if not len(rows):
+            return ""
+    chosen = [per_class] if per_class else [share]
+    identity = json.dumps([source.fingerprint, *chosen, seed, NO_LABEL, *["others"] * others])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    uri = f"{storage.rstrip('/')}/labelled-{share:g}-seed{seed}-{digest}.parquet"
+    much = f"{per_class}-each" if per_class else f"{share:g}"
+    name = f"{'not-' if others else ''}labelled-{much}-seed{seed}-{digest}.parquet"
+    uri = f"{storage.rstrip('/')}/{name}"
     fs, path = filesystem(uri)
     if fs.get_file_info(path).is_file:
         return uri

@@ -42,6 +42,7 @@ from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.elastic import RESIZE_S, Trainer
 from simclr_ray.train.failures import final_error
+from simclr_ray.train.frozen import fit_frozen
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.identity import is_new, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
@@ -124,6 +125,8 @@ def start_cluster(resolved: ResolvedExperiment) -> None:
 def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None) -> Run:
     """Train a resolved experiment; otherwise the same as `pretrain`."""
     config, folder = resolved.config, resolved.folder
+    if config.init.freeze:
+        return fit_frozen(resolved)
     check_machine(config)
     check_space(resolved)
     with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
@@ -23,6 +24,7 @@ from simclr_ray.evaluation.evaluate import score_classifier
 from simclr_ray.nn.pretrained import experiment_of
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.storage.run_status import CLASSIFIER_SCORES
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train import driver
 from simclr_ray.train.monitor import OnProgress
@@ -33,7 +35,6 @@ from simclr_ray.train.tracked import late_writes
 log = logging.getLogger(__name__)
 
 FEW_LABELS, EPOCHS_OF_FEW, EPOCHS = 0.01, 60, 30
-SCORES = "classification.json"
 
 
 class Planned(NamedTuple):
@@ -47,43 +48,63 @@ class FineTuned(NamedTuple):
     """A finished fine-tuning or distillation."""
 
     run: Run
-    scores: Classification  # of the test split
+    scores: Classification | None  # of the test split, where there is one
     num_images: int  # that it was trained on
 
 
-def plan_finetuning(run: str, share: float, *overrides: str, from_random: bool = False) -> Planned:
+def plan_finetuning(
+    run: str,
+    share: float,
+    *overrides: str,
+    per_class: int = 0,
+    frozen: bool = False,
+    from_random: bool = False,
+) -> Planned:
     """Return the experiment of a fine-tuning, its rows written; nothing has started.
 
     The batch is the run's, or as many rows as there are; with gradient caching whole groups.
+    Without `data.test` the classifier is tested on the labelled rows that were not chosen.
 
     Args:
         run: Folder or URI of a pretraining run, whose newest checkpoint is taken.
         share: Of the labelled rows of `data.train`, class-balanced, in (0, 1].
         overrides: Of the fine-tuning's config.
+        per_class: Labelled rows of each class instead of a share; 0: by `share`.
+        frozen: Leave the encoder as it is, and fit a classifier on its features.
         from_random: Start from random weights instead, for comparison.
 
     Raises:
         ConfigError: `run` is no run folder, or the share or an override cannot be.
         DataError: There are no labels, too few of them, or no test split that they fit.
     """
-    if not 0 < share <= 1:
-        raise ConfigError(
-            [ConfigIssue("labels", f"got {share:g}; it must be above 0 and at most 1")]
-        )
+    if not per_class and not 0 < share <= 1:
+        problem = f"got {share:g}; it must be above 0 and at most 1"
+        raise ConfigError([ConfigIssue("--labels", problem)])
+    if frozen and from_random:
+        problem = "an encoder of random weights is to be trained, so it cannot be frozen"
+        raise ConfigError([ConfigIssue("--frozen", problem)])
     folder = RunFolder.at(run)
     tree, record = _record(folder, run)
-    settings = _settings(tree, folder, share, from_random=from_random)
+    much = f"{per_class}each" if per_class else f"{100 * share:g}pct"
+    few = bool(per_class) or share <= FEW_LABELS
+    settings = _settings(tree, folder, much, few=few, from_random=from_random)
+    if frozen:
+        settings |= _frozen(tree, folder, much)
     settings["tracking"] |= {"parent_run": record.mlflow_run_id}
     chosen = _validated(settings, overrides)
     data = chosen.data
     resolve_init(chosen)  # what does not fit is refused before a file is written
     source = Source.open(data.train, data.columns, data.limit)
-    rows = write_subset(source, share, chosen.seed, chosen.storage)
+    write = partial(write_subset, source, share, chosen.seed, chosen.storage, per_class=per_class)
+    rows = write()
     num_rows = Source.open(rows, data.columns).num_rows
     size, group = min(chosen.batch_size, num_rows), chosen.batch_norm.group_size
+    if frozen:
+        size, group = num_rows, 0
     group = group if group <= size else 0
     tuned = cfg.to_tree(chosen)
     tuned["data"] |= {"train": rows, "limit": 0}
+    tuned["data"]["test"] = data.test or write(others=True)
     tuned["data"]["columns"]["group"] = ""  # an image's label is of it alone
     tuned["batch_norm"]["group_size"] = group
     tuned["batch_size"] = size // group * group if group else size
@@ -117,27 +138,31 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
         "tracking": tree["tracking"] | {"parent_run": record.mlflow_run_id},
         "registry": {},
     }
-    return enter(_validated(settings, overrides), _planned, record)
+    return enter(_validated(settings, overrides, needs_test=True), _planned, record)
 
 
 def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTuned:
     """Train what was planned, test it, and store the scores with it and with the run it is of."""
     experiment, parent = planned
     done = driver.train_resolved(experiment, on_progress=on_progress)
-    with RunFolder.at(done.folder).fetched(done.checkpoint_name) as checkpoint:
-        scores = score_classifier(checkpoint, experiment.config)
-    _log(done, parent, experiment.config.name, scores)
+    scores = None
+    if experiment.config.data.test:
+        with RunFolder.at(done.folder).fetched(done.checkpoint_name) as checkpoint:
+            scores = score_classifier(checkpoint, experiment.config)
+        _log(done, parent, experiment.config.name, scores)
     return FineTuned(done, scores, experiment.source.num_rows)
 
 
-def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment:
+def _validated(
+    settings: dict[str, Any], overrides: Sequence[str], *, needs_test: bool = False
+) -> Experiment:
     """Return the experiment; what neither verb does is refused, not passed over."""
     whole = cfg.apply_overrides(settings, overrides, Experiment)
     permit_code(whole, settings, "the run")
     chosen = cfg.validate(Experiment, whole)
     issues = []
-    if not chosen.data.test:
-        problem = "is empty: a classifier needs a split to be tested"
+    if needs_test and not chosen.data.test:
+        problem = "is empty: a student needs a split to be tested"
         issues.append(ConfigIssue("data.test", problem))
     if chosen.registry.name:
         problem = "is for pretrain; `simclr-ray model register` takes any run folder"
@@ -150,7 +175,7 @@ def _validated(settings: dict[str, Any], overrides: Sequence[str]) -> Experiment
 def _planned(resolved: ResolvedExperiment, parent: RunRecord) -> Planned:
     """Return the plan, where there is something to test by."""
     data = resolved.config.data
-    if not Source.open(data.test, data.columns).has_labels:
+    if data.test and not Source.open(data.test, data.columns).has_labels:
         raise DataError(f"{data.test} has no labels to test a classifier by")
     return Planned(resolved, parent)
 
@@ -165,14 +190,12 @@ def _record(folder: RunFolder, shown: str) -> tuple[dict[str, Any], RunRecord]:
 
 
 def _settings(
-    tree: dict[str, Any], folder: RunFolder, share: float, *, from_random: bool
+    tree: dict[str, Any], folder: RunFolder, much: str, *, few: bool, from_random: bool
 ) -> dict[str, Any]:
     """Return the paper's settings of fine-tuning, on the run's encoder, data and placement."""
     start = "random" if from_random else "tuned"
-    name = f"{tree['name']}-{start}-{100 * share:g}pct".replace("%", "")
-    few = share <= FEW_LABELS
     return tree | {
-        "name": name,
+        "name": f"{tree['name']}-{start}-{much}",
         "augment": _crop_and_flip(tree),
         "head": {"name": "classifier"},
         "init": {"weights": "" if from_random else folder.uri},
@@ -188,6 +211,17 @@ def _settings(
     }
 
 
+def _frozen(tree: dict[str, Any], folder: RunFolder, much: str) -> dict[str, Any]:
+    """Return what is otherwise where the encoder stays as it is: one step, in one process."""
+    return {
+        "name": f"{tree['name']}-frozen-{much}",
+        "init": {"weights": folder.uri, "freeze": True},
+        "epochs": 1,
+        "checkpoint": {"every_epochs": 1, "keep": 1},
+        "scaling": tree["scaling"] | {"num_workers": 1, "color_augment_on": "data"},
+    }
+
+
 def _crop_and_flip(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the views of fine-tuning, as large as the run's."""
     none = dict.fromkeys(("strength", "blur", "jitter", "grayscale"), 0.0)
@@ -197,7 +231,7 @@ def _crop_and_flip(tree: dict[str, Any]) -> dict[str, Any]:
 def _log(run: Run, parent: RunRecord, name: str, scores: Classification) -> None:
     """Store the scores with the fine-tuning, and with the run whose encoder it evaluates."""
     folder = RunFolder.at(run.folder)
-    folder.write_text(SCORES, json.dumps(scores._asdict(), indent=1))
+    folder.write_text(CLASSIFIER_SCORES, json.dumps(scores._asdict(), indent=1))
     step = int(run.metrics.get("step", 0))
     own = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
     with late_writes(folder) as writes:

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simclr_ray.augment.decode import image_decoder
 from simclr_ray.augment.ops import Op
 from simclr_ray.config.components import build
 from simclr_ray.config.experiment import Experiment, ImportedLossConfig
 from simclr_ray.config.imports import ImportConfig, imports_in, with_hashes
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
+from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.export_formats import TORCH_EXPORT, write_checked
 from simclr_ray.nn.build import build_encoder, feature_dim
 from simclr_ray.nn.losses import Loss
@@ -115,7 +117,14 @@ def export_problem(experiment: Experiment) -> str:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / TORCH_EXPORT.file
-            write_checked(TORCH_EXPORT, path, encoder, size, feature_dim(encoder), channels)
+            whole = Encoder(
+                encoder,
+                config={},
+                size=size,
+                feature_dim=feature_dim(encoder),
+                decoder=image_decoder(channels, 0),
+            )
+            write_checked(TORCH_EXPORT, path, whole)
     except CheckpointError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - torch.export raises what it finds, of any kind

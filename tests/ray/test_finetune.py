@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from simclr_ray import config as cfg
@@ -16,6 +17,8 @@ from simclr_ray.config.experiment import ColumnsConfig, Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluation.evaluate import probe_run
+from simclr_ray.inference.embed import load_encoder
+from simclr_ray.inference.encoder import Classifier
 from simclr_ray.storage.checkpoint import read_record
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
@@ -87,6 +90,7 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     assert record["init"]["weights"] == str(run.checkpoint)
     assert record["head"]["num_classes"] == 10
     assert tuned.num_images == 60
+    assert tuned.scores is not None
     rows = Source.open(record["data"]["train"], COLUMNS)
     assert np.bincount(rows.labels()).tolist() == [6] * 10
     assert 0 <= tuned.scores.top1 <= tuned.scores.top5 <= 1
@@ -103,6 +107,7 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     student, scores, _ = train(
         plan_distillation(tuned.run.folder, images, "epochs=1", "encoder.width=0.25")
     )
+    assert scores is not None
     record = read_record(student.checkpoint)["experiment"]
     assert record["loss"]["teacher"] == str(tuned.run.checkpoint)
     assert record["encoder"]["width"] == 0.25
@@ -112,6 +117,39 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     child = client.get_run(student.mlflow_run_id)
     assert child.data.tags["mlflow.parentRunId"] == tuned.run.mlflow_run_id
     assert child.data.metrics["final/classifier/top1"] == pytest.approx(scores.top1)
+
+
+def test_a_frozen_encoder_gets_a_classifier_at_once(folder: Path, run: Run) -> None:
+    planned = plan_finetuning(run.folder, 0, "data.test=", per_class=5, frozen=True)
+    tuned = train(planned)
+    assert tuned.num_images == 50
+    assert tuned.run.name.startswith("t-frozen-5each-")
+    before, classifier = load_encoder(run.checkpoint), load_encoder(tuned.run.folder)
+    assert isinstance(classifier, Classifier)
+    theirs = classifier.network.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in before.network.state_dict().items())
+    source = Source.open(str(folder / "train.parquet"), COLUMNS)
+    ids = Source.open(planned.experiment.config.data.train, COLUMNS).ids()
+    learned = np.isin(source.ids(), ids)
+    assert np.bincount(source.labels()[learned]).tolist() == [5] * 10
+    rows = source.read_rows(np.arange(source.num_rows))
+    said = classifier.predict_proba([image or b"" for image in rows.images]).argmax(1)
+    right = said == source.labels()
+    assert tuned.scores is not None
+    assert tuned.scores.top1 == pytest.approx(right[~learned].mean())  # of all others
+    assert right[learned].mean() == pytest.approx(tuned.run.metrics["train/classifier_top1"])
+    client = MlflowClient(RunRecord.read(RunFolder.at(run.folder)).tracking_uri)
+    child = client.get_run(tuned.run.mlflow_run_id)
+    assert child.info.status == "FINISHED"
+    assert child.data.tags["mlflow.parentRunId"] == run.mlflow_run_id
+    assert child.data.metrics["final/classifier/top1"] == pytest.approx(tuned.scores.top1)
+    again = train(plan_finetuning(run.folder, 0, "data.test=", per_class=5, frozen=True))
+    assert (again.run.checkpoint, again.scores) == (tuned.run.checkpoint, tuned.scores)
+
+
+def test_all_labels_without_a_test_split_are_learned_from_untested(run: Run) -> None:
+    tuned = train(plan_finetuning(run.folder, 1.0, "data.test=", frozen=True))
+    assert (tuned.num_images, tuned.scores) == (256, None)
 
 
 def test_what_h_and_z_know_is_asked_without_labels(run: Run) -> None:

@@ -172,6 +172,11 @@ class InitConfig(Config):
         "[]: as the folder or the model says, else ImageNet's. [0, 0, 0] with std [1, 1, 1]: none.",
     )
     std: list[float] = Field([], since=3, description="Likewise what they were divided by.")
+    freeze: bool = Field(
+        default=False,
+        since=3,
+        description="Leave the encoder as it is, and fit a classifier on its features at once.",
+    )
     sha256: str = Field("", description="Of the weights; filled in.")
 
     @model_validator(mode="after")

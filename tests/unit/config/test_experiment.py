@@ -61,7 +61,7 @@ def leaf_paths(tree: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple
 # go together only; and what is the model's own (`test_options_and_statistics_...`)
 TOGETHER = {
     *(("augment", "b"), ("augment", "symmetric")),
-    *(("init", "mean"), ("init", "std"), ("encoder", "options")),
+    *(("init", "mean"), ("init", "std"), ("init", "freeze"), ("encoder", "options")),
 }
 
 
@@ -347,3 +347,21 @@ def test_a_config_with_a_list_in_it_has_a_hash() -> None:
     assert one is not other
     assert {one, other} == {one}
     assert len({one, experiment(data=data | {"white": [1.0, 2.0, 3.0, 5.0]}).data}) == 2
+
+
+def test_a_frozen_encoder_is_another_result_and_goes_with_a_classifier_alone() -> None:
+    classifier = {"head": {"name": "classifier"}, "loss": {"name": "cross_entropy"}}
+    trained = experiment(init={"weights": "runs/x"}, **classifier)
+    frozen = experiment(init={"weights": "runs/x", "freeze": True}, **classifier)
+    assert trained.digest() != frozen.digest()
+    for wrong in (
+        {"init": {"freeze": True}, **classifier},
+        {"init": {"weights": "runs/x", "freeze": True}},
+        {
+            "init": {"weights": "runs/x", "freeze": True},
+            "head": {"name": "classifier", "layers": 1},
+            "loss": {"name": "cross_entropy"},
+        },
+    ):
+        with pytest.raises(ConfigError, match=r"init\.freeze needs init\.weights"):
+            experiment(**wrong)

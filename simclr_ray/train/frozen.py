@@ -1,0 +1,127 @@
+"""A classifier on a frozen encoder: logistic regression on its features, as a run of its own.
+
+Few labels decide little more than one linear layer, and that has one best answer: it is found at
+once, in this process, from the features of the evaluation views. What comes out is a run as any
+other: folder, checkpoint, MLflow.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simclr_ray import config as cfg
+from simclr_ray.config.wording import counted
+from simclr_ray.data.decoding import evaluation_decoder
+from simclr_ray.evaluation.features import extract_features, load_split
+from simclr_ray.evaluation.knn import top_k_accuracy
+from simclr_ray.evaluation.linear import LinearProbe
+from simclr_ray.evaluation.logistic_regression import (
+    fit_logistic_regression,
+    sweep_logistic_regression,
+)
+from simclr_ray.nn.build import SimCLRModel, build_model
+from simclr_ray.nn.precision import best_device
+from simclr_ray.nn.pretrained import load_init
+from simclr_ray.optim import build_optimizer
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.metrics_log import last_values
+from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolder
+from simclr_ray.storage.space import OF_THE_DISK, writing
+from simclr_ray.train.outcome import Run
+from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.tracked import open_tracker, tracked_run
+
+log = logging.getLogger(__name__)
+
+# With fewer of the rarest class, what would be held out to choose the penalty says next to nothing.
+LEAST_TO_CHOOSE: Final = 10
+L2: Final = 1.0  # then, which is scikit-learn's
+
+
+def fit_frozen(resolved: ResolvedExperiment) -> Run:
+    """Fit the classifier of an experiment whose encoder is frozen; return the run.
+
+    Raises:
+        CheckpointError: The weights do not fit.
+        DataError: The images cannot be read.
+        TrackingError: MLflow refuses, or cannot be reached and the run is new.
+        StorageError: A disk takes no more.
+    """
+    config, folder = resolved.config, resolved.folder
+    with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):
+        folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
+        with tracked_run(resolved, open_tracker(resolved)) as tracked:
+            name = _newest(resolved)
+            if not name:
+                model, metrics = _fitted(resolved)
+                name = checkpoint.new_name(resolved.total_steps)
+                _store(resolved, folder, model, name)
+                tracked.log.append(METRICS, {"step": resolved.total_steps, **metrics})
+                tracked.sender.wake()
+            last = last_values(folder.read_text(METRICS) or "")
+            return Run(folder.name, folder.uri, name, tracked.run_id, last)
+
+
+def _newest(resolved: ResolvedExperiment) -> str:
+    with resolved.folder.newest_checkpoint(resolved.identity) as path:
+        return path.name if path else ""
+
+
+def _fitted(resolved: ResolvedExperiment) -> tuple[SimCLRModel, dict[str, float]]:
+    """Return the model with its classifier fitted, and how it does on what it was fitted on."""
+    config = resolved.config
+    model = build_model(config)
+    load_init(model, config)
+    device = best_device()
+    split = load_split(
+        resolved.source, config.evaluation_size, decoder=evaluation_decoder(config.data)
+    ).labelled()
+    h = extract_features(
+        model.encoder.to(device), split.images, config.evaluation.batch_size, device,
+        config.precision,
+    )  # fmt: skip
+    head = config.classifier
+    assert head is not None
+    probe = _probe(h, split.labels, head.num_classes, config.seed)
+    scores = model.head[-1]  # type: ignore[index] # a classifier's layers
+    assert isinstance(scores, nn.Linear)
+    with torch.no_grad():
+        scores.weight.copy_(probe.weight)
+        scores.bias.copy_(probe.bias)
+    logits = probe.logits(h)
+    return model.to("cpu"), {
+        "epoch": float(config.epochs),
+        "train/mean_loss": float(F.cross_entropy(logits, split.labels)),
+        "train/classifier_top1": top_k_accuracy(logits, split.labels),
+    }
+
+
+def _probe(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> LinearProbe:
+    """Return the classifier; its penalty is chosen on held-out images where there are enough."""
+    _, counts = torch.unique(labels, return_counts=True)
+    least = int(counts.min())
+    if least < LEAST_TO_CHOOSE:
+        log.info("the rarest class has %s: l2 is %g", counted(least, "image"), L2)
+        return fit_logistic_regression(features, labels, num_classes, L2)
+    chosen = sweep_logistic_regression(features, labels, num_classes, seed)
+    log.info("l2 %g is best on held-out images", chosen.l2)
+    return chosen.probe
+
+
+def _store(resolved: ResolvedExperiment, folder: RunFolder, model: SimCLRModel, name: str) -> None:
+    record = {
+        "experiment": cfg.to_tree(resolved.config),
+        **resolved.identity,
+        "class_names": list(resolved.source.class_names),
+    }
+    tensors = checkpoint.pack(model, build_optimizer(model, resolved.config.optimizer))
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint.write(Path(scratch) / name, resolved.total_steps, tensors, record)
+        folder.put_checkpoint(Path(scratch) / name, name)
