@@ -210,17 +210,18 @@ def grouped(source: Source, rows: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
         yield places, rows[places]
 
 
+def view_or_reason(encoded: bytes | None, size: int, decoder: ImageDecoder) -> Pixels | str:
+    """Return the view of a row, uint8 `[S, S, C]`, or the reason why there is none."""
+    if encoded is None:
+        return "null"
+    try:
+        return evaluation_view(decoder.decode(encoded), size)
+    except ImageError as error:
+        return str(error)
+
+
 def _views(rows: RowTable, size: int, decoder: ImageDecoder) -> list[Pixels | str]:
-    """Return of each row its view, uint8 `[S, S, C]`, or the reason why there is none."""
-
-    def view(encoded: bytes | None) -> Pixels | str:
-        if encoded is None:
-            return "null"
-        try:
-            return evaluation_view(decoder.decode(encoded), size)
-        except ImageError as error:
-            return str(error)
-
+    """Return of each row its view or the reason why there is none."""
     threads = min(DECODE_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(view, rows.images))
+        return list(pool.map(lambda image: view_or_reason(image, size, decoder), rows.images))

@@ -1,34 +1,44 @@
-"""Features of a split through Ray Data: row groups in, what each network makes of them out.
+"""From rows to features: actors of Ray Data read, decode and encode, and only features come back.
 
-A split need not fit one process: actors read, decode and encode a row group at a time, and only
-features come back. Each image is decoded once for all networks.
+A piece of work is some rows of one row group. Pieces come back whole and in order while later ones
+are being worked on, so neither a split nor its features need fit one process. Each image is decoded
+once for all networks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr_ray.augment.decode import DEFAULT_DECODER, ImageDecoder
 from simclr_ray.config.experiment import EvaluationConfig
-from simclr_ray.data.source import Source
+from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.source import RowTable, Source
+from simclr_ray.distributed.ray_cluster import nodes
 from simclr_ray.errors import ClusterError, DataError
 from simclr_ray.evaluation.features import (
     BadRow,
-    decoded_rows,
     extract_features,
     grouped,
     sample_rows,
+    view_or_reason,
 )
 from simclr_ray.nn.precision import Precision, best_device
+
+MAPPED_BYTES: Final = 2 * 2**30  # features of more lie in a file that is mapped
+CPUS_OF_AN_ACTOR: Final = 8  # decoding by more threads than that waits for one encoder
+PIECE, ROW, ID, LABEL, PATH, ERROR = "piece", "row", "id", "label", "path", "error"
+FAILED: Final = "failed"  # of a table in place of a piece
 
 
 class SplitFeatures(NamedTuple):
@@ -40,35 +50,203 @@ class SplitFeatures(NamedTuple):
     bad: list[BadRow]
 
 
+class Actors(NamedTuple):
+    """How many actors encode, and what each has."""
+
+    num: int
+    cpus: float
+    gpus: float = 0.0
+
+
+class Encoding(NamedTuple):
+    """How rows become features.
+
+    Attributes:
+        networks: `[m, C, S, S]` in [0, 1] -> `[m, F]`; they pickle.
+        size: Side S of the views in pixels.
+        decoder: Of the images.
+        batch_size: Images per forward pass, and rows of a table that an actor hands over.
+        precision: Same as `extract_features`.
+        keep: Columns of the rows that are handed on.
+    """
+
+    networks: Sequence[nn.Module]
+    size: int
+    decoder: ImageDecoder = DEFAULT_DECODER
+    batch_size: int = 256
+    precision: Precision = "float32"
+    keep: Sequence[str] = ()
+
+
+def feature_column(index: int) -> str:
+    """Return the column with the features of network `index`."""
+    return f"features_{index}"
+
+
+def kept_column(name: str) -> str:
+    """Return the column that hands on column `name` of the rows."""
+    return f"kept {name}"
+
+
 class _Extractor:
     """A Ray Data actor with the networks."""
 
-    def __init__(
-        self,
-        source: Source,
-        networks: list[nn.Module],
-        size: int,
-        decoder: ImageDecoder,
-        settings: tuple[int, Precision],
-    ) -> None:
+    def __init__(self, source: Source, encoding: Encoding, threads: int) -> None:
         self.device = best_device()
-        self.source, self.size, self.decoder = source, size, decoder
-        self.networks = [network.to(self.device) for network in networks]
-        self.batch_size, self.precision = settings
+        self.source, self.encoding = source, encoding
+        self.networks = [network.to(self.device) for network in encoding.networks]
+        torch.set_num_threads(threads)
+        self.pool = ThreadPoolExecutor(threads)
+        self.ahead = ThreadPoolExecutor(1)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """Return ids, labels, features and reasons of the rows of one group."""
-        rows = np.concatenate(batch["rows"]).astype(np.int64)
-        split = decoded_rows(self.source, rows, self.size, self.decoder)
-        out: dict[str, Any] = {"id": split.ids.numpy(), "label": split.labels.numpy()}
-        out["reason"] = np.full(len(split.ids), "", object)
+    def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
+        """Yield the rows of one piece in tables of at most `batch_size`."""
+        (piece,), (rows,) = batch[PIECE], batch["rows"]
+        try:
+            yield from self._tables(int(piece), np.asarray(rows, np.int64))
+        except DataError as error:  # as text: Ray would bury it
+            yield pa.table({PIECE: [int(piece)], FAILED: [str(error)]})
+
+    def _tables(self, piece: int, rows: Int64s) -> Iterator[pa.Table]:
+        read, kept = self.source.read_rows(rows), self._kept(rows)
+        step = self.encoding.batch_size
+        cuts = [slice(first, first + step) for first in range(0, len(rows), step)]
+        # the next images are decoded while these are encoded
+        coming = self.ahead.submit(self._views, read, cuts[0])
+        for cut, following in zip(cuts, [*cuts[1:], None], strict=True):
+            views = coming.result()
+            if following is not None:
+                coming = self.ahead.submit(self._views, read, following)
+            yield self._table(piece, rows[cut], cut, read, views, kept)
+
+    def _views(self, read: RowTable, cut: slice) -> list[npt.NDArray[np.uint8] | str]:
+        size, decoder = self.encoding.size, self.encoding.decoder
+        return list(
+            self.pool.map(lambda image: view_or_reason(image, size, decoder), read.images[cut])
+        )
+
+    def _table(
+        self,
+        piece: int,
+        rows: Int64s,
+        cut: slice,
+        read: RowTable,
+        views: list[npt.NDArray[np.uint8] | str],
+        kept: dict[str, pa.Array],
+    ) -> pa.Table:
+        good = [i for i, view in enumerate(views) if not isinstance(view, str)]
+        labels = read.labels[cut] if read.labels is not None else np.full(len(rows), NO_LABEL)
+        columns: dict[str, Any] = {
+            PIECE: np.full(len(rows), piece),
+            ROW: rows,
+            ID: read.ids[cut],
+            LABEL: labels,
+            ERROR: pa.array([v if isinstance(v, str) else None for v in views], pa.string()),
+        }
+        if read.paths is not None:
+            columns[PATH] = pa.array(read.paths[cut], pa.string())
+        stacked = np.stack([views[i] for i in good]) if good else None
         for index, network in enumerate(self.networks):
-            out[str(index)] = extract_features(
-                network, split.images, self.batch_size, self.device, self.precision
-            ).numpy()
-        for bad in split.bad:
-            out = {key: _with(value, key, bad) for key, value in out.items()}
-        return out
+            columns[feature_column(index)] = self._features(network, stacked, good, len(rows))
+        return pa.table(columns | {kept_column(name): array[cut] for name, array in kept.items()})
+
+    def _features(
+        self, network: nn.Module, views: npt.NDArray[Any] | None, good: list[int], num: int
+    ) -> pa.Array:
+        """Return features as lists of F numbers, null where there is no image."""
+        if views is None:
+            return pa.nulls(num)
+        h = extract_features(
+            network,
+            torch.from_numpy(views).permute(0, 3, 1, 2),
+            self.encoding.batch_size,
+            self.device,
+            self.encoding.precision,
+        ).numpy()
+        lists = pa.FixedSizeListArray.from_arrays(h.reshape(-1), h.shape[1])
+        if len(good) == num:
+            return lists
+        places = np.full(num, -1)
+        places[good] = np.arange(len(good))
+        return lists.take(pa.array(places, mask=places < 0))
+
+    def _kept(self, rows: Int64s) -> dict[str, pa.Array]:
+        """Return the columns that are handed on, of rows of one row group."""
+        if not self.encoding.keep:
+            return {}
+        firsts = np.array([group.first_row for group in self.source.row_groups])
+        group = self.source.row_groups[int(np.searchsorted(firsts, rows[0], side="right")) - 1]
+        within = pa.array(rows - group.first_row)
+        return {
+            name: self.source.read_column(group, name).take(within).combine_chunks()
+            for name in self.encoding.keep
+        }
+
+
+def stream(
+    source: Source, pieces: Sequence[Int64s], encoding: Encoding, actors: Actors
+) -> Iterator[pa.Table]:
+    """Yield a table a piece, in order: `row`, `id`, `label`, `path`, `error` and features.
+
+    Args:
+        source: The opened dataset.
+        pieces: Rows of one row group each, not empty.
+        encoding: What is made of them. Features of network i are `feature_column(i)`, lists of F
+            float32, null where `error` says why there is no image.
+        actors: Where.
+
+    Raises:
+        ClusterError: The actors ask for more than the cluster has.
+        DataError: A file cannot be read.
+    """
+    check_actors(actors)
+    planned = ray.data.from_blocks(
+        [pa.table({PIECE: [i], "rows": [rows.tolist()]}) for i, rows in enumerate(pieces)]
+    )
+    planned.context.enable_progress_bars = False
+    planned.context.print_on_execution_start = False
+    planned.context.execution_options.preserve_order = True
+    encoded = planned.map_batches(
+        _Extractor,
+        fn_constructor_args=(source, encoding, max(1, int(actors.cpus))),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(actors.num, len(pieces))),
+        num_cpus=actors.cpus,
+        num_gpus=actors.gpus,
+    )
+    waiting: list[pa.Table] = []
+    for block in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
+        if FAILED in block.column_names:
+            raise DataError(block[FAILED][0].as_py())
+        waiting.append(block)
+        piece = waiting[0][PIECE][0].as_py()
+        if sum(table.num_rows for table in waiting) >= len(pieces[piece]):
+            whole = pa.concat_tables(waiting, promote_options="permissive")
+            done, left = _split_at_pieces(whole, pieces)
+            yield from done
+            waiting = [left] if left.num_rows else []
+
+
+def _split_at_pieces(table: pa.Table, pieces: Sequence[Int64s]) -> tuple[list[pa.Table], pa.Table]:
+    """Return the whole pieces of a table, and what is left of it."""
+    done = []
+    while table.num_rows and table.num_rows >= (num := len(pieces[table[PIECE][0].as_py()])):
+        done.append(table.slice(0, num).drop_columns([PIECE]))
+        table = table.slice(num)
+    return done, table
+
+
+def devices_of_cluster() -> Actors:
+    """Return actors for all devices there are: one a GPU, or on a node without one by its CPUs."""
+    alive = [node for node in nodes() if node.is_alive and node.cpus >= 1]
+    # nodes without a GPU stay idle where others have one: one run's features come from one kind
+    with_gpus = [node for node in alive if node.gpus >= 1]
+    used = with_gpus or alive
+    if not used:
+        raise ClusterError("the cluster has no node with a CPU to encode on")
+    counts = [int(n.gpus) if with_gpus else max(1, int(n.cpus) // CPUS_OF_AN_ACTOR) for n in used]
+    cpus = min(int(node.cpus) // num for node, num in zip(used, counts, strict=True))
+    return Actors(sum(counts), float(max(1, cpus)), float(bool(with_gpus)))
 
 
 def extract(
@@ -83,6 +261,8 @@ def extract(
 ) -> SplitFeatures:
     """Return what each network makes of the rows that `load_split` would choose.
 
+    Features of more than `MAPPED_BYTES` lie in a file without a name, mapped into memory.
+
     Args:
         source: The opened split.
         networks: `[m, C, S, S]` in [0, 1] -> `[m, F]`; they pickle.
@@ -96,52 +276,66 @@ def extract(
         ClusterError: The actors ask for more than the cluster has.
         DataError: No chosen row can be decoded.
     """
-    _check_cluster(evaluation)
-    groups = [rows.tolist() for _, rows in grouped(source, sample_rows(source, limit))]
-    planned = ray.data.from_blocks([pa.table({"rows": [rows]}) for rows in groups])
-    planned.context.enable_progress_bars = False
-    planned.context.print_on_execution_start = False
-    encoded = planned.map_batches(
-        _Extractor,
-        fn_constructor_args=(
-            source, list(networks), size, decoder, (evaluation.batch_size, precision),
-        ),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(evaluation.actors, len(groups))),
-        num_cpus=evaluation.cpus_per_actor,
-        num_gpus=evaluation.gpus_per_actor,
-    )  # fmt: skip
-    batches = list(encoded.iter_batches(batch_size=None, batch_format="numpy"))
-    columns = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    order = np.argsort(columns["id"], kind="stable")
-    columns = {key: column[order] for key, column in columns.items()}
-    good = columns["reason"] == ""
-    reasons = zip(columns["id"][~good], columns["reason"][~good], strict=True)
-    bad = [BadRow(int(row_id), str(reason)) for row_id, reason in reasons]
+    rows = sample_rows(source, limit)
+    places, pieces = zip(*grouped(source, rows), strict=True)  # by id, as `rows` are
+    encoding = Encoding(list(networks), size, decoder, evaluation.batch_size, precision)
+    actors = Actors(evaluation.actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor)
+    gathered: list[npt.NDArray[np.float32]] = []
+    labels, ids = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+    good, bad = np.ones(len(rows), np.bool_), []
+    for place, table in zip(places, stream(source, pieces, encoding, actors), strict=True):
+        labels[place], ids[place] = table[LABEL].to_numpy(), table[ID].to_numpy()
+        reasons = table[ERROR].to_pylist()
+        good[place] = is_good = np.array([reason is None for reason in reasons])
+        bad += [BadRow(int(i), r) for i, r in zip(ids[place], reasons, strict=True) if r]
+        if not is_good.any():
+            continue
+        for index in range(len(encoding.networks)):
+            part = features_of(table, index)
+            if len(gathered) == index:
+                gathered.append(_room(len(rows), part.shape[1]))
+            gathered[index][place[is_good]] = part
     if not good.any():
         raise DataError(f"{source.uri}: none of {len(good)} rows is an image: {bad[0].reason}")
-    features = [
-        torch.from_numpy(np.stack(columns[str(i)][good]).astype(np.float32))
-        for i in range(len(networks))
-    ]
-    labels, ids = (torch.from_numpy(columns[key][good].copy()) for key in ("label", "id"))
-    return SplitFeatures(features, labels, ids, bad)
+    features = [torch.from_numpy(_compacted(array, good)) for array in gathered]
+    return SplitFeatures(
+        features, torch.from_numpy(labels[good]), torch.from_numpy(ids[good]), sorted(bad)
+    )
 
 
-def _check_cluster(evaluation: EvaluationConfig) -> None:
-    """Fail now where Ray would wait for ever."""
+def features_of(table: pa.Table, index: int = 0) -> npt.NDArray[np.float32]:
+    """Return the features of the rows that have some, float32 [m, F], of network `index`."""
+    lists = table[feature_column(index)].drop_null().combine_chunks()
+    values: npt.NDArray[np.float32] = lists.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(lists), -1)
+
+
+def _room(num: int, width: int) -> npt.NDArray[np.float32]:
+    """Return room for features, [num, width], in memory or in a file that goes with it."""
+    if 4 * num * width <= MAPPED_BYTES:
+        return np.empty((num, width), np.float32)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(4 * num * width)
+        return np.memmap(file, np.float32, "r+", shape=(num, width))
+
+
+def _compacted(array: npt.NDArray[np.float32], good: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """Return the good rows at the front of the same memory; what is behind them is lost."""
+    places = np.flatnonzero(good)
+    if len(places) == len(array):
+        return array
+    for first in range(0, len(places), 4096):
+        block = places[first : first + 4096]
+        array[first : first + len(block)] = array[block]
+    return array[: len(places)]
+
+
+def check_actors(actors: Actors) -> None:
+    """Raise `ClusterError` now where Ray would wait for ever."""
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for what, each in (("CPU", evaluation.cpus_per_actor), ("GPU", evaluation.gpus_per_actor)):
-        if evaluation.actors * each > cluster.get(what, 0.0):
+    for what, each in (("CPU", actors.cpus), ("GPU", actors.gpus)):
+        if actors.num * each > cluster.get(what, 0.0):
             raise ClusterError(
-                f"evaluation.actors={evaluation.actors} with {each:g} {what}s each are more than "
+                f"evaluation.actors={actors.num} with {each:g} {what}s each are more than "
                 f"the cluster's {cluster.get(what, 0.0):g}"
             )
-
-
-def _with(column: NDArray[Any], key: str, bad: BadRow) -> NDArray[Any]:
-    """Return a column with the entry of a row that could not be decoded."""
-    if key in ("id", "label", "reason"):
-        entry: Any = {"id": bad.id, "label": -1, "reason": bad.reason}[key]
-        return np.append(column, np.array([entry], column.dtype))
-    return np.concatenate([column, np.zeros((1, *column.shape[1:]), column.dtype)])
