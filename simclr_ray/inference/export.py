@@ -8,35 +8,53 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from simclr_ray.config import nearest
+from simclr_ray.config.imports import IMPORT_PATH, import_object
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.inference.encoder_files import CARD, load_folder, write_encoder_of
+from simclr_ray.inference.encoder_files import (
+    CARD,
+    CLASSIFIER_PROGRAM,
+    CLASSIFIER_WEIGHTS,
+    load_folder,
+    write_encoder,
+)
 from simclr_ray.inference.encoder_folder import encoder_folder
-from simclr_ray.inference.export_formats import FORMATS, ExportFormat, formats_named, write_checked
+from simclr_ray.inference.export_formats import (
+    FORMATS,
+    SAFETENSORS,
+    ExportFormat,
+    write_checked,
+)
+from simclr_ray.inference.export_others import OTHERS
 from simclr_ray.storage.filesystem import check_makeable
 
+ALL_FORMATS: Final[Sequence[ExportFormat]] = (*FORMATS, *OTHERS)
+OWN_FILES: Final = (
+    CARD, CLASSIFIER_WEIGHTS, CLASSIFIER_PROGRAM, *(chosen.file for chosen in ALL_FORMATS),
+)  # fmt: skip
 FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
 
 
 def export_encoder(
-    where: str, out: Path, formats: Sequence[str] = FORMAT_NAMES, *, tracking_uri: str = ""
+    where: str | Path, out: Path, formats: Sequence[str] = FORMAT_NAMES, *, tracking_uri: str = ""
 ) -> list[str]:
     """Write the encoder at `where` into `out`, and return the names of its files.
 
     Args:
         where: Same as `encoder_folder`.
         out: A folder, made if absent; files of an earlier export are replaced.
-        formats: Names of `export_formats.FORMATS`, or import paths as `formats_named` takes them;
-            weights are written in any case.
+        formats: Names of `ALL_FORMATS`, or import paths as `formats_named` takes them; weights are
+            written in any case.
         tracking_uri: Same as `encoder_folder`.
 
     Raises:
-        ConfigError: A format is unknown, `out` holds something else, or there is no encoder.
+        ConfigError: A format is unknown or not for this architecture, `out` holds something else,
+            or there is no encoder.
         CheckpointError: The checkpoint is not whole, or a file computes otherwise.
         TrackingError: There is no such model, or the store cannot be reached.
     """
     chosen = formats_named(formats)
-    wanted = [CARD, *(each.file for each in chosen)]
-    ours = {CARD, *(each.file for each in FORMATS), *wanted}
+    ours = {*OWN_FILES, *(each.file for each in chosen)}
     if out.is_file():
         raise ConfigError([ConfigIssue(str(out), "is a file; the encoder's files need a folder")])
     if out.resolve() == Path(where).resolve():
@@ -51,27 +69,77 @@ def export_encoder(
     ):
         check_makeable(out)
         staged = Path(scratch) / "staged"
-        if (folder / CARD).is_file():
-            _copy_or_write(folder, staged, chosen)
-        else:
-            write_encoder_of(folder, staged, chosen)
+        _copy_or_write(folder, staged, chosen)
         out.mkdir(parents=True, exist_ok=True)
         for name in ours:
-            (out / name).unlink(missing_ok=True)
-        for name in wanted:
-            shutil.copy(staged / name, out / name)
-    return wanted
+            _remove(out / name)
+        written = sorted(path.name for path in staged.iterdir())
+        for name in written:
+            shutil.move(staged / name, out / name)
+    return written
 
 
-def _copy_or_write(files: Path, out: Path, formats: Sequence[ExportFormat]) -> None:
-    """Write an encoder's files into `out`: copies where `files` has them, the others anew."""
-    out.mkdir()
-    copied = [each for each in formats if each in FORMATS and (files / each.file).is_file()]
-    for name in (CARD, *(each.file for each in copied)):
-        shutil.copy(files / name, out / name)
-    others = [each for each in formats if each not in copied]
-    if not others:
-        return
-    loaded = load_folder(files)  # once for all of them
-    for each in others:
-        write_checked(each, out / each.file, loaded.encoder, loaded.size, loaded.feature_dim)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _copy_or_write(folder: Path, out: Path, formats: Sequence[ExportFormat]) -> None:
+    """Write an encoder into `out`: copies where `folder` has a format's file, the others anew.
+
+    Raises:
+        ConfigError: A format is not for this architecture; nothing is written.
+    """
+    encoder = load_folder(folder)
+    issues = [ConfigIssue(f"--to {each.name}", each.problem(encoder)) for each in formats]
+    if any(issue.problem for issue in issues):
+        raise ConfigError([issue for issue in issues if issue.problem])
+    own = [each for each in formats if each in FORMATS]
+    if (folder / CARD).is_file():
+        out.mkdir()
+        names = (CARD, CLASSIFIER_WEIGHTS, CLASSIFIER_PROGRAM, *(each.file for each in own))
+        for name in names:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, out / name)
+    else:
+        write_encoder(out, encoder, own)
+    for each in formats:
+        if not (out / each.file).exists():
+            write_checked(each, out / each.file, encoder)
+
+
+def formats_named(names: Sequence[str]) -> list[ExportFormat]:
+    """Return formats by their names, `SAFETENSORS` first: an encoder is read back from its weights.
+
+    A name may be the import path of a function without arguments that returns an `ExportFormat`.
+
+    Raises:
+        ConfigError: There is no format of a name, or its code is not permitted or returns none.
+    """
+    format_of = {chosen.name: chosen for chosen in ALL_FORMATS}
+    wrong = [
+        ConfigIssue(
+            "--to", f"got {name!r}; allowed: {', '.join(format_of)}{nearest(name, format_of)}"
+        )
+        for name in names
+        if name not in format_of and not IMPORT_PATH.fullmatch(name)
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    chosen = [format_of[name] if name in format_of else _imported(name) for name in names]
+    return list(dict.fromkeys([SAFETENSORS, *chosen]))
+
+
+def _imported(path: str) -> ExportFormat:
+    try:
+        made = import_object(path)()
+    except TypeError as error:
+        raise ConfigError([ConfigIssue(path, f"called without arguments: {error}")]) from error
+    if not isinstance(made, ExportFormat):
+        problem = f"returned {type(made).__name__}; expected an ExportFormat"
+        raise ConfigError([ConfigIssue(path, problem)])
+    if Path(made.file).name != made.file or made.file in {ours.file for ours in ALL_FORMATS}:
+        problem = f"writes {made.file!r}; expected the name of a file that no other format has"
+        raise ConfigError([ConfigIssue(path, problem)])
+    return made

@@ -1,7 +1,8 @@
-"""The formats that an encoder is exported in: one table, an entry and two functions each.
+"""What an export format is, and the two that every encoder has: weights and a program.
 
-A format is written from the module in float32 and eval mode, and then read back and compared with
-it, so that a file that computes something else is never handed out.
+A format is written from the encoder in float32 and eval mode, and then read back and compared with
+it, so that a file that computes something else is never handed out. Those of other libraries lie in
+`export_others`; `export` has the table of all.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simclr_ray.config import nearest
-from simclr_ray.config.imports import IMPORT_PATH, import_object
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
+from simclr_ray.errors import CheckpointError
+from simclr_ray.inference.encoder import Encoder
 
 # File and module do the same float32 arithmetic with kernels that may be fused differently:
 # a relative 1e-4 of the largest feature is far above rounding and far below any real fault.
@@ -27,78 +27,86 @@ CHECKED_BATCHES: Final = (1, 3)  # the exported batch size is 2: neither is what
 Network = Callable[[Tensor], Tensor]
 
 
+def any_encoder(encoder: Encoder) -> str:  # noqa: ARG001 - as of all
+    """Return no reason against an encoder."""
+    return ""
+
+
 class ExportFormat(NamedTuple):
     """One format.
 
     Attributes:
         name: What it is asked for by.
-        file: Its file in an encoder folder.
-        write: Writes the file: (path, encoder, example images float32 [2, C, S, S] in [0, 1]).
+        file: Its file, or its folder, in an encoder folder.
+        write: Writes it: (path, encoder, example images float32 [2, C, S, S] in [0, 1]).
         check: Returns the network of the file, to be compared with the encoder, given as second
             argument; None where the file holds no network, after a check of its own.
+        problem: Why an encoder cannot be written so; empty: it can.
     """
 
     name: str
     file: str
-    write: Callable[[Path, nn.Module, Tensor], None]
-    check: Callable[[Path, nn.Module], Network | None]
+    write: Callable[[Path, Encoder, Tensor], None]
+    check: Callable[[Path, Encoder], Network | None]
+    problem: Callable[[Encoder], str] = any_encoder
 
 
-def write_checked(
-    chosen: ExportFormat,
-    path: Path,
-    encoder: nn.Module,
-    size: int,
-    feature_dim: int,
-    channels: int = 3,
-) -> None:
+def write_checked(chosen: ExportFormat, path: Path, encoder: Encoder) -> None:
     """Write an encoder in a format, and check the *stored* file against it.
 
     Raises:
-        CheckpointError: The file does not compute what the module computes, or that is no F.
+        CheckpointError: The file does not compute what the encoder computes, or that is no F.
     """
+    shape = (encoder.channels, encoder.size, encoder.size)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        chosen.write(path, encoder, torch.rand(2, channels, size, size, generator=generator))
+        chosen.write(path, encoder, torch.rand(2, *shape, generator=generator))
         stored = chosen.check(path, encoder)
-    if stored is None:
-        return
+    if stored is not None:
+        compare(chosen.name, stored, encoder, shape, encoder.feature_dim)
+
+
+def compare(
+    name: str, stored: Network, network: Network, shape: tuple[int, ...], width: int
+) -> None:
+    """Raise `CheckpointError` where two networks, [n, *shape] -> [n, width], differ."""
+    generator = torch.Generator().manual_seed(1)
     for n in CHECKED_BATCHES:
-        images = torch.rand(n, channels, size, size, generator=generator)
+        inputs = torch.rand(n, *shape, generator=generator)
         with torch.inference_mode():
-            got, want = stored(images), encoder(images)
-        if want.shape != (n, feature_dim):
-            raise CheckpointError(
-                f"the encoder gives {tuple(want.shape)}, not ({n}, {feature_dim})"
-            )
+            got, want = stored(inputs), network(inputs)
+        if want.shape != (n, width):
+            raise CheckpointError(f"the network gives {tuple(want.shape)}, not ({n}, {width})")
         worst = float((got - want).abs().max() / want.abs().max().clamp(min=1e-6))
         if not worst <= TOLERANCE:
             raise CheckpointError(
-                f"the exported {chosen.name} differs from the module by {worst:.1e} of the largest "
+                f"the exported {name} differs from the module by {worst:.1e} of the largest "
                 f"feature on a batch of {n}"
             )
 
 
-def _write_weights(path: Path, encoder: nn.Module, example: Tensor) -> None:  # noqa: ARG001 - needs none
-    save_file({k: v.contiguous().clone() for k, v in encoder.state_dict().items()}, path)
+def write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors that everybody may read, as other files."""
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path)
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # safetensors lets nobody else read, so that no service could
 
 
-def _check_weights(path: Path, encoder: nn.Module) -> None:
-    stored, own = load_file(path), encoder.state_dict()
+def check_weights(path: Path, network: nn.Module) -> None:
+    """Raise `CheckpointError` where a file of safetensors does not hold a network's weights."""
+    stored, own = load_file(path), network.state_dict()
     if stored.keys() != own.keys() or any(not torch.equal(stored[k], own[k]) for k in own):
         raise CheckpointError(f"{path} does not hold the weights of the encoder")
 
 
-def _write_program(path: Path, encoder: nn.Module, example: Tensor) -> None:
-    """Export the module with a free batch size."""
+def write_program(path: Path, network: nn.Module, example: Tensor) -> None:
+    """Export a network with a free batch size, as `torch.export` does."""
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
         # torch.export warns of its own deprecated internals, differently in each release.
         warnings.simplefilter("ignore")
-        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
         program.example_inputs = None  # the only part of the file that would be a pickle
         torch.export.save(program, path)
 
@@ -117,48 +125,16 @@ def read_program(path: Path) -> nn.Module:
         raise CheckpointError(f"{path} holds no exported program: {error}") from error
 
 
-def _check_program(path: Path, encoder: nn.Module) -> Network:  # noqa: ARG001 - compared by the caller
-    return read_program(path)
-
-
 SAFETENSORS: Final = ExportFormat(
-    "safetensors", "model.safetensors", _write_weights, _check_weights
+    "safetensors",
+    "model.safetensors",
+    lambda path, encoder, _: write_weights(path, encoder.network.state_dict()),
+    lambda path, encoder: check_weights(path, encoder.network),
 )
-TORCH_EXPORT: Final = ExportFormat("torch-export", "encoder.pt2", _write_program, _check_program)
+TORCH_EXPORT: Final = ExportFormat(
+    "torch-export",
+    "encoder.pt2",
+    lambda path, encoder, example: write_program(path, encoder.network, example),
+    lambda path, _: read_program(path),
+)
 FORMATS: Final[Sequence[ExportFormat]] = (SAFETENSORS, TORCH_EXPORT)
-
-
-def formats_named(names: Sequence[str]) -> list[ExportFormat]:
-    """Return formats by their names, `SAFETENSORS` first: an encoder is read back from its weights.
-
-    A name may be the import path of a function without arguments that returns an `ExportFormat`.
-
-    Raises:
-        ConfigError: There is no format of a name, or its code is not permitted or returns none.
-    """
-    format_of = {chosen.name: chosen for chosen in FORMATS}
-    wrong = [
-        ConfigIssue(
-            "--format", f"got {name!r}; allowed: {', '.join(format_of)}{nearest(name, format_of)}"
-        )
-        for name in names
-        if name not in format_of and not IMPORT_PATH.fullmatch(name)
-    ]
-    if wrong:
-        raise ConfigError(wrong)
-    chosen = [format_of[name] if name in format_of else _imported(name) for name in names]
-    return list(dict.fromkeys([SAFETENSORS, *chosen]))
-
-
-def _imported(path: str) -> ExportFormat:
-    try:
-        made = import_object(path)()
-    except TypeError as error:
-        raise ConfigError([ConfigIssue(path, f"called without arguments: {error}")]) from error
-    if not isinstance(made, ExportFormat):
-        problem = f"returned {type(made).__name__}; expected an ExportFormat"
-        raise ConfigError([ConfigIssue(path, problem)])
-    if Path(made.file).name != made.file or made.file in {ours.file for ours in FORMATS}:
-        problem = f"writes {made.file!r}; expected the name of a file that no other format has"
-        raise ConfigError([ConfigIssue(path, problem)])
-    return made

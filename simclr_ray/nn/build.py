@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.config.components import ComponentConfig, build
 from simclr_ray.config.experiment import BatchNormConfig, Experiment
-from simclr_ray.config.sections.model import EncoderSection
+from simclr_ray.config.sections.model import ClassifierHeadConfig, EncoderSection
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.encoders import family_of, feature_dim
 from simclr_ray.nn.heads import LearnableTemperature
@@ -24,6 +24,7 @@ __all__ = [
     "build_encoder",
     "build_loss",
     "build_model",
+    "classifier_from_tree",
     "encoder_from_tree",
     "feature_dim",
 ]
@@ -102,3 +103,9 @@ def encoder_from_tree(tree: dict[str, Any], *, size: int = 224, channels: int = 
     """Return the encoder that a stored config tree (`encoder: …`) describes."""
     encoder = cfg.validate(EncoderSection, {"encoder": tree}).encoder
     return build_encoder(encoder, size=size, channels=channels)
+
+
+def classifier_from_tree(tree: dict[str, Any], features: int) -> nn.Module:
+    """Return the classifier that a stored config tree (`head: …`) describes: [N, F] -> [N, K]."""
+    head = cfg.validate(ClassifierHeadConfig, tree)
+    return build(head, nn.Module, features=features, norm=GlobalBatchNorm)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,21 @@ Norm = Callable[..., GlobalBatchNorm]
 RGB: Final = 3
 SCALES: Final = ("gamma", "layer_scale")
 ConfigT = TypeVar("ConfigT", bound=ComponentConfig)
+
+
+class Architecture(NamedTuple):
+    """A network that another library builds by a name.
+
+    Attributes:
+        model: The name.
+        options: What its constructor is called with.
+        small_stem: Whether its first convolution is replaced by one of 3x3 and its max pool by
+            nothing, as all do for small images.
+    """
+
+    model: str
+    options: Mapping[str, Any]
+    small_stem: bool = False
 
 
 class EncoderFamily(ABC, Generic[ConfigT]):
@@ -82,6 +97,14 @@ class EncoderFamily(ABC, Generic[ConfigT]):
         if name.endswith(SCALES) and tensor.numel() == like.numel():
             return tensor.reshape(like.shape)  # [C] or [C, 1, 1]
         return None
+
+    def in_torchvision(self, size: int) -> Architecture | str:  # noqa: ARG002 - of one size
+        """Return torchvision's network with these layers for images of `size`, or why not."""
+        return "torchvision has no such network (--to onnx or torch-export writes any)"
+
+    def in_timm(self, size: int) -> Architecture | str:  # noqa: ARG002 - as above
+        """Return timm's network with these layers for images of `size`, or why not."""
+        return "timm has no such network (--to onnx or torch-export writes any)"
 
     def input_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and deviation that its weights' images had taken off, if nobody says."""

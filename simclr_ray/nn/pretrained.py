@@ -21,6 +21,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
 from simclr_ray.config.moves import relocated_run
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
+from simclr_ray.nn.authors_weights import by_own_names, is_authors
 from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.nn.encoders import RGB, family_of
 from simclr_ray.nn.foreign_weights import DEVIATION, MEAN, fit, fold_input
@@ -28,7 +29,7 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import one_line
 from simclr_ray.storage.run_folder import RunFolder
 
-FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
+FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors", ".npz")
 FOLDER_CONFIG, FOLDER_INDEX = "config.json", "model.safetensors.index.json"  # Hugging Face's
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 PREPROCESSOR = "preprocessor_config.json"
@@ -182,17 +183,22 @@ def foreign_weights(encoder: nn.Module, experiment: Experiment) -> ForeignWeight
     for path in weight_files(init.weights):
         tree |= checkpoint.read_file(path)
     try:
+        authors = is_authors(tree)
+        if authors:
+            tree = by_own_names(encoder, tree)
         fitted = fit(
             encoder,
             tree,
             partial(family.resized, encoder),
-            names=family.file_names(encoder),
+            names={n: n for n in encoder.state_dict()} if authors else family.file_names(encoder),
             children=family.file_children(encoder),
         )
         wrong = checkpoint.first_not_finite(fitted.tensors.items())
         if wrong:
             raise CheckpointError(f"cannot be trained from: {wrong} is not finite")
         mean, std = tuple(init.mean), tuple(init.std)
+        if authors and not mean:
+            mean, std = (0.0,) * RGB, (1.0,) * RGB
         if not mean:
             mean, std = _folder_statistics(Path(init.weights)) or (
                 (MEAN, DEVIATION)

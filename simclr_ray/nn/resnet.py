@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from simclr_ray.config.sections.model import ResNetConfig
 from simclr_ray.errors import CheckpointError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm, frozen_statistics
-from simclr_ray.nn.encoders import EncoderFamily
+from simclr_ray.nn.encoders import Architecture, EncoderFamily
 from simclr_ray.nn.encoders import Norm as GlobalNorm
 
 BLOCKS = {
@@ -275,6 +275,30 @@ class ResNetFamily(EncoderFamily[ResNetConfig]):
                 block += 1
         parts = (name.rpartition(".") for name in encoder.state_dict())
         return {f"{layer}.{kind}": f"{layers[layer]}.{kind}" for layer, _, kind in parts}
+
+    def in_torchvision(self, size: int) -> Architecture | str:  # noqa: ARG002 - takes any
+        """Return torchvision's ResNet; it has no projection in the first group of 18 and 34."""
+        config = self.config
+        if config.depth in (50, 101, 152) and self._is_plain and config.stem != "strided":
+            return Architecture(f"resnet{config.depth}", {}, small_stem=config.stem == "cifar")
+        return (
+            "torchvision has the ResNets of depth 50, 101 and 152 at width 1, with stem imagenet "
+            "or cifar and without selective kernels (--to onnx or torch-export writes any)"
+        )
+
+    def in_timm(self, size: int) -> Architecture | str:  # noqa: ARG002 - takes any
+        """Return timm's ResNet, of which the same holds."""
+        config = self.config
+        if config.depth >= 50 and self._is_plain and config.stem == "imagenet":
+            return Architecture(f"resnet{config.depth}", {})
+        return (
+            "timm has the ResNets of depth 50 and more at width 1, with stem imagenet and "
+            "without selective kernels (--to onnx or torch-export writes any)"
+        )
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.config.width == 1 and not self.config.selective_kernel
 
     def file_children(self, encoder: nn.Module) -> list[str]:  # noqa: ARG002 - torchvision's
         """Return torchvision's layers."""

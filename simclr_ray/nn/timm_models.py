@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import TimmConfig
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.nn.encoders import RGB, EncoderFamily, Norm, freeze_patch_embedding, globalize
+from simclr_ray.nn.encoders import (
+    RGB,
+    Architecture,
+    EncoderFamily,
+    Norm,
+    freeze_patch_embedding,
+    globalize,
+)
 from simclr_ray.nn.parameter_groups import exempt_parameters
 
 EXTRA: Final = "simclr-ray[timm]"
@@ -79,6 +86,14 @@ class TimmFamily(EncoderFamily[TimmConfig]):
             given = [*h.shape] if isinstance(h, Tensor) else type(h).__name__
             raise _issue(f"{shown} gives {given} where one vector an image, [2, F], is needed")
         return h.shape[1]
+
+    def in_timm(self, size: int) -> Architecture:
+        """Return the model itself."""
+        options, settings = dict(self.config.options), None
+        settings = load_timm().models.get_pretrained_cfg(self.config.model)
+        if settings is not None and settings.fixed_input_size and not _takes_any_size(options):
+            options.setdefault("img_size", size)
+        return Architecture(self.config.model, options)
 
     def resized(self, encoder: nn.Module, name: str, tensor: Tensor, like: Tensor) -> Tensor | None:
         """Return position embeddings by timm's own rule; tokens before the grid stay."""

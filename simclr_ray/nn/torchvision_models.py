@@ -13,6 +13,7 @@ from simclr_ray.config.sections.model import TorchvisionConfig
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.nn.encoders import (
     RGB,
+    Architecture,
     EncoderFamily,
     Norm,
     freeze_patch_embedding,
@@ -21,6 +22,10 @@ from simclr_ray.nn.encoders import (
 )
 from simclr_ray.nn.parameter_groups import exempt_parameters
 
+SAME_IN_TIMM: Final = (  # layer for layer, and by the same names
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
+)  # fmt: skip
 RESERVED: Final = frozenset({"weights", "image_size", "num_classes", "aux_logits", "init_weights"})
 
 
@@ -67,6 +72,21 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
             freeze_patch_embedding(backbone)
         backbone.feature_dim = classifier.in_features  # type: ignore[assignment] # plain attribute
         return backbone
+
+    def in_torchvision(self, size: int) -> Architecture:
+        """Return the model itself."""
+        options = dict(self.config.options)
+        if self.config.has_fixed_size:
+            options["image_size"] = size
+        if self.config.model in ("googlenet", "inception_v3"):
+            options |= {"aux_logits": False, "init_weights": False}
+        return Architecture(self.config.model, options)
+
+    def in_timm(self, size: int) -> Architecture | str:  # noqa: ARG002 - take any
+        """Return timm's model of the same name, where it has the same layers."""
+        if self.config.model in SAME_IN_TIMM and not self.config.options:
+            return Architecture(self.config.model, {})
+        return f"of torchvision's models timm has {', '.join(SAME_IN_TIMM)} alike"
 
     def resized(self, encoder: nn.Module, name: str, tensor: Tensor, like: Tensor) -> Tensor | None:
         """Return position embeddings by torchvision's own rule, the class token left as it is."""

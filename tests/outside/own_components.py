@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.distributed import collectives
 from simclr_ray.evaluation.features import Features
+from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.export_formats import ExportFormat, Network
 from simclr_ray.nn.losses import Loss, NTXentLoss
 
@@ -164,18 +165,18 @@ def percent(bank: Features, test: Features, num_classes: int, experiment: Experi
     return 93.0
 
 
-def _write(path: Path, encoder: nn.Module, example: Tensor) -> None:
+def _write(path: Path, encoder: Encoder, example: Tensor) -> None:
     with path.open("wb") as file:
-        np.savez(file, **{name: t.numpy() for name, t in encoder.state_dict().items()})
+        np.savez(file, **{name: t.numpy() for name, t in encoder.network.state_dict().items()})
 
 
-def _check(path: Path, encoder: nn.Module) -> Network:
+def _check(path: Path, encoder: Encoder) -> Network:
     with np.load(path) as stored:
         weights = {name: torch.from_numpy(stored[name]) for name in stored.files}
-    return lambda images: torch.func.functional_call(encoder, weights, images)
+    return lambda images: torch.func.functional_call(encoder.network, weights, images)
 
 
-def _check_doubled(path: Path, encoder: nn.Module) -> Network:
+def _check_doubled(path: Path, encoder: Encoder) -> Network:
     return lambda images: 2 * _check(path, encoder)(images)
 
 
@@ -183,7 +184,7 @@ NUMPY = ExportFormat("NumPy archive", "encoder.npz", _write, _check)
 
 
 def numpy_archive() -> ExportFormat:
-    """Return the format that `export --format` names by its import path."""
+    """Return the format that `export --to` names by its import path."""
     return NUMPY
 
 

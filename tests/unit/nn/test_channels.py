@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from simclr_ray import config as cfg
+from simclr_ray.augment.decode import image_decoder
 from simclr_ray.config.experiment import Experiment, ResNetConfig, TimmConfig, TorchvisionConfig
 from simclr_ray.data.batches import local_batches
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError
+from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import load_folder, write_encoder
 from simclr_ray.nn.build import build_encoder, build_loss, build_model, feature_dim
 
@@ -81,18 +83,17 @@ def test_two_steps_train_and_the_files_of_the_encoder_give_it_back(
     assert not torch.equal(before, model.encoder.state_dict()["stem.0.weight"])
     encoder = model.encoder.eval()
     white = [1000.0] * channels if channels > 1 else 1000.0
-    write_encoder(
-        tmp_path / "e",
+    made = Encoder(
         encoder,
         config=cfg.to_tree(run)["encoder"],
         size=24,
         feature_dim=feature_dim(encoder),
-        white=white,
-        channels=channels,
+        decoder=image_decoder(channels, white),
     )
+    write_encoder(tmp_path / "e", made)
     loaded = load_folder(tmp_path / "e")
     images = torch.rand(3, channels, 24, 24)
-    assert torch.equal(loaded.encoder(images), encoder(images))
+    assert torch.equal(loaded(images), encoder(images))
     assert loaded.decoder.channels == channels
     assert np.array_equal(loaded.decoder.white, white)
 

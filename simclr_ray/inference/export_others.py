@@ -1,0 +1,209 @@
+"""Encoders for other programs: torchvision, timm, transformers, and whatever runs ONNX.
+
+Each file or folder is read back by the library that it is for. Where that is transformers, by timm,
+whose folders it reads. All take images in [0, 1] of `Encoder.transform`: less no mean, over no
+deviation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from simclr_ray import config as cfg
+from simclr_ray.augment.decode import CROP_PROPORTION, WHOLE_IMAGE_SIDE
+from simclr_ray.config.sections.model import EncoderSection
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
+from simclr_ray.inference.encoder import Encoder
+from simclr_ray.inference.export_formats import (
+    ExportFormat,
+    Network,
+    write_weights,
+)
+from simclr_ray.nn.encoders import RGB, Architecture, family_of, take_channels
+from simclr_ray.nn.timm_models import load_timm
+
+ONNX_EXTRA: Final = "simclr-ray[onnx]"
+ONNX_FILE: Final = "encoder.onnx"
+COUNTER: Final = "num_batches_tracked"  # of their batch norms; ours counts none
+
+
+def _config_of(encoder: Encoder) -> Any:
+    return cfg.validate(EncoderSection, {"encoder": encoder.config}).encoder
+
+
+def _in_torchvision(encoder: Encoder) -> Architecture | str:
+    return family_of(_config_of(encoder)).in_torchvision(encoder.size)
+
+
+def _in_timm(encoder: Encoder) -> Architecture | str:
+    return family_of(_config_of(encoder)).in_timm(encoder.size)
+
+
+def torchvision_problem(encoder: Encoder) -> str:
+    """Return why torchvision has no such network; empty: it has."""
+    architecture = _in_torchvision(encoder)
+    return architecture if isinstance(architecture, str) else ""
+
+
+def timm_problem(encoder: Encoder) -> str:
+    """Return why timm has no such network; empty: it has."""
+    architecture = _in_timm(encoder)
+    return architecture if isinstance(architecture, str) else ""
+
+
+def plain_torchvision(encoder: Encoder) -> nn.Module:
+    """Return torchvision's network of an encoder, its weights as they come, without classifier."""
+    import torchvision
+
+    architecture = _in_torchvision(encoder)
+    assert not isinstance(architecture, str)  # it was asked whether there is one
+    network: nn.Module = torchvision.models.get_model(
+        architecture.model, weights=None, **architecture.options
+    )
+    where = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
+    parent, _, leaf = where.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, nn.Identity())
+    if architecture.small_stem:
+        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    if encoder.channels != RGB:
+        take_channels(network, encoder.channels)
+    return network
+
+
+def plain_timm(encoder: Encoder) -> nn.Module:
+    """Return timm's network of an encoder, its weights as they come, without classifier."""
+    architecture = _in_timm(encoder)
+    assert not isinstance(architecture, str)  # it was asked whether there is one
+    options = dict(architecture.options)
+    if encoder.channels != RGB:
+        options["in_chans"] = encoder.channels
+    network: nn.Module = load_timm().create_model(
+        architecture.model, pretrained=False, num_classes=0, **options
+    )
+    return network
+
+
+def filled(network: nn.Module, encoder: Encoder) -> nn.Module:
+    """Return a network of another library with an encoder's weights, strictly, in eval mode.
+
+    Raises:
+        CheckpointError: They do not fit.
+    """
+    names = family_of(_config_of(encoder)).file_names(encoder.network)
+    tensors = {names[own]: t for own, t in encoder.network.state_dict().items()}
+    counters = {n: t for n, t in network.state_dict().items() if n.endswith(COUNTER)}
+    try:
+        network.load_state_dict({**counters, **tensors})
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights do not fit: {error}") from error
+    return network.eval()
+
+
+def _write_torchvision(path: Path, encoder: Encoder, example: Tensor) -> None:  # noqa: ARG001 - needs none
+    torch.save(filled(plain_torchvision(encoder), encoder).state_dict(), path)
+
+
+def _check_torchvision(path: Path, encoder: Encoder) -> Network:
+    network = plain_torchvision(encoder)
+    network.load_state_dict(torch.load(path, weights_only=True))
+    return network.eval()
+
+
+def _write_timm(path: Path, encoder: Encoder, example: Tensor) -> None:  # noqa: ARG001 - as above
+    write_weights(path, filled(plain_timm(encoder), encoder).state_dict())
+
+
+def _check_timm(path: Path, encoder: Encoder) -> Network:
+    network = plain_timm(encoder)
+    network.load_state_dict(load_file(path))
+    return network.eval()
+
+
+def _write_hugging_face(path: Path, encoder: Encoder, example: Tensor) -> None:  # noqa: ARG001 - as above
+    """Write a folder as timm does, which transformers reads with `AutoModel`."""
+    network: Any = filled(plain_timm(encoder), encoder)
+    network.pretrained_cfg = dict(network.pretrained_cfg) | {
+        "input_size": [encoder.channels, encoder.size, encoder.size],
+        "mean": [0.0] * encoder.channels,
+        "std": [1.0] * encoder.channels,
+        "crop_pct": CROP_PROPORTION if encoder.size > WHOLE_IMAGE_SIDE else 1.0,
+        "crop_mode": "center" if encoder.size > WHOLE_IMAGE_SIDE else "squash",
+        "interpolation": "bicubic",
+        "num_classes": 0,
+        **dict.fromkeys(("tag", "url", "hf_hub_id", "license", "origin_url"), ""),
+    }
+    architecture = _in_timm(encoder)
+    assert not isinstance(architecture, str)  # it was asked whether there is one
+    options = {key: value for key, value in architecture.options.items() if key != "img_size"}
+    load_timm().models.save_for_hf(network, path, model_args=options, safe_serialization=True)
+
+
+def _check_hugging_face(path: Path, encoder: Encoder) -> Network:  # noqa: ARG001 - compared by the caller
+    timm = load_timm()
+    network: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
+    return network.eval()
+
+
+def _write_onnx(path: Path, encoder: Encoder, example: Tensor) -> None:
+    """Export with a free batch, and a free size where the network takes any."""
+    _load_onnx()
+    free: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    sizes = {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
+    network = encoder.network
+    for dimensions in (free | sizes, free):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch's own deprecated internals
+                torch.onnx.export(
+                    network,
+                    (example,),
+                    path,
+                    input_names=["images"],
+                    output_names=["features"],
+                    dynamic_shapes=(dimensions,),
+                    dynamo=True,
+                    external_data=False,
+                    verbose=False,
+                )
+            return
+        except torch.onnx.errors.OnnxExporterError:
+            if dimensions == free:
+                raise
+
+
+def _check_onnx(path: Path, encoder: Encoder) -> Network:  # noqa: ARG001 - compared by the caller
+    session = _load_onnx().InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return run
+
+
+def _load_onnx() -> Any:
+    """Return the module onnxruntime, where all that writes ONNX is installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        problem = f"onnx needs the extra: pip install '{ONNX_EXTRA}' ({error})"
+        raise ConfigError([ConfigIssue("--to", problem)]) from error
+    return onnxruntime
+
+
+TORCHVISION: Final = ExportFormat(
+    "torchvision", "torchvision.pth", _write_torchvision, _check_torchvision, torchvision_problem
+)
+TIMM: Final = ExportFormat("timm", "timm.safetensors", _write_timm, _check_timm, timm_problem)
+HUGGING_FACE: Final = ExportFormat(
+    "huggingface", "huggingface", _write_hugging_face, _check_hugging_face, timm_problem
+)
+ONNX: Final = ExportFormat("onnx", ONNX_FILE, _write_onnx, _check_onnx)
+OTHERS: Final = (TORCHVISION, TIMM, HUGGING_FACE, ONNX)
