@@ -5,8 +5,8 @@
     exp   = sr.Experiment.load("cifar10_cpu", "loss.temperature=0.5", "scaling.num_workers=2")
     run   = sr.pretrain(exp)                      # Run: checkpoint, metrics, mlflow_run_id
     table = sr.evaluate(run.checkpoint, ["knn", "linear"])
-    enc   = sr.load_encoder(run.checkpoint)       # nn.Module in eval mode
-    h     = enc(images)                           # [N, 3, H, W] in [0, 1] -> [N, F]
+    enc   = sr.load_encoder(run.checkpoint)       # nn.Module with its preprocessing
+    h     = enc.embed(["a.jpg", "b.png"])         # paths, bytes, images, arrays -> [N, F]
 
 Names are loaded when first used: importing the package imports neither torch, ray nor mlflow.
 """

@@ -39,6 +39,7 @@ app = _group(
         ("pretrain", pretrain.pretrain),
         ("evaluate", run.evaluate),
         ("embed", encoder.embed),
+        ("predict", encoder.predict),
         ("export", encoder.export),
         ("status", run.status),
         ("doctor", cluster.doctor),
@@ -49,9 +50,13 @@ app = _group(
 app.pretty_exceptions_enable = False
 app.add_typer(
     _group(
-        "Make more of a run: register its encoder, fine-tune it, distil it.",
+        "Make more of a run: register, promote and compare its encoder, fine-tune it, distil it.",
         [
             ("register", model.register),
+            ("promote", model.promote),
+            ("rollback", model.rollback),
+            ("compare", model.compare),
+            ("rm", model.remove),
             ("finetune", model.finetune),
             ("distill", model.distill),
         ],
@@ -61,7 +66,13 @@ app.add_typer(
 app.add_typer(
     _group(
         "Runs of a storage.",
-        [("list", run.list_runs), ("probe", run.probe), ("stop", run.stop), ("sync", run.sync)],
+        [
+            ("list", run.list_runs),
+            ("probe", run.probe),
+            ("stop", run.stop),
+            ("sync", run.sync),
+            ("rm", run.remove),
+        ],
     ),
     name="run",
 )

@@ -1,15 +1,24 @@
-"""Verbs that use a trained encoder: embed, export."""
+"""Verbs that use a trained encoder: embed, predict, export."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final, cast
 
 import typer
 
+from simclr_ray import config as cfg
 from simclr_ray.cli.arguments import TrackingUri, permitted_names
 from simclr_ray.cli.console import loading, out, say
+from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.config.wording import column_keys, counted
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage.filesystem import make_parent
 
 Model = Annotated[
     str,
@@ -19,63 +28,189 @@ Model = Annotated[
 ]
 
 
+Images = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")]
+ROLE: Final = re.compile(r"(?:data\.columns\.)?(\w+=\w*)")
+DTYPES: Final = ("float32", "float16")
+
+
 def embed(
     model: Model,
-    files: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES",
+            help="Image files; with --out also parquet or a folder, by path or URI, and "
+            "image=COLUMN id=COLUMN.",
+        ),
+    ],
+    to: Annotated[
+        str, typer.Option("--out", metavar="OUT.parquet", help="Write them as parquet.")
+    ] = "",
+    keep: Annotated[str, typer.Option(help="Comma-separated columns to hand on.")] = "",
+    dtype: Annotated[str, typer.Option(help="Of the numbers: float32 or float16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 256,
+    *,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start over where OUT holds other embeddings.")
+    ] = False,
     tracking_uri: TrackingUri = "",
 ) -> None:
-    """Print the embedding of each image: its path, then F numbers, tab-separated.
+    """Embed images: print a line each, or write a dataset's embeddings as parquet.
 
-    Files that cannot be read or are no images are named on stderr and left out; the exit code is
-    then 1.
+    Printed are the path and F numbers, tab-separated; files that cannot be read or are no images
+    are named on stderr and left out, and the exit code is then 1. OUT has a row an image, in order:
+    path or id, `embedding`, and `error` where there is none. What was ended goes on where it stood.
+
+    Example: simclr-ray embed models:/photos@newest a.jpg b.jpg
+    Example: simclr-ray embed runs/photos-1a2b3c4d ~/photos --out photos.parquet
+    Example: simclr-ray embed runs/photos-1a2b3c4d s3://b/train --out train.parquet --keep label
+    """
+    if to:
+        _embed_rows(
+            model, images, to,
+            keep=[name for name in keep.split(",") if name], dtype=dtype, batch_size=batch_size,
+            overwrite=overwrite, tracking_uri=tracking_uri,
+        )  # fmt: skip
+        return
+    for given in images:
+        if "://" in given or given.endswith(".parquet") or Path(given).is_dir():
+            problem = "is no image file; --out OUT.parquet embeds a dataset"
+            raise ConfigError([ConfigIssue(given, problem)])
+    loading("torch")
+    from simclr_ray.inference.embed import load_encoder
+
+    files = [Path(given) for given in images]
+    encoder = load_encoder(model, tracking_uri=tracking_uri)
+    with _left_out() as left_out:
+        places, read = _read(files, left_out)
+        rows = encoder.embed(
+            read, batch_size=batch_size, on_bad=lambda at, why: left_out(files[places[at]], why)
+        )
+        for place, row in zip(places, rows, strict=True):
+            if not math.isnan(row[0]):
+                print(_shown(files[place]), *(f"{value:.6g}" for value in row), sep="\t")
+
+
+def _embed_rows(
+    model: str,
+    images: list[str],
+    to: str,
+    *,
+    keep: list[str],
+    dtype: str,
+    batch_size: int,
+    overwrite: bool,
+    tracking_uri: str,
+) -> None:
+    """Write the embeddings of a dataset, and say what was left out."""
+    roles = [match[1] for given in images if (match := ROLE.fullmatch(given))]
+    where = [given for given in images if not ROLE.fullmatch(given)]
+    if dtype not in DTYPES:
+        raise ConfigError([ConfigIssue("--dtype", f"got {dtype!r}; {' or '.join(DTYPES)}")])
+    if not to.endswith(".parquet"):
+        raise ConfigError([ConfigIssue("--out", f"got {to}; it must end in .parquet")])
+    if not where:
+        raise ConfigError([ConfigIssue("IMAGES", "are missing")])
+    several = [given for given in where if "://" in given or Path(given).is_dir()]
+    if len(where) > 1 and several:
+        problem = "is a dataset, and one is embedded at a time; or give image files alone"
+        raise ConfigError([ConfigIssue(several[0], problem)])
+    columns = cfg.validate(ColumnsConfig, cfg.apply_overrides({}, roles))
+    make_parent(to)
+    loading("torch", "ray")
+    from simclr_ray.cli.progress import CountProgress
+    from simclr_ray.inference.embed_rows import embed_rows
+
+    is_dataset = bool(several) or where[0].endswith(".parquet") or "#" in where[0]
+    with column_keys(""), CountProgress(to, "images") as progress:
+        made = embed_rows(
+            model, where[0] if is_dataset else where, to,
+            columns=columns, keep=keep, dtype=cast("Any", dtype), batch_size=batch_size,
+            tracking_uri=tracking_uri, overwrite=overwrite, on_progress=progress,
+        )  # fmt: skip
+    out.print(f"{to}: {counted(made.num_rows, 'row')}", markup=False, soft_wrap=True)
+    if made.num_bad:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in made.first_bad)
+        rows = counted(made.num_bad, "row")
+        out.print(f"without an embedding {rows}: {shown}", markup=False, soft_wrap=True)
+
+
+def predict(model: Model, files: Images, tracking_uri: TrackingUri = "") -> None:
+    """Print the class of each image: its path, the class, and how probable it is, tab-separated.
+
+    MODEL is a fine-tuned classifier. Files that cannot be read or are no images are named on stderr
+    and left out; the exit code is then 1.
+
+    Example: simclr-ray predict runs/cifar10_cpu-tuned-10pct-1a2b3c4d photos/*.jpg
     """
     loading("torch")
-    from simclr_ray.inference.embed import embed_images
+    from simclr_ray.inference.embed import load_classifier
 
-    bad: dict[int, str] = {}
+    classifier = load_classifier(model, tracking_uri=tracking_uri)
+    with _left_out() as left_out:
+        places, images = _read(files, left_out)
+        rows = classifier.predict_proba(
+            images, on_bad=lambda at, why: left_out(files[places[at]], why)
+        )
+        for place, row in zip(places, rows, strict=True):
+            if not math.isnan(row[0]):
+                name = classifier.class_names[row.argmax()]
+                print(_shown(files[place]), name, f"{row.max():.4f}", sep="\t")
 
-    def left_out(place: int, reason: str) -> None:
-        bad[place] = f"left out: {files[place]}: {reason}"
 
+@contextmanager
+def _left_out() -> Iterator[Callable[[Path, str], None]]:
+    """Give what names a file that is left out; where one was, the verb ends with 1."""
+    lines = []
+
+    def left_out(path: Path, reason: str) -> None:
+        say(f"left out: {path}: {reason}")
+        lines.append(path)
+
+    yield left_out
+    if lines:
+        raise typer.Exit(1)
+
+
+def _read(
+    files: Sequence[Path], left_out: Callable[[Path, str], None]
+) -> tuple[list[int], list[bytes]]:
+    """Return the places of the files that can be read, and their bytes."""
     read: dict[int, bytes] = {}
     for place, path in enumerate(files):
         try:
             read[place] = path.read_bytes()
         except OSError as error:
-            left_out(place, error.strerror or str(error))
-    places, images = list(read), list(read.values())
-    rows = embed_images(
-        model, images, tracking_uri=tracking_uri, on_bad=lambda at, why: left_out(places[at], why)
-    )
-    for place in sorted(bad):
-        say(bad[place])
-    for place, row in zip(places, rows, strict=True):
-        if place not in bad:
-            name = str(files[place])
-            # a tab or line break in a name would be one of the table
-            name = name if name.isprintable() else json.dumps(name)
-            print(name, *(f"{value:.6g}" for value in row), sep="\t")
-    if bad:
-        raise typer.Exit(1)
+            left_out(path, error.strerror or str(error))
+    return list(read), list(read.values())
+
+
+def _shown(path: Path) -> str:
+    """Return a path for a table; a tab or line break in a name would be one of the table."""
+    name = str(path)
+    return name if name.isprintable() else json.dumps(name)
 
 
 def export(
     model: Model,
-    to: Annotated[Path, typer.Argument(metavar="OUT", help="Folder, made if absent.")],
-    formats: Annotated[
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder, made if absent.")],
+    to: Annotated[
         str,
         typer.Option(
-            "--format", help="Comma-separated: safetensors, torch-export, or your module:function."
+            help="Comma-separated: safetensors, torch-export, torchvision, timm, huggingface, "
+            "onnx, or your module:function."
         ),
     ] = "safetensors,torch-export",
     tracking_uri: TrackingUri = "",
 ) -> None:
     """Write a trained encoder as files that other programs read.
 
-    Example: simclr-ray export runs/cifar10_cpu-1a2b3c4d encoder
+    Each is read back and compared with the encoder. All take what `Encoder.transform` makes.
+
+    Example: simclr-ray export runs/cifar10_cpu-1a2b3c4d encoder --to onnx
     """
     loading("torch")
     from simclr_ray.inference.export import export_encoder
 
-    names = export_encoder(model, to, permitted_names(formats), tracking_uri=tracking_uri)
-    out.print(f"wrote {', '.join(names)} into {to}", markup=False, soft_wrap=True)
+    names = export_encoder(model, folder, permitted_names(to), tracking_uri=tracking_uri)
+    out.print(f"wrote {', '.join(names)} into {folder}", markup=False, soft_wrap=True)

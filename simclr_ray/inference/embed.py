@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import nn
-
-from simclr_ray.augment import decode
-from simclr_ray.inference.encoder_files import LoadedEncoder, load_folder
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.inference.encoder import AnyImage, Classifier, Encoder, Floats, OnBad
+from simclr_ray.inference.encoder_files import load_folder
 from simclr_ray.inference.encoder_folder import encoder_folder
 
-BATCH_SIZE: Final = 256
 
+def load_encoder(where: str | Path, *, tracking_uri: str = "") -> Encoder:
+    """Return an encoder with its preprocessing, in eval mode and on the CPU.
 
-def load_encoder(where: str | Path, *, tracking_uri: str = "") -> nn.Module:
-    """Return an encoder in eval mode, [N, C, H, W] in [0, 1] -> [N, F].
+    A `Classifier` where the run was a fine-tuning or another training of one.
 
     Args:
         where: a run folder, whose newest checkpoint is taken, or a checkpoint, by path or URI; a
@@ -32,11 +27,12 @@ def load_encoder(where: str | Path, *, tracking_uri: str = "") -> nn.Module:
         ConfigError: there is no encoder, or no checkpoint that verifies.
         CheckpointError: its files are not whole.
         TrackingError: there is no such model, or the store cannot be reached.
+
+    Example:
+        >>> encoder = sr.load_encoder("models:/photos@newest").to("cuda")
+        >>> encoder.embed(["a.jpg", Image.open("b.png")]).shape
+        (2, 2048)
     """
-    return _loaded(where, tracking_uri).encoder
-
-
-def _loaded(where: str | Path, tracking_uri: str) -> LoadedEncoder:
     with (
         tempfile.TemporaryDirectory() as scratch,
         encoder_folder(where, Path(scratch), tracking_uri) as folder,
@@ -44,20 +40,35 @@ def _loaded(where: str | Path, tracking_uri: str) -> LoadedEncoder:
         return load_folder(folder)
 
 
+def load_classifier(where: str | Path, *, tracking_uri: str = "") -> Classifier:
+    """Return what `load_encoder` does, where it is a classifier.
+
+    Raises:
+        ConfigError: as in `load_encoder`, or it is an encoder alone.
+        CheckpointError: as in `load_encoder`.
+        TrackingError: as in `load_encoder`.
+    """
+    loaded = load_encoder(where, tracking_uri=tracking_uri)
+    if not isinstance(loaded, Classifier):
+        problem = "is an encoder without a classifier; `simclr-ray model finetune` trains one"
+        raise ConfigError([ConfigIssue(str(where), problem)])
+    return loaded
+
+
 def embed_images(
     where: str | Path,
-    images: Sequence[bytes],
+    images: Sequence[AnyImage],
     *,
     tracking_uri: str = "",
-    on_bad: Callable[[int, str], None] | None = None,
-) -> npt.NDArray[np.float32]:
-    """Return the embeddings of N encoded images, float32 [N, F], by the evaluation view.
+    on_bad: OnBad | None = None,
+) -> Floats:
+    """Return the embeddings of N images, float32 [N, F]: `Encoder.embed` of `load_encoder`.
 
     Args:
         where: as in `load_encoder`.
-        images: encoded images (JPEG, PNG, WebP, ...).
+        images: of any kind that `Encoder.transform` takes, such as encoded bytes.
         tracking_uri: as in `load_encoder`.
-        on_bad: is told position and reason of an image that cannot be decoded; its row is NaN.
+        on_bad: as in `Encoder.embed`.
 
     Raises:
         ImageError: an image cannot be decoded and there is no `on_bad`; it names the position.
@@ -65,22 +76,4 @@ def embed_images(
         CheckpointError: as in `load_encoder`.
         TrackingError: as in `load_encoder`.
     """
-    loaded = _loaded(where, tracking_uri)
-    encoder, size, decoder = loaded.encoder, loaded.size, loaded.decoder
-    embeddings = np.full((len(images), loaded.feature_dim), np.nan, dtype=np.float32)  # [N, F]
-    for start in range(0, len(images), BATCH_SIZE):
-        views: dict[int, npt.NDArray[np.uint8]] = {}
-        for place in range(start, min(start + BATCH_SIZE, len(images))):
-            try:
-                views[place] = decode.evaluation_view(decoder.decode(images[place]), size)
-            except decode.ImageError as error:
-                if on_bad is None:
-                    raise decode.ImageError(f"image {place}: {error}") from error
-                on_bad(place, str(error))
-        if not views:
-            continue
-        stacked = torch.from_numpy(np.stack(list(views.values())))
-        batch = stacked.permute(0, 3, 1, 2).float().div(255)  # [n, C, S, S]
-        with torch.inference_mode():
-            embeddings[list(views)] = encoder(batch.contiguous()).numpy()
-    return embeddings
+    return load_encoder(where, tracking_uri=tracking_uri).embed(images, on_bad=on_bad)

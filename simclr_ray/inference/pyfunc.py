@@ -1,4 +1,4 @@
-"""The model-from-code file of a registered encoder: encoded images in, embeddings out.
+"""The model-from-code file of a registered encoder: images in, embeddings or classes out.
 
 MLflow stores this file in the model and runs it where the model is loaded. It knows mlflow, torch,
 pillow, numpy and pandas, and neither ray nor simclr_ray: the decoder travels beside it as a folder.
@@ -7,12 +7,15 @@ Nothing here, and nothing that it loads, is a pickle.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import importlib.util
 import json
 import sys
 import uuid
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,55 +25,96 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 BATCH_SIZE = 256  # images decoded and encoded at a time: 150 MB of float32 at 224 px
+LONGEST_PATH = 4096
 
 
 class Embedder(PythonModel):
-    """Embeds the encoded images of column `image` with the exported program of the encoder."""
+    """Embeds the images of column `image` with the exported program of the encoder.
+
+    One with a classifier names their classes instead.
+    """
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the program and the decoder from the model's artifacts."""
+        """Load the programs and the decoder from the model's artifacts."""
         folder = Path(context.artifacts["encoder"])
         card = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         self.size = int(card["size"])
-        self.feature_dim = int(card["feature_dim"])
         self.decode = _package_at(Path(context.artifacts["decode"]))
         self.decoder = self.decode.image_decoder(card["channels"], card["white"])
         self.program = torch.export.load(folder / "encoder.pt2").module()
+        self.class_names = (card.get("classifier") or {}).get("class_names", [])
+        self.width = len(self.class_names) or int(card["feature_dim"])
+        if self.class_names:
+            self.classifier = torch.export.load(folder / "classifier.pt2").module()
 
     def predict(
         self,
         context: PythonModelContext,  # noqa: ARG002 - MLflow's signature
         model_input: pd.DataFrame,
-        params: dict[str, object] | None = None,  # noqa: ARG002
-    ) -> npt.NDArray[np.float32]:
+        params: dict[str, Any] | None = None,
+    ) -> npt.NDArray[np.float32] | pd.DataFrame:
         """Return the embeddings, float32 [N, F], of the N images of column `image`.
+
+        Of a classifier instead a table: `label`, the most probable class of each image by its name,
+        and of each class NAME a column `p(NAME)`, its probability.
 
         Args:
             context: MLflow's; what it holds was read when the model was loaded.
-            model_input: one column `image` of encoded images (JPEG, PNG, WebP ...), as bytes.
-            params: MLflow's; there are none.
+            model_input: one column `image` of encoded images (JPEG, PNG, WebP ...): as bytes, as
+                base64 text, or as the paths of files.
+            params: `batch_size`, images decoded and encoded at a time.
 
         Raises:
-            ValueError: an image cannot be decoded; names its row.
+            ValueError: an image cannot be decoded, or is given as something else; names its row.
         """
-        encoded = list(model_input["image"])
-        embeddings = np.empty((len(encoded), self.feature_dim), dtype=np.float32)  # [N, F]
-        for start in range(0, len(encoded), BATCH_SIZE):
-            some = encoded[start : start + BATCH_SIZE]
+        given = list(model_input["image"])
+        batch_size = int((params or {}).get("batch_size", BATCH_SIZE))
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+        rows = np.empty((len(given), self.width), dtype=np.float32)
+        for start in range(0, len(given), batch_size):
+            some = given[start : start + batch_size]
             views = np.stack([self._view(item, start + k) for k, item in enumerate(some)])
             images = torch.from_numpy(views).permute(0, 3, 1, 2).float().div(255)  # [n, C, S, S]
             with torch.inference_mode():
-                embeddings[start : start + len(some)] = self.program(images.contiguous()).numpy()
-        return embeddings
+                out = self.program(images.contiguous())
+                if self.class_names:
+                    out = self.classifier(out).softmax(1)
+            rows[start : start + len(some)] = out.numpy()
+        return self._named(rows) if self.class_names else rows
 
-    def _view(self, encoded: bytes, row: int) -> npt.NDArray[np.uint8]:
+    def _named(self, probabilities: npt.NDArray[np.float32]) -> pd.DataFrame:
+        """Return probabilities [N, K] as a table, the most probable class before them."""
+        names = np.array(self.class_names, dtype=object)
+        table = pd.DataFrame(probabilities, columns=[f"p({name})" for name in names])
+        table.insert(0, "label", names[probabilities.argmax(axis=1)])
+        return table
+
+    def _view(self, given: object, row: int) -> npt.NDArray[np.uint8]:
         """Return one evaluation view, uint8 [S, S, C]."""
         try:
-            pixels = self.decoder.decode(bytes(encoded))
+            pixels = self.decoder.decode(self._encoded(given))
             view: npt.NDArray[np.uint8] = self.decode.evaluation_view(pixels, self.size)
-        except (ValueError, TypeError) as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"row {row}: {error}") from error
         return view
+
+    def _encoded(self, given: object) -> bytes:
+        if isinstance(given, (bytes, bytearray, memoryview)):
+            return bytes(given)
+        if not isinstance(given, str):
+            got = type(given).__name__
+            raise ValueError(f"expected an image as bytes, base64 text or a path; got {got}")
+        try:
+            encoded = base64.b64decode(given.rpartition(";base64,")[2], validate=True)
+        except (binascii.Error, ValueError):  # the latter of text beyond ASCII
+            encoded = b""
+        if self.decode.format_of(encoded[: self.decode.FIRST_BYTES]) is not None:
+            return encoded
+        if len(given) <= LONGEST_PATH and Path(given).is_file():
+            return Path(given).read_bytes()
+        shown = given if len(given) <= 80 else f"{given[:77]}..."
+        raise ValueError(f"{shown!r} is neither base64 of an image nor the path of a file")
 
 
 def _package_at(folder: Path) -> ModuleType:

@@ -47,7 +47,13 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ray.data": ("data", "evaluation.ray_features"),
     "ray.train": ("train",),
     "ray.tune": ("studies.tune", "studies.search"),
-    "mlflow": ("tracking", "inference.registry", "inference.pyfunc"),
+    "mlflow": (
+        "tracking",
+        "inference.registry",
+        "inference.mlflow_model",
+        "inference.promotion",
+        "inference.pyfunc",
+    ),
     "matplotlib": ("train.figures", "studies.figures"),
     "pydantic": ("config",),
     "ruamel": ("config",),
@@ -58,7 +64,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("storage.hub",),
     "jinja2": ("storage.page",),
     "scipy": ("studies.analysis", "data.duplicates"),
-    "timm": ("nn.timm_models",),
+    "timm": ("nn.timm_models", "inference.export_others"),
+    "onnx": ("inference.export_others",),
+    "onnxruntime": ("inference.export_others",),
     "fcntl": ("distributed.shared_memory", "data.image_cache", "storage.scratch"),
 }
 

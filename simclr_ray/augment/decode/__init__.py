@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from .channels import Bands, White, luma_of, read_bands, shown_as_rgb
@@ -52,6 +53,7 @@ from .rgb import (
     EIGHT_BITS,
     WHITE_16,
     DeepImage,
+    Stored,
     read_gray,
     read_stored,
     to_rgb,
@@ -137,6 +139,29 @@ class ImageDecoder(NamedTuple):
         pixels = self._decode_rgb(encoded, kind, least)
         return luma_of(pixels) if self.channels == 1 else pixels
 
+    def convert(self, image: Image.Image | npt.NDArray[Any]) -> Pixels:
+        """Return the pixels of an image that is decoded already, uint8 [H, W, C].
+
+        They are those of its file, but for color of 16 bits, of which Pillow has kept 8.
+
+        Args:
+            image: Pillow's, upright or with its EXIF orientation; or an array as `read_bands` takes
+                it, uint8 or uint16 [H, W], [H, W, C] or [C, H, W].
+
+        Raises:
+            ImageError: As `decode`.
+        """
+        if isinstance(image, Image.Image) and self.channels in COLOR:
+            check_size(image.size, self.max_pixels, self.min_side)
+            pixels = self._upright(image, read_stored(image))
+            return luma_of(pixels) if self.channels == 1 else pixels
+        values = np.asarray(turn_upright(image) if isinstance(image, Image.Image) else image)
+        if values.dtype.hasobject:
+            raise ImageError(f"values of {values.dtype.name} have no known range")
+        out = io.BytesIO()
+        np.save(out, values)
+        return self.decode(out.getvalue())
+
     def _decode_rgb(self, encoded: bytes, kind: Format | None, least: tuple[int, int]) -> Pixels:
         if kind is JPEG and self.library == "turbo":
             pixels = read_jpeg_by_turbo(encoded, self.max_pixels, self.min_side, least)
@@ -181,6 +206,10 @@ class ImageDecoder(NamedTuple):
                 raise ImageError(f"{shown} (install simclr-ray[tiff])")
             if kind is TIFF:  # upright already, and Pillow would decode it a second time
                 return deep.to_pixels(self._white)
+        return self._upright(image, stored, deep)
+
+    def _upright(self, image: Image.Image, stored: Stored, deep: DeepImage | None = None) -> Pixels:
+        """Return the pixels of an image as RGB; `deep` are its values where they are read."""
         try:
             image.load()
             # before turning, which forgets what the file says

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from simclr_ray import config as cfg
 from simclr_ray.augment import decode
+from simclr_ray.augment.decode import image_decoder
 from simclr_ray.cli.app import app
 from simclr_ray.config.experiment import (
     ImportedEncoderConfig,
@@ -35,8 +36,9 @@ from simclr_ray.config.experiment import (
 )
 from simclr_ray.config.imports import PERMISSION
 from simclr_ray.errors import CheckpointError, ConfigError
-from simclr_ray.inference import embed, registry
+from simclr_ray.inference import embed, mlflow_model, registry
 from simclr_ray.inference import encoder_files as export
+from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.export_formats import FORMATS
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.storage import provenance
@@ -101,10 +103,14 @@ def module_embeddings(encoder: nn.Module, images: list[bytes]) -> Embeddings:
 
 
 def write(folder: Path, encoder: nn.Module) -> None:
-    export.write_encoder(
-        folder, encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=feature_dim(encoder),
-        white=WHITE,
-    )  # fmt: skip
+    made = Encoder(
+        encoder,
+        config=cfg.to_tree(CONFIG),
+        size=SIZE,
+        feature_dim=feature_dim(encoder),
+        decoder=image_decoder(3, WHITE),
+    )
+    export.write_encoder(folder, made)
 
 
 def feature_dim(encoder: nn.Module) -> int:
@@ -178,9 +184,8 @@ def test_the_encoder_reads_back_to_the_last_bit_in_eval_mode(registered: Registe
 def test_exporting_leaves_the_encoder_in_training_as_it_was(tmp_path: Path) -> None:
     encoder = trained_encoder().double().train()
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    export.write_encoder(
-        tmp_path / "e", encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=128
-    )
+    made = Encoder(encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=128)
+    export.write_encoder(tmp_path / "e", made)
     assert encoder.training
     assert all(p.requires_grad for p in encoder.parameters())
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
@@ -202,7 +207,8 @@ def test_writing_again_replaces_the_folder_and_leaves_nothing_beside_it(tmp_path
 def test_a_wrong_feature_width_is_refused_and_nothing_is_kept(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\(1, 128\), not \(1, 64\)"):
         export.write_encoder(
-            tmp_path / "e", trained_encoder(), config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=64
+            tmp_path / "e",
+            Encoder(trained_encoder(), config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=64),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -211,16 +217,13 @@ def test_a_format_from_outside_is_written_and_checked_like_ours(tmp_path: Path) 
     encoder = trained_encoder()
     tree, features = cfg.to_tree(CONFIG), feature_dim(encoder)
     own = (*FORMATS, NUMPY)
-    export.write_encoder(
-        tmp_path / "own", encoder, config=tree, size=SIZE, feature_dim=features, formats=own
-    )
+    made = Encoder(encoder, config=tree, size=SIZE, feature_dim=features)
+    export.write_encoder(tmp_path / "own", made, own)
     with np.load(tmp_path / "own" / NUMPY.file) as stored:
         assert set(stored.files) == set(encoder.state_dict())
     assert {f.file for f in own} < {p.name for p in (tmp_path / "own").iterdir()}
     with pytest.raises(CheckpointError, match="the exported doubled differs from the module by"):
-        export.write_encoder(
-            tmp_path / "no", encoder, config=tree, size=SIZE, feature_dim=features, formats=[WRONG]
-        )
+        export.write_encoder(tmp_path / "no", made, [WRONG])
     assert not (tmp_path / "no").exists()
 
 
@@ -231,9 +234,8 @@ def test_an_imported_encoder_is_read_back_without_its_code(
     monkeypatch.setenv(PERMISSION, path)
     config = ImportedEncoderConfig(path=path)
     encoder = build_encoder(config, size=SIZE).eval()
-    export.write_encoder(
-        tmp_path / "own", encoder, config=cfg.to_tree(config), size=SIZE, feature_dim=8
-    )
+    made = Encoder(encoder, config=cfg.to_tree(config), size=SIZE, feature_dim=8)
+    export.write_encoder(tmp_path / "own", made)
     monkeypatch.delenv(PERMISSION)
     images = torch.rand(3, 3, SIZE, SIZE)
     with torch.no_grad():
@@ -276,13 +278,8 @@ def test_a_card_that_does_not_fit_is_refused(
 def test_a_torchvision_backbone_exports_and_reads_back(tmp_path: Path, model: str) -> None:
     config = TorchvisionConfig(model=model)
     encoder = trained_encoder(config)
-    export.write_encoder(
-        tmp_path / "e",
-        encoder,
-        config=cfg.to_tree(config),
-        size=SIZE,
-        feature_dim=feature_dim(encoder),
-    )
+    made = Encoder(encoder, config=cfg.to_tree(config), size=SIZE, feature_dim=feature_dim(encoder))
+    export.write_encoder(tmp_path / "e", made)
     got = embed.embed_images(tmp_path / "e", [image(1)])
     np.testing.assert_allclose(got, module_embeddings(encoder, [image(1)]), atol=TOLERANCE)
 
@@ -349,8 +346,8 @@ def test_a_decoder_that_is_not_installed_is_no_requirement(monkeypatch: pytest.M
     def without_tifffile(names: Iterable[str]) -> dict[str, str]:
         return {**installed(names), "tifffile": "absent"}
 
-    monkeypatch.setattr(registry, "versions_of", without_tifffile)
-    required = [line.split("==")[0] for line in registry.pinned_requirements()]
+    monkeypatch.setattr(mlflow_model, "versions_of", without_tifffile)
+    required = [line.split("==")[0] for line in mlflow_model.pinned_requirements()]
     assert {"torch", "imagecodecs"} <= set(required)
     assert "tifffile" not in required
 
@@ -363,7 +360,7 @@ def test_the_version_says_what_it_needs_and_where_it_comes_from(registered: Regi
     assert version.tags["knn_top1"] == "0.5"
     folder = Path(str(version.source).removeprefix("file://"))
     requirements = (folder / "requirements.txt").read_text().split()
-    assert requirements == registry.pinned_requirements()
+    assert requirements == mlflow_model.pinned_requirements()
     assert all("==" in line and "+" not in line for line in requirements)
     assert any(line.startswith("tifffile==") for line in requirements)  # decodes here, so there too
     example = json.loads((folder / "input_example.json").read_text())
@@ -385,7 +382,7 @@ def test_the_version_says_what_it_needs_and_where_it_comes_from(registered: Regi
 def test_the_module_loads_from_every_form_of_address(registered: Registered, where: str) -> None:
     encoder = embed.load_encoder(where, tracking_uri=registered.uri)
     want = registered.encoder.state_dict()
-    assert all(torch.equal(v, want[k]) for k, v in encoder.state_dict().items())
+    assert all(torch.equal(v, want[k]) for k, v in encoder.network.state_dict().items())
 
 
 def test_embedding_through_registry_folder_and_run_folder_is_the_same(

@@ -21,6 +21,7 @@ from simclr_ray.config.experiment import ResNetConfig, TrackingConfig
 from simclr_ray.errors import ConfigError
 from simclr_ray.inference import embed, registry
 from simclr_ray.inference import encoder_files as export
+from simclr_ray.inference.encoder import Encoder
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 
@@ -49,7 +50,9 @@ def image() -> bytes:
 def register_one(tracker: Tracker, folder: Path) -> TrackedRun:
     torch.manual_seed(0)
     encoder = build_encoder(CONFIG)
-    export.write_encoder(folder, encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=128)
+    export.write_encoder(
+        folder, Encoder(encoder, config=cfg.to_tree(CONFIG), size=SIZE, feature_dim=128)
+    )
     run = tracker.start_run("run", params={"a.b": 1, "empty": ""}, tags={"digest": "abc"})
     registry.register_encoder(
         folder, run, name="m", alias="newest", example=image(), tags={"seed": 0}

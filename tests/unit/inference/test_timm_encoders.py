@@ -77,7 +77,7 @@ def test_a_checkpoint_becomes_an_encoder_that_needs_no_timm(name: str, tmp_path:
     images = torch.rand(3, 3, read.size, read.size)
     with torch.no_grad():
         expected = model.encoder.eval()(images).numpy()
-        np.testing.assert_allclose(read.encoder(images).numpy(), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(read(images).numpy(), expected, rtol=0, atol=1e-5)
     np.save(tmp_path / "images.npy", images.numpy())
     command = [sys.executable, "-c", textwrap.dedent(ALONE), str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)

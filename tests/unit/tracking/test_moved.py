@@ -25,6 +25,7 @@ from simclr_ray.config.experiment import ResNetConfig, TrackingConfig
 from simclr_ray.errors import TrackingError
 from simclr_ray.inference import registry
 from simclr_ray.inference.embed import load_encoder
+from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.tracking import moved, store
@@ -117,7 +118,8 @@ def make(root: Path, elsewhere: Path) -> Project:
     torch.manual_seed(0)
     folder = elsewhere / "encoder"
     write_encoder(
-        folder, build_encoder(CONFIG), config=cfg.to_tree(CONFIG), size=32, feature_dim=64
+        folder,
+        Encoder(build_encoder(CONFIG), config=cfg.to_tree(CONFIG), size=32, feature_dim=64),
     )
     registry.register_encoder(folder, run, name="m", alias="newest", example=png(), tags={})
     project = Project(root, run.run_id)

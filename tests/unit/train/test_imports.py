@@ -19,6 +19,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError
 from simclr_ray.evaluation.features import load_split
 from simclr_ray.evaluation.scores import score_encoder
+from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.inference.export import export_encoder
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
@@ -132,7 +133,8 @@ def test_a_format_from_outside_holds_what_two_steps_trained(
     config = experiment(train_images)
     encoder = train_two_steps(config).encoder
     tree, dim = cfg.to_tree(config.encoder), feature_dim(encoder)
-    write_encoder(tmp_path / "encoder", encoder, config=tree, size=16, feature_dim=dim)
+    whole = Encoder(encoder, config=tree, size=16, feature_dim=dim)
+    write_encoder(tmp_path / "encoder", whole)
     named = ["torch-export", f"{OWN}:numpy_archive"]
     made = export_encoder(str(tmp_path / "encoder"), tmp_path / "out", named)
     assert set(made) == {"encoder.json", "model.safetensors", "encoder.pt2", "encoder.npz"}
