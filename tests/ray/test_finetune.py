@@ -184,8 +184,8 @@ def test_what_cannot_be_tuned_is_said_before_anything_starts(folder: Path, run: 
         plan_finetuning(run.folder, 0.01)
     with pytest.raises(ConfigError, match="no run folder"):
         plan_finetuning(str(folder), 0.1)
-    with pytest.raises(ConfigError, match=r"data.test: is empty"):
-        plan_finetuning(run.folder, 0.5, "data.test=")
+    with pytest.raises(ConfigError, match=r"--frozen: an encoder of random weights"):
+        plan_finetuning(run.folder, 0.5, frozen=True, from_random=True)
     with pytest.raises(ConfigError, match=r"registry.name: is for pretrain"):
         plan_finetuning(run.folder, 0.5, "registry.name=x")
     caching, _ = plan_finetuning(run.folder, 0.5, "batch_size=300", "batch_norm.group_size=50")
