@@ -203,7 +203,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["embed", "models:/enc@newest", "images/cat/0.png"], ["no MLflow store", "mlflow.db"]),
     (["predict", RUN, "images/cat/0.png"], [RUN, "without a classifier", "model finetune"]),
     (["export", RUN, "out", "--to", "onxx"], ["--to", "safetensors, torch-export", "'onnx'"]),
-    (["export", RUN, "out", "--to", "timm,torchvision"], ["--to timm", "depth 50", "--to onnx"]),
+    (["export", RUN, "out", "--to", "timm"], ["--to timm", "depth 50", "--to onnx"]),
     (["export", RUN, "/proc/none"], ["/proc"]),
     (["model", "register", RUN, "team/enc"], ["'/'", "team/enc"]),
     (["model", "register", RUN, "enc", "--alias", "latest"], ["'latest'", "`newest`"]),

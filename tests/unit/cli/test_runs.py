@@ -190,7 +190,7 @@ def test_an_export_replaces_no_other_files(a_run: Path, tmp_path: Path) -> None:
     messages = {
         "mine": "holds thesis.tex",
         "mine/thesis.tex": "is a file",
-        "out --to onyx": "did you mean .onnx.",
+        "out --to onyx": "allowed: safetensors",
     }
     commands = [["export", str(a_run), *given.split()] for given in messages]
     ends = run_in_turn(*commands, cwd=tmp_path)
