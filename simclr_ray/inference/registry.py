@@ -47,13 +47,15 @@ VERSIONS_TAG: Final = "mlflow.modelVersions"
 ABSENT: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter of an alias
 
 
-def register_run(run: str, name: str, alias: str, *, force: bool = False) -> RegisteredEncoder:
+def register_run(
+    run: str, name: str, alias: str | None, *, force: bool = False
+) -> RegisteredEncoder:
     """Make the newest checkpoint of a run folder a version of the registered model `name`.
 
     Args:
         run: Folder or URI.
         name: Of the model.
-        alias: Moved to the new version; empty: none is.
+        alias: Moved to the new version; None: none is.
         force: Also where the encoder is no better than an untrained one.
 
     Raises:
@@ -145,7 +147,7 @@ def register_encoder(
     run: TrackedRun,
     *,
     name: str,
-    alias: str,
+    alias: str | None,
     example: bytes,
     tags: Mapping[str, str | int | float],
     scores: Mapping[str, float] | None = None,
@@ -158,7 +160,7 @@ def register_encoder(
         folder: written by `write_encoder`; travels in the version, for `load_encoder`.
         run: the run that the version belongs to.
         name: registered model, created where it does not exist.
-        alias: moved to the new version at the very end; empty: none is.
+        alias: moved to the new version at the very end; None: none is.
         example: one encoded image, kept as the input example.
         tags: lineage, such as `dataset_fingerprint`, `experiment_digest`, `seed`;
             `weights_sha256` is added, and `code_commit` in a git checkout.
@@ -299,7 +301,7 @@ def _register_model(
     name: str,
     parts: ModelParts,
     *,
-    alias: str,
+    alias: str | None,
     tags: Mapping[str, str],
     scores: Mapping[str, float],
     same: Sequence[str] = (),
@@ -312,7 +314,7 @@ def _register_model(
         run: The run that the version belongs to.
         name: Registered model, created where it does not exist.
         parts: What is stored.
-        alias: Moved to the version at the very end; empty: none is.
+        alias: Moved to the version at the very end; None: none is.
         tags: Of the version.
         scores: Metrics of the logged model.
         same: Keys of `tags`. A version of this run that has the same values of them is the model
@@ -333,7 +335,7 @@ def _register_model(
             version = _create_version(client, name, model, run.run_id, tags)
             for metric, reached in scores.items():
                 client.log_metric(run.run_id, metric, reached, model_id=model.model_id)
-        if alias:
+        if alias is not None:
             client.set_registered_model_alias(name, alias, str(version))
     return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
 

@@ -338,7 +338,7 @@ def door(action: str, uri: str) -> Iterator[MlflowClient]:
     It is a `TrackingUnavailableError` where the same may work later.
     """
     try:
-        yield _client(uri, store.registry_uri(uri))
+        yield _client(uri)
     except (ConfigError, TrackingError):
         raise
     except Exception as error:
@@ -348,10 +348,10 @@ def door(action: str, uri: str) -> Iterator[MlflowClient]:
 
 
 @functools.lru_cache(maxsize=16)
-def _client(uri: str, registry_uri: str) -> MlflowClient:
+def _client(uri: str) -> MlflowClient:
     for variable, value in store.MANNERS.items():
         os.environ.setdefault(variable, value)
     with store.quiet():
         from mlflow import MlflowClient
 
-        return MlflowClient(tracking_uri=uri, registry_uri=registry_uri)
+        return MlflowClient(tracking_uri=uri)  # which heeds $MLFLOW_REGISTRY_URI

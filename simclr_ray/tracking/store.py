@@ -156,8 +156,8 @@ def check_there(uri: str) -> None:
         raise ConfigError([ConfigIssue("", problem)])
 
 
-def check_model(name: str, alias: str) -> None:
-    """Raise `ConfigError` for what no registered model can be called, or no URI can hold."""
+def check_model(name: str, alias: str | None) -> None:
+    """Raise `ConfigError` for what no model or alias, if any, can be called, or no URI can hold."""
     issues = []
     wrong = _NOT_IN_NAMES.search(name)
     if wrong:
@@ -166,13 +166,15 @@ def check_model(name: str, alias: str) -> None:
     elif not name.strip() or name != name.strip() or len(name) > MAX_KEY_CHARS:
         problem = f"got {name!r}; 1 to {MAX_KEY_CHARS} characters, no space at either end"
         issues.append(ConfigIssue("registry.name", problem))
-    if alias and _RESERVED_ALIAS.fullmatch(alias):
+    if alias is None:
+        pass
+    elif _RESERVED_ALIAS.fullmatch(alias):
         problem = (
             f"{alias!r} is reserved by MLflow, where `models:/name/latest` and `models:/name/3` "
             "work without any alias; choose another, such as `newest`"
         )
         issues.append(ConfigIssue("registry.alias", problem))
-    elif alias and not _ALIAS.fullmatch(alias):
+    elif not _ALIAS.fullmatch(alias):
         issues.append(ConfigIssue("registry.alias", f"got {alias!r}; letters, digits, - and _"))
     if issues:
         raise ConfigError(issues)

@@ -103,7 +103,7 @@ def _registered(run: Run, config: Experiment) -> RegisteredEncoder:
     try:
         if not require:
             return register_run(run.folder, name, alias)
-        made = register_run(run.folder, name, "")
+        made = register_run(run.folder, name, None)
         uri = RunRecord.read(RunFolder.at(run.folder)).tracking_uri
         try:
             promote(made.uri, alias, require=require, tracking_uri=uri)

@@ -133,7 +133,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registry:
         run = tracker.start_run(f"r{number}", params={}, tags={})
         run.log_text(cfg.dump_yaml(cfg.to_tree(experiment)), "experiment.yaml")
         registry.register_encoder(
-            tmp_path / f"e{number}", run, name="m", alias="", example=png(), tags={},
+            tmp_path / f"e{number}", run, name="m", alias=None, example=png(), tags={},
             scores={"knn_top1": 0.25 * number},
         )  # fmt: skip
         runs.append(run.run_id)
