@@ -90,15 +90,18 @@ def evaluate_trained(experiment: Experiment, folder: Path, protocols: Sequence[s
 def _score_all(
     experiment: Experiment, trained: SimCLRModel, protocols: Sequence[str]
 ) -> list[Score]:
-    untrained = build_model(
-        experiment.model_copy(update={"head": NoHeadConfig(), "loss": NTXentConfig()})
-    )
     networks = {
         TRAINED: trained.encoder,
-        UNTRAINED: untrained.encoder,
+        UNTRAINED: untrained_encoder(experiment),
         PIXELS: Pixels(),
     }
     return score_networks(experiment, networks, protocols)
+
+
+def untrained_encoder(experiment: Experiment) -> nn.Module:
+    """Return the encoder that the experiment's seed begins with."""
+    alone = experiment.model_copy(update={"head": NoHeadConfig(), "loss": NTXentConfig()})
+    return build_model(alone).encoder
 
 
 def score_networks(

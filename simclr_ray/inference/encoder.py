@@ -201,11 +201,7 @@ class Classifier(Encoder):
     """An encoder with the classifier that was fine-tuned on it.
 
     Args:
-        network: As of `Encoder`, as all that are not named here.
-        config: As there.
-        size: As there.
-        feature_dim: As there.
-        decoder: As there.
+        encoder: It shares its network.
         head: Float [N, F] -> class scores [N, K].
         head_config: Tree of its config: `experiment.head`.
         class_names: Of the K classes.
@@ -222,18 +218,18 @@ class Classifier(Encoder):
 
     def __init__(
         self,
-        network: nn.Module,
+        encoder: Encoder,
         *,
-        config: Mapping[str, Any],
-        size: int,
-        feature_dim: int,
         head: nn.Module,
         head_config: Mapping[str, Any],
         class_names: Sequence[str],
-        decoder: ImageDecoder = DEFAULT_DECODER,
     ) -> None:
         super().__init__(
-            network, config=config, size=size, feature_dim=feature_dim, decoder=decoder
+            encoder.network,
+            config=encoder.config,
+            size=encoder.size,
+            feature_dim=encoder.feature_dim,
+            decoder=encoder.decoder,
         )
         self.head, self.head_config = head, dict(head_config)
         self.class_names = tuple(class_names)

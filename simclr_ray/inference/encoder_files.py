@@ -181,21 +181,19 @@ def load_folder(folder: Path) -> Encoder:
 
 def _of_files(folder: Path) -> Encoder:
     card = read_card(folder)
-    network = read_encoder(folder)
-    rest: dict[str, Any] = {
-        "config": card.encoder,
-        "size": card.size,
-        "feature_dim": card.feature_dim,
-        "decoder": card.decoder,
-    }
+    encoder = Encoder(
+        read_encoder(folder),
+        config=card.encoder,
+        size=card.size,
+        feature_dim=card.feature_dim,
+        decoder=card.decoder,
+    )
     if card.classifier is None:
-        return Encoder(network, **rest).eval()
+        return encoder.eval()
     classifier = ClassifierCard(**card.classifier)
-    head = _read_classifier(folder, classifier, card.feature_dim)
     return Classifier(
-        network,
-        **rest,
-        head=head,
+        encoder,
+        head=_read_classifier(folder, classifier, card.feature_dim),
         head_config=classifier.head,
         class_names=classifier.class_names,
     ).eval()
@@ -225,23 +223,23 @@ def _of_checkpoint(folder: Path) -> Encoder:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} names no encoder: {error}") from error
     checkpoint.restore_model(kept.tensors, encoder, prefix="model.encoder.")
-    frozen = encoder.float().eval().requires_grad_(requires_grad=False)
-    rest: dict[str, Any] = {
-        "config": tree["encoder"],
-        "size": tree["evaluation"]["size"] or tree["augment"]["size"],
-        "feature_dim": networks.feature_dim(frozen),
-        "decoder": image_decoder(channels, tree["data"].get("white", 0)),
-    }
+    frozen = encoder.float().requires_grad_(requires_grad=False)
+    whole = Encoder(
+        frozen,
+        config=tree["encoder"],
+        size=tree["evaluation"]["size"] or tree["augment"]["size"],
+        feature_dim=networks.feature_dim(frozen),
+        decoder=image_decoder(channels, tree["data"].get("white", 0)),
+    )
     head_config = tree.get("head", {})
     if head_config.get("name") != "classifier":
-        return Encoder(frozen, **rest).eval()
-    head = networks.classifier_from_tree(head_config, rest["feature_dim"])
+        return whole.eval()
+    head = networks.classifier_from_tree(head_config, whole.feature_dim)
     checkpoint.restore_model(kept.tensors, head, prefix="model.head.")
     names = kept.record.get("class_names", [])
     return Classifier(
-        frozen,
-        **rest,
-        head=head.float().eval().requires_grad_(requires_grad=False),
+        whole,
+        head=head.float().requires_grad_(requires_grad=False),
         head_config=head_config,
         class_names=[*names, *map(str, range(len(names), head_config["num_classes"]))],
     ).eval()

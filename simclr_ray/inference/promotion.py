@@ -15,14 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import torch
-
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
 from simclr_ray.config.moves import CONFIG_FILE
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from simclr_ray.errors import CollapseError, ConfigError, ConfigIssue, NotPromotedError
+from simclr_ray.evaluation.evaluate import untrained_encoder
 from simclr_ray.inference.comparison import (
     Scored,
     score,
@@ -31,11 +30,9 @@ from simclr_ray.inference.comparison import (
     table,
 )
 from simclr_ray.inference.embed import load_encoder
-from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.model_address import model_address
 from simclr_ray.inference.registry import find_version, why_not_learned
 from simclr_ray.inference.requirement import Facts, Requirement, Verdict
-from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.pretrained import experiment_of, open_checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking import store
@@ -100,23 +97,22 @@ def promote(
     encoder = load_encoder(f"models:/{address.name}/{version.version}", tracking_uri=tracking_uri)
     candidate = score(encoder, experiment, protocols)
     if not force:
-        problem = why_not_learned(
-            candidate.metrics, _untrained(experiment, encoder, protocols).metrics
-        )
+        before = score_network(untrained_encoder(experiment), encoder, experiment, protocols)
+        problem = why_not_learned(candidate.metrics, before.metrics)
         if problem:
             _note(uri, address.name, version.version, f"refused.{alias}", [problem])
             raise CollapseError(f"{where}: {problem}, so {alias} stays (--force)")
     for _ in range(TRIES):
-        before = _version_of(uri, address.name, alias)
-        verdict = _tested(rule, candidate, experiment, protocols, (address.name, before, uri))
+        champion = _version_of(uri, address.name, alias)
+        verdict = _tested(rule, candidate, experiment, protocols, (address.name, champion, uri))
         if not verdict.holds:
             _note(uri, address.name, version.version, f"refused.{alias}", verdict.lines)
             raise NotPromotedError(
                 f"{where} does not become {alias}, which stays "
-                f"{f'version {before}' if before else 'nowhere'}: {'; '.join(verdict.lines)}"
+                f"{f'version {champion}' if champion else 'nowhere'}: {'; '.join(verdict.lines)}"
             )
-        if _moved(uri, address.name, alias, version.version, before, verdict):
-            return Promotion(address.name, alias, version.version, before, verdict.lines)
+        if _moved(uri, address.name, alias, version.version, champion, verdict):
+            return Promotion(address.name, alias, version.version, champion, verdict.lines)
     problem = f"{alias} of {address.name} is being moved by others; try again"
     raise ConfigError([ConfigIssue("", problem)])
 
@@ -210,19 +206,6 @@ def _tested(
         )
         facts = Facts(candidate.metrics, other.metrics, standard_errors(candidate, other))
     return rule.check(facts)
-
-
-def _untrained(experiment: Experiment, encoder: Encoder, protocols: Sequence[str]) -> Scored:
-    """Return the scores of the encoder before its training."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(experiment.seed)
-        network = build_encoder(
-            experiment.encoder,
-            experiment.batch_norm,
-            size=experiment.augment.size,
-            channels=experiment.data.channels,
-        )
-    return score_network(network.eval(), encoder, experiment, protocols)
 
 
 def _protocols_for(rule: Requirement) -> list[str]:

@@ -166,15 +166,13 @@ def check_model(name: str, alias: str | None) -> None:
     elif not name.strip() or name != name.strip() or len(name) > MAX_KEY_CHARS:
         problem = f"got {name!r}; 1 to {MAX_KEY_CHARS} characters, no space at either end"
         issues.append(ConfigIssue("registry.name", problem))
-    if alias is None:
-        pass
-    elif _RESERVED_ALIAS.fullmatch(alias):
+    if alias is not None and _RESERVED_ALIAS.fullmatch(alias):
         problem = (
             f"{alias!r} is reserved by MLflow, where `models:/name/latest` and `models:/name/3` "
             "work without any alias; choose another, such as `newest`"
         )
         issues.append(ConfigIssue("registry.alias", problem))
-    elif not _ALIAS.fullmatch(alias):
+    elif alias is not None and not _ALIAS.fullmatch(alias):
         issues.append(ConfigIssue("registry.alias", f"got {alias!r}; letters, digits, - and _"))
     if issues:
         raise ConfigError(issues)

@@ -44,7 +44,7 @@ from simclr_ray.train.elastic import RESIZE_S, Trainer
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.frozen import fit_frozen
 from simclr_ray.train.health import HealthWatch
-from simclr_ray.train.identity import is_new, runs_of_this_name
+from simclr_ray.train.identity import is_new, newest_checkpoint, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
@@ -146,7 +146,7 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
     """Train what is left of a run; return it."""
     total, folder = resolved.total_steps, resolved.folder
     Rollbacks.read(folder).drop_abandoned(folder)  # a kill may have come between
-    newest = _newest(resolved)
+    newest = newest_checkpoint(resolved)
     # which of them is the good one, `RunMonitor` knows, and removes the rest
     keep = sys.maxsize if keeps_good(resolved.config) else resolved.config.checkpoint.keep
     if not newest:
@@ -165,7 +165,7 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
         with stop.passed_on(folder):
             _fit_with_rollbacks(resolved, tracked, on_progress)
             is_stopped = stop.is_requested(folder)
-        newest = _newest(resolved)
+        newest = newest_checkpoint(resolved)
         is_done = checkpoint.step_of(newest) >= total
         folder.prune_checkpoints(resolved.config.checkpoint.keep if is_done else keep, newest)
         if is_stopped and checkpoint.step_of(newest) < total:
@@ -174,12 +174,6 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
         raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
     metrics = last_values(folder.read_text(METRICS) or "")
     return Run(folder.name, folder.uri, newest, tracked.run_id, metrics)
-
-
-def _newest(resolved: ResolvedExperiment) -> str:
-    """Return the name of the newest checkpoint that verifies, or nothing."""
-    with resolved.folder.newest_checkpoint(resolved.identity) as path:
-        return path.name if path else ""
 
 
 def _fit_with_rollbacks(

@@ -34,6 +34,7 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolder
 from simclr_ray.storage.space import OF_THE_DISK, writing
+from simclr_ray.train.identity import newest_checkpoint
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.tracked import open_tracker, tracked_run
@@ -58,7 +59,7 @@ def fit_frozen(resolved: ResolvedExperiment) -> Run:
     with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
         with tracked_run(resolved, open_tracker(resolved)) as tracked:
-            name = _newest(resolved)
+            name = newest_checkpoint(resolved)
             if not name:
                 model, metrics = _fitted(resolved)
                 name = checkpoint.new_name(resolved.total_steps)
@@ -67,11 +68,6 @@ def fit_frozen(resolved: ResolvedExperiment) -> Run:
                 tracked.sender.wake()
             last = last_values(folder.read_text(METRICS) or "")
             return Run(folder.name, folder.uri, name, tracked.run_id, last)
-
-
-def _newest(resolved: ResolvedExperiment) -> str:
-    with resolved.folder.newest_checkpoint(resolved.identity) as path:
-        return path.name if path else ""
 
 
 def _fitted(resolved: ResolvedExperiment) -> tuple[SimCLRModel, dict[str, float]]:

@@ -86,3 +86,9 @@ def begin_anew(resolved: ResolvedExperiment) -> None:
     if not is_new(resolved.folder):
         other = resolved.folder.set_aside()
         log.info("what there was of this run is now %s", other.uri)
+
+
+def newest_checkpoint(resolved: ResolvedExperiment) -> str:
+    """Return the name of the newest checkpoint that verifies, or nothing."""
+    with resolved.folder.newest_checkpoint(resolved.identity) as path:
+        return path.name if path else ""

@@ -145,7 +145,7 @@ def test_what_a_node_out_of_memory_ends_goes_on_when_there_is_room(
 ) -> None:
     memory, gib = psutil.virtual_memory(), 2**30
     if memory.available < 14 * gib:
-        # the test eats memory until Ray ends processes: on a smaller machine the kernel would choose
+        # memory is eaten until Ray ends processes: on a smaller machine the kernel would choose
         # first, and might end what else runs there
         pytest.skip("8 GiB beside a run, far from the machine's end: it has too little memory")
     limit = (memory.total - memory.available + 8 * gib) / memory.total
