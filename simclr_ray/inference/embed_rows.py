@@ -40,6 +40,7 @@ from simclr_ray.evaluation.ray_features import (
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.storage.filesystem import (
+    entries_in,
     filesystem,
     info_of,
     open_whole,
@@ -116,19 +117,20 @@ def embed_rows(
         return _counted(fs, path)
     pieces = cut_pieces(source)
     parts = f"{path}.parts-{digest}"
-    fs.create_dir(parts, recursive=True)
-    done = {info.base_name for info in fs.get_file_info(pafs.FileSelector(parts))}
+    done = {info.base_name for info in entries_in(fs, parts)}
     missing = [i for i in range(len(pieces)) if _part(i) not in done]
     num_done = source.num_rows - sum(len(pieces[i]) for i in missing)
     tell = on_progress or (lambda _done, _total: None)
     tell(num_done, source.num_rows)
     if missing:
         connect()
+        actors = devices_of_cluster()
+        fs.create_dir(parts, recursive=True)  # after all that can be refused
         encoding = Encoding(
             [encoder.network], encoder.size, encoder.decoder, batch_size, keep=tuple(keep)
         )
         chosen = [pieces[i] for i in missing]
-        tables = stream(source, chosen, encoding, devices_of_cluster())
+        tables = stream(source, chosen, encoding, actors)
         for index, table in zip(missing, tables, strict=True):
             with open_whole(fs, f"{parts}/{_part(index)}") as file:
                 pq.write_table(_columns_of(table, encoder.feature_dim, keep, dtype), file)

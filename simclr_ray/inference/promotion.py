@@ -1,7 +1,7 @@
 """An alias moves to a better version, or stays: what it has to show, tested on the same images.
 
 Both versions are scored anew, by one code on one test split; stored scores may be of another. What
-was stored is kept as tags of the version, where it was refused as well.
+was measured is kept as tags of the version, where it was refused as well.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -218,8 +217,9 @@ def _experiment_of(run_id: str, uri: str, overrides: Sequence[str]) -> Experimen
     """Return the experiment of a version's run: as MLflow has it, or as its folder has it."""
     with store.quiet(), door(f"find run {run_id}", uri) as client:
         text, folder = "", client.get_run(run_id).data.tags.get("storage", "")
-        with tempfile.TemporaryDirectory() as scratch, suppress(Exception):
-            text = Path(client.download_artifacts(run_id, CONFIG_FILE, scratch)).read_text()
+        if any(stored.path == CONFIG_FILE for stored in client.list_artifacts(run_id)):
+            with tempfile.TemporaryDirectory() as scratch:
+                text = Path(client.download_artifacts(run_id, CONFIG_FILE, scratch)).read_text()
     if not text and folder:
         text = RunFolder.at(folder).read_text(CONFIG_FILE) or ""
     if not text:

@@ -106,7 +106,8 @@ def _registered(run: Run, config: Experiment) -> RegisteredEncoder:
         made = register_run(run.folder, name, None)
         uri = RunRecord.read(RunFolder.at(run.folder)).tracking_uri
         try:
-            promote(made.uri, alias, require=require, tracking_uri=uri)
+            # whether it has learned anything, `register_run` has just asked
+            promote(made.uri, alias, require=require, force=True, tracking_uri=uri)
         except NotPromotedError as error:
             log.warning("%s", error)
         return made
