@@ -28,7 +28,12 @@ from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.inference.requirement import Facts, Requirement
 from simclr_ray.nn.build import build_encoder, feature_dim
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.runs import Tracker
+from simclr_ray.tracking.store import RegisteredEncoder
+from simclr_ray.train import pipeline
+from simclr_ray.train.outcome import Run
 from tests.ray.images import write_splits
 
 Hits = npt.NDArray[np.bool_]
@@ -328,3 +333,56 @@ def test_run_version_and_logged_model_point_to_one_another_and_carry_the_scores(
     assert model.source_run_id == version.run_id
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "m", "version": "3"}]
     assert {m.key: m.value for m in model.metrics or []} == {"knn_top1": 0.5}
+
+
+def test_a_run_that_asks_for_a_rule_is_registered_and_the_alias_moves_or_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder.of(str(tmp_path), "r-12345678")
+    uri = f"sqlite:///{tmp_path}/x.db"
+    RunRecord("id", uri, "f", "d").write(folder)
+    run = Run(folder.name, folder.uri, "step", "id", {})
+    made = RegisteredEncoder("enc", 3, "models:/enc/3", "id")
+    asked: list[Any] = []
+    monkeypatch.setattr(pipeline, "register_run", lambda *given: asked.append(given) or made)
+    monkeypatch.setattr(pipeline, "promote", lambda *given, **more: asked.append((given, more)))
+    tree: dict[str, Any] = {
+        "name": "r",
+        "data": {"train": "x"},
+        "registry": {"name": "enc", "alias": "best"},
+    }
+    plain = cfg.validate(Experiment, tree)
+    assert pipeline._registered(run, plain) == made
+    assert asked == [(folder.uri, "enc", "best")]
+    asked.clear()
+    ruled = cfg.validate(Experiment, tree | {"registry": tree["registry"] | {"require": RULE}})
+    assert pipeline._registered(run, ruled) == made
+    more = {"require": RULE, "force": True, "tracking_uri": uri}
+    assert asked == [(folder.uri, "enc", None), (("models:/enc/3", "best"), more)]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotPromotedError("models:/enc/3 does not become best: it is worse")
+
+    monkeypatch.setattr(pipeline, "promote", refuse)
+    assert pipeline._registered(run, ruled) == made
+    assert "models:/enc/3 does not become best" in caplog.text
+
+
+def test_the_registry_may_be_another_store(
+    registered: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, other = f"sqlite:///{tmp_path}/runs.db", f"sqlite:///{tmp_path}/registry.db"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", other)
+    with pytest.raises(ConfigError, match=r"no MLflow store at .*registry\.db|runs\.db"):
+        load_encoder("models:/m/1", tracking_uri=uri)
+    assert not list(tmp_path.iterdir())  # a read makes no store
+    tracker = Tracker.open(TrackingConfig(uri=uri), "unused")
+    run = tracker.start_run("r", params={}, tags={})
+    folder = Path(registered.uri.removeprefix("sqlite:///")).parent / "e0"
+    registry.register_encoder(folder, run, name="far", alias="best", example=png(), tags={})
+    assert load_encoder("models:/far@best", tracking_uri=uri).feature_dim > 0
+    assert MlflowClient(uri, other).get_model_version_by_alias("far", "best").version in (1, "1")
+    assert not MlflowClient(uri, uri).search_registered_models()
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "ftp://x")
+    with pytest.raises(ConfigError, match="MLflow has no ftp:// store"):
+        load_encoder("models:/far@best", tracking_uri=uri)
