@@ -344,7 +344,12 @@ def test_a_run_that_asks_for_a_rule_is_registered_and_the_alias_moves_or_stays(
     run = Run(folder.name, folder.uri, "step", "id", {})
     made = RegisteredEncoder("enc", 3, "models:/enc/3", "id")
     asked: list[Any] = []
-    monkeypatch.setattr(pipeline, "register_run", lambda *given: asked.append(given) or made)
+
+    def register(*given: Any) -> RegisteredEncoder:
+        asked.append(given)
+        return made
+
+    monkeypatch.setattr(pipeline, "register_run", register)
     monkeypatch.setattr(pipeline, "promote", lambda *given, **more: asked.append((given, more)))
     tree: dict[str, Any] = {
         "name": "r",
