@@ -37,6 +37,7 @@ QUIET = {
     # 100,000 calls of actors would be kept for a dashboard that is not there: 250 MB in some hours
     "task_events_report_interval_ms": 0,
 }
+STARTS: Final = 2  # of a Ray on this machine, where the first fails
 KNOCK_TIMEOUT_S: Final = 10.0
 PORTS = 2**16
 HTTP2_SETTINGS: Final = 4  # type of a frame
@@ -104,25 +105,43 @@ def connect(
     log.info("starting Ray on this machine")
     began = time.monotonic()
     ray_token.create()
-    try:
-        _init_marked(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
-            object_store_memory=2**30,
-            runtime_env=code,
-            include_dashboard=False,  # five processes; MLflow and the terminal show the run
-            # several runs start their processes side by side; else Ray warns of their number
-            _system_config=QUIET
-            | ({"worker_maximum_startup_concurrency": 4 * copies} if copies > 1 else {}),
-        )
-    except Exception as error:  # Ray has no type of its own for it
-        raise ClusterError(
-            f"Ray did not start on this machine; is it very busy, or out of memory? {error}"
-        ) from error
+    _start(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
+        object_store_memory=2**30,
+        runtime_env=code,
+        include_dashboard=False,  # five processes; MLflow and the terminal show the run
+        # several runs start their processes side by side; else Ray warns of their number
+        _system_config=QUIET
+        | ({"worker_maximum_startup_concurrency": 4 * copies} if copies > 1 else {}),
+    )
     # Ray Train's helpers find the cluster by this, where several run on one machine
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     _started_here.add(os.environ["RAY_ADDRESS"])
     log.info("Ray is up after %.0f s", time.monotonic() - began)
+
+
+def _start(**options: Any) -> None:
+    """Start Ray on this machine; a second time where the first fails.
+
+    Its raylet gives its agents 30 s to come up, and no setting makes the driver wait longer: on a
+    busy machine that is too little now and then.
+
+    Raises:
+        ClusterError: It does not start.
+    """
+    for attempt in range(STARTS):
+        try:
+            _init_marked(**options)
+        except Exception as error:  # Ray has no type of its own for it
+            ray.shutdown()  # what it has started by then
+            if attempt + 1 < STARTS:
+                log.info("Ray did not start, as on a very busy machine; once more")
+                continue
+            raise ClusterError(
+                f"Ray did not start on this machine; is it very busy, or out of memory? {error}"
+            ) from error
+        return
 
 
 def _init_marked(**options: Any) -> None:

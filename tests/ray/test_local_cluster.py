@@ -107,3 +107,36 @@ def test_it_asks_for_a_token_that_is_in_no_file_and_dies_with_its_driver(
     left = [process for process in local.processes if is_running(process)]
     assert not left, left
     assert time.monotonic() - began < ray_reaper.GRACE_S + 7
+
+
+FAILS_ONCE = """
+import ray
+from simclr_ray.distributed import ray_cluster
+
+start, starts = ray_cluster.init, []
+
+def init(**options):
+    context = start(**options)
+    starts.append([node["NodeID"] for node in ray.nodes()])
+    if len(starts) == 1:  # as where a raylet was not up in time: half of it runs
+        raise Exception("The current node timed out during startup.")
+    return context
+
+ray_cluster.init = init
+ray_cluster.connect()
+
+@ray.remote
+def works():
+    return 7
+
+print(len(starts), starts[0] != starts[1], len(ray.nodes()), ray.get(works.remote()))
+"""
+
+
+def test_a_start_that_fails_is_made_again_and_leaves_one_ray(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS_ONCE], capture_output=True, text=True, timeout=180,
+        env=environment(HOME=str(tmp_path)), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "True", "1", "7"]

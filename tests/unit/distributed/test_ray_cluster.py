@@ -54,3 +54,21 @@ def test_what_listens_but_is_not_ray_ends_in_one_line(
 def test_a_port_that_cannot_be_is_an_address_where_nobody_answers(port: int) -> None:
     with pytest.raises(OSError, match="there is no such port"):
         ray_cluster.knock(f"127.0.0.1:{port}")
+
+
+def test_a_ray_that_does_not_start_is_tried_twice_and_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts: list[object] = []
+
+    def fail(**options: object) -> None:
+        starts.append(options)
+        raise RuntimeError("timed out during startup")
+
+    monkeypatch.setattr(ray_cluster, "_init_marked", fail)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # another test may have connected
+    with pytest.raises(
+        ClusterError, match=r"did not start on this machine.*timed out during start"
+    ):
+        ray_cluster._start(num_cpus=2)
+    assert starts == [{"num_cpus": 2}] * 2
