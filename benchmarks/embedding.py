@@ -3,10 +3,10 @@
     python -m benchmarks.embedding [--rounds 3] [--rows 5000] [--folder runs/embedding] [--bucket]
 
 CIFAR-10 of $SIMCLR_RAY_DATA by a ResNet-18 with CIFAR stem. First rounds over the first `--rows`
-images, each beside one process that reads, decodes and encodes them in a plain loop. Then all
-50,000: undisturbed; then killed by SIGKILL in the middle, and started again. Of each: seconds from
-the command to the first stored rows, images a second after the first stored rows until the file is
-there, and the most memory that all its processes had at once, what they share counted once.
+images, each beside one process that decodes the next batch while it encodes one. Then all 50,000:
+undisturbed; then killed by SIGKILL in the middle, and started again. Of each: seconds from the
+command to the first stored rows, images a second after those until the file is there, and the most
+memory that all its processes had at once, what they share counted once.
 With `--bucket` images and embeddings lie behind an S3-compatible server on this machine (moto,
 which takes some of its time). Writes `benchmarks/results/embedding.json`, or `_bucket`.
 """
@@ -21,9 +21,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -148,22 +150,31 @@ def in_one_process(model: Path, dataset: Path) -> float:
 
 
 def loop(model: str, dataset: str) -> None:
-    """Print images a second after the first batch: threads decode a batch, then it is encoded."""
+    """Print images a second after the first batch: threads decode the next as one is encoded."""
     from simclr_ray.inference.embed import load_encoder
 
     encoder = load_encoder(model)
-    view = encoder.transform.view
-    began, done = 0.0, 0
+    view, began, done = encoder.transform.view, 0.0, 0
     with ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
-        for file in sorted(Path(dataset).glob("*.parquet")):
-            for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=["image"]):
-                views = list(pool.map(view, batch.column(0).to_pylist()))
+        coming: deque[Iterator[Any]] = deque()
+        for batch in chain(read(Path(dataset)), [None]):
+            if batch is not None:
+                coming.append(pool.map(view, batch))  # begins at once
+            while coming and (len(coming) > 1 or batch is None):
+                views = list(coming.popleft())
                 encoder.network(as_inputs(views)).numpy()
                 if began:
                     done += len(views)
                 else:
                     began = time.monotonic()
     print(done / (time.monotonic() - began))
+
+
+def read(dataset: Path) -> Iterator[list[bytes]]:
+    """Yield the encoded images of a dataset in batches."""
+    for file in sorted(dataset.glob("*.parquet")):
+        for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=["image"]):
+            yield batch.column(0).to_pylist()
 
 
 def embedded(model: Path, where: str, out: str, *, kill_after: int = 0) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def promote(
     """
     uri, address = store.store_uri(tracking_uri), model_address(where)
     store.check_model(address.name, alias)
+    Requirement.parse(require, "--require")  # what is wrong with it is said before anything is read
     version = find_version(where, uri=uri)
     experiment = _experiment_of(version.run_id, uri, overrides)
     rule = Requirement.parse(require or experiment.registry.require, "--require")

@@ -44,6 +44,7 @@ EXAMPLES_TRIED: Final = 64
 FEW_DIMENSIONS: Final = 2.0  # effective rank; a trained encoder has ten times that and more
 NO_WORSE: Final = ("effective_rank", "feature_std")  # known of every encoder with two images
 VERSIONS_TAG: Final = "mlflow.modelVersions"
+OF_THE_RUN: Final = ("study", "trial")  # tags of MLflow's run that its versions carry too
 ABSENT: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter of an alias
 
 
@@ -325,6 +326,8 @@ def _register_model(
     """
     store.check_model(name, alias)
     with store.quiet(), door(f"register {name!r}", run.uri) as client:
+        of_the_run = client.get_run(run.run_id).data.tags
+        tags = {**tags, **{key: of_the_run[key] for key in OF_THE_RUN if key in of_the_run}}
         wanted = store.tags_of({key: tags[key] for key in same})
         version = _version_with(client, name, run.run_id, wanted) if wanted else 0
         if version:

@@ -5,8 +5,8 @@
 
 Layers are numbered in the order in which the authors' code makes them (google-research/simclr
 `resnet.py`), which is that of ours: the stem, and of each block its shortcut first. Their images
-are in [0, 1], so nothing is folded in. Features differ a little where the stem is `imagenet`:
-TensorFlow's max pool pads at the lower right alone.
+are in [0, 1], so nothing is folded in. Their stem for ImageNet is `imagenet_same`; `imagenet` is
+refused, since it pads the max pool otherwise and other features come out.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def by_own_names(encoder: nn.Module, tree: Mapping[str, Any]) -> dict[str, Tenso
     """
     if not isinstance(encoder, ResNet):
         raise CheckpointError("holds the authors' ResNet; take encoder.name=resnet")
+    if isinstance(encoder.pool, nn.MaxPool2d):
+        raise CheckpointError("the authors pad the max pool otherwise; encoder.stem=imagenet_same")
     layers = {
         "conv2d": [n for n, m in encoder.named_modules() if isinstance(m, nn.Conv2d)],
         "batch_normalization": [

@@ -48,7 +48,8 @@ class ResNet(nn.Module):
     Args:
         depth: 10, 18, 34, 50, 101, 152 or 200; F is 512·width (basic) or 2048·width.
         width: Channel multiplier, stem included.
-        stem: `imagenet` 7x7/2 and 3x3/2 max pool; `cifar` 3x3; `strided` 3x3/2.
+        stem: `imagenet` 7x7/2 and 3x3/2 max pool; `imagenet_same` the same with the authors' pool,
+            padded after the image alone; `cifar` 3x3; `strided` 3x3/2.
         norm: Makes the batch norm (or another norm with `weight`) of a channel count.
         selective_kernel: Ratio of SimCLRv2's selective kernels, 0.0625 there; 0: none.
         inputs: C, channels of the images.
@@ -63,7 +64,7 @@ class ResNet(nn.Module):
         self,
         depth: int = 50,
         width: float = 1.0,
-        stem: Literal["imagenet", "cifar", "strided"] = "imagenet",
+        stem: Literal["imagenet", "imagenet_same", "cifar", "strided"] = "imagenet",
         norm: Norm = GlobalBatchNorm,
         *,
         selective_kernel: float = 0.0,
@@ -82,7 +83,7 @@ class ResNet(nn.Module):
             block = partial(Bottleneck, norm=norm, selective_kernel=selective_kernel)
         channels = round(64 * width)
         self.stem = _stem(stem, inputs, channels, norm, deep=selective_kernel > 0)
-        self.pool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
+        self.pool = _pool(stem)
         groups = []
         for index, repeats in enumerate(BLOCKS[depth]):
             filters = round(64 * width) * 2**index
@@ -129,19 +130,37 @@ def _stem(kind: str, inputs: int, channels: int, norm: Norm, *, deep: bool) -> n
     """Return the layers before the first block, without their last ReLU and the pool.
 
     Args:
-        kind: `imagenet`, `cifar` or `strided`.
+        kind: `imagenet`, `imagenet_same`, `cifar` or `strided`.
         inputs: Channels of the images.
         channels: 64·width.
         norm: Makes a norm.
         deep: ResNet-D's three 3x3 in place of the 7x7.
     """
-    if deep and kind == "imagenet":
+    if deep and kind in ("imagenet", "imagenet_same"):
         half = channels // 2
         first, second = ConvNorm(inputs, half, 3, 2, norm), ConvNorm(half, half, 3, 1, norm)
         last = ConvNorm(half, channels, 3, 1, norm)
         return nn.Sequential(*first, nn.ReLU(inplace=True), *second, nn.ReLU(inplace=True), *last)
-    kernel, stride = {"imagenet": (7, 2), "cifar": (3, 1), "strided": (3, 2)}[kind]
+    kernel, stride = {"cifar": (3, 1), "strided": (3, 2)}.get(kind, (7, 2))
     return ConvNorm(inputs, channels, kernel, stride, norm)
+
+
+def _pool(kind: str) -> nn.Module:
+    """Return the layer between the stem and the first block."""
+    if kind == "imagenet":
+        return nn.MaxPool2d(3, 2, 1)
+    return SameMaxPool() if kind == "imagenet_same" else nn.Identity()
+
+
+class SameMaxPool(nn.Module):
+    """Max pool 3x3/2 as TensorFlow pads it ('SAME'): of an even side the last row alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [N, C, ceil(H / 2), ceil(W / 2)]."""
+        # an even side lacks one row, which comes after it; an odd one two, one on each side
+        top, left = (size % 2 for size in x.shape[-2:])
+        x = F.pad(x, (left, 1, top, 1), value=-math.inf)
+        return F.max_pool2d(x, 3, 2)
 
 
 class SelectiveKernel(nn.Module):
@@ -258,7 +277,8 @@ class ResNetFamily(EncoderFamily[ResNetConfig]):
             CheckpointError: torchvision has no such ResNet.
         """
         config = self.config
-        if config.depth < 50 or config.stem == "strided" or config.selective_kernel:
+        stems = ("imagenet", "cifar")
+        if config.depth < 50 or config.stem not in stems or config.selective_kernel:
             raise CheckpointError(
                 "torchvision has no such ResNet: depth 50 or more, stem imagenet or cifar, no "
                 "selective kernels; for its others take encoder.name=torchvision"
@@ -279,7 +299,8 @@ class ResNetFamily(EncoderFamily[ResNetConfig]):
     def in_torchvision(self, size: int) -> Architecture | str:  # noqa: ARG002 - takes any
         """Return torchvision's ResNet; it has no projection in the first group of 18 and 34."""
         config = self.config
-        if config.depth in (50, 101, 152) and self._is_plain and config.stem != "strided":
+        stems = ("imagenet", "cifar")
+        if config.depth in (50, 101, 152) and self._is_plain and config.stem in stems:
             return Architecture(f"resnet{config.depth}", {}, small_stem=config.stem == "cifar")
         return (
             "torchvision has the ResNets of depth 50, 101 and 152 at width 1, with stem imagenet "

@@ -103,7 +103,9 @@ def test_a_file_computes_in_its_library_what_the_encoder_does(
     assert float((want[0] - want[1]).abs().max() / want.abs().max()) > 1e-2  # images differ
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "transformers" in case[2]])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if "transformers" in case[2]]
+)
 def test_the_image_processor_of_a_folder_makes_nearly_the_view_of_the_encoder(
     name: str, read: Path
 ) -> None:

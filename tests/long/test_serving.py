@@ -124,7 +124,9 @@ def test_pyfunc_server_and_program_give_the_features_of_the_training(
     trained: Trained, python: Path
 ) -> None:
     want = trained.encoder.embed([file.read_bytes() for file in files_of(trained.folder)])
-    for how, got in zip(("pyfunc", "served", "program"), use(trained, python, "photos"), strict=True):
+    for how, got in zip(
+        ("pyfunc", "served", "program"), use(trained, python, "photos"), strict=True
+    ):
         difference = apart(got, want)
         sys.stdout.write(f"{how}: at most {difference:.1e} of the largest feature\n")
         assert difference < TOLERANCE

@@ -31,8 +31,10 @@ class ResNetConfig(_EncoderConfig):
     name: Literal["resnet"] = "resnet"
     depth: Literal[10, 18, 34, 50, 101, 152, 200] = Field(50, description="10 is not in the paper.")
     width: float = Field(1.0, gt=0, le=16, description="Multiplier of every channel count.")
-    stem: Literal["imagenet", "cifar", "strided"] = Field(
-        "imagenet", description="7x7/2 and pool; 3x3; or 3x3/2 (ours, for CPUs)."
+    stem: Literal["imagenet", "imagenet_same", "cifar", "strided"] = Field(
+        "imagenet",
+        description="7x7/2 and pool, the latter as torchvision or as the authors pad it; 3x3; or "
+        "3x3/2 (ours, for CPUs).",
     )
     selective_kernel: float = Field(
         0.0,

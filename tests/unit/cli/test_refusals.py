@@ -71,6 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "splits" / split / "cat").mkdir(parents=True)
         shutil.copy(folder / "images/cat/0.png", folder / "splits" / split / "cat")
     (folder / "empty").mkdir()
+    (folder / "folder.parquet").mkdir()
     (folder / "folder.yaml").mkdir()
     shutil.copytree(FORMATS / "format_2", folder / RUN)
     (folder / OTHER).mkdir()
@@ -201,14 +202,44 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["evaluate", RUN, "encoder.depth=18"], ["encoder.depth", "trained with"]),
     (["embed", "models:/", "images/cat/0.png"], ["models:/name@alias"]),
     (["embed", "models:/enc@newest", "images/cat/0.png"], ["no MLflow store", "mlflow.db"]),
+    (["embed", "runs/nope", "images", "--out", "new/x.parquet"], ["runs/nope", "checkpoint"]),
+    (["embed", RUN, "images"], ["images", "--out OUT.parquet"]),
+    (["embed", RUN, "nope", "--out", "new/x.parquet"], ["nope", "no such file"]),
+    (["embed", RUN, "images", "--out", "new/x.csv"], ["--out", ".parquet"]),
+    (["embed", RUN, "images", "--out", "folder.parquet"], ["folder.parquet is a folder"]),
+    (["embed", RUN, "images", "--out", "numbers.parquet"], ["other data", "--overwrite"]),
+    (["embed", RUN, "images", "--out", "new/x.parquet", "--dtype", "int8"], ["float16", "'int8'"]),
+    (["embed", RUN, "train.parquet", "--out", "new/x.parquet", "--keep", "name"], ["'name'"]),
+    (["embed", RUN, "train.parquet", "--out", "new/x.parquet", "img=image"], ["img", "'image'"]),
+    (["embed", RUN, "images", "train.parquet", "--out", "new/x.parquet"], ["one is embedded"]),
+    (["embed", RUN, "numbers.parquet", "--out", "new/x.parquet"], ["with image=..."]),
     (["predict", RUN, "images/cat/0.png"], [RUN, "without a classifier", "model finetune"]),
+    (["predict", "models:/enc/1", "images/cat/0.png"], ["no MLflow store", "mlflow.db"]),
     (["export", RUN, "out", "--to", "onxx"], ["--to", "safetensors, torch-export", "'onnx'"]),
     (["export", RUN, "out", "--to", "timm"], ["--to timm", "depth 50", "--to onnx"]),
     (["export", RUN, "/proc/none"], ["/proc"]),
     (["model", "register", RUN, "team/enc"], ["'/'", "team/enc"]),
     (["model", "register", RUN, "enc", "--alias", "latest"], ["'latest'", "`newest`"]),
     (["model", "register", RUN, "enc"], ["/somewhere/runs/mlflow.db"]),
+    (["model", "promote", "enc", "champion"], ["models:/name@alias"]),
+    (["model", "promote", "models:/enc/1", "champion"], ["no MLflow store"]),
+    (
+        ["model", "promote", "models:/enc/1", "champion", "--require", "top1 >= 0.5"],
+        ["--require", "'top1'", "linear_top1"],
+    ),
+    (
+        ["model", "promote", "models:/enc/1", "champion", "--require", "open('x') > 0"],
+        ["--require", "open"],
+    ),
+    ([*PRETRAIN, "registry.name=e", "registry.require=knn_top2 > 0"], ["knn_top2", "knn_top1"]),
+    ([*PRETRAIN, "registry.require=knn_top1 > 0"], ["registry.require", "registry.name"]),
+    (["model", "rollback", "enc", "champion"], ["no MLflow store"]),
+    (["model", "rm", "models:/enc/1"], ["no MLflow store"]),
+    (["model", "compare", RUN, "runs/nope"], ["runs/nope", "checkpoint"]),
+    (["run", "rm", "runs/nope"], ["runs/nope"]),
     (["model", "finetune", RUN, "--labels", "10"], ["labels", "at most 1"]),
+    (["model", "finetune", "runs/nope", "--per-class", "3"], ["runs/nope", "checkpoint"]),
+    (["model", "finetune", RUN, "--per-class", "-1"], ["--per-class", "-1"]),
     (["run", "list", RUN], [RUN, "status"]),
     (["status", "empty"], ["empty", "experiment.yaml"]),
     (["doctor", "--storage", "s4://x"], ["s4://x", "cannot be opened"]),

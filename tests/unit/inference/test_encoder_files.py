@@ -138,7 +138,8 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     encoder = trained_encoder()
     write(base / "best", encoder)
     tracker = Tracker.open(TrackingConfig(uri=f"sqlite:///{base}/mlflow.db"), "unused")
-    run = tracker.start_run("run", params={"seed": 3}, tags={})
+    of_a_trial = {"study": "losses", "trial": "t-1"}
+    run = tracker.start_run("run", params={"seed": 3}, tags=of_a_trial)
     images = [image(1), image(2, 30, 64, "JPEG"), image(3, 100, 50, "WEBP"), deep_image(4)]
     tags: dict[str, str | int | float] = {"dataset_fingerprint": "f" * 64, "knn_top1": 0.5}
     version = registry.register_encoder(
@@ -358,6 +359,7 @@ def test_the_version_says_what_it_needs_and_where_it_comes_from(registered: Regi
     assert version.run_id == registered.version.run_id
     assert version.tags["dataset_fingerprint"] == "f" * 64
     assert version.tags["knn_top1"] == "0.5"
+    assert (version.tags["study"], version.tags["trial"]) == ("losses", "t-1")
     folder = Path(str(version.source).removeprefix("file://"))
     requirements = (folder / "requirements.txt").read_text().split()
     assert requirements == mlflow_model.pinned_requirements()

@@ -27,8 +27,8 @@ class Authors:
     A name that is not there yet is drawn, so that the first pass makes the variables.
     """
 
-    def __init__(self, depth: int, sk_ratio: float = 0.0) -> None:
-        self.depth, self.sk_ratio = depth, sk_ratio
+    def __init__(self, depth: int, sk_ratio: float = 0.0, *, is_small: bool = True) -> None:
+        self.depth, self.sk_ratio, self.is_small = depth, sk_ratio, is_small
         self.variables: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(0)
 
@@ -57,6 +57,20 @@ class Authors:
         variance = self.variable(f"{name}/moving_variance", shape, 0.5, 2.0)
         out = F.batch_norm(x, mean, variance, gamma, beta, eps=1e-5)
         return out.relu() if relu else out
+
+    def start(self, x: Tensor, filters: int) -> Tensor:
+        if self.is_small:
+            return self.norm(self.conv(x, filters, 3, 1))
+        if self.sk_ratio:
+            x = self.norm(self.conv(x, filters // 2, 3, 2))
+            x = self.norm(self.conv(x, filters // 2, 3, 1))
+            x = self.norm(self.conv(x, filters, 3, 1))
+        else:
+            x = self.norm(self.conv(x, filters, 7, 2))
+        # 'SAME': so many that each second pixel has a window, the odd one after
+        missing = [max(2 * ((side + 1) // 2) + 1 - side, 0) for side in x.shape[-2:]]
+        rows, columns = ((n // 2, n - n // 2) for n in missing)
+        return F.max_pool2d(F.pad(x, (*columns, *rows), value=float("-inf")), 3, 2)
 
     def sk_conv(self, x: Tensor, filters: int, stride: int) -> Tensor:
         both = torch.stack(self.norm(self.conv(x, 2 * filters, 3, stride)).chunk(2, 1))
@@ -92,7 +106,7 @@ class Authors:
     def __call__(self, images: Tensor) -> Tensor:
         self.counts = {"conv2d": 0, "batch_normalization": 0}
         filters = round(64 * WIDTH)
-        x = self.norm(self.conv(images, filters, 3, 1))
+        x = self.start(images, filters)
         for group, repeats in enumerate(REPEATS[self.depth]):
             for repeat in range(repeats):
                 stride = 2 if group and not repeat else 1
@@ -121,15 +135,24 @@ def write(path: Path, authors: Authors, suffix: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "sk_ratio", "suffix"), [(18, 0.0, ""), (50, 0.0, ":0"), (50, 0.0625, "")]
+    ("depth", "sk_ratio", "suffix", "stem", "size"),
+    [
+        (18, 0.0, "", "cifar", 32),
+        (50, 0.0, ":0", "cifar", 32),
+        (50, 0.0625, "", "cifar", 32),
+        (50, 0.0, "", "imagenet_same", 64),
+        (18, 0.0, "", "imagenet_same", 66),  # 33 before the pool
+        (50, 0.0625, "", "imagenet_same", 64),
+    ],
 )
 def test_an_npz_of_the_authors_variables_gives_their_features(
-    depth: int, sk_ratio: float, suffix: str, tmp_path: Path
+    depth: int, sk_ratio: float, suffix: str, stem: str, size: int, tmp_path: Path
 ) -> None:
-    authors, images = Authors(depth, sk_ratio), torch.rand(3, 3, 32, 32)
+    authors = Authors(depth, sk_ratio, is_small=stem == "cifar")
+    images = torch.rand(3, 3, size, size)
     expected = authors(images)
     write(tmp_path / "r.npz", authors, suffix)
-    run = experiment(tmp_path / "r.npz", depth=depth, selective_kernel=sk_ratio)
+    run = experiment(tmp_path / "r.npz", depth=depth, selective_kernel=sk_ratio, stem=stem)
     model = build_model(run).eval()
     load_init(model, run)
     with torch.no_grad():
@@ -144,6 +167,7 @@ def test_an_npz_of_the_authors_variables_gives_their_features(
     ("encoder", "said"),
     [
         ({"depth": 18}, "holds conv2d_21"),
+        ({"stem": "imagenet"}, "encoder.stem=imagenet_same"),
         ({"width": 0.25}, "does not fit the encoder"),
         ({"name": "torchvision", "model": "resnet50"}, "take encoder.name=resnet"),
         ({"depth": 101}, "does not fit the encoder"),
