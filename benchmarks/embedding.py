@@ -82,12 +82,11 @@ def measured(
     model: Path, few: str, whole: str, out: str, local: Path, rounds: int
 ) -> dict[str, Any]:
     """Return all figures; of `local` one process reads the same rows as `embed` of `few`."""
-    pairs = []
+    alone_in, ours_in = [], []
     for index in range(rounds):
-        alone = in_one_process(model, local)
-        ours = embedded(model, few, f"{out}/few-{index}.parquet")
-        pairs.append({"one_process_images_per_s": alone, "embed": ours})
-        show(f"round {index}", pairs[-1])
+        alone_in.append(in_one_process(model, local))
+        ours_in.append(embedded(model, few, f"{out}/few-{index}.parquet"))
+        show(f"round {index}, one process {alone_in[-1]:.1f} images/s", ours_in[-1])
     undisturbed = embedded(model, whole, f"{out}/whole.parquet")
     show("whole", undisturbed)
     alone = in_one_process(model, local)
@@ -96,10 +95,11 @@ def measured(
     resumed = embedded(model, whole, f"{out}/killed.parquet")
     show("resumed", resumed)
     again = in_one_process(model, local)
-    ratios = [p["embed"]["images_per_s"] / p["one_process_images_per_s"] for p in pairs]
-    few_mib = max(pair["embed"]["peak_mib"] for pair in pairs)
+    ratios = [o["images_per_s"] / a for o, a in zip(ours_in, alone_in, strict=True)]
+    few_mib = max(ours["peak_mib"] for ours in ours_in)
     return {
-        "rounds": pairs,
+        "one_process_images_per_s": [round(speed, 2) for speed in alone_in],
+        "rounds": ours_in,
         "of_one_process": median(ratios),
         "whole": undisturbed,
         "one_process_before_and_after_kill": [alone, again],

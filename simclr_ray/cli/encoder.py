@@ -17,8 +17,7 @@ from simclr_ray.cli.arguments import TrackingUri, permitted_names
 from simclr_ray.cli.console import loading, out, say
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import column_keys, counted
-from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.storage.filesystem import make_parent
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 
 Model = Annotated[
     str,
@@ -29,7 +28,7 @@ Model = Annotated[
 
 
 Images = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")]
-ROLE: Final = re.compile(r"(?:data\.columns\.)?(\w+=\w*)")
+ROLE: Final = re.compile(r"(?:data\.columns\.)?([a-z]+=.*)")
 DTYPES: Final = ("float32", "float16")
 
 
@@ -47,7 +46,9 @@ def embed(
         str, typer.Option("--out", metavar="OUT.parquet", help="Write them as parquet.")
     ] = "",
     keep: Annotated[str, typer.Option(help="Comma-separated columns to hand on.")] = "",
-    dtype: Annotated[str, typer.Option(help="Of the numbers: float32 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of the numbers: float32 (also empty) or float16.")
+    ] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 256,
     *,
     overwrite: Annotated[
@@ -58,8 +59,9 @@ def embed(
     """Embed images: print a line each, or write a dataset's embeddings as parquet.
 
     Printed are the path and F numbers, tab-separated; files that cannot be read or are no images
-    are named on stderr and left out, and the exit code is then 1. OUT has a row an image, in order:
-    path or id, `embedding`, and `error` where there is none. What was ended goes on where it stood.
+    are named on stderr and left out. OUT has a row an image, in order: path, id or row,
+    `embedding`, and `error` where there is none. The exit code is 1 where an image has none, 2
+    where all have. What was ended goes on where it stood.
 
     Example: simclr-ray embed models:/photos@newest a.jpg b.jpg
     Example: simclr-ray embed runs/photos-1a2b3c4d ~/photos --out photos.parquet
@@ -68,27 +70,28 @@ def embed(
     if to:
         _embed_rows(
             model, images, to,
-            keep=[name for name in keep.split(",") if name], dtype=dtype, batch_size=batch_size,
+            keep=[name for name in keep.split(",") if name], dtype=dtype or DTYPES[0],
+            batch_size=batch_size,
             overwrite=overwrite, tracking_uri=tracking_uri,
         )  # fmt: skip
         return
-    for given in images:
-        if "://" in given or given.endswith(".parquet") or Path(given).is_dir():
+    options = {"--keep": keep, "--dtype": dtype, "--overwrite": overwrite}
+    if given := [option for option, value in options.items() if value]:
+        raise ConfigError([ConfigIssue(option, "is for --out OUT.parquet") for option in given])
+    for name in images:
+        if "://" in name or name.endswith(".parquet") or Path(name).is_dir():
             problem = "is no image file; --out OUT.parquet embeds a dataset"
-            raise ConfigError([ConfigIssue(given, problem)])
+            raise ConfigError([ConfigIssue(name, problem)])
     loading("torch")
     from simclr_ray.inference.embed import load_encoder
 
-    files = [Path(given) for given in images]
+    files = [Path(name) for name in images]
     encoder = load_encoder(model, tracking_uri=tracking_uri)
-    with _left_out() as left_out:
-        places, read = _read(files, left_out)
-        rows = encoder.embed(
-            read, batch_size=batch_size, on_bad=lambda at, why: left_out(files[places[at]], why)
-        )
-        for place, row in zip(places, rows, strict=True):
+    with _left_out(files) as left_out:
+        rows = encoder.embed(files, batch_size=batch_size, on_bad=left_out)
+        for file, row in zip(files, rows, strict=True):
             if not math.isnan(row[0]):
-                print(_shown(files[place]), *(f"{value:.6g}" for value in row), sep="\t")
+                print(_shown(file), *(f"{value:.6g}" for value in row), sep="\t")
 
 
 def _embed_rows(
@@ -103,28 +106,29 @@ def _embed_rows(
     tracking_uri: str,
 ) -> None:
     """Write the embeddings of a dataset, and say what was left out."""
-    roles = [match[1] for given in images if (match := ROLE.fullmatch(given))]
-    where = [given for given in images if not ROLE.fullmatch(given)]
+    where: list[str] = []
+    roles: list[str] = []
+    for name in images:
+        role = None if Path(name).exists() else ROLE.fullmatch(name)
+        (roles if role else where).append(role[1] if role else name)
     if dtype not in DTYPES:
         raise ConfigError([ConfigIssue("--dtype", f"got {dtype!r}; {' or '.join(DTYPES)}")])
-    if not to.endswith(".parquet"):
+    if not to.partition("?")[0].endswith(".parquet"):
         raise ConfigError([ConfigIssue("--out", f"got {to}; it must end in .parquet")])
     if not where:
         raise ConfigError([ConfigIssue("IMAGES", "are missing")])
-    several = [given for given in where if "://" in given or Path(given).is_dir()]
-    if len(where) > 1 and several:
+    datasets = [name for name in where if _is_dataset(name)]
+    if len(where) > 1 and datasets:
         problem = "is a dataset, and one is embedded at a time; or give image files alone"
-        raise ConfigError([ConfigIssue(several[0], problem)])
+        raise ConfigError([ConfigIssue(datasets[0], problem)])
     columns = cfg.validate(ColumnsConfig, cfg.apply_overrides({}, roles))
-    make_parent(to)
     loading("torch", "ray")
     from simclr_ray.cli.progress import CountProgress
     from simclr_ray.inference.embed_rows import embed_rows
 
-    is_dataset = bool(several) or where[0].endswith(".parquet") or "#" in where[0]
     with column_keys(""), CountProgress(to, "images") as progress:
         made = embed_rows(
-            model, where[0] if is_dataset else where, to,
+            model, datasets[0] if datasets else where, to,
             columns=columns, keep=keep, dtype=cast("Any", dtype), batch_size=batch_size,
             tracking_uri=tracking_uri, overwrite=overwrite, on_progress=progress,
         )  # fmt: skip
@@ -132,14 +136,20 @@ def _embed_rows(
     if made.num_bad:
         shown = "; ".join(f"{name}: {reason}" for name, reason in made.first_bad)
         rows = counted(made.num_bad, "row")
-        out.print(f"without an embedding {rows}: {shown}", markup=False, soft_wrap=True)
+        say(f"without an embedding {rows}: {shown}")
+        raise typer.Exit(1)
+
+
+def _is_dataset(name: str) -> bool:
+    """Return whether a path is parquet or a folder; what is not there is not one image file."""
+    return name.endswith(".parquet") or not Path(name).is_file()
 
 
 def predict(model: Model, files: Images, tracking_uri: TrackingUri = "") -> None:
     """Print the class of each image: its path, the class, and how probable it is, tab-separated.
 
     MODEL is a fine-tuned classifier. Files that cannot be read or are no images are named on stderr
-    and left out; the exit code is then 1.
+    and left out; the exit code is then 1, and 2 where all are.
 
     Example: simclr-ray predict runs/cifar10_cpu-tuned-10pct-1a2b3c4d photos/*.jpg
     """
@@ -147,42 +157,31 @@ def predict(model: Model, files: Images, tracking_uri: TrackingUri = "") -> None
     from simclr_ray.inference.embed import load_classifier
 
     classifier = load_classifier(model, tracking_uri=tracking_uri)
-    with _left_out() as left_out:
-        places, images = _read(files, left_out)
-        rows = classifier.predict_proba(
-            images, on_bad=lambda at, why: left_out(files[places[at]], why)
-        )
-        for place, row in zip(places, rows, strict=True):
+    with _left_out(files) as left_out:
+        rows = classifier.predict_proba(files, on_bad=left_out)
+        for file, row in zip(files, rows, strict=True):
             if not math.isnan(row[0]):
                 name = classifier.class_names[row.argmax()]
-                print(_shown(files[place]), name, f"{row.max():.4f}", sep="\t")
+                print(_shown(file), name, f"{row.max():.4f}", sep="\t")
 
 
 @contextmanager
-def _left_out() -> Iterator[Callable[[Path, str], None]]:
-    """Give what names a file that is left out; where one was, the verb ends with 1."""
-    lines = []
+def _left_out(files: Sequence[Path]) -> Iterator[Callable[[int, str], None]]:
+    """Give what names a file that is left out; the verb ends with 1 then, with 2 where all are."""
+    reasons: list[str] = []
 
-    def left_out(path: Path, reason: str) -> None:
-        say(f"left out: {path}: {reason}")
-        lines.append(path)
+    def left_out(place: int, reason: str) -> None:
+        reasons.append(f"{files[place]}: {reason}")
+        if len(files) > 1:
+            say(f"left out: {reasons[-1]}")
 
     yield left_out
-    if lines:
+    if len(reasons) == len(files) == 1:
+        raise DataError(reasons[0])
+    if len(reasons) == len(files):
+        raise DataError(f"none of {len(files)} files is an image that can be read")
+    if reasons:
         raise typer.Exit(1)
-
-
-def _read(
-    files: Sequence[Path], left_out: Callable[[Path, str], None]
-) -> tuple[list[int], list[bytes]]:
-    """Return the places of the files that can be read, and their bytes."""
-    read: dict[int, bytes] = {}
-    for place, path in enumerate(files):
-        try:
-            read[place] = path.read_bytes()
-        except OSError as error:
-            left_out(path, error.strerror or str(error))
-    return list(read), list(read.values())
 
 
 def _shown(path: Path) -> str:

@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -93,6 +93,31 @@ def _target(name: str, fs: pafs.FileSystem, path: str, root: str) -> tuple[pafs.
         root_fs, base = filesystem(root)
         return root_fs, f"{base}/{name}"
     return fs, "/".join(part for part in (path.rpartition("/")[0], root, name) if part)
+
+
+def states_of_files(
+    column: pa.ChunkedArray, fs: pafs.FileSystem, path: str, root: str = ""
+) -> Iterator[str]:
+    """Yield place, size and time of the last change of each file that a column names.
+
+    Of a bucket the place alone: its sizes are part of a list's own identity, and to ask for the
+    time of each object takes a request.
+
+    Args:
+        column: strings, as `read_images` takes them.
+        fs: the file system of the parquet file.
+        path: the parquet file.
+        root: as in `read_images`.
+    """
+    for name in column.to_pylist():
+        file_fs, target = _target(str(name), fs, path, root)
+        state = ""
+        if is_local(file_fs):
+            target = os.path.realpath(target)
+            with contextlib.suppress(OSError, ValueError):
+                status = os.stat(target)  # noqa: PTH116 - of many, and Path costs as much again
+                state = f"{status.st_size} {status.st_mtime_ns}"
+        yield f"{target}\0{state}\n"
 
 
 def _read_all(targets: Sequence[tuple[pafs.FileSystem, str]]) -> list[bytes]:

@@ -25,7 +25,7 @@ from simclr_ray.data.files import read_file
 from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
 from simclr_ray.data.grouping import cut_between_groups, grouped_order
 from simclr_ray.data.items import Item, ShardTask, cut, shuffled
-from simclr_ray.data.listing import Listing, list_images, part_split
+from simclr_ray.data.listing import Listing, is_utf8, list_images, part_split
 from simclr_ray.data.shards import check_group_sizes
 from simclr_ray.data.splits import choose_split_folder, split_folders
 from simclr_ray.errors import DataError
@@ -252,13 +252,6 @@ def index_folder(uri: str, out: str) -> str:
     else:
         base = Path(root).as_uri() if is_local(images) else given.uri
     listing = hashlib.sha256(json.dumps([given.listing, given.class_names]).encode()).hexdigest()
-    identity = json.dumps([base, listing])
-    name = root.rpartition("/")[2] or "images"
-    digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:8]
-    path = f"{folder}/{name}-{digest}.parquet"
-    shown = path if is_local(fs) else f"{out.rstrip('/')}/{name}-{digest}.parquet"
-    if fs.get_file_info(path).is_file:
-        return shown
     labels = np.array(given.labels(), np.int64)
     table = pa.table(
         {
@@ -271,13 +264,62 @@ def index_folder(uri: str, out: str) -> str:
     about = {IMAGE_ROOT: base, IMAGE_BYTES: str(given.num_bytes), IMAGE_LISTING: listing}
     if given.class_names:
         about["class_names"] = json.dumps(list(given.class_names))
+    shown = _write_list(out, root.rpartition("/")[2] or "images", table, about)
+    log.info(
+        "%s: %s read where they lie, by the list %s", uri, counted(given.num_rows, "image"), shown
+    )
+    return shown
+
+
+def index_files(files: Sequence[str], out: str) -> str:
+    """Return parquet below the folder `out` that names local files, in their order.
+
+    Args:
+        files: Their paths, which become the paths of the rows as they are.
+        out: As in `index_folder`.
+
+    Raises:
+        DataError: One is not there or no file, or has a name that is not UTF-8; or the list cannot
+            be written.
+    """
+    sizes = []
+    for name in files:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise DataError(
+                f"{name}: {'a folder, not a file' if path.exists() else 'no such file'}"
+            )
+        if not is_utf8(name):
+            raise DataError(f"{name!a}: the name is not UTF-8, as parquet has names")
+        sizes.append(path.stat().st_size)
+    absolute = [str(Path(name).expanduser().absolute()) for name in files]
+    table = pa.table(
+        {
+            "id": pa.array(range(len(files)), pa.int64()),
+            "image": pa.array([name.lstrip("/") for name in absolute], pa.string()),
+            PATH_COLUMN: pa.array(list(files), pa.string()),
+        }
+    )
+    listing = hashlib.sha256(json.dumps([list(files), sizes]).encode()).hexdigest()
+    about = {IMAGE_ROOT: "file:///", IMAGE_BYTES: str(sum(sizes)), IMAGE_LISTING: listing}
+    return _write_list(out, "files", table, about)
+
+
+def _write_list(out: str, name: str, table: pa.Table, about: dict[str, str]) -> str:
+    """Write a list into the folder `out`, unless it is there, and return its path or URI."""
+    fs, folder = filesystem(out)
+    identity = json.dumps([about[IMAGE_ROOT], about[IMAGE_LISTING]])
+    digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:8]
+    file = f"{name}-{digest}.parquet"
+    path = f"{folder}/{file}"
+    address, mark, options = out.partition("?")
+    shown = path if is_local(fs) else f"{address.rstrip('/')}/{file}{mark}{options}"
+    if fs.get_file_info(path).is_file:
+        return shown
     try:
         fs.create_dir(folder, recursive=True)
         with open_whole(fs, path) as stream:
             pq.write_table(table.replace_schema_metadata(about), stream, row_group_size=GROUP_ROWS)
     except OSError as error:
         raise DataError(f"{shown} cannot be written: {error}") from error
-    log.info(
-        "%s: %s read where they lie, by the list %s", uri, counted(given.num_rows, "image"), shown
-    )
     return shown

@@ -258,7 +258,7 @@ class _Walk:
             if hides and entry.name.startswith(LITTER):
                 continue
             hides = hides or is_hidden
-            if not entry.name.isprintable() and not _is_utf8(entry.name):
+            if not entry.name.isprintable() and not is_utf8(entry.name):
                 self._leave_out("with names that are not UTF-8", "", is_hidden=hides)
             elif (status := self._status(entry, is_hidden=hides)) is None:
                 continue
@@ -288,7 +288,8 @@ class _Walk:
             self.left_out.add(reason, below(self.root, path) if path else "")
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(name: str) -> bool:
+    """Return whether a name is text that any file can hold."""
     try:
         name.encode()
     except UnicodeEncodeError:  # a surrogate stands for a byte of another encoding

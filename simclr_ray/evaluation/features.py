@@ -22,7 +22,7 @@ from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import Int64s
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.errors import DataError
-from simclr_ray.nn.precision import Precision, autocast
+from simclr_ray.nn.precision import Precision, autocast, evaluating
 
 DECODE_THREADS: Final = 8  # Pillow decodes and resizes outside the interpreter lock
 
@@ -175,18 +175,12 @@ def extract_features(
     """
     device = torch.device(device)
     dtype = next((p.dtype for p in encoder.parameters()), torch.float32)
-    modes = [(module, module.training) for module in encoder.modules()]
     parts: list[Tensor] = []
-    encoder.eval()
-    try:
-        with autocast(device, precision):
-            for part in [images] if isinstance(images, Tensor) else images:
-                for batch in part.split(batch_size):
-                    h = encoder(batch.to(device).to(dtype) / 255)
-                    parts.append(h.float().cpu())
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(encoder), autocast(device, precision):
+        for part in [images] if isinstance(images, Tensor) else images:
+            for batch in part.split(batch_size):
+                h = encoder(batch.to(device).to(dtype) / 255)
+                parts.append(h.float().cpu())
     if not parts:
         raise ValueError("there are no images")
     return torch.cat(parts)

@@ -34,6 +34,7 @@ from simclr_ray.evaluation.features import (
     view_or_reason,
 )
 from simclr_ray.nn.precision import Precision, best_device
+from simclr_ray.storage.filesystem import one_line
 
 MAPPED_BYTES: Final = 2 * 2**30  # features of more lie in a file that is mapped
 CPUS_OF_AN_ACTOR: Final = 8  # decoding by more threads than that waits for one encoder
@@ -106,6 +107,9 @@ class _Extractor:
             yield from self._tables(int(piece), np.asarray(rows, np.int64))
         except DataError as error:  # as text: Ray would bury it
             yield pa.table({PIECE: [int(piece)], FAILED: [str(error)]})
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            text = f"no memory for batches of {self.encoding.batch_size}: {one_line(error)}"
+            yield pa.table({PIECE: [int(piece)], FAILED: [text]})
 
     def _tables(self, piece: int, rows: Int64s) -> Iterator[pa.Table]:
         read, kept = self.source.read_rows(rows), self._kept(rows)
@@ -215,7 +219,7 @@ def stream(
         num_gpus=actors.gpus,
     )
     waiting: list[pa.Table] = []
-    for block in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for block in _blocks_of(encoded):
         if FAILED in block.column_names:
             raise DataError(block[FAILED][0].as_py())
         waiting.append(block)
@@ -225,6 +229,16 @@ def stream(
             done, left = _split_at_pieces(whole, pieces)
             yield from done
             waiting = [left] if left.num_rows else []
+
+
+def _blocks_of(encoded: ray.data.Dataset) -> Iterator[pa.Table]:
+    """Yield what comes back, in order. Raises `ClusterError` where Ray loses the actors."""
+    try:
+        yield from encoded.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayTaskError:  # a fault of the code, with its traceback
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"the actors that encode have failed: {one_line(error)}") from error
 
 
 def _split_at_pieces(table: pa.Table, pieces: Sequence[Int64s]) -> tuple[list[pa.Table], pa.Table]:
@@ -336,6 +350,6 @@ def check_actors(actors: Actors) -> None:
     for what, each in (("CPU", actors.cpus), ("GPU", actors.gpus)):
         if actors.num * each > cluster.get(what, 0.0):
             raise ClusterError(
-                f"evaluation.actors={actors.num} with {each:g} {what}s each are more than "
-                f"the cluster's {cluster.get(what, 0.0):g}"
+                f"{actors.num} actors with {each:g} {what}s each (evaluation.actors) are more "
+                f"than the cluster's {cluster.get(what, 0.0):g}"
             )

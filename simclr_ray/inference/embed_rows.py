@@ -1,29 +1,23 @@
-"""Embeddings of a whole dataset, as parquet: by all devices of the cluster, resumed where it stood.
-
-While it is made there is a folder OUT.parts-DIGEST with a file a piece of the rows, each whole or
-not there; DIGEST is of the encoder, the images and the settings. At the end the pieces become OUT,
-one after the other, and the folder goes.
-"""
+"""Embeddings of a whole dataset, as parquet: by all devices of the cluster, resumed midway."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.data.classes import Int64s
-from simclr_ray.data.columns import PATH_COLUMN
-from simclr_ray.data.folder_input import index_folder
-from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
-from simclr_ray.data.listing import list_parquet
+from simclr_ray.data.classes import Int64s, is_text
+from simclr_ray.data.files import states_of_files
+from simclr_ray.data.folder_input import index_files, index_folder
+from simclr_ray.data.footer import cached_footer
+from simclr_ray.data.listing import below, list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import connect
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -31,6 +25,7 @@ from simclr_ray.evaluation.ray_features import (
     ERROR,
     ID,
     PATH,
+    ROW,
     Encoding,
     devices_of_cluster,
     features_of,
@@ -38,34 +33,51 @@ from simclr_ray.evaluation.ray_features import (
     stream,
 )
 from simclr_ray.inference.embed import load_encoder
+from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Parts, are_embeddings
 from simclr_ray.inference.encoder import Encoder
-from simclr_ray.storage.filesystem import (
-    entries_in,
-    filesystem,
-    info_of,
-    open_whole,
-)
+from simclr_ray.storage.filesystem import filesystem, info_of
 
 EMBEDDING: Final = "embedding"
-IDENTITY: Final = b"simclr_ray.embeddings"
 FIRST_ROWS, MOST_ROWS = 64, 512  # of a piece: the first are small, so that some come early
 GROUP_BYTES: Final = 64 * 2**20  # row groups of more are not read in several pieces
 DType = Literal["float32", "float16"]
 OnProgress = Callable[[int, int], None]
 
 
-class Embedded(NamedTuple):
-    """What was written.
+class _Layout(NamedTuple):
+    """The columns of a file of embeddings.
 
     Attributes:
-        num_rows: Rows of the file, bad ones included.
-        num_bad: Of them without an embedding.
-        first_bad: Path or id, and reason, of some of those.
+        key: Says which image a row is.
+        width: F.
+        keep: Are handed on.
+        dtype: Of the embeddings.
     """
 
-    num_rows: int
-    num_bad: int
-    first_bad: list[tuple[str, str]]
+    key: str
+    width: int
+    keep: Sequence[str]
+    dtype: DType
+
+    def of(self, table: pa.Table) -> pa.Table:
+        """Return what is stored of a piece; NaN where there is no image.
+
+        Arrow writes fixed-size lists that are null to parquet, and cannot read them again (25.0).
+        """
+        good = np.array([reason is None for reason in table[ERROR].to_pylist()])
+        rows = np.full((len(good), self.width), np.nan, np.dtype(self.dtype))
+        if good.any():
+            rows[good] = features_of(table)
+        return pa.table(
+            {
+                self.key: table[self.key],
+                **{column: table[kept_column(column)] for column in self.keep},
+                EMBEDDING: pa.FixedSizeListArray.from_arrays(
+                    pa.array(rows.reshape(-1)), self.width
+                ),
+                ERROR: table[ERROR],
+            }
+        )
 
 
 def embed_rows(
@@ -83,9 +95,9 @@ def embed_rows(
 ) -> Embedded:
     """Write the embedding of each image of a dataset, in its order, as a parquet file.
 
-    Its columns are `path`, or `id` where no row says its file; those of `keep`; `embedding`, a list
-    of F numbers, NaN where there is no image; and `error`, why. A run that was ended goes on where
-    it stood; what is finished is not made again.
+    Its columns are `path`, `id`, or `row`, the number, where rows have neither; those of `keep`;
+    `embedding`, a list of F numbers, NaN where there is no image; and `error`, why. A run that was
+    ended goes on where it stood; what is finished is not made again.
 
     Args:
         model: As in `load_encoder`.
@@ -96,73 +108,103 @@ def embed_rows(
         dtype: Of the numbers.
         batch_size: Images per forward pass.
         tracking_uri: As in `load_encoder`.
-        overwrite: Also where `out` holds other embeddings.
-        on_progress: Is told the rows that are done, and of how many.
+        overwrite: Also where `out` holds other embeddings, or other data.
+        on_progress: Gets the rows that are done, and of how many.
 
     Raises:
         ConfigError: As in `load_encoder`, or a column of `keep` is not there.
         CheckpointError: As in `load_encoder`.
         TrackingError: As in `load_encoder`.
-        DataError: The images cannot be read, or `out` holds something else.
-        ClusterError: No cluster answers or starts.
+        DataError: The images cannot be read, none of them is an image, or `out` cannot be written
+            or holds something else.
+        StorageError: The disk takes no more; the same call goes on.
+        ClusterError: No cluster answers or starts, or its actors fail.
+
+    Example:
+        >>> made = embed_rows("runs/photos-1a2b3c4d", "photos", "photos.parquet")
+        >>> pq.read_table("photos.parquet").column_names
+        ['path', 'embedding', 'error']
     """
-    encoder = load_encoder(model, tracking_uri=tracking_uri)
-    source = open_rows(where, out, columns)
-    _check_columns(source, keep)
-    identity = _identity(encoder, source, keep, dtype, batch_size)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    fs, path = filesystem(out)
-    if _is_done(fs, path, out, digest, overwrite=overwrite):
-        _remove_lists(out)
-        return _counted(fs, path)
-    pieces = cut_pieces(source)
-    parts = f"{path}.parts-{digest}"
-    done = {info.base_name for info in entries_in(fs, parts)}
-    missing = [i for i in range(len(pieces)) if _part(i) not in done]
-    num_done = source.num_rows - sum(len(pieces[i]) for i in missing)
-    tell = on_progress or (lambda _done, _total: None)
-    tell(num_done, source.num_rows)
-    if missing:
-        connect()
-        actors = devices_of_cluster()
-        fs.create_dir(parts, recursive=True)  # after all that can be refused
-        encoding = Encoding(
-            [encoder.network], encoder.size, encoder.decoder, batch_size, keep=tuple(keep)
-        )
-        chosen = [pieces[i] for i in missing]
-        tables = stream(source, chosen, encoding, actors)
-        for index, table in zip(missing, tables, strict=True):
-            with open_whole(fs, f"{parts}/{_part(index)}") as file:
-                pq.write_table(_columns_of(table, encoder.feature_dim, keep, dtype), file)
-            num_done += table.num_rows
-            tell(num_done, source.num_rows)
-    with open_whole(fs, path) as file:
-        _join(fs, [f"{parts}/{_part(i)}" for i in range(len(pieces))], file, digest)
-    fs.delete_dir(parts)
-    _remove_lists(out)
-    return _counted(fs, path)
+    encoder, file = load_encoder(model, tracking_uri=tracking_uri), EmbeddingFile(out)
+    stored = file.digest(overwrite=overwrite)
+    with file.place():
+        source = open_rows(where, file, columns)
+        check_columns(source, keep)
+        identity = _identity(encoder, source, keep, dtype, batch_size)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        if stored not in ("", digest) and not overwrite:
+            raise file.taken("embeddings by another model or settings, or of other images")
+    if stored == digest:
+        file.clear()  # of a run that was ended at the very end
+        return file.summary()
+    pieces, parts = cut_pieces(source), file.parts(digest)
+    encoding = Encoding(
+        [encoder.network], encoder.size, encoder.decoder, batch_size, keep=tuple(keep)
+    )
+    layout = _Layout(key_of(source), encoder.feature_dim, encoding.keep, dtype)
+    _embed_missing(source, pieces, parts, encoding, layout, on_progress or (lambda *_: None))
+    _check_any(source, parts, len(pieces))
+    file.write(parts, len(pieces), digest)
+    return file.summary()
 
 
-def open_rows(where: str | Sequence[str], out: str, columns: ColumnsConfig | None = None) -> Source:
+def open_rows(
+    where: str | Sequence[str], file: EmbeddingFile, columns: ColumnsConfig | None = None
+) -> Source:
     """Return the images of a dataset, of a folder, or of files, as rows.
 
-    Of what is no parquet a list is written beside `out`, where all nodes see it.
+    Of what is no parquet a list is written beside the file, where all nodes see it. Files of
+    embeddings among images are not in the way.
 
     Raises:
-        DataError: There are none, or they cannot be read.
+        DataError: There are none, or they cannot be read, or the file is to lie among parquet.
     """
     if not isinstance(where, str):
-        return Source.open(_list_files(where, lists_of(out)), columns)
+        return Source.open(index_files(where, file.lists), columns)
     fs, root = filesystem(where)
-    if not list_parquet(fs, root, where):
-        where = index_folder(where, lists_of(out))
+    is_folder = info_of(fs, root).type == pafs.FileType.Directory
+    paths = [listed.path for listed in list_parquet(fs, root, where)]
+    if is_folder and are_embeddings(fs, paths):
+        return Source.open(index_folder(where, file.lists), columns)
+    if is_folder and fs.equals(file.fs) and below(root, file.path) != file.path.strip("/"):
+        raise DataError(f"{file.uri} lies in the dataset {where}; write it beside that")
     return Source.open(where, columns)
 
 
-def lists_of(out: str) -> str:
-    """Return the hidden folder beside `out` for the list of images that are no parquet."""
-    folder, slash, name = out.rpartition("/")
-    return f"{folder}{slash}.{name}.list"
+def check_columns(source: Source, keep: Sequence[str]) -> None:
+    """Raise `ConfigError` for columns that cannot be handed on."""
+    if not keep:
+        return
+    schemas = schemas_of(source)
+    names, taken = schemas[0].names, {key_of(source), EMBEDDING, ERROR}
+    issues = []
+    for name in keep:
+        if name in taken:
+            problem = "is written anyway, or would take the place of one that is"
+            issues.append(ConfigIssue("--keep", f"{name!r} {problem}"))
+        elif name not in names:
+            problem = f"there is no column {name!r}; the columns: {', '.join(names)}"
+            issues.append(ConfigIssue("--keep", problem))
+        else:
+            kinds = [
+                schema.field(name).type if name in schema.names else None for schema in schemas
+            ]
+            other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0)
+            if other:
+                problem = (
+                    f"{name!r} is {kinds[0]} in {source.files[0]}, and in {source.files[other]}"
+                )
+                issues.append(ConfigIssue("--keep", f"{problem} {kinds[other] or 'not there'}"))
+    if issues:
+        raise ConfigError(issues)
+
+
+def schemas_of(source: Source) -> list[pa.Schema]:
+    """Return the schema of each file."""
+    return [
+        cached_footer(source.uri, path, source.fingerprint).schema.to_arrow_schema()
+        for path in source.files
+    ]
 
 
 def cut_pieces(source: Source) -> list[Int64s]:
@@ -182,67 +224,64 @@ def cut_pieces(source: Source) -> list[Int64s]:
     return pieces
 
 
-def _remove_lists(out: str) -> None:
-    fs, folder = filesystem(lists_of(out))
-    if info_of(fs, folder).type == pafs.FileType.Directory:
-        fs.delete_dir(folder)
+def _embed_missing(
+    source: Source,
+    pieces: Sequence[Int64s],
+    parts: Parts,
+    encoding: Encoding,
+    layout: _Layout,
+    on_progress: OnProgress,
+) -> None:
+    """Write the pieces that are not there yet."""
+    missing = parts.missing(len(pieces))
+    num_done = source.num_rows - sum(len(pieces[i]) for i in missing)
+    on_progress(num_done, source.num_rows)
+    if not missing:
+        return
+    connect()
+    actors = devices_of_cluster()
+    parts.make()  # after all that can be refused
+    tables = stream(source, [pieces[i] for i in missing], encoding, actors)
+    for index, table in zip(missing, tables, strict=True):
+        parts.put(index, layout.of(table))
+        num_done += table.num_rows
+        on_progress(num_done, source.num_rows)
 
 
-def _list_files(files: Sequence[str], out: str) -> str:
-    """Return a parquet that names files, written into the folder `out`."""
-    absolute = [str(Path(file).expanduser().absolute()) for file in files]
-    sizes = [Path(name).stat().st_size if Path(name).is_file() else -1 for name in absolute]
-    listing = hashlib.sha256(json.dumps([list(files), sizes]).encode()).hexdigest()
-    about = {
-        IMAGE_ROOT: "file:///",
-        IMAGE_BYTES: str(sum(max(size, 0) for size in sizes)),
-        IMAGE_LISTING: listing,
-    }
-    table = pa.table({
-        "id": pa.array(range(len(files)), pa.int64()),
-        "image": pa.array([name.lstrip("/") for name in absolute], pa.string()),
-        PATH_COLUMN: pa.array(list(files), pa.string()),
-    }).replace_schema_metadata(about)  # fmt: skip
-    uri = f"{out}/{listing[:12]}.parquet"
-    fs, path = filesystem(uri)
-    fs.create_dir(path.rpartition("/")[0], recursive=True)
-    with open_whole(fs, path) as file:
-        pq.write_table(table, file, row_group_size=MOST_ROWS)
-    return uri
+def _check_any(source: Source, parts: Parts, num: int) -> None:
+    """Raise `DataError` where no row has an embedding, and forget the pieces."""
+    reason = ""
+    for index in range(num):
+        for why in parts.read(index)[ERROR].to_pylist():
+            if why is None:
+                return
+            reason = reason or why
+    parts.file.clear()
+    raise DataError(f"none of {source.num_rows} rows is an image: {reason}")
 
 
-def _check_columns(source: Source, keep: Sequence[str]) -> None:
-    fs, _ = filesystem(source.uri)
-    with fs.open_input_file(source.files[0]) as file:
-        names = pq.read_schema(file).names
-    taken = {PATH if source.has_paths else ID, EMBEDDING, ERROR}
-    issues = [
-        ConfigIssue("--keep", f"there is no column {name!r}; the columns: {', '.join(names)}")
-        for name in keep
-        if name not in names
-    ]
-    issues += [
-        ConfigIssue("--keep", f"{name!r} is written anyway, or would take the place of one that is")
-        for name in keep
-        if name in taken
-    ]
-    if issues:
-        raise ConfigError(issues)
+def key_of(source: Source) -> str:
+    """Return the column that says which image a row is."""
+    if source.has_paths:
+        return PATH
+    return ID if source.has_ids else ROW
 
 
 def _identity(
     encoder: Encoder, source: Source, keep: Sequence[str], dtype: str, batch_size: int
 ) -> str:
     """Return all that decides the file, as text."""
-    weights = hashlib.sha256()
+    weights, files = hashlib.sha256(), hashlib.sha256()
     for name, tensor in encoder.network.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.contiguous().numpy().tobytes())
+    for state in _files_of(source):
+        files.update(state.encode(errors="surrogateescape"))
     return json.dumps(
         {
             "encoder": [encoder.config, weights.hexdigest(), encoder.size],
             "decoder": list(encoder.decoder),
-            "images": [source.fingerprint, source.num_rows],
+            "images": [source.fingerprint, source.num_rows, files.hexdigest()],
             "keep": list(keep),
             "dtype": dtype,
             "batch_size": batch_size,
@@ -250,79 +289,11 @@ def _identity(
     )
 
 
-def _is_done(fs: pafs.FileSystem, path: str, out: str, digest: str, *, overwrite: bool) -> bool:
-    """Return whether `out` is there already.
-
-    Raises:
-        DataError: It is something else, and not to be overwritten.
-    """
-    kind = info_of(fs, path).type
-    if kind == pafs.FileType.NotFound:
-        return False
-    if kind == pafs.FileType.Directory:
-        raise DataError(f"{out} is a folder; embeddings are written to a file")
-    try:
-        with fs.open_input_file(path) as file:
-            stored = (pq.read_schema(file).metadata or {}).get(IDENTITY, b"").decode()
-    except (OSError, pa.ArrowException):
-        stored = ""
-    if stored == digest:
-        return True
-    if overwrite:
-        return False
-    what = "embeddings by another model or settings, or of other images" if stored else "other data"
-    raise DataError(f"{out} holds {what}; choose another file, or start over (--overwrite)")
-
-
-def _columns_of(table: pa.Table, width: int, keep: Sequence[str], dtype: DType) -> pa.Table:
-    """Return what is stored of a piece; NaN where there is no image.
-
-    Arrow writes fixed-size lists that are null to parquet, and cannot read them again (25.0).
-    """
-    good = np.array([reason is None for reason in table[ERROR].to_pylist()])
-    rows = np.full((len(good), width), np.nan, np.dtype(dtype))
-    if good.any():
-        rows[good] = features_of(table)
-    name = PATH if PATH in table.column_names else ID
-    return pa.table(
-        {
-            name: table[name],
-            **{column: table[kept_column(column)] for column in keep},
-            EMBEDDING: pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), width),
-            ERROR: table[ERROR],
-        }
-    )
-
-
-def _part(index: int) -> str:
-    return f"part-{index:06d}.parquet"
-
-
-def _join(fs: pafs.FileSystem, parts: Sequence[str], file: pa.NativeFile, digest: str) -> None:
-    """Write one parquet file of several, one in memory at a time."""
-    writer = None
-    for part in parts:
-        with fs.open_input_file(part) as stored:
-            table = pq.read_table(stored)
-        if writer is None:
-            about = (table.schema.metadata or {}) | {IDENTITY: digest.encode()}
-            writer = pq.ParquetWriter(file, table.schema.with_metadata(about))
-        writer.write_table(table.cast(writer.schema.with_metadata(table.schema.metadata)))
-    assert writer is not None  # a dataset has rows
-    writer.close()
-
-
-def _counted(fs: pafs.FileSystem, path: str) -> Embedded:
-    """Return what a finished file holds."""
-    with fs.open_input_file(path) as file:
-        stored = pq.ParquetFile(file)
-        name = stored.schema_arrow.names[0]
-        bad: list[tuple[str, str]] = []
-        num_bad = 0
-        for batch in stored.iter_batches(columns=[name, ERROR]):
-            reasons = batch.column(1)
-            num_bad += len(reasons) - reasons.null_count
-            if len(bad) < 5 and len(reasons) > reasons.null_count:
-                pairs = zip(batch.column(0).to_pylist(), reasons.to_pylist(), strict=True)
-                bad += [(str(key), reason) for key, reason in pairs if reason is not None]
-        return Embedded(stored.metadata.num_rows, num_bad, bad[:5])
+def _files_of(source: Source) -> Iterator[str]:
+    """Yield place and state of each image that is a file of its own: a list says only its name."""
+    fs, _ = filesystem(source.uri)
+    name = source.columns.image
+    if not is_text(schemas_of(source)[0].field(name).type):
+        return
+    for column, group in zip(source.read_columns(name), source.row_groups, strict=True):
+        yield from states_of_files(column, fs, source.files[group.file], source.image_root)

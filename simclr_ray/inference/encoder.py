@@ -1,7 +1,7 @@
 """A trained encoder as users hold it: a network with the preprocessing that belongs to it.
 
-What a plain resize makes of an image is another image: by it the same weights give embeddings
-that are up to a cosine of 0.24 away. So the preprocessing travels with the network.
+What a plain resize makes of an image is another image, of which the same weights make another
+embedding. So the preprocessing travels with the network.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from simclr_ray.augment.decode import (
     Pixels,
     evaluation_view,
 )
+from simclr_ray.nn.precision import evaluating
 
 BATCH_SIZE: Final = 256  # 150 MB of float32 at 224 px
 AnyImage = bytes | bytearray | memoryview | str | Path | Image.Image | npt.NDArray[Any] | Tensor
@@ -155,11 +156,12 @@ class Encoder(nn.Module):
         Args:
             images: As `transform` takes them.
             batch_size: Images decoded and encoded at a time.
-            on_bad: Is told position and reason of an image that cannot be used; its row is NaN.
+            on_bad: Gets position and reason of an image that cannot be read or decoded, whose row
+                is then NaN.
 
         Raises:
             ImageError: An image cannot be decoded and there is no `on_bad`; names the position.
-            OSError: As of a file that cannot be read.
+            OSError: A file cannot be read and there is no `on_bad`.
             TypeError: An item is no image.
         """
         return self._rows(images, self, self.feature_dim, batch_size, on_bad)
@@ -176,11 +178,13 @@ class Encoder(nn.Module):
         """Return what a network gives for N images, float32 [N, width], NaN for those left out."""
         rows = np.full((len(images), width), np.nan, dtype=np.float32)
         first = next(self.parameters(), torch.empty(0))
-        for start in range(0, len(images), batch_size):
-            views = self._views(images, range(start, min(start + batch_size, len(images))), on_bad)
-            if views:
-                inputs = as_inputs(list(views.values())).to(first.device, first.dtype)
-                rows[list(views)] = network(inputs).float().cpu().numpy()
+        with evaluating(self):
+            for start in range(0, len(images), batch_size):
+                places = range(start, min(start + batch_size, len(images)))
+                views = self._views(images, places, on_bad)
+                if views:
+                    inputs = as_inputs(list(views.values())).to(first.device, first.dtype)
+                    rows[list(views)] = network(inputs).float().cpu().numpy()
         return rows
 
     def _views(
@@ -194,6 +198,10 @@ class Encoder(nn.Module):
                 if on_bad is None:
                     raise ImageError(f"image {place}: {error}") from error
                 on_bad(place, str(error))
+            except OSError as error:
+                if on_bad is None:
+                    raise
+                on_bad(place, error.strerror or str(error))
         return views
 
 
@@ -243,7 +251,15 @@ class Classifier(Encoder):
     ) -> Floats:
         """Return the probability of each class for N images, float32 [N, K]; rows sum to 1.
 
-        Args and errors are those of `embed`.
+        Args:
+            images: As in `embed`.
+            batch_size: As in `embed`.
+            on_bad: As in `embed`.
+
+        Raises:
+            ImageError: As in `embed`.
+            OSError: As in `embed`.
+            TypeError: As in `embed`.
         """
 
         def probabilities(inputs: Tensor) -> Tensor:
@@ -261,7 +277,15 @@ class Classifier(Encoder):
     ) -> list[str]:
         """Return the most probable class of each of N images by its name; "" for a bad one.
 
-        Args and errors are those of `embed`.
+        Args:
+            images: As in `embed`.
+            batch_size: As in `embed`.
+            on_bad: As in `embed`.
+
+        Raises:
+            ImageError: As in `embed`.
+            OSError: As in `embed`.
+            TypeError: As in `embed`.
         """
         rows = self.predict_proba(images, batch_size=batch_size, on_bad=on_bad)
         return ["" if np.isnan(row[0]) else self.class_names[row.argmax()] for row in rows]

@@ -120,9 +120,14 @@ def read_program(path: Path) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.load(path).module()
+            network = torch.export.load(path).module()
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no exported program: {error}") from error
+    # which would refuse `eval()`, also of a module that holds it; what it computes stays as it is
+    for name in ("train", "eval"):
+        if name in vars(network):
+            delattr(network, name)
+    return network
 
 
 SAFETENSORS: Final = ExportFormat(

@@ -25,7 +25,6 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 BATCH_SIZE = 256  # images decoded and encoded at a time: 150 MB of float32 at 224 px
-LONGEST_PATH = 4096
 
 
 class Embedder(PythonModel):
@@ -61,7 +60,8 @@ class Embedder(PythonModel):
         Args:
             context: MLflow's; what it holds was read when the model was loaded.
             model_input: one column `image` of encoded images (JPEG, PNG, WebP ...): as bytes, as
-                base64 text, or as the paths of files.
+                base64 text, or as `pathlib.Path`. Text is never a path: a server hands on what
+                anybody has sent, and would open files of its own for them.
             params: `batch_size`, images decoded and encoded at a time.
 
         Raises:
@@ -102,19 +102,19 @@ class Embedder(PythonModel):
     def _encoded(self, given: object) -> bytes:
         if isinstance(given, (bytes, bytearray, memoryview)):
             return bytes(given)
+        if isinstance(given, Path):
+            return given.read_bytes()
         if not isinstance(given, str):
             got = type(given).__name__
-            raise ValueError(f"expected an image as bytes, base64 text or a path; got {got}")
+            raise ValueError(f"expected an image as bytes, base64 text or pathlib.Path; got {got}")
         try:
             encoded = base64.b64decode(given.rpartition(";base64,")[2], validate=True)
         except (binascii.Error, ValueError):  # the latter of text beyond ASCII
             encoded = b""
         if self.decode.format_of(encoded[: self.decode.FIRST_BYTES]) is not None:
             return encoded
-        if len(given) <= LONGEST_PATH and Path(given).is_file():
-            return Path(given).read_bytes()
         shown = given if len(given) <= 80 else f"{given[:77]}..."
-        raise ValueError(f"{shown!r} is neither base64 of an image nor the path of a file")
+        raise ValueError(f"{shown!r} is no base64 of an image; a path is given as pathlib.Path")
 
 
 def _package_at(folder: Path) -> ModuleType:

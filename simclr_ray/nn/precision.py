@@ -1,8 +1,9 @@
-"""What dtype and device a model runs in, and how images and weights get there."""
+"""What dtype, device and mode a model runs in, and how images and weights get there."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -29,6 +30,18 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in eval mode, and put each of its modules back into the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def prepare_model(model: nn.Module, device: torch.device, precision: Precision) -> None:

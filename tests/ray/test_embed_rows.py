@@ -20,7 +20,8 @@ from PIL import Image
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.inference import embed_rows as module
 from simclr_ray.inference.embed import load_encoder
-from simclr_ray.inference.embed_rows import Embedded, embed_rows
+from simclr_ray.inference.embed_rows import embed_rows
+from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile
 from tests.formats.test_formats import HERE as FORMATS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -44,7 +45,7 @@ def write_rows(path: Path, num: int = ROWS, group: int = 120, **more: Any) -> li
     return images
 
 
-def expected(images: list[bytes]) -> Any:
+def expected(images: list[Any]) -> Any:
     return load_encoder(MODEL).embed(images, on_bad=lambda *_: None)
 
 
@@ -97,14 +98,16 @@ def test_files_have_their_paths(tmp_path: Path, listed: bool) -> None:
     where: Any = str(tmp_path / "photos")
     paths = names
     if listed:
-        where = paths = [f"{tmp_path}/photos/{n}" for n in [*names[::-1], "none.png"]]
+        where = paths = [f"{tmp_path}/photos/{n}" for n in names[::-1]]
     out = tmp_path / "photos" / "out.parquet"  # beside the images
     made = embed_rows(MODEL, where, str(out))
     table, embeddings = stored(out)
     assert table["path"].to_pylist() == paths
-    errors = dict(zip(paths, table["error"].to_pylist(), strict=True))
-    assert errors[paths[names[::-1].index(names[0]) if listed else 0]] is None
-    assert made.num_bad == 1 + listed
+    errors = [reason is None for reason in table["error"].to_pylist()]
+    assert errors == ([False, True, True] if listed else [True, True, False])
+    assert made.num_bad == 1
+    with pytest.raises(DataError, match=r"none.png: no such file"):
+        embed_rows(MODEL, [f"{tmp_path}/none.png"], str(tmp_path / "other.parquet"))
     place = paths.index(next(p for p in paths if p.endswith("b 1.png")))
     np.testing.assert_allclose(embeddings[place], expected([image(0)])[0], rtol=1e-5, atol=1e-6)
     assert {p.name for p in (tmp_path / "photos").iterdir()} == {"b 1.png", "cats", "out.parquet"}
@@ -141,17 +144,21 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(
     assert not out.exists()
     (parts,) = tmp_path.glob("out.parquet.parts-*")
     finished = {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*")}
-    assert 2 <= len(finished) < len(module.cut_pieces(module.open_rows(where, str(out))))
+    assert (
+        2
+        <= len(finished)
+        < len(module.cut_pieces(module.open_rows(where, EmbeddingFile(str(out)))))
+    )
     told: list[int] = []
-    joined = module._join
+    write = EmbeddingFile.write
 
-    def seen(fs: Any, names: Any, *rest: Any) -> None:
+    def seen(*given: Any) -> None:
         assert {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*")}.items() >= (
             finished.items()
         )
-        joined(fs, names, *rest)
+        write(*given)
 
-    monkeypatch.setattr(module, "_join", seen)
+    monkeypatch.setattr(EmbeddingFile, "write", seen)
     embed_rows(MODEL, where, str(out), batch_size=50, on_progress=lambda d, _: told.append(d))
     monkeypatch.undo()
     assert told[0] > 150
@@ -196,13 +203,82 @@ def test_what_cannot_be_is_said_before_anything_is_written(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["in.parquet"]
 
 
-def test_no_image_at_all_leaves_no_numbers(tmp_path: Path) -> None:
+def test_no_image_at_all_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"x", b"y", None]}), tmp_path / "in.parquet")
-    made = embed_rows(MODEL, str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet"))
-    assert made.num_bad == 3
-    table, embeddings = stored(tmp_path / "out.parquet")
-    assert np.isnan(embeddings).all()
-    assert table["error"].to_pylist() == ["not an image", "not an image", "null"]
+    with pytest.raises(DataError, match="none of 3 rows is an image: not an image"):
+        embed_rows(MODEL, str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet"))
+    assert [p.name for p in tmp_path.iterdir()] == ["in.parquet"]
+
+
+def test_rows_without_ids_are_numbered_and_ids_of_text_can_be_kept(tmp_path: Path) -> None:
+    names = [f"id-{i}" for i in range(20)]
+    pq.write_table(
+        pa.table({"id": names, "image": [image(i) for i in range(20)]}), tmp_path / "in.parquet"
+    )
+    out = tmp_path / "out.parquet"
+    embed_rows(MODEL, str(tmp_path / "in.parquet"), str(out), keep=["id"])
+    table, _ = stored(out)
+    assert table.column_names == ["row", "id", "embedding", "error"]
+    assert table["row"].to_pylist() == list(range(20))
+    assert table["id"].to_pylist() == names
+
+
+def test_embeddings_among_the_images_are_not_taken_for_a_dataset(tmp_path: Path) -> None:
+    for seed in range(3):
+        (tmp_path / f"{seed}.png").write_bytes(image(seed))
+    where, first = str(tmp_path), tmp_path / "a.parquet"
+    embed_rows(MODEL, where, str(first))
+    (tmp_path / "b.parquet.parts-0123").mkdir()  # of a run that was killed
+    shutil.copy(first, tmp_path / "b.parquet.parts-0123" / "part-000000.parquet")
+    second = embed_rows(MODEL, where, str(tmp_path / "b.parquet"))
+    assert second == embed_rows(MODEL, where, str(first)) == Embedded(3, 0, [])
+    names = ["0.png", "1.png", "2.png", "a.parquet", "b.parquet"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    (tmp_path / "set").mkdir()
+    write_rows(tmp_path / "set" / "in.parquet", 20)
+    with pytest.raises(DataError, match="lies in the dataset"):
+        embed_rows(MODEL, f"{tmp_path}/set", f"{tmp_path}/set/out.parquet")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_files_of_the_same_names_and_sizes_are_other_images(tmp_path: Path, listed: bool) -> None:
+    folder, out = tmp_path / "frames", str(tmp_path / "out.parquet")
+    folder.mkdir()
+    frames = [np.full((20, 20, 3), seed, np.uint8) for seed in range(3)]
+    for index in range(2):
+        np.save(folder / f"{index}.npy", frames[index])
+    where: Any = [f"{folder}/0.npy", f"{folder}/1.npy"] if listed else str(folder)
+    embed_rows(MODEL, where, out)
+    np.save(folder / "1.npy", frames[2])  # as large as it was
+    with pytest.raises(DataError, match="or of other images"):
+        embed_rows(MODEL, where, out)
+    embed_rows(MODEL, where, out, overwrite=True)
+    _, rows = stored(tmp_path / "out.parquet")
+    np.testing.assert_allclose(rows[1], expected([frames[2]])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_what_other_digests_and_a_run_ended_at_the_end_have_left_goes(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.parquet", 20)
+    where, out = str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet")
+    for _ in range(2):  # made, and found to be there
+        (tmp_path / "out.parquet.parts-0123456789ab").mkdir()
+        embed_rows(MODEL, where, out)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["in.parquet", "out.parquet"]
+
+
+def test_a_column_that_a_later_file_lacks_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write_rows(tmp_path / "set" / "a.parquet", 20, shop=["s"] * 20)
+    others: list[tuple[dict[str, Any], str]] = [
+        ({}, "not there"), ({"shop": list(range(20))}, "int64")
+    ]  # fmt: skip
+    for more, said in others:
+        write_rows(tmp_path / "set" / "b.parquet", 20, **more)
+        with pytest.raises(ConfigError, match=f"'shop' is string in .*a.parquet, .* {said}"):
+            embed_rows(
+                MODEL, f"{tmp_path}/set", str(tmp_path / "new" / "out.parquet"), keep=["shop"]
+            )
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_that_breaks_midway_is_named_and_what_is_done_stays(tmp_path: Path) -> None:

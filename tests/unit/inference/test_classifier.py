@@ -218,7 +218,7 @@ def test_bytes_base64_and_paths_are_one_image_and_a_batch_size_changes_nothing(
     image = trained.images[0]
     (tmp_path / "a b.png").write_bytes(image)
     text = base64.b64encode(image).decode()
-    given = [image, bytearray(image), text, f"data:image/png;base64,{text}", f"{tmp_path}/a b.png"]
+    given = [image, bytearray(image), text, f"data:image/png;base64,{text}", tmp_path / "a b.png"]
     tables = [
         registered.model.predict(pd.DataFrame({"image": given}), params=params)
         for params in (None, {"batch_size": 1}, {"batch_size": 2}, {"batch_size": 100})
@@ -231,10 +231,14 @@ def test_bytes_base64_and_paths_are_one_image_and_a_batch_size_changes_nothing(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["no/such.png"], "row 0: 'no/such.png' is neither base64 of an image nor the path"),
+        (["/etc/hostname"], "row 0: '/etc/hostname' is no base64 of an image; a path is given as"),
+        ([Path("no/such.png")], "row 0: .*No such file"),
         ([b"no image"], "row 0: not an image"),
-        (["x" * 5000], "row 0: 'x+...' is neither"),
-        ([png(0), 3.5], "row 1: expected an image as bytes, base64 text or a path; got float"),
+        (["x" * 5000], "row 0: 'x+...' is no base64"),
+        (
+            [png(0), 3.5],
+            "row 1: expected an image as bytes, base64 text or pathlib.Path; got float",
+        ),
         ([None], "got NoneType"),
         ([png(0)[:500]], "row 0: truncated"),
     ],

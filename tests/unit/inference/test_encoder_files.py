@@ -242,6 +242,8 @@ def test_an_imported_encoder_is_read_back_without_its_code(
     with torch.no_grad():
         read = export.read_encoder(tmp_path / "own")(images)
         assert torch.allclose(read, encoder(images), rtol=1e-4, atol=1e-6)
+        # and within an encoder, which is put into eval mode
+        assert torch.equal(export.load_folder(tmp_path / "own").train().eval()(images), read)
 
 
 def test_altered_weights_are_refused(tmp_path: Path, registered: Registered) -> None:

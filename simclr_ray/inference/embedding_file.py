@@ -1,0 +1,243 @@
+"""The parquet file that embeddings are written to, and what lies beside it until it is whole.
+
+While it is made there is a folder OUT.parts-DIGEST with a file a piece of the rows, each whole or
+not there; DIGEST is of the encoder, the images and the settings. At the end the pieces become OUT,
+one after the other, and the folder goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from simclr_ray.errors import DataError, StorageError
+from simclr_ray.storage.filesystem import (
+    entries_in,
+    filesystem,
+    info_of,
+    is_local,
+    make_parent,
+    one_line,
+    open_whole,
+)
+from simclr_ray.storage.space import writing
+
+IDENTITY: Final = b"simclr_ray.embeddings"  # key of a file's metadata: its digest
+ERROR: Final = "error"
+FIRST_BAD: Final = 5
+
+
+class Embedded(NamedTuple):
+    """What was written.
+
+    Attributes:
+        num_rows: Rows of the file, bad ones included.
+        num_bad: Of them without an embedding.
+        first_bad: Path or id, and reason, of some of those.
+    """
+
+    num_rows: int
+    num_bad: int
+    first_bad: list[tuple[str, str]]
+
+
+class EmbeddingFile:
+    """A file of embeddings, local or in a bucket.
+
+    Args:
+        uri: Of the file.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.fs, self.path = filesystem(uri)
+
+    @property
+    def lists(self) -> str:
+        """Hidden folder beside the file for the list of images that are no parquet."""
+        address, mark, options = self.uri.partition("?")
+        folder, slash, name = address.rpartition("/")
+        return f"{folder}{slash}.{name}.list{mark}{options}"
+
+    def digest(self, *, overwrite: bool) -> str:
+        """Return the digest that the file was written with; "": there is none, or it may go.
+
+        Raises:
+            DataError: It is a folder, or holds something else that is not to be overwritten.
+        """
+        kind = info_of(self.fs, self.path).type
+        if kind == pafs.FileType.NotFound:
+            return ""
+        if kind == pafs.FileType.Directory:
+            raise DataError(f"{self.uri} is a folder; embeddings are written to a file")
+        stored = digest_of(self.fs, self.path)
+        if not stored and not overwrite:
+            raise self.taken("other data")
+        return stored
+
+    def taken(self, what: str) -> DataError:
+        """Return the error that something else is there."""
+        remedy = "choose another file, or start over (--overwrite)"
+        return DataError(f"{self.uri} holds {what}; {remedy}")
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Make its folder; where the block fails, what it has made beside the file goes again."""
+        folders = [] if not is_local(self.fs) else [*Path(self.path).parents]
+        missing = [folder for folder in folders if not folder.exists()]
+        make_parent(self.uri)
+        try:
+            yield
+        except BaseException:
+            self.remove_lists()
+            for folder in missing:  # the innermost first; what holds pieces stays
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+    def parts(self, digest: str) -> Parts:
+        """Return the pieces of a digest."""
+        return Parts(self, f"{self.path}.parts-{digest}")
+
+    def write(self, parts: Parts, num: int, digest: str) -> None:
+        """Write the file of its pieces, one in memory at a time, and remove those.
+
+        Raises:
+            DataError: It cannot be written.
+            StorageError: The disk takes no more.
+        """
+        with self.written(), whole(self.fs, self.path) as file:
+            writer = None
+            for index in range(num):
+                table = parts.read(index)
+                if writer is None:
+                    about = (table.schema.metadata or {}) | {IDENTITY: digest.encode()}
+                    writer = pq.ParquetWriter(file, table.schema.with_metadata(about))
+                writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
+            assert writer is not None  # a dataset has rows
+            writer.close()
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what is no longer needed: pieces, of other digests too, and lists."""
+        folder, _, name = self.path.rpartition("/")
+        for info in entries_in(self.fs, folder):
+            if info.base_name.startswith(f"{name}.parts-"):
+                self.fs.delete_dir(info.path)
+        self.remove_lists()
+
+    def remove_lists(self) -> None:
+        """Remove the lists of images."""
+        fs, folder = filesystem(self.lists)
+        if info_of(fs, folder).type == pafs.FileType.Directory:
+            fs.delete_dir(folder)
+
+    def summary(self) -> Embedded:
+        """Return what the finished file holds."""
+        with self.fs.open_input_file(self.path) as file:
+            stored = pq.ParquetFile(file)
+            name = stored.schema_arrow.names[0]
+            bad: list[tuple[str, str]] = []
+            num_bad = 0
+            for batch in stored.iter_batches(columns=[name, ERROR]):
+                reasons = batch.column(1)
+                num_bad += len(reasons) - reasons.null_count
+                if len(bad) < FIRST_BAD and len(reasons) > reasons.null_count:
+                    pairs = zip(batch.column(0).to_pylist(), reasons.to_pylist(), strict=True)
+                    bad += [(str(key), reason) for key, reason in pairs if reason is not None]
+            return Embedded(stored.metadata.num_rows, num_bad, bad[:FIRST_BAD])
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Say of an error of the block, in one line, that the file cannot be written."""
+        try:
+            with writing(self.uri):
+                yield
+        except StorageError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.uri} cannot be written: {one_line(error)}") from error
+
+
+class Parts:
+    """The pieces of a file of embeddings that are done.
+
+    Args:
+        file: What they become.
+        path: Of their folder.
+    """
+
+    def __init__(self, file: EmbeddingFile, path: str) -> None:
+        self.file, self.fs, self.path = file, file.fs, path
+
+    def missing(self, num: int) -> list[int]:
+        """Return which of `num` pieces are not there."""
+        there = {info.base_name for info in entries_in(self.fs, self.path)}
+        return [index for index in range(num) if _name(index) not in there]
+
+    def make(self) -> None:
+        """Make the folder, and see that it can be written to before there is work to be lost."""
+        with self.file.written():
+            self.fs.create_dir(self.path, recursive=True)
+            probe = f"{self.path}/.probe"
+            with self.fs.open_output_stream(probe) as stream:
+                stream.write(b"-")
+            self.fs.delete_file(probe)
+
+    def put(self, index: int, table: pa.Table) -> None:
+        """Write a piece."""
+        with self.file.written(), open_whole(self.fs, f"{self.path}/{_name(index)}") as file:
+            pq.write_table(table, file)
+
+    def read(self, index: int) -> pa.Table:
+        """Return a piece."""
+        with self.fs.open_input_file(f"{self.path}/{_name(index)}") as stored:
+            return pq.read_table(stored)
+
+
+def digest_of(fs: pafs.FileSystem, path: str) -> str:
+    """Return the digest of a file of embeddings; "" of any other file."""
+    try:
+        with fs.open_input_file(path) as file:
+            stored: bytes = (pq.read_schema(file).metadata or {}).get(IDENTITY, b"")
+            return stored.decode()
+    except (OSError, pa.ArrowException, UnicodeError):
+        return ""
+
+
+def are_embeddings(fs: pafs.FileSystem, paths: Sequence[str]) -> bool:
+    """Return whether all files are of embeddings, those that are being made included."""
+    return all(".parquet.parts-" in path or digest_of(fs, path) for path in paths)
+
+
+@contextmanager
+def whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
+    """Give a stream whose file appears whole or not at all, however large it is.
+
+    In a bucket not by another name and a copy, as `open_whole` does: none copies more than 5 GB in
+    one request.
+    """
+    if is_local(fs):
+        with open_whole(fs, path) as file:
+            yield file
+        return
+    stream = fs.open_output_stream(path)
+    try:
+        yield stream
+        stream.close()
+    except BaseException:
+        with suppress(OSError, pa.ArrowException):
+            stream.close()  # which shows what there is
+        with suppress(OSError):
+            fs.delete_file(path)
+        raise
+
+
+def _name(index: int) -> str:
+    return f"part-{index:06d}.parquet"
