@@ -7,6 +7,7 @@ deviation.
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, Final
@@ -140,8 +141,13 @@ def _write_hugging_face(path: Path, encoder: Encoder, example: Tensor) -> None: 
     }
     architecture = _in_timm(encoder)
     assert not isinstance(architecture, str)  # it was asked whether there is one
-    options = {key: value for key, value in architecture.options.items() if key != "img_size"}
-    load_timm().models.save_for_hf(network, path, model_args=options, safe_serialization=True)
+    load_timm().models.save_for_hf(
+        network, path, model_args=dict(architecture.options), safe_serialization=True
+    )
+    config = path / "config.json"
+    tree = json.loads(config.read_text(encoding="utf-8"))
+    tree["model_args"].pop("num_classes", None)  # transformers gives it itself, and takes it once
+    config.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_hugging_face(path: Path, encoder: Encoder) -> Network:  # noqa: ARG001 - compared by the caller

@@ -335,12 +335,25 @@ def _register_model(
                 client.set_model_version_tag(name, str(version), key, value)
         else:
             model = log_model(client, run, parts)
-            version = _create_version(client, name, model, run.run_id, tags)
+            version = _create_version(client, name, model, run.run_id, tags, scores)
             for metric, reached in scores.items():
                 client.log_metric(run.run_id, metric, reached, model_id=model.model_id)
         if alias is not None:
             client.set_registered_model_alias(name, alias, str(version))
     return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
+
+
+def _description(model: LoggedModel, scores: Mapping[str, float]) -> str:
+    """Return what MLflow's page of a version shows above its tags, in Markdown.
+
+    The page names the run by itself, and the logged model nowhere.
+    """
+    page = f"#/experiments/{model.experiment_id}/models/{model.model_id}"
+    lines = [f"The logged model is [{model.model_id}]({page})."]
+    if scores:
+        rows = [f"| {metric} | {value:.4f} |" for metric, value in scores.items()]
+        lines += ["", "| metric | of the run's evaluation |", "|---|---:|", *rows]
+    return "\n".join(lines)
 
 
 def _version_with(client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> int:
@@ -355,7 +368,12 @@ def _version_with(client: MlflowClient, name: str, run_id: str, tags: Mapping[st
 
 
 def _create_version(
-    client: MlflowClient, name: str, model: LoggedModel, run_id: str, tags: Mapping[str, str]
+    client: MlflowClient,
+    name: str,
+    model: LoggedModel,
+    run_id: str,
+    tags: Mapping[str, str],
+    scores: Mapping[str, float],
 ) -> int:
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
@@ -371,6 +389,7 @@ def _create_version(
         model.artifact_location,  # `models:/<id>` is looked up in the global store, not in this one
         run_id,
         tags=store.tags_of(tags),
+        description=_description(model, scores),
         model_id=model.model_id,
     )
     # by which MLflow's page of the logged model shows where it is registered

@@ -19,13 +19,13 @@ from torch import Tensor
 from simclr_ray.data.source import Source
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.export import export_encoder
-from tests.long import foreign_readers
 from tests.long.environments import make_environment
 from tests.long.test_foreign_weights import PACKAGES
 from tests.unit.inference.test_export_others import made
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
+PROGRAM = Path(__file__).with_name("foreign_readers.py")
 NUM_IMAGES = 8
 TOLERANCES = {"onnx": 1e-4}  # of the largest feature; of all others:
 TOLERANCE = 1e-5
@@ -79,7 +79,7 @@ def read(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Path:
             torch.save(encoder(inputs_of(root, encoder)), root / name / "want.pth")
         every = {"options": {}, "small_stem": False, **how, "readers": readers}
         (root / name / "how.json").write_text(json.dumps(every))
-    make_environment(root / "other", PACKAGES)(foreign_readers.__file__, str(root))
+    make_environment(root / "other", PACKAGES)(str(PROGRAM), str(root))
     return root
 
 

@@ -332,6 +332,9 @@ def test_run_version_and_logged_model_point_to_one_another_and_carry_the_scores(
     model = client.get_logged_model(output.model_id)
     assert model.source_run_id == version.run_id
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "m", "version": "3"}]
+    assert version.description is not None
+    assert f"/models/{model.model_id})" in version.description
+    assert "| knn_top1 | 0.5000 |" in version.description
     assert {m.key: m.value for m in model.metrics or []} == {"knn_top1": 0.5}
 
 
