@@ -133,7 +133,7 @@ def _write_hugging_face(path: Path, encoder: Encoder, example: Tensor) -> None: 
         "input_size": [encoder.channels, encoder.size, encoder.size],
         "mean": [0.0] * encoder.channels,
         "std": [1.0] * encoder.channels,
-        "crop_pct": CROP_PROPORTION if encoder.size > WHOLE_IMAGE_SIDE else 1.0,
+        "crop_pct": crop_share(encoder.size) if encoder.size > WHOLE_IMAGE_SIDE else 1.0,
         "crop_mode": "center" if encoder.size > WHOLE_IMAGE_SIDE else "squash",
         "interpolation": "bicubic",
         "num_classes": 0,
@@ -148,6 +148,16 @@ def _write_hugging_face(path: Path, encoder: Encoder, example: Tensor) -> None: 
     tree = json.loads(config.read_text(encoding="utf-8"))
     tree["model_args"].pop("num_classes", None)  # transformers gives it itself, and takes it once
     config.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def crop_share(size: int) -> float:
+    """Return the `crop_pct` by which timm's view of side `size` is nearest to ours.
+
+    timm resizes the shorter side to floor(size / crop_pct) and cuts the middle out, to whole
+    pixels. A side from which an even number is cut keeps the middle where ours has it.
+    """
+    resized = size + 2 * round(size * (1 / CROP_PROPORTION - 1) / 2)
+    return size / (resized + 0.25)  # nowhere near the next whole number, whatever is rounded
 
 
 def _check_hugging_face(path: Path, encoder: Encoder) -> Network:  # noqa: ARG001 - compared by the caller
