@@ -106,12 +106,15 @@ def remove(
         bool, typer.Option("--force", help="Also one that an alias points to.")
     ] = False,
 ) -> None:
-    """Delete a version of a registered model, with its files."""
+    """Delete a version of a registered model.
+
+    Its logged model is marked as deleted; `mlflow gc` frees the files.
+    """
     loading("mlflow")
     from simclr_ray.inference.promotion import remove_version
 
     number = remove_version(model, force=force, tracking_uri=tracking_uri)
-    out.print(f"version {number} is deleted", markup=False)
+    out.print(f"version {number} is deleted; `mlflow gc` frees its files", markup=False)
 
 
 def finetune(

@@ -142,7 +142,13 @@ def sync(run: RunPlace) -> None:
         out.print("its status stays: something writes to the folder still", markup=False)
 
 
-def remove(run: RunPlace) -> None:
+def remove(
+    run: RunPlace,
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one in a bucket that was written just now.")
+    ] = False,
+) -> None:
     """Delete a run's folder, checkpoints included; in MLflow it is marked as deleted.
 
     Registered versions stay: their files lie in MLflow's store.
@@ -153,7 +159,7 @@ def remove(run: RunPlace) -> None:
     from simclr_ray.train.tracked import remove_run
 
     folder = RunFolder.at(run)
-    said = remove_run(folder)
+    said = remove_run(folder, force=force)
     out.print(f"deleted {folder.uri}{said}", markup=False, soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Final
 from simclr_ray.config import nearest
 from simclr_ray.config.imports import IMPORT_PATH, import_object
 from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.inference.encoder import Classifier
 from simclr_ray.inference.encoder_files import (
     CARD,
     CLASSIFIER_PROGRAM,
@@ -33,6 +35,8 @@ OWN_FILES: Final = (
     CARD, CLASSIFIER_WEIGHTS, CLASSIFIER_PROGRAM, *(chosen.file for chosen in ALL_FORMATS),
 )  # fmt: skip
 FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
+
+log = logging.getLogger(__name__)
 
 
 def export_encoder(
@@ -107,6 +111,11 @@ def _copy_or_write(folder: Path, out: Path, formats: Sequence[ExportFormat]) -> 
     for each in formats:
         if not (out / each.file).exists():
             write_checked(each, out / each.file, encoder)
+    alone = [each.name for each in formats if each not in FORMATS]
+    if isinstance(encoder, Classifier) and alone:
+        log.warning(
+            "without the classifier, which lies in %s: %s", CLASSIFIER_PROGRAM, ", ".join(alone)
+        )
 
 
 def formats_named(names: Sequence[str]) -> list[ExportFormat]:

@@ -88,9 +88,14 @@ def compare(
 def write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors that everybody may read, as other files."""
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path)
+    permit_reading(path)
+
+
+def permit_reading(path: Path) -> None:
+    """Give a file the usual mode: safetensors lets nobody else read, so that no service could."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors lets nobody else read, so that no service could
+    path.chmod(0o666 & ~mask)
 
 
 def check_weights(path: Path, network: nn.Module) -> None:

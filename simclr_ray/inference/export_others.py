@@ -24,10 +24,12 @@ from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.export_formats import (
     ExportFormat,
     Network,
+    permit_reading,
     write_weights,
 )
 from simclr_ray.nn.encoders import RGB, Architecture, family_of, take_channels
 from simclr_ray.nn.timm_models import load_timm
+from simclr_ray.storage.filesystem import one_line
 
 ONNX_EXTRA: Final = "simclr-ray[onnx]"
 ONNX_FILE: Final = "encoder.onnx"
@@ -144,6 +146,7 @@ def _write_hugging_face(path: Path, encoder: Encoder, example: Tensor) -> None: 
     load_timm().models.save_for_hf(
         network, path, model_args=dict(architecture.options), safe_serialization=True
     )
+    permit_reading(path / "model.safetensors")
     config = path / "config.json"
     tree = json.loads(config.read_text(encoding="utf-8"))
     tree["model_args"].pop("num_classes", None)  # transformers gives it itself, and takes it once
@@ -188,9 +191,9 @@ def _write_onnx(path: Path, encoder: Encoder, example: Tensor) -> None:
                     verbose=False,
                 )
             return
-        except torch.onnx.errors.OnnxExporterError:
+        except torch.onnx.errors.OnnxExporterError as error:
             if dimensions == free:
-                raise
+                raise CheckpointError(f"onnx cannot be written: {one_line(error)}") from error
 
 
 def _check_onnx(path: Path, encoder: Encoder) -> Network:  # noqa: ARG001 - compared by the caller

@@ -140,7 +140,9 @@ def rollback(name: str, alias: str, *, tracking_uri: str = "") -> Promotion:
 
 
 def remove_version(where: str, *, force: bool = False, tracking_uri: str = "") -> int:
-    """Delete a version of a registered model, its files in the store included; return its number.
+    """Delete a version of a registered model, and return its number.
+
+    Its logged model is marked as deleted, as MLflow does it: `mlflow gc` frees the files.
 
     Args:
         where: `models:/name/3`.

@@ -189,16 +189,26 @@ def sync_run(folder: RunFolder) -> Synced:
     return Synced(points, writes, "" if after in ("", before) else after, still_runs)
 
 
-def remove_run(folder: RunFolder) -> str:
+def remove_run(folder: RunFolder, *, force: bool = False) -> str:
     """Delete a run's folder, and mark MLflow's run as deleted; return what is left, as a clause.
 
+    Args:
+        folder: Of the run.
+        force: Also in a bucket where it was written within the last minutes: there no lock says
+            whether a driver runs.
+
     Raises:
-        ConfigError: The folder holds no run.
+        ConfigError: The folder holds no run, or in a bucket one that may be running.
         RunError: Its driver runs.
     """
     record = RunRecord.find(folder)
     if record is None and folder.read_text(CONFIG_FILE) is None:
         raise ConfigError([ConfigIssue(folder.uri, "is no run folder")])
+    state = folder.read_json(STATE, dict) or {}
+    may_run = _was_written_lately(folder) and state.get("status", "") in ("", "RUNNING")
+    if may_run and not force:
+        problem = f"was written within the last {STALE_S / 60:.0f} minutes and may be running"
+        raise ConfigError([ConfigIssue(folder.uri, f"{problem} (--force)")])
     with folder.lock():
         folder.remove_all()
     if record is None:

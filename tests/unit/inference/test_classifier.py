@@ -143,6 +143,13 @@ def test_its_files_and_their_copies_hold_the_classifier(trained: Trained, tmp_pa
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
+def test_what_holds_the_encoder_without_its_classifier_is_said(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export_encoder(trained.checkpoint, tmp_path / "files", ["torch-export", "onnx"])
+    assert "without the classifier, which lies in classifier.pt2: onnx" in caplog.text
+
+
 def test_a_folder_that_held_a_classifier_holds_none_after_an_encoder_took_its_place(
     trained: Trained, tmp_path: Path
 ) -> None:

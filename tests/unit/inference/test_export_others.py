@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from simclr_ray.inference.export import export_encoder
 from simclr_ray.nn.build import build_encoder, feature_dim
 from simclr_ray.nn.timm_models import load_timm
 
+UMASK = os.umask(0)
+os.umask(UMASK)
 TOLERANCE = 1e-5  # of the largest feature
 OURS = {"name": "resnet", "depth": 50}
 SMALL = {"name": "resnet", "depth": 10, "width": 0.25, "stem": "cifar"}
@@ -122,6 +125,8 @@ def test_timm_loads_its_state_dict_and_its_folder(
         **options,
     )
     assert_equal(network.eval(), encoder)
+    mode = (tmp_path / "out" / "huggingface" / "model.safetensors").stat().st_mode
+    assert mode & 0o044 == 0o044 & ~UMASK  # others may read it
     again = timm.create_model(
         f"local-dir:{tmp_path}/out/huggingface", pretrained=True, num_classes=0
     )

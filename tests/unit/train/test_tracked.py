@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from ray.util.queue import Empty
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import RunError, TrackingError, TrackingUnavailableError
+from simclr_ray.errors import ConfigError, RunError, TrackingError, TrackingUnavailableError
 from simclr_ray.inference import registry
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import METRICS, RunFolder
@@ -32,6 +32,7 @@ from simclr_ray.train.tracked import (
     deliver_owed,
     late_writes,
     open_tracker,
+    remove_run,
     sync_run,
     tracked_run,
 )
@@ -314,9 +315,16 @@ def test_a_remote_folder_has_log_and_position_and_is_synced_from_anywhere(
     state = (folder.read_text(STATE) or "").replace("FINISHED", "RUNNING")
     folder.write_text(STATE, state)
     assert sync_run(folder) == (0, 0, "", True)
+    with pytest.raises(ConfigError, match=r"within the last 10 minutes and may be running"):
+        remove_run(folder)
+    assert folder.names("")
     monkeypatch.setattr(tracked, "STALE_S", -1.0)
     assert sync_run(folder) == (0, 0, "KILLED", False)
     assert mlflow_of(folder)[0] == "KILLED"
+    monkeypatch.undo()
+    assert remove_run(folder) == ""  # written just now, and by nobody who runs
+    assert not folder.names("")
+    assert client.get_run(run_id).info.lifecycle_stage == "deleted"
 
 
 def test_a_kill_of_a_remote_runs_driver_costs_no_point_that_mlflow_has(
