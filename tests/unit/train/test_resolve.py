@@ -255,3 +255,26 @@ def test_an_evaluation_on_swapped_splits_is_another(tmp_path: Path) -> None:
     assert evaluation_digest(one) == evaluation_digest(experiment(data={"train": a, "test": b}))
     swapped = experiment(data={"train": a, "eval_train": b, "test": a})
     assert evaluation_digest(one) != evaluation_digest(swapped)
+
+
+def test_a_test_split_of_other_named_classes_is_refused_and_one_of_fewer_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names beside numbers: the numbers of other names say nothing."""
+    names = {"train": "cat,dog", "other": "car,bus", "fewer": "dog,cat"}
+    for split, classes in names.items():
+        columns = {
+            "image": pa.array([noise_png(seed, 8) for seed in range(4)], pa.binary()),
+            "label": pa.array([0, 0, 0, 0] if split == "fewer" else [0, 1, 0, 1], pa.int64()),
+        }
+        table = pa.table(columns).replace_schema_metadata({"class_names": classes})
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+
+    def resolved_with(test: str) -> None:
+        data = {"train": str(tmp_path / "train.parquet"), "test": str(tmp_path / f"{test}.parquet")}
+        resolve(experiment(**CLASSIFIER, data=data, storage=str(tmp_path / "runs")))
+
+    with pytest.raises(DataError, match="has none of the classes that the classifier knows"):
+        resolved_with("other")
+    resolved_with("fewer")
+    assert "fewer.parquet has no image of cat" in caplog.text
