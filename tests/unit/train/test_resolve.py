@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ClassifierHeadConfig, DataConfig, Experiment
-from simclr_ray.errors import ConfigError, DataError, SimclrRayError
+from simclr_ray.errors import CheckpointError, ConfigError, DataError, SimclrRayError
 from simclr_ray.evaluation.evaluate import split_like_test
 from simclr_ray.train.outcome import evaluation_digest
 from simclr_ray.train.resolve import resolve
 from tests.ray.images import noise_png, write_shapes
+from tests.unit.inference.test_classifier import NAMES, checkpointed
 
 CLASSIFIER = {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}}
 
@@ -255,6 +257,43 @@ def test_an_evaluation_on_swapped_splits_is_another(tmp_path: Path) -> None:
     assert evaluation_digest(one) == evaluation_digest(experiment(data={"train": a, "test": b}))
     swapped = experiment(data={"train": a, "eval_train": b, "test": a})
     assert evaluation_digest(one) != evaluation_digest(swapped)
+
+
+def test_a_student_is_given_the_classes_of_its_teacher_whatever_its_images_are_called(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = checkpointed(tmp_path / "teacher-0123", NAMES)
+    months = [f"months/{month}" for month in ("jan", "feb", "mar", "apr")]
+    for seed, place in enumerate(["flat", *months, "test/dog"]):
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / place / f"{number}.png").write_bytes(noise_png(2 * seed + number, 40))
+    for train in ("flat", "months"):
+        tree = {
+            "name": "student",
+            "data": {"train": str(tmp_path / train), "test": str(tmp_path / "test")},
+            "batch_size": 2,
+            "head": {"name": "classifier"},
+            "loss": {"name": "distillation", "teacher": str(teacher)},
+            "storage": str(tmp_path / "runs"),
+        }
+        student = resolve(cfg.validate(Experiment, tree))
+        assert student.class_names == tuple(NAMES)
+        assert student.config.classifier is not None
+        assert student.config.classifier.num_classes == 3
+        assert pickle.loads(pickle.dumps(student)).class_names == tuple(NAMES)  # noqa: S301 - ours
+    assert student.source.class_names == ("apr", "feb", "jan", "mar")
+    assert "has no image of cat, big bird" in caplog.text
+
+
+def test_a_teacher_that_names_more_classes_than_it_has_is_refused(tmp_path: Path) -> None:
+    teacher = checkpointed(tmp_path / "teacher-0123", [*NAMES, "jan"])
+    train = source(tmp_path, None)
+    asked = experiment(
+        head={"name": "classifier"}, loss={"name": "distillation", "teacher": str(teacher)}
+    )
+    with pytest.raises(CheckpointError, match="names 4 classes and its classifier has 3"):
+        resolved(asked, train)
 
 
 def test_a_test_split_of_other_named_classes_is_refused_and_one_of_fewer_is_said(
