@@ -42,25 +42,25 @@ def by_timm(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     return made.eval()
 
 
-def by_timm_folder(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:  # noqa: ARG001 - as of all
+def by_timm_folder(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Return timm's network of the Hugging Face folder."""
     where = f"local-dir:{folder / 'huggingface'}"
     return timm.create_model(where, pretrained=True, num_classes=0).eval()
 
 
-def by_transformers(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:  # noqa: ARG001 - as of all
+def by_transformers(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Return the pooled output of `AutoModel`."""
     model = AutoModel.from_pretrained(folder / "huggingface").eval()
     return lambda images: model(pixel_values=images).pooler_output
 
 
-def by_onnxruntime(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:  # noqa: ARG001 - as of all
+def by_onnxruntime(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Return the session's answer."""
     session = onnxruntime.InferenceSession(folder / "encoder.onnx")
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def by_torch_export(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:  # noqa: ARG001 - as of all
+def by_torch_export(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Return the exported program."""
     return torch.export.load(folder / "encoder.pt2").module()
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from simclr_ray import config as cfg
+from simclr_ray.augment.decode import DEFAULT_DECODER
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.inference.encoder import EvaluationTransform
-from simclr_ray.augment.decode import DEFAULT_DECODER
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.pretrained import load_init
 from tests.long.environments import bare_environment
