@@ -82,7 +82,7 @@ def measured(
     model: Path, few: str, whole: str, out: str, local: Path, rounds: int
 ) -> dict[str, Any]:
     """Return all figures; of `local` one process reads the same rows as `embed` of `few`."""
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for index in range(rounds):
         alone = in_one_process(model, local)
         ours = embedded(model, few, f"{out}/few-{index}.parquet")

@@ -32,7 +32,8 @@ def by_torchvision(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tens
     if how["small_stem"]:
         network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     network.load_state_dict(torch.load(folder / "torchvision.pth", weights_only=True), strict=True)
-    return network.eval()
+    whole: Callable[[Tensor], Tensor] = network.eval()
+    return whole
 
 
 def by_timm(folder: Path, how: dict[str, Any]) -> Callable[[Tensor], Tensor]:

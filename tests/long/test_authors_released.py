@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 SIZE, NUM_IMAGES = 96, 4
 TOLERANCE = 1e-5  # of the largest feature
-ENCODERS = {
+ENCODERS: dict[str, dict[str, float]] = {
     "r18": {"depth": 18},
     "r50": {"depth": 50},
     "r50_sk": {"depth": 50, "selective_kernel": 0.0625},
