@@ -54,7 +54,7 @@ class FineTuned(NamedTuple):
 
 def plan_finetuning(
     run: str,
-    share: float,
+    share: float | None,
     *overrides: str,
     per_class: int = 0,
     frozen: bool = False,
@@ -63,13 +63,15 @@ def plan_finetuning(
     """Return the experiment of a fine-tuning, its rows written; nothing has started.
 
     The batch is the run's, or as many rows as there are; with gradient caching whole groups.
-    Without `data.test` the classifier is tested on the labelled rows that were not chosen.
+    Without `data.test` the classifier is tested on labelled rows that were not chosen, at most
+    10,000 (`data.subset.MOST_TEST_ROWS`).
 
     Args:
         run: Folder or URI of a pretraining run, whose newest checkpoint is taken.
-        share: Of the labelled rows of `data.train`, class-balanced, in (0, 1].
+        share: Of the labelled rows of `data.train`, class-balanced, in (0, 1]; None with
+            `per_class`.
         overrides: Of the fine-tuning's config.
-        per_class: Labelled rows of each class instead of a share; 0: by `share`.
+        per_class: Labelled rows of each class, without a share; 0: by `share`.
         frozen: Leave the encoder as it is, and fit a classifier on its features.
         from_random: Start from random weights instead, for comparison.
 
@@ -77,9 +79,7 @@ def plan_finetuning(
         ConfigError: `run` is no run folder, or the share or an override cannot be.
         DataError: There are no labels, too few of them, or no test split that they fit.
     """
-    if not per_class and not 0 < share <= 1:
-        problem = f"got {share:g}; it must be above 0 and at most 1"
-        raise ConfigError([ConfigIssue("--labels", problem)])
+    share = _share(share, per_class)
     if frozen and from_random:
         problem = "an encoder of random weights is to be trained, so it cannot be frozen"
         raise ConfigError([ConfigIssue("--frozen", problem)])
@@ -109,6 +109,24 @@ def plan_finetuning(
     tuned["batch_norm"]["group_size"] = group
     tuned["batch_size"] = size // group * group if group else size
     return enter(cfg.validate(Experiment, tuned), _planned, record)
+
+
+def _share(share: float | None, per_class: int) -> float:
+    """Return the share of the labels, 0 where `per_class` says how many.
+
+    Raises:
+        ConfigError: Both are given, or neither, or the share is none.
+    """
+    if per_class:
+        if share is None:
+            return 0.0
+        problem = f"got {share:g}, and --per-class {per_class} as well; they exclude each other"
+        raise ConfigError([ConfigIssue("--labels", problem)])
+    if share is None or not 0 < share <= 1:
+        shown = "nothing" if share is None else f"{share:g}"
+        problem = f"got {shown}; it must be above 0 and at most 1"
+        raise ConfigError([ConfigIssue("--labels", problem)])
+    return share
 
 
 def plan_distillation(teacher: str, *overrides: str) -> Planned:
