@@ -163,6 +163,8 @@ def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTun
     """Train what was planned, test it, and store the scores with it and with the run it is of."""
     experiment, parent = planned
     done = driver.train_resolved(experiment, on_progress=on_progress)
+    with late_writes(RunFolder.at(done.folder)) as writes:
+        writes.config(experiment.config)
     scores = None
     if experiment.config.data.test:
         with RunFolder.at(done.folder).fetched(done.checkpoint_name) as checkpoint:
