@@ -22,7 +22,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue, DataError, TrackingError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.evaluate import score_classifier
 from simclr_ray.nn.pretrained import experiment_of
-from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import CLASSIFIER_SCORES
 from simclr_ray.tracking.runs import TrackedRun
@@ -49,7 +49,7 @@ class FineTuned(NamedTuple):
 
     run: Run
     scores: Classification | None  # of the test split, where there is one
-    num_images: int  # that it was trained on
+    num_images: int  # that it was trained on, without those that could not be used
 
 
 def plan_finetuning(
@@ -170,7 +170,13 @@ def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTun
         with RunFolder.at(done.folder).fetched(done.checkpoint_name) as checkpoint:
             scores = score_classifier(checkpoint, experiment.config)
         _log(done, parent, experiment.config.name, scores)
-    return FineTuned(done, scores, experiment.source.num_rows)
+    return FineTuned(done, scores, experiment.source.num_rows - _num_bad(RunFolder.at(done.folder)))
+
+
+def _num_bad(folder: RunFolder) -> int:
+    """Return how many images of a run could not be used."""
+    lines = (folder.read_text(BAD_ROWS) or "").splitlines()
+    return len({json.loads(line)["id"] for line in lines})
 
 
 def _validated(
