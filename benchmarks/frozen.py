@@ -2,8 +2,9 @@
 
     python -m benchmarks.frozen [--threads 1]
 
-Processor seconds of `sweep_logistic_regression` (45 penalties), once, on drawn features: normal around a
-centre for each class, below zero cut off as by a last ReLU. The encoder's pass is not in them.
+Processor seconds of `sweep_logistic_regression` (45 penalties), once, on drawn features: normal
+around a centre for each class, below zero cut off as by a last ReLU. The encoder's pass is not in
+them.
 Writes `benchmarks/results/frozen.json`.
 """
 
