@@ -2,8 +2,8 @@
 
 Few labels decide little more than one linear layer, and that has one best answer: it is found in
 this process, from the features of the evaluation views. What comes out is a run as any other:
-folder, checkpoint, MLflow. On one core the fit took 0.5 s for 100 images, 512 features and 10
-classes, and 89 s for 13,000 images, 2,048 features and 100 classes, all drawn
+folder, checkpoint, MLflow. On one core the fit took 0.3 s for 100 images, 512 features and 10
+classes, and 84 s for 13,000 images, 2,048 features and 100 classes, all drawn
 (`benchmarks/results/frozen.json`), besides the encoder's one pass over the images.
 """
 
