@@ -9,6 +9,7 @@
     ├── ClusterError         the Ray cluster cannot hold what was asked for        (exit code 2)
     ├── TrackingError        MLflow refused or cannot be reached                    (exit code 1)
     │   └── TrackingUnavailableError  it did not answer, and may later             (exit code 1)
+    ├── NotPromotedError     a model does not show what an alias asks for          (exit code 1)
     └── RunError             the training run itself failed                        (exit code 1)
         ├── RestartsError        workers fail again and again: try another time   (exit code 75)
         ├── StorageError         a disk takes no more of the run; an `OSError`    (exit code 75)

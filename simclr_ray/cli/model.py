@@ -34,6 +34,7 @@ def register(
 Version = Annotated[
     str, typer.Argument(metavar="MODEL", help="models:/NAME/3, or models:/NAME@ALIAS.")
 ]
+SHARE = 0.1  # of the labels, where nothing else is asked for
 Named = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")]
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.")]
 
@@ -120,12 +121,15 @@ def remove(
 def finetune(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or URI of a pretraining run.")],
     overrides: Overrides = None,
-    labels: Annotated[float, typer.Option(help="Share of the labels, class-balanced.")] = 0.1,
+    labels: Annotated[
+        float | None,
+        typer.Option(help="Share of the labels, class-balanced.", show_default=f"{SHARE:g}"),
+    ] = None,
     per_class: Annotated[
         int, typer.Option(min=0, help="So many labels of each class, instead of a share.")
     ] = 0,
     frozen: Annotated[  # noqa: FBT002 - typer makes it a flag
-        bool, typer.Option("--frozen", help="Fit a classifier on the features, within seconds.")
+        bool, typer.Option("--frozen", help="Fit a classifier on the features alone.")
     ] = False,
     random: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool, typer.Option("--random", help="Start from random weights, for comparison.")
@@ -133,7 +137,7 @@ def finetune(
 ) -> None:
     """Fine-tune a run's encoder on a share of the labels, and test the classifier.
 
-    Without `data.test` it is tested on the labelled images that it was not trained on.
+    Without `data.test` it is tested on labelled images that it was not trained on, at most 10,000.
 
     Example: simclr-ray model finetune runs/cifar10_cpu-1a2b3c4d --labels 0.01 data.test=cifar/test
     Example: simclr-ray model finetune runs/photos-1a2b3c4d --per-class 10 --frozen data.train=new
@@ -143,7 +147,12 @@ def finetune(
 
     tuned = _train(
         plan_finetuning(
-            run, labels, *(overrides or []), per_class=per_class, frozen=frozen, from_random=random
+            run,
+            SHARE if labels is None and not per_class else labels,
+            *(overrides or []),
+            per_class=per_class,
+            frozen=frozen,
+            from_random=random,
         )
     )
     _show(f"test, after {counted(tuned.num_images, 'label')}", tuned)

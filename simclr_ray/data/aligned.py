@@ -67,15 +67,18 @@ def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) ->
             labels are numbers without gaps.
         num_classes: K.
 
+    Classes of the classifier that no image has are said.
+
     Raises:
         DataError: The images have a class that the classifier does not know, names where it has
-            numbers alone, or no labels.
+            numbers alone or other names, or no labels.
     """
     labels, column = source.labels(), source.label
     assert column is not None
     present = distinct_labels(labels)
     by_name = bool(column.names) and not set(names).isdisjoint(column.names)
-    if column.is_text and not by_name:
+    both_named = _are_names(column.names) and _are_names(names)
+    if not by_name and (column.is_text or both_named):
         raise DataError(f"{source.uri} has none of the classes that the classifier knows")
     if not by_name and (names or column.names):
         warn_once(log, f"{source.uri}: labels are compared with the classifier's as numbers")
@@ -91,4 +94,12 @@ def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) ->
         raise DataError(
             f"{source.uri} has {shown} that the classifier does not know: {', '.join(unknown[:5])}"
         )
+    untested = sorted(names_there.difference(keys.values()), key=classes.index) if by_name else []
+    if untested:
+        warn_once(log, f"{source.uri} has no image of {_some(dict(enumerate(untested)))}")
     return replace(source, label=renumber(column, keys, classes))
+
+
+def _are_names(names: Sequence[str]) -> bool:
+    """Return whether there are names, and not numbers as text alone."""
+    return not all(name.isdigit() for name in names)

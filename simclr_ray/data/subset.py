@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,11 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, open_whole
 
+log = logging.getLogger(__name__)
+
 GROUP_ROWS = 500
+# A share p of n images has the standard error √(p(1-p)/n): of these at most half a percent.
+MOST_TEST_ROWS: Final = 10_000
 
 
 def balanced_rows(labels: Int64s, share: float, seed: int, per_class: int = 0) -> Int64s:
@@ -52,6 +58,22 @@ def balanced_rows(labels: Int64s, share: float, seed: int, per_class: int = 0) -
     return np.sort(np.concatenate(chosen))
 
 
+def rows_left(labels: Int64s, chosen: Int64s, seed: int, most: int = MOST_TEST_ROWS) -> Int64s:
+    """Return labelled rows that were not chosen, ascending: all, or `most` drawn alike.
+
+    Args:
+        labels: int64 [M], below 0: none.
+        chosen: Rows that a classifier learns from.
+        seed: Which rows; another stream than that of `balanced_rows`.
+        most: Rows at most.
+    """
+    rest = np.setdiff1d(np.flatnonzero(labels >= 0), chosen)
+    if len(rest) <= most:
+        return rest
+    draws = np.random.Generator(np.random.Philox(key=seed).jumped())
+    return np.sort(draws.choice(rest, most, replace=False))
+
+
 def write_subset(
     source: Source,
     share: float,
@@ -71,8 +93,8 @@ def write_subset(
         seed: As there.
         storage: Folder or URI.
         per_class: As there.
-        others: The other labelled rows instead; where there are none, nothing is written and "" is
-            returned.
+        others: Of the other labelled rows those of `rows_left` instead; where there are none,
+            nothing is written and "" is returned.
 
     Raises:
         DataError: As `balanced_rows`, or a file cannot be read.
@@ -80,11 +102,18 @@ def write_subset(
     labels = source.labels()
     rows = balanced_rows(labels, share, seed, per_class)
     if others:
-        rows = np.setdiff1d(np.flatnonzero(labels >= 0), rows)
+        num_rest = int((labels >= 0).sum()) - len(rows)
+        rows = rows_left(labels, rows, seed)
         if not len(rows):
             return ""
+        log.info(
+            "tested on %s of the %s labelled images that were not chosen",
+            f"{len(rows):,}", f"{num_rest:,}",
+        )  # fmt: skip
     chosen = [per_class] if per_class else [share]
-    identity = json.dumps([source.fingerprint, *chosen, seed, NO_LABEL, *["others"] * others])
+    identity = json.dumps(
+        [source.fingerprint, *chosen, seed, NO_LABEL, *["others", len(rows)] * others]
+    )
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     much = f"{per_class}-each" if per_class else f"{share:g}"
     name = f"{'not-' if others else ''}labelled-{much}-seed{seed}-{digest}.parquet"

@@ -39,6 +39,7 @@ from simclr_ray.inference.export_formats import (
     write_weights,
 )
 from simclr_ray.nn import build as networks
+from simclr_ray.nn.pretrained import names_in
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256, versions_of
 
@@ -236,7 +237,7 @@ def _of_checkpoint(folder: Path) -> Encoder:
         return whole.eval()
     head = networks.classifier_from_tree(head_config, whole.feature_dim)
     checkpoint.restore_model(kept.tensors, head, prefix="model.head.")
-    names = kept.record.get("class_names", [])
+    names = names_in(kept.record, head_config["num_classes"], folder)
     return Classifier(
         whole,
         head=head.float().requires_grad_(requires_grad=False),

@@ -7,7 +7,7 @@ folded into the first convolution, exact but for the border that it pads (`nn.fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
 from simclr_ray.config.moves import relocated_run
+from simclr_ray.config.wording import counted
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.nn.authors_weights import by_own_names, is_authors
 from simclr_ray.nn.build import SimCLRModel, build_model
@@ -86,6 +87,41 @@ def load_teacher(experiment: Experiment) -> SimCLRModel:
     assert experiment.distillation is not None
     with open_checkpoint(experiment.distillation.teacher, TEACHER) as (_, folder):
         return load_model(folder)
+
+
+def teacher_classes(experiment: Experiment) -> tuple[str, ...]:
+    """Return the names of the classes that the teacher of a distillation knows.
+
+    None where they have numbers alone, or nothing is distilled.
+
+    Raises:
+        CheckpointError: It names more classes than it has.
+    """
+    if experiment.distillation is None:
+        return ()
+    with open_checkpoint(experiment.distillation.teacher, TEACHER) as (where, folder):
+        record = checkpoint.read_record(folder)
+    return tuple(names_in(record, record["experiment"]["head"]["num_classes"], where))
+
+
+def names_in(record: Mapping[str, Any], num_classes: int, where: Path | str) -> list[str]:
+    """Return the names of a classifier's classes that a checkpoint's record holds.
+
+    Args:
+        record: Of the checkpoint.
+        num_classes: K.
+        where: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: There are more names than classes.
+    """
+    names: list[str] = record.get("class_names", [])
+    if len(names) > num_classes:
+        raise CheckpointError(
+            f"{where} names {counted(len(names), 'class', 'classes')} and its classifier has "
+            f"{num_classes}: which is which is not known"
+        )
+    return names
 
 
 def load_init(model: SimCLRModel, experiment: Experiment) -> None:

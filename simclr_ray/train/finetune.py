@@ -22,7 +22,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue, DataError, TrackingError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.evaluate import score_classifier
 from simclr_ray.nn.pretrained import experiment_of
-from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import CLASSIFIER_SCORES
 from simclr_ray.tracking.runs import TrackedRun
@@ -49,12 +49,12 @@ class FineTuned(NamedTuple):
 
     run: Run
     scores: Classification | None  # of the test split, where there is one
-    num_images: int  # that it was trained on
+    num_images: int  # that it was trained on, without those that could not be used
 
 
 def plan_finetuning(
     run: str,
-    share: float,
+    share: float | None,
     *overrides: str,
     per_class: int = 0,
     frozen: bool = False,
@@ -63,13 +63,15 @@ def plan_finetuning(
     """Return the experiment of a fine-tuning, its rows written; nothing has started.
 
     The batch is the run's, or as many rows as there are; with gradient caching whole groups.
-    Without `data.test` the classifier is tested on the labelled rows that were not chosen.
+    Without `data.test` the classifier is tested on labelled rows that were not chosen, at most
+    10,000 (`data.subset.MOST_TEST_ROWS`).
 
     Args:
         run: Folder or URI of a pretraining run, whose newest checkpoint is taken.
-        share: Of the labelled rows of `data.train`, class-balanced, in (0, 1].
+        share: Of the labelled rows of `data.train`, class-balanced, in (0, 1]; None with
+            `per_class`.
         overrides: Of the fine-tuning's config.
-        per_class: Labelled rows of each class instead of a share; 0: by `share`.
+        per_class: Labelled rows of each class, without a share; 0: by `share`.
         frozen: Leave the encoder as it is, and fit a classifier on its features.
         from_random: Start from random weights instead, for comparison.
 
@@ -77,9 +79,7 @@ def plan_finetuning(
         ConfigError: `run` is no run folder, or the share or an override cannot be.
         DataError: There are no labels, too few of them, or no test split that they fit.
     """
-    if not per_class and not 0 < share <= 1:
-        problem = f"got {share:g}; it must be above 0 and at most 1"
-        raise ConfigError([ConfigIssue("--labels", problem)])
+    share = _share(share, per_class)
     if frozen and from_random:
         problem = "an encoder of random weights is to be trained, so it cannot be frozen"
         raise ConfigError([ConfigIssue("--frozen", problem)])
@@ -109,6 +109,24 @@ def plan_finetuning(
     tuned["batch_norm"]["group_size"] = group
     tuned["batch_size"] = size // group * group if group else size
     return enter(cfg.validate(Experiment, tuned), _planned, record)
+
+
+def _share(share: float | None, per_class: int) -> float:
+    """Return the share of the labels, 0 where `per_class` says how many.
+
+    Raises:
+        ConfigError: Both are given, or neither, or the share is none.
+    """
+    if per_class:
+        if share is None:
+            return 0.0
+        problem = f"got {share:g}, and --per-class {per_class} as well; they exclude each other"
+        raise ConfigError([ConfigIssue("--labels", problem)])
+    if share is None or not 0 < share <= 1:
+        shown = "nothing" if share is None else f"{share:g}"
+        problem = f"got {shown}; it must be above 0 and at most 1"
+        raise ConfigError([ConfigIssue("--labels", problem)])
+    return share
 
 
 def plan_distillation(teacher: str, *overrides: str) -> Planned:
@@ -145,12 +163,20 @@ def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTun
     """Train what was planned, test it, and store the scores with it and with the run it is of."""
     experiment, parent = planned
     done = driver.train_resolved(experiment, on_progress=on_progress)
+    with late_writes(RunFolder.at(done.folder)) as writes:
+        writes.config(experiment.config)
     scores = None
     if experiment.config.data.test:
         with RunFolder.at(done.folder).fetched(done.checkpoint_name) as checkpoint:
             scores = score_classifier(checkpoint, experiment.config)
         _log(done, parent, experiment.config.name, scores)
-    return FineTuned(done, scores, experiment.source.num_rows)
+    return FineTuned(done, scores, experiment.source.num_rows - _num_bad(RunFolder.at(done.folder)))
+
+
+def _num_bad(folder: RunFolder) -> int:
+    """Return how many images of a run could not be used."""
+    lines = (folder.read_text(BAD_ROWS) or "").splitlines()
+    return len({json.loads(line)["id"] for line in lines})
 
 
 def _validated(

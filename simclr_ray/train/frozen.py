@@ -1,8 +1,10 @@
 """A classifier on a frozen encoder: logistic regression on its features, as a run of its own.
 
-Few labels decide little more than one linear layer, and that has one best answer: it is found at
-once, in this process, from the features of the evaluation views. What comes out is a run as any
-other: folder, checkpoint, MLflow.
+Few labels decide little more than one linear layer, and that has one best answer: it is found in
+this process, from the features of the evaluation views. What comes out is a run as any other:
+folder, checkpoint, MLflow. On one core the fit took 0.3 s for 100 images, 512 features and 10
+classes, and 84 s for 13,000 images, 2,048 features and 100 classes, all drawn
+(`benchmarks/results/frozen.json`), besides the encoder's one pass over the images.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from simclr_ray import config as cfg
 from simclr_ray.config.wording import counted
 from simclr_ray.data.decoding import evaluation_decoder
-from simclr_ray.evaluation.features import extract_features, load_split
+from simclr_ray.evaluation.features import Split, extract_features, load_split
 from simclr_ray.evaluation.knn import top_k_accuracy
 from simclr_ray.evaluation.linear import LinearProbe
 from simclr_ray.evaluation.logistic_regression import (
@@ -32,11 +34,12 @@ from simclr_ray.nn.pretrained import load_init
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import last_values
-from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolder
+from simclr_ray.storage.run_folder import BAD_ROWS, CONFIG_FILE, HELD_S, METRICS, RunFolder
 from simclr_ray.storage.space import OF_THE_DISK, writing
 from simclr_ray.train.identity import newest_checkpoint
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.run_log import RunLog
 from simclr_ray.train.tracked import open_tracker, tracked_run
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,7 @@ def fit_frozen(resolved: ResolvedExperiment) -> Run:
         with tracked_run(resolved, open_tracker(resolved)) as tracked:
             name = newest_checkpoint(resolved)
             if not name:
-                model, metrics = _fitted(resolved)
+                model, metrics = _fitted(resolved, tracked.log)
                 name = checkpoint.new_name(resolved.total_steps)
                 _store(resolved, folder, model, name)
                 tracked.log.append(METRICS, {"step": resolved.total_steps, **metrics})
@@ -70,7 +73,7 @@ def fit_frozen(resolved: ResolvedExperiment) -> Run:
             return Run(folder.name, folder.uri, name, tracked.run_id, last)
 
 
-def _fitted(resolved: ResolvedExperiment) -> tuple[SimCLRModel, dict[str, float]]:
+def _fitted(resolved: ResolvedExperiment, run_log: RunLog) -> tuple[SimCLRModel, dict[str, float]]:
     """Return the model with its classifier fitted, and how it does on what it was fitted on."""
     config = resolved.config
     model = build_model(config)
@@ -79,10 +82,11 @@ def _fitted(resolved: ResolvedExperiment) -> tuple[SimCLRModel, dict[str, float]
     split = load_split(
         resolved.source, config.evaluation_size, decoder=evaluation_decoder(config.data)
     ).labelled()
+    _say_bad(split, resolved, run_log)
     h = extract_features(
         model.encoder.to(device), split.images, config.evaluation.batch_size, device,
         config.precision,
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     head = config.classifier
     assert head is not None
     probe = _probe(h, split.labels, head.num_classes, config.seed)
@@ -91,12 +95,24 @@ def _fitted(resolved: ResolvedExperiment) -> tuple[SimCLRModel, dict[str, float]
     with torch.no_grad():
         scores.weight.copy_(probe.weight)
         scores.bias.copy_(probe.bias)
-    logits = probe.logits(h)
+    logits = probe.logits(h).cpu()
     return model.to("cpu"), {
         "epoch": float(config.epochs),
         "train/mean_loss": float(F.cross_entropy(logits, split.labels)),
         "train/classifier_top1": top_k_accuracy(logits, split.labels),
     }
+
+
+def _say_bad(split: Split, resolved: ResolvedExperiment, run_log: RunLog) -> None:
+    """Store which images are left out, and say how many, where there are any."""
+    for bad in split.bad:
+        run_log.append(BAD_ROWS, {"step": 0, "id": bad.id, "reason": bad.reason})
+    if split.bad:
+        log.warning(
+            "%s of %s left out, which could not be used; the first, id %d: %s; all: %s/%s",
+            counted(len(split.bad), "image"), f"{resolved.source.num_rows:,}",
+            split.bad[0].id, split.bad[0].reason, resolved.folder.uri, BAD_ROWS,
+        )  # fmt: skip
 
 
 def _probe(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> LinearProbe:
@@ -115,7 +131,7 @@ def _store(resolved: ResolvedExperiment, folder: RunFolder, model: SimCLRModel, 
     record = {
         "experiment": cfg.to_tree(resolved.config),
         **resolved.identity,
-        "class_names": list(resolved.source.class_names),
+        "class_names": list(resolved.class_names),
     }
     tensors = checkpoint.pack(model, build_optimizer(model, resolved.config.optimizer))
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import NotPromotedError, TrackingUnavailableError
@@ -18,7 +17,7 @@ from simclr_ray.evaluation.evaluate import evaluate_experiment, score_classifier
 from simclr_ray.evaluation.scores import Score, format_table
 from simclr_ray.inference.promotion import promote
 from simclr_ray.inference.registry import register_run
-from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolder
+from simclr_ray.storage.run_folder import HELD_S, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import CLASSIFIER_SCORES, SCORES
 from simclr_ray.storage.space import OF_THE_DISK, writing
@@ -146,7 +145,7 @@ def publish(run: Run, resolved: ResolvedExperiment, scores: Sequence[Score]) -> 
         draw_curves(folder.read_text(METRICS) or "", curves)
         writes.file(views)
         writes.file(curves)
-        writes.text(cfg.dump_yaml(cfg.to_tree(resolved.config)), CONFIG_FILE)
+        writes.config(resolved.config)
         writes.text(format_table(scores), "scores.md")
         writes.metrics(score_metrics(scores), int(run.metrics.get("step", 0)))
 

@@ -10,7 +10,6 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from pyarrow.fs import FileType
 
 from simclr_ray import config as cfg
 from simclr_ray.augment import native
@@ -25,9 +24,7 @@ from simclr_ray.data.decoding import (
     resolve_white,
     training_decoder,
 )
-from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.image_groups import open_grouped
-from simclr_ray.data.listing import list_parquet, part_split
 from simclr_ray.data.sample import CHECK_SECONDS, Sample, check_sample
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
@@ -39,20 +36,20 @@ from simclr_ray.nn.pretrained import (
     WHERE,
     foreign_weights,
     open_checkpoint,
+    teacher_classes,
     weight_files,
 )
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.filesystem import check_makeable, filesystem, info_of, one_line
+from simclr_ray.storage.filesystem import check_makeable, one_line
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import check_model, store_uri
 from simclr_ray.train.encoder_check import check_encoder
+from simclr_ray.train.image_folders import resolve_folders
 from simclr_ray.train.imports import export_problem, resolve_imports
 from simclr_ray.train.rollback import check_policy
 
 log = logging.getLogger(__name__)
-
-LISTS = "_lists"  # below the storage: of images that lie in folders
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,10 +62,17 @@ class ResolvedExperiment:
     Attributes:
         config: Its classes are counted; first weights and teacher are one checkpoint and its hash.
         source: The training images, opened.
+        teacher_classes: Their names, where a teacher's are learned and have names.
     """
 
     config: Experiment
     source: Source
+    teacher_classes: tuple[str, ...] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes that its classifier tells apart: a teacher's, or the images'."""
+        return self.teacher_classes if self.config.distillation else self.source.class_names
 
     @property
     def digest(self) -> str:
@@ -135,6 +139,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         DataError: The images cannot be read, none of a sample can be used, they fill no batch, or
             lack labels that the loss takes; or those of `data.test` are of classes that the
             classifier does not know.
+        CheckpointError: The teacher names more classes than it has.
         TrackingError: MLflow cannot keep the run, or not under the alias that is asked for.
     """
     native.check_setting()  # read by the actors that make views, on other nodes and minutes later
@@ -150,7 +155,8 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     )
     config, source = resolve_classes(resolve_teacher(resolve_init(experiment)), source)
     build_plan(config, source)  # fails here when the rows fill no batch
-    _check_evaluation(config, source)
+    resolved = ResolvedExperiment(config, source, teacher_classes(config))
+    _check_evaluation(resolved)
     _check_images(config.data, sample)
     if config.registry.name:
         check_model(config.registry.name, config.registry.alias)
@@ -163,7 +169,6 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     RunFolder.of(config.storage, config.name)  # fails here for a file in its place
     store_uri(config.tracking.uri, config.storage)
     _check_registrable(config)
-    resolved = ResolvedExperiment(config, source)
     check_policy(resolved)
     if resolved.folder.local is not None and not resolved.folder.local.exists():
         try:
@@ -172,25 +177,6 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
             problem = f"{config.storage} cannot be made: {error.strerror or one_line(error)}"
             raise ConfigError([ConfigIssue("storage", problem)]) from error
     return resolved
-
-
-def resolve_folders(experiment: Experiment) -> Experiment:
-    """Return the experiment with a list of images below its storage for each folder of images."""
-    data, lists = experiment.data, f"{experiment.storage.rstrip('/')}/{LISTS}"
-    paths = {"train": data.train, "test": data.test, "eval_train": data.eval_train}
-    listed = {key: index_folder(uri, lists) for key, uri in paths.items() if _is_of_images(uri)}
-    if not listed:
-        return experiment
-    return experiment.model_copy(update={"data": data.model_copy(update=listed)})
-
-
-def _is_of_images(uri: str) -> bool:
-    """Return whether a path is a folder without parquet; what is wrong with it is said later."""
-    if not uri:
-        return False
-    fs, root = filesystem(uri)
-    folder = info_of(fs, part_split(fs, root)[0])
-    return folder.type == FileType.Directory and not list_parquet(fs, root, uri)
 
 
 def _check_images(data: DataConfig, train: Sample) -> None:
@@ -203,18 +189,18 @@ def _check_images(data: DataConfig, train: Sample) -> None:
             check_sample(sample, evaluation_decoder(data), seconds=CHECK_SECONDS / 2)
 
 
-def _check_evaluation(experiment: Experiment, source: Source) -> None:
+def _check_evaluation(resolved: ResolvedExperiment) -> None:
     """Open the splits that are read after the training, and compare what can be compared."""
-    data, head = experiment.data, experiment.classifier
+    data, head = resolved.config.data, resolved.config.classifier
     same = split_like_test(data)
     if same:
         log.warning("%s holds the images of %s: scores flatter", data.test, same)
-    bank = Source.open(data.eval_train, data.columns) if data.eval_train else source
+    bank = Source.open(data.eval_train, data.columns) if data.eval_train else resolved.source
     if not data.test:
         return
     test = Source.open(data.test, data.columns)
     if head is not None and test.has_labels:
-        map_to_classifier(test, source.class_names, head.num_classes)
+        map_to_classifier(test, resolved.class_names, head.num_classes)
     elif test.has_labels and bank.has_labels:
         align_labels(bank, test)
     elif bank.has_labels:

@@ -73,6 +73,10 @@ class Writes:
         """Store `text` as the artifact `file`."""
         self.delivery.owe("text", text=text, file=file)
 
+    def config(self, experiment: Experiment) -> None:
+        """Store the experiment as an artifact, by which a version finds what it was trained by."""
+        self.text(cfg.dump_yaml(cfg.to_tree(experiment)), CONFIG_FILE)
+
     def file(self, path: Path) -> None:
         """Store a local file in the run folder and as an artifact."""
         self.log.put(path)

@@ -191,7 +191,7 @@ class TrainWorker:
                 "experiment": cfg.to_tree(self.experiment),
                 **self.resolved.identity,
                 **self.rollbacks.record,
-                "class_names": list(self.source.class_names),
+                "class_names": list(self.resolved.class_names),
             }
             checkpoint.write(local, step, tensors, record)
             kept = ray.train.Checkpoint.from_directory(local)

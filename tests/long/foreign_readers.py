@@ -75,8 +75,8 @@ READERS = {
 def processed(folder: Path, files: list[Path]) -> Tensor:
     """Return what the folder's own image processor makes of image files."""
     processor = AutoImageProcessor.from_pretrained(folder / "huggingface")
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    views = [processor(picture, return_tensors="pt")["pixel_values"] for picture in pictures]
+    shown = [Image.open(file).convert("RGB") for file in files]
+    views = [processor(image, return_tensors="pt")["pixel_values"] for image in shown]
     return torch.cat([torch.as_tensor(np.asarray(view)) for view in views])
 
 

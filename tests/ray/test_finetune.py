@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +20,7 @@ from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluation.evaluate import probe_run
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.encoder import Classifier
+from simclr_ray.nn.pretrained import experiment_of
 from simclr_ray.storage.checkpoint import read_record
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
@@ -29,6 +31,7 @@ from tests.ray.images import write_shapes
 
 NAMES = {"id": "key", "image": "image", "label": "class"}
 COLUMNS = ColumnsConfig(**NAMES)
+CLASSES = [f"class of {number}" for number in range(10)]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -38,8 +41,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rows in (("train", 256), ("test", 60)):  # a user's own names of columns
         write_shapes(path / f"{name}.parquet", rows)
         table = pq.read_table(path / f"{name}.parquet").rename_columns([*NAMES.values()])
+        table = table.replace_schema_metadata({"class_names": json.dumps(CLASSES)})
         pq.write_table(table, path / f"{name}.parquet", row_group_size=64)
+    table = pq.read_table(path / "train.parquet").replace_schema_metadata(None)
+    months = pa.array([("jan", "feb")[row % 2] for row in range(table.num_rows)])
+    pq.write_table(table.set_column(2, "class", months), path / "months.parquet")
+    table = pq.read_table(path / "test.parquet")
+    images = pa.array([b"broken", *table["image"].to_pylist()[1:]], pa.binary())
+    pq.write_table(table.set_column(1, "image", images), path / "broken.parquet")
     return path
+
+
+def published(client: MlflowClient, run_id: str, folder: Path) -> Experiment:
+    """Return the experiment that MLflow has of a run."""
+    text = Path(client.download_artifacts(run_id, "experiment.yaml", str(folder))).read_text()
+    return cfg.validate(Experiment, cfg.parse_yaml(text))
 
 
 def experiment(folder: Path, **changes: Any) -> Experiment:
@@ -84,7 +100,9 @@ def records(run: Run) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, run: Run) -> None:
+def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(
+    folder: Path, run: Run, tmp_path: Path
+) -> None:
     tuned = train(plan_finetuning(run.folder, 0.25, "epochs=2", "batch_size=32", "head.layers=1"))
     record = read_record(tuned.run.checkpoint)["experiment"]
     assert record["init"]["weights"] == str(run.checkpoint)
@@ -103,11 +121,17 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
     parent = client.get_run(run.mlflow_run_id)
     assert parent.data.metrics["t-tuned-25pct/top1"] == pytest.approx(tuned.scores.top1)
 
-    images = f"data.train={folder / 'train.parquet'}"
+    assert published(client, tuned.run.mlflow_run_id, tmp_path) == experiment_of(
+        tuned.run.checkpoint
+    )
+
+    images = f"data.train={folder / 'months.parquet'}"
     student, scores, _ = train(
         plan_distillation(tuned.run.folder, images, "epochs=1", "encoder.width=0.25")
     )
     assert scores is not None
+    assert read_record(student.checkpoint)["class_names"] == CLASSES  # not its images'
+    assert published(client, student.mlflow_run_id, tmp_path) == experiment_of(student.checkpoint)
     record = read_record(student.checkpoint)["experiment"]
     assert record["loss"]["teacher"] == str(tuned.run.checkpoint)
     assert record["encoder"]["width"] == 0.25
@@ -120,7 +144,7 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(folder: Path, ru
 
 
 def test_a_frozen_encoder_gets_a_classifier_at_once(folder: Path, run: Run) -> None:
-    planned = plan_finetuning(run.folder, 0, "data.test=", per_class=5, frozen=True)
+    planned = plan_finetuning(run.folder, None, "data.test=", per_class=5, frozen=True)
     tuned = train(planned)
     assert tuned.num_images == 50
     assert tuned.run.name.startswith("t-frozen-5each-")
@@ -143,8 +167,20 @@ def test_a_frozen_encoder_gets_a_classifier_at_once(folder: Path, run: Run) -> N
     assert child.info.status == "FINISHED"
     assert child.data.tags["mlflow.parentRunId"] == run.mlflow_run_id
     assert child.data.metrics["final/classifier/top1"] == pytest.approx(tuned.scores.top1)
-    again = train(plan_finetuning(run.folder, 0, "data.test=", per_class=5, frozen=True))
+    again = train(plan_finetuning(run.folder, None, "data.test=", per_class=5, frozen=True))
     assert (again.run.checkpoint, again.scores) == (tuned.run.checkpoint, tuned.scores)
+
+
+def test_images_that_cannot_be_used_are_said_and_not_counted(
+    folder: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = f"data.train={folder / 'broken.parquet'}"
+    for _ in range(2):  # the second time the run is there
+        tuned = train(
+            plan_finetuning(run.folder, 1.0, images, "data.max_bad_fraction=0.5", frozen=True)
+        )
+        assert tuned.num_images == 59
+    assert "1 image of 60 left out, which could not be used; the first, id 1000" in caplog.text
 
 
 def test_all_labels_without_a_test_split_are_learned_from_untested(run: Run) -> None:

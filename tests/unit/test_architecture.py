@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import simclr_ray
+from simclr_ray import errors
 from simclr_ray.config.components import ComponentConfig, variants
 from simclr_ray.config.sections.model import AnyEncoderConfig, AnyHeadConfig
 from simclr_ray.config.sections.training import AnyLossConfig, AnyOptimizerConfig
@@ -331,3 +332,9 @@ def test_a_component_is_two_files_its_own_and_that_of_its_config_class(
         if re.search(rf"\b{config.__name__}\b", path.read_text(encoding="utf-8"))
     }
     assert mentions - {reexport} <= own
+
+
+def test_the_tree_of_errors_names_every_one() -> None:
+    ours = [n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, Exception)]
+    assert errors.__doc__ is not None
+    assert [name for name in ours if name not in errors.__doc__] == []

@@ -244,7 +244,11 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["run", "rm", "runs/nope"], ["runs/nope"]),
     (["model", "finetune", RUN, "--labels", "10"], ["labels", "at most 1"]),
     (["model", "finetune", "runs/nope", "--per-class", "3"], ["runs/nope", "checkpoint"]),
-    (["model", "finetune", RUN, "--per-class", "-1"], ["--per-class", "greater than"]),
+    (["model", "finetune", RUN, "--per-class", "-1"], ["--per-class", "equal to 0"]),
+    (
+        ["model", "finetune", RUN, "--labels", "0.1", "--per-class", "10"],
+        ["--labels: got 0.1", "--per-class 10", "exclude each other"],
+    ),
     (["run", "list", RUN], [RUN, "status"]),
     (["status", "empty"], ["empty", "experiment.yaml"]),
     (["doctor", "--storage", "s4://x"], ["s4://x", "cannot be opened"]),

@@ -22,7 +22,7 @@ from simclr_ray.data.folder_input import FolderInput, index_folder
 from simclr_ray.data.listing import list_images
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
-from simclr_ray.train.resolve import LISTS
+from simclr_ray.train.image_folders import LISTS
 
 FEW = range(40)
 MANY = [pytest.param(seed, marks=pytest.mark.long) for seed in range(40, 240)]

@@ -19,7 +19,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.data.splits import split_folders, split_of, splits_in
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.storage.filesystem import filesystem
-from simclr_ray.train.resolve import resolve_folders
+from simclr_ray.train.image_folders import resolve_folders
 
 
 def opened(what: str, split: str = "") -> Input:

@@ -288,3 +288,10 @@ def test_predict_prints_the_class_of_each_file(
     assert rows == [want, want]
     left_out = (done.stderr + shown.err).splitlines()
     assert [line.split(": ")[1] for line in left_out] == [str(missing), str(broken)]
+
+
+def test_a_checkpoint_that_names_more_classes_than_it_has_is_refused(tmp_path: Path) -> None:
+    kept = checkpointed(tmp_path, [*NAMES, "jan"])
+    with pytest.raises(CheckpointError, match="names 4 classes and its classifier has 3") as raised:
+        load_encoder(kept)
+    assert "\n" not in str(raised.value)

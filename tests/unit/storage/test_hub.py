@@ -28,7 +28,7 @@ from simclr_ray.data.prepare import prepare
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, HubError
 from simclr_ray.storage.filesystem import filesystem
-from simclr_ray.train.resolve import resolve_folders
+from simclr_ray.train.image_folders import resolve_folders
 
 HUB = re.compile(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?$")
 

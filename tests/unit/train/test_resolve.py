@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ClassifierHeadConfig, DataConfig, Experiment
-from simclr_ray.errors import ConfigError, DataError, SimclrRayError
+from simclr_ray.errors import CheckpointError, ConfigError, DataError, SimclrRayError
 from simclr_ray.evaluation.evaluate import split_like_test
 from simclr_ray.train.outcome import evaluation_digest
 from simclr_ray.train.resolve import resolve
 from tests.ray.images import noise_png, write_shapes
+from tests.unit.inference.test_classifier import NAMES, checkpointed
 
 CLASSIFIER = {"loss": {"name": "cross_entropy"}, "head": {"name": "classifier"}}
 
@@ -255,3 +257,64 @@ def test_an_evaluation_on_swapped_splits_is_another(tmp_path: Path) -> None:
     assert evaluation_digest(one) == evaluation_digest(experiment(data={"train": a, "test": b}))
     swapped = experiment(data={"train": a, "eval_train": b, "test": a})
     assert evaluation_digest(one) != evaluation_digest(swapped)
+
+
+def test_a_student_is_given_the_classes_of_its_teacher_whatever_its_images_are_called(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = checkpointed(tmp_path / "teacher-0123", NAMES)
+    months = [f"months/{month}" for month in ("jan", "feb", "mar", "apr")]
+    for seed, place in enumerate(["flat", *months, "test/dog"]):
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / place / f"{number}.png").write_bytes(noise_png(2 * seed + number, 40))
+    source_names = {"flat": (), "months": ("apr", "feb", "jan", "mar")}
+    for train, own in source_names.items():
+        tree = {
+            "name": "student",
+            "data": {"train": str(tmp_path / train), "test": str(tmp_path / "test")},
+            "batch_size": 2,
+            "head": {"name": "classifier"},
+            "loss": {"name": "distillation", "teacher": str(teacher)},
+            "storage": str(tmp_path / "runs"),
+        }
+        student = resolve(cfg.validate(Experiment, tree))
+        assert student.class_names == tuple(NAMES)
+        assert student.config.classifier is not None
+        assert student.config.classifier.num_classes == 3
+        assert pickle.loads(pickle.dumps(student)).class_names == tuple(NAMES)  # noqa: S301 - ours
+        assert student.source.class_names == own
+    assert "has no image of cat, big bird" in caplog.text
+
+
+def test_a_teacher_that_names_more_classes_than_it_has_is_refused(tmp_path: Path) -> None:
+    teacher = checkpointed(tmp_path / "teacher-0123", [*NAMES, "jan"])
+    train = source(tmp_path, None)
+    asked = experiment(
+        head={"name": "classifier"}, loss={"name": "distillation", "teacher": str(teacher)}
+    )
+    with pytest.raises(CheckpointError, match="names 4 classes and its classifier has 3"):
+        resolved(asked, train)
+
+
+def test_a_test_split_of_other_named_classes_is_refused_and_one_of_fewer_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names beside numbers: the numbers of other names say nothing."""
+    names = {"train": "cat,dog", "other": "car,bus", "fewer": "dog,cat"}
+    for split, classes in names.items():
+        columns = {
+            "image": pa.array([noise_png(seed, 8) for seed in range(4)], pa.binary()),
+            "label": pa.array([0, 0, 0, 0] if split == "fewer" else [0, 1, 0, 1], pa.int64()),
+        }
+        table = pa.table(columns).replace_schema_metadata({"class_names": classes})
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+
+    def resolved_with(test: str) -> None:
+        data = {"train": str(tmp_path / "train.parquet"), "test": str(tmp_path / f"{test}.parquet")}
+        resolve(experiment(**CLASSIFIER, data=data, storage=str(tmp_path / "runs")))
+
+    with pytest.raises(DataError, match="has none of the classes that the classifier knows"):
+        resolved_with("other")
+    resolved_with("fewer")
+    assert "fewer.parquet has no image of cat" in caplog.text
