@@ -19,7 +19,7 @@ from PIL import Image
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ResNetConfig, TrackingConfig
 from simclr_ray.errors import ConfigError
-from simclr_ray.inference import embed, registry
+from simclr_ray.inference import embed, promotion, registry
 from simclr_ray.inference import encoder_files as export
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.nn.build import build_encoder
@@ -58,6 +58,18 @@ def register_one(tracker: Tracker, folder: Path) -> TrackedRun:
         folder, run, name="m", alias="newest", example=image(), tags={"seed": 0}
     )
     return run
+
+
+@pytest.mark.slow
+def test_mlflow_gc_frees_the_files_of_a_version_that_was_removed(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    register_one(Tracker.open(TrackingConfig(uri=uri), str(tmp_path)), tmp_path / "e")
+    assert promotion.remove_version("models:/m/1", force=True, tracking_uri=uri) == 1
+    assert len(list(tmp_path.rglob("MLmodel"))) == 1
+    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert not list(tmp_path.rglob("MLmodel"))
 
 
 @pytest.mark.slow
