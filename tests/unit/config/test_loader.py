@@ -156,7 +156,7 @@ def test_a_value_of_the_wrong_type_is_shown_with_the_type_that_is_right(
         (
             tree(encoder={"name": "resnet", "stem": "cifr"}),
             "encoder.stem",
-            "imagenet, cifar, strided",
+            "imagenet, imagenet_same, cifar, strided",
             "cifar",
         ),
         (tree(schedule={"scaling": "lin"}), "schedule.scaling", "linear, sqrt, none", "linear"),
