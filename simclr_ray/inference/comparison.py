@@ -13,11 +13,9 @@ from torch import nn
 from simclr_ray.augment.decode import ImageDecoder
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS
-from simclr_ray.evaluation.evaluate import load_splits
-from simclr_ray.evaluation.features import Features, Split, extract_features
+from simclr_ray.evaluation.encoded_splits import EncodedSplits, encode_splits
 from simclr_ray.evaluation.scores import protocol_results, score_features
 from simclr_ray.inference.encoder import Encoder
-from simclr_ray.nn.precision import best_device
 
 RESAMPLES: Final = 2_000
 Hits = npt.NDArray[np.bool_]
@@ -35,53 +33,66 @@ class Scored(NamedTuple):
     hits: dict[str, tuple[npt.NDArray[np.int64], Hits]]
 
 
-def score(
-    encoder: Encoder, experiment: Experiment, protocols: Sequence[str] = DEFAULT_PROTOCOLS
-) -> Scored:
-    """Return the scores of an encoder by the splits of an experiment, seen as it sees images.
+class Contender(NamedTuple):
+    """A network that is scored on the views that its encoder sees.
+
+    Attributes:
+        name: What messages call it.
+        network: `[m, C, S, S]` in [0, 1] -> `[m, F]`.
+        size: Side S of its views in pixels.
+        decoder: Of its images.
+    """
+
+    name: str
+    network: nn.Module
+    size: int
+    decoder: ImageDecoder
+
+    @classmethod
+    def of(cls, name: str, encoder: Encoder) -> Contender:
+        """Return what is scored of an encoder."""
+        return cls(name, encoder.network, encoder.size, encoder.decoder)
+
+
+def score_all(
+    contenders: Sequence[Contender],
+    experiment: Experiment,
+    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
+) -> list[Scored]:
+    """Return the scores of networks by the splits of an experiment, in their order.
+
+    A split is read once for all that share size and decoder of the views; with `evaluation.actors`
+    by these, so that it need not fit this process.
 
     Raises:
+        ClusterError: `evaluation.actors` ask for more than the cluster has.
         DataError: A split cannot be read.
+        DivergedError: A network gives values that are no numbers.
     """
-    return _scored(encoder.network, encoder.size, encoder.decoder, experiment, protocols)
-
-
-def score_network(
-    network: nn.Module, like: Encoder, experiment: Experiment, protocols: Sequence[str]
-) -> Scored:
-    """Return the scores of a network on the views that an encoder sees."""
-    return _scored(network, like.size, like.decoder, experiment, protocols)
+    groups: dict[tuple[int, ImageDecoder], list[int]] = {}
+    for place, contender in enumerate(contenders):
+        groups.setdefault((contender.size, contender.decoder), []).append(place)
+    scored = {}
+    for (size, decoder), places in groups.items():
+        networks = [contenders[place].network for place in places]
+        encoded = encode_splits(experiment, networks, size, decoder)
+        for place, splits in zip(places, encoded, strict=True):
+            scored[place] = _scored(contenders[place], splits, experiment, protocols)
+    return [scored[place] for place in range(len(contenders))]
 
 
 def _scored(
-    network: nn.Module,
-    size: int,
-    decoder: ImageDecoder,
-    experiment: Experiment,
-    protocols: Sequence[str],
+    contender: Contender, splits: EncodedSplits, experiment: Experiment, protocols: Sequence[str]
 ) -> Scored:
-    bank, test = load_splits(experiment, size, decoder)
-    device = best_device()
-    network = network.to(device)
-
-    def features(split: Split) -> Features:
-        h = extract_features(
-            network, split.images, experiment.evaluation.batch_size, device, experiment.precision
-        )
-        return Features(h, split.labels)
-
-    if test is None:
-        row = score_features("", features(bank), None, experiment, ())
-        return Scored(row.numbers(), {})
-    bank, test = bank.labelled(), test.labelled()
-    bank_features, test_features = features(bank), features(test)
-    row = score_features("", bank_features, test_features, experiment, ())
-    metrics, hits = row.numbers(), {}
-    for metric, result in protocol_results(
-        bank_features, test_features, experiment, protocols
-    ).items():
+    metrics = score_features(contender.name, *splits, experiment, ()).numbers()
+    if splits.test is None:
+        return Scored(metrics, {})
+    bank, test = splits.bank.labelled(), splits.test.labelled()
+    assert test.ids is not None
+    ids, hits = test.ids.numpy(), {}
+    for metric, result in protocol_results(bank, test, experiment, protocols).items():
         if isinstance(result, torch.Tensor):
-            hits[metric] = test.ids.numpy(), result.cpu().numpy()
+            hits[metric] = ids, result.cpu().numpy()
             metrics[metric] = float(result.double().mean())
         else:
             metrics[metric] = result
