@@ -26,6 +26,7 @@ LABEL_FREE: Final = {
     "effective_rank": "effective rank ↑",
     "feature_std": "feature std ↑",
 }
+CLASSIFIER_TOP1: Final = "classifier_top1"  # of a classifier that belongs to the encoder
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
 TRAINED: Final = "trained encoder"
 UNTRAINED: Final = "untrained encoder"

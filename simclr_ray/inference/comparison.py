@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simclr_ray.augment.decode import ImageDecoder
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS
+from simclr_ray.config.wording import counted
+from simclr_ray.data.aligned import labels_for_classifier
+from simclr_ray.data.classes import SHOWN
+from simclr_ray.data.source import Source
 from simclr_ray.evaluation.encoded_splits import EncodedSplits, encode_splits
-from simclr_ray.evaluation.scores import protocol_results, score_features
-from simclr_ray.inference.encoder import Encoder
+from simclr_ray.evaluation.features import Features
+from simclr_ray.evaluation.scores import CLASSIFIER_TOP1, protocol_results, score_features
+from simclr_ray.inference.encoder import Classifier, Encoder
+from simclr_ray.inference.requirement import NOTHING
+from simclr_ray.nn.precision import evaluating
+
+log = logging.getLogger(__name__)
 
 RESAMPLES: Final = 2_000
 Hits = npt.NDArray[np.bool_]
@@ -27,10 +37,12 @@ class Scored(NamedTuple):
     Attributes:
         metrics: Name -> value.
         hits: Of metrics that count images: id -> whether it was named rightly, as two arrays.
+        absent: Metric that it cannot have -> why.
     """
 
     metrics: dict[str, float]
     hits: dict[str, tuple[npt.NDArray[np.int64], Hits]]
+    absent: Mapping[str, str] = NOTHING
 
 
 class Contender(NamedTuple):
@@ -41,17 +53,20 @@ class Contender(NamedTuple):
         network: `[m, C, S, S]` in [0, 1] -> `[m, F]`.
         size: Side S of its views in pixels.
         decoder: Of its images.
+        classifier: That was fine-tuned on it; None: there is none.
     """
 
     name: str
     network: nn.Module
     size: int
     decoder: ImageDecoder
+    classifier: Classifier | None = None
 
     @classmethod
     def of(cls, name: str, encoder: Encoder) -> Contender:
         """Return what is scored of an encoder."""
-        return cls(name, encoder.network, encoder.size, encoder.decoder)
+        classifier = encoder if isinstance(encoder, Classifier) else None
+        return cls(name, encoder.network, encoder.size, encoder.decoder, classifier)
 
 
 def score_all(
@@ -85,18 +100,57 @@ def _scored(
     contender: Contender, splits: EncodedSplits, experiment: Experiment, protocols: Sequence[str]
 ) -> Scored:
     metrics = score_features(contender.name, *splits, experiment, ()).numbers()
+    absent = NOTHING if contender.classifier else {CLASSIFIER_TOP1: "has no classifier"}
     if splits.test is None:
-        return Scored(metrics, {})
+        return Scored(metrics, {}, absent)
     bank, test = splits.bank.labelled(), splits.test.labelled()
     assert test.ids is not None
     ids, hits = test.ids.numpy(), {}
-    for metric, result in protocol_results(bank, test, experiment, protocols).items():
-        if isinstance(result, torch.Tensor):
+    results = protocol_results(bank, test, experiment, protocols)
+    if contender.classifier:
+        results[CLASSIFIER_TOP1] = _classifier_hits(contender, test, experiment)
+    for metric, result in results.items():
+        if isinstance(result, Tensor):
             hits[metric] = ids, result.cpu().numpy()
             metrics[metric] = float(result.double().mean())
         else:
             metrics[metric] = result
-    return Scored(metrics, hits)
+    return Scored(metrics, hits, absent)
+
+
+def _classifier_hits(contender: Contender, test: Features, experiment: Experiment) -> Tensor:
+    """Return which labelled rows of `data.test` a contender's classifier names rightly, bool [Q].
+
+    What is of a class that it does not have is none of them, and that is said.
+    """
+    classifier, data = contender.classifier, experiment.data
+    assert classifier is not None
+    assert test.ids is not None
+    source = Source.open(data.test, data.columns)  # with the labels of the images' own numbering
+    labels, missing = labels_for_classifier(source, classifier.class_names)
+    ids = source.ids()
+    rows = np.argsort(ids)
+    truth = torch.from_numpy(labels[rows[np.searchsorted(ids[rows], test.ids.numpy())]])
+    if missing:
+        log.warning(
+            "%s: %d of %s are of classes that its classifier does not have and count as wrong: %s",
+            contender.name, int((truth < 0).sum()), counted(len(truth), "test image"),
+            ", ".join(missing[:SHOWN]) + (", …" if len(missing) > SHOWN else ""),
+        )  # fmt: skip
+    return _predicted(classifier.head, test.rows, experiment.evaluation.batch_size) == truth
+
+
+@torch.inference_mode()
+def _predicted(head: nn.Module, h: Tensor, batch_size: int) -> Tensor:
+    """Return the class with the highest score for each of `h` [Q, F], int64 [Q], on the CPU."""
+    like = next(head.parameters(), h)
+    with evaluating(head):
+        return torch.cat(
+            [
+                head(part.to(like.device, like.dtype)).argmax(1).cpu()  # of [m, K]
+                for part in torch.split(h, batch_size)
+            ]
+        )
 
 
 def standard_errors(one: Scored, other: Scored) -> dict[str, float]:

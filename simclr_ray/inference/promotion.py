@@ -223,7 +223,7 @@ class _Contest:
         if with_untrained:
             network = untrained_encoder(self.experiment)
             like = contenders[self.version]
-            contenders[0] = like._replace(name=UNTRAINED, network=network)
+            contenders[0] = like._replace(name=UNTRAINED, network=network, classifier=None)
         protocols = _protocols_for(self.rule)
         reached = score_all(list(contenders.values()), self.experiment, protocols)
         self.scored |= dict(zip(contenders, reached, strict=True))
@@ -235,11 +235,12 @@ class _Contest:
     def verdict(self, champion: int) -> Verdict:
         """Return the verdict of the rule, the champion scored where it is asked about."""
         candidate = self.scored[self.version]
-        facts = Facts(candidate.metrics, None, {})
+        facts = Facts(candidate.metrics, None, {}, candidate.absent)
         if champion and self.rule.needs_champion:
             self.score(champion, with_untrained=False)  # where the alias has moved meanwhile
             other = self.scored[champion]
-            facts = Facts(candidate.metrics, other.metrics, standard_errors(candidate, other))
+            errors = standard_errors(candidate, other)
+            facts = facts._replace(champion=other.metrics, se=errors, champion_absent=other.absent)
         return self.rule.check(facts)
 
     def _contender(self, version: int) -> Contender:

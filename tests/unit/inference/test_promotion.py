@@ -296,6 +296,11 @@ def test_real_encoders_are_scored_on_the_images_of_their_experiment(
     rule = "knn_top1 >= champion - 3 * se - 1 and effective_rank > 0"
     made = promotion.promote("models:/m/2", "champion", require=rule, force=True, tracking_uri=uri)
     assert (made.version, made.previous) == (2, 1)
+    said = r"classifier_top1 > 0: classifier_top1 was not measured \(the version has no classifier"
+    with pytest.raises(NotPromotedError, match=said):
+        promotion.promote(
+            "models:/m/3", "champion", require="classifier_top1 > 0", force=True, tracking_uri=uri
+        )
     headings, *rows = promotion.compare("models:/m/2", "models:/m@champion", tracking_uri=uri)
     assert headings == [
         "metric",
