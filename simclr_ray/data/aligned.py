@@ -6,9 +6,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
-from simclr_ray.data.classes import SHOWN, class_keys, distinct_labels, number_classes, renumber
+from simclr_ray.data.classes import (
+    NO_LABEL,
+    SHOWN,
+    Int64s,
+    class_keys,
+    distinct_labels,
+    number_classes,
+    renumber,
+)
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 
@@ -77,15 +87,12 @@ def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) ->
     assert column is not None
     present = distinct_labels(labels)
     by_name = bool(column.names) and not set(names).isdisjoint(column.names)
-    both_named = _are_names(column.names) and _are_names(names)
+    both_named = not _are_numbers(column.names) and not _are_numbers(names)
     if not by_name and (column.is_text or both_named):
         raise DataError(f"{source.uri} has none of the classes that the classifier knows")
     if not by_name and (names or column.names):
         warn_once(log, f"{source.uri}: labels are compared with the classifier's as numbers")
-    if by_name or all(name.isdigit() for name in names):
-        classes = names or [str(label) for label in range(num_classes)]
-    else:  # it has names, and the images numbers: the label is the place among the names
-        classes = [str(label) for label in range(num_classes)]
+    classes = _classes(names, num_classes, by_name=by_name)
     keys = {label: column.names[label] if by_name else str(label) for label in present}
     names_there = set(classes)
     unknown = [key for key in keys.values() if key not in names_there]
@@ -100,6 +107,37 @@ def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) ->
     return replace(source, label=renumber(column, keys, classes))
 
 
-def _are_names(names: Sequence[str]) -> bool:
-    """Return whether there are names, and not numbers as text alone."""
-    return not all(name.isdigit() for name in names)
+def labels_for_classifier(source: Source, names: Sequence[str]) -> tuple[Int64s, list[str]]:
+    """Return the labels by which a classifier counts its classes, and the classes it does not have.
+
+    By name where the images have names, else by number. Labels are int64 [rows], -1 where it does
+    not have the class, or there is no label.
+
+    Args:
+        source: Labelled images.
+        names: Of all K classes: names, or numbers as text.
+    """
+    labels, column = source.labels(), source.label
+    assert column is not None
+    present = distinct_labels(labels)
+    is_numbered = _are_numbers(names)
+    is_other = is_numbered and set(names).isdisjoint(column.names)  # names here, numbers there
+    by_name = bool(column.names) and (column.is_text or not is_other)
+    if not by_name and (column.names or not is_numbered):
+        warn_once(log, f"{source.uri}: labels are compared with the classifier's as numbers")
+    keys = [column.names[label] if by_name else str(label) for label in present]
+    number = {key: place for place, key in enumerate(_classes(names, len(names), by_name=by_name))}
+    before = np.array([NO_LABEL, *present])
+    after = np.array([NO_LABEL, *(number.get(key, NO_LABEL) for key in keys)])
+    return after[np.searchsorted(before, labels)], [key for key in keys if key not in number]
+
+
+def _classes(names: Sequence[str], num_classes: int, *, by_name: bool) -> Sequence[str]:
+    """Return what a classifier's K classes are called where labels are named so, or numbered."""
+    if names and (by_name or _are_numbers(names)):
+        return names
+    return [str(place) for place in range(num_classes)]  # a number is the place among the names
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(name.isdigit() for name in names)

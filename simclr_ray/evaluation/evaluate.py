@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from simclr_ray.augment.decode import ImageDecoder
 from simclr_ray.config.experiment import (
     DataConfig,
     Experiment,
@@ -16,27 +15,20 @@ from simclr_ray.config.experiment import (
     NTXentConfig,
 )
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
-from simclr_ray.data.aligned import align_labels, map_to_classifier
+from simclr_ray.data.aligned import map_to_classifier
 from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.classification import Classification, classification
-from simclr_ray.evaluation.features import (
-    Features,
-    Split,
-    extract_features,
-    load_split,
-    split_halves,
-)
+from simclr_ray.evaluation.encoded_splits import encode_splits
+from simclr_ray.evaluation.features import extract_features, load_split
 from simclr_ray.evaluation.probes import Probe, probe
 from simclr_ray.evaluation.scores import (
-    LABEL_FREE_ROWS,
     PIXELS,
     TRAINED,
     UNTRAINED,
     Pixels,
     Score,
-    score_encoder,
     score_features,
 )
 from simclr_ray.nn.build import SimCLRModel, build_model
@@ -110,55 +102,16 @@ def score_networks(
     """Return a row of each network, name -> encoder, by the splits of an experiment.
 
     Raises:
+        ClusterError: `evaluation.actors` ask for more than the cluster has.
         ConfigError: A protocol is unknown.
         DataError: A split cannot be read.
     """
     for name in protocols:
         protocol_named(name).load()  # fails here for one that is unknown
-    if experiment.evaluation.actors:
-        return _score_by_actors(experiment, networks, protocols)
-    bank, test = load_splits(experiment)
-    device = best_device()
+    encoded = encode_splits(experiment, list(networks.values()))
     return [
-        score_encoder(name, network.to(device), bank, test, experiment, protocols)
-        for name, network in networks.items()
-    ]
-
-
-def _score_by_actors(
-    experiment: Experiment, networks: Mapping[str, nn.Module], protocols: Sequence[str]
-) -> list[Score]:
-    """Return a row of each network, features made by Ray Data's actors; the cluster is up."""
-    from simclr_ray.distributed.ray_cluster import connect  # Ray is loaded where it is used
-    from simclr_ray.evaluation.ray_features import SplitFeatures, extract
-
-    connect(experiment)
-    bank, test, is_halved = _sources(experiment)
-
-    def encoded(source: Source, limit: int) -> SplitFeatures:
-        return extract(
-            source,
-            list(networks.values()),
-            experiment.evaluation_size,
-            experiment.evaluation,
-            limit=limit,
-            decoder=evaluation_decoder(experiment.data),
-            precision=experiment.precision,
-        )
-
-    bank_features = encoded(bank, 0 if test or is_halved else LABEL_FREE_ROWS)
-    test_features = encoded(test, 0) if test else None
-
-    def features(i: int) -> tuple[Features, Features | None]:
-        own = Features(bank_features.features[i], bank_features.labels)
-        if is_halved:
-            return split_halves(own)
-        if test_features is None:
-            return own, None
-        return own, Features(test_features.features[i], test_features.labels)
-
-    return [
-        score_features(name, *features(i), experiment, protocols) for i, name in enumerate(networks)
+        score_features(name, *splits, experiment, protocols)
+        for name, splits in zip(networks, encoded, strict=True)
     ]
 
 
@@ -248,54 +201,3 @@ def split_like_test(data: DataConfig) -> str:
     others = [path for path in dict.fromkeys((data.train, data.eval_train)) if path]
     path_of_fingerprint = {Source.open(path, data.columns).fingerprint: path for path in others}
     return path_of_fingerprint.get(Source.open(data.test, data.columns).fingerprint, "")
-
-
-def load_splits(
-    experiment: Experiment, size: int = 0, decoder: ImageDecoder | None = None
-) -> tuple[Split, Split | None]:
-    """Return what is learned from and what is scored; the second is None without labels.
-
-    Args:
-        experiment: Its splits.
-        size: Side of the views in pixels; 0: the experiment's.
-        decoder: Of the images; None: the experiment's.
-
-    Raises:
-        DataError: A split cannot be read.
-    """
-    size, decoder = (
-        size or experiment.evaluation_size,
-        decoder or evaluation_decoder(experiment.data),
-    )
-    bank, test, is_halved = _sources(experiment)
-    if is_halved:
-        return split_halves(load_split(bank, size, decoder=decoder))
-    if test is None:
-        return load_split(bank, size, LABEL_FREE_ROWS, decoder), None
-    return (
-        load_split(bank, size, decoder=decoder),
-        load_split(test, size, decoder=decoder),
-    )
-
-
-def _sources(experiment: Experiment) -> tuple[Source, Source | None, bool]:
-    """Return the bank and the test split; without labels, the training images and None.
-
-    Where the test images alone have labels, the bank is all of them, to be halved.
-    """
-    data = experiment.data
-    train = Source.open(data.train, data.columns, data.limit)
-    bank = Source.open(data.eval_train, data.columns) if data.eval_train else train
-    test = Source.open(data.test, data.columns) if data.test else None
-    if test is None or not test.has_labels:
-        if test is not None and bank.has_labels:
-            log.warning("%s %s: scores are those without labels", test.uri, test.unlabelled)
-        return train, None, False
-    if not bank.has_labels:
-        log.warning(
-            "%s %s: scores are of one half of %s by the other (data.eval_train names labelled "
-            "images to learn from)", bank.uri, bank.unlabelled, test.uri,
-        )  # fmt: skip
-        return test, None, True
-    bank, test = align_labels(bank, test)
-    return bank, test, False

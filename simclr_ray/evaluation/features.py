@@ -61,6 +61,7 @@ class Features(NamedTuple):
 
     rows: Tensor  # float32 [M, F]
     labels: Tensor  # int64 [M], -1 where there is none
+    ids: Tensor | None = None  # int64 [M], where single images are told apart
 
     def labelled(self) -> Features:
         """Return the rows that have a label."""
@@ -69,7 +70,8 @@ class Features(NamedTuple):
 
     def at(self, rows: Tensor) -> Features:
         """Return the rows at an index or mask."""
-        return Features(self.rows[rows], self.labels[rows])
+        ids = None if self.ids is None else self.ids[rows]
+        return Features(self.rows[rows], self.labels[rows], ids)
 
 
 HalvedT = TypeVar("HalvedT", Split, Features)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, protocol_named
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError, DivergedError
-from simclr_ray.evaluation.features import Features, Split, extract_features
+from simclr_ray.evaluation.features import Features, Split
 from simclr_ray.evaluation.label_free import label_free
 
 # Key of a metric without labels -> heading of its column: the arrow says which way is better.
@@ -26,6 +26,7 @@ LABEL_FREE: Final = {
     "effective_rank": "effective rank ↑",
     "feature_std": "feature std ↑",
 }
+CLASSIFIER_TOP1: Final = "classifier_top1"  # of a classifier that belongs to the encoder
 LABEL_FREE_ROWS: Final = 5_000  # uniformity costs their square
 TRAINED: Final = "trained encoder"
 UNTRAINED: Final = "untrained encoder"
@@ -88,19 +89,17 @@ class Score:
         return {k: v for k, v in self.as_tree().items() if isinstance(v, float)}
 
 
-def score_encoder(
+def score_features(
     name: str,
-    encoder: nn.Module,
-    bank: Split,
-    test: Split | None,
+    bank: Features,
+    test: Features | None,
     experiment: Experiment,
     protocols: Sequence[str] = DEFAULT_PROTOCOLS,
 ) -> Score:
-    """Return the scores of a frozen encoder, on the device where its weights are.
+    """Return the scores of an encoder by its features.
 
     Args:
         name: what the row is called.
-        encoder: `[m, C, S, S]` in [0, 1] -> `[m, F]`.
         bank: what kNN and the probe learn from; without `test`, what label-free metrics see.
         test: what is scored, label-free metrics included.
         experiment: settings of the protocols, the precision, and the probe's seed.
@@ -110,30 +109,6 @@ def score_encoder(
         DataError: a protocol was asked for and a split has no labels.
         DivergedError: the encoder gives values that are no numbers.
     """
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-
-    def features(split: Split | None) -> Features | None:
-        if split is None:
-            return None
-        h = extract_features(
-            encoder, split.images, experiment.evaluation.batch_size, device, experiment.precision
-        )
-        return Features(h, split.labels)
-
-    bank, test = _scorable(bank, test)
-    bank_features = features(bank)
-    assert bank_features is not None
-    return score_features(name, bank_features, features(test), experiment, protocols)
-
-
-def score_features(
-    name: str,
-    bank: Features,
-    test: Features | None,
-    experiment: Experiment,
-    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
-) -> Score:
-    """Return the scores of features. Same as `score_encoder`, from features on."""
     for part in (bank, test):
         if part is not None and not torch.isfinite(part.rows).all():
             raise DivergedError(
@@ -141,13 +116,17 @@ def score_features(
             )
     if test is None:
         return _score(name, bank.rows)
-    bank, test = _scorable(bank, test)
+    bank, test = scorable(bank, test)
     assert test is not None
     return _evaluate(name, bank, test, experiment, protocols)
 
 
-def _scorable(bank: SplitT, test: SplitT | None) -> tuple[SplitT, SplitT | None]:
-    """Return the labelled rows of both splits, or the bank whole when there is nothing to score."""
+def scorable(bank: SplitT, test: SplitT | None) -> tuple[SplitT, SplitT | None]:
+    """Return the labelled rows of both splits, or the bank whole when there is nothing to score.
+
+    Raises:
+        DataError: There is a test split, and one of the two has no labelled rows.
+    """
     if test is None:
         return bank, None
     bank, test = bank.labelled(), test.labelled()

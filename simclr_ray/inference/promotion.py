@@ -21,10 +21,11 @@ from simclr_ray.config.moves import CONFIG_FILE
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from simclr_ray.errors import CollapseError, ConfigError, ConfigIssue, NotPromotedError
 from simclr_ray.evaluation.evaluate import untrained_encoder
+from simclr_ray.evaluation.scores import UNTRAINED
 from simclr_ray.inference.comparison import (
+    Contender,
     Scored,
-    score,
-    score_network,
+    score_all,
     standard_errors,
     table,
 )
@@ -82,6 +83,7 @@ def promote(
 
     Raises:
         NotPromotedError: The rule does not hold.
+        ClusterError: `evaluation.actors` ask for more than the cluster has.
         CollapseError: The encoder has learned nothing.
         ConfigError: There is no such version, or the rule is none.
         DataError: The test images cannot be read.
@@ -93,18 +95,16 @@ def promote(
     version = find_version(where, uri=uri)
     experiment = _experiment_of(version.run_id, uri, overrides)
     rule = Requirement.parse(require or experiment.registry.require, "--require")
-    protocols = _protocols_for(rule)
-    encoder = load_encoder(f"models:/{address.name}/{version.version}", tracking_uri=tracking_uri)
-    candidate = score(encoder, experiment, protocols)
+    contest = _Contest(address.name, version.version, experiment, rule, uri)
+    contest.score(_version_of(uri, address.name, alias), with_untrained=not force)
     if not force:
-        before = score_network(untrained_encoder(experiment), encoder, experiment, protocols)
-        problem = why_not_learned(candidate.metrics, before.metrics)
+        problem = contest.why_not_learned()
         if problem:
             _note(uri, address.name, version.version, f"refused.{alias}", [problem])
             raise CollapseError(f"{where}: {problem}, so {alias} stays (--force)")
     for _ in range(TRIES):
         champion = _version_of(uri, address.name, alias)
-        verdict = _tested(rule, candidate, experiment, protocols, (address.name, champion, uri))
+        verdict = contest.verdict(champion)
         if not verdict.holds:
             _note(uri, address.name, version.version, f"refused.{alias}", verdict.lines)
             raise NotPromotedError(
@@ -179,6 +179,7 @@ def compare(one: str, other: str, *overrides: str, tracking_uri: str = "") -> li
         tracking_uri: As in `promote`.
 
     Raises:
+        ClusterError: `evaluation.actors` ask for more than the cluster has.
         ConfigError: There is no such encoder, or nothing says what the first was trained by.
         DataError: The images cannot be read.
     """
@@ -188,26 +189,65 @@ def compare(one: str, other: str, *overrides: str, tracking_uri: str = "") -> li
     else:
         with open_checkpoint(one, "RUN_OR_MODEL") as (_, folder):
             experiment = experiment_of(folder, *overrides)
-    encoders = [load_encoder(where, tracking_uri=tracking_uri) for where in (one, other)]
-    return table([one, other], [score(encoder, experiment) for encoder in encoders])
+    names = [one, other]
+    contenders = [Contender.of(w, load_encoder(w, tracking_uri=tracking_uri)) for w in names]
+    return table(names, score_all(contenders, experiment))
 
 
-def _tested(
-    rule: Requirement,
-    candidate: Scored,
-    experiment: Experiment,
-    protocols: Sequence[str],
-    champion: tuple[str, int, str],
-) -> Verdict:
-    """Return the verdict of a rule, the champion scored where it is asked about."""
-    name, before, uri = champion
-    facts = Facts(candidate.metrics, None, {})
-    if before and rule.needs_champion:
-        other = score(
-            load_encoder(f"models:/{name}/{before}", tracking_uri=uri), experiment, protocols
-        )
-        facts = Facts(candidate.metrics, other.metrics, standard_errors(candidate, other))
-    return rule.check(facts)
+class _Contest:
+    """A version before a rule: what it, the champion and an untrained encoder reach.
+
+    Args:
+        name: Of the model.
+        version: That is to become champion.
+        experiment: Whose images are seen.
+        rule: By which it is tested.
+        uri: Of the store.
+    """
+
+    def __init__(
+        self, name: str, version: int, experiment: Experiment, rule: Requirement, uri: str
+    ) -> None:
+        self.name, self.version, self.uri = name, version, uri
+        self.experiment, self.rule = experiment, rule
+        self.scored: dict[int, Scored] = {}  # of versions; 0: untrained
+
+    def score(self, champion: int, *, with_untrained: bool) -> None:
+        """Score what was not yet, all at once, so that images are read once."""
+        versions = [self.version]
+        if champion and self.rule.needs_champion:
+            versions.append(champion)
+        contenders = {
+            version: self._contender(version)
+            for version in dict.fromkeys(versions)
+            if version not in self.scored
+        }
+        if with_untrained:
+            network = untrained_encoder(self.experiment)
+            like = contenders[self.version]
+            contenders[0] = like._replace(name=UNTRAINED, network=network, classifier=None)
+        protocols = _protocols_for(self.rule)
+        reached = score_all(list(contenders.values()), self.experiment, protocols)
+        self.scored |= dict(zip(contenders, reached, strict=True))
+
+    def why_not_learned(self) -> str:
+        """Return why the version is no use beside the untrained encoder; "": it is."""
+        return why_not_learned(self.scored[self.version].metrics, self.scored[0].metrics)
+
+    def verdict(self, champion: int) -> Verdict:
+        """Return the verdict of the rule, the champion scored where it is asked about."""
+        candidate = self.scored[self.version]
+        facts = Facts(candidate.metrics, None, {}, candidate.absent)
+        if champion and self.rule.needs_champion:
+            self.score(champion, with_untrained=False)  # where the alias has moved meanwhile
+            other = self.scored[champion]
+            errors = standard_errors(candidate, other)
+            facts = facts._replace(champion=other.metrics, se=errors, champion_absent=other.absent)
+        return self.rule.check(facts)
+
+    def _contender(self, version: int) -> Contender:
+        where = f"models:/{self.name}/{version}"
+        return Contender.of(where, load_encoder(where, tracking_uri=self.uri))
 
 
 def _protocols_for(rule: Requirement) -> list[str]:

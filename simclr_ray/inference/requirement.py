@@ -13,15 +13,17 @@ import ast
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from simclr_ray.config import nearest
 from simclr_ray.config.protocols import PROTOCOLS
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.evaluation.scores import LABEL_FREE
+from simclr_ray.evaluation.scores import CLASSIFIER_TOP1, LABEL_FREE
 
 CHAMPION, SE = "champion", "se"
-METRICS: Final = (*(protocol.metric for protocol in PROTOCOLS), *LABEL_FREE)
+METRICS: Final = (*(protocol.metric for protocol in PROTOCOLS), CLASSIFIER_TOP1, *LABEL_FREE)
+NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 MOST_CHARACTERS: Final = 1000
 _COMPARE: Final[dict[type, tuple[str, Callable[[float, float], bool]]]] = {
     ast.GtE: (">=", operator.ge),
@@ -43,11 +45,15 @@ class Facts(NamedTuple):
         candidate: Metric -> value.
         champion: Likewise, of the version that has the alias; None: there is none yet.
         se: Metric -> standard error of the difference, where single images can be counted.
+        absent: Metric that the candidate cannot have -> why.
+        champion_absent: Likewise, of the version that has the alias.
     """
 
     candidate: Mapping[str, float]
     champion: Mapping[str, float] | None
     se: Mapping[str, float]
+    absent: Mapping[str, str] = NOTHING
+    champion_absent: Mapping[str, str] = NOTHING
 
 
 class Verdict(NamedTuple):
@@ -94,7 +100,7 @@ class Requirement:
     def check(self, facts: Facts) -> Verdict:
         """Return whether it holds; without a champion what compares with one does.
 
-        A metric that was not measured fails.
+        A metric that was not measured fails, and one that the candidate cannot have always.
         """
         lines, holds = [], True
         for comparison in self._comparisons:
@@ -166,13 +172,18 @@ def _checked(comparison: ast.Compare, facts: Facts) -> tuple[bool, str]:
     shown = ast.unparse(comparison)
     values = {n: facts.candidate[n] for n in names if n in facts.candidate}
     if {CHAMPION, SE} & set(names):
-        if facts.champion is None:
+        if facts.champion is None and not facts.absent.keys() & set(names):
             return True, f"{shown}: holds, there is no champion yet"
-        values |= {CHAMPION: facts.champion[metric]} if metric in facts.champion else {}
+        champion = facts.champion or {}
+        values |= {CHAMPION: champion[metric]} if metric in champion else {}
         values |= {SE: facts.se[metric]} if metric in facts.se else {}
     missing = [n for n in dict.fromkeys(names) if n not in values]
     if missing:
-        return False, f"{shown}: {', '.join(missing)} was not measured"
+        why = [f"the version {facts.absent[n]}" for n in missing if n in facts.absent]
+        if CHAMPION in missing and metric in facts.champion_absent:
+            why.append(f"the champion {facts.champion_absent[metric]}")
+        said = f" ({', '.join(why)})" if why else ""
+        return False, f"{shown}: {', '.join(missing)} was not measured{said}"
     sides = [_value(side, values) for side in (comparison.left, *comparison.comparators)]
     pairs = zip(comparison.ops, sides, sides[1:], strict=False)
     holds = all(_COMPARE[type(op)][1](left, right) for op, left, right in pairs)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from simclr_ray import config as cfg
+from simclr_ray.augment.decode import ImageDecoder
+from simclr_ray.augment.decode import Pixels as Decoded
 from simclr_ray.config.experiment import EvaluationConfig, Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ClusterError
@@ -16,6 +19,7 @@ from simclr_ray.evaluation.evaluate import evaluate
 from simclr_ray.evaluation.features import extract_features, load_split
 from simclr_ray.evaluation.ray_features import extract
 from simclr_ray.evaluation.scores import Pixels
+from simclr_ray.inference.comparison import Contender, score_all
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.storage import checkpoint
@@ -79,7 +83,43 @@ def test_the_table_is_that_of_one_process(folder: Path, ray_cluster: str) -> Non
         assert b.uniformity == pytest.approx(a.uniformity, rel=1e-3)
 
 
+class Counting(ImageDecoder):
+    """Counts what this process decodes; its copies in actors count for themselves."""
+
+    decoded: ClassVar[list[int]] = []
+
+    def decode(self, encoded: bytes, least: tuple[int, int] = (0, 0)) -> Decoded:
+        self.decoded.append(len(encoded))
+        return super().decode(encoded, least)
+
+
+def test_networks_are_compared_by_actors_where_the_config_has_them(
+    folder: Path, ray_cluster: str
+) -> None:
+    tree: dict[str, Any] = {
+        "name": "t",
+        "data": {"train": str(folder / "bank.parquet"), "test": str(folder / "test.parquet")},
+        "augment": {"size": 32},
+        "evaluation": {"knn": {"k": 5}, "linear": {"epochs": 5}},
+    }
+    torch.manual_seed(0)
+    networks = {"encoder": ResNet(10, 0.125, "strided"), "pixels": Pixels()}
+    contenders = [Contender(name, n, 32, Counting()) for name, n in networks.items()]
+    alone = score_all(contenders, cfg.validate(Experiment, tree))
+    assert len(Counting.decoded) == 110 + 60
+    tree["evaluation"] |= {"actors": 2, "cpus_per_actor": 0.5}
+    shared = score_all(contenders, cfg.validate(Experiment, tree))
+    assert len(Counting.decoded) == 110 + 60
+    for one, other in zip(alone, shared, strict=True):
+        (ids, hits), (other_ids, other_hits) = one.hits["knn_top1"], other.hits["knn_top1"]
+        assert ids.tolist() == other_ids.tolist()
+        assert (hits != other_hits).sum() <= 1  # sums in another order
+        assert other.metrics["effective_rank"] == pytest.approx(
+            one.metrics["effective_rank"], rel=1e-3
+        )
+
+
 def test_more_actors_than_the_cluster_has_cpus_are_refused(folder: Path, ray_cluster: str) -> None:
     source = Source.open(str(folder / "bank.parquet"))
-    with pytest.raises(ClusterError, match=r"evaluation.actors=99 with 1 CPUs each"):
+    with pytest.raises(ClusterError, match=r"99 actors with 1 CPUs each \(evaluation.actors\)"):
         extract(source, [Pixels()], 32, EvaluationConfig(actors=99))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import column_keys
-from simclr_ray.data.aligned import align_labels, map_to_classifier
+from simclr_ray.data.aligned import align_labels, labels_for_classifier, map_to_classifier
 from simclr_ray.data.folder_input import FolderInput, index_folder
 from simclr_ray.data.listing import list_images
 from simclr_ray.data.source import Source
@@ -332,6 +332,36 @@ def test_classes_that_a_classifier_does_not_know_are_refused(
 def test_numbers_are_places_among_the_names_of_a_classifier(tmp_path: Path) -> None:
     test = Source.open(table(tmp_path / "b.parquet", label=[1, 0]))
     assert map_to_classifier(test, ("x", "y"), 2).labels().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "expected", "missing"),
+    [
+        (("x", "z", "y"), ["y", "q", None, "x"], [2, -1, -1, 0], ["q"]),
+        (("x", "y"), [1, 0, 2, None], [1, 0, -1, -1], ["2"]),  # places among the names
+        (("0", "5", "20000"), [20_000, 7, 0], [2, -1, 0], ["7"]),  # numbers with gaps
+        (("0", "1"), ["x", "y"], [-1, -1], ["x", "y"]),  # which is which is not said
+    ],
+)
+def test_classes_that_a_classifier_does_not_have_can_be_left_out(
+    names: tuple[str, ...],
+    asked: list[Any],
+    expected: list[int],
+    missing: list[str],
+    tmp_path: Path,
+) -> None:
+    test = Source.open(table(tmp_path / "b.parquet", label=asked))
+    labels, absent = labels_for_classifier(test, names)
+    assert labels.tolist() == expected
+    assert absent == missing
+
+
+def test_names_are_compared_as_numbers_only_with_a_classifier_of_numbers(tmp_path: Path) -> None:
+    about = {"class_names": "x,y,z"}
+    test = Source.open(table(tmp_path / "b.parquet", about, label=[2, 0, 1]))
+    assert labels_for_classifier(test, ("z", "y"))[0].tolist() == [0, -1, 1]
+    assert labels_for_classifier(test, ("a", "b", "c"))[0].tolist() == [-1, -1, -1]
+    assert labels_for_classifier(test, ("0", "1", "2"))[0].tolist() == [2, 0, 1]
 
 
 def test_a_label_without_a_name_is_refused_and_not_lost(tmp_path: Path) -> None:

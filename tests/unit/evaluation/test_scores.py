@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,9 @@ from simclr_ray.config.experiment import (
     LinearConfig,
 )
 from simclr_ray.config.imports import PERMISSION
-from simclr_ray.config.protocols import PROTOCOLS, Protocol
+from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, Protocol
 from simclr_ray.errors import ConfigError, DataError, RunError
+from simclr_ray.evaluation.encoded_splits import encode
 from simclr_ray.evaluation.features import Split, extract_features
 from simclr_ray.evaluation.label_free import label_free
 from simclr_ray.evaluation.scores import (
@@ -24,7 +27,7 @@ from simclr_ray.evaluation.scores import (
     Pixels,
     Score,
     format_table,
-    score_encoder,
+    score_features,
     short_table,
     table,
 )
@@ -48,6 +51,18 @@ def split(seed: int, rows: int, side: int = 4) -> Split:
         torch.arange(rows),
         [],
     )
+
+
+def score_encoder(
+    name: str,
+    encoder: nn.Module,
+    bank: Split,
+    test: Split | None,
+    experiment: Experiment,
+    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
+) -> Score:
+    encoded = encode(encoder, bank, test, experiment)
+    return score_features(name, *encoded, experiment, protocols)
 
 
 class MeanColor(nn.Module):

@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,14 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from PIL import Image
+from torch import nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment, TrackingConfig
 from simclr_ray.errors import CollapseError, ConfigError, NotPromotedError
+from simclr_ray.evaluation.scores import UNTRAINED
 from simclr_ray.inference import promotion, registry
-from simclr_ray.inference.comparison import Scored, paired_bootstrap, standard_errors
+from simclr_ray.inference.comparison import Contender, Scored, paired_bootstrap, standard_errors
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import write_encoder
@@ -154,14 +156,19 @@ def scores(monkeypatch: pytest.MonkeyPatch, four_versions: Registry) -> dict[int
     """Have versions reach what is set here, by the same images: version -> accuracy."""
     reached = {1: 0.5, 2: 0.7, 3: 0.6, 4: 0.69}
 
-    def mark(encoder: Encoder) -> float:
-        return float(next(encoder.parameters()).sum())
+    def mark(network: nn.Module) -> float:
+        return float(next(network.parameters()).sum())
 
     uri = four_versions.uri
     version_of = {mark(load_encoder(f"models:/m/{v}", tracking_uri=uri)): v for v in reached}
 
-    def score(encoder: Encoder, *_: Any) -> Scored:
-        return scored(reached[version_of[mark(encoder)]])
+    def score_all(contenders: Sequence[Contender], *_: Any) -> list[Scored]:
+        return [
+            scored(0.2, 2.0)
+            if c.name == UNTRAINED
+            else scored(reached[version_of[mark(c.network)]])
+            for c in contenders
+        ]
 
     def scored(accuracy: float, rank: float = 9.0) -> Scored:
         hits = np.random.default_rng(0).random(1000) < accuracy
@@ -169,8 +176,7 @@ def scores(monkeypatch: pytest.MonkeyPatch, four_versions: Registry) -> dict[int
         metrics |= {"feature_std": 0.1}
         return Scored(metrics, {"linear_top1": (np.arange(1000), hits)})
 
-    monkeypatch.setattr(promotion, "score", score)
-    monkeypatch.setattr(promotion, "score_network", lambda *_: scored(0.2, 2.0))
+    monkeypatch.setattr(promotion, "score_all", score_all)
     return reached
 
 
@@ -202,10 +208,8 @@ def test_an_encoder_that_has_learned_nothing_is_refused_but_for_force(
     four_versions: Registry, scores: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = {"linear_top1": 0.9, "effective_rank": 1.5, "feature_std": 0.1}
-    monkeypatch.setattr(promotion, "score", lambda *_: Scored(metrics, {}))
-    monkeypatch.setattr(
-        promotion, "score_network", lambda *_: Scored(metrics | {"effective_rank": 5.0}, {})
-    )
+    reached = [Scored(metrics, {}), Scored(metrics | {"effective_rank": 5.0}, {})]
+    monkeypatch.setattr(promotion, "score_all", lambda given, *_: reached[: len(given)])
     uri = four_versions.uri
     with pytest.raises(CollapseError, match=r"effective rank is 1\.50.*champion stays"):
         promotion.promote("models:/m/1", "champion", tracking_uri=uri)
@@ -220,7 +224,7 @@ def test_two_at_once_leave_the_alias_on_one_of_them_and_a_way_back(
 ) -> None:
     uri = four_versions.uri
     promotion.promote("models:/m/1", "champion", require=RULE, tracking_uri=uri)
-    both, tested = threading.Barrier(2), promotion._tested
+    both, tested = threading.Barrier(2), promotion._Contest.verdict
 
     def together(*args: Any) -> Any:
         verdict = tested(*args)
@@ -228,7 +232,7 @@ def test_two_at_once_leave_the_alias_on_one_of_them_and_a_way_back(
             both.wait(20)  # both have compared themselves with version 1
         return verdict
 
-    monkeypatch.setattr(promotion, "_tested", together)
+    monkeypatch.setattr(promotion._Contest, "verdict", together)
     said: dict[int, object] = {}
 
     def run(version: int) -> None:
@@ -292,6 +296,11 @@ def test_real_encoders_are_scored_on_the_images_of_their_experiment(
     rule = "knn_top1 >= champion - 3 * se - 1 and effective_rank > 0"
     made = promotion.promote("models:/m/2", "champion", require=rule, force=True, tracking_uri=uri)
     assert (made.version, made.previous) == (2, 1)
+    said = r"classifier_top1 > 0: classifier_top1 was not measured \(the version has no classifier"
+    with pytest.raises(NotPromotedError, match=said):
+        promotion.promote(
+            "models:/m/3", "champion", require="classifier_top1 > 0", force=True, tracking_uri=uri
+        )
     headings, *rows = promotion.compare("models:/m/2", "models:/m@champion", tracking_uri=uri)
     assert headings == [
         "metric",

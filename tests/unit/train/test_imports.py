@@ -17,8 +17,9 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import local_batches
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError
+from simclr_ray.evaluation.encoded_splits import encode
 from simclr_ray.evaluation.features import load_split
-from simclr_ray.evaluation.scores import score_encoder
+from simclr_ray.evaluation.scores import score_features
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.inference.export import export_encoder
@@ -122,7 +123,8 @@ def test_a_protocol_from_outside_scores_what_two_steps_trained(train_images: Pat
     split = load_split(Source.open(str(train_images)), 16)
     model = train_two_steps(config)
     protocols = ["knn", f"{OWN}:nearest_mean"]
-    score = score_encoder("two steps", model.encoder, split, split, config, protocols)
+    encoded = encode(model.encoder, split, split, config)
+    score = score_features("two steps", *encoded, config, protocols)
     assert list(score.accuracies) == ["knn_top1", "nearest_mean_top1"]
     assert 0 < score.accuracies["nearest_mean_top1"] <= 1
 
