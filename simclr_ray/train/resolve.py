@@ -13,7 +13,7 @@ import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.augment import native
-from simclr_ray.config.experiment import DataConfig, Experiment, RegistryConfig
+from simclr_ray.config.experiment import DataConfig, Experiment
 from simclr_ray.config.imports import imports_in
 from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.batches import build_plan
@@ -29,7 +29,6 @@ from simclr_ray.data.sample import CHECK_SECONDS, Sample, check_sample
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
 from simclr_ray.evaluation.evaluate import split_like_test
-from simclr_ray.inference.requirement import Requirement
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.pretrained import (
     TEACHER,
@@ -43,10 +42,11 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import check_makeable, one_line
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
-from simclr_ray.tracking.store import check_model, store_uri
+from simclr_ray.tracking.store import store_uri
 from simclr_ray.train.encoder_check import check_encoder
 from simclr_ray.train.image_folders import resolve_folders
-from simclr_ray.train.imports import export_problem, resolve_imports
+from simclr_ray.train.imports import resolve_imports
+from simclr_ray.train.registrable import check_asked, check_registrable
 from simclr_ray.train.rollback import check_policy
 
 log = logging.getLogger(__name__)
@@ -158,17 +158,10 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     resolved = ResolvedExperiment(config, source, teacher_classes(config))
     _check_evaluation(resolved)
     _check_images(config.data, sample)
-    if config.registry.name:
-        check_model(config.registry.name, config.registry.alias)
-        Requirement.parse(config.registry.require)
-    elif config.registry.alias != RegistryConfig().alias:
-        problem = (
-            f"got {config.registry.alias!r}, and registry.name, whose version it names, is empty"
-        )
-        raise ConfigError([ConfigIssue("registry.alias", problem)])
+    check_asked(config.registry)
     RunFolder.of(config.storage, config.name)  # fails here for a file in its place
     store_uri(config.tracking.uri, config.storage)
-    _check_registrable(config)
+    check_registrable(config)
     check_policy(resolved)
     if resolved.folder.local is not None and not resolved.folder.local.exists():
         try:
@@ -205,19 +198,6 @@ def _check_evaluation(resolved: ResolvedExperiment) -> None:
         align_labels(bank, test)
     elif bank.has_labels:
         log.warning("%s %s: no kNN and no linear scores", test.uri, test.unlabelled)
-
-
-def _check_registrable(experiment: Experiment) -> None:
-    """Raise `ConfigError` for an encoder of others that is to be registered and cannot be.
-
-    Seconds, against a training; torchvision's are not asked, whose exports are tested.
-    """
-    if not (experiment.registry.name and experiment.encoder.name in ("import", "timm")):
-        return
-    problem = export_problem(experiment)
-    if problem:
-        shown = f"torch.export fails, so the encoder cannot be registered: {problem}"
-        raise ConfigError([ConfigIssue("registry.name", shown)])
 
 
 def resolve_classes(experiment: Experiment, source: Source) -> tuple[Experiment, Source]:
