@@ -129,6 +129,9 @@ def _show(resolved: ResolvedExperiment, outcome: PretrainOutcome, image: str) ->
     show_where(outcome.run)
     model = ""
     if outcome.registered is not None:
-        model = f"models:/{outcome.registered.name}@{resolved.config.registry.alias}"
-        show_pairs({"registered": f"{model} (version {outcome.registered.version})"})
+        model, version = outcome.registered.address, outcome.registered.version
+        number = f" (version {version})" if outcome.registered.alias else ""
+        show_pairs({"registered": f"{model}{number}"})
+        if outcome.registered.refusal:
+            out.print(outcome.registered.refusal, markup=False, soft_wrap=True)
     show_next(resolved.folder, model, image)

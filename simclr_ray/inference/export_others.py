@@ -170,7 +170,11 @@ def _check_hugging_face(path: Path, encoder: Encoder) -> Network:  # noqa: ARG00
 
 
 def _write_onnx(path: Path, encoder: Encoder, example: Tensor) -> None:
-    """Export with a free batch, and a free size where the network takes any."""
+    """Export with a free batch, and a free size where the network takes any.
+
+    Raises:
+        CheckpointError: The exporter cannot, with a free batch alone either.
+    """
     _load_onnx()
     free: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     sizes = {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
@@ -192,8 +196,9 @@ def _write_onnx(path: Path, encoder: Encoder, example: Tensor) -> None:
                 )
             return
         except torch.onnx.errors.OnnxExporterError as error:
-            if dimensions == free:
-                raise CheckpointError(f"onnx cannot be written: {one_line(error)}") from error
+            if dimensions == free:  # the rest of its text is advice to debug
+                said = one_line(error.__cause__ or error)
+                raise CheckpointError(f"onnx cannot be written: {said}") from error
 
 
 def _check_onnx(path: Path, encoder: Encoder) -> Network:  # noqa: ARG001 - compared by the caller

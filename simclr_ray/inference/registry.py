@@ -340,7 +340,8 @@ def _register_model(
                 client.log_metric(run.run_id, metric, reached, model_id=model.model_id)
         if alias is not None:
             client.set_registered_model_alias(name, alias, str(version))
-    return store.RegisteredEncoder(name, version, f"models:/{name}/{version}", run.run_id)
+    uri = f"models:/{name}/{version}"
+    return store.RegisteredEncoder(name, version, uri, run.run_id, alias or "")
 
 
 def _description(model: LoggedModel, scores: Mapping[str, float]) -> str:

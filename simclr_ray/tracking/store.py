@@ -76,12 +76,28 @@ T = TypeVar("T")
 
 
 class RegisteredEncoder(NamedTuple):
-    """One version in the model registry."""
+    """One version in the model registry.
+
+    Attributes:
+        name: Of the model.
+        version: Its number.
+        uri: `models:/name/version`.
+        run_id: MLflow's run that it is of.
+        alias: That was moved to it when it was registered; empty: none was.
+        refusal: Why the alias that was asked for stays where it is; empty: it does not.
+    """
 
     name: str
     version: int
     uri: str
     run_id: str
+    alias: str = ""
+    refusal: str = ""
+
+    @property
+    def address(self) -> str:
+        """What it is asked for by: the alias that was moved to it, else its number."""
+        return f"models:/{self.name}@{self.alias}" if self.alias else self.uri
 
 
 def store_uri(setting: str = "", storage: str = "runs") -> str:

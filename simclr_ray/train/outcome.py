@@ -106,14 +106,27 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
         settle(record.tracking_uri)
     deliver_owed(folder)
     metrics = last_values(folder.read_text(METRICS) or "")
-    registered, classifier = stored.get("registered"), stored.get("classifier")
+    classifier = stored.get("classifier")
     return PretrainOutcome(
         Run(folder.name, folder.uri, names[0], record.mlflow_run_id, metrics),
         [Score.from_tree(row) for row in scores],
-        RegisteredEncoder(**registered) if registered else None,
+        _registered_in(stored),
         Classification(**classifier) if classifier else None,
         is_stored=True,
     )
+
+
+def _registered_in(stored: dict[str, Any]) -> RegisteredEncoder | None:
+    """Return the version that an outcome names.
+
+    Earlier ones do not say whether its alias was moved. Without a rule it was; with one nobody
+    knows, and the version is named by its number.
+    """
+    tree, registry = stored.get("registered"), stored.get("registry") or {}
+    if not tree:
+        return None
+    moved = "" if registry.get("require") else registry.get("alias", "")
+    return RegisteredEncoder(**{"alias": moved, **tree})
 
 
 def evaluation_digest(experiment: Experiment) -> str:

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.experiment import Experiment, RegistryConfig
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.data.source import Source
 from simclr_ray.errors import NotPromotedError, TrackingUnavailableError
 from simclr_ray.evaluation.classification import Classification
@@ -98,22 +99,34 @@ def _evaluated(run: Run, resolved: ResolvedExperiment) -> PretrainOutcome:
 
 def _registered(run: Run, config: Experiment) -> RegisteredEncoder:
     """Register the run's encoder; where MLflow is gone, name the command that does it later."""
-    name, alias, require = config.registry.name, config.registry.alias, config.registry.require
+    registry = config.registry
     try:
-        if not require:
-            return register_run(run.folder, name, alias)
-        made = register_run(run.folder, name, None)
-        uri = RunRecord.read(RunFolder.at(run.folder)).tracking_uri
-        try:
-            # whether it has learned anything, `register_run` has just asked
-            promote(made.uri, alias, require=require, force=True, tracking_uri=uri)
-        except NotPromotedError as error:
-            log.warning("%s", error)
-        return made
+        made = register_run(run.folder, registry.name, None if registry.require else registry.alias)
     except TrackingUnavailableError as error:
-        words = ["simclr-ray", "model", "register", run.folder, name, "--alias", alias]
-        text = f"{error}; trained and evaluated, but not registered: {shlex.join(words)}"
+        words = ["model", "register", run.folder, registry.name, "--alias", registry.alias]
+        later = shlex.join(["simclr-ray", *words])
+        if registry.require:  # which `model register` knows nothing of
+            later = "run it again, which registers it and moves the alias by registry.require"
+        text = f"{error}; trained and evaluated, but not registered: {later}"
         raise TrackingUnavailableError(text) from error
+    return _promoted(made, run, registry) if registry.require else made
+
+
+def _promoted(made: RegisteredEncoder, run: Run, registry: RegistryConfig) -> RegisteredEncoder:
+    """Return the version with the alias that moved to it, or with why that stays."""
+    uri, rule = RunRecord.read(RunFolder.at(run.folder)).tracking_uri, registry.require
+    try:
+        # whether it has learned anything, `register_run` has just asked
+        promote(made.uri, registry.alias, require=rule, force=True, tracking_uri=uri)
+    except NotPromotedError as error:
+        log.warning("%s", error)
+        return made._replace(refusal=str(error))
+    except TrackingUnavailableError as error:
+        words = ["model", "promote", made.uri, registry.alias, "--require", rule]
+        later = shlex.join(["simclr-ray", *words, "--tracking-uri", hide_passwords(uri)])
+        text = f"{error}; trained, evaluated and registered, but not promoted: {later}"
+        raise TrackingUnavailableError(text) from error
+    return made._replace(alias=registry.alias)
 
 
 def _test_classifier(run: Run, experiment: Experiment, checkpoint: Path) -> Classification | None:

@@ -157,6 +157,44 @@ def test_a_run_is_judged_published_and_registered(
         assert (Path(one_worker.folder) / name).stat().st_size > 0
 
 
+def test_a_version_that_is_not_good_enough_is_named_by_its_number_then_and_later(
+    folder: Path, one_worker: Run, ray_cluster: str
+) -> None:
+    tree = tree_of(folder, "one", 1, "float64")
+    tree["registry"] = {"name": "ruled", "alias": "champion", "require": "knn_top1 > 2"}
+    made = run_pipeline(cfg.validate(Experiment, tree)).registered
+    assert made is not None
+    assert (made.address, made.alias) == ("models:/ruled/1", "")
+    start = "models:/ruled/1 does not become champion, which stays nowhere: knn_top1 > 2: fails"
+    assert made.refusal.startswith(start)
+    config = folder / "ruled.yaml"
+    config.write_text(cfg.dump_yaml(tree))
+    again = subprocess.run(
+        [sys.executable, "-m", "simclr_ray", "pretrain", str(config)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "this run is finished" in again
+    assert "registered  models:/ruled/1\n" in again
+    assert start in again
+    assert "embed models:/ruled/1 IMAGE.png" in again
+    assert "@champion" not in again
+    # an outcome of before says nothing of the alias
+    outcome = Path(one_worker.folder) / "outcome.json"
+    stored = json.loads(outcome.read_text())
+    del stored["registered"]["alias"], stored["registered"]["refusal"]
+    outcome.write_text(json.dumps(stored))
+    old = run_pipeline(cfg.validate(Experiment, tree))
+    assert old.is_stored
+    assert old.registered == made._replace(refusal="")
+    # with another rule it is tested again, and nothing is trained or registered anew
+    tree["registry"] = {"name": "ruled", "alias": "champion", "require": "knn_top1 >= 0"}
+    moved = run_pipeline(cfg.validate(Experiment, tree)).registered
+    assert moved == made._replace(alias="champion", refusal="")
+    store = RunRecord.read(RunFolder.at(one_worker.folder)).tracking_uri
+    aliases = MlflowClient(store).get_registered_model("ruled").aliases
+    assert {k: int(v) for k, v in aliases.items()} == {"champion": 1}
+
+
 def test_a_start_is_told_and_a_finished_run_answers_with_what_is_stored(
     folder: Path, pipeline_of_two: tuple[PretrainOutcome, list[str]]
 ) -> None:

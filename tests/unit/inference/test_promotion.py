@@ -373,7 +373,9 @@ def test_a_run_that_asks_for_a_rule_is_registered_and_the_alias_moves_or_stays(
     assert asked == [(folder.uri, "enc", "best")]
     asked.clear()
     ruled = cfg.validate(Experiment, tree | {"registry": tree["registry"] | {"require": RULE}})
-    assert pipeline._registered(run, ruled) == made
+    moved = made._replace(alias="best")
+    assert pipeline._registered(run, ruled) == moved
+    assert moved.address == "models:/enc@best"
     more = {"require": RULE, "force": True, "tracking_uri": uri}
     assert asked == [(folder.uri, "enc", None), (("models:/enc/3", "best"), more)]
 
@@ -381,7 +383,9 @@ def test_a_run_that_asks_for_a_rule_is_registered_and_the_alias_moves_or_stays(
         raise NotPromotedError("models:/enc/3 does not become best: it is worse")
 
     monkeypatch.setattr(pipeline, "promote", refuse)
-    assert pipeline._registered(run, ruled) == made
+    stayed = pipeline._registered(run, ruled)
+    assert stayed == made._replace(refusal="models:/enc/3 does not become best: it is worse")
+    assert stayed.address == "models:/enc/3"
     assert "models:/enc/3 does not become best" in caplog.text
 
 

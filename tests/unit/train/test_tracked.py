@@ -23,6 +23,7 @@ from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking import runs, sender
 from simclr_ray.tracking.delivery import STATE
 from simclr_ray.tracking.runs import Point, TrackedRun
+from simclr_ray.tracking.store import RegisteredEncoder
 from simclr_ray.train import pipeline, tracked
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.monitor import RunMonitor
@@ -364,6 +365,24 @@ def test_scores_stay_when_mlflow_is_gone_and_a_registration_says_how_it_is_made_
     later = f"simclr-ray model register {folder.uri} 'my enc' --alias newest"
     with pytest.raises(TrackingError, match=f"no answer; trained and evaluated.*{later}"):
         pipeline._registered(run, named)
+    rule = "knn_top1 > champion"
+    ruled = named.model_copy(
+        update={"registry": named.registry.model_copy(update={"require": rule})}
+    )
+    with pytest.raises(TrackingUnavailableError) as unregistered:
+        pipeline._registered(run, ruled)
+    assert "not registered: run it again" in str(unregistered.value)
+    assert "--alias" not in str(unregistered.value)  # which would move without the rule
+    made = RegisteredEncoder("my enc", 4, "models:/my enc/4", "id")
+    monkeypatch.setattr(pipeline, "register_run", lambda *_: made)
+    monkeypatch.setattr(pipeline, "promote", lambda *_, **__: gone())
+    with pytest.raises(TrackingUnavailableError) as unpromoted:
+        pipeline._registered(run, ruled)
+    uri = RunRecord.read(folder).tracking_uri
+    assert str(unpromoted.value).endswith(
+        "no answer; trained, evaluated and registered, but not promoted: simclr-ray model promote "
+        f"'models:/my enc/4' newest --require 'knn_top1 > champion' --tracking-uri {uri}"
+    )
     outage.is_on = False
     deliver_owed(folder)
     found = RunRecord.read(folder)
