@@ -9,7 +9,7 @@ from simclr_ray.tracking.store import check_model
 from simclr_ray.train.imports import export_problem
 
 
-def check_asked(registry: RegistryConfig) -> None:
+def check_registry(registry: RegistryConfig) -> None:
     """Raise `ConfigError` for a name, alias or rule that cannot be, or one without a model.
 
     Without `registry.name` nothing is registered, so that another setting would be passed over.

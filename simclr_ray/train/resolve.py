@@ -46,7 +46,7 @@ from simclr_ray.tracking.store import store_uri
 from simclr_ray.train.encoder_check import check_encoder
 from simclr_ray.train.image_folders import resolve_folders
 from simclr_ray.train.imports import resolve_imports
-from simclr_ray.train.registrable import check_asked, check_registrable
+from simclr_ray.train.registrable import check_registry, check_registrable
 from simclr_ray.train.rollback import check_policy
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     resolved = ResolvedExperiment(config, source, teacher_classes(config))
     _check_evaluation(resolved)
     _check_images(config.data, sample)
-    check_asked(config.registry)
+    check_registry(config.registry)
     RunFolder.of(config.storage, config.name)  # fails here for a file in its place
     store_uri(config.tracking.uri, config.storage)
     check_registrable(config)

@@ -6,7 +6,7 @@ import pytest
 
 from simclr_ray.config.experiment import RegistryConfig
 from simclr_ray.errors import ConfigError
-from simclr_ray.train.registrable import check_asked
+from simclr_ray.train.registrable import check_registry
 
 
 @pytest.mark.parametrize(
@@ -23,10 +23,10 @@ def test_what_would_be_passed_over_is_refused_by_its_key(
     given: dict[str, str], keys: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        check_asked(RegistryConfig(**given))
+        check_registry(RegistryConfig(**given))
     assert [issue.path for issue in refused.value.issues] == keys
 
 
 def test_a_model_with_a_rule_and_no_model_at_all_are_taken() -> None:
-    check_asked(RegistryConfig())
-    check_asked(RegistryConfig(name="e", alias="best", require="knn_top1 > 0"))
+    check_registry(RegistryConfig())
+    check_registry(RegistryConfig(name="e", alias="best", require="knn_top1 > 0"))
