@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
-from simclr_ray.config.moves import CONFIG_FILE
+from simclr_ray.config.moves import CONFIG_FILE, relocated_run
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from simclr_ray.errors import CollapseError, ConfigError, ConfigIssue, NotPromotedError
 from simclr_ray.evaluation.evaluate import untrained_encoder
@@ -35,11 +35,12 @@ from simclr_ray.inference.registry import find_version, why_not_learned
 from simclr_ray.inference.requirement import Facts, Requirement, Verdict
 from simclr_ray.nn.pretrained import experiment_of, open_checkpoint
 from simclr_ray.storage.run_folder import RunFolder
-from simclr_ray.tracking import store
+from simclr_ray.tracking import moved, store
 from simclr_ray.tracking.runs import door
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
 
 LOGGED_MODEL: Final = re.compile(r"/(m-[0-9a-f]{32})(?:/|$)")  # in a version's source
 TRIES: Final = 3  # where somebody else moves the alias meanwhile
@@ -73,6 +74,8 @@ def promote(
 ) -> Promotion:
     """Move an alias to a version of a registered model, where that is good enough.
 
+    A store whose project was moved is rewritten first (`tracking.moved`).
+
     Args:
         where: `models:/name/3`, or another address of the version.
         alias: Such as `champion`.
@@ -92,6 +95,7 @@ def promote(
     uri, address = store.store_uri(tracking_uri), model_address(where)
     store.check_model(address.name, alias)
     Requirement.parse(require, "--require")  # what is wrong with it is said before anything is read
+    moved.settle(store.registry_uri(uri))
     version = find_version(where, uri=uri)
     experiment = _experiment_of(version.run_id, uri, overrides)
     rule = Requirement.parse(require or experiment.registry.require, "--require")
@@ -126,7 +130,7 @@ def rollback(name: str, alias: str, *, tracking_uri: str = "") -> Promotion:
     """
     uri = store.store_uri(tracking_uri)
     store.check_model(name, alias)
-    store.check_there(uri)
+    moved.settle(store.registry_uri(uri))
     now = find_version(f"models:/{name}@{alias}", uri=uri)
     previous = int(now.tags.get(f"previous.{alias}", 0))
     if not previous:
@@ -154,6 +158,7 @@ def remove_version(where: str, *, force: bool = False, tracking_uri: str = "") -
         TrackingError: The registry refuses or cannot be reached.
     """
     uri = store.store_uri(tracking_uri)
+    moved.settle(store.registry_uri(uri))
     stored = find_version(where, uri=uri)
     with store.quiet(), door(f"delete {where}", uri) as client:
         aliases = client.get_registered_model(stored.name).aliases
@@ -171,6 +176,8 @@ def remove_version(where: str, *, force: bool = False, tracking_uri: str = "") -
 
 def compare(one: str, other: str, *overrides: str, tracking_uri: str = "") -> list[list[str]]:
     """Return headings and rows that set two encoders side by side, on the test images of the first.
+
+    Nothing is written, also where the store's project was moved.
 
     Args:
         one: As in `load_encoder`; a run, a checkpoint or a registered version.
@@ -257,21 +264,39 @@ def _protocols_for(rule: Requirement) -> list[str]:
 
 
 def _experiment_of(run_id: str, uri: str, overrides: Sequence[str]) -> Experiment:
-    """Return the experiment of a version's run: as MLflow has it, or as its folder has it."""
+    """Return the experiment of a version's run: as MLflow has it, or as its folder has it.
+
+    Where the project was moved, both are read in the new place, and so are the paths in it.
+    """
     with store.quiet(), door(f"find run {run_id}", uri) as client:
-        text, folder = "", client.get_run(run_id).data.tags.get("storage", "")
-        if any(stored.path == CONFIG_FILE for stored in client.list_artifacts(run_id)):
-            with tempfile.TemporaryDirectory() as scratch:
-                text = Path(client.download_artifacts(run_id, CONFIG_FILE, scratch)).read_text()
-    if not text and folder:
-        text = RunFolder.at(folder).read_text(CONFIG_FILE) or ""
+        run = client.get_run(run_id)
+        text = _logged_config(client, run, uri)
+    place = moved.translated(uri, run.data.tags.get("storage", ""))
+    folder = RunFolder.at(place) if place else None
+    if not text and folder is not None:
+        text = folder.read_text(CONFIG_FILE) or ""
     if not text:
         problem = f"MLflow's run {run_id} has no {CONFIG_FILE}, and its folder is not here"
         raise ConfigError([ConfigIssue("", problem)])
     tree = cfg.parse_yaml(text)
+    if folder is not None and folder.local is not None:
+        tree = relocated_run(tree, folder.local)
     whole = cfg.apply_overrides(tree, overrides, Experiment)
     permit_code(whole, tree, "the run")
     return cfg.validate(Experiment, whole)
+
+
+def _logged_config(client: MlflowClient, run: MlflowRun, uri: str) -> str:
+    """Return the config among the artifacts of a run; empty: it is not among them."""
+    here = moved.path_of(moved.translated(uri, run.info.artifact_uri or ""))
+    if here:  # MLflow itself looks where a store that was moved says
+        file = Path(here) / CONFIG_FILE
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    run_id = run.info.run_id
+    if not any(stored.path == CONFIG_FILE for stored in client.list_artifacts(run_id)):
+        return ""
+    with tempfile.TemporaryDirectory() as scratch:
+        return Path(client.download_artifacts(run_id, CONFIG_FILE, scratch)).read_text("utf-8")
 
 
 def _version_of(uri: str, name: str, alias: str) -> int:
