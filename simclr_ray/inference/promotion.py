@@ -89,8 +89,14 @@ def promote(
         ClusterError: `evaluation.actors` ask for more than the cluster has.
         CollapseError: The encoder has learned nothing.
         ConfigError: There is no such version, or the rule is none.
+        CheckpointError: The files of the version, or of the one that has the alias, are not whole.
         DataError: The test images cannot be read.
         TrackingError: The registry refuses or cannot be reached.
+
+    Example:
+        >>> made = promote("models:/enc/4", "champion", require="linear_top1 >= champion - se")
+        >>> made.version, made.previous
+        (4, 3)
     """
     uri, address = store.store_uri(tracking_uri), model_address(where)
     store.check_model(address.name, alias)
@@ -188,7 +194,14 @@ def compare(one: str, other: str, *overrides: str, tracking_uri: str = "") -> li
     Raises:
         ClusterError: `evaluation.actors` ask for more than the cluster has.
         ConfigError: There is no such encoder, or nothing says what the first was trained by.
+        CheckpointError: The files of one are not whole.
         DataError: The images cannot be read.
+        TrackingError: The registry cannot be reached.
+
+    Example:
+        >>> headings, *rows = compare("models:/enc/4", "models:/enc@champion")
+        >>> headings[1:4]
+        ['models:/enc/4', 'models:/enc@champion', 'difference']
     """
     uri = store.store_uri(tracking_uri)
     if one.startswith("models:"):
