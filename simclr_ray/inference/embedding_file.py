@@ -220,8 +220,8 @@ def are_embeddings(fs: pafs.FileSystem, paths: Sequence[str]) -> bool:
 def whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     """Give a stream whose file appears whole or not at all, however large it is.
 
-    In a bucket not by another name and a copy, as `open_whole` does: none copies more than 5 GB in
-    one request.
+    In a bucket it is written at once, without the copy that `open_whole` makes: no bucket copies
+    more than 5 GB in one request.
     """
     if is_local(fs):
         with open_whole(fs, path) as file:

@@ -197,7 +197,8 @@ def _write_onnx(path: Path, encoder: Encoder, example: Tensor) -> None:
             return
         except torch.onnx.errors.OnnxExporterError as error:
             if dimensions == free:  # the rest of its text is advice to debug
-                said = one_line(error.__cause__ or error)
+                cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+                said = one_line(cause)
                 raise CheckpointError(f"onnx cannot be written: {said}") from error
 
 

@@ -46,7 +46,7 @@ from simclr_ray.tracking.store import store_uri
 from simclr_ray.train.encoder_check import check_encoder
 from simclr_ray.train.image_folders import resolve_folders
 from simclr_ray.train.imports import resolve_imports
-from simclr_ray.train.registrable import check_registry, check_registrable
+from simclr_ray.train.registrable import check_registrable, check_registry
 from simclr_ray.train.rollback import check_policy
 
 log = logging.getLogger(__name__)
