@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
-from simclr_ray.config.moves import CONFIG_FILE, relocated_run
+from simclr_ray.config.moves import CONFIG_FILE, Move, relocated, relocated_run
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from simclr_ray.errors import CollapseError, ConfigError, ConfigIssue, NotPromotedError
 from simclr_ray.evaluation.evaluate import untrained_encoder
@@ -291,12 +291,26 @@ def _experiment_of(run_id: str, uri: str, overrides: Sequence[str]) -> Experimen
     if not text:
         problem = f"MLflow's run {run_id} has no {CONFIG_FILE}, and its folder is not here"
         raise ConfigError([ConfigIssue("", problem)])
-    tree = cfg.parse_yaml(text)
-    if folder is not None and folder.local is not None:
-        tree = relocated_run(tree, folder.local)
+    local = None if folder is None else folder.local
+    tree = _relocated(cfg.parse_yaml(text), local, store.sqlite_file(uri))
     whole = cfg.apply_overrides(tree, overrides, Experiment)
     permit_code(whole, tree, "the run")
     return cfg.validate(Experiment, whole)
+
+
+def _relocated(tree: dict[str, Any], folder: Path | None, database: Path | None) -> dict[str, Any]:
+    """Return a run's config with its paths where they lie now.
+
+    Versions outlive the folder of their run, which `run rm` deletes. Without it the default store,
+    which lies in the storage, tells where that is, if there is nothing in the old place.
+    """
+    if folder is not None and (folder / CONFIG_FILE).is_file():
+        return relocated_run(tree, folder)
+    storage = tree.get("storage")
+    if database is None or not isinstance(storage, str) or not storage.startswith("/"):
+        return tree
+    move = None if Path(storage).exists() else Move.between(storage, str(database.parent))
+    return relocated(tree, move) if move else tree
 
 
 def _logged_config(client: MlflowClient, run: MlflowRun, uri: str) -> str:

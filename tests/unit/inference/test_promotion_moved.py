@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.nn.build import build_encoder, feature_dim
 from simclr_ray.storage.run_folder import CONFIG_FILE
+from simclr_ray.tracking.moved import settle
 from simclr_ray.tracking.runs import Tracker
 from tests.ray.images import write_splits
 from tests.unit.inference.test_promotion import SIZE, png
@@ -144,3 +146,16 @@ def test_a_config_that_is_nowhere_is_said(moved: Path) -> None:
     (moved / "runs" / RUN / CONFIG_FILE).unlink()
     with pytest.raises(ConfigError, match=r"has no experiment\.yaml, and its folder is not here"):
         promotion.compare("models:/m/1", "models:/m/2", tracking_uri=store_of(moved))
+
+
+@pytest.mark.parametrize("moved", ["logged"], indirect=True)
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_version_whose_run_folder_was_deleted_finds_its_data_by_the_store(
+    moved: Path, *, settled: bool
+) -> None:
+    uri = store_of(moved)
+    if settled:
+        settle(uri)
+    shutil.rmtree(moved / "runs" / RUN)  # as `run rm` does
+    run_id = MlflowClient(uri).get_model_version("m", "1").run_id or ""
+    assert promotion._experiment_of(run_id, uri, []).data.test == f"{moved}/data/test.parquet"
