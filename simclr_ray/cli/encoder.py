@@ -162,7 +162,7 @@ def predict(model: Model, files: Images, tracking_uri: TrackingUri = "") -> None
         for file, row in zip(files, rows, strict=True):
             if not math.isnan(row[0]):
                 name = classifier.class_names[row.argmax()]
-                print(_shown(file), name, f"{row.max():.4f}", sep="\t")
+                print(_shown(file), _shown(name), f"{row.max():.4f}", sep="\t")
 
 
 @contextmanager
@@ -184,9 +184,9 @@ def _left_out(files: Sequence[Path]) -> Iterator[Callable[[int, str], None]]:
         raise typer.Exit(1)
 
 
-def _shown(path: Path) -> str:
-    """Return a path for a table; a tab or line break in a name would be one of the table."""
-    name = str(path)
+def _shown(named: Path | str) -> str:
+    """Return a name for a table; a tab or line break in it would be one of the table."""
+    name = str(named)
     return name if name.isprintable() else json.dumps(name)
 
 

@@ -9,6 +9,7 @@ import typer
 from simclr_ray.cli.arguments import Overrides, RunPlace, TrackingUri
 from simclr_ray.cli.console import loading, out, show_table
 from simclr_ray.config.wording import counted
+from simclr_ray.errors import ConfigError, ConfigIssue
 
 if TYPE_CHECKING:
     from simclr_ray.train.finetune import FineTuned, Planned
@@ -44,8 +45,9 @@ def promote(
     alias: Alias,
     overrides: Overrides = None,
     require: Annotated[
-        str, typer.Option(help="Rule; empty: `registry.require` of the experiment.")
-    ] = "",
+        str | None,
+        typer.Option(help="Rule.", show_default="`registry.require` of the experiment"),
+    ] = None,
     tracking_uri: TrackingUri = "",
     *,
     force: Annotated[
@@ -61,11 +63,18 @@ def promote(
     Example: simclr-ray model promote models:/enc/4 champion \
     --require 'linear_top1 >= champion - 0.2 * se and effective_rank > 10'
     """
+    if require is not None and not require.strip():
+        raise ConfigError([ConfigIssue("--require", "is empty; a rule is comparisons")])
     loading("torch")
     from simclr_ray.inference.promotion import promote as move
 
     made = move(
-        model, alias, *(overrides or []), require=require, force=force, tracking_uri=tracking_uri
+        model,
+        alias,
+        *(overrides or []),
+        require=require or "",
+        force=force,
+        tracking_uri=tracking_uri,
     )
     for line in made.lines:
         out.print(line, markup=False, soft_wrap=True)
@@ -126,8 +135,8 @@ def finetune(
         typer.Option(help="Share of the labels, class-balanced.", show_default=f"{SHARE:g}"),
     ] = None,
     per_class: Annotated[
-        int, typer.Option(min=0, help="So many labels of each class, instead of a share.")
-    ] = 0,
+        int | None, typer.Option(min=1, help="So many labels of each class, instead of a share.")
+    ] = None,
     frozen: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool, typer.Option("--frozen", help="Fit a classifier on the features alone.")
     ] = False,
@@ -150,7 +159,7 @@ def finetune(
             run,
             SHARE if labels is None and not per_class else labels,
             *(overrides or []),
-            per_class=per_class,
+            per_class=per_class or 0,
             frozen=frozen,
             from_random=random,
         )

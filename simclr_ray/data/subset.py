@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
@@ -74,6 +75,16 @@ def rows_left(labels: Int64s, chosen: Int64s, seed: int, most: int = MOST_TEST_R
     return np.sort(draws.choice(rest, most, replace=False))
 
 
+def _say_fewer(labels: Int64s, per_class: int) -> None:
+    """Say how many classes have fewer labels than are asked for."""
+    _, counts = np.unique(labels[labels >= 0], return_counts=True)
+    if few := int((counts < per_class).sum()):
+        log.warning(
+            "%s of %d with fewer than %d labels: the fewest are %d",
+            counted(few, "class", "classes"), len(counts), per_class, counts.min(),
+        )  # fmt: skip
+
+
 def write_subset(
     source: Source,
     share: float,
@@ -101,10 +112,13 @@ def write_subset(
     """
     labels = source.labels()
     rows = balanced_rows(labels, share, seed, per_class)
+    if not others:
+        _say_fewer(labels, per_class)
     if others:
         num_rest = int((labels >= 0).sum()) - len(rows)
         rows = rows_left(labels, rows, seed)
         if not len(rows):
+            log.warning("no labelled image is left to test on")
             return ""
         log.info(
             "tested on %s of the %s labelled images that were not chosen",

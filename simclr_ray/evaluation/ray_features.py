@@ -92,8 +92,9 @@ def kept_column(name: str) -> str:
 class _Extractor:
     """A Ray Data actor with the networks."""
 
-    def __init__(self, source: Source, encoding: Encoding, threads: int) -> None:
+    def __init__(self, source: Source, kept: Sequence[Any], threads: int) -> None:
         self.device = best_device()
+        encoding: Encoding = ray.get(kept[0])
         self.source, self.encoding = source, encoding
         self.networks = [network.to(self.device) for network in encoding.networks]
         torch.set_num_threads(threads)
@@ -204,6 +205,9 @@ def stream(
         DataError: A file cannot be read.
     """
     check_actors(actors)
+    # by a reference that this process keeps: of what is large and given itself Ray says, as an
+    # error, that an actor which it starts again may lack it
+    kept = ray.put(encoding)
     planned = ray.data.from_blocks(
         [pa.table({PIECE: [i], "rows": [rows.tolist()]}) for i, rows in enumerate(pieces)]
     )
@@ -212,7 +216,7 @@ def stream(
     planned.context.execution_options.preserve_order = True
     encoded = planned.map_batches(
         _Extractor,
-        fn_constructor_args=(source, encoding, max(1, int(actors.cpus))),
+        fn_constructor_args=(source, [kept], max(1, int(actors.cpus))),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(actors.num, len(pieces))),
         num_cpus=actors.cpus,

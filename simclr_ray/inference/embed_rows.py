@@ -17,7 +17,7 @@ from simclr_ray.data.classes import Int64s, is_text
 from simclr_ray.data.files import states_of_files
 from simclr_ray.data.folder_input import index_files, index_folder
 from simclr_ray.data.footer import cached_footer
-from simclr_ray.data.listing import below, list_parquet
+from simclr_ray.data.listing import all_parquet, below
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import connect
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -162,13 +162,16 @@ def open_rows(
     if not isinstance(where, str):
         return Source.open(index_files(where, file.lists), columns)
     fs, root = filesystem(where)
-    is_folder = info_of(fs, root).type == pafs.FileType.Directory
-    paths = [listed.path for listed in list_parquet(fs, root, where)]
-    if is_folder and are_embeddings(fs, paths):
-        return Source.open(index_folder(where, file.lists), columns)
-    if is_folder and fs.equals(file.fs) and below(root, file.path) != file.path.strip("/"):
-        raise DataError(f"{file.uri} lies in the dataset {where}; write it beside that")
-    return Source.open(where, columns)
+    if info_of(fs, root).type == pafs.FileType.Directory:
+        paths = [listed.path for listed in all_parquet(fs, root, where).files]
+        if are_embeddings(fs, paths):
+            return Source.open(index_folder(where, file.lists), columns)
+        if fs.equals(file.fs) and below(root, file.path) != file.path.strip("/"):
+            raise DataError(f"{file.uri} lies in the dataset {where}; write it beside that")
+    source = Source.open(where, columns)
+    if fs.equals(file.fs) and file.path in source.files:
+        raise DataError(f"{file.uri} holds the images themselves; choose another file")
+    return source
 
 
 def check_columns(source: Source, keep: Sequence[str]) -> None:

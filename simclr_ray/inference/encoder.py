@@ -176,6 +176,8 @@ class Encoder(nn.Module):
         on_bad: OnBad | None,
     ) -> Floats:
         """Return what a network gives for N images, float32 [N, width], NaN for those left out."""
+        if isinstance(images, (str, Path, bytes)):
+            raise TypeError(f"expected a sequence of images; got one {type(images).__name__}")
         rows = np.full((len(images), width), np.nan, dtype=np.float32)
         first = next(self.parameters(), torch.empty(0))
         with evaluating(self):

@@ -101,20 +101,32 @@ class Embedder(PythonModel):
 
     def _encoded(self, given: object) -> bytes:
         if isinstance(given, (bytes, bytearray, memoryview)):
-            return bytes(given)
+            return self._whole(bytes(given))
         if isinstance(given, Path):
             return given.read_bytes()
         if not isinstance(given, str):
             got = type(given).__name__
             raise ValueError(f"expected an image as bytes, base64 text or pathlib.Path; got {got}")
-        try:
-            encoded = base64.b64decode(given.rpartition(";base64,")[2], validate=True)
-        except (binascii.Error, ValueError):  # the latter of text beyond ASCII
-            encoded = b""
-        if self.decode.format_of(encoded[: self.decode.FIRST_BYTES]) is not None:
+        encoded = self._of_base64(given)
+        if encoded:
             return encoded
         shown = given if len(given) <= 80 else f"{given[:77]}..."
         raise ValueError(f"{shown!r} is no base64 of an image; a path is given as pathlib.Path")
+
+    def _whole(self, given: bytes) -> bytes:
+        """Return the image in bytes, which of some forms of request are still base64 text."""
+        if self.decode.format_of(given[: self.decode.FIRST_BYTES]) is None and given.isascii():
+            return self._of_base64(given.decode()) or given
+        return given
+
+    def _of_base64(self, text: str) -> bytes:
+        """Return the image in base64 text, a data URI as well; nothing where there is none."""
+        try:
+            encoded = base64.b64decode(text.rpartition(";base64,")[2], validate=True)
+        except (binascii.Error, ValueError):  # the latter of text beyond ASCII
+            return b""
+        is_image = self.decode.format_of(encoded[: self.decode.FIRST_BYTES]) is not None
+        return encoded if is_image else b""
 
 
 def _package_at(folder: Path) -> ModuleType:

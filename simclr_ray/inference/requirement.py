@@ -82,7 +82,10 @@ class Requirement:
             ConfigError: It is no rule, or names what is no metric.
         """
         try:
-            return cls(text, tuple(_comparisons(text)))
+            rule = cls(text, tuple(_comparisons(text)))
+            if text.strip() and not rule.metrics:
+                raise _NoRuleError("it names no metric")
+            return rule
         except _NoRuleError as error:
             raise ConfigError([ConfigIssue(key, f"{text!r}: {error}")]) from error
 

@@ -168,7 +168,7 @@ def check_there(uri: str) -> None:
     """Raise `ConfigError` for a SQLite store without its file, which MLflow would make, empty."""
     database = sqlite_file(uri)
     if database is not None and not database.is_file():
-        problem = f"no MLflow store at {uri}: there is no file {database}"
+        problem = f"no MLflow store at {uri}: there is no file {database} (--tracking-uri URI)"
         raise ConfigError([ConfigIssue("", problem)])
 
 

@@ -218,6 +218,10 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["embed", RUN, "text.txt"], ["text.txt: not an image"]),
     (["embed", RUN, "images/cat/0.png", "--keep", "x"], ["--keep", "--out OUT.parquet"]),
     (["embed", RUN, "numbers.parquet", "--out", "new/x.parquet"], ["with image=..."]),
+    (
+        ["embed", RUN, "train.parquet", "--out", "train.parquet", "--overwrite"],
+        ["train.parquet holds the images themselves"],
+    ),
     (["predict", RUN, "images/cat/0.png"], [RUN, "without a classifier", "model finetune"]),
     (["predict", "models:/enc/1", "images/cat/0.png"], ["no MLflow store", "mlflow.db"]),
     (["export", RUN, "out", "--to", "onxx"], ["--to", "safetensors, torch-export", "'onnx'"]),
@@ -236,6 +240,11 @@ REFUSED: list[tuple[list[str], list[str]]] = [
         ["model", "promote", "models:/enc/1", "champion", "--require", "open('x') > 0"],
         ["--require", "open"],
     ),
+    (["model", "promote", "models:/enc/1", "champion", "--require", " "], ["--require", "empty"]),
+    (
+        ["model", "promote", "models:/enc/1", "champion", "--require", "5 > 3"],
+        ["--require", "names no metric"],
+    ),
     ([*PRETRAIN, "registry.name=e", "registry.require=knn_top2 > 0"], ["knn_top2", "knn_top1"]),
     ([*PRETRAIN, "registry.require=knn_top1 > 0"], ["registry.require", "registry.name"]),
     (["model", "rollback", "enc", "champion"], ["no MLflow store"]),
@@ -244,7 +253,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["run", "rm", "runs/nope"], ["runs/nope"]),
     (["model", "finetune", RUN, "--labels", "10"], ["labels", "at most 1"]),
     (["model", "finetune", "runs/nope", "--per-class", "3"], ["runs/nope", "checkpoint"]),
-    (["model", "finetune", RUN, "--per-class", "-1"], ["--per-class", "equal to 0"]),
+    (["model", "finetune", RUN, "--per-class", "-1"], ["--per-class", "equal to 1"]),
     (
         ["model", "finetune", RUN, "--labels", "0.1", "--per-class", "10"],
         ["--labels: got 0.1", "--per-class 10", "exclude each other"],

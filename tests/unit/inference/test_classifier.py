@@ -225,7 +225,14 @@ def test_bytes_base64_and_paths_are_one_image_and_a_batch_size_changes_nothing(
     image = trained.images[0]
     (tmp_path / "a b.png").write_bytes(image)
     text = base64.b64encode(image).decode()
-    given = [image, bytearray(image), text, f"data:image/png;base64,{text}", tmp_path / "a b.png"]
+    given = [
+        image,
+        bytearray(image),
+        text.encode(),
+        text,
+        f"data:image/png;base64,{text}",
+        tmp_path / "a b.png",
+    ]
     tables = [
         registered.model.predict(pd.DataFrame({"image": given}), params=params)
         for params in (None, {"batch_size": 1}, {"batch_size": 2}, {"batch_size": 100})
