@@ -214,5 +214,6 @@ def test_a_store_that_is_not_there_is_said_and_not_made(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/none/mlflow.db"
     done = run("embed", "models:/enc@best", "x.png", "--tracking-uri", uri, cwd=tmp_path)
     assert done.returncode == 2
-    assert errors(done) == [f"error: no MLflow store at {uri}: there is no file {uri[10:]}"]
+    where = f"no MLflow store at {uri}: there is no file {uri[10:]}"
+    assert errors(done) == [f"error: {where} (--tracking-uri URI)"]
     assert not (tmp_path / "none").exists()
