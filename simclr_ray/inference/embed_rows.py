@@ -17,7 +17,7 @@ from simclr_ray.data.classes import Int64s, is_text
 from simclr_ray.data.files import states_of_files
 from simclr_ray.data.folder_input import index_files, index_folder
 from simclr_ray.data.footer import cached_footer
-from simclr_ray.data.listing import all_parquet, below
+from simclr_ray.data.listing import all_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import connect
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -166,7 +166,7 @@ def open_rows(
         paths = [listed.path for listed in all_parquet(fs, root, where).files]
         if are_embeddings(fs, paths):
             return Source.open(index_folder(where, file.lists), columns)
-        if fs.equals(file.fs) and below(root, file.path) != file.path.strip("/"):
+        if fs.equals(file.fs) and file.path.startswith(f"{root.rstrip('/')}/"):
             raise DataError(f"{file.uri} lies in the dataset {where}; write it beside that")
     source = Source.open(where, columns)
     if fs.equals(file.fs) and file.path in source.files:

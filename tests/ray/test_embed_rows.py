@@ -238,6 +238,7 @@ def test_embeddings_among_the_images_are_not_taken_for_a_dataset(tmp_path: Path)
     write_rows(tmp_path / "set" / "in.parquet", 20)
     with pytest.raises(DataError, match="lies in the dataset"):
         embed_rows(MODEL, f"{tmp_path}/set", f"{tmp_path}/set/out.parquet")
+    assert embed_rows(MODEL, f"{tmp_path}/set", f"{tmp_path}/set-out.parquet").num_rows == 20
 
 
 @pytest.mark.parametrize("listed", [False, True])
