@@ -153,6 +153,7 @@ def loop(model: str, dataset: str) -> None:
     """Print images a second after the first batch: threads decode the next as one is encoded."""
     from simclr_ray.inference.embed import load_encoder
 
+    torch.set_num_threads(os.cpu_count() or 1)  # as the actors do, whatever the environment says
     encoder = load_encoder(model)
     view, began, done = encoder.transform.view, 0.0, 0
     with ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
