@@ -178,7 +178,7 @@ def check_columns(source: Source, keep: Sequence[str]) -> None:
     """Raise `ConfigError` for columns that cannot be handed on."""
     if not keep:
         return
-    schemas = schemas_of(source)
+    schemas = [schema_of(source, path) for path in source.files]
     names, taken = schemas[0].names, {key_of(source), EMBEDDING, ERROR}
     issues = []
     for name in keep:
@@ -202,12 +202,9 @@ def check_columns(source: Source, keep: Sequence[str]) -> None:
         raise ConfigError(issues)
 
 
-def schemas_of(source: Source) -> list[pa.Schema]:
-    """Return the schema of each file."""
-    return [
-        cached_footer(source.uri, path, source.fingerprint).schema.to_arrow_schema()
-        for path in source.files
-    ]
+def schema_of(source: Source, path: str) -> pa.Schema:
+    """Return the schema of a file of a dataset."""
+    return cached_footer(source.uri, path, source.fingerprint).schema.to_arrow_schema()
 
 
 def cut_pieces(source: Source) -> list[Int64s]:
@@ -296,7 +293,7 @@ def _files_of(source: Source) -> Iterator[str]:
     """Yield place and state of each image that is a file of its own: a list says only its name."""
     fs, _ = filesystem(source.uri)
     name = source.columns.image
-    if not is_text(schemas_of(source)[0].field(name).type):
+    if not is_text(schema_of(source, source.files[0]).field(name).type):
         return
     for column, group in zip(source.read_columns(name), source.row_groups, strict=True):
         yield from states_of_files(column, fs, source.files[group.file], source.image_root)

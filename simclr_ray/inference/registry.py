@@ -237,7 +237,7 @@ def find_version(where: str, *, uri: str) -> FoundVersion:
     """
     address = model_address(where)
     name, version = address.name, address.version
-    store.check_there(uri)
+    store.check_there(uri, " (--tracking-uri URI)")
     store.check_there(store.registry_uri(uri))
     with store.quiet(), door(f"find {where}", uri) as client, store.first_contact():
         from mlflow.exceptions import MlflowException

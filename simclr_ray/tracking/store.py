@@ -164,11 +164,16 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).resolve()
 
 
-def check_there(uri: str) -> None:
-    """Raise `ConfigError` for a SQLite store without its file, which MLflow would make, empty."""
+def check_there(uri: str, remedy: str = "") -> None:
+    """Raise `ConfigError` for a SQLite store without its file, which MLflow would make, empty.
+
+    Args:
+        uri: Of the store.
+        remedy: How another one is named, where it can be.
+    """
     database = sqlite_file(uri)
     if database is not None and not database.is_file():
-        problem = f"no MLflow store at {uri}: there is no file {database} (--tracking-uri URI)"
+        problem = f"no MLflow store at {uri}: there is no file {database}{remedy}"
         raise ConfigError([ConfigIssue("", problem)])
 
 
