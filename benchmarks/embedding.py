@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -157,17 +156,13 @@ def loop(model: str, dataset: str) -> None:
     encoder = load_encoder(model)
     view, began, done = encoder.transform.view, 0.0, 0
     with ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
-        coming: deque[Iterator[Any]] = deque()
-        for batch in chain(read(Path(dataset)), [None]):
-            if batch is not None:
-                coming.append(pool.map(view, batch))  # begins at once
-            while coming and (len(coming) > 1 or batch is None):
-                views = list(coming.popleft())
-                encoder.network(as_inputs(views)).numpy()
-                if began:
-                    done += len(views)
-                else:
-                    began = time.monotonic()
+        batches = read(Path(dataset))
+        coming = pool.map(view, next(batches))  # begins at once
+        for batch in chain(batches, [[]]):
+            views, coming = list(coming), pool.map(view, batch)
+            encoder.network(as_inputs(views)).numpy()
+            done += len(views) if began else 0
+            began = began or time.monotonic()
     print(done / (time.monotonic() - began))
 
 

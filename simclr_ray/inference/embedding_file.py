@@ -29,6 +29,7 @@ from simclr_ray.storage.filesystem import (
 from simclr_ray.storage.space import writing
 
 IDENTITY: Final = b"simclr_ray.embeddings"  # key of a file's metadata: its digest
+PARTS: Final = ".parts-"  # between the name of a file and the digest of its pieces
 ERROR: Final = "error"
 FIRST_BAD: Final = 5
 
@@ -103,7 +104,7 @@ class EmbeddingFile:
 
     def parts(self, digest: str) -> Parts:
         """Return the pieces of a digest."""
-        return Parts(self, f"{self.path}.parts-{digest}")
+        return Parts(self, f"{self.path}{PARTS}{digest}")
 
     def write(self, parts: Parts, num: int, digest: str) -> None:
         """Write the file of its pieces, one in memory at a time, and remove those.
@@ -128,7 +129,7 @@ class EmbeddingFile:
         """Remove what is no longer needed: pieces, of other digests too, and lists."""
         folder, _, name = self.path.rpartition("/")
         for info in entries_in(self.fs, folder):
-            if info.base_name.startswith(f"{name}.parts-"):
+            if info.base_name.startswith(f"{name}{PARTS}"):
                 self.fs.delete_dir(info.path)
         self.remove_lists()
 
@@ -213,7 +214,7 @@ def digest_of(fs: pafs.FileSystem, path: str) -> str:
 
 def are_embeddings(fs: pafs.FileSystem, paths: Sequence[str]) -> bool:
     """Return whether all files are of embeddings, those that are being made included."""
-    return all(".parquet.parts-" in path or digest_of(fs, path) for path in paths)
+    return all(f".parquet{PARTS}" in path or digest_of(fs, path) for path in paths)
 
 
 @contextmanager

@@ -38,8 +38,6 @@ def main(folder: Path, name: str) -> None:
     model = mlflow.pyfunc.load_model(address)
     answer = model.predict(pd.DataFrame({"image": images}))
     write(folder / f"{name}-pyfunc.json", plain(answer))
-    with suppress(FileNotFoundError):
-        (folder / f"{name}-served.json").unlink()
     write(folder / f"{name}-served.json", served(address, images))
     stored = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
     (program,) = stored.rglob("encoder.pt2")
