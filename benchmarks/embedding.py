@@ -37,7 +37,7 @@ from benchmarks.record import median, store
 from benchmarks.soak import memory_of, role_of
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import EncoderSection
-from simclr_ray.inference.embed_rows import FIRST_ROWS, MOST_ROWS
+from simclr_ray.inference.embed_pieces import FIRST_ROWS, MOST_ROWS
 from simclr_ray.inference.encoder import Encoder, as_inputs
 from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.inference.export_formats import SAFETENSORS

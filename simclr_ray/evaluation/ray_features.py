@@ -26,6 +26,17 @@ from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.distributed.ray_cluster import nodes
 from simclr_ray.errors import ClusterError, DataError
+from simclr_ray.evaluation.feature_columns import (
+    ERROR,
+    FAILED,
+    ID,
+    LABEL,
+    PATH,
+    PIECE,
+    ROW,
+    feature_column,
+    kept_column,
+)
 from simclr_ray.evaluation.features import (
     BadRow,
     extract_features,
@@ -38,8 +49,6 @@ from simclr_ray.storage.filesystem import one_line
 
 MAPPED_BYTES: Final = 2 * 2**30  # features of more lie in a file that is mapped
 CPUS_OF_AN_ACTOR: Final = 8  # decoding by more threads than that waits for one encoder
-PIECE, ROW, ID, LABEL, PATH, ERROR = "piece", "row", "id", "label", "path", "error"
-FAILED: Final = "failed"  # of a table in place of a piece
 
 
 class SplitFeatures(NamedTuple):
@@ -77,16 +86,6 @@ class Encoding(NamedTuple):
     batch_size: int = 256
     precision: Precision = "float32"
     keep: Sequence[str] = ()
-
-
-def feature_column(index: int) -> str:
-    """Return the column with the features of network `index`."""
-    return f"features_{index}"
-
-
-def kept_column(name: str) -> str:
-    """Return the column that hands on column `name` of the rows."""
-    return f"kept {name}"
 
 
 class _Extractor:
@@ -238,7 +237,8 @@ def stream(
 def _blocks_of(encoded: ray.data.Dataset) -> Iterator[pa.Table]:
     """Yield what comes back, in order. Raises `ClusterError` where Ray loses the actors."""
     try:
-        yield from encoded.iter_batches(batch_size=None, batch_format="pyarrow")
+        # a block fetched ahead of its use would be waited for before the first is handed over
+        yield from encoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayTaskError:  # a fault of the code, with its traceback
         raise
     except ray.exceptions.RayError as error:

@@ -30,7 +30,7 @@ from simclr_ray.storage.space import writing
 
 IDENTITY: Final = b"simclr_ray.embeddings"  # key of a file's metadata: its digest
 PARTS: Final = ".parts-"  # between the name of a file and the digest of its pieces
-ERROR: Final = "error"
+EMBEDDING, ERROR = "embedding", "error"
 FIRST_BAD: Final = 5
 
 

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from simclr_ray.errors import ConfigError, DataError
-from simclr_ray.inference import embed_rows as module
 from simclr_ray.inference.embed import load_encoder
+from simclr_ray.inference.embed_input import open_rows
+from simclr_ray.inference.embed_pieces import FIRST_ROWS, cut_pieces
 from simclr_ray.inference.embed_rows import embed_rows
 from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile
 from tests.formats.test_formats import HERE as FORMATS
@@ -74,7 +75,7 @@ def test_a_parquet_has_a_row_an_image_in_order(tmp_path: Path) -> None:
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), embeddings.shape[1])
     np.testing.assert_allclose(embeddings, expected(images), rtol=1e-5, atol=1e-6)
     assert told[0] == (0, ROWS)
-    assert told[1] == (module.FIRST_ROWS, ROWS)  # some rows come early
+    assert told[1] == (FIRST_ROWS, ROWS)  # some rows come early
     assert told[-1] == (ROWS, ROWS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.parquet", "out.parquet"]
 
@@ -144,11 +145,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(
     assert not out.exists()
     (parts,) = tmp_path.glob("out.parquet.parts-*")
     finished = {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*")}
-    assert (
-        2
-        <= len(finished)
-        < len(module.cut_pieces(module.open_rows(where, EmbeddingFile(str(out)))))
-    )
+    assert 2 <= len(finished) < len(cut_pieces(open_rows(where, EmbeddingFile(str(out)))))
     told: list[int] = []
     write = EmbeddingFile.write
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import numpy as np
@@ -99,10 +100,11 @@ def test_a_plan_of_a_million_rows_turns_an_epoch_in_no_time() -> None:
     # kept by plan. The limit is for a loaded machine.
     plan = BatchPlan((50,) * 20_000, 4096, 0, 65_536)
     plan.rows(plan.steps_per_epoch - 2)
-    began = time.process_time()
+    gc.collect()  # what other tests left would be collected in the middle
+    began = time.thread_time()
     plan.rows(plan.steps_per_epoch - 1)
     plan.rows(plan.steps_per_epoch)
-    assert time.process_time() - began < 0.5
+    assert time.thread_time() - began < 0.5
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 64])
