@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from typing import Any, NamedTuple
+import threading
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,9 @@ from .formats import (
 from .rgb import WHITE_16, read_gray, read_stored, scaled_gray
 from .tiff import check_page, check_tile, page_values, samples_of
 
+# NumPy parses a header as Python; two threads that do so at once make CPython before 3.11.9 and
+# 3.12.3 raise SystemError now and then, and a good image would be a broken one (gh-106905).
+_ONE_HEADER: Final = threading.Lock()
 White = float | tuple[float, ...]
 
 
@@ -121,7 +125,8 @@ def _read_array(encoded: bytes, channels: int, max_pixels: int) -> Bands:
     form = np.lib.format
     read = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
     try:
-        shape, by_column, dtype = read[form.read_magic(stream)](stream)
+        with _ONE_HEADER:
+            shape, by_column, dtype = read[form.read_magic(stream)](stream)
     except MemoryError:
         raise
     except Exception as error:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -176,3 +179,22 @@ def test_crops_of_other_channels_never_reach_the_code_for_three() -> None:
         TwoViews(8).distort(one, draws)
     with pytest.raises(ValueError, match=r"not torch\.uint8"):
         TwoViews(8).distort(torch.zeros(2, 3, 8, 8), draws)
+
+
+def test_headers_of_arrays_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # CPython before 3.11.9 raises SystemError now and then where two threads parse at once
+    parse, inside = np.lib.format.read_array_header_1_0, threading.Lock()
+
+    def alone(stream: io.BytesIO) -> object:
+        assert inside.acquire(blocking=False)
+        try:
+            time.sleep(0.002)
+            return parse(stream)
+        finally:
+            inside.release()
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", alone)
+    encoded = npy(np.zeros((4, 4, 3), np.uint8))
+    with ThreadPoolExecutor(8) as pool:
+        shapes = {image.shape for image in pool.map(ImageDecoder().decode, [encoded] * 40)}
+    assert shapes == {(4, 4, 3)}
