@@ -17,13 +17,12 @@ import argparse
 import hashlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +32,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.bucket import serving
 from benchmarks.record import median, store
 from benchmarks.soak import memory_of, role_of
 from simclr_ray import config as cfg
@@ -43,7 +43,6 @@ from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.inference.export_formats import SAFETENSORS
 from simclr_ray.nn.build import encoder_from_tree, feature_dim
 from simclr_ray.storage.filesystem import entries_in, filesystem
-from tests.cluster.services import install
 
 SIZE: Final = 32
 BATCH: Final = 256
@@ -67,8 +66,11 @@ def main() -> None:
     whole = Path(os.environ["SIMCLR_RAY_DATA"]) / "cifar10" / "train"
     few = write_first(whole, given.rows, folder / f"first-{given.rows}")
     if given.bucket:
-        with bucket(folder / "services", {"few": few, "whole": whole}) as root:
-            result = measured(model, f"{root}/few", f"{root}/whole", root, few, given.rounds)
+        with serving(folder / "services") as bucket:
+            of_few, of_whole = (
+                bucket.put(local.name, sorted(local.glob("*.parquet"))) for local in (few, whole)
+            )
+            result = measured(model, of_few, of_whole, bucket.uri, few, given.rounds)
     else:
         result = measured(model, str(few), str(whole), str(folder / "out"), few, given.rounds)
     flag = " --bucket" if given.bucket else ""
@@ -248,43 +250,6 @@ def digest(uri: str) -> str:
     fs, path = filesystem(uri)
     with fs.open_input_file(path) as file:
         return hashlib.sha256(file.read()).hexdigest()
-
-
-@contextmanager
-def bucket(folder: Path, datasets: Mapping[str, Path]) -> Iterator[str]:
-    """Serve a bucket with these datasets; give its URI. This process's environment names it."""
-    python = install(folder)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    os.environ.update(
-        AWS_ACCESS_KEY_ID="bench", AWS_SECRET_ACCESS_KEY="bench",  # noqa: S106 - moto asks for none
-        AWS_DEFAULT_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true",
-        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}",
-    )  # fmt: skip
-    server = subprocess.Popen(
-        [python, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 2):
-                break
-            time.sleep(0.2)
-        s3 = pafs.S3FileSystem(
-            endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True,
-            access_key="bench", secret_key="bench", region="us-east-1",  # noqa: S106
-        )  # fmt: skip
-        s3.create_dir("bench")
-        for name, local in datasets.items():
-            for file in sorted(local.glob("*.parquet")):
-                with s3.open_output_stream(f"bench/{name}/{file.name}") as stream:
-                    stream.write(file.read_bytes())
-        yield "s3://bench"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 if __name__ == "__main__":

@@ -9,32 +9,28 @@ images a tenth of the set's bytes are kept, and the shuffle windows span a tenth
 Streamed is as by one rank with two data actors, and, for the bytes alone, as by three ranks with
 one each; the consumer does nothing else. The server takes time of the same cores: `of_cores_left`
 is the ratio of rates, each by the cores that the server leaves. Every form has a process of its
-own, rounds take turns. Needs `moto[server]`. Writes `benchmarks/results/stream_remote.json`.
+own, rounds take turns. Writes `benchmarks/results/stream_remote.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from benchmarks.bucket import Bucket, serving
 from benchmarks.record import portable, store
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
@@ -43,8 +39,7 @@ from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.storage.filesystem import filesystem
 
-BUCKET, FILES, SHARE = "images", 8, 10
-KEYS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}  # moto asks for some
+FILES, SHARE = 8, 10
 FORMS = {"disk": 1, "bucket": 1, "bucket, three ranks": 3}
 Row = dict[str, float]
 
@@ -63,14 +58,7 @@ class Settings(argparse.Namespace):
     child: str
     ranks: int
     server: int
-
-
-class Server(NamedTuple):
-    """A bucket server: its process, its port, and the bytes that it has sent so far."""
-
-    pid: int
-    port: int
-    sent: Any  # multiprocessing's Value
+    services: Path
 
 
 def main() -> None:
@@ -79,16 +67,15 @@ def main() -> None:
     if settings.child:
         print("ROW " + json.dumps(streamed(settings)), flush=True)
         os._exit(0)
-    os.environ.update(KEYS, AWS_EC2_METADATA_DISABLED="true", RAY_AUTH_MODE="disabled")
-    with tempfile.TemporaryDirectory() as folder, serving() as server:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    with tempfile.TemporaryDirectory() as folder, serving(settings.services.resolve()) as bucket:
         num_bytes = write(settings, Path(folder))
-        upload(Path(folder), server.port)
-        where = f"s3://{BUCKET}/set?scheme=http&endpoint_override=127.0.0.1%3A{server.port}"
+        where = bucket.put("set", sorted(Path(folder).iterdir()))
         uris = {form: folder if form == "disk" else where for form in FORMS}
         rounds: dict[str, list[Row]] = {form: [] for form in FORMS}
         for _ in range(settings.rounds):
             for form, ranks in FORMS.items():
-                rounds[form].append(one(uris[form], ranks, server, settings.epochs * num_bytes))
+                rounds[form].append(one(uris[form], ranks, bucket, settings.epochs * num_bytes))
                 print(form, json.dumps(rounds[form][-1]), flush=True)
     result = {
         "command": "python -m benchmarks.remote " + " ".join(map(portable, sys.argv[1:])),
@@ -110,6 +97,7 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--services", type=Path, default=Path("runs/services"))
     parser.add_argument("--quick", action="store_true", help="one round of smaller images")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=1, help=argparse.SUPPRESS)
@@ -153,69 +141,17 @@ def write(settings: Settings, folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def upload(folder: Path, port: int) -> None:
-    """Put the files of a folder into the bucket."""
-    fs = pafs.S3FileSystem(
-        endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True
-    )
-    fs.create_dir(BUCKET)
-    for path in folder.iterdir():
-        with fs.open_output_stream(f"{BUCKET}/set/{path.name}") as stream:
-            stream.write(path.read_bytes())
-
-
-@contextmanager
-def serving() -> Iterator[Server]:
-    """Serve a bucket from a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    sent, port = context.Value("q", 0), context.Value("i", 0)
-    process = context.Process(target=serve, args=(sent, port), daemon=True)
-    process.start()
-    while not port.value:
-        if not process.is_alive():
-            raise SystemExit("the bucket server did not start; it needs moto[server]")
-        time.sleep(0.05)
-    try:
-        yield Server(process.pid or 0, port.value, sent)
-    finally:
-        process.terminate()
-        process.join()
-
-
-def serve(sent: Any, port: Any) -> None:
-    """Run moto's server, adding up the bytes of its answers' bodies in `sent`."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto: Any = importlib.import_module("moto.server")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    server._server.app = counted(server._server.app, sent)
-    port.value = server.get_host_and_port()[1]
-    time.sleep(10**6)
-
-
-def counted(app: Callable[..., Iterable[bytes]], sent: Any) -> Callable[..., Iterator[bytes]]:
-    """Return the WSGI application, the bytes of its bodies added up."""
-
-    def answer(*request: Any) -> Iterator[bytes]:
-        for piece in app(*request):
-            with sent.get_lock():
-                sent.value += len(piece)
-            yield piece
-
-    return answer
-
-
-def one(uri: str, ranks: int, server: Server, expected: int) -> Row:
+def one(uri: str, ranks: int, bucket: Bucket, expected: int) -> Row:
     """Stream once in a process of its own; return its row, with what the server sent for it."""
-    options = ["--child", uri, "--ranks", str(ranks), "--server", str(server.pid)]
+    options = ["--child", uri, "--ranks", str(ranks), "--server", str(bucket.pid)]
     command = [sys.executable, "-m", "benchmarks.remote", *sys.argv[1:], *options]
-    sent = server.sent.value
+    sent = bucket.bytes_sent()
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
     if not rows:
         raise SystemExit(f"{uri} failed:\n{done.stderr[-4000:]}")
     row: Row = json.loads(rows[-1].removeprefix("ROW "))
-    row["bytes_read_of_set"] = round((server.sent.value - sent) / expected, 4)
+    row["bytes_read_of_set"] = round((bucket.bytes_sent() - sent) / expected, 4)
     return row
 
 

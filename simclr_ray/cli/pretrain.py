@@ -72,6 +72,7 @@ def _run_and_show(
 ) -> None:
     from simclr_ray.storage.run_folder import HELD_S
     from simclr_ray.train.disk_space import check_space
+    from simclr_ray.train.evaluation_plan import check_evaluation
     from simclr_ray.train.identity import begin_anew, check_is_there
     from simclr_ray.train.outcome import stored_outcome
 
@@ -80,10 +81,12 @@ def _run_and_show(
     if dry_run:
         _show_arithmetic(resolved)
         check_space(resolved)
+        check_evaluation(resolved.config)
         return
     outcome = None if restart else stored_outcome(resolved)
     if outcome is None:
         check_space(resolved)  # before the lock, which is a file
+        check_evaluation(resolved.config)
         with resolved.folder.lock(HELD_S):  # before a cluster is started for nothing
             if restart:
                 begin_anew(resolved)

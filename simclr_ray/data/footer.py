@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -31,6 +31,15 @@ ROWS_AT_ONCE = 1024
 # Keys of the metadata of a list of images that lie elsewhere (`folder_input.index_folder`): where,
 # their bytes, and a hash of their names and sizes.
 IMAGE_ROOT, IMAGE_BYTES, IMAGE_LISTING = "image_root", "image_bytes", "image_listing"
+
+
+class RowGroup(NamedTuple):
+    """One row group: its file and place in it, and which rows of the dataset it holds."""
+
+    file: int
+    group: int
+    first_row: int
+    num_rows: int
 
 
 @dataclass(frozen=True)
@@ -221,3 +230,16 @@ def cached_footer(uri: str, path: str, fingerprint: str) -> pq.FileMetaData:
     fs, _ = filesystem(uri)
     with fs.open_input_file(path) as stream:
         return pq.read_metadata(stream)
+
+
+def row_groups_of(footers: Sequence[Footer], limit: int = 0) -> tuple[RowGroup, ...]:
+    """Return the row groups of files, in order; `limit` keeps the first rows only."""
+    groups: list[RowGroup] = []
+    first_row = 0
+    for file, footer in enumerate(footers):
+        for group, num_rows in enumerate(footer.group_rows):
+            kept = min(num_rows, limit - first_row) if limit else num_rows
+            if kept > 0:
+                groups.append(RowGroup(file, group, first_row, kept))
+                first_row += kept
+    return tuple(groups)

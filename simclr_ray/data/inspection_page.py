@@ -277,8 +277,7 @@ def _groups(
 def _thumbnails(looked: Looked, rows: Iterable[int]) -> dict[int, Thumbnail]:
     """Return the images of some rows, read again from where they lie, one row group at a time."""
     wanted = np.array(sorted(rows), np.int64)
-    first_rows = np.array([group.first_row for group in looked.source.row_groups])
-    owner = np.searchsorted(first_rows, wanted, side="right")
+    owner = looked.source.groups_of(wanted)
     out: dict[int, Thumbnail] = {}
     for index in np.unique(owner):
         some = wanted[owner == index]

@@ -18,10 +18,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.inputs import MAX_SHARD_BYTES, ParquetTask
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.data.ray_tasks import run_tasks
-from simclr_ray.data.source import RowGroup, Source
+from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, one_line, open_whole
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key
-from simclr_ray.data.classes import Int64s, LabelColumn, as_integers
+from simclr_ray.data.classes import Int64s, LabelColumn, as_integers, is_text
 from simclr_ray.data.columns import (
     PATH_COLUMN,
     check_image,
@@ -35,25 +35,18 @@ from simclr_ray.data.files import read_images
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.footer import (
     Footer,
+    RowGroup,
     cached_footer,
     find_index,
     fingerprint_of,
     read_footers,
+    row_groups_of,
 )
 from simclr_ray.data.listing import REMOTE_THREADS, list_parquet
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
 
 logger = logging.getLogger(__name__)
-
-
-class RowGroup(NamedTuple):
-    """One row group: its file and place in it, and which rows of the dataset it holds."""
-
-    file: int
-    group: int
-    first_row: int
-    num_rows: int
 
 
 class RowTable(NamedTuple):
@@ -86,6 +79,7 @@ class Source:
         image_root: Where images that are named by path lie; empty: beside the parquet.
         index: File with ids and labels alone, of a prepared set; empty: there is none.
         fingerprint: 16 hex digits of all that decides the rows.
+        names_files: Images are files of their own, and the rows their names.
         num_groups: Groups of images that pairs are of; 0: each image is its own pair.
     """
 
@@ -102,6 +96,7 @@ class Source:
     image_root: str
     index: str
     fingerprint: str
+    names_files: bool = False
     num_groups: int = 0
 
     @property
@@ -145,7 +140,7 @@ class Source:
         footers = read_footers(fs, listed)
         for footer in footers:
             check_image(footer, columns.image)
-        groups = _row_groups(footers, limit)
+        groups = row_groups_of(footers, limit)
         if not groups:
             raise DataError(f"{uri} holds no rows")
         source = cls(
@@ -160,6 +155,7 @@ class Source:
             unlabelled="",
             has_paths=has_paths(footers),
             image_root=footers[0].image_root,
+            names_files=all(is_text(footer.type_of(columns.image)) for footer in footers),
             index=find_index(fs, root, footers, columns),
             fingerprint=fingerprint_of(footers, root, columns, limit),
         )
@@ -195,8 +191,7 @@ class Source:
         wanted = np.asarray(rows, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= self.num_rows):
             raise IndexError(f"rows must be in [0, {self.num_rows})")
-        first_rows = np.array([g.first_row for g in self.row_groups])
-        owner = np.searchsorted(first_rows, wanted, side="right") - 1
+        owner = self.groups_of(wanted)
         ids = np.empty(len(wanted), dtype=np.int64)
         labels = np.empty(len(wanted), dtype=np.int64) if self.has_labels else None
         images: list[bytes | None] = [None] * len(wanted)
@@ -213,6 +208,11 @@ class Source:
                 images[place] = part.images[at]
                 paths[place] = part.paths[at] if part.paths else None
         return RowTable(ids, images, labels, paths if self.has_paths else None)
+
+    def groups_of(self, rows: Int64s) -> Int64s:
+        """Return the index of the row group of each row, int64 [m]."""
+        firsts = np.array([group.first_row for group in self.row_groups])
+        return np.searchsorted(firsts, rows, side="right") - 1
 
     def read_first_images(self, index: int, num: int) -> list[bytes | None]:
         """Return the images of the first `num` rows of row group `index`, and read little more.
@@ -333,18 +333,6 @@ class Source:
         if table.num_rows < group.num_rows:
             raise DataError(f"{path} changed while it was in use; start again")
         return table.slice(0, group.num_rows)
-
-
-def _row_groups(footers: Sequence[Footer], limit: int) -> tuple[RowGroup, ...]:
-    groups: list[RowGroup] = []
-    first_row = 0
-    for file, footer in enumerate(footers):
-        for group, num_rows in enumerate(footer.group_rows):
-            kept = min(num_rows, limit - first_row) if limit else num_rows
-            if kept > 0:
-                groups.append(RowGroup(file, group, first_row, kept))
-                first_row += kept
-    return tuple(groups)
 
 
 # By place, fingerprint and column of groups: how labels are read, why there are none, why ids are

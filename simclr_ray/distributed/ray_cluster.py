@@ -100,7 +100,8 @@ def connect(
     if experiment:
         evaluation = experiment.evaluation
         wanted = max(
-            copies * experiment.scaling.num_cpus, evaluation.actors * evaluation.cpus_per_actor
+            copies * experiment.scaling.num_cpus,
+            evaluation.num_actors * evaluation.cpus_per_actor,
         )
     log.info("starting Ray on this machine")
     began = time.monotonic()
@@ -321,7 +322,7 @@ def _check_devices(experiment: Experiment) -> None:
         )
     wanted = {
         "scaling.gpus_per_worker": (scaling.gpus_per_worker, scaling.max_workers),
-        "evaluation.gpus_per_actor": (evaluation.gpus_per_actor, evaluation.actors),
+        "evaluation.gpus_per_actor": (evaluation.gpus_per_actor, evaluation.num_actors),
     }
     if not any(each * times for each, times in wanted.values()):
         return

@@ -1,24 +1,27 @@
 """The two splits of an experiment as features: each read and decoded once for all networks.
 
-By this process, which holds the views of both splits; or by Ray Data's actors (`evaluation.actors`)
-where these do not fit: from them only features come back.
+By this process, which holds the views of both splits; or by Ray Data's actors where these are many
+(`evaluation.actors`): from them only features come back.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import nn
 
 from simclr_ray.augment.decode import ImageDecoder
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.logging import warn_once
+from simclr_ray.config.schema import AUTO
 from simclr_ray.data.aligned import align_labels
 from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.evaluation.features import (
+    BadRow,
     Features,
     Split,
     extract_features,
@@ -27,6 +30,11 @@ from simclr_ray.evaluation.features import (
 )
 from simclr_ray.evaluation.scores import LABEL_FREE_ROWS, scorable
 from simclr_ray.nn.precision import best_device
+
+if TYPE_CHECKING:
+    from simclr_ray.evaluation.ray_features import SplitFeatures
+
+VIEWS_BYTES: Final = 2**30  # of decoded views in this process, where nobody says how many
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +71,11 @@ def encode_splits(
     """
     size = size or experiment.evaluation_size
     decoder = decoder or evaluation_decoder(experiment.data)
-    if experiment.evaluation.actors:
-        yield from _encoded_by_actors(experiment, networks, size, decoder)
+    sources = _sources(experiment)
+    if _takes_actors(experiment, sources, size):
+        yield from _encoded_by_actors(experiment, sources, networks, size, decoder)
         return
-    bank, test = _loaded(experiment, size, decoder)
+    bank, test = _loaded(sources, size, decoder)
     device = best_device()
     for network in networks:
         yield encode(network.to(device), bank, test, experiment)
@@ -94,29 +103,109 @@ def encode(
     return EncodedSplits(features(bank), None if test is None else features(test))
 
 
-def _encoded_by_actors(
-    experiment: Experiment, networks: Sequence[nn.Module], size: int, decoder: ImageDecoder
-) -> Iterator[EncodedSplits]:
-    """Yield the same, features made by Ray Data's actors; the cluster is up."""
+class EvaluatedRows(NamedTuple):
+    """How many rows of the splits are encoded, and by whom.
+
+    Attributes:
+        num: Rows of both.
+        by_actors: Whether by actors, and not by this process.
+        actors: Their number; 0: one a device of the cluster.
+    """
+
+    num: int
+    by_actors: bool
+    actors: int
+
+
+def evaluated_rows(experiment: Experiment, train: Source | None = None) -> EvaluatedRows:
+    """Return how many rows of the splits of an experiment are encoded after training.
+
+    Args:
+        experiment: Its splits and actors.
+        train: Its training images, where they are open already.
+
+    Raises:
+        DataError: A split cannot be read.
+    """
+    sources = _sources(experiment, train)
+    by_actors = _takes_actors(experiment, sources, experiment.evaluation_size)
+    return EvaluatedRows(sources.num_rows, by_actors, experiment.evaluation.num_actors)
+
+
+def encode_split(
+    source: Source, network: nn.Module, experiment: Experiment
+) -> tuple[Features, list[BadRow]]:
+    """Return what a network makes of the labelled rows of a split, and the rows that are no images.
+
+    Args:
+        source: The opened split.
+        network: `[m, C, S, S]` in [0, 1] -> `[m, F]`; with actors, it pickles.
+        experiment: Precision, views, batch size and actors.
+
+    Raises:
+        ClusterError: `evaluation.actors` ask for more than the cluster has.
+        DataError: The split cannot be read, or none of its rows is an image.
+    """
+    size, decoder = experiment.evaluation_size, evaluation_decoder(experiment.data)
+    if _takes_actors(experiment, _Sources(source, None, is_halved=True), size):
+        of = _extracted(experiment, source, [network], size, decoder, labelled=True)
+        return Features(of.features[0], of.labels, of.ids), of.bad
+    split = load_split(source, size, decoder=decoder)
+    own, device = split.labelled(), best_device()
+    h = extract_features(
+        network.to(device), own.images, experiment.evaluation.batch_size, device,
+        experiment.precision,
+    )  # fmt: skip
+    return Features(h, own.labels, own.ids), split.bad
+
+
+def _takes_actors(experiment: Experiment, sources: _Sources, size: int) -> bool:
+    if experiment.evaluation.actors == AUTO:
+        return experiment.data.channels * size**2 * sources.num_rows > VIEWS_BYTES
+    return experiment.evaluation.num_actors > 0
+
+
+def _extracted(
+    experiment: Experiment,
+    source: Source,
+    networks: Sequence[nn.Module],
+    size: int,
+    decoder: ImageDecoder,
+    *,
+    limit: int = 0,
+    labelled: bool = False,
+) -> SplitFeatures:
+    """Return what Ray Data's actors make of a split; the cluster is started where there is none."""
     from simclr_ray.distributed.ray_cluster import connect  # Ray is loaded where it is used
-    from simclr_ray.evaluation.ray_features import SplitFeatures, extract
+    from simclr_ray.evaluation.ray_features import extract
 
     connect(experiment)
-    bank, test, is_halved = _sources(experiment)
+    return extract(
+        source,
+        networks,
+        size,
+        experiment.evaluation,
+        limit=limit,
+        labelled=labelled,
+        decoder=decoder,
+        precision=experiment.precision,
+    )
 
-    def encoded(source: Source, limit: int) -> SplitFeatures:
-        return extract(
-            source,
-            networks,
-            size,
-            experiment.evaluation,
-            limit=limit,
-            decoder=decoder,
-            precision=experiment.precision,
-        )
 
-    of_bank = encoded(bank, 0 if test or is_halved else LABEL_FREE_ROWS)
-    of_test = encoded(test, 0) if test else None
+def _encoded_by_actors(
+    experiment: Experiment,
+    sources: _Sources,
+    networks: Sequence[nn.Module],
+    size: int,
+    decoder: ImageDecoder,
+) -> Iterator[EncodedSplits]:
+    """Yield the same, features made by Ray Data's actors."""
+    bank, test, is_halved = sources
+    labelled = test is not None or is_halved
+    of_bank = _extracted(
+        experiment, bank, networks, size, decoder, limit=sources.limit, labelled=labelled
+    )
+    of_test = _extracted(experiment, test, networks, size, decoder, labelled=True) if test else None
     for i in range(len(networks)):
         own = Features(of_bank.features[i], of_bank.labels, of_bank.ids)
         if is_halved:
@@ -127,34 +216,55 @@ def _encoded_by_actors(
             yield EncodedSplits(own, Features(of_test.features[i], of_test.labels, of_test.ids))
 
 
-def _loaded(experiment: Experiment, size: int, decoder: ImageDecoder) -> tuple[Split, Split | None]:
+def _loaded(sources: _Sources, size: int, decoder: ImageDecoder) -> tuple[Split, Split | None]:
     """Return what is learned from and what is scored; the second is None without labels."""
-    bank, test, is_halved = _sources(experiment)
-    if is_halved:
-        return split_halves(load_split(bank, size, decoder=decoder))
-    if test is None:
-        return load_split(bank, size, LABEL_FREE_ROWS, decoder), None
-    return load_split(bank, size, decoder=decoder), load_split(test, size, decoder=decoder)
+    bank = load_split(sources.bank, size, sources.limit, decoder)
+    if sources.is_halved:
+        return split_halves(bank)
+    return bank, load_split(sources.test, size, decoder=decoder) if sources.test else None
 
 
-def _sources(experiment: Experiment) -> tuple[Source, Source | None, bool]:
-    """Return the bank and the test split; without labels, the training images and None.
+class _Sources(NamedTuple):
+    """What is learned from and what is scored.
 
-    Where the test images alone have labels, the bank is all of them, to be halved.
+    Attributes:
+        bank: Without labels, the training images.
+        test: None without labels, or where the bank is halved.
+        is_halved: The test images alone have labels: the bank is all of them.
     """
+
+    bank: Source
+    test: Source | None
+    is_halved: bool = False
+
+    @property
+    def limit(self) -> int:
+        """Return how many rows of the bank are taken at most; 0: all."""
+        return LABEL_FREE_ROWS if self.test is None and not self.is_halved else 0
+
+    @property
+    def num_rows(self) -> int:
+        """Return the rows of both that are taken."""
+        bank = min(self.bank.num_rows, self.limit or self.bank.num_rows)
+        return bank + (self.test.num_rows if self.test else 0)
+
+
+def _sources(experiment: Experiment, train: Source | None = None) -> _Sources:
+    """Return the splits of an experiment."""
     data = experiment.data
-    train = Source.open(data.train, data.columns, data.limit)
+    train = train or Source.open(data.train, data.columns, data.limit)
     bank = Source.open(data.eval_train, data.columns) if data.eval_train else train
     test = Source.open(data.test, data.columns) if data.test else None
     if test is None or not test.has_labels:
         if test is not None and bank.has_labels:
-            log.warning("%s %s: scores are those without labels", test.uri, test.unlabelled)
-        return train, None, False
+            warn_once(log, f"{test.uri} {test.unlabelled}: scores are those without labels")
+        return _Sources(train, None)
     if not bank.has_labels:
-        log.warning(
-            "%s %s: scores are of one half of %s by the other (data.eval_train names labelled "
-            "images to learn from)", bank.uri, bank.unlabelled, test.uri,
-        )  # fmt: skip
-        return test, None, True
+        warn_once(
+            log,
+            f"{bank.uri} {bank.unlabelled}: scores are of one half of {test.uri} by the other "
+            "(data.eval_train names labelled images to learn from)",
+        )
+        return _Sources(test, None, is_halved=True)
     bank, test = align_labels(bank, test)
-    return bank, test, False
+    return _Sources(bank, test)

@@ -20,8 +20,8 @@ from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.classification import Classification, classification
-from simclr_ray.evaluation.encoded_splits import encode_splits
-from simclr_ray.evaluation.features import extract_features, load_split
+from simclr_ray.evaluation.encoded_splits import encode_split, encode_splits
+from simclr_ray.evaluation.features import load_split
 from simclr_ray.evaluation.probes import Probe, probe
 from simclr_ray.evaluation.scores import (
     PIXELS,
@@ -125,8 +125,7 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
         DataError: The split cannot be read, or has no labels.
     """
     model = load_model(folder)
-    device = best_device()
-    network = nn.Sequential(model.encoder, model.head).to(device)
+    network = nn.Sequential(model.encoder, model.head)
     data = experiment.data
     test = Source.open(data.test, data.columns)
     if not test.has_labels:
@@ -134,13 +133,8 @@ def score_classifier(folder: Path, experiment: Experiment) -> Classification:
     head, names = experiment.classifier, checkpoint.read_record(folder).get("class_names", ())
     assert head is not None
     test = map_to_classifier(test, names, head.num_classes)
-    split = load_split(
-        test, experiment.evaluation_size, decoder=evaluation_decoder(data)
-    ).labelled()
-    scores = extract_features(
-        network, split.images, experiment.evaluation.batch_size, device, experiment.precision
-    )  # [Q, K]
-    return classification(scores, split.labels)
+    scores, _ = encode_split(test, network, experiment)  # [Q, K]
+    return classification(scores.rows[:], scores.labels)
 
 
 def probe_run(folder: Path, *overrides: str) -> list[Probe]:

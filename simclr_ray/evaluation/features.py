@@ -22,6 +22,8 @@ from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import Int64s
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.errors import DataError
+from simclr_ray.evaluation.feature_file import Rows
+from simclr_ray.evaluation.sampling import sample_rows
 from simclr_ray.nn.precision import Precision, autocast, evaluating
 
 DECODE_THREADS: Final = 8  # Pillow decodes and resizes outside the interpreter lock
@@ -59,7 +61,7 @@ class Split(NamedTuple):
 class Features(NamedTuple):
     """A split as features."""
 
-    rows: Tensor  # float32 [M, F]
+    rows: Rows  # float32 [M, F], in a file where they are too many for memory
     labels: Tensor  # int64 [M], -1 where there is none
     ids: Tensor | None = None  # int64 [M], where single images are told apart
 
@@ -98,14 +100,10 @@ def load_split(
 ) -> Split:
     """Return the evaluation views of a split, all in memory: C·size² bytes a row.
 
-    With a `limit` below the number of rows, one row is taken from each of `limit` equal runs of
-    the rows in order of id, at a place fixed by the run's number alone. So the sample covers a
-    split that is sorted by class, and a split whose classes take turns.
-
     Args:
         source: the opened split.
         size: side S of the views in pixels.
-        limit: rows at most; 0 takes all.
+        limit: rows at most, as `sampling.sample_rows` draws them; 0 takes all.
         decoder: of its images.
 
     Raises:
@@ -116,13 +114,6 @@ def load_split(
         reason = split.bad[0].reason
         raise DataError(f"{source.uri}: none of {len(split.bad)} rows is an image: {reason}")
     return split
-
-
-def sample_rows(source: Source, limit: int = 0) -> Int64s:
-    """Return the rows that `load_split` takes, in order of id."""
-    ids = source.ids()
-    rows: Int64s = np.argsort(ids, kind="stable")[_spread(len(ids), limit)]
-    return rows
 
 
 def decoded_rows(source: Source, rows: Int64s, size: int, decoder: ImageDecoder) -> Split:
@@ -188,19 +179,9 @@ def extract_features(
     return torch.cat(parts)
 
 
-def _spread(num_rows: int, limit: int) -> Int64s:
-    """Return `limit` ascending places in [0, num_rows), one in each equal run."""
-    if not 0 < limit < num_rows:
-        return np.arange(num_rows)
-    borders = np.arange(limit + 1, dtype=np.int64) * num_rows // limit
-    within = np.random.default_rng(0).random(limit)
-    return borders[:-1] + (within * np.diff(borders)).astype(np.int64)
-
-
 def grouped(source: Source, rows: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
     """Yield of each row group that has some of `rows` their places in `rows`, and these rows."""
-    firsts = np.array([group.first_row for group in source.row_groups])
-    owner = np.searchsorted(firsts, rows, side="right") - 1
+    owner = source.groups_of(rows)
     for group in np.unique(owner):
         places = np.flatnonzero(owner == group)
         yield places, rows[places]

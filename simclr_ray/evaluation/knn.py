@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from simclr_ray.evaluation.feature_file import Rows
+
 # Rows of one block of similarities: 1,024 x 16,384 float32 are 64 MiB, whatever the bank's size.
 QUERY_ROWS: Final = 1_024
 BANK_ROWS: Final = 16_384
 
 
 def knn_scores(
-    bank: Tensor,
+    bank: Rows,
     bank_labels: Tensor,
-    queries: Tensor,
+    queries: Rows,
     k: int,
     temperature: float,
     num_classes: int,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Return the votes of each query's `k` nearest bank rows for each class, float32 `[Q, K]`.
 
@@ -37,6 +40,7 @@ def knn_scores(
         k: neighbours that vote; all of the bank when it has fewer.
         temperature: τ > 0.
         num_classes: K.
+        device: where it is computed and the result is; the bank's, or the CPU for one in a file.
 
     Raises:
         ValueError: the shapes do not fit, or a label lies outside [0, num_classes).
@@ -45,14 +49,12 @@ def knn_scores(
     if k < 1 or temperature <= 0:
         raise ValueError(f"k must be at least 1 and temperature above 0, not {k} and {temperature}")
     k = min(k, len(bank))
-    bank = F.normalize(bank.float(), dim=1)
-    votes = torch.zeros(len(queries), num_classes, device=bank.device)
-    for start in range(0, len(queries), QUERY_ROWS):
-        block = F.normalize(queries[start : start + QUERY_ROWS].to(bank.device).float(), dim=1)
-        cosines, rows = _nearest(bank, block, k)  # [q, k]
-        weights = torch.exp((cosines - cosines[:, :1]) / temperature)
-        votes[start : start + len(block)].scatter_add_(1, bank_labels[rows], weights)
-    return votes
+    if device is None:
+        device = bank.device if isinstance(bank, Tensor) else "cpu"
+    cosines, rows = _nearest(bank, queries, k, torch.device(device))  # [Q, k]
+    weights = torch.exp((cosines - cosines[:, :1]) / temperature)
+    votes = torch.zeros(len(queries), num_classes, device=device)
+    return votes.scatter_add_(1, bank_labels.to(device)[rows], weights)
 
 
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -78,20 +80,27 @@ def top_k_hits(scores: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     return (ahead.sum(1) < k) & own[:, 0].isfinite()
 
 
-def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return cosine and row of the `k` nearest bank rows, nearest first; both `[q, k]`."""
-    best, rows = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0).long()
+def _nearest(bank: Rows, queries: Rows, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosine and row of the `k` nearest bank rows, nearest first; both `[Q, k]`.
+
+    The bank is passed over once, however many queries there are: it may lie in a file.
+    """
+    best = torch.full((len(queries), k), -torch.inf, device=device)
+    rows = torch.zeros(len(queries), k, dtype=torch.int64, device=device)
     for start in range(0, len(bank), BANK_ROWS):
-        similar = queries @ bank[start : start + BANK_ROWS].T
-        value, index = similar.topk(min(k, similar.shape[1]), dim=1)
-        best, rows = torch.cat([best, value], 1), torch.cat([rows, index + start], 1)
-        best, kept = best.topk(min(k, best.shape[1]), dim=1)
-        rows = rows.gather(1, kept)
+        part = F.normalize(bank[start : start + BANK_ROWS].to(device).float(), dim=1)
+        for first in range(0, len(queries), QUERY_ROWS):
+            of_block = slice(first, first + QUERY_ROWS)
+            block = F.normalize(queries[of_block].to(device).float(), dim=1)
+            value, index = (block @ part.T).topk(min(k, len(part)), dim=1)
+            both = torch.cat([best[of_block], value], 1)
+            best[of_block], kept = both.topk(k, dim=1)
+            rows[of_block] = torch.cat([rows[of_block], index + start], 1).gather(1, kept)
     return best, rows
 
 
-def _check(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int) -> None:
-    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
+def _check(bank: Rows, labels: Tensor, queries: Rows, num_classes: int) -> None:
+    if len(bank.shape) != 2 or len(queries.shape) != 2 or bank.shape[1] != queries.shape[1]:
         raise ValueError(f"bank {list(bank.shape)} and queries {list(queries.shape)} do not fit")
     if not len(bank) or labels.shape != bank.shape[:1]:
         raise ValueError(f"bank has {len(bank)} rows and {len(labels)} labels")

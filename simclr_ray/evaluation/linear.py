@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from simclr_ray.config import experiment
+from simclr_ray.evaluation.feature_file import Rows, are_finite, blocks, is_small
 
 MOMENTUM: Final = 0.9
 # Gradient descent with momentum m is stable below 2(1+m)/L; the softmax loss has L <= λ/2 for
@@ -34,61 +35,119 @@ class LinearProbe(NamedTuple):
     weight: Tensor
     bias: Tensor
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Return the class scores `[M, K]` of `features [M, F]`."""
-        return torch.addmm(self.bias, features.float(), self.weight.T)
+    def logits(self, features: Rows) -> Tensor:
+        """Return the class scores `[M, K]` of `features [M, F]`, where the classifier is."""
+        device = self.bias.device
+        return torch.cat(
+            [
+                torch.addmm(self.bias, part.to(device).float(), self.weight.T)
+                for part in blocks(features)
+            ]
+        )
 
 
 def fit_linear(
-    features: Tensor, labels: Tensor, num_classes: int, cfg: experiment.LinearConfig, seed: int
+    features: Rows,
+    labels: Tensor,
+    num_classes: int,
+    cfg: experiment.LinearConfig,
+    seed: int,
+    device: torch.device | str | None = None,
 ) -> LinearProbe:
     """Return the classifier that SGD finds on `features [M, F]`; a pure function of the arguments.
 
     Args:
-        features: frozen features, any float dtype; they are trained on in float32.
+        features: frozen features, any float dtype; they are trained on in float32. Of more than
+            `BLOCK_BYTES` a batch at a time is in memory.
         labels: int64 `[M]` in [0, num_classes).
         num_classes: K.
         cfg: epochs, batch size, and rate per 256 samples.
         seed: fixes the order of the samples, the only random thing here.
+        device: where it is computed; that of the features, or the CPU for those in a file.
 
     Raises:
         ValueError: the shapes do not fit, a label lies outside, or a feature is not finite.
     """
     _check(features, labels, num_classes)
-    rows, moments = _standardise(features.float(), cfg)
-    weight, bias = descend(rows, labels.to(rows.device), num_classes, cfg, seed)
-    weight = weight * moments.scale  # [K, F]
-    return LinearProbe(weight, bias - weight @ moments.mean)
+    if device is None:
+        device = features.device if isinstance(features, Tensor) else "cpu"
+    rows = _standardised(features, torch.device(device))
+    allowed = CURVATURE_AT_RATE_1 / peak_rate(len(rows), cfg)
+    rows.shrink(min(1.0, math.sqrt(allowed / max(_largest_moment(rows), 1e-12))))
+    weight, bias = descend(rows, labels.to(device), num_classes, cfg, seed)
+    weight = weight * rows.scale  # [K, F]
+    return LinearProbe(weight, bias - weight @ rows.mean)
 
 
-class _Moments(NamedTuple):
-    mean: Tensor  # [F]
-    scale: Tensor  # [F], zero for features that are constant
+class _Standardised:
+    """Features less their mean, times a scale: made as they are used where they are many.
+
+    Args:
+        features: `[M, F]`.
+        mean: `[F]`.
+        scale: `[F]`, zero for features that are constant.
+    """
+
+    def __init__(self, features: Rows, mean: Tensor, scale: Tensor) -> None:
+        self.features, self.mean, self.scale = features, mean, scale
+        self.shape, self.device, self.dtype = features.shape, mean.device, mean.dtype
+        self._all = self._of(features[:]) if is_small(features) else None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        return self._of(self.features[index]) if self._all is None else self._all[index]
+
+    def shrink(self, factor: float) -> None:
+        """Multiply all by a factor, which `scale` holds from then on."""
+        self.scale = self.scale * factor
+        if self._all is not None:
+            self._all = self._all * factor
+
+    def _of(self, features: Tensor) -> Tensor:
+        return (features.to(self.device).float() - self.mean) * self.scale
 
 
-def _standardise(features: Tensor, cfg: experiment.LinearConfig) -> tuple[Tensor, _Moments]:
-    mean, deviation = features.mean(0), features.std(0, correction=0)
+def _standardised(features: Rows, device: torch.device) -> _Standardised:
+    mean, deviation = _mean_and_deviation(features, device)
     varies = deviation > SMALLEST_DEVIATION * deviation.max()
     scale = torch.where(varies, 1 / deviation.clamp(min=torch.finfo().tiny), 0)
-    rows = (features - mean) * scale
-    allowed = CURVATURE_AT_RATE_1 / peak_rate(len(rows), cfg)
-    shrink = min(1.0, math.sqrt(allowed / max(_largest_moment(rows), 1e-12)))
-    return rows * shrink, _Moments(mean, scale * shrink)
+    return _Standardised(features, mean, scale)
 
 
-def _largest_moment(rows: Tensor) -> float:
+def _mean_and_deviation(features: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return both of each feature, [F]; of many rows, by passes over them in parts."""
+    if is_small(features):
+        rows = features[:].to(device).float()
+        return rows.mean(0), rows.std(0, correction=0)
+    num, zero = len(features), torch.zeros(features.shape[1], dtype=torch.float64, device=device)
+    mean, squares = zero.clone(), zero.clone()
+    for part in blocks(features):
+        mean += part.to(device).double().sum(0) / num
+    for part in blocks(features):
+        squares += (part.to(device).double() - mean).square().sum(0) / num
+    return mean.float(), squares.sqrt().float()
+
+
+def _largest_moment(rows: _Standardised) -> float:
     """Return about the largest eigenvalue of `rowsᵀ rows / M`, by power iteration."""
     start = torch.Generator().manual_seed(0)
     v = torch.randn(rows.shape[1], generator=start).to(rows.device)
     value = 0.0
     for _ in range(POWER_STEPS):
-        v = rows.T @ (rows @ (v / v.norm().clamp(min=1e-30))) / len(rows)
+        v = v / v.norm().clamp(min=1e-30)
+        v = sum((part.T @ (part @ v) for part in blocks(rows)), torch.zeros_like(v)) / len(rows)
         value = v.norm().item()
     return value
 
 
 def descend(
-    rows: Tensor, labels: Tensor, num_classes: int, cfg: experiment.LinearConfig, seed: int
+    rows: Tensor | _Standardised,
+    labels: Tensor,
+    num_classes: int,
+    cfg: experiment.LinearConfig,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Return weight `[K, F]` and bias `[K]` after SGD on standardised `rows [M, F]`.
 
@@ -98,8 +157,8 @@ def descend(
     num_batches = math.ceil(len(rows) / cfg.batch_size)  # whose sizes differ by at most one
     total, peak = cfg.epochs * num_batches, peak_rate(len(rows), cfg)
     order = torch.Generator().manual_seed(seed)
-    weight = rows.new_zeros(num_classes, rows.shape[1])
-    bias = rows.new_zeros(num_classes)
+    weight = torch.zeros(num_classes, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    bias = torch.zeros_like(weight[:, 0])
     optimizer = torch.optim.SGD([weight, bias], peak, momentum=MOMENTUM, nesterov=True)
     for epoch in range(cfg.epochs):
         shuffled = torch.randperm(len(rows), generator=order).to(rows.device)
@@ -120,10 +179,10 @@ def peak_rate(num_rows: int, cfg: experiment.LinearConfig) -> float:
     return cfg.learning_rate * min(cfg.batch_size, num_rows) / 256
 
 
-def _check(features: Tensor, labels: Tensor, num_classes: int) -> None:
-    if features.ndim != 2 or not len(features) or labels.shape != features.shape[:1]:
+def _check(features: Rows, labels: Tensor, num_classes: int) -> None:
+    if len(features.shape) != 2 or not len(features) or labels.shape != features.shape[:1]:
         raise ValueError(f"features {list(features.shape)} and labels {list(labels.shape)} differ")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"a label lies outside [0, {num_classes})")
-    if not torch.isfinite(features.sum()):
+    if not are_finite(features):
         raise ValueError("a feature is not finite: the encoder has diverged")

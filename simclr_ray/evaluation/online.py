@@ -24,7 +24,6 @@ from simclr_ray.evaluation.features import (
     Split,
     decoded_rows,
     extract_features,
-    sample_rows,
 )
 from simclr_ray.evaluation.label_free import (
     alignment,
@@ -34,6 +33,7 @@ from simclr_ray.evaluation.label_free import (
     uniformity,
 )
 from simclr_ray.evaluation.protocols import knn
+from simclr_ray.evaluation.sampling import sample_rows, shares
 from simclr_ray.evaluation.view_facts import view_facts, view_marks
 from simclr_ray.nn.build import SimCLRModel
 
@@ -48,6 +48,21 @@ class _Part(NamedTuple):
     images: Tensor  # uint8 [m, C, S, S]
     labels: Tensor  # int64 [M]
     counts: list[int]  # m of each rank
+
+
+class KnnFacts(NamedTuple):
+    """What kNN scores by: a sample of a large set holds its classes as they fall."""
+
+    knn_bank_rows: int
+    knn_bank_classes: int
+    knn_test_rows: int
+    knn_missing_classes: int  # of the test images, without a row in the bank: never named
+
+    @classmethod
+    def of(cls, bank: Tensor, test: Tensor) -> KnnFacts:
+        """Return them by the labels of both, int64 [M]."""
+        there = set(bank.tolist())
+        return cls(len(bank), len(there), len(test), len(set(test.tolist()) - there))
 
 
 class OnlineEvaluation:
@@ -92,7 +107,7 @@ class OnlineEvaluation:
     def before_training(self, model: SimCLRModel) -> dict[str, float]:
         """Return what later scores are held against, and the facts of the views. Collective.
 
-        Named `start/…`: the scores of the untrained model, and `ViewFacts`.
+        Named `start/…`: the scores of the untrained model, `ViewFacts`, and `KnnFacts`.
         """
         if not self.experiment.evaluation.every_epochs:
             return {}
@@ -100,6 +115,8 @@ class OnlineEvaluation:
         gathered = dist.all_gather_rows(marks.to(self.device), self.probe.counts).cpu()  # [M, 3]
         facts = view_facts(gathered, self.experiment.batch_size)._asdict()
         scores = {key.partition("/")[2]: v for key, v in self._label_free(model).items()}
+        if self.bank is not None:
+            facts |= KnnFacts.of(self.bank.labels, self.test.labels)._asdict()
         return {f"start/{key}": value for key, value in {**scores, **facts}.items()}
 
     def __call__(self, model: SimCLRModel) -> dict[str, float]:
@@ -152,13 +169,13 @@ class OnlineEvaluation:
         return self._part(source, sample_rows(source, limit), labelled=True)[1]
 
     def _part(self, source: Source, rows: Int64s, *, labelled: bool = False) -> tuple[Split, _Part]:
-        """Return this rank's share of `rows`; no rank reads or decodes another's. A collective."""
-        first, last = dist.partition(len(rows), self.rank, self.num_ranks)
+        """Return this rank's share of `rows`; no rank decodes another's. A collective."""
+        mine = shares(source, rows, self.num_ranks)[self.rank]
         size, decoder = (
             self.experiment.evaluation_size, evaluation_decoder(self.experiment.data)
         )  # fmt: skip
         try:
-            own = decoded_rows(source, rows[first:last], size, decoder)
+            own = decoded_rows(source, mine, size, decoder)
             own = own.labelled() if labelled else own
         except DataError:
             dist.row_counts(FAILED, self.device)  # the other ranks would wait for this one

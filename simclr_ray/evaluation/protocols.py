@@ -17,6 +17,7 @@ from simclr_ray.evaluation.features import Features
 from simclr_ray.evaluation.knn import knn_scores, top_k_hits
 from simclr_ray.evaluation.linear import fit_linear
 from simclr_ray.evaluation.logistic_regression import sweep_logistic_regression
+from simclr_ray.nn.precision import best_device
 
 SOLO_K: Final = 20
 SOLO_TEMPERATURE: Final = 0.07
@@ -41,8 +42,9 @@ def knn_k1(bank: Features, test: Features, num_classes: int, experiment: Experim
 def linear(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> Tensor:
     """Return those of the linear probe by `evaluation.linear`."""
     settings, seed = experiment.evaluation.linear, experiment.seed
-    probe = fit_linear(bank.rows, bank.labels, num_classes, settings, seed)
-    return top_k_hits(probe.logits(test.rows), test.labels)
+    device = best_device()
+    probe = fit_linear(bank.rows, bank.labels, num_classes, settings, seed, device)
+    return top_k_hits(probe.logits(test.rows), test.labels).cpu()
 
 
 def logistic_regression(
@@ -53,6 +55,11 @@ def logistic_regression(
     Raises:
         DataError: There are too few rows to hold some out.
     """
+    if not isinstance(bank.rows, Tensor):
+        raise DataError(
+            f"logistic_regression takes all features into memory, and {len(bank.rows):,} of "
+            f"{bank.rows.shape[1]:,} numbers are too many; `linear` takes any number"
+        )
     try:
         chosen = sweep_logistic_regression(bank.rows, bank.labels, num_classes, experiment.seed)
     except ValueError as error:
@@ -63,5 +70,7 @@ def logistic_regression(
 def _nearest(
     bank: Features, test: Features, num_classes: int, k: int, temperature: float
 ) -> Tensor:
-    votes = knn_scores(bank.rows, bank.labels, test.rows, k, temperature, num_classes)
-    return top_k_hits(votes, test.labels)
+    votes = knn_scores(
+        bank.rows, bank.labels, test.rows, k, temperature, num_classes, best_device()
+    )
+    return top_k_hits(votes, test.labels).cpu()

@@ -7,7 +7,6 @@ once for all networks.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from simclr_ray.augment.decode import DEFAULT_DECODER, ImageDecoder
 from simclr_ray.config.experiment import EvaluationConfig
+from simclr_ray.config.schema import AUTO
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.distributed.ray_cluster import nodes
@@ -37,24 +37,25 @@ from simclr_ray.evaluation.feature_columns import (
     feature_column,
     kept_column,
 )
+from simclr_ray.evaluation.feature_file import FeatureFile, Rows
 from simclr_ray.evaluation.features import (
     BadRow,
     extract_features,
     grouped,
-    sample_rows,
     view_or_reason,
 )
+from simclr_ray.evaluation.sampling import sample_rows
 from simclr_ray.nn.precision import Precision, best_device
 from simclr_ray.storage.filesystem import one_line
 
-MAPPED_BYTES: Final = 2 * 2**30  # features of more lie in a file that is mapped
+IN_MEMORY_BYTES: Final = 2**30  # features of more lie in a file
 CPUS_OF_AN_ACTOR: Final = 8  # decoding by more threads than that waits for one encoder
 
 
 class SplitFeatures(NamedTuple):
     """What networks make of a split, ordered by id."""
 
-    features: list[Tensor]  # float32 [M, F] of each network
+    features: list[Rows]  # float32 [M, F] of each network
     labels: Tensor  # int64 [M], -1 where there is none
     ids: Tensor  # int64 [M]
     bad: list[BadRow]
@@ -178,8 +179,7 @@ class _Extractor:
         """Return the columns that are handed on, of rows of one row group."""
         if not self.encoding.keep:
             return {}
-        firsts = np.array([group.first_row for group in self.source.row_groups])
-        group = self.source.row_groups[int(np.searchsorted(firsts, rows[0], side="right")) - 1]
+        group = self.source.row_groups[int(self.source.groups_of(rows[:1])[0])]
         within = pa.array(rows - group.first_row)
         return {
             name: self.source.read_column(group, name).take(within).combine_chunks()
@@ -254,6 +254,13 @@ def _split_at_pieces(table: pa.Table, pieces: Sequence[Int64s]) -> tuple[list[pa
     return done, table
 
 
+def actors_of(evaluation: EvaluationConfig) -> Actors:
+    """Return the actors of a config: those that it names, or one a device of the cluster."""
+    if evaluation.actors == AUTO:
+        return devices_of_cluster()
+    return Actors(evaluation.num_actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor)
+
+
 def devices_of_cluster() -> Actors:
     """Return actors for all devices there are: one a GPU, or on a node without one by its CPUs."""
     alive = [node for node in nodes() if node.is_alive and node.cpus >= 1]
@@ -274,12 +281,13 @@ def extract(
     evaluation: EvaluationConfig,
     *,
     limit: int = 0,
+    labelled: bool = False,
     decoder: ImageDecoder = DEFAULT_DECODER,
     precision: Precision = "float32",
 ) -> SplitFeatures:
     """Return what each network makes of the rows that `load_split` would choose.
 
-    Features of more than `MAPPED_BYTES` lie in a file without a name, mapped into memory.
+    Features of more than `IN_MEMORY_BYTES` lie in a file without a name.
 
     Args:
         source: The opened split.
@@ -287,18 +295,20 @@ def extract(
         size: Side S of the views in pixels.
         evaluation: Number of actors, their resources, and images per forward pass.
         limit: Rows at most, the same ones as `load_split`; 0 takes all.
+        labelled: Whether rows without a label are left out.
         decoder: Of its images.
         precision: Same as `extract_features`.
 
     Raises:
         ClusterError: The actors ask for more than the cluster has.
         DataError: No chosen row can be decoded.
+        StorageError: There is no room for the features in the folder for temporary files.
     """
     rows = sample_rows(source, limit)
     places, pieces = zip(*grouped(source, rows), strict=True)  # by id, as `rows` are
     encoding = Encoding(list(networks), size, decoder, evaluation.batch_size, precision)
-    actors = Actors(evaluation.actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor)
-    gathered: list[npt.NDArray[np.float32]] = []
+    actors = actors_of(evaluation)
+    gathered: list[FeatureFile] = []
     labels, ids = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
     good, bad = np.ones(len(rows), np.bool_), []
     for place, table in zip(places, stream(source, pieces, encoding, actors), strict=True):
@@ -311,11 +321,16 @@ def extract(
         for index in range(len(encoding.networks)):
             part = features_of(table, index)
             if len(gathered) == index:
-                gathered.append(_room(len(rows), part.shape[1]))
-            gathered[index][place[is_good]] = part
+                gathered.append(FeatureFile(len(rows), part.shape[1]))
+            gathered[index].write(place[is_good], part)
     if not good.any():
         raise DataError(f"{source.uri}: none of {len(good)} rows is an image: {bad[0].reason}")
-    features = [torch.from_numpy(_compacted(array, good)) for array in gathered]
+    good &= (labels >= 0) | (not labelled)
+    features: list[Rows] = []
+    for file in gathered:
+        file.keep(good)
+        num, width = file.shape
+        features.append(file[:] if 4 * num * width <= IN_MEMORY_BYTES else file)
     return SplitFeatures(
         features, torch.from_numpy(labels[good]), torch.from_numpy(ids[good]), sorted(bad)
     )
@@ -326,26 +341,6 @@ def features_of(table: pa.Table, index: int = 0) -> npt.NDArray[np.float32]:
     lists = table[feature_column(index)].drop_null().combine_chunks()
     values: npt.NDArray[np.float32] = lists.flatten().to_numpy(zero_copy_only=False)
     return values.reshape(len(lists), -1)
-
-
-def _room(num: int, width: int) -> npt.NDArray[np.float32]:
-    """Return room for features, [num, width], in memory or in a file that goes with it."""
-    if 4 * num * width <= MAPPED_BYTES:
-        return np.empty((num, width), np.float32)
-    with tempfile.TemporaryFile() as file:
-        file.truncate(4 * num * width)
-        return np.memmap(file, np.float32, "r+", shape=(num, width))
-
-
-def _compacted(array: npt.NDArray[np.float32], good: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-    """Return the good rows at the front of the same memory; what is behind them is lost."""
-    places = np.flatnonzero(good)
-    if len(places) == len(array):
-        return array
-    for first in range(0, len(places), 4096):
-        block = places[first : first + 4096]
-        array[first : first + len(block)] = array[block]
-    return array[: len(places)]
 
 
 def check_actors(actors: Actors) -> None:

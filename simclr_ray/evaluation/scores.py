@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, protocol_named
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError, DivergedError
+from simclr_ray.evaluation.feature_file import Rows, are_finite
 from simclr_ray.evaluation.features import Features, Split
 from simclr_ray.evaluation.label_free import label_free
 
@@ -110,7 +111,7 @@ def score_features(
         DivergedError: the encoder gives values that are no numbers.
     """
     for part in (bank, test):
-        if part is not None and not torch.isfinite(part.rows).all():
+        if part is not None and not are_finite(part.rows):
             raise DivergedError(
                 f"{name} gives values that are no numbers: the training has diverged"
             )
@@ -235,8 +236,8 @@ def protocol_results(
     return results
 
 
-def _score(name: str, features: Tensor) -> Score:
+def _score(name: str, features: Rows) -> Score:
+    places = torch.arange(len(features))
     if len(features) > LABEL_FREE_ROWS:
         places = torch.linspace(0, len(features) - 1, LABEL_FREE_ROWS).round().long()
-        features = features[places]
-    return Score(name, *label_free(features))
+    return Score(name, *label_free(features[places]))

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.data.classes import is_text
 from simclr_ray.data.files import states_of_files
 from simclr_ray.data.folder_input import index_files, index_folder
 from simclr_ray.data.footer import cached_footer
@@ -90,7 +89,7 @@ def states_of_images(source: Source) -> Iterator[str]:
     """Yield place and state of each image that is a file of its own: a list says only its name."""
     fs, _ = filesystem(source.uri)
     name = source.columns.image
-    if not is_text(schema_of(source, source.files[0]).field(name).type):
+    if not source.names_files:
         return
     for column, group in zip(source.read_columns(name), source.row_groups, strict=True):
         yield from states_of_files(column, fs, source.files[group.file], source.image_root)

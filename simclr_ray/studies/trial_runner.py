@@ -24,6 +24,7 @@ from simclr_ray.errors import (
     TrackingError,
     UnhealthyRunError,
 )
+from simclr_ray.evaluation.encoded_splits import evaluated_rows
 from simclr_ray.evaluation.evaluate import evaluate_trained, probe_experiment, score_classifier
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.provenance import code_commit
@@ -159,7 +160,7 @@ def _evaluated(study: Study, experiment: Experiment, run: Run) -> dict[str, floa
     themselves, and find none if the task holds it.
     """
     gpus = min(1.0, experiment.scaling.gpus_per_worker)
-    if not gpus or experiment.evaluation.actors:
+    if not gpus or evaluated_rows(experiment).by_actors:
         return evaluate_trial(study, experiment, run)
     task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(evaluate_trial)
     try:

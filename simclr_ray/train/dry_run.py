@@ -21,6 +21,7 @@ from simclr_ray.optim import state_per_parameter
 from simclr_ray.storage.space import sized
 from simclr_ray.train.advice import advise_before_start, memory_advice
 from simclr_ray.train.disk_space import checkpoint_bytes, counting_device
+from simclr_ray.train.evaluation_plan import evaluation_plan
 from simclr_ray.train.imports import export_problem
 from simclr_ray.train.resolve import ResolvedExperiment, init_line
 
@@ -70,6 +71,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         "memory of a step": f"{memory.total / MIB:,.0f} MiB on the largest worker: "
         f"activations {memory.activations / MIB:,.0f}, weights {memory.weights / MIB:,.0f}, "
         f"loss {memory.loss / MIB:,.0f}",
+        "scores at the end": evaluation_plan(experiment, source).text,
         "checkpoint": f"{sized(checkpoint_bytes(experiment))}, "
         f"{experiment.checkpoint.keep} of them kept",
     }

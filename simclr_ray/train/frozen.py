@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +21,9 @@ from torch.nn import functional as F
 
 from simclr_ray import config as cfg
 from simclr_ray.config.wording import counted
-from simclr_ray.data.decoding import evaluation_decoder
-from simclr_ray.evaluation.features import Split, extract_features, load_split
+from simclr_ray.errors import DataError
+from simclr_ray.evaluation.encoded_splits import encode_split
+from simclr_ray.evaluation.features import BadRow
 from simclr_ray.evaluation.knn import top_k_accuracy
 from simclr_ray.evaluation.linear import LinearProbe
 from simclr_ray.evaluation.logistic_regression import (
@@ -78,18 +80,17 @@ def _fitted(resolved: ResolvedExperiment, run_log: RunLog) -> tuple[SimCLRModel,
     config = resolved.config
     model = build_model(config)
     load_init(model, config)
-    device = best_device()
-    split = load_split(
-        resolved.source, config.evaluation_size, decoder=evaluation_decoder(config.data)
-    ).labelled()
-    _say_bad(split, resolved, run_log)
-    h = extract_features(
-        model.encoder.to(device), split.images, config.evaluation.batch_size, device,
-        config.precision,
-    ).to(device)  # fmt: skip
+    features, bad = encode_split(resolved.source, model.encoder, config)
+    _say_bad(bad, resolved, run_log)
+    if not isinstance(features.rows, Tensor):
+        raise DataError(
+            f"features of {len(features.labels):,} images are more than memory is taken for; "
+            "finetune without --frozen takes any number"
+        )
+    h, labels = features.rows.to(best_device()), features.labels
     head = config.classifier
     assert head is not None
-    probe = _probe(h, split.labels, head.num_classes, config.seed)
+    probe = _probe(h, labels, head.num_classes, config.seed)
     scores = model.head[-1]  # type: ignore[index] # a classifier's layers
     assert isinstance(scores, nn.Linear)
     with torch.no_grad():
@@ -98,20 +99,20 @@ def _fitted(resolved: ResolvedExperiment, run_log: RunLog) -> tuple[SimCLRModel,
     logits = probe.logits(h).cpu()
     return model.to("cpu"), {
         "epoch": float(config.epochs),
-        "train/mean_loss": float(F.cross_entropy(logits, split.labels)),
-        "train/classifier_top1": top_k_accuracy(logits, split.labels),
+        "train/mean_loss": float(F.cross_entropy(logits, labels)),
+        "train/classifier_top1": top_k_accuracy(logits, labels),
     }
 
 
-def _say_bad(split: Split, resolved: ResolvedExperiment, run_log: RunLog) -> None:
+def _say_bad(bad: Sequence[BadRow], resolved: ResolvedExperiment, run_log: RunLog) -> None:
     """Store which images are left out, and say how many, where there are any."""
-    for bad in split.bad:
-        run_log.append(BAD_ROWS, {"step": 0, "id": bad.id, "reason": bad.reason})
-    if split.bad:
+    for row in bad:
+        run_log.append(BAD_ROWS, {"step": 0, "id": row.id, "reason": row.reason})
+    if bad:
         log.warning(
             "%s of %s left out, which could not be used; the first, id %d: %s; all: %s/%s",
-            counted(len(split.bad), "image"), f"{resolved.source.num_rows:,}",
-            split.bad[0].id, split.bad[0].reason, resolved.folder.uri, BAD_ROWS,
+            counted(len(bad), "image"), f"{resolved.source.num_rows:,}",
+            bad[0].id, bad[0].reason, resolved.folder.uri, BAD_ROWS,
         )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 Record = dict[str, float]
 OnProgress = Callable[[Record], None]
 WAIT_S = 5.0  # for a record; what comes is taken at once
-FIRST_BATCH = "start/first_batch_s"
+FIRST_BATCH, MISSING_CLASSES = "start/first_batch_s", "start/knn_missing_classes"
 
 
 class WorkerReady(NamedTuple):
@@ -223,6 +223,12 @@ class RunMonitor:
         if FIRST_BATCH in item:
             log.info("first batch after %.0f s", time.monotonic() - self._began)
             stop.workers_can_save()
+        if item.get(MISSING_CLASSES):
+            log.warning(
+                "eval/knn_top1: of %d classes of the test images no image is in the bank, so it "
+                "cannot name them; data.eval_train names a set in mixed order, and a larger "
+                "evaluation.eval_train_limit takes more", item[MISSING_CLASSES],
+            )  # fmt: skip
         self.log.append(METRICS, item)
         self.sender.wake()
         if self.on_progress is not None:

@@ -156,7 +156,7 @@ class SignSGD(torch.optim.Optimizer):
 def nearest_mean(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> float:
     """Return the top-1 accuracy of naming the class whose mean is nearest."""
     means = torch.stack([bank.rows[bank.labels == k].mean(0) for k in range(num_classes)])
-    found = torch.cdist(test.rows, means).argmin(1)
+    found = torch.cdist(test.rows[:], means).argmin(1)
     return (found == test.labels).double().mean().item()
 
 

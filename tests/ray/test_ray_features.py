@@ -15,7 +15,10 @@ from simclr_ray.augment.decode import Pixels as Decoded
 from simclr_ray.config.experiment import EvaluationConfig, Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ClusterError
+from simclr_ray.evaluation import encoded_splits, ray_features
+from simclr_ray.evaluation.encoded_splits import encode_split, encode_splits
 from simclr_ray.evaluation.evaluate import evaluate
+from simclr_ray.evaluation.feature_file import FeatureFile
 from simclr_ray.evaluation.features import extract_features, load_split
 from simclr_ray.evaluation.ray_features import extract
 from simclr_ray.evaluation.scores import Pixels
@@ -57,6 +60,26 @@ def test_features_are_those_of_one_process(folder: Path, ray_cluster: str, limit
     expected = extract_features(encoder, split.images)
     torch.testing.assert_close(found.features[0], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.features[1], extract_features(Pixels(), split.images))
+
+
+def test_many_images_are_encoded_by_actors_unasked_and_their_features_lie_in_a_file(
+    folder: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"train": str(folder / "bank.parquet"), "test": str(folder / "test.parquet")}
+    experiment = cfg.validate(Experiment, {"name": "t", "data": data, "augment": {"size": 32}})
+    ((bank, test),) = encode_splits(experiment, [Pixels()])
+    monkeypatch.setattr(encoded_splits, "VIEWS_BYTES", 0)
+    monkeypatch.setattr(ray_features, "IN_MEMORY_BYTES", 0)
+    ((of_bank, of_test),) = encode_splits(experiment, [Pixels()])
+    for there, here in ((of_bank, bank), (of_test, test)):
+        assert here is not None
+        assert there is not None
+        assert isinstance(there.rows, FeatureFile)
+        assert torch.equal(there.labels, here.labels)
+        torch.testing.assert_close(there.rows[:], here.rows[:])
+    features, bad = encode_split(Source.open(data["train"]), Pixels(), experiment)
+    torch.testing.assert_close(features.rows[:], bank.rows[:])
+    assert len(bad) > 0
 
 
 def test_the_table_is_that_of_one_process(folder: Path, ray_cluster: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from simclr_ray.config.schema import Config, Field
+from simclr_ray.config.schema import AUTO, Config, Field
 
 
 class KNNConfig(Config):
@@ -38,13 +38,25 @@ class EvaluationConfig(Config):
     knn: KNNConfig = KNNConfig()
     linear: LinearConfig = LinearConfig()
     batch_size: int = Field(512, ge=1, description="Images per forward pass.")
-    actors: int = Field(
-        0,
-        ge=0,
-        description="Ray Data actors that encode the splits after training; 0: this process.",
+    actors: int | Literal["auto"] = Field(
+        AUTO,
+        description="Ray Data actors that encode the splits after training; 0: this process; auto: "
+        "this process where their views are at most 1 GiB, else one a device of the cluster.",
     )
     cpus_per_actor: float = Field(1.0, gt=0, description="Logical CPUs that one reserves.")
     gpus_per_actor: float = Field(0.0, ge=0)
+
+    @property
+    def num_actors(self) -> int:
+        """Return the actors that are asked for by number."""
+        return self.actors if isinstance(self.actors, int) else 0
+
+    @field_validator("actors", mode="plain")
+    @classmethod
+    def _check_actors(cls, value: Any) -> int | str:
+        if value == AUTO or (type(value) is int and value >= 0):
+            return AUTO if value == AUTO else int(value)
+        raise ValueError("must be a whole number, 0 or more, or auto")
 
 
 class CheckpointConfig(Config):

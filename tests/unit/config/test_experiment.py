@@ -16,6 +16,7 @@ IMAGENET_ROWS, CIFAR_ROWS = 1_281_167, 50_000
 PLACED = ("scaling", "health", "tracking", "checkpoint", "evaluation", "registry")
 # Each other leaf with a value that it may have beside the default.
 OTHER: dict[str, Any] = {
+    "evaluation.actors": 2,
     "schedule.decay": "constant",
     "tracking.only_params": ["seed"],
     "data.columns.image": "img",

@@ -19,7 +19,8 @@ from PIL import Image
 from simclr_ray.augment.decode import ImageDecoder, ImageError, instead_of_image, stands_for_image
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.description import describe
-from simclr_ray.data.source import RowGroup, Source
+from simclr_ray.data.footer import RowGroup
+from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 
 Write = Callable[..., Path]

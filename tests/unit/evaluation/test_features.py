@@ -168,11 +168,11 @@ def test_halves_are_of_all_labelled_rows_and_the_same_each_time() -> None:
     labels = torch.tensor([0, 1] * 50 + [-1] * 3)
     rows = torch.arange(103.0)[:, None]
     one, other = split_halves(Features(rows, labels))
-    assert sorted(torch.cat([one.rows, other.rows]).flatten().tolist()) == list(range(100))
+    assert sorted(torch.cat([one.rows[:], other.rows[:]]).flatten().tolist()) == list(range(100))
     assert (len(one.labels), len(other.labels)) == (50, 50)
     for part in (one, other):  # classes that take turns are in both halves
         assert 15 < int(part.labels.sum()) < 35
-        assert part.labels.tolist() == [int(row) % 2 for row in part.rows]
-    assert torch.equal(split_halves(Features(rows, labels))[0].rows, one.rows)
+        assert part.labels.tolist() == [int(row) % 2 for row in part.rows[:]]
+    assert torch.equal(split_halves(Features(rows, labels))[0].rows[:], one.rows[:])
     with pytest.raises(DataError, match="1 labelled image cannot be halved"):
         split_halves(Features(rows[:1], labels[:1]))
