@@ -59,8 +59,12 @@ def evaluation_plan(config: Experiment, train: Source | None = None) -> Evaluati
     Raises:
         DataError: A split cannot be read.
     """
-    rows, channels = evaluated_rows(config, train), config.data.channels
-    size = config.evaluation_size
+    return plan_of(config, evaluated_rows(config, train))
+
+
+def plan_of(config: Experiment, rows: EvaluatedRows) -> EvaluationPlan:
+    """Return what the scores of so many rows take."""
+    size, channels = config.evaluation_size, config.data.channels
     with counting_device(config):
         width = feature_dim(build_model(config).encoder)
     pixels = channels * min(size, PIXEL_SIDE_PX) ** 2
