@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import sys
+import threading
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -12,7 +15,12 @@ import typer
 from simclr_ray.augment.decode import ImageError
 from simclr_ray.cli.app import app
 from simclr_ray.cli.console import ConsoleHandler, command, say, to_continue
-from simclr_ray.cli.signals import STOPPED_BY_USER, exit_code_of_stop, listen
+from simclr_ray.cli.signals import (
+    STOPPED_BY_SYSTEM,
+    STOPPED_BY_USER,
+    exit_code_of_stop,
+    listen,
+)
 from simclr_ray.config import logging as logs
 from simclr_ray.config.imports import EVERYTHING, allow
 from simclr_ray.errors import ConfigError, SimclrRayError, StorageError
@@ -100,3 +108,22 @@ def main() -> None:
     if code == STOPPED_BY_USER:
         code = exit_code_of_stop()
     sys.exit(code)
+
+
+def program() -> None:
+    """Run the command line as this process's program: after an interrupt, end it at once.
+
+    At the very end of an interpreter threads of Ray and Arrow that were interrupted midway crash
+    now and then, and with them goes the exit code. All that is to be done at an end is done before.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code not in (STOPPED_BY_USER, STOPPED_BY_SYSTEM):
+            raise
+        threading._shutdown()  # type: ignore[attr-defined] # as the interpreter does: waits for them
+        atexit._run_exitfuncs()  # Ray's own end is one
+        with suppress(OSError):  # a terminal that is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(int(end.code))

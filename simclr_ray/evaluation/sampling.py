@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from simclr_ray.data.classes import Int64s
+from simclr_ray.data.classes import Int64s, as_integers
 from simclr_ray.data.source import Source
 
 SMALL_GROUPS: Final = 64
@@ -36,14 +36,12 @@ def sample_rows(source: Source, limit: int = 0) -> Int64s:
         source: The opened split.
         limit: Rows at most; 0 takes all.
     """
-    ids = source.ids()
-    if not 0 < limit < len(ids):
-        return np.argsort(ids, kind="stable")
-    if is_read_whole(source):
-        rows: Int64s = np.argsort(ids, kind="stable")[_spread(len(ids), limit)]
-        return rows
-    drawn = np.sort(_rows_of_groups(source, limit))
-    return drawn[np.argsort(ids[drawn], kind="stable")]
+    is_part = 0 < limit < source.num_rows
+    if is_part and not is_read_whole(source):
+        drawn = np.sort(_rows_of_groups(source, limit))
+        return drawn[np.argsort(_ids_of(source, drawn), kind="stable")]
+    rows: Int64s = np.argsort(source.ids(), kind="stable")
+    return rows[_spread(len(rows), limit)] if is_part else rows
 
 
 def is_read_whole(source: Source) -> bool:
@@ -68,6 +66,21 @@ def _rows_of_groups(source: Source, limit: int) -> Int64s:
         if num == limit:
             break
     return np.concatenate(parts)
+
+
+def _ids_of(source: Source, rows: Int64s) -> Int64s:
+    """Return the ids of some rows, int64 [m], by those of their row groups alone."""
+    if not source.has_ids:
+        return rows
+    if source.index:
+        return source.ids()[rows]
+    groups, name = source.groups_of(rows), source.columns.id
+    ids = np.empty_like(rows)
+    for index in np.unique(groups):
+        group, places = source.row_groups[index], np.flatnonzero(groups == index)
+        column = as_integers(source.read_column(group, name), source.files[group.file], name)
+        ids[places] = column.to_numpy()[rows[places] - group.first_row]
+    return ids
 
 
 def _spread(num_rows: int, limit: int) -> Int64s:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.source import Source
 from simclr_ray.evaluation.sampling import SMALL_GROUPS, sample_rows, shares
 from tests.ray.images import noise_png
@@ -39,6 +40,21 @@ def test_a_sample_of_many_row_groups_reads_no_more_of_them_than_it_needs(
     assert len(groups_of(source, rows)) == -(-limit // GROUP_ROWS)
     assert np.all(np.diff(source.ids()[rows]) > 0)
     assert np.array_equal(rows, sample_rows(source, limit))
+
+
+def test_of_ids_only_those_of_the_row_groups_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read = split(tmp_path, 90), []
+    read_column = Source.read_column
+
+    def noted(self: Source, group: RowGroup, name: str) -> pa.ChunkedArray:
+        read.append(group.group)
+        return read_column(self, group, name)
+
+    monkeypatch.setattr(Source, "read_column", noted)
+    rows = sample_rows(source, 40)
+    assert sorted(read) == sorted(groups_of(source, rows))
 
 
 def test_a_larger_sample_holds_the_smaller_one(tmp_path: Path) -> None:
