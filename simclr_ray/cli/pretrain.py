@@ -81,12 +81,12 @@ def _run_and_show(
     if dry_run:
         _show_arithmetic(resolved)
         check_space(resolved)
-        check_evaluation(resolved.config)
+        check_evaluation(resolved.config, resolved.source)
         return
     outcome = None if restart else stored_outcome(resolved)
     if outcome is None:
         check_space(resolved)  # before the lock, which is a file
-        check_evaluation(resolved.config)
+        check_evaluation(resolved.config, resolved.source)
         with resolved.folder.lock(HELD_S):  # before a cluster is started for nothing
             if restart:
                 begin_anew(resolved)

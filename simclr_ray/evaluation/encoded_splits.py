@@ -127,7 +127,7 @@ def evaluated_rows(experiment: Experiment, train: Source | None = None) -> Evalu
     Raises:
         DataError: A split cannot be read.
     """
-    sources = _sources(experiment, train)
+    sources = _chosen(experiment, train)  # reads footers alone, where `_sources` reads labels
     by_actors = _takes_actors(experiment, sources, experiment.evaluation_size)
     return EvaluatedRows(sources.num_rows, by_actors, experiment.evaluation.num_actors)
 
@@ -249,8 +249,17 @@ class _Sources(NamedTuple):
         return bank + (self.test.num_rows if self.test else 0)
 
 
-def _sources(experiment: Experiment, train: Source | None = None) -> _Sources:
-    """Return the splits of an experiment."""
+def _sources(experiment: Experiment) -> _Sources:
+    """Return the splits of an experiment, their labels in one numbering."""
+    sources = _chosen(experiment)
+    if sources.test is None:
+        return sources
+    bank, test = align_labels(sources.bank, sources.test)
+    return _Sources(bank, test)
+
+
+def _chosen(experiment: Experiment, train: Source | None = None) -> _Sources:
+    """Return the splits of an experiment, each with the labels that it has."""
     data = experiment.data
     train = train or Source.open(data.train, data.columns, data.limit)
     bank = Source.open(data.eval_train, data.columns) if data.eval_train else train
@@ -266,5 +275,4 @@ def _sources(experiment: Experiment, train: Source | None = None) -> _Sources:
             "(data.eval_train names labelled images to learn from)",
         )
         return _Sources(test, None, is_halved=True)
-    bank, test = align_labels(bank, test)
     return _Sources(bank, test)

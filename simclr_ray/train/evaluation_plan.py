@@ -71,14 +71,18 @@ def plan_of(config: Experiment, rows: EvaluatedRows) -> EvaluationPlan:
     return EvaluationPlan(rows, channels * size**2 * rows.num, 4 * (2 * width + pixels) * rows.num)
 
 
-def check_evaluation(config: Experiment) -> None:
+def check_evaluation(config: Experiment, train: Source | None = None) -> None:
     """Refuse a run whose scores could not be computed where it is driven from.
+
+    Args:
+        config: Of the run.
+        train: Its training images, where they are open already.
 
     Raises:
         ConfigError: The views are too many for one process, or the features for the disk.
         DataError: A split cannot be read.
     """
-    plan = evaluation_plan(config)
+    plan = evaluation_plan(config, train)
     if plan.rows.by_actors:
         place = tempfile.gettempdir()
         free = space_at(place).free
