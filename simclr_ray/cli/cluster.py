@@ -65,7 +65,8 @@ def status(
     if not address:
         raise ClusterError("RAY_ADDRESS is unset: without it, runs start Ray on this machine")
     loading("ray")
-    from simclr_ray.distributed.ray_cluster import check_cluster, connect, nodes
+    from simclr_ray.distributed.placement import check_cluster, nodes
+    from simclr_ray.distributed.ray_cluster import connect
 
     connect()
     all_nodes = nodes()

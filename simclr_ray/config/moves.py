@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple, Self
 
 CONFIG_FILE: Final = "experiment.yaml"
 SQLITE: Final = "sqlite:///"
+OLD_KEY: Final = "data_resource"  # of `scaling`, up to format 3: a custom resource of Ray
 
 
 class Move(NamedTuple):
@@ -50,6 +51,17 @@ class Move(NamedTuple):
         if self.new.is_relative_to(self.old) and where.is_relative_to(self.new):
             return ""
         return str(self.new / where.relative_to(self.old))
+
+
+def stored_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of a config that a run has stored, without the key that is no more.
+
+    It said where the run ran, which is nothing to those who read the run.
+    """
+    scaling = tree.get("scaling")
+    if not isinstance(scaling, Mapping) or OLD_KEY not in scaling:
+        return dict(tree)
+    return {**tree, "scaling": {key: scaling[key] for key in scaling if key != OLD_KEY}}
 
 
 def relocated(tree: Mapping[str, Any], move: Move) -> dict[str, Any]:

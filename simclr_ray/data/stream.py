@@ -184,7 +184,6 @@ def _pipeline(
     experiment: Experiment, source: Source, steps: range, places: tuple[int, int]
 ) -> Iterator[BatchPart]:
     scaling = experiment.scaling
-    resources = {scaling.data_resource: 0.001} if scaling.data_resource else {}
     # The step numbers themselves, as blocks: `ray.data.range` would make them in tasks that each
     # wait for a whole CPU, which workers and actors may have taken.
     blocks = min(MAX_BLOCKS, -(-len(steps) // STEPS_PER_BLOCK))
@@ -199,7 +198,7 @@ def _pipeline(
         # its rounds, and takes two blocks at most: measured, 68 steps a second at any speed.
         compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),
         num_cpus=scaling.cpus_per_data_actor,
-        resources=resources,
+        label_selector=scaling.data_label_selector,
     )
     # Ray Data passes a block on when so many others have come after it: those of an epoch's end
     # would wait for the next epoch's. `_ahead` overlaps what prefetching would.

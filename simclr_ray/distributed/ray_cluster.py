@@ -1,4 +1,4 @@
-"""The Ray cluster at hand: connecting to it, or starting one, and what it can hold."""
+"""The Ray cluster at hand: connecting to it, or starting one on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import ray
 from ray import cloudpickle
@@ -26,6 +26,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import ray_reaper, ray_token
+from simclr_ray.distributed.placement import nodes, shown
 from simclr_ray.errors import ClusterError
 
 # Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
@@ -46,15 +47,6 @@ WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of
 _ADDRESS: Final = re.compile(r"auto|local|(\w+://)?\[?[\w.:-]+\]?:\d+")
 _started_here: set[str] = set()  # addresses of the local clusters of this process
 log = logging.getLogger(__name__)
-
-
-class Node(NamedTuple):
-    """One node of the cluster at hand."""
-
-    address: str
-    is_alive: bool
-    cpus: float
-    gpus: float
 
 
 def connect(
@@ -245,19 +237,6 @@ def knock(address: str) -> None:
         raise ConnectionError(f"what listens at {address} is not Ray")
 
 
-def nodes() -> list[Node]:
-    """Return the nodes of the cluster at hand, those that are gone included."""
-    return [
-        Node(
-            node["NodeManagerAddress"],
-            bool(node["Alive"]),
-            float(node["Resources"].get("CPU", 0.0)),
-            float(node["Resources"].get("GPU", 0.0)),
-        )
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-    ]
-
-
 def _check_code(whose: list[Experiment | None], paths: Sequence[str]) -> None:
     """Raise `ClusterError` if this process's job was begun without code that these import."""
     wanted = {*paths, *(node.path for _, node in imports_in(whose))}
@@ -313,13 +292,14 @@ def _check_cores(experiment: Experiment, copies: int) -> None:
 
 
 def _check_devices(experiment: Experiment) -> None:
-    """Raise `ClusterError` for GPUs or a resource that this machine does not have."""
+    """Raise `ClusterError` for GPUs or labels that this machine does not have."""
     scaling, evaluation = experiment.scaling, experiment.evaluation
-    if scaling.data_resource:
-        raise ClusterError(
-            f"scaling.data_resource={scaling.data_resource}: the cluster that is started on this "
-            "machine has no resources of your own (RAY_ADDRESS names a cluster)"
-        )
+    for key in ("worker_label_selector", "data_label_selector"):
+        if getattr(scaling, key):
+            raise ClusterError(
+                f"scaling.{key}={shown(getattr(scaling, key))}: the cluster that is started on "
+                "this machine has no labels of your own (RAY_ADDRESS names a cluster)"
+            )
     wanted = {
         "scaling.gpus_per_worker": (scaling.gpus_per_worker, scaling.max_workers),
         "evaluation.gpus_per_actor": (evaluation.gpus_per_actor, evaluation.num_actors),
@@ -369,23 +349,3 @@ def driver_queue() -> PickledQueue:
     here = ray.get_runtime_context().get_node_id()
     strategy = NodeAffinitySchedulingStrategy(here, soft=False)
     return PickledQueue(actor_options={"num_cpus": 0, "scheduling_strategy": strategy})
-
-
-def check_cluster(experiment: Experiment) -> None:
-    """Raise `ClusterError` if the cluster cannot hold what `experiment` asks for."""
-    scaling = experiment.scaling
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    data_cpus, workers = scaling.data_cpus_per_worker, scaling.min_workers
-    for what, needed in (("CPU", scaling.least_cpus), ("GPU", scaling.least_gpus)):
-        if needed > cluster.get(what, 0.0):
-            raise ClusterError(
-                f"scaling asks for {needed:g} {what}s ({counted(workers, 'worker')}"
-                + (f", each with {data_cpus:g} for decoding" if what == "CPU" else "")
-                + f"), the cluster has {cluster.get(what, 0.0):g}; lower scaling.num_workers or "
-                f"scaling.{'cpus' if what == 'CPU' else 'gpus'}_per_worker"
-            )
-    if scaling.data_resource and scaling.data_resource not in cluster:
-        raise ClusterError(
-            f"no node has the resource {scaling.data_resource!r} of scaling.data_resource; "
-            f"there are: {', '.join(sorted(cluster))}"
-        )

@@ -7,7 +7,7 @@ once for all networks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
@@ -24,7 +24,7 @@ from simclr_ray.config.experiment import EvaluationConfig
 from simclr_ray.config.schema import AUTO
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.source import RowTable, Source
-from simclr_ray.distributed.ray_cluster import nodes
+from simclr_ray.distributed.placement import matches, nodes, shown
 from simclr_ray.errors import ClusterError, DataError
 from simclr_ray.evaluation.feature_columns import (
     ERROR,
@@ -62,11 +62,12 @@ class SplitFeatures(NamedTuple):
 
 
 class Actors(NamedTuple):
-    """How many actors encode, and what each has."""
+    """How many actors encode, what each has, and on nodes with which labels they lie."""
 
     num: int
     cpus: float
     gpus: float = 0.0
+    label_selector: Mapping[str, str] = {}
 
 
 class Encoding(NamedTuple):
@@ -220,6 +221,7 @@ def stream(
         compute=ray.data.ActorPoolStrategy(size=min(actors.num, len(pieces))),
         num_cpus=actors.cpus,
         num_gpus=actors.gpus,
+        label_selector=dict(actors.label_selector),
     )
     waiting: list[pa.Table] = []
     for block in _blocks_of(encoded):
@@ -254,24 +256,31 @@ def _split_at_pieces(table: pa.Table, pieces: Sequence[Int64s]) -> tuple[list[pa
     return done, table
 
 
-def actors_of(evaluation: EvaluationConfig) -> Actors:
+def actors_of(evaluation: EvaluationConfig, label_selector: Mapping[str, str]) -> Actors:
     """Return the actors of a config: those that it names, or one a device of the cluster."""
     if evaluation.actors == AUTO:
-        return devices_of_cluster()
-    return Actors(evaluation.num_actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor)
+        return devices_of_cluster(label_selector)
+    num, cpus, gpus = evaluation.num_actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor
+    return Actors(num, cpus, gpus, label_selector)
 
 
-def devices_of_cluster() -> Actors:
-    """Return actors for all devices there are: one a GPU, or on a node without one by its CPUs."""
-    alive = [node for node in nodes() if node.is_alive and node.cpus >= 1]
+def devices_of_cluster(label_selector: Mapping[str, str] | None = None) -> Actors:
+    """Return actors for all devices there are: one a GPU, or on a node without one by its CPUs.
+
+    Args:
+        label_selector: Of the nodes that are used; all without one.
+    """
+    selector = label_selector or {}
+    alive = [n for n in nodes() if n.is_alive and n.cpus >= 1 and matches(selector, n.labels)]
     # nodes without a GPU stay idle where others have one: one run's features come from one kind
     with_gpus = [node for node in alive if node.gpus >= 1]
     used = with_gpus or alive
     if not used:
-        raise ClusterError("the cluster has no node with a CPU to encode on")
+        where = f" and the labels {shown(selector)}" if selector else ""
+        raise ClusterError(f"the cluster has no node with a CPU{where} to encode on")
     counts = [int(n.gpus) if with_gpus else max(1, int(n.cpus) // CPUS_OF_AN_ACTOR) for n in used]
     cpus = min(int(node.cpus) // num for node, num in zip(used, counts, strict=True))
-    return Actors(sum(counts), float(max(1, cpus)), float(bool(with_gpus)))
+    return Actors(sum(counts), float(max(1, cpus)), float(bool(with_gpus)), selector)
 
 
 def extract(
@@ -284,6 +293,7 @@ def extract(
     labelled: bool = False,
     decoder: ImageDecoder = DEFAULT_DECODER,
     precision: Precision = "float32",
+    label_selector: Mapping[str, str] | None = None,
 ) -> SplitFeatures:
     """Return what each network makes of the rows that `load_split` would choose.
 
@@ -298,6 +308,7 @@ def extract(
         labelled: Whether rows without a label are left out.
         decoder: Of its images.
         precision: Same as `extract_features`.
+        label_selector: Of the nodes where the actors lie; any without one.
 
     Raises:
         ClusterError: The actors ask for more than the cluster has.
@@ -307,7 +318,7 @@ def extract(
     rows = sample_rows(source, limit)
     places, pieces = zip(*grouped(source, rows), strict=True)  # by id, as `rows` are
     encoding = Encoding(list(networks), size, decoder, evaluation.batch_size, precision)
-    actors = actors_of(evaluation)
+    actors = actors_of(evaluation, label_selector or {})
     gathered: list[FeatureFile] = []
     labels, ids = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
     good, bad = np.ones(len(rows), np.bool_), []
@@ -345,10 +356,15 @@ def features_of(table: pa.Table, index: int = 0) -> npt.NDArray[np.float32]:
 
 def check_actors(actors: Actors) -> None:
     """Raise `ClusterError` now where Ray would wait for ever."""
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    selector = actors.label_selector
+    there = [node for node in nodes() if node.is_alive and matches(selector, node.labels)]
+    whose = (
+        f"those of the nodes with the labels {shown(selector)}," if selector else "the cluster's"
+    )
+    available = {"CPU": sum(n.cpus for n in there), "GPU": sum(n.gpus for n in there)}
     for what, each in (("CPU", actors.cpus), ("GPU", actors.gpus)):
-        if actors.num * each > cluster.get(what, 0.0):
+        if actors.num * each > available[what]:
             raise ClusterError(
                 f"{actors.num} actors with {each:g} {what}s each (evaluation.actors) are more "
-                f"than the cluster's {cluster.get(what, 0.0):g}"
+                f"than {whose} {available[what]:g}"
             )

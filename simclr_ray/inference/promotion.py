@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
-from simclr_ray.config.moves import CONFIG_FILE, Move, relocated, relocated_run
+from simclr_ray.config.moves import CONFIG_FILE, Move, relocated, relocated_run, stored_tree
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from simclr_ray.errors import CollapseError, ConfigError, ConfigIssue, NotPromotedError
 from simclr_ray.evaluation.evaluate import untrained_encoder
@@ -292,7 +292,7 @@ def _experiment_of(run_id: str, uri: str, overrides: Sequence[str]) -> Experimen
         problem = f"MLflow's run {run_id} has no {CONFIG_FILE}, and its folder is not here"
         raise ConfigError([ConfigIssue("", problem)])
     local = None if folder is None else folder.local
-    tree = _relocated(cfg.parse_yaml(text), local, store.sqlite_file(uri))
+    tree = _relocated(stored_tree(cfg.parse_yaml(text)), local, store.sqlite_file(uri))
     whole = cfg.apply_overrides(tree, overrides, Experiment)
     permit_code(whole, tree, "the run")
     return cfg.validate(Experiment, whole)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
-from simclr_ray.config.moves import relocated_run
+from simclr_ray.config.moves import relocated_run, stored_tree
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.nn.authors_weights import by_own_names, is_authors
@@ -65,7 +65,7 @@ def load_model(folder: Path) -> SimCLRModel:
 
 
 def _overridden(record: dict[str, Any], folder: Path, overrides: Sequence[str]) -> Experiment:
-    tree = relocated_run(record["experiment"], folder.parent)
+    tree = relocated_run(stored_tree(record["experiment"]), folder.parent)
     given, _ = cfg.parse_overrides(overrides)
     fixed = [path for path, _ in given if path.split(".")[0] in TRAINED_WITH]
     if fixed:
@@ -77,7 +77,7 @@ def _overridden(record: dict[str, Any], folder: Path, overrides: Sequence[str]) 
 
 
 def _model_in(kept: checkpoint.Checkpoint) -> SimCLRModel:
-    model = build_model(cfg.validate(Experiment, kept.record["experiment"]))
+    model = build_model(cfg.validate(Experiment, stored_tree(kept.record["experiment"])))
     checkpoint.restore_model(kept.tensors, model)
     return model.to(torch.float32).eval()
 

@@ -16,8 +16,8 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import IMPORT_PATH, imports_in, permit_code
 from simclr_ray.config.protocols import PROBE, protocol_named
 from simclr_ray.data.source import Source
+from simclr_ray.distributed.placement import check_cluster, nodes, workers_on
 from simclr_ray.distributed.ray_cluster import (
-    check_cluster,
     check_machine,
     connect,
     is_local,
@@ -146,12 +146,12 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     scaling = largest.scaling
     cpus, gpus = scaling.num_cpus + DRIVER_CPUS, scaling.num_gpus
-    decoding = scaling.max_workers * scaling.data_cpus_per_worker
     fits = math.floor(cluster.get("CPU", 0.0) / cpus)
     if gpus:
         fits = min(fits, math.floor(cluster.get("GPU", 0.0) / gpus))
-    if scaling.data_resource and decoding:  # only some nodes decode
-        fits = min(fits, math.floor(_cpus_of_nodes_with(scaling.data_resource) / decoding))
+    if scaling.worker_label_selector or scaling.data_label_selector:  # only some nodes serve
+        alive = [node for node in nodes() if node.is_alive]
+        fits = min(fits, workers_on(alive, scaling) // scaling.max_workers)
     if fits < max(1, study.concurrency):
         raise ClusterError(
             f"concurrency={max(1, study.concurrency)} asks for trials of {cpus:g} CPUs and "
@@ -161,11 +161,6 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
     if study.concurrency or study.search.learns:
         return study.concurrency or 1
     return min(fits, _per_machine(largest)) if is_local() else fits
-
-
-def _cpus_of_nodes_with(resource: str) -> float:
-    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
-    return sum(float(node.get("CPU", 0.0)) for node in nodes if resource in node)
 
 
 def _largest(trials: Sequence[Trial]) -> Experiment:

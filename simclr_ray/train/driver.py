@@ -23,9 +23,9 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import one_arena
+from simclr_ray.distributed.placement import check_cluster
 from simclr_ray.distributed.ray_cluster import (
     PickledQueue,
-    check_cluster,
     check_machine,
     connect,
     driver_queue,
@@ -248,6 +248,7 @@ def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollb
             elastic_resize_monitor_interval_s=RESIZE_S,
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker=resources,
+            label_selector=scaling.worker_label_selector or None,
         ),
         torch_config=ray.train.torch.TorchConfig(
             backend="nccl" if scaling.gpus_per_worker else "gloo",

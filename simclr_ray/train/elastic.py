@@ -1,7 +1,7 @@
 """How many workers a run has, and when they are started: Ray Train's policies, and what they lack.
 
 With `scaling.num_workers=[least, most]` Ray counts every few seconds the workers that there is
-room for, and starts the group anew where that is another number. Ray 2.60 falls short in five
+room for, and starts the group anew where that is another number. Ray 2.60 falls short in six
 things, each mended here and shown in `tests/unit/train/test_elastic.py` and
 `tests/faults/test_elastic.py`:
 
@@ -11,6 +11,8 @@ things, each mended here and shown in `tests/unit/train/test_elastic.py` and
   fixed number, too, whose workers would else wait for the first batch until they are given up;
 - it counts nodes that are being drained, and those of up to 20 s ago: here neither (what it keeps
   for the run may lie on such a node, and then it lies elsewhere);
+- what it keeps for the run may lie on nodes without the labels that workers need: here what is free
+  on nodes with them counts as well;
 - a killed run keeps what it had asked for during 180 s: here what is free counts, where else fewer
   than the fewest workers would be left;
 - what waits for room keeps a core busy, and hears of no interrupt.
@@ -22,7 +24,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -39,6 +41,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from simclr_ray.config.sections.running import ScalingConfig
+from simclr_ray.distributed.placement import Node, matches, staying_nodes, workers_on
 from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.restarts import BackendEnd, RestartPolicy
@@ -48,7 +51,6 @@ RESIZE_S: Final = 10.0  # how often the running workers are counted anew
 ANSWER_S: Final = 5.0  # for Ray's actor that keeps account
 WAIT_S: Final = 1.0  # between two looks for room
 ABORT_S: Final = 10.0  # until a controller that does not hear of an interrupt is killed
-EPSILON: Final = 1e-6  # 3 times 0.1 CPUs are more than 0.3
 Resources = Mapping[str, float]
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ class FixedWorkers(FixedScalingPolicy):
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Return to start all workers, or to wait."""
         decision = super().make_decision_for_non_running_worker_group()
-        room = workers_on(list(staying_nodes().values()), self.scaling)
+        room = workers_on(staying_nodes(), self.scaling)
         return decision if room >= self.scaling.min_workers else wait()
 
 
@@ -122,9 +124,11 @@ class ElasticWorkers(ElasticScalingPolicy):
         super().__init__(of_ray)
         self.scaling, self.folder = scaling, folder
         self._resizing = True  # the workers are to save; by a killed driver they may be
+        self._num_running = 0
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Return with how many workers to start."""
+        self._num_running = 0
         if self._resizing:
             with suppress(OSError):  # then the next group saves and starts again once more
                 self.folder.remove(RESIZE)
@@ -136,6 +140,7 @@ class ElasticWorkers(ElasticScalingPolicy):
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
         """Ask the workers to save and start again where another number of them has room."""
+        self._num_running = worker_group_state.num_workers
         decision = super().make_decision_for_running_worker_group(
             worker_group_state, worker_group_status
         )
@@ -161,46 +166,24 @@ class ElasticWorkers(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: Mapping[str, dict[str, float]]) -> int:
         """Return the workers that there is room for, with their data actors."""
-        nodes = staying_nodes()
-        most = self.scaling.max_workers
-        kept = super()._count_possible_workers(dict(reserved_resources))
-        if kept < self.scaling.min_workers:
+        nodes, scaling = staying_nodes(), self.scaling
+        selector = scaling.worker_label_selector
+        fitting = {node.id for node in nodes if matches(selector, node.labels)}
+        kept = super()._count_possible_workers(
+            {node: kept for node, kept in reserved_resources.items() if node in fitting}
+        )
+        if selector or kept < scaling.min_workers:
             free: Mapping[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-            kept = workers_on([free.get(node, {}) for node in nodes], self.scaling)
-        return min(kept, workers_on(list(nodes.values()), self.scaling), most)
+            left = [_with(node, free.get(node.id, {})) for node in nodes]
+            kept = max(kept, self._num_running + workers_on(left, scaling))
+        return min(kept, workers_on(nodes, scaling), scaling.max_workers)
+
+
+def _with(node: Node, free: Resources) -> Node:
+    return node._replace(cpus=free.get("CPU", 0.0), gpus=free.get("GPU", 0.0))
 
 
 def wait() -> NoopDecision:
     """Return to wait, a little later: Ray asks again at once, and would keep a core busy."""
     time.sleep(WAIT_S)
     return NoopDecision()
-
-
-def staying_nodes() -> dict[str, Resources]:
-    """Return the resources of each node that is alive and not about to be taken away."""
-    leaving = ray._private.state.state.get_draining_nodes()
-    return {
-        node["NodeID"]: node["Resources"]
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["NodeID"] not in leaving
-    }
-
-
-def workers_on(nodes: Sequence[Resources], scaling: ScalingConfig) -> int:
-    """Return how many workers, with their data actors, find room on nodes with such resources.
-
-    Example: two nodes of 2 CPUs, 0.5 for a worker and 0.5 for its actor: 4.
-    """
-    each = {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}
-    by_node = sum(
-        min(_times(node.get(what, 0.0), number) for what, number in each.items() if number)
-        for node in nodes
-    )
-    marked = [n for n in nodes if not scaling.data_resource or scaling.data_resource in n]
-    cpus = sum(node.get("CPU", 0.0) for node in marked)
-    shared = 0.0 if scaling.data_resource else scaling.cpus_per_worker
-    return min(by_node, _times(cpus, shared + scaling.data_cpus_per_worker))
-
-
-def _times(amount: float, each: float) -> int:
-    return int((amount + EPSILON) // each)

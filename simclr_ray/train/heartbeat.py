@@ -20,7 +20,8 @@ import ray
 
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.config.wording import counted
-from simclr_ray.distributed.ray_cluster import PickledQueue, nodes
+from simclr_ray.distributed.placement import nodes
+from simclr_ray.distributed.ray_cluster import PickledQueue
 
 Phase = Literal["start", "data", "step", "evaluation", "checkpoint"]
 LONG: Final = ("start", "evaluation", "checkpoint")  # how long they take, their first does not tell

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.moves import stored_tree
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
@@ -61,7 +62,7 @@ def _compared(folder: RunFolder, resolved: ResolvedExperiment) -> OtherRun | Non
         text = folder.read_text(CONFIG_FILE)
         if record is None or text is None:
             return None
-        theirs = cfg.validate(Experiment, cfg.parse_yaml(text))
+        theirs = cfg.validate(Experiment, stored_tree(cfg.parse_yaml(text)))
     except ConfigError:
         return None
     differences = cfg.differences(cfg.identity(theirs), cfg.identity(resolved.config))

@@ -15,6 +15,7 @@ from simclr_ray import config as cfg
 from simclr_ray.augment import native
 from simclr_ray.config.experiment import DataConfig, Experiment
 from simclr_ray.config.imports import imports_in
+from simclr_ray.config.moves import stored_tree
 from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.classes import NO_LABEL
@@ -304,7 +305,7 @@ def resolve_teacher(experiment: Experiment) -> Experiment:
         return experiment
     with open_checkpoint(loss.teacher, TEACHER) as (where, folder):
         record = checkpoint.read_record(folder)
-    head = cfg.validate(Experiment, record["experiment"]).classifier
+    head = cfg.validate(Experiment, stored_tree(record["experiment"])).classifier
     if head is None:
         raise ConfigError([ConfigIssue(TEACHER, f"{loss.teacher} {NO_CLASSIFIER}")])
     own, channels = experiment.classifier, experiment.data.channels

@@ -66,7 +66,7 @@ class Node(Machine):
     ray: subprocess.Popen[str] | None = None
 
     def start_ray(self, *, is_head: bool, dashboard: bool, cpus: float, store_mib: int,
-                  resources: Mapping[str, float]) -> None:  # fmt: skip
+                  resources: Mapping[str, float], labels: Mapping[str, str]) -> None:  # fmt: skip
         """Start Ray and return when it has joined. Raises `RuntimeError` with its log."""
         where = ["--head", f"--port={RAY_PORT}"] if is_head else [f"--address={self.head}"]
         if is_head:
@@ -78,6 +78,7 @@ class Node(Machine):
                 "--num-gpus=0",
                 "--disable-usage-stats",
                 f"--resources={json.dumps(dict(resources))}",
+                f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}",
             ),
             *where,
         ]
@@ -199,7 +200,7 @@ class Network:
     def node(
         self, name: str, *, head: bool = False, cpus: float = 2, dashboard: bool = True,
         store_mib: int = OBJECT_STORE_MIB, resources: Mapping[str, float] | None = None,
-        env: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None, env: Mapping[str, str] | None = None,
     ) -> Iterator[Node]:  # fmt: skip
         """Give a node of the cluster. The first is the head; commands have its `RAY_ADDRESS`.
 
@@ -210,6 +211,7 @@ class Network:
             dashboard: Whether a head serves the dashboard, which Ray Train's clean-up asks.
             store_mib: Size of its object store.
             resources: Its own resources, beside CPUs.
+            labels: Its own labels, which label selectors choose by.
             env: What its processes have in their environment beside the network's.
         """
         node: Node = self.machine(name, Node)
@@ -220,7 +222,7 @@ class Network:
         node.env.pop("RAY_ADDRESS", None)  # `ray start` takes it for that of a cluster to join
         node.start_ray(
             is_head=head, dashboard=dashboard, cpus=cpus, store_mib=store_mib,
-            resources=resources or {},
+            resources=resources or {}, labels=labels or {},
         )  # fmt: skip
         node.env["RAY_ADDRESS"] = node.head
         try:

@@ -193,20 +193,20 @@ def test_a_lost_node_that_holds_data_actors_only_is_told_by_who_waits_for_them(
 ) -> None:
     tree = tree_of(
         write_splits(network.folder, 330), network.folder / "runs", epochs=40,
-        scaling={"num_workers": 1, "cpus_per_worker": 1.0, "data_resource": "data",
-                 "threads_per_worker": 1},
+        scaling={"num_workers": 1, "cpus_per_worker": 1.0, "threads_per_worker": 1,
+                 "data_label_selector": {"role": "data"}},
     )  # fmt: skip
     expected = undisturbed(tree)
-    data = {"data": 1.0}
+    data = {"role": "data"}
     with (
         network.node("head", head=True, cpus=1, env=ENV) as head,
-        network.node("second", cpus=1, env=ENV, resources=data) as second,
+        network.node("second", cpus=1, env=ENV, labels=data) as second,
     ):
         run = ClusterRun(network, head, tree)
         run.wait_for_steps(60)
         second.kill()
         told_s = run.wait(lambda: "far longer than before" in run.said, "a word of the wait")
-        with network.node("third", cpus=1, env=ENV, resources=data):
+        with network.node("third", cpus=1, env=ENV, labels=data):
             went_on_s = run.wait_for_steps(1)
             assert run.process.wait(timeout=2 * WAIT_S) == 0, run.said
     sys.stdout.write(f"{run.said}\ntold after {told_s:.0f} s, a step {went_on_s:.0f} s after\n")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
+from simclr_ray.config.moves import OLD_KEY
 from simclr_ray.config.schema import AUTO, Config, Field
+
+# Ray's rules, which are Kubernetes': ray/_private/label_utils.py
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+LABEL_KEY: Final = re.compile(rf"([a-zA-Z0-9][a-zA-Z0-9.-]{{0,251}}[a-zA-Z0-9]/)?{_LABEL}")
+LABEL_EXPRESSION: Final = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
 
 
 class KNNConfig(Config):
@@ -87,8 +95,13 @@ class ScalingConfig(Config):
     color_augment_on: Literal["data", "worker"] = Field(
         "data", description="Where color and blur run: data actors, or the worker's device."
     )
-    data_resource: str = Field(
-        "", description="Custom Ray resource that marks nodes for data actors."
+    worker_label_selector: dict[str, str] = Field(
+        {},
+        description="Nodes for workers, and for the actors that encode after training: label -> "
+        "value, !value, in(a,b) or !in(a,b), as Ray has it; empty: any.",
+    )
+    data_label_selector: dict[str, str] = Field(
+        {}, description="Nodes for decode actors, in the same form; empty: any."
     )
     recompute_activations: bool = Field(
         default=False, description="Encoder blocks run again in the backward pass: less memory."
@@ -106,6 +119,36 @@ class ScalingConfig(Config):
     startup_s: float = Field(
         600.0, gt=0, description="The same for a start, an evaluation and a checkpoint."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_old_key(cls, tree: Any) -> Any:
+        """Refuse `data_resource`; empty, as runs of formats 2 and 3 have it, it says nothing."""
+        if not isinstance(tree, Mapping) or OLD_KEY not in tree:
+            return tree
+        if tree[OLD_KEY]:
+            raise ValueError(
+                f"{OLD_KEY}={tree[OLD_KEY]} is gone: nodes are chosen by their labels, as in "
+                "scaling.data_label_selector.role=data, and given some by `ray start "
+                "--labels=role=data` (docs/upgrade.md)"
+            )
+        return {key: value for key, value in tree.items() if key != OLD_KEY}
+
+    @field_validator("worker_label_selector", "data_label_selector", mode="after")
+    @classmethod
+    def _check_selector(cls, selector: dict[str, str]) -> dict[str, str]:
+        for key, expression in selector.items():
+            if not LABEL_KEY.fullmatch(key):
+                raise ValueError(
+                    f"{key!r} is no key of a label, such as role or ray.io/market-type"
+                )
+            if not LABEL_EXPRESSION.fullmatch(expression):
+                raise ValueError(
+                    f"{key}: {expression!r} is no expression; the forms are value, !value, "
+                    "in(a,b) and !in(a,b), of letters, digits, and - _ . between them"
+                )
+        # Ray 2.60 takes "in(a, b)", and then looks for the value " b"
+        return {key: expression.replace(" ", "") for key, expression in selector.items()}
 
     @field_validator("num_workers", mode="plain")
     @classmethod

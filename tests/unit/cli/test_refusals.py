@@ -152,7 +152,11 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ),
     ([*PRETRAIN, "scaling.cpus_per_worker=1000"], ["scaling.cpus_per_worker=1000", "core"]),
     ([*PRETRAIN, "scaling.gpus_per_worker=99"], ["scaling.gpus_per_worker=99", "PyTorch sees"]),
-    ([*PRETRAIN, "scaling.data_resource=disk"], ["scaling.data_resource=disk", "RAY_ADDRESS"]),
+    (
+        [*PRETRAIN, "scaling.data_label_selector.role=data"],
+        ["scaling.data_label_selector=role: data", "RAY_ADDRESS"],
+    ),
+    ([*PRETRAIN, "scaling.data_resource=disk"], ["data_resource=disk is gone", "label_selector"]),
     ([*PRETRAIN, "storage=text.txt"], ["storage", "is a file"]),
     ([*PRETRAIN, "storage=/proc/none"], ["/proc/none"]),
     ([*PRETRAIN, "storage=s3://bucket/runs"], ["tracking.uri", "s3://bucket/runs"]),

@@ -67,6 +67,12 @@ def test_broken_yaml_is_one_line_that_names_the_source(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_that_looks_like_a_tag_is_to_be_quoted() -> None:
+    with pytest.raises(ConfigError, match=r"""begins with ! is quoted, as in key='"!value"'"""):
+        cfg.parse_overrides(["a.b=!c"])
+    assert cfg.parse_overrides(['a.b="!c"']) == ([("a.b", "!c")], [])
+
+
 def test_a_repeated_key_is_refused() -> None:
     with pytest.raises(ConfigError, match="is not YAML"):
         cfg.parse_yaml("seed: 1\nseed: 2\n", "mine.yaml")

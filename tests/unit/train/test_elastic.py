@@ -17,43 +17,27 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 
 from simclr_ray.config.sections.running import ScalingConfig
+from simclr_ray.distributed.placement import Node
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train import elastic
-from simclr_ray.train.elastic import ElasticWorkers, FixedWorkers, workers_on
+from simclr_ray.train.elastic import ElasticWorkers, FixedWorkers
 from simclr_ray.train.stop import RESIZE
 
 HALVES = ScalingConfig(num_workers=[1, 8])  # 0.5 CPUs a worker, 0.5 an actor
 
 
-@pytest.mark.parametrize(
-    ("nodes", "changes", "room"),
-    [
-        ([{"CPU": 2.0}, {"CPU": 2.0}], {}, 4),
-        ([{"CPU": 2.0}, {"CPU": 1.0}], {"data_actors_per_worker": 2}, 2),
-        ([{"CPU": 0.9}], {"cpus_per_worker": 0.3, "cpus_per_data_actor": 0.15}, 2),
-        ([{"CPU": 0.3}], {"cpus_per_worker": 0.1, "cpus_per_data_actor": 0.0001}, 2),
-        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}], {"gpus_per_worker": 1.0}, 2),
-        # actors of their own nodes: 3 of 1 CPU each
-        ([{"CPU": 8.0}, {"CPU": 3.0, "data": 1.0}],
-         {"data_resource": "data", "cpus_per_data_actor": 1.0}, 3),
-        ([{"CPU": 8.0}], {"data_resource": "data"}, 0),
-        ([], {}, 0),
-    ],
-)  # fmt: skip
-def test_room_is_counted_with_the_data_actors(
-    nodes: list[dict[str, float]], changes: dict[str, Any], room: int
-) -> None:
-    assert workers_on(nodes, HALVES.model_copy(update=changes)) == room
+def node(name: str, cpus: float, **labels: str) -> Node:
+    return Node("", is_alive=True, cpus=cpus, gpus=0.0, labels=labels, id=name)
 
 
 class Cluster:
     """Nodes, what Ray's account keeps for the run on them, and what is free."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **cpus: float) -> None:
-        self.nodes = {name: {"CPU": number} for name, number in cpus.items()}
+        self.nodes = {name: node(name, number) for name, number in cpus.items()}
         self.kept: Any = {name: {"CPU": number} for name, number in cpus.items()}
         self.free: dict[str, dict[str, float]] = {}
-        monkeypatch.setattr(elastic, "staying_nodes", lambda: self.nodes)
+        monkeypatch.setattr(elastic, "staying_nodes", lambda: list(self.nodes.values()))
         monkeypatch.setattr(elastic, "WAIT_S", 0.0)
         monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: self.free)
         for policy in (ElasticScalingPolicy, ElasticWorkers, FixedScalingPolicy):
@@ -108,6 +92,25 @@ def test_the_request_of_a_killed_run_does_not_keep_this_one_from_starting(
     assert isinstance(ours.make_decision_for_non_running_worker_group(), NoopDecision)
 
 
+def test_what_is_kept_on_nodes_without_the_workers_label_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {"worker_label_selector": {"role": "gpu"}, "data_label_selector": {"role": "!gpu"}}
+    cluster = Cluster(monkeypatch)
+    cluster.nodes = {"a": node("a", 1.0, role="gpu"), "b": node("b", 8.0)}
+    # Ray's account knows no labels: it keeps what the workers need on the node without it
+    cluster.kept = {"b": {"CPU": 8.0}}
+    cluster.free = {"a": {"CPU": 1.0}, "b": {"CPU": 8.0}}
+    ours = policy_of(ElasticWorkers, tmp_path, HALVES.model_copy(update=only))
+    assert ours.make_decision_for_non_running_worker_group().num_workers == 2
+    cluster.free = {"a": {"CPU": 0.0}, "b": {"CPU": 7.0}}  # taken by those two
+    assert isinstance(running(ours, 2), NoopDecision)
+    assert ours.folder.read_text(RESIZE) is None
+    cluster.nodes["c"], cluster.free["c"] = node("c", 0.5, role="gpu"), {"CPU": 0.5}
+    assert isinstance(running(ours, 2), NoopDecision)
+    assert ours.folder.read_text(RESIZE) is not None  # there is room for a third
+
+
 def test_running_workers_save_before_their_number_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,11 +119,11 @@ def test_running_workers_save_before_their_number_changes(
     asked = policy.folder
     assert isinstance(running(policy, 2), NoopDecision)
     assert asked.read_text(RESIZE) is None
-    cluster.nodes["b"] = cluster.kept["b"] = {"CPU": 2.0}
+    cluster.nodes["b"], cluster.kept["b"] = node("b", 2.0), {"CPU": 2.0}
     for _ in range(3):
         assert isinstance(running(policy, 2), NoopDecision)
         assert asked.read_text(RESIZE) is not None  # a file that rank 0 sees
-    cluster.nodes["c"] = cluster.kept["c"] = {"CPU": 1.0}  # meanwhile
+    cluster.nodes["c"], cluster.kept["c"] = node("c", 1.0), {"CPU": 1.0}  # meanwhile
     # they have saved and ended
     kept, cluster.kept = cluster.kept, None  # Ray's account does not answer in time
     assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
@@ -152,7 +155,7 @@ def test_a_store_that_does_not_answer_is_asked_again(
     cluster = Cluster(monkeypatch, a=2.0)
     policy = policy_of(ElasticWorkers, tmp_path, HALVES)
     assert policy.make_decision_for_non_running_worker_group().num_workers == 2
-    cluster.nodes["b"] = cluster.kept["b"] = {"CPU": 2.0}
+    cluster.nodes["b"], cluster.kept["b"] = node("b", 2.0), {"CPU": 2.0}
     with monkeypatch.context() as store:
         store.setattr(RunFolder, "write_text", refuse)
         assert isinstance(running(policy, 2), NoopDecision)
@@ -189,5 +192,5 @@ def test_a_fixed_number_waits_until_what_decodes_has_room(
     bare: Any = FixedScalingPolicy(of_ray)
     assert bare.make_decision_for_non_running_worker_group().num_workers == 3
     assert isinstance(ours.make_decision_for_non_running_worker_group(), NoopDecision)
-    cluster.nodes["c"] = {"CPU": 1.0}
+    cluster.nodes["c"] = node("c", 1.0)
     assert ours.make_decision_for_non_running_worker_group().num_workers == 3

@@ -1,0 +1,162 @@
+"""Where on the cluster at hand work goes: its nodes, their labels, and what has room on them.
+
+Ray's label selectors choose nodes by `label key -> expression`; Ray evaluates them where it places
+a worker or actor. `matches` evaluates the same expressions where room is counted beforehand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+import ray
+
+from simclr_ray.config.experiment import Experiment, ScalingConfig
+from simclr_ray.config.wording import counted
+from simclr_ray.errors import ClusterError
+
+EPSILON: Final = 1e-6  # 3 times 0.1 CPUs are more than 0.3
+PARTS: Final = re.compile(r"(!?)(?:in\((.*)\)|(.*))")
+# labels that every node has, each its own or all the same: no help to who looks for a name
+OF_EVERY_NODE: Final = ("ray.io/node-id", "ray.io/ray-node-id")
+
+
+class Node(NamedTuple):
+    """One node of the cluster at hand."""
+
+    address: str
+    is_alive: bool
+    cpus: float
+    gpus: float
+    labels: Mapping[str, str] = {}
+    id: str = ""
+
+
+def nodes() -> list[Node]:
+    """Return the nodes of the cluster at hand, those that are gone included."""
+    return [
+        Node(
+            node["NodeManagerAddress"],
+            bool(node["Alive"]),
+            float(node["Resources"].get("CPU", 0.0)),
+            float(node["Resources"].get("GPU", 0.0)),
+            dict(node.get("Labels") or {}),
+            str(node["NodeID"]),
+        )
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+    ]
+
+
+def staying_nodes() -> list[Node]:
+    """Return the nodes that are alive and not about to be taken away."""
+    leaving = ray._private.state.state.get_draining_nodes()
+    return [node for node in nodes() if node.is_alive and node.id not in leaving]
+
+
+def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Return whether a node with `labels` is one that Ray's label selector chooses.
+
+    Args:
+        selector: Label key -> `value`, `!value`, `in(a,b)` or `!in(a,b)`. A node without the label
+            matches what is negated, and nothing else.
+        labels: Of the node.
+
+    Example:
+        >>> matches({"role": "!in(data,head)"}, {"role": "gpu"}), matches({"role": "data"}, {})
+        (True, False)
+    """
+    return all(_has(labels.get(key), expression) for key, expression in selector.items())
+
+
+def _has(value: str | None, expression: str) -> bool:
+    parts = PARTS.fullmatch(expression)
+    assert parts is not None  # whatever text: the last branch takes it
+    negated, several, one = parts.groups()
+    values = {one} if several is None else set(several.split(","))
+    return (value in values) != bool(negated)
+
+
+def workers_on(nodes: Sequence[Node], scaling: ScalingConfig) -> int:
+    """Return how many workers, with their data actors, find room on nodes with such resources.
+
+    Where workers may lie on nodes that decode, both share their CPUs: it is counted as if workers
+    took other nodes first, which Ray does not promise.
+
+    Example: two nodes of 2 CPUs, 0.5 for a worker and 0.5 for its actor: 4.
+    """
+    each = {"cpus": scaling.cpus_per_worker, "gpus": scaling.gpus_per_worker}
+    training = [n for n in nodes if matches(scaling.worker_label_selector, n.labels)]
+    decoding = [n for n in nodes if matches(scaling.data_label_selector, n.labels)]
+    by_node = sum(
+        min(_times(getattr(node, what), number) for what, number in each.items() if number)
+        for node in training
+    )
+    both = {node.id: node.cpus for node in [*training, *decoding]}
+    decodes = scaling.data_cpus_per_worker
+    return min(
+        by_node,
+        _times(sum(node.cpus for node in decoding), decodes),
+        _times(sum(both.values()), scaling.cpus_per_worker + decodes),
+    )
+
+
+def _times(amount: float, each: float) -> int:
+    return int((amount + EPSILON) // each)
+
+
+def check_cluster(experiment: Experiment) -> None:
+    """Raise `ClusterError` if the cluster cannot hold what `experiment` asks for."""
+    scaling = experiment.scaling
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    data_cpus, workers = scaling.data_cpus_per_worker, scaling.min_workers
+    for what, needed in (("CPU", scaling.least_cpus), ("GPU", scaling.least_gpus)):
+        if needed > cluster.get(what, 0.0):
+            raise ClusterError(
+                f"scaling asks for {needed:g} {what}s ({counted(workers, 'worker')}"
+                + (f", each with {data_cpus:g} for decoding" if what == "CPU" else "")
+                + f"), the cluster has {cluster.get(what, 0.0):g}; lower scaling.num_workers or "
+                f"scaling.{'cpus' if what == 'CPU' else 'gpus'}_per_worker"
+            )
+    _check_labels(scaling)
+
+
+def _check_labels(scaling: ScalingConfig) -> None:
+    """Raise `ClusterError` where no node has the labels of a selector, or those have no room."""
+    alive = [node for node in nodes() if node.is_alive]
+    needs = {
+        "worker_label_selector": (scaling.cpus_per_worker, scaling.gpus_per_worker),
+        "data_label_selector": (scaling.cpus_per_data_actor, 0.0),
+    }
+    for key, (cpus, gpus) in needs.items():
+        selector = getattr(scaling, key)
+        matching = [node for node in alive if matches(selector, node.labels)]
+        if selector and not matching:
+            raise ClusterError(
+                f"no node has the labels of scaling.{key}={shown(selector)}; {_labels_of(alive)}"
+            )
+        if selector and not any(n.cpus >= cpus and n.gpus >= gpus for n in matching):
+            raise ClusterError(
+                f"{counted(len(matching), 'node')} with the labels of scaling.{key}="
+                f"{shown(selector)}, and none has {cpus:g} CPUs and {gpus:g} GPUs"
+            )
+
+
+def shown(selector: Mapping[str, str]) -> str:
+    """Return a selector in one line."""
+    return ", ".join(f"{key}: {value}" for key, value in selector.items())
+
+
+def _labels_of(alive: Sequence[Node]) -> str:
+    """Return which labels there are, of how many nodes each."""
+    labels = [
+        f"{key}={value}"
+        for node in alive
+        for key, value in node.labels.items()
+        if key not in OF_EVERY_NODE
+    ]
+    if not labels:
+        return "no node has labels of its own (`ray start --labels=KEY=VALUE` gives them)"
+    counts = {label: labels.count(label) for label in sorted(labels)}
+    there = ", ".join(f"{label} ({counted(n, 'node')})" for label, n in counts.items())
+    return f"there are: {there}"
