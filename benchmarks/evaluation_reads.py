@@ -3,11 +3,12 @@
     python -m benchmarks.evaluation_reads PARQUET [--groups 2000] [--group-rows 160]
         [--folder runs/evaluation_reads]
 
-Rows of PARQUET are repeated until there are enough, and written anew in eight files. The bucket is
+Rows of PARQUET are repeated until there are enough, and written anew in 125 files. The bucket is
 served by moto on loopback, which notes each answer. The training set is the kNN bank as well. Ranks
 are processes that share a gloo group; each makes the sample of 1,024 images and the bank of 5,000
 rows, as a worker does beside the stream of its views, and scores an untrained encoder. Counted are
-bytes of the training set's image column, by the places that the footers give it. Writes
+bytes of the training set's image column, by the places that the footers give it. A footer is read
+with what lies before it, in one request of 64 KiB; what of that is images is counted apart. Writes
 `benchmarks/results/evaluation_reads.json`.
 """
 
@@ -34,7 +35,7 @@ from simclr_ray.distributed.spawn import spawn
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.build import build_model
 
-FILES: Final = 8
+FILES: Final = 125  # small ones: for each range that is asked for, moto reads a file whole
 TEST_ROWS: Final = 2_000
 RANKS: Final = (1, 3)
 
@@ -44,6 +45,36 @@ class Span(NamedTuple):
 
     first: int
     last: int
+
+
+class ImageColumn(NamedTuple):
+    """The images of a file: where those of each row group lie, and how long the file is."""
+
+    spans: list[Span]
+    size: int
+
+    @classmethod
+    def of(cls, file: Path) -> ImageColumn:
+        """Return it by the file's footer."""
+        metadata, spans = pq.ParquetFile(file).metadata, []
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            columns = [group.column(place) for place in range(group.num_columns)]
+            (images,) = (column for column in columns if column.path_in_schema == "image")
+            first = min(filter(None, (images.dictionary_page_offset, images.data_page_offset)))
+            spans.append(Span(first, first + images.total_compressed_size))
+        return cls(spans, file.stat().st_size)
+
+    def bytes_in(self, read: Read) -> int:
+        """Return how many of the bytes that were read are images."""
+        last = read.first + read.size
+        return sum(
+            max(0, min(last, span.last) - max(read.first, span.first)) for span in self.spans
+        )
+
+    def ends_with(self, read: Read) -> bool:
+        """Return whether a read reaches the file's end, where the footer is."""
+        return read.first + read.size >= self.size
 
 
 def main() -> None:
@@ -59,13 +90,13 @@ def main() -> None:
     test = write(
         given.parquet, TEST_ROWS // given.group_rows + 1, given.group_rows, folder / "test"
     )
-    spans = {f"bench/train/{file.name}": image_spans(file) for file in files}
-    of_set = sum(span.last - span.first for part in spans.values() for span in part)
+    columns = {f"bench/train/{file.name}": ImageColumn.of(file) for file in files}
+    of_set = sum(span.last - span.first for column in columns.values() for span in column.spans)
     rows = []
     with serving(folder / "services") as bucket:
         experiment = experiment_of(bucket.put("train", files), bucket.put("test", test))
         for ranks in RANKS:
-            rows.append(measured(bucket, experiment, ranks, spans, of_set))
+            rows.append(measured(bucket, experiment, ranks, columns, of_set))
             print(rows[-1], flush=True)
     result = {
         "command": "python -m benchmarks.evaluation_reads " + " ".join(map(portable, sys.argv[1:])),
@@ -93,18 +124,6 @@ def write(parquet: str, groups: int, group_rows: int, folder: Path) -> list[Path
     return sorted(folder.iterdir())
 
 
-def image_spans(file: Path) -> list[Span]:
-    """Return where the images of each row group lie in a file."""
-    metadata, out = pq.ParquetFile(file).metadata, []
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        columns = [group.column(place) for place in range(group.num_columns)]
-        (images,) = (column for column in columns if column.path_in_schema == "image")
-        first = min(filter(None, (images.dictionary_page_offset, images.data_page_offset)))
-        out.append(Span(first, first + images.total_compressed_size))
-    return out
-
-
 def experiment_of(train: str, test: str) -> Experiment:
     """Return what is evaluated: a small encoder, and 1,024 and 5,000 rows of the training set."""
     encoder = {"name": "resnet", "depth": 10, "width": 0.125, "stem": "cifar"}
@@ -119,18 +138,26 @@ def experiment_of(train: str, test: str) -> Experiment:
 
 
 def measured(
-    bucket: Bucket, experiment: Experiment, ranks: int, spans: dict[str, list[Span]], of_set: int
+    bucket: Bucket,
+    experiment: Experiment,
+    ranks: int,
+    columns: dict[str, ImageColumn],
+    of_set: int,
 ) -> dict[str, Any]:
     """Return what so many ranks read before the first step."""
     before = len(bucket.reads())
     held = spawn(evaluated, ranks, experiment)
     reads = bucket.reads()[before:]
-    images = sum(overlap(read, spans[read.path]) for read in reads if read.path in spans)
+    of_images = {True: 0, False: 0}  # by whether it is a footer that was read
+    for read in reads:
+        if read.path in columns:
+            of_images[columns[read.path].ends_with(read)] += columns[read.path].bytes_in(read)
     return {
         "ranks": ranks,
         "rows_of_each": held,
-        "image_bytes": images,
-        "of_set": round(images / of_set, 5),
+        "image_bytes": of_images[False],
+        "of_set": round(of_images[False] / of_set, 5),
+        "beside_footers": of_images[True],
         "all_bytes": sum(read.size for read in reads),
         "requests": len(reads),
     }
@@ -145,12 +172,6 @@ def evaluated(rank: int, experiment: Experiment) -> tuple[int, int]:
     online(model)
     assert online.bank is not None
     return len(online.probe.images), len(online.bank.images)
-
-
-def overlap(read: Read, spans: list[Span]) -> int:
-    """Return how many of the bytes that were read are images."""
-    last = read.first + read.size
-    return sum(max(0, min(last, span.last) - max(read.first, span.first)) for span in spans)
 
 
 if __name__ == "__main__":

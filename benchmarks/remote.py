@@ -1,15 +1,17 @@
 """A set ten times larger than the cache: from a bucket, and from the local disk.
 
     python -m benchmarks.remote PARQUET [--rows 11520] [--group-rows 48] [--size 96] [--epochs 2]
-        [--batch 128] [--rounds 3] [--quick]
+        [--batch 128] [--rounds 3] [--files 8] [--name stream_remote] [--quick]
 
-Rows of PARQUET are repeated until there are enough and written anew, in eight files. The bucket is
+Rows of PARQUET are repeated until there are enough and written anew, in so many files. The bucket is
 served by moto on loopback, by a process of its own that counts the bytes of its answers. Of decoded
 images a tenth of the set's bytes are kept, and the shuffle windows span a tenth of its rows.
 Streamed is as by one rank with two data actors, and, for the bytes alone, as by three ranks with
 one each; the consumer does nothing else. The server takes time of the same cores: `of_cores_left`
 is the ratio of rates, each by the cores that the server leaves. Every form has a process of its
-own, rounds take turns. Writes `benchmarks/results/stream_remote.json`.
+own, rounds take turns. Writes `benchmarks/results/NAME.json`.
+
+For each range that is asked for moto reads its file whole: many row groups want many files.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from simclr_ray.data.listing import list_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.storage.filesystem import filesystem
 
-FILES, SHARE = 8, 10
+SHARE = 10
 FORMS = {"disk": 1, "bucket": 1, "bucket, three ranks": 3}
 Row = dict[str, float]
 
@@ -54,6 +56,8 @@ class Settings(argparse.Namespace):
     epochs: int
     batch: int
     rounds: int
+    files: int
+    name: str
     quick: bool
     child: str
     ranks: int
@@ -83,7 +87,7 @@ def main() -> None:
         **summary(rounds),
         "rounds": rounds,
     }
-    store("stream_remote", result)
+    store(settings.name, result)
     print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))
 
 
@@ -97,6 +101,8 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--files", type=int, default=8)
+    parser.add_argument("--name", default="stream_remote")
     parser.add_argument("--services", type=Path, default=Path("runs/services"))
     parser.add_argument("--quick", action="store_true", help="one round of smaller images")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
@@ -133,10 +139,10 @@ def write(settings: Settings, folder: Path) -> int:
     """Write the set and return its bytes."""
     source = pq.read_table(settings.parquet, columns=["image"])["image"].combine_chunks()
     images = source.take(pa.array(i % len(source) for i in range(settings.rows)))
-    per_file = -(-settings.rows // FILES)
-    for file in range(FILES):
+    per_file = -(-settings.rows // settings.files)
+    for file in range(settings.files):
         table = pa.table({"image": images[file * per_file : (file + 1) * per_file]})
-        path = folder / f"{file}.parquet"
+        path = folder / f"{file:04d}.parquet"
         pq.write_table(table, path, row_group_size=settings.group_rows, compression="none")
     return sum(path.stat().st_size for path in folder.iterdir())
 
