@@ -101,6 +101,26 @@ def workers_on(nodes: Sequence[Node], scaling: ScalingConfig) -> int:
     )
 
 
+def kept_apart(scaling: ScalingConfig, nodes: Sequence[Node]) -> ScalingConfig:
+    """Return the placement of a run whose workers leave the nodes for views alone, if they can.
+
+    Ray fills a node with workers before it thinks of the decode actors that have no other to go to,
+    and both would wait for ever. So where nothing else is asked for, and other nodes have room for
+    the fewest workers, they go there.
+
+    Args:
+        scaling: As it is asked for.
+        nodes: Those of the cluster.
+    """
+    selector = scaling.data_label_selector
+    if scaling.worker_label_selector or len(selector) != 1:  # of several none alone is a "not"
+        return scaling
+    ((key, expression),) = selector.items()
+    negated = expression.removeprefix("!") if expression.startswith("!") else f"!{expression}"
+    apart = scaling.model_copy(update={"worker_label_selector": {key: negated}})
+    return apart if workers_on(nodes, apart) >= scaling.min_workers else scaling
+
+
 def _times(amount: float, each: float) -> int:
     return int((amount + EPSILON) // each)
 

@@ -23,7 +23,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import one_arena
-from simclr_ray.distributed.placement import check_cluster
+from simclr_ray.distributed.placement import check_cluster, kept_apart, staying_nodes
 from simclr_ray.distributed.ray_cluster import (
     PickledQueue,
     check_machine,
@@ -231,7 +231,8 @@ def _fit(
 
 def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollbacks) -> Trainer:
     """Return Ray's trainer of a run, as the run's config has it."""
-    experiment, folder, scaling = resolved.config, resolved.folder, resolved.config.scaling
+    experiment, folder = resolved.config, resolved.folder
+    scaling = kept_apart(experiment.scaling, staying_nodes())
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker

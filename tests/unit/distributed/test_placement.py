@@ -12,7 +12,13 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment, ScalingConfig
 from simclr_ray.config.moves import stored_tree
 from simclr_ray.distributed import placement
-from simclr_ray.distributed.placement import Node, check_cluster, matches, workers_on
+from simclr_ray.distributed.placement import (
+    Node,
+    check_cluster,
+    kept_apart,
+    matches,
+    workers_on,
+)
 from simclr_ray.errors import ClusterError, ConfigError
 
 HALVES = ScalingConfig(num_workers=[1, 8])  # 0.5 CPUs a worker, 0.5 an actor
@@ -90,6 +96,29 @@ def test_room_is_counted_with_the_data_actors(
     there: list[Node], changes: dict[str, Any], room: int
 ) -> None:
     assert workers_on(there, HALVES.model_copy(update=changes)) == room
+
+
+@pytest.mark.parametrize(
+    ("there", "data", "workers", "expected"),
+    [
+        # Ray would put both workers where the views are made, and leave no room for those
+        ([node(2, role="data"), node(1), node(1.0, x="y")], DATA, {}, {"role": "!data"}),
+        ([node(2), node(8, role="gpu")], {"role": "!gpu"}, {}, {"role": "gpu"}),
+        ([node(2), node(2, role="a")], {"role": "in(a,b)"}, {}, {"role": "!in(a,b)"}),
+        ([node(4, role="data"), node(0.5)], DATA, {}, {}),  # no room elsewhere
+        ([node(4, role="data"), node(4)], DATA, {"x": "y"}, {"x": "y"}),  # as asked for
+        ([node(4, role="data"), node(4)], DATA | {"x": "y"}, {}, {}),
+        ([node(4)], {}, {}, {}),
+    ],
+)
+def test_workers_leave_nodes_of_views_alone_where_others_have_room(
+    there: list[Node], data: dict[str, str], workers: dict[str, str], expected: dict[str, str]
+) -> None:
+    selectors = {"data_label_selector": data, "worker_label_selector": workers}
+    scaling = HALVES.model_copy(update=selectors | {"num_workers": 2})
+    apart = kept_apart(scaling, there)
+    assert apart.worker_label_selector == expected
+    assert apart.data_label_selector == data
 
 
 def test_a_cluster_without_the_labels_says_which_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
