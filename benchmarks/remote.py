@@ -3,7 +3,7 @@
     python -m benchmarks.remote PARQUET [--rows 11520] [--group-rows 48] [--size 96] [--epochs 2]
         [--batch 128] [--rounds 3] [--files 8] [--name stream_remote] [--quick]
 
-Rows of PARQUET are repeated until there are enough and written anew, in so many files. The bucket is
+Rows of PARQUET are repeated until there are enough and written anew, in FILES files. The bucket is
 served by moto on loopback, by a process of its own that counts the bytes of its answers. Of decoded
 images a tenth of the set's bytes are kept, and the shuffle windows span a tenth of its rows.
 Streamed is as by one rank with two data actors, and, for the bytes alone, as by three ranks with
@@ -132,6 +132,12 @@ def summary(rounds: dict[str, list[Row]]) -> dict[str, object]:
             for form, rows in rounds.items()
             if form != "disk"
         },
+        # each process that opens the set reads the ends of all its files, once
+        "footers_of_set": {
+            form: max(row["footers_of_set"] for row in rows)
+            for form, rows in rounds.items()
+            if form != "disk"
+        },
     }
 
 
@@ -151,20 +157,32 @@ def one(uri: str, ranks: int, bucket: Bucket, expected: int) -> Row:
     """Stream once in a process of its own; return its row, with what the server sent for it."""
     options = ["--child", uri, "--ranks", str(ranks), "--server", str(bucket.pid)]
     command = [sys.executable, "-m", "benchmarks.remote", *sys.argv[1:], *options]
-    sent = bucket.bytes_sent()
+    sent, before = bucket.bytes_sent(), len(bucket.reads())
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
     if not rows:
         raise SystemExit(f"{uri} failed:\n{done.stderr[-4000:]}")
     row: Row = json.loads(rows[-1].removeprefix("ROW "))
     row["bytes_read_of_set"] = round((bucket.bytes_sent() - sent) / expected, 4)
+    sizes = sizes_of(uri)
+    footers = sum(
+        read.size
+        for read in bucket.reads()[before:]
+        if read.first + read.size >= sizes.get(read.path, sys.maxsize)
+    )
+    row["footers_of_set"] = round(footers / expected, 4)
     return row
+
+
+def sizes_of(uri: str) -> dict[str, int]:
+    """Return the bytes of each file of a set, by its path."""
+    fs, root = filesystem(uri)
+    return {file.path: file.size for file in list_parquet(fs, root, uri)}
 
 
 def experiment(settings: Settings, source: Source) -> Experiment:
     """Return what is streamed."""
-    fs, root = filesystem(settings.child)
-    num_bytes = sum(file.size for file in list_parquet(fs, root, settings.child))
+    num_bytes = sum(sizes_of(settings.child).values())
     tree: dict[str, Any] = {
         "name": "remote",
         "data": {
