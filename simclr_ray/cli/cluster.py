@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simclr_ray import config as cfg
 from simclr_ray.cli.arguments import Overrides
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.experiment import Experiment
@@ -14,33 +16,57 @@ from simclr_ray.config.wording import counted
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
 from simclr_ray.storage.filesystem import filesystem
 
+if TYPE_CHECKING:
+    from simclr_ray.cli.environment import Finding
+
 
 def doctor(
     storage: Annotated[str, typer.Option(help="Folder or URI for runs.")] = "runs",
     workers: Annotated[
         int, typer.Option(min=1, help="Workers of the planned run; up to 4 check the gradient.")
     ] = 2,
+    cluster: Annotated[  # noqa: FBT002 - typer makes it a flag
+        bool,
+        typer.Option("--cluster", help="Check the cluster of $RAY_ADDRESS for a planned run."),
+    ] = False,
     loss: Annotated[
         str, typer.Option(help="Check only this loss of yours: module:attribute.")
     ] = "",
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the loss.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[PRESET_OR_YAML] KEY=VALUE",
+            help="With --cluster the planned run; with --loss options of the loss.",
+        ),
     ] = None,
 ) -> None:
     """Check this machine and cluster, and say what to do about each finding.
 
-    Example: simclr-ray doctor --loss own.losses:MyLoss temperature=0.2
+    With --cluster it takes a minute at most, and encoders trained there are tagged by the result.
+    Example: simclr-ray doctor --cluster scaling.num_workers=4 storage=s3://bucket/runs
     """
-    if options and not loss:
-        raise ConfigError([ConfigIssue(options[0], "is for a loss of yours, which --loss names")])
+    if options and not (loss or cluster):
+        problem = "is for a loss of yours, which --loss names, or a planned run, by --cluster"
+        raise ConfigError([ConfigIssue(options[0], problem)])
+    if loss and cluster:
+        raise ConfigError([ConfigIssue("--cluster", "checks no loss: give it without --loss")])
     filesystem(storage)  # a scheme that nobody knows is no finding about this machine
+    planned = planned_run(options or [], storage, workers) if cluster else None
     loading("torch")
     from simclr_ray.cli.doctor import check_loss, run_checks
 
+    if planned is not None:
+        loading("ray")
+        from simclr_ray.cli.cluster_doctor import check_cluster_for
+
+        findings: Iterable[Finding] = check_cluster_for(planned)
+    elif loss:
+        findings = [check_loss(loss, options or [], workers)]
+    else:
+        findings = run_checks(storage, num_workers=workers)
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     failed = False
-    alone = [check_loss(loss, options or [], workers)] if loss else []
-    for finding in alone or run_checks(storage, num_workers=workers):
+    for finding in findings:
         failed |= finding.status == "fail"
         out.print(f"{marks[finding.status]}  {finding.check}: ", end="")
         out.print(finding.detail, markup=False, soft_wrap=True)
@@ -48,6 +74,18 @@ def doctor(
             out.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
     if failed:
         raise typer.Exit(1)
+
+
+def planned_run(arguments: Sequence[str], storage: str, workers: int) -> Experiment:
+    """Return the run that is planned, of which a cluster can be asked without its images."""
+    source, overrides = "", list(arguments)
+    if overrides and "=" not in overrides[0]:
+        source = overrides.pop(0)
+    if source:
+        return Experiment.load(source, *overrides)
+    tree = {"name": "doctor", "data": {"train": storage}, "storage": storage}
+    scaling = {"scaling": {"num_workers": workers}}
+    return cfg.validate(Experiment, cfg.apply_overrides(tree | scaling, overrides))
 
 
 def status(

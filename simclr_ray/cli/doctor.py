@@ -7,51 +7,30 @@ command line prints them.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
-import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
-
-from pyarrow import fs
+from typing import Final
 
 from simclr_ray import config as cfg
 from simclr_ray.cli.environment import (
-    PACKAGE,
     Finding,
     Findings,
     check_device,
     check_machine,
     check_versions,
 )
+from simclr_ray.cli.node_checks import check_nodes, stored_probe
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
 from simclr_ray.config.imports import allow
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.errors import ConfigError, DataError, TrackingError, last_line
-from simclr_ray.storage.filesystem import filesystem, remove_file
-from simclr_ray.storage.provenance import versions_of
 from simclr_ray.tracking.runs import Tracker
 
 __all__ = ["Finding", "run_checks"]
 
-# Must be equal on all nodes: Ray insists on its own version; the others decide what a gradient is
-# and whether an object that one node pickles can be read on the next.
-COMPARED: Final = ("ray", "torch", "torchvision", "pyarrow", "numpy", PACKAGE)
-NODE_TIMEOUT_S: Final = 180.0  # a first task on a loaded machine imports torch for a minute
 MOST: Final = 4  # processes of the gradient check, all on this machine; more show nothing new
 PARITY_BOUND: Final = 1e-9  # float64; rounding alone gives some 1e-13 (design, load-bearing 3)
-
-
-class NodeReport(NamedTuple):
-    """What a node says of itself: its name, versions, whether storage is seen and gloo can bind."""
-
-    host: str
-    versions: dict[str, str]
-    sees_storage: bool
-    loopback: bool
-
 
 Parity = Callable[[int], float]
 
@@ -117,7 +96,10 @@ def check_storage(storage: str) -> Finding:
     """Return whether a file can be written, renamed, read back and deleted in `storage`."""
     content = uuid.uuid4().hex
     try:
-        with _probe(storage, content) as (files, path), files.open_input_stream(path) as stream:
+        with (
+            stored_probe(storage, content) as (files, path),
+            files.open_input_stream(path) as stream,
+        ):
             same = stream.read().decode() == content
     except (OSError, ValueError, DataError) as error:
         advice = "create the folder, grant write access, or choose another `storage=`"
@@ -162,7 +144,7 @@ def check_cluster(storage: str, num_workers: int) -> Findings:
         return [
             check_resources(ray.nodes(), resources, num_workers),  # type: ignore[no-untyped-call]
             _check_state_api(),
-            *_check_nodes(storage),
+            *check_nodes(storage),
         ]
     finally:
         if started:
@@ -205,82 +187,6 @@ def check_gradient(num_workers: int, parity: Parity) -> Finding:
     return Finding("gradient", "fail", f"{detail}, allowed {PARITY_BOUND:.0e}", advice)
 
 
-def compare_nodes(reports: list[NodeReport]) -> Findings:
-    """Return findings on whether all nodes have the first one's versions, storage and network."""
-    first, *others = reports
-    odd = [
-        f"{node.host}: {name} {node.versions[name]}, not {version}"
-        for node in others
-        for name, version in first.versions.items()
-        if node.versions[name] != version
-    ]
-    findings = []
-    if odd:
-        advice = "install the same requirements.lock and wheel on every node"
-        findings.append(Finding("nodes", "fail", "; ".join(odd), advice))
-    else:
-        detail = f"{len(reports)} answered, all with the same versions"
-        findings.append(Finding("nodes", "ok", detail))
-    if blind := [node.host for node in reports if not node.sees_storage]:
-        advice = "choose a storage that all nodes share: s3://..., gs://..., or an NFS folder"
-        detail = f"what this machine writes is not seen on {', '.join(blind)}"
-        findings.append(Finding("shared storage", "fail", detail, advice))
-    if bound := [node.host for node in reports if node.loopback and others]:
-        advice = (
-            "set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to the network's interface on each node"
-        )
-        detail = f"the host name means 127.0.0.1 on {', '.join(bound)}"
-        findings.append(Finding("network", "warn", detail, advice))
-    return findings
-
-
-def report_node(storage: str, probe: str) -> NodeReport:
-    """Return what the node that runs this says of itself; `probe` is a file in `storage`."""
-    host = socket.gethostname()
-    versions = {"python": platform.python_version()} | versions_of(COMPARED)
-    try:
-        files, _ = filesystem(storage)
-        seen = files.get_file_info(probe).type == fs.FileType.File
-    except (OSError, DataError):
-        seen = False
-    try:
-        loopback = socket.gethostbyname(host).startswith("127.")
-    except OSError:
-        loopback = False
-    return NodeReport(host, versions, seen, loopback)
-
-
-def _check_nodes(storage: str) -> Findings:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    remote = ray.remote(num_cpus=0, max_retries=0)(report_node)
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types
-    alive = [node for node in nodes if node["Alive"]]
-    reports, findings = [], []
-    with contextlib.ExitStack() as stack:
-        try:
-            _, probe = stack.enter_context(_probe(storage, "seen"))
-        except (OSError, DataError):
-            probe = ""  # check_storage has said why
-        tasks = {}
-        for node in alive:
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            tasks[node["NodeManagerAddress"], node["NodeID"]] = remote.options(
-                scheduling_strategy=here
-            ).remote(storage, probe)
-        ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
-        for (address, _), task in tasks.items():
-            try:
-                report: NodeReport = ray.get(task, timeout=1.0)
-            except ray.exceptions.RayError as error:
-                advice = f"is {PACKAGE} installed there, and is the node not overloaded?"
-                findings.append(Finding("nodes", "fail", f"{address}: {_line(error)}", advice))
-            else:
-                reports.append(report if probe else report._replace(sees_storage=True))
-    return [*findings, *(compare_nodes(reports) if reports else [])]
-
-
 def _check_state_api() -> Finding:
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
@@ -316,23 +222,6 @@ def _guarded(name: str, check: Callable[[], Findings]) -> Findings:
     except Exception as error:  # noqa: BLE001 - a doctor reports what breaks, whatever it is
         advice = "the check itself broke; please report this line"
         return [Finding(name, "fail", f"{type(error).__name__}: {_line(error)}", advice)]
-
-
-@contextlib.contextmanager
-def _probe(storage: str, content: str) -> Iterator[tuple[fs.FileSystem, str]]:
-    """Give a file that was written and renamed in `storage`; delete it in the end."""
-    files, root = filesystem(storage)
-    files.create_dir(root, recursive=True)
-    path = f"{root}/.doctor-{uuid.uuid4().hex}"
-    try:
-        with files.open_output_stream(f"{path}.partial") as stream:
-            stream.write(content.encode())
-        files.move(f"{path}.partial", path)
-        yield files, path
-    finally:
-        for left in files.get_file_info([path, f"{path}.partial"]):
-            if left.type == fs.FileType.File:
-                remove_file(files, left.path)
 
 
 def _line(error: Exception) -> str:

@@ -48,6 +48,11 @@ def world_size() -> int:
     return td.get_world_size() if is_distributed() else 1
 
 
+def backend() -> str:
+    """Return what carries the group's collectives, `gloo` or `nccl`; empty when alone."""
+    return str(td.get_backend()) if is_distributed() else ""
+
+
 def world_group() -> td.ProcessGroup | None:
     """Return the group of all ranks, for torch functions that ask for one."""
     return td.group.WORLD

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Final
+
+SOURCES: Final = (".py", ".yaml", ".c")
 
 
 def version_of(package: str) -> str:
@@ -36,6 +40,17 @@ def code_commit() -> str:
         return _git(package, "rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+@functools.cache
+def code_digest() -> str:
+    """Return 12 hex digits of the SHA-256 of this package's sources: names and contents."""
+    package, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        if path.suffix in SOURCES:
+            digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def _git(folder: Path, *arguments: str) -> str:

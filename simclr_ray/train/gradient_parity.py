@@ -28,6 +28,7 @@ from simclr_ray.optim import build_optimizer
 IMAGES: Final = 10  # 3, 3 and 4 over three ranks
 SIDE_PX: Final = 8
 RATES: Final = (0.1, 0.3, 0.2)  # the rate moves, since LARS keeps it inside the momentum buffer
+CPU: Final = torch.device("cpu")
 SEED: Final = 200_205_709  # the paper: arXiv:2002.05709
 
 Named = dict[str, Tensor]
@@ -105,19 +106,29 @@ def compare_processes(num_workers: int) -> Comparison:
     )
 
 
-def take_steps(precision: Literal["float64", "float32"]) -> StepResult:
+def take_steps(
+    precision: Literal["float64", "float32"],
+    device: torch.device = CPU,
+    images: int = IMAGES,
+) -> StepResult:
     """Return loss and gradients of the first step, statistics and weights after the last.
 
     Collective: each rank takes its share of the batch; all get the same. Alone, it is the whole.
+
+    Args:
+        precision: Of all numbers.
+        device: Where it is computed; what is returned lies on the CPU.
+        images: Of the global batch, one a rank at least.
     """
     dtype = torch.float64 if precision == "float64" else torch.float32
-    experiment = _experiment(precision)
+    experiment = _experiment(precision, images)
     model = build_model(experiment).to(dtype)
     _randomise_batch_norm(model)
+    model.to(device)
     optimizer = build_optimizer(model, experiment.optimizer)
     loss_fn = build_loss(experiment)
-    first, last = dist.partition(IMAGES, dist.rank(), dist.world_size())
-    views = _global_views().to(dtype)[:, first:last].flatten(0, 1)  # [2n, 3, S, S]
+    first, last = dist.partition(images, dist.rank(), dist.world_size())
+    views = _global_views(images).to(device, dtype)[:, first:last].flatten(0, 1)  # [2n, 3, S, S]
     parallel = dist.data_parallel(model)
     outcome: StepResult = {}
     for rate in RATES:
@@ -134,26 +145,31 @@ def take_steps(precision: Literal["float64", "float32"]) -> StepResult:
         optimizer.step()
     outcome["statistics"] = dict(model.named_buffers())
     outcome["weights"] = {n: p.detach() for n, p in model.named_parameters()}
-    return outcome
+    return {kind: {n: t.cpu() for n, t in named.items()} for kind, named in outcome.items()}
 
 
-def _experiment(precision: Literal["float64", "float32"]) -> Experiment:
+def worst_difference(own: StepResult, reference: StepResult) -> Worst:
+    """Return the largest relative difference of two results, and whose it is."""
+    return max(_worst(kind, own[kind], reference[kind]) for kind in own)
+
+
+def _experiment(precision: Literal["float64", "float32"], images: int) -> Experiment:
     return Experiment(
         name="gradient_parity",
         seed=SEED,
         data=DataConfig(train="generated"),
         encoder=ResNetConfig(depth=18, width=0.125, stem="cifar"),
         head=MLPHeadConfig(layers=3, dim=16),
-        batch_size=IMAGES,
+        batch_size=images,
         precision=precision,
     )
 
 
-def _global_views() -> Tensor:
+def _global_views(images: int) -> Tensor:
     """Return float64 views `[2, N, 3, S, S]`, ever brighter and higher in contrast along N."""
     generator = torch.Generator().manual_seed(SEED)
-    noise = torch.randn(2, IMAGES, 3, SIDE_PX, SIDE_PX, generator=generator, dtype=torch.float64)
-    place = torch.linspace(0, 1, IMAGES, dtype=torch.float64)[:, None, None, None]
+    noise = torch.randn(2, images, 3, SIDE_PX, SIDE_PX, generator=generator, dtype=torch.float64)
+    place = torch.linspace(0, 1, images, dtype=torch.float64)[:, None, None, None]
     return place + (0.2 + place) * noise
 
 

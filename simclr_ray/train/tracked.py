@@ -259,7 +259,7 @@ def _started(resolved: ResolvedExperiment, tracker: Tracker) -> TrackedRun | Non
         run = tracker.start_run(
             folder.name,
             params=params_of(experiment),
-            tags=tags | rollbacks.tags,
+            tags=tags | _cluster_tags() | rollbacks.tags,
             resume_id=resume_id,
             parent_id=experiment.tracking.parent_run,
         )
@@ -273,6 +273,12 @@ def _started(resolved: ResolvedExperiment, tracker: Tracker) -> TrackedRun | Non
         warn_once(log, f"{error}; the run goes on, and is delivered later")
         return None
     return run
+
+
+def _cluster_tags() -> dict[str, str]:
+    from simclr_ray.distributed.cluster_health import cluster_tags  # Ray's: a sync needs none of it
+
+    return cluster_tags()
 
 
 @contextmanager

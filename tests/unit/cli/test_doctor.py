@@ -20,15 +20,7 @@ import torch
 from simclr_ray.augment.native import Native
 from simclr_ray.cli import doctor
 from simclr_ray.cli import environment as machine
-from simclr_ray.cli.doctor import Finding, NodeReport
-
-VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1"}
-
-
-def node(
-    host: str, *, sees_storage: bool = True, loopback: bool = False, **versions: str
-) -> NodeReport:
-    return NodeReport(host, VERSIONS | versions, sees_storage=sees_storage, loopback=loopback)
+from simclr_ray.cli.doctor import Finding
 
 
 def by_check(findings: Iterable[Finding]) -> dict[str, Finding]:
@@ -171,44 +163,6 @@ def test_an_address_where_nothing_listens_is_found_at_once(tmp_path: Path) -> No
     assert finding.status == "fail"
     assert address in finding.detail
     assert "RAY_ADDRESS" in finding.advice
-
-
-def test_nodes_that_are_alike_pass() -> None:
-    (finding,) = doctor.compare_nodes([node("a"), node("b"), node("c")])
-    assert finding.status == "ok"
-    assert "3 answered" in finding.detail
-
-
-def test_a_node_with_another_version_is_named_with_both_versions() -> None:
-    finding, *rest = doctor.compare_nodes([node("a"), node("b", torch="2.13.0"), node("c")])
-    assert finding.status == "fail"
-    assert finding.detail == "b: torch 2.13.0, not 2.14.1"
-    assert not rest
-
-
-def test_a_node_that_does_not_see_the_storage_fails() -> None:
-    found = by_check(doctor.compare_nodes([node("a"), node("b", sees_storage=False)]))
-    assert found["shared storage"].status == "fail"
-    assert "b" in found["shared storage"].detail
-    assert "s3://" in found["shared storage"].advice
-
-
-def test_a_loopback_host_name_matters_between_nodes_and_not_on_one() -> None:
-    assert "network" not in by_check(doctor.compare_nodes([node("a", loopback=True)]))
-    found = by_check(doctor.compare_nodes([node("a"), node("b", loopback=True)]))
-    assert found["network"].status == "warn"
-    assert "GLOO_SOCKET_IFNAME" in found["network"].advice
-
-
-def test_a_node_reports_its_versions_and_whether_it_sees_a_file(tmp_path: Path) -> None:
-    probe = tmp_path / "probe"
-    probe.write_text("")
-    report = doctor.report_node(str(tmp_path), str(probe))
-    assert report.sees_storage
-    assert report.host == socket.gethostname()
-    assert report.versions["python"] == platform.python_version()
-    assert report.versions["ray"] == metadata.version("ray")
-    assert not doctor.report_node(str(tmp_path), str(tmp_path / "gone")).sees_storage
 
 
 @pytest.mark.parametrize("difference", [1e-6, float("nan"), float("inf")])

@@ -1,0 +1,214 @@
+"""What the workers of a planned run compute and exchange, found by starting them for some seconds.
+
+They are started as those of a run are: by Ray Train, with its process group, on its nodes and
+devices. Together they take the three steps of `gradient_parity`, which one process has taken
+before, and time what a step exchanges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import ray.train
+import ray.train.torch
+import ray.train.v2.api.config as ray_config
+import torch
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from simclr_ray.config.experiment import ScalingConfig
+from simclr_ray.config.wording import counted
+from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed.placement import kept_apart, staying_nodes
+from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
+from simclr_ray.errors import ClusterError, last_line
+from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train.gradient_parity import (
+    IMAGES,
+    StepResult,
+    Worst,
+    take_steps,
+    worst_difference,
+)
+
+GATHERED: Final = 2**20  # bytes of a rank: z of 2,048 images' views, 128 numbers each, is 2 MiB
+REDUCED: Final = 32 * 2**20  # bytes of a gradient: a third of a ResNet-50's
+REPEATS: Final = 5
+ENOUGH_S: Final = 5.0  # of repeats
+
+
+class RankReport(NamedTuple):
+    """What a rank found.
+
+    Attributes:
+        rank: Its number.
+        host: Of its node.
+        backend: Of its process group; empty: it is alone.
+        device: Where it computes.
+        difference: The largest relative difference from one process, in float64.
+        gather_s: Seconds to gather `GATHERED` bytes of each rank, the median.
+        reduce_s: Seconds to sum `REDUCED` bytes over the ranks, the median.
+    """
+
+    rank: int
+    host: str
+    backend: str
+    device: str
+    difference: Worst
+    gather_s: float
+    reduce_s: float
+
+
+class CheckInput(NamedTuple):
+    """What a worker is given."""
+
+    inbox: PickledQueue
+    reference: StepResult
+    images: int
+
+
+def check_workers(scaling: ScalingConfig, storage: str, timeout_s: float) -> list[RankReport]:
+    """Start the workers of a run, and return what they report, rank by rank.
+
+    Args:
+        scaling: Of the run.
+        storage: Folder or URI that all nodes see; Ray Train writes a marker there.
+        timeout_s: Until all have reported.
+
+    Raises:
+        ClusterError: A worker did not start or failed, or not all reported in time.
+    """
+    scaling = kept_apart(scaling, staying_nodes())
+    num, folder = scaling.min_workers, RunFolder.of(storage, f".doctor-{uuid.uuid4().hex}")
+    images = max(IMAGES, num)
+    inbox = driver_queue()
+    resources = {"CPU": scaling.cpus_per_worker}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = scaling.gpus_per_worker
+    trainer = TorchTrainer(
+        _report,
+        train_loop_config={
+            "input": CheckInput(inbox, take_steps("float64", images=images), images)
+        },
+        scaling_config=ray_config.ScalingConfig(
+            num_workers=num,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            label_selector=scaling.worker_label_selector or None,
+        ),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if scaling.gpus_per_worker else "gloo",
+            timeout_s=max(1, int(timeout_s)),
+        ),
+        run_config=ray_config.RunConfig(
+            name=folder.name,
+            storage_path=folder.storage,
+            failure_config=ray_config.FailureConfig(max_failures=0),
+            logging_config=ray_config.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    is_late = threading.Event()
+    late = f"{counted(num, 'worker')} did not report within {timeout_s:.0f} s"
+    try:
+        with _interrupted_after(timeout_s, is_late):
+            trainer.fit()
+    except (KeyboardInterrupt, SystemExit):  # Ray's handler aborts, and exits by 0
+        if not is_late.is_set():
+            raise KeyboardInterrupt from None
+        raise ClusterError(late) from None
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        root = next(iter(failures.values()), getattr(error, "controller_failure", error))
+        raise ClusterError(last_line(root)) from error
+    finally:
+        with contextlib.suppress(OSError):  # it has come to nothing before
+            folder.remove_all()  # Ray Train has its own records there
+        reports = _reported(inbox)
+        inbox.shutdown(force=True)
+    if len(reports) < num:
+        raise ClusterError(late)
+    return sorted(reports)
+
+
+def _reported(inbox: PickledQueue) -> list[RankReport]:
+    """Return what lies in the queue."""
+    return [inbox.get() for _ in range(inbox.qsize())]
+
+
+@contextlib.contextmanager
+def _interrupted_after(seconds: float, is_late: threading.Event) -> Iterator[None]:
+    """Interrupt the main thread after so long; the event says that it was this. Main thread only.
+
+    Ray Train has no limit for the start of its workers, and ends them where it is interrupted.
+    """
+    main = threading.get_ident()
+    handler = signal.getsignal(signal.SIGINT)
+
+    def end() -> None:
+        is_late.set()
+        signal.pthread_kill(main, signal.SIGINT)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
+
+
+def _report(config: dict[str, Any]) -> None:
+    """Take the steps, time what is exchanged, and report. A collective."""
+    given: CheckInput = config["input"]
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        # else convolutions of float64 may sum in another order each time
+        torch.backends.cudnn.deterministic = True
+    own = take_steps("float64", device, given.images)
+    report = RankReport(
+        dist.rank(),
+        socket.gethostname(),
+        dist.backend(),
+        str(device),
+        worst_difference(own, given.reference),
+        _seconds(_gather, device, GATHERED),
+        _seconds(_reduce, device, REDUCED),
+    )
+    given.inbox.put(report)
+
+
+def _gather(tensor: torch.Tensor) -> None:
+    dist.all_gather_rows(tensor[None], [1] * dist.world_size())
+
+
+def _reduce(tensor: torch.Tensor) -> None:
+    dist.all_reduce_sum(tensor)
+
+
+def _seconds(exchange: Any, device: torch.device, num_bytes: int) -> float:
+    """Return the median time of an exchange of a float32 tensor of so many bytes. A collective."""
+    tensor = torch.zeros(num_bytes // 4, device=device)
+    exchange(tensor)  # connections are made
+    times: list[float] = []
+    # all ranks stop together: by what the slowest has taken
+    while len(times) < REPEATS and not _is_enough(sum(times), device):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        exchange(tensor)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
+
+
+def _is_enough(seconds: float, device: torch.device) -> bool:
+    total = dist.all_reduce_sum(torch.tensor([seconds], device=device))
+    return bool(total.item() / dist.world_size() > ENOUGH_S)

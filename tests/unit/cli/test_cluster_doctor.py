@@ -1,0 +1,87 @@
+"""What `doctor --cluster` says of a cluster, and what that leaves behind."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from simclr_ray.cli.cluster import planned_run
+from simclr_ray.cli.cluster_doctor import (
+    check_cluster_for,
+    gradient_finding,
+    network_finding,
+    summary,
+)
+from simclr_ray.cli.environment import Finding
+from simclr_ray.distributed.cluster_health import TAG, cluster_tags
+from simclr_ray.errors import ClusterError, ConfigError
+from simclr_ray.train.cluster_check import REDUCED, RankReport
+from simclr_ray.train.gradient_parity import Worst
+
+NOW = datetime(2026, 11, 29, 16, 5, tzinfo=UTC)
+MIB = 2**20
+
+
+def report(rank: int, difference: float = 1e-14, reduce_s: float = 0.1) -> RankReport:
+    worst = Worst(difference, "weights: conv1")
+    return RankReport(rank, f"host{rank}", "gloo", "cpu", worst, 0.002, reduce_s)
+
+
+def test_a_gradient_that_agrees_is_said_with_nodes_and_backend() -> None:
+    finding = gradient_finding([report(0), report(1, 3e-13)])
+    assert finding.status == "ok"
+    assert finding.detail == "2 workers on 2 nodes over gloo (cpu) against 1: 3.0e-13"
+
+
+@pytest.mark.parametrize("difference", [1e-6, float("inf")])
+def test_a_rank_that_computes_something_else_is_named(difference: float) -> None:
+    finding = gradient_finding([report(0), report(1, difference), report(2)])
+    assert finding.status == "fail"
+    assert "host1, weights: conv1" in finding.detail
+
+
+def test_what_a_step_exchanges_is_by_the_slowest_rank() -> None:
+    finding = network_finding([report(0), report(1, reduce_s=REDUCED / MIB / 47)])
+    assert finding.status == "warn", "94 MiB at 47 MiB/s are 2 s a step"
+    assert "47 MiB/s: 2 s for a ResNet-50's" in finding.detail
+    assert "compress_gradients" in finding.advice
+    assert network_finding([report(0), report(1)]).status == "ok"
+    assert network_finding([report(0, reduce_s=0.0)]).status == "ok"
+
+
+def test_the_summary_says_what_failed_or_what_the_workers_have_shown() -> None:
+    well = [Finding("auth", "ok", "x"), Finding("gradient", "ok", "2 workers: 1e-14")]
+    assert summary(well, NOW) == "ok; 2 workers: 1e-14; 2026-11-29T16:05Z"
+    bad = [*well, Finding("nodes", "fail", "y"), Finding("clock", "fail", "z")]
+    assert summary(bad, NOW) == "failed: clock, nodes; 2 workers: 1e-14; 2026-11-29T16:05Z"
+
+
+def test_a_planned_run_needs_no_images() -> None:
+    config = planned_run(["scaling.cpus_per_worker=2"], "s3://bucket/runs", 3)
+    assert (config.scaling.num_workers, config.scaling.cpus_per_worker) == (3, 2.0)
+    assert config.storage == "s3://bucket/runs"
+    assert planned_run(["shapes_demo", "storage=s3://x/y"], "", 2).storage == "s3://x/y"
+    with pytest.raises(ConfigError, match="num_workrs"):
+        planned_run(["scaling.num_workrs=2"], "runs", 2)
+
+
+def test_without_an_address_there_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match="RAY_ADDRESS is unset"):
+        next(check_cluster_for(planned_run([], "runs", 1)))
+
+
+@pytest.mark.ray
+def test_two_workers_are_checked_and_the_cluster_keeps_the_result(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    tracking = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    config = planned_run([tracking], str(tmp_path / "runs"), 2)
+    findings = {finding.check: finding for finding in check_cluster_for(config, within_s=400)}
+    assert {f.check for f in findings.values() if f.status == "fail"} == set(), findings
+    assert "2 workers on 1 node over gloo (cpu) against 1: " in findings["gradient"].detail
+    assert "MiB/s" in findings["network"].detail
+    assert cluster_tags()[TAG].startswith("ok; 2 workers on 1 node over gloo")
+    assert not list((tmp_path / "runs").iterdir()), "nothing is left in the storage"
