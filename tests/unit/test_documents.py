@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import simclr_ray
+from benchmarks import scaling_model
 from simclr_ray.config.validation import RENAMED
 from tests.unit.test_architecture import FLOORS
 
@@ -80,3 +82,10 @@ def test_the_upgrade_page_promises_and_leaves_room_for_the_tested_versions() -> 
     page = " ".join(text_of("docs/upgrade.md").split())
     assert "each release reads the formats of the two before it" in page
     assert "## Tested versions" in page
+
+
+def test_the_tables_of_scaling_are_those_of_the_stored_results() -> None:
+    page = scaling_model.PAGE.read_text(encoding="utf-8")
+    result = json.loads(scaling_model.stored_text("scaling_model"))
+    assert scaling_model.filled(page, result) == page
+    assert "| 1,024 | 192 | 6.05 |" in page
