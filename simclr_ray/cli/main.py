@@ -114,7 +114,9 @@ def program() -> None:
     """Run the command line as this process's program: after an interrupt, end it at once.
 
     At the very end of an interpreter threads of Ray and Arrow that were interrupted midway crash
-    now and then, and with them goes the exit code. All that is to be done at an end is done before.
+    now and then, and with them goes the exit code. All that is to be done at an end is done before,
+    except that Ray takes its client apart, which crashes as well: a cluster ends a job whose client
+    is gone, and the one that was started here is stopped by another exit function.
     """
     try:
         main()
@@ -122,7 +124,9 @@ def program() -> None:
         if end.code not in (STOPPED_BY_USER, STOPPED_BY_SYSTEM):
             raise
         threading._shutdown()  # type: ignore[attr-defined] # as the interpreter does: waits for them
-        atexit._run_exitfuncs()  # Ray's own end is one
+        if ray := sys.modules.get("ray"):
+            atexit.unregister(ray.shutdown)
+        atexit._run_exitfuncs()
         with suppress(OSError):  # a terminal that is gone
             sys.stdout.flush()
             sys.stderr.flush()

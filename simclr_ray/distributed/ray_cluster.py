@@ -27,7 +27,7 @@ from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtim
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import ray_reaper, ray_token
 from simclr_ray.distributed.placement import nodes, shown
-from simclr_ray.errors import ClusterError
+from simclr_ray.errors import ClusterError, last_line
 
 # Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
 # that were started in advance and have found no work are ended after a while.
@@ -44,6 +44,10 @@ PORTS = 2**16
 HTTP2_SETTINGS: Final = 4  # type of a frame
 HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of its own
+REMEDY: Final = (
+    "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to that of the cluster "
+    "(docs/cluster.md)"
+)
 _ADDRESS: Final = re.compile(r"auto|local|(\w+://)?\[?[\w.:-]+\]?:\d+")
 _started_here: set[str] = set()  # addresses of the local clusters of this process
 log = logging.getLogger(__name__)
@@ -176,8 +180,13 @@ def _join(address: str, code: dict[str, Any] | None) -> None:
     log.info("connecting to the Ray cluster at %s", address)
     try:
         init(runtime_env=code)
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(f"RAY_AUTH_MODE=token, and there is no token; {REMEDY}") from error
     except (OSError, ValueError) as error:  # ConnectionError, which Ray raises, is one
-        raise _no_answer(address) from error
+        raise _refusal(address) from error
+    except RuntimeError as error:  # such as another version of Ray or Python
+        said = f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {last_line(error)}"
+        raise ClusterError(said) from error
     alive = [node for node in nodes() if node.is_alive]
     cpus, gpus = sum(node.cpus for node in alive), sum(node.gpus for node in alive)
     log.info("connected: %s, %g CPUs, %g GPUs", counted(len(alive), "node"), cpus, gpus)
@@ -188,6 +197,19 @@ def _knock(address: str) -> None:
         knock(address)
     except OSError as error:
         raise _no_answer(address) from error
+
+
+def _refusal(address: str) -> ClusterError:
+    """Return why a client could not join: nobody answers, or who answers has another token."""
+    with contextlib.suppress(OSError):
+        knock(address)
+        if address != "auto":
+            mode = os.environ.get("RAY_AUTH_MODE", "unset")
+            return ClusterError(
+                f"a Ray cluster answers at RAY_ADDRESS={address} and turns this client away: its "
+                f"token is missing or wrong (RAY_AUTH_MODE is {mode}); {REMEDY}"
+            )
+    return _no_answer(address)
 
 
 def _no_answer(address: str) -> ClusterError:
