@@ -74,6 +74,16 @@ class Proxy:
     uri: str = ""
     delay_s: float = 0.0  # before each answer
     is_gone: bool = False  # connections are closed without an answer
+    fails: int = 0  # so many uploads are refused before each that is passed on
+    bytes_up: int = 0  # of bodies that were passed on
+    refused: int = 0
+    _in_row: int = 0
+
+    def refuses(self) -> bool:
+        """Return whether this upload is refused."""
+        self._in_row = (self._in_row + 1) % (self.fails + 1)
+        self.refused += self._in_row != 0
+        return self._in_row != 0
 
 
 @contextmanager
@@ -92,6 +102,12 @@ def between(uri: str) -> Iterator[Proxy]:
             if proxy.is_gone:
                 self.close_connection = True
                 return
+            if self.command == "PUT" and proxy.refuses():
+                self.send_response(503 if proxy.refused % 2 else 500)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            proxy.bytes_up += len(body)
             with closing(http.client.HTTPConnection(str(target.hostname), target.port)) as there:
                 there.request(self.command, self.path, body, dict(self.headers))
                 answer = there.getresponse()

@@ -77,10 +77,9 @@ def status(run: RunPlace) -> None:
     held = "held by a driver" if run_status.folder.is_locked() else "no driver holds it"
     is_unscored = run_status.state == "finished" and not run_status.scores
     unscored = ", not evaluated (`pretrain` again, or `evaluate`)" if is_unscored else ""
-    unseen = "" if run_status.folder.local else " (of a remote folder a lock is not seen)"
     rows = {
         "run": run_status.folder.uri,
-        "state": f"{run_status.state}{unscored}; {held}{unseen}",
+        "state": f"{run_status.state}{unscored}; {held}",
         "steps": f"{steps}, epoch {run_status.epoch:.2f}",
         "training": ", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "-",
         "evaluation": short_scores(run_status.metrics) or "-",

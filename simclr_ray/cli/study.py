@@ -236,7 +236,7 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
     from simclr_ray.studies.driver import shared_cores, start_cluster
     from simclr_ray.studies.step_timing import pace_of
 
-    at_a_time = start_cluster(study, trials)
+    at_a_time = start_cluster(study, trials).now
     show_pairs({"at a time": counted(at_a_time, "trial")})
     if study.images_per_s:
         return

@@ -116,18 +116,33 @@ def write_program(path: Path, network: nn.Module, example: Tensor) -> None:
         torch.export.save(program, path)
 
 
+def program_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an exported program by the names that its network had for them.
+
+    Raises:
+        CheckpointError: The file is missing or broken.
+    """
+    return dict(_loaded(path).state_dict)
+
+
+def _loaded(path: Path) -> torch.export.ExportedProgram:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no exported program: {error}") from error
+
+
 def read_program(path: Path) -> nn.Module:
     """Return the network of an exported program, which is in eval mode for good.
 
     Raises:
         CheckpointError: The file is missing or broken.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            network = torch.export.load(path).module()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no exported program: {error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = _loaded(path).module()
     # which would refuse `eval()`, also of a module that holds it; what it computes stays as it is
     for name in ("train", "eval"):
         if name in vars(network):

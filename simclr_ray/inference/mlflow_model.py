@@ -12,6 +12,7 @@ import numpy as np
 from simclr_ray.inference.encoder_files import OPTIONAL_DECODERS, REQUIREMENTS
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.tracking.runs import TrackedRun
+from simclr_ray.tracking.uploads import upload_model
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,7 +51,7 @@ def log_model(client: MlflowClient, run: TrackedRun, parts: ModelParts) -> Logge
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
             _save_pyfunc(folder, parts, run.run_id, model)
-            client.log_model_artifacts(model.model_id, str(folder))
+            upload_model(client, model.model_id, folder)
     except BaseException:
         client.finalize_logged_model(model.model_id, "FAILED")
         raise

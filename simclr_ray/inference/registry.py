@@ -26,6 +26,7 @@ from simclr_ray.inference.encoder_files import (
 )
 from simclr_ray.inference.mlflow_model import ModelParts, log_model, pinned_requirements
 from simclr_ray.inference.model_address import model_address, what_there_is
+from simclr_ray.inference.version_files import drop_repeated_weights
 from simclr_ray.nn.pretrained import experiment_of
 from simclr_ray.storage.provenance import code_commit
 from simclr_ray.storage.run_folder import RunFolder
@@ -38,7 +39,6 @@ from simclr_ray.tracking.store import RegisteredEncoder
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
-
 
 EXAMPLES_TRIED: Final = 64
 FEW_DIMENSIONS: Final = 2.0  # effective rank; a trained encoder has ten times that and more
@@ -183,6 +183,7 @@ def register_encoder(
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / ENCODER_FOLDER  # MLflow names an artifact by its last path part
         shutil.copytree(folder, staged)
+        drop_repeated_weights(staged)
         decoder = Path(scratch) / DECODE_FOLDER
         bytecode = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(decode.__file__).parent, decoder, ignore=bytecode)

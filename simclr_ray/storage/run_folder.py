@@ -10,7 +10,7 @@
     outcome.json                        written last: the run is finished and evaluated
     classification.json                 of a fine-tuning or a distillation: its test
     encoder/                            of the checkpoint that was registered last
-    lock  lock.holder                   held by the driver, on a local disk
+    lock  lock.holder                   held by the driver; in a bucket lock/ with its claim
     step-00001200-<attempt>/            checkpoints, owned by Ray's manager
     checkpoint_manager_snapshot.json    Ray's
 """
@@ -40,7 +40,7 @@ from simclr_ray.errors import (
     ConfigIssue,
     RunError,
 )
-from simclr_ray.storage import checkpoint, run_lock
+from simclr_ray.storage import checkpoint, lease, run_lock
 from simclr_ray.storage.checkpoint import ANY, Identity
 from simclr_ray.storage.filesystem import (
     cache_folder,
@@ -316,18 +316,23 @@ class RunFolder:
         return target
 
     def is_locked(self) -> bool:
-        """Return whether a driver holds the folder; of a remote one that is not known: False."""
-        return self.local is not None and bool(run_lock.holder_of(self.local))
+        """Return whether a driver holds the folder."""
+        if self.local is None:
+            return bool(lease.holder_of(self.uri))
+        return bool(run_lock.holder_of(self.local))
 
     def ensure_unlocked(self) -> None:
-        """Raise `RunError` where another driver is known to hold the folder."""
+        """Raise `RunError` where another driver is known to hold the folder.
+
+        Of a remote one `lock` tells: a claim that is left there has to be waited for.
+        """
         holder = run_lock.holder_of(self.local) if self.local is not None else ""
         if holder:
             raise self._taken(holder)
 
     @contextmanager
     def lock(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Hold the folder, so that no second driver writes to it; a remote one is not locked.
+        """Hold the folder, so that no second driver writes to it; a remote one by a lease.
 
         Args:
             wait_s: For another to let go of it.
@@ -335,12 +340,12 @@ class RunFolder:
         Raises:
             RunError: Another driver holds it.
         """
-        if self.local is None:
-            yield
-            return
         with ExitStack() as stack:
             try:
-                stack.enter_context(run_lock.hold(self.local, wait_s))
+                if self.local is None:
+                    stack.enter_context(lease.hold(self.uri, wait_s))
+                else:
+                    stack.enter_context(run_lock.hold(self.local, wait_s))
             except run_lock.LockedError as error:
                 raise self._taken(str(error)) from None
             yield
@@ -366,7 +371,8 @@ class RunFolder:
 
     def written_at(self) -> datetime | None:
         """Return when something was last written into the folder, as its file system says."""
-        times = [entry.mtime for entry in self._entries() if entry.mtime is not None]
+        lock = run_lock.LOCK  # of a bucket's, who only looked wrote there
+        times = [e.mtime for e in self._entries() if e.mtime is not None and e.base_name != lock]
         return max(times).astimezone(UTC) if times else None
 
     def _entries(self, folder: str = "") -> list[fs.FileInfo]:

@@ -25,7 +25,7 @@ class RunStatus(NamedTuple):
 
     folder: RunFolder
     record: RunRecord | None  # None before MLflow was reached
-    state: State  # `stopped` of a remote run may be running: its lock is not seen from here
+    state: State
     step: int  # of the last record of the log, or of the newest checkpoint
     total_steps: int  # 0: not known yet
     epoch: float

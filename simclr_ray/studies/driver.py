@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
-import ray
 import torch
 
 from simclr_ray import config as cfg
@@ -16,14 +15,20 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import IMPORT_PATH, imports_in, permit_code
 from simclr_ray.config.protocols import PROBE, protocol_named
 from simclr_ray.data.source import Source
-from simclr_ray.distributed.placement import check_cluster, nodes, workers_on
+from simclr_ray.distributed.placement import check_cluster
 from simclr_ray.distributed.ray_cluster import (
     check_machine,
     connect,
     is_local,
 )
-from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.provenance import versions_of
+from simclr_ray.studies.concurrency import (
+    Concurrency,
+    concurrency_of,
+    largest_of,
+    per_machine,
+)
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import (
@@ -35,7 +40,7 @@ from simclr_ray.studies.plan import (
 )
 from simclr_ray.studies.trial_runner import Job
 from simclr_ray.studies.trials import plan
-from simclr_ray.studies.tune import DRIVER_CPUS, run_trials
+from simclr_ray.studies.tune import run_trials
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 
 LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment
@@ -62,7 +67,7 @@ def run_study(study: Study, *, command: str = "") -> StudyFolder:
     fingerprints = check_startable(study, trials)
     folder.withdraw_stop()
     tracker = Tracker.open(base.tracking, base.storage)  # refuses before Ray starts
-    at_a_time = start_cluster(study, trials)
+    concurrency = start_cluster(study, trials)
     with folder.files.lock(LOOKED_AT_S):
         folder.write_definition(study, base, digest)
         parent = _parent_run(study, folder, tracker)
@@ -76,7 +81,7 @@ def run_study(study: Study, *, command: str = "") -> StudyFolder:
                 is_complete=False,
             )
             job = Job(study, folder.files.storage, folder.files.name, parent.run_id)
-            if run_trials(job, tree, trials, at_a_time):
+            if run_trials(job, tree, trials, concurrency):
                 status = "FINISHED"
                 folder.update_state(is_complete=True)
         except Exception:
@@ -109,7 +114,7 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
         problem = "optuna is not installed: pip install 'simclr-ray[search]'"
         raise ConfigError([ConfigIssue("search.name", problem)])
     check_labels(study, trials)
-    copies = _copies(study, _largest(trials))
+    copies = _copies(study, largest_of(trials))
     placed = {repr((t.experiment.scaling, t.experiment.evaluation)): t for t in trials}
     for trial in placed.values():  # each asks the cluster
         check_machine(trial.experiment, copies)
@@ -132,58 +137,18 @@ def has_code(study: Study, trials: Sequence[Trial]) -> bool:
     )
 
 
-def concurrency_of(study: Study, trials: Sequence[Trial]) -> int:
-    """Return how many trials the cluster at hand runs at a time, decoding included.
-
-    On one machine logical CPUs are shared by time, and cores count: one for each worker. A search
-    that learns takes one trial after the other, unless told otherwise: else it could not be
-    repeated.
-
-    Raises:
-        ClusterError: Not one fits, or not as many as `concurrency` asks for.
-    """
-    largest = _largest(trials)
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    scaling = largest.scaling
-    cpus, gpus = scaling.num_cpus + DRIVER_CPUS, scaling.num_gpus
-    fits = math.floor(cluster.get("CPU", 0.0) / cpus)
-    if gpus:
-        fits = min(fits, math.floor(cluster.get("GPU", 0.0) / gpus))
-    if scaling.worker_label_selector or scaling.data_label_selector:  # only some nodes serve
-        alive = [node for node in nodes() if node.is_alive]
-        fits = min(fits, workers_on(alive, scaling) // scaling.max_workers)
-    if fits < max(1, study.concurrency):
-        raise ClusterError(
-            f"concurrency={max(1, study.concurrency)} asks for trials of {cpus:g} CPUs and "
-            f"{gpus:g} GPUs each; the cluster holds {fits} of them: it has "
-            f"{cluster.get('CPU', 0.0):g} CPUs and {cluster.get('GPU', 0.0):g} GPUs"
-        )
-    if study.concurrency or study.search.learns:
-        return study.concurrency or 1
-    return min(fits, _per_machine(largest)) if is_local() else fits
-
-
-def _largest(trials: Sequence[Trial]) -> Experiment:
-    return max((t.experiment for t in trials), key=lambda e: e.scaling.num_cpus)
-
-
 def _copies(study: Study, largest: Experiment) -> int:
     """Return for how many trials a cluster on this machine would be made."""
-    return study.concurrency or _per_machine(largest)
+    return study.concurrency or per_machine(largest)
 
 
-def _per_machine(experiment: Experiment) -> int:
-    """Return how many trials the cores of this machine are for."""
-    return max(1, (os.cpu_count() or 1) // experiment.scaling.max_workers)
-
-
-def start_cluster(study: Study, trials: Sequence[Trial]) -> int:
+def start_cluster(study: Study, trials: Sequence[Trial]) -> Concurrency:
     """Connect, or start a cluster on this machine; return how many trials it runs at a time.
 
     Raises:
         ClusterError: No cluster answers, or it cannot hold one trial.
     """
-    largest = _largest(trials)
+    largest = largest_of(trials)
     connect(
         largest,
         copies=_copies(study, largest),

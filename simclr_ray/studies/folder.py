@@ -7,7 +7,7 @@
     runs/<run>/                 the run folders of the trials
     report/                     figure, table, page
     stop                        there when somebody asked it to stop
-    lock                        held by the driver, on a local disk
+    lock                        held by the driver; in a bucket lock/ with its claim
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ class StudyFolder:
         return self.files.read_text(STOP) is not None
 
     def may_be_running(self) -> bool:
-        """Return whether a driver holds the study; of a remote one that is not known: True."""
-        return self.files.local is None or self.files.is_locked()
+        """Return whether a driver holds the study."""
+        return self.files.is_locked()
 
     @contextmanager
     def report_folder(self) -> Iterator[Path]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.studies.concurrency import RECOUNT_S, Concurrency, Demand
 from simclr_ray.studies.definition import Dimension, Study, label_of
 from simclr_ray.studies.plan import Trial
+
+log = logging.getLogger(__name__)
 
 NEVER_S: Final = 10**9
 EPOCH: Final = "epoch"  # what trials are compared at: the key of their reports
@@ -36,6 +43,45 @@ def scheduler_of(study: Study, trials: Sequence[Trial]) -> TrialScheduler | None
             min_time_slice=NEVER_S,  # it would pause trials until others report: ours cannot be
         )
     return None
+
+
+class TrialQueue(BasicVariantGenerator):
+    """Tune's grid, which hands out as many trials as there is room for now; a context manager.
+
+    Those that wait are shown to Ray's autoscaler, unless the number at a time is fixed.
+    """
+
+    def __init__(self, concurrency: Concurrency, num_trials: int) -> None:
+        super().__init__(max_concurrent=concurrency.now)
+        self._concurrency, self._num_waiting = concurrency, num_trials
+        self._demand = None if concurrency.is_fixed else Demand(concurrency.scaling)
+        self._shown_at = 0.0
+
+    def __enter__(self) -> Self:
+        """Return the queue."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take back what the autoscaler was shown."""
+        if self._demand is not None:
+            self._demand.show(0)
+
+    def next_trial(self) -> Any:
+        """Return a trial, or None where there is no room or nothing left."""
+        before, self.max_concurrent = self.max_concurrent, self._concurrency.recount()
+        if before != self.max_concurrent:
+            log.info("the cluster holds %s at a time now", counted(self.max_concurrent, "trial"))
+        trial = super().next_trial()  # type: ignore[no-untyped-call]
+        self._num_waiting -= trial is not None
+        now = time.monotonic()
+        if self._demand is not None and (trial is not None or now - self._shown_at > RECOUNT_S):
+            self._shown_at = now
+            self._demand.show(self._num_waiting)
+        return trial
+
+    def get_state(self) -> dict[str, Any]:
+        """Return nothing: a study goes on from its own folder, not from what Tune keeps."""
+        return {}
 
 
 def in_drawn_order(study: Study, trials: Sequence[Trial]) -> list[Trial]:

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,11 +31,13 @@ from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import RunError, TrackingError, last_line
 from simclr_ray.storage.run_folder import METRICS
+from simclr_ray.studies.concurrency import DRIVER_CPUS, Concurrency
 from simclr_ray.studies.definition import Study, point_of
 from simclr_ray.studies.folder import FINAL, Curve, StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial, make_trials
 from simclr_ray.studies.search import (
     EPOCH,
+    TrialQueue,
     in_drawn_order,
     optuna_search,
     scheduler_of,
@@ -46,7 +48,6 @@ from simclr_ray.tracking.runs import TrackedRun
 
 log = logging.getLogger(__name__)
 
-DRIVER_CPUS = 0.01  # of the actor that reports; Tune refuses 0
 WAIT_S = 1.0
 END_S = 120.0  # for a run to end by itself: it looks whenever it logs
 # What a trial without a value is told to have: finite, since ASHA takes percentiles.
@@ -61,7 +62,7 @@ QUIET = {
 
 
 def run_trials(
-    job: Job, tree: dict[str, Any], trials: Sequence[Trial], max_concurrent_trials: int
+    job: Job, tree: dict[str, Any], trials: Sequence[Trial], concurrency: Concurrency
 ) -> bool:
     """Run what has no outcome yet; return whether all trials have one now.
 
@@ -69,7 +70,7 @@ def run_trials(
         job: The study.
         tree: Of its base, as `trials.base_tree` returns it.
         trials: All of the study; of a search, any: it suggests its own.
-        max_concurrent_trials: At a time.
+        concurrency: How many at a time.
     """
     study, folder = job.study, job.folder
     searched = study.search.learns
@@ -95,8 +96,9 @@ def run_trials(
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         ends = ray.remote(num_cpus=0)(_Ends).options(scheduling_strategy=here).remote()
     watch = _Driver(study, folder, trial_of, ends)
+    queue = None if searched else TrialQueue(concurrency, len(todo))
     names = {"trial": tune.grid_search(list(todo))}
-    with _quiet():
+    with _quiet(), nullcontext() if queue is None else queue:
         tune.Tuner(
             tune.with_resources(report, {"CPU": DRIVER_CPUS}),
             param_space=searched_space(study) if searched else names,
@@ -104,9 +106,9 @@ def run_trials(
                 metric=study.metric if compared else None,
                 mode=study.mode if compared else None,
                 scheduler=scheduler_of(study, trials),
-                search_alg=optuna_search(study) if searched else None,
+                search_alg=optuna_search(study) if queue is None else queue,
                 num_samples=study.search.trials if searched else 1,
-                max_concurrent_trials=max_concurrent_trials,
+                max_concurrent_trials=concurrency.now if queue is None else None,
                 reuse_actors=False,
                 trial_name_creator=named,
                 trial_dirname_creator=named,

@@ -67,6 +67,8 @@ _FOR_NOW: Final = frozenset(
         "DEADLINE_EXCEEDED", "ABORTED",
     }
 )  # fmt: skip
+_STATUS_FOR_NOW: Final = (408, 429)
+_SERVER_FAILS: Final = 500
 # While a run is delivered: what fails is tried anew by the sender, which can be asked to stop.
 FEW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # Who would say, with tracebacks, what the sender says in a line.
@@ -218,6 +220,9 @@ def is_for_now(error: Exception) -> bool:
     """Return whether what failed may work later: no answer, a lock, an overload."""
     if any(sign in str(error) for sign in NO_SPACE):
         return True
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status:  # of requests' error, which is an OSError whatever the server says
+        return status in _STATUS_FOR_NOW or status >= _SERVER_FAILS
     code = getattr(error, "error_code", None)
     if code is not None:
         return code in _FOR_NOW
@@ -282,6 +287,13 @@ def delivering() -> Iterator[None]:
     Both are of the whole process: enter it in the main thread, around the sender's life.
     """
     with _unless_set(FEW_RETRIES), held_back(LOGGERS, logging.CRITICAL + 1):
+        yield
+
+
+@contextlib.contextmanager
+def few_retries() -> Iterator[None]:
+    """Leave retries to the caller while the block runs, unless the user has set their number."""
+    with _unless_set(FEW_RETRIES):
         yield
 
 

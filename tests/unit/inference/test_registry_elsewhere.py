@@ -22,8 +22,10 @@ from simclr_ray.errors import ConfigError
 from simclr_ray.inference import embed, promotion, registry
 from simclr_ray.inference import encoder_files as export
 from simclr_ray.inference.encoder import Encoder
+from simclr_ray.inference.encoder_folder import encoder_folder
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.tracking.runs import TrackedRun, Tracker
+from tests.mlflow_server import between
 
 CONFIG = ResNetConfig(depth=10, width=0.25, stem="cifar")
 SIZE = 32
@@ -156,3 +158,27 @@ def test_a_model_that_is_not_there_is_refused_with_what_is(tmp_path: Path) -> No
     }.items():
         with pytest.raises(ConfigError, match=told):
             embed.embed_images(where, [image()], tracking_uri=uri)
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_version_go_up_once_and_come_back_whole(
+    mlflow_server: str, tmp_path: Path
+) -> None:
+    with between(mlflow_server) as proxy:
+        tracker = Tracker.open(TrackingConfig(uri=proxy.uri), "unused")
+        register_one(tracker, tmp_path / "e")
+        weights = (tmp_path / "e" / export.WEIGHTS).stat().st_size
+        program = (tmp_path / "e" / export.PROGRAM).stat().st_size
+        sys.stdout.write(f"{proxy.bytes_up} bytes up; weights {weights}, program {program}\n")
+        assert weights <= program  # which holds them, and says what is done with them
+        assert proxy.bytes_up < program + 0.25 * weights  # and the source that decodes
+        fetched = fetch(proxy.uri, tmp_path / "fetched")
+    for name in (export.WEIGHTS, export.PROGRAM):
+        assert (fetched / name).read_bytes() == (tmp_path / "e" / name).read_bytes()
+    export.read_encoder(fetched)
+
+
+def fetch(uri: str, scratch: Path) -> Path:
+    scratch.mkdir()
+    with encoder_folder("models:/m/1", scratch, uri) as folder:
+        return folder

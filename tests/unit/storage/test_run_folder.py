@@ -260,13 +260,6 @@ def test_a_run_whose_folder_is_moved_stays_locked_until_its_driver_ends(tmp_path
     assert not (tmp_path / "a").exists()
 
 
-def test_a_remote_folder_is_not_locked(tmp_path: Path) -> None:
-    folder = RunFolder.of(tmp_path.as_uri(), "r-1")
-    with folder.lock(), folder.lock():
-        assert not folder.is_locked()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_snapshot_that_names_what_is_there_stays(folder: RunFolder, on_disk: Path) -> None:
     assert folder.repair_snapshot() == []
     add(on_disk, "step-00000001-00000001", 1)
