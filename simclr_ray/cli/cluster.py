@@ -68,22 +68,15 @@ def check(
     """
     versions = versions_of(("ray", "simclr-ray"))
     loading("ray")
-    from simclr_ray.cli.launch import run_of
+    from simclr_ray.cli.launch import runs_of
     from simclr_ray.distributed.launch.check import check_launch, derived, read_launch_file
 
     launch = read_launch_file(file, versions)
-    experiment, trials = run_of(launch.command, run or [])
-    passed = _show_findings(check_launch(launch, experiment))
-    if experiment is not None:
-        show_pairs(
-            derived(
-                launch,
-                experiment,
-                trials=trials,
-                images_per_s=images_per_second_per_worker,
-                images=images,
-            )
-        )
+    runs = runs_of(launch.command, run or [])
+    passed = _show_findings(check_launch(launch, runs[0] if runs else None))
+    if runs:
+        speed = images_per_second_per_worker
+        show_pairs(derived(launch, runs, images_per_s=speed, images=images))
     if not passed:
         raise typer.Exit(2)
 

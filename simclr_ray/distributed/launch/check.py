@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -222,7 +222,7 @@ def _check_workers(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
         )
         advice = "keep more nodes (min_workers, minReplicas, --nodes), or ask for fewer workers"
         return [Finding("workers", "fail", shown, advice)]
-    room = [Finding("workers", "ok", f"{counted(workers, 'worker')} have room")]
+    room = [Finding("workers", "ok", f"room for {counted(workers, 'worker')}")]
     need = scaling.min_workers * scaling.data_cpus_per_worker
     if left < need:
         shown = f"{left:g} CPUs are left for {need:g} of decoding"
@@ -250,12 +250,17 @@ def _unsaid(scaling: ScalingConfig) -> Finding:
     return Finding("workers", "ok", shown, advice)
 
 
-def place(groups: list[NodeGroup], scaling: ScalingConfig) -> tuple[int, float]:
+def place(groups: Sequence[NodeGroup], scaling: ScalingConfig, runs: int = 1) -> tuple[int, float]:
     """Return how many workers the kept nodes hold, and the CPUs that then are left for decoding.
 
     Workers go where GPUs are, and without GPUs where no data node is, while there is room.
+
+    Args:
+        groups: Nodes.
+        scaling: Of one run.
+        runs: How many run at a time.
     """
-    wanted, workers, left = scaling.max_workers, 0, 0.0
+    wanted, workers, left = runs * scaling.max_workers, 0, 0.0
     marked = bool(scaling.data_resource)
     for group in sorted(groups, key=lambda g: marked and is_data_node(g, scaling)):
         cpus, gpus = group.cpus or 0.0, group.gpus or 0.0
@@ -269,11 +274,20 @@ def place(groups: list[NodeGroup], scaling: ScalingConfig) -> tuple[int, float]:
     return workers, left
 
 
+def runs_at_a_time(launch: LaunchFile, scaling: ScalingConfig, most: int) -> int:
+    """Return how many runs the kept nodes hold side by side; 1 where the file does not say."""
+    for runs in range(most, 1, -1):
+        workers, left = place(launch.groups, scaling, runs)
+        data_cpus = runs * scaling.max_workers * scaling.data_cpus_per_worker
+        if workers == runs * scaling.max_workers and left >= data_cpus:
+            return runs
+    return 1
+
+
 def derived(
     launch: LaunchFile,
-    experiment: Experiment,
+    runs: Sequence[Experiment],
     *,
-    trials: int = 1,
     images_per_s: float = 0.0,
     images: int = 0,
 ) -> dict[str, str]:
@@ -281,35 +295,37 @@ def derived(
 
     Args:
         launch: What the file says.
-        experiment: The run.
-        trials: Of a study, whose trials run one after the other where they do not fit together.
+        runs: The run, or the trials of a study.
         images_per_s: Assumed of one worker on its device, 0 for no assumption.
         images: In `data.train`, 0 where that is not known.
     """
+    experiment = runs[0]
     scaling = experiment.scaling
     workers = scaling.max_workers
+    at_a_time = runs_at_a_time(launch, scaling, len(runs))
     least, more = divmod(experiment.batch_size, workers)
-    decode_cpus = workers * scaling.data_cpus_per_worker
-    rows = {
-        "nodes": ", ".join(f"{g.least} {g.name}" for g in launch.groups),
+    decode_cpus = at_a_time * workers * scaling.data_cpus_per_worker
+    rows = {"nodes": ", ".join(f"{g.least} {g.name}" for g in launch.groups)}
+    if len(runs) > 1:
+        rows["trials"] = f"{len(runs)}, of which {at_a_time} fit at a time; of the first:"
+    rows |= {
         "workers": f"{workers} of {_share(scaling)} each",
         "local batch": f"{least + 1} or {least} images" if more else f"{least} images",
-        "decoding": f"{counted(workers * scaling.data_actors_per_worker, 'actor')} on "
+        "decoding": f"{counted(at_a_time * workers * scaling.data_actors_per_worker, 'actor')} on "
         f"{decode_cpus:g} CPUs",
     }
     if not images_per_s:
         unknown = "give --images-per-second-per-worker, measured by a short run on such a node"
         return rows | {"images/s": unknown}
-    total = workers * images_per_s
+    total = at_a_time * workers * images_per_s
     rows["images/s"] = (
         f"{total:,.0f} must be decoded, assumed {images_per_s:,.0f} for each worker: "
         f"{total / decode_cpus:,.0f} for each CPU of decoding"
     )
     if not images:
         return rows | {"hours": "give --images, the rows of data.train"}
-    hours = trials * experiment.epochs * images / total / 3600
-    one_by_one = f", {counted(trials, 'trial')} one after the other" if trials > 1 else ""
-    rows["hours"] = f"{hours:,.1f} of training{one_by_one}, without start and evaluation"
+    hours = sum(run.epochs for run in runs) * images / total / 3600
+    rows["hours"] = f"{hours:,.1f} of training, without start and evaluation"
     if launch.hours and hours > launch.hours:
         pieces = math.ceil(hours / launch.hours)
         rows["hours"] += f"; the script's time is {launch.hours:g}: {pieces} pieces, by requeue"

@@ -141,7 +141,8 @@ def _check_versions(tree: Mapping[str, Any], versions: Mapping[str, str]) -> Fin
         if pin := re.search(r":([0-9]+\.[0-9]+\.[0-9]+)", str(docker.get(key, ""))):
             pins[f"docker.{key}"] = pin[1]
     for source in map(str, mapping(tree.get("file_mounts")).values()):
-        if source.endswith("requirements.lock") and Path(source).expanduser().is_file():
+        is_used = source.endswith("requirements.lock") and "requirements.lock" in setup
+        if is_used and Path(source).expanduser().is_file():
             lines = Path(source).expanduser().read_text("utf-8")
             if pin := re.search(rf"^{_RAY_PIN.pattern}", lines, re.MULTILINE):
                 pins[source] = pin[1]
