@@ -92,7 +92,7 @@ def check_launch(launch: LaunchFile, experiment: Experiment | None) -> Findings:
         findings += _check_paths(launch, experiment)
         findings.append(_check_tracking(launch, experiment))
     findings += _check_workers(launch, experiment.scaling)
-    return findings
+    return [*findings, *_check_spot(launch, experiment.scaling)]
 
 
 def _check_filled_in(launch: LaunchFile) -> Findings:
@@ -195,6 +195,23 @@ def _check_tracking(launch: LaunchFile, experiment: Experiment) -> Finding:
     return Finding("tracking", "ok", hide_passwords(uri))
 
 
+def _check_spot(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
+    """Return whether the cluster and the run outlive nodes that may be taken away."""
+    spot = [group for group in launch.groups if group.is_spot]
+    if any(group.is_head for group in spot):
+        shown = "the head is spot: when it is taken away, the cluster is gone and the run with it"
+        return [Finding("spot", "fail", shown, "keep the head on demand")]
+    if not spot:
+        return []
+    names = ", ".join(group.name for group in spot)
+    if scaling.max_failures == 0:
+        shown = f"{names}: the first node that is taken away ends the run"
+        advice = "set scaling.max_failures=3: restarts from the last checkpoint"
+        return [Finding("spot", "warn", shown, advice)]
+    shown = f"{names}: a lost node costs the steps since the last checkpoint"
+    return [Finding("spot", "ok", shown)]
+
+
 def is_data_node(group: NodeGroup, scaling: ScalingConfig) -> bool:
     """Return whether decode actors may run on the nodes of a group."""
     return not scaling.data_resource or group.resources.get(scaling.data_resource, 0.0) > 0
@@ -213,7 +230,7 @@ def _check_workers(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
         return [Finding("workers", "fail", shown, advice)]
     if any(group.cpus is None for group in groups):
         return [_unsaid(scaling)]
-    workers, left = place(groups, scaling)
+    workers, left = place(groups, scaling, scaling.min_workers)
     if workers < scaling.min_workers:
         each = _share(scaling)
         shown = (
@@ -250,7 +267,7 @@ def _unsaid(scaling: ScalingConfig) -> Finding:
     return Finding("workers", "ok", shown, advice)
 
 
-def place(groups: Sequence[NodeGroup], scaling: ScalingConfig, runs: int = 1) -> tuple[int, float]:
+def place(groups: Sequence[NodeGroup], scaling: ScalingConfig, wanted: int) -> tuple[int, float]:
     """Return how many workers the kept nodes hold, and the CPUs that then are left for decoding.
 
     Workers go where GPUs are, and without GPUs where no data node is, while there is room.
@@ -258,9 +275,9 @@ def place(groups: Sequence[NodeGroup], scaling: ScalingConfig, runs: int = 1) ->
     Args:
         groups: Nodes.
         scaling: Of one run.
-        runs: How many run at a time.
+        wanted: Workers, of as many such runs as are to go on at a time.
     """
-    wanted, workers, left = runs * scaling.max_workers, 0, 0.0
+    workers, left = 0, 0.0
     marked = bool(scaling.data_resource)
     for group in sorted(groups, key=lambda g: marked and is_data_node(g, scaling)):
         cpus, gpus = group.cpus or 0.0, group.gpus or 0.0
@@ -277,9 +294,9 @@ def place(groups: Sequence[NodeGroup], scaling: ScalingConfig, runs: int = 1) ->
 def runs_at_a_time(launch: LaunchFile, scaling: ScalingConfig, most: int) -> int:
     """Return how many runs the kept nodes hold side by side; 1 where the file does not say."""
     for runs in range(most, 1, -1):
-        workers, left = place(launch.groups, scaling, runs)
-        data_cpus = runs * scaling.max_workers * scaling.data_cpus_per_worker
-        if workers == runs * scaling.max_workers and left >= data_cpus:
+        wanted = runs * scaling.max_workers
+        workers, left = place(launch.groups, scaling, wanted)
+        if workers == wanted and left >= wanted * scaling.data_cpus_per_worker:
             return runs
     return 1
 

@@ -125,6 +125,10 @@ CASES = [
     (STAYS, replaced("simclr-ray:0.1.0", "simclr-ray:latest"), "versions", "any day another one"),
     (STAYS, replaced("simclr-ray:0.1.0", "simclr-ray:0.1.1", 1), "versions", "images differ"),
     (STAYS, replaced("mode: token", "mode: disabled"), "token", "authOptions.mode is not token"),
+    (JOB, replaced("restartPolicy: Never        #", "nodeSelector: {cloud.google.com/gke-spot: "
+     "'true'}\n          restartPolicy: Never  #"), "spot", "the head is spot"),
+    ("aws.yaml", replaced("Name: mine-head}\n", "Name: mine-head}\n      InstanceMarketOptions: "
+     "{MarketType: spot}\n"), "spot", "the head is spot"),
     ("slurm.sh", replaced("--cpus-per-task=64", "--cpu-per-task=64"), "schema",
      "#SBATCH --cpu-per-task: unknown (did you mean '--cpus-per-task'?)"),
     ("slurm.sh", replaced("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"), "token", "as you"),
@@ -262,10 +266,10 @@ def test_workers_go_where_gpus_are_and_leave_data_nodes_to_decoding() -> None:
                             data_resource="data")  # fmt: skip
     gpu = NodeGroup("gpu", 2, 2, cpus=16, gpus=2)
     data = NodeGroup("data", 1, 4, cpus=16, gpus=0, resources={"data": 16})
-    assert place([gpu, data], scaling) == (4, 16)
-    assert place([gpu._replace(cpus=3), data], scaling) == (2, 16)
+    assert place([gpu, data], scaling, 4) == (4, 16)
+    assert place([gpu._replace(cpus=3), data], scaling, 4) == (2, 16)
     shared = scaling.model_copy(update={"data_resource": ""})
-    assert place([gpu], shared) == (4, 2 * 16 - 4 * 2)
+    assert place([gpu], shared, 4) == (4, 2 * 16 - 4 * 2)
 
 
 def test_trials_run_side_by_side_as_far_as_gpus_and_decoding_go(tmp_path: Path) -> None:
@@ -313,3 +317,14 @@ def test_quantities_of_kubernetes_and_times_of_slurm() -> None:
     assert hours_of("2-12:30:00") == 60.5
     assert hours_of("30:00") == 0.5
     assert hours_of("soon") is None
+
+
+def test_spot_nodes_want_restarts(tmp_path: Path) -> None:
+    path = tmp_path / "gcp.yaml"
+    path.write_text(text_of("gcp.yaml"))
+    launch = read_launch_file(path, VERSIONS)
+    assert [group.name for group in launch.groups if group.is_spot] == ["gpu", "data"]
+    for restarts, status in ((3, "ok"), (0, "warn")):
+        (run,) = runs_of(launch.command, [f"scaling.max_failures={restarts}"])
+        (found,) = [f for f in check_launch(launch, run) if f.check == "spot"]
+        assert (found.status, found.detail[:10]) == (status, "gpu, data:")
