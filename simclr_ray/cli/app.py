@@ -91,7 +91,13 @@ app.add_typer(
     ),
     name="study",
 )
-app.add_typer(_group("The Ray cluster at hand.", [("status", cluster.status)]), name="cluster")
+app.add_typer(
+    _group(
+        "Clusters: a launch file before it is used, and the Ray cluster at hand.",
+        [("check", cluster.check), ("status", cluster.status)],
+    ),
+    name="cluster",
+)
 
 
 def _moved(verb: str, now: str) -> Callable[[list[str] | None], None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -12,12 +13,11 @@ from simclr_ray import config as cfg
 from simclr_ray.cli.arguments import Overrides
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.findings import Finding
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
 from simclr_ray.storage.filesystem import filesystem
-
-if TYPE_CHECKING:
-    from simclr_ray.cli.environment import Finding
+from simclr_ray.storage.provenance import versions_of
 
 
 def doctor(
@@ -64,6 +64,47 @@ def doctor(
         findings = [check_loss(loss, options or [], workers)]
     else:
         findings = run_checks(storage, num_workers=workers)
+    if not _show_findings(findings):
+        raise typer.Exit(1)
+
+
+def check(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Of `ray up`, KubeRay, or a Slurm script.")
+    ],
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PRESET_OR_YAML] KEY.PATH=VALUE",
+            help="Run to check; without a preset, the file's own command.",
+        ),
+    ] = None,
+    images_per_second_per_worker: Annotated[
+        float, typer.Option(min=0.0, help="Assumed speed of one worker on its device.")
+    ] = 0.0,
+    images: Annotated[int, typer.Option(min=0, help="Rows of data.train, for the hours.")] = 0,
+) -> None:
+    """Check a launch file and the run on it, without starting anything; exit code 2 if one fails.
+
+    Example: simclr-ray cluster check cluster/aws.yaml scaling.num_workers=4
+    """
+    versions = versions_of(("ray", "simclr-ray"))
+    loading("ray")
+    from simclr_ray.cli.launch import runs_of
+    from simclr_ray.distributed.launch.check import check_launch, derived, read_launch_file
+
+    launch = read_launch_file(file, versions)
+    runs = runs_of(launch.command, run or [])
+    passed = _show_findings(check_launch(launch, runs[0] if runs else None))
+    if runs:
+        speed = images_per_second_per_worker
+        show_pairs(derived(launch, runs, images_per_s=speed, images=images))
+    if not passed:
+        raise typer.Exit(2)
+
+
+def _show_findings(findings: Iterable[Finding]) -> bool:
+    """Print findings as they come; return whether none is a failure."""
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     failed = False
     for finding in findings:
@@ -72,8 +113,7 @@ def doctor(
         out.print(finding.detail, markup=False, soft_wrap=True)
         if finding.advice:
             out.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
-    if failed:
-        raise typer.Exit(1)
+    return not failed
 
 
 def planned_run(arguments: Sequence[str], storage: str, workers: int) -> Experiment:

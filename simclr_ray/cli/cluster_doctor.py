@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from typing import Final
 
 from simclr_ray.cli.doctor import PARITY_BOUND, check_auth, check_storage, check_tracking
-from simclr_ray.cli.environment import Finding, Findings
 from simclr_ray.cli.node_checks import check_nodes
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ClusterError
 from simclr_ray.train.cluster_check import GATHERED, REDUCED, RankReport

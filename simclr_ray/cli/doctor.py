@@ -14,14 +14,13 @@ from typing import Final
 
 from simclr_ray import config as cfg
 from simclr_ray.cli.environment import (
-    Finding,
-    Findings,
     check_device,
     check_machine,
     check_versions,
 )
 from simclr_ray.cli.node_checks import check_nodes, stored_probe
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
+from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.config.imports import allow
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.errors import ConfigError, DataError, TrackingError, last_line

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final
 
 import torch
 from packaging.requirements import Requirement
@@ -20,25 +20,13 @@ from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from simclr_ray.augment import native
+from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.distributed.malloc import machine_memory
 from simclr_ray.storage.provenance import version_of
 
-Status = Literal["ok", "warn", "fail"]
 PACKAGE: Final = "simclr-ray"
 BF16_WORTHWHILE: Final = 1.2  # below that the lost digits buy nothing
 GIB: Final = 2**30
-
-
-class Finding(NamedTuple):
-    """One thing that was looked at, and, unless all is well, what to do about it."""
-
-    check: str
-    status: Status
-    detail: str
-    advice: str = ""
-
-
-Findings = list[Finding]
 
 
 def check_versions() -> Findings:

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 
 from pyarrow import fs
 
-from simclr_ray.cli.environment import PACKAGE, Finding, Findings, Status
+from simclr_ray.cli.environment import PACKAGE
+from simclr_ray.config.findings import Finding, Findings, Status
 from simclr_ray.errors import DataError, last_line
 from simclr_ray.storage.filesystem import filesystem, remove_file
 from simclr_ray.storage.provenance import code_digest, versions_of

@@ -73,10 +73,10 @@ def _plain(value: Any) -> Any:
 def dump_yaml(tree: Mapping[str, Any]) -> str:
     """Return `tree` as a YAML 1.2 document, keys in the order given."""
     out = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
+    writer = YAML(typ="safe", pure=True)
     for option in ("default_flow_style", "sort_base_mapping_type_on_output"):
-        setattr(yaml, option, False)  # typed by its default, None
-    yaml.dump(dict(tree), out)
+        setattr(writer, option, False)  # typed by its default, None
+    writer.dump(dict(tree), out)
     return out.getvalue()
 
 

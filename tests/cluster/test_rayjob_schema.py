@@ -1,4 +1,4 @@
-"""`cluster/kuberay-rayjob.yaml` against KubeRay's own schema, strictly, and Ray's autoscaler.
+"""The KubeRay files of `cluster/` against KubeRay's own schema, strictly, and Ray's autoscaler.
 
 Kubernetes drops a field that it does not know without a word, and so does the schema as it comes; a
 misspelt `idleTimeoutSeconds` would cost money silently. Here unknown fields are refused.
@@ -18,6 +18,8 @@ import yaml  # type: ignore[import-untyped]  # what Ray reads them with; has no 
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
+
+from simclr_ray.distributed.launch import kuberay_keys as keys
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS_VARIABLE = "SIMCLR_RAY_SCHEMAS"
@@ -42,23 +44,33 @@ def strict(schema: Any) -> Any:
     return out
 
 
-@pytest.fixture(scope="module")
-def rayjob_schema() -> jsonschema.Draft202012Validator:
-    """Return the strict validator of RayJob ray.io/v1; skip, saying so, where no folder has it."""
+def definition(kind: str) -> Any:
+    """Return KubeRay's definition of a kind, ray.io/v1; skip, saying so, where no folder has it."""
     value = os.environ.get(SCHEMAS_VARIABLE)
     if not value:
         # 1 MB of another project's files: not ours to store, and no package index has them
         pytest.skip(f"{SCHEMAS_VARIABLE} is unset: this test needs KubeRay's CRD files")
-    file = Path(value) / "ray.io_rayjobs.yaml"
+    file = Path(value) / f"ray.io_{kind.lower()}s.yaml"
     assert file.is_file(), f"{SCHEMAS_VARIABLE}={value} lacks {file.name}"
     crd = yaml.load(file.read_text("utf-8"), Loader=LOADER)
     (version,) = [v for v in crd["spec"]["versions"] if v["name"] == "v1"]
-    return jsonschema.Draft202012Validator(strict(version["schema"]["openAPIV3Schema"]))
+    return version["schema"]["openAPIV3Schema"]
 
 
-@pytest.fixture
-def job() -> Tree:
-    tree: Tree = yaml.safe_load((ROOT / "cluster" / "kuberay-rayjob.yaml").read_text("utf-8"))
+@pytest.fixture(scope="module")
+def rayjob_definition() -> Any:
+    return definition("RayJob")
+
+
+@pytest.fixture(scope="module")
+def rayjob_schema(rayjob_definition: Any) -> jsonschema.Draft202012Validator:
+    """Return the strict validator of a RayJob."""
+    return jsonschema.Draft202012Validator(strict(rayjob_definition))
+
+
+@pytest.fixture(params=["kuberay-rayjob.yaml", "kuberay-study.yaml"])
+def job(request: pytest.FixtureRequest) -> Tree:
+    tree: Tree = yaml.safe_load((ROOT / "cluster" / request.param).read_text("utf-8"))
     return tree
 
 
@@ -86,6 +98,39 @@ def test_the_file_is_a_rayjob_without_unknown_fields(
 ) -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     rayjob_schema.validate(job)
+
+
+def test_the_cluster_that_stays_is_a_raycluster_without_unknown_fields(job: Tree) -> None:
+    text = (ROOT / "cluster" / "kuberay-raycluster.yaml").read_text("utf-8")
+    tree = yaml.safe_load(text)
+    assert (tree["apiVersion"], tree["kind"]) == ("ray.io/v1", "RayCluster")
+    jsonschema.Draft202012Validator(strict(definition("RayCluster"))).validate(tree)
+    assert tree["spec"] == job["spec"]["rayClusterSpec"], "the nodes of all three files are alike"
+
+
+def test_the_keys_that_cluster_check_allows_are_those_of_the_definition(
+    rayjob_definition: Any,
+) -> None:
+    job = rayjob_definition["properties"]["spec"]["properties"]
+    cluster = job["rayClusterSpec"]["properties"]
+    assert set(cluster) == set(definition("RayCluster")["properties"]["spec"]["properties"])
+    head = cluster["headGroupSpec"]["properties"]
+    template = head["template"]["properties"]
+    pod = template["spec"]["properties"]
+    container = pod["containers"]["items"]["properties"]
+    for allowed, given in (
+        (keys.RAY_JOB, job),
+        (keys.RAY_CLUSTER, cluster),
+        (keys.AUTH, cluster["authOptions"]["properties"]),
+        (keys.AUTOSCALER, cluster["autoscalerOptions"]["properties"]),
+        (keys.HEAD_GROUP, head),
+        (keys.WORKER_GROUP, cluster["workerGroupSpecs"]["items"]["properties"]),
+        (keys.POD, pod),
+        (keys.CONTAINER, container),
+        (keys.RESOURCES, container["resources"]["properties"]),
+    ):
+        assert set(allowed) == set(given)
+    assert set(keys.TEMPLATE) == set(template)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +188,7 @@ def test_ray_derives_a_gpu_group_and_a_data_group_without_gpu(job: Tree) -> None
     types = node_types(job)
     assert types["headgroup"]["resources"]["CPU"] == 0
     assert types["gpu"]["resources"]["GPU"] == 1
-    assert "data" not in types["gpu"]["resources"]
-    assert types["data"]["resources"]["data"] >= 1
+    assert types["data"]["labels"] == {"node-group": "data"} != types["gpu"]["labels"]
     assert "GPU" not in types["data"]["resources"]
     assert (types["gpu"]["min_workers"], types["gpu"]["max_workers"]) == (4, 4)
     assert (types["data"]["min_workers"], types["data"]["max_workers"]) == (

@@ -45,6 +45,9 @@ DOORSTEPS = ("", "__main__")
 # Package -> who may import it. `inference.pyfunc` travels with a registered model.
 DOORS: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("distributed",),
+    "ray.autoscaler": ("distributed.launch",),
+    "yaml": ("distributed.launch",),
+    "jsonschema": ("distributed.launch",),
     "ray.data": ("data", "evaluation.ray_features"),
     "ray.train": ("train",),
     "ray.tune": ("studies.tune", "studies.search"),

@@ -14,7 +14,7 @@ from simclr_ray.cli.cluster_doctor import (
     network_finding,
     summary,
 )
-from simclr_ray.cli.environment import Finding
+from simclr_ray.config.findings import Finding
 from simclr_ray.distributed.cluster_health import TAG, cluster_tags
 from simclr_ray.errors import ClusterError, ConfigError
 from simclr_ray.train.cluster_check import REDUCED, RankReport

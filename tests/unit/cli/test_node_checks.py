@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from simclr_ray.cli.environment import Finding
 from simclr_ray.cli.node_checks import CODE, NodeReport, compare_nodes, report_node
+from simclr_ray.config.findings import Finding
 from simclr_ray.storage.provenance import code_digest
 
 VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1"}

@@ -1,0 +1,362 @@
+"""A launch file against a run: what would go wrong on such nodes, and what the run would be.
+
+Data in, findings out. Nothing is started or reached: what only a running cluster can show, such as
+whether a path is one folder on all nodes, `simclr-ray doctor` asks there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import yaml  # type: ignore[import-untyped]  # as Ray and kubectl read their files: YAML 1.1
+
+from simclr_ray.config.experiment import Experiment, ScalingConfig
+from simclr_ray.config.findings import Finding, Findings
+from simclr_ray.config.uris import hide_passwords
+from simclr_ray.config.wording import counted
+from simclr_ray.distributed.launch.file import (
+    PLACEHOLDER,
+    LaunchFile,
+    NodeGroup,
+    mapping,
+)
+from simclr_ray.distributed.launch.kuberay import KINDS, read_kuberay
+from simclr_ray.distributed.launch.ray_up import read_ray_up
+from simclr_ray.distributed.launch.slurm import is_slurm, read_slurm
+from simclr_ray.distributed.placement import matches
+from simclr_ray.distributed.placement import shown as selector_text
+from simclr_ray.errors import ConfigError, ConfigIssue
+
+DISK_GIB: Final = 50.0  # 15 of an environment with CUDA, 20 of a machine image, the rest to spill
+LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|0\.0\.0\.0|::1|")
+OF_ONE_NODE: Final = ("/tmp/", "/var/tmp/", "/dev/shm/", "/run/")  # nosec B108 # noqa: S108
+
+
+def read_launch_file(path: Path, versions: Mapping[str, str]) -> LaunchFile:
+    """Return what a launch file says, whatever its kind.
+
+    Args:
+        path: A file of `ray up`, a RayCluster or RayJob, or a batch script of Slurm.
+        versions: Installed versions of `ray` and `simclr-ray`, which nodes are to have.
+
+    Raises:
+        ConfigError: There is no such file, it is not YAML, or it is no launch file.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or "is no text"
+        raise ConfigError([ConfigIssue(str(path), f"cannot be read: {problem}")]) from error
+    if is_slurm(text):
+        return read_slurm(text)
+    documents = [mapping(document) for document in _documents(path, text)]
+    of_kuberay = [d for d in documents if d.get("kind") in KINDS]
+    if of_kuberay:
+        return read_kuberay(of_kuberay[0], text, str(path), versions)
+    tree = next(iter(documents), {})
+    if "provider" in tree or "cluster_name" in tree:
+        return read_ray_up(tree, text, versions)
+    kinds = [str(d["kind"]) for d in documents if "kind" in d]
+    shown = f"is of kind {', '.join(kinds)}, which is" if kinds else "is"
+    problem = f"{shown} no launch file: neither of `ray up` (provider), nor a RayCluster or RayJob"
+    raise ConfigError([ConfigIssue(str(path), f"{problem}, nor a Slurm script (#SBATCH)")])
+
+
+def _documents(path: Path, text: str) -> list[Any]:
+    try:
+        return list(yaml.safe_load_all(text))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = f"is not YAML: {at}{getattr(error, 'problem', None) or error}"
+        raise ConfigError([ConfigIssue(str(path), problem)]) from error
+
+
+def check_launch(launch: LaunchFile, experiment: Experiment | None) -> Findings:
+    """Return all that is found: of the file alone, then of the run on it.
+
+    Args:
+        launch: What the file says.
+        experiment: The run that it is to carry; None where neither the file nor anyone names one.
+    """
+    findings = [*launch.findings, *_check_filled_in(launch), *_check_head(launch)]
+    findings += _check_disk(launch)
+    if experiment is None:
+        shown = "the file starts none: what it needs of the nodes is not checked"
+        advice = "name it: simclr-ray cluster check FILE PRESET_OR_YAML KEY=VALUE ..."
+        return [*findings, Finding("run", "warn", shown, advice)]
+    if launch.num_nodes > 1:
+        findings += _check_paths(launch, experiment)
+        findings.append(_check_tracking(launch, experiment))
+    findings += _check_workers(launch, experiment.scaling)
+    return [*findings, *_check_spot(launch, experiment.scaling)]
+
+
+def _check_filled_in(launch: LaunchFile) -> Findings:
+    words = f"{launch.values} {launch.command}".split()
+    left = list(dict.fromkeys(word for word in words if PLACEHOLDER in word))
+    if not left:
+        return []
+    shown = f"{counted(len(left), 'value')} still {PLACEHOLDER}: {'; '.join(left[:6])}"
+    return [Finding("filled in", "fail", shown, f"write yours in place of {PLACEHOLDER}")]
+
+
+def _check_head(launch: LaunchFile) -> Findings:
+    """Return whether the head is left to itself, or, alone, can work."""
+    head = next((group for group in launch.groups if group.is_head), None)
+    if head is None:
+        return []
+    if not any(group.most for group in launch.workers):
+        if head.cpus == 0:
+            shown = "the head offers no CPU and there is no other node: nothing can run"
+            return [Finding("head", "fail", shown, "add workers, or let the head offer its CPUs")]
+        return [Finding("head", "ok", "works alone")]
+    if head.cpus == 0:
+        return [Finding("head", "ok", "offers no CPU: no step can starve the cluster's processes")]
+    if launch.kind == "Slurm":  # its nodes are alike, and paid for alike
+        return [Finding("head", "ok", f"is one of {counted(launch.num_nodes, 'equal node')}")]
+    shown = "offers its CPUs" if head.cpus is None else f"offers {head.cpus:g} CPUs"
+    advice = 'let it offer none: `--num-cpus=0`, `resources: {CPU: 0}` or `num-cpus: "0"`'
+    detail = f"{shown}: workers and decoding may starve the processes that hold the cluster"
+    return [Finding("head", "warn", detail, advice)]
+
+
+def _check_disk(launch: LaunchFile) -> Findings:
+    """Return whether nodes have disk to spill objects to, where the file says how much."""
+    if launch.owned:
+        return []
+    small = [f"{g.name} {g.disk_gib:g} GiB" for g in launch.groups
+             if g.disk_gib is not None and g.disk_gib < DISK_GIB]  # fmt: skip
+    unsaid = [group.name for group in launch.groups if group.disk_gib is None]
+    if small or unsaid:
+        said = [*small, *(f"{name} not stated" for name in unsaid)]
+        where = "ephemeral-storage in requests" if "Ray" in launch.kind else "the disk's size"
+        advice = f"give {DISK_GIB:g} GiB or more ({where}): Ray spills objects to /tmp/ray"
+        return [Finding("disk", "warn", ", ".join(said), advice)]
+    least = min((g.disk_gib for g in launch.groups if g.disk_gib is not None), default=0.0)
+    return [Finding("disk", "ok", f"{least:g} GiB or more on each node")] if least else []
+
+
+def _check_paths(launch: LaunchFile, experiment: Experiment) -> Findings:
+    """Return whether all nodes see storage and data, as far as names tell."""
+    data = experiment.data
+    named = {"storage": experiment.storage, "data.train": data.train, "data.test": data.test,
+             "data.eval_train": data.eval_train}  # fmt: skip
+    wrong, paths = [], []
+    for key, path in named.items():
+        problem = _problem_of(path, launch)
+        if problem:
+            wrong.append(f"{key}={hide_passwords(path)} {problem}")
+        elif path.startswith("/"):
+            paths.append(path)
+    if wrong:
+        advice = "use s3://..., gs://..., or the path of a folder that every node mounts"
+        shown = f"{counted(launch.num_nodes, 'node')}: {'; '.join(wrong)}"
+        return [Finding("shared storage", "fail", shown, advice)]
+    if paths and launch.owned:
+        shown = f"every node must mount {', '.join(dict.fromkeys(paths))}"
+        advice = "simclr-ray doctor --storage ... on the running cluster asks each node"
+        return [Finding("shared storage", "ok", shown, advice)]
+    return [Finding("shared storage", "ok", "storage and data are seen by all nodes")]
+
+
+def _problem_of(path: str, launch: LaunchFile) -> str:
+    """Return why the nodes of a file would not all see a path; empty where they do, or may."""
+    local = path.removeprefix("file://")
+    if not path or path == "shapes" or (local == path and "://" in path):
+        return ""
+    if not local.startswith("/"):
+        return "is a folder of each node's own"
+    if f"{local}/".startswith(OF_ONE_NODE):
+        return "is a folder of each node's own"
+    under = any(f"{local}/".startswith(f"{mount.rstrip('/')}/") for mount in launch.mounts)
+    if launch.owned or under:
+        return ""
+    return "is a local path, and no volume that all nodes share is mounted there"
+
+
+def _check_tracking(launch: LaunchFile, experiment: Experiment) -> Finding:
+    """Return whether all nodes reach the MLflow store, as far as its address tells."""
+    uri = experiment.tracking.uri or launch.environment.get("MLFLOW_TRACKING_URI", "")
+    advice = "run an MLflow server, and set tracking.uri=http://HOST:5000 (docs/cluster.md)"
+    parts = urlsplit(uri)
+    if not uri:
+        shown = "tracking.uri is not set: SQLite in `storage` is no store for several machines"
+        return Finding("tracking", "fail", shown, advice)
+    if parts.scheme in ("sqlite", "file", ""):
+        shown = f"tracking.uri={uri}: a file is no store for several machines"
+        return Finding("tracking", "fail", shown, advice)
+    if parts.scheme != "databricks" and LOOPBACK.fullmatch(parts.hostname or ""):
+        shown = f"tracking.uri={hide_passwords(uri)} means each node itself"
+        return Finding("tracking", "fail", shown, advice)
+    return Finding("tracking", "ok", hide_passwords(uri))
+
+
+def _check_spot(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
+    """Return whether the cluster and the run outlive nodes that may be taken away."""
+    spot = [group for group in launch.groups if group.is_spot]
+    if any(group.is_head for group in spot):
+        shown = "the head is spot: when it is taken away, the cluster is gone and the run with it"
+        return [Finding("spot", "fail", shown, "keep the head on demand")]
+    if not spot:
+        return []
+    names = ", ".join(group.name for group in spot)
+    if scaling.max_failures == 0:
+        shown = f"{names}: the first node that is taken away ends the run"
+        advice = "set scaling.max_failures=3: restarts from the last checkpoint"
+        return [Finding("spot", "warn", shown, advice)]
+    shown = f"{names}: a lost node costs the steps since the last checkpoint"
+    return [Finding("spot", "ok", shown)]
+
+
+def is_data_node(group: NodeGroup, scaling: ScalingConfig) -> bool:
+    """Return whether decode actors may run on the nodes of a group."""
+    return matches(scaling.data_label_selector, group.labels)
+
+
+def _check_workers(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
+    """Return whether workers find room on the nodes that are kept, and leave some to decoding."""
+    groups = [group for group in launch.groups if group.least and group.cpus != 0]
+    if not launch.groups:
+        return []  # the file was refused
+    if lacking := _unmatched(launch.groups, scaling):
+        return [_unsaid(scaling) if launch.owned else lacking]
+    if any(group.cpus is None for group in groups):
+        return [_unsaid(scaling)]
+    workers, left = place(groups, scaling, scaling.min_workers)
+    if workers < scaling.min_workers:
+        each = _share(scaling)
+        shown = (
+            f"the nodes that are kept hold {counted(workers, 'worker')} of {each}, "
+            f"scaling.num_workers asks for {scaling.min_workers}"
+        )
+        advice = "keep more nodes (min_workers, minReplicas, --nodes), or ask for fewer workers"
+        return [Finding("workers", "fail", shown, advice)]
+    room = [Finding("workers", "ok", f"room for {counted(workers, 'worker')}")]
+    need = scaling.min_workers * scaling.data_cpus_per_worker
+    if left < need:
+        shown = f"{left:g} CPUs are left for {need:g} of decoding"
+        advice = "add data nodes, or lower scaling.data_actors_per_worker or cpus_per_worker"
+        return [*room, Finding("data CPUs", "fail", shown, advice)]
+    return [*room, Finding("data CPUs", "ok", f"{left:g} for {need:g} of decoding")]
+
+
+def _unmatched(groups: Sequence[NodeGroup], scaling: ScalingConfig) -> Finding | None:
+    """Return which label selector no group satisfies."""
+    for key in ("worker_label_selector", "data_label_selector"):
+        selector = getattr(scaling, key)
+        if not any(matches(selector, group.labels) for group in groups):
+            labels = sorted({f"{k}={v}" for group in groups for k, v in group.labels.items()})
+            text = f"no group has the labels of scaling.{key}={selector_text(selector)}"
+            there = f"; there are: {', '.join(labels)}" if labels else ""
+            advice = "give a group `labels: {KEY: VALUE}`, or ray start --labels=KEY=VALUE"
+            return Finding("workers", "fail", text + there, advice)
+    return None
+
+
+def _share(scaling: ScalingConfig) -> str:
+    """Return what one worker reserves."""
+    gpus = f", {_amount(scaling.gpus_per_worker, 'GPU')}" if scaling.gpus_per_worker else ""
+    return f"{_amount(scaling.cpus_per_worker, 'CPU')}{gpus}"
+
+
+def _amount(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'s' * (number != 1)}"
+
+
+def _unsaid(scaling: ScalingConfig) -> Finding:
+    shown = (
+        f"the file does not say what its nodes have: {scaling.num_cpus:g} CPUs and "
+        f"{scaling.num_gpus:g} GPUs are needed"
+    )
+    advice = "simclr-ray cluster status PRESET KEY=VALUE on the running cluster counts them"
+    return Finding("workers", "ok", shown, advice)
+
+
+def place(groups: Sequence[NodeGroup], scaling: ScalingConfig, wanted: int) -> tuple[int, float]:
+    """Return how many workers the kept nodes hold, and the CPUs that then are left for decoding.
+
+    Workers go where GPUs are, and without GPUs where no data node is, while there is room.
+
+    Args:
+        groups: Nodes.
+        scaling: Of one run.
+        wanted: Workers, of as many such runs as are to go on at a time.
+    """
+    workers, left = 0, 0.0
+    marked = bool(scaling.data_label_selector)
+    for group in sorted(groups, key=lambda g: marked and is_data_node(g, scaling)):
+        cpus, gpus = group.cpus or 0.0, group.gpus or 0.0
+        fits = math.floor(cpus / scaling.cpus_per_worker + 1e-9)
+        if scaling.gpus_per_worker:
+            fits = min(fits, math.floor(gpus / scaling.gpus_per_worker + 1e-9))
+        if not matches(scaling.worker_label_selector, group.labels):
+            fits = 0
+        taken = min(fits * group.least, wanted - workers)
+        workers += taken
+        if is_data_node(group, scaling):
+            left += group.least * cpus - taken * scaling.cpus_per_worker
+    return workers, left
+
+
+def runs_at_a_time(launch: LaunchFile, scaling: ScalingConfig, most: int) -> int:
+    """Return how many runs the kept nodes hold side by side; 1 where the file does not say."""
+    for runs in range(most, 1, -1):
+        wanted = runs * scaling.max_workers
+        workers, left = place(launch.groups, scaling, wanted)
+        if workers == wanted and left >= wanted * scaling.data_cpus_per_worker:
+            return runs
+    return 1
+
+
+def derived(
+    launch: LaunchFile,
+    runs: Sequence[Experiment],
+    *,
+    images_per_s: float = 0.0,
+    images: int = 0,
+) -> dict[str, str]:
+    """Return what a run on such nodes is, as name -> text.
+
+    Args:
+        launch: What the file says.
+        runs: The run, or the trials of a study.
+        images_per_s: Assumed of one worker on its device, 0 for no assumption.
+        images: In `data.train`, 0 where that is not known.
+    """
+    experiment = runs[0]
+    scaling = experiment.scaling
+    workers = scaling.max_workers
+    at_a_time = runs_at_a_time(launch, scaling, len(runs))
+    least, more = divmod(experiment.batch_size, workers)
+    decode_cpus = at_a_time * workers * scaling.data_cpus_per_worker
+    rows = {"nodes": ", ".join(f"{g.least} {g.name}" for g in launch.groups)}
+    if len(runs) > 1:
+        rows["trials"] = f"{len(runs)}, of which {at_a_time} fit at a time; of the first:"
+    rows |= {
+        "workers": f"{workers} of {_share(scaling)} each",
+        "local batch": f"{least + 1} or {least} images" if more else f"{least} images",
+        "decoding": f"{counted(at_a_time * workers * scaling.data_actors_per_worker, 'actor')} on "
+        f"{decode_cpus:g} CPUs",
+    }
+    if not images_per_s:
+        unknown = "give --images-per-second-per-worker, measured by a short run on such a node"
+        return rows | {"images/s": unknown}
+    total = at_a_time * workers * images_per_s
+    rows["images/s"] = (
+        f"{total:,.0f} must be decoded, assumed {images_per_s:,.0f} for each worker: "
+        f"{total / decode_cpus:,.0f} for each CPU of decoding"
+    )
+    if not images:
+        return rows | {"hours": "give --images, the rows of data.train"}
+    hours = sum(run.epochs for run in runs) * images / total / 3600
+    rows["hours"] = f"{hours:,.1f} of training, without start and evaluation"
+    if launch.hours and hours > launch.hours:
+        pieces = math.ceil(hours / launch.hours)
+        rows["hours"] += f"; the script's time is {launch.hours:g}: {pieces} pieces, by requeue"
+    return rows

@@ -1,0 +1,331 @@
+"""What `cluster check` finds: each refusal on a shipped launch file with one thing wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from simclr_ray.cli.launch import runs_of
+from simclr_ray.config.experiment import Experiment, ScalingConfig
+from simclr_ray.config.findings import Finding
+from simclr_ray.distributed.launch.check import (
+    check_launch,
+    derived,
+    place,
+    read_launch_file,
+    runs_at_a_time,
+)
+from simclr_ray.distributed.launch.file import NodeGroup, command_in
+from simclr_ray.distributed.launch.kuberay import quantity_gib
+from simclr_ray.distributed.launch.slurm import hours_of
+from simclr_ray.errors import ConfigError
+from simclr_ray.storage.provenance import versions_of
+
+CLUSTER = Path(__file__).resolve().parents[3] / "cluster"
+VERSIONS = versions_of(("ray", "simclr-ray"))
+RAY = VERSIONS["ray"]
+
+
+def text_of(name: str) -> str:
+    """Return a shipped file as its user fills it in."""
+    return (CLUSTER / name).read_text("utf-8").replace("REPLACE-ME", "mine")
+
+
+def findings_of(name: str, text: str, folder: Path, *typed: str) -> list[Finding]:
+    """Return what is found in a file of that name, with its own command or what was typed."""
+    path = folder / name
+    path.write_text(text)
+    launch = read_launch_file(path, VERSIONS)
+    runs = runs_of(launch.command, typed)
+    return check_launch(launch, runs[0] if runs else None)
+
+
+def failures(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.status == "fail"]
+
+
+def replaced(old: str, new: str, count: int = -1) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        assert old in text, old
+        return text.replace(old, new, count)
+
+    return edit
+
+
+def without(pattern: str) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        assert re.search(pattern, text, re.MULTILINE), pattern
+        return re.sub(pattern, "", text, flags=re.MULTILINE)
+
+    return edit
+
+
+JOB, STAYS = "kuberay-rayjob.yaml", "kuberay-raycluster.yaml"
+TOKEN_MOUNT = r"^  ~/\.(?:ray|simclr-ray)/auth_token:.*\n"
+EXPORT = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token;"
+CASES = [
+    # file, what is wrong in it, the check that fails, what it says
+    ("aws.yaml", replaced("idle_timeout_minutes", "idle_timeout_minute"), "schema",
+     "idle_timeout_minute: unknown key (did you mean 'idle_timeout_minutes'?)"),
+    ("gcp.yaml", replaced("min_workers: 4", "min_worker: 4"), "schema",
+     "available_node_types.gpu.min_worker: unknown key (did you mean 'min_workers'?)"),
+    ("aws.yaml", replaced("type: aws", "type: awss"), "schema", "awss"),
+    ("aws.yaml", replaced("head_node_type: head", "head_node_type: hed"), "schema",
+     "`head_node_type` must be one of `available_node_types`"),
+    ("aws.yaml", replaced("max_workers: 8", "max_workers: 2"), "schema", "smaller than the sum"),
+    ("aws.yaml", without(TOKEN_MOUNT), "token",
+     "the token file ~/.ray/auth_token is in no file_mounts"),
+    ("onprem.yaml", without(TOKEN_MOUNT), "token",
+     "the token file ~/.simclr-ray/auth_token is in no file_mounts"),
+    ("aws.yaml", replaced(EXPORT, "", 1), "token", "anyone who reaches the cluster may run code"),
+    ("aws.yaml", without(r"(?s)^worker_start_ray_commands:.*"), "token",
+     "worker_start_ray_commands holds no `ray start`"),
+    ("aws.yaml", without(r"^.*require-hashes.*\n"), "versions", "pin no Ray"),
+    ("aws.yaml", replaced("initialization_commands: []", "docker: {image: 'rayproject/ray:2.40.0', "
+     "container_name: ray}"), "versions", f"docker.image is Ray 2.40.0, here it is {RAY}"),
+    ("aws.yaml", replaced("simclr_ray-0.1.0-", "simclr_ray-0.0.9-"), "versions", "0.0.9"),
+    ("aws.yaml", replaced("tracking.uri=http://mine:5000", ""), "tracking", "is not set"),
+    ("aws.yaml", replaced("http://mine:5000", "http://localhost:5000"), "tracking",
+     "means each node itself"),
+    ("onprem.yaml", replaced("http://mine:5000", "sqlite:////mnt/mine/mlflow.db"), "tracking",
+     "a file is no store for several machines"),
+    ("aws.yaml", replaced("storage=s3://mine/simclr-ray", "storage=runs"), "shared storage",
+     "storage=runs is a folder of each node's own"),
+    ("aws.yaml", replaced("storage=s3://mine", "storage=/mnt/mine"), "shared storage",
+     "no volume that all nodes share is mounted there"),
+    ("onprem.yaml", replaced("storage=/mnt/mine", "storage=/tmp/mine"), "shared storage",
+     "storage=/tmp/mine/simclr-ray is a folder of each node's own"),
+    ("gcp.yaml", without(r"storage=gs://\S+"), "shared storage", "storage=runs"),
+    ("slurm.sh", replaced("data.train=/mine/", "data.train="), "shared storage", "data.train="),
+    (JOB, replaced("data.test=s3:/", "data.test=/data"), "shared storage", "data.test="),
+    ("aws.yaml", replaced("scaling.num_workers=4", "scaling.num_workers=5"), "workers",
+     "hold 4 workers of 1 CPU, 1 GPU, scaling.num_workers asks for 5"),
+    ("aws.yaml", replaced("16}\n    labels: {node-group: data}",
+                          "12}\n    labels: {node-group: data}"), "data CPUs",
+     "12 CPUs are left for 16 of decoding"),
+    (STAYS, replaced("node-group: data", "node-group: views"), "workers",
+     "no group has the labels of scaling.data_label_selector=node-group: data; there are: "),
+    ("slurm.sh", replaced("--cpus-per-task=64", "--cpus-per-task=32"), "data CPUs",
+     "110 CPUs are left for 128 of decoding"),
+    (JOB, replaced("idleTimeoutSeconds", "idleTimeoutSecond"), "schema",
+     "spec.rayClusterSpec.autoscalerOptions.idleTimeoutSecond: unknown key (did you mean "
+     "'idleTimeoutSeconds'?); Kubernetes drops it"),
+    (JOB, replaced("volumeMounts:", "volumeMount:", 1), "schema",
+     "workerGroupSpecs.0.template.spec.containers.0.volumeMount: unknown key"),
+    (JOB, replaced("shutdownAfterJobFinishes", "shutdownAfterJobFinish"), "schema",
+     "spec.shutdownAfterJobFinish: unknown key"),
+    (STAYS, replaced("ray.io/v1\n", "ray.io/v1alpha1\n"), "schema",
+     "apiVersion is ray.io/v1alpha1"),
+    (STAYS, without(r"^.*minReplicas: 4\n"), "schema", "minReplicas"),
+    (STAYS, replaced('"2.60.0"', '"2.40.0"'), "versions", f"rayVersion is Ray 2.40.0, here it is "
+     f"{RAY}"),
+    (STAYS, without(r"^ *rayVersion.*\n"), "versions", "rayVersion is not stated"),
+    (STAYS, replaced("simclr-ray:0.1.0", "simclr-ray:latest"), "versions", "any day another one"),
+    (STAYS, replaced("simclr-ray:0.1.0", "simclr-ray:0.1.1", 1), "versions", "images differ"),
+    (STAYS, replaced("mode: token", "mode: disabled"), "token", "authOptions.mode is not token"),
+    (JOB, replaced("restartPolicy: Never        #", "nodeSelector: {cloud.google.com/gke-spot: "
+     "'true'}\n          restartPolicy: Never  #"), "spot", "the head is spot"),
+    ("aws.yaml", replaced("Name: mine-head}\n", "Name: mine-head}\n      InstanceMarketOptions: "
+     "{MarketType: spot}\n"), "spot", "the head is spot"),
+    ("slurm.sh", replaced("--cpus-per-task=64", "--cpu-per-task=64"), "schema",
+     "#SBATCH --cpu-per-task: unknown (did you mean '--cpus-per-task'?)"),
+    ("slurm.sh", replaced("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"), "token", "as you"),
+    ("slurm.sh", replaced("ray start", "ray symmetric-run"), "", ""),
+    ("slurm.sh", replaced("#SBATCH --exclusive\n", "ray stop\n"), "end", "ends your other jobs'"),
+    ("slurm.sh", replaced("ray start", "true"), "start", "the script starts no Ray"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "check", "shown"), CASES, ids=[f"{c[0]}-{c[2]}-{c[3][:40]}" for c in CASES]
+)
+def test_one_thing_wrong_is_refused_with_what_to_do(
+    name: str, edit: Callable[[str], str], check: str, shown: str, tmp_path: Path
+) -> None:
+    failed = failures(findings_of(name, edit(text_of(name)), tmp_path))
+    if not check:
+        assert failed == []
+        return
+    matching = [f for f in failed if f.check == check and shown in f.detail]
+    assert matching, failed
+    assert all(finding.advice for finding in failed)
+    # a misspelt number of nodes is one of none
+    assert {f.check for f in failed} <= {check, "schema", "workers"}, "nothing else is wrong"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: [", "is not YAML: line 1"),
+        ("a: 3\n", "is no launch file"),
+        ("- 1\n- 2\n", "is no launch file"),
+        ("", "is no launch file"),
+        ("kind: Deployment\napiVersion: apps/v1\n", "is of kind Deployment, which is no launch"),
+        ("kind: RayJob\nspec: {clusterSelector: {a: b}}\n", "check the file of that"),
+        ("#!/bin/bash\necho no directive\n", "is no launch file"),
+        ("\xff\xfe", "is no text"),
+    ],
+)
+def test_what_is_no_launch_file_is_named_so(text: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=re.escape(problem)) as refused:
+        read_launch_file(path, VERSIONS)
+    assert refused.value.exit_code == 2
+    assert str(path) in str(refused.value)
+
+
+def test_a_missing_file_is_named_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
+        read_launch_file(tmp_path / "none.yaml", VERSIONS)
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", JOB, STAYS])
+@pytest.mark.parametrize("broken", ["3", "[1, 2]", "text", "null"])
+def test_what_is_no_mapping_is_refused_and_breaks_nothing(
+    name: str, broken: str, tmp_path: Path
+) -> None:
+    start = "provider:" if name == "aws.yaml" else "spec:"
+    head = text_of(name).partition(f"\n{start}")[0]
+    assert failures(findings_of(name, f"{head}\n{start} {broken}\n", tmp_path))
+
+
+def test_a_run_that_is_typed_stands_in_for_the_files_own(tmp_path: Path) -> None:
+    path = tmp_path / "aws.yaml"
+    path.write_text(text_of("aws.yaml"))
+    command = read_launch_file(path, VERSIONS).command
+    (own,) = runs_of(command, [])
+    (more,) = runs_of(command, ["scaling.num_workers=8"])
+    (other,) = runs_of(command, ["imagenet_resnet50", "storage=s3://b/runs"])
+    assert (own.name, own.scaling.num_workers, more.scaling.num_workers) == (own.name, 4, 8)
+    assert (other.name, other.storage) == ("imagenet_resnet50", "s3://b/runs")
+    assert runs_of("", []) == []
+    with pytest.raises(ConfigError, match="num_workers"):
+        runs_of(command, ["scaling.num_worker=8"])
+
+
+def test_a_file_that_starts_no_run_says_what_is_left_unchecked(tmp_path: Path) -> None:
+    text = without(r"(?m)^#.*\n")(text_of("aws.yaml"))
+    (found,) = [f for f in findings_of("aws.yaml", text, tmp_path) if f.check == "run"]
+    assert (found.status, "name it" in found.advice) == ("warn", True)
+
+
+def test_a_shared_volume_of_all_pods_is_a_place_for_storage(tmp_path: Path) -> None:
+    text = text_of(JOB).replace("s3://mine", "/mnt/all")
+    volume = "volumes: [{name: all, persistentVolumeClaim: {claimName: all}}, {name: shm"
+    text = text.replace("volumes: [{name: shm", volume)
+    text = text.replace("volumeMounts: [", "volumeMounts: [{name: all, mountPath: /mnt/all}, ")
+    assert failures(findings_of(JOB, text, tmp_path)), "the head has it not yet"
+    head = "          containers:\n            - name: ray-head\n"
+    claim = "          volumes: [{name: all, persistentVolumeClaim: {claimName: all}}]\n"
+    mount = "              volumeMounts: [{name: all, mountPath: /mnt/all}]\n"
+    assert head in text
+    text = text.replace(head, claim + head + mount)
+    assert failures(findings_of(JOB, text, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "check", "shown"),
+    [
+        (without(r", ephemeral-storage: \d+Gi"), "disk", "gpu not stated"),
+        (replaced("ephemeral-storage: 100Gi", "ephemeral-storage: 20Gi"), "disk", "gpu 20 GiB"),
+        (replaced('num-cpus: "0" ', 'num-cpus: "2" '), "head", "offers 2 CPUs"),
+        (without(r"^ *volumeMounts: .*shm.*\n"), "shared memory", "64 MB"),
+        (without(r"^ *shutdownAfterJobFinishes.*\n"), "end", "is paid for"),
+    ],
+)
+def test_what_may_go_wrong_later_is_a_warning(
+    edit: Callable[[str], str], check: str, shown: str, tmp_path: Path
+) -> None:
+    findings = findings_of(JOB, edit(text_of(JOB)), tmp_path)
+    (found,) = [f for f in findings if f.status == "warn"]
+    assert (found.check, failures(findings)) == (check, [])
+    assert shown in found.detail
+    assert found.advice
+
+
+def test_a_head_without_cpus_and_without_workers_can_run_nothing(tmp_path: Path) -> None:
+    text = text_of(STAYS).partition("  workerGroupSpecs:")[0] + "  workerGroupSpecs: []\n"
+    (found,) = [f for f in failures(findings_of(STAYS, text, tmp_path)) if f.check == "head"]
+    assert "nothing can run" in found.detail
+
+
+def test_the_command_of_a_comment_ends_where_its_words_do() -> None:
+    text = "# ray job submit -- \\\n#   simclr-ray pretrain p \\\n#   a=1 b.c=[2,4]\n# Then.\n"
+    assert command_in(text) == "pretrain p a=1 b.c=[2,4]"
+    text = "# 'simclr-ray study run s --scale cpu data.train=x' and more=prose\n"
+    assert command_in(text) == "study run s --scale cpu data.train=x"
+    assert command_in("# nothing\nray up\n") == ""
+
+
+def test_workers_go_where_gpus_are_and_leave_data_nodes_to_decoding() -> None:
+    scaling = ScalingConfig(num_workers=4, gpus_per_worker=1, cpus_per_worker=2,
+                            data_actors_per_worker=4, cpus_per_data_actor=1,
+                            data_label_selector={"role": "data"})  # fmt: skip
+    gpu = NodeGroup("gpu", 2, 2, cpus=16, gpus=2)
+    data = NodeGroup("data", 1, 4, cpus=16, gpus=0, labels={"role": "data"})
+    assert place([gpu, data], scaling, 4) == (4, 16)
+    assert place([gpu._replace(cpus=3), data], scaling, 4) == (2, 16)
+    shared = scaling.model_copy(update={"data_label_selector": {}})
+    assert place([gpu], shared, 4) == (4, 2 * 16 - 4 * 2)
+
+
+def test_trials_run_side_by_side_as_far_as_gpus_and_decoding_go(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text_of("kuberay-study.yaml"))
+    launch = read_launch_file(path, VERSIONS)
+    trials = runs_of(launch.command, [])
+    assert len(trials) > 10
+    assert {trial.storage for trial in trials} == {"s3://mine/simclr-ray"}
+    scaling = trials[0].scaling
+    assert runs_at_a_time(launch, scaling, len(trials)) == 4, "one a GPU"
+    costly = scaling.model_copy(update={"data_actors_per_worker": 10, "cpus_per_data_actor": 1.0})
+    assert runs_at_a_time(launch, costly, len(trials)) == 2, "28 CPUs decode for 10 each"
+    rows = derived(launch, trials, images_per_s=1000.0, images=50_000)
+    hours = sum(trial.epochs for trial in trials) * 50_000 / 4000 / 3600
+    assert f"{hours:,.1f} of training" in rows["hours"]
+
+
+def test_the_arithmetic_of_a_run_is_shown_with_its_assumption(tmp_path: Path) -> None:
+    path = tmp_path / "slurm.sh"
+    path.write_text(text_of("slurm.sh"))
+    launch = read_launch_file(path, VERSIONS)
+    run = Experiment.load(
+        "imagenet_resnet50", "data.train=s3://b/t", "scaling.num_workers=16", "epochs=800"
+    )
+    rows = derived(launch, [run], images_per_s=400.0, images=1_281_167)
+    assert rows["nodes"] == "1 head, 3 workers"
+    assert rows["local batch"] == "256 images"
+    assert rows["images/s"].startswith("6,400 must be decoded, assumed 400 for each worker: 50 for")
+    assert rows["hours"].startswith(f"{800 * 1_281_167 / 6400 / 3600:,.1f} of training")
+    assert rows["hours"].endswith("the script's time is 24: 2 pieces, by requeue")
+    assert "--images-per-second-per-worker" in derived(launch, [run])["images/s"]
+    assert "--images" in derived(launch, [run], images_per_s=1.0)["hours"]
+
+
+def test_quantities_of_kubernetes_and_times_of_slurm() -> None:
+    assert quantity_gib("50Gi") == 50
+    assert quantity_gib("512Mi") == 0.5
+    assert quantity_gib(2**31) == 2
+    assert quantity_gib("1G") == pytest.approx(0.931, abs=1e-3)
+    assert quantity_gib("much") == quantity_gib(None) == 0
+    assert hours_of("90") == 1.5
+    assert hours_of("24:00:00") == 24
+    assert hours_of("2-12") == 60
+    assert hours_of("2-12:30:00") == 60.5
+    assert hours_of("30:00") == 0.5
+    assert hours_of("soon") is None
+
+
+def test_spot_nodes_want_restarts(tmp_path: Path) -> None:
+    path = tmp_path / "gcp.yaml"
+    path.write_text(text_of("gcp.yaml"))
+    launch = read_launch_file(path, VERSIONS)
+    assert [group.name for group in launch.groups if group.is_spot] == ["gpu", "data"]
+    for restarts, status in ((3, "ok"), (0, "warn")):
+        (run,) = runs_of(launch.command, [f"scaling.max_failures={restarts}"])
+        (found,) = [f for f in check_launch(launch, run) if f.check == "spot"]
+        assert (found.status, found.detail[:10]) == (status, "gpu, data:")
