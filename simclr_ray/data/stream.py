@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.logging import name_process
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import (
     BatchBuilder,
@@ -32,10 +33,12 @@ from simclr_ray.data.batches import (
     least_sides_of,
     view_builder,
 )
+from simclr_ray.data.bytes_read import BYTES_READ
 from simclr_ray.data.decoding import check_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.collectives import partition
 from simclr_ray.distributed.malloc import keep_freed_memory
+from simclr_ray.distributed.ray_metrics import RunMetrics
 from simclr_ray.errors import DataError, TooManyBadImages
 
 # Blocks of step numbers, each a task of the actor. Measured (Ray 2.60): many more delay the first
@@ -57,11 +60,14 @@ class _Actor:
     """A Ray Data actor around a `BatchBuilder`."""
 
     def __init__(
-        self, experiment: Experiment, source: Source, places: tuple[int, int], stop: int
-    ) -> None:
+        self, experiment: Experiment, source: Source, places: tuple[int, int], stop: int,
+        metrics: RunMetrics | None = None,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(1)
         keep_freed_memory()
-        self.data = experiment.data
+        self.data, self.metrics = experiment.data, metrics
+        if metrics is not None:
+            name_process(metrics.run, metrics.rank)
         plan, views = build_plan(experiment, source), view_builder(experiment)
         self.builder = BatchBuilder(
             source, plan, views, experiment.data, places,
@@ -87,6 +93,8 @@ class _Actor:
                     self._make(steps[at : at + in_a_call], made)
                 yield _packed(made)
                 made = []
+                if self.metrics is not None:
+                    self.metrics.add("simclr_read_bytes_total", BYTES_READ.take())
         except DataError as error:
             if made:
                 yield _packed(made)
@@ -123,7 +131,7 @@ class _Actor:
 
 
 def stream(
-    experiment: Experiment, source: Source, steps: range, rank: int, num_ranks: int
+    experiment: Experiment, source: Source, steps: range, rank: int, num_ranks: int, run: str = ""
 ) -> Iterator[Batch]:
     """Yield this rank's batches of `steps`, in order, through Ray Data.
 
@@ -133,6 +141,7 @@ def stream(
         steps: Global steps, consecutive.
         rank: This worker's rank.
         num_ranks: R.
+        run: Name of the run, for which the bytes read are exported; empty: for none.
 
     Raises:
         DataError: A file cannot be read, or no row is left to stand in for a bad one.
@@ -152,7 +161,8 @@ def stream(
         partition(experiment.batch_size, rank * actors + index, num_ranks * actors)
         for index in range(actors)
     ]
-    pipelines = [_pipeline(experiment, source, steps, part) for part in places]
+    metrics = RunMetrics(run, rank) if run else None
+    pipelines = [_pipeline(experiment, source, steps, part, metrics) for part in places]
     yield from _Pace.observed(_ahead(_joined(pipelines), BATCHES_AHEAD))
 
 
@@ -181,8 +191,9 @@ def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
 
 
 def _pipeline(
-    experiment: Experiment, source: Source, steps: range, places: tuple[int, int]
-) -> Iterator[BatchPart]:
+    experiment: Experiment, source: Source, steps: range, places: tuple[int, int],
+    metrics: RunMetrics | None,
+) -> Iterator[BatchPart]:  # fmt: skip
     scaling = experiment.scaling
     # The step numbers themselves, as blocks: `ray.data.range` would make them in tasks that each
     # wait for a whole CPU, which workers and actors may have taken.
@@ -192,7 +203,7 @@ def _pipeline(
     _configure(planned.context)
     dataset = planned.map_batches(
         _Actor,
-        fn_constructor_args=(experiment, source, places, steps.stop),
+        fn_constructor_args=(experiment, source, places, steps.stop, metrics),
         batch_size=None,
         # With a second task waiting at the actor, Ray Data's loop waits 0.1 s for both in each of
         # its rounds, and takes two blocks at most: measured, 68 steps a second at any speed.

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import ray
 
@@ -22,6 +22,7 @@ from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.placement import nodes
 from simclr_ray.distributed.ray_cluster import PickledQueue
+from simclr_ray.storage.rank_states import RankState
 
 Phase = Literal["start", "data", "step", "evaluation", "checkpoint"]
 LONG: Final = ("start", "evaluation", "checkpoint")  # how long they take, their first does not tell
@@ -84,6 +85,7 @@ class Heartbeat:
     def __init__(self, inbox: PickledQueue, rank: int, scaling: ScalingConfig) -> None:
         self._inbox, self._rank, self._scaling = inbox, rank, scaling
         self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._spent: dict[str, float] = dict.fromkeys(get_args(Phase), 0.0)
         self._phase: Phase = "start"
         self._step, self._since = 0, time.monotonic()
         self._ended = threading.Event()
@@ -93,7 +95,14 @@ class Heartbeat:
         """Begin a phase, after so many steps."""
         now = time.monotonic()
         self._durations[self._phase].append(now - self._since)
+        self._spent[self._phase] += now - self._since
         self._phase, self._step, self._since = phase, step, now
+
+    def spent_s(self) -> dict[str, float]:
+        """Return how long the rank was in each phase so far, in the present one until now."""
+        spent = dict(self._spent)
+        spent[self._phase] += time.monotonic() - self._since
+        return spent
 
     def stop(self) -> None:
         """Say that the rank has done all that it had to do, and nothing more."""
@@ -173,6 +182,17 @@ class RankWatch:
         self._silent.discard(finished.rank)
         if not self._ranks:
             self._without = math.inf
+
+    def states(self) -> list[RankState]:
+        """Return where the ranks stand, by their number."""
+        now = time.monotonic()
+        return [
+            RankState(
+                number, rank.started.address, rank.beat.phase, rank.beat.step,
+                round(rank.seconds(now), 1),
+            )
+            for number, rank in sorted(self._ranks.items())
+        ]  # fmt: skip
 
     def forget(self) -> None:
         """Begin anew: all ranks are being started again."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from simclr_ray import config as cfg
 from simclr_ray.augment.views import TwoViews, ViewPair
 from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
+from simclr_ray.config.logging import name_process
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import build_two_views
 from simclr_ray.data.source import Source
@@ -42,10 +43,12 @@ from simclr_ray.nn.precision import as_input, prepare_model
 from simclr_ray.nn.pretrained import load_init, load_teacher
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.metrics_log import FIRST_BATCH
 from simclr_ray.train import loop
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.heartbeat import Heartbeat, RanksMove, RankStarted
-from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
+from simclr_ray.train.monitor import WorkerReady
+from simclr_ray.train.rank_metrics import RankMetrics
 from simclr_ray.train.requests import RanksMoved, Requests
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.rollback import Rollbacks
@@ -93,6 +96,7 @@ class TrainWorker:
         self.folder, self.total = self.resolved.folder, self.resolved.total_steps
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
+        name_process(self.folder.name, self.rank)
         self.device = ray.train.torch.get_device()
         self.saved = -1  # step of the last checkpoint
         self.uploaded = threading.Event()
@@ -112,13 +116,15 @@ class TrainWorker:
             return
         # first of all: its actors take seconds to start, and start behind the rest of this
         steps = range(start, self.total)
-        batches = _started(stream(experiment, self.source, steps, self.rank, self.num_ranks))
+        of_run = (experiment, self.source, steps, self.rank, self.num_ranks, self.folder.name)
+        batches = _started(stream(*of_run))
         self._build(kept)
         self.loss = build_loss(experiment)
         self.evaluation = OnlineEvaluation(
             experiment, self.source, self.rank, self.num_ranks, self.device
         )
         self.requests = Requests(self.folder, self.rank, experiment.scaling)
+        self.exported = RankMetrics(self.folder.name, self.rank, self.heartbeat, start)
         if kept is None:
             self._check_finite(0, self.model.state_dict())
             before = self.evaluation.before_training(self.model)
@@ -160,6 +166,7 @@ class TrainWorker:
             if isinstance(module, LearnableTemperature):
                 values["train/temperature"] = module.log_temperature.exp().item()
         self._send(step, epoch, values)
+        self.exported.reported(step)
 
     def epoch_end(self, epoch: int, step: int) -> None:
         """Evaluate and save when it is due. A collective."""
@@ -180,6 +187,7 @@ class TrainWorker:
         if step == self.saved:
             return
         self.heartbeat.enter("checkpoint", step)
+        began = time.monotonic()
         self.uploaded.wait()  # one at a time: else they would pile up on this machine's disk
         tensors = checkpoint.pack(self.model, self.optimizer)
         self._check_finite(step, tensors)
@@ -206,6 +214,7 @@ class TrainWorker:
             delete_local_checkpoint_after_upload=True,
         )
         self.saved = step
+        self.exported.saved(time.monotonic() - began)
 
     def _check_finite(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         wrong = checkpoint.first_not_finite(tensors.items())
@@ -294,6 +303,7 @@ class TrainWorker:
     def _send(self, step: int, epoch: float, values: dict[str, float]) -> None:
         if self.rank == 0:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
+            self.exported.logged(epoch, values)
 
 
 def apply_color(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:
