@@ -46,8 +46,9 @@ class RankMetrics:
         steps, self._step = step - self._step, step
         waited = self._spent["data"] - before["data"]
         seconds = waited + self._spent["step"] - before["step"]
-        self._metrics.set("simclr_step_seconds", seconds / steps)
-        self._metrics.set("simclr_data_wait_ratio", waited / seconds)
+        if steps > 0 < seconds:  # a report may come twice for a step
+            self._metrics.set("simclr_step_seconds", seconds / steps)
+            self._metrics.set("simclr_data_wait_ratio", waited / seconds)
         self._metrics.add("simclr_read_bytes_total", BYTES_READ.take())
 
     def saved(self, seconds: float) -> None:
