@@ -27,7 +27,7 @@ PACKAGES = (
 )
 S3_PORT, MLFLOW_PORT, POSTGRES_PORT = 9000, 5000, 5432
 BEHIND = 10_000  # what is added to a port, for the server behind the proxy
-START_S = 120.0
+START_S = 300.0  # an MLflow makes its tables within 8 s, and on a busy machine in minutes
 POSTGRES_FOLDER = Path("/usr/lib/postgresql")  # Debian's, a folder for each version below
 USER = "postgres"  # PostgreSQL refuses to run as root
 
