@@ -24,7 +24,7 @@ from tests.ray.images import write_splits
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(1500)]
 
-WAIT_S = 300.0
+WAIT_S = 450.0
 ENV = {"GLOO_SOCKET_IFNAME": "eth0"}
 SIMCLR = (sys.executable, "-m", "simclr_ray")
 TRIALS = 6  # of the study `temperature` at scale cpu, with one seed
