@@ -24,6 +24,7 @@ from simclr_ray.config.experiment import Experiment, ScalingConfig
 from simclr_ray.distributed.placement import (
     Node,
     free_nodes,
+    nodes,
     staying_nodes,
     workers_on,
 )
@@ -72,14 +73,14 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> Concurrency:
         ClusterError: Not one fits, or not as many as `concurrency` asks for.
     """
     largest = largest_of(trials)
-    scaling, nodes = largest.scaling, staying_nodes()
-    fits = trials_on(nodes, scaling)
+    scaling, there = largest.scaling, [node for node in nodes() if node.is_alive]
+    fits = trials_on(there, scaling)
     if fits < max(1, study.concurrency):
         raise ClusterError(
             f"concurrency={max(1, study.concurrency)} asks for trials of "
             f"{scaling.num_cpus + DRIVER_CPUS:g} CPUs and {scaling.num_gpus:g} GPUs each; the "
-            f"cluster holds {fits} of them: it has {sum(node.cpus for node in nodes):g} CPUs and "
-            f"{sum(node.gpus for node in nodes):g} GPUs"
+            f"cluster holds {fits} of them: it has {sum(node.cpus for node in there):g} CPUs and "
+            f"{sum(node.gpus for node in there):g} GPUs"
         )
     if study.concurrency or study.search.learns:
         return Concurrency(study.concurrency or 1, scaling, is_fixed=True)
@@ -88,14 +89,14 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> Concurrency:
     return Concurrency(fits, scaling, is_fixed=False)
 
 
-def trials_on(nodes: Sequence[Node], scaling: ScalingConfig) -> int:
-    """Return how many trials of such a size find room on nodes."""
-    cpus = sum(node.cpus for node in nodes)
+def trials_on(there: Sequence[Node], scaling: ScalingConfig) -> int:
+    """Return how many trials of such a size find room on the nodes that are there."""
+    cpus = sum(node.cpus for node in there)
     fits = math.floor(cpus / (scaling.num_cpus + DRIVER_CPUS))
     if scaling.num_gpus:
-        fits = min(fits, math.floor(sum(node.gpus for node in nodes) / scaling.num_gpus))
+        fits = min(fits, math.floor(sum(node.gpus for node in there) / scaling.num_gpus))
     if scaling.worker_label_selector or scaling.data_label_selector:  # only some nodes serve
-        fits = min(fits, workers_on(nodes, scaling) // scaling.max_workers)
+        fits = min(fits, workers_on(there, scaling) // scaling.max_workers)
     return fits
 
 
