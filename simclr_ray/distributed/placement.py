@@ -54,6 +54,14 @@ def staying_nodes() -> list[Node]:
     return [node for node in nodes() if node.is_alive and node.id not in leaving]
 
 
+def free_nodes() -> list[Node]:
+    """Return the staying nodes, each with what nobody has of its CPUs and GPUs."""
+    free: Mapping[str, Mapping[str, float]]
+    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    left = ((node, free.get(node.id, {})) for node in staying_nodes())
+    return [node._replace(cpus=f.get("CPU", 0.0), gpus=f.get("GPU", 0.0)) for node, f in left]
+
+
 def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     """Return whether a node with `labels` is one that Ray's label selector chooses.
 

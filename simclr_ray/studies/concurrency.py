@@ -21,7 +21,13 @@ from ray.util.placement_group import (
 )
 
 from simclr_ray.config.experiment import Experiment, ScalingConfig
-from simclr_ray.distributed.placement import Node, staying_nodes, workers_on
+from simclr_ray.distributed.placement import (
+    Node,
+    free_nodes,
+    nodes,
+    staying_nodes,
+    workers_on,
+)
 from simclr_ray.distributed.ray_cluster import is_local
 from simclr_ray.errors import ClusterError
 from simclr_ray.studies.definition import Study
@@ -31,8 +37,6 @@ DRIVER_CPUS: Final = 0.01  # of the actor that reports; Tune refuses 0
 RECOUNT_S: Final = 5.0
 # Waiting trials that an autoscaler is shown at a time: each is a placement group of Ray's
 MAX_SHOWN: Final = 16
-# Between a group that found room and the next ones: a trial that restarts comes first
-PAUSE_S: Final = 30.0
 
 
 @dataclass
@@ -69,14 +73,14 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> Concurrency:
         ClusterError: Not one fits, or not as many as `concurrency` asks for.
     """
     largest = largest_of(trials)
-    scaling, nodes = largest.scaling, staying_nodes()
-    fits = trials_on(nodes, scaling)
+    scaling, there = largest.scaling, [node for node in nodes() if node.is_alive]
+    fits = trials_on(there, scaling)
     if fits < max(1, study.concurrency):
         raise ClusterError(
             f"concurrency={max(1, study.concurrency)} asks for trials of "
             f"{scaling.num_cpus + DRIVER_CPUS:g} CPUs and {scaling.num_gpus:g} GPUs each; the "
-            f"cluster holds {fits} of them: it has {sum(node.cpus for node in nodes):g} CPUs and "
-            f"{sum(node.gpus for node in nodes):g} GPUs"
+            f"cluster holds {fits} of them: it has {sum(node.cpus for node in there):g} CPUs and "
+            f"{sum(node.gpus for node in there):g} GPUs"
         )
     if study.concurrency or study.search.learns:
         return Concurrency(study.concurrency or 1, scaling, is_fixed=True)
@@ -85,14 +89,14 @@ def concurrency_of(study: Study, trials: Sequence[Trial]) -> Concurrency:
     return Concurrency(fits, scaling, is_fixed=False)
 
 
-def trials_on(nodes: Sequence[Node], scaling: ScalingConfig) -> int:
-    """Return how many trials of such a size find room on nodes."""
-    cpus = sum(node.cpus for node in nodes)
+def trials_on(there: Sequence[Node], scaling: ScalingConfig) -> int:
+    """Return how many trials of such a size find room on the nodes that are there."""
+    cpus = sum(node.cpus for node in there)
     fits = math.floor(cpus / (scaling.num_cpus + DRIVER_CPUS))
     if scaling.num_gpus:
-        fits = min(fits, math.floor(sum(node.gpus for node in nodes) / scaling.num_gpus))
+        fits = min(fits, math.floor(sum(node.gpus for node in there) / scaling.num_gpus))
     if scaling.worker_label_selector or scaling.data_label_selector:  # only some nodes serve
-        fits = min(fits, workers_on(nodes, scaling) // scaling.max_workers)
+        fits = min(fits, workers_on(there, scaling) // scaling.max_workers)
     return fits
 
 
@@ -111,9 +115,11 @@ class Demand:
 
     A trial that waits in Tune asks Ray for nothing, and what Ray is not asked for no autoscaler
     provides. `ray.autoscaler.sdk.request_resources` would not do: Ray Train calls it for all runs
-    of a cluster, and each call takes back the one before. A group that finds room is given back
-    within seconds, and the next count lets a trial begin there. Where no node can be added, the
-    groups wait and cost nothing.
+    of a cluster, and each call takes back the one before. Where no node can be added, the groups
+    wait and cost nothing.
+
+    A group must not take the room of a trial that begins, restarts or is evaluated: where one finds
+    room, or a whole trial would, all are given back until that room is used.
     """
 
     def __init__(self, scaling: ScalingConfig) -> None:
@@ -127,21 +133,21 @@ class Demand:
         self._bundles = [bundle for bundle, _ in parts]
         selectors = [dict(selector) for _, selector in parts]
         self._options = {"bundle_label_selector": selectors} if any(selectors) else {}
+        self._scaling = scaling
         self._groups: list[PlacementGroup] = []
-        self._not_before = 0.0
 
     def show(self, waiting: int) -> None:
-        """Have as many groups pending as trials wait, `MAX_SHOWN` at most."""
-        created = [group for group in self._groups if _state_of(group) == "CREATED"]
-        if created:
-            self._not_before = time.monotonic() + PAUSE_S
-        surplus = [g for g in self._groups if g not in created][max(0, waiting) :]
-        for group in created + surplus:
-            self._groups.remove(group)
-            remove_placement_group(group)
-        if time.monotonic() >= self._not_before:
-            for _ in range(min(waiting, MAX_SHOWN) - len(self._groups)):
-                self._groups.append(placement_group(self._bundles, **self._options))
+        """Have as many groups pending as trials wait, `MAX_SHOWN` at most; none where is room."""
+        shown = min(waiting, MAX_SHOWN) if waiting and not self._is_room() else 0
+        while len(self._groups) > shown:
+            remove_placement_group(self._groups.pop())
+        while len(self._groups) < shown:
+            self._groups.append(placement_group(self._bundles, **self._options))
+
+    def _is_room(self) -> bool:
+        if any(_state_of(group) == "CREATED" for group in self._groups):
+            return True
+        return workers_on(free_nodes(), self._scaling) >= self._scaling.max_workers
 
 
 def _state_of(group: PlacementGroup) -> str:

@@ -41,7 +41,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from simclr_ray.config.sections.running import ScalingConfig
-from simclr_ray.distributed.placement import Node, matches, staying_nodes, workers_on
+from simclr_ray.distributed.placement import free_nodes, matches, staying_nodes, workers_on
 from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.restarts import BackendEnd, RestartPolicy
@@ -51,7 +51,6 @@ RESIZE_S: Final = 10.0  # how often the running workers are counted anew
 ANSWER_S: Final = 5.0  # for Ray's actor that keeps account
 WAIT_S: Final = 1.0  # between two looks for room
 ABORT_S: Final = 10.0  # until a controller that does not hear of an interrupt is killed
-Resources = Mapping[str, float]
 log = logging.getLogger(__name__)
 
 
@@ -173,14 +172,8 @@ class ElasticWorkers(ElasticScalingPolicy):
             {node: kept for node, kept in reserved_resources.items() if node in fitting}
         )
         if selector or kept < scaling.min_workers:
-            free: Mapping[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-            left = [_with(node, free.get(node.id, {})) for node in nodes]
-            kept = max(kept, self._num_running + workers_on(left, scaling))
+            kept = max(kept, self._num_running + workers_on(free_nodes(), scaling))
         return min(kept, workers_on(nodes, scaling), scaling.max_workers)
-
-
-def _with(node: Node, free: Resources) -> Node:
-    return node._replace(cpus=free.get("CPU", 0.0), gpus=free.get("GPU", 0.0))
 
 
 def wait() -> NoopDecision:

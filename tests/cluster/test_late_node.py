@@ -22,9 +22,9 @@ from mlflow.entities import Run
 from tests.cluster.nodes import RAY, CannotBuild, Network, Node
 from tests.ray.images import write_splits
 
-pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(1800)]
 
-WAIT_S = 300.0
+WAIT_S = 600.0
 ENV = {"GLOO_SOCKET_IFNAME": "eth0"}
 SIMCLR = (sys.executable, "-m", "simclr_ray")
 TRIALS = 6  # of the study `temperature` at scale cpu, with one seed

@@ -17,6 +17,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 
 from simclr_ray.config.sections.running import ScalingConfig
+from simclr_ray.distributed import placement
 from simclr_ray.distributed.placement import Node
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train import elastic
@@ -37,7 +38,8 @@ class Cluster:
         self.nodes = {name: node(name, number) for name, number in cpus.items()}
         self.kept: Any = {name: {"CPU": number} for name, number in cpus.items()}
         self.free: dict[str, dict[str, float]] = {}
-        monkeypatch.setattr(elastic, "staying_nodes", lambda: list(self.nodes.values()))
+        for module in (elastic, placement):
+            monkeypatch.setattr(module, "staying_nodes", lambda: list(self.nodes.values()))
         monkeypatch.setattr(elastic, "WAIT_S", 0.0)
         monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: self.free)
         for policy in (ElasticScalingPolicy, ElasticWorkers, FixedScalingPolicy):
