@@ -88,6 +88,16 @@ def sequence(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def number(value: Any, default: float = 0.0) -> float:
+    """Return a number, or the default for what is none: the schema has said so by then."""
+    return float(value) if isinstance(value, int | float) else default
+
+
+def name_of(value: Any) -> str:
+    """Return the `name` of an entry of a list."""
+    return str(mapping(value).get("name", ""))
+
+
 def scalars(value: Any) -> Iterator[str]:
     """Yield all keys and values of a tree as text."""
     if isinstance(value, dict):

@@ -15,6 +15,7 @@ from simclr_ray.distributed.launch.file import (
     check_version,
     command_in,
     mapping,
+    name_of,
     scalars,
     sequence,
     unknown_keys,
@@ -166,7 +167,7 @@ def _check_versions(cluster: Mapping[str, Any], versions: Mapping[str, str]) -> 
              ("latest", "", i)) or "/" in i.rpartition(":")[2]}  # fmt: skip
     if loose:
         advice = f"name a tag, such as simclr-ray:{versions['simclr-ray']}"
-        shown = f"image {', '.join(sorted(loose))}: any day another one"
+        shown = f"image {', '.join(sorted(loose)) or 'not stated'}: any day another one"
         findings.append(Finding("versions", "fail", shown, advice))
     return findings
 
@@ -176,12 +177,12 @@ def _check_shared_memory(cluster: Mapping[str, Any]) -> Findings:
     small = []
     for name, pod in _pods(cluster):
         in_memory = {
-            mapping(v).get("name")
+            name_of(v)
             for v in sequence(pod.get("volumes"))
             if mapping(mapping(v).get("emptyDir")).get("medium") == "Memory"
         }
         mounts = map(mapping, sequence(_container(pod).get("volumeMounts")))
-        paths = {m.get("mountPath") for m in mounts if m.get("name") in in_memory}
+        paths = {str(m.get("mountPath")) for m in mounts if name_of(m) in in_memory}
         if name != HEAD and "/dev/shm" not in paths:  # nosec B108 # noqa: S108 - in a pod
             small.append(name)
     if not small:
@@ -225,13 +226,13 @@ def _disk_gib(pod: Mapping[str, Any]) -> float | None:
         mapping(resources.get(kind)).get("ephemeral-storage") for kind in ("requests", "limits")
     ]
     spills = {
-        m.get("name")
+        name_of(m)
         for m in map(mapping, sequence(container.get("volumeMounts")))
         if m.get("mountPath") in ("/tmp", "/tmp/ray")  # nosec B108 # noqa: S108 - in a pod
     }
     for volume in map(mapping, sequence(pod.get("volumes"))):
         local = mapping(volume.get("emptyDir"))
-        if volume.get("name") in spills and local.get("medium") != "Memory":
+        if name_of(volume) in spills and local.get("medium") != "Memory":
             sizes.append(local.get("sizeLimit"))
     stated = [gib for gib in map(quantity_gib, sizes) if gib]
     return max(stated, default=None)
@@ -252,9 +253,9 @@ def _shared_mounts(pods: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     paths = []
     for pod in pods.values():
         volumes = map(mapping, sequence(pod.get("volumes")))
-        shared = {v.get("name") for v in volumes if any(kind in v for kind in SHARED_VOLUMES)}
+        shared = {name_of(v) for v in volumes if any(kind in v for kind in SHARED_VOLUMES)}
         mounts = map(mapping, sequence(_container(pod).get("volumeMounts")))
-        paths.append({str(m.get("mountPath")) for m in mounts if m.get("name") in shared})
+        paths.append({str(m.get("mountPath")) for m in mounts if name_of(m) in shared})
     return tuple(sorted(set.intersection(*paths))) if paths else ()
 
 

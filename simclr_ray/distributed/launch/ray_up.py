@@ -20,6 +20,7 @@ from simclr_ray.distributed.launch.file import (
     check_version,
     command_in,
     mapping,
+    number,
     scalars,
     sequence,
     unknown_keys,
@@ -177,19 +178,21 @@ def _groups(ready: Mapping[str, Any], given: Mapping[str, Any]) -> Iterable[Node
     head_cpus = _option(heads, "num-cpus")
     if provider.get("type") == "local":
         total = len(sequence(provider.get("worker_ips")))
-        least = min(int(given.get("min_workers", total)), total)
+        least, most = (
+            min(int(number(given.get(key), total)), total) for key in ("min_workers", "max_workers")
+        )
         yield NodeGroup("head", 1, 1, is_head=True, cpus=head_cpus)
-        yield NodeGroup("workers", least, min(int(given.get("max_workers", total)), total))
+        yield NodeGroup("workers", least, most)
         return
     for name, value in mapping(ready.get("available_node_types")).items():
         kind, node = mapping(value), mapping(mapping(value).get("node_config"))
-        amounts = {key: float(amount) for key, amount in mapping(kind.get("resources")).items()}
+        amounts = {str(key): number(n) for key, n in mapping(kind.get("resources")).items()}
         is_head = name == ready.get("head_node_type")
         cpus = amounts.pop("CPU", None)
         yield NodeGroup(
             name=name,
-            least=1 if is_head else int(kind.get("min_workers", 0)),
-            most=1 if is_head else int(kind.get("max_workers", 0)),
+            least=1 if is_head else int(number(kind.get("min_workers"))),
+            most=1 if is_head else int(number(kind.get("max_workers"))),
             is_head=is_head,
             cpus=head_cpus if is_head and head_cpus is not None else cpus,
             gpus=amounts.pop("GPU", None if cpus is None else 0.0),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml  # type: ignore[import-untyped]  # what Ray reads them with; has no stubs
 
 from simclr_ray.cli.launch import runs_of
 from simclr_ray.config.experiment import Experiment, ScalingConfig
@@ -329,3 +334,45 @@ def test_spot_nodes_want_restarts(tmp_path: Path) -> None:
         (run,) = runs_of(launch.command, [f"scaling.max_failures={restarts}"])
         (found,) = [f for f in check_launch(launch, run) if f.check == "spot"]
         assert (found.status, found.detail[:10]) == (status, "gpu, data:")
+
+
+def test_an_elastic_run_needs_room_for_the_fewest_workers(tmp_path: Path) -> None:
+    text = text_of("aws.yaml")
+    for workers, failed in (("[4,16]", []), ("[5,16]", ["workers"])):
+        edited = text.replace("scaling.num_workers=4", f"scaling.num_workers={workers}")
+        findings = findings_of("aws.yaml", edited, tmp_path)
+        assert [finding.check for finding in failures(findings)] == failed
+
+
+def nodes_of(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths of all values of a tree."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    paths = [(*at, key) for key, _ in items]
+    children = tree.values() if isinstance(tree, dict) else tree
+    inner = [
+        deeper
+        for path, child in zip(paths, children, strict=True)
+        if isinstance(child, dict | list)
+        for deeper in nodes_of(child, path)
+    ]
+    return [*paths, *inner]
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "onprem.yaml", JOB, STAYS])
+def test_a_value_of_a_wrong_type_anywhere_ends_in_findings_or_a_message(
+    name: str, tmp_path: Path
+) -> None:
+    whole, rng = yaml.safe_load(text_of(name)), random.Random(11)
+    (run,) = runs_of("pretrain cifar10_cpu data.train=s3://b/x storage=s3://b/runs", [])
+    for path in rng.sample(nodes_of(whole), 25):
+        tree = copy.deepcopy(whole)
+        node = tree
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = rng.choice([3, -1, "x", "", [1], [], {}, None, {"name": [1]}])
+        file = tmp_path / name
+        file.write_text(yaml.safe_dump(tree))
+        with contextlib.suppress(ConfigError):  # it is no launch file any more
+            launch = read_launch_file(file, VERSIONS)
+            assert check_launch(launch, run)
+            derived(launch, [run], images_per_s=1.0, images=5)
