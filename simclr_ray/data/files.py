@@ -22,6 +22,7 @@ from simclr_ray.augment.decode import (
     instead_of_image,
     stands_for_image,
 )
+from simclr_ray.data.bytes_read import BYTES_READ
 from simclr_ray.data.listing import REMOTE_THREADS
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
@@ -137,6 +138,7 @@ def read_file(target: tuple[pafs.FileSystem, str]) -> bytes:
     try:
         with fs.open_input_file(path) as stream:
             content: bytes = stream.read()
+            BYTES_READ.add(len(content))
             return content
     except (FileNotFoundError, NotADirectoryError):
         return instead_of_image("no such file")

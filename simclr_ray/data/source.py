@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key
+from simclr_ray.data.bytes_read import BYTES_READ, stored_bytes
 from simclr_ray.data.classes import Int64s, LabelColumn, as_integers, is_text
 from simclr_ray.data.columns import (
     PATH_COLUMN,
@@ -326,6 +327,7 @@ class Source:
                 # the columns of a group in one request where each takes a while
                 file = pq.ParquetFile(stream, metadata=footer, pre_buffer=not is_local(fs))
                 table = file.read_row_group(group.group, columns=list(columns), use_threads=False)
+                BYTES_READ.add(stored_bytes(footer, group.group, columns))
         except (OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{path}: row group {group.group} cannot be read: {one_line(error)}"

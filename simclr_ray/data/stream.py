@@ -32,10 +32,12 @@ from simclr_ray.data.batches import (
     least_sides_of,
     view_builder,
 )
+from simclr_ray.data.bytes_read import BYTES_READ
 from simclr_ray.data.decoding import check_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.collectives import partition
 from simclr_ray.distributed.malloc import keep_freed_memory
+from simclr_ray.distributed.ray_metrics import RunMetrics
 from simclr_ray.errors import DataError, TooManyBadImages
 
 # Blocks of step numbers, each a task of the actor. Measured (Ray 2.60): many more delay the first
@@ -57,11 +59,12 @@ class _Actor:
     """A Ray Data actor around a `BatchBuilder`."""
 
     def __init__(
-        self, experiment: Experiment, source: Source, places: tuple[int, int], stop: int
-    ) -> None:
+        self, experiment: Experiment, source: Source, places: tuple[int, int], stop: int,
+        metrics: RunMetrics | None = None,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(1)
         keep_freed_memory()
-        self.data = experiment.data
+        self.data, self.metrics = experiment.data, metrics
         plan, views = build_plan(experiment, source), view_builder(experiment)
         self.builder = BatchBuilder(
             source, plan, views, experiment.data, places,
@@ -87,6 +90,8 @@ class _Actor:
                     self._make(steps[at : at + in_a_call], made)
                 yield _packed(made)
                 made = []
+                if self.metrics is not None:
+                    self.metrics.add("simclr_read_bytes_total", BYTES_READ.take())
         except DataError as error:
             if made:
                 yield _packed(made)
@@ -123,7 +128,7 @@ class _Actor:
 
 
 def stream(
-    experiment: Experiment, source: Source, steps: range, rank: int, num_ranks: int
+    experiment: Experiment, source: Source, steps: range, rank: int, num_ranks: int, run: str = ""
 ) -> Iterator[Batch]:
     """Yield this rank's batches of `steps`, in order, through Ray Data.
 
@@ -133,6 +138,7 @@ def stream(
         steps: Global steps, consecutive.
         rank: This worker's rank.
         num_ranks: R.
+        run: Name of the run, for which the bytes read are exported; empty: for none.
 
     Raises:
         DataError: A file cannot be read, or no row is left to stand in for a bad one.
@@ -152,7 +158,8 @@ def stream(
         partition(experiment.batch_size, rank * actors + index, num_ranks * actors)
         for index in range(actors)
     ]
-    pipelines = [_pipeline(experiment, source, steps, part) for part in places]
+    metrics = RunMetrics(run, rank) if run else None
+    pipelines = [_pipeline(experiment, source, steps, part, metrics) for part in places]
     yield from _Pace.observed(_ahead(_joined(pipelines), BATCHES_AHEAD))
 
 
@@ -181,8 +188,9 @@ def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
 
 
 def _pipeline(
-    experiment: Experiment, source: Source, steps: range, places: tuple[int, int]
-) -> Iterator[BatchPart]:
+    experiment: Experiment, source: Source, steps: range, places: tuple[int, int],
+    metrics: RunMetrics | None,
+) -> Iterator[BatchPart]:  # fmt: skip
     scaling = experiment.scaling
     resources = {scaling.data_resource: 0.001} if scaling.data_resource else {}
     # The step numbers themselves, as blocks: `ray.data.range` would make them in tasks that each
@@ -193,7 +201,7 @@ def _pipeline(
     _configure(planned.context)
     dataset = planned.map_batches(
         _Actor,
-        fn_constructor_args=(experiment, source, places, steps.stop),
+        fn_constructor_args=(experiment, source, places, steps.stop, metrics),
         batch_size=None,
         # With a second task waiting at the actor, Ray Data's loop waits 0.1 s for both in each of
         # its rounds, and takes two blocks at most: measured, 68 steps a second at any speed.

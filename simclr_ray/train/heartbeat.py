@@ -14,7 +14,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import ray
 
@@ -83,6 +83,7 @@ class Heartbeat:
     def __init__(self, inbox: PickledQueue, rank: int, scaling: ScalingConfig) -> None:
         self._inbox, self._rank, self._scaling = inbox, rank, scaling
         self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._spent: dict[str, float] = dict.fromkeys(get_args(Phase), 0.0)
         self._phase: Phase = "start"
         self._step, self._since = 0, time.monotonic()
         self._ended = threading.Event()
@@ -92,7 +93,14 @@ class Heartbeat:
         """Begin a phase, after so many steps."""
         now = time.monotonic()
         self._durations[self._phase].append(now - self._since)
+        self._spent[self._phase] += now - self._since
         self._phase, self._step, self._since = phase, step, now
+
+    def spent_s(self) -> dict[str, float]:
+        """Return how long the rank was in each phase so far, in the present one until now."""
+        spent = dict(self._spent)
+        spent[self._phase] += time.monotonic() - self._since
+        return spent
 
     def stop(self) -> None:
         """Say that the rank has done all that it had to do, and nothing more."""

@@ -46,6 +46,7 @@ from simclr_ray.train import loop
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.heartbeat import Heartbeat, RanksMove, RankStarted
 from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
+from simclr_ray.train.rank_metrics import RankMetrics
 from simclr_ray.train.requests import RanksMoved, Requests
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.rollback import Rollbacks
@@ -112,13 +113,15 @@ class TrainWorker:
             return
         # first of all: its actors take seconds to start, and start behind the rest of this
         steps = range(start, self.total)
-        batches = _started(stream(experiment, self.source, steps, self.rank, self.num_ranks))
+        of_run = (experiment, self.source, steps, self.rank, self.num_ranks, self.folder.name)
+        batches = _started(stream(*of_run))
         self._build(kept)
         self.loss = build_loss(experiment)
         self.evaluation = OnlineEvaluation(
             experiment, self.source, self.rank, self.num_ranks, self.device
         )
         self.requests = Requests(self.folder, self.rank, experiment.scaling)
+        self.exported = RankMetrics(self.folder.name, self.rank, self.heartbeat, start)
         if kept is None:
             self._check_finite(0, self.model.state_dict())
             before = self.evaluation.before_training(self.model)
@@ -160,6 +163,7 @@ class TrainWorker:
             if isinstance(module, LearnableTemperature):
                 values["train/temperature"] = module.log_temperature.exp().item()
         self._send(step, epoch, values)
+        self.exported.reported(step)
 
     def epoch_end(self, epoch: int, step: int) -> None:
         """Evaluate and save when it is due. A collective."""
@@ -180,6 +184,7 @@ class TrainWorker:
         if step == self.saved:
             return
         self.heartbeat.enter("checkpoint", step)
+        began = time.monotonic()
         self.uploaded.wait()  # one at a time: else they would pile up on this machine's disk
         tensors = checkpoint.pack(self.model, self.optimizer)
         self._check_finite(step, tensors)
@@ -206,6 +211,7 @@ class TrainWorker:
             delete_local_checkpoint_after_upload=True,
         )
         self.saved = step
+        self.exported.saved(time.monotonic() - began)
 
     def _check_finite(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         wrong = checkpoint.first_not_finite(tensors.items())
@@ -294,6 +300,7 @@ class TrainWorker:
     def _send(self, step: int, epoch: float, values: dict[str, float]) -> None:
         if self.rank == 0:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
+            self.exported.logged(epoch, values)
 
 
 def apply_color(views: TwoViews, batch: Batch, epoch: int, device: torch.device) -> ViewPair:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError, instead_of_image, stands_for_image
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.data.bytes_read import BYTES_READ
 from simclr_ray.data.description import describe
 from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.source import Source
@@ -103,6 +104,31 @@ def test_labels_are_read_only_where_they_are_wanted(folder: Path) -> None:
     assert without.labels is None
     assert without.images == with_labels.images
     np.testing.assert_array_equal(without.ids, with_labels.ids)
+
+
+def test_the_bytes_that_were_read_are_those_of_the_columns_and_of_named_files(
+    folder: Path, tmp_path: Path
+) -> None:
+    source = Source.open(str(folder))
+    BYTES_READ.take()
+    for index in range(len(source.row_groups)):
+        source.read_group(index, labels=False)
+    of_images, of_both = BYTES_READ.take(), 0
+    for file in (folder / "a.parquet", folder / "b" / "c.parquet"):
+        groups = pq.read_metadata(file)
+        for group in map(groups.row_group, range(groups.num_row_groups)):
+            of_both += sum(group.column(i).total_compressed_size for i in range(2))
+            of_images -= group.column(0).total_compressed_size
+    assert of_images == 0
+    for index in range(len(source.row_groups)):
+        source.read_group(index)
+    assert BYTES_READ.take() == of_both
+    (tmp_path / "named.png").write_bytes(bytes(1000))
+    listed = write(tmp_path / "list" / "l.parquet", {"image": pa.array(["../named.png"] * 3)})
+    named = Source.open(str(listed))
+    BYTES_READ.take()
+    named.read_group(0)
+    assert 3000 < BYTES_READ.take() < 3200
 
 
 def test_a_limit_keeps_the_first_rows_in_file_order(folder: Path) -> None:
