@@ -12,7 +12,18 @@ from typing import Annotated
 
 import typer
 
-from simclr_ray.cli import cluster, dataset, demo, encoder, model, pretrain, run, settings, study
+from simclr_ray.cli import (
+    cluster,
+    dataset,
+    demo,
+    encoder,
+    model,
+    pretrain,
+    run,
+    settings,
+    status,
+    study,
+)
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 MOVED = {  # verbs that were flat: what they are called now
@@ -41,7 +52,7 @@ app = _group(
         ("embed", encoder.embed),
         ("predict", encoder.predict),
         ("export", encoder.export),
-        ("status", run.status),
+        ("status", status.status),
         ("doctor", cluster.doctor),
         ("demo", demo.demo),
         ("config", settings.config),

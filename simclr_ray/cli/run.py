@@ -1,4 +1,4 @@
-"""Verbs about runs: evaluate, status, and `simclr-ray run ...`."""
+"""Verbs about runs: evaluate, and `simclr-ray run ...`; how one stands is in `status`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from typing import Annotated
 import typer
 
 from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace, permitted_names
-from simclr_ray.cli.console import command, loading, out, show_pairs, show_table
+from simclr_ray.cli.console import command, loading, out, show_table
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOL_NAMES
-from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
-
-LAST_METRICS = ("train/mean_loss", "train/contrastive_top1", "train/classifier_top1")
 
 
 def evaluate(
@@ -54,56 +51,6 @@ def probe(run: RunOrCheckpoint, overrides: Overrides = None) -> None:
         probes = probe_run(folder, *(overrides or []))
     rows = [[p.target, *(f"{100 * value:.1f} %" for value in p[1:])] for p in probes]
     show_table("what features know", ["target", "chance", "h", "g(h)"], rows)
-
-
-def status(run: RunPlace) -> None:
-    """Show how a run stands, from its folder alone.
-
-    Example: simclr-ray status runs/cifar10_cpu-1a2b3c4d
-    """
-    from simclr_ray.cli.scores import open_mlflow, short_scores, show_bad_rows
-    from simclr_ray.storage.run_folder import RunFolder
-    from simclr_ray.storage.run_status import status_of_run
-
-    run_status = status_of_run(RunFolder.at(run))
-    steps = (
-        f"{run_status.step:,} of {run_status.total_steps:,}"
-        if run_status.total_steps
-        else "none yet"
-    )
-    last = {
-        n.partition("/")[2]: run_status.metrics[n] for n in LAST_METRICS if n in run_status.metrics
-    }
-    held = "held by a driver" if run_status.folder.is_locked() else "no driver holds it"
-    is_unscored = run_status.state == "finished" and not run_status.scores
-    unscored = ", not evaluated (`pretrain` again, or `evaluate`)" if is_unscored else ""
-    unseen = "" if run_status.folder.local else " (of a remote folder a lock is not seen)"
-    rows = {
-        "run": run_status.folder.uri,
-        "state": f"{run_status.state}{unscored}; {held}{unseen}",
-        "steps": f"{steps}, epoch {run_status.epoch:.2f}",
-        "training": ", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "-",
-        "evaluation": short_scores(run_status.metrics) or "-",
-        "checkpoints": ", ".join(run_status.checkpoints) or "none yet",
-        "last written": f"{run_status.written_at:%Y-%m-%d %H:%M:%S} UTC"
-        if run_status.written_at
-        else "-",
-    }
-    if run_status.record is not None:
-        uri = hide_passwords(run_status.record.tracking_uri)
-        rows["MLflow run"] = f"{run_status.record.mlflow_run_id} of {uri}"
-        rows["open MLflow"] = open_mlflow(uri)
-    show_pairs(rows)
-    show_bad_rows(run_status.folder)
-    if run_status.scores:
-        names = [
-            n for n, v in run_status.scores[0].items() if n.endswith("_top1") and v is not None
-        ]
-        cells = [
-            [row["name"], *(f"{100 * row[n]:.1f} %" for n in names)] for row in run_status.scores
-        ]
-        if names:
-            show_table("scores", ["features", *(n.removesuffix("_top1") for n in names)], cells)
 
 
 def stop(run: RunPlace) -> None:

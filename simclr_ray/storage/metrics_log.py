@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 TIME = "time"  # of a record, in seconds since 1970
+FIRST_BATCH = "start/first_batch_s"  # logged once at each start, the first and every other
+RECENT_S = 1800.0  # that the pace of a run is taken from: an evaluation more or less counts little
 log = logging.getLogger(__name__)
 
 
@@ -46,11 +49,49 @@ def read_records(lines: str) -> list[dict[str, Any]]:
 
 def last_values(lines: str) -> dict[str, float]:
     """Return the last value of each name in a log, the time aside."""
+    return last_of(read_records(lines))
+
+
+def last_of(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the last value of each name in records, the time aside."""
     last: dict[str, float] = {}
-    for record in read_records(lines):
+    for record in records:
         last.update(record)
     last.pop(TIME, None)
     return last
+
+
+def seconds_left(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return how long the steps that are left take, at the pace of the last half hour of training.
+
+    Of a run that was started again, or went back to a checkpoint, the records since then count.
+    None where there are less than two of them.
+
+    Args:
+        records: Of a run's log, oldest first.
+    """
+    since: list[tuple[float, float]] = []  # time and step of the reports since the last start
+    total = 0.0
+    for record in records:
+        if FIRST_BATCH in record:
+            since = []
+        at, step, of = (record.get(key) for key in (TIME, "step", "total"))
+        if "train/loss" not in record or not (_is_number(at) and _is_number(step)):
+            continue
+        if since and (step <= since[-1][1] or at < since[-1][0]):
+            since = []
+        since.append((at, step))
+        total = of if _is_number(of) else total
+    if len(since) < 2:
+        return None
+    at, step = since[-1]
+    recent = [report for report in since[:-1] if at - report[0] <= RECENT_S] or [since[-2]]
+    began, first = recent[0]
+    return float((at - began) / (step - first) * max(total - step, 0))
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_series(lines: str) -> dict[str, dict[int, float]]:

@@ -108,19 +108,22 @@ class RunFolder:
         """The folder as a path, or None where it is remote."""
         return None if "://" in self.storage else Path(self.uri)
 
-    def read_text(self, name: str) -> str | None:
-        """Return the text of a file, or None where there is none.
+    def read_text(self, name: str, last: int = 0) -> str | None:
+        """Return the text of a file, of its last bytes if so asked, or None where there is none.
 
         Bytes that are no UTF-8, as a fault of the disk leaves them, come back as U+FFFD.
         """
-        data = self.read_bytes(name)
+        data = self.read_bytes(name, last)
         return None if data is None else data.decode(errors="replace")
 
-    def read_bytes(self, name: str) -> bytes | None:
-        """Return the content of a file, or None where there is none."""
+    def read_bytes(self, name: str, last: int = 0) -> bytes | None:
+        """Return the content of a file, its `last` bytes unless 0, or None where there is none."""
         files, root = self._open()
         try:
-            with files.open_input_stream(f"{root}/{name}") as stream:
+            opened = files.open_input_file if last else files.open_input_stream
+            with opened(f"{root}/{name}") as stream:
+                if last:
+                    stream.seek(max(0, stream.size() - last))
                 data: bytes = stream.read()
         except FileNotFoundError:
             return None

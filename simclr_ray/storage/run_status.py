@@ -10,12 +10,15 @@ from pyarrow import fs
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import entries_in, filesystem
-from simclr_ray.storage.metrics_log import last_values
+from simclr_ray.storage.last_error import LastError
+from simclr_ray.storage.metrics_log import last_of, read_records, seconds_left
+from simclr_ray.storage.rank_states import RankStates
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 
 SCORES = "scores.json"
 CLASSIFIER_SCORES = "classification.json"
+LOG_BYTES = 4 * 2**20  # of the end of a log: ten thousand records; a long run's has some 100 MB
 
 State = Literal["running", "finished", "stopped"]
 
@@ -25,7 +28,7 @@ class RunStatus(NamedTuple):
 
     folder: RunFolder
     record: RunRecord | None  # None before MLflow was reached
-    state: State  # `stopped` of a remote run may be running: its lock is not seen from here
+    state: State  # of a remote one by its driver's last word: a lock is not seen from here
     step: int  # of the last record of the log, or of the newest checkpoint
     total_steps: int  # 0: not known yet
     epoch: float
@@ -33,6 +36,9 @@ class RunStatus(NamedTuple):
     scores: list[dict[str, Any]]  # of the evaluation at the end
     checkpoints: list[str]  # newest first
     written_at: datetime | None
+    ranks: RankStates = RankStates()  # as the driver saw them last
+    seconds_left: float | None = None  # of training, while it runs; None: not known
+    error: LastError | None = None  # that it last ended by, or started its ranks again for
 
 
 def status_of_run(folder: RunFolder) -> RunStatus:
@@ -43,12 +49,14 @@ def status_of_run(folder: RunFolder) -> RunStatus:
     """
     if folder.read_text(CONFIG_FILE) is None:
         raise ConfigError([ConfigIssue(folder.uri, f"is no run folder: it has no {CONFIG_FILE}")])
-    metrics = last_values(folder.read_text(METRICS) or "")
+    records = read_records(folder.read_text(METRICS, LOG_BYTES) or "")
+    metrics, ranks = last_of(records), RankStates.read(folder)
     total, epoch = int(metrics.pop("total", 0)), metrics.pop("epoch", 0.0)
     checkpoints = folder.checkpoints()
     kept = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
     step = max(int(metrics.pop("step", 0)), kept)
-    state: State = "running" if folder.is_locked() else "stopped"
+    is_running = folder.is_locked() if folder.local else ranks.is_fresh
+    state: State = "running" if is_running else "stopped"
     if state == "stopped" and kept and kept >= total:
         state = "finished"
     return RunStatus(
@@ -62,6 +70,9 @@ def status_of_run(folder: RunFolder) -> RunStatus:
         folder.read_json(SCORES, list) or [],
         checkpoints,
         folder.written_at(),
+        ranks,
+        seconds_left(records) if state == "running" else None,
+        LastError.read(folder),
     )
 
 

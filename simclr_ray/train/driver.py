@@ -33,6 +33,7 @@ from simclr_ray.distributed.ray_cluster import (
 from simclr_ray.errors import RestartsError, RunError, UnhealthyRunError
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.last_error import recorded
 from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS
 from simclr_ray.storage.space import OF_THE_DISK, writing
@@ -133,13 +134,14 @@ def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | No
         for other in runs_of_this_name(resolved) if is_new(folder) else []:
             log.info("a new run, %s: %s", folder.name, other)
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
-        uri = store_uri(config.tracking.uri, config.storage)
-        log.info("opening MLflow at %s", hide_passwords(uri))
-        tracker = open_tracker(resolved)  # before the cluster waits
-        connect(config)
-        check_cluster(config)
-        with tracked_run(resolved, tracker) as tracked:
-            return _trained(resolved, tracked, on_progress)
+        with recorded(folder):
+            uri = store_uri(config.tracking.uri, config.storage)
+            log.info("opening MLflow at %s", hide_passwords(uri))
+            tracker = open_tracker(resolved)  # before the cluster waits
+            connect(config)
+            check_cluster(config)
+            with tracked_run(resolved, tracker) as tracked:
+                return _trained(resolved, tracked, on_progress)
 
 
 def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None) -> Run:

@@ -21,6 +21,7 @@ import ray
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.ray_cluster import PickledQueue, nodes
+from simclr_ray.storage.rank_states import RankState
 
 Phase = Literal["start", "data", "step", "evaluation", "checkpoint"]
 LONG: Final = ("start", "evaluation", "checkpoint")  # how long they take, their first does not tell
@@ -180,6 +181,17 @@ class RankWatch:
         self._silent.discard(finished.rank)
         if not self._ranks:
             self._without = math.inf
+
+    def states(self) -> list[RankState]:
+        """Return where the ranks stand, by their number."""
+        now = time.monotonic()
+        return [
+            RankState(
+                number, rank.started.address, rank.beat.phase, rank.beat.step,
+                round(rank.seconds(now), 1),
+            )
+            for number, rank in sorted(self._ranks.items())
+        ]  # fmt: skip
 
     def forget(self) -> None:
         """Begin anew: all ranks are being started again."""

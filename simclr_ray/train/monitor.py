@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,9 @@ from simclr_ray.errors import (
     UnhealthyRunError,
 )
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.last_error import LastError
+from simclr_ray.storage.metrics_log import FIRST_BATCH
+from simclr_ray.storage.rank_states import RANKS, RankStates
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
 from simclr_ray.train import stop
 from simclr_ray.train.health import HealthWatch
@@ -50,7 +54,7 @@ log = logging.getLogger(__name__)
 Record = dict[str, float]
 OnProgress = Callable[[Record], None]
 WAIT_S = 5.0  # for a record; what comes is taken at once
-FIRST_BATCH, MISSING_CLASSES = "start/first_batch_s", "start/knn_missing_classes"
+MISSING_CLASSES = "start/knn_missing_classes"
 
 
 class WorkerReady(NamedTuple):
@@ -93,6 +97,7 @@ class RunMonitor:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._began = time.monotonic()
+        self._written = -math.inf  # when the ranks were last written
         self._ready: set[int] = set()
         self._bad = {int(row["id"]): _BadRow.of(row) for row in self.log.records(BAD_ROWS)}
 
@@ -116,6 +121,7 @@ class RunMonitor:
                 self._check_bad_rows()
                 if not last:
                     self.ranks.look()
+                self._write_ranks(last=last)
                 self.log.upload_if_due()
             except StorageError as error:
                 self._end(error)
@@ -123,6 +129,15 @@ class RunMonitor:
                 self._end(RunError(f"the log of the run cannot be written: {error}"))
             if last:
                 return
+
+    def _write_ranks(self, *, last: bool) -> None:
+        """Write where the ranks stand, every few seconds; at the end nothing of it stays."""
+        now = time.monotonic()
+        if last:
+            self.log.remove(RANKS)
+        elif now - self._written > WAIT_S:
+            self._written = now
+            self.log.replace(RANKS, RankStates.now(self.ranks.states()).text)
 
     def _arrived(self) -> list[Any]:
         """Return what has come, after waiting for it: asking again and again costs CPU."""
@@ -210,6 +225,7 @@ class RunMonitor:
                     )
                 )
             return
+        LastError.of("restart", f"{who} failed: {cause}").write(self.resolved.folder)
         log.warning(
             "%s failed: %s; all ranks start again after step %d (%d of %d times without a "
             "further checkpoint)", who, cause, kept, self._restarts, most,

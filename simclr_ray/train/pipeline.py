@@ -18,6 +18,7 @@ from simclr_ray.evaluation.evaluate import evaluate_experiment, score_classifier
 from simclr_ray.evaluation.scores import Score, format_table
 from simclr_ray.inference.promotion import promote
 from simclr_ray.inference.registry import register_run
+from simclr_ray.storage.last_error import recorded
 from simclr_ray.storage.run_folder import HELD_S, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import CLASSIFIER_SCORES, SCORES
@@ -71,7 +72,8 @@ def train_and_evaluate(
     with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):
         run = train_resolved(resolved, on_progress=on_progress)
         try:
-            outcome = _evaluated(run, resolved)
+            with recorded(folder):
+                outcome = _evaluated(run, resolved)
         # the training itself had set it to FINISHED; an interrupt within an import comes out of it
         # as an ImportError, or as whatever that code makes of it
         except BaseException as error:

@@ -6,13 +6,14 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from simclr_ray.errors import RunError, StorageError
 from simclr_ray.storage.filesystem import one_line
 from simclr_ray.storage.metrics_log import append_record, read_records
+from simclr_ray.storage.rank_states import RANKS
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, OTHER_METRICS, RunFolder
 from simclr_ray.storage.scratch import scratch_folder
 from simclr_ray.storage.space import writing
@@ -20,7 +21,7 @@ from simclr_ray.tracking.delivery import STATE
 
 UPLOAD_EVERY_S = 60.0
 DELIVERED = (METRICS, OTHER_METRICS)  # logs of points, which go to MLflow
-FILES = (METRICS, OTHER_METRICS, BAD_ROWS, STATE)
+FILES = (METRICS, OTHER_METRICS, BAD_ROWS, STATE, RANKS)
 CANNOT_BE_UPLOADED = "the log of the run cannot be uploaded"
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,19 @@ class RunLog:
         """Append a record to a log; raise `StorageError` where the disk takes no more."""
         with writing(self.path / name):
             append_record(self.path / name, record)
+
+    def replace(self, name: str, text: str) -> None:
+        """Write a file anew, whole or not at all; a lost one costs nothing but that."""
+        new = self.path / f".{name}.tmp"
+        with writing(self.path / name):
+            new.write_text(text, encoding="utf-8")
+            new.replace(self.path / name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file here and in the run folder; where that fails, an old one stays."""
+        (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.remove(name)
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return the records of a log; none where there is no such log yet."""

@@ -42,10 +42,11 @@ from simclr_ray.nn.precision import as_input, prepare_model
 from simclr_ray.nn.pretrained import load_init, load_teacher
 from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.metrics_log import FIRST_BATCH
 from simclr_ray.train import loop
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.heartbeat import Heartbeat, RanksMove, RankStarted
-from simclr_ray.train.monitor import FIRST_BATCH, WorkerReady
+from simclr_ray.train.monitor import WorkerReady
 from simclr_ray.train.rank_metrics import RankMetrics
 from simclr_ray.train.requests import RanksMoved, Requests
 from simclr_ray.train.resolve import ResolvedExperiment

@@ -166,7 +166,7 @@ def settings(cifar: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_prometheus_scrapes_every_metric_of_the_dashboard_from_a_job(
     network: Network, image_root: Path
 ) -> None:
@@ -177,7 +177,8 @@ def test_prometheus_scrapes_every_metric_of_the_dashboard_from_a_job(
     ):
         prometheus, began = start_prometheus(head), time.time()
         command = [sys.executable, "-m", "simclr_ray", "pretrain", "cifar10_cpu"]
-        done = head.run([*command, *settings(image_root / "cifar10", network.folder)])
+        given = settings(image_root / "cifar10", network.folder)
+        done = head.run([*command, *given], timeout_s=600)
         assert done.returncode == 0, done.stdout + done.stderr
         time.sleep(SCRAPES_S)
         targets = prometheus.ask("targets")["activeTargets"]

@@ -15,11 +15,13 @@ from PIL import Image
 
 from simclr_ray.cli.scores import show_bad_rows, show_next
 from simclr_ray.errors import ConfigError
-from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
+from simclr_ray.storage.last_error import LastError
+from simclr_ray.storage.rank_states import RANKS, RankState, RankStates
+from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, RunFolder
 from simclr_ray.storage.run_status import runs_in, status_of_run
 from tests.formats.test_formats import HERE as FORMATS
 from tests.unit.cli.in_turn import run_in_turn
-from tests.unit.cli.test_app import errors, run
+from tests.unit.cli.test_app import errors, run, started_an_engine
 
 STEPS = 8
 
@@ -50,6 +52,43 @@ def test_a_finished_run_says_how_far_it_came_and_where_it_is_tracked(a_run: Path
     assert "state finished, not evaluated" in text
     assert "; no driver holds it" in text
     assert "mlflow ui --backend-store-uri sqlite:" in text
+
+
+def test_a_running_run_says_its_time_left_its_ranks_and_its_last_error(a_run: Path) -> None:
+    folder = RunFolder.at(str(a_run))
+    point = {"total": 1000, "train/loss": 5.0}
+    lines = [{"time": t, "step": step, **point} for t, step in ((0, 100), (720, 200))]
+    (a_run / METRICS).write_text("\n".join(map(json.dumps, lines)))
+    ranks = [RankState(n, f"10.0.0.{n}", "data" if n == 39 else "step", 205, n) for n in range(40)]
+    folder.write_text(RANKS, RankStates.now(ranks).text)
+    LastError.of("restart", "rank 3 on 10.0.0.3 failed: out of memory").write(folder)
+    with folder.lock():
+        done = run("status", str(a_run), cwd=a_run.parent)
+        printed = run("status", str(a_run), "--json", "-", cwd=a_run.parent)
+        written = run("status", str(a_run), "--json", "s.json", cwd=a_run.parent)
+        refused = run("status", str(a_run), "--json", "s.txt", cwd=a_run.parent)
+    assert done.returncode == 0, done.stderr
+    assert not started_an_engine(done)
+    lines_shown = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "state running; held by a driver" in lines_shown
+    assert any(line.startswith("time left 1:36:00, until about ") for line in lines_shown)
+    assert any(
+        line.startswith("last error ")
+        and line.endswith(": restart: rank 3 on 10.0.0.3 failed: out of memory")
+        for line in lines_shown
+    )
+    assert "│ 39 │ 10.0.0.39 │ data │ 205 │ 39 s │" in lines_shown
+    assert not any(line.startswith("│ 7 │") for line in lines_shown)  # 8 to 39 are longer in
+    tree = json.loads(printed.stdout.rpartition("}")[0] + "}")
+    assert tree == json.loads((a_run.parent / "s.json").read_text()), written.stderr
+    assert (tree["state"], tree["seconds_left"], len(tree["ranks"]["ranks"])) == (
+        "running",
+        5760,
+        40,
+    )
+    assert tree["last_error"]["kind"] == "restart"
+    assert refused.returncode == 2
+    assert "s.txt does not end in .json" in errors(refused)[0]
 
 
 def test_a_password_of_the_tracking_server_is_not_printed(

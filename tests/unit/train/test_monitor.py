@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import queue
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from simclr_ray.errors import (
     SimclrRayError,
     TooManyBadImages,
 )
+from simclr_ray.storage.last_error import LastError
+from simclr_ray.storage.rank_states import RANKS, RankStates
 from simclr_ray.storage.run_folder import BAD_ROWS
 from simclr_ray.train.health import HealthWatch
-from simclr_ray.train.heartbeat import RanksFailed
+from simclr_ray.train.heartbeat import Beat, RanksFailed, RankStarted
 from simclr_ray.train.monitor import RunMonitor
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
 from simclr_ray.train.tracked import open_tracker, tracked_run
@@ -121,3 +124,33 @@ def test_restarts_without_a_further_checkpoint_end_a_run(
     error = fate(run, [failed] * 3)
     assert isinstance(error, RestartsError)
     assert error.exit_code == 75
+
+
+def test_where_the_ranks_stand_is_in_the_run_folder_while_they_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = resolved(tmp_path)
+    monkeypatch.setattr("simclr_ray.train.monitor.WAIT_S", 0.05)
+    inbox: Any = Inbox()
+    for rank in (1, 0):
+        inbox.put(RankStarted(rank, f"10.0.0.{rank}", "actor"))
+    inbox.put(Beat(1, "data", 7, 3.0, 120.0))
+    with tracked_run(run, open_tracker(run)) as tracked:
+        health = HealthWatch(run.config, run.warmup_steps)
+        with RunMonitor(inbox, tracked, None, run, health):
+            deadline = time.monotonic() + 30
+            while len(RankStates.read(run.folder).ranks) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            first, second = RankStates.read(run.folder).ranks
+    assert (first.rank, first.node, first.phase, first.step) == (0, "10.0.0.0", "start", 0)
+    assert (second.rank, second.node, second.phase, second.step) == (1, "10.0.0.1", "data", 7)
+    assert second.seconds >= 3.0
+    assert run.folder.read_text(RANKS) is None
+
+
+def test_why_ranks_started_again_is_the_last_error(tmp_path: Path) -> None:
+    run = resolved(tmp_path, "scaling.max_failures=2")
+    assert fate(run, [RanksFailed({"rank 1 on 10.0.0.1": "out of memory"})]) is None
+    error = LastError.read(run.folder)
+    assert error is not None
+    assert (error.kind, error.message) == ("restart", "rank 1 on 10.0.0.1 failed: out of memory")
