@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from simclr_ray.config import logging as logs
 from simclr_ray.config.uris import without_passwords
 
 # a log has no edge, and rich takes 80 columns where it finds none
@@ -43,6 +44,12 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line; a level is named from warnings on."""
+        if logs.is_json():
+            print(
+                logs.json_line(self.format(record), record.levelname, record.created),
+                file=sys.stderr,
+            )
+            return
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         at = time.strftime("%H:%M:%S", time.localtime(record.created))
         say(f"{at} {level}{self.format(record)}")
@@ -50,7 +57,16 @@ class ConsoleHandler(logging.Handler):
 
 def say(text: str) -> None:
     """Print a line on stderr."""
+    if logs.is_json():
+        level = "ERROR" if text.startswith("error: ") else "INFO"
+        print(logs.json_line(text.removeprefix("error: "), level), file=sys.stderr, flush=True)
+        return
     err.print(text, soft_wrap=True, markup=False)
+
+
+def is_live() -> bool:
+    """Return whether bars and tables can move: on a terminal, where lines are text."""
+    return err.is_terminal and not logs.is_json()
 
 
 def loading(*packages: str) -> None:

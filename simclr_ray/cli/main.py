@@ -93,6 +93,7 @@ def main() -> None:
     listen()
     code = 0
     try:
+        logs.check_format()
         code = app(permitted(sys.argv[1:]), standalone_mode=False) or 0
         sys.stdout.flush()
     except UsageError as error:

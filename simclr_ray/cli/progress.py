@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from simclr_ray.cli.console import err, say
+from simclr_ray.cli.console import err, is_live, say
 from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.config.wording import clock, counted
 
@@ -32,7 +32,7 @@ class _Bar:
         self.shown_at = float("-inf")
         self._task: TaskID | None = None
         self.bar: Progress | None = None
-        if err.is_terminal:
+        if is_live():
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -159,7 +159,7 @@ class StudyProgress:
 
     def __init__(self, read: Callable[[], StudyStatus]) -> None:
         self.read = read
-        self.live = Live(console=err, refresh_per_second=2) if err.is_terminal else None
+        self.live = Live(console=err, refresh_per_second=2) if is_live() else None
         self.began, self.first_epochs = time.monotonic(), -1.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -2,14 +2,31 @@
 
 Ray captures the root handlers of its workers, and a library that clears them breaks its host;
 so only `simclr_ray` is configured, and only by the command line.
+
+With `SIMCLR_RAY_LOG_FORMAT=json` each line is an object: `time`, `level`, `rank`, `node`, `run`,
+`message`. The command line writes its own, on stderr. Those of workers and actors Ray writes, by
+its `LoggingConfig`, into its own log files, with these keys added to Ray's.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import os
+import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from simclr_ray.config.uris import hide_passwords
+from simclr_ray.errors import ConfigError, ConfigIssue
+
+FORMAT_VARIABLE: Final = "SIMCLR_RAY_LOG_FORMAT"
+_process: dict[str, Any] = {"rank": None, "node": platform.node(), "run": None}
+_usual_record = logging.getLogRecordFactory()
 
 
 def configure(handler: logging.Handler) -> None:
@@ -19,6 +36,52 @@ def configure(handler: logging.Handler) -> None:
     if not logger.handlers:
         logger.addHandler(handler)
     logger.propagate = False
+
+
+def is_json() -> bool:
+    """Return whether lines are to be JSON."""
+    return os.environ.get(FORMAT_VARIABLE) == "json"
+
+
+def check_format() -> None:
+    """Raise `ConfigError` where $SIMCLR_RAY_LOG_FORMAT is neither `text` nor `json`."""
+    given = os.environ.get(FORMAT_VARIABLE, "")
+    if given not in {"", "text", "json"}:
+        raise ConfigError([ConfigIssue(FORMAT_VARIABLE, f"got {given!r}, not text or json")])
+
+
+def name_process(run: str, rank: int | None = None) -> None:
+    """Add run, rank and node to all records of this process, for whatever writes them as JSON.
+
+    Args:
+        run: Name of the run.
+        rank: That this process is, or works for; None: it is the driver.
+    """
+    _process.update(run=run, rank=rank)
+    logging.setLogRecordFactory(_named_record)
+
+
+def _named_record(*args: Any, **options: Any) -> logging.LogRecord:
+    record = _usual_record(*args, **options)
+    record.__dict__.update(_fields(record.created, record.levelname))
+    return record
+
+
+def _fields(created: float, level: str) -> dict[str, Any]:
+    at = datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds")
+    return {"time": at, "level": level, **_process}
+
+
+def json_line(message: str, level: str = "INFO", created: float | None = None) -> str:
+    """Return a line of the log as JSON; it holds no password of a URI.
+
+    Args:
+        message: What is said.
+        level: Of the record.
+        created: Seconds since 1970; None: now.
+    """
+    created = time.time() if created is None else created
+    return json.dumps({**_fields(created, level), "message": hide_passwords(message)})
 
 
 @functools.lru_cache(maxsize=1024)

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.logging import name_process
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import (
     BatchBuilder,
@@ -65,6 +66,8 @@ class _Actor:
         torch.set_num_threads(1)
         keep_freed_memory()
         self.data, self.metrics = experiment.data, metrics
+        if metrics is not None:
+            name_process(metrics.run, metrics.rank)
         plan, views = build_plan(experiment, source), view_builder(experiment)
         self.builder = BatchBuilder(
             source, plan, views, experiment.data, places,

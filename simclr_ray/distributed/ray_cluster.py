@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
-from simclr_ray.distributed import ray_reaper, ray_token
+from simclr_ray.distributed import ray_logging, ray_reaper, ray_token
 from simclr_ray.errors import ClusterError
 
 # Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
@@ -211,6 +211,7 @@ def init(**options: Any) -> Any:
     What Ray starts inherits that SIGHUP is blocked: it outlives the terminal, as the driver does,
     for as long as that needs it.
     """
+    options |= ray_logging.options()
     handler = signal.getsignal(signal.SIGTERM)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:

@@ -59,6 +59,7 @@ class RunMetrics:
     """The metrics that one process exports for a rank of a run."""
 
     def __init__(self, run: str, rank: int) -> None:
+        self.run, self.rank = run, rank
         self._labels = dict(zip(LABELS, (run, str(rank)), strict=True))
         self._made: dict[str, Gauge | Counter] = {}
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from simclr_ray import config as cfg
 from simclr_ray.augment.views import TwoViews, ViewPair
 from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
+from simclr_ray.config.logging import name_process
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import build_two_views
 from simclr_ray.data.source import Source
@@ -95,6 +96,7 @@ class TrainWorker:
         self.folder, self.total = self.resolved.folder, self.resolved.total_steps
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
+        name_process(self.folder.name, self.rank)
         self.device = ray.train.torch.get_device()
         self.saved = -1  # step of the last checkpoint
         self.uploaded = threading.Event()
