@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -26,7 +26,6 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 
 FORMAT_VARIABLE: Final = "SIMCLR_RAY_LOG_FORMAT"
 _process: dict[str, Any] = {"rank": None, "node": platform.node(), "run": None}
-_usual_record = logging.getLogRecordFactory()
 
 
 def configure(handler: logging.Handler) -> None:
@@ -58,13 +57,21 @@ def name_process(run: str, rank: int | None = None) -> None:
         rank: That this process is, or works for; None: it is the driver.
     """
     _process.update(run=run, rank=rank)
-    logging.setLogRecordFactory(_named_record)
+    factory = logging.getLogRecordFactory()  # Ray has one of its own
+    if not isinstance(factory, _NamedRecords):
+        logging.setLogRecordFactory(_NamedRecords(factory))
 
 
-def _named_record(*args: Any, **options: Any) -> logging.LogRecord:
-    record = _usual_record(*args, **options)
-    record.__dict__.update(_fields(record.created, record.levelname))
-    return record
+class _NamedRecords:
+    """Makes records as another factory does, with the fields of this process added."""
+
+    def __init__(self, usual: Callable[..., logging.LogRecord]) -> None:
+        self.usual = usual
+
+    def __call__(self, *args: Any, **options: Any) -> logging.LogRecord:
+        record = self.usual(*args, **options)
+        record.__dict__.update(_fields(record.created, record.levelname))
+        return record
 
 
 def _fields(created: float, level: str) -> dict[str, Any]:

@@ -27,8 +27,9 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ask for JSON, and forget afterwards what this process is called."""
     monkeypatch.setenv(logs.FORMAT_VARIABLE, "json")
     monkeypatch.setattr(logs, "_process", dict(logs._process))
+    before = logging.getLogRecordFactory()
     yield
-    logging.setLogRecordFactory(logging.LogRecord)
+    logging.setLogRecordFactory(before)
 
 
 def test_text_is_the_default_and_other_formats_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +50,7 @@ def test_a_line_has_time_level_rank_node_run_and_no_password() -> None:
     assert first["message"] == "at s3://me:***@bucket"
     assert (first["time"], first["level"]) == ("1970-01-02T00:00:00.500+00:00", "WARNING")
     assert (first["rank"], first["node"], first["run"]) == (None, platform.node(), None)
+    logs.name_process("run-0", 2)
     logs.name_process("run-1", 3)
     named = json.loads(logs.json_line("two\nlines"))
     assert (named["rank"], named["run"], named["message"]) == (3, "run-1", "two\nlines")
