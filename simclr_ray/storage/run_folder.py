@@ -7,6 +7,7 @@
     rollbacks.json                      how often it went back by itself, and why
     delivered.json                      how much of that MLflow has, and what it is owed
     scores.json  views.png  curves.png  of the evaluation at the end
+    ranks.json  error.json              where ranks stand, while they train; what it last ended by
     outcome.json                        written last: the run is finished and evaluated
     classification.json                 of a fine-tuning or a distillation: its test
     encoder/                            of the checkpoint that was registered last
@@ -34,12 +35,7 @@ from pyarrow import fs
 
 from simclr_ray.config import moves
 from simclr_ray.config.logging import warn_once
-from simclr_ray.errors import (
-    CheckpointError,
-    ConfigError,
-    ConfigIssue,
-    RunError,
-)
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, RunError
 from simclr_ray.storage import checkpoint, lease, run_lock
 from simclr_ray.storage.checkpoint import ANY, Identity
 from simclr_ray.storage.filesystem import (

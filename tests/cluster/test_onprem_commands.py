@@ -115,27 +115,24 @@ def test_the_head_starts_with_a_token_and_without_the_autoscaler_that_lacks_loca
     assert argument(seen, "autoscaling-config") == "~/ray_bootstrap_config.yaml"
 
 
-def test_a_machine_without_a_gpu_offers_the_data_resource_once_per_core(machine: Machine) -> None:
+def test_a_machine_without_a_gpu_is_a_data_node(machine: Machine) -> None:
     assert [r.returncode for r in machine.start("worker")] == [0, 0]
     seen = machine.seen()
     assert seen["env"]["RAY_AUTH_MODE"] == "token"
     assert argument(seen, "address") == "10.0.0.10:6379"
-    plain = {"PATH": os.environ["PATH"]}  # nproc heeds OMP_NUM_THREADS
-    done = subprocess.run(["nproc"], env=plain, capture_output=True, text=True, check=True)
-    cores = int(done.stdout)
-    assert json.loads(argument(seen, "resources")) == {"data": cores}
+    assert argument(seen, "labels") == "node-group=data"
 
 
-def test_a_machine_with_a_gpu_offers_no_data_resource(machine: Machine) -> None:
+def test_a_machine_with_a_gpu_trains(machine: Machine) -> None:
     machine.give_gpu()
     machine.start("worker")
-    assert json.loads(argument(machine.seen(), "resources")) == {}
+    assert argument(machine.seen(), "labels") == "node-group=gpu"
 
 
 def test_a_driver_without_a_gpu_makes_a_data_node(machine: Machine) -> None:
     machine.give_gpu(listing="No devices found.")
     machine.start("worker")
-    assert "data" in json.loads(argument(machine.seen(), "resources"))
+    assert argument(machine.seen(), "labels") == "node-group=data"
 
 
 def test_a_second_start_replaces_the_first_and_leaves_the_ray_of_others_alone(
