@@ -42,6 +42,7 @@ mount -t tmpfs run /run && mkdir -m 755 /run/sshd && ssh-keygen -q -t ed25519 -N
 exec {SSHD} -D -e -f /dev/null -h ~/host_key -o ListenAddress=$ADDRESS -o UsePAM=no \
   -o PasswordAuthentication=no -o PidFile=none -o StrictModes=no
 """
+CPUS = re.compile(r"0\.0/\d+\.0 CPU")  # the worker's: the head offers none
 
 
 class Site(NamedTuple):
@@ -149,10 +150,10 @@ def test_ray_up_over_ssh_runs_a_job_and_the_stop_script_leaves_nothing(site: Sit
     is_up = time.monotonic()
     deadline = is_up + JOIN_S
     status = site.on_head("ray status")
-    while "data" not in status.stdout and time.monotonic() < deadline:
+    while not CPUS.search(status.stdout) and time.monotonic() < deadline:
         time.sleep(2)
         status = site.on_head("ray status")
-    assert re.search(r"0\.0/\d+\.0 data", status.stdout), status.stdout + status.stderr
+    assert CPUS.search(status.stdout), status.stdout + status.stderr
     joined = time.monotonic()
     assert ray_processes(site.worker), "the worker was started by the head's autoscaler, over ssh"
     open_to = site.operator.run(["bash", "-c", f"echo > /dev/tcp/{site.head.address}/8265"])
@@ -165,7 +166,7 @@ def test_ray_up_over_ssh_runs_a_job_and_the_stop_script_leaves_nothing(site: Sit
     settings = (
         f"data.train={data}/train.parquet data.test={data}/test.parquet storage={runs} epochs=2 "
         "evaluation.every_epochs=0 evaluation.linear.epochs=1 registry.name= scaling.num_workers=1 "
-        "scaling.data_resource=data tracking.system_metrics=false"
+        "scaling.data_label_selector.node-group=data tracking.system_metrics=false"
     )
     job = site.on_head(
         "ray job submit --address http://127.0.0.1:8265 -- "

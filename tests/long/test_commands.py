@@ -37,7 +37,7 @@ STUDY = [*SMALL[2:], "data.limit=64", "study.seeds=[0]", "study.comparisons=[]"]
 STUDY += ["study.space={batch_size: {grid: [16]}, epochs: {grid: [1, 2]}}"]
 # What is added to a verb; every verb of the pages has a line.
 ADDED: dict[str, list[str]] = {
-    "config": [], "doctor": [], "embed": [], "export": [], "inspect": [],
+    "cluster check": [], "config": [], "doctor": [], "embed": [], "export": [], "inspect": [],
     "predict": [], "prepare": [], "preview": [], "status": [],
     "evaluate": ["evaluation.linear.epochs=2"],
     "pretrain": SMALL,
