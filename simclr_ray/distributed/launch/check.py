@@ -34,7 +34,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 
 DISK_GIB: Final = 50.0  # 15 of an environment with CUDA, 20 of a machine image, the rest to spill
 LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|0\.0\.0\.0|::1|")
-OF_ONE_NODE: Final = ("/tmp/", "/var/tmp/", "/dev/shm/", "/run/")  # noqa: S108
+OF_ONE_NODE: Final = ("/tmp/", "/var/tmp/", "/dev/shm/", "/run/")  # nosec B108 # noqa: S108
 
 
 def read_launch_file(path: Path, versions: Mapping[str, str]) -> LaunchFile:

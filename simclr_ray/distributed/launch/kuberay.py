@@ -228,7 +228,7 @@ def _disk_gib(pod: Mapping[str, Any]) -> float | None:
     spills = {
         name_of(m)
         for m in map(mapping, sequence(container.get("volumeMounts")))
-        if m.get("mountPath") in ("/tmp", "/tmp/ray")  # noqa: S108 - in a pod
+        if m.get("mountPath") in ("/tmp", "/tmp/ray")  # nosec B108 # noqa: S108 - in a pod
     }
     for volume in map(mapping, sequence(pod.get("volumes"))):
         local = mapping(volume.get("emptyDir"))
