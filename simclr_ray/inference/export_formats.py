@@ -8,6 +8,7 @@ it, so that a file that computes something else is never handed out. Those of ot
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,9 +126,13 @@ def program_weights(path: Path) -> dict[str, Tensor]:
     return dict(_loaded(path).state_dict)
 
 
+# torch keeps what it reads in a global, and asserts that nobody else is reading
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def _loaded(path: Path) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings():
+        with _ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.load(path)
     except (OSError, RuntimeError, ValueError) as error:
