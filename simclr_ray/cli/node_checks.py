@@ -152,6 +152,8 @@ def check_nodes(storage: str, timeout_s: float = NODE_TIMEOUT_S) -> Findings:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from simclr_ray.distributed.placement import nodes
+
     remote = ray.remote(num_cpus=0, max_restarts=0)(NodeProbe)
     reports, findings = [], []
     with contextlib.ExitStack() as stack:
@@ -160,12 +162,12 @@ def check_nodes(storage: str, timeout_s: float = NODE_TIMEOUT_S) -> Findings:
         except (OSError, DataError):
             probe = ""  # `check_storage` has said why
         tasks = {}
-        for node in ray.nodes():  # type: ignore[no-untyped-call]  # Ray has no types
-            if node["Alive"]:
-                here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        for node in nodes():
+            if node.is_alive:
+                here = NodeAffinitySchedulingStrategy(node.id, soft=False)
                 actor: Any = remote.options(scheduling_strategy=here).remote()
                 report = actor.report.remote(storage, probe)
-                tasks[report] = (node["NodeManagerAddress"], actor)
+                tasks[report] = (node.address, actor)
         ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout_s)
         for task, (address, actor) in tasks.items():
             try:

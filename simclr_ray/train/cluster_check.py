@@ -36,6 +36,7 @@ from simclr_ray.train.gradient_parity import (
     take_steps,
     worst_difference,
 )
+from simclr_ray.train.ray_settings import root_failure, scaling_config, torch_config
 
 GATHERED: Final = 2**20  # bytes of a rank: z of 2,048 images' views, 128 numbers each, is 2 MiB
 REDUCED: Final = 32 * 2**20  # bytes of a gradient: a third of a ResNet-50's
@@ -88,24 +89,13 @@ def check_workers(scaling: ScalingConfig, storage: str, timeout_s: float) -> lis
     num, folder = scaling.min_workers, RunFolder.of(storage, f".doctor-{uuid.uuid4().hex}")
     images = max(IMAGES, num)
     inbox = driver_queue()
-    resources = {"CPU": scaling.cpus_per_worker}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = scaling.gpus_per_worker
     trainer = TorchTrainer(
         _report,
         train_loop_config={
             "input": CheckInput(inbox, take_steps("float64", images=images), images)
         },
-        scaling_config=ray_config.ScalingConfig(
-            num_workers=num,
-            use_gpu=scaling.gpus_per_worker > 0,
-            resources_per_worker=resources,
-            label_selector=scaling.worker_label_selector or None,
-        ),
-        torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if scaling.gpus_per_worker else "gloo",
-            timeout_s=max(1, int(timeout_s)),
-        ),
+        scaling_config=scaling_config(scaling, num),
+        torch_config=torch_config(scaling, timeout_s),
         run_config=ray_config.RunConfig(
             name=folder.name,
             storage_path=folder.storage,
@@ -123,9 +113,7 @@ def check_workers(scaling: ScalingConfig, storage: str, timeout_s: float) -> lis
             raise KeyboardInterrupt from None
         raise ClusterError(late) from None
     except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {})
-        root = next(iter(failures.values()), getattr(error, "controller_failure", error))
-        raise ClusterError(last_line(root)) from error
+        raise ClusterError(last_line(root_failure(error))) from error
     finally:
         with contextlib.suppress(OSError):  # it has come to nothing before
             folder.remove_all()  # Ray Train has its own records there

@@ -49,6 +49,7 @@ from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.identity import is_new, newest_checkpoint, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
+from simclr_ray.train.ray_settings import root_failure, scaling_config, torch_config
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
 from simclr_ray.train.restarts import FailureReport, cause_of
 from simclr_ray.train.rollback import Rollbacks, keeps_good, kept_by_ray, roll_back
@@ -237,28 +238,20 @@ def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollb
     """Return Ray's trainer of a run, as the run's config has it."""
     experiment, folder = resolved.config, resolved.folder
     scaling = kept_apart(experiment.scaling, staying_nodes())
-    resources = {"CPU": scaling.cpus_per_worker}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = scaling.gpus_per_worker
     return Trainer(
         train_loop_per_worker,
         scaling=scaling,
         folder=folder,
         inbox=inbox,
         train_loop_config={"input": WorkerInput(resolved, inbox, rollbacks)},
-        scaling_config=ray_config.ScalingConfig(
-            num_workers=(scaling.min_workers, scaling.max_workers)
+        scaling_config=scaling_config(
+            scaling,
+            (scaling.min_workers, scaling.max_workers)
             if scaling.is_elastic
             else scaling.max_workers,
             elastic_resize_monitor_interval_s=RESIZE_S,
-            use_gpu=scaling.gpus_per_worker > 0,
-            resources_per_worker=resources,
-            label_selector=scaling.worker_label_selector or None,
         ),
-        torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if scaling.gpus_per_worker else "gloo",
-            timeout_s=int(scaling.collective_timeout_s),
-        ),
+        torch_config=torch_config(scaling, scaling.collective_timeout_s),
         run_config=ray_config.RunConfig(
             name=folder.name,
             storage_path=folder.storage,
@@ -275,8 +268,7 @@ def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollb
 
 
 def _root_message(error: BaseException) -> str:
-    failures = getattr(error, "worker_failures", {})
-    root = next(iter(failures.values()), getattr(error, "controller_failure", error))
+    root = root_failure(error)
     if isinstance(root, OutOfMemoryError):
         return cause_of(root)
     return " ".join(str(root).split())[-2000:]

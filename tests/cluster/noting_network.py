@@ -45,10 +45,10 @@ class Noting(KeyedLayer):
         return x
 
     def factor(self, rows: Rows, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        return x.new_ones(())
 
     def unkeyed(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        return x
 
 
 def noting_network() -> nn.Module:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from benchmarks.bucket import KEYS, Bucket, serving
 from simclr_ray.storage.lease import claims_at
-from tests.cluster.nodes import CannotBuild
+from tests.cluster.needs import needing_this_machine
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -46,13 +47,11 @@ for _ in range(3):
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     for name in (*KEYS, "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)  # `serving` sets them; undone after the test
-    try:
-        with serving(tmp_path / "packages") as served:
-            served.put("any", [])
-            yield served
-    except CannotBuild as reason:
-        # moto needs the package index at test time: it is no dependency of ours
-        pytest.skip(str(reason))
+    with ExitStack() as stack:
+        with needing_this_machine():
+            served = stack.enter_context(serving(tmp_path / "packages"))
+        served.put("any", [])
+        yield served
 
 
 def started(program: str, *arguments: str) -> subprocess.Popen[str]:

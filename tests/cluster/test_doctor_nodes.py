@@ -13,9 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.cluster.machines import Machine
+from tests.cluster.needs import needing_this_machine
 from tests.cluster.nodes import Network, Node
 from tests.cluster.services import MLflow
-from tests.cluster.test_nodes import needing_this_machine
 from tests.ray.images import write_splits
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]

@@ -10,8 +10,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -19,7 +19,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.cluster.nodes import RAY, CannotBuild, Network, Node
+from tests.cluster.needs import needing_this_machine
+from tests.cluster.nodes import RAY, Network, Node
 from tests.ray.images import write_splits
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -39,25 +40,6 @@ import pathlib
 names = [p.read_bytes() for p in pathlib.Path("/proc").glob("[0-9]*/cmdline")]
 print(sum(b"ray::Ray" + b"TrainWorker" in name for name in names))
 """
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    with ExitStack() as stack:
-        with needing_this_machine():
-            net = stack.enter_context(Network())
-        yield net
-
-
-@contextmanager
-def needing_this_machine() -> Iterator[None]:
-    """Skip, saying so, where the machine cannot be divided into nodes."""
-    try:
-        yield
-    except CannotBuild as reason:
-        # namespaces take root and iproute2, the store Debian's PostgreSQL: nothing that a package
-        # index has, and without them there is no node that could join
-        pytest.skip(str(reason))
 
 
 def upload(folder: Path, name: str, env: dict[str, str]) -> None:

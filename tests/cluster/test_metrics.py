@@ -11,8 +11,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +20,7 @@ from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from simclr_ray.distributed.ray_metrics import METRICS, PREFIX
 from tests.cluster.machines import REPOSITORY
-from tests.cluster.nodes import CannotBuild, Network, Node
+from tests.cluster.nodes import Network, Node
 
 DASHBOARD = REPOSITORY / "cluster" / "grafana-dashboard.json"
 OF_RAY = {  # what of Ray's own the dashboard shows
@@ -101,17 +99,6 @@ class Prometheus(NamedTuple):
         span = {"start": f"{began:.0f}", "end": f"{time.time():.0f}", "step": "5"}
         drawn: list[dict[str, Any]] = self.ask("query_range", query=query, **span)["result"]
         return drawn
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    with ExitStack() as stack:
-        try:
-            net = stack.enter_context(Network())
-        except CannotBuild as reason:
-            # namespaces take root and iproute2: no package index has them
-            pytest.skip(str(reason))
-        yield net
 
 
 def start_prometheus(head: Node) -> Prometheus:

@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.machines import REPOSITORY, leftovers
-from tests.cluster.nodes import CannotBuild, Network
+from tests.cluster.needs import needing_this_machine
+from tests.cluster.nodes import Network
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
@@ -48,26 +47,6 @@ with Network() as net:
     print(net.token, flush=True)
     os.kill(os.getpid(), 9)
 """
-
-
-@contextmanager
-def needing_this_machine() -> Iterator[None]:
-    """Skip, saying so, where the machine cannot be divided into nodes."""
-    try:
-        yield
-    except CannotBuild as reason:
-        # namespaces take root and iproute2, the store Debian's PostgreSQL: nothing that a package
-        # index has, and without them there is no second node to test anything on
-        pytest.skip(str(reason))
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    with ExitStack() as stack:
-        with needing_this_machine():
-            net = stack.enter_context(Network())
-        yield net
-    assert not leftovers(net.token)
 
 
 def test_three_nodes_come_up_reach_all_services_and_leave_nothing(network: Network) -> None:

@@ -25,10 +25,10 @@ from mlflow import MlflowClient
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.train.resolve import resolve
+from tests.cluster.needs import needing_this_machine
 from tests.cluster.nodes import RAY, Network, Node
 from tests.cluster.noting_network import FOLDER, notes_in
 from tests.cluster.services import S3, MLflow
-from tests.cluster.test_nodes import needing_this_machine
 from tests.faults.curves import CLOSE, STEPS_CLOSE, logged_losses, tree_of, undisturbed
 from tests.ray.images import write_splits
 

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml  # type: ignore[import-untyped]  # what Ray reads them with; has no stubs
 
-from tests.cluster.machines import CannotBuild, Machine, leftovers
+from tests.cluster.machines import Machine, leftovers
+from tests.cluster.needs import needing_this_machine
 from tests.cluster.nodes import Network
 from tests.long.environments import uv
 from tests.ray.images import write_shapes
@@ -109,11 +110,8 @@ def site() -> Iterator[Site]:
             # Debian packages of the system, which no package index has; `ray up` is ssh and rsync
             pytest.skip(f"{program} is missing (Debian: openssh-server, openssh-client, rsync)")
     with ExitStack() as stack:
-        try:
+        with needing_this_machine():
             network = stack.enter_context(Network())
-        except CannotBuild as reason:
-            # namespaces take root and iproute2: without them there is no second machine
-            pytest.skip(str(reason))
         network.env.pop("RAY_AUTH_TOKEN")  # the file brings it, or nothing does
         network.env.pop("RAY_AUTH_MODE")
         operator, head, worker = (network.machine(n) for n in ("operator", "head", "worker"))

@@ -7,20 +7,15 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.cluster.nodes import CannotBuild, Network
+from tests.cluster.needs import needing_this_machine, network_here
+from tests.cluster.nodes import Network
 from tests.cluster.services import S3
 
 
 @pytest.fixture
 def network() -> Iterator[Network]:
     """Give a network without nodes; skip, saying so, where the machine cannot be divided."""
-    with ExitStack() as stack:
-        try:
-            net = stack.enter_context(Network())
-        except CannotBuild as reason:
-            # namespaces take root and iproute2: nothing that a package index has, and without them
-            # there is no second node to lose
-            pytest.skip(str(reason))
+    with network_here() as net:
         yield net
 
 
@@ -28,9 +23,6 @@ def network() -> Iterator[Network]:
 def s3(network: Network) -> Iterator[S3]:
     """Give an S3 server on the network; skip, saying so, where its packages cannot be installed."""
     with ExitStack() as stack:
-        try:
+        with needing_this_machine():
             server = stack.enter_context(network.s3())
-        except CannotBuild as reason:
-            # moto needs the package index at test time: it is no dependency of ours
-            pytest.skip(str(reason))
         yield server
