@@ -93,11 +93,7 @@ def _rows(run_status: RunStatus) -> dict[str, str]:
 def _state(run_status: RunStatus) -> str:
     is_unscored = run_status.state == "finished" and not run_status.scores
     unscored = ", not evaluated (`pretrain` again, or `evaluate`)" if is_unscored else ""
-    if run_status.folder.local:
-        held = "held by a driver" if run_status.folder.is_locked() else "no driver holds it"
-    else:
-        wrote = "writes to it" if run_status.state == "running" else "has written to it lately"
-        held = f"{'a' if run_status.state == 'running' else 'no'} driver {wrote}"
+    held = "held by a driver" if run_status.state == "running" else "no driver holds it"
     return f"{run_status.state}{unscored}; {held}"
 
 

@@ -13,7 +13,6 @@ from typing import Any, Final, NamedTuple
 from simclr_ray.storage.run_folder import RunFolder
 
 RANKS: Final = "ranks.json"
-FRESH_S: Final = 180.0  # three uploads: who has written so lately runs
 
 
 class RankState(NamedTuple):
@@ -36,11 +35,6 @@ class RankStates(NamedTuple):
     def now(cls, ranks: Sequence[RankState]) -> RankStates:
         """Return these ranks as they are now."""
         return cls(tuple(ranks), round(time.time(), 3))
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether somebody runs these ranks, as far as clocks agree."""
-        return bool(self.ranks) and abs(time.time() - self.at) < FRESH_S
 
     @property
     def text(self) -> str:

@@ -55,9 +55,7 @@ def status_of_run(folder: RunFolder) -> RunStatus:
     checkpoints = folder.checkpoints()
     kept = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
     step = max(int(metrics.pop("step", 0)), kept)
-    # the lock of a bucket is held by who cannot renew it for a while longer; ranks may say more
-    is_running = folder.is_locked() or (folder.local is None and ranks.is_fresh)
-    state: State = "running" if is_running else "stopped"
+    state: State = "running" if folder.is_locked() else "stopped"
     if state == "stopped" and kept and kept >= total:
         state = "finished"
     return RunStatus(

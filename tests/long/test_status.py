@@ -73,10 +73,12 @@ def test_status_answers_within_two_seconds(tmp_path: Path, monkeypatch: pytest.M
         )
         s3.create_dir(NAME)
         pafs.copy_files(str(folder), f"{NAME}/runs/small-0123", None, s3)
-        remote = status_of(f"{bucket.uri}/runs/small-0123")
+        uri = f"{bucket.uri}/runs/small-0123"
+        with RunFolder.at(uri).lock():
+            remote = status_of(uri)
         sent = sum(read.size for read in bucket.reads())
     assert "state stopped; no driver holds it" in local
-    assert "state running; a driver writes to it" in remote
+    assert "state running; held by a driver" in remote
     assert "time left 55:33:20, until about " in remote  # 200,000 reports of a second each
     for printed in (local, remote):
         assert "steps 2,000,000 of 4,000,000, epoch 2000.00" in printed

@@ -14,7 +14,7 @@ import pytest
 from simclr_ray.errors import DivergedError, RunError
 from simclr_ray.storage.last_error import ERROR, recorded
 from simclr_ray.storage.metrics_log import FIRST_BATCH, RECENT_S, seconds_left
-from simclr_ray.storage.rank_states import FRESH_S, RANKS, RankState, RankStates
+from simclr_ray.storage.rank_states import RANKS, RankState, RankStates
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_status import LOG_BYTES, status_of_run
 
@@ -101,14 +101,12 @@ def test_a_running_run_says_where_its_ranks_stand_and_how_long_it_takes(folder: 
     assert (stopped.state, stopped.seconds_left) == ("stopped", None)
 
 
-def test_a_remote_run_runs_while_its_driver_writes(folder: RunFolder) -> None:
+def test_a_remote_run_runs_while_its_driver_holds_it(folder: RunFolder) -> None:
     remote = RunFolder.at(f"file://{folder.uri}")  # no folder of ours to lock
     assert remote.local is None
     assert status_of_run(remote).state == "stopped"
-    folder.write_text(RANKS, RankStates.now(RANKS_UP).text)
-    assert status_of_run(remote).state == "running"
-    old = RankStates(tuple(RANKS_UP), time.time() - FRESH_S - 1)
-    folder.write_text(RANKS, old.text)
+    with remote.lock():
+        assert status_of_run(remote).state == "running"
     assert status_of_run(remote).state == "stopped"
 
 
