@@ -62,6 +62,17 @@ def name_process(run: str, rank: int | None = None) -> None:
         logging.setLogRecordFactory(_NamedRecords(factory))
 
 
+@contextmanager
+def process_named(run: str) -> Iterator[None]:
+    """Name this process while the block runs: a notebook or a study goes on to others."""
+    before = dict(_process)
+    name_process(run)
+    try:
+        yield
+    finally:
+        _process.update(before)
+
+
 class _NamedRecords:
     """Makes records as another factory does, with the fields of this process added."""
 

@@ -20,7 +20,7 @@ from ray.exceptions import OutOfMemoryError
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.config.logging import name_process
+from simclr_ray.config.logging import process_named
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import one_arena
@@ -136,8 +136,7 @@ def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | No
         for other in runs_of_this_name(resolved) if is_new(folder) else []:
             log.info("a new run, %s: %s", folder.name, other)
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
-        name_process(folder.name)
-        with recorded(folder):
+        with process_named(folder.name), recorded(folder):
             uri = store_uri(config.tracking.uri, config.storage)
             log.info("opening MLflow at %s", hide_passwords(uri))
             tracker = open_tracker(resolved)  # before the cluster waits

@@ -58,6 +58,16 @@ def test_a_line_has_time_level_rank_node_run_and_no_password() -> None:
 
 
 @pytest.mark.usefixtures("as_json")
+def test_a_process_is_called_by_a_run_only_while_it_runs() -> None:
+    logs.name_process("outer", 1)
+    with pytest.raises(ValueError, match="of the run"), logs.process_named("inner"):
+        assert json.loads(logs.json_line("now"))["run"] == "inner"
+        raise ValueError("of the run")
+    after = json.loads(logs.json_line("later"))
+    assert (after["run"], after["rank"]) == ("outer", 1)
+
+
+@pytest.mark.usefixtures("as_json")
 def test_what_ray_writes_of_a_worker_has_the_same_keys() -> None:
     logs.name_process("run-1", 3)
     record = logging.getLogger("simclr_ray.data").makeRecord(
