@@ -143,7 +143,7 @@ def status(
     if not address:
         raise ClusterError("RAY_ADDRESS is unset: without it, runs start Ray on this machine")
     loading("ray")
-    from simclr_ray.distributed.placement import check_cluster, nodes
+    from simclr_ray.distributed.placement import check_cluster, nodes, room_text
     from simclr_ray.distributed.ray_cluster import connect
 
     connect()
@@ -157,6 +157,4 @@ def status(
     show_table(title, ["node", "state", "CPUs", "GPUs"], rows)
     if experiment is not None:
         check_cluster(experiment)
-        scaling = experiment.scaling
-        demand = f"{counted(scaling.max_workers, 'worker')}, {scaling.num_cpus:g} CPUs"
-        show_pairs({"fits": f"{demand}, {scaling.num_gpus:g} GPUs"})
+        show_pairs({"fits": room_text(experiment.scaling)})

@@ -77,15 +77,13 @@ def _findings(experiment: Experiment, deadline: float) -> Iterator[Finding]:
 
 def check_room(experiment: Experiment) -> Finding:
     """Return whether the cluster at hand holds the run's workers and what makes their views."""
-    from simclr_ray.distributed.placement import check_cluster
+    from simclr_ray.distributed.placement import check_cluster, room_text
 
-    scaling = experiment.scaling
     try:
         check_cluster(experiment)
     except ClusterError as error:
         return Finding("room", "fail", str(error), "start more nodes, or ask for less")
-    workers = counted(scaling.max_workers, "worker")
-    return Finding("room", "ok", f"{workers}: {scaling.num_cpus:g} CPUs, {scaling.num_gpus:g} GPUs")
+    return Finding("room", "ok", room_text(experiment.scaling))
 
 
 def check_data_nodes(experiment: Experiment) -> Finding:

@@ -88,45 +88,28 @@ def _has(value: str | None, expression: str) -> bool:
 def workers_on(nodes: Sequence[Node], scaling: ScalingConfig) -> int:
     """Return how many workers, with their data actors, find room on nodes with such resources.
 
-    Where workers may lie on nodes that decode, both share their CPUs: it is counted as if workers
-    took other nodes first, which Ray does not promise.
+    Where workers may lie on nodes that decode, Ray may put them there first: the worst is counted,
+    since actors without room wait for ever.
 
     Example: two nodes of 2 CPUs, 0.5 for a worker and 0.5 for its actor: 4.
     """
-    each = {"cpus": scaling.cpus_per_worker, "gpus": scaling.gpus_per_worker}
-    training = [n for n in nodes if matches(scaling.worker_label_selector, n.labels)]
     decoding = [n for n in nodes if matches(scaling.data_label_selector, n.labels)]
-    by_node = sum(
+    cpus, decodes = sum(node.cpus for node in decoding), scaling.data_cpus_per_worker
+    shared = workers_alone_on(decoding, scaling)
+    room = _times(cpus - shared * scaling.cpus_per_worker, decodes)
+    if room < shared:
+        room = _times(cpus, decodes + scaling.cpus_per_worker)
+    return min(workers_alone_on(nodes, scaling), room)
+
+
+def workers_alone_on(nodes: Sequence[Node], scaling: ScalingConfig) -> int:
+    """Return how many workers find room, if nothing decodes for them."""
+    each = {"cpus": scaling.cpus_per_worker, "gpus": scaling.gpus_per_worker}
+    return sum(
         min(_times(getattr(node, what), number) for what, number in each.items() if number)
-        for node in training
+        for node in nodes
+        if matches(scaling.worker_selector, node.labels)
     )
-    both = {node.id: node.cpus for node in [*training, *decoding]}
-    decodes = scaling.data_cpus_per_worker
-    return min(
-        by_node,
-        _times(sum(node.cpus for node in decoding), decodes),
-        _times(sum(both.values()), scaling.cpus_per_worker + decodes),
-    )
-
-
-def kept_apart(scaling: ScalingConfig, nodes: Sequence[Node]) -> ScalingConfig:
-    """Return the placement of a run whose workers leave the nodes for views alone, if they can.
-
-    Ray fills a node with workers before it thinks of the decode actors that have no other to go to,
-    and both would wait for ever. So where nothing else is asked for, and other nodes have room for
-    the fewest workers, they go there.
-
-    Args:
-        scaling: As it is asked for.
-        nodes: Those of the cluster.
-    """
-    selector = scaling.data_label_selector
-    if scaling.worker_label_selector or len(selector) != 1:  # of several none alone is a "not"
-        return scaling
-    ((key, expression),) = selector.items()
-    negated = expression.removeprefix("!") if expression.startswith("!") else f"!{expression}"
-    apart = scaling.model_copy(update={"worker_label_selector": {key: negated}})
-    return apart if workers_on(nodes, apart) >= scaling.min_workers else scaling
 
 
 def _times(amount: float, each: float) -> int:
@@ -146,18 +129,33 @@ def check_cluster(experiment: Experiment) -> None:
                 + f"), the cluster has {cluster.get(what, 0.0):g}; lower scaling.num_workers or "
                 f"scaling.{'cpus' if what == 'CPU' else 'gpus'}_per_worker"
             )
-    _check_labels(scaling)
-
-
-def _check_labels(scaling: ScalingConfig) -> None:
-    """Raise `ClusterError` where no node has the labels of a selector, or those have no room."""
     alive = [node for node in nodes() if node.is_alive]
+    _check_labels(scaling, alive)
+    room = workers_on(alive, scaling)
+    if room < workers:  # what there is in all would do, and no node has enough of it in one piece
+        raise ClusterError(
+            f"scaling asks for {counted(workers, 'worker')}, each of {scaling.cpus_per_worker:g} "
+            f"CPUs and {scaling.gpus_per_worker:g} GPUs on one node and {data_cpus:g} CPUs for "
+            f"decoding; the {counted(len(alive), 'node')} of the cluster have room for {room}; "
+            "lower scaling.num_workers, scaling.cpus_per_worker or scaling.data_actors_per_worker"
+        )
+
+
+def room_text(scaling: ScalingConfig) -> str:
+    """Return how many workers are asked for, and for how many the cluster at hand has room."""
+    most = f" to {scaling.max_workers}" if scaling.is_elastic else ""
+    room = workers_on([node for node in nodes() if node.is_alive], scaling)
+    return f"{scaling.min_workers}{most} workers asked for, room for {room} with their decoding"
+
+
+def _check_labels(scaling: ScalingConfig, alive: Sequence[Node]) -> None:
+    """Raise `ClusterError` where no node has the labels of a selector, or those have no room."""
     needs = {
         "worker_label_selector": (scaling.cpus_per_worker, scaling.gpus_per_worker),
         "data_label_selector": (scaling.cpus_per_data_actor, 0.0),
     }
-    for key, (cpus, gpus) in needs.items():
-        selector = getattr(scaling, key)
+    for key, selector in selectors_of(scaling).items():
+        cpus, gpus = needs[key]
         matching = [node for node in alive if matches(selector, node.labels)]
         if selector and not matching:
             raise ClusterError(
@@ -168,6 +166,14 @@ def _check_labels(scaling: ScalingConfig) -> None:
                 f"{counted(len(matching), 'node')} with the labels of scaling.{key}="
                 f"{shown(selector)}, and none has {cpus:g} CPUs and {gpus:g} GPUs"
             )
+
+
+def selectors_of(scaling: ScalingConfig) -> dict[str, dict[str, str]]:
+    """Return the label selector of each kind of process, by the key that sets it."""
+    return {
+        "data_label_selector": scaling.data_label_selector,
+        "worker_label_selector": scaling.worker_selector,
+    }
 
 
 def shown(selector: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import ray_logging, ray_reaper, ray_token
-from simclr_ray.distributed.placement import nodes, shown
+from simclr_ray.distributed.placement import nodes, selectors_of, shown
 from simclr_ray.errors import ClusterError, last_line
 
 # Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
@@ -317,10 +317,10 @@ def _check_cores(experiment: Experiment, copies: int) -> None:
 def _check_devices(experiment: Experiment) -> None:
     """Raise `ClusterError` for GPUs or labels that this machine does not have."""
     scaling, evaluation = experiment.scaling, experiment.evaluation
-    for key in ("worker_label_selector", "data_label_selector"):
-        if getattr(scaling, key):
+    for key, selector in selectors_of(scaling).items():
+        if selector:
             raise ClusterError(
-                f"scaling.{key}={shown(getattr(scaling, key))}: the cluster that is started on "
+                f"scaling.{key}={shown(selector)}: the cluster that is started on "
                 "this machine has no labels of your own (RAY_ADDRESS names a cluster)"
             )
     wanted = {

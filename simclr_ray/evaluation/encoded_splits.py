@@ -189,7 +189,7 @@ def _extracted(
         labelled=labelled,
         decoder=decoder,
         precision=experiment.precision,
-        label_selector=experiment.scaling.worker_label_selector,
+        label_selector=experiment.scaling.worker_selector,
     )
 
 

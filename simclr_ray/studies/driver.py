@@ -15,7 +15,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import IMPORT_PATH, imports_in, permit_code
 from simclr_ray.config.protocols import PROBE, protocol_named
 from simclr_ray.data.source import Source
-from simclr_ray.distributed.placement import check_cluster
+from simclr_ray.distributed.demand import wait_for_room
 from simclr_ray.distributed.ray_cluster import (
     check_machine,
     connect,
@@ -156,7 +156,7 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> Concurrency:
         paths=[name for name in study.protocols if IMPORT_PATH.fullmatch(name)],
     )
     for trial in trials:
-        check_cluster(trial.experiment)
+        wait_for_room(trial.experiment)
     return concurrency_of(study, trials)
 
 

@@ -13,8 +13,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, Tri
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from simclr_ray.config.wording import counted
+from simclr_ray.distributed.demand import Demand
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.studies.concurrency import RECOUNT_S, Concurrency, Demand
+from simclr_ray.studies.concurrency import RECOUNT_S, Concurrency
 from simclr_ray.studies.definition import Dimension, Study, label_of
 from simclr_ray.studies.plan import Trial
 

@@ -25,7 +25,6 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from simclr_ray.config.experiment import ScalingConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import collectives as dist
-from simclr_ray.distributed.placement import kept_apart, staying_nodes
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import ClusterError, last_line
 from simclr_ray.storage.run_folder import RunFolder
@@ -85,7 +84,6 @@ def check_workers(scaling: ScalingConfig, storage: str, timeout_s: float) -> lis
     Raises:
         ClusterError: A worker did not start or failed, or not all reported in time.
     """
-    scaling = kept_apart(scaling, staying_nodes())
     num, folder = scaling.min_workers, RunFolder.of(storage, f".doctor-{uuid.uuid4().hex}")
     images = max(IMAGES, num)
     inbox = driver_queue()

@@ -23,8 +23,8 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import process_named
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
+from simclr_ray.distributed.demand import wait_for_room
 from simclr_ray.distributed.malloc import one_arena
-from simclr_ray.distributed.placement import check_cluster, kept_apart, staying_nodes
 from simclr_ray.distributed.ray_cluster import (
     PickledQueue,
     check_machine,
@@ -141,7 +141,7 @@ def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | No
             log.info("opening MLflow at %s", hide_passwords(uri))
             tracker = open_tracker(resolved)  # before the cluster waits
             connect(config)
-            check_cluster(config)
+            wait_for_room(config)
             with tracked_run(resolved, tracker) as tracked:
                 return _trained(resolved, tracked, on_progress)
 
@@ -236,7 +236,7 @@ def _fit(
 def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollbacks) -> Trainer:
     """Return Ray's trainer of a run, as the run's config has it."""
     experiment, folder = resolved.config, resolved.folder
-    scaling = kept_apart(experiment.scaling, staying_nodes())
+    scaling = experiment.scaling
     return Trainer(
         train_loop_per_worker,
         scaling=scaling,

@@ -166,7 +166,7 @@ class ElasticWorkers(ElasticScalingPolicy):
     def _count_possible_workers(self, reserved_resources: Mapping[str, dict[str, float]]) -> int:
         """Return the workers that there is room for, with their data actors."""
         nodes, scaling = staying_nodes(), self.scaling
-        selector = scaling.worker_label_selector
+        selector = scaling.worker_selector
         fitting = {node.id for node in nodes if matches(selector, node.labels)}
         kept = super()._count_possible_workers(
             {node: kept for node, kept in reserved_resources.items() if node in fitting}

@@ -16,7 +16,7 @@ def scaling_config(
     """Return how many workers there are, with what, and on which nodes.
 
     Args:
-        scaling: Of the run, its placement decided.
+        scaling: Of the run.
         num_workers: Of them; (least, most) where it may change.
         options: Further ones of Ray's.
     """
@@ -27,7 +27,7 @@ def scaling_config(
         num_workers=num_workers,
         use_gpu=scaling.gpus_per_worker > 0,
         resources_per_worker=resources,
-        label_selector=scaling.worker_label_selector or None,
+        label_selector=scaling.worker_selector or None,
         **options,
     )
 

@@ -20,7 +20,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +66,8 @@ class Node(Machine):
     ray: subprocess.Popen[str] | None = None
 
     def start_ray(self, *, is_head: bool, dashboard: bool, cpus: float, store_mib: int,
-                  resources: Mapping[str, float], labels: Mapping[str, str]) -> None:  # fmt: skip
+                  resources: Mapping[str, float], labels: Mapping[str, str],
+                  options: Sequence[str] = ()) -> None:  # fmt: skip
         """Start Ray and return when it has joined. Raises `RuntimeError` with its log."""
         where = ["--head", f"--port={RAY_PORT}"] if is_head else [f"--address={self.head}"]
         if is_head:
@@ -80,7 +81,7 @@ class Node(Machine):
                 f"--resources={json.dumps(dict(resources))}",
                 f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}",
             ),
-            *where,
+            *(*where, *options),
         ]
         self.ray = self.popen(command, log="ray")
         deadline = time.monotonic() + START_S
@@ -201,6 +202,7 @@ class Network:
         self, name: str, *, head: bool = False, cpus: float = 2, dashboard: bool = True,
         store_mib: int = OBJECT_STORE_MIB, resources: Mapping[str, float] | None = None,
         labels: Mapping[str, str] | None = None, env: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> Iterator[Node]:  # fmt: skip
         """Give a node of the cluster. The first is the head; commands have its `RAY_ADDRESS`.
 
@@ -213,6 +215,7 @@ class Network:
             resources: Its own resources, beside CPUs.
             labels: Its own labels, which label selectors choose by.
             env: What its processes have in their environment beside the network's.
+            options: Further ones of `ray start`.
         """
         node: Node = self.machine(name, Node)
         node.env |= dict(env or {})
@@ -222,7 +225,7 @@ class Network:
         node.env.pop("RAY_ADDRESS", None)  # `ray start` takes it for that of a cluster to join
         node.start_ray(
             is_head=head, dashboard=dashboard, cpus=cpus, store_mib=store_mib,
-            resources=resources or {}, labels=labels or {},
+            resources=resources or {}, labels=labels or {}, options=options,
         )  # fmt: skip
         node.env["RAY_ADDRESS"] = node.head
         try:

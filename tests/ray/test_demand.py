@@ -10,8 +10,8 @@ import pytest
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from simclr_ray.config.experiment import ScalingConfig
+from simclr_ray.distributed.demand import MAX_SHOWN, Demand
 from simclr_ray.distributed.placement import free_nodes
-from simclr_ray.studies.concurrency import MAX_SHOWN, Demand
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -98,7 +98,8 @@ class ScalingConfig(Config):
     worker_label_selector: dict[str, str] = Field(
         {},
         description="Nodes for workers, and for the actors that encode after training: label -> "
-        "value, !value, in(a,b) or !in(a,b), as Ray has it; empty: any.",
+        "value, !value, in(a,b) or !in(a,b), as Ray has it; empty: those that "
+        "data_label_selector leaves, or any.",
     )
     data_label_selector: dict[str, str] = Field(
         {}, description="Nodes for decode actors, in the same form; empty: any."
@@ -110,6 +111,12 @@ class ScalingConfig(Config):
         default=True,
         description="Small vectors between ranks of one machine travel through shared memory; "
         "false: through the process group, where /dev/shm is not to be used.",
+    )
+    wait_for_nodes_s: float = Field(
+        0.0,
+        ge=0,
+        description="How long nodes may take to join before a start, as those that an "
+        "autoscaler brings; 0: what lacks room is refused at once.",
     )
     max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint.")
     collective_timeout_s: float = Field(1800.0, gt=0)
@@ -157,6 +164,18 @@ class ScalingConfig(Config):
         if [type(end) for end in ends] != [int, int] or not 1 <= ends[0] <= ends[1]:
             raise ValueError("must be a whole number of at least 1, or [least, most] of such")
         return ends if isinstance(value, list | tuple) else ends[0]
+
+    @property
+    def worker_selector(self) -> dict[str, str]:
+        """Return the label selector of workers: as given, else of what is not for decoding.
+
+        Ray fills a node with workers before it thinks of the decode actors that have no other to
+        go to, and both would wait for ever. Of several labels none alone is the opposite.
+        """
+        if self.worker_label_selector or len(self.data_label_selector) != 1:
+            return self.worker_label_selector
+        ((key, expression),) = self.data_label_selector.items()
+        return {key: expression[1:] if expression.startswith("!") else f"!{expression}"}
 
     @property
     def is_elastic(self) -> bool:

@@ -28,7 +28,13 @@ from simclr_ray.distributed.launch.file import (
 from simclr_ray.distributed.launch.kuberay import KINDS, read_kuberay
 from simclr_ray.distributed.launch.ray_up import read_ray_up
 from simclr_ray.distributed.launch.slurm import is_slurm, read_slurm
-from simclr_ray.distributed.placement import matches
+from simclr_ray.distributed.placement import (
+    Node,
+    matches,
+    selectors_of,
+    workers_alone_on,
+    workers_on,
+)
 from simclr_ray.distributed.placement import shown as selector_text
 from simclr_ray.errors import ConfigError, ConfigIssue
 
@@ -214,9 +220,14 @@ def _check_spot(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
     return [Finding("spot", "ok", shown)]
 
 
-def is_data_node(group: NodeGroup, scaling: ScalingConfig) -> bool:
-    """Return whether decode actors may run on the nodes of a group."""
-    return matches(scaling.data_label_selector, group.labels)
+def kept_nodes(launch: LaunchFile) -> list[Node]:
+    """Return the nodes that are kept, as a cluster would have them."""
+    return [
+        Node(group.name, is_alive=True, cpus=group.cpus or 0.0, gpus=group.gpus or 0.0,
+             labels=group.labels, id=f"{group.name}-{i}")
+        for group in launch.groups
+        for i in range(group.least)
+    ]  # fmt: skip
 
 
 def _check_workers(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
@@ -228,28 +239,29 @@ def _check_workers(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
         return [_unsaid(scaling) if launch.owned else lacking]
     if any(group.cpus is None for group in groups):
         return [_unsaid(scaling)]
-    workers, left = place(groups, scaling, scaling.min_workers)
-    if workers < scaling.min_workers:
-        each = _share(scaling)
+    nodes, wanted = kept_nodes(launch), scaling.min_workers
+    workers = workers_alone_on(nodes, scaling)
+    if workers < wanted:
         shown = (
-            f"the nodes that are kept hold {counted(workers, 'worker')} of {each}, "
-            f"scaling.num_workers asks for {scaling.min_workers}"
+            f"the nodes that are kept hold {counted(workers, 'worker')} of {_share(scaling)}, "
+            f"scaling.num_workers asks for {wanted}"
         )
         advice = "keep more nodes (min_workers, minReplicas, --nodes), or ask for fewer workers"
         return [Finding("workers", "fail", shown, advice)]
-    room = [Finding("workers", "ok", f"room for {counted(workers, 'worker')}")]
-    need = scaling.min_workers * scaling.data_cpus_per_worker
-    if left < need:
-        shown = f"{left:g} CPUs are left for {need:g} of decoding"
+    findings = [Finding("workers", "ok", f"room for {counted(workers, 'worker')}")]
+    decoded = workers_on(nodes, scaling)
+    cpus = f"{scaling.data_cpus_per_worker:g} CPUs of decoding each"
+    if decoded < wanted:
+        shown = f"{counted(wanted, 'worker')} with {cpus}: there is room for {decoded} of them"
         advice = "add data nodes, or lower scaling.data_actors_per_worker or cpus_per_worker"
-        return [*room, Finding("data CPUs", "fail", shown, advice)]
-    return [*room, Finding("data CPUs", "ok", f"{left:g} for {need:g} of decoding")]
+        return [*findings, Finding("data CPUs", "fail", shown, advice)]
+    shown = f"room for the views of {counted(decoded, 'worker')}, {cpus}"
+    return [*findings, Finding("data CPUs", "ok", shown)]
 
 
 def _unmatched(groups: Sequence[NodeGroup], scaling: ScalingConfig) -> Finding | None:
     """Return which label selector no group satisfies."""
-    for key in ("worker_label_selector", "data_label_selector"):
-        selector = getattr(scaling, key)
+    for key, selector in selectors_of(scaling).items():
         if not any(matches(selector, group.labels) for group in groups):
             labels = sorted({f"{k}={v}" for group in groups for k, v in group.labels.items()})
             text = f"no group has the labels of scaling.{key}={selector_text(selector)}"
@@ -278,40 +290,15 @@ def _unsaid(scaling: ScalingConfig) -> Finding:
     return Finding("workers", "ok", shown, advice)
 
 
-def place(groups: Sequence[NodeGroup], scaling: ScalingConfig, wanted: int) -> tuple[int, float]:
-    """Return how many workers the kept nodes hold, and the CPUs that then are left for decoding.
-
-    Workers go where GPUs are, and without GPUs where no data node is, while there is room.
-
-    Args:
-        groups: Nodes.
-        scaling: Of one run.
-        wanted: Workers, of as many such runs as are to go on at a time.
-    """
-    workers, left = 0, 0.0
-    marked = bool(scaling.data_label_selector)
-    for group in sorted(groups, key=lambda g: marked and is_data_node(g, scaling)):
-        cpus, gpus = group.cpus or 0.0, group.gpus or 0.0
-        fits = math.floor(cpus / scaling.cpus_per_worker + 1e-9)
-        if scaling.gpus_per_worker:
-            fits = min(fits, math.floor(gpus / scaling.gpus_per_worker + 1e-9))
-        if not matches(scaling.worker_label_selector, group.labels):
-            fits = 0
-        taken = min(fits * group.least, wanted - workers)
-        workers += taken
-        if is_data_node(group, scaling):
-            left += group.least * cpus - taken * scaling.cpus_per_worker
-    return workers, left
-
-
 def runs_at_a_time(launch: LaunchFile, scaling: ScalingConfig, most: int) -> int:
     """Return how many runs the kept nodes hold side by side; 1 where the file does not say."""
-    for runs in range(most, 1, -1):
-        wanted = runs * scaling.max_workers
-        workers, left = place(launch.groups, scaling, wanted)
-        if workers == wanted and left >= wanted * scaling.data_cpus_per_worker:
-            return runs
-    return 1
+    fits = workers_on(kept_nodes(launch), scaling) // scaling.max_workers
+    return max(1, min(most, fits))
+
+
+def _local_batch(batch_size: int, workers: int) -> str:
+    least, more = divmod(batch_size, workers)
+    return f"{least + 1} or {least} images" if more else f"{least} images"
 
 
 def derived(
@@ -331,16 +318,17 @@ def derived(
     """
     experiment = runs[0]
     scaling = experiment.scaling
-    workers = scaling.max_workers
+    workers, least_workers = scaling.max_workers, scaling.min_workers
     at_a_time = runs_at_a_time(launch, scaling, len(runs))
-    least, more = divmod(experiment.batch_size, workers)
     decode_cpus = at_a_time * workers * scaling.data_cpus_per_worker
     rows = {"nodes": ", ".join(f"{g.least} {g.name}" for g in launch.groups)}
     if len(runs) > 1:
         rows["trials"] = f"{len(runs)}, of which {at_a_time} fit at a time; of the first:"
     rows |= {
-        "workers": f"{workers} of {_share(scaling)} each",
-        "local batch": f"{least + 1} or {least} images" if more else f"{least} images",
+        "workers": f"{f'{least_workers} to ' * scaling.is_elastic}{workers} of "
+        f"{_share(scaling)} each",
+        "local batch": _local_batch(experiment.batch_size, least_workers)
+        + (f"; {_local_batch(experiment.batch_size, workers)} on {workers}") * scaling.is_elastic,
         "decoding": f"{counted(at_a_time * workers * scaling.data_actors_per_worker, 'actor')} on "
         f"{decode_cpus:g} CPUs",
     }

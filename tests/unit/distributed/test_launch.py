@@ -14,16 +14,15 @@ import pytest
 import yaml  # type: ignore[import-untyped]  # what Ray reads them with; has no stubs
 
 from simclr_ray.cli.launch import runs_of
-from simclr_ray.config.experiment import Experiment, ScalingConfig
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.findings import Finding
 from simclr_ray.distributed.launch.check import (
     check_launch,
     derived,
-    place,
     read_launch_file,
     runs_at_a_time,
 )
-from simclr_ray.distributed.launch.file import NodeGroup, command_in
+from simclr_ray.distributed.launch.file import command_in
 from simclr_ray.distributed.launch.kuberay import quantity_gib
 from simclr_ray.distributed.launch.slurm import hours_of
 from simclr_ray.errors import ConfigError
@@ -110,11 +109,11 @@ CASES = [
      "hold 4 workers of 1 CPU, 1 GPU, scaling.num_workers asks for 5"),
     ("aws.yaml", replaced("16}\n    labels: {node-group: data}",
                           "12}\n    labels: {node-group: data}"), "data CPUs",
-     "12 CPUs are left for 16 of decoding"),
+     "4 workers with 4 CPUs of decoding each: there is room for 3"),
     (STAYS, replaced("node-group: data", "node-group: views"), "workers",
      "no group has the labels of scaling.data_label_selector=node-group: data; there are: "),
     ("slurm.sh", replaced("--cpus-per-task=64", "--cpus-per-task=32"), "data CPUs",
-     "110 CPUs are left for 128 of decoding"),
+     "16 workers with 8 CPUs of decoding each: there is room for 14"),
     (JOB, replaced("idleTimeoutSeconds", "idleTimeoutSecond"), "schema",
      "spec.rayClusterSpec.autoscalerOptions.idleTimeoutSecond: unknown key (did you mean "
      "'idleTimeoutSeconds'?); Kubernetes drops it"),
@@ -266,16 +265,14 @@ def test_the_command_of_a_comment_ends_where_its_words_do() -> None:
     assert command_in("# nothing\nray up\n") == ""
 
 
-def test_workers_go_where_gpus_are_and_leave_data_nodes_to_decoding() -> None:
-    scaling = ScalingConfig(num_workers=4, gpus_per_worker=1, cpus_per_worker=2,
-                            data_actors_per_worker=4, cpus_per_data_actor=1,
-                            data_label_selector={"role": "data"})  # fmt: skip
-    gpu = NodeGroup("gpu", 2, 2, cpus=16, gpus=2)
-    data = NodeGroup("data", 1, 4, cpus=16, gpus=0, labels={"role": "data"})
-    assert place([gpu, data], scaling, 4) == (4, 16)
-    assert place([gpu._replace(cpus=3), data], scaling, 4) == (2, 16)
-    shared = scaling.model_copy(update={"data_label_selector": {}})
-    assert place([gpu], shared, 4) == (4, 2 * 16 - 4 * 2)
+def test_an_elastic_run_shows_the_local_batch_at_both_ends(tmp_path: Path) -> None:
+    path = tmp_path / "slurm.sh"
+    path.write_text(text_of("slurm.sh"))
+    given = ["data.train=s3://b/t", "scaling.num_workers=[3,16]", "batch_size=4096"]
+    run = Experiment.load("imagenet_resnet50", *given)
+    rows = derived(read_launch_file(path, VERSIONS), [run])
+    assert rows["workers"].startswith("3 to 16 of ")
+    assert rows["local batch"] == "1366 or 1365 images; 256 images on 16"
 
 
 def test_trials_run_side_by_side_as_far_as_gpus_and_decoding_go(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from simclr_ray.distributed import placement
 from simclr_ray.distributed.placement import (
     Node,
     check_cluster,
-    kept_apart,
     matches,
     workers_on,
 )
@@ -84,8 +83,12 @@ def node(cpus: float, gpus: float = 0.0, **labels: str) -> Node:
         # actors on nodes of their own: 3 of 1 CPU each
         ([node(8), node(3, role="data")], APART | {"cpus_per_data_actor": 1.0}, 3),
         ([node(8), node(3, role="data")], {"data_label_selector": DATA}, 6),
-        # workers have no room but there, and share: 3 CPUs for both
-        ([node(3, role="data")], {"data_label_selector": DATA}, 3),
+        # workers have no room but there, where they go only if told to: 3 CPUs for both
+        ([node(3, role="data")], {"data_label_selector": DATA}, 0),
+        ([node(3, role="data")], {"data_label_selector": DATA, "worker_label_selector": DATA}, 3),
+        # of 4 CPUs that decode, Ray may give 3.5 to the 7 workers that fit there
+        ([node(4, role="data"), node(9, role="gpu")],
+         {"data_label_selector": DATA, "worker_label_selector": {"role": "in(data,gpu)"}}, 4),
         ([node(1), node(8, role="data")], APART, 2),
         ([node(8)], {"data_label_selector": DATA}, 0),
         ([node(8)], {"worker_label_selector": DATA}, 0),
@@ -99,26 +102,53 @@ def test_room_is_counted_with_the_data_actors(
 
 
 @pytest.mark.parametrize(
-    ("there", "data", "workers", "expected"),
+    ("data", "workers", "expected"),
     [
-        # Ray would put both workers where the views are made, and leave no room for those
-        ([node(2, role="data"), node(1), node(1.0, x="y")], DATA, {}, {"role": "!data"}),
-        ([node(2), node(8, role="gpu")], {"role": "!gpu"}, {}, {"role": "gpu"}),
-        ([node(2), node(2, role="a")], {"role": "in(a,b)"}, {}, {"role": "!in(a,b)"}),
-        ([node(4, role="data"), node(0.5)], DATA, {}, {}),  # no room elsewhere
-        ([node(4, role="data"), node(4)], DATA, {"x": "y"}, {"x": "y"}),  # as asked for
-        ([node(4, role="data"), node(4)], DATA | {"x": "y"}, {}, {}),
-        ([node(4)], {}, {}, {}),
+        # Ray would put workers where the views are made, and leave no room for those
+        (DATA, {}, {"role": "!data"}),
+        ({"role": "!gpu"}, {}, {"role": "gpu"}),
+        ({"role": "in(a,b)"}, {}, {"role": "!in(a,b)"}),
+        ({"role": "!in(a,b)"}, {}, {"role": "in(a,b)"}),
+        (DATA, {"x": "y"}, {"x": "y"}),  # as asked for
+        (DATA, DATA, DATA),
+        (DATA | {"x": "y"}, {}, {}),
+        ({}, {}, {}),
     ],
 )
-def test_workers_leave_nodes_of_views_alone_where_others_have_room(
-    there: list[Node], data: dict[str, str], workers: dict[str, str], expected: dict[str, str]
+def test_workers_leave_nodes_of_views_alone(
+    data: dict[str, str], workers: dict[str, str], expected: dict[str, str]
 ) -> None:
-    selectors = {"data_label_selector": data, "worker_label_selector": workers}
-    scaling = HALVES.model_copy(update=selectors | {"num_workers": 2})
-    apart = kept_apart(scaling, there)
-    assert apart.worker_label_selector == expected
-    assert apart.data_label_selector == data
+    scaling = ScalingConfig(data_label_selector=data, worker_label_selector=workers)
+    assert scaling.worker_selector == expected
+    for label in ("data", "gpu", "a", "b"):
+        if not workers and len(data) == 1:
+            assert matches(expected, {"role": label}) != matches(data, {"role": label})
+
+
+@pytest.mark.parametrize(
+    ("there", "changes", "says"),
+    [
+        # 16 CPUs of them decode, and no worker may: 4 for each of 4 workers are 16
+        ([node(16, 1, role="gpu")] * 4 + [node(4, role="data")],
+         {"num_workers": 4, "gpus_per_worker": 1.0, "data_actors_per_worker": 4,
+          "cpus_per_data_actor": 1.0, "data_label_selector": DATA}, "room for 1;"),
+        ([node(1), node(1.0, x="y"), node(1.0, x="z")], {"num_workers": 1, "cpus_per_worker": 2.0},
+         r"each of 2 CPUs and 0 GPUs on one node.* 3 nodes of the cluster have room for 0"),
+        ([node(8, 1), node(8.0, 1, x="y")], {"num_workers": 1, "gpus_per_worker": 2.0},
+         "2 GPUs on one node"),
+        ([node(8, role="data")], {"num_workers": 1, "data_label_selector": DATA},
+         r"no node has the labels of scaling\.worker_label_selector=role: !data; there are"),
+    ],
+)  # fmt: skip
+def test_what_would_wait_for_ever_is_refused(
+    there: list[Node], changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "nodes", lambda: there)
+    total = {"CPU": sum(n.cpus for n in there), "GPU": sum(n.gpus for n in there)}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+    experiment = cfg.validate(Experiment, {"name": "t", "data": {"train": "h"}, "scaling": changes})
+    with pytest.raises(ClusterError, match=says):
+        check_cluster(experiment)
 
 
 def test_a_cluster_without_the_labels_says_which_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

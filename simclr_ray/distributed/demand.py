@@ -1,0 +1,105 @@
+"""Work that waits for room, and what Ray's autoscaler sees of it.
+
+For an autoscaler to add a node there must be work that waits for it. A run begins only where there
+is room, and so does a trial: `Demand` stands in for those that wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from simclr_ray.config.experiment import Experiment, ScalingConfig
+from simclr_ray.distributed.placement import check_cluster, free_nodes, workers_on
+from simclr_ray.distributed.ray_cluster import is_local
+from simclr_ray.errors import ClusterError
+
+# Waiting trials that an autoscaler is shown at a time: each is a placement group of Ray's
+MAX_SHOWN: Final = 16
+POLL_S: Final = 2.0
+ADVICE: Final = "for nodes that are still to join, scaling.wait_for_nodes_s=900 waits"
+log = logging.getLogger(__name__)
+
+
+def wait_for_room(experiment: Experiment) -> None:
+    """Return once the cluster can hold a run; the nodes it lacks are asked of Ray's autoscaler.
+
+    Args:
+        experiment: Of the run; `scaling.wait_for_nodes_s` is how long its nodes may take to join.
+
+    Raises:
+        ClusterError: The cluster cannot hold it by then.
+    """
+    scaling = experiment.scaling
+    until, demand, said = time.monotonic() + scaling.wait_for_nodes_s, Demand(scaling), ""
+    try:
+        while True:
+            try:
+                return check_cluster(experiment)
+            except ClusterError as lacking:
+                if time.monotonic() >= until and is_local():
+                    raise
+                if time.monotonic() >= until:
+                    raise ClusterError(f"{lacking}; {ADVICE}") from lacking
+                if str(lacking) != said:
+                    log.info(
+                        "waiting %g s at most for nodes: %s", scaling.wait_for_nodes_s, lacking
+                    )
+                    said = str(lacking)
+            demand.show(1)
+            time.sleep(POLL_S)
+    finally:
+        demand.show(0)
+
+
+class Demand:
+    """What trials that wait for room need, shown to Ray's autoscaler as pending placement groups.
+
+    A trial that waits in Tune asks Ray for nothing, and what Ray is not asked for no autoscaler
+    provides. `ray.autoscaler.sdk.request_resources` would not do: Ray Train calls it for all runs
+    of a cluster, and each call takes back the one before. Where no node can be added, the groups
+    wait and cost nothing.
+
+    A group must not take the room of a trial that begins, restarts or is evaluated: where one finds
+    room, or a whole trial would, all are given back until that room is used.
+    """
+
+    def __init__(self, scaling: ScalingConfig) -> None:
+        worker = {"CPU": scaling.cpus_per_worker}
+        if scaling.gpus_per_worker:
+            worker["GPU"] = scaling.gpus_per_worker
+        parts = [
+            (worker, scaling.worker_selector),
+            ({"CPU": scaling.data_cpus_per_worker}, scaling.data_label_selector),
+        ] * scaling.max_workers
+        self._bundles = [bundle for bundle, _ in parts]
+        selectors = [dict(selector) for _, selector in parts]
+        self._options = {"bundle_label_selector": selectors} if any(selectors) else {}
+        self._scaling = scaling
+        self._groups: list[PlacementGroup] = []
+
+    def show(self, waiting: int) -> None:
+        """Have as many groups pending as trials wait, `MAX_SHOWN` at most; none where is room."""
+        shown = min(waiting, MAX_SHOWN) if waiting and not self._is_room() else 0
+        while len(self._groups) > shown:
+            remove_placement_group(self._groups.pop())
+        while len(self._groups) < shown:
+            self._groups.append(placement_group(self._bundles, **self._options))
+
+    def _is_room(self) -> bool:
+        if any(_state_of(group) == "CREATED" for group in self._groups):
+            return True
+        return workers_on(free_nodes(), self._scaling) >= self._scaling.max_workers
+
+
+def _state_of(group: PlacementGroup) -> str:
+    table: dict[str, Any] = placement_group_table(group)
+    return str(table.get("state", ""))
