@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -50,16 +50,27 @@ def check_format() -> None:
 
 
 def name_process(run: str, rank: int | None = None) -> None:
-    """Add run, rank and node to all records of this process, for whatever writes them as JSON.
+    """Add run, rank and node to what this process logs as JSON, by whatever handlers it has.
 
     Args:
         run: Name of the run.
         rank: That this process is, or works for; None: it is the driver.
     """
     _process.update(run=run, rank=rank)
-    factory = logging.getLogRecordFactory()  # Ray has one of its own
-    if not isinstance(factory, _NamedRecords):
-        logging.setLogRecordFactory(_NamedRecords(factory))
+    if not is_json():
+        return
+    # at the handlers: fields that a record has from its start, `extra=` of others may not name
+    for logger in (logging.getLogger(), logging.getLogger("ray")):
+        for handler in logger.handlers:
+            if _name_record not in handler.filters:
+                handler.addFilter(_name_record)
+
+
+def _name_record(record: logging.LogRecord) -> bool:
+    """Add the fields of this process to a record that is to be written."""
+    for key, value in _fields(record.created, record.levelname).items():
+        record.__dict__.setdefault(key, value)
+    return True
 
 
 @contextmanager
@@ -71,18 +82,6 @@ def process_named(run: str) -> Iterator[None]:
         yield
     finally:
         _process.update(before)
-
-
-class _NamedRecords:
-    """Makes records as another factory does, with the fields of this process added."""
-
-    def __init__(self, usual: Callable[..., logging.LogRecord]) -> None:
-        self.usual = usual
-
-    def __call__(self, *args: Any, **options: Any) -> logging.LogRecord:
-        record = self.usual(*args, **options)
-        record.__dict__.update(_fields(record.created, record.levelname))
-        return record
 
 
 def _fields(created: float, level: str) -> dict[str, Any]:

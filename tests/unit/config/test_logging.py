@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -28,9 +29,10 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ask for JSON, and forget afterwards what this process is called."""
     monkeypatch.setenv(logs.FORMAT_VARIABLE, "json")
     monkeypatch.setattr(logs, "_process", dict(logs._process))
-    before = logging.getLogRecordFactory()
+    before = {handler: list(handler.filters) for handler in logging.getLogger().handlers}
     yield
-    logging.setLogRecordFactory(before)
+    for handler, filters in before.items():
+        handler.filters[:] = filters
 
 
 def test_text_is_the_default_and_other_formats_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,11 +72,17 @@ def test_a_process_is_called_by_a_run_only_while_it_runs() -> None:
 
 @pytest.mark.usefixtures("as_json")
 def test_what_ray_writes_of_a_worker_has_the_same_keys() -> None:
-    logs.name_process("run-1", 3)
-    record = logging.getLogger("simclr_ray.data").makeRecord(
-        "simclr_ray.data", logging.WARNING, "file.py", 7, "row %d", (5,), None
-    )
-    line = json.loads(JSONFormatter().format(record))
+    of_ray = logging.StreamHandler(stream := io.StringIO())
+    of_ray.setFormatter(JSONFormatter())
+    logging.getLogger().addHandler(of_ray)
+    try:
+        logs.name_process("run-1", 3)
+        logging.getLogger("others").warning("row %d", 5, extra={"run": "theirs"})
+        logging.getLogger("others").warning("row %d", 5)
+    finally:
+        logging.getLogger().removeHandler(of_ray)
+    theirs, line = map(json.loads, stream.getvalue().splitlines())
+    assert theirs["run"] == "theirs", "fields of others are theirs"
     assert {key: line[key] for key in KEYS if key != "time"} == {
         "level": "WARNING", "rank": 3, "node": platform.node(), "run": "run-1", "message": "row 5",
     }  # fmt: skip
