@@ -104,11 +104,16 @@ def workers_on(nodes: Sequence[Node], scaling: ScalingConfig) -> int:
 
 def workers_alone_on(nodes: Sequence[Node], scaling: ScalingConfig) -> int:
     """Return how many workers find room, if nothing decodes for them."""
-    each = {"cpus": scaling.cpus_per_worker, "gpus": scaling.gpus_per_worker}
+    fitting = [node for node in nodes if matches(scaling.worker_selector, node.labels)]
+    return places_on(fitting, scaling.cpus_per_worker, scaling.gpus_per_worker)
+
+
+def places_on(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
+    """Return how many processes with so much each find room: none is spread over nodes."""
+    each = {"cpus": cpus, "gpus": gpus}
     return sum(
         min(_times(getattr(node, what), number) for what, number in each.items() if number)
         for node in nodes
-        if matches(scaling.worker_selector, node.labels)
     )
 
 

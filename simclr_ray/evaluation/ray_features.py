@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from simclr_ray.augment.decode import DEFAULT_DECODER, ImageDecoder
 from simclr_ray.config.experiment import EvaluationConfig
 from simclr_ray.config.schema import AUTO
+from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.source import RowTable, Source
-from simclr_ray.distributed.placement import matches, nodes, shown
+from simclr_ray.distributed.placement import matches, nodes, places_on, shown
 from simclr_ray.errors import ClusterError, DataError
 from simclr_ray.evaluation.feature_columns import (
     ERROR,
@@ -358,13 +359,10 @@ def check_actors(actors: Actors) -> None:
     """Raise `ClusterError` now where Ray would wait for ever."""
     selector = actors.label_selector
     there = [node for node in nodes() if node.is_alive and matches(selector, node.labels)]
-    whose = (
-        f"those of the nodes with the labels {shown(selector)}," if selector else "the cluster's"
-    )
-    available = {"CPU": sum(n.cpus for n in there), "GPU": sum(n.gpus for n in there)}
-    for what, each in (("CPU", actors.cpus), ("GPU", actors.gpus)):
-        if actors.num * each > available[what]:
-            raise ClusterError(
-                f"{actors.num} actors with {each:g} {what}s each (evaluation.actors) are more "
-                f"than {whose} {available[what]:g}"
-            )
+    room = places_on(there, actors.cpus, actors.gpus)
+    if room < actors.num:
+        labels = f" with the labels {shown(selector)}" if selector else ""
+        raise ClusterError(
+            f"evaluation.actors={actors.num}, each of {actors.cpus:g} CPUs and {actors.gpus:g} "
+            f"GPUs on one node: {counted(len(there), 'node')}{labels} have room for {room}"
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.inference.encoder_files import CARD, ENCODER_FOLDER
 from simclr_ray.inference.registry import fetch_model
-from simclr_ray.inference.version_files import write_dropped_weights
+from simclr_ray.inference.version_files import with_dropped_weights
 from simclr_ray.nn.pretrained import is_checkpoint, open_checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import store_uri
@@ -34,11 +34,10 @@ def encoder_folder(where: str | Path, scratch: Path, tracking_uri: str = "") -> 
     if str(where).startswith("models:"):
         part = f"artifacts/{ENCODER_FOLDER}"
         fetched = fetch_model(str(where), scratch, uri=store_uri(tracking_uri), part=part)
-        write_dropped_weights(fetched)
-        yield fetched
+        yield with_dropped_weights(fetched, scratch)
         return
     if (Path(where) / CARD).is_file():
-        yield Path(where)
+        yield with_dropped_weights(Path(where), scratch)
         return
     folder = RunFolder.at(str(where))
     # A run's `encoder/` is of the checkpoint that was registered: training may have gone on.

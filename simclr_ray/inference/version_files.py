@@ -7,6 +7,8 @@ byte for byte, and checked by the hash in `encoder.json` as ever.
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,18 +40,35 @@ def drop_repeated_weights(folder: Path) -> None:
                 weights.unlink()
 
 
-def write_dropped_weights(folder: Path) -> None:
-    """Write the weights that `drop_repeated_weights` removed; versions of before have them.
+def with_dropped_weights(folder: Path, scratch: Path) -> Path:
+    """Return a folder that has the weights too which `drop_repeated_weights` removed.
+
+    That is `folder` itself where none lacks, as in versions of before, or what it has in a copy:
+    a version may lie where nobody but who downloaded it writes.
 
     Args:
-        folder: Of a version that was fetched.
+        folder: The files of a version, however they were fetched.
+        scratch: An existing folder for the copy.
 
     Raises:
         CheckpointError: A program cannot be read.
     """
-    for weights, program in _pairs(folder):
-        if not weights.is_file():
-            write_weights(weights, program_weights(program))
+    dropped = [pair for pair in _pairs(folder) if not pair[0].is_file()]
+    if not dropped:
+        return folder
+    whole = Path(tempfile.mkdtemp(dir=scratch)) / folder.name
+    shutil.copytree(folder, whole, copy_function=_link)
+    for weights, program in dropped:
+        write_weights(whole / weights.name, program_weights(program))
+    return whole
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it to another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:

@@ -13,6 +13,7 @@ from simclr_ray.errors import ConfigError
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.encoder_files import WEIGHTS, read_encoder, write_encoder_of
 from simclr_ray.inference.export import export_encoder
+from simclr_ray.inference.version_files import drop_repeated_weights
 from simclr_ray.storage import checkpoint
 from tests.formats.test_formats import HERE as FORMATS
 
@@ -55,6 +56,20 @@ def test_a_checkpoint_by_its_uri_is_taken_by_every_verb(a_run: Path, tmp_path: P
         assert torch.equal(weight_of(load_encoder(where)), expected)
     export_encoder(first.as_uri(), tmp_path / "out", ["safetensors"])
     assert torch.equal(weight_of(read_encoder(tmp_path / "out")), expected)
+
+
+def test_a_version_that_was_downloaded_by_hand_is_whole_and_stays_as_it_is(
+    a_run: Path, tmp_path: Path
+) -> None:
+    (first,) = a_run.glob("step-*")
+    version = tmp_path / "artifacts" / "encoder"
+    write_encoder_of(first, version)
+    expected = weight_of(read_encoder(version))
+    drop_repeated_weights(version)
+    files = {path.name for path in version.iterdir()}
+    assert WEIGHTS not in files
+    assert torch.equal(weight_of(load_encoder(version)), expected)
+    assert {path.name for path in version.iterdir()} == files
 
 
 def test_a_run_without_checkpoints_has_the_encoder_that_it_kept(
