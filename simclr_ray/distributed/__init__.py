@@ -1,1 +1,1 @@
-"""One door to torch.distributed, one to the Ray cluster."""
+"""One door to torch.distributed, one to the Ray cluster and the files that launch it."""
