@@ -159,8 +159,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         ("manifest", f"{b['files']:,} files of 1 GB, {b['row_groups']:,} row groups", "computed"),
         ("a footer", f"{footer['bytes']:,} bytes and {footer['ms']:.2f} ms, "
          f"{footer['row_groups']} row groups of {footer['columns']} columns",
-         "measured, local disk"),
-        ("all footers", f"{b['footers_mib']} MiB, {b['footers_local_s']:.0f} s from a disk, "
+         "measured, of a file that the system has in memory"),
+        ("all footers", f"{b['footers_mib']} MiB, {b['footers_local_s']:.0f} s from such files, "
          f"{b['footers_bucket_s']:,} s from a bucket",
          f"computed; {REQUESTS} requests of {1e3 * REQUEST_S:.0f} ms each, assumed, "
          f"{REMOTE_THREADS} at a time"),
@@ -186,7 +186,7 @@ def lines(result: dict[str, Any]) -> list[str]:
                 f"cores of data nodes for {WORKERS} GPUs, {rate:,} images/s each",
                 f"{kind['cores']}: {WORKERS} × {rate:,} × {MADE} / {b['core_images_per_s']}, which "
                 f"is {kind['cores'] / NODE_CORES:.2f} data nodes of {NODE_CORES} cores for each "
-                f"GPU node; an epoch of one takes {kind['epoch_h']:,} h",
+                f"GPU node; one such node takes {kind['epoch_h']:,} h for an epoch",
                 "computed, of views measured",
             )
         )
