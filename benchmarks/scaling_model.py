@@ -5,38 +5,32 @@
 The model of a step: compute at a device's published rate; z and its log-sum-exps gathered; the
 gradient summed around a ring, beside the backward pass; two exchanges a batch norm, that of their
 latency. It is held against what `benchmarks.wire` counted, and against published times of SimCLR.
-How often the set is read is counted by the plan itself (`data.plan`), rank by rank; so are time and
-memory of a plan of a billion images, each in a process of its own. How many data nodes keep a GPU
-node busy is simulated: actors whose time for a batch varies, and a queue of a few batches. Writes
+How often the set is read is counted by the plan itself (`data.plan`), rank by rank. How many data
+nodes keep GPUs busy is simulated in `benchmarks.data_nodes`; a billion images are planned in
+`benchmarks.billion`, with footers of $SIMCLR_RAY_DATA/caltech101. Writes
 `benchmarks/results/scaling_model.json`; `--write` fills the tables of `docs/scaling.md` from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
 import itertools
 import json
 import math
-import pickle
-import resource
-import subprocess
-import sys
-import time
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-
+from benchmarks import billion
+from benchmarks.billion import BILLION, IMAGE_BYTES, LOCAL, child, footer_of, planned
+from benchmarks.data_nodes import data_nodes
 from benchmarks.record import RESULTS, store
-from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.plan import BatchPlan
 from simclr_ray.distributed.collectives import partition
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "scaling.md"
 IMAGENET: Final = 1_281_167
-IMAGENET_BYTES: Final = 110_000  # of an image, as the set is distributed
 DIM, SIDE, FLOAT = 128, 224, 4
 PARAMETERS: Final = 27.97e6  # ResNet-50 and a head of two layers
 BATCH_NORMS: Final = 54
@@ -45,7 +39,6 @@ LATENCY_S: Final = 30e-6  # of one hop
 FASTER: Final = (1, 8)  # times a V100
 GPUS: Final = (8, 32, 128, 192, 512, 1024)
 LINKS: Final = {"10 Gbit/s": 1.25e9, "100 Gbit/s": 12.5e9}  # bytes a second, for each GPU
-LOCAL: Final = 32  # images of a rank: 32,768 on 1,024 ranks
 GROUP_ROWS: Final = 128
 MIB: Final = 2**20
 
@@ -96,7 +89,7 @@ def step_of(ranks: int, local: int, images_per_s: float, link: float) -> Step:
     Args:
         ranks: R, one a device.
         local: Images of a rank.
-        images_per_s: Of one device that is alone.
+        images_per_s: Of one device alone, which exchanges nothing.
         link: Bytes a second that a device sends and receives.
     """
     compute = local / images_per_s
@@ -129,6 +122,9 @@ def main() -> None:
         PAGE.write_text(filled(PAGE.read_text(), json.loads(stored_text("scaling_model"))))
         return
     scale = 1000 if given.quick else 1
+    images = Path(os.environ["SIMCLR_RAY_DATA"]) / "caltech101" / "train" / "part-00000.parquet"
+    plans = [child(max(8192, num // scale)) for num in (IMAGENET, 10**7, 10**8, BILLION)]
+    gpu_rates = [times * rate_alone("V100") for times in FASTER]
     result = {
         "command": "python -m benchmarks.scaling_model",
         "against_wire": against_wire(),
@@ -136,7 +132,8 @@ def main() -> None:
         "steps": steps(),
         "reads": reads(IMAGENET // scale),
         "data_nodes": data_nodes(),
-        "plans": [child(max(8192, num // scale)) for num in (IMAGENET, 10**7, 10**8, 10**9)],
+        "plans": plans,
+        "billion": billion.billion(plans[-1], footer_of(images), gpu_rates),
     }
     if given.quick:
         print(json.dumps(result, indent=1))
@@ -171,31 +168,56 @@ def against_wire() -> list[dict[str, Any]]:
 def against_published() -> list[dict[str, Any]]:
     """Return images a second as published and by the model.
 
-    The first figure of a device gives its rate; the others are predicted from it.
+    The figure of the fewest devices gives the rate of one; the others are predicted from it.
     """
-    alone: dict[str, float] = {}
     rows = []
     for figure in PUBLISHED:
-        local = figure.batch // figure.devices
-        is_first = figure.what not in alone
-        each = alone.setdefault(figure.what, figure.images_per_s / figure.devices)
-        step = step_of(figure.devices, local, each, LINKS[figure.network])
-        model = figure.batch / (figure.batch / figure.devices / each if is_first else step.total)
+        step = step_of(
+            figure.devices,
+            figure.batch // figure.devices,
+            rate_alone(figure.what),
+            LINKS[figure.network],
+        )
+        model = figure.batch / step.total
+        is_given = figure == smallest(figure.what)
         rows.append(
             {
                 "what": f"{figure.devices} {figure.what}, B = {figure.batch:,}",
                 "source": figure.source,
                 "published": round(figure.images_per_s),
                 "model": round(model),
-                "error": None if is_first else round(model / figure.images_per_s - 1, 3),
+                "alone": round(rate_alone(figure.what), 1),
+                "error": None if is_given else round(model / figure.images_per_s - 1, 3),
             }
         )
     return rows
 
 
+def smallest(what: str) -> Published:
+    """Return the published figure of the fewest devices of a kind."""
+    return min((k for k in PUBLISHED if k.what == what), key=lambda k: k.devices)
+
+
+def rate_alone(what: str) -> float:
+    """Return the images a second of one device at which the model gives the smallest figure.
+
+    The figure is of several devices and has their exchange in it, so that the device alone is
+    faster than its part of it. A faster device makes a shorter step, so the rate is found by
+    halving.
+    """
+    figure = smallest(what)
+    low = figure.images_per_s / figure.devices
+    high = 100 * low
+    for _ in range(100):
+        rate = (low + high) / 2
+        step = step_of(figure.devices, figure.batch // figure.devices, rate, LINKS[figure.network])
+        low, high = (rate, high) if step.total > figure.batch / figure.images_per_s else (low, rate)
+    return low
+
+
 def steps() -> list[dict[str, Any]]:
     """Return a step by device, network and their number: its parts, and efficiency."""
-    v100 = next(k.images_per_s / k.devices for k in PUBLISHED if k.what == "V100")
+    v100 = rate_alone("V100")
     rows = []
     for times, name, ranks in itertools.product(FASTER, LINKS, GPUS):
         each, link = times * v100, LINKS[name]
@@ -210,7 +232,7 @@ def steps() -> list[dict[str, Any]]:
                 "efficiency": round(step.compute / step.total, 3),
                 "images_per_s": round(rate),
                 "views_mib_per_s": round(rate * 2 * 3 * SIDE**2 / MIB),
-                "set_mib_per_s": round(rate * IMAGENET_BYTES / MIB),
+                "set_mib_per_s": round(rate * IMAGE_BYTES / MIB),
             }
         )
     return rows
@@ -236,95 +258,6 @@ def reads(images: int) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def planned(images: int) -> dict[str, Any]:
-    """Return what a plan of so many images takes in this process: seconds, and memory."""
-    before = resident()
-    began = time.perf_counter()
-    plan = BatchPlan((GROUP_ROWS * 8,) * (images // (GROUP_ROWS * 8)), 4096, 0, shuffle_rows=2**16)
-    rows = plan.rows_of(0, 0, LOCAL)
-    first_s = time.perf_counter() - began
-    began = time.perf_counter()
-    steps = min(plan.steps_per_epoch, 100)
-    for step in range(1, steps):
-        plan.rows_of(step, 0, LOCAL)
-    step_s = (time.perf_counter() - began) / max(1, steps - 1)
-    began = time.perf_counter()
-    visits = plan.visits(0, 0, LOCAL)
-    visits_s, of_plan = time.perf_counter() - began, resident()
-    groups = tuple(
-        RowGroup(file, 0, file * size, size) for file, size in enumerate(plan.group_sizes)
-    )
-    return {
-        "images": images,
-        "row_groups": len(plan.group_sizes),
-        "first_step_s": round(first_s, 3),
-        "step_ms": round(1e3 * step_s, 3),
-        "visits_s": round(visits_s, 3),
-        "row_groups_of_a_rank": len(visits.groups),
-        "mib": round((of_plan - before) / MIB, 1),
-        "source_mib": round((resident() - of_plan) / MIB, 1),
-        "pickled_mib": round(len(pickle.dumps(groups)) / MIB, 1),
-        "rows_of_a_step": len(rows),
-    }
-
-
-def child(images: int) -> dict[str, Any]:
-    """Return what a process of its own takes for a plan."""
-    command = [sys.executable, "-m", "benchmarks.scaling_model", "--child", str(images)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
-def resident() -> int:
-    """Return the most bytes that this process has had in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def data_nodes() -> dict[str, Any]:
-    """Return how busy GPU nodes are by what data nodes can make of what they need."""
-    rows = []
-    for ratio in (0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0):
-        busy = {cv: round(busy_share(ratio, cv), 3) for cv in (0.2, 1.0)}
-        rows.append({"capacity": ratio, "busy_steady": busy[0.2], "busy_unsteady": busy[1.0]})
-    measured = json.loads(stored_text("views_224"))
-    per_core = measured["images_per_s"]["encoded"]["simclr_ray"] / measured["threads"]
-    return {"images_per_s_of_a_core": round(per_core), "rows": rows}
-
-
-def busy_share(capacity: float, variation: float, *, actors: int = 16, ahead: int = 2) -> float:
-    """Return the share of time that a GPU computes, which takes a batch of every actor in turn.
-
-    An actor makes a batch in a time of gamma distribution, and may be `ahead` batches ahead.
-
-    Args:
-        capacity: Of all actors, in batches for each that the GPU computes in that time.
-        variation: Standard deviation of an actor's time, of its mean.
-        actors: Which make the batches, in turn.
-        ahead: Batches that wait for the GPU at most, of each actor.
-    """
-    rng = np.random.default_rng(0)
-    num = 20_000
-    mean = actors / capacity
-    shape = 1 / variation**2
-    takes = rng.gamma(shape, mean / shape, num)
-    free = [(0.0, actor) for actor in range(actors)]
-    heapq.heapify(free)
-    taken = np.zeros(num)
-    done = np.zeros(num)
-    begins = [0.0] * actors
-    gpu = 0.0
-    for index in range(num):
-        actor = index % actors
-        allowed = taken[index - ahead * actors] if index >= ahead * actors else 0.0
-        done[index] = max(begins[actor], allowed) + takes[index]
-        begins[actor] = done[index]
-        gpu = max(gpu, done[index])
-        taken[index] = gpu
-        gpu += 1.0
-    return num / gpu
 
 
 def filled(page: str, result: dict[str, Any]) -> str:
@@ -387,12 +320,25 @@ def _reads(result: dict[str, Any]) -> list[str]:
 
 
 def _nodes(result: dict[str, Any]) -> list[str]:
-    rows = (
-        f"| {r['capacity']:.1f} | {100 * r['busy_steady']:.0f} % | "
-        f"{100 * r['busy_unsteady']:.0f} % |"
-        for r in result["data_nodes"]["rows"]
-    )
-    return table("| made of what is needed | GPU busy, steady | GPU busy, unsteady |", rows)
+    rows = result["data_nodes"]["rows"]
+    actors = sorted({row["actors"] for row in rows})
+    busy = {(row["capacity"], row["actors"]): row for row in rows}
+    lines = [
+        f"| {capacity:.1f} | "
+        + " | ".join(
+            f"{100 * busy[capacity, num][f'busy_{name}']:.0f} %"
+            for name in ("steady", "unsteady")
+            for num in actors
+        )
+        + " |"
+        for capacity in sorted({row["capacity"] for row in rows})
+    ]
+    head = [f"{name}, {num} actors" for name in ("steady", "unsteady") for num in actors]
+    return table(f"| made of what is needed | {' | '.join(head)} |", lines)
+
+
+def _billion(result: dict[str, Any]) -> list[str]:
+    return ["| what | takes | how it is known |", "|---|---|---|", *billion.lines(result)]
 
 
 def _plans(result: dict[str, Any]) -> list[str]:
@@ -428,6 +374,7 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], list[str]]]] = {
     "reads": _reads,
     "data nodes": _nodes,
     "plans": _plans,
+    "billion": _billion,
 }
 
 if __name__ == "__main__":

@@ -35,9 +35,11 @@ set -euo pipefail
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.simclr-ray/auth_token
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs of one node do not meet
 export RAY_ADDRESS=$SLURMD_NODENAME:$port
+# Since Slurm 22.05 srun does not take --cpus-per-task from sbatch: Ray would run on one core of these.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # The first node, where this script runs, offers two CPUs less: for Ray's own processes and the driver.
-# A socket's path may have 107 letters, hence the short folder.
+# A socket's path may have 107 letters, hence the short folder, which other nodes take from the head.
 env -u RAY_ADDRESS srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
   ray start --head --block --port="$port" --temp-dir="/tmp/ray-$SLURM_JOB_ID" \
   --num-cpus=$((SLURM_CPUS_PER_TASK - 2)) --labels=node-group=gpu \
@@ -50,12 +52,19 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then # Ray tries again until the head answe
     --labels=node-group=gpu --disable-usage-stats &
   steps+=($!)
 fi
+# End Ray, and remove its folder on every node; where the job fails it stays, since its logs say why.
 # shellcheck disable=SC2317 # by the trap
 end() {
+  trap - EXIT
   kill -TERM "${steps[@]}" 2>/dev/null || true
   wait "${steps[@]}" || true
+  if [ "$1" -eq 0 ] || [ "$1" -eq 75 ]; then
+    timeout 60 srun --overlap --ntasks-per-node=1 rm -rf "/tmp/ray-$SLURM_JOB_ID" || true
+  else
+    echo "Ray's logs are in /tmp/ray-$SLURM_JOB_ID of each node; nothing removes them" >&2
+  fi
 }
-trap end EXIT
+trap 'end $?' EXIT
 
 # Until all nodes have joined, 5 minutes at most; where Ray has ended on one, it will not.
 for _ in $(seq 150); do
@@ -77,5 +86,6 @@ wait "$run" || true
 while kill -0 "$run" 2>/dev/null; do wait "$run" || true; done # a signal ends `wait`, not the run
 code=0
 wait "$run" || code=$?
+end "$code" # before the job is queued again, which ends this script
 if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

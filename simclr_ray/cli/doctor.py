@@ -26,8 +26,6 @@ from simclr_ray.config.uris import hide_passwords
 from simclr_ray.errors import ConfigError, DataError, TrackingError, last_line
 from simclr_ray.tracking.runs import Tracker
 
-__all__ = ["Finding", "run_checks"]
-
 MOST: Final = 4  # processes of the gradient check, all on this machine; more show nothing new
 PARITY_BOUND: Final = 1e-9  # float64; rounding alone gives some 1e-13 (design, load-bearing 3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +44,8 @@ def status(
         raise ConfigError([ConfigIssue("--json", f"{record} does not end in {JSON}")])
     run_status = status_of_run(RunFolder.at(run))
     if record:
-        text = json.dumps(without_passwords(_tree(run_status)), indent=1)
+        tree = _finite(without_passwords(_tree(run_status)))
+        text = json.dumps(tree, indent=1, allow_nan=False)
         if record == "-":
             print(text)
         else:
@@ -146,10 +148,19 @@ def _tree(run_status: RunStatus) -> dict[str, Any]:
         "seconds_left": run_status.seconds_left,
         "metrics": run_status.metrics,
         "ranks": json.loads(run_status.ranks.text),
-        "last_error": error._asdict() if error else None,
+        "last_error": error.tree if error else None,
         "checkpoints": run_status.checkpoints,
         "written_at": written.isoformat() if written else None,
         "mlflow_run_id": record.mlflow_run_id if record else None,
         "tracking_uri": record.tracking_uri if record else None,
         "scores": run_status.scores,
     }
+
+
+def _finite(value: Any) -> Any:
+    """Return a tree with null for each number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

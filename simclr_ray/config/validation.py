@@ -86,8 +86,9 @@ def yaml_problem(error: YAMLError) -> str:
     at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     if "found character '\\t'" in str(error.problem):
         return f"{at}a tab; YAML is indented by spaces"
-    if mark and "constructor for the tag" in str(error.problem):
-        return f"{at}a text that begins with ! is quoted, as in key='\"!value\"'"
+    if mark and "constructor for the tag '!" in str(error.problem):  # `!!` is of YAML itself
+        typed = "key='\"!value\"' of a command line"
+        return f'{at}a text that begins with ! is quoted: key: "!value" in a file, {typed}'
     said = [text for text in (error.context, error.problem) if text]
     return at + " ".join(" ".join(said).split())
 

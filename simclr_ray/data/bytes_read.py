@@ -37,5 +37,6 @@ def stored_bytes(footer: pq.FileMetaData, group: int, columns: Sequence[str]) ->
     return sum(
         chunk.total_compressed_size
         for chunk in chunks
-        if chunk.path_in_schema.partition(".")[0] in columns
+        # a column's own name may have dots
+        if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns)
     )

@@ -132,13 +132,13 @@ def _look_up(table: Floats, x: Floats, y: Floats) -> Floats:
     column = ((x + _TABLE_HALF) * per_unit).clip(0, _TABLE_NODES - 1.001)
     row = ((y + _TABLE_HALF) * per_unit).clip(0, _TABLE_NODES - 1.001)
     left, low = column.astype(np.intp), row.astype(np.intp)
-    right_share, high_share = column - left, row - low
+    right_fraction, high_fraction = column - left, row - low
     at = low * _TABLE_NODES + left
     flat = table.ravel()
-    below = flat[at] + right_share * (flat[at + 1] - flat[at])
+    below = flat[at] + right_fraction * (flat[at + 1] - flat[at])
     at += _TABLE_NODES
-    above = flat[at] + right_share * (flat[at + 1] - flat[at])
-    result: Floats = below + high_share * (above - below)
+    above = flat[at] + right_fraction * (flat[at + 1] - flat[at])
+    result: Floats = below + high_fraction * (above - below)
     return result
 
 

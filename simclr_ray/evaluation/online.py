@@ -33,7 +33,7 @@ from simclr_ray.evaluation.label_free import (
     uniformity,
 )
 from simclr_ray.evaluation.protocols import knn
-from simclr_ray.evaluation.sampling import sample_rows, shares
+from simclr_ray.evaluation.sampling import rows_of_ranks, sample_rows
 from simclr_ray.evaluation.view_facts import view_facts, view_marks
 from simclr_ray.nn.build import SimCLRModel
 
@@ -170,7 +170,7 @@ class OnlineEvaluation:
 
     def _part(self, source: Source, rows: Int64s, *, labelled: bool = False) -> tuple[Split, _Part]:
         """Return this rank's share of `rows`; no rank decodes another's. A collective."""
-        mine = shares(source, rows, self.num_ranks)[self.rank]
+        mine = rows_of_ranks(source, rows, self.num_ranks)[self.rank]
         size, decoder = (
             self.experiment.evaluation_size, evaluation_decoder(self.experiment.data)
         )  # fmt: skip

@@ -17,9 +17,9 @@ from simclr_ray.data.source import Source
 
 SMALL_GROUPS: Final = 64
 SMALL_BYTES: Final = 2**30  # ten seconds from a bucket at 100 MB/s
-# A rank with more rows than these, or than so many fair shares, would be waited for.
+# A rank with more rows than these, or than so many even parts, would be waited for.
 QUICK_ROWS: Final = 512
-MOST_SHARES: Final = 2
+MAX_TIMES_EVEN: Final = 2
 SEED: Final = 0  # one for all runs, so that their scores are of the same rows
 
 
@@ -90,7 +90,7 @@ def _spread(num_rows: int, limit: int) -> Int64s:
     return borders[:-1] + (within * np.diff(borders)).astype(np.int64)
 
 
-def shares(source: Source, rows: Int64s, num_ranks: int) -> list[Int64s]:
+def rows_of_ranks(source: Source, rows: Int64s, num_ranks: int) -> list[Int64s]:
     """Return the rows of each rank: `rows` in their order in the files, cut between row groups.
 
     Where that would leave a rank with far more than the others, as of one large row group, they are
@@ -105,6 +105,6 @@ def shares(source: Source, rows: Int64s, num_ranks: int) -> list[Int64s]:
     nearest = np.where(
         even - borders[below] < borders[above] - even, borders[below], borders[above]
     )
-    most = max(QUICK_ROWS, MOST_SHARES * -(-len(rows) // num_ranks))
+    most = max(QUICK_ROWS, MAX_TIMES_EVEN * -(-len(rows) // num_ranks))
     cuts = nearest if np.diff(nearest).max() <= most else even
     return [rows[first:last] for first, last in pairwise(cuts)]

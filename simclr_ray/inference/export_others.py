@@ -135,7 +135,7 @@ def _write_hugging_face(path: Path, encoder: Encoder, example: Tensor) -> None: 
         "input_size": [encoder.channels, encoder.size, encoder.size],
         "mean": [0.0] * encoder.channels,
         "std": [1.0] * encoder.channels,
-        "crop_pct": crop_share(encoder.size) if encoder.size > WHOLE_IMAGE_SIDE else 1.0,
+        "crop_pct": crop_fraction(encoder.size) if encoder.size > WHOLE_IMAGE_SIDE else 1.0,
         "crop_mode": "center" if encoder.size > WHOLE_IMAGE_SIDE else "squash",
         "interpolation": "bicubic",
         "num_classes": 0,
@@ -153,7 +153,7 @@ def _write_hugging_face(path: Path, encoder: Encoder, example: Tensor) -> None: 
     config.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
-def crop_share(size: int) -> float:
+def crop_fraction(size: int) -> float:
     """Return the `crop_pct` by which timm's view of side `size` is nearest to ours.
 
     timm resizes the shorter side to floor(size / crop_pct) and cuts the middle out, to whole

@@ -29,11 +29,15 @@ class LastError(NamedTuple):
         line = " ".join(message.split())[:MOST_CHARACTERS]
         return cls(round(time.time(), 3), kind, line, platform.node())
 
+    @property
+    def tree(self) -> dict[str, float | str]:
+        """Return it as JSON has it, in the file and in `status --json`."""
+        return {"time": self.at, "type": self.kind, "message": self.message, "node": self.node}
+
     def write(self, folder: RunFolder) -> None:
         """Write it into the folder; a disk that takes nothing may be the error itself."""
-        tree = {"time": self.at, "type": self.kind, "message": self.message, "node": self.node}
         with suppress(OSError):
-            folder.write_text(ERROR, json.dumps(tree, indent=1))
+            folder.write_text(ERROR, json.dumps(self.tree, indent=1))
 
     @classmethod
     def read(cls, folder: RunFolder) -> LastError | None:

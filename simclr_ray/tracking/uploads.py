@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 TRIES: Final = 8
-FIRST_WAIT_S: Final = 1.0  # doubled each time: about four minutes in all
+FIRST_WAIT_S: Final = 1.0  # doubled each time: about two minutes in all
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

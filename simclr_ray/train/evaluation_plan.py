@@ -18,7 +18,7 @@ from simclr_ray.nn.encoders import feature_dim
 from simclr_ray.storage.space import sized, space_at
 from simclr_ray.train.disk_space import counting_device
 
-MAX_SHARE: Final = 0.5  # of this machine's memory, for decoded views; Ray is there as well
+MAX_MEMORY_FRACTION: Final = 0.5  # of this machine, for decoded views; Ray is there as well
 
 
 class EvaluationPlan(NamedTuple):
@@ -95,7 +95,7 @@ def check_evaluation(config: Experiment, train: Source | None = None) -> None:
             raise ConfigError([ConfigIssue("TMPDIR", problem)])
         return
     memory = machine_memory()
-    if plan.views_bytes > max(VIEWS_BYTES, MAX_SHARE * memory):
+    if plan.views_bytes > max(VIEWS_BYTES, MAX_MEMORY_FRACTION * memory):
         problem = (
             f"{sized(plan.views_bytes)} of views of {counted(plan.rows.num, 'image')} do not fit "
             f"this process, whose machine has {sized(memory)}: auto has actors encode them"

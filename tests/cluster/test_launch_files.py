@@ -75,6 +75,42 @@ def test_ray_accepts_the_file(name: str) -> None:
     assert ready["max_workers"] >= 6
 
 
+def test_nodes_of_google_with_a_gpu_install_their_driver_and_no_others_do() -> None:
+    types = prepared(tree_of("gcp.yaml"))["available_node_types"]
+    driver = {"key": "install-nvidia-driver", "value": "True"}
+    assert {name for name, kind in types.items() if "metadata" in kind["node_config"]} == {"gpu"}
+    assert types["gpu"]["node_config"]["metadata"]["items"] == [driver]
+    for name in ("gpu", "data"):
+        node = types[name]["node_config"]
+        assert node["scheduling"]["provisioningModel"] == "SPOT"
+        assert node["serviceAccounts"][0]["email"] == "REPLACE-ME-worker"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "works_at", "calls", "code"),
+    [("0x8086", 1, 0, 0), ("0x10de", 3, 3, 0), ("0x10de", 999, 120, 1)],
+)
+def test_a_node_of_google_with_a_gpu_waits_for_its_driver(
+    vendor: str, works_at: int, calls: int, code: int, tmp_path: Path
+) -> None:
+    (wait,) = tree_of("gcp.yaml")["worker_setup_commands"]
+    (tmp_path / "vendor").write_text(f"{vendor}\n")
+    program, log = tmp_path / "nvidia-smi", tmp_path / "calls"
+    log.touch()
+    program.write_text(f'#!/bin/sh\necho >> {log}\n[ "$(wc -l < {log})" -ge {works_at} ]\n')
+    program.chmod(0o755)
+    here = wait.replace("/sys/bus/pci/devices/*/vendor", str(tmp_path / "vendor"))
+    here = here.replace("sleep 5", "sleep 0")
+    assert here.count("sleep 0") == here.count(str(tmp_path)) == 1
+    done = subprocess.run(
+        ["bash", "-c", f"({here})"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert len(log.read_text()) == calls
+    assert ("no NVIDIA driver" in done.stderr) == (code == 1)
+
+
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_ray_refuses_the_file_with_a_misspelt_key(name: str) -> None:
     with pytest.raises(Exception, match="idle_timeout_minute"):
@@ -241,7 +277,7 @@ def test_the_nodes_that_are_kept_hold_what_the_command_asks_for(name: str) -> No
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_every_command_is_valid_shell(name: str) -> None:
     tree = tree_of(name)
-    keys = ("setup_commands", "head_setup_commands", *START_COMMANDS)
+    keys = ("setup_commands", "head_setup_commands", "worker_setup_commands", *START_COMMANDS)
     for command in [c for key in keys for c in tree[key]]:
         check = subprocess.run(
             ["bash", "-n", "-c", command], capture_output=True, text=True, check=False

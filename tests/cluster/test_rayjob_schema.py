@@ -151,8 +151,8 @@ def test_the_keys_that_cluster_check_allows_are_those_of_the_definition(
         ),
         (
             ("spec", "rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", "containers", 0),
-            "volumeMounts",
-            "volumeMount",
+            "image",
+            "images",
         ),
     ],
 )
@@ -209,14 +209,6 @@ def test_all_nodes_run_one_image_and_reserve_what_they_may_use(job: Tree) -> Non
     for name, container in containers(job):
         resources = container["resources"]
         assert resources["requests"] == resources["limits"], name
-
-
-def test_workers_have_shared_memory_for_the_object_store(job: Tree) -> None:
-    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
-        pod = group["template"]["spec"]
-        assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
-        (volume,) = [v for v in pod["volumes"] if v["name"] == "shm"]
-        assert volume["emptyDir"]["medium"] == "Memory"
 
 
 def test_the_cluster_ends_with_the_job(job: Tree) -> None:

@@ -29,10 +29,18 @@ with open(folder / "calls.jsonl", "a") as log:
 """
 BODIES = {
     # one process stands for all tasks of a step; its options end where `ray` begins
-    "srun": "os.execvp('ray', words[words.index('ray'):])",
+    "srun": """
+with open(folder / "bound", "a") as bound:
+    bound.write(os.environ.get("SRUN_CPUS_PER_TASK", "1") + "\\n")
+if "ray" in words:
+    os.execvp("ray", words[words.index("ray"):])
+""",
     "scontrol": "",
     "ray": """
 if words[:2] == ["list", "nodes"]:
+    deadline = time.monotonic() + 10 * (os.environ["JOINED"] != "0")
+    while len(list(folder.glob("ray-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
     print(json.dumps([{"node_id": n} for n in range(int(os.environ["JOINED"]))], indent=1))
     sys.exit()
 if "--head" in words and os.environ.get("FAIL"):
@@ -114,7 +122,9 @@ def test_ray_is_started_on_every_node_with_a_token_and_ends_with_the_run(job: Jo
     assert "--port=20041" in head
     assert "--address=n1:20041" in others
     assert all("--labels=node-group=gpu" in call for call in (head, others))
-    steps = job.calls("srun")
+    *steps, last = job.calls("srun")
+    assert last == ["--overlap", "--ntasks-per-node=1", "rm", "-rf", "/tmp/ray-41"]
+    assert (job.folder / "bound").read_text().split() == ["64"] * 3, "cores of each step's tasks"
     assert sorted(word for step in steps for word in step if word.startswith("--nodes=")) == [
         "--nodes=1", f"--nodes={NODES - 1}",
     ]  # fmt: skip
@@ -128,8 +138,10 @@ def test_ray_is_started_on_every_node_with_a_token_and_ends_with_the_run(job: Jo
 
 def test_the_runs_own_exit_code_is_the_jobs(job: Job) -> None:
     process = job.start(CODE="2")
-    process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 2
+    assert "Ray's logs are in /tmp/ray-41" in out
+    assert not any("rm" in call for call in job.calls("srun"))
     assert job.calls("scontrol") == []
     assert job.alive() == []
 
@@ -141,6 +153,8 @@ def test_a_signal_before_the_end_reaches_the_run_which_saves_and_is_queued_again
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     assert job.calls("scontrol") == [["requeue", "41"]]
+    calls = [json.loads(line) for line in (job.folder / "calls.jsonl").read_text().splitlines()]
+    assert [call[0] for call in calls[-2:]] == ["srun", "scontrol"], "it is cleared up first"
     assert job.alive() == []
 
 

@@ -96,7 +96,7 @@ def check_launch(launch: LaunchFile, experiment: Experiment | None) -> Findings:
         shown = "the file starts none: what it needs of the nodes is not checked"
         advice = "name it: simclr-ray cluster check FILE PRESET_OR_YAML KEY=VALUE ..."
         return [*findings, Finding("run", "warn", shown, advice)]
-    if launch.num_nodes > 1:
+    if launch.max_nodes > 1:
         findings += _check_paths(launch, experiment)
         findings.append(_check_tracking(launch, experiment))
     findings += _check_workers(launch, experiment.scaling)
@@ -105,7 +105,7 @@ def check_launch(launch: LaunchFile, experiment: Experiment | None) -> Findings:
 
 def _check_filled_in(launch: LaunchFile) -> Findings:
     words = f"{launch.values} {launch.command}".split()
-    left = list(dict.fromkeys(word for word in words if PLACEHOLDER in word))
+    left = list(dict.fromkeys(hide_passwords(word) for word in words if PLACEHOLDER in word))
     if not left:
         return []
     shown = f"{counted(len(left), 'value')} still {PLACEHOLDER}: {'; '.join(left[:6])}"
@@ -162,7 +162,7 @@ def _check_paths(launch: LaunchFile, experiment: Experiment) -> Findings:
             paths.append(path)
     if wrong:
         advice = "use s3://..., gs://..., or the path of a folder that every node mounts"
-        shown = f"{counted(launch.num_nodes, 'node')}: {'; '.join(wrong)}"
+        shown = f"{counted(launch.max_nodes, 'node')}: {'; '.join(wrong)}"
         return [Finding("shared storage", "fail", shown, advice)]
     if paths and launch.owned:
         shown = f"every node must mount {', '.join(dict.fromkeys(paths))}"
@@ -190,14 +190,16 @@ def _check_tracking(launch: LaunchFile, experiment: Experiment) -> Finding:
     """Return whether all nodes reach the MLflow store, as far as its address tells."""
     uri = experiment.tracking.uri or launch.environment.get("MLFLOW_TRACKING_URI", "")
     advice = "run an MLflow server, and set tracking.uri=http://HOST:5000 (docs/cluster.md)"
-    parts = urlsplit(uri)
+    scheme = uri.partition(":")[0]
     if not uri:
         shown = "tracking.uri is not set: SQLite in `storage` is no store for several machines"
         return Finding("tracking", "fail", shown, advice)
-    if parts.scheme in ("sqlite", "file", ""):
-        shown = f"tracking.uri={uri}: a file is no store for several machines"
+    if scheme in ("databricks", "databricks-uc"):  # with a profile after ://, or without
+        return Finding("tracking", "ok", hide_passwords(uri))
+    if "://" not in uri or scheme in ("sqlite", "file"):
+        shown = f"tracking.uri={hide_passwords(uri)}: a file is no store for several machines"
         return Finding("tracking", "fail", shown, advice)
-    if parts.scheme != "databricks" and LOOPBACK.fullmatch(parts.hostname or ""):
+    if LOOPBACK.fullmatch(urlsplit(uri).hostname or ""):
         shown = f"tracking.uri={hide_passwords(uri)} means each node itself"
         return Finding("tracking", "fail", shown, advice)
     return Finding("tracking", "ok", hide_passwords(uri))

@@ -27,7 +27,6 @@ class NodeGroup(NamedTuple):
     is_head: bool = False
     cpus: float | None = None  # of one node, as Ray counts them
     gpus: float | None = None
-    resources: Mapping[str, float] = {}
     labels: Mapping[str, str] = {}
     disk_gib: float | None = None
     is_spot: bool = False
@@ -55,6 +54,11 @@ class LaunchFile(NamedTuple):
     def num_nodes(self) -> int:
         """Return the nodes that are kept, the head included."""
         return sum(group.least for group in self.groups)
+
+    @property
+    def max_nodes(self) -> int:
+        """Return the nodes that there may be at most, the head included."""
+        return sum(group.most for group in self.groups)
 
 
 def command_in(text: str) -> str:

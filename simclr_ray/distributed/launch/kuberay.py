@@ -26,8 +26,10 @@ KINDS: Final = ("RayCluster", "RayJob")
 API: Final = "ray.io/v1"
 HEAD: Final = "headgroup"  # as Ray's autoscaler calls it
 SHARED_VOLUMES: Final = ("persistentVolumeClaim", "nfs", "csi", "cephfs", "glusterfs")
-_QUANTITY: Final = re.compile(r"([0-9.]+)([kMGTP]i?|)")
-_POWERS: Final = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4, "P": 5}
+_QUANTITY: Final = re.compile(
+    r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([KMGTPE]i|[numkMGTPE])|[eE]([+-]?\d{1,2}))?"
+)
+_POWERS: Final = {"n": -3, "u": -2, "m": -1, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
 _Level = tuple[str, dict[str, Any], tuple[str, ...]]  # path, mapping, keys that it may have
 _DROPPED: Final = "Kubernetes drops it without a word"
 
@@ -57,7 +59,7 @@ def read_kuberay(
     findings += said
     findings += _check_token(cluster)
     findings += _check_versions(cluster, versions)
-    findings += _check_shared_memory(cluster)
+    findings += _check_quantities(cluster)
     if is_job:
         findings += _check_end(spec)
     pods = dict(_pods(cluster))
@@ -172,24 +174,26 @@ def _check_versions(cluster: Mapping[str, Any], versions: Mapping[str, str]) -> 
     return findings
 
 
-def _check_shared_memory(cluster: Mapping[str, Any]) -> Findings:
-    """Return the worker groups whose object store would go to disk, for lack of /dev/shm."""
-    small = []
+def _check_quantities(cluster: Mapping[str, Any]) -> Findings:
+    """Return a failure for each amount of a pod that Kubernetes does not read."""
+    findings = []
     for name, pod in _pods(cluster):
-        in_memory = {
-            name_of(v)
-            for v in sequence(pod.get("volumes"))
-            if mapping(mapping(v).get("emptyDir")).get("medium") == "Memory"
+        resources = mapping(_container(pod).get("resources"))
+        amounts = {
+            f"resources.{kind}.{key}": value
+            for kind in ("requests", "limits")
+            for key, value in mapping(resources.get(kind)).items()
         }
-        mounts = map(mapping, sequence(_container(pod).get("volumeMounts")))
-        paths = {str(m.get("mountPath")) for m in mounts if name_of(m) in in_memory}
-        if name != HEAD and "/dev/shm" not in paths:  # nosec B108 # noqa: S108 - in a pod
-            small.append(name)
-    if not small:
-        return []
-    shown = f"{', '.join(small)}: a pod has 64 MB of it, and Ray's object store goes to disk"
-    advice = "mount an emptyDir {medium: Memory, sizeLimit: 8Gi} at /dev/shm"
-    return [Finding("shared memory", "warn", shown, advice)]
+        for volume in map(mapping, sequence(pod.get("volumes"))):
+            local = mapping(volume.get("emptyDir"))
+            if "sizeLimit" in local:
+                amounts[f"volumes.{name_of(volume)}.emptyDir.sizeLimit"] = local["sizeLimit"]
+        for key, value in amounts.items():
+            if quantity_gib(value) is None:
+                shown = f"{name}: {key}={value} is no quantity"
+                advice = "write a number and a unit, such as 500m, 2, 50Gi or 1e9"
+                findings.append(Finding("schema", "fail", shown, advice))
+    return findings
 
 
 def _check_end(spec: Mapping[str, Any]) -> Findings:
@@ -202,16 +206,14 @@ def _check_end(spec: Mapping[str, Any]) -> Findings:
 
 def _group(name: str, kind: Mapping[str, Any], pod: Mapping[str, Any]) -> NodeGroup:
     amounts = {str(key): float(value) for key, value in mapping(kind.get("resources")).items()}
-    amounts.pop("memory", None)
     is_head = name == HEAD
     return NodeGroup(
         name="head" if is_head else name,
         least=1 if is_head else int(kind.get("min_workers", 0)),
         most=1 if is_head else int(kind.get("max_workers", 0)),
         is_head=is_head,
-        cpus=amounts.pop("CPU", None),
-        gpus=amounts.pop("GPU", 0.0),
-        resources=amounts,
+        cpus=amounts.get("CPU"),
+        gpus=amounts.get("GPU", 0.0),
         labels={str(k): str(v) for k, v in mapping(kind.get("labels")).items()},
         disk_gib=_disk_gib(pod),
         is_spot=bool(re.search(r"spot|preemptible", json.dumps(pod, default=str), re.IGNORECASE)),
@@ -238,14 +240,15 @@ def _disk_gib(pod: Mapping[str, Any]) -> float | None:
     return max(stated, default=None)
 
 
-def quantity_gib(text: object) -> float:
-    """Return a quantity of Kubernetes (`50Gi`, `50G`, bytes) in GiB, 0 for what is none."""
+def quantity_gib(text: object) -> float | None:
+    """Return a quantity of Kubernetes (`50Gi`, `50G`, `1e9`) in GiB; None for what is none."""
     match = _QUANTITY.fullmatch(str(text))
-    if not match:
-        return 0.0
-    unit = match[2]
+    if not match or match[1].startswith("-"):
+        return None
+    unit = match[2] or ""
     base = 1024.0 if unit.endswith("i") else 1000.0
-    return float(float(match[1]) * base ** _POWERS[unit.removesuffix("i")] / 2**30)
+    exponent = int(match[3] or 0)
+    return float(match[1]) * base ** _POWERS.get(unit[:1], 0) * 10.0**exponent / 2**30
 
 
 def _shared_mounts(pods: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

@@ -188,15 +188,14 @@ def _groups(ready: Mapping[str, Any], given: Mapping[str, Any]) -> Iterable[Node
         kind, node = mapping(value), mapping(mapping(value).get("node_config"))
         amounts = {str(key): number(n) for key, n in mapping(kind.get("resources")).items()}
         is_head = name == ready.get("head_node_type")
-        cpus = amounts.pop("CPU", None)
+        cpus = amounts.get("CPU")
         yield NodeGroup(
             name=name,
             least=1 if is_head else int(number(kind.get("min_workers"))),
             most=1 if is_head else int(number(kind.get("max_workers"))),
             is_head=is_head,
             cpus=head_cpus if is_head and head_cpus is not None else cpus,
-            gpus=amounts.pop("GPU", None if cpus is None else 0.0),
-            resources=amounts,
+            gpus=amounts.get("GPU", None if cpus is None else 0.0),
             labels={str(k): str(v) for k, v in mapping(kind.get("labels")).items()},
             disk_gib=_disk_gib(node),
             is_spot=_is_spot(node),

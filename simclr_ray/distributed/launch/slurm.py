@@ -6,15 +6,22 @@ the command that it runs.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+import shlex
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.config.validation import nearest
 from simclr_ray.distributed.launch.file import LaunchFile, NodeGroup, command_in, labels_of
 
-DIRECTIVE: Final = re.compile(r"^#SBATCH\s+(-\w|--[\w-]+)(?:[ =]\s*(\S+))?", re.MULTILINE)
+DIRECTIVE: Final = re.compile(r"^#SBATCH\s+(\S.*)", re.MULTILINE)
+_NODES: Final = re.compile(r"(\d+)(?:-(\d+))?")
+_START: Final = r"\bray (?:start|symmetric-run)\b"
+_STEP: Final = re.compile(rf"\bsrun\b(.*){_START}")
+_BOUND: Final = re.compile(r"\s(?:-c|--cpus-per-task[= ]|--cpu-bind=none)")
 _SHORT: Final = {
     "-N": "--nodes", "-c": "--cpus-per-task", "-G": "--gpus", "-t": "--time", "-J": "--job-name",
     "-n": "--ntasks", "-p": "--partition", "-A": "--account", "-o": "--output", "-e": "--error",
@@ -40,28 +47,108 @@ def is_slurm(text: str) -> bool:
 
 def read_slurm(text: str) -> LaunchFile:
     """Return what is plain in a batch script: nodes and what they have, time, token, command."""
-    given = {_SHORT.get(key, key): value or "" for key, value in DIRECTIVE.findall(text)}
-    code = "\n".join(line for line in text.splitlines() if not re.match(r"\s*#(?!SBATCH)", line))
-    nodes = int(given["--nodes"]) if given.get("--nodes", "").isdigit() else 1
-    cpus = float(given["--cpus-per-task"]) if given.get("--cpus-per-task", "").isdigit() else None
-    worker = NodeGroup(
-        "workers", nodes - 1, nodes - 1, cpus=cpus, gpus=_gpus(given), labels=_labels(code)
+    given, unread = _options(text)
+    lines = (line for line in text.splitlines() if not re.match(r"\s*#(?!SBATCH)", line))
+    code = "\n".join(lines)
+    least, most, unsaid = _nodes(given)
+    return LaunchFile(
+        kind="Slurm",
+        groups=_groups(given, code, least, most),
+        command=command_in(code),
+        findings=[
+            *unread,
+            *_check_options(given),
+            *unsaid,
+            *_check_start(code),
+            *_check_binding(given, code),
+            *_check_end(given, code),
+        ],
+        values=code,
+        owned=True,
+        environment=dict(_exports(code)),
+        hours=hours_of(given.get("--time", "")),
     )
+
+
+def _options(text: str) -> tuple[dict[str, str], Findings]:
+    """Return the options of all `#SBATCH` lines by their long names, and the lines it cannot read.
+
+    As getopt reads them: `-N4`, `-N 4`, `--nodes=4` and `--nodes 4` are one.
+    """
+    given: dict[str, str] = {}
+    findings = []
+    for line in DIRECTIVE.findall(text):
+        try:
+            words = deque(shlex.split(line, comments=True))
+        except ValueError as error:
+            shown, advice = f"#SBATCH {line}: {error}", "`sbatch` refuses the script"
+            findings.append(Finding("schema", "fail", shown, advice))
+            continue
+        while words:
+            word = words.popleft()
+            if word.startswith("--"):
+                key, _, value = word.partition("=")
+            elif word.startswith("-"):
+                key, value = _SHORT.get(word[:2], word[:2]), word[2:]
+            else:
+                continue
+            if not value and "=" not in word and words and not words[0].startswith("-"):
+                value = words.popleft()
+            given[key] = value
+    return given, findings
+
+
+def _nodes(given: Mapping[str, str]) -> tuple[int, int, Findings]:
+    """Return the fewest and the most nodes that Slurm gives; none where no option tells."""
+    text = given.get("--nodes", "")
+    match = _NODES.fullmatch(text)
+    if match and (least := int(match[1])):
+        return least, max(least, int(match[2] or least)), []
+    advice = "state --nodes=N: without it storage, tracking and workers are not checked"
+    if "--nodes" in given:
+        shown = f"#SBATCH --nodes={text} is no number of nodes"
+        return 0, 0, [Finding("nodes", "fail", shown, advice)]
+    if _count(given.get("--ntasks", "1")) == 1:
+        return 1, 1, []  # what Slurm gives to whom asks for none
+    if per_node := _count(given.get("--ntasks-per-node", "0")):
+        nodes = math.ceil(_count(given["--ntasks"]) / per_node)
+        return nodes, nodes, []
+    shown = f"--ntasks={given['--ntasks']} without --nodes: Slurm chooses how many there are"
+    return 0, 0, [Finding("nodes", "warn", shown, advice)]
+
+
+def _groups(given: Mapping[str, str], code: str, least: int, most: int) -> tuple[NodeGroup, ...]:
+    """Return the head, which is the first of the nodes, and the others."""
+    if not most:
+        return ()
+    cpus = float(given["--cpus-per-task"]) if given.get("--cpus-per-task", "").isdigit() else None
+    gpus = _gpus(given, least)
+    worker = NodeGroup("workers", least - 1, most - 1, cpus=cpus, gpus=gpus, labels=_labels(code))
     head = worker._replace(name="head", least=1, most=1, is_head=True)
     reserved = re.search(r"--num-cpus=\$\(\(\s*SLURM_CPUS_PER_TASK\s*-\s*(\d+)\s*\)\)", code)
     if cpus is not None and reserved:
         head = head._replace(cpus=cpus - float(reserved[1]))
-    groups = [head, worker] if nodes > 1 else [head]
-    return LaunchFile(
-        kind="Slurm",
-        groups=tuple(groups),
-        command=command_in(code),
-        findings=[*_check_options(given), *_check_start(code), *_check_end(given, code)],
-        values=code,
-        owned=True,
-        environment=dict(re.findall(r"\bexport\s+(\w+)=[\"']?([^\s\"';]*)", code)),
-        hours=hours_of(given.get("--time", "")),
-    )
+    return (head, worker) if most > 1 else (head,)
+
+
+def _exports(code: str) -> Iterator[tuple[str, str]]:
+    """Yield name and value of each `export NAME=VALUE ...` of a script."""
+    for line in code.replace("\\\n", " ").splitlines():
+        if not re.search(r"\bexport\s", line):
+            continue
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+        lexer.whitespace_split, lexer.commenters = True, ""
+        is_export = False
+        try:
+            for word in lexer:
+                if word.startswith("#"):
+                    break
+                is_export = (is_export or word == "export") and word[:1] not in set(";&|")
+                if is_export and "=" in word:
+                    name, _, value = word.partition("=")
+                    yield name, value
+        except ValueError:  # a text of several lines
+            continue
 
 
 def hours_of(text: str) -> float | None:
@@ -77,12 +164,25 @@ def hours_of(text: str) -> float | None:
     return ((first or 0) + (second or 0) / 60) / 60
 
 
-def _gpus(given: Mapping[str, str]) -> float:
-    """Return the GPUs of a node."""
-    for key in ("--gpus-per-node", "--gpus-per-task", "--gres"):
-        if match := re.search(r"(\d+)$", given.get(key, "")):
-            return float(match[1])
-    return 0.0
+def _gpus(given: Mapping[str, str], nodes: int) -> float:
+    """Return the GPUs of a node: as stated for it, for each of its tasks, or for the whole job."""
+    if text := given.get("--gpus-per-node"):
+        return _count(text)
+    parts = [p.removeprefix("gres/") for p in given.get("--gres", "").split(",")]
+    if gpus := [part for part in parts if part.split(":")[0] == "gpu"]:
+        return sum(map(_count, gpus))
+    if text := given.get("--gpus-per-task"):
+        tasks = given.get("--ntasks-per-node") or str(
+            math.ceil(_count(given.get("--ntasks", str(nodes))) / nodes)
+        )
+        return _count(text) * _count(tasks)
+    return _count(given.get("--gpus", "0")) // nodes
+
+
+def _count(text: str) -> int:
+    """Return the number of `[TYPE:]NUMBER[,...]`; a type alone is one."""
+    last = [part.rpartition(":")[2] for part in text.split(",")]
+    return sum(int(part) if part.isdigit() else 1 for part in last)
 
 
 def _labels(code: str) -> dict[str, str]:
@@ -105,7 +205,7 @@ def _check_options(given: Mapping[str, str]) -> Findings:
 
 def _check_start(code: str) -> Findings:
     """Return whether Ray is started on all nodes, and asks for a token."""
-    if not re.search(r"\bray (?:start|symmetric-run)\b", code):
+    if not re.search(_START, code):
         advice = "start Ray on each node (cluster/slurm.sh), or the run sees one node"
         return [Finding("start", "fail", "the script starts no Ray", advice)]
     findings = []
@@ -119,6 +219,18 @@ def _check_start(code: str) -> Findings:
         shown = "`ray stop`, which symmetric-run calls as well, ends your other jobs' Ray on a node"
         findings.append(Finding("end", "fail", shown, "add #SBATCH --exclusive"))
     return findings
+
+
+def _check_binding(given: Mapping[str, str], code: str) -> Findings:
+    """Return whether `srun` lets Ray run on all the CPUs that it is told of."""
+    if "--cpus-per-task" not in given or "SRUN_CPUS_PER_TASK=" in code:
+        return []
+    steps = _STEP.findall(code.replace("\\\n", " "))
+    if all(_BOUND.search(options) for options in steps):
+        return []
+    shown = "since Slurm 22.05 srun does not take --cpus-per-task from sbatch: Ray gets one core"
+    advice = "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before the first srun"
+    return [Finding("start", "warn", shown, advice)]
 
 
 def _check_end(given: Mapping[str, str], code: str) -> Findings:

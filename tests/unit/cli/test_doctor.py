@@ -20,7 +20,7 @@ import torch
 from simclr_ray.augment.native import Native
 from simclr_ray.cli import doctor
 from simclr_ray.cli import environment as machine
-from simclr_ray.cli.doctor import Finding
+from simclr_ray.config.findings import Finding
 
 
 def by_check(findings: Iterable[Finding]) -> dict[str, Finding]:

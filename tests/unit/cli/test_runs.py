@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from simclr_ray.cli.scores import show_bad_rows, show_next
 from simclr_ray.errors import ConfigError
-from simclr_ray.storage.last_error import LastError
+from simclr_ray.storage.last_error import ERROR, LastError
 from simclr_ray.storage.rank_states import RANKS, RankState, RankStates
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, RunFolder
 from simclr_ray.storage.run_status import runs_in, status_of_run
@@ -56,7 +57,7 @@ def test_a_finished_run_says_how_far_it_came_and_where_it_is_tracked(a_run: Path
 
 def test_a_running_run_says_its_time_left_its_ranks_and_its_last_error(a_run: Path) -> None:
     folder = RunFolder.at(str(a_run))
-    point = {"total": 1000, "train/loss": 5.0}
+    point = {"total": 1000, "train/loss": 5.0, "train/grad_norm": math.nan}
     lines = [{"time": t, "step": step, **point} for t, step in ((0, 100), (720, 200))]
     (a_run / METRICS).write_text("\n".join(map(json.dumps, lines)))
     ranks = [RankState(n, f"10.0.0.{n}", "data" if n == 39 else "step", 205, n) for n in range(40)]
@@ -86,7 +87,10 @@ def test_a_running_run_says_its_time_left_its_ranks_and_its_last_error(a_run: Pa
         5760,
         40,
     )
-    assert tree["last_error"]["kind"] == "restart"
+    assert tree["last_error"] == folder.read_json(ERROR, dict)
+    assert tree["last_error"]["type"] == "restart"
+    assert (tree["metrics"]["train/loss"], tree["metrics"]["train/grad_norm"]) == (5.0, None)
+    assert "NaN" not in printed.stdout
     assert refused.returncode == 2
     assert "s.txt does not end in .json" in errors(refused)[0]
 

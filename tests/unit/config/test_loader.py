@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -68,9 +69,17 @@ def test_broken_yaml_is_one_line_that_names_the_source(text: str) -> None:
 
 
 def test_a_text_that_looks_like_a_tag_is_to_be_quoted() -> None:
-    with pytest.raises(ConfigError, match=r"""begins with ! is quoted, as in key='"!value"'"""):
+    remedy = """begins with ! is quoted: key: "!value" in a file, key='"!value"' of a command"""
+    for text, source in (("a: !c", "mine.yaml"), ("!c", "")):
+        with pytest.raises(ConfigError, match=re.escape(remedy)):
+            cfg.parse_yaml(text, source)
+    with pytest.raises(ConfigError, match=re.escape(remedy)):
         cfg.parse_overrides(["a.b=!c"])
+    assert cfg.parse_yaml('a: "!c"') == {"a": "!c"}
     assert cfg.parse_overrides(['a.b="!c"']) == ([("a.b", "!c")], [])
+    with pytest.raises(ConfigError, match="could not determine a constructor") as refused:
+        cfg.parse_yaml("a: !!python/object:os.system x", "mine.yaml")
+    assert "is quoted" not in str(refused.value)
 
 
 def test_a_repeated_key_is_refused() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError, instead_of_image, stands_for_image
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.data.bytes_read import BYTES_READ
+from simclr_ray.data.bytes_read import BYTES_READ, stored_bytes
 from simclr_ray.data.description import describe
 from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.source import Source
@@ -129,6 +129,20 @@ def test_the_bytes_that_were_read_are_those_of_the_columns_and_of_named_files(
     BYTES_READ.take()
     named.read_group(0)
     assert 3000 < BYTES_READ.take() < 3200
+
+
+def test_bytes_of_a_column_whose_name_has_a_dot_are_counted(tmp_path: Path) -> None:
+    inner = pa.array([{"data": b"x" * 50, "path": "p"}] * 9)
+    columns = {"img.data": pa.array([b"y" * 40] * 9), "image": inner, "imag": pa.array(range(9))}
+    pq.write_table(pa.table(columns), tmp_path / "f.parquet", compression="none")
+    footer = pq.read_metadata(tmp_path / "f.parquet")
+    sizes = {
+        (chunk := footer.row_group(0).column(i)).path_in_schema: chunk.total_compressed_size
+        for i in range(footer.num_columns)
+    }
+    assert stored_bytes(footer, 0, ["img.data"]) == sizes["img.data"] > 40
+    assert stored_bytes(footer, 0, ["imag"]) == sizes["imag"]
+    assert stored_bytes(footer, 0, ["image"]) == sizes["image.data"] + sizes["image.path"]
 
 
 def test_a_limit_keeps_the_first_rows_in_file_order(folder: Path) -> None:

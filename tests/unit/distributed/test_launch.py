@@ -24,7 +24,7 @@ from simclr_ray.distributed.launch.check import (
 )
 from simclr_ray.distributed.launch.file import command_in
 from simclr_ray.distributed.launch.kuberay import quantity_gib
-from simclr_ray.distributed.launch.slurm import hours_of
+from simclr_ray.distributed.launch.slurm import hours_of, read_slurm
 from simclr_ray.errors import ConfigError
 from simclr_ray.storage.provenance import versions_of
 
@@ -96,6 +96,12 @@ CASES = [
      "means each node itself"),
     ("onprem.yaml", replaced("http://mine:5000", "sqlite:////mnt/mine/mlflow.db"), "tracking",
      "a file is no store for several machines"),
+    ("aws.yaml", replaced("http://mine:5000", "sqlite://me:hunter2@/mlflow.db"), "tracking",
+     "tracking.uri=sqlite://me:***@/mlflow.db: a file is no store"),
+    ("aws.yaml", replaced("http://mine:5000", "http://me:hunter2@REPLACE-ME:5000"), "filled in",
+     "1 value still REPLACE-ME: tracking.uri=http://me:***@REPLACE-ME:5000"),
+    ("aws.yaml", replaced("http://mine:5000", "http://me:REPLACE-ME@mine:5000"), "filled in",
+     "1 value still REPLACE-ME: tracking.uri=http://me:***@mine:5000"),
     ("aws.yaml", replaced("storage=s3://mine/simclr-ray", "storage=runs"), "shared storage",
      "storage=runs is a folder of each node's own"),
     ("aws.yaml", replaced("storage=s3://mine", "storage=/mnt/mine"), "shared storage",
@@ -117,8 +123,8 @@ CASES = [
     (JOB, replaced("idleTimeoutSeconds", "idleTimeoutSecond"), "schema",
      "spec.rayClusterSpec.autoscalerOptions.idleTimeoutSecond: unknown key (did you mean "
      "'idleTimeoutSeconds'?); Kubernetes drops it"),
-    (JOB, replaced("volumeMounts:", "volumeMount:", 1), "schema",
-     "workerGroupSpecs.0.template.spec.containers.0.volumeMount: unknown key"),
+    (JOB, replaced("name: ray-worker\n", "name: ray-worker\n                volumeMount: []\n", 1),
+     "schema", "workerGroupSpecs.0.template.spec.containers.0.volumeMount: unknown key"),
     (JOB, replaced("shutdownAfterJobFinishes", "shutdownAfterJobFinish"), "schema",
      "spec.shutdownAfterJobFinish: unknown key"),
     (STAYS, replaced("ray.io/v1\n", "ray.io/v1alpha1\n"), "schema",
@@ -137,6 +143,12 @@ CASES = [
     ("slurm.sh", replaced("--cpus-per-task=64", "--cpu-per-task=64"), "schema",
      "#SBATCH --cpu-per-task: unknown (did you mean '--cpus-per-task'?)"),
     ("slurm.sh", replaced("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"), "token", "as you"),
+    (JOB, replaced("ephemeral-storage: 50Gi", "ephemeral-storage: 1.2.3Gi", 1), "schema",
+     "headgroup: resources.requests.ephemeral-storage=1.2.3Gi is no quantity"),
+    ("slurm.sh", replaced("--nodes=4", "--nodes=four"), "nodes",
+     "#SBATCH --nodes=four is no number of nodes"),
+    ("slurm.sh", replaced("--time=24:00:00", "--comment='a"), "schema",
+     "#SBATCH --comment='a: No closing quotation"),
     ("slurm.sh", replaced("ray start", "ray symmetric-run"), "", ""),
     ("slurm.sh", replaced("#SBATCH --exclusive\n", "ray stop\n"), "end", "ends your other jobs'"),
     ("slurm.sh", replaced("ray start", "true"), "start", "the script starts no Ray"),
@@ -219,15 +231,13 @@ def test_a_file_that_starts_no_run_says_what_is_left_unchecked(tmp_path: Path) -
 
 def test_a_shared_volume_of_all_pods_is_a_place_for_storage(tmp_path: Path) -> None:
     text = text_of(JOB).replace("s3://mine", "/mnt/all")
-    volume = "volumes: [{name: all, persistentVolumeClaim: {claimName: all}}, {name: shm"
-    text = text.replace("volumes: [{name: shm", volume)
-    text = text.replace("volumeMounts: [", "volumeMounts: [{name: all, mountPath: /mnt/all}, ")
-    assert failures(findings_of(JOB, text, tmp_path)), "the head has it not yet"
-    head = "          containers:\n            - name: ray-head\n"
-    claim = "          volumes: [{name: all, persistentVolumeClaim: {claimName: all}}]\n"
-    mount = "              volumeMounts: [{name: all, mountPath: /mnt/all}]\n"
-    assert head in text
-    text = text.replace(head, claim + head + mount)
+    claim = "volumes: [{name: all, persistentVolumeClaim: {claimName: all}}]"
+    mount = "volumeMounts: [{name: all, mountPath: /mnt/all}]"
+    for container in ("ray-worker", "ray-head"):
+        assert failures(findings_of(JOB, text, tmp_path)), "some pods have it not yet"
+        old = rf"( +)containers:\n( +)- name: {container}\n"
+        assert re.search(old, text)
+        text = re.sub(old, rf"\1{claim}\n\1containers:\n\2- name: {container}\n\2  {mount}\n", text)
     assert failures(findings_of(JOB, text, tmp_path)) == []
 
 
@@ -237,7 +247,6 @@ def test_a_shared_volume_of_all_pods_is_a_place_for_storage(tmp_path: Path) -> N
         (without(r", ephemeral-storage: \d+Gi"), "disk", "gpu not stated"),
         (replaced("ephemeral-storage: 100Gi", "ephemeral-storage: 20Gi"), "disk", "gpu 20 GiB"),
         (replaced('num-cpus: "0" ', 'num-cpus: "2" '), "head", "offers 2 CPUs"),
-        (without(r"^ *volumeMounts: .*shm.*\n"), "shared memory", "64 MB"),
         (without(r"^ *shutdownAfterJobFinishes.*\n"), "end", "is paid for"),
     ],
 )
@@ -313,13 +322,97 @@ def test_quantities_of_kubernetes_and_times_of_slurm() -> None:
     assert quantity_gib("512Mi") == 0.5
     assert quantity_gib(2**31) == 2
     assert quantity_gib("1G") == pytest.approx(0.931, abs=1e-3)
-    assert quantity_gib("much") == quantity_gib(None) == 0
+    assert quantity_gib("1.5Ki") == 1.5 / 2**20
+    assert quantity_gib("2Ei") == 2 * 2**30
+    assert quantity_gib("1E") == quantity_gib("1e18") == quantity_gib("1000P")
+    assert quantity_gib("500m") == quantity_gib(0.5)
+    assert quantity_gib(".5e+9") == pytest.approx(5e8 / 2**30)
+    for wrong in ("much", None, "1.2.3Gi", "5Kii", "5K", "-1Gi", "1e999", "", "Gi"):
+        assert quantity_gib(wrong) is None
     assert hours_of("90") == 1.5
     assert hours_of("24:00:00") == 24
     assert hours_of("2-12") == 60
     assert hours_of("2-12:30:00") == 60.5
     assert hours_of("30:00") == 0.5
     assert hours_of("soon") is None
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks://us", "databricks-uc"])
+def test_a_store_of_databricks_is_one_for_several_machines(uri: str, tmp_path: Path) -> None:
+    text = text_of("aws.yaml").replace("http://mine:5000", uri)
+    (found,) = [f for f in findings_of("aws.yaml", text, tmp_path) if f.check == "tracking"]
+    assert (found.status, found.detail) == ("ok", uri)
+
+
+def test_a_file_that_may_grow_to_several_nodes_is_checked_as_they_are(tmp_path: Path) -> None:
+    text = text_of("aws.yaml").replace("min_workers: 4", "min_workers: 0")
+    text = text.replace("min_workers: 1", "min_workers: 0").replace("http://mine:5000", "a.db")
+    failed = failures(findings_of("aws.yaml", text, tmp_path, "storage=runs"))
+    assert {"tracking", "shared storage"} <= {finding.check for finding in failed}
+    assert any(finding.detail.startswith("9 nodes: storage=runs") for finding in failed)
+
+
+SLURM = "#!/bin/bash\n{}\nexport RAY_AUTH_MODE=token\nray start\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "cpus", "gpus"),
+    [
+        ("-N4 -c8", (4, 4), 8, 0),
+        ("-N 4 --gpus=16", (4, 4), None, 4),
+        ("--nodes 4 -G 16 # -N9", (4, 4), None, 4),
+        ("--nodes=4-8 --gres=gpu:a100:2,nvme:1", (4, 8), None, 2),
+        ("--nodes=2 --gpus-per-node=h100:8 --requeue", (2, 2), None, 8),
+        ("-n 8 --ntasks-per-node=4 --gpus-per-task=1", (2, 2), None, 4),
+        ("-N 2 -n 4 --gpus-per-task=2", (2, 2), None, 4),
+        ("--exclusive --cpus-per-task 16", (1, 1), 16, 0),
+        ("--gres=gpu", (1, 1), None, 1),
+    ],
+)
+def test_options_of_slurm_are_read_as_sbatch_reads_them(
+    options: str, nodes: tuple[int, int], cpus: float | None, gpus: float
+) -> None:
+    launch = read_slurm(SLURM.format(f"#SBATCH {options}"))
+    least, most = (sum(getattr(g, key) for g in launch.groups) for key in ("least", "most"))
+    assert (least, most) == nodes
+    assert {(group.cpus, group.gpus) for group in launch.groups} == {(cpus, gpus)}
+    assert failures(list(launch.findings)) == []
+
+
+def test_nodes_that_slurm_chooses_are_not_taken_for_one() -> None:
+    launch = read_slurm(SLURM.format("#SBATCH --ntasks=8"))
+    (found,) = [finding for finding in launch.findings if finding.check == "nodes"]
+    assert (found.status, launch.groups) == ("warn", ())
+    assert "--nodes" in found.advice
+
+
+def test_all_exports_of_a_line_are_read() -> None:
+    text = (
+        "export A=1 B='x y' \\\n C=http://h/#a; D=4; export E=5 && F=6 # export G=7\n# export H=8"
+    )
+    assert read_slurm(SLURM.format(f"#SBATCH -N1\n{text}")).environment == {
+        "A": "1", "B": "x y", "C": "http://h/#a", "E": "5", "RAY_AUTH_MODE": "token",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "option", "status"),
+    [
+        ("", "", ["warn"]),
+        ("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", "", []),
+        ("", "-c 8", []),
+        ("", '--cpus-per-task="$SLURM_CPUS_PER_TASK"', []),
+        ("", "--cpu-bind=none", []),
+    ],
+)
+def test_an_srun_that_binds_ray_to_one_core_is_named(
+    before: str, option: str, status: list[str]
+) -> None:
+    text = f"#SBATCH -N1 -c8\n{before}\nsrun --overlap \\\n  {option} \\\n  ray start --head\n"
+    findings = read_slurm(SLURM.format(text)).findings
+    assert [finding.status for finding in findings if finding.check == "start"] == status
+    text = text.replace("-c8", "")
+    assert not [f for f in read_slurm(SLURM.format(text)).findings if f.check == "start"]
 
 
 def test_spot_nodes_want_restarts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.source import Source
-from simclr_ray.evaluation.sampling import SMALL_GROUPS, sample_rows, shares
+from simclr_ray.evaluation.sampling import SMALL_GROUPS, rows_of_ranks, sample_rows
 from tests.ray.images import noise_png
 
 GROUP_ROWS = 10
@@ -104,7 +104,7 @@ def test_a_sample_of_image_files_comes_from_all_folders(
 def test_each_row_group_is_read_by_one_rank(tmp_path: Path, num_ranks: int) -> None:
     source = split(tmp_path, 90)
     rows = sample_rows(source, 200)
-    parts = shares(source, rows, num_ranks)
+    parts = rows_of_ranks(source, rows, num_ranks)
     assert len(parts) == num_ranks
     assert np.array_equal(np.concatenate(parts), np.sort(rows))
     held = [groups_of(source, part) for part in parts]
@@ -118,7 +118,7 @@ def test_ranks_share_the_rows_evenly_where_row_groups_are_few_and_large(
 ) -> None:
     monkeypatch.setattr("simclr_ray.evaluation.sampling.QUICK_ROWS", 2)
     source = split(tmp_path, 3)
-    parts = shares(source, sample_rows(source), num_ranks)
+    parts = rows_of_ranks(source, sample_rows(source), num_ranks)
     assert np.array_equal(np.concatenate(parts), np.arange(30))
     lengths = [len(part) for part in parts]
     if num_ranks == 2:  # twice a fair share is none too much
