@@ -14,11 +14,10 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ClusterError
-from simclr_ray.train.cluster_check import GATHERED, REDUCED, RankReport
+from simclr_ray.train.cluster_check import GATHERED, GRADIENT, REDUCED, RankReport
 
 WITHIN_S: Final = 60.0  # all of it
 LEAST_S: Final = 10.0
-RESNET50: Final = 94 * 2**20  # bytes of its gradient in float32
 MIB: Final = 2**20
 SLOW_STEP_S: Final = 1.0
 
@@ -139,7 +138,7 @@ def network_finding(reports: Sequence[RankReport]) -> Finding:
     if len(reports) == 1:
         return Finding("network", "ok", "1 worker exchanges nothing")
     gather, reduce = (max(getattr(r, of) for r in reports) for of in ("gather_s", "reduce_s"))
-    step = reduce / REDUCED * RESNET50
+    step = reduce / REDUCED * GRADIENT
     detail = (
         f"{GATHERED // MIB} MiB of each worker gathered in {1e3 * gather:.1f} ms; gradients summed "
         f"at {REDUCED / MIB / reduce:,.0f} MiB/s: {step:.2g} s for a ResNet-50's"

@@ -28,7 +28,9 @@ from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.placement import kept_apart, staying_nodes
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import ClusterError, last_line
+from simclr_ray.nn.resnet import RESNET50_PARAMETERS
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train.failures import root_failure
 from simclr_ray.train.gradient_parity import (
     IMAGES,
     StepResult,
@@ -36,10 +38,11 @@ from simclr_ray.train.gradient_parity import (
     take_steps,
     worst_difference,
 )
-from simclr_ray.train.ray_settings import root_failure, scaling_config, torch_config
+from simclr_ray.train.ray_settings import scaling_config, torch_config
 
-GATHERED: Final = 2**20  # bytes of a rank: z of 2,048 images' views, 128 numbers each, is 2 MiB
-REDUCED: Final = 32 * 2**20  # bytes of a gradient: a third of a ResNet-50's
+GATHERED: Final = 2**20  # bytes of a rank: z of both views of 1,024 images, 128 float32 each
+GRADIENT: Final = 4 * RESNET50_PARAMETERS  # bytes, in float32
+REDUCED: Final = 32 * 2**20  # of which so many are summed here, and the rest reckoned by them
 REPEATS: Final = 5
 ENOUGH_S: Final = 5.0  # of repeats
 

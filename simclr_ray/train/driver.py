@@ -43,13 +43,13 @@ from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.elastic import RESIZE_S, Trainer
-from simclr_ray.train.failures import final_error
+from simclr_ray.train.failures import final_error, root_failure
 from simclr_ray.train.frozen import fit_frozen
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.identity import is_new, newest_checkpoint, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
-from simclr_ray.train.ray_settings import root_failure, scaling_config, torch_config
+from simclr_ray.train.ray_settings import scaling_config, torch_config
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
 from simclr_ray.train.restarts import FailureReport, cause_of
 from simclr_ray.train.rollback import Rollbacks, keeps_good, kept_by_ray, roll_back
