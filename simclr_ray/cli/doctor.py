@@ -20,10 +20,10 @@ from simclr_ray.cli.environment import (
 )
 from simclr_ray.cli.node_checks import check_nodes, stored_probe
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
-from simclr_ray.config.findings import Finding, Findings
+from simclr_ray.config.findings import Finding, Findings, detail_of
 from simclr_ray.config.imports import allow
 from simclr_ray.config.uris import hide_passwords
-from simclr_ray.errors import ConfigError, DataError, TrackingError, last_line
+from simclr_ray.errors import ConfigError, DataError, TrackingError
 from simclr_ray.tracking.runs import Tracker
 
 __all__ = ["Finding", "run_checks"]
@@ -102,7 +102,7 @@ def check_storage(storage: str) -> Finding:
             same = stream.read().decode() == content
     except (OSError, ValueError, DataError) as error:
         advice = "create the folder, grant write access, or choose another `storage=`"
-        return Finding("storage", "fail", f"{storage}: {_line(error)}", advice)
+        return Finding("storage", "fail", f"{storage}: {detail_of(error)}", advice)
     if not same:
         advice = "choose another `storage=`: this one does not keep what is written"
         return Finding("storage", "fail", f"{storage}: read back something else", advice)
@@ -137,7 +137,7 @@ def check_cluster(storage: str, num_workers: int) -> Findings:
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             where = os.environ.get("RAY_ADDRESS", "a local cluster")
             advice = "is it up, is $RAY_ADDRESS right, and do token and Ray version agree?"
-            return [Finding("ray", "fail", f"{where}: {_line(error)}", advice)]
+            return [Finding("ray", "fail", f"{where}: {detail_of(error)}", advice)]
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types
         return [
@@ -172,7 +172,7 @@ def check_tracking(uri: str, storage: str) -> Finding:
         tracker = Tracker.open(TrackingConfig(uri=uri), storage)
     except (ConfigError, TrackingError, OSError) as error:
         advice = "start the server, or correct tracking.uri or $MLFLOW_TRACKING_URI"
-        return Finding("mlflow", "fail", _line(error), advice)
+        return Finding("mlflow", "fail", detail_of(error), advice)
     return Finding("mlflow", "ok", f"{hide_passwords(tracker.uri)} opens")
 
 
@@ -194,7 +194,7 @@ def _check_state_api() -> Finding:
         list_nodes(timeout=30)
     except (RayStateApiException, OSError, RuntimeError, ValueError) as error:
         advice = "start Ray with its dashboard and ray[default]: Ray Train frees lost workers by it"
-        return Finding("state API", "warn", _line(error), advice)
+        return Finding("state API", "warn", detail_of(error), advice)
     return Finding("state API", "ok", "the dashboard answers")
 
 
@@ -220,8 +220,4 @@ def _guarded(name: str, check: Callable[[], Findings]) -> Findings:
         return check()
     except Exception as error:  # noqa: BLE001 - a doctor reports what breaks, whatever it is
         advice = "the check itself broke; please report this line"
-        return [Finding(name, "fail", f"{type(error).__name__}: {_line(error)}", advice)]
-
-
-def _line(error: Exception) -> str:
-    return last_line(error)[:300]
+        return [Finding(name, "fail", f"{type(error).__name__}: {detail_of(error)}", advice)]

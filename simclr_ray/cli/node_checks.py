@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 from pyarrow import fs
 
 from simclr_ray.cli.environment import PACKAGE
-from simclr_ray.config.findings import Finding, Findings, Status
-from simclr_ray.errors import DataError, last_line
+from simclr_ray.config.findings import Finding, Findings, Status, detail_of
+from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, remove_file
 from simclr_ray.storage.provenance import code_digest, versions_of
 
@@ -117,7 +117,7 @@ def report_node(storage: str, probe: str) -> NodeReport:
         with stored_probe(storage, host):
             pass
     except (OSError, DataError) as error:
-        cannot_write = _line(error)
+        cannot_write = detail_of(error)
     try:
         files, _ = filesystem(storage)
         seen = files.get_file_info(probe).type == fs.FileType.File
@@ -174,7 +174,7 @@ def check_nodes(storage: str, timeout_s: float = NODE_TIMEOUT_S) -> Findings:
                 reports.append(_with_clock(ray.get(task, timeout=1.0), actor))
             except ray.exceptions.RayError as error:
                 advice = f"is {PACKAGE} installed there, and is the node not overloaded?"
-                findings.append(Finding("nodes", "fail", f"{address}: {_line(error)}", advice))
+                findings.append(Finding("nodes", "fail", f"{address}: {detail_of(error)}", advice))
             ray.kill(actor)
     if not probe:
         reports = [r._replace(sees_storage=True, cannot_write="") for r in reports]
@@ -211,7 +211,3 @@ def stored_probe(storage: str, content: str) -> Iterator[tuple[fs.FileSystem, st
         for left in files.get_file_info([path, f"{path}.partial"]):
             if left.type == fs.FileType.File:
                 remove_file(files, left.path)
-
-
-def _line(error: Exception) -> str:
-    return last_line(error)[:300]
