@@ -14,8 +14,9 @@ from simclr_ray.cli.cluster_doctor import (
     network_finding,
     summary,
 )
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.findings import Finding
-from simclr_ray.distributed.cluster_health import TAG, cluster_tags
+from simclr_ray.distributed.cluster_health import cluster_result
 from simclr_ray.errors import ClusterError, ConfigError
 from simclr_ray.train.cluster_check import REDUCED, RankReport
 from simclr_ray.train.gradient_parity import Worst
@@ -43,9 +44,9 @@ def test_a_rank_that_computes_something_else_is_named(difference: float) -> None
 
 
 def test_what_a_step_exchanges_is_by_the_slowest_rank() -> None:
-    finding = network_finding([report(0), report(1, reduce_s=REDUCED / MIB / 47)])
-    assert finding.status == "warn", "94 MiB at 47 MiB/s are 2 s a step"
-    assert "47 MiB/s: 2 s for a ResNet-50's" in finding.detail
+    finding = network_finding([report(0), report(1, reduce_s=REDUCED / MIB / 50)])
+    assert finding.status == "warn", "107 MiB at 50 MiB/s are 2.1 s a step"
+    assert "50 MiB/s: 2.1 s for a ResNet-50's" in finding.detail
     assert "compress_gradients" in finding.advice
     assert network_finding([report(0), report(1)]).status == "ok"
     assert network_finding([report(0, reduce_s=0.0)]).status == "ok"
@@ -67,6 +68,18 @@ def test_a_planned_run_needs_no_images() -> None:
         planned_run(["scaling.num_workrs=2"], "runs", 2)
 
 
+def test_storage_and_workers_that_are_stated_hold_for_a_preset_as_well() -> None:
+    stated = planned_run(["imagenet_resnet50"], "s3://bucket/runs", 8)
+    assert (stated.storage, stated.scaling.num_workers) == ("s3://bucket/runs", 8)
+    preset = planned_run(["imagenet_resnet50"])
+    loaded = Experiment.load("imagenet_resnet50")
+    assert (preset.storage, preset.scaling) == (loaded.storage, loaded.scaling)
+    later = planned_run(["imagenet_resnet50", "scaling.num_workers=3"], None, 8)
+    assert later.scaling.num_workers == 3, "a key on the line holds before an option"
+    assert planned_run([]).scaling.num_workers == 2
+    assert planned_run([]).storage == str(Path("runs").absolute())
+
+
 def test_without_an_address_there_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ClusterError, match="RAY_ADDRESS is unset"):
@@ -83,5 +96,5 @@ def test_two_workers_are_checked_and_the_cluster_keeps_the_result(
     assert {f.check for f in findings.values() if f.status == "fail"} == set(), findings
     assert "2 workers on 1 node over gloo (cpu) against 1: " in findings["gradient"].detail
     assert "MiB/s" in findings["network"].detail
-    assert cluster_tags()[TAG].startswith("ok; 2 workers on 1 node over gloo")
+    assert str(cluster_result()).startswith("ok; 2 workers on 1 node over gloo")
     assert not list((tmp_path / "runs").iterdir()), "nothing is left in the storage"
