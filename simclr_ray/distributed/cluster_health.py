@@ -10,10 +10,9 @@ from typing import Final
 import ray
 from ray.experimental import internal_kv
 
-from simclr_ray.distributed.ray_cluster import is_local
+from simclr_ray.distributed.ray_cluster import NAMESPACE, is_local
 
 KEY: Final = "doctor"
-NAMESPACE: Final = "simclr-ray"
 NEVER: Final = "not run"
 
 
