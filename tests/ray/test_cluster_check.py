@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -32,7 +33,7 @@ def test_workers_that_wait_for_room_are_given_up_in_time_also_where_signals_are_
 ) -> None:
     """Ray blocks SIGINT in what it starts, its jobs as well."""
     cpus = ray.cluster_resources()["CPU"]  # type: ignore[no-untyped-call]
-    holder = ray.remote(num_cpus=cpus)(Holder).remote()  # type: ignore[call-overload]
+    holder: Any = ray.remote(num_cpus=cpus)(Holder).remote()
     assert ray.get(holder.is_there.remote())
     handler = signal.getsignal(signal.SIGINT)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
