@@ -28,11 +28,11 @@ from benchmarks.data_nodes import data_nodes
 from benchmarks.record import RESULTS, store
 from simclr_ray.data.plan import BatchPlan
 from simclr_ray.distributed.collectives import partition
+from simclr_ray.nn.resnet import RESNET50_PARAMETERS
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "scaling.md"
 IMAGENET: Final = 1_281_167
 DIM, SIDE, FLOAT = 128, 224, 4
-PARAMETERS: Final = 27.97e6  # ResNet-50 and a head of two layers
 BATCH_NORMS: Final = 54
 BACKWARD: Final = 2 / 3  # of a step's compute, beside which gradients travel
 LATENCY_S: Final = 30e-6  # of one hop
@@ -93,7 +93,7 @@ def step_of(ranks: int, local: int, images_per_s: float, link: float) -> Step:
         link: Bytes a second that a device sends and receives.
     """
     compute = local / images_per_s
-    ring = 2 * (ranks - 1) / ranks * PARAMETERS * FLOAT / link
+    ring = 2 * (ranks - 1) / ranks * RESNET50_PARAMETERS * FLOAT / link
     hops = math.log2(ranks) if ranks > 1 else 0.0
     return Step(
         compute,

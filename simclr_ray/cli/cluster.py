@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -19,12 +19,18 @@ from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import versions_of
 
+STORAGE: Final = "runs"  # where none is stated
+WORKERS: Final = 2
+
 
 def doctor(
-    storage: Annotated[str, typer.Option(help="Folder or URI for runs.")] = "runs",
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or URI for runs; by default runs.")
+    ] = None,
     workers: Annotated[
-        int, typer.Option(min=1, help="Workers of the planned run; up to 4 check the gradient.")
-    ] = 2,
+        int | None,
+        typer.Option(min=1, help="Workers of the planned run, by default 2; 4 check the gradient."),
+    ] = None,
     cluster: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool,
         typer.Option("--cluster", help="Check the cluster of $RAY_ADDRESS for a planned run."),
@@ -50,8 +56,10 @@ def doctor(
         raise ConfigError([ConfigIssue(options[0], problem)])
     if loss and cluster:
         raise ConfigError([ConfigIssue("--cluster", "checks no loss: give it without --loss")])
-    filesystem(storage)  # a scheme that nobody knows is no finding about this machine
     planned = planned_run(options or [], storage, workers) if cluster else None
+    storage, workers = storage or STORAGE, workers or WORKERS
+    if not cluster:  # which reaches no storage without a limit
+        filesystem(storage)  # a scheme that nobody knows is no finding about this machine
     loading("torch")
     from simclr_ray.cli.doctor import check_loss, run_checks
 
@@ -116,15 +124,26 @@ def _show_findings(findings: Iterable[Finding]) -> bool:
     return not failed
 
 
-def planned_run(arguments: Sequence[str], storage: str, workers: int) -> Experiment:
-    """Return the run that is planned, of which a cluster can be asked without its images."""
+def planned_run(
+    arguments: Sequence[str], storage: str | None = None, workers: int | None = None
+) -> Experiment:
+    """Return the run that is planned, of which a cluster can be asked without its images.
+
+    Args:
+        arguments: A preset or YAML, if any, and overrides, of which the last of a key holds.
+        storage: In place of the preset's; None: the preset's, else `STORAGE`.
+        workers: In place of the preset's; None: the preset's, else `WORKERS`.
+    """
     source, overrides = "", list(arguments)
     if overrides and "=" not in overrides[0]:
         source = overrides.pop(0)
     if source:
-        return Experiment.load(source, *overrides)
+        stated = [f"storage={storage}"] if storage else []
+        stated += [f"scaling.num_workers={workers}"] if workers else []
+        return Experiment.load(source, *stated, *overrides)
+    storage = storage or STORAGE
     tree = {"name": "doctor", "data": {"train": storage}, "storage": storage}
-    scaling = {"scaling": {"num_workers": workers}}
+    scaling = {"scaling": {"num_workers": workers or WORKERS}}
     return cfg.validate(Experiment, cfg.apply_overrides(tree | scaling, overrides))
 
 

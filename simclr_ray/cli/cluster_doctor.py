@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-from simclr_ray.cli.doctor import PARITY_BOUND, check_auth, check_storage, check_tracking
+from simclr_ray.cli.doctor import (
+    PARITY_BOUND,
+    Checks,
+    check_auth,
+    check_storage,
+    check_tracking,
+    guarded,
+    until_answered,
+)
 from simclr_ray.cli.node_checks import check_nodes
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.findings import Finding, Findings
+from simclr_ray.config.tracking_uri import SERVER_ADVICE, file_store_problem, server_of
+from simclr_ray.config.uris import recall, remember
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ClusterError
-from simclr_ray.train.cluster_check import GATHERED, REDUCED, RankReport
+from simclr_ray.tracking.store import URI_VARIABLE
+from simclr_ray.train.cluster_check import GATHERED, GRADIENT, REDUCED, RankReport
 
 WITHIN_S: Final = 60.0  # all of it
-LEAST_S: Final = 10.0
-RESNET50: Final = 94 * 2**20  # bytes of its gradient in float32
+LEAST_S: Final = 10.0  # for what is left when others took too long
+ANSWER_S: Final = 20.0  # of storage and tracking store to this machine, MLflow's import included
 MIB: Final = 2**20
 SLOW_STEP_S: Final = 1.0
 
 
-def check_cluster_for(experiment: Experiment, *, within_s: float = WITHIN_S) -> Iterator[Finding]:
+def check_cluster_for(
+    experiment: Experiment, *, within_s: float = WITHIN_S
+) -> Generator[Finding, None, None]:
     """Yield what is found on the cluster of $RAY_ADDRESS for a planned run, as each check ends.
 
-    What was found is kept by the cluster; encoders that are trained on it are tagged by it.
+    What was found is kept by the cluster, also where it was broken off; encoders that are trained
+    on it are tagged by it.
 
     Args:
         experiment: The planned run: its storage, tracking and scaling.
@@ -45,34 +59,72 @@ def check_cluster_for(experiment: Experiment, *, within_s: float = WITHIN_S) -> 
     began = time.monotonic()
     connect()
     seen: Findings = []
-    for finding in _findings(experiment, began + within_s):
-        seen.append(finding)
-        yield finding
-    keep(summary(seen, datetime.now(UTC)))
+    is_whole = False
+    try:
+        for finding in _findings(experiment, began + within_s, seen):
+            seen.append(finding)
+            yield finding
+        is_whole = True
+    finally:
+        keep(summary(seen, datetime.now(UTC), is_whole=is_whole))
 
 
-def summary(findings: Sequence[Finding], now: datetime) -> str:
-    """Return all in a line: when, whether all is well, and what the workers have shown."""
+def summary(findings: Sequence[Finding], now: datetime, *, is_whole: bool = True) -> str:
+    """Return all in a line: when, whether all is well, and what the workers have shown.
+
+    Args:
+        findings: Of all checks, or of those before an interrupt or a defect.
+        now: When.
+        is_whole: Whether they are all.
+    """
     failed = sorted({finding.check for finding in findings if finding.status == "fail"})
-    state = f"failed: {', '.join(failed)}" if failed else "ok"
+    states = [] if is_whole else ["broken off"]
+    states += [f"failed: {', '.join(failed)}"] if failed else []
     shown = [f.detail for f in findings if f.check == "gradient" and f.status == "ok"]
-    return "; ".join([state, *shown, f"{now:%Y-%m-%dT%H:%MZ}"])
+    return "; ".join([*(states or ["ok"]), *shown, f"{now:%Y-%m-%dT%H:%MZ}"])
 
 
-def _findings(experiment: Experiment, deadline: float) -> Iterator[Finding]:
+def _findings(experiment: Experiment, deadline: float, seen: Findings) -> Iterator[Finding]:
+    """Yield what each check finds; `seen` are those before, which decide on later ones."""
+
+    def left_s() -> float:
+        return max(LEAST_S, deadline - time.monotonic())
+
+    def has_failed(*checks: str) -> bool:
+        return any(finding.check in checks and finding.status == "fail" for finding in seen)
+
+    storage, server = experiment.storage, server_of(tracking_uri(experiment))
+    stores: Checks = {
+        "storage": lambda: [check_storage(storage)],
+        "mlflow": lambda: [check_store(experiment)],
+    }
     yield check_auth(os.environ)
-    yield check_storage(experiment.storage)
-    yield check_tracking(experiment.tracking.uri, experiment.storage)
-    yield from (of_nodes := check_nodes(experiment.storage, (deadline - time.monotonic()) / 2))
-    room = check_room(experiment)
-    yield room
-    yield check_data_nodes(experiment)
-    if room.status == "fail" or any(f.check == "shared storage" for f in of_nodes):
+    yield from until_answered(stores, min(ANSWER_S, left_s() / 2))
+    shared = "" if has_failed("storage") else storage
+    yield from guarded("nodes", lambda: check_nodes(shared, left_s() / 2, server))
+    yield from guarded("room", lambda: [check_room(experiment)])
+    yield from guarded("data nodes", lambda: [check_data_nodes(experiment)])
+    if has_failed("room", "storage", "shared storage"):
         yield Finding(
             "gradient", "fail", "not tried: workers cannot start", "mend what is said above"
         )
         return
-    yield from check_workers(experiment, max(LEAST_S, deadline - time.monotonic()))
+    yield from guarded("gradient", lambda: check_workers(experiment, left_s()))
+
+
+def check_store(experiment: Experiment) -> Finding:
+    """Return whether the run's MLflow store opens, and is one for as many nodes as there are."""
+    from simclr_ray.distributed.placement import nodes
+
+    several = sum(node.is_alive for node in nodes()) > 1
+    if several and (problem := file_store_problem(tracking_uri(experiment))):
+        return Finding("mlflow", "fail", problem, SERVER_ADVICE)
+    return check_tracking(experiment.tracking.uri, experiment.storage)
+
+
+def tracking_uri(experiment: Experiment) -> str:
+    """Return the address of a run's MLflow store, as it is stated; empty where none is."""
+    return recall(remember(experiment.tracking.uri or os.environ.get(URI_VARIABLE, "")))
 
 
 def check_room(experiment: Experiment) -> Finding:
@@ -137,7 +189,7 @@ def network_finding(reports: Sequence[RankReport]) -> Finding:
     if len(reports) == 1:
         return Finding("network", "ok", "1 worker exchanges nothing")
     gather, reduce = (max(getattr(r, of) for r in reports) for of in ("gather_s", "reduce_s"))
-    step = reduce / REDUCED * RESNET50
+    step = reduce / REDUCED * GRADIENT
     detail = (
         f"{GATHERED // MIB} MiB of each worker gathered in {1e3 * gather:.1f} ms; gradients summed "
         f"at {REDUCED / MIB / reduce:,.0f} MiB/s: {step:.2g} s for a ResNet-50's"

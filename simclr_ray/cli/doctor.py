@@ -8,8 +8,10 @@ command line prints them.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from simclr_ray import config as cfg
@@ -18,18 +20,22 @@ from simclr_ray.cli.environment import (
     check_machine,
     check_versions,
 )
-from simclr_ray.cli.node_checks import check_nodes, stored_probe
+from simclr_ray.cli.node_checks import UNUSABLE, check_nodes, stored_probe
+from simclr_ray.cli.time_limit import in_thread, result_until
 from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
-from simclr_ray.config.findings import Finding, Findings
+from simclr_ray.config.findings import Finding, Findings, detail_of
 from simclr_ray.config.imports import allow
 from simclr_ray.config.uris import hide_passwords
-from simclr_ray.errors import ConfigError, DataError, TrackingError, last_line
+from simclr_ray.errors import ConfigError, TrackingError
 from simclr_ray.tracking.runs import Tracker
 
 MOST: Final = 4  # processes of the gradient check, all on this machine; more show nothing new
 PARITY_BOUND: Final = 1e-9  # float64; rounding alone gives some 1e-13 (design, load-bearing 3)
 
+WAIT_S: Final = 60.0  # for a storage or tracking store
+
 Parity = Callable[[int], float]
+Checks = dict[str, Callable[[], Findings]]
 
 
 def run_checks(
@@ -49,18 +55,23 @@ def run_checks(
         parity: Gives the largest relative difference between the gradients of that many processes
             and of one; `simclr_ray.train.gradient_parity` by default.
     """
-    checks: dict[str, Callable[[], Findings]] = {
+    failed: set[str] = set()
+    checks: Checks = {
         "versions": check_versions,
         "machine": check_machine,
         "device": check_device,
-        "storage": lambda: [check_storage(storage)],
+        "storage": lambda: until_answered({"storage": lambda: [check_storage(storage)]}, WAIT_S),
         "auth": lambda: [check_auth(os.environ)],
-        "cluster": lambda: check_cluster(storage, num_workers),
-        "mlflow": lambda: [check_tracking("", storage)],
+        # a storage that does not answer here is not waited for on other nodes
+        "cluster": lambda: check_cluster("" if "storage" in failed else storage, num_workers),
+        "mlflow": lambda: until_answered({"mlflow": lambda: [check_tracking("", storage)]}, WAIT_S),
         "gradient": lambda: [check_gradient(min(num_workers, MOST), parity or _selfcheck)],
     }
     for name, check in checks.items():
-        yield from _guarded(name, check)
+        for finding in guarded(name, check):
+            if finding.status == "fail":
+                failed.add(finding.check)
+            yield finding
 
 
 def check_loss(path: str, overrides: Sequence[str], num_workers: int) -> Finding:
@@ -98,9 +109,9 @@ def check_storage(storage: str) -> Finding:
             files.open_input_stream(path) as stream,
         ):
             same = stream.read().decode() == content
-    except (OSError, ValueError, DataError) as error:
+    except UNUSABLE as error:
         advice = "create the folder, grant write access, or choose another `storage=`"
-        return Finding("storage", "fail", f"{storage}: {_line(error)}", advice)
+        return Finding("storage", "fail", f"{storage}: {detail_of(error)}", advice)
     if not same:
         advice = "choose another `storage=`: this one does not keep what is written"
         return Finding("storage", "fail", f"{storage}: read back something else", advice)
@@ -135,7 +146,7 @@ def check_cluster(storage: str, num_workers: int) -> Findings:
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             where = os.environ.get("RAY_ADDRESS", "a local cluster")
             advice = "is it up, is $RAY_ADDRESS right, and do token and Ray version agree?"
-            return [Finding("ray", "fail", f"{where}: {_line(error)}", advice)]
+            return [Finding("ray", "fail", f"{where}: {detail_of(error)}", advice)]
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types
         return [
@@ -170,7 +181,7 @@ def check_tracking(uri: str, storage: str) -> Finding:
         tracker = Tracker.open(TrackingConfig(uri=uri), storage)
     except (ConfigError, TrackingError, OSError) as error:
         advice = "start the server, or correct tracking.uri or $MLFLOW_TRACKING_URI"
-        return Finding("mlflow", "fail", _line(error), advice)
+        return Finding("mlflow", "fail", detail_of(error), advice)
     return Finding("mlflow", "ok", f"{hide_passwords(tracker.uri)} opens")
 
 
@@ -192,7 +203,7 @@ def _check_state_api() -> Finding:
         list_nodes(timeout=30)
     except (RayStateApiException, OSError, RuntimeError, ValueError) as error:
         advice = "start Ray with its dashboard and ray[default]: Ray Train frees lost workers by it"
-        return Finding("state API", "warn", _line(error), advice)
+        return Finding("state API", "warn", detail_of(error), advice)
     return Finding("state API", "ok", "the dashboard answers")
 
 
@@ -213,13 +224,23 @@ def _selfcheck(num_workers: int) -> float:
     return gradient_parity(num_workers).max_relative_difference
 
 
-def _guarded(name: str, check: Callable[[], Findings]) -> Findings:
+def until_answered(checks: Checks, limit_s: float) -> Findings:
+    """Return the findings of checks that go on side by side; what is late is one as well."""
+    until = time.monotonic() + limit_s
+    begun = [(name, in_thread(partial(guarded, name, check))) for name, check in checks.items()]
+    findings: Findings = []
+    for name, future in begun:
+        advice = "is its server up, its address right, and its port open to this machine?"
+        late = Finding(name, "fail", f"no answer within {limit_s:.0f} s", advice)
+        answer: Findings = result_until(future, until, [late])
+        findings += answer
+    return findings
+
+
+def guarded(name: str, check: Callable[[], Findings]) -> Findings:
+    """Return what a check finds; that it broke is a finding as well."""
     try:
         return check()
     except Exception as error:  # noqa: BLE001 - a doctor reports what breaks, whatever it is
         advice = "the check itself broke; please report this line"
-        return [Finding(name, "fail", f"{type(error).__name__}: {_line(error)}", advice)]
-
-
-def _line(error: Exception) -> str:
-    return last_line(error)[:300]
+        return [Finding(name, "fail", f"{type(error).__name__}: {detail_of(error)}", advice)]

@@ -21,6 +21,7 @@ from simclr_ray.cli.signals import (
     exit_code_of_stop,
     listen,
 )
+from simclr_ray.cli.time_limit import is_waiting
 from simclr_ray.config import logging as logs
 from simclr_ray.config.imports import EVERYTHING, allow
 from simclr_ray.errors import ConfigError, SimclrRayError, StorageError
@@ -117,18 +118,26 @@ def program() -> None:
     At the very end of an interpreter threads of Ray and Arrow that were interrupted midway crash
     now and then, and with them goes the exit code. All that is to be done at an end is done before,
     except that Ray takes its client apart, which crashes as well: a cluster ends a job whose client
-    is gone, and the one that was started here is stopped by another exit function.
+    is gone, and the one that was started here is stopped by another exit function. So does a
+    command that a store has not answered (`time_limit`), where an end as usual would wait for it.
     """
     try:
         main()
     except SystemExit as end:
+        if is_waiting():
+            _flush()
+            os._exit(int(end.code or 0))
         if end.code not in (STOPPED_BY_USER, STOPPED_BY_SYSTEM):
             raise
         threading._shutdown()  # type: ignore[attr-defined] # as the interpreter does: waits for them
         if ray := sys.modules.get("ray"):
             atexit.unregister(ray.shutdown)
         atexit._run_exitfuncs()
-        with suppress(OSError):  # a terminal that is gone
-            sys.stdout.flush()
-            sys.stderr.flush()
+        _flush()
         os._exit(int(end.code))
+
+
+def _flush() -> None:
+    with suppress(OSError):  # a terminal that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()

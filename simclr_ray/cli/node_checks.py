@@ -13,8 +13,9 @@ from typing import Any, Final, NamedTuple
 from pyarrow import fs
 
 from simclr_ray.cli.environment import PACKAGE
-from simclr_ray.config.findings import Finding, Findings, Status
-from simclr_ray.errors import DataError, last_line
+from simclr_ray.cli.time_limit import in_thread, result_until
+from simclr_ray.config.findings import Finding, Findings, Status, detail_of
+from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, remove_file
 from simclr_ray.storage.provenance import code_digest, versions_of
 
@@ -26,6 +27,12 @@ NODE_TIMEOUT_S: Final = 180.0  # a first task on a loaded machine imports torch 
 # A lock in a bucket goes by what the writer's clock says; S3 refuses what is 15 minutes off.
 CLOCK_WARN_S, CLOCK_FAIL_S = 2.0, 60.0
 CLOCK_TRIES: Final = 3
+CLOCKS_S: Final = 5.0  # for those of all nodes
+LEAST_CLOCK_S: Final = 0.1
+ANSWER_S: Final = 15.0  # of storage and tracking server to a node
+UNUSABLE: Final = (OSError, ValueError, DataError)  # what a storage that is none raises
+
+Server = tuple[str, int]  # host and port
 
 
 class NodeReport(NamedTuple):
@@ -37,6 +44,7 @@ class NodeReport(NamedTuple):
         sees_storage: Whether it sees there what another machine wrote.
         loopback: Whether its own name means 127.0.0.1, where gloo would listen.
         cannot_write: Why it cannot write to the storage; empty: it can.
+        cannot_reach: Why it does not reach the tracking server; empty: it does, or there is none.
         ahead_s: By how much its clock is before the asking machine's.
         within_s: How exactly that is known: half of what the question took.
     """
@@ -46,6 +54,7 @@ class NodeReport(NamedTuple):
     sees_storage: bool
     loopback: bool
     cannot_write: str = ""
+    cannot_reach: str = ""
     ahead_s: float = 0.0
     within_s: float = 0.0
 
@@ -80,6 +89,9 @@ def compare_nodes(
     if mute := [f"{node.host}: {node.cannot_write}" for node in reports if node.cannot_write]:
         advice = "grant the account of that node the right to write there"
         findings.append(Finding("storage", "fail", "; ".join(mute), advice))
+    if remote := [f"{node.host}: {node.cannot_reach}" for node in reports if node.cannot_reach]:
+        advice = "open the server's port to these nodes: a study's trials run on any, and log there"
+        findings.append(Finding("tracking", "warn", "; ".join(remote), advice))
     findings += _compare_clocks(reports)
     if bound := [node.host for node in reports if node.loopback and len(reports) > 1]:
         advice = (
@@ -109,86 +121,135 @@ def own_versions() -> dict[str, str]:
     return {"python": platform.python_version(), CODE: code_digest()} | versions_of(COMPARED)
 
 
-def report_node(storage: str, probe: str) -> NodeReport:
-    """Return what the node that runs this says of itself; `probe` is a file in `storage`."""
+def report_node(
+    storage: str, probe: str, server: Server | None = None, limit_s: float = ANSWER_S
+) -> NodeReport:
+    """Return what the node that runs this says of itself.
+
+    Args:
+        storage: Folder or URI; empty: nothing is said of it.
+        probe: A file there.
+        server: Host and port of the tracking server, if any.
+        limit_s: For an answer of either.
+    """
     host = socket.gethostname()
-    cannot_write = ""
-    try:
-        with stored_probe(storage, host):
-            pass
-    except (OSError, DataError) as error:
-        cannot_write = _line(error)
-    try:
-        files, _ = filesystem(storage)
-        seen = files.get_file_info(probe).type == fs.FileType.File
-    except (OSError, DataError):
-        seen = False
+    unanswered = f"no answer within {limit_s:.0f} s"
+    storing = in_thread(lambda: _use_storage(storage, probe, host) if storage else ("", True))
+    reaching = in_thread(lambda: _connect(server, limit_s) if server else "")
+    until = time.monotonic() + limit_s
+    cannot_write, sees = result_until(storing, until, (unanswered, True))
+    cannot_reach = result_until(reaching, until, unanswered)
     try:
         loopback = socket.gethostbyname(host).startswith("127.")
     except OSError:
         loopback = False
-    return NodeReport(host, own_versions(), seen, loopback, cannot_write)
+    return NodeReport(host, own_versions(), sees, loopback, cannot_write, cannot_reach)
+
+
+def _use_storage(storage: str, probe: str, content: str) -> tuple[str, bool]:
+    """Return why nothing can be written to a storage, if so, and whether the file is seen there."""
+    cannot_write = ""
+    try:
+        with stored_probe(storage, content):
+            pass
+    except UNUSABLE as error:
+        cannot_write = detail_of(error)
+    try:
+        files, _ = filesystem(storage)
+        return cannot_write, files.get_file_info(probe).type == fs.FileType.File
+    except UNUSABLE:
+        return cannot_write, False
+
+
+def _connect(server: Server, limit_s: float) -> str:
+    """Return why a server cannot be reached; empty: it can."""
+    try:
+        socket.create_connection(server, timeout=limit_s).close()
+    except OSError as error:
+        return f"{server[0]}:{server[1]}: {detail_of(error)}"
+    return ""
 
 
 class NodeProbe:
     """An actor on a node, which is asked for its report and then, quickly, for the time."""
 
-    def report(self, storage: str, probe: str) -> NodeReport:
+    def report(self, storage: str, probe: str, server: Server | None, limit_s: float) -> NodeReport:
         """Same as `report_node`."""
-        return report_node(storage, probe)
+        return report_node(storage, probe, server, limit_s)
 
     def time(self) -> float:
         """Return what this node's clock says, in seconds since 1970."""
         return time.time()
 
 
-def check_nodes(storage: str, timeout_s: float = NODE_TIMEOUT_S) -> Findings:
+def check_nodes(
+    storage: str, timeout_s: float = NODE_TIMEOUT_S, server: Server | None = None
+) -> Findings:
     """Return findings on all nodes of the cluster at hand, those without CPUs included.
 
     Args:
-        storage: Folder or URI that is to hold the runs.
+        storage: Folder or URI that is to hold the runs; empty: nothing is said of it.
         timeout_s: A node that has not answered by then is one that does not.
+        server: Host and port of the tracking server, if any.
     """
+    with contextlib.ExitStack() as stack:
+        probe = ""
+        if storage:
+            try:
+                _, probe = stack.enter_context(stored_probe(storage, "seen"))
+            except UNUSABLE:
+                storage = ""  # `check_storage` has said why
+        reports, findings = _ask_nodes(storage, probe, server, timeout_s)
+    return [*findings, *(compare_nodes(reports, own_versions()) if reports else [])]
+
+
+def _ask_nodes(
+    storage: str, probe: str, server: Server | None, timeout_s: float
+) -> tuple[list[NodeReport], Findings]:
+    """Return the reports of the nodes that are alive, and what is wrong with those without one."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from simclr_ray.distributed.placement import nodes
 
     remote = ray.remote(num_cpus=0, max_restarts=0)(NodeProbe)
-    reports, findings = [], []
-    with contextlib.ExitStack() as stack:
+    limit_s = min(ANSWER_S, timeout_s / 3)  # its process has to start before
+    reports, findings, tasks = [], [], {}
+    for node in nodes():
+        if node.is_alive:
+            here = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            actor: Any = remote.options(scheduling_strategy=here).remote()
+            report = actor.report.remote(storage, probe, server, limit_s)
+            tasks[report] = (node.address, actor)
+    answered, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout_s)
+    until = time.monotonic() + CLOCKS_S
+    for task, (address, actor) in tasks.items():
+        why = f"no answer within {timeout_s:.0f} s"
         try:
-            _, probe = stack.enter_context(stored_probe(storage, "seen"))
-        except (OSError, DataError):
-            probe = ""  # `check_storage` has said why
-        tasks = {}
-        for node in nodes():
-            if node.is_alive:
-                here = NodeAffinitySchedulingStrategy(node.id, soft=False)
-                actor: Any = remote.options(scheduling_strategy=here).remote()
-                report = actor.report.remote(storage, probe)
-                tasks[report] = (node.address, actor)
-        ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout_s)
-        for task, (address, actor) in tasks.items():
-            try:
-                reports.append(_with_clock(ray.get(task, timeout=1.0), actor))
-            except ray.exceptions.RayError as error:
-                advice = f"is {PACKAGE} installed there, and is the node not overloaded?"
-                findings.append(Finding("nodes", "fail", f"{address}: {_line(error)}", advice))
+            if task in answered:
+                reports.append(_with_clock(ray.get(task), actor, until))
+                continue
+        except ray.exceptions.RayError as error:
+            why = detail_of(error)
+        finally:
             ray.kill(actor)
-    if not probe:
-        reports = [r._replace(sees_storage=True, cannot_write="") for r in reports]
-    return [*findings, *(compare_nodes(reports, own_versions()) if reports else [])]
+        advice = f"is {PACKAGE} installed there, and is the node not overloaded?"
+        findings.append(Finding("nodes", "fail", f"{address}: {why}", advice))
+    return reports, findings
 
 
-def _with_clock(report: NodeReport, actor: Any) -> NodeReport:
+def _with_clock(report: NodeReport, actor: Any, until: float) -> NodeReport:
     """Return a report with how far its node's clock is from this one: of a few tries the best."""
     import ray
 
     best = report._replace(within_s=float("inf"))
     for _ in range(CLOCK_TRIES):
         began = time.time()
-        there = ray.get(actor.time.remote(), timeout=10.0)
+        try:
+            left_s = max(LEAST_CLOCK_S, until - time.monotonic())
+            there = ray.get(actor.time.remote(), timeout=left_s)
+        except ray.exceptions.GetTimeoutError:
+            return best
         ended = time.time()
         within = (ended - began) / 2
         if within < best.within_s:
@@ -211,7 +272,3 @@ def stored_probe(storage: str, content: str) -> Iterator[tuple[fs.FileSystem, st
         for left in files.get_file_info([path, f"{path}.partial"]):
             if left.type == fs.FileType.File:
                 remove_file(files, left.path)
-
-
-def _line(error: Exception) -> str:
-    return last_line(error)[:300]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
+from simclr_ray.errors import last_line
+
+MOST_CHARS: Final = 300  # of what an error says
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -17,3 +20,8 @@ class Finding(NamedTuple):
 
 
 Findings = list[Finding]
+
+
+def detail_of(error: Exception) -> str:
+    """Return what a finding says of an error: its last line, cut where it is long."""
+    return last_line(error)[:MOST_CHARS]

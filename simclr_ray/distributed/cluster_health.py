@@ -10,11 +10,9 @@ from typing import Final
 import ray
 from ray.experimental import internal_kv
 
-from simclr_ray.distributed.ray_cluster import is_local
+from simclr_ray.distributed.ray_cluster import NAMESPACE, is_local
 
 KEY: Final = "doctor"
-NAMESPACE: Final = "simclr-ray"
-TAG: Final = "cluster_doctor"  # of MLflow's runs and versions
 NEVER: Final = "not run"
 
 
@@ -23,9 +21,9 @@ def keep(result: str) -> None:
     internal_kv._internal_kv_put(KEY, result, overwrite=True, namespace=NAMESPACE)
 
 
-def cluster_tags() -> dict[str, str]:
-    """Return the tag of what is trained on the cluster at hand; none where a run starts its own."""
+def cluster_result() -> str | None:
+    """Return what was found on the cluster at hand; None where a run starts its own."""
     if not ray.is_initialized() or is_local():
-        return {}
+        return None
     kept = internal_kv._internal_kv_get(KEY, namespace=NAMESPACE)
-    return {TAG: kept.decode() if kept else NEVER}
+    return kept.decode() if kept else NEVER

@@ -19,6 +19,7 @@ from typing import Any, Final
 import ray
 from ray import cloudpickle
 from ray._private import services
+from ray.experimental import internal_kv
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -49,6 +50,8 @@ REMEDY: Final = (
     "(docs/cluster.md)"
 )
 _ADDRESS: Final = re.compile(r"auto|local|(\w+://)?\[?[\w.:-]+\]?:\d+")
+NAMESPACE: Final = "simclr-ray"  # of ours in Ray's GCS, which all jobs of a cluster read
+LOCAL: Final = "local"  # key there of a cluster that `connect` has started
 _started_here: set[str] = set()  # addresses of the local clusters of this process
 log = logging.getLogger(__name__)
 
@@ -115,6 +118,7 @@ def connect(
     # Ray Train's helpers find the cluster by this, where several run on one machine
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     _started_here.add(os.environ["RAY_ADDRESS"])
+    internal_kv._internal_kv_put(LOCAL, "", namespace=NAMESPACE)
     log.info("Ray is up after %.0f s", time.monotonic() - began)
 
 
@@ -341,8 +345,18 @@ def _check_devices(experiment: Experiment) -> None:
 
 
 def is_local() -> bool:
-    """Return whether the cluster at hand was started by this process."""
-    return os.environ.get("RAY_ADDRESS") in _started_here
+    """Return whether the cluster at hand was started by a process for itself, by `connect`.
+
+    The cluster itself says so, to all its processes: a trial of a study runs in one of them.
+    Before Ray is connected, a process knows only of those that it has started.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    return _says_local(address) if ray.is_initialized() else address in _started_here
+
+
+@functools.cache  # one call a process: what is at an address stays what it is
+def _says_local(address: str) -> bool:  # noqa: ARG001 - of the answer that is kept
+    return internal_kv._internal_kv_get(LOCAL, namespace=NAMESPACE) is not None
 
 
 class PickledQueue(Queue):

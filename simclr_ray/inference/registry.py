@@ -44,7 +44,7 @@ EXAMPLES_TRIED: Final = 64
 FEW_DIMENSIONS: Final = 2.0  # effective rank; a trained encoder has ten times that and more
 NO_WORSE: Final = ("effective_rank", "feature_std")  # known of every encoder with two images
 VERSIONS_TAG: Final = "mlflow.modelVersions"
-OF_THE_RUN: Final = ("study", "trial", "cluster_doctor")  # tags that its versions carry too
+OF_THE_RUN: Final = ("study", "trial", store.CLUSTER_TAG)  # tags that its versions carry too
 ABSENT: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter of an alias
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ BLOCKS = {
     200: (3, 24, 36, 3),
 }
 BASIC_DEPTHS = (10, 18, 34)
+RESNET50_PARAMETERS: Final = 27_968_704  # of depth 50 and a head of two layers to 128: the paper's
 # The standard deviation of a unit normal truncated at ±2, which TensorFlow divides out.
 TRUNCATED_STD = 0.87962566103423978
 

@@ -27,6 +27,7 @@ URI_VARIABLE: Final = "MLFLOW_TRACKING_URI"
 REGISTRY_VARIABLE: Final = "MLFLOW_REGISTRY_URI"
 DATABASE: Final = "mlflow.db"
 ARTIFACTS: Final = "mlartifacts"
+CLUSTER_TAG: Final = "cluster_doctor"  # of runs and versions: what was found on their cluster
 
 # mlflow.utils.validation of MLflow 3; it refuses most of what is longer instead of cutting it.
 MAX_PER_BATCH: Final = 100  # parameters or tags

@@ -7,8 +7,8 @@ before, and time what a step exchanges.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
-import signal
 import socket
 import threading
 import time
@@ -20,14 +20,16 @@ import ray.train
 import ray.train.torch
 import ray.train.v2.api.config as ray_config
 import torch
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from simclr_ray.config.experiment import ScalingConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import ClusterError, last_line
+from simclr_ray.nn.resnet import RESNET50_PARAMETERS
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train.elastic import Trainer, interrupts_kept
+from simclr_ray.train.failures import root_failure
 from simclr_ray.train.gradient_parity import (
     IMAGES,
     StepResult,
@@ -35,12 +37,14 @@ from simclr_ray.train.gradient_parity import (
     take_steps,
     worst_difference,
 )
-from simclr_ray.train.ray_settings import root_failure, scaling_config, torch_config
+from simclr_ray.train.ray_settings import scaling_config, torch_config
 
-GATHERED: Final = 2**20  # bytes of a rank: z of 2,048 images' views, 128 numbers each, is 2 MiB
-REDUCED: Final = 32 * 2**20  # bytes of a gradient: a third of a ResNet-50's
+GATHERED: Final = 2**20  # bytes of a rank: z of both views of 1,024 images, 128 float32 each
+GRADIENT: Final = 4 * RESNET50_PARAMETERS  # bytes, in float32
+REDUCED: Final = 32 * 2**20  # of which so many are summed here, and the rest reckoned by them
 REPEATS: Final = 5
 ENOUGH_S: Final = 5.0  # of repeats
+ABORT_S: Final = 2.0  # until workers that wait for room are given up
 
 
 class RankReport(NamedTuple):
@@ -84,11 +88,39 @@ def check_workers(scaling: ScalingConfig, storage: str, timeout_s: float) -> lis
     Raises:
         ClusterError: A worker did not start or failed, or not all reported in time.
     """
+    late = f"{counted(scaling.min_workers, 'worker')} did not report within {timeout_s:.0f} s"
+    is_late = threading.Event()
+    try:
+        with (
+            _inbox() as inbox,
+            _interrupted_after(max(0.0, timeout_s - ABORT_S), is_late),
+            interrupts_kept(),
+        ):
+            _train(scaling, storage, timeout_s, inbox)
+            reports = _reported(inbox)
+    except KeyboardInterrupt:
+        if not is_late.is_set():
+            raise
+        raise ClusterError(late) from None
+    except ray.train.TrainingFailedError as error:
+        raise ClusterError(last_line(root_failure(error))) from error
+    except ray.exceptions.RayError as error:  # Ray Train's own process is gone, or the inbox
+        raise ClusterError(last_line(error)) from error
+    if len(reports) < scaling.min_workers:
+        raise ClusterError(late)
+    return sorted(reports)
+
+
+def _train(scaling: ScalingConfig, storage: str, timeout_s: float, inbox: PickledQueue) -> None:
+    """Start the fewest workers of a run, which report to the inbox and end; leave nothing."""
     num, folder = scaling.min_workers, RunFolder.of(storage, f".doctor-{uuid.uuid4().hex}")
     images = max(IMAGES, num)
-    inbox = driver_queue()
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _report,
+        scaling=scaling.model_copy(update={"num_workers": num}),
+        folder=folder,
+        inbox=inbox,
+        abort_s=ABORT_S,
         train_loop_config={
             "input": CheckInput(inbox, take_steps("float64", images=images), images)
         },
@@ -101,30 +133,27 @@ def check_workers(scaling: ScalingConfig, storage: str, timeout_s: float) -> lis
             logging_config=ray_config.LoggingConfig(log_level="ERROR"),
         ),
     )
-    is_late = threading.Event()
-    late = f"{counted(num, 'worker')} did not report within {timeout_s:.0f} s"
     try:
-        with _interrupted_after(timeout_s, is_late):
-            trainer.fit()
-    except (KeyboardInterrupt, SystemExit):  # Ray's handler aborts, and exits by 0
-        if not is_late.is_set():
-            raise KeyboardInterrupt from None
-        raise ClusterError(late) from None
-    except ray.train.TrainingFailedError as error:
-        raise ClusterError(last_line(root_failure(error))) from error
+        trainer.fit()
     finally:
         with contextlib.suppress(OSError):  # it has come to nothing before
             folder.remove_all()  # Ray Train has its own records there
-        reports = _reported(inbox)
+
+
+@contextlib.contextmanager
+def _inbox() -> Iterator[PickledQueue]:
+    """Give a queue on this node, and end it."""
+    inbox = driver_queue()
+    try:
+        yield inbox
+    finally:
         inbox.shutdown(force=True)
-    if len(reports) < num:
-        raise ClusterError(late)
-    return sorted(reports)
 
 
 def _reported(inbox: PickledQueue) -> list[RankReport]:
-    """Return what lies in the queue."""
-    return [inbox.get() for _ in range(inbox.qsize())]
+    """Return the reports in the queue, where causes of failures may lie as well."""
+    messages = (inbox.get() for _ in range(inbox.qsize()))
+    return [message for message in messages if isinstance(message, RankReport)]
 
 
 @contextlib.contextmanager
@@ -133,12 +162,10 @@ def _interrupted_after(seconds: float, is_late: threading.Event) -> Iterator[Non
 
     Ray Train has no limit for the start of its workers, and ends them where it is interrupted.
     """
-    main = threading.get_ident()
-    handler = signal.getsignal(signal.SIGINT)
 
     def end() -> None:
         is_late.set()
-        signal.pthread_kill(main, signal.SIGINT)
+        _thread.interrupt_main()  # a signal would not come through: Ray blocks it in its jobs
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -147,7 +174,7 @@ def _interrupted_after(seconds: float, is_late: threading.Event) -> Iterator[Non
         yield
     finally:
         timer.cancel()
-        signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
+        timer.join()  # it may be in the middle of it
 
 
 def _report(config: dict[str, Any]) -> None:

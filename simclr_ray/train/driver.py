@@ -8,9 +8,7 @@ name, made of the experiment and the images' fingerprint, so the same command co
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-import threading
 
 import ray
 import ray.train
@@ -42,14 +40,14 @@ from simclr_ray.tracking.store import store_uri
 from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.disk_space import check_space
-from simclr_ray.train.elastic import RESIZE_S, Trainer
-from simclr_ray.train.failures import final_error
+from simclr_ray.train.elastic import RESIZE_S, Trainer, interrupts_kept
+from simclr_ray.train.failures import final_error, root_failure
 from simclr_ray.train.frozen import fit_frozen
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.identity import is_new, newest_checkpoint, runs_of_this_name
 from simclr_ray.train.monitor import OnProgress, RunMonitor
 from simclr_ray.train.outcome import Run
-from simclr_ray.train.ray_settings import root_failure, scaling_config, torch_config
+from simclr_ray.train.ray_settings import scaling_config, torch_config
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
 from simclr_ray.train.restarts import FailureReport, cause_of
 from simclr_ray.train.rollback import Rollbacks, keeps_good, kept_by_ray, roll_back
@@ -212,22 +210,18 @@ def _fit(
     least = f"{scaling.min_workers} to " if scaling.is_elastic else ""
     log.info("starting %s%s", least, counted(scaling.max_workers, "worker"))
     watcher = RunMonitor(inbox, tracked, on_progress, resolved, health)
-    handler = signal.getsignal(signal.SIGINT)
     try:
-        with watcher:
+        with interrupts_kept(), watcher:
             trainer.fit()
-    except (KeyboardInterrupt, SystemExit):  # Ray's handler aborts the run and exits by 0
+    except KeyboardInterrupt:
         if watcher.fatal is None:
-            raise KeyboardInterrupt from None
+            raise
     except ray.train.TrainingFailedError as error:
         ours = watcher.fatal or final_error(error)
         raise ours or RunError(f"training failed: {_root_message(error)}") from error
     except ray.exceptions.RayError as error:  # Ray Train's own process is gone
         said = f"Ray has ended the run: {cause_of(error)}; the same command goes on"
         raise watcher.fatal or RestartsError(said) from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
     if watcher.fatal is not None:
         raise watcher.fatal
     watcher.say_bad_rows()

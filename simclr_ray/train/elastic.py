@@ -24,8 +24,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import ray
@@ -63,10 +63,12 @@ class Trainer(TorchTrainer):
         scaling: ScalingConfig,
         folder: RunFolder,
         inbox: PickledQueue,
+        abort_s: float = ABORT_S,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self._scaling, self._folder, self._inbox = scaling, folder, inbox
+        self._abort_s = abort_s
 
     def _create_default_callbacks(self) -> list[Any]:
         ends = BackendEnd(self.backend_config)
@@ -79,7 +81,7 @@ class Trainer(TorchTrainer):
         of_ray: Any = signal.getsignal(signal.SIGINT)
 
         def end(number: int, frame: Any) -> None:
-            late = threading.Timer(ABORT_S, ray.kill, [controller])
+            late = threading.Timer(self._abort_s, ray.kill, [controller])
             late.daemon = True
             late.start()
             try:
@@ -98,6 +100,22 @@ class Trainer(TorchTrainer):
             parts["scaling_policy"] = FixedWorkers(of_ray, self._scaling)
         parts["failure_policy"] = RestartPolicy(failures, self._inbox)
         return super()._initialize_and_run_controller(**parts)
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` for an interrupt while Ray trains; then put the handler back.
+
+    Ray's own handler aborts the run and exits by 0; and Ray leaves it behind.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 class FixedWorkers(FixedScalingPolicy):

@@ -28,6 +28,13 @@ def final_error(error: BaseException) -> SimclrRayError | None:
     return unwrap_error(error) or _of_a_full_disk(error)
 
 
+def root_failure(error: BaseException) -> BaseException:
+    """Return what a failed training failed by: the first worker's error, or the controller's."""
+    failures = getattr(error, "worker_failures", {})
+    root: BaseException = next(iter(failures.values()), getattr(error, "controller_failure", error))
+    return root
+
+
 def _of_a_full_disk(error: BaseException) -> StorageError | None:
     place = tempfile.gettempdir()  # where Ray keeps what does not fit into memory
     for cause in _causes(error):

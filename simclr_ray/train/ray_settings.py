@@ -36,10 +36,3 @@ def torch_config(scaling: ScalingConfig, timeout_s: float) -> ray.train.torch.To
     """Return the process group's backend, and how long it waits for a rank."""
     backend = "nccl" if scaling.gpus_per_worker else "gloo"
     return ray.train.torch.TorchConfig(backend=backend, timeout_s=max(1, int(timeout_s)))
-
-
-def root_failure(error: BaseException) -> BaseException:
-    """Return what a failed training failed by: the first worker's error, or the controller's."""
-    failures = getattr(error, "worker_failures", {})
-    root: BaseException = next(iter(failures.values()), getattr(error, "controller_failure", error))
-    return root

@@ -29,7 +29,7 @@ from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.delivery import STATE, Delivery
 from simclr_ray.tracking.runs import Status, TrackedRun, Tracker
 from simclr_ray.tracking.sender import Sender, sending
-from simclr_ray.tracking.store import delivering, store_uri
+from simclr_ray.tracking.store import CLUSTER_TAG, delivering, store_uri
 from simclr_ray.tracking.system_metrics import system_metrics
 from simclr_ray.train.rollback import Rollbacks
 from simclr_ray.train.run_log import DELIVERED, RunLog
@@ -276,9 +276,10 @@ def _started(resolved: ResolvedExperiment, tracker: Tracker) -> TrackedRun | Non
 
 
 def _cluster_tags() -> dict[str, str]:
-    from simclr_ray.distributed.cluster_health import cluster_tags  # Ray's: a sync needs none of it
+    from simclr_ray.distributed.cluster_health import cluster_result  # Ray's: no sync needs it
 
-    return cluster_tags()
+    result = cluster_result()
+    return {} if result is None else {CLUSTER_TAG: result}
 
 
 @contextmanager

@@ -103,9 +103,10 @@ def test_odd_nodes_are_named_each_with_what_is_wrong(cluster: Cluster) -> None:
     cluster.node("ahead", {"LD_PRELOAD": str(ahead)})
     apart = cluster.node("apart")
     hide(apart, cluster.storage)
-    done = cluster.doctor()
+    done = cluster.doctor(f"tracking.uri=sqlite:///{cluster.network.folder}/mlflow.db")
     said = done.stdout
     assert done.returncode == 1, said + done.stderr
+    assert re.search(r"FAIL +mlflow: .*: a file is no store for several machines\n", said), said
     assert re.search(r"FAIL +nodes: old: simclr-ray 0\.0\.1, not \S+\n", said), said
     assert re.search(r"FAIL +clock: ahead is 3,(59|60)\d s ahead of this machine\n", said), said
     assert re.search(r"FAIL +shared storage: .* not seen on apart\n", said), said

@@ -12,8 +12,11 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+import ray
 
+from simclr_ray.distributed import ray_cluster as ray_cluster_module
 from simclr_ray.distributed import ray_reaper
+from simclr_ray.distributed.cluster_health import cluster_result
 from simclr_ray.distributed.ray_token import MODE, TOKEN
 from tests.unit.distributed.test_ray_reaper import is_running
 
@@ -112,6 +115,7 @@ def test_it_asks_for_a_token_that_is_in_no_file_and_dies_with_its_driver(
 FAILS_ONCE = """
 import ray
 from simclr_ray.distributed import ray_cluster
+from simclr_ray.distributed.cluster_health import cluster_result
 
 start, starts = ray_cluster.init, []
 
@@ -130,13 +134,26 @@ def works():
     return 7
 
 print(len(starts), starts[0] != starts[1], len(ray.nodes()), ray.get(works.remote()))
+print(ray_cluster.is_local(), ray.get(ray.remote(ray_cluster.is_local).remote()))
+print(cluster_result(), ray.get(ray.remote(cluster_result).remote()))
 """
 
 
-def test_a_start_that_fails_is_made_again_and_leaves_one_ray(tmp_path: Path) -> None:
+def test_a_start_that_fails_is_made_again_and_leaves_one_ray_known_as_local_to_all(
+    tmp_path: Path,
+) -> None:
+    """A trial of a study runs in a worker, and is tagged by no `doctor --cluster` there either."""
     done = subprocess.run(
         [sys.executable, "-c", FAILS_ONCE], capture_output=True, text=True, timeout=180,
         env=environment(HOME=str(tmp_path)), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "True", "1", "7"]
+    first, *local = done.stdout.splitlines()
+    assert first.split() == ["2", "True", "1", "7"]
+    assert local == ["True True", "None None"]
+
+
+def test_a_cluster_that_was_joined_is_local_to_none_of_its_processes(ray_cluster: str) -> None:
+    assert not ray_cluster_module.is_local()
+    assert not ray.get(ray.remote(ray_cluster_module.is_local).remote())
+    assert ray.get(ray.remote(cluster_result).remote()) == cluster_result() is not None

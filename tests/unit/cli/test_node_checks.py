@@ -100,6 +100,26 @@ def test_a_clock_that_is_off_is_named(
     assert all(finding.detail == said and "NTP" in finding.advice for finding in clocks)
 
 
+def test_a_node_that_does_not_reach_the_tracking_server_is_named_with_why() -> None:
+    reports = [node("a"), node("b")._replace(cannot_reach="head:5000: timed out")]
+    found = by_check(compare_nodes(reports))
+    assert (found["tracking"].status, found["tracking"].detail) == (
+        "warn",
+        "b: head:5000: timed out",
+    )
+    assert found["nodes"].status == "ok"
+
+
+def test_a_node_connects_to_the_tracking_server_and_needs_no_storage_for_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = ("127.0.0.1", server.getsockname()[1])
+        reached = report_node("", "", address)
+    assert (reached.cannot_reach, reached.cannot_write, reached.sees_storage) == ("", "", True)
+    refused = report_node("", "", address, 5.0).cannot_reach
+    assert refused.startswith(f"127.0.0.1:{address[1]}: ")
+    assert "refused" in refused
+
+
 def test_a_folder_that_cannot_be_made_is_why_a_node_cannot_write(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")

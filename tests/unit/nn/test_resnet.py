@@ -7,9 +7,11 @@ import torch
 import torchvision
 from torch import nn
 
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
+from simclr_ray.nn.build import build_model
 from simclr_ray.nn.heads import linear_head, mlp_head
-from simclr_ray.nn.resnet import TRUNCATED_STD, ResNet, SelectiveKernel
+from simclr_ray.nn.resnet import RESNET50_PARAMETERS, TRUNCATED_STD, ResNet, SelectiveKernel
 from simclr_ray.nn.resnet import _Averaged as averaged
 
 
@@ -32,6 +34,11 @@ def test_parameters_are_as_many_as_published(depth: int, width: int, published: 
         encoder = ResNet(depth, width)
     assert millions(encoder) == pytest.approx(published, rel=0.005)
     assert encoder.feature_dim == (512 if depth < 50 else 2048) * width
+
+
+def test_the_paper_s_resnet50_with_its_head_has_the_stated_parameters() -> None:
+    model = build_model(Experiment.load("imagenet_resnet50"))
+    assert sum(p.numel() for p in model.parameters()) == RESNET50_PARAMETERS
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import OutOfDiskError
 
 from simclr_ray.errors import StorageError, TrackingError
-from simclr_ray.train.failures import final_error
+from simclr_ray.train.failures import final_error, root_failure
 
 
 class _FailedError(Exception):
@@ -48,3 +48,12 @@ def test_a_disk_that_is_full_of_ray_s_objects_is_named() -> None:
 )
 def test_other_errors_are_left_to_a_restart(other: Exception) -> None:
     assert final_error(_FailedError(other)) is None
+
+
+def test_a_training_fails_by_its_first_rank_else_by_what_ray_itself_met() -> None:
+    first, second = ValueError("of rank 0"), ValueError("of rank 1")
+    assert root_failure(_FailedError(first, second)) is first
+    of_ray = _FailedError()
+    of_ray.controller_failure = RuntimeError("no room")  # type: ignore[attr-defined]
+    assert str(root_failure(of_ray)) == "no room"
+    assert root_failure(first) is first
