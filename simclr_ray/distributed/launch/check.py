@@ -17,6 +17,7 @@ import yaml  # type: ignore[import-untyped]  # as Ray and kubectl read their fil
 
 from simclr_ray.config.experiment import Experiment, ScalingConfig
 from simclr_ray.config.findings import Finding, Findings
+from simclr_ray.config.tracking_uri import SERVER_ADVICE, WITHOUT_SCHEME, file_store_problem
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.launch.file import (
@@ -189,19 +190,12 @@ def _problem_of(path: str, launch: LaunchFile) -> str:
 def _check_tracking(launch: LaunchFile, experiment: Experiment) -> Finding:
     """Return whether all nodes reach the MLflow store, as far as its address tells."""
     uri = experiment.tracking.uri or launch.environment.get("MLFLOW_TRACKING_URI", "")
-    advice = "run an MLflow server, and set tracking.uri=http://HOST:5000 (docs/cluster.md)"
-    scheme = uri.partition(":")[0]
-    if not uri:
-        shown = "tracking.uri is not set: SQLite in `storage` is no store for several machines"
-        return Finding("tracking", "fail", shown, advice)
-    if scheme in ("databricks", "databricks-uc"):  # with a profile after ://, or without
-        return Finding("tracking", "ok", hide_passwords(uri))
-    if "://" not in uri or scheme in ("sqlite", "file"):
-        shown = f"tracking.uri={hide_passwords(uri)}: a file is no store for several machines"
-        return Finding("tracking", "fail", shown, advice)
-    if LOOPBACK.fullmatch(urlsplit(uri).hostname or ""):
+    if problem := file_store_problem(uri):
+        return Finding("tracking", "fail", problem, SERVER_ADVICE)
+    is_databricks = uri.startswith(WITHOUT_SCHEME)
+    if not is_databricks and LOOPBACK.fullmatch(urlsplit(uri).hostname or ""):
         shown = f"tracking.uri={hide_passwords(uri)} means each node itself"
-        return Finding("tracking", "fail", shown, advice)
+        return Finding("tracking", "fail", shown, SERVER_ADVICE)
     return Finding("tracking", "ok", hide_passwords(uri))
 
 
