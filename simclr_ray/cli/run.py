@@ -64,7 +64,7 @@ def stop(run: RunPlace) -> None:
     from simclr_ray.train.stop import request_stop
 
     state = status_of_run(RunFolder.at(run))
-    if state.folder.local is not None and state.state != "running":
+    if state.state != "running":
         raise ConfigError([ConfigIssue(state.folder.uri, "no driver holds it: nothing to stop")])
     request_stop(state.folder)
     out.print(f"asked {state.folder.uri} to stop", markup=False, soft_wrap=True)
@@ -85,17 +85,9 @@ def sync(run: RunPlace) -> None:
     parts += [counted(synced.writes, "other write")] if synced.writes else []
     parts += [f"the status {synced.status}"] if synced.status else []
     out.print(f"delivered: {', '.join(parts)}", markup=False)
-    if synced.still_runs:
-        out.print("its status stays: something writes to the folder still", markup=False)
 
 
-def remove(
-    run: RunPlace,
-    *,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also one in a bucket that was written just now.")
-    ] = False,
-) -> None:
+def remove(run: RunPlace) -> None:
     """Delete a run's folder, checkpoints included; in MLflow it is marked as deleted.
 
     Registered versions stay: their files lie in MLflow's store.
@@ -106,7 +98,7 @@ def remove(
     from simclr_ray.train.tracked import remove_run
 
     folder = RunFolder.at(run)
-    said = remove_run(folder, force=force)
+    said = remove_run(folder)
     out.print(f"deleted {folder.uri}{said}", markup=False, soft_wrap=True)
 
 

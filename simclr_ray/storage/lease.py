@@ -1,19 +1,28 @@
 """The lock of a run folder in a bucket: one driver at a time, by claims that are renewed.
 
 pyarrow, by which all buckets are opened here, has no conditional writes, so that the lock needs
-none. Whoever wants the folder writes a claim of its own below `lock/`, then lists the claims, and
-holds the folder where nobody else's is there. Of two that come at once the one that lists later
-sees the other, in a store whose listings show all that was written before: S3, GCS, Azure, HDFS and
-MinIO promise it.
+none; it needs listings that show what was written before, which S3, GCS, Azure, HDFS and MinIO
+promise. All lies below `lock/` of the folder:
 
-A claim is renewed every `RENEW_S`. One that was not for `LEASE_S` is of a process that was killed,
-or is cut off, and is taken away; so old is a claim by times that the store itself gave, so that no
-machine's clock counts. A holder that could not renew its own for so long goes on only where nobody
-has come meanwhile. What it writes between the last renewal and then may meet a new holder's.
+- `<id>`, a claim, of one driver and written by that alone. It `wants` the folder, then `holds` it.
+- `<id>.taken` says that a claim counts no more. It stays there: a claim that a slow request writes
+  once more after that is still one that was taken.
+
+To take the folder a driver writes its claim and lists all. Where nobody else's is there it writes
+that it holds, lists again, and holds where its claim is there and was not taken. Of two that come
+at once the one that lists later sees the other. The holder renews its claim every `RENEW_S`, and
+lists before and after: where the claim was taken or is gone it has lost the folder, and ends.
+
+A claim that was not renewed for `LEASE_S`, by the times that the store gave both, is of a driver
+that was killed or is cut off. Who comes marks it as taken, lists again, and passes it only where it
+is taken and still as old: one that was renewed meanwhile is of a driver that lives and is given the
+time to learn of it and end. So two go on at once only where the older one could not reach the store
+for `LEASE_S`, or stood still; at most until `RENEW_S` after it can.
 """
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import os
@@ -22,22 +31,27 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import pyarrow.fs as pafs
 
-from simclr_ray.storage.filesystem import filesystem, one_line
+from simclr_ray.config.logging import warn_once
+from simclr_ray.errors import RunError
+from simclr_ray.storage.filesystem import entries_in, filesystem, is_local, one_line, remove_file
 from simclr_ray.storage.run_lock import LOCK, LockedError
 
 RENEW_S: Final = 15.0
 LEASE_S: Final = 60.0
 POLL_S: Final = 1.0
+# Until a claim that is left there, renewed just before, is old, was taken and is old once more.
+MOST_LEASES: Final = 3
 HOLDS, WANTS = "holds", "wants"
+TAKEN, CLOCK = ".taken", ".clock"  # ends of names of what is no claim
 log = logging.getLogger(__name__)
-_mine: set[tuple[str, int]] = set()  # folders that threads of this process hold
+_mine: dict[tuple[str, int], Lease] = {}  # by folder and thread
 
 
 class Claim(NamedTuple):
@@ -47,17 +61,24 @@ class Claim(NamedTuple):
     renewed: datetime  # by the store's clock
     state: str
     who: str
+    is_taken: bool
+
+    def is_old(self, now: datetime) -> bool:
+        """Return whether it was last renewed too long before a time of the store's clock."""
+        return now - self.renewed > timedelta(seconds=LEASE_S)
 
 
 @contextmanager
 def hold(uri: str, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the folder at a URI while the block runs; a thread may nest blocks.
 
-    A holder that does not renew its claim is waited for until that is old enough to be taken away,
-    however short `wait_s`; one that does is told from it within `RENEW_S`.
+    A holder that does not renew its claim is waited for until that is old enough to be taken,
+    however short `wait_s`; one that does is told from it within `RENEW_S`. A block in the main
+    thread is interrupted where the folder is lost.
 
     Raises:
         LockedError: Another process holds it, and still does after `wait_s` seconds.
+        RunError: Another process has taken the folder since; or the store lists no claims.
         OSError: The store takes no claim.
     """
     key = (uri, threading.get_ident())
@@ -66,128 +87,272 @@ def hold(uri: str, wait_s: float = 0.0) -> Iterator[None]:
         return
     lease = Lease(uri)
     lease.acquire(wait_s)
-    _mine.add(key)
+    _mine[key] = lease
     try:
         yield
+        lease.check()
+    except BaseException:  # an interrupt, and what other code makes of one
+        lease.check()
+        raise
     finally:
-        _mine.discard(key)
+        del _mine[key]
         lease.release()
 
 
+def is_lost(uri: str) -> bool:
+    """Return whether this process held the folder at a URI and another one has taken it."""
+    return any(bool(lease.lost) for (held, _), lease in list(_mine.items()) if held == uri)
+
+
 def holder_of(uri: str) -> str:
-    """Return who holds the folder at a URI, or nothing. Only looks, by this machine's clock."""
-    now = datetime.now(UTC)
-    fresh = [c for c in claims_at(uri) if now - c.renewed < timedelta(seconds=2 * LEASE_S)]
-    return next((claim.who for claim in fresh if claim.state == HOLDS), "")
+    """Return who holds the folder at a URI, or nothing, as `ClaimStore.holder` does."""
+    return ClaimStore.of(uri).holder()
 
 
 def claims_at(uri: str) -> list[Claim]:
     """Return the claims on the folder at a URI."""
-    files, root = filesystem(uri)
-    entries = files.get_file_info(pafs.FileSelector(f"{root}/{LOCK}", allow_not_found=True))
-    return [_read(files, entry) for entry in entries if entry.is_file]
+    return ClaimStore.of(uri).claims()
 
 
-def _read(files: pafs.FileSystem, entry: pafs.FileInfo) -> Claim:
-    tree = {}
-    # gone again, or half written
-    with suppress(OSError, ValueError), files.open_input_stream(entry.path) as stream:
-        tree = json.loads(stream.read())
-    renewed = entry.mtime or datetime.now(UTC)
-    state, who = str(tree.get("state", WANTS)), str(tree.get("who", "another process"))
-    return Claim(entry.base_name, renewed, state, who)
+class ClaimStore:
+    """The files below `lock/` of a folder."""
+
+    def __init__(self, files: pafs.FileSystem, root: str) -> None:
+        self.files, self.place = files, f"{root}/{LOCK}"
+
+    @classmethod
+    def of(cls, uri: str) -> ClaimStore:
+        """Return that of the folder at a URI; raise `DataError` where it cannot be opened."""
+        return cls(*filesystem(uri))
+
+    def claims(self) -> list[Claim]:
+        """Return the claims; one that cannot be read counts as a holder's."""
+        entries = [entry for entry in entries_in(self.files, self.place) if entry.is_file]
+        names = {entry.base_name for entry in entries}
+        claims = []
+        for entry in entries:
+            if not entry.base_name.endswith((TAKEN, CLOCK)):
+                with suppress(FileNotFoundError):  # gone again
+                    claims.append(self._read(entry, is_taken=entry.base_name + TAKEN in names))
+        return claims
+
+    def _read(self, entry: pafs.FileInfo, *, is_taken: bool) -> Claim:
+        tree: Any = None
+        try:
+            with self.files.open_input_stream(entry.path) as stream:
+                tree = json.loads(stream.read())
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:  # on a disk it may be half written
+            log.debug("%s cannot be read: %s", entry.path, one_line(error))
+        tree = tree if isinstance(tree, dict) else {}
+        state, who = str(tree.get("state", HOLDS)), str(tree.get("who", "another process"))
+        return Claim(entry.base_name, entry.mtime or datetime.now(UTC), state, who, is_taken)
+
+    def has(self, name: str) -> bool:
+        """Return whether a claim is there and was not taken."""
+        names = {entry.base_name for entry in entries_in(self.files, self.place)}
+        return name in names and name + TAKEN not in names
+
+    def write(self, name: str, state: str) -> None:
+        """Write a claim of this process."""
+        self._put(name, {"state": state, "who": _who()})
+
+    def take(self, name: str) -> None:
+        """Say that a claim counts no more, and for whom."""
+        self._put(name + TAKEN, {"who": _who()})
+
+    def taker_of(self, name: str) -> str:
+        """Return who has taken a claim, as far as that can be read."""
+        path = f"{self.place}/{name}{TAKEN}"
+        unreadable = suppress(OSError, ValueError, KeyError, TypeError)
+        with unreadable, self.files.open_input_stream(path) as stream:
+            return str(json.loads(stream.read())["who"])
+        return "another process, which has removed the claim of this one"
+
+    def remove(self, name: str) -> None:
+        """Remove a claim, if it is there."""
+        remove_file(self.files, f"{self.place}/{name}")
+
+    def holder(self) -> str:
+        """Return who holds the folder, or nothing.
+
+        How old a claim is, is told by the store's clock, read off a file that is written beside it
+        and removed. Where that cannot be written this machine's clock is taken, and that is said.
+        """
+        holders = [claim for claim in self.claims() if claim.state == HOLDS]
+        if not holders:
+            return ""
+        try:
+            now = self.now()
+        except OSError as error:
+            now = datetime.now(UTC)
+            why = f"nothing can be written there ({one_line(error)})"
+            warn_once(log, f"{self.place}: ages of claims are by this machine's clock, since {why}")
+        return next((claim.who for claim in holders if not claim.is_old(now)), "")
+
+    def now(self) -> datetime:
+        """Return the time by the store's clock; raise `OSError` where it takes no file."""
+        name = f"{platform.node()}{CLOCK}"
+        self._put(name, {})
+        written: datetime | None = self.files.get_file_info(f"{self.place}/{name}").mtime
+        with suppress(OSError):  # the next time it is written anew
+            self.remove(name)
+        if written is None:
+            raise OSError(f"{self.place}/{name} has no time")
+        return written
+
+    def _put(self, name: str, tree: dict[str, str]) -> None:
+        if is_local(self.files):  # a bucket has no folders
+            self.files.create_dir(self.place, recursive=True)
+        with self.files.open_output_stream(f"{self.place}/{name}") as stream:
+            stream.write(json.dumps(tree).encode())
 
 
 class Lease:
-    """A claim of this process on a folder, and the thread that renews it."""
+    """A claim of this process on a folder, and the thread that renews it.
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.name = uuid.uuid4().hex
-        self._state = WANTS
-        self._renewed_at = 0.0
+    Attributes:
+        lost: By whom the claim was taken; empty while it holds.
+    """
+
+    def __init__(self, uri: str, store: ClaimStore | None = None) -> None:
+        self.uri, self.store = uri, store or ClaimStore.of(uri)
+        self.name, self.lost = uuid.uuid4().hex, ""
         self._is_over = threading.Event()
+        self._holder = threading.current_thread()
+        # as in a task of Ray's, where a signal would stay pending
+        self._is_deaf = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._thread: threading.Thread | None = None
 
     def acquire(self, wait_s: float) -> None:
-        """Hold the folder, or raise `LockedError` with who does."""
+        """Hold the folder, or raise as `hold` does."""
         began, first_seen = time.monotonic(), dict[str, datetime]()
         try:
-            while rivals := self._rivals():
-                holders = [claim for claim in rivals if claim.state == HOLDS]
-                for claim in holders:
-                    if claim.name not in first_seen:
-                        log.info("%s is claimed by %s", self.uri, claim.who)
-                    first_seen.setdefault(claim.name, claim.renewed)
-                renews = any(first_seen[claim.name] < claim.renewed for claim in holders)
-                if holders or min(claim.name for claim in rivals) < self.name:
-                    self._remove(self.name)  # of two that only want it, the first by name stays
-                waited = time.monotonic() - began
-                if waited >= wait_s and (renews or waited > 2 * LEASE_S):
-                    raise LockedError((holders or rivals)[0].who)
+            while (rivals := self.rivals()) is not None:
+                self._refuse(rivals, first_seen, time.monotonic() - began, wait_s)
                 time.sleep(POLL_S)
         except BaseException:
-            self._remove(self.name)
+            self._withdraw()
             raise
-        self._state = HOLDS
-        self._write()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
+
+    def _refuse(
+        self, rivals: Sequence[Claim], seen: dict[str, datetime], waited: float, wait_s: float
+    ) -> None:
+        """Raise where the folder is not to be had: its holder lives, or nothing goes on."""
+        holders = [claim for claim in rivals if claim.state == HOLDS]
+        for claim in holders:
+            if claim.name not in seen:
+                log.info("%s is claimed by %s", self.uri, claim.who)
+            seen.setdefault(claim.name, claim.renewed)
+        renews = any(seen[c.name] < c.renewed and not c.is_taken for c in holders)
+        if waited < wait_s or not (renews or waited > MOST_LEASES * LEASE_S):
+            return
+        if rivals:
+            raise LockedError((holders or rivals)[0].who)
+        raise RunError(f"{self.uri} cannot be locked: its store lists nothing written just before")
+
+    def rivals(self) -> Sequence[Claim] | None:
+        """Try to hold the folder; return the claims that stand against it, or None where it does.
+
+        There are none where the own claim is not listed, or was taken while this process stood
+        still: it is to be tried again.
+        """
+        self.store.write(self.name, WANTS)
+        claims = self.store.claims()
+        own = next((claim for claim in claims if claim.name == self.name), None)
+        if own is None:
+            return []
+        if own.is_taken:
+            self._withdraw()
+            self.name = uuid.uuid4().hex
+            return []
+        others = [c for c in claims if c.name != self.name]
+        rivals = [c for c in others if not self._passes(c, own.renewed)]
+        if not rivals:
+            self.store.write(self.name, HOLDS)
+            return None if self.store.has(self.name) else []
+        if min(rivals).name < self.name or any(claim.state == HOLDS for claim in rivals):
+            self._withdraw()  # of two that only want it, the first by name stays
+        return rivals
+
+    def _passes(self, claim: Claim, now: datetime) -> bool:
+        """Return whether a claim of another counts no more; see to it where it is old."""
+        if not claim.is_old(now):
+            return False
+        if claim.is_taken:
+            with suppress(OSError):  # it stays, and is passed again
+                self.store.remove(claim.name)
+            return True
+        log.warning("%s was left by %s; it is taken over", self.uri, claim.who)
+        self.store.take(claim.name)
+        return False  # it may have been renewed meanwhile
 
     def release(self) -> None:
         """Let go of the folder."""
         self._is_over.set()
         if self._thread is not None:
             self._thread.join()
-        self._remove(self.name)
+        self._withdraw()
 
-    def _rivals(self) -> list[Claim]:
-        """Write the claim; return those of others, after those that are too old are taken away."""
-        while True:
-            self._write()
-            claims = claims_at(self.uri)
-            own = [claim for claim in claims if claim.name == self.name]
-            others = [claim for claim in claims if claim.name != self.name]
-            old = [c for c in others if own and _is_old(c, own[0])]
-            for claim in old:
-                log.warning("%s was left by %s; it is taken over", self.uri, claim.who)
-                self._remove(claim.name)
-            if own and not old:  # else they have come or gone meanwhile: look again
-                return others
+    def check(self) -> None:
+        """Raise `RunError` where another process has taken the folder."""
+        if self.lost:
+            raise RunError(
+                f"{self.uri} was taken over by {self.lost}: for {LEASE_S:.0f} s this one had not "
+                "renewed its claim, as where the store does not answer or the machine sleeps"
+            )
+
+    def renew(self) -> None:
+        """Renew the claim, and note where it was taken, before that or on its way."""
+        if self.store.has(self.name):
+            self.store.write(self.name, HOLDS)
+        if not self.store.has(self.name):
+            self.lost = self.store.taker_of(self.name)
 
     def _keep(self) -> None:
         """Renew the claim until it is over, or lost."""
+        renewed_at, is_late = time.monotonic(), False
         while not self._is_over.wait(RENEW_S):
             try:
-                if time.monotonic() - self._renewed_at > LEASE_S and self._is_lost():
-                    log.error("%s was taken by another process; this one ends", self.uri)
-                    os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: what there is is saved
-                    return
-                self._write()
-            except OSError as error:  # a store that does not answer now
+                self.renew()
+                renewed_at, is_late = time.monotonic(), False
+            except Exception as error:  # noqa: BLE001 - whatever it is, it may be over next time
                 log.debug("the claim on %s is not renewed: %s", self.uri, one_line(error))
+                if not is_late and time.monotonic() - renewed_at > LEASE_S / 2:
+                    is_late = True
+                    log.warning(
+                        "the claim on %s could not be renewed for %.0f s (%s); after %.0f s "
+                        "another driver may take it", self.uri,
+                        time.monotonic() - renewed_at, one_line(error), LEASE_S,
+                    )  # fmt: skip
+            if self.lost:
+                log.warning("%s was taken over by %s; this one ends", self.uri, self.lost)
+                self._interrupt()
+                return
 
-    def _is_lost(self) -> bool:
-        """Return whether another process has come since the claim was renewed."""
-        claims = claims_at(self.uri)
-        is_there = any(claim.name == self.name for claim in claims)
-        return not is_there or any(c.name != self.name and c.state == HOLDS for c in claims)
+    def _interrupt(self) -> None:
+        """Interrupt who holds the folder, as Ctrl-C does; only a main thread can be."""
+        if self._holder is not threading.main_thread():
+            return
+        if self._is_deaf:
+            _thread.interrupt_main()
+        elif self._holder.ident is not None:  # this one ends a wait in the system as well
+            signal.pthread_kill(self._holder.ident, signal.SIGINT)
 
-    def _write(self) -> None:
-        files, root = filesystem(self.uri)
-        who = f"process {os.getpid()} on {platform.node()}"
-        if isinstance(files, pafs.LocalFileSystem):
-            files.create_dir(f"{root}/{LOCK}", recursive=True)
-        with files.open_output_stream(f"{root}/{LOCK}/{self.name}") as stream:
-            stream.write(json.dumps({"state": self._state, "who": who}).encode())
-        self._renewed_at = time.monotonic()
-
-    def _remove(self, name: str) -> None:
-        files, root = filesystem(self.uri)
-        with suppress(OSError):  # it is gone, or counts as old in a minute
-            files.delete_file(f"{root}/{LOCK}/{name}")
+    def _withdraw(self) -> None:
+        """Remove the claim of this process; one that stays is old in a minute."""
+        try:
+            self.store.remove(self.name)
+        except OSError as error:
+            warn_once(
+                log,
+                f"a claim of this driver stays in {self.uri}/{LOCK}, and the next one waits for "
+                f"{LEASE_S:.0f} s ({one_line(error)}); permit to delete what lies there",
+            )
 
 
-def _is_old(claim: Claim, own: Claim) -> bool:
-    """Return whether a claim was last renewed too long before one that was just written."""
-    return own.renewed - claim.renewed > timedelta(seconds=LEASE_S)
+def _who() -> str:
+    return f"process {os.getpid()} on {platform.node()}"

@@ -267,7 +267,7 @@ class RunFolder:
         files.delete_dir(f"{root}/{name}")
 
     def remove_all(self) -> None:
-        """Delete the folder with all that is in it."""
+        """Delete the folder with all that is in it; `removal` does so where a driver may run."""
         files, root = self._open()
         files.delete_dir(root)
 
@@ -337,7 +337,7 @@ class RunFolder:
             wait_s: For another to let go of it.
 
         Raises:
-            RunError: Another driver holds it.
+            RunError: Another driver holds it, or has taken it while the block ran.
         """
         with ExitStack() as stack:
             try:

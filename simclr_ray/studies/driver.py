@@ -22,6 +22,7 @@ from simclr_ray.distributed.ray_cluster import (
     is_local,
 )
 from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage.lease import is_lost
 from simclr_ray.storage.provenance import versions_of
 from simclr_ray.studies.concurrency import (
     Concurrency,
@@ -65,10 +66,10 @@ def run_study(study: Study, *, command: str = "") -> StudyFolder:
     base, trials = cfg.validate(Experiment, tree), plan(study, tree)
     digest = digest_of_study(study, base)
     fingerprints = check_startable(study, trials)
-    folder.withdraw_stop()
-    tracker = Tracker.open(base.tracking, base.storage)  # refuses before Ray starts
-    concurrency = start_cluster(study, trials)
     with folder.files.lock(LOOKED_AT_S):
+        folder.withdraw_stop()
+        tracker = Tracker.open(base.tracking, base.storage)  # refuses before Ray starts
+        concurrency = start_cluster(study, trials)
         folder.write_definition(study, base, digest)
         parent = _parent_run(study, folder, tracker)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
@@ -88,10 +89,11 @@ def run_study(study: Study, *, command: str = "") -> StudyFolder:
             status = "FAILED"
             raise
         finally:
-            try:
-                tracker.end_left_running(parent.run_id)
-            finally:
-                parent.finish(status)
+            if not is_lost(folder.uri):  # else they are of the driver that has the study now
+                try:
+                    tracker.end_left_running(parent.run_id)
+                finally:
+                    parent.finish(status)
     return folder
 
 

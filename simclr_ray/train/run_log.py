@@ -12,6 +12,7 @@ from typing import Any
 
 from simclr_ray.errors import RunError, StorageError
 from simclr_ray.storage.filesystem import one_line
+from simclr_ray.storage.lease import is_lost
 from simclr_ray.storage.metrics_log import append_record, read_records
 from simclr_ray.storage.rank_states import RANKS
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, OTHER_METRICS, RunFolder
@@ -114,7 +115,7 @@ class RunLog:
             OSError: The folder cannot be written.
         """
         self._uploaded_at = time.monotonic()
-        if self.folder.local is not None:
+        if self.folder.local is not None or is_lost(self.folder.uri):  # the log is another driver's
             return
         for name in FILES:
             if (self.path / name).is_file() and self._uploaded.get(name) != self._stamp(name):
@@ -130,13 +131,12 @@ class RunLog:
             log.warning("%s: %s", CANNOT_BE_UPLOADED, one_line(error))
 
     def upload_if_due(self) -> None:
-        """Bring a remote folder up to date, once a minute; one file at least shows that it lives.
+        """Bring a remote folder up to date, once a minute.
 
         Raises:
             OSError: The folder cannot be written.
         """
         if time.monotonic() - self._uploaded_at > UPLOAD_EVERY_S:
-            self._uploaded.pop(STATE, None)
             self.upload()
 
     def _stamp(self, name: str) -> tuple[int, int]:

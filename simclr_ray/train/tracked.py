@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,8 @@ from simclr_ray.errors import (
     TrackingError,
     TrackingUnavailableError,
 )
+from simclr_ray.storage.lease import is_lost
+from simclr_ray.storage.removal import remove_unlocked
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, OTHER_METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.delivery import STATE, Delivery
@@ -38,7 +39,6 @@ if TYPE_CHECKING:  # of what imports torch: a sync needs none of it
     from simclr_ray.train.resolve import ResolvedExperiment
 
 STOPPED_PATIENCE_S = 5.0  # who stops a run waits for its end, or kills it
-STALE_S = 600.0  # a remote run's driver writes every minute; there is no lock to ask
 log = logging.getLogger(__name__)
 
 
@@ -56,7 +56,6 @@ class Synced(NamedTuple):
     points: int
     writes: int  # texts, files, parameters, tags
     status: str  # that the run was given; empty: it had it
-    still_runs: bool = False  # a remote run was written to lately, and keeps its status
 
 
 class Writes:
@@ -128,7 +127,8 @@ def tracked_run(resolved: ResolvedExperiment, tracker: Tracker | None) -> Iterat
                     yield Tracked(delivery.run.run_id, run_log, sender)
             except BaseException as error:
                 is_stopped = not isinstance(error, Exception)
-                delivery.want("KILLED" if is_stopped else "FAILED")
+                if not is_lost(folder.uri):  # else the MLflow run is of the driver that has it now
+                    delivery.want("KILLED" if is_stopped else "FAILED")
                 if is_stopped or isinstance(error, StorageError):  # MLflow may lie on that disk
                     sender.patience_s = STOPPED_PATIENCE_S
                 raise
@@ -181,40 +181,28 @@ def sync_run(folder: RunFolder) -> Synced:
         run = TrackedRun.attach(record.tracking_uri, record.mlflow_run_id)
         delivery = _delivery(folder, run_log, run)
         writes, wanted = len(delivery.state.owed), delivery.state.status
-        still_runs = _was_written_lately(folder) and wanted in ("", "RUNNING")
         before = run.status()
-        if wanted in ("", "RUNNING") and before == "RUNNING" and not still_runs:
+        if wanted in ("", "RUNNING") and before == "RUNNING":
             delivery.want("KILLED")
         elif wanted not in ("", "RUNNING", before):
             delivery.want(wanted)  # type: ignore[arg-type] # read from JSON
         while (sent := delivery.send()) is not None:
             points += sent
-        after = delivery.state.status if not still_runs else before
-    return Synced(points, writes, "" if after in ("", before) else after, still_runs)
+        after = delivery.state.status
+    return Synced(points, writes, "" if after in ("", before) else after)
 
 
-def remove_run(folder: RunFolder, *, force: bool = False) -> str:
+def remove_run(folder: RunFolder) -> str:
     """Delete a run's folder, and mark MLflow's run as deleted; return what is left, as a clause.
 
-    Args:
-        folder: Of the run.
-        force: Also in a bucket where it was written within the last minutes: there no lock says
-            whether a driver runs.
-
     Raises:
-        ConfigError: The folder holds no run, or in a bucket one that may be running.
+        ConfigError: The folder holds no run.
         RunError: Its driver runs.
     """
     record = RunRecord.find(folder)
     if record is None and folder.read_text(CONFIG_FILE) is None:
         raise ConfigError([ConfigIssue(folder.uri, "is no run folder")])
-    state = folder.read_json(STATE, dict) or {}
-    may_run = _was_written_lately(folder) and state.get("status", "") in ("", "RUNNING")
-    if may_run and not force:
-        problem = f"was written within the last {STALE_S / 60:.0f} minutes and may be running"
-        raise ConfigError([ConfigIssue(folder.uri, f"{problem} (--force)")])
-    with folder.lock():
-        folder.remove_all()
+    remove_unlocked(folder)
     if record is None:
         return ""
     try:
@@ -222,11 +210,6 @@ def remove_run(folder: RunFolder, *, force: bool = False) -> str:
     except (ConfigError, TrackingError) as error:
         return f"; MLflow's run stays: {error}"
     return ""
-
-
-def _was_written_lately(folder: RunFolder) -> bool:
-    written = folder.written_at() if folder.local is None else None
-    return written is not None and time.time() - written.timestamp() < STALE_S
 
 
 def _delivery(folder: RunFolder, run_log: RunLog, run: TrackedRun | None = None) -> Delivery:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from simclr_ray.errors import RunError
+from simclr_ray.storage import lease
+from simclr_ray.studies.driver import run_study
+from simclr_ray.studies.files import load_study
+from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.plan import study_folder
 from tests.ray.images import write_shapes
 from tests.unit.cli.in_process import enter, run
 
@@ -162,3 +169,22 @@ def test_a_file_of_another_tool_is_one_line(capsys: pytest.CaptureFixture[str]) 
     Path("sweep.yaml").unlink()
     (line,) = ended.problems
     assert line.startswith("error: sweep.yaml: holds no study: unknown keys program, method")
+
+
+def test_a_driver_that_is_refused_does_not_withdraw_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.2)
+    monkeypatch.setattr(lease, "POLL_S", 0.05)
+    monkeypatch.setattr("simclr_ray.studies.driver.LOOKED_AT_S", 0.0)
+    Path("study.yaml").write_text(json.dumps(STUDY))
+    study = load_study("study.yaml", "", f"storage={tmp_path.as_uri()}")
+    folder = StudyFolder(*study_folder(study))
+    folder.request_stop()
+    with (
+        folder.files.lock(),
+        ThreadPoolExecutor(1) as pool,  # a thread that holds a folder may hold it again
+        pytest.raises(RunError, match="is being run by process"),
+    ):
+        pool.submit(run_study, study).result()
+    assert folder.stop_requested()

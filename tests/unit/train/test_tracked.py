@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from mlflow.exceptions import MlflowException
 from ray.util.queue import Empty
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import ConfigError, RunError, TrackingError, TrackingUnavailableError
+from simclr_ray.errors import RunError, TrackingError, TrackingUnavailableError
 from simclr_ray.inference import registry
+from simclr_ray.storage import lease
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
@@ -127,7 +129,7 @@ def test_a_run_that_mlflow_leaves_ends_as_it_would_and_is_delivered_later(
     synced = sync_run(resolved.folder)
     assert synced.status == "FINISHED"
     assert mlflow_of(resolved.folder) == ("FINISHED", [0, 1])
-    assert sync_run(resolved.folder) == (0, 0, "", False)
+    assert sync_run(resolved.folder) == (0, 0, "")
 
 
 def test_a_new_run_needs_mlflow_and_one_that_was_begun_goes_on_without(
@@ -288,7 +290,7 @@ def test_the_local_log_does_not_wait_for_an_mlflow_that_is_slow(
 
 
 def test_a_remote_folder_has_log_and_position_and_is_synced_from_anywhere(
-    resolved: ResolvedExperiment, storage: Path, outage: Outage, monkeypatch: pytest.MonkeyPatch
+    resolved: ResolvedExperiment, storage: Path, outage: Outage
 ) -> None:
     uri = f"sqlite:///{storage}/runs/mlflow.db"
     tracking = resolved.config.tracking.model_copy(update={"uri": uri})
@@ -307,7 +309,7 @@ def test_a_remote_folder_has_log_and_position_and_is_synced_from_anywhere(
         writes.file(table)
         writes.metrics({"final/x": 1.0}, 5)
     outage.is_on = False
-    assert sync_run(folder) == (3, 2, "", False)  # points; parameters and a file
+    assert sync_run(folder) == (3, 2, "")  # points; parameters and a file
     assert mlflow_of(folder) == ("FINISHED", list(range(5)))
     client = MlflowClient(tracking_uri=uri)
     run_id = RunRecord.read(folder).mlflow_run_id
@@ -315,17 +317,39 @@ def test_a_remote_folder_has_log_and_position_and_is_synced_from_anywhere(
     client.update_run(run_id, status="RUNNING")  # as a kill leaves it
     state = (folder.read_text(STATE) or "").replace("FINISHED", "RUNNING")
     folder.write_text(STATE, state)
-    assert sync_run(folder) == (0, 0, "", True)
-    with pytest.raises(ConfigError, match=r"within the last 10 minutes and may be running"):
-        remove_run(folder)
-    assert folder.names("")
-    monkeypatch.setattr(tracked, "STALE_S", -1.0)
-    assert sync_run(folder) == (0, 0, "KILLED", False)
+    with folder.lock(), ThreadPoolExecutor(1) as pool:  # a thread may nest
+        for verb in (sync_run, remove_run):
+            with pytest.raises(RunError, match="is being run by process"):
+                pool.submit(verb, folder).result()
+    assert mlflow_of(folder)[0] == "RUNNING"
+    assert sync_run(folder) == (0, 0, "KILLED")  # written just now, and by nobody who runs
     assert mlflow_of(folder)[0] == "KILLED"
-    monkeypatch.undo()
-    assert remove_run(folder) == ""  # written just now, and by nobody who runs
-    assert not folder.names("")
+    assert remove_run(folder) == ""
+    assert not (storage / "bucket" / folder.name).exists()
     assert client.get_run(run_id).info.lifecycle_stage == "deleted"
+
+
+def test_a_driver_that_lost_the_run_leaves_its_log_and_status_to_who_has_it(
+    resolved: ResolvedExperiment, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.1)
+    uri = f"sqlite:///{storage}/runs/mlflow.db"
+    tracking = resolved.config.tracking.model_copy(update={"uri": uri})
+    update = {"storage": (storage / "bucket").as_uri(), "tracking": tracking}
+    there = ResolvedExperiment(resolved.config.model_copy(update=update), resolved.source)
+    folder = there.folder
+
+    def lose() -> None:
+        with folder.lock(), tracked_run(there, open_tracker(there)) as run:
+            (claim,) = lease.claims_at(folder.uri)
+            lease.ClaimStore.of(folder.uri).take(claim.name)  # as one does that finds it old
+            run.log.append(METRICS, record(0))
+            threading.Event().wait(60)
+
+    with pytest.raises(RunError, match="was taken over by process"):
+        lose()
+    assert mlflow_of(folder)[0] == "RUNNING"
+    assert folder.read_text(METRICS) is None
 
 
 def test_a_kill_of_a_remote_runs_driver_costs_no_point_that_mlflow_has(
