@@ -172,7 +172,7 @@ def test_drivers_that_are_killed_at_any_moment_leave_every_point_once_after_a_sy
     assert steps_in_mlflow(resolved)[0] == "RUNNING"
     assert sync_run(resolved.folder).status == "KILLED"
     assert steps_in_mlflow(resolved) == ("KILLED", list(range(last + 1)))
-    assert sync_run(resolved.folder) == (0, 0, "", False)
+    assert sync_run(resolved.folder) == (0, 0, "")
 
 
 def record_steps(resolved: ResolvedExperiment) -> list[int]:
