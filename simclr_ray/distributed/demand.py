@@ -18,7 +18,12 @@ from ray.util.placement_group import (
 )
 
 from simclr_ray.config.experiment import Experiment, ScalingConfig
-from simclr_ray.distributed.placement import check_cluster, free_nodes, workers_on
+from simclr_ray.distributed.placement import (
+    check_cluster,
+    free_nodes,
+    worker_resources,
+    workers_on,
+)
 from simclr_ray.distributed.ray_cluster import is_local
 from simclr_ray.errors import ClusterError
 
@@ -73,11 +78,8 @@ class Demand:
     """
 
     def __init__(self, scaling: ScalingConfig) -> None:
-        worker = {"CPU": scaling.cpus_per_worker}
-        if scaling.gpus_per_worker:
-            worker["GPU"] = scaling.gpus_per_worker
         parts = [
-            (worker, scaling.worker_selector),
+            (worker_resources(scaling), scaling.worker_selector),
             ({"CPU": scaling.data_cpus_per_worker}, scaling.data_label_selector),
         ] * scaling.max_workers
         self._bundles = [bundle for bundle, _ in parts]

@@ -85,6 +85,12 @@ def _has(value: str | None, expression: str) -> bool:
     return (value in values) != bool(negated)
 
 
+def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
+    """Return what a worker reserves, by Ray's names."""
+    gpus = {"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {}
+    return {"CPU": scaling.cpus_per_worker, **gpus}
+
+
 def workers_on(nodes: Sequence[Node], scaling: ScalingConfig) -> int:
     """Return how many workers, with their data actors, find room on nodes with such resources.
 

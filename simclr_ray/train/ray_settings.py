@@ -1,4 +1,4 @@
-"""What Ray Train is told of a run's workers, the same for whoever starts them."""
+"""What Ray Train is given of a run's workers, the same for whoever starts them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ray.train.torch
 import ray.train.v2.api.config as ray_config
 
 from simclr_ray.config.experiment import ScalingConfig
+from simclr_ray.distributed.placement import worker_resources
 
 
 def scaling_config(
@@ -20,13 +21,10 @@ def scaling_config(
         num_workers: Of them; (least, most) where it may change.
         options: Further ones of Ray's.
     """
-    resources = {"CPU": scaling.cpus_per_worker}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = scaling.gpus_per_worker
     return ray_config.ScalingConfig(
         num_workers=num_workers,
         use_gpu=scaling.gpus_per_worker > 0,
-        resources_per_worker=resources,
+        resources_per_worker=worker_resources(scaling),
         label_selector=scaling.worker_selector or None,
         **options,
     )
