@@ -160,20 +160,33 @@ def status(
     experiment = Experiment.load(source, *(overrides or [])) if source else None
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
-        raise ClusterError("RAY_ADDRESS is unset: without it, runs start Ray on this machine")
+        raise ClusterError(
+            "RAY_ADDRESS is unset: without it, runs start Ray on this machine; set it to HOST:6379 "
+            "of a cluster's head, or submit this by `ray job submit`"
+        )
     loading("ray")
-    from simclr_ray.distributed.placement import check_cluster, nodes, room_text
+    from simclr_ray.distributed.placement import (
+        OF_EVERY_NODE,
+        check_cluster,
+        free_nodes,
+        nodes,
+        room_text,
+    )
     from simclr_ray.distributed.ray_cluster import connect
 
     connect()
     all_nodes = nodes()
     alive = [node for node in all_nodes if node.is_alive]
-    rows = [
-        [n.address, "alive" if n.is_alive else "gone", f"{n.cpus:g}", f"{n.gpus:g}"]
-        for n in all_nodes
-    ]
+    free = {node.id: node for node in free_nodes()}
+    rows = []
+    for node in all_nodes:
+        left = free.get(node.id, node._replace(cpus=0.0, gpus=0.0))
+        labels = [f"{k}={v}" for k, v in node.labels.items() if k not in OF_EVERY_NODE]
+        state = "gone" if not node.is_alive else "alive" if node.id in free else "leaving"
+        amounts = [f"{left.cpus:g} of {node.cpus:g}", f"{left.gpus:g} of {node.gpus:g}"]
+        rows.append([node.address, state, *amounts, ", ".join(labels)])
     title = f"{counted(len(alive), 'node')} alive at {address}"
-    show_table(title, ["node", "state", "CPUs", "GPUs"], rows)
+    show_table(title, ["node", "state", "CPUs free", "GPUs free", "labels"], rows)
     if experiment is not None:
         check_cluster(experiment)
         show_pairs({"fits": room_text(experiment.scaling)})

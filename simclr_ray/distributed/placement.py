@@ -150,6 +150,28 @@ def check_cluster(experiment: Experiment) -> None:
             f"decoding; the {counted(len(alive), 'node')} of the cluster have room for {room}; "
             "lower scaling.num_workers, scaling.cpus_per_worker or scaling.data_actors_per_worker"
         )
+    of = experiment.evaluation  # its actors come after training, when it would be too late
+    check_actors(of.num_actors, of.cpus_per_actor, of.gpus_per_actor, scaling.worker_selector)
+
+
+def check_actors(num: int, cpus: float, gpus: float, selector: Mapping[str, str]) -> None:
+    """Raise `ClusterError` where the actors that encode splits would wait for room for ever.
+
+    Args:
+        num: Of actors; 0 always fits.
+        cpus: That each reserves.
+        gpus: The same.
+        selector: The labels of their nodes.
+    """
+    there = [node for node in nodes() if node.is_alive and matches(selector, node.labels)]
+    room = places_on(there, cpus, gpus)
+    if room < num:
+        labels = f" with the labels {shown(selector)}" if selector else ""
+        raise ClusterError(
+            f"evaluation.actors={num}, each of {cpus:g} CPUs and {gpus:g} GPUs on one node: there "
+            f"is room for {room} on {counted(len(there), 'node')}{labels}; set evaluation.actors="
+            f"{room or 'auto'}"
+        )
 
 
 def room_text(scaling: ScalingConfig) -> str:

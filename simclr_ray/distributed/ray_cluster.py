@@ -217,7 +217,10 @@ def _refusal(address: str) -> ClusterError:
 
 
 def _no_answer(address: str) -> ClusterError:
-    return ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}")
+    return ClusterError(
+        f"no Ray cluster answers at RAY_ADDRESS={address}: it names the head's GCS, HOST:6379 as "
+        "`ray start --head` says it, not the dashboard"
+    )
 
 
 def init(**options: Any) -> Any:

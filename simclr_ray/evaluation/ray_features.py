@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from simclr_ray.augment.decode import DEFAULT_DECODER, ImageDecoder
 from simclr_ray.config.experiment import EvaluationConfig
 from simclr_ray.config.schema import AUTO
-from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.source import RowTable, Source
-from simclr_ray.distributed.placement import matches, nodes, places_on, shown
+from simclr_ray.distributed.placement import check_actors, matches, nodes, shown
 from simclr_ray.errors import ClusterError, DataError
 from simclr_ray.evaluation.feature_columns import (
     ERROR,
@@ -205,7 +204,7 @@ def stream(
         ClusterError: The actors ask for more than the cluster has.
         DataError: A file cannot be read.
     """
-    check_actors(actors)
+    check_actors(actors.num, actors.cpus, actors.gpus, actors.label_selector)
     # by a reference that this process keeps: of what is large and given itself Ray says, as an
     # error, that an actor which it starts again may lack it
     kept = ray.put(encoding)
@@ -353,16 +352,3 @@ def features_of(table: pa.Table, index: int = 0) -> npt.NDArray[np.float32]:
     lists = table[feature_column(index)].drop_null().combine_chunks()
     values: npt.NDArray[np.float32] = lists.flatten().to_numpy(zero_copy_only=False)
     return values.reshape(len(lists), -1)
-
-
-def check_actors(actors: Actors) -> None:
-    """Raise `ClusterError` now where Ray would wait for ever."""
-    selector = actors.label_selector
-    there = [node for node in nodes() if node.is_alive and matches(selector, node.labels)]
-    room = places_on(there, actors.cpus, actors.gpus)
-    if room < actors.num:
-        labels = f" with the labels {shown(selector)}" if selector else ""
-        raise ClusterError(
-            f"evaluation.actors={actors.num}, each of {actors.cpus:g} CPUs and {actors.gpus:g} "
-            f"GPUs on one node: {counted(len(there), 'node')}{labels} have room for {room}"
-        )

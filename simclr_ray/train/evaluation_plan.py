@@ -43,9 +43,12 @@ class EvaluationPlan(NamedTuple):
         actors = "one actor a device"
         if self.rows.actors:
             actors = counted(self.rows.actors, "actor")
+        here = f"{images} by {actors}: {sized(self.features_bytes)} of features"
+        if self.features_bytes <= BLOCK_BYTES:
+            return f"{here} in memory here"
         return (
-            f"{images} by {actors}: {sized(self.features_bytes)} of features in files of "
-            f"{tempfile.gettempdir()} here, {sized(BLOCK_BYTES)} of them in memory at a time"
+            f"{here} in files of {tempfile.gettempdir()} here, {sized(BLOCK_BYTES)} of them in "
+            "memory at a time"
         )
 
 

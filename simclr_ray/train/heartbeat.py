@@ -20,7 +20,7 @@ import ray
 
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.config.wording import counted
-from simclr_ray.distributed.placement import nodes
+from simclr_ray.distributed.placement import free_nodes, nodes
 from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.storage.rank_states import RankState
 
@@ -258,11 +258,18 @@ class RankWatch:
         alive = [node for node in nodes() if node.is_alive]
         there, needed = sum(node.cpus for node in alive), self._scaling.least_cpus
         gpus, wanted = sum(node.gpus for node in alive), self._scaling.least_gpus
-        lacks = there < needed or gpus < wanted
+        free = free_nodes()
+        cpus_left, gpus_left = sum(node.cpus for node in free), sum(node.gpus for node in free)
+        if there < needed or gpus < wanted:
+            coming = "a node to join"
+        elif cpus_left < needed or gpus_left < wanted:
+            coming = "others to end, or Ray to start them"
+        else:
+            coming = "Ray to start them"
         log.warning(
-            "no worker is up for %.0f s: %s with %g CPUs and %g GPUs, of which the run takes %g "
-            "and %g; waiting for %s", now - self._without, counted(len(alive), "node"),
-            there, gpus, needed, wanted, "a node to join" if lacks else "Ray to start them",
+            "no worker is up for %.0f s: %s with %g CPUs and %g GPUs, %g and %g of them free; the "
+            "run takes %g and %g; waiting for %s", now - self._without, counted(len(alive), "node"),
+            there, gpus, cpus_left, gpus_left, needed, wanted, coming,
         )  # fmt: skip
 
 

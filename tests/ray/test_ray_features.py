@@ -144,5 +144,7 @@ def test_networks_are_compared_by_actors_where_the_config_has_them(
 
 def test_more_actors_than_the_cluster_has_cpus_are_refused(folder: Path, ray_cluster: str) -> None:
     source = Source.open(str(folder / "bank.parquet"))
-    with pytest.raises(ClusterError, match=r"evaluation.actors=99, each of 1 CPUs .* room for 4$"):
+    with pytest.raises(
+        ClusterError, match=r"evaluation.actors=99, each of 1 CPU.* room for 4 on 1"
+    ):
         extract(source, [Pixels()], 32, EvaluationConfig(actors=99))

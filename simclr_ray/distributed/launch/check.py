@@ -32,6 +32,7 @@ from simclr_ray.distributed.launch.slurm import is_slurm, read_slurm
 from simclr_ray.distributed.placement import (
     Node,
     matches,
+    places_on,
     selectors_of,
     workers_alone_on,
     workers_on,
@@ -42,6 +43,20 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 DISK_GIB: Final = 50.0  # 15 of an environment with CUDA, 20 of a machine image, the rest to spill
 LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|0\.0\.0\.0|::1|")
 OF_ONE_NODE: Final = ("/tmp/", "/var/tmp/", "/dev/shm/", "/run/")  # nosec B108 # noqa: S108
+
+
+# which nodes are counted, and what to do where they are too few: of a run that waits, and that not
+NODES_OF: Final = {
+    True: (
+        "the nodes that there may be",
+        "allow more nodes (max_workers, maxReplicas), or ask for fewer workers",
+    ),
+    False: (
+        "the nodes that are kept",
+        "keep more nodes (min_workers, minReplicas, --nodes), ask for fewer workers, or let the "
+        "run wait for those of an autoscaler: scaling.wait_for_nodes_s=900",
+    ),
+}
 
 
 def read_launch_file(path: Path, versions: Mapping[str, str]) -> LaunchFile:
@@ -100,7 +115,7 @@ def check_launch(launch: LaunchFile, experiment: Experiment | None) -> Findings:
     if launch.max_nodes > 1:
         findings += _check_paths(launch, experiment)
         findings.append(_check_tracking(launch, experiment))
-    findings += _check_workers(launch, experiment.scaling)
+    findings += _check_room(launch, experiment)
     return [*findings, *_check_spot(launch, experiment.scaling)]
 
 
@@ -216,43 +231,54 @@ def _check_spot(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
     return [Finding("spot", "ok", shown)]
 
 
-def kept_nodes(launch: LaunchFile) -> list[Node]:
-    """Return the nodes that are kept, as a cluster would have them."""
+def nodes_for(launch: LaunchFile, scaling: ScalingConfig) -> list[Node]:
+    """Return the nodes that a run finds, as a cluster has them: those that are kept.
+
+    Of a run that waits for nodes, also those that an autoscaler may bring.
+    """
+    waits = scaling.wait_for_nodes_s > 0
     return [
         Node(group.name, is_alive=True, cpus=group.cpus or 0.0, gpus=group.gpus or 0.0,
              labels=group.labels, id=f"{group.name}-{i}")
         for group in launch.groups
-        for i in range(group.least)
+        for i in range(group.most if waits else group.least)
     ]  # fmt: skip
 
 
-def _check_workers(launch: LaunchFile, scaling: ScalingConfig) -> Findings:
-    """Return whether workers find room on the nodes that are kept, and leave some to decoding."""
-    groups = [group for group in launch.groups if group.least and group.cpus != 0]
+def _check_room(launch: LaunchFile, experiment: Experiment) -> Findings:
+    """Return whether workers, their decoding and the scores' actors find room on the nodes."""
+    scaling, of = experiment.scaling, experiment.evaluation
+    groups = [group for group in launch.groups if group.most and group.cpus != 0]
     if not launch.groups:
         return []  # the file was refused
     if lacking := _unmatched(launch.groups, scaling):
         return [_unsaid(scaling) if launch.owned else lacking]
     if any(group.cpus is None for group in groups):
         return [_unsaid(scaling)]
-    nodes, wanted = kept_nodes(launch), scaling.min_workers
-    workers = workers_alone_on(nodes, scaling)
+    nodes, wanted = nodes_for(launch, scaling), scaling.min_workers
+    which, advice = NODES_OF[scaling.wait_for_nodes_s > 0]
+    workers, decoded = workers_alone_on(nodes, scaling), workers_on(nodes, scaling)
     if workers < wanted:
         shown = (
-            f"the nodes that are kept hold {counted(workers, 'worker')} of {_share(scaling)}, "
+            f"{which} hold {counted(workers, 'worker')} of {_share(scaling)}, "
             f"scaling.num_workers asks for {wanted}"
         )
-        advice = "keep more nodes (min_workers, minReplicas, --nodes), or ask for fewer workers"
         return [Finding("workers", "fail", shown, advice)]
-    findings = [Finding("workers", "ok", f"room for {counted(workers, 'worker')}")]
-    decoded = workers_on(nodes, scaling)
+    findings = [Finding("workers", "ok", f"{which} have room for {counted(workers, 'worker')}")]
     cpus = f"{scaling.data_cpus_per_worker:g} CPUs of decoding each"
     if decoded < wanted:
         shown = f"{counted(wanted, 'worker')} with {cpus}: there is room for {decoded} of them"
         advice = "add data nodes, or lower scaling.data_actors_per_worker or cpus_per_worker"
-        return [*findings, Finding("data CPUs", "fail", shown, advice)]
-    shown = f"room for the views of {counted(decoded, 'worker')}, {cpus}"
-    return [*findings, Finding("data CPUs", "ok", shown)]
+        findings.append(Finding("data CPUs", "fail", shown, advice))
+    else:
+        shown = f"room for the views of {counted(decoded, 'worker')}, {cpus}"
+        findings.append(Finding("data CPUs", "ok", shown))
+    encoding = [node for node in nodes if matches(scaling.worker_selector, node.labels)]
+    actors = places_on(encoding, of.cpus_per_actor, of.gpus_per_actor)
+    if actors < of.num_actors:
+        shown = f"evaluation.actors={of.num_actors}: {which} have room for {actors}"
+        findings.append(Finding("scores", "fail", shown, "set evaluation.actors=auto, or fewer"))
+    return findings
 
 
 def _unmatched(groups: Sequence[NodeGroup], scaling: ScalingConfig) -> Finding | None:
@@ -287,8 +313,8 @@ def _unsaid(scaling: ScalingConfig) -> Finding:
 
 
 def runs_at_a_time(launch: LaunchFile, scaling: ScalingConfig, most: int) -> int:
-    """Return how many runs the kept nodes hold side by side; 1 where the file does not say."""
-    fits = workers_on(kept_nodes(launch), scaling) // scaling.max_workers
+    """Return how many runs the nodes hold side by side; 1 where the file does not say."""
+    fits = workers_on(nodes_for(launch, scaling), scaling) // scaling.max_workers
     return max(1, min(most, fits))
 
 

@@ -114,7 +114,7 @@ CASES = [
     ("aws.yaml", replaced("scaling.num_workers=4", "scaling.num_workers=5"), "workers",
      "hold 4 workers of 1 CPU, 1 GPU, scaling.num_workers asks for 5"),
     ("aws.yaml", replaced("16}\n    labels: {node-group: data}",
-                          "12}\n    labels: {node-group: data}"), "data CPUs",
+                          "3}\n    labels: {node-group: data}"), "data CPUs",
      "4 workers with 4 CPUs of decoding each: there is room for 3"),
     (STAYS, replaced("node-group: data", "node-group: views"), "workers",
      "no group has the labels of scaling.data_label_selector=node-group: data; there are: "),
@@ -424,6 +424,31 @@ def test_spot_nodes_want_restarts(tmp_path: Path) -> None:
         (run,) = runs_of(launch.command, [f"scaling.max_failures={restarts}"])
         (found,) = [f for f in check_launch(launch, run) if f.check == "spot"]
         assert (found.status, found.detail[:10]) == (status, "gpu, data:")
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("aws.yaml", "min_workers"), ("kuberay-raycluster.yaml", "minReplicas")],
+)
+def test_nodes_that_an_autoscaler_brings_count_for_a_run_that_waits(
+    name: str, least: str, tmp_path: Path
+) -> None:
+    text = re.sub(rf"{least}: \d", f"{least}: 0", text_of(name))
+    assert failures(findings_of(name, text, tmp_path)) == []
+    at_once = text.replace("scaling.wait_for_nodes_s=900", "scaling.wait_for_nodes_s=0")
+    (found,) = failures(findings_of(name, at_once, tmp_path))
+    assert found.detail.startswith("the nodes that are kept hold 0 workers")
+    assert "scaling.wait_for_nodes_s=900" in found.advice
+    more = text.replace("scaling.num_workers=4", "scaling.num_workers=5")
+    (found,) = failures(findings_of(name, more, tmp_path))
+    assert found.detail.startswith("the nodes that there may be hold 4 workers")
+
+
+def test_actors_of_the_scores_that_do_not_fit_are_a_failure(tmp_path: Path) -> None:
+    asked = "scaling.num_workers=4 evaluation.actors=65"
+    text = text_of("aws.yaml").replace("scaling.num_workers=4", asked)
+    (found,) = failures(findings_of("aws.yaml", text, tmp_path))
+    assert found.detail == "evaluation.actors=65: the nodes that there may be have room for 64"
 
 
 def test_an_elastic_run_needs_room_for_the_fewest_workers(tmp_path: Path) -> None:

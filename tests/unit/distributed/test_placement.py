@@ -138,6 +138,11 @@ def test_workers_leave_nodes_of_views_alone(
          "2 GPUs on one node"),
         ([node(8, role="data")], {"num_workers": 1, "data_label_selector": DATA},
          r"no node has the labels of scaling\.worker_label_selector=role: !data; there are"),
+        ([node(4), node(4.0, x="y")], {"num_workers": 1, "evaluation.actors": 3,
+         "evaluation.cpus_per_actor": 3.0}, r"room for 2 on 2 nodes; set evaluation\.actors=2"),
+        ([node(4), node(9.0, role="data")], {"num_workers": 1, "data_label_selector": DATA,
+         "evaluation.actors": 1, "evaluation.cpus_per_actor": 5.0},
+         "room for 0 on 1 node with the labels role: !data; set evaluation.actors=auto"),
     ],
 )  # fmt: skip
 def test_what_would_wait_for_ever_is_refused(
@@ -146,7 +151,11 @@ def test_what_would_wait_for_ever_is_refused(
     monkeypatch.setattr(placement, "nodes", lambda: there)
     total = {"CPU": sum(n.cpus for n in there), "GPU": sum(n.gpus for n in there)}
     monkeypatch.setattr(ray, "cluster_resources", lambda: total)
-    experiment = cfg.validate(Experiment, {"name": "t", "data": {"train": "h"}, "scaling": changes})
+    tree: dict[str, Any] = {"name": "t", "data": {"train": "h"}, "scaling": {}, "evaluation": {}}
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        tree[section or "scaling"][name] = value
+    experiment = cfg.validate(Experiment, tree)
     with pytest.raises(ClusterError, match=says):
         check_cluster(experiment)
 

@@ -52,7 +52,10 @@ def test_many_are_encoded_by_actors_one_a_device(splits: Path) -> None:
     plan = evaluation_plan(experiment_on(splits))
     assert plan.rows == (260, True, 0)
     assert plan.features_bytes == 260 * 4 * (2 * 64 + VIEWS)
-    assert plan.text.startswith("260 images by one actor a device: 0.9 MiB of features in files")
+    assert plan.text == "260 images by one actor a device: 0.9 MiB of features in memory here"
+    large = plan._replace(features_bytes=3 * 2**30)
+    assert "3.0 GiB of features in files of" in large.text
+    assert large.text.endswith("256.0 MiB of them in memory at a time")
     check_evaluation(experiment_on(splits))
 
 

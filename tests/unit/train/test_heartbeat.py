@@ -38,6 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(heartbeat, "time", clock)
     monkeypatch.setattr(heartbeat, "nodes", list)
+    monkeypatch.setattr(heartbeat, "free_nodes", list)
     return clock
 
 
@@ -169,7 +170,9 @@ def test_without_a_rank_it_is_said_what_the_cluster_lacks_and_not_too_often(
         ranks.look()
     said = [r.message for r in caplog.records]
     assert len(said) == 2
-    assert said[0].startswith("no worker is up for 15 s: 0 nodes with 0 CPUs and 0 GPUs, of which")
+    assert said[0].startswith(
+        "no worker is up for 15 s: 0 nodes with 0 CPUs and 0 GPUs, 0 and 0 of"
+    )
     assert "the run takes 2 and 0" in said[0]
     assert said[0].endswith("waiting for a node to join")
 
