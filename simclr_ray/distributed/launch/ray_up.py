@@ -8,19 +8,24 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-from simclr_ray.config.findings import Finding, Findings
+from simclr_ray.config.findings import Finding, Findings, Status
 from simclr_ray.config.validation import nearest
+from simclr_ray.config.wording import counted
 from simclr_ray.distributed.launch.file import (
+    MOST_NODES,
     LaunchFile,
     NodeGroup,
     check_version,
     command_in,
+    cut,
     mapping,
     number,
+    refused,
     scalars,
     sequence,
     unknown_keys,
@@ -28,6 +33,13 @@ from simclr_ray.distributed.launch.file import (
 from simclr_ray.errors import last_line
 
 START_KEYS: Final = ("head_start_ray_commands", "worker_start_ray_commands")
+REQUIRED: Final = {  # of a provider, by its type
+    "aws": ("region",),
+    "gcp": ("region", "availability_zone", "project_id"),
+    "local": ("head_ip", "worker_ips"),
+}
+MOST_OF_A_NODE: Final = {"CPU": 4096, "GPU": 1024}
+MACHINE_KEYS: Final = ("InstanceType", "machineType", "vmSize")
 OF_LOCAL: Final = ("min_workers",)  # which Ray moves into its one node type
 _START: Final = re.compile(r"\bray start --")
 _TOKEN_PATH: Final = re.compile(r"RAY_AUTH_TOKEN_PATH=[\"']?(?:\$HOME|~)/([^\s;\"']+)")
@@ -43,19 +55,116 @@ def read_ray_up(tree: dict[str, Any], text: str, versions: Mapping[str, str]) ->
         text: The file, whose head comment holds the command to submit.
         versions: Installed versions of `ray` and `simclr-ray`.
     """
-    ready, findings = _validated(tree)
     owned = mapping(tree.get("provider")).get("type") == "local"
+    counts = [*_check_counts(tree), *(_check_addresses(tree) if owned else [])]
+    missing = _check_required(tree)
+    ready, findings = ({}, missing) if missing else _validated(tree)
+    if refused(counts):  # Ray counts no hosts, and takes any whole number
+        findings = [finding for finding in findings if finding.status != "ok"]
+    findings += counts
+    findings += _check_believed(ready)
     findings += _check_token(tree)
     findings += _check_versions(tree, versions)
     findings += _check_mounts(tree)
     return LaunchFile(
         kind="ray up",
-        groups=tuple(_groups(ready or tree, tree)),
+        groups=() if refused(counts) else tuple(_groups(ready or tree, tree)),
         command=command_in(text),
         findings=findings,
-        values="\n".join(scalars(tree)),
+        values=tuple(scalars(tree)),
         owned=owned,
     )
+
+
+def only_one(documents: Sequence[Any]) -> Findings:
+    """Return a failure where a file of `ray up` has more than one document."""
+    if len(documents) == 1:
+        return []
+    shown = f"the file has {len(documents)} documents (---): `ray up` takes one"
+    return [Finding("schema", "fail", shown, "put each cluster into a file of its own")]
+
+
+def _check_required(tree: Mapping[str, Any]) -> Findings:
+    """Return a failure for each key without which Ray starts no cluster."""
+    provider = mapping(tree.get("provider"))
+    kind = str(provider.get("type"))
+    given = {"cluster_name": tree.get("cluster_name")}
+    given["provider.type"] = provider.get("type")
+    is_manual = "coordinator_address" not in provider
+    keys = REQUIRED.get(kind, ()) if is_manual else ()
+    given |= {f"provider.{key}": provider.get(key) for key in keys}
+    return [
+        Finding("schema", "fail", f"{key} is missing: `ray up` refuses the file", f"write {advice}")
+        for key, value in given.items()
+        if value is None
+        for advice in [f"{key}: {'aws, gcp, local, ...' if key == 'provider.type' else 'yours'}"]
+    ]
+
+
+def _check_counts(tree: Mapping[str, Any]) -> Findings:
+    """Return a failure for each number of nodes that none is, of which Ray minds few."""
+    places = {"": tree}
+    types = mapping(tree.get("available_node_types"))
+    places |= {f"available_node_types.{name}.": mapping(value) for name, value in types.items()}
+    findings = []
+    for at, place in places.items():
+        numbers = [place.get(key) for key in ("min_workers", "max_workers")]
+        for key, given in zip(("min_workers", "max_workers"), numbers, strict=True):
+            if isinstance(given, int) and not 0 <= given <= MOST_NODES:
+                advice = f"write a whole number from 0 to {MOST_NODES:,}"
+                findings.append(Finding("schema", "fail", f"{at}{key}={cut(given)}", advice))
+        for key, amount in mapping(place.get("resources")).items():
+            if isinstance(amount, int | float) and not 0 <= amount <= MOST_OF_A_NODE.get(key, inf):
+                advice = f"write a number from 0 to {MOST_OF_A_NODE.get(key, 'what a node has')}"
+                shown = f"{at}resources.{key}={cut(amount)}"
+                findings.append(Finding("schema", "fail", shown, advice))
+        least, most = numbers
+        if isinstance(least, int) and isinstance(most, int) and least > most:
+            shown = f"{at}min_workers={cut(least)} is more than {at}max_workers={cut(most)}"
+            findings.append(Finding("schema", "fail", shown, "raise max_workers to it, or more"))
+    return findings
+
+
+def _check_addresses(tree: Mapping[str, Any]) -> Findings:
+    """Return what is wrong with the machines of the `local` provider, which Ray does not count."""
+    provider = mapping(tree.get("provider"))
+    if "coordinator_address" in provider:
+        return []
+    if not isinstance(provider.get("worker_ips"), list):
+        return []  # the schema has said so
+    hosts = [str(host) for host in provider["worker_ips"]]
+    findings = []
+    if str(provider.get("head_ip")) in hosts:
+        shown = f"provider.worker_ips holds head_ip={provider['head_ip']}: two Rays on one machine"
+        advice = "take it out of worker_ips: the head is started beside them"
+        findings.append(Finding("schema", "fail", shown, advice))
+    if twice := sorted({host for host in hosts if hosts.count(host) > 1}):
+        shown = f"provider.worker_ips holds twice: {', '.join(twice)}"
+        findings.append(Finding("schema", "fail", shown, "name each machine once"))
+    for key in ("min_workers", "max_workers"):
+        if number(tree.get(key)) > len(hosts):
+            shown = f"{key}={tree[key]} with {counted(len(hosts), 'host')} in provider.worker_ips"
+            advice = "write as many as there are, or add hosts: Ray starts no others"
+            status: Status = "fail" if key == "min_workers" else "warn"
+            findings.append(Finding("schema", status, shown, advice))
+    return findings
+
+
+def _check_believed(ready: Mapping[str, Any]) -> Findings:
+    """Return what the file itself says of its nodes, which no cloud was asked."""
+    stated = []
+    for name, value in mapping(ready.get("available_node_types")).items():
+        amounts, node = mapping(mapping(value).get("resources")), mapping(value).get("node_config")
+        machine = next((str(mapping(node)[k]) for k in MACHINE_KEYS if k in mapping(node)), "")
+        if amounts and machine:
+            text = ", ".join(f"{cut(n)} {key}" for key, n in amounts.items())
+            stated.append(f"{name} {text} on {machine}")
+    if not stated:
+        return []
+    shown = (
+        f"the file's own numbers are believed, and compared with no machine: {'; '.join(stated)}"
+    )
+    return [Finding("resources", "ok", shown)]
 
 
 def _validated(tree: dict[str, Any]) -> tuple[dict[str, Any], Findings]:
@@ -74,6 +183,8 @@ def _validated(tree: dict[str, Any]) -> tuple[dict[str, Any], Findings]:
     except Exception as error:  # noqa: BLE001 - Ray has no type of its own for it
         given = {key: value for key, value in tree.items() if key not in OF_LOCAL}
         shown = last_line(str(error) or said.getvalue() or type(error).__name__)
+        if isinstance(error, KeyError):
+            shown = f"the key {shown} is missing"
         advice = "correct it: `ray up` ends with the same words"
         wrong = _schema_failures(given) or [Finding("schema", "fail", f"Ray: {shown}", advice)]
     return {}, wrong
