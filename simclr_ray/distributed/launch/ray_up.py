@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
@@ -254,8 +255,9 @@ def _check_versions(tree: Mapping[str, Any], versions: Mapping[str, str]) -> Fin
             pins[f"docker.{key}"] = pin[1]
     for source in map(str, mapping(tree.get("file_mounts")).values()):
         is_used = source.endswith("requirements.lock") and "requirements.lock" in setup
-        if is_used and Path(source).expanduser().is_file():
-            lines = Path(source).expanduser().read_text("utf-8")
+        file = Path(os.path.expanduser(source))  # noqa: PTH111 - as it is for a user unknown
+        if is_used and _is_here(source) and file.is_file():
+            lines = file.read_text("utf-8", errors="replace")
             if pin := re.search(rf"^{_RAY_PIN.pattern}", lines, re.MULTILINE):
                 pins[source] = pin[1]
     findings = [check_version(what, pin, versions["ray"]) for what, pin in pins.items()]
@@ -272,14 +274,19 @@ def _check_versions(tree: Mapping[str, Any], versions: Mapping[str, str]) -> Fin
     return findings
 
 
+def _is_here(source: str) -> bool:
+    """Return whether a path is on this machine; what no path can be is not."""
+    return os.path.exists(os.path.expanduser(source))  # noqa: PTH110, PTH111 - they never raise
+
+
 def _check_mounts(tree: Mapping[str, Any]) -> Findings:
     """Return the sources of file_mounts that are not on this machine."""
     sources = [str(source) for source in mapping(tree.get("file_mounts")).values()]
-    missing = [source for source in sources if not Path(source).expanduser().exists()]
+    missing = [source for source in sources if not _is_here(source)]
     if not missing:
         return []
     advice = "make them before `ray up`, and call it from the repository root (docs/cluster.md)"
-    return [Finding("file mounts", "warn", f"not here: {', '.join(missing)}", advice)]
+    return [Finding("file mounts", "warn", f"not here: {', '.join(map(cut, missing))}", advice)]
 
 
 def _groups(ready: Mapping[str, Any], given: Mapping[str, Any]) -> Iterable[NodeGroup]:

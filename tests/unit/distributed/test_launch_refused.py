@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]  # what Ray reads them with; has no stubs
 
 from simclr_ray.distributed.launch.check import read_launch_file
 from simclr_ray.distributed.launch.documents import documents_of
@@ -248,6 +249,15 @@ def test_ray_up_is_given_what_it_needs_and_no_odd_number(
     assert all(finding.advice and len(finding.detail) < 300 for finding in failed)
     well = [f for f in findings if f.detail.startswith("Ray takes the file")]
     assert not well or "documents" in shown
+
+
+@pytest.mark.parametrize("source", ["9" * 400, "~no-such-user/x", "a\0b"])
+def test_a_source_that_no_path_can_be_is_not_here(source: str, tmp_path: Path) -> None:
+    text = yaml.safe_load(text_of("aws.yaml"))
+    text["file_mounts"]["~/x"] = source
+    findings = findings_of("aws.yaml", yaml.safe_dump(text), tmp_path)
+    (found,) = [f for f in findings if f.check == "file mounts"]
+    assert found.status == "warn"
 
 
 def test_what_a_file_says_of_its_machines_is_said_to_be_believed(tmp_path: Path) -> None:
