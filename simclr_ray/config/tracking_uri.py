@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import urllib.request
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -12,7 +15,41 @@ SERVER_ADVICE: Final = (
     "run an MLflow server, and set tracking.uri=http://HOST:5000 (docs/cluster.md)"
 )
 WITHOUT_SCHEME: Final = ("databricks", "databricks-uc")  # and no folders
+# what MLflow opens as it is; others are of its plugins
+STORES: Final = re.compile(
+    r"(https?|(postgresql|mysql|mssql)(\+\w+)?|databricks(-uc)?|uc)://."
+    r"|sqlite:///.|file:.|databricks(-uc)?$"
+)
 PORTS: Final = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+def unknown_store_problem(uri: str) -> str:
+    """Return why MLflow has no such store; empty: it has, or a plugin or a folder may be one.
+
+    Args:
+        uri: Of the store.
+    """
+    shown = hide_passwords(uri)
+    try:
+        urlsplit(uri)
+    except ValueError as error:  # brackets that do not close
+        return f"got {shown}; {error}"
+    if STORES.match(uri) or entry_points(group="mlflow.tracking_store") or _is_folder(uri):
+        return ""
+    scheme = uri.partition("://")[0]
+    if "://" in uri and scheme != "sqlite":
+        return f"got {shown}; MLflow has no {scheme}:// store"
+    if re.fullmatch(r"[\w.-]+:\d+", uri):
+        return f"got {shown}; a server is http://{uri}"
+    path = shown.removeprefix("sqlite:").lstrip("/")
+    return f"got {shown}; a file is sqlite:///{path}, a server http://HOST:PORT"
+
+
+def _is_folder(uri: str) -> bool:
+    try:
+        return Path(uri).is_dir()
+    except (OSError, ValueError):  # too long for a name, or none
+        return False
 
 
 def file_store_problem(uri: str) -> str:
@@ -23,7 +60,8 @@ def file_store_problem(uri: str) -> str:
     """
     if not uri:
         return "tracking.uri is not set: SQLite in `storage` is no store for several machines"
-    if urlsplit(uri).scheme in ("sqlite", "file", "") and uri not in WITHOUT_SCHEME:
+    scheme = uri.partition(":")[0] if ":" in uri else ""
+    if scheme in ("sqlite", "file", "") and uri not in WITHOUT_SCHEME:
         return f"tracking.uri={hide_passwords(uri)}: a file is no store for several machines"
     return ""
 
@@ -33,7 +71,10 @@ def server_of(uri: str) -> tuple[str, int] | None:
 
     None also behind a proxy of the environment, which connects in the client's place.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # brackets that do not close
+        return None
     scheme = parts.scheme.partition("+")[0]
     if scheme not in PORTS or not parts.hostname:
         return None

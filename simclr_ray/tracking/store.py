@@ -13,13 +13,13 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from simclr_ray.config.logging import held_back
+from simclr_ray.config.tracking_uri import unknown_store_problem
 from simclr_ray.config.uris import hide_passwords, recall, remember
 from simclr_ray.errors import ConfigError, ConfigIssue
 
@@ -39,11 +39,6 @@ MAX_KEY_CHARS: Final = 250
 MAX_DIGEST_CHARS: Final = 36
 MAX_DATASET_NAME_CHARS: Final = 500
 
-# what MLflow opens as it is; others are of its plugins
-_STORES: Final = re.compile(
-    r"(https?|(postgresql|mysql|mssql)(\+\w+)?|databricks(-uc)?|uc)://."
-    r"|sqlite:///.|file:.|databricks(-uc)?$"
-)
 _RESERVED_ALIAS: Final = re.compile(r"(?i:latest|v\d+)")  # the registry refuses these names
 _ALIAS: Final = re.compile(r"[\w\-]{1,255}")
 # the registry refuses / and :, and `models:/NAME@ALIAS` holds neither @ nor what a URI escapes
@@ -146,18 +141,8 @@ def registry_uri(uri: str) -> str:
 
 def _check_scheme(uri: str, key: str) -> None:
     """Raise `ConfigError` for a URI that no store of MLflow has."""
-    plugins = entry_points(group="mlflow.tracking_store")
-    if _STORES.match(uri) or plugins or Path(uri).is_dir():
-        return
-    scheme, shown = uri.partition("://")[0], hide_passwords(uri)
-    if "://" in uri and scheme != "sqlite":
-        problem = f"got {shown}; MLflow has no {scheme}:// store"
-    elif re.fullmatch(r"[\w.-]+:\d+", uri):
-        problem = f"got {shown}; a server is http://{uri}"
-    else:
-        path = uri.removeprefix("sqlite:").lstrip("/")
-        problem = f"got {shown}; a file is sqlite:///{path}, a server http://HOST:PORT"
-    raise ConfigError([ConfigIssue(key, problem)])
+    if problem := unknown_store_problem(uri):
+        raise ConfigError([ConfigIssue(key, problem)])
 
 
 def sqlite_file(uri: str) -> Path | None:

@@ -20,6 +20,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 )
 
 from simclr_ray.distributed.launch import kuberay_keys as keys
+from simclr_ray.distributed.launch.kuberay_schema import SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS_VARIABLE = "SIMCLR_RAY_SCHEMAS"
@@ -131,6 +132,34 @@ def test_the_keys_that_cluster_check_allows_are_those_of_the_definition(
     ):
         assert set(allowed) == set(given)
     assert set(keys.TEMPLATE) == set(template)
+
+
+def assert_same_types(ours: Any, theirs: Any, at: str) -> int:
+    """Assert that each type of ours is one of the definition; return how many were compared."""
+    if "enum" in ours:
+        assert theirs["type"] == "string", at
+        assert set(theirs.get("enum", ours["enum"])) == set(ours["enum"]), at
+    elif ours["type"] == ["string", "number"]:
+        assert theirs["x-kubernetes-int-or-string"], at
+    else:
+        assert theirs["type"] == ours["type"], at
+    inner = ours.get("properties", {}) if "properties" in theirs else {}
+    assert set(inner) <= set(theirs.get("properties", inner)), at
+    pairs = [(inner[key], theirs["properties"][key], f"{at}.{key}") for key in inner]
+    of_many = [key for key in ("items", "additionalProperties") if key in ours]
+    pairs += [(ours[key], theirs[key], f"{at}.{key}") for key in of_many]
+    return 1 + sum(assert_same_types(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("kind", ["RayJob", "RayCluster"])
+def test_the_types_that_cluster_check_asks_for_are_those_of_the_definition(kind: str) -> None:
+    theirs = definition(kind)["properties"]["spec"]
+    assert assert_same_types(SPECS[kind], theirs, kind) > 150
+    assert set(theirs.get("required", [])) <= set(SPECS[kind]["required"])
+    cluster = theirs["properties"].get("rayClusterSpec", theirs)["properties"]
+    worker = cluster["workerGroupSpecs"]["items"]
+    ours = SPECS["RayCluster"]["properties"]["workerGroupSpecs"]["items"]
+    assert set(worker["required"]) == set(ours["required"])
 
 
 @pytest.mark.parametrize(

@@ -10,24 +10,28 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
-
-import yaml  # type: ignore[import-untyped]  # as Ray and kubectl read their files: YAML 1.1
 
 from simclr_ray.config.experiment import Experiment, ScalingConfig
 from simclr_ray.config.findings import Finding, Findings
-from simclr_ray.config.tracking_uri import SERVER_ADVICE, WITHOUT_SCHEME, file_store_problem
+from simclr_ray.config.tracking_uri import (
+    SERVER_ADVICE,
+    WITHOUT_SCHEME,
+    file_store_problem,
+    unknown_store_problem,
+)
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
+from simclr_ray.distributed.launch.documents import documents_of
 from simclr_ray.distributed.launch.file import (
     PLACEHOLDER,
     LaunchFile,
     NodeGroup,
     mapping,
 )
-from simclr_ray.distributed.launch.kuberay import KINDS, read_kuberay
-from simclr_ray.distributed.launch.ray_up import read_ray_up
+from simclr_ray.distributed.launch.kuberay import KINDS, only_first, read_kuberay
+from simclr_ray.distributed.launch.ray_up import only_one, read_ray_up
 from simclr_ray.distributed.launch.slurm import is_slurm, read_slurm
 from simclr_ray.distributed.placement import (
     Node,
@@ -42,6 +46,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 
 DISK_GIB: Final = 50.0  # 15 of an environment with CUDA, 20 of a machine image, the rest to spill
 LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|0\.0\.0\.0|::1|")
+MOST_SHOWN: Final = 12  # values in one line
 OF_ONE_NODE: Final = ("/tmp/", "/var/tmp/", "/dev/shm/", "/run/")  # nosec B108 # noqa: S108
 
 
@@ -70,33 +75,25 @@ def read_launch_file(path: Path, versions: Mapping[str, str]) -> LaunchFile:
         ConfigError: There is no such file, it is not YAML, or it is no launch file.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode("utf-8")  # with its line ends, which sbatch minds
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "is no text"
         raise ConfigError([ConfigIssue(str(path), f"cannot be read: {problem}")]) from error
     if is_slurm(text):
         return read_slurm(text)
-    documents = [mapping(document) for document in _documents(path, text)]
-    of_kuberay = [d for d in documents if d.get("kind") in KINDS]
+    documents = [mapping(document) for document in documents_of(text, str(path))]
+    of_kuberay = [d for d in documents if str(d.get("kind")) in KINDS]
     if of_kuberay:
-        return read_kuberay(of_kuberay[0], text, str(path), versions)
+        launch = read_kuberay(of_kuberay[0], text, str(path), versions)
+        return launch._replace(findings=[*launch.findings, *only_first(of_kuberay)])
     tree = next(iter(documents), {})
     if "provider" in tree or "cluster_name" in tree:
-        return read_ray_up(tree, text, versions)
+        launch = read_ray_up(tree, text, versions)
+        return launch._replace(findings=[*launch.findings, *only_one(documents)])
     kinds = [str(d["kind"]) for d in documents if "kind" in d]
     shown = f"is of kind {', '.join(kinds)}, which is" if kinds else "is"
     problem = f"{shown} no launch file: neither of `ray up` (provider), nor a RayCluster or RayJob"
     raise ConfigError([ConfigIssue(str(path), f"{problem}, nor a Slurm script (#SBATCH)")])
-
-
-def _documents(path: Path, text: str) -> list[Any]:
-    try:
-        return list(yaml.safe_load_all(text))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = f"is not YAML: {at}{getattr(error, 'problem', None) or error}"
-        raise ConfigError([ConfigIssue(str(path), problem)]) from error
 
 
 def check_launch(launch: LaunchFile, experiment: Experiment | None) -> Findings:
@@ -120,12 +117,27 @@ def check_launch(launch: LaunchFile, experiment: Experiment | None) -> Findings:
 
 
 def _check_filled_in(launch: LaunchFile) -> Findings:
-    words = f"{launch.values} {launch.command}".split()
-    left = list(dict.fromkeys(hide_passwords(word) for word in words if PLACEHOLDER in word))
+    left: dict[str, list[str]] = {}  # what is to be filled in: the keys that hold it
+    for key, text in [*launch.values, ("", launch.command)]:
+        for word in text.split():
+            if PLACEHOLDER in word:
+                left.setdefault(hide_passwords(word), []).append(key)
     if not left:
         return []
-    shown = f"{counted(len(left), 'value')} still {PLACEHOLDER}: {'; '.join(left[:6])}"
+    named = [_named(word, list(dict.fromkeys(keys))) for word, keys in left.items()]
+    more = f"; and {len(named) - MOST_SHOWN} more" if len(named) > MOST_SHOWN else ""
+    values = "; ".join(named[:MOST_SHOWN])
+    shown = f"{counted(len(left), 'value')} still {PLACEHOLDER}: {values}{more}"
     return [Finding("filled in", "fail", shown, f"write yours in place of {PLACEHOLDER}")]
+
+
+def _named(word: str, keys: Sequence[str]) -> str:
+    """Return a value with the first of its keys, and how many others hold it."""
+    if PLACEHOLDER not in word.partition("=")[0] and "=" in word:
+        return word  # an override, which names its key itself
+    others = [key for key in keys[1:] if key]
+    more = f" (and {counted(len(others), 'more key')})" if others else ""
+    return f"{keys[0]}={word}{more}" if keys[0] else word
 
 
 def _check_head(launch: LaunchFile) -> Findings:
@@ -205,11 +217,14 @@ def _problem_of(path: str, launch: LaunchFile) -> str:
 def _check_tracking(launch: LaunchFile, experiment: Experiment) -> Finding:
     """Return whether all nodes reach the MLflow store, as far as its address tells."""
     uri = experiment.tracking.uri or launch.environment.get("MLFLOW_TRACKING_URI", "")
+    key = "tracking.uri" if experiment.tracking.uri else "MLFLOW_TRACKING_URI"
     if problem := file_store_problem(uri):
         return Finding("tracking", "fail", problem, SERVER_ADVICE)
+    if problem := unknown_store_problem(uri):
+        return Finding("tracking", "fail", f"{key}: {problem}", SERVER_ADVICE)
     is_databricks = uri.startswith(WITHOUT_SCHEME)
     if not is_databricks and LOOPBACK.fullmatch(urlsplit(uri).hostname or ""):
-        shown = f"tracking.uri={hide_passwords(uri)} means each node itself"
+        shown = f"{key}={hide_passwords(uri)} means each node itself"
         return Finding("tracking", "fail", shown, SERVER_ADVICE)
     return Finding("tracking", "ok", hide_passwords(uri))
 

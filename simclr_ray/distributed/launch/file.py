@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from simclr_ray.config.findings import Finding, Findings
@@ -12,6 +13,8 @@ from simclr_ray.config.validation import nearest
 
 Kind = Literal["ray up", "RayCluster", "RayJob", "Slurm"]
 PLACEHOLDER: Final = "REPLACE-ME"
+MOST_CHARS: Final = 60  # of a value that is shown
+MOST_NODES: Final = 10_000  # of a group: more is a slip, and each is laid out
 _VERBS: Final = ("pretrain", "study run")
 # The command ends where its shell word does, and so do the words of a comment that quotes it.
 _VERB: Final = re.compile(rf"^({'|'.join(_VERBS)})\s")
@@ -39,7 +42,7 @@ class LaunchFile(NamedTuple):
     groups: tuple[NodeGroup, ...]
     command: str  # of simclr-ray, without its name; empty where the file names none
     findings: Findings  # of its own kind: schema, token, versions
-    values: str  # its own text without comments, in which nothing may be left to fill in
+    values: Sequence[tuple[str, str]]  # key and text, in which nothing may be left to fill in
     owned: bool = False  # machines of yours, whose mounts and disks no file states
     mounts: tuple[str, ...] = ()  # shared folders that the file itself mounts on all nodes
     environment: Mapping[str, str] = {}  # of the head's processes
@@ -93,8 +96,12 @@ def sequence(value: Any) -> list[Any]:
 
 
 def number(value: Any, default: float = 0.0) -> float:
-    """Return a number, or the default for what is none: the schema has said so by then."""
-    return float(value) if isinstance(value, int | float) else default
+    """Return a finite number, or the default for what is none: the schema has said so by then."""
+    try:
+        given = float(value) if isinstance(value, int | float) else default
+    except OverflowError:
+        return default
+    return given if math.isfinite(given) else default
 
 
 def name_of(value: Any) -> str:
@@ -102,17 +109,17 @@ def name_of(value: Any) -> str:
     return str(mapping(value).get("name", ""))
 
 
-def scalars(value: Any) -> Iterator[str]:
-    """Yield all keys and values of a tree as text."""
+def scalars(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted path and text of each value of a tree, and of each key, beside its mapping."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield str(key)
-            yield from scalars(item)
+            yield at, str(key)
+            yield from scalars(item, f"{at}.{key}" if at else str(key))
     elif isinstance(value, list):
-        for item in value:
-            yield from scalars(item)
+        for index, item in enumerate(value):
+            yield from scalars(item, f"{at}.{index}")
     else:
-        yield str(value)
+        yield at, str(value)
 
 
 def unknown_keys(
@@ -138,6 +145,17 @@ def unknown_keys(
         for key in given
         if key not in names
     ]
+
+
+def cut(value: object) -> str:
+    """Return a value as text, cut where it is long."""
+    text = str(value)
+    return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]}..."
+
+
+def refused(findings: Findings) -> bool:
+    """Return whether a finding is a failure."""
+    return any(finding.status == "fail" for finding in findings)
 
 
 def labels_of(text: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from simclr_ray.config.findings import Finding, Findings
@@ -16,20 +16,27 @@ from simclr_ray.distributed.launch.file import (
     command_in,
     mapping,
     name_of,
+    number,
+    refused,
     scalars,
     sequence,
     unknown_keys,
+)
+from simclr_ray.distributed.launch.kuberay_quantities import check_quantities, quantity_gib
+from simclr_ray.distributed.launch.kuberay_schema import (
+    HEAD,
+    check_groups,
+    check_names,
+    check_types,
+    container_of,
+    pods_of,
+    pruned,
 )
 from simclr_ray.errors import ConfigError, ConfigIssue, last_line
 
 KINDS: Final = ("RayCluster", "RayJob")
 API: Final = "ray.io/v1"
-HEAD: Final = "headgroup"  # as Ray's autoscaler calls it
 SHARED_VOLUMES: Final = ("persistentVolumeClaim", "nfs", "csi", "cephfs", "glusterfs")
-_QUANTITY: Final = re.compile(
-    r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([KMGTPE]i|[numkMGTPE])|[eE]([+-]?\d{1,2}))?"
-)
-_POWERS: Final = {"n": -3, "u": -2, "m": -1, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
 _Level = tuple[str, dict[str, Any], tuple[str, ...]]  # path, mapping, keys that it may have
 _DROPPED: Final = "Kubernetes drops it without a word"
 
@@ -48,43 +55,47 @@ def read_kuberay(
     Raises:
         ConfigError: The job runs on a cluster of another file.
     """
+    tree = pruned(tree)
     spec = mapping(tree.get("spec"))
     is_job = tree["kind"] == "RayJob"
     if is_job and spec.get("clusterSelector"):
         problem = "the job runs on a cluster that is up (clusterSelector): check the file of that"
         raise ConfigError([ConfigIssue(source, problem)])
     cluster = mapping(spec.get("rayClusterSpec")) if is_job else spec
-    findings = list(_unknown(tree))
-    derived, said = _derived(cluster)
-    findings += said
+    wrong = [
+        *_unknown(tree),
+        *check_types(tree),
+        *check_names(tree),
+        *check_groups(cluster),
+        *check_quantities(cluster),
+    ]
+    # what is refused before it reaches the autoscaler would only be said a second time
+    derived, said = ({}, []) if refused(wrong) else _derived(cluster)
+    findings = [*wrong, *said]
     findings += _check_token(cluster)
     findings += _check_versions(cluster, versions)
-    findings += _check_quantities(cluster)
     if is_job:
         findings += _check_end(spec)
-    pods = dict(_pods(cluster))
+    pods = dict(pods_of(cluster))
     return LaunchFile(
         kind="RayJob" if is_job else "RayCluster",
         groups=tuple(_group(name, kind, pods.get(name, {})) for name, kind in derived.items()),
         command=command_in(str(spec.get("entrypoint", "")) if is_job else text),
         findings=findings,
-        values="\n".join(scalars(tree)),
+        values=tuple(scalars(tree)),
         mounts=_shared_mounts(pods),
         environment=_environment(pods.get(HEAD, {})),
     )
 
 
-def _pods(cluster: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and pod of each group, the head first."""
-    groups = [mapping(group) for group in sequence(cluster.get("workerGroupSpecs"))]
-    named = [(HEAD, mapping(cluster.get("headGroupSpec")))]
-    for name, group in [*named, *((str(g.get("groupName", "?")), g) for g in groups)]:
-        yield name, mapping(mapping(group.get("template")).get("spec"))
-
-
-def _container(pod: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the container that runs Ray: the first, by KubeRay's rule."""
-    return mapping(next(iter(sequence(pod.get("containers"))), {}))
+def only_first(documents: Sequence[Mapping[str, Any]]) -> Findings:
+    """Return a warning where a file starts more than one cluster."""
+    if len(documents) == 1:
+        return []
+    named = [f"{d['kind']} {name_of(d.get('metadata')) or '?'}" for d in documents]
+    shown = f"the file has {' and '.join(named)}: only the first is checked"
+    advice = "put each into a file of its own, and check each"
+    return [Finding("schema", "warn", shown, advice)]
 
 
 def _unknown(tree: dict[str, Any]) -> Iterator[Finding]:
@@ -114,8 +125,8 @@ def _unknown(tree: dict[str, Any]) -> Iterator[Finding]:
         pod = mapping(template.get("spec"))
         levels.append((f"{at}.template", template, keys.TEMPLATE))
         levels.append((f"{at}.template.spec", pod, keys.POD))
-        for number, item in enumerate(sequence(pod.get("containers"))):
-            place, container = f"{at}.template.spec.containers.{number}", mapping(item)
+        for position, item in enumerate(sequence(pod.get("containers"))):
+            place, container = f"{at}.template.spec.containers.{position}", mapping(item)
             levels.append((place, container, keys.CONTAINER))
             resources = mapping(container.get("resources"))
             levels.append((f"{place}.resources", resources, keys.RESOURCES))
@@ -133,8 +144,7 @@ def _derived(cluster: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Findin
     try:
         types = _derive_autoscaling_config_from_ray_cr(named)["available_node_types"]
     except Exception as error:  # noqa: BLE001 - whatever it stumbles over, the operator would too
-        kind = type(error).__name__
-        said = f"a required key is missing: {error}" if kind == "KeyError" else last_line(error)
+        said = f"{error.args[0]} is missing" if isinstance(error, KeyError) else last_line(error)
         advice = "correct it: the operator starts no cluster from the file"
         return {}, [Finding("schema", "fail", f"Ray's autoscaler: {said}", advice)]
     return types, [Finding("schema", "ok", "Ray's autoscaler reads the groups")]
@@ -160,8 +170,8 @@ def _check_versions(cluster: Mapping[str, Any], versions: Mapping[str, str]) -> 
         findings.append(Finding("versions", "fail", "rayVersion is not stated", advice))
     else:
         findings.append(check_version("rayVersion", str(stated), versions["ray"]))
-    images = {name: str(_container(pod).get("image", "")) for name, pod in _pods(cluster)}
-    if len(set(images.values())) > 1:
+    images = {name: str(container_of(pod).get("image", "")) for name, pod in pods_of(cluster)}
+    if len({*images.values()} - {""}) > 1:
         shown = ", ".join(f"{name} {image}" for name, image in images.items())
         advice = "run one image on all nodes: Ray insists on one Python and one version"
         findings.append(Finding("versions", "fail", f"images differ: {shown}", advice))
@@ -174,28 +184,6 @@ def _check_versions(cluster: Mapping[str, Any], versions: Mapping[str, str]) -> 
     return findings
 
 
-def _check_quantities(cluster: Mapping[str, Any]) -> Findings:
-    """Return a failure for each amount of a pod that Kubernetes does not read."""
-    findings = []
-    for name, pod in _pods(cluster):
-        resources = mapping(_container(pod).get("resources"))
-        amounts = {
-            f"resources.{kind}.{key}": value
-            for kind in ("requests", "limits")
-            for key, value in mapping(resources.get(kind)).items()
-        }
-        for volume in map(mapping, sequence(pod.get("volumes"))):
-            local = mapping(volume.get("emptyDir"))
-            if "sizeLimit" in local:
-                amounts[f"volumes.{name_of(volume)}.emptyDir.sizeLimit"] = local["sizeLimit"]
-        for key, value in amounts.items():
-            if quantity_gib(value) is None:
-                shown = f"{name}: {key}={value} is no quantity"
-                advice = "write a number and a unit, such as 500m, 2, 50Gi or 1e9"
-                findings.append(Finding("schema", "fail", shown, advice))
-    return findings
-
-
 def _check_end(spec: Mapping[str, Any]) -> Findings:
     """Return whether the nodes of a job are given back when it has ended."""
     if spec.get("shutdownAfterJobFinishes") is True:
@@ -205,7 +193,7 @@ def _check_end(spec: Mapping[str, Any]) -> Findings:
 
 
 def _group(name: str, kind: Mapping[str, Any], pod: Mapping[str, Any]) -> NodeGroup:
-    amounts = {str(key): float(value) for key, value in mapping(kind.get("resources")).items()}
+    amounts = {str(key): number(value) for key, value in mapping(kind.get("resources")).items()}
     is_head = name == HEAD
     return NodeGroup(
         name="head" if is_head else name,
@@ -222,7 +210,7 @@ def _group(name: str, kind: Mapping[str, Any], pod: Mapping[str, Any]) -> NodeGr
 
 def _disk_gib(pod: Mapping[str, Any]) -> float | None:
     """Return the disk that a pod reserves, or that is mounted where Ray spills objects to."""
-    container = _container(pod)
+    container = container_of(pod)
     resources = mapping(container.get("resources"))
     sizes = [
         mapping(resources.get(kind)).get("ephemeral-storage") for kind in ("requests", "limits")
@@ -240,28 +228,17 @@ def _disk_gib(pod: Mapping[str, Any]) -> float | None:
     return max(stated, default=None)
 
 
-def quantity_gib(text: object) -> float | None:
-    """Return a quantity of Kubernetes (`50Gi`, `50G`, `1e9`) in GiB; None for what is none."""
-    match = _QUANTITY.fullmatch(str(text))
-    if not match or match[1].startswith("-"):
-        return None
-    unit = match[2] or ""
-    base = 1024.0 if unit.endswith("i") else 1000.0
-    exponent = int(match[3] or 0)
-    return float(match[1]) * base ** _POWERS.get(unit[:1], 0) * 10.0**exponent / 2**30
-
-
 def _shared_mounts(pods: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the paths at which every pod mounts a volume that others see as well."""
     paths = []
     for pod in pods.values():
         volumes = map(mapping, sequence(pod.get("volumes")))
         shared = {name_of(v) for v in volumes if any(kind in v for kind in SHARED_VOLUMES)}
-        mounts = map(mapping, sequence(_container(pod).get("volumeMounts")))
+        mounts = map(mapping, sequence(container_of(pod).get("volumeMounts")))
         paths.append({str(m.get("mountPath")) for m in mounts if name_of(m) in shared})
     return tuple(sorted(set.intersection(*paths))) if paths else ()
 
 
 def _environment(pod: Mapping[str, Any]) -> dict[str, str]:
-    entries = map(mapping, sequence(_container(pod).get("env")))
+    entries = map(mapping, sequence(container_of(pod).get("env")))
     return {str(e.get("name")): str(e["value"]) for e in entries if "value" in e}

@@ -7,20 +7,26 @@ import copy
 import io
 import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-from simclr_ray.config.findings import Finding, Findings
+from simclr_ray.config.findings import Finding, Findings, Status
 from simclr_ray.config.validation import nearest
+from simclr_ray.config.wording import counted
 from simclr_ray.distributed.launch.file import (
+    MOST_NODES,
     LaunchFile,
     NodeGroup,
     check_version,
     command_in,
+    cut,
     mapping,
     number,
+    refused,
     scalars,
     sequence,
     unknown_keys,
@@ -28,6 +34,13 @@ from simclr_ray.distributed.launch.file import (
 from simclr_ray.errors import last_line
 
 START_KEYS: Final = ("head_start_ray_commands", "worker_start_ray_commands")
+REQUIRED: Final = {  # of a provider, by its type
+    "aws": ("region",),
+    "gcp": ("region", "availability_zone", "project_id"),
+    "local": ("head_ip", "worker_ips"),
+}
+MOST_OF_A_NODE: Final = {"CPU": 4096, "GPU": 1024}
+MACHINE_KEYS: Final = ("InstanceType", "machineType", "vmSize")
 OF_LOCAL: Final = ("min_workers",)  # which Ray moves into its one node type
 _START: Final = re.compile(r"\bray start --")
 _TOKEN_PATH: Final = re.compile(r"RAY_AUTH_TOKEN_PATH=[\"']?(?:\$HOME|~)/([^\s;\"']+)")
@@ -43,19 +56,116 @@ def read_ray_up(tree: dict[str, Any], text: str, versions: Mapping[str, str]) ->
         text: The file, whose head comment holds the command to submit.
         versions: Installed versions of `ray` and `simclr-ray`.
     """
-    ready, findings = _validated(tree)
     owned = mapping(tree.get("provider")).get("type") == "local"
+    counts = [*_check_counts(tree), *(_check_addresses(tree) if owned else [])]
+    missing = _check_required(tree)
+    ready, findings = ({}, missing) if missing else _validated(tree)
+    if refused(counts):  # Ray counts no hosts, and takes any whole number
+        findings = [finding for finding in findings if finding.status != "ok"]
+    findings += counts
+    findings += _check_believed(ready)
     findings += _check_token(tree)
     findings += _check_versions(tree, versions)
     findings += _check_mounts(tree)
     return LaunchFile(
         kind="ray up",
-        groups=tuple(_groups(ready or tree, tree)),
+        groups=() if refused(counts) else tuple(_groups(ready or tree, tree)),
         command=command_in(text),
         findings=findings,
-        values="\n".join(scalars(tree)),
+        values=tuple(scalars(tree)),
         owned=owned,
     )
+
+
+def only_one(documents: Sequence[Any]) -> Findings:
+    """Return a failure where a file of `ray up` has more than one document."""
+    if len(documents) == 1:
+        return []
+    shown = f"the file has {len(documents)} documents (---): `ray up` takes one"
+    return [Finding("schema", "fail", shown, "put each cluster into a file of its own")]
+
+
+def _check_required(tree: Mapping[str, Any]) -> Findings:
+    """Return a failure for each key without which Ray starts no cluster."""
+    provider = mapping(tree.get("provider"))
+    kind = str(provider.get("type"))
+    given = {"cluster_name": tree.get("cluster_name")}
+    given["provider.type"] = provider.get("type")
+    is_manual = "coordinator_address" not in provider
+    keys = REQUIRED.get(kind, ()) if is_manual else ()
+    given |= {f"provider.{key}": provider.get(key) for key in keys}
+    return [
+        Finding("schema", "fail", f"{key} is missing: `ray up` refuses the file", f"write {advice}")
+        for key, value in given.items()
+        if value is None
+        for advice in [f"{key}: {'aws, gcp, local, ...' if key == 'provider.type' else 'yours'}"]
+    ]
+
+
+def _check_counts(tree: Mapping[str, Any]) -> Findings:
+    """Return a failure for each number of nodes that none is, of which Ray minds few."""
+    places = {"": tree}
+    types = mapping(tree.get("available_node_types"))
+    places |= {f"available_node_types.{name}.": mapping(value) for name, value in types.items()}
+    findings = []
+    for at, place in places.items():
+        numbers = [place.get(key) for key in ("min_workers", "max_workers")]
+        for key, given in zip(("min_workers", "max_workers"), numbers, strict=True):
+            if isinstance(given, int) and not 0 <= given <= MOST_NODES:
+                advice = f"write a whole number from 0 to {MOST_NODES:,}"
+                findings.append(Finding("schema", "fail", f"{at}{key}={cut(given)}", advice))
+        for key, amount in mapping(place.get("resources")).items():
+            if isinstance(amount, int | float) and not 0 <= amount <= MOST_OF_A_NODE.get(key, inf):
+                advice = f"write a number from 0 to {MOST_OF_A_NODE.get(key, 'what a node has')}"
+                shown = f"{at}resources.{key}={cut(amount)}"
+                findings.append(Finding("schema", "fail", shown, advice))
+        least, most = numbers
+        if isinstance(least, int) and isinstance(most, int) and least > most:
+            shown = f"{at}min_workers={cut(least)} is more than {at}max_workers={cut(most)}"
+            findings.append(Finding("schema", "fail", shown, "raise max_workers to it, or more"))
+    return findings
+
+
+def _check_addresses(tree: Mapping[str, Any]) -> Findings:
+    """Return what is wrong with the machines of the `local` provider, which Ray does not count."""
+    provider = mapping(tree.get("provider"))
+    if "coordinator_address" in provider:
+        return []
+    if not isinstance(provider.get("worker_ips"), list):
+        return []  # the schema has said so
+    hosts = [str(host) for host in provider["worker_ips"]]
+    findings = []
+    if str(provider.get("head_ip")) in hosts:
+        shown = f"provider.worker_ips holds head_ip={provider['head_ip']}: two Rays on one machine"
+        advice = "take it out of worker_ips: the head is started beside them"
+        findings.append(Finding("schema", "fail", shown, advice))
+    if twice := sorted({host for host in hosts if hosts.count(host) > 1}):
+        shown = f"provider.worker_ips holds twice: {', '.join(twice)}"
+        findings.append(Finding("schema", "fail", shown, "name each machine once"))
+    for key in ("min_workers", "max_workers"):
+        if number(tree.get(key)) > len(hosts):
+            shown = f"{key}={tree[key]} with {counted(len(hosts), 'host')} in provider.worker_ips"
+            advice = "write as many as there are, or add hosts: Ray starts no others"
+            status: Status = "fail" if key == "min_workers" else "warn"
+            findings.append(Finding("schema", status, shown, advice))
+    return findings
+
+
+def _check_believed(ready: Mapping[str, Any]) -> Findings:
+    """Return what the file itself says of its nodes, which no cloud was asked."""
+    stated = []
+    for name, value in mapping(ready.get("available_node_types")).items():
+        amounts, node = mapping(mapping(value).get("resources")), mapping(value).get("node_config")
+        machine = next((str(mapping(node)[k]) for k in MACHINE_KEYS if k in mapping(node)), "")
+        if amounts and machine:
+            text = ", ".join(f"{cut(n)} {key}" for key, n in amounts.items())
+            stated.append(f"{name} {text} on {machine}")
+    if not stated:
+        return []
+    shown = (
+        f"the file's own numbers are believed, and compared with no machine: {'; '.join(stated)}"
+    )
+    return [Finding("resources", "ok", shown)]
 
 
 def _validated(tree: dict[str, Any]) -> tuple[dict[str, Any], Findings]:
@@ -74,6 +184,8 @@ def _validated(tree: dict[str, Any]) -> tuple[dict[str, Any], Findings]:
     except Exception as error:  # noqa: BLE001 - Ray has no type of its own for it
         given = {key: value for key, value in tree.items() if key not in OF_LOCAL}
         shown = last_line(str(error) or said.getvalue() or type(error).__name__)
+        if isinstance(error, KeyError):
+            shown = f"the key {shown} is missing"
         advice = "correct it: `ray up` ends with the same words"
         wrong = _schema_failures(given) or [Finding("schema", "fail", f"Ray: {shown}", advice)]
     return {}, wrong
@@ -85,6 +197,8 @@ def _schema_failures(tree: dict[str, Any]) -> Findings:
     from ray import autoscaler
 
     schema = json.loads(Path(str(autoscaler.__file__)).with_name("ray-schema.json").read_text())
+    # a key that is a number is text to Ray's patterns, which fall over it
+    tree = json.loads(json.dumps(tree, default=str, skipkeys=True))
     errors = jsonschema.validators.validator_for(schema)(schema).iter_errors(tree)
     # what is left out Ray fills in
     return [finding for e in errors if e.validator != "required" for finding in _of_schema(e)]
@@ -143,8 +257,9 @@ def _check_versions(tree: Mapping[str, Any], versions: Mapping[str, str]) -> Fin
             pins[f"docker.{key}"] = pin[1]
     for source in map(str, mapping(tree.get("file_mounts")).values()):
         is_used = source.endswith("requirements.lock") and "requirements.lock" in setup
-        if is_used and Path(source).expanduser().is_file():
-            lines = Path(source).expanduser().read_text("utf-8")
+        file = Path(os.path.expanduser(source))  # noqa: PTH111 - as it is for a user unknown
+        if is_used and _is_here(source) and file.is_file():
+            lines = file.read_text("utf-8", errors="replace")
             if pin := re.search(rf"^{_RAY_PIN.pattern}", lines, re.MULTILINE):
                 pins[source] = pin[1]
     findings = [check_version(what, pin, versions["ray"]) for what, pin in pins.items()]
@@ -161,14 +276,19 @@ def _check_versions(tree: Mapping[str, Any], versions: Mapping[str, str]) -> Fin
     return findings
 
 
+def _is_here(source: str) -> bool:
+    """Return whether a path is on this machine; what no path can be is not."""
+    return os.path.exists(os.path.expanduser(source))  # noqa: PTH110, PTH111 - they never raise
+
+
 def _check_mounts(tree: Mapping[str, Any]) -> Findings:
     """Return the sources of file_mounts that are not on this machine."""
     sources = [str(source) for source in mapping(tree.get("file_mounts")).values()]
-    missing = [source for source in sources if not Path(source).expanduser().exists()]
+    missing = [source for source in sources if not _is_here(source)]
     if not missing:
         return []
     advice = "make them before `ray up`, and call it from the repository root (docs/cluster.md)"
-    return [Finding("file mounts", "warn", f"not here: {', '.join(missing)}", advice)]
+    return [Finding("file mounts", "warn", f"not here: {', '.join(map(cut, missing))}", advice)]
 
 
 def _groups(ready: Mapping[str, Any], given: Mapping[str, Any]) -> Iterable[NodeGroup]:

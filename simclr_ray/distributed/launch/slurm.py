@@ -10,15 +10,30 @@ import math
 import re
 import shlex
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.config.validation import nearest
-from simclr_ray.distributed.launch.file import LaunchFile, NodeGroup, command_in, labels_of
+from simclr_ray.distributed.launch.file import (
+    MOST_NODES,
+    LaunchFile,
+    NodeGroup,
+    command_in,
+    cut,
+    labels_of,
+    refused,
+)
+from simclr_ray.distributed.launch.slurm_options import (
+    check_form,
+    check_options,
+    count_of,
+    hours_of,
+)
 
 DIRECTIVE: Final = re.compile(r"^#SBATCH\s+(\S.*)", re.MULTILINE)
-_NODES: Final = re.compile(r"(\d+)(?:-(\d+))?")
+_NODES: Final = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+_ODD: Final = re.compile(r"\s+#SBATCH\s|#(?!SBATCH)(?i:sbatch)\s")
 _START: Final = r"\bray (?:start|symmetric-run)\b"
 _STEP: Final = re.compile(rf"\bsrun\b(.*){_START}")
 _BOUND: Final = re.compile(r"\s(?:-c|--cpus-per-task[= ]|--cpu-bind=none)")
@@ -42,42 +57,79 @@ OPTIONS: Final = (
 
 def is_slurm(text: str) -> bool:
     """Return whether a text is a batch script of Slurm."""
-    return text.startswith("#!") and DIRECTIVE.search(text) is not None
+    return DIRECTIVE.search(text.replace("\r", "\n")) is not None
 
 
 def read_slurm(text: str) -> LaunchFile:
     """Return what is plain in a batch script: nodes and what they have, time, token, command."""
-    given, unread = _options(text)
-    lines = (line for line in text.splitlines() if not re.match(r"\s*#(?!SBATCH)", line))
-    code = "\n".join(lines)
+    form = check_form(text)
+    lines = re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff"))
+    begin = _first_command(lines)
+    given, unread = _options(lines[:begin])
+    form += _check_ignored(lines, begin)
+    code = "\n".join(line for line in lines if not re.match(r"\s*#(?!SBATCH)", line))
     least, most, unsaid = _nodes(given)
     return LaunchFile(
         kind="Slurm",
         groups=_groups(given, code, least, most),
         command=command_in(code),
         findings=[
-            *unread,
-            *_check_options(given),
-            *unsaid,
+            *_schema([*form, *unread, *_check_options(given), *check_options(given), *unsaid]),
             *_check_start(code),
             *_check_binding(given, code),
             *_check_end(given, code),
         ],
-        values=code,
+        values=tuple(
+            (f"line {number}", line)
+            for number, line in enumerate(lines, 1)
+            if not re.match(r"\s*#(?!SBATCH)", line)
+        ),
         owned=True,
         environment=dict(_exports(code)),
         hours=hours_of(given.get("--time", "")),
     )
 
 
-def _options(text: str) -> tuple[dict[str, str], Findings]:
+def _first_command(lines: Sequence[str]) -> int:
+    """Return the index of the first line that is no comment: there `sbatch` ends reading."""
+    commands = (i for i, line in enumerate(lines) if line.strip() and line.strip()[0] != "#")
+    return next(commands, len(lines))
+
+
+def _check_ignored(lines: Sequence[str], begin: int) -> Findings:
+    """Return the lines that look like options and are none to `sbatch`."""
+    late = [i for i, line in enumerate(lines, 1) if i > begin and DIRECTIVE.match(line)]
+    findings = []
+    if late:
+        shown = (
+            f"`sbatch` ignores #SBATCH in line {', '.join(map(str, late))}: after line "
+            f"{begin + 1}, `{lines[begin].strip()[:40]}`, the first command"
+        )
+        findings.append(Finding("schema", "fail", shown, "move them above it"))
+    odd = [i for i, line in enumerate(lines[:begin], 1) if _ODD.match(line)]
+    if odd:
+        shown = f"a comment to `sbatch`: #SBATCH in line {', '.join(map(str, odd))}"
+        advice = "write #SBATCH in capitals, as the first letters of the line, or take it out"
+        findings.append(Finding("schema", "warn", shown, advice))
+    return findings
+
+
+def _schema(findings: Findings) -> Findings:
+    """Return what was found of the options, or that all are well."""
+    if refused(findings):
+        return findings
+    well = Finding("schema", "ok", "known #SBATCH options; the script is not run")
+    return [*findings, well]
+
+
+def _options(lines: Sequence[str]) -> tuple[dict[str, str], Findings]:
     """Return the options of all `#SBATCH` lines by their long names, and the lines it cannot read.
 
     As getopt reads them: `-N4`, `-N 4`, `--nodes=4` and `--nodes 4` are one.
     """
     given: dict[str, str] = {}
     findings = []
-    for line in DIRECTIVE.findall(text):
+    for line in DIRECTIVE.findall("\n".join(lines)):
         try:
             words = deque(shlex.split(line, comments=True))
         except ValueError as error:
@@ -102,16 +154,18 @@ def _nodes(given: Mapping[str, str]) -> tuple[int, int, Findings]:
     """Return the fewest and the most nodes that Slurm gives; none where no option tells."""
     text = given.get("--nodes", "")
     match = _NODES.fullmatch(text)
-    if match and (least := int(match[1])):
-        return least, max(least, int(match[2] or least)), []
+    least = int(match[1]) if match else 0
+    most = int(match[2] or least) if match else 0
+    if match and 0 < least <= most <= MOST_NODES:
+        return least, most, []
     advice = "state --nodes=N: without it storage, tracking and workers are not checked"
     if "--nodes" in given:
-        shown = f"#SBATCH --nodes={text} is no number of nodes"
+        shown = f"#SBATCH --nodes={cut(text)} is no number of nodes"
         return 0, 0, [Finding("nodes", "fail", shown, advice)]
-    if _count(given.get("--ntasks", "1")) == 1:
+    if count_of(given.get("--ntasks", "1")) == 1:
         return 1, 1, []  # what Slurm gives to whom asks for none
-    if per_node := _count(given.get("--ntasks-per-node", "0")):
-        nodes = math.ceil(_count(given["--ntasks"]) / per_node)
+    if per_node := count_of(given.get("--ntasks-per-node", "0")):
+        nodes = math.ceil(count_of(given["--ntasks"]) / per_node)
         return nodes, nodes, []
     shown = f"--ntasks={given['--ntasks']} without --nodes: Slurm chooses how many there are"
     return 0, 0, [Finding("nodes", "warn", shown, advice)]
@@ -121,7 +175,8 @@ def _groups(given: Mapping[str, str], code: str, least: int, most: int) -> tuple
     """Return the head, which is the first of the nodes, and the others."""
     if not most:
         return ()
-    cpus = float(given["--cpus-per-task"]) if given.get("--cpus-per-task", "").isdigit() else None
+    stated = given.get("--cpus-per-task", "")
+    cpus = float(stated) if re.fullmatch(r"\d{1,9}", stated) else None
     gpus = _gpus(given, least)
     worker = NodeGroup("workers", least - 1, most - 1, cpus=cpus, gpus=gpus, labels=_labels(code))
     head = worker._replace(name="head", least=1, most=1, is_head=True)
@@ -151,38 +206,19 @@ def _exports(code: str) -> Iterator[tuple[str, str]]:
             continue
 
 
-def hours_of(text: str) -> float | None:
-    """Return a time of Slurm in hours: `minutes`, `h:mm:ss` or `days-h[:mm[:ss]]`."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not match:
-        return None
-    days, first, second, third = (int(part) if part else None for part in match.groups())
-    if days is not None:
-        return days * 24 + (first or 0) + (second or 0) / 60 + (third or 0) / 3600
-    if third is not None:
-        return (first or 0) + (second or 0) / 60 + third / 3600
-    return ((first or 0) + (second or 0) / 60) / 60
-
-
 def _gpus(given: Mapping[str, str], nodes: int) -> float:
     """Return the GPUs of a node: as stated for it, for each of its tasks, or for the whole job."""
     if text := given.get("--gpus-per-node"):
-        return _count(text)
+        return count_of(text)
     parts = [p.removeprefix("gres/") for p in given.get("--gres", "").split(",")]
     if gpus := [part for part in parts if part.split(":")[0] == "gpu"]:
-        return sum(map(_count, gpus))
+        return sum(map(count_of, gpus))
     if text := given.get("--gpus-per-task"):
         tasks = given.get("--ntasks-per-node") or str(
-            math.ceil(_count(given.get("--ntasks", str(nodes))) / nodes)
+            math.ceil(count_of(given.get("--ntasks", str(nodes))) / nodes)
         )
-        return _count(text) * _count(tasks)
-    return _count(given.get("--gpus", "0")) // nodes
-
-
-def _count(text: str) -> int:
-    """Return the number of `[TYPE:]NUMBER[,...]`; a type alone is one."""
-    last = [part.rpartition(":")[2] for part in text.split(",")]
-    return sum(int(part) if part.isdigit() else 1 for part in last)
+        return count_of(text) * count_of(tasks)
+    return count_of(given.get("--gpus", "0")) // nodes
 
 
 def _labels(code: str) -> dict[str, str]:
@@ -198,8 +234,6 @@ def _check_options(given: Mapping[str, str]) -> Findings:
         if key.startswith("--") and key not in OPTIONS and near:
             advice = "see `sbatch --help`: it refuses the script"
             findings.append(Finding("schema", "fail", f"#SBATCH {key}: unknown{near}", advice))
-    if not findings:
-        findings.append(Finding("schema", "ok", "known #SBATCH options; the script is not run"))
     return findings
 
 

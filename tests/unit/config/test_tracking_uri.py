@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from simclr_ray.config.tracking_uri import file_store_problem, server_of
+from simclr_ray.config.tracking_uri import (
+    file_store_problem,
+    server_of,
+    unknown_store_problem,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,28 @@ def test_a_server_is_one(uri: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("htp://mlflow", "got htp://mlflow; MLflow has no htp:// store"),
+        ("mlflow:5000", "got mlflow:5000; a server is http://mlflow:5000"),
+        ("sqlite://me:hunter2@/m.db", "a file is sqlite:///me:***@/m.db"),
+        ("http://[::1", "got http://[::1; "),
+        ("a" * 5000, "a file is sqlite:///aaa"),
+        ("http://mlflow", ""),
+        ("mysql+pymysql://u:p@db/m", ""),
+        ("mssql://db/m", ""),
+        ("databricks-uc", ""),
+        ("sqlite:////nfs/mlflow.db", ""),
+        ("file:///nfs/mlruns", ""),
+    ],
+)
+def test_a_scheme_that_mlflow_has_not_is_no_store(uri: str, problem: str) -> None:
+    shown = unknown_store_problem(uri)
+    assert (problem in shown) if problem else (shown == "")
+    assert "hunter2" not in shown
+
+
+@pytest.mark.parametrize(
     ("uri", "server"),
     [
         ("http://head:5000/path", ("head", 5000)),
@@ -33,6 +59,7 @@ def test_a_server_is_one(uri: str) -> None:
         ("postgresql+psycopg2://u:p@db/mlflow", ("db", 5432)),
         ("http://[::1]:5000", ("::1", 5000)),
         ("http://head:port", None),
+        ("http://[::1", None),
         ("databricks", None),
         ("databricks://profile", None),
         ("sqlite:////nfs/mlflow.db", None),

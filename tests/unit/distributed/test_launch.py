@@ -23,8 +23,9 @@ from simclr_ray.distributed.launch.check import (
     runs_at_a_time,
 )
 from simclr_ray.distributed.launch.file import command_in
-from simclr_ray.distributed.launch.kuberay import quantity_gib
-from simclr_ray.distributed.launch.slurm import hours_of, read_slurm
+from simclr_ray.distributed.launch.kuberay_quantities import quantity_gib
+from simclr_ray.distributed.launch.slurm import read_slurm
+from simclr_ray.distributed.launch.slurm_options import hours_of
 from simclr_ray.errors import ConfigError
 from simclr_ray.storage.provenance import versions_of
 
