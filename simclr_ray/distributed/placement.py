@@ -189,15 +189,18 @@ def _check_labels(scaling: ScalingConfig, alive: Sequence[Node]) -> None:
     }
     for key, selector in selectors_of(scaling).items():
         cpus, gpus = needs[key]
+        is_stated = bool(getattr(scaling, key))
+        own = "" if is_stated else " (what scaling.data_label_selector leaves; set it to share)"
         matching = [node for node in alive if matches(selector, node.labels)]
         if selector and not matching:
             raise ClusterError(
-                f"no node has the labels of scaling.{key}={shown(selector)}; {_labels_of(alive)}"
+                f"no node has the labels of scaling.{key}={shown(selector)}{own}; "
+                f"{_labels_of(alive)}"
             )
         if selector and not any(n.cpus >= cpus and n.gpus >= gpus for n in matching):
             raise ClusterError(
                 f"{counted(len(matching), 'node')} with the labels of scaling.{key}="
-                f"{shown(selector)}, and none has {cpus:g} CPUs and {gpus:g} GPUs"
+                f"{shown(selector)}{own}, and none has {cpus:g} CPUs and {gpus:g} GPUs"
             )
 
 

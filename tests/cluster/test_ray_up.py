@@ -164,7 +164,8 @@ def test_ray_up_over_ssh_runs_a_job_and_the_stop_script_leaves_nothing(site: Sit
     settings = (
         f"data.train={data}/train.parquet data.test={data}/test.parquet storage={runs} epochs=2 "
         "evaluation.every_epochs=0 evaluation.linear.epochs=1 registry.name= scaling.num_workers=1 "
-        "scaling.data_label_selector.node-group=data tracking.system_metrics=false"
+        "scaling.data_label_selector.node-group=data tracking.system_metrics=false "
+        "scaling.worker_label_selector.node-group=data"  # the one machine is for both
     )
     job = site.on_head(
         "ray job submit --address http://127.0.0.1:8265 -- "
