@@ -170,8 +170,9 @@ def test_a_classifier_that_does_not_fit_is_refused(
 ) -> None:
     encoder_files.write_encoder_of(trained.checkpoint, tmp_path / "e")
     weights = tmp_path / "e" / encoder_files.CLASSIFIER_WEIGHTS
-    if wrong == "missing":
+    if wrong == "missing":  # and not in a program either, from which they would be written again
         weights.unlink()
+        (tmp_path / "e" / encoder_files.CLASSIFIER_PROGRAM).unlink()
     elif wrong == "altered":
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     else:
