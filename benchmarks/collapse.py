@@ -41,7 +41,8 @@ from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train import loop
 from simclr_ray.train.health import HealthWatch
-from simclr_ray.train.worker import finish_batches, prepare_training
+from simclr_ray.train.worker import prepare_training
+from simclr_ray.train.worker_batches import finish_batches
 
 CPU = torch.device("cpu")
 LOG_EVERY = 10

@@ -21,11 +21,11 @@ from simclr_ray.train import loop
 from simclr_ray.train.failures import unwrap_error
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import (
-    finish_batches,
     prepare_process,
     prepare_training,
     threads_of,
 )
+from simclr_ray.train.worker_batches import finish_batches
 
 STEPS: Final = 3  # the first is not counted: it decodes, allocates and compiles
 MOST_IMAGES: Final = {"cpu": 64, "cuda": 512}  # of a step, so that all of them take seconds

@@ -20,7 +20,7 @@ from simclr_ray.data.batches import build_plan, build_two_views, join, local_bat
 from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.train.worker import apply_color
+from simclr_ray.train.worker_batches import apply_color
 from tests.ray import processes
 from tests.ray.images import write_shapes
 

@@ -22,7 +22,7 @@ from simclr_ray.data.grouping import cut_between_groups, grouped_order, number_g
 from simclr_ray.data.image_groups import group_column, groups_line, groups_of, open_grouped
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.train.worker import apply_color
+from simclr_ray.train.worker_batches import apply_color
 from tests.ray.images import noise_png
 
 FIRST_ID = 1000  # ids are no row numbers here

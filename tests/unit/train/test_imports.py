@@ -33,7 +33,8 @@ from simclr_ray.train.imports import export_problem, resolve_imports
 from simclr_ray.train.loss_parity import loss_parity
 from simclr_ray.train.resolve import resolve
 from simclr_ray.train.step_schedule import StepSchedule
-from simclr_ray.train.worker import finish_batches, prepare_training
+from simclr_ray.train.worker import prepare_training
+from simclr_ray.train.worker_batches import finish_batches
 from tests.ray.images import write_shapes
 
 OWN = "own_components"
