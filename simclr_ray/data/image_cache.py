@@ -38,6 +38,18 @@ ENTRY: Final = struct.Struct("=qii")  # id, height, width; the pixels follow
 ALIGNMENT: Final = 16
 
 
+_kept: list[ImageCache] | None = None
+
+
+def keep_newest() -> None:
+    """Keep the images of the cache that is opened last, beyond its use: for the next run here.
+
+    For a process that makes run after run, usually of the same images.
+    """
+    global _kept
+    _kept = [] if _kept is None else _kept
+
+
 class DecodedImage(NamedTuple):
     """A decoded row: its id, and uint8 [H, W, C], not to be written to."""
 
@@ -74,6 +86,8 @@ class ImageCache:
         self._used, self._places = head[:1], head[HEAD_BYTES // 8 :][:num_rows]
         with self._locked():
             self._used[0] = max(int(self._used[0]), HEAD_BYTES + index_bytes)
+        if _kept is not None and self._file >= 0:
+            _kept[:] = [self]
 
     def find(self, rows: Sequence[int]) -> list[DecodedImage | None]:
         """Return the image of each row, None where it is not kept."""

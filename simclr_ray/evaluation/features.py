@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import Int64s
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.errors import DataError
+from simclr_ray.evaluation.decoded import DECODED
 from simclr_ray.evaluation.feature_file import Rows
 from simclr_ray.evaluation.sampling import sample_rows
 from simclr_ray.nn.precision import Precision, autocast, evaluating
@@ -119,9 +121,17 @@ def load_split(
 def decoded_rows(source: Source, rows: Int64s, size: int, decoder: ImageDecoder) -> Split:
     """Return the evaluation views of `rows`, in their order; those that are none are `bad`.
 
+    Nobody may write to them: a process that keeps them returns the same ones again.
+
     Raises:
         DataError: a file cannot be read.
     """
+    chosen = hashlib.sha256(rows.tobytes()).digest()
+    key = (source.uri, source.fingerprint, source.label, chosen, size, decoder)
+    return DECODED.get(key, lambda: _decoded_rows(source, rows, size, decoder))
+
+
+def _decoded_rows(source: Source, rows: Int64s, size: int, decoder: ImageDecoder) -> Split:
     images = torch.empty(len(rows), decoder.channels, size, size, dtype=torch.uint8)
     labels = torch.full((len(rows),), -1, dtype=torch.int64)
     ids = torch.empty(len(rows), dtype=torch.int64)

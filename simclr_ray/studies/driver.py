@@ -43,16 +43,19 @@ from simclr_ray.studies.trial_runner import Job
 from simclr_ray.studies.trials import plan
 from simclr_ray.studies.tune import run_trials
 from simclr_ray.tracking.runs import TrackedRun, Tracker
+from simclr_ray.train.alone import can_train_alone
 
 LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment
 
 
-def run_study(study: Study, *, command: str = "") -> StudyFolder:
+def run_study(study: Study, *, command: str = "", isolated: bool = False) -> StudyFolder:
     """Run a study to its end, or go on with one that was stopped; return its folder.
 
     Args:
         study: What to run.
         command: The command line, to be shown in the report.
+        isolated: Have each trial, and all that it starts, in processes of its own. Else those
+            that one process can train (`can_train_alone`) share processes, one after the other.
 
     Raises:
         ConfigError: A trial cannot be, or the name is taken by another definition.
@@ -81,7 +84,8 @@ def run_study(study: Study, *, command: str = "") -> StudyFolder:
                 versions=_versions(folder.state().get("versions", {})),
                 is_complete=False,
             )
-            job = Job(study, folder.files.storage, folder.files.name, parent.run_id)
+            alone = not isolated and all(can_train_alone(t.experiment) for t in trials)
+            job = Job(study, folder.files.storage, folder.files.name, parent.run_id, alone)
             if run_trials(job, tree, trials, concurrency):
                 status = "FINISHED"
                 folder.update_state(is_complete=True)

@@ -37,8 +37,8 @@ from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.train.driver import train_resolved
 from simclr_ray.train.failures import unwrap_error
 from simclr_ray.train.health import HealthWatch
-from simclr_ray.train.monitor import Record
 from simclr_ray.train.outcome import Run
+from simclr_ray.train.recorder import Record
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.rollback import Rollbacks
 
@@ -54,6 +54,7 @@ class Job(NamedTuple):
     storage: str
     name: str
     parent_run: str  # MLflow run of the study
+    alone: bool = False  # trials train in the process that reports them
 
     @property
     def folder(self) -> StudyFolder:
@@ -78,12 +79,14 @@ def run_trial(
     reason = ""
     metrics: dict[str, float] = {}
     try:
-        metrics = enter(experiment, _train_and_evaluate, job.study, watch, check)
+        metrics = enter(experiment, _train_and_evaluate, job, watch, check)
         reason = watch.warned  # a bad setting is a point as well, and says so
     except UnhealthyRunError as error:
         status, reason = "collapsed", str(error)
     except SimclrRayError as error:
         status, reason = "failed", str(error)
+    except KeyboardInterrupt:
+        status, reason = "failed", "its run was stopped"
     except Exception as error:
         log.debug("trial %s", trial.name, exc_info=error)
         status, reason = "failed", f"{type(error).__name__}: {error}"
@@ -99,7 +102,7 @@ def run_trial(
 
 
 def _train_and_evaluate(
-    resolved: ResolvedExperiment, study: Study, watch: RunWatch, check: Callable[[], None]
+    resolved: ResolvedExperiment, job: Job, watch: RunWatch, check: Callable[[], None]
 ) -> dict[str, float]:
     watch.folder = resolved.folder
     watch.health = HealthWatch(resolved.config, resolved.warmup_steps)
@@ -111,8 +114,8 @@ def _train_and_evaluate(
         check()
 
     watch.replay(resolved.folder.read_text(METRICS) or "")
-    run = train_resolved(resolved, on_progress=watched)
-    return _evaluated(study, resolved.config, run)
+    run = train_resolved(resolved, on_progress=watched, alone=job.alone)
+    return _evaluated(job.study, resolved.config, run)
 
 
 def outcome_of(

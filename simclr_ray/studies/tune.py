@@ -1,11 +1,11 @@
 """Trials under Ray Tune: with `search`, the one door to it.
 
-A Tune trial is a small actor that starts one run (`trial.run_trial`) as a Ray task of its own and
-reports the run's epoch ends, so that a scheduler can compare and end it. Nothing of Tune's own
-state is needed to go on after a kill. Trials that have an outcome are not run again; where a
-scheduler or a search has to see them, they report once more what is stored, and open trials what
-their runs have logged. One trial at a time, that is the order in which it was seen, so that the
-same is decided; with several at a time a scheduler's decisions depend on who is quicker, always.
+A Tune trial has one run made and reports the run's epoch ends (`tune_trainable`), so that a
+scheduler can compare and end it. Nothing of Tune's own state is needed to go on after a kill.
+Trials that have an outcome are not run again; where a scheduler or a search has to see them, they
+report once more what is stored, and open trials what their runs have logged. One trial at a time,
+that is the order in which it was seen, so that the same is decided; with several at a time a
+scheduler's decisions depend on who is quicker, always.
 """
 
 from __future__ import annotations
@@ -21,19 +21,17 @@ from typing import Any, Self
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
+from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.tune.execution import class_cache
-from ray.util.queue import Empty
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.config.logging import held_back
 from simclr_ray.config.metrics import EPOCH_METRICS
-from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
-from simclr_ray.errors import RunError, TrackingError, last_line
-from simclr_ray.storage.run_folder import METRICS
+from simclr_ray.distributed.malloc import one_arena
+from simclr_ray.errors import TrackingError, last_line
 from simclr_ray.studies.concurrency import DRIVER_CPUS, Concurrency
 from simclr_ray.studies.definition import Study, point_of
-from simclr_ray.studies.folder import FINAL, Curve, StudyFolder, TrialOutcome, curve_of
+from simclr_ray.studies.folder import FINAL, Curve, StudyFolder
 from simclr_ray.studies.plan import Trial, make_trials
 from simclr_ray.studies.search import (
     EPOCH,
@@ -43,21 +41,26 @@ from simclr_ray.studies.search import (
     scheduler_of,
     searched_space,
 )
-from simclr_ray.studies.trial_runner import Job, outcome_of, run_trial, store_outcome
+from simclr_ray.studies.trial_runner import Job, outcome_of, store_outcome
+from simclr_ray.studies.tune_trainable import ENDED, Ends, report_trial
 from simclr_ray.tracking.runs import TrackedRun
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 1.0
+WAIT_S = 1.0  # between two looks whether the study is to stop
 END_S = 120.0  # for a run to end by itself: it looks whenever it logs
-# What a trial without a value is told to have: finite, since ASHA takes percentiles.
-WORST = 1e9
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_RESTORE_RETRY_NUM": "0",
+}
+OF_ACTORS = {  # of the processes that report trials, and train some
+    RAY_CHDIR_TO_TRIAL_DIR: "0",  # paths of a config are relative to where all processes are
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": str(int(END_S)),  # for a trial that is ended, before the next
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    **one_arena(),
 }
 
 
@@ -88,19 +91,23 @@ def run_trials(
         return make_trials(study, tree, [point_of(study, config)])[0]
 
     def report(config: dict[str, Any]) -> None:
-        _report(job, trial_of(config), ends)
+        report_trial(job, trial_of(config), ends)
 
     named = _Names(trial_of, is_searched=searched)
     ends = None
-    if study.scheduler.name != "none":
+    if study.scheduler.name != "none" and not job.alone:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        ends = ray.remote(num_cpus=0)(_Ends).options(scheduling_strategy=here).remote()
+        ends = ray.remote(num_cpus=0)(Ends).options(scheduling_strategy=here).remote()
     watch = _Driver(study, folder, trial_of, ends)
     queue = None if searched else TrialQueue(concurrency, len(todo))
     names = {"trial": tune.grid_search(list(todo))}
+    cpus, restarts = DRIVER_CPUS, 0  # Ray Train's own
+    if job.alone:  # what would be a worker's and its data actor's, and how often it may die
+        cpus = concurrency.scaling.num_cpus
+        restarts = concurrency.scaling.max_failures
     with _quiet(), nullcontext() if queue is None else queue:
         tune.Tuner(
-            tune.with_resources(report, {"CPU": DRIVER_CPUS}),
+            tune.with_resources(report, {"CPU": cpus}),
             param_space=searched_space(study) if searched else names,
             tune_config=tune.TuneConfig(
                 metric=study.metric if compared else None,
@@ -109,7 +116,7 @@ def run_trials(
                 search_alg=optuna_search(study) if queue is None else queue,
                 num_samples=study.search.trials if searched else 1,
                 max_concurrent_trials=concurrency.now if queue is None else None,
-                reuse_actors=False,
+                reuse_actors=job.alone,
                 trial_name_creator=named,
                 trial_dirname_creator=named,
             ),
@@ -119,7 +126,7 @@ def run_trials(
                 stop=watch,
                 callbacks=[watch],
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),
+                failure_config=tune.FailureConfig(max_failures=restarts),
             ),
         ).fit()
     ended = {o.trial for o in folder.outcomes()}
@@ -206,7 +213,7 @@ class _Driver(_OfThisProcess, tune.Callback, tune.Stopper):
         CPUs and GPUs for good; one that ends by itself gives them back.
         """
         ours = self.trial_of(trial.config)
-        if self.is_stopping or self._is_final(ours):
+        if self.is_stopping or ENDED in trial.last_result or self._is_final(ours):
             return
         epoch = int(trial.last_result[EPOCH])
         reason = f"{self.study.scheduler.name}: others were better at epoch {epoch}"
@@ -251,118 +258,12 @@ class _Driver(_OfThisProcess, tune.Callback, tune.Stopper):
         return outcome is not None and outcome.status in FINAL
 
 
-class _Ends:
-    """Which runs are to end, and which run: between the study's driver and the trials'."""
-
-    def __init__(self) -> None:
-        self.requested: set[str] = set()
-        self.running: set[str] = set()
-
-    def request(self, trial: str) -> None:
-        self.requested.add(trial)
-
-    def begin(self, trial: str) -> None:
-        self.running.add(trial)
-
-    def end(self, trial: str) -> None:
-        self.running.discard(trial)
-
-    def is_requested(self, trial: str) -> bool:
-        return trial in self.requested
-
-    def is_running(self, trial: str) -> bool:
-        return trial in self.running
-
-
-def _report(job: Job, trial: Trial, ends: Any) -> None:
-    """Report one Tune trial: the stored epochs, then those of a run of its own.
-
-    The last epoch is reported when the outcome is stored: a scheduler may end the trial there.
-    """
-    last = trial.experiment.epochs
-    stored = job.folder.outcome(trial.name)
-    is_final = stored is not None and stored.status in FINAL
-    reported_epoch = 0
-    if job.study.scheduler.name != "none":
-        curve = stored.curve if stored is not None and is_final else _logged(job, trial)
-        for epoch, values in curve.items():
-            if epoch < last:
-                tune.report({**values, EPOCH: epoch})  # comes back when the trial may go on
-                reported_epoch = epoch
-    else:
-        reported_epoch = last  # nobody compares
-    if stored is None or not is_final:
-        stored = _run(job, trial, reported_epoch, ends)
-    if stored.status == "stopped":
-        return  # by other trials than those of now; it is not trained again
-    worst = -WORST if job.study.mode == "max" else WORST
-    values = {**(stored.curve[max(stored.curve)] if stored.curve else {}), **stored.metrics}
-    value = values.get(job.study.metric, worst) if stored.status == "finished" else worst
-    epoch = last if stored.status == "finished" else max(stored.curve, default=0) + 1
-    tune.report({**values, job.study.metric: value, EPOCH: epoch})
-
-
-def _logged(job: Job, trial: Trial) -> Curve:
-    """Return what the run of an open trial has logged before it was stopped."""
-    folder = job.folder.run_of(trial.name)
-    return curve_of((folder.read_text(METRICS) or "") if folder else "")
-
-
-def _run(job: Job, trial: Trial, reported_epoch: int, ends: Any) -> TrialOutcome:
-    """Start the run and report its epochs beyond `reported_epoch`; return its outcome."""
-    inbox = driver_queue()
-    env = {
-        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    }
-    ref = _run_remotely.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": env}).remote(
-        job, trial, inbox, ends
-    )
-    is_done = False
-    while not is_done:
-        is_done = bool(ray.wait([ref], timeout=0)[0])  # before draining: nothing told is missed
-        with suppress(Empty):
-            while True:
-                epoch, values = inbox.get(timeout=0.01 if is_done else WAIT_S)
-                if reported_epoch < epoch < trial.experiment.epochs:
-                    tune.report({**values, EPOCH: epoch})
-                    reported_epoch = epoch
-    inbox.shutdown(force=True)
-    outcome: TrialOutcome = ray.get(ref)
-    if outcome.status == "failed":
-        raise RunError(outcome.reason)
-    return outcome
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _run_remotely(job: Job, trial: Trial, inbox: PickledQueue, ends: Any) -> TrialOutcome:
-    """Run one trial in a process of its own, which looks like that of a command."""
-
-    def tell(epoch: int, values: dict[str, float]) -> None:
-        inbox.put((epoch, values))
-
-    if ends is None:  # nobody ends trials
-        return run_trial(job, trial, tell)
-
-    def check() -> None:
-        with suppress(RayError):  # the driver's node is gone, and nobody waits for an answer
-            if ray.get(ends.is_requested.remote(trial.name)):
-                raise RunError("the study's scheduler has ended it")
-
-    with suppress(RayError):
-        ray.get(ends.begin.remote(trial.name))
-    try:
-        return run_trial(job, trial, tell, check)
-    finally:
-        with suppress(RayError):
-            ray.get(ends.end.remote(trial.name))
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Tune's own tables and handlers away while it runs, ours show the study; and keys."""
-    before = {key: os.environ.get(key) for key in QUIET}
-    os.environ.update(QUIET)
+    before = {key: os.environ.get(key) for key in (*QUIET, *OF_ACTORS)}
+    os.environ.update(QUIET | OF_ACTORS)
+    class_cache.ENV_VARS_TO_PROPAGATE.update(OF_ACTORS)
     # Tune sends them to its trials by a way that Ray logs; a node has its own, as for a run
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(KEYS)
     try:

@@ -39,15 +39,17 @@ from simclr_ray.storage.space import OF_THE_DISK, writing
 from simclr_ray.tracking.store import store_uri
 from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
+from simclr_ray.train.alone import Fit, fit_alone
 from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.elastic import RESIZE_S, Trainer, interrupts_kept
 from simclr_ray.train.failures import final_error, root_failure
 from simclr_ray.train.frozen import fit_frozen
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.identity import is_new, newest_checkpoint, runs_of_this_name
-from simclr_ray.train.monitor import OnProgress, RunMonitor
+from simclr_ray.train.monitor import RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.ray_settings import scaling_config, torch_config
+from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
 from simclr_ray.train.restarts import FailureReport, cause_of
 from simclr_ray.train.rollback import Rollbacks, keeps_good, kept_by_ray, roll_back
@@ -123,12 +125,21 @@ def start_cluster(resolved: ResolvedExperiment) -> None:
     connect(resolved.config)
 
 
-def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None) -> Run:
-    """Train a resolved experiment; otherwise the same as `pretrain`."""
+def train_resolved(
+    resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None, alone: bool = False
+) -> Run:
+    """Train a resolved experiment; otherwise the same as `pretrain`.
+
+    Args:
+        resolved: What to train.
+        on_progress: As for `pretrain`; alone it is called between two steps, by their thread.
+        alone: In this process, which has what one worker needs; else by workers of Ray Train.
+    """
     config, folder = resolved.config, resolved.folder
     if config.init.freeze:
         return fit_frozen(resolved)
-    check_machine(config)
+    if not alone:
+        check_machine(config)
     check_space(resolved)
     with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):
         for other in runs_of_this_name(resolved) if is_new(folder) else []:
@@ -138,13 +149,16 @@ def train_resolved(resolved: ResolvedExperiment, *, on_progress: OnProgress | No
             uri = store_uri(config.tracking.uri, config.storage)
             log.info("opening MLflow at %s", hide_passwords(uri))
             tracker = open_tracker(resolved)  # before the cluster waits
-            connect(config)
-            wait_for_room(config)
+            if not alone:
+                connect(config)
+                wait_for_room(config)
             with tracked_run(resolved, tracker) as tracked:
-                return _trained(resolved, tracked, on_progress)
+                return _trained(resolved, tracked, on_progress, fit_alone if alone else _fit)
 
 
-def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None) -> Run:
+def _trained(
+    resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None, fit: Fit
+) -> Run:
     """Train what is left of a run; return it."""
     total, folder = resolved.total_steps, resolved.folder
     Rollbacks.read(folder).drop_abandoned(folder)  # a kill may have come between
@@ -165,7 +179,7 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
         if not newest and weight_files(resolved.config.init.weights):
             log.info("%s: %s", WHERE, init_line(resolved.config))
         with stop.passed_on(folder):
-            _fit_with_rollbacks(resolved, tracked, on_progress)
+            _fit_with_rollbacks(resolved, tracked, on_progress, fit)
             is_stopped = stop.is_requested(folder)
         newest = newest_checkpoint(resolved)
         is_done = checkpoint.step_of(newest) >= total
@@ -179,7 +193,7 @@ def _trained(resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProg
 
 
 def _fit_with_rollbacks(
-    resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None
+    resolved: ResolvedExperiment, tracked: Tracked, on_progress: OnProgress | None, fit: Fit
 ) -> None:
     """Train to the end, or until a stop; go back where the run went wrong and is to."""
     rollbacks = Rollbacks.read(resolved.folder)
@@ -187,7 +201,7 @@ def _fit_with_rollbacks(
     health.replay(tracked.log.records(METRICS))
     while True:
         try:
-            _fit(resolved, tracked, on_progress, health, rollbacks)
+            fit(resolved, tracked, on_progress, health, rollbacks)
         except UnhealthyRunError as error:
             rollbacks = roll_back(resolved, rollbacks, error, health.last_step)
             tracked.sender.delivery.owe("tags", values=rollbacks.tags)
@@ -204,6 +218,7 @@ def _fit(
     health: HealthWatch,
     rollbacks: Rollbacks,
 ) -> None:
+    """Train by workers of Ray Train."""
     stop.workers_are_gone()
     scaling, inbox = resolved.config.scaling, driver_queue()
     trainer = _trainer(resolved, inbox, rollbacks)

@@ -27,8 +27,8 @@ from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import CLASSIFIER_SCORES
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train import driver
-from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import Run
+from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment, enter, resolve_init
 from simclr_ray.train.tracked import late_writes
 

@@ -14,14 +14,13 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, Protocol, get_args
 
 import ray
 
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.placement import free_nodes, nodes
-from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.storage.rank_states import RankState
 
 Phase = Literal["start", "data", "step", "evaluation", "checkpoint"]
@@ -32,6 +31,14 @@ RESOURCES_S: Final = 15.0  # without a rank; then it is said what the cluster la
 TIMES: Final = 10  # the median of a phase, and no rank does that by itself
 KEPT: Final = 100  # durations of a phase
 log = logging.getLogger(__name__)
+
+
+class Inbox(Protocol):
+    """Takes what a rank has to say to its driver."""
+
+    def put(self, item: Any) -> None:
+        """Take one item."""
+        ...
 
 
 class Beat(NamedTuple):
@@ -82,7 +89,7 @@ class RanksMove(NamedTuple):
 class Heartbeat:
     """A rank's thread that tells the driver every few seconds in which phase the rank is."""
 
-    def __init__(self, inbox: PickledQueue, rank: int, scaling: ScalingConfig) -> None:
+    def __init__(self, inbox: Inbox, rank: int, scaling: ScalingConfig) -> None:
         self._inbox, self._rank, self._scaling = inbox, rank, scaling
         self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
         self._spent: dict[str, float] = dict.fromkeys(get_args(Phase), 0.0)
@@ -104,9 +111,13 @@ class Heartbeat:
         spent[self._phase] += time.monotonic() - self._since
         return spent
 
+    def close(self) -> None:
+        """Say nothing more."""
+        self._ended.set()
+
     def stop(self) -> None:
         """Say that the rank has done all that it had to do, and nothing more."""
-        self._ended.set()
+        self.close()
         self._inbox.put(RankFinished(self._rank))
 
     def limit_s(self, phase: Phase) -> float:

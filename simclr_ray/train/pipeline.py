@@ -28,8 +28,8 @@ from simclr_ray.train import stop
 from simclr_ray.train.driver import train_resolved
 from simclr_ray.train.figures import draw_curves, draw_views
 from simclr_ray.train.identity import begin_anew
-from simclr_ray.train.monitor import OnProgress
 from simclr_ray.train.outcome import PretrainOutcome, Run, store_outcome, stored_outcome
+from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.tracked import late_writes
 

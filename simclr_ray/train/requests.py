@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection
-from typing import Final, Literal
-
-import ray.train
+from typing import Final, Literal, Self
 
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.distributed.collectives import RankZeroSignal
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.train.context import TrainContext
 from simclr_ray.train.loop import Request
 from simclr_ray.train.stop import RESIZE, STOP, FileWatch
 
@@ -37,20 +36,30 @@ def have_moved(errors: Collection[BaseException]) -> bool:
 
 
 class Requests:
-    """One rank's ear. Making one is a collective, and so is `ask`.
+    """One rank's ear, a context manager. Making one is a collective, and so is `ask`.
 
     Attributes:
         reason: Why the ranks were asked to end; empty while they were not.
     """
 
-    def __init__(self, folder: RunFolder, rank: int, scaling: ScalingConfig) -> None:
+    def __init__(self, folder: RunFolder, context: TrainContext, scaling: ScalingConfig) -> None:
+        self._context = context
         self.reason: Reason = ""
         self.taken: list[str] = []  # nodes
         files = (STOP, RESIZE) if scaling.is_elastic else (STOP,)
-        self._files = FileWatch(folder, files) if rank == 0 else None
+        self._files = FileWatch(folder, files) if context.rank == 0 else None
         self._signal = RankZeroSignal(scaling.collective_timeout_s)
         self._looks = os.environ.get(WATCHER, "1") != "0"
         self._looked_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Return the ear."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Look for files no more."""
+        if self._files is not None:
+            self._files.close()
 
     def ask(self) -> Request:
         """Return what is asked of all ranks alike after a step. A collective."""
@@ -58,9 +67,9 @@ class Requests:
         if heard & BITS[RESIZE]:
             self.reason = "resize"
         if heard & LOOK:
-            info = ray.train.get_preemption_info()  # a barrier, of some ms
-            if info is not None:
-                self.reason, self.taken = "taken", info.preempted_node_ids
+            taken = self._context.nodes_taken()
+            if taken is not None:
+                self.reason, self.taken = "taken", taken
         if heard & BITS[STOP]:
             self.reason = "stop"
         return "stop" if self.reason else ""

@@ -106,12 +106,16 @@ class FileWatch:
     def __init__(self, folder: RunFolder, names: Iterable[str]) -> None:
         self.seen: frozenset[str] = frozenset()
         self._folder, self._names = folder, tuple(names)
+        self._closed = threading.Event()
         threading.Thread(target=self._look, daemon=True, name="requests").start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
 
     def _look(self) -> None:
         wait_s = LOOK_S if self._folder.local is not None else 10 * LOOK_S
-        done = threading.Event()
-        while not done.wait(wait_s):
+        while not self._closed.wait(wait_s):
             with suppress(OSError):  # a store that does not answer is asked again
                 there = [n for n in self._names if self._folder.read_text(n) is not None]
                 self.seen = frozenset(there)

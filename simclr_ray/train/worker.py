@@ -13,13 +13,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-import ray.train
-import ray.train.torch
 import torch
 from torch import Tensor
 
@@ -27,10 +24,8 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import name_process
 from simclr_ray.data.batch import Batch
-from simclr_ray.data.stream import stream
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.malloc import keep_freed_memory
-from simclr_ray.distributed.ray_cluster import PickledQueue
 from simclr_ray.errors import DivergedError
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
@@ -42,17 +37,17 @@ from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import FIRST_BATCH
 from simclr_ray.train import loop
+from simclr_ray.train.context import RayContext, TrainContext
 from simclr_ray.train.failures import final_error
-from simclr_ray.train.heartbeat import Heartbeat, RanksMove, RankStarted
-from simclr_ray.train.monitor import WorkerReady
+from simclr_ray.train.heartbeat import Heartbeat, Inbox, RanksMove
 from simclr_ray.train.rank_metrics import RankMetrics
+from simclr_ray.train.recorder import WorkerReady
 from simclr_ray.train.requests import RanksMoved, Requests
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.rollback import Rollbacks
 from simclr_ray.train.step_schedule import schedule_of
 from simclr_ray.train.worker_batches import finish_batches
 
-SYNC, ASYNC = ray.train.CheckpointUploadMode.SYNC, ray.train.CheckpointUploadMode.ASYNC
 SLOW_S = 1.0  # an upload that takes longer goes on beside the next steps
 BAD_START = "{} is not finite before the first step: it is so in init.weights, or in own code"
 
@@ -61,7 +56,7 @@ class WorkerInput(NamedTuple):
     """What a worker is given; all of it pickles."""
 
     experiment: ResolvedExperiment
-    inbox: PickledQueue
+    inbox: Inbox
     rollbacks: Rollbacks = Rollbacks()
 
 
@@ -69,7 +64,7 @@ def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
     """Train on one rank; an error that no restart can mend is sent to the driver first."""
     worker_input = config["input"]
     try:
-        worker = TrainWorker(worker_input)
+        worker = TrainWorker(worker_input, RayContext())
         worker.run()
         worker.heartbeat.stop()
     except Exception as error:
@@ -77,7 +72,7 @@ def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
         raise
 
 
-def tell_final(inbox: PickledQueue, error: BaseException) -> None:
+def tell_final(inbox: Inbox, error: BaseException) -> None:
     """Send the driver an error that no restart mends; of others Ray tells it."""
     ours = final_error(error)
     if ours is not None:
@@ -87,26 +82,25 @@ def tell_final(inbox: PickledQueue, error: BaseException) -> None:
 class TrainWorker:
     """One rank's state, and the callbacks that the loop calls."""
 
-    def __init__(self, worker_input: WorkerInput) -> None:
+    def __init__(self, worker_input: WorkerInput, context: TrainContext) -> None:
         self.resolved, self.inbox = worker_input.experiment, worker_input.inbox
         self.experiment, self.source = self.resolved.config, self.resolved.source
         self.rollbacks = worker_input.rollbacks
         self.folder, self.total = self.resolved.folder, self.resolved.total_steps
-        context = ray.train.get_context()
-        self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
+        self.context, self.device = context, context.device
+        self.rank, self.num_ranks = context.rank, context.num_ranks
         name_process(self.folder.name, self.rank)
-        self.device = ray.train.torch.get_device()
         self.saved = -1  # step of the last checkpoint
         self.uploaded = threading.Event()
         self.uploaded.set()
         self.upload_s = 0.0 if self.folder.local else SLOW_S + 1  # the last one
-        self.inbox.put(RankStarted.here(self.rank))
+        context.begin(self.inbox)
         self.heartbeat = Heartbeat(self.inbox, self.rank, self.experiment.scaling)
-        prepare_process(self.experiment, context.get_local_world_size())
+        prepare_process(self.experiment, context.num_local)
 
     def run(self) -> None:
         """Train from the newest whole checkpoint to the end. A collective."""
-        if ray.train.get_context().get_local_rank() == 0:
+        if self.context.local_rank == 0:
             self._clear_scratch()
         experiment, kept = self.experiment, self._newest()
         start = kept.step if kept else 0
@@ -114,14 +108,21 @@ class TrainWorker:
             return
         # first of all: its actors take seconds to start, and start behind the rest of this
         steps = range(start, self.total)
-        of_run = (experiment, self.source, steps, self.rank, self.num_ranks, self.folder.name)
-        batches = _started(stream(*of_run))
+        batches = self.context.batches(experiment, self.source, steps, self.folder.name)
         self._build(kept)
         self.loss = build_loss(experiment)
         self.evaluation = OnlineEvaluation(
             experiment, self.source, self.rank, self.num_ranks, self.device
         )
-        self.requests = Requests(self.folder, self.rank, experiment.scaling)
+        with Requests(self.folder, self.context, experiment.scaling) as self.requests:
+            self._train(kept, batches)
+            self.requests.close()
+        if self.saved < self.total:
+            self._move()
+
+    def _train(self, kept: checkpoint.Checkpoint | None, batches: Iterator[Batch]) -> None:
+        """Train from where a checkpoint stands, all being built."""
+        experiment, start = self.experiment, kept.step if kept else 0
         self.exported = RankMetrics(self.folder.name, self.rank, self.heartbeat, start)
         if kept is None:
             self._check_finite(0, self.model.state_dict())
@@ -143,9 +144,10 @@ class TrainWorker:
             num_groups=experiment.num_groups,
             clip_norm=experiment.optimizer.clip_norm,
         )
-        self.requests.close()
-        if self.saved < self.total:
-            self._move()
+
+    def close(self) -> None:
+        """End the rank's thread, however it has ended itself: its process may go on."""
+        self.heartbeat.close()
 
     def _move(self) -> None:
         """End, where the ranks are to start again. All have saved."""
@@ -177,7 +179,7 @@ class TrainWorker:
             self.save(step)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint. A collective: Ray's report is a barrier.
+        """Write a checkpoint. A collective.
 
         Raises:
             DivergedError: A weight is not finite, on all ranks at once, since they hold the same.
@@ -189,7 +191,7 @@ class TrainWorker:
         self.uploaded.wait()  # one at a time: else they would pile up on this machine's disk
         tensors = checkpoint.pack(self.model, self.optimizer)
         self._check_finite(step, tensors)
-        kept = None
+        local = None
         name = dist.broadcast_text(checkpoint.new_name(step))
         if self.rank == 0:
             local = Path(tempfile.gettempdir()) / f"{self._scratch_prefix}{name}"
@@ -200,17 +202,10 @@ class TrainWorker:
                 "class_names": list(self.resolved.class_names),
             }
             checkpoint.write(local, step, tensors, record)
-            kept = ray.train.Checkpoint.from_directory(local)
             self.uploaded.clear()
         is_last = step == self.total or self.requests.reason != ""
-        ray.train.report(
-            {"step": step},
-            checkpoint=kept,
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=SYNC if is_last or self.upload_s < SLOW_S else ASYNC,
-            checkpoint_upload_fn=self._upload,
-            delete_local_checkpoint_after_upload=True,
-        )
+        wait = is_last or self.upload_s < SLOW_S
+        self.context.save(step, local, name, self._upload, wait=wait)
         self.saved = step
         self.exported.saved(time.monotonic() - began)
 
@@ -222,23 +217,19 @@ class TrainWorker:
             error.rate_may_help = step > 0
             raise error
 
-    def _upload(self, written: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+    def _upload(self, written: Path, name: str) -> None:
         """Copy a checkpoint to where the run lies, its record last: what has one is whole."""
         began = time.monotonic()
         try:
-            self.folder.put_checkpoint(Path(written.path), name)
+            self.folder.put_checkpoint(written, name)
         except BaseException as error:
             if final_error(error) is not None:  # of others Ray may try again with the same files
-                shutil.rmtree(written.path, ignore_errors=True)
+                shutil.rmtree(written, ignore_errors=True)
                 tell_final(self.inbox, error)  # one beside the steps raises in no caller of ours
             raise
         finally:
             self.upload_s = time.monotonic() - began
             self.uploaded.set()
-        storage = ray.train.get_context().get_storage()
-        return ray.train.Checkpoint(
-            f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem
-        )
 
     @property
     def _scratch_prefix(self) -> str:
@@ -311,22 +302,6 @@ def prepare_training(
     set_recompute(model.encoder, recompute=experiment.scaling.recompute_activations)
     prepare_model(model, device, experiment.precision)
     return build_optimizer(model, experiment.optimizer)
-
-
-def _started(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Return the same stream, its actors already starting while the caller goes on."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
-    pending = [pool.submit(next, batches, None)]
-    pool.shutdown(wait=False)
-
-    def go_on() -> Iterator[Batch]:
-        batch = pending.pop().result()
-        if batch is not None:
-            yield batch
-            del batch  # its memory would be held for the whole run
-            yield from batches
-
-    return go_on()
 
 
 def prepare_process(experiment: Experiment, workers_here: int) -> None:

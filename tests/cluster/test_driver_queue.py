@@ -20,7 +20,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from simclr_ray.distributed.ray_cluster import driver_queue
-from simclr_ray.train.monitor import WorkerReady
+from simclr_ray.train.recorder import WorkerReady
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 cluster.add_node(num_cpus=1)

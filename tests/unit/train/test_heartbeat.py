@@ -204,7 +204,7 @@ def test_a_phase_is_stuck_after_ten_times_its_median_and_its_first_by_the_start(
 
 
 def test_a_rank_knows_how_long_it_was_in_each_phase(clock: Clock) -> None:
-    rank = Heartbeat(Inbox(), 0, ScalingConfig())  # type: ignore[arg-type] # keeps what it is given
+    rank = Heartbeat(Inbox(), 0, ScalingConfig())
     for phase, seconds in (("start", 3), ("step", 2), ("data", 5), ("step", 4), ("data", 0.5)):
         rank.enter(phase, 0)  # type: ignore[arg-type] # of the list above
         clock.now += seconds

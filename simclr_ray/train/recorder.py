@@ -1,0 +1,259 @@
+"""What ranks report, taken one by one: into the run's log, then shown; and what ends the run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from simclr_ray.config.wording import counted
+from simclr_ray.errors import (
+    CollapseError,
+    RestartsError,
+    RunError,
+    SimclrRayError,
+    StorageError,
+    TooManyBadImages,
+    UnhealthyRunError,
+)
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.last_error import LastError
+from simclr_ray.storage.metrics_log import FIRST_BATCH
+from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
+from simclr_ray.train import stop
+from simclr_ray.train.health import HealthWatch
+from simclr_ray.train.heartbeat import (
+    Beat,
+    RankFinished,
+    RanksFailed,
+    RanksMove,
+    RankStarted,
+    RankWatch,
+)
+from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.rollback import CheckpointKeeper, keeps_good
+from simclr_ray.train.tracked import Tracked
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, float]
+OnProgress = Callable[[Record], None]
+MISSING_CLASSES = "start/knn_missing_classes"
+
+
+class WorkerReady(NamedTuple):
+    """A worker has built its model and waits for its first batch."""
+
+    rank: int
+    num_workers: int
+
+
+class _BadRow(NamedTuple):
+    """Why a row cannot be used, and the file that it was, where that is known."""
+
+    reason: str
+    path: str
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> _BadRow:
+        return cls(str(record["reason"]), str(record.get("path", "")))
+
+
+class RunRecorder:
+    """Takes the records of a run's ranks.
+
+    Attributes:
+        fatal: What the run is to end by, once there is such a thing.
+    """
+
+    def __init__(
+        self,
+        tracked: Tracked,
+        on_progress: OnProgress | None,
+        resolved: ResolvedExperiment,
+        health: HealthWatch,
+    ) -> None:
+        self.log, self.sender = tracked.log, tracked.sender
+        self.on_progress, self.resolved = on_progress, resolved
+        self.fatal: SimclrRayError | None = None
+        self.health, self._has_warned = health, False
+        self._keeper = CheckpointKeeper(resolved) if keeps_good(resolved.config) else None
+        self.ranks = RankWatch(resolved.config.scaling)
+        self._restarts = 0  # without a new checkpoint
+        self._kept = self._newest_step()  # at the last restart
+        self._began = time.monotonic()
+        self._ready: set[int] = set()
+        self._bad = {int(row["id"]): _BadRow.of(row) for row in self.log.records(BAD_ROWS)}
+
+    def interrupt(self) -> None:
+        """End what runs now: `fatal` is set."""
+
+    @contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """Have the run end by what keeps the block from writing its log."""
+        try:
+            yield
+        except StorageError as error:
+            self._end(error)
+        except OSError as error:
+            self._end(RunError(f"the log of the run cannot be written: {error}"))
+
+    def take_all(self, items: Sequence[Any]) -> None:
+        """Take what has come; then look at the rows that are no images, and at the log."""
+        for item in items:
+            self.take(item)
+        self._check_bad_rows()
+        self.log.upload_if_due()
+
+    def take(self, item: Any) -> None:
+        """Take what a rank says: metrics, a row that is no image, an error, or a word of itself."""
+        if isinstance(item, SimclrRayError):
+            self._end(item)
+        elif isinstance(item, dict):
+            self._take_bad(item) if "reason" in item else self._take_metrics(item)
+        elif item is not None:
+            self._take_word(item)
+
+    def _take_word(self, word: Any) -> None:
+        """Take what a rank, or Ray for it, says of itself."""
+        takers: dict[type, Callable[[Any], None]] = {
+            WorkerReady: self._tell_ready,
+            RankStarted: self.ranks.take_start,
+            Beat: self.ranks.take,
+            RankFinished: self.ranks.take_end,
+            RanksMove: self._take_move,
+            RanksFailed: self._take_failure,
+        }
+        takers[type(word)](word)
+
+    def _tell_ready(self, worker: WorkerReady) -> None:
+        """Say so when all workers are ready; after a restart, again."""
+        self._ready.add(worker.rank)
+        if len(self._ready) == worker.num_workers:
+            self._ready.clear()
+            log.info(
+                "%d of %s ready after %.0f s",
+                worker.num_workers,
+                counted(worker.num_workers, "worker"),
+                time.monotonic() - self._began,
+            )
+
+    def _take_move(self, move: RanksMove) -> None:
+        """Say why all is started again, where that is no failure."""
+        self._start_over()
+        why = "another number of workers has room"
+        if move.taken:
+            why = f"{counted(len(move.taken), 'node')} will be taken away"
+        log.info(
+            "%s: all %d ranks have saved step %s and start again",
+            why, move.num_workers, f"{move.step:,}",
+        )  # fmt: skip
+
+    def _start_over(self) -> None:
+        stop.workers_are_gone()
+        self.ranks.forget()
+        self._ready.clear()
+        self._began = time.monotonic()
+
+    def _take_failure(self, failed: RanksFailed) -> None:
+        """Say why all is started again; end the run where that brings it no further."""
+        if self.fatal is not None:
+            return  # nothing is
+        self._start_over()
+        kept, most = self._newest_step(), self.resolved.config.scaling.max_failures
+        self._restarts = 1 if kept > self._kept else self._restarts + 1
+        self._kept = kept
+        who, cause = next(iter(failed.causes.items()), ("a rank", "for no reason given"))
+        if self._restarts > most:
+            if most:  # without restarts Ray itself ends the run
+                self._end(
+                    RestartsError(
+                        f"failed {self._restarts} times after step {kept:,} without a further "
+                        f"checkpoint (scaling.max_failures={most}), last {who}: {cause}; the "
+                        "same command goes on from there"
+                    )
+                )
+            return
+        LastError.of("restart", f"{who} failed: {cause}").write(self.resolved.folder)
+        log.warning(
+            "%s failed: %s; all ranks start again after step %d (%d of %d times without a "
+            "further checkpoint)", who, cause, kept, self._restarts, most,
+        )  # fmt: skip
+
+    def _newest_step(self) -> int:
+        names = self.resolved.folder.checkpoints()
+        return checkpoint.step_of(names[0]) if names else 0
+
+    def _take_metrics(self, item: Record) -> None:
+        if FIRST_BATCH in item:
+            log.info("first batch after %.0f s", time.monotonic() - self._began)
+            stop.workers_can_save()
+        if item.get(MISSING_CLASSES):
+            log.warning(
+                "eval/knn_top1: of %d classes of the test images no image is in the bank, so it "
+                "cannot name them; data.eval_train names a set in mixed order, and a larger "
+                "evaluation.eval_train_limit takes more", item[MISSING_CLASSES],
+            )  # fmt: skip
+        self.log.append(METRICS, item)
+        self.sender.wake()
+        if self.on_progress is not None:
+            try:
+                self.on_progress(item)
+            except SimclrRayError as error:  # who watches may end a run
+                self._end(error)
+        self._check_health(item)
+
+    def _check_health(self, item: Record) -> None:
+        """End the run, or say so once, where it does not learn."""
+        try:
+            self.health(item)
+        except CollapseError as error:
+            if self.resolved.config.health.on_collapse != "warn":
+                self._end(error)
+            elif not self._has_warned:
+                self._has_warned = True
+                log.warning("%s (health.on_collapse=warn)", error)
+        except UnhealthyRunError as error:
+            self._end(error)
+        if self._keeper is not None:
+            with suppress(OSError):  # of a store that does not answer now: after the next one
+                self._keeper.keep(self.health)
+
+    def _take_bad(self, item: dict[str, Any]) -> None:
+        if item["id"] not in self._bad:
+            self._bad[item["id"]] = _BadRow.of(item)
+            self.log.append(BAD_ROWS, item)
+
+    def _check_bad_rows(self) -> None:
+        """End the run when more rows are unusable than `data.max_bad_fraction` allows; name all."""
+        share, rows = self.resolved.config.data.max_bad_fraction, self.resolved.source.num_rows
+        if len(self._bad) <= share * rows:
+            return
+        reasons = "; ".join(sorted({bad.reason for bad in self._bad.values()})[:5])
+        names = [bad.path or f"id {row_id}" for row_id, bad in sorted(self._bad.items())]
+        self._end(
+            TooManyBadImages(
+                f"{len(self._bad)} of {rows} rows cannot be used, as far as it has come, more than "
+                f"data.max_bad_fraction={share:g} allows; reasons: {reasons}; first: "
+                f"{', '.join(names[:10])}; all: {self.resolved.folder.uri}/{BAD_ROWS}"
+            )
+        )
+
+    def say_bad_rows(self) -> None:
+        """Say how many rows could not be used, where there are any and the run goes on."""
+        if self._bad and self.fatal is None:
+            log.warning(
+                "%s of %s could not be used, and others stood in for them: %s/%s",
+                counted(len(self._bad), "image"), f"{self.resolved.source.num_rows:,}",
+                self.resolved.folder.uri, BAD_ROWS,
+            )  # fmt: skip
+
+    def _end(self, error: SimclrRayError) -> None:
+        """Have the run end, once: no retry can mend it."""
+        if self.fatal is None:
+            if isinstance(error, UnhealthyRunError):
+                error = self.health.explained(error)
+            self.fatal = error
+            self.interrupt()
