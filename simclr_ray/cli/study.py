@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from simclr_ray.studies.folder import StudyFolder
     from simclr_ray.studies.plan import Trial
 
+Isolated = Annotated[
+    bool,
+    typer.Option(
+        "--isolated",
+        help="Each trial in processes of its own; else small ones share processes, with the same "
+        "results.",
+    ),
+]
 Where = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URI of a study.")]
 
 
@@ -51,6 +59,7 @@ def run(
         bool,
         typer.Option("--dry-run", help="Check all trials and the cluster, time steps, and stop."),
     ] = False,
+    isolated: Isolated = False,  # noqa: FBT002
 ) -> None:
     """Run a study, or go on with one that was stopped.
 
@@ -70,16 +79,16 @@ def run(
     if dry_run:
         _show_time(study, trials)
     else:
-        _run(study, trials)
+        _run(study, trials, isolated=isolated)
 
 
-def resume(where: Where) -> None:
+def resume(where: Where, isolated: Isolated = False) -> None:  # noqa: FBT002
     """Go on with a study; finished trials are not run again, open ones go on where they stood."""
     from simclr_ray.studies.trials import stored_study
 
     with stored_study(where) as (study, trials):
         loading("torch", "ray")
-        _run(study, trials)
+        _run(study, trials, isolated=isolated)
 
 
 def status(where: Where) -> None:
@@ -149,7 +158,7 @@ def best(
         out.print(f"registered  models:/{made.name}@{alias} (version {made.version})", markup=False)
 
 
-def _run(study: Study, trials: Sequence[Trial]) -> None:
+def _run(study: Study, trials: Sequence[Trial], *, isolated: bool) -> None:
     from simclr_ray.studies.driver import has_code, run_study
     from simclr_ray.studies.folder import StudyFolder
     from simclr_ray.studies.plan import study_folder
@@ -158,7 +167,7 @@ def _run(study: Study, trials: Sequence[Trial]) -> None:
     folder = StudyFolder(*study_folder(study))
     called = shlex.join(["simclr-ray", *sys.argv[1:]])
     with StudyProgress(lambda: status_of(study, folder, trials)):
-        run_study(study, command=called)
+        run_study(study, command=called, isolated=isolated)
     if folder.outcomes():
         _report(folder)
     if not folder.state()["is_complete"]:

@@ -21,7 +21,6 @@ from typing import Any, Self
 
 import ray
 from ray import tune
-from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.tune.execution import class_cache
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -57,7 +56,7 @@ QUIET = {
     "TUNE_RESTORE_RETRY_NUM": "0",
 }
 OF_ACTORS = {  # of the processes that report trials, and train some
-    RAY_CHDIR_TO_TRIAL_DIR: "0",  # paths of a config are relative to where all processes are
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a config are relative to where all processes are
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": str(int(END_S)),  # for a trial that is ended, before the next
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     **one_arena(),

@@ -66,12 +66,11 @@ def passed_on(folder: RunFolder) -> Iterator[None]:
     ended = threading.Event()
 
     def wait() -> None:
-        while not ended.is_set():
-            if _requested.wait(timeout=LOOK_S):
-                log.info("stopping: a checkpoint of the current step is written first")
-                with suppress(OSError):  # of a full disk: the signal after this one ends it
-                    request_stop(folder)
-                return
+        _requested.wait()
+        if not ended.is_set():
+            log.info("stopping: a checkpoint of the current step is written first")
+            with suppress(OSError):  # of a full disk: the signal after this one ends it
+                request_stop(folder)
 
     watcher = threading.Thread(target=wait, daemon=True, name="stop")
     watcher.start()
@@ -80,6 +79,7 @@ def passed_on(folder: RunFolder) -> Iterator[None]:
     finally:
         _can_save.clear()
         ended.set()
+        _requested.set()  # wakes the thread
         watcher.join()
         _requested.clear()
         with suppress(OSError):

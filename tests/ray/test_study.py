@@ -210,7 +210,7 @@ def _ended(program: list[str]) -> None:
 def test_a_killed_study_goes_on_to_the_last_bit(folder: Path) -> None:
     settings: dict[str, Any] = {"seeds": [0, 1], "concurrency": 1}
     whole = study_file(folder, "whole", **settings)
-    _ended(program(whole))
+    _ended([*program(whole), "--isolated"])  # which gives what shared processes do
     undisturbed = StudyFolder(str(folder / "whole" / "studies"), "s")
 
     source = study_file(folder, "killed", **settings)

@@ -50,7 +50,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "jsonschema": ("distributed.launch",),
     "ray.data": ("data", "evaluation.ray_features"),
     "ray.train": ("train",),
-    "ray.tune": ("studies.tune", "studies.search"),
+    "ray.tune": ("studies.tune", "studies.tune_trainable", "studies.search"),
     "mlflow": (
         "tracking",
         "inference.registry",
