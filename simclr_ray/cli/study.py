@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -242,18 +243,24 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
 
     Raises what `start_cluster` and `pace_of` do.
     """
-    from simclr_ray.studies.driver import shared_cores, start_cluster
+    from simclr_ray.studies.driver import can_share_processes, shared_cores, start_cluster
     from simclr_ray.studies.step_timing import pace_of
 
+    began = time.monotonic()
     at_a_time = start_cluster(study, trials).now
+    started_s = time.monotonic() - began
     show_pairs({"at a time": counted(at_a_time, "trial")})
     if study.images_per_s:
         return
     share = study.search.runs_per_trial(len(trials))
-    pace = pace_of(trials, at_a_time, shared_cores(trials))
+    pace = pace_of(trials, at_a_time, shared_cores(trials), study.protocols)
     most = "at most " if study.scheduler.name != "none" else ""
+    start_s = started_s + pace.start
     estimate = (
-        f"{most}{clock(share * pace.seconds)} of training, {clock(share * pace.device_seconds)} of "
-        "workers' time, by steps timed on it as busy as it is; starts and evaluation come on top"
+        f"{most}{clock(start_s + share * (pace.seconds - pace.start))}, {clock(start_s)} of it the "
+        f"start; training is {clock(share * pace.device_seconds)} of workers' time, evaluation "
+        f"{clock(share * pace.evaluation)}: by steps and images timed on it, as busy as it is"
     )
+    if not can_share_processes(trials):
+        estimate += "; the start of each trial comes on top"
     show_pairs({"time": estimate})

@@ -103,6 +103,18 @@ def encode(
     return EncodedSplits(features(bank), None if test is None else features(test))
 
 
+def first_splits(experiment: Experiment, num: int) -> tuple[Split, Split | None]:
+    """Return some labelled views of what an experiment learns from and is asked about, decoded.
+
+    At most `num` of each, the second None without labels.
+
+    Raises:
+        DataError: A split cannot be read, or has none.
+    """
+    size, decoder = experiment.evaluation_size, evaluation_decoder(experiment.data)
+    return scorable(*_loaded(_sources(experiment), size, decoder, num))
+
+
 class EvaluatedRows(NamedTuple):
     """How many rows of the splits are encoded, and by whom.
 
@@ -217,12 +229,19 @@ def _encoded_by_actors(
             yield EncodedSplits(own, Features(of_test.features[i], of_test.labels, of_test.ids))
 
 
-def _loaded(sources: _Sources, size: int, decoder: ImageDecoder) -> tuple[Split, Split | None]:
-    """Return what is learned from and what is scored; the second is None without labels."""
-    bank = load_split(sources.bank, size, sources.limit, decoder)
+def _loaded(
+    sources: _Sources, size: int, decoder: ImageDecoder, most: int = 0
+) -> tuple[Split, Split | None]:
+    """Return what is learned from and what is scored; the second is None without labels.
+
+    At most `most` rows of each; 0: all.
+    """
+    bank = load_split(
+        sources.bank, size, min(filter(None, (most, sources.limit)), default=0), decoder
+    )
     if sources.is_halved:
         return split_halves(bank)
-    return bank, load_split(sources.test, size, decoder=decoder) if sources.test else None
+    return bank, load_split(sources.test, size, most, decoder) if sources.test else None
 
 
 class _Sources(NamedTuple):

@@ -84,7 +84,7 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
                 versions=_versions(folder.state().get("versions", {})),
                 is_complete=False,
             )
-            alone = not isolated and all(can_train_alone(t.experiment) for t in trials)
+            alone = not isolated and can_share_processes(trials)
             job = Job(study, folder.files.storage, folder.files.name, parent.run_id, alone)
             if run_trials(job, tree, trials, concurrency):
                 status = "FINISHED"
@@ -164,6 +164,11 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> Concurrency:
     for trial in trials:
         wait_for_room(trial.experiment)
     return concurrency_of(study, trials)
+
+
+def can_share_processes(trials: Sequence[Trial]) -> bool:
+    """Return whether each of some trials can be trained by one process, after another."""
+    return all(can_train_alone(trial.experiment) for trial in trials)
 
 
 def shared_cores(trials: Sequence[Trial]) -> float:

@@ -1,9 +1,14 @@
-"""How long a study will take: steps of each kind of trial, timed on the cluster before it runs."""
+"""How long a study will take: steps and evaluation of each kind of trial, timed before it runs.
+
+On the cluster at hand, in the processes that would train, as many at a time.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import ray
@@ -12,9 +17,11 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
+from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import local_batches
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.errors import ClusterError, RunError, last_line
+from simclr_ray.evaluation.cost import EvaluationSeconds, evaluation_seconds
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
 from simclr_ray.train import loop
@@ -27,26 +34,53 @@ from simclr_ray.train.worker import (
 )
 from simclr_ray.train.worker_batches import finish_batches
 
-STEPS: Final = 3  # the first is not counted: it decodes, allocates and compiles
+STEPS: Final = (3, 50)  # least and most; the first is not counted: it decodes and allocates
+STEPS_S: Final = 3.0  # for more than the least
 MOST_IMAGES: Final = {"cpu": 64, "cuda": 512}  # of a step, so that all of them take seconds
+AT_SIDE: Final = 224  # of so large views; of smaller ones as many more as there are fewer pixels
+# Of a trial on a local disk, tracked in SQLite: its run folder, MLflow run and checkpoints.
+TRIAL_S: Final = 0.7
 NEVER: Final = 10**9
 FREE_S: Final = 300  # for a worker's share of the cluster to come free, and its steps
 
 
+class TrialSeconds(NamedTuple):
+    """What one worker takes for trials of a kind."""
+
+    image: float  # of a step: its views, forward and backward pass
+    evaluation: EvaluationSeconds
+    began: float  # from when its process was asked for until it ran
+
+
 class Pace(NamedTuple):
-    """What training takes by itself: no start, checkpoint, evaluation, or word between nodes."""
+    """What trials take, with so many at a time; no word between nodes.
 
-    seconds: float  # of all trials, with so many at a time
-    device_seconds: float  # of all their workers
+    Attributes:
+        seconds: All of them, from when the first process is asked for to the last score.
+        device_seconds: Training, of all their workers.
+        start: Of `seconds`, until the first trial trains.
+        evaluation: Of all trials, one after the other.
+    """
+
+    seconds: float
+    device_seconds: float
+    start: float
+    evaluation: float
 
 
-def pace_of(trials: Sequence[Trial], at_a_time: int, cores: float = math.inf) -> Pace:
+def pace_of(
+    trials: Sequence[Trial],
+    at_a_time: int,
+    cores: float = math.inf,
+    protocols: Sequence[str] = (),
+) -> Pace:
     """Return what trials take, timing each kind of them once, in a worker's share of the cluster.
 
     Args:
         trials: Of a study.
         at_a_time: How many trials the cluster runs at a time; as many kinds are timed at a time.
         cores: That all workers share by time; not those of machines with a GPU.
+        protocols: By which encoders are scored after training.
 
     Raises:
         ClusterError: No worker's share of the cluster comes free.
@@ -55,21 +89,50 @@ def pace_of(trials: Sequence[Trial], at_a_time: int, cores: float = math.inf) ->
         RunError: A step fails, as for want of memory.
     """
     kinds = {kind_of(trial.experiment): trial.experiment for trial in trials}
-    seconds_of_kind: dict[str, float] = {}
-    while len(seconds_of_kind) < len(kinds):
-        wave = [kind for kind in kinds if kind not in seconds_of_kind][:at_a_time]
-        seconds_of_kind |= zip(wave, _timed([kinds[kind] for kind in wave]), strict=True)
+    at_a_time = min(at_a_time, len(trials))
+    of_kind: dict[str, TrialSeconds] = {}
+    while len(of_kind) < len(kinds):
+        wave = [kind for kind in kinds if kind not in of_kind][:at_a_time]
+        # on cores that are shared, beside as many others as there will be
+        beside = [] if math.isinf(cores) else (wave * at_a_time)[len(wave) : at_a_time]
+        timed = _timed([kinds[kind] for kind in (*wave, *beside)], protocols)
+        of_kind |= zip(wave, timed, strict=False)
     images = images_of(trials)
-    device_s = [images[t.name] * seconds_of_kind[kind_of(t.experiment)] for t in trials]
-    whole = [s / t.experiment.scaling.max_workers for s, t in zip(device_s, trials, strict=True)]
+    seconds = [of_kind[kind_of(trial.experiment)] for trial in trials]
+    device_s = [images[t.name] * s.image for t, s in zip(trials, seconds, strict=True)]
+    evaluation = [_evaluation_s(t.experiment, s) for t, s in zip(trials, seconds, strict=True)]
+    whole = [
+        TRIAL_S + evaluated + s / t.experiment.scaling.max_workers
+        for s, evaluated, t in zip(device_s, evaluation, trials, strict=True)
+    ]
     busy = sum(s * threads_of(t.experiment) for s, t in zip(device_s, trials, strict=True))
-    seconds = max(max(whole), sum(whole) / min(at_a_time, len(trials)), busy / cores)
-    return Pace(seconds, sum(device_s))
+    start = max(s.began + s.evaluation.read for s in of_kind.values())
+    lasts = max(makespan(whole, at_a_time), busy / cores)
+    return Pace(start + lasts, sum(device_s), start, sum(evaluation))
 
 
-def _timed(experiments: Sequence[Experiment]) -> list[float]:
-    """Return the seconds an image takes in each of some experiments, timed side by side."""
+def makespan(seconds: Sequence[float], at_a_time: int) -> float:
+    """Return when the last of some trials ends, each begun in turn as soon as there is room.
+
+    Example: trials of 3, 1, 1 and 2 seconds, two at a time: the last ends after 4.
+    """
+    ends = [0.0] * at_a_time
+    for each in seconds:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
+
+
+def _evaluation_s(experiment: Experiment, seconds: TrialSeconds) -> float:
+    """Return what evaluation takes of a trial; several workers share it while they train."""
+    every, of = experiment.evaluation.every_epochs, seconds.evaluation
+    epochs = -(-experiment.epochs // every) if every else 0
+    return (of.start + epochs * of.epoch) / experiment.scaling.max_workers + of.final
+
+
+def _timed(experiments: Sequence[Experiment], protocols: Sequence[str]) -> list[TrialSeconds]:
+    """Return what trials of some experiments take, timed side by side."""
     refs = []
+    submitted_at = time.time()
     for experiment in experiments:
         scaling = experiment.scaling
         task = ray.remote(
@@ -77,13 +140,13 @@ def _timed(experiments: Sequence[Experiment]) -> list[float]:
             num_gpus=scaling.gpus_per_worker,
             runtime_env={"env_vars": one_arena()},
             max_retries=0,
-        )(seconds_per_image)
-        refs.append(task.remote(cfg.to_tree(experiment)))
+        )(seconds_of)
+        refs.append(task.remote(cfg.to_tree(experiment), protocols, submitted_at))
     try:
-        seconds: list[float] = ray.get(refs, timeout=FREE_S)
+        seconds: list[TrialSeconds] = ray.get(refs, timeout=FREE_S)
     except GetTimeoutError:
         message = (
-            f"no worker's share of the cluster came free within {FREE_S} s, or no {STEPS} steps"
+            f"no worker's share of the cluster came free within {FREE_S} s, or no {STEPS[0]} steps"
         )
         raise ClusterError(f"{message} fit in them; is it busy?") from None
     except RayError as error:
@@ -96,30 +159,36 @@ def _timed(experiments: Sequence[Experiment]) -> list[float]:
     return seconds
 
 
-def seconds_per_image(tree: dict[str, Any]) -> float:
-    """Return the seconds that one worker takes for an image: its views, and its part of a step.
+def seconds_of(tree: dict[str, Any], protocols: Sequence[str], submitted_at: float) -> TrialSeconds:
+    """Return what one worker takes for an image, its views and its part of a step; and evaluation.
 
     With a GPU the views are made beside the step, by processes of their own, and the slower of the
     two counts; cores are shared by time.
 
     Args:
         tree: An experiment's.
+        protocols: By which it is scored after training.
+        submitted_at: When this was asked for, by the clock of `time.time`.
 
     Raises:
         ConfigError: The model cannot be made as configured.
         DataError: The images cannot be read.
     """
-    return enter(cfg.validate(Experiment, tree), _seconds_per_image)
+    began = max(0.0, time.time() - submitted_at)  # another node's clock may be another
+    image, evaluation = enter(cfg.validate(Experiment, tree), _seconds_of, protocols)
+    return TrialSeconds(image, evaluation, began)
 
 
-def _seconds_per_image(resolved: ResolvedExperiment) -> float:
+def _seconds_of(
+    resolved: ResolvedExperiment, protocols: Sequence[str]
+) -> tuple[float, EvaluationSeconds]:
     whole, source = resolved.config, resolved.source
     scaling, small = whole.scaling, shortened(whole)
     device = torch.device("cuda" if scaling.gpus_per_worker else "cpu")
     prepare_process(whole, scaling.max_workers)
     model = build_model(small)
     optimizer = prepare_training(model, small, device)
-    batches = local_batches(small, source, range(STEPS))
+    batches = _for_some_seconds(local_batches(small, source, range(STEPS[1])))
     records: list[loop.Metrics] = []
     loop.train(
         model,
@@ -134,9 +203,19 @@ def _seconds_per_image(resolved: ResolvedExperiment) -> float:
     counted = records[1:]
     both_s = sum(1 / m.images_per_s for m in counted) / len(counted)
     views_s = sum(m.data_wait_fraction / m.images_per_s for m in counted) / len(counted)
+    evaluation = evaluation_seconds(whole, source, model, protocols)
     if device.type == "cpu":
-        return both_s
-    return max(both_s - views_s, views_s / max(1, scaling.data_actors_per_worker))
+        return both_s, evaluation
+    return max(both_s - views_s, views_s / max(1, scaling.data_actors_per_worker)), evaluation
+
+
+def _for_some_seconds(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the least number of batches, and more until their time is up."""
+    began = time.perf_counter()
+    for at, batch in enumerate(batches):
+        if at >= STEPS[0] and time.perf_counter() - began > STEPS_S:
+            return
+        yield batch
 
 
 def shortened(experiment: Experiment) -> Experiment:
@@ -146,12 +225,13 @@ def shortened(experiment: Experiment) -> Experiment:
     """
     scaling = experiment.scaling
     most = MOST_IMAGES["cuda" if scaling.gpus_per_worker else "cpu"]
+    most = int(most * max(1.0, (AT_SIDE / experiment.augment.size) ** 2))
     size = math.ceil(experiment.batch_size / scaling.max_workers)
     if experiment.num_groups > 1:
         size = 2 * math.ceil(size / experiment.num_groups)
     changes: dict[str, Any] = {
         "batch_size": max(2, min(most, size)),
-        "epochs": STEPS,
+        "epochs": STEPS[1],
         "scaling": scaling.model_copy(update={"num_workers": 1}),
     }
     if isinstance(experiment.augment, SimCLRViewsConfig):

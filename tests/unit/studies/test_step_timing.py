@@ -10,6 +10,7 @@ import pytest
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.evaluation.cost import EvaluationSeconds
 from simclr_ray.studies import step_timing as speed
 from simclr_ray.studies.plan import Cell, Trial
 from tests.ray.images import write_shapes
@@ -74,7 +75,10 @@ def test_a_step_is_no_larger_than_one_of_the_run_and_views_are_of_full_size() ->
     assert speed.shortened(four).batch_size == 25
     groups = experiment(batch_size=4096, batch_norm={"group_size": 16})
     assert speed.shortened(groups).batch_size == 32  # two of them
-    assert speed.shortened(experiment(batch_size=4096)).batch_size == speed.MOST_IMAGES["cpu"]
+    large = {"batch_size": 4096, "augment": {"size": 224}}
+    assert speed.shortened(experiment(**large)).batch_size == speed.MOST_IMAGES["cpu"]
+    small = {"batch_size": 4096, "augment": {"size": 112}}  # as many pixels
+    assert speed.shortened(experiment(**small)).batch_size == 4 * speed.MOST_IMAGES["cpu"]
     grown = experiment(augment={"size": 64, "start_size": 32})
     assert speed.shortened(grown).augment.size_at(0, 3) == 64
 
@@ -83,19 +87,53 @@ def test_each_kind_is_timed_once_and_time_is_shared_by_what_runs_side_by_side(
     train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waves: list[int] = []
+    nothing = EvaluationSeconds(0.0, 0.0, 0.0, 0.0)
 
-    def timed(experiments: Sequence[Experiment]) -> list[float]:
+    def timed(experiments: Sequence[Experiment], _: Sequence[str]) -> list[speed.TrialSeconds]:
         waves.append(len(experiments))
-        return [0.5 if e.encoder.depth == 18 else 2.0 for e in experiments]  # type: ignore[union-attr]
+        images = [0.5 if e.encoder.depth == 18 else 2.0 for e in experiments]  # type: ignore[union-attr]
+        return [speed.TrialSeconds(image, nothing, 0.0) for image in images]
 
     monkeypatch.setattr(speed, "_timed", timed)
+    monkeypatch.setattr(speed, "TRIAL_S", 0.0)
     small = [experiment(train, seed=seed, encoder={"depth": 18}) for seed in range(4)]
     large = experiment(train, encoder={"depth": 34})
     images = NUM_ROWS * 4
     pace = speed.pace_of(trials(*small), 2)
     assert waves == [1]
     assert (pace.seconds, pace.device_seconds) == (images, 2 * images)
-    pace = speed.pace_of(trials(*small, large), 2)
+    pace = speed.pace_of(trials(large, *small), 2)
     assert waves == [1, 2]
-    assert pace.seconds == 2 * images  # of 4 x 0.5 and 2.0, two at a time
+    assert pace.seconds == 2 * images  # of 2.0 and 4 x 0.5, two at a time
+    assert speed.pace_of(trials(*small, large), 2).seconds == 3 * images  # the long one at the end
     assert speed.pace_of(trials(*small, large), 64).seconds == 2 * images  # the longest alone
+    waves.clear()
+    speed.pace_of(trials(*small), 3, cores=2.0)
+    assert waves == [3]  # of one kind, beside as many as there will be
+
+
+@pytest.mark.parametrize(
+    ("seconds", "at_a_time", "ends"),
+    [([3, 1, 1, 2], 2, 4), ([1, 1, 1], 1, 3), ([1, 5], 2, 5), ([5, 1, 1, 1, 1, 1], 2, 5)],
+)
+def test_trials_are_begun_in_turn_as_soon_as_there_is_room(
+    seconds: list[float], at_a_time: int, ends: float
+) -> None:
+    assert speed.makespan(seconds, at_a_time) == ends
+
+
+def test_evaluation_counts_at_each_epoch_that_has_one_and_once_at_the_end(
+    train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = EvaluationSeconds(read=7.0, start=1.0, epoch=10.0, final=100.0)
+
+    def timed(experiments: Sequence[Experiment], _: Sequence[str]) -> list[speed.TrialSeconds]:
+        return [speed.TrialSeconds(0.0, of, 5.0) for _ in experiments]
+
+    monkeypatch.setattr(speed, "_timed", timed)
+    monkeypatch.setattr(speed, "TRIAL_S", 0.5)
+    every_second = experiment(train, evaluation={"every_epochs": 2}, epochs=5)
+    pace = speed.pace_of(trials(every_second, every_second), 1)
+    assert pace.start == 5 + 7
+    assert pace.evaluation == 2 * (1 + 3 * 10 + 100)  # after epochs 2, 4 and the last
+    assert pace.seconds == pace.start + pace.evaluation + 2 * 0.5

@@ -1,0 +1,129 @@
+"""What the evaluation of a run takes, timed on a part of its splits before it begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, TypeVar
+
+import torch
+
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.protocols import PROBE
+from simclr_ray.data.source import Source
+from simclr_ray.evaluation.encoded_splits import evaluated_rows, first_splits
+from simclr_ray.evaluation.evaluate import PROBE_ROWS
+from simclr_ray.evaluation.features import Features, Split, extract_features
+from simclr_ray.evaluation.online import OnlineEvaluation
+from simclr_ray.evaluation.probes import probe
+from simclr_ray.evaluation.scores import TRAINED, score_features
+from simclr_ray.nn.build import SimCLRModel
+
+ENCODED: Final = 1024  # images of a part: a second, by a small encoder
+LEARNED_FROM: Final = 20_000  # features of a part, and half of them that are asked about
+PROBED: Final = 512
+T = TypeVar("T")
+
+
+class EvaluationSeconds(NamedTuple):
+    """What each part of evaluation takes.
+
+    Attributes:
+        read: To decode what is evaluated, once a process that keeps it.
+        start: Before the first step.
+        epoch: At the end of an epoch that is evaluated.
+        final: After the training, by the protocols.
+    """
+
+    read: float
+    start: float
+    epoch: float
+    final: float
+
+
+def evaluation_seconds(
+    experiment: Experiment, source: Source, model: SimCLRModel, protocols: Sequence[str]
+) -> EvaluationSeconds:
+    """Return the seconds that one process takes, of the device where the model is.
+
+    Args:
+        experiment: Its splits and settings.
+        source: The training images.
+        model: As it is trained; left as it is.
+        protocols: Names of `config.protocols`, or import paths, or `probe`.
+
+    Raises:
+        DataError: A split cannot be read.
+    """
+    device = next(p.device for p in model.parameters())
+    online, read = _timed(lambda: OnlineEvaluation(experiment, source, 0, 1, device))
+    start = epoch = 0.0
+    if experiment.evaluation.every_epochs:
+        online(model)  # allocates
+        _, start = _timed(lambda: online.before_training(model))
+        _, epoch = _timed(lambda: online(model))
+    model.eval()
+    (bank, test), part_read = _timed(lambda: first_splits(experiment, ENCODED))
+    sampled = len(bank.images) + (len(test.images) if test else 0)
+    times = evaluated_rows(experiment, source).num / sampled
+    final = times * _timed(lambda: _encoded(model, bank, test, experiment))[1]
+    final += _scores_s(experiment, model, bank, test, [n for n in protocols if n != PROBE])
+    if PROBE in protocols:
+        final += _probe_s(experiment, model, bank)
+    model.train()
+    return EvaluationSeconds(read + times * part_read, start, epoch, final)
+
+
+def _timed(action: Callable[[], T]) -> tuple[T, float]:
+    began = time.perf_counter()
+    result = action()
+    return result, time.perf_counter() - began
+
+
+def _encoded(
+    model: SimCLRModel, bank: Split, test: Split | None, experiment: Experiment
+) -> list[torch.Tensor]:
+    device = next(p.device for p in model.parameters())
+    size, precision = experiment.evaluation.batch_size, experiment.precision
+    parts = [bank] if test is None else [bank, test]
+    return [extract_features(model.encoder, s.images, size, device, precision) for s in parts]
+
+
+def _scores_s(
+    experiment: Experiment,
+    model: SimCLRModel,
+    bank: Split,
+    test: Split | None,
+    protocols: Sequence[str],
+) -> float:
+    """Return what protocols take on features of the whole splits: their time grows with the rows.
+
+    By features that are drawn: what is timed does the same with any.
+    """
+    if test is None or not protocols:
+        return 0.0
+    rows = evaluated_rows(experiment).num
+    learned = min(LEARNED_FROM, rows)
+    width = _encoded(model, bank.at(torch.arange(2)), None, experiment)[0].shape[1]
+    classes = int(torch.cat([bank.labels, test.labels]).max()) + 1
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(num: int) -> Features:
+        labels = torch.arange(num) % classes
+        return Features(torch.randn(num, width, generator=generator), labels)
+
+    asked_about = max(2, learned // 5)
+    given = drawn(learned), drawn(asked_about)
+    _, seconds = _timed(lambda: score_features(TRAINED, *given, experiment, protocols))
+    return seconds * rows / (learned + asked_about)
+
+
+def _probe_s(experiment: Experiment, model: SimCLRModel, bank: Split) -> float:
+    """Return what the probes of Table 3 take, whose time grows with the images."""
+    part = bank.images[:PROBED]
+    given = {"seed": 0, "batch_size": experiment.evaluation.batch_size}
+    _, seconds = _timed(
+        lambda: probe(model, part, part[: PROBED // 2], precision=experiment.precision, **given)
+    )
+    rows = min(PROBE_ROWS, evaluated_rows(experiment).num)
+    return seconds * rows / len(part)
