@@ -75,9 +75,9 @@ def test_a_step_is_no_larger_than_one_of_the_run_and_views_are_of_full_size() ->
     assert speed.shortened(four).batch_size == 25
     groups = experiment(batch_size=4096, batch_norm={"group_size": 16})
     assert speed.shortened(groups).batch_size == 32  # two of them
-    large = {"batch_size": 4096, "augment": {"size": 224}}
+    large: dict[str, Any] = {"batch_size": 4096, "augment": {"size": 224}}
     assert speed.shortened(experiment(**large)).batch_size == speed.MOST_IMAGES["cpu"]
-    small = {"batch_size": 4096, "augment": {"size": 112}}  # as many pixels
+    small: dict[str, Any] = {"batch_size": 4096, "augment": {"size": 112}}  # as many pixels
     assert speed.shortened(experiment(**small)).batch_size == 4 * speed.MOST_IMAGES["cpu"]
     grown = experiment(augment={"size": 64, "start_size": 32})
     assert speed.shortened(grown).augment.size_at(0, 3) == 64
