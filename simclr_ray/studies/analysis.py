@@ -16,9 +16,11 @@ import numpy as np
 
 from simclr_ray.config import Scalar
 from simclr_ray.config.metrics import EPOCH_METRICS
-from simclr_ray.studies.definition import Comparison, Study, is_same, label_of
+from simclr_ray.studies.comparisons import Comparison
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import TrialOutcome
 from simclr_ray.studies.plan import Point
+from simclr_ray.studies.space import is_same, label_of
 
 SAMPLES = 100_000  # of sign flips where there are more than all of them; as many as the paper's
 

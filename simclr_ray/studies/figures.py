@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from simclr_ray.config import Scalar
 from simclr_ray.studies.analysis import Results, Row, is_fraction
-from simclr_ray.studies.definition import Study, label_of
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.space import label_of
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
 TITLE_CHARS = 60  # of the title above a panel

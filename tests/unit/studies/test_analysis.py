@@ -20,12 +20,13 @@ from simclr_ray.studies.analysis import (
     results_of,
     sign_flip_p,
 )
-from simclr_ray.studies.definition import Dimension, Study
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import _ours, _paper, draw_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import Curve, Status, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Point, base_tree, make_trials, points_of
 from simclr_ray.studies.report import markdown, page, verdict_text
+from simclr_ray.studies.space import Dimension
 
 VALUES = {(64, 3): 0.30, (256, 3): 0.34, (1024, 3): 0.33, (64, 6): 0.40, (256, 6): 0.42,
           (1024, 6): 0.43, (64, 12): 0.50, (256, 12): 0.51, (1024, 12): 0.52}  # fmt: skip
