@@ -115,8 +115,9 @@ def best(
     alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "best",
 ) -> None:
     """Name the best trial, and register its encoder if asked."""
-    from simclr_ray.studies.analysis import best_outcome, results_of, shown
+    from simclr_ray.studies.analysis import best_outcome, results_of
     from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.readings import shown
 
     folder = StudyFolder.at(where)
     study, _ = folder.definition()
@@ -168,16 +169,13 @@ def _run(study: Study, trials: Sequence[Trial]) -> None:
 
 
 def _report(folder: StudyFolder) -> None:
-    from simclr_ray.studies.report import PAGE, publish_report, verdict_cells
+    from simclr_ray.studies.claim_words import claim_line
+    from simclr_ray.studies.report import PAGE, publish_report
 
     place, results = publish_report(folder)
     _show_results(results)
     for verdict in results.verdicts:
-        difference, won, _, text = verdict_cells(results.study, verdict)
-        line = f"{verdict.claim}: {text}"
-        if verdict.num_pairs:
-            tested = f"p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g} with so many pairs"
-            line = f"{verdict.claim}: {difference}, {won} pairs won, {tested}: {text}"
+        line = claim_line(verdict, results.study.paper.metric)
         out.print(line, soft_wrap=True, markup=False)
     for status in ("stopped", "collapsed"):
         named = [o.trial for o in results.others if o.status == status]

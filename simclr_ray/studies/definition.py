@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field, Scalar
-from simclr_ray.config.metrics import EPOCH_METRICS
+from simclr_ray.config.metrics import EPOCH_METRICS, is_fraction
 from simclr_ray.config.protocols import (
     DEFAULT_PROTOCOLS,
     PROBE,
@@ -122,6 +122,12 @@ class Study(Config):
     images_per_s: float = Field(0.0, ge=0, description="Of one trial, for the forecast.")
     figure: Figure
     comparisons: list[Comparison] = Field([], description="The claims that are tested.")
+    expected_deviation: float = Field(
+        0.0,
+        ge=0,
+        description="Of differences between paired seeds, from earlier ones, in the metric's unit: "
+        "the power of claims with a smallest_effect follows before anything runs. 0: unknown.",
+    )
     paper: Paper = Paper(source="-", metric="-", columns=[], rows=[])
     scale: str = Field("", description="The scale that was chosen.")
 
@@ -162,8 +168,11 @@ class Study(Config):
         self._check_paths()
         self._check_names()
         self._check_figure()
+        if self.expected_deviation >= 1 and is_fraction(self.metric):
+            problem = f"of {self.metric}, a fraction; a point is 0.01"
+            raise ValueError(f"expected_deviation={self.expected_deviation:g} {problem}")
         check_paper(self.paper, self.space)
-        check_comparisons(self.comparisons, self.space)
+        check_comparisons(self.comparisons, self.space, reported, self.metric)
         return self
 
     def _check_paths(self) -> None:
@@ -194,7 +203,8 @@ class Study(Config):
     def _check_names(self) -> None:
         """Raise for a figure or comparison that speaks of what does not vary."""
         wanted = [self.figure.x, self.figure.series, self.figure.panel]
-        wanted += [k for c in self.comparisons for k in (*c.better, *c.worse)]
+        gaps = [gap for c in self.comparisons for gap in (c, c.than)]
+        wanted += [k for gap in gaps for k in (*gap.better, *gap.worse)]
         for name in filter(None, wanted):
             if name not in self.space:
                 hint = cfg.nearest(name, self.space)

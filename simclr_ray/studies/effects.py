@@ -65,6 +65,20 @@ class Effect(NamedTuple):
     seeds_needed: int
     outcome: Outcome
 
+    @property
+    def words(self) -> str:
+        """The outcome as a report says it, no stronger than the seeds allow."""
+        if self.outcome == "appears" and self.high < self.smallest_effect:
+            return "appears, but smaller than is of interest"
+        if self.outcome != UNDECIDED:
+            return self.outcome
+        why = f"needs {self.seeds_needed} seeds"
+        if self.num_seeds < 2:
+            why = "one seed has no interval"
+        elif not self.smallest_effect:
+            why = "no smallest effect is given"
+        return f"cannot be said at this budget: {why}"
+
 
 def effect_of(differences: Sequence[float], smallest_effect: float = 0.0) -> Effect:
     """Return the effect of paired differences, one a seed; there must be one at least.

@@ -231,6 +231,7 @@ def digest_of_study(study: Study, base: Experiment) -> str:
         "paper",
         "budget",
         "extra_metrics",
+        "expected_deviation",
     )
     placed = ("concurrency", "images_per_s", "scale", "base", "set")
     tree = {k: v for k, v in cfg.to_tree(study).items() if k not in (*looks, *placed)}
