@@ -51,6 +51,10 @@ def run(
         bool,
         typer.Option("--dry-run", help="Check all trials and the cluster, time steps, and stop."),
     ] = False,
+    underpowered: Annotated[  # noqa: FBT002 - typer makes it a flag
+        bool,
+        typer.Option("--underpowered", help="Run although the seeds are too few for the claims."),
+    ] = False,
 ) -> None:
     """Run a study, or go on with one that was stopped.
 
@@ -67,6 +71,7 @@ def run(
 
     check_startable(study, trials)
     _show_plan(study, trials)
+    _show_power(study, is_enough=underpowered)
     if dry_run:
         _show_time(study, trials)
     else:
@@ -224,6 +229,23 @@ def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
     if same:
         rows["beware"] = f"{data.test} holds the images of {same}: scores flatter"
     show_pairs(rows)
+
+
+def _show_power(study: Study, *, is_enough: bool) -> None:
+    """Show what the seeds can find of each claim.
+
+    Raises what `check_power` does, unless it is enough to show it.
+    """
+    from simclr_ray.studies.claim_words import effect_of_metric
+    from simclr_ray.studies.planned_power import check_power, planned_powers
+
+    planned = planned_powers(study)
+    for claim in planned:
+        effect = effect_of_metric(claim.smallest_effect, claim.metric)
+        seeds = counted(claim.num_seeds, "seed")
+        show_pairs({"power": f"{claim.power:.2f} for {effect} with {seeds}: {claim.claim}"})
+    if not is_enough:
+        check_power(planned)
 
 
 def _show_time(study: Study, trials: Sequence[Trial]) -> None:

@@ -31,7 +31,7 @@ def claim_cells(verdict: Verdict, paper_metric: str) -> list[str]:
         effect_text(verdict),
         _interval(effect, verdict.metric) if effect and effect.num_seeds > 1 else "-",
         paper_text(verdict, paper_metric) or "-",
-        f"{_number(smallest, verdict.metric)}{_unit(verdict.metric)}" if smallest else "-",
+        effect_of_metric(smallest, verdict.metric) if smallest else "-",
         f"{effect.power:.2f}" if effect and has_power else "-",
         str(effect.num_seeds if effect else 0),
         f"{verdict.wins} of {verdict.num_pairs}",
@@ -50,7 +50,7 @@ def claim_line(verdict: Verdict, paper_metric: str) -> str:
         parts.append(f"95 % interval {_interval(effect, verdict.metric)}")
     parts.append(f"{effect.num_seeds} seed{'s' * (effect.num_seeds > 1)}")
     if not math.isnan(effect.power):
-        smallest = f"{_number(verdict.smallest_effect, verdict.metric)}{_unit(verdict.metric)}"
+        smallest = effect_of_metric(verdict.smallest_effect, verdict.metric)
         parts.append(f"power {effect.power:.2f} for {smallest}")
     paper = paper_text(verdict, paper_metric)
     if paper:
@@ -87,6 +87,11 @@ def sign_text(verdict: Verdict) -> str:
     if verdict.smallest_p > SIGNIFICANT:
         return f"{sign}; too few pairs to be significant"
     return f"{sign}, not significant"
+
+
+def effect_of_metric(value: float, metric: str) -> str:
+    """Return an effect with its unit: points of a metric that is shown in per cent."""
+    return f"{_number(value, metric)}{_unit(metric)}"
 
 
 def _interval(effect: Effect, metric: str) -> str:
