@@ -118,7 +118,8 @@ def _draw_baselines(results: Results, axis: Axes, percent: int, metric: str = ""
             axis.axhline(percent * value, color="0.4", ls="--", lw=1)
             axis.annotate(
                 name, (1.0, percent * value), xycoords=("axes fraction", "data"),
-                ha="right", va="bottom", fontsize=7, color="0.3",
+                ha="right", va="bottom", fontsize=7, color="0.2",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )  # fmt: skip
 
 

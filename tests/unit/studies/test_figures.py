@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
 from simclr_ray.studies.analysis import results_of
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import draw_curves, draw_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
-from simclr_ray.studies.plan import points_of
-from simclr_ray.studies.report import baselines_table, markdown, page, points_table
+from simclr_ray.studies.plan import base_tree, digest_of_study, points_of
+from simclr_ray.studies.report import baselines_table, markdown, page, points_table, write_report
 
 BASELINES = {
     "raw pixels": {"final/linear_top1": 0.37, "eval/knn_top1": 0.35},
@@ -127,3 +130,27 @@ def test_curves_of_one_seed_have_no_band(study: Study, tmp_path: Path) -> None:
     assert {d for curve in one.curves for d in curve.deviations} == {0.0}
     draw_curves(one, tmp_path / "one.svg")
     assert (tmp_path / "one.svg").stat().st_size > 1000
+
+
+def test_a_report_is_written_whole_from_a_folder(study: Study, tmp_path: Path) -> None:
+    base = cfg.validate(Experiment, base_tree(study))
+    folder = StudyFolder(str(tmp_path), study.name)
+    folder.write_definition(study, base, digest_of_study(study, base))
+    folder.update_state(command="simclr-ray study run temperature")
+    for outcome in outcomes_of(study):
+        run = {"folder": f"{folder.uri}/runs/{outcome.trial}-0123abcd"}
+        folder.write_outcome(outcome._replace(run=run))
+    (tmp_path / study.name / "baselines.json").write_text(json.dumps(BASELINES))
+    place, results = write_report(folder)
+    kept = {path.name for path in Path(place).iterdir()}
+    drawn = {f"{name}.{ending}" for name in ("figure", "curves") for ending in ("png", "svg")}
+    assert kept == drawn | {"report.html", "results.md", "results.json"}
+    text = (Path(place) / "report.html").read_text()
+    assert text.count("<svg") == 2
+    (target,) = set(re.findall(r'href="([^"]*0-1-0123abcd)"', text))
+    assert (Path(place) / target).resolve() == tmp_path / study.name / "runs" / "0-1-0123abcd"
+    tree = json.loads((Path(place) / "results.json").read_text(), parse_constant=pytest.fail)
+    assert tree["baselines"] == BASELINES
+    assert tree["command"] == "simclr-ray study run temperature"
+    assert len(tree["claims"]) == len(results.verdicts) == len(study.comparisons)
+    assert len(tree["curves"][0]["means"]) == 6
