@@ -3,12 +3,14 @@
     python -m benchmarks.studies FOLDER [FOLDER ...]
 
 The report is drawn again from what the study's folder holds, and copied; of the page and the data,
-paths become `$SIMCLR_RAY_DATA` and `runs`.
+paths become `$SIMCLR_RAY_DATA` and `runs`, and links to runs, which are not kept, become text.
+`python -m benchmarks.findings` then writes what the studies of laptops found to `docs/findings.md`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -35,8 +37,15 @@ def main(folders: list[str]) -> None:
                 shutil.copy(source, target / source.name)
                 continue
             text = portable(source.read_text(encoding="utf-8")).replace(storage, "runs")
+            if source.suffix == ".html":
+                text = without_links(text)
             (target / source.name).write_text(text, encoding="utf-8")
         print(f"{target.relative_to(KEPT.parents[1])}: {len(list(target.iterdir()))} files")
+
+
+def without_links(page: str) -> str:
+    """Return a report's page with the runs that it leads to as text."""
+    return re.sub(r'<a href="\.\./runs/[^"]*"([^>]*)>([^<]*)</a>', r"<span\1>\2</span>", page)
 
 
 if __name__ == "__main__":

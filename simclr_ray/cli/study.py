@@ -61,6 +61,10 @@ def run(
         typer.Option("--dry-run", help="Check all trials and the cluster, time steps, and stop."),
     ] = False,
     isolated: Isolated = False,  # noqa: FBT002
+    underpowered: Annotated[  # noqa: FBT002 - typer makes it a flag
+        bool,
+        typer.Option("--underpowered", help="Run although the seeds are too few for the claims."),
+    ] = False,
 ) -> None:
     """Run a study, or go on with one that was stopped.
 
@@ -77,6 +81,7 @@ def run(
 
     check_startable(study, trials)
     _show_plan(study, trials)
+    _show_power(study, is_enough=underpowered)
     if dry_run:
         _show_time(study, trials)
     else:
@@ -125,8 +130,9 @@ def best(
     alias: Annotated[str, typer.Option(help="Alias to move to the new version.")] = "best",
 ) -> None:
     """Name the best trial, and register its encoder if asked."""
-    from simclr_ray.studies.analysis import best_outcome, results_of, shown
+    from simclr_ray.studies.analysis import best_outcome, results_of
     from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.readings import shown
 
     folder = StudyFolder.at(where)
     study, _ = folder.definition()
@@ -178,16 +184,13 @@ def _run(study: Study, trials: Sequence[Trial], *, isolated: bool) -> None:
 
 
 def _report(folder: StudyFolder) -> None:
-    from simclr_ray.studies.report import PAGE, publish_report, verdict_cells
+    from simclr_ray.studies.claim_words import claim_line
+    from simclr_ray.studies.report import PAGE, publish_report
 
     place, results = publish_report(folder)
     _show_results(results)
     for verdict in results.verdicts:
-        difference, won, _, text = verdict_cells(results.study, verdict)
-        line = f"{verdict.claim}: {text}"
-        if verdict.num_pairs:
-            tested = f"p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g} with so many pairs"
-            line = f"{verdict.claim}: {difference}, {won} pairs won, {tested}: {text}"
+        line = claim_line(verdict, results.study.paper.metric)
         out.print(line, soft_wrap=True, markup=False)
     for status in ("stopped", "collapsed"):
         named = [o.trial for o in results.others if o.status == status]
@@ -236,6 +239,23 @@ def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
     if same:
         rows["beware"] = f"{data.test} holds the images of {same}: scores flatter"
     show_pairs(rows)
+
+
+def _show_power(study: Study, *, is_enough: bool) -> None:
+    """Show what the seeds can find of each claim.
+
+    Raises what `check_power` does, unless it is enough to show it.
+    """
+    from simclr_ray.studies.claim_words import effect_of_metric
+    from simclr_ray.studies.planned_power import check_power, planned_powers
+
+    planned = planned_powers(study)
+    for claim in planned:
+        effect = effect_of_metric(claim.smallest_effect, claim.metric)
+        seeds = counted(claim.num_seeds, "seed")
+        show_pairs({"power": f"{claim.power:.2f} for {effect} with {seeds}: {claim.claim}"})
+    if not is_enough:
+        check_power(planned)
 
 
 def _show_time(study: Study, trials: Sequence[Trial]) -> None:

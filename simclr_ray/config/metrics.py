@@ -38,3 +38,8 @@ EPOCH_METRICS: Final = {
         EpochMetric("train/entropy"),
     )
 }
+
+
+def is_fraction(metric: str) -> bool:
+    """Return whether a metric is a share in [0, 1], to be shown in per cent."""
+    return metric not in EPOCH_METRICS or EPOCH_METRICS[metric].is_fraction

@@ -1,8 +1,6 @@
-"""What a study found, from its stored outcomes alone: means, spreads, claims, and the paper.
+"""What a study found, from its stored outcomes alone: means, deviations, claims, and the paper.
 
-Claims are tested on pairs: two trials that differ in what the claim names and in nothing else, seed
-included. The sign of each difference may as well have been the other one, if the claim is wrong;
-that gives an exact permutation test. With few seeds it cannot come out significant, which is said.
+Claims are tested in `studies.claims`; here points are gathered over seeds, and the whole is stored.
 """
 
 from __future__ import annotations
@@ -14,24 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simclr_ray.config import Scalar
 from simclr_ray.config.metrics import EPOCH_METRICS
-from simclr_ray.studies.definition import Comparison, Study, is_same, label_of
-from simclr_ray.studies.folder import TrialOutcome
+from simclr_ray.studies.claims import Verdict, verdict_of, verdict_tree
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.folder import Baselines, TrialOutcome
 from simclr_ray.studies.plan import Point
+from simclr_ray.studies.readings import Reading, key_of, readings_of
+from simclr_ray.studies.space import is_same, label_of
 
-SAMPLES = 100_000  # of sign flips where there are more than all of them; as many as the paper's
-
-
-class Reading(NamedTuple):
-    """One value: of a point with a seed."""
-
-    trial: str
-    point: Point
-    seed: int
-    value: float
-    extra_metrics: dict[str, float]
-    cost: dict[str, float]
+CURVE_METRIC = "eval/knn_top1"  # of studies whose own is known at the end alone
 
 
 class Row(NamedTuple):
@@ -46,18 +35,17 @@ class Row(NamedTuple):
     seconds: float
     device_hours: float
     paper: float | None  # of the setting that it stands for
+    runs: dict[int, str]  # seed -> runs/NAME of the study's folder, or the run's id in MLflow
 
 
-class Verdict(NamedTuple):
-    """A claim, tested."""
+class PointCurve(NamedTuple):
+    """A metric of a point over its epochs, as far as all of its seeds went."""
 
-    claim: str
-    difference: float  # mean of better - worse, or worse - better where less is better
-    deviation: float
-    wins: int
-    num_pairs: int
-    p: float  # two-sided
-    smallest_p: float  # that so many pairs could give
+    point: Point  # of a run that passes through several lengths: the longest
+    epochs: list[int]
+    means: list[float]
+    deviations: list[float]  # standard, of the sample; 0 for one seed
+    num_seeds: int
 
 
 class Agreement(NamedTuple):
@@ -79,7 +67,15 @@ class Results(NamedTuple):
     num_trials: int
     epochs: int
     images: float
+    seconds: float  # of training, one trial after the other
     device_hours: float
+    curves: list[PointCurve]
+    baselines: Baselines
+
+    @property
+    def curve_metric(self) -> str:
+        """The metric of `curves`."""
+        return curve_metric_of(self.study)
 
     @property
     def unfinished(self) -> list[TrialOutcome]:
@@ -96,20 +92,31 @@ class Results(NamedTuple):
         return choose(whole, key=lambda row: row.mean)
 
 
-def results_of(study: Study, outcomes: Sequence[TrialOutcome]) -> Results:
-    """Return the results of the outcomes that there are."""
+def results_of(
+    study: Study, outcomes: Sequence[TrialOutcome], baselines: Baselines | None = None
+) -> Results:
+    """Return the results of the outcomes that there are.
+
+    Args:
+        study: What was run.
+        outcomes: Of its trials.
+        baselines: What its points are held against, as `StudyFolder.baselines` reads it.
+    """
     readings = [r for outcome in outcomes for r in readings_of(study, outcome)]
     rows = _rows(study, readings)
     return Results(
         study,
         rows,
-        [_verdict(study, comparison, readings) for comparison in study.comparisons],
+        [verdict_of(study, comparison, readings) for comparison in study.comparisons],
         _agreement(study, rows),
         [o for o in outcomes if o.reason or not readings_of(study, o)],
         len(outcomes),
         sum(max(o.curve, default=0) for o in outcomes),
         sum(o.cost["images"] for o in outcomes),
+        sum(o.cost["seconds"] for o in outcomes),
         sum(o.cost["device_seconds"] for o in outcomes) / 3600,
+        _curves(study, outcomes),
+        baselines or {},
     )
 
 
@@ -122,70 +129,55 @@ def best_outcome(results: Results, outcomes: Sequence[TrialOutcome]) -> TrialOut
     return choose(candidates, key=lambda pair: pair[0])[1]
 
 
-def readings_of(study: Study, outcome: TrialOutcome) -> list[Reading]:
-    """Return what a finished trial says: a value for each of its points."""
-    readings = []
-    trained = max(outcome.curve, default=0)
-    for cell in outcome.cells:
-        epoch = int(cell["epoch"])
-        # of a trunk that collapsed later, the lengths before are what runs of their own would give
-        if outcome.status != "finished" and not (
-            outcome.status == "collapsed" and 0 < epoch < trained
-        ):
-            continue
-        values = values_at(outcome, epoch)
-        if study.metric not in values:
-            continue
-        extra_metrics = {name: values[name] for name in study.extra_metrics if name in values}
-        share = epoch / trained if epoch else 1.0
-        cost = {key: share * value for key, value in outcome.cost.items()}
-        value = values[study.metric]
-        readings.append(
-            Reading(outcome.trial, cell["point"], outcome.seed, value, extra_metrics, cost)
-        )
-    return readings
-
-
-def values_at(outcome: TrialOutcome, epoch: int = 0) -> dict[str, float]:
-    """Return all metrics of a trial after an epoch; 0: at the end, with what is known then."""
-    if epoch:
-        return outcome.curve.get(epoch, {})
-    last = outcome.curve[max(outcome.curve)] if outcome.curve else {}
-    return {**last, **outcome.metrics}
-
-
-def is_fraction(metric: str) -> bool:
-    """Return whether a metric is a share, to be shown in per cent."""
-    return metric not in EPOCH_METRICS or EPOCH_METRICS[metric].is_fraction
-
-
-def shown(metric: str, value: float) -> str:
-    """Return a value of a metric as text, without its unit."""
-    return f"{100 * value:.1f}" if is_fraction(metric) else f"{value:.3f}"
-
-
 def _rows(study: Study, readings: Sequence[Reading]) -> list[Row]:
     groups: dict[str, list[Reading]] = {}
     for reading in readings:
-        groups.setdefault(_key(reading.point), []).append(reading)
+        groups.setdefault(key_of(reading.point), []).append(reading)
     rows = []
     for group in groups.values():
         values = [r.value for r in group]
-        names = [n for n in study.extra_metrics if all(n in r.extra_metrics for r in group)]
+        names = [n for n in study.extra_metrics if all(n in r.values for r in group)]
         rows.append(
             Row(
                 group[0].point,
                 statistics.fmean(values),
                 statistics.stdev(values) if len(values) > 1 else 0.0,
                 len(values),
-                {n: statistics.fmean(r.extra_metrics[n] for r in group) for n in names},
+                {n: statistics.fmean(r.values[n] for r in group) for n in names},
                 statistics.fmean(r.cost["images"] for r in group),
                 statistics.fmean(r.cost["seconds"] for r in group),
                 statistics.fmean(r.cost["device_seconds"] for r in group) / 3600,
                 paper_value(study, group[0].point),
+                {r.seed: r.run for r in group},
             )
         )
     return sorted(rows, key=lambda row: _place(study, row.point))
+
+
+def curve_metric_of(study: Study) -> str:
+    """Return the metric whose curves a report draws: the study's, if it is known after epochs."""
+    return study.metric if study.metric in EPOCH_METRICS else CURVE_METRIC
+
+
+def _curves(study: Study, outcomes: Sequence[TrialOutcome]) -> list[PointCurve]:
+    """Return the curve of each point; where its seeds end early, the mean of fewer is not drawn."""
+    metric = curve_metric_of(study)
+    groups: dict[str, list[TrialOutcome]] = {}
+    for outcome in outcomes:
+        if any(metric in values for values in outcome.curve.values()):
+            groups.setdefault(key_of(outcome.cells[-1]["point"]), []).append(outcome)
+    curves = []
+    for group in groups.values():
+        values = {
+            epoch: [o.curve[epoch][metric] for o in group]
+            for epoch in group[0].curve
+            if all(metric in o.curve.get(epoch, {}) for o in group)
+        }
+        deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values.values()]
+        means = list(map(statistics.fmean, values.values()))
+        point = group[0].cells[-1]["point"]
+        curves.append(PointCurve(point, list(values), means, deviations, len(group)))
+    return sorted(curves, key=lambda curve: _place(study, curve.point))
 
 
 def _place(study: Study, point: Point) -> list[tuple[int, float]]:
@@ -206,9 +198,7 @@ def paper_value(study: Study, point: Point) -> float | None:
     for name in paper.columns:
         if name not in point:
             return None
-        like = paper.matches.get(name, {})
-        named = (theirs for ours, theirs in like.items() if is_same(ours, point[name]))
-        wanted.append(next(named, point[name]))
+        wanted.append(paper.setting(name, point[name]))
     for row in paper.rows:
         if all(map(is_same, row[:-1], wanted)):
             return float(row[-1])
@@ -220,7 +210,8 @@ def _agreement(study: Study, rows: Sequence[Row]) -> Agreement | None:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.paper is not None:
-            groups.setdefault(_key({k: row.point[k] for k in study.paper.columns}), []).append(row)
+            key = key_of({k: row.point[k] for k in study.paper.columns})
+            groups.setdefault(key, []).append(row)
     pairs = [(statistics.fmean(r.mean for r in g), g[0].paper) for g in groups.values()]
     if len(pairs) < 3:
         return None
@@ -232,72 +223,29 @@ def _agreement(study: Study, rows: Sequence[Row]) -> Agreement | None:
     return Agreement(float(correlation.statistic), float(correlation.pvalue), len(pairs))
 
 
-def _verdict(study: Study, comparison: Comparison, readings: Sequence[Reading]) -> Verdict:
-    """Return what pairs of trials say of a claim."""
-    better, worse = (
-        {
-            _key({**{k: v for k, v in r.point.items() if k not in side}, "seed": r.seed}): r
-            for r in readings
-            if all(is_same(r.point[k], v) for k, v in side.items())
-        }
-        for side in (comparison.better, comparison.worse)
-    )
-    sign = 1 if study.mode == "max" else -1
-    pairs = [(better[key], worse[key]) for key in better if key in worse]
-    differences = [
-        statistics.fmean(sign * (a.value - b.value) for a, b in group) for group in _apart(pairs)
-    ]
-    num = len(differences)
-    if not num:
-        return Verdict(comparison.claim, float("nan"), 0.0, 0, 0, 1.0, 1.0)
-    return Verdict(
-        comparison.claim,
-        statistics.fmean(differences),
-        statistics.stdev(differences) if num > 1 else 0.0,
-        sum(d > 0 for d in differences),
-        num,
-        sign_flip_p(differences),
-        min(1.0, 2 / 2**num),
-    )
+def as_json(results: Results, command: str = "") -> str:
+    """Return the results as JSON: rows, claims, curves, and what figures and findings are made of.
 
-
-def _apart(pairs: Sequence[tuple[Reading, Reading]]) -> list[list[tuple[Reading, Reading]]]:
-    """Return the pairs in groups that share no run: each run is one observation."""
-    groups: list[tuple[set[str], list[tuple[Reading, Reading]]]] = []
-    for pair in pairs:
-        names = {reading.trial for reading in pair}
-        joined = [group for group in groups if group[0] & names]
-        groups = [group for group in groups if not group[0] & names]
-        groups.append(
-            (names.union(*(g[0] for g in joined)), [p for g in joined for p in g[1]] + [pair])
-        )
-    return [group for _, group in groups]
-
-
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """Return the two-sided p of paired differences by flipping signs: all ways, or 100,000.
-
-    Exact up to 16 pairs, which have 65,536 ways; of more pairs drawn with a fixed seed.
+    Args:
+        results: Of a study.
+        command: That ran it.
     """
-    from scipy.stats import permutation_test  # takes a second that the light verbs do without
-
-    if len(differences) == 1:  # both ways are as far from zero, and scipy wants two pairs
-        return 1.0
-    result = permutation_test(
-        (differences,), np.sum, permutation_type="samples", n_resamples=SAMPLES, rng=0
-    )
-    return float(result.pvalue)
-
-
-def as_json(results: Results) -> str:
-    """Return the results as JSON: rows, claims and agreement; what the figure is drawn from."""
+    study = results.study
     tree = {
-        "study": results.study.name,
-        "scale": results.study.scale,
-        "metric": results.study.metric,
+        "study": study.name,
+        "scale": study.scale,
+        "question": study.question,
+        "answers": study.answers,
+        "command": command,
+        "seeds": study.seeds,
+        "metric": study.metric,
+        "paper": {"source": study.paper.source, "metric": study.paper.metric},
         "rows": [row._asdict() for row in results.rows],
-        "claims": [verdict._asdict() for verdict in results.verdicts],
+        "claims": [verdict_tree(verdict) for verdict in results.verdicts],
         "agreement": results.agreement._asdict() if results.agreement else None,
+        "baselines": results.baselines,
+        "curve_metric": results.curve_metric,
+        "curves": [curve._asdict() for curve in results.curves],
         "not_finished": [
             {
                 "trial": o.trial,
@@ -307,12 +255,10 @@ def as_json(results: Results) -> str:
             }
             for o in results.unfinished
         ],
+        "num_trials": results.num_trials,
         "epochs": results.epochs,
         "images": results.images,
+        "seconds": results.seconds,
         "device_hours": results.device_hours,
     }
     return json.dumps(tree, indent=1)
-
-
-def _key(point: dict[str, Scalar]) -> str:
-    return json.dumps(point, sort_keys=True)

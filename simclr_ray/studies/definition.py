@@ -6,13 +6,12 @@ A file of `tune_configs/` holds one. `set` and `space` name dotted paths of the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from simclr_ray import config as cfg
 from simclr_ray.config import Config, Field, Scalar
-from simclr_ray.config.metrics import EPOCH_METRICS
+from simclr_ray.config.metrics import EPOCH_METRICS, is_fraction
 from simclr_ray.config.protocols import (
     DEFAULT_PROTOCOLS,
     PROBE,
@@ -20,8 +19,9 @@ from simclr_ray.config.protocols import (
     StudyProtocol,
     protocol_named,
 )
+from simclr_ray.studies.comparisons import Comparison, Paper, check_comparisons, check_paper
+from simclr_ray.studies.space import DIGITS, Dimension
 
-DIGITS = 4  # of numbers drawn from a range
 NO_PBT = (
     "pbt is refused: it copies weights and changes settings while training, which leaves no run "
     "that could be named or repeated, and a cosine schedule has no meaning halfway"
@@ -41,72 +41,6 @@ PROBES = {  # our name -> that of `evaluation.probes`
 PROBE_METRICS = tuple(f"probe/{name}_{part}" for name in PROBES for part in ("h", "z"))
 VIEW_METRICS = ("views/global_to_local", "views/adjacent")  # of pairs of crops (`augment.pairs`)
 EITHER = "downstream_top1"  # linear evaluation of h, or the run's own classifier where it has one
-
-
-class Dimension(Config):
-    """What varies: one of the five keys.
-
-    A path of the experiment has values; `cases` move several paths together, each case with a name.
-    """
-
-    grid: list[Any] = Field([], description="Every value is run.")
-    choice: list[Any] = Field([], description="One of these is drawn.")
-    uniform: list[float] = Field([], description="[low, high]: drawn evenly.")
-    loguniform: list[float] = Field([], description="[low, high]: drawn evenly in the logarithm.")
-    cases: dict[str, dict[str, Any]] = Field(
-        {},
-        description="Name -> path -> value; all are run. A value of null takes a path away that "
-        "another dimension sets; a path that ends with + adds the items to a list.",
-    )
-
-    @cfg.model_validator(mode="before")
-    @classmethod
-    def _refuse_bare(cls, tree: Any) -> Any:
-        if isinstance(tree, list):
-            raise ValueError(f"got {tree!r}; write {{grid: {json.dumps(tree)}}}")
-        return tree
-
-    @cfg.model_validator(mode="after")
-    def _check_one(self) -> Dimension:
-        if len(self.model_fields_set) != 1:
-            raise ValueError("needs one of: grid, choice, uniform, loguniform, cases")
-        for bounds in (self.uniform, self.loguniform):
-            if bounds and (len(bounds) != 2 or not bounds[0] < bounds[1]):
-                raise ValueError(f"needs [low, high] with low below high, got {bounds}")
-        if self.loguniform and self.loguniform[0] <= 0:
-            raise ValueError("loguniform needs bounds above 0")
-        if not (self.listed or self.uniform or self.loguniform):
-            raise ValueError("is empty: there is nothing to run")
-        for path, value in ((p, v) for case in self.cases.values() for p, v in case.items()):
-            if path.endswith("+") and not isinstance(value, list):
-                raise ValueError(f"{path} adds the items of a list, got {value!r}")
-        labels = [label_of(value) for value in self.listed]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"names a value twice: {', '.join(map(str, labels))}")
-        return self
-
-    @property
-    def common_paths(self) -> set[str]:
-        """Return the paths to which every case gives a value."""
-        given = [
-            {path for path, v in case.items() if v is not None} for case in self.cases.values()
-        ]
-        return set.intersection(*given) if given else set()
-
-    @property
-    def listed(self) -> list[Any]:
-        """Return the values, or the names of the cases; none where they are drawn from a range."""
-        return list(self.cases) or self.grid or self.choice
-
-    @property
-    def values(self) -> list[Any]:
-        """Return what is listed, or the two ends of the range."""
-        return self.listed or self.uniform or self.loguniform
-
-    @property
-    def is_whole(self) -> bool:
-        """Return whether all values can be run, one after the other."""
-        return bool(self.grid or self.cases)
 
 
 class Scheduler(Config):
@@ -163,34 +97,6 @@ class Figure(Config):
     y_label: str = ""
 
 
-class Comparison(Config):
-    """A claim: `better` beats `worse`, all else being equal."""
-
-    claim: str = Field(min_length=1)
-    better: dict[str, Scalar] = Field(description="Dimension -> value (of cases: the name).")
-    worse: dict[str, Scalar]
-
-
-class Paper(Config):
-    """The paper's numbers, as data."""
-
-    source: str = Field(min_length=1, description="Figure or table.")
-    metric: str = Field(min_length=1)
-    columns: list[str] = Field(description="Dimensions, in order; the value comes last.")
-    rows: list[list[Scalar]]
-    matches: dict[str, dict[str, Scalar]] = Field(
-        {}, description="Dimension -> our value -> the paper's that it stands for."
-    )
-
-    @cfg.model_validator(mode="after")
-    def _check_rows(self) -> Paper:
-        wanted = len(self.columns) + 1
-        wrong = [r for r in self.rows if len(r) != wanted or isinstance(r[-1], str | bool)]
-        if wrong:
-            raise ValueError(f"each row needs {wanted} entries, the last a number; got {wrong[0]}")
-        return self
-
-
 class Study(Config):
     """One study at one scale."""
 
@@ -216,6 +122,12 @@ class Study(Config):
     images_per_s: float = Field(0.0, ge=0, description="Of one trial, for the forecast.")
     figure: Figure
     comparisons: list[Comparison] = Field([], description="The claims that are tested.")
+    expected_deviation: float = Field(
+        0.0,
+        ge=0,
+        description="Of differences between paired seeds, from earlier ones, in the metric's unit: "
+        "the power of claims with a smallest_effect follows before anything runs. 0: unknown.",
+    )
     paper: Paper = Paper(source="-", metric="-", columns=[], rows=[])
     scale: str = Field("", description="The scale that was chosen.")
 
@@ -256,8 +168,11 @@ class Study(Config):
         self._check_paths()
         self._check_names()
         self._check_figure()
-        self._check_paper()
-        self._check_claims()
+        if self.expected_deviation >= 1 and is_fraction(self.metric):
+            problem = f"of {self.metric}, a fraction; a point is 0.01"
+            raise ValueError(f"expected_deviation={self.expected_deviation:g} {problem}")
+        check_paper(self.paper, self.space)
+        check_comparisons(self.comparisons, self.space, reported, self.metric)
         return self
 
     def _check_paths(self) -> None:
@@ -288,7 +203,8 @@ class Study(Config):
     def _check_names(self) -> None:
         """Raise for a figure or comparison that speaks of what does not vary."""
         wanted = [self.figure.x, self.figure.series, self.figure.panel]
-        wanted += [k for c in self.comparisons for k in (*c.better, *c.worse)]
+        gaps = [gap for c in self.comparisons for gap in (c, c.than)]
+        wanted += [k for gap in gaps for k in (*gap.better, *gap.worse)]
         for name in filter(None, wanted):
             if name not in self.space:
                 hint = cfg.nearest(name, self.space)
@@ -310,43 +226,6 @@ class Study(Config):
             above = ", all above 0" if is_log else ""
             raise ValueError(f"figure.x_scale={scale} needs numbers along x{above}")
 
-    def _check_paper(self) -> None:
-        """Raise for columns and values of the paper's table that the space does not have."""
-        columns, matches = self.paper.columns, self.paper.matches
-        for key, names in (("columns", columns if self.paper.rows else ()), ("matches", matches)):
-            for name in names:
-                if name not in self.space:
-                    hint = cfg.nearest(name, self.space)
-                    raise ValueError(f"paper.{key}: {name!r} does not vary in space{hint}")
-        for name, theirs in matches.items():
-            ours = [label_of(value) for value in self.space[name].listed]
-            for value in theirs:
-                if ours and not any(is_same(value, own) for own in ours):
-                    there = ", ".join(map(str, ours))
-                    raise ValueError(
-                        f"paper.matches.{name}: {value} is not run; there are: {there}"
-                    )
-
-    def _check_claims(self) -> None:
-        """Raise for a claim about what is not run, or about nothing."""
-        for comparison in self.comparisons:
-            claim = f"comparison {comparison.claim!r}"
-            if set(comparison.better) != set(comparison.worse):
-                raise ValueError(f"{claim}: both sides must name the same dimensions")
-            if comparison.better == comparison.worse:
-                raise ValueError(f"{claim}: both sides are the same: {comparison.better}")
-            for side in (comparison.better, comparison.worse):
-                for name, value in side.items():
-                    listed = [label_of(v) for v in self.space[name].listed]
-                    if listed and label_of(value) not in listed:
-                        raise ValueError(
-                            f"{claim}: {name}={value!r} is not run; there are: "
-                            f"{', '.join(map(repr, listed))}"
-                        )
-        claims = [comparison.claim for comparison in self.comparisons]
-        if len(set(claims)) < len(claims):
-            raise ValueError(f"comparisons names a claim twice: {claims}")
-
     def metrics(self) -> list[str]:
         """Return the metrics that trials of this study report."""
         scored = [name for name in self.protocols if name != PROBE]
@@ -366,16 +245,3 @@ def point_of(study: Study, drawn: Mapping[str, Any]) -> dict[str, Scalar]:
             value = min(max(float(f"{value:.{DIGITS}g}"), bounds[0]), bounds[1])
         point[name] = value
     return point
-
-
-def label_of(value: Any) -> Scalar:
-    """Return a value of the space as a scalar that can name it; lists and nodes as JSON."""
-    return value if isinstance(value, str | int | float | bool) else json.dumps(value)
-
-
-def is_same(a: Scalar, b: Scalar) -> bool:
-    """Return whether two values are one: numbers as numbers, whatever they are written as."""
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        return str(a) == str(b)

@@ -17,8 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simclr_ray.config import Scalar
-from simclr_ray.studies.analysis import Results, Row, is_fraction
-from simclr_ray.studies.definition import Study, label_of
+from simclr_ray.config.metrics import is_fraction
+from simclr_ray.studies.analysis import Results, Row
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.space import label_of
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
 TITLE_CHARS = 60  # of the title above a panel
@@ -59,6 +61,8 @@ def draw_study(results: Results, path: Path) -> None:
         for axis, (title, data) in zip(axes, panels, strict=False):
             is_ours = title.startswith("here")
             _draw(study, axis, data)
+            if is_ours and study.figure.kind != "matrix":
+                _draw_baselines(results, axis, percent)
             axis.set_title(title, fontsize=9)
             label = study.figure.y_label or study.metric
             unit = " (%)" if percent == 100 else ""
@@ -70,6 +74,53 @@ def draw_study(results: Results, path: Path) -> None:
         figure.suptitle(textwrap.fill(study.question, TITLE_CHARS * len(axes)), fontsize=10)
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, dpi=130, metadata=metadata)
+
+
+def draw_curves(results: Results, path: Path) -> None:
+    """Write the curves over epochs, PNG or SVG by its ending: mean and deviation of seeds.
+
+    Points are told apart by what varies among them; baselines are dashed lines.
+    """
+    metric = results.curve_metric
+    percent = 100 if is_fraction(metric) else 1
+    points = [curve.point for curve in results.curves]
+    names = [n for n in results.study.space if len({str(p.get(n)) for p in points}) > 1]
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type] # keys are literals there
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axis = figure.subplots()
+        colors = mpl.colormaps[COLORS](np.linspace(0.0, 0.9, max(1, len(points))))
+        for curve, color in zip(results.curves, colors, strict=True):
+            means = percent * np.array(curve.means)
+            deviations = percent * np.array(curve.deviations)
+            label = ", ".join(f"{n.rpartition('.')[2]} {curve.point.get(n)}" for n in names)
+            axis.plot(curve.epochs, means, marker="o", ms=2.5, lw=1.2, color=color, label=label)
+            axis.fill_between(
+                curve.epochs, means - deviations, means + deviations, color=color, alpha=0.15, lw=0
+            )
+        _draw_baselines(results, axis, percent, metric)
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.set_ylabel(f"{metric}{' (%)' if percent == 100 else ''}", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(visible=True, axis="y", alpha=0.3)
+        if names:
+            columns = 1 + len(points) // 25
+            figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=6,
+                          ncols=columns)  # fmt: skip
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, dpi=130, metadata=metadata)
+
+
+def _draw_baselines(results: Results, axis: Axes, percent: int, metric: str = "") -> None:
+    """Draw a dashed line for each baseline that has the metric, its name on it."""
+    for name, values in results.baselines.items():
+        value = values.get(metric or results.study.metric)
+        if value is not None:
+            axis.axhline(percent * value, color="0.4", ls="--", lw=1)
+            axis.annotate(
+                name, (1.0, percent * value), xycoords=("axes fraction", "data"),
+                ha="right", va="bottom", fontsize=7, color="0.2",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            )  # fmt: skip
 
 
 def _ours(results: Results, percent: int) -> list[Datum]:

@@ -6,6 +6,7 @@
     outcomes/<trial>.json       written last by each trial, whole or not at all
     runs/<run>/                 the run folders of the trials
     report/                     figure, table, page
+    baselines.json              what points are held against, if somebody wrote it
     stop                        there when somebody asked it to stop
     lock                        held by the driver; in a bucket lock/ with its claim
 """
@@ -31,12 +32,14 @@ from simclr_ray.studies.definition import Study
 from simclr_ray.studies.plan import RUNS
 
 DEFINITION, BASE, STATE, STOP = "study.yaml", "base.yaml", "study.json", "stop"
+BASELINES = "baselines.json"
 NEVER = datetime.min.replace(tzinfo=UTC)
 OUTCOMES, REPORT = "outcomes", "report"
 
 Status = Literal["finished", "collapsed", "stopped", "failed"]
 FINAL: tuple[Status, ...] = ("finished", "collapsed", "stopped")  # not to be run again
 Curve = dict[int, dict[str, float]]  # epoch -> metric -> value
+Baselines = dict[str, dict[str, float]]  # name, such as "untrained encoder" -> metric -> value
 
 
 class TrialOutcome(NamedTuple):
@@ -153,6 +156,24 @@ class StudyFolder:
         if run.get("folder"):
             run["folder"] = self.run(run["folder"].rpartition("/")[2]).uri
         return TrialOutcome(**tree | {"run": run, "curve": curve})
+
+    def baselines(self) -> Baselines:
+        """Return what the points are held against: of each baseline the metrics that it has.
+
+        `baselines.json` holds it, such as `{"raw pixels": {"final/linear_top1": 0.37}}`, values in
+        the metric's own unit; without that file there are none.
+
+        Raises:
+            ConfigError: The file holds something else.
+        """
+        tree = self.files.read_json(BASELINES, dict) or {}
+        for name, values in tree.items():
+            if not isinstance(values, dict) or not all(
+                isinstance(v, int | float) and not isinstance(v, bool) for v in values.values()
+            ):
+                problem = f"{name!r} must have metrics and numbers, got {json.dumps(values)}"
+                raise ConfigError([ConfigIssue(f"{self.uri}/{BASELINES}", problem)])
+        return {name: {m: float(v) for m, v in values.items()} for name, values in tree.items()}
 
     def run(self, name: str) -> RunFolder:
         """Return the run folder of a trial's run."""

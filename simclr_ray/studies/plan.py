@@ -22,14 +22,8 @@ from simclr_ray.config.moves import Move, relocated
 from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
-from simclr_ray.studies.definition import (
-    CLASSIFIER_METRICS,
-    DIGITS,
-    EITHER,
-    VIEW_METRICS,
-    Study,
-    label_of,
-)
+from simclr_ray.studies.definition import CLASSIFIER_METRICS, EITHER, VIEW_METRICS, Study
+from simclr_ray.studies.space import DIGITS, label_of
 from simclr_ray.tracking.store import DATABASE, store_uri
 
 if TYPE_CHECKING:
@@ -237,6 +231,7 @@ def digest_of_study(study: Study, base: Experiment) -> str:
         "paper",
         "budget",
         "extra_metrics",
+        "expected_deviation",
     )
     placed = ("concurrency", "images_per_s", "scale", "base", "set")
     tree = {k: v for k, v in cfg.to_tree(study).items() if k not in (*looks, *placed)}

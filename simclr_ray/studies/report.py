@@ -8,33 +8,38 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
+from simclr_ray.config.metrics import is_fraction
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.errors import TrackingError
 from simclr_ray.storage.page import render_page
-from simclr_ray.studies.analysis import (
-    Results,
-    Verdict,
-    as_json,
-    is_fraction,
-    results_of,
-    shown,
-)
-from simclr_ray.studies.definition import Study
-from simclr_ray.studies.figures import draw_study
+from simclr_ray.studies.analysis import Results, Row, as_json, results_of
+from simclr_ray.studies.claim_words import CLAIM_HEAD, claim_cells, claim_line
+from simclr_ray.studies.figures import draw_curves, draw_study
 from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.plan import RUNS
+from simclr_ray.studies.readings import shown
 from simclr_ray.tracking.runs import TrackedRun
 
 log = logging.getLogger(__name__)
 
-FIGURE, PAGE, TABLE, DATA = "figure", "report.html", "results.md", "results.json"
-SIGNIFICANT = 0.05
+FIGURE, CURVES, PAGE, TABLE, DATA = (
+    "figure", "curves", "report.html", "results.md", "results.json",
+)  # fmt: skip
+
+
+class Link(NamedTuple):
+    """A text that leads to a run; of one without a folder `target` is empty."""
+
+    text: str
+    target: str
+    title: str  # the run's folder below the study's, or its id in MLflow
 
 
 class Table(NamedTuple):
-    """Cells as text; the template escapes them."""
+    """Cells as text, or as links; the template escapes them."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | list[Link]]]
     marked: Sequence[bool] = ()  # of rows: the best
     left: int = 1  # columns that are flush left
 
@@ -68,16 +73,20 @@ def publish_report(folder: StudyFolder) -> tuple[str, Results]:
 def _write(folder: StudyFolder, target: Path) -> Results:
     study, _ = folder.definition()
     outcomes = folder.outcomes()
-    results = results_of(study, outcomes)
+    results = results_of(study, outcomes, folder.baselines())
     commits = {outcome.run.get("commit", "") for outcome in outcomes} - {""}
+    state = folder.state()
     for ending in ("png", "svg"):
         draw_study(results, target / f"{FIGURE}.{ending}")
-    (target / DATA).write_text(hide_passwords(as_json(results)) + "\n", encoding="utf-8")
+        if results.curves:
+            draw_curves(results, target / f"{CURVES}.{ending}")
+    data = as_json(results, state.get("command", ""))
+    (target / DATA).write_text(hide_passwords(data) + "\n", encoding="utf-8")
     (target / TABLE).write_text(hide_passwords(markdown(results)), encoding="utf-8")
-    state = folder.state()
-    svg = (target / f"{FIGURE}.svg").read_text(encoding="utf-8")
+    drawn = (FIGURE, CURVES) if results.curves else (FIGURE,)
+    svgs = [(target / f"{name}.svg").read_text(encoding="utf-8") for name in drawn]
     state["commits"] = sorted(commits)
-    (target / PAGE).write_text(hide_passwords(page(results, svg, state)), encoding="utf-8")
+    (target / PAGE).write_text(hide_passwords(page(results, svgs, state)), encoding="utf-8")
     return results
 
 
@@ -91,15 +100,22 @@ def _log_report(target: Path, results: Results, state: dict[str, Any]) -> None:
         run.set_tags({f"best/{key}": str(value) for key, value in best.point.items()})
 
 
-def page(results: Results, svg: str, state: dict[str, Any]) -> str:
-    """Return the page as HTML that needs nothing else; `report.html.j2` is its form."""
+def page(results: Results, svgs: Sequence[str], state: dict[str, Any]) -> str:
+    """Return the page as HTML that needs nothing else; `report.html.j2` is its form.
+
+    Args:
+        results: Of a study.
+        svgs: The figure, and the curves where there are some.
+        state: Of the study as a whole, as its folder has it.
+    """
     study = results.study
     return render_page(
         "studies",
         "report.html.j2",
         study=study,
-        drawing=svg[svg.index("<svg") :],
+        drawings=[svg[svg.index("<svg") :] for svg in svgs],
         claims=claims_table(results),
+        baselines=baselines_table(results),
         agreement=agreement_text(results),
         points=points_table(results),
         total=total_text(results),
@@ -111,36 +127,21 @@ def page(results: Results, svg: str, state: dict[str, Any]) -> str:
 
 
 def claims_table(results: Results) -> Table:
-    """Return the claims and what the pairs say of them."""
-    rows = [[v.claim, *verdict_cells(results.study, v)] for v in results.verdicts]
-    return Table(["claim", "difference", "pairs won", "p (smallest possible)", "verdict"], rows)
+    """Return the claims and what the seeds say of them."""
+    unit = results.study.paper.metric
+    return Table(CLAIM_HEAD, [claim_cells(verdict, unit) for verdict in results.verdicts], left=2)
 
 
-def verdict_cells(study: Study, verdict: Verdict) -> list[str]:
-    """Return difference, pairs won, p and the verdict in words."""
-    if not verdict.num_pairs:
-        return ["-", "0 of 0", "-", "not run yet"]
-    points = 100 if is_fraction(study.metric) else 1
-    unit = " points" if points == 100 else ""
-    spread = f" ± {points * verdict.deviation:.2f}" if verdict.num_pairs > 1 else ""
-    return [
-        f"{points * verdict.difference:+.2f}{spread}{unit}",
-        f"{verdict.wins} of {verdict.num_pairs}",
-        f"{verdict.p:.3g} ({verdict.smallest_p:.3g})",
-        verdict_text(verdict),
+def baselines_table(results: Results) -> Table:
+    """Return what the points are held against, with the metrics that the table of points has."""
+    names = [results.study.metric, *results.study.extra_metrics]
+    has = [n for n in names if any(n in values for values in results.baselines.values())]
+    head = ["baseline", *(f"{name}{' (%)' if is_fraction(name) else ''}" for name in has)]
+    rows = [
+        [name, *(shown(n, values[n]) if n in values else "-" for n in has)]
+        for name, values in results.baselines.items()
     ]
-
-
-def verdict_text(verdict: Verdict) -> str:
-    """Return a verdict in words, no stronger than the pairs allow."""
-    sign = f"the sign is {'as claimed' if verdict.difference > 0 else 'against the claim'}"
-    if verdict.p <= SIGNIFICANT:
-        return f"{sign}, significant"
-    if 0 < verdict.wins < verdict.num_pairs:
-        sign = "the pairs do not agree"
-    if verdict.smallest_p > SIGNIFICANT:
-        return f"{sign}; too few pairs to be significant"
-    return f"{sign}, not significant"
+    return Table(head, rows if has else [])
 
 
 def agreement_text(results: Results) -> str:
@@ -158,7 +159,18 @@ def points_table(results: Results) -> Table:
     """Return every point with its value, its cost and the paper's value."""
     head, rows = points_of_table(results)
     marked = [row is results.best for row in results.rows]
-    return Table(head, rows, marked, left=len(results.study.space))
+    linked: list[list[str | list[Link]]] = [
+        [*cells, _links(row)] for cells, row in zip(rows, results.rows, strict=True)
+    ]
+    return Table([*head, "run of seed"], linked, marked, left=len(results.study.space))
+
+
+def _links(row: Row) -> list[Link]:
+    """Return a link to the run of each seed: the report's folder lies beside that of the runs."""
+    return [
+        Link(str(seed), f"../{run}" if run.startswith(f"{RUNS}/") else "", run)
+        for seed, run in sorted(row.runs.items())
+    ]
 
 
 def markdown(results: Results) -> str:
@@ -169,9 +181,14 @@ def markdown(results: Results) -> str:
     lines += ["", total_text(results), ""]
     if results.study.paper.rows:
         lines += [agreement_text(results), ""]
-    for verdict in results.verdicts:
-        difference, won, p, text = verdict_cells(results.study, verdict)
-        lines.append(f"- {verdict.claim}: {difference}, {won} pairs, p = {p}: {text}")
+    lines += [f"- {claim_line(v, results.study.paper.metric)}" for v in results.verdicts]
+    baselines = baselines_table(results)
+    lines += [
+        f"- {row[0]}, a baseline: {metric} {value}"
+        for row in baselines.rows
+        for metric, value in zip(baselines.head[1:], row[1:], strict=True)
+        if value != "-"
+    ]
     lines += [
         f"- {o.trial}: {o.status} after {max(o.curve, default=0)} epochs: {_first_line(o.reason)}"
         for o in results.others

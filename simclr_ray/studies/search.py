@@ -16,8 +16,9 @@ from simclr_ray.config.wording import counted
 from simclr_ray.distributed.demand import Demand
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.concurrency import RECOUNT_S, Concurrency
-from simclr_ray.studies.definition import Dimension, Study, label_of
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.plan import Trial
+from simclr_ray.studies.space import Dimension, label_of
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import METRICS, RunFolder
-from simclr_ray.studies.analysis import shown, values_at
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial
+from simclr_ray.studies.readings import shown, values_at
 
 OPEN = ("waiting", "running", "open")
 

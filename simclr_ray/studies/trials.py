@@ -12,9 +12,10 @@ import numpy as np
 from simclr_ray import config as cfg
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.scratch import scratch_folder
-from simclr_ray.studies.definition import Budget, Dimension, Study, label_of, point_of
+from simclr_ray.studies.definition import Budget, Study, point_of
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import Point, Trial, base_tree, make_trials, points_of, restored
+from simclr_ray.studies.space import Dimension, label_of
 
 
 def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from simclr_ray.studies.definition import Dimension, Study
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.driver import run_study
 from simclr_ray.studies.files import load_study, study_names
 from simclr_ray.studies.report import publish_report
+from simclr_ray.studies.space import Dimension
 from tests.ray.images import write_shapes
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(900)]

@@ -67,7 +67,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "filelock": ("storage.run_lock",),
     "huggingface_hub": ("storage.hub",),
     "jinja2": ("storage.page",),
-    "scipy": ("studies.analysis", "data.duplicates"),
+    "scipy": ("studies.analysis", "studies.claims", "studies.effects", "data.duplicates"),
     "timm": ("nn.timm_models", "inference.export_others"),
     "onnx": ("inference.export_others",),
     "onnxruntime": ("inference.export_others",),

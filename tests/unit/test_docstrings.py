@@ -16,7 +16,7 @@ import simclr_ray
 PACKAGE = Path(simclr_ray.__file__).parent
 # `train.driver` starts Ray: `tests/long/test_pretrain_example.py` runs its example.
 MODULES_WITH_EXAMPLES = (
-    "augment.views", "config.experiment", "config.schema", "nn.losses", "optim",
+    "augment.views", "config.experiment", "config.schema", "nn.losses", "optim", "studies.effects",
 )  # fmt: skip
 COMPLETE = ("NTXentLoss", "LARS", "TwoViews", "pretrain", "Experiment")
 # The start of a docstring by which another is named, and riddles of earlier ones.

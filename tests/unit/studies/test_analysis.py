@@ -18,14 +18,16 @@ from simclr_ray.studies.analysis import (
     best_outcome,
     paper_value,
     results_of,
-    sign_flip_p,
 )
-from simclr_ray.studies.definition import Dimension, Study
+from simclr_ray.studies.claim_words import sign_text
+from simclr_ray.studies.claims import sign_flip_p
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import _ours, _paper, draw_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import Curve, Status, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Point, base_tree, make_trials, points_of
-from simclr_ray.studies.report import markdown, page, verdict_text
+from simclr_ray.studies.report import markdown, page
+from simclr_ray.studies.space import Dimension
 
 VALUES = {(64, 3): 0.30, (256, 3): 0.34, (1024, 3): 0.33, (64, 6): 0.40, (256, 6): 0.42,
           (1024, 6): 0.43, (64, 12): 0.50, (256, 12): 0.51, (1024, 12): 0.52}  # fmt: skip
@@ -94,7 +96,7 @@ def test_claims_are_tested_on_pairs_that_differ_in_nothing_else(results: Results
     assert longest.difference == pytest.approx(0.02, abs=1e-12)
     assert (shortest.wins, shortest.num_pairs) == (2, 2)
     assert (shortest.p, shortest.smallest_p) == (0.5, 0.5)
-    assert "too few pairs" in verdict_text(shortest)
+    assert "too few pairs" in sign_text(shortest)
 
 
 def enumerated_p(differences: list[float]) -> float:
@@ -130,17 +132,19 @@ def test_trials_without_a_value_are_listed_and_left_out(study: Study) -> None:
     found = results_of(study, [good, bad])
     assert [row.point for row in found.rows] == [good.cells[0]["point"]]
     assert found.others == [bad]
-    assert "collapsed: rank 1.0" in page(found, "<svg></svg>", {})
-    assert "not run yet" in page(found, "<svg></svg>", {})
+    assert "collapsed: rank 1.0" in page(found, ["<svg></svg>"], {})
+    assert "not run yet" in page(found, ["<svg></svg>"], {})
 
 
 def test_the_page_needs_nothing_else_and_escapes_what_users_wrote(results: Results) -> None:
     study = results.study.model_copy(update={"question": "a < b & c?"})
-    text = page(results._replace(study=study), "<?xml?><svg>drawn</svg>", {"command": "run <x>"})
+    text = page(results._replace(study=study), ["<?xml?><svg>drawn</svg>"], {"command": "run <x>"})
     assert "a &lt; b &amp; c?" in text
     assert "run &lt;x&gt;" in text
     assert "<svg>drawn</svg>" in text
-    assert not any(word in text for word in ("src=", "href=", "<script", "@import", "url("))
+    assert not any(word in text for word in ("src=", "<script", "@import", "url("))
+    # what a reader may follow leads to the runs beside the report; nothing is loaded
+    assert set(re.findall(r'<(\w+) href="(?!\.\./runs/)', text)) == set()
 
 
 def test_figures_are_the_same_file_for_the_same_numbers(results: Results, tmp_path: Path) -> None:
@@ -174,7 +178,7 @@ def test_a_study_without_results_has_a_report_too(study: Study, tmp_path: Path) 
     draw_study(found, tmp_path / "f.svg")
     assert found.best is None
     assert json.loads(as_json(found))["rows"] == []
-    assert study.question in page(found, (tmp_path / "f.svg").read_text(), {})
+    assert study.question in page(found, [(tmp_path / "f.svg").read_text()], {})
 
 
 def test_a_curve_takes_what_was_repeated_last_and_the_training_record_before() -> None:
@@ -266,7 +270,7 @@ def test_what_a_study_says_of_itself_is_escaped_on_the_page(results: Results) ->
     )
     verdicts = [results.verdicts[0]._replace(claim=title)]
     text = page(
-        results._replace(study=study, verdicts=verdicts), "<svg>drawn</svg>", {"command": title}
+        results._replace(study=study, verdicts=verdicts), ["<svg>drawn</svg>"], {"command": title}
     )
     assert "<b>" not in text
     assert "<title>&lt;b&gt;&amp;&#34;</title>" in text
@@ -275,7 +279,8 @@ def test_what_a_study_says_of_itself_is_escaped_on_the_page(results: Results) ->
 
 def test_the_page_needs_nothing_from_elsewhere(results: Results, tmp_path: Path) -> None:
     draw_study(results, tmp_path / "f.svg")
-    text = page(results, (tmp_path / "f.svg").read_text(), {"command": "run"})
+    text = page(results, [(tmp_path / "f.svg").read_text()], {"command": "run"})
     assert not re.search(r"<(script|link|img|iframe|object|embed)\b|@import", text)
-    loaded = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>)\s]*)""", text)
+    shown = re.sub(r'<a href="\.\./runs/[^"]*"', "<a", text)  # followed by readers, not loaded
+    loaded = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>)\s]*)""", shown)
     assert [where for where in loaded if not where.startswith("#")] == []  # within the drawing

@@ -1,0 +1,25 @@
+"""Write `docs/findings.md` from the reports that are kept in `docs/studies`.
+
+    python -m benchmarks.findings
+
+Run it after `python -m benchmarks.studies`, which keeps reports; a test compares the page with what
+the kept results give.
+"""
+
+from __future__ import annotations
+
+from benchmarks.studies import KEPT
+from simclr_ray.studies.findings import findings_page
+
+PAGE = KEPT.parent / "findings.md"
+COMMAND = "python -m benchmarks.findings"
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(findings_page(KEPT, COMMAND), encoding="utf-8")
+    print(PAGE.relative_to(KEPT.parents[1]))
+
+
+if __name__ == "__main__":
+    main()

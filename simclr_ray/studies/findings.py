@@ -1,0 +1,100 @@
+"""What stored studies found, as one page of Markdown: a section per study, its claims a line each.
+
+Made from the `results.json` of kept reports alone, so that the page and the data cannot differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from simclr_ray.config.wording import counted
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.studies.claim_words import claim_line
+from simclr_ray.studies.claims import read_verdict
+from simclr_ray.studies.report import CURVES, DATA, FIGURE, PAGE
+
+SCALE = "laptop"
+
+
+def findings_page(folder: Path, made_by: str, scale: str = SCALE) -> str:
+    """Return the findings of the studies that were kept at a scale, as Markdown.
+
+    Args:
+        folder: Of kept reports, a folder each; links are relative to the one above it.
+        made_by: The command that writes the page.
+        scale: Of the studies that are on it.
+
+    Raises:
+        ConfigError: A file of results cannot be read.
+    """
+    studies = [tree for tree in _stored(folder) if tree.get("scale") == scale]
+    lines = [
+        "# Findings",
+        "",
+        f"What studies at the scale `{scale}` found, and the paper beside it. Written by "
+        f"`{made_by}` from the `{DATA}` of each report in `{folder.name}/`: edit those, not this.",
+        "",
+        "An effect is the mean difference of paired seeds, above 0 as claimed, with its standard "
+        "deviation; the interval holds its mean at 95 % confidence. A claim *appears* where the "
+        "interval lies above 0, *is reversed* where it lies below, and *does not appear* where it "
+        "ends below the smallest effect of interest and a test had a power of 0.8 to find that. "
+        "Else it cannot be said at this budget.",
+        "",
+    ]
+    if not studies:
+        lines += [f"No study at this scale is kept in `{folder.name}/` yet.", ""]
+    for tree in studies:
+        lines += _section(tree, folder)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _stored(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the results of each kept report, with the name of its folder."""
+    for path in sorted(folder.glob(f"*/{DATA}")):
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError([ConfigIssue(str(path), f"cannot be read: {error}")]) from None
+        if not isinstance(tree, dict):
+            raise ConfigError([ConfigIssue(str(path), "holds no results of a study")])
+        yield tree | {"folder": path.parent.name}
+
+
+def _section(tree: dict[str, Any], folder: Path) -> list[str]:
+    """Return the lines of one study."""
+    where = f"{folder.name}/{tree['folder']}"
+    seeds, minutes = tree["seeds"], tree["seconds"] / 60
+    answers = f" (answers {tree['answers']})" if tree["answers"] else ""
+    paper = tree["paper"]
+    lines = [f"## {tree['question']}", ""]
+    lines += [f"`{tree['study']}`{answers}, by `{tree['metric']}`.", ""]
+    drawn = [
+        name for name in (FIGURE, CURVES) if (folder / tree["folder"] / f"{name}.svg").is_file()
+    ]
+    lines += [f"![{name} of {tree['study']}]({where}/{name}.svg)" for name in drawn]
+    lines += [""] * bool(drawn)
+    for claim in tree["claims"]:
+        lines.append(f"- {claim_line(read_verdict(claim), paper['metric'])}")
+    if not tree["claims"]:
+        lines.append("- No claim is stated.")
+    if tree["not_finished"]:
+        lines.append(f"- {counted(len(tree['not_finished']), 'trial')} did not finish.")
+    lines += [
+        "",
+        f"{counted(len(seeds), 'seed')} ({_list(seeds)}), {counted(tree['num_trials'], 'trial')}, "
+        f"{minutes:,.0f} minutes of training, one trial after the other "
+        f"([every point and its cost]({where}/{PAGE})). Again:",
+        "",
+        "```",
+        tree["command"] or "(from Python)",
+        "```",
+        "",
+    ]
+    return lines
+
+
+def _list(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))

@@ -1,0 +1,77 @@
+"""The page of findings says what kept results say, and is the one that is committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.findings import COMMAND, PAGE
+from benchmarks.studies import KEPT, without_links
+from simclr_ray.errors import ConfigError
+from simclr_ray.studies.analysis import as_json, results_of
+from simclr_ray.studies.figures import draw_study
+from simclr_ray.studies.findings import findings_page
+from simclr_ray.studies.report import page
+from tests.unit.studies.test_claims import SHORT_GAP, outcomes_of, study_of
+
+RUN = "simclr-ray study run s --scale laptop data.train=$SIMCLR_RAY_DATA/train"
+
+
+def keep(folder: Path, name: str, scale: str, *, drawn: bool = True) -> None:
+    """Keep a report of drawn numbers as `benchmarks.studies` does, in a folder of this test."""
+    study = study_of({**SHORT_GAP, "smallest_effect": 0.01}, scale=scale, question=f"{name}?")
+    results = results_of(study, outcomes_of(study, noise=0.002))
+    (folder / name).mkdir(parents=True)
+    (folder / name / "results.json").write_text(as_json(results, RUN))
+    if drawn:
+        draw_study(results, folder / name / "figure.svg")
+
+
+def test_the_committed_page_is_what_the_kept_results_give() -> None:
+    assert PAGE.read_text(encoding="utf-8") == findings_page(KEPT, COMMAND)
+
+
+def test_a_section_has_claim_interval_paper_figure_command_seeds_and_minutes(
+    tmp_path: Path,
+) -> None:
+    keep(tmp_path / "studies", "first", "laptop")
+    text = findings_page(tmp_path / "studies", COMMAND)
+    assert "\n## first?\n" in text
+    assert "![figure of s](studies/first/figure.svg)" in text
+    assert "- claim 0: appears: +3.98 ± 0.14 points, 95 % interval [+3.81, +4.16]" in text
+    assert "the paper's +7.00 points" in text
+    assert "5 seeds (0, 1, 2, 3, 4), 40 trials, 40 minutes of training" in text
+    assert f"```\n{RUN}\n```" in text
+
+
+def test_studies_stand_in_the_order_of_their_folders_and_other_scales_are_left_out(
+    tmp_path: Path,
+) -> None:
+    for name, scale in (("b", "laptop"), ("a", "laptop"), ("c", "cpu")):
+        keep(tmp_path, name, scale, drawn=False)
+    text = findings_page(tmp_path, COMMAND)
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## a?", "## b?"]
+    assert "![" not in text
+
+
+def test_a_page_without_studies_says_so_and_results_that_cannot_be_read_are_named(
+    tmp_path: Path,
+) -> None:
+    assert "No study at this scale is kept" in findings_page(tmp_path, COMMAND)
+    (tmp_path / "broken").mkdir()
+    for text in ("{", "[]"):
+        (tmp_path / "broken" / "results.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"broken/results\.json"):
+            findings_page(tmp_path, COMMAND)
+
+
+def test_a_kept_page_has_no_links_to_runs_that_are_not_kept() -> None:
+    study = study_of(SHORT_GAP)
+    text = page(results_of(study, outcomes_of(study)), ["<svg></svg>"], {})
+    kept = without_links(text)
+    assert '<a href="../runs/' in text
+    assert "<a " not in kept
+    assert 'title="runs/0-3">3</span>' in kept
+    assert kept.count("<span") == text.count("<a ")
