@@ -112,10 +112,10 @@ def _scores_s(
         labels = torch.arange(num) % classes
         return Features(torch.randn(num, width, generator=generator), labels)
 
-    asked_about = max(2, learned // 5)
-    given = drawn(learned), drawn(asked_about)
+    num_scored = max(2, learned // 5)
+    given = drawn(learned), drawn(num_scored)
     _, seconds = _timed(lambda: score_features(TRAINED, *given, experiment, protocols))
-    return seconds * rows / (learned + asked_about)
+    return seconds * rows / (learned + num_scored)
 
 
 def _probe_s(experiment: Experiment, model: SimCLRModel, bank: Split) -> float:
