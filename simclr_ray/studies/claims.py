@@ -42,6 +42,13 @@ class Verdict(NamedTuple):
     paper_effect: float | None  # in the unit of the paper's rows
     effect: Effect | None  # over the seeds that have all pairs; None where none has
 
+    @property
+    def words(self) -> str:
+        """What may be said of the claim, no stronger than the seeds allow."""
+        if self.effect is not None:
+            return self.effect.words
+        return "no seed has all of its pairs" if self.num_pairs else "not run yet"
+
 
 def verdict_of(study: Study, comparison: Comparison, readings: Sequence[Reading]) -> Verdict:
     """Return what pairs of readings say of a claim."""
@@ -136,7 +143,7 @@ def verdict_tree(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as JSON holds it: what is not finite is null, and the words are there."""
     effect = verdict.effect
     tree = verdict._asdict() | {"effect": _finite(effect._asdict()) if effect else None}
-    return _finite(tree) | {"verdict": effect.words if effect else "not run yet"}
+    return _finite(tree) | {"verdict": verdict.words}
 
 
 def read_verdict(tree: dict[str, Any]) -> Verdict:

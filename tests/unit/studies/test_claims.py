@@ -158,6 +158,20 @@ def test_a_seed_that_lacks_a_point_is_left_out_of_the_effect() -> None:
     assert (verdict.num_pairs, verdict.effect.num_seeds) == (19, 4)
 
 
+def test_seeds_that_all_lack_a_point_have_no_effect_and_that_is_said() -> None:
+    study = study_of({"better": {"batch": 512}, "worse": {"batch": 64}})
+    halves = [
+        o
+        for o in outcomes_of(study)
+        if o.seed < 2 and (o.cells[0]["point"]["epochs"] == 1) == (o.seed == 0)
+    ]
+    (verdict,) = results_of(study, halves).verdicts
+    assert verdict.num_pairs == 4
+    assert verdict.effect is None
+    assert claim_line(verdict, "-") == "claim 0: no seed has all of its pairs"
+    assert repr(read_verdict(verdict_tree(verdict))) == repr(verdict)
+
+
 @pytest.mark.parametrize(
     ("comparison", "effect"),
     [
