@@ -24,6 +24,8 @@ from simclr_ray.studies.space import is_same
 
 SAMPLES = 100_000  # of sign flips where there are more than all of them; as many as the paper's
 
+DIGITS = 12  # of a difference: (0.3 - 0.2) - (0.2 - 0.1) is none, and not 3e-17 in favor
+
 Group = tuple[Reading, ...]  # two readings of a pair, or four of a difference of differences
 
 
@@ -61,7 +63,8 @@ def verdict_of(study: Study, comparison: Comparison, readings: Sequence[Reading]
 
     def difference(group: Group) -> float:
         parts = zip(reads, group, strict=True)
-        return sign * sum(read.sign * reading.values[read.metric] for read, reading in parts)
+        total = sum(read.sign * reading.values[read.metric] for read, reading in parts)
+        return sign * round(total, DIGITS)
 
     joined = _apart(groups)
     differences = [statistics.fmean(map(difference, some)) for some in joined]
