@@ -27,7 +27,7 @@ def claim_cells(verdict: Verdict, paper_metric: str) -> list[str]:
     has_power = effect is not None and not math.isnan(effect.power)
     return [
         verdict.claim,
-        effect.words if effect else "not run yet",
+        verdict.words,
         effect_text(verdict),
         _interval(effect, verdict.metric) if effect and effect.num_seeds > 1 else "-",
         paper_text(verdict, paper_metric) or "-",
@@ -43,8 +43,8 @@ def claim_cells(verdict: Verdict, paper_metric: str) -> list[str]:
 def claim_line(verdict: Verdict, paper_metric: str) -> str:
     """Return a claim in a line: the verdict, and the numbers that it rests on."""
     effect = verdict.effect
-    if effect is None or not verdict.num_pairs:
-        return f"{verdict.claim}: not run yet"
+    if effect is None:
+        return f"{verdict.claim}: {verdict.words}"
     parts = [effect_text(verdict)]
     if effect.num_seeds > 1:
         parts.append(f"95 % interval {_interval(effect, verdict.metric)}")
@@ -57,7 +57,7 @@ def claim_line(verdict: Verdict, paper_metric: str) -> str:
         parts.append(f"the paper's {paper}")
     parts.append(f"{verdict.wins} of {verdict.num_pairs} pairs won")
     parts.append(f"p = {verdict.p:.3g} (at least {verdict.smallest_p:.3g})")
-    return f"{verdict.claim}: {effect.words}: {', '.join(parts)}; {sign_text(verdict)}"
+    return f"{verdict.claim}: {verdict.words}: {', '.join(parts)}; {sign_text(verdict)}"
 
 
 def effect_text(verdict: Verdict) -> str:

@@ -24,6 +24,8 @@ from simclr_ray.studies.space import is_same
 
 SAMPLES = 100_000  # of sign flips where there are more than all of them; as many as the paper's
 
+DIGITS = 12  # of a difference: (0.3 - 0.2) - (0.2 - 0.1) is none, and not 3e-17 in favor
+
 Group = tuple[Reading, ...]  # two readings of a pair, or four of a difference of differences
 
 
@@ -42,6 +44,13 @@ class Verdict(NamedTuple):
     paper_effect: float | None  # in the unit of the paper's rows
     effect: Effect | None  # over the seeds that have all pairs; None where none has
 
+    @property
+    def words(self) -> str:
+        """What may be said of the claim, no stronger than the seeds allow."""
+        if self.effect is not None:
+            return self.effect.words
+        return "no seed has all of its pairs" if self.num_pairs else "not run yet"
+
 
 def verdict_of(study: Study, comparison: Comparison, readings: Sequence[Reading]) -> Verdict:
     """Return what pairs of readings say of a claim."""
@@ -54,7 +63,8 @@ def verdict_of(study: Study, comparison: Comparison, readings: Sequence[Reading]
 
     def difference(group: Group) -> float:
         parts = zip(reads, group, strict=True)
-        return sign * sum(read.sign * reading.values[read.metric] for read, reading in parts)
+        total = sum(read.sign * reading.values[read.metric] for read, reading in parts)
+        return sign * round(total, DIGITS)
 
     joined = _apart(groups)
     differences = [statistics.fmean(map(difference, some)) for some in joined]
@@ -136,7 +146,7 @@ def verdict_tree(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as JSON holds it: what is not finite is null, and the words are there."""
     effect = verdict.effect
     tree = verdict._asdict() | {"effect": _finite(effect._asdict()) if effect else None}
-    return _finite(tree) | {"verdict": effect.words if effect else "not run yet"}
+    return _finite(tree) | {"verdict": verdict.words}
 
 
 def read_verdict(tree: dict[str, Any]) -> Verdict:

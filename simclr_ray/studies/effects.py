@@ -72,7 +72,8 @@ class Effect(NamedTuple):
             return "appears, but smaller than is of interest"
         if self.outcome != UNDECIDED:
             return self.outcome
-        why = f"needs {self.seeds_needed} seeds"
+        most = "more than " * (self.seeds_needed >= MAX_SEEDS)
+        why = f"needs {most}{self.seeds_needed:,} seeds"
         if self.num_seeds < 2:
             why = "one seed has no interval"
         elif not self.smallest_effect:

@@ -118,6 +118,20 @@ def test_a_difference_of_differences_pairs_four_readings_of_a_seed() -> None:
     assert verdict.paper_effect == pytest.approx((64.5 - 57.5) - (69.0 - 66.5))
 
 
+def test_gaps_that_are_equal_but_for_rounding_are_equal() -> None:
+    """(0.3 - 0.2) - (0.2 - 0.1) is 3e-17: no effect, in whoever's favor."""
+    study = study_of({**SHORT_GAP, "than": LONG_GAP, "smallest_effect": 0.01})
+    value = {(512, 1): 0.3, (64, 1): 0.2, (512, 9): 0.2, (64, 9): 0.1}
+    outcomes = [
+        o._replace(metrics={"final/linear_top1": value[p["batch"], p["epochs"]]})
+        for o in outcomes_of(study)
+        for p in [o.cells[0]["point"]]
+    ]
+    (verdict,) = results_of(study, outcomes).verdicts
+    assert verdict.difference == 0.0
+    assert verdict.words == "does not appear"
+
+
 def test_sides_may_be_two_metrics_of_the_same_trials() -> None:
     comparison = {"metric": "probe/rotation_h", "worse_metric": "probe/rotation_z"}
     every, one = results_with(
@@ -156,6 +170,20 @@ def test_a_seed_that_lacks_a_point_is_left_out_of_the_effect() -> None:
     (verdict,) = results_of(study, outcomes[:-1]).verdicts
     assert verdict.effect is not None
     assert (verdict.num_pairs, verdict.effect.num_seeds) == (19, 4)
+
+
+def test_seeds_that_all_lack_a_point_have_no_effect_and_that_is_said() -> None:
+    study = study_of({"better": {"batch": 512}, "worse": {"batch": 64}})
+    halves = [
+        o
+        for o in outcomes_of(study)
+        if o.seed < 2 and (o.cells[0]["point"]["epochs"] == 1) == (o.seed == 0)
+    ]
+    (verdict,) = results_of(study, halves).verdicts
+    assert verdict.num_pairs == 4
+    assert verdict.effect is None
+    assert claim_line(verdict, "-") == "claim 0: no seed has all of its pairs"
+    assert repr(read_verdict(verdict_tree(verdict))) == repr(verdict)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,11 @@ def test_power_that_is_enough_and_an_interval_that_holds_both_need_more_seeds() 
     assert effect.seeds_needed == max(6, seeds_for_width(0.025, effect.deviation))
 
 
+def test_more_seeds_than_are_counted_are_said_so() -> None:
+    words = effect_of([1.0, -1.0, 1.0, -1.0, 0.0], 1e-5).words
+    assert words == "cannot be said at this budget: needs more than 100,000 seeds"
+
+
 def test_absence_is_rarely_said_of_an_effect_that_is_there() -> None:
     rows = np.random.default_rng(3).normal(0.02, 0.01, (600, 8))  # as large as is of interest
     said = [effect_of(row.tolist(), 0.02).outcome == "does not appear" for row in rows]
