@@ -8,6 +8,7 @@ name; `tests/reference/lars.py` is the NumPy oracle of both.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal
@@ -102,6 +103,13 @@ class LARS(torch.optim.Optimizer):
             "adapt": True,
         }
         super().__init__(params, defaults)
+
+    # Torch wraps these so that `torch.compile` leaves them out, and imports it, sympy and triton
+    # on the first call: 1.4 s of each process that makes an optimizer, where nothing is compiled.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -185,8 +185,8 @@ def distill(
 
 def _train(planned: Planned) -> FineTuned:
     from simclr_ray.cli.progress import RunProgress
-    from simclr_ray.train.driver import start_cluster
     from simclr_ray.train.finetune import train
+    from simclr_ray.train.head_start import start_cluster
 
     if not planned.experiment.config.init.freeze:
         start_cluster(planned.experiment)

@@ -93,7 +93,6 @@ def _run_and_show(
                 is_done(RESTART)
             outcome = stored_outcome(resolved)  # of whoever held it until now
             if outcome is None:
-                _show_arithmetic(resolved)
                 outcome = _run(resolved)
     _show(resolved, outcome, image)
 
@@ -107,10 +106,12 @@ def _show_arithmetic(resolved: ResolvedExperiment) -> None:
 def _run(resolved: ResolvedExperiment) -> PretrainOutcome:
     loading("ray")
     from simclr_ray.cli.progress import RunProgress
-    from simclr_ray.train.driver import start_cluster
-    from simclr_ray.train.pipeline import train_and_evaluate
+    from simclr_ray.train.head_start import start_cluster
 
-    start_cluster(resolved)
+    # counting the memory of a step takes a second, most of it an import of torch's compiler
+    start_cluster(resolved, meanwhile=lambda: _show_arithmetic(resolved))
+    from simclr_ray.train.pipeline import train_and_evaluate  # Ray's parts of it: after its start
+
     with RunProgress() as progress:
         return train_and_evaluate(resolved, on_progress=progress)
 

@@ -1,9 +1,13 @@
-"""Runs pieces of work as tasks of a Ray Data stream, which bounds how many at a time."""
+"""Runs pieces of work as tasks of a Ray Data stream, which bounds how many at a time.
+
+And has Ray Data's own actor started before a dataset needs it.
+"""
 
 from __future__ import annotations
 
 import pickle  # nosec B403
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from simclr_ray.errors import DataError
@@ -46,3 +50,14 @@ def _run(row: dict[str, Any]) -> dict[str, Any]:
     except DataError as problem:
         answer = None, str(problem)
     return {"result": pickle.dumps(answer)}
+
+
+def start_stats_actor() -> None:
+    """Start the actor that numbers datasets: who makes a first one waits 2 s for it otherwise.
+
+    On this process's node, where it stays: it is for a cluster of this machine alone.
+    """
+    with suppress(ImportError):  # another Ray has it elsewhere, and starts it when it is asked
+        from ray.data._internal.stats import get_or_create_stats_actor
+
+        get_or_create_stats_actor()

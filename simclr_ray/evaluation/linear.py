@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from simclr_ray.config import experiment
 from simclr_ray.evaluation.feature_file import Rows, are_finite, blocks, is_small
@@ -152,25 +153,28 @@ def descend(
     """Return weight `[K, F]` and bias `[K]` after SGD on standardised `rows [M, F]`.
 
     The gradient is written out: it is two products. The update is torch's, bit for bit what two
-    lines of ours gave, at 1.12 to 1.24 of their processor time (`benchmarks/results/linear.json`).
+    lines of ours gave, at 1.12 to 1.24 of their processor time (`benchmarks/results/linear.json`);
+    its function, since the class imports `torch._dynamo` for seconds.
     """
     num_batches = math.ceil(len(rows) / cfg.batch_size)  # whose sizes differ by at most one
     total, peak = cfg.epochs * num_batches, peak_rate(len(rows), cfg)
     order = torch.Generator().manual_seed(seed)
     weight = torch.zeros(num_classes, rows.shape[1], dtype=rows.dtype, device=rows.device)
     bias = torch.zeros_like(weight[:, 0])
-    optimizer = torch.optim.SGD([weight, bias], peak, momentum=MOMENTUM, nesterov=True)
+    buffers: list[Tensor | None] = [None, None]
     for epoch in range(cfg.epochs):
         shuffled = torch.randperm(len(rows), generator=order).to(rows.device)
         for index, batch in enumerate(shuffled.tensor_split(num_batches)):
             step = epoch * num_batches + index
-            optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / total))
+            rate = peak * 0.5 * (1 + math.cos(math.pi * step / total))
             x, y = rows[batch], labels[batch]
             error = torch.softmax(torch.addmm(bias, x, weight.T), 1)  # [B, K]
             error[torch.arange(len(y), device=y.device), y] -= 1
             error /= len(y)
-            weight.grad, bias.grad = error.T @ x, error.sum(0)
-            optimizer.step()
+            sgd(
+                [weight, bias], [error.T @ x, error.sum(0)], buffers, lr=rate, momentum=MOMENTUM,
+                nesterov=True, weight_decay=0, dampening=0, maximize=False,
+            )  # fmt: skip
     return weight, bias
 
 

@@ -223,12 +223,13 @@ def _agreement(study: Study, rows: Sequence[Row]) -> Agreement | None:
     return Agreement(float(correlation.statistic), float(correlation.pvalue), len(pairs))
 
 
-def as_json(results: Results, command: str = "") -> str:
+def as_json(results: Results, command: str = "", wall_s: float = 0.0) -> str:
     """Return the results as JSON: rows, claims, curves, and what figures and findings are made of.
 
     Args:
         results: Of a study.
         command: That ran it.
+        wall_s: From its start to its end, starts included; 0: nobody has measured.
     """
     study = results.study
     tree = {
@@ -259,6 +260,7 @@ def as_json(results: Results, command: str = "") -> str:
         "epochs": results.epochs,
         "images": results.images,
         "seconds": results.seconds,
+        "wall_seconds": wall_s,
         "device_hours": results.device_hours,
     }
     return json.dumps(tree, indent=1)

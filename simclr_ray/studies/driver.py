@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import time
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,6 +25,7 @@ from simclr_ray.distributed.ray_cluster import (
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.lease import is_lost
 from simclr_ray.storage.provenance import versions_of
+from simclr_ray.studies.baselines import StudyBaselines
 from simclr_ray.studies.concurrency import (
     Concurrency,
     concurrency_of,
@@ -64,6 +66,7 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
         RunError: Another driver is at it.
         TrackingError: MLflow refuses or cannot be reached.
     """
+    began = time.monotonic()
     folder = StudyFolder(*study_folder(study))
     tree = base_tree(study)
     base, trials = cfg.validate(Experiment, tree), plan(study, tree)
@@ -86,14 +89,20 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
             )
             alone = not isolated and can_share_processes(trials)
             job = Job(study, folder.files.storage, folder.files.name, parent.run_id, alone)
+            # of larger encoders and sets they would take the head of a cluster for an hour
+            baselines = StudyBaselines(study, base, folder) if alone else None
             if run_trials(job, tree, trials, concurrency):
                 status = "FINISHED"
                 folder.update_state(is_complete=True)
+            if baselines is not None:
+                baselines.store()
         except Exception:
             status = "FAILED"
             raise
         finally:
             if not is_lost(folder.uri):  # else they are of the driver that has the study now
+                before = float(folder.state().get("seconds", 0.0))
+                folder.update_state(seconds=round(before + time.monotonic() - began, 1))
                 try:
                     tracker.end_left_running(parent.run_id)
                 finally:

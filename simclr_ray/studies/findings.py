@@ -66,7 +66,10 @@ def _stored(folder: Path) -> Iterator[dict[str, Any]]:
 def _section(tree: dict[str, Any], folder: Path) -> list[str]:
     """Return the lines of one study."""
     where = f"{folder.name}/{tree['folder']}"
-    seeds, minutes = tree["seeds"], tree["seconds"] / 60
+    seeds, wall_s = tree["seeds"], tree.get("wall_seconds", 0.0)
+    took = f"{tree['seconds'] / 60:,.0f} minutes of training, one trial after the other"
+    if wall_s:
+        took = f"{wall_s / 60:,.0f} minutes in all, {took}"
     answers = f" (answers {tree['answers']})" if tree["answers"] else ""
     paper = tree["paper"]
     lines = [f"## {tree['question']}", ""]
@@ -85,8 +88,7 @@ def _section(tree: dict[str, Any], folder: Path) -> list[str]:
     lines += [
         "",
         f"{counted(len(seeds), 'seed')} ({_list(seeds)}), {counted(tree['num_trials'], 'trial')}, "
-        f"{minutes:,.0f} minutes of training, one trial after the other "
-        f"([every point and its cost]({where}/{PAGE})). Again:",
+        f"{took} ([every point and its cost]({where}/{PAGE})). Again:",
         "",
         "```",
         tree["command"] or "(from Python)",

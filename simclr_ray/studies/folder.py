@@ -175,6 +175,10 @@ class StudyFolder:
                 raise ConfigError([ConfigIssue(f"{self.uri}/{BASELINES}", problem)])
         return {name: {m: float(v) for m, v in values.items()} for name, values in tree.items()}
 
+    def write_baselines(self, baselines: Baselines) -> None:
+        """Store what `baselines` returns."""
+        self.files.write_text(BASELINES, json.dumps(baselines, indent=1))
+
     def run(self, name: str) -> RunFolder:
         """Return the run folder of a trial's run."""
         return RunFolder(f"{self.uri}/{RUNS}", name)

@@ -80,7 +80,7 @@ def _write(folder: StudyFolder, target: Path) -> Results:
         draw_study(results, target / f"{FIGURE}.{ending}")
         if results.curves:
             draw_curves(results, target / f"{CURVES}.{ending}")
-    data = as_json(results, state.get("command", ""))
+    data = as_json(results, state.get("command", ""), state.get("seconds", 0.0))
     (target / DATA).write_text(hide_passwords(data) + "\n", encoding="utf-8")
     (target / TABLE).write_text(hide_passwords(markdown(results)), encoding="utf-8")
     drawn = (FIGURE, CURVES) if results.curves else (FIGURE,)

@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import imports_in
@@ -41,9 +45,32 @@ class _Need(NamedTuple):
     remedy: str
 
 
-def counting_device(experiment: Experiment) -> torch.device:
-    """Return where shapes are counted: without memory, but for imported code, which may refuse."""
-    return torch.device("cpu" if any(imports_in(experiment.encoder)) else "meta")
+@contextmanager
+def counting_device(experiment: Experiment) -> Iterator[None]:
+    """Build where shapes are counted: without memory, but for imported code, which may refuse."""
+    if any(imports_in(experiment.encoder)):
+        with torch.device("cpu"):
+            yield
+        return
+    with torch.device("meta"), _WithoutValues():
+        yield
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out that weights are drawn, which have no memory to be drawn into.
+
+    Torch would load its compiler for that, sympy and triton included: 1.3 s of a core.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Return what `func` does; of those that draw normal numbers, the tensor as it is."""
+        del types  # the protocol's
+        options = kwargs or {}
+        if func in (nn.init.normal_, torch.Tensor.normal_):
+            return args[0] if args else options["tensor"]
+        return func(*args, **options)
 
 
 def checkpoint_bytes(experiment: Experiment) -> int:

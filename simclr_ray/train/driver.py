@@ -109,22 +109,6 @@ def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -
     return enter(experiment, train_resolved, on_progress=on_progress)
 
 
-def start_cluster(resolved: ResolvedExperiment) -> None:
-    """Connect to the cluster or start one, after all that is refused without one.
-
-    Nothing is left behind by what is refused; of the machine first, then of the tracking store.
-
-    Raises:
-        ClusterError: No cluster answers, or this machine cannot hold the run.
-        ConfigError: MLflow has no such store, or a disk has no room for the checkpoints.
-        TrackingError: MLflow refuses, or cannot be reached and the run is new.
-    """
-    check_machine(resolved.config)
-    check_space(resolved)
-    open_tracker(resolved)
-    connect(resolved.config)
-
-
 def train_resolved(
     resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None, alone: bool = False
 ) -> Run:

@@ -31,6 +31,7 @@ from typing import Any, Final
 import ray
 import ray.train.v2.api.config as ray_config
 from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
@@ -42,7 +43,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.distributed.placement import free_nodes, matches, staying_nodes, workers_on
-from simclr_ray.distributed.ray_cluster import PickledQueue
+from simclr_ray.distributed.ray_cluster import PickledQueue, is_local
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.restarts import BackendEnd, RestartPolicy
 from simclr_ray.train.stop import RESIZE
@@ -71,9 +72,11 @@ class Trainer(TorchTrainer):
         self._abort_s = abort_s
 
     def _create_default_callbacks(self) -> list[Any]:
-        ends = BackendEnd(self.backend_config)
-        callbacks = super()._create_default_callbacks()
-        return [ends if isinstance(c, BackendSetupCallback) else c for c in callbacks]
+        ours: dict[type, Any] = {
+            BackendSetupCallback: BackendEnd(self.backend_config),
+            DatasetsCallback: _NoDatasets(self.train_run_context, {}),
+        }
+        return [ours.get(type(c), c) for c in super()._create_default_callbacks()]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Have an interrupt also end a run that waits for room: its controller hears nothing."""
@@ -102,6 +105,17 @@ class Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**parts)
 
 
+class _NoDatasets(DatasetsCallback):
+    """Ray's, less the actor that hands out a trainer's `datasets`: each rank makes its own stream.
+
+    It would take a process and 1.8 s of a core, just while the workers start.
+    """
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:  # noqa: ARG002 - Ray's form
+        """Return nothing for the workers to be given."""
+        return {}
+
+
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
     """Raise `KeyboardInterrupt` for an interrupt while Ray trains; then put the handler back.
@@ -124,6 +138,19 @@ class FixedWorkers(FixedScalingPolicy):
     def __init__(self, of_ray: ray_config.ScalingConfig, scaling: ScalingConfig) -> None:
         super().__init__(of_ray)
         self.scaling = scaling
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Tell Ray's autoscaler what is needed, where there may be one.
+
+        Ray waits for the answer of an actor, which takes seconds to start, before it starts the
+        workers. A cluster of this machine alone grows by nothing.
+        """
+        if not is_local():
+            super().after_controller_start(train_run_context)
+
+    def _maybe_send_resource_request(self) -> None:
+        if self._coordinator_client is not None:
+            super()._maybe_send_resource_request()  # type: ignore[no-untyped-call] # Ray's
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Return to start all workers, or to wait."""

@@ -13,8 +13,9 @@ from simclr_ray.config.experiment import Experiment, RegistryConfig
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.data.source import Source
 from simclr_ray.errors import NotPromotedError, TrackingUnavailableError
+from simclr_ray.evaluation.baselines import score_run
 from simclr_ray.evaluation.classification import Classification
-from simclr_ray.evaluation.evaluate import evaluate_experiment, score_classifier
+from simclr_ray.evaluation.evaluate import score_classifier
 from simclr_ray.evaluation.scores import Score, format_table
 from simclr_ray.inference.promotion import promote
 from simclr_ray.inference.registry import register_run
@@ -89,7 +90,7 @@ def _evaluated(run: Run, resolved: ResolvedExperiment) -> PretrainOutcome:
     config = resolved.config
     log.info("evaluating %s, the untrained encoder and raw pixels", run.checkpoint_name)
     with RunFolder.at(run.folder).fetched(run.checkpoint_name) as checkpoint:
-        scores = evaluate_experiment(config, checkpoint)
+        scores = score_run(config, checkpoint)
         publish(run, resolved, scores)
         classifier = _test_classifier(run, config, checkpoint)
     registered = None

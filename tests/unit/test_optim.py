@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any, Literal
 
 import numpy as np
@@ -182,3 +184,23 @@ def test_a_long_gradient_is_scaled_to_the_longest_and_a_short_one_left() -> None
     assert clip_gradients(model, 3.5).item() == pytest.approx(7.0)
     assert model.weight.grad.tolist() == [[pytest.approx(1.0), pytest.approx(1.5)]]
     assert clip_gradients(model, 0.0).item() == pytest.approx(3.5, rel=1e-5)
+
+
+def test_an_optimizer_and_a_linear_probe_load_no_compiler() -> None:
+    # in an interpreter of its own: here another test may have loaded it
+    code = """
+import sys, torch
+from simclr_ray.config.experiment import LinearConfig
+from simclr_ray.evaluation.linear import fit_linear
+from simclr_ray.optim import LARS
+layer = torch.nn.Linear(2, 2)
+optimizer = LARS(layer.parameters(), lr=0.1)
+layer(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+fit_linear(torch.randn(8, 3), torch.arange(8) % 2, 2, LinearConfig(epochs=1), 0)
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

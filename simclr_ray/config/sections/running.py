@@ -45,7 +45,9 @@ class EvaluationConfig(Config):
     test_limit: int = Field(2_000, ge=0, description="Test rows used while training; 0: all.")
     knn: KNNConfig = KNNConfig()
     linear: LinearConfig = LinearConfig()
-    batch_size: int = Field(512, ge=1, description="Images per forward pass.")
+    batch_size: int = Field(
+        512, ge=1, description="Images per forward pass; on a CPU of 64 a thread at most."
+    )
     actors: int | Literal["auto"] = Field(
         AUTO,
         description="Ray Data actors that encode the splits after training; 0: this process; auto: "

@@ -15,7 +15,13 @@ from torch import nn
 
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
-from simclr_ray.evaluation.features import Features, extract_features, load_split, split_halves
+from simclr_ray.evaluation.features import (
+    CPU_BATCH,
+    Features,
+    extract_features,
+    load_split,
+    split_halves,
+)
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 
 SIDE = 8
@@ -122,6 +128,23 @@ def test_features_do_not_depend_on_the_batch_and_see_pixels_in_0_to_1(
     torch.testing.assert_close(whole, expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(streamed, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_a_cpu_sees_few_images_at_a_time_and_gives_the_same_features(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+    images = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8)
+    sizes: list[int] = []
+    encoder[0].register_forward_hook(lambda _module, _inputs, out: sizes.append(len(out)))
+    features = extract_features(encoder, images, batch_size=512)
+    assert sum(sizes) == len(images)
+    assert max(sizes) <= CPU_BATCH * torch.get_num_threads()
+    monkeypatch.setattr("simclr_ray.evaluation.features.CPU_BATCH", 512)
+    torch.testing.assert_close(
+        features, extract_features(encoder, images, batch_size=512), rtol=0, atol=0
+    )
 
 
 def test_reading_features_leaves_modes_statistics_and_gradients_as_they_were(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,23 @@ def test_of_a_cluster_s_machines_only_a_local_storage_is_asked(
     with_free(monkeypatch, 3 * checkpoint_bytes(run.config))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     check_space(run)
+
+
+def test_shapes_are_counted_without_torchs_compiler() -> None:
+    # in an interpreter of its own: here another test may have loaded it
+    code = """
+import sys, torch
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.nn.build import build_model
+from simclr_ray.train.disk_space import checkpoint_bytes, counting_device
+experiment = Experiment.load("cifar10_study_cpu")
+counted = checkpoint_bytes(experiment)
+with counting_device(experiment):
+    model = build_model(experiment)
+assert counted and all(t.is_meta for t in model.state_dict().values())
+shapes = [t.shape for t in build_model(experiment).state_dict().values()]
+assert shapes == [t.shape for t in model.state_dict().values()]
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

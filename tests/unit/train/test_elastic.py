@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
     NoopDecision,
     ResizeDecision,
+)
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
@@ -22,6 +27,7 @@ from simclr_ray.distributed.placement import Node
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train import elastic
 from simclr_ray.train.elastic import ElasticWorkers, FixedWorkers
+from simclr_ray.train.restarts import BackendEnd
 from simclr_ray.train.stop import RESIZE
 
 HALVES = ScalingConfig(num_workers=[1, 8])  # 0.5 CPUs a worker, 0.5 an actor
@@ -196,3 +202,37 @@ def test_a_fixed_number_waits_until_what_decodes_has_room(
     assert isinstance(ours.make_decision_for_non_running_worker_group(), NoopDecision)
     cluster.nodes["c"] = node("c", 1.0)
     assert ours.make_decision_for_non_running_worker_group().num_workers == 3
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_no_autoscaler_is_told_of_workers_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    alone: bool,
+) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(elastic, "is_local", lambda: alone)
+    monkeypatch.setattr(
+        TrainAutoscalingCoordinatorClient, "send_resource_request", lambda *_: sent.append(1)
+    )
+    node_of_all = node("a", 8.0)
+    monkeypatch.setattr(elastic, "staying_nodes", lambda: [node_of_all])
+    of_ray = RayScalingConfig(num_workers=3, resources_per_worker={"CPU": 0.5})
+    policy: Any = FixedWorkers(of_ray, HALVES.model_copy(update={"num_workers": 3}))
+    policy.after_controller_start(SimpleNamespace(run_id="r"))
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 3
+    assert bool(sent) is not alone
+    policy.before_controller_abort()
+
+
+def test_the_trainer_of_a_run_has_no_datasets_to_hand_out(tmp_path: Path) -> None:
+    trainer = elastic.Trainer(
+        lambda: None,
+        scaling=ScalingConfig(),
+        folder=RunFolder.of(str(tmp_path), "r-1"),
+        inbox=None,  # type: ignore[arg-type] # sends nothing here
+    )
+    callbacks = trainer._create_default_callbacks()
+    assert [c for c in callbacks if type(c) is DatasetsCallback] == []
+    (ours,) = [c for c in callbacks if isinstance(c, DatasetsCallback)]
+    assert ours.before_init_train_context([]) == {}
+    assert len([c for c in callbacks if isinstance(c, BackendEnd)]) == 1

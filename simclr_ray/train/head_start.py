@@ -1,0 +1,65 @@
+"""The start of a run's cluster, beside all else that takes seconds before workers can start.
+
+Ray's servers start in processes of their own, for which this one only waits: it opens MLflow's
+store meanwhile, and imports what the run needs besides. What workers will wait for is started as
+soon as there is a cluster, and not when they ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import ray
+
+from simclr_ray.data.ray_tasks import start_stats_actor
+from simclr_ray.distributed.ray_cluster import check_machine, connect, is_local
+from simclr_ray.tracking.store import first_contact
+from simclr_ray.train.disk_space import check_space
+from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.tracked import open_tracker
+
+
+def start_cluster(
+    resolved: ResolvedExperiment, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Connect to the cluster or start one, and open MLflow's store meanwhile.
+
+    Nothing is left behind by what is refused: a cluster that was started for it is stopped.
+
+    Args:
+        resolved: What is to run.
+        meanwhile: Called in another thread before the store is opened; what it raises is raised.
+
+    Raises:
+        ClusterError: No cluster answers, or this machine cannot hold the run.
+        ConfigError: MLflow has no such store, or a disk has no room for the checkpoints.
+        TrackingError: MLflow refuses, or cannot be reached and the run is new.
+    """
+    check_machine(resolved.config)
+    check_space(resolved)
+    was_up = ray.is_initialized()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="head-start")
+    with first_contact():  # in this thread: Ray reads the environment that it changes
+        opened = pool.submit(_open, resolved, meanwhile)
+        pool.shutdown(wait=False)  # an interrupt does not wait for it here
+        connect(resolved.config)
+        try:
+            opened.result()
+        except BaseException:
+            if not was_up:
+                ray.shutdown()
+            raise
+    if is_local():
+        start_stats_actor()  # before the first rank asks for it, and waits
+
+
+def _open(resolved: ResolvedExperiment, first: Callable[[], None]) -> None:
+    """Call `first`; open the store, which stays open, and import what `pipeline` does besides Ray.
+
+    Nothing of Ray: the main thread is importing parts of it, and modules that import each other
+    cannot be imported by two threads at a time.
+    """
+    first()
+    open_tracker(resolved)
+    from simclr_ray.train import figures  # noqa: F401 - 0.6 s, of matplotlib
