@@ -20,7 +20,7 @@ from simclr_ray.errors import SimclrRayError, last_line
 from simclr_ray.evaluation.baselines import baseline_scores
 from simclr_ray.studies.definition import EITHER, Study
 from simclr_ray.studies.folder import StudyFolder
-from simclr_ray.train.resolve import resolve
+from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import threads_of
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,11 @@ class StudyBaselines:
 
 def _scores_of(tree: dict[str, Any], protocols: list[str]) -> dict[str, dict[str, float]]:
     """Return name of a baseline -> metric -> value."""
-    experiment = resolve(cfg.validate(Experiment, tree)).config
+    return enter(cfg.validate(Experiment, tree), _scored, protocols)
+
+
+def _scored(resolved: ResolvedExperiment, protocols: list[str]) -> dict[str, dict[str, float]]:
+    experiment = resolved.config
     torch.set_num_threads(threads_of(experiment))
     scores = {}
     for score in baseline_scores(experiment, protocols):
