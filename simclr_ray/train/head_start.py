@@ -7,6 +7,7 @@ soon as there is a cluster, and not when they ask for it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,9 +42,14 @@ def start_cluster(
     was_up = ray.is_initialized()
     pool = ThreadPoolExecutor(1, thread_name_prefix="head-start")
     with first_contact():  # in this thread: Ray reads the environment that it changes
-        opened = pool.submit(_open, resolved, meanwhile)
-        pool.shutdown(wait=False)  # an interrupt does not wait for it here
-        connect(resolved.config)
+        given_up = threading.Event()
+        opened = pool.submit(_open, resolved, meanwhile, given_up)
+        pool.shutdown(wait=False)
+        try:
+            connect(resolved.config)
+        except BaseException:  # an interrupt among them; the process ends when the thread does
+            given_up.set()
+            raise
         try:
             opened.result()
         except BaseException:
@@ -54,12 +60,20 @@ def start_cluster(
         start_stats_actor()  # before the first rank asks for it, and waits
 
 
-def _open(resolved: ResolvedExperiment, first: Callable[[], None]) -> None:
+def _open(
+    resolved: ResolvedExperiment, first: Callable[[], None], given_up: threading.Event
+) -> None:
     """Call `first`; open the store, which stays open, and import what `pipeline` does besides Ray.
 
     Nothing of Ray: the main thread is importing parts of it, and modules that import each other
-    cannot be imported by two threads at a time.
+    cannot be imported by two threads at a time. Once `given_up` is set, no further part is begun.
     """
-    first()
-    open_tracker(resolved)
+    parts: list[Callable[[], object]] = [first, lambda: open_tracker(resolved), _import_figures]
+    for part in parts:
+        if given_up.is_set():
+            return
+        part()
+
+
+def _import_figures() -> None:
     from simclr_ray.train import figures  # noqa: F401 - 0.6 s, of matplotlib

@@ -79,3 +79,24 @@ def test_what_is_done_meanwhile_comes_before_the_store(monkeypatch: pytest.Monke
     head_start.start_cluster(resolved, meanwhile=lambda: start.done.append("meanwhile"))
     assert start.done.index("meanwhile") < start.done.index("open_tracker")
     assert start.done[-1] == "start_stats_actor"
+
+
+def test_an_interrupt_leaves_out_what_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, interrupted = Start(monkeypatch), threading.Event()
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(head_start, "connect", interrupt)
+
+    def wait() -> None:
+        interrupted.wait(PATIENCE_S)
+
+    threads = set(threading.enumerate())
+    resolved: Any = SimpleNamespace(config=None)
+    with pytest.raises(KeyboardInterrupt):
+        head_start.start_cluster(resolved, meanwhile=wait)
+    interrupted.set()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(PATIENCE_S)
+    assert start.done == ["check_machine", "check_space"]
