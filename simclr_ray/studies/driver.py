@@ -87,10 +87,11 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
                 versions=_versions(folder.state().get("versions", {})),
                 is_complete=False,
             )
-            alone = not isolated and can_share_processes(trials)
+            are_small = can_share_processes(trials)
+            alone = are_small and not isolated
             job = Job(study, folder.files.storage, folder.files.name, parent.run_id, alone)
             # of larger encoders and sets they would take the head of a cluster for an hour
-            baselines = StudyBaselines(study, base, folder) if alone else None
+            baselines = StudyBaselines(study, base, folder) if are_small else None
             if run_trials(job, tree, trials, concurrency):
                 status = "FINISHED"
                 folder.update_state(is_complete=True)
