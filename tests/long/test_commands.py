@@ -45,7 +45,7 @@ ADDED: dict[str, list[str]] = {
     "model finetune": ["epochs=1", "batch_size=8"],
     "model distill": ["epochs=1", "batch_size=16"],
     "study list": [], "study status": [], "study stop": [], "study resume": [],
-    "study report": [], "study best": [],
+    "study report": [], "study best": [], "study plan": [],
     "study run": STUDY,
 }  # fmt: skip
 
