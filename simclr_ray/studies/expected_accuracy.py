@@ -41,6 +41,7 @@ NO_PRECISION = 1e-6  # lets the rest be solved where one length leaves a slope o
 # The exponent before any point is seen, normal in log c: 0.13 to 2 with a chance of 95 %. It
 # decides where a study has too few lengths to.
 EXPONENT, EXPONENT_DEVIATION, EXPONENT_BOUNDS = 0.5, 0.7, (0.05, 3.0)
+COARSE = {"xatol": 0.01}  # of log c: a hundredth of the exponent, far below what data decide
 AS_GOOD = 1.5  # a form counts whose held-out error is within this factor of the best
 
 
@@ -181,13 +182,14 @@ def fit_accuracy(points: Sequence[Measured]) -> AccuracyFit:
         raise ValueError("how far seeds differ was not measured: no setting has two runs")
     forms = [POWER, LOGIT_POWER, LOGIT_LOG] if has_lengths else [FLAT]
     errors = dict.fromkeys((form.name for form in forms), 0.0)
-    fitted = [([fit_curve(rest, form) for form in forms], out) for rest, out in runs]
-    for at, form in enumerate(forms):
-        squares = [(c[at].value(p.setting, p.images) - p.value) ** 2 for c, o in fitted for p in o]
-        errors[form.name] = math.sqrt(sum(squares) / len(squares))
+    fitted = [({form: fit_curve(rest, form) for form in forms}, out) for rest, out in runs]
+    for form in forms:
+        away = [c[form].value(p.setting, p.images) - p.value for c, out in fitted for p in out]
+        errors[form.name] = math.sqrt(sum(number**2 for number in away) / len(away))
     least = AS_GOOD * min(errors.values())
     forms = [f for f in sorted(forms, key=lambda f: errors[f.name]) if errors[f.name] <= least]
-    scores = _scores(runs, forms) + _scores(_cells(points), forms)
+    scores = [score for c, out in fitted for score in _scores([c[form] for form in forms], out)]
+    scores += _scores_of_folds(_cells(points), forms)
     factor = quantile_of(scores, LEVEL)
     images = [point.images for point in points]
     return AccuracyFit(
@@ -234,7 +236,9 @@ def fit_curve(points: Sequence[Measured], form: Form) -> Curve:
     exponent = 0.0
     if form.has_exponent:
         bounds = tuple(map(math.log, EXPONENT_BOUNDS))
-        exponent = math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
+        exponent = math.exp(
+            minimize_scalar(loss, bounds=bounds, method="bounded", options=COARSE).x
+        )
     rows, weights, squares = solve(exponent)
     fixed = len(settings) + form.has_slope + form.has_exponent
     variance = (squares + 1e-12) / max(degrees - fixed, 1)
@@ -290,16 +294,22 @@ def _spread(
     return mean, math.sqrt(variance + first.noise**2 / seeds + apart)
 
 
-def _scores(
+def _scores_of_folds(
     folds: Sequence[tuple[list[Measured], list[Measured]]], forms: Sequence[Form]
 ) -> list[float]:
-    """Return |error| / spread of each held-out point."""
+    return [
+        score
+        for rest, out in folds
+        for score in _scores([fit_curve(rest, form) for form in forms], out)
+    ]
+
+
+def _scores(curves: Sequence[Curve], out: Sequence[Measured]) -> list[float]:
+    """Return |error| / spread of each point, none of which the curves were fitted to."""
     scores = []
-    for rest, out in folds:
-        curves = [fit_curve(rest, form) for form in forms]
-        for point in out:
-            mean, spread = _spread(curves, point.setting, point.images, point.num_seeds)
-            scores.append(abs(curves[0].form.link(point.value) - mean) / spread)
+    for point in out:
+        mean, spread = _spread(curves, point.setting, point.images, point.num_seeds)
+        scores.append(abs(curves[0].form.link(point.value) - mean) / spread)
     return scores
 
 
@@ -333,7 +343,7 @@ def _factor_beyond(points: Sequence[Measured], forms: Sequence[Form]) -> float:
     if len(shorter) < FEWEST_POINTS or not _has_lengths(shorter):
         return float(student.ppf((1 + LEVEL) / 2, 1))
     longer = [point for point in points if point.images > cut]
-    return quantile_of(_scores([(shorter, longer)], forms), LEVEL)
+    return quantile_of(_scores_of_folds([(shorter, longer)], forms), LEVEL)
 
 
 def _has_seeds(points: Sequence[Measured]) -> bool:

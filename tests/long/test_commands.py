@@ -33,7 +33,8 @@ SMALL += [
     "tracking.system_metrics=false",
     "schedule.warmup_epochs=0",
 ]
-STUDY = [*SMALL[2:], "data.limit=64", "study.seeds=[0]", "study.comparisons=[]"]
+# two seeds and lengths: `study plan` holds out one of each
+STUDY = [*SMALL[2:], "data.limit=64", "study.seeds=[0, 1]", "study.comparisons=[]"]
 STUDY += ["study.space={batch_size: {grid: [16]}, epochs: {grid: [1, 2]}}"]
 # What is added to a verb; every verb of the pages has a line.
 ADDED: dict[str, list[str]] = {

@@ -144,7 +144,8 @@ def test_the_verb_shows_a_table_and_writes_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "longer" in done.stdout
     record = tmp_path / "plan.json"
-    done = run("study", "plan", folder, str(KEPT / "temperature"), "--json", str(record))
+    kept = str(KEPT / "temperature")
+    done = run("study", "plan", folder, kept, "--json", str(record), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = json.loads(record.read_text())["studies"]
     assert [round(row["device_hours"]) for row in first["rows"]] == [1, 10, 100]
