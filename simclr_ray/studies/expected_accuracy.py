@@ -5,6 +5,7 @@ Points of a study share the shape of the law, in images seen; each setting has a
     power         accuracy        = level - slope * images^-c          (error falls to a floor)
     logit power   logit(accuracy) = level - slope * images^-c
     logit log     logit(accuracy) = level + slope * log(images)
+    hyperbola     accuracy        = level - slope / (1 + images / half)   (it ends sooner)
 
 The form is the one that predicts held-out runs best. An interval is the spread that the fit claims,
 times the factor of it that held-out points needed (conformal inference, weighted by the spread: Lei
@@ -38,9 +39,11 @@ EDGE = 1e-4  # accuracies are kept this far from 0 and 1, whose logit is infinit
 # run's weight, while a setting that is held out gets the mean.
 LEVEL_PRECISION = 0.01
 NO_PRECISION = 1e-6  # lets the rest be solved where one length leaves a slope open
-# The exponent before any point is seen, normal in log c: 0.13 to 2 with a chance of 95 %. It
-# decides where a study has too few lengths to.
+# What bends a law, before any point is seen, normal in its logarithm; it decides where a study has
+# too few lengths to. An exponent: 0.13 to 2 with a chance of 95 %. Of a hyperbola, the typical
+# length over that which is half of the way: 0.05 to 20.
 EXPONENT, EXPONENT_DEVIATION, EXPONENT_BOUNDS = 0.5, 0.7, (0.05, 3.0)
+HALVES, HALVES_DEVIATION, HALVES_BOUNDS = 1.0, 1.5, (0.01, 100.0)
 COARSE = {"xatol": 0.01}  # of log c: a hundredth of the exponent, far below what data decide
 AS_GOOD = 1.5  # a form counts whose held-out error is within this factor of the best
 
@@ -70,8 +73,19 @@ class Form(NamedTuple):
 
     name: str
     is_logit: bool
-    has_exponent: bool
-    has_slope: bool = True
+    shape: Literal["power", "log", "hyperbola", "level"]
+
+    @property
+    def has_bend(self) -> bool:
+        """Whether one number more than level and slope is fitted."""
+        return self.shape in ("power", "hyperbola")
+
+    @property
+    def prior(self) -> tuple[float, float, tuple[float, float]]:
+        """The bend before any point is seen, the deviation of its logarithm, and its bounds."""
+        if self.shape == "power":
+            return EXPONENT, EXPONENT_DEVIATION, EXPONENT_BOUNDS
+        return HALVES, HALVES_DEVIATION, HALVES_BOUNDS
 
     def link(self, value: float) -> float:
         """Return an accuracy on the scale of the law."""
@@ -87,21 +101,23 @@ class Form(NamedTuple):
         return 1 / (kept * (1 - kept)) if self.is_logit else 1.0
 
 
-POWER = Form("power", is_logit=False, has_exponent=True)
-LOGIT_POWER = Form("logit power", is_logit=True, has_exponent=True)
-LOGIT_LOG = Form("logit log", is_logit=True, has_exponent=False)
-FLAT = Form("level", is_logit=False, has_exponent=False, has_slope=False)
+POWER = Form("power", is_logit=False, shape="power")
+LOGIT_POWER = Form("logit power", is_logit=True, shape="power")
+LOGIT_LOG = Form("logit log", is_logit=True, shape="log")
+HYPERBOLA = Form("hyperbola", is_logit=False, shape="hyperbola")
+FLAT = Form("level", is_logit=False, shape="level")
+FORMS = (POWER, LOGIT_POWER, LOGIT_LOG, HYPERBOLA)
 
 
 class Curve(NamedTuple):
-    """One form as fitted: (1 - x^-c) / c is its shape, with x = images / `unit`."""
+    """One form as fitted, in x = images / `unit`; `_rows` has the shapes."""
 
     form: Form
     settings: list[str]
     unit: float
-    exponent: float  # 0: log x
+    bend: float  # exponent, or `unit` over half of the way; 0: none
     weights: Floats  # mean level, slope, then by how much each setting's level differs
-    covariance: Floats  # of the weights, and of log c where there is an exponent
+    covariance: Floats  # of the weights, and of the bend's logarithm where there is one
     noise: float  # deviation of one run, on the form's scale
     level_deviation: float  # of settings from each other, on that scale
 
@@ -112,10 +128,10 @@ class Curve(NamedTuple):
     def linked(self, setting: str, images: float) -> tuple[float, float]:
         """Return the mean on the form's scale, and the variance that the fit leaves it."""
         x = np.array([images / self.unit])
-        (row,) = _rows(self.form, _is_of(self.settings, [setting]), x, self.exponent)
+        (row,) = _rows(self.form, _is_of(self.settings, [setting]), x, self.bend)
         mean = float(row @ self.weights)
-        if self.form.has_exponent:
-            row = np.append(row, self.weights[1] * _shape_slope(x, self.exponent))
+        if self.form.has_bend:
+            row = np.append(row, self.weights[1] * _shape_slope(self.form, x, self.bend))
         unseen = 0.0 if setting in self.settings else self.level_deviation**2
         return mean, float(row @ self.covariance @ row) + unseen
 
@@ -180,7 +196,7 @@ def fit_accuracy(points: Sequence[Measured]) -> AccuracyFit:
     has_lengths = _has_lengths(points)
     if not has_lengths and not _has_seeds(points):
         raise ValueError("how far seeds differ was not measured: no setting has two runs")
-    forms = [POWER, LOGIT_POWER, LOGIT_LOG] if has_lengths else [FLAT]
+    forms = list(FORMS) if has_lengths else [FLAT]
     errors = dict.fromkeys((form.name for form in forms), 0.0)
     fitted = [({form: fit_curve(rest, form) for form in forms}, out) for rest, out in runs]
     for form in forms:
@@ -204,7 +220,7 @@ def fit_accuracy(points: Sequence[Measured]) -> AccuracyFit:
 
 
 def fit_curve(points: Sequence[Measured], form: Form) -> Curve:
-    """Return a form fitted by weighted least squares, its exponent by a search over the rest.
+    """Return a form fitted by weighted least squares, its bend by a search over the rest.
 
     Args:
         points: At least one.
@@ -222,35 +238,34 @@ def fit_curve(points: Sequence[Measured], form: Form) -> Curve:
     degrees = int(seeds.sum())
     prior = np.diag([0.0, NO_PRECISION, *[LEVEL_PRECISION] * len(settings)])
 
-    def solve(exponent: float) -> tuple[Floats, Floats, float]:
-        rows = _rows(form, levels, images / unit, exponent)
+    start, deviation, bounds = form.prior
+
+    def solve(bend: float) -> tuple[Floats, Floats, float]:
+        rows = _rows(form, levels, images / unit, bend)
         precision = rows.T @ (seeds[:, None] * rows) + prior
         weights = np.linalg.solve(precision, rows.T @ (seeds * values))
         rest = values - rows @ weights
         return rows, weights, float(seeds @ rest**2) + within
 
-    def loss(log_exponent: float) -> float:
-        away = (log_exponent - math.log(EXPONENT)) / EXPONENT_DEVIATION
-        return degrees * math.log(solve(math.exp(log_exponent))[2] + 1e-12) + away**2
+    def loss(log_bend: float) -> float:
+        away = (log_bend - math.log(start)) / deviation
+        return degrees * math.log(solve(math.exp(log_bend))[2] + 1e-12) + away**2
 
-    exponent = 0.0
-    if form.has_exponent:
-        bounds = tuple(map(math.log, EXPONENT_BOUNDS))
-        exponent = math.exp(
-            minimize_scalar(loss, bounds=bounds, method="bounded", options=COARSE).x
-        )
-    rows, weights, squares = solve(exponent)
-    fixed = len(settings) + form.has_slope + form.has_exponent
+    bend = 0.0
+    if form.has_bend:
+        ends = tuple(map(math.log, bounds))
+        best = minimize_scalar(loss, bounds=ends, method="bounded", options=COARSE)
+        bend = math.exp(best.x)
+    rows, weights, squares = solve(bend)
+    fixed = len(settings) + (form.shape != "level") + form.has_bend
     variance = (squares + 1e-12) / max(degrees - fixed, 1)
     levels_apart = float(weights[2:].std(ddof=1)) if len(settings) > 1 else math.sqrt(variance)
-    if form.has_exponent:
-        rows = np.column_stack([rows, weights[1] * _shape_slope(images / unit, exponent)])
-        prior = np.diag([*np.diag(prior), variance / EXPONENT_DEVIATION**2])
+    if form.has_bend:
+        rows = np.column_stack([rows, weights[1] * _shape_slope(form, images / unit, bend)])
+        prior = np.diag([*np.diag(prior), variance / deviation**2])
     precision: Floats = rows.T @ (seeds[:, None] * rows) + prior
     covariance = np.asarray(variance * np.linalg.inv(precision), dtype=np.float64)
-    return Curve(
-        form, settings, unit, exponent, weights, covariance, math.sqrt(variance), levels_apart
-    )
+    return Curve(form, settings, unit, bend, weights, covariance, math.sqrt(variance), levels_apart)
 
 
 def quantile_of(scores: Sequence[float], level: float) -> float:
@@ -271,16 +286,23 @@ def _is_of(settings: list[str], of: Sequence[str]) -> Floats:
     return np.array([[float(setting == other) for other in settings] for setting in of])
 
 
-def _rows(form: Form, levels: Floats, x: Floats, exponent: float) -> Floats:
+def _rows(form: Form, levels: Floats, x: Floats, bend: float) -> Floats:
     """Return what the weights are multiplied with, a row a point."""
-    shape = -np.expm1(-exponent * np.log(x)) / exponent if exponent else np.log(x)
-    return np.column_stack([np.ones_like(x), shape * form.has_slope, levels])
+    if form.shape == "power":
+        shape = -np.expm1(-bend * np.log(x)) / bend
+    elif form.shape == "hyperbola":
+        shape = x / (1 + bend * x)
+    else:
+        shape = np.log(x) * (form.shape == "log")
+    return np.column_stack([np.ones_like(x), shape, levels])
 
 
-def _shape_slope(x: Floats, exponent: float) -> Floats:
-    """Return by how much (1 - x^-c) / c grows with log c."""
-    power = x**-exponent
-    return power * np.log(x) - (1 - power) / exponent
+def _shape_slope(form: Form, x: Floats, bend: float) -> Floats:
+    """Return by how much the shape grows with the logarithm of the bend."""
+    if form.shape == "hyperbola":
+        return -bend * (x / (1 + bend * x)) ** 2
+    power = x**-bend
+    return power * np.log(x) - (1 - power) / bend
 
 
 def _spread(
