@@ -23,6 +23,7 @@ from simclr_ray.cli import (
     settings,
     status,
     study,
+    study_plan,
 )
 from simclr_ray.errors import ConfigError, ConfigIssue
 
@@ -98,6 +99,7 @@ app.add_typer(
             ("stop", study.stop),
             ("report", study.report),
             ("best", study.best),
+            ("plan", study_plan.plan),
         ],
     ),
     name="study",

@@ -33,7 +33,8 @@ SMALL += [
     "tracking.system_metrics=false",
     "schedule.warmup_epochs=0",
 ]
-STUDY = [*SMALL[2:], "data.limit=64", "study.seeds=[0]", "study.comparisons=[]"]
+# two seeds and lengths: `study plan` holds out one of each
+STUDY = [*SMALL[2:], "data.limit=64", "study.seeds=[0, 1]", "study.comparisons=[]"]
 STUDY += ["study.space={batch_size: {grid: [16]}, epochs: {grid: [1, 2]}}"]
 # What is added to a verb; every verb of the pages has a line.
 ADDED: dict[str, list[str]] = {
@@ -45,7 +46,7 @@ ADDED: dict[str, list[str]] = {
     "model finetune": ["epochs=1", "batch_size=8"],
     "model distill": ["epochs=1", "batch_size=16"],
     "study list": [], "study status": [], "study stop": [], "study resume": [],
-    "study report": [], "study best": [],
+    "study report": [], "study best": [], "study plan": [],
     "study run": STUDY,
 }  # fmt: skip
 
