@@ -11,6 +11,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.imports import EVERYTHING, allow, allow_typed
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.definition import Study
+from simclr_ray.studies.space import is_same
 
 NEVER_MERGED = ("name", "scales")
 ADDED = ("set", "paper")  # of a scale: to the study's, which other keys replace
@@ -136,7 +137,22 @@ def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, A
     if issues:
         raise ConfigError(issues)
     tree["set"] = {**_mapping(tree, "set"), **dict(given)}
+    if any(text.startswith("space=") for text in own):
+        tree = _without_matches_of_others(tree)
     return tree
+
+
+def _without_matches_of_others(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a study whose space is another than its file's, less matches of what is not run."""
+    paper, space = _mapping(tree, "paper"), _mapping(tree, "space")
+    matches = {}
+    for name, theirs in _mapping(paper, "matches").items():
+        dim = space.get(name)
+        keys = ("grid", "choice", "cases") if isinstance(dim, dict) else ()
+        ours = [value for key in keys for value in dim.get(key) or ()]
+        matches[name] = {k: v for k, v in theirs.items() if any(is_same(k, own) for own in ours)}
+    kept = {name: values for name, values in matches.items() if values}
+    return {**tree, "paper": {**paper, "matches": kept}} if paper else tree
 
 
 def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:

@@ -45,3 +45,9 @@ def test_the_searches_that_were_run_are_valid() -> None:
     for path in found:
         study = load_study(str(path))
         assert make_trials(study, base_tree(study), points_of(study)), path
+
+
+def test_a_space_that_is_given_needs_no_matches_of_what_it_does_not_run() -> None:
+    space = "study.space={batch_size: {grid: [16, 64]}, epochs: {grid: [1, 2]}}"
+    study = load_study("batch_size", "cpu", space, "study.comparisons=[]")
+    assert study.paper.matches == {"batch_size": {"64": 256}}
