@@ -30,6 +30,7 @@ import torch
 from benchmarks.record import portable, store
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.data.batches import local_batches
 from simclr_ray.evaluation.decoded import DECODED
 from simclr_ray.evaluation.evaluate import score_networks
@@ -158,7 +159,8 @@ def _arithmetic(
         training["train/mean_loss"] = metrics.mean_loss
 
     def epoch_end(epoch: int, _: int) -> None:
-        curve[epoch] = {**training, **evaluation(model)}
+        values = {**training, **evaluation(model)}
+        curve[epoch] = {k: v for k, v in values.items() if k in EPOCH_METRICS}
 
     steps = range(resolved.total_steps)
     began = time.perf_counter()
@@ -175,7 +177,9 @@ def _arithmetic(
     seconds = time.perf_counter() - began
     score_networks(experiment, {}, protocols)  # reads what is read once
     began = time.perf_counter()
-    (score,) = score_networks(experiment, {TRAINED: model.encoder}, protocols)
+    scored = build_model(experiment)  # as from a checkpoint: its memory is laid out anew
+    scored.load_state_dict(model.state_dict())
+    (score,) = score_networks(experiment, {TRAINED: scored.encoder}, protocols)
     seconds += time.perf_counter() - began
     final = {f"final/{key}": value for key, value in score.numbers().items()}
     return name, seconds, ("finished", final, curve)
