@@ -35,7 +35,9 @@ def two_trials_of(study: Study) -> Study:
         cases = {key: dim.cases[key] for key in kept} if dim.cases else {}
         space[name] = Dimension(cases=cases) if cases else Dimension(grid=kept)
     seeds = study.seeds if list(study.space) == ["epochs"] else [0]  # lengths share one run
-    return study.model_copy(update={"space": space, "comparisons": [], "seeds": seeds})
+    paper = study.paper.model_copy(update={"matches": {}})  # of settings that are not run
+    changes = {"space": space, "comparisons": [], "paper": paper, "seeds": seeds}
+    return study.model_copy(update=changes)
 
 
 @pytest.mark.parametrize("name", study_names())
