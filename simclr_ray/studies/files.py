@@ -148,8 +148,8 @@ def _without_matches_of_others(tree: dict[str, Any]) -> dict[str, Any]:
     matches = {}
     for name, theirs in _mapping(paper, "matches").items():
         dim = space.get(name)
-        keys = ("grid", "choice", "cases") if isinstance(dim, dict) else ()
-        ours = [value for key in keys for value in dim.get(key) or ()]
+        listed = dim if isinstance(dim, dict) else {}
+        ours = [value for key in ("grid", "choice", "cases") for value in listed.get(key) or ()]
         matches[name] = {k: v for k, v in theirs.items() if any(is_same(k, own) for own in ours)}
     kept = {name: values for name, values in matches.items() if values}
     return {**tree, "paper": {**paper, "matches": kept}} if paper else tree
