@@ -38,7 +38,7 @@ SMALL = (
 WORKERS = """
 import pathlib
 names = [p.read_bytes() for p in pathlib.Path("/proc").glob("[0-9]*/cmdline")]
-print(sum(b"ray::Ray" + b"TrainWorker" in name for name in names))
+print(sum(b"ray::Implicit" + b"Func" in name for name in names))  # as Tune calls its actors
 """
 
 
@@ -82,7 +82,7 @@ class SubmittedStudy:
 
 
 def trains(node: Node) -> bool:
-    """Return whether a worker of Ray Train lives on a node, whose processes are its own."""
+    """Return whether a process that runs trials lives on a node, whose processes are its own."""
     return int(node.run([sys.executable, "-c", WORKERS]).stdout) > 0
 
 
