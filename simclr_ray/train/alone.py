@@ -11,14 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import RunError, SimclrRayError
+from simclr_ray.errors import RunError, SimclrRayError, last_line
 from simclr_ray.train.context import LoneContext
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import Beat, RanksFailed
 from simclr_ray.train.recorder import OnProgress, RunRecorder
 from simclr_ray.train.resolve import ResolvedExperiment
-from simclr_ray.train.restarts import cause_of
 from simclr_ray.train.rollback import Rollbacks, kept_by_ray
 from simclr_ray.train.tracked import Tracked
 from simclr_ray.train.worker import TrainWorker, WorkerInput
@@ -87,8 +86,9 @@ def _count(recorder: RunRecorder, experiment: Experiment, error: Exception) -> N
     """Note that a rank has failed; raise where that is the end."""
     if recorder.fatal is None:
         ours: SimclrRayError | None = final_error(error)
+        cause = f"{type(error).__name__}: {last_line(error)}"  # Ray's errors name theirs themselves
         if ours is None and not experiment.scaling.max_failures:
-            ours = RunError(f"training failed: {cause_of(error)}")
-        recorder.take(ours or RanksFailed({"rank 0": cause_of(error)}))
+            ours = RunError(f"training failed: {cause}")
+        recorder.take(ours or RanksFailed({"rank 0": cause}))
     if recorder.fatal is not None:
         raise recorder.fatal from error
