@@ -38,7 +38,8 @@ STEPS: Final = (3, 50)  # least and most; the first is not counted: it decodes a
 STEPS_S: Final = 3.0  # for more than the least
 MOST_IMAGES: Final = {"cpu": 64, "cuda": 512}  # of a step, so that all of them take seconds
 AT_SIDE: Final = 224  # of so large views; of smaller ones as many more as there are fewer pixels
-# Of a trial on a local disk, tracked in SQLite: its run folder, MLflow run and checkpoints.
+# Of a trial on a local disk, tracked in SQLite: its run folder, MLflow run and checkpoints. An
+# estimate: 20 trials, two at a time, left 5 to 9 s that neither start nor arithmetic explain.
 TRIAL_S: Final = 0.7
 NEVER: Final = 10**9
 FREE_S: Final = 300  # for a worker's share of the cluster to come free, and its steps
