@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from simclr_ray.augment import native_build
 
@@ -35,7 +36,10 @@ def test_the_readme_example_runs_from_the_wheel(tmp_path: Path) -> None:
     lock = ROOT / "requirements.lock"
     _run([*install, "--require-hashes", "-r", str(lock)], work)
     _run([*install, "--no-deps", str(wheel)], work)
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = (block for block in blocks if block.startswith("import simclr_ray as sr"))
+    for name in ("a.jpg", "b.png"):  # the reader's own
+        Image.new("RGB", (40, 30), (200, 120, 40)).save(work / name)
     use = """
 import torch
 h = encoder(torch.rand(3, 3, 32, 32))
