@@ -23,6 +23,7 @@ from simclr_ray.cli import (
     settings,
     status,
     study,
+    study_advise,
     study_plan,
 )
 from simclr_ray.errors import ConfigError, ConfigIssue
@@ -100,6 +101,7 @@ app.add_typer(
             ("report", study.report),
             ("best", study.best),
             ("plan", study_plan.plan),
+            ("advise", study_advise.advise),
         ],
     ),
     name="study",

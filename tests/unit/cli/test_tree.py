@@ -36,7 +36,7 @@ EVERYDAY = (
 GROUPS = {
     "model": ("register", "promote", "rollback", "compare", "rm", "finetune", "distill"),
     "run": ("list", "probe", "stop", "sync", "rm"),
-    "study": ("list", "run", "resume", "status", "stop", "report", "best", "plan"),
+    "study": ("list", "run", "resume", "status", "stop", "report", "best", "plan", "advise"),
     "cluster": ("check", "status"),
 }
 GENEROUS_S = 6.0  # 1.0 s alone; the machine of a test may be busy
