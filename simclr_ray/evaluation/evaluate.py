@@ -15,14 +15,14 @@ from simclr_ray.config.experiment import (
     NTXentConfig,
 )
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
-from simclr_ray.data.aligned import map_to_classifier
+from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.classification import Classification, classification
 from simclr_ray.evaluation.encoded_splits import encode_split, encode_splits
 from simclr_ray.evaluation.features import load_split
-from simclr_ray.evaluation.probes import Probe, probe
+from simclr_ray.evaluation.probes import Probe, probe, probe_class
 from simclr_ray.evaluation.scores import (
     PIXELS,
     TRAINED,
@@ -142,8 +142,8 @@ def probe_run(folder: Path, *overrides: str) -> list[Probe]:
 
     The MLPs learn from `data.eval_train` (or `data.train`) and are asked about `data.test`;
     without a test split, about the last fifth of the rows. Of larger splits a sample is taken. No
-    labels are needed. Of a run with a learned temperature, g(h) is what the loss sees, of length
-    1/√τ.
+    labels are needed; where both splits have some, the class is asked about as well, by linear
+    evaluation. Of a run with a learned temperature, g(h) is what the loss sees, of length 1/√τ.
 
     Raises:
         CheckpointError: The checkpoint is not whole.
@@ -164,25 +164,46 @@ def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
     train = Source.open(
         data.eval_train or data.train, data.columns, 0 if data.eval_train else data.limit
     )
-    train_images = load_split(train, size, PROBE_ROWS, decoder).images
-    if data.test:
-        test = Source.open(data.test, data.columns)
-        test_split = load_split(test, size, PROBE_ROWS // 2, decoder)
-        unseen = test_split.images
-    else:
-        train_images, unseen = (
-            train_images[: -(-4 * len(train_images) // 5)],
-            train_images[-(-4 * len(train_images) // 5) :],
+    model = model.to(best_device())
+    evaluation, precision = experiment.evaluation, experiment.precision
+    if not data.test:
+        images = load_split(train, size, PROBE_ROWS, decoder).images
+        first = -(-4 * len(images) // 5)
+        return probe(
+            model,
+            images[:first],
+            images[first:],
+            seed=experiment.seed,
+            batch_size=evaluation.batch_size,
+            precision=precision,
         )
-    device = best_device()
-    return probe(
-        model.to(device),
-        train_images,
-        unseen,
+    test = Source.open(data.test, data.columns)
+    have_labels = train.has_labels and test.has_labels
+    if have_labels:
+        train, test = align_labels(train, test)
+    seen = load_split(train, size, PROBE_ROWS, decoder)
+    unseen = load_split(test, size, PROBE_ROWS // 2, decoder)
+    probes = probe(
+        model,
+        seen.images,
+        unseen.images,
         seed=experiment.seed,
-        batch_size=experiment.evaluation.batch_size,
-        precision=experiment.precision,
+        batch_size=evaluation.batch_size,
+        precision=precision,
     )
+    if have_labels:
+        probes.append(
+            probe_class(
+                model,
+                seen.labelled(),
+                unseen.labelled(),
+                evaluation.linear,
+                seed=experiment.seed,
+                batch_size=evaluation.batch_size,
+                precision=precision,
+            )
+        )
+    return probes
 
 
 def split_like_test(data: DataConfig) -> str:

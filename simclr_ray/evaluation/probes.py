@@ -1,9 +1,10 @@
-"""What h and g(h) know of a transformation: the probes of SimCLR Table 3.
+"""What h and g(h) know of a transformation, and of the class: the probes of SimCLR Table 3.
 
 Each image is transformed or not, by chance, and an MLP learns from frozen features which it was:
 gray or in color, turned by which quarter, with noise or without, its edges or itself. The paper
 trains "an additional MLP" and says no more of it; here it has one hidden layer as wide as its
-input, standardised features, and AdamW.
+input, standardised features, and AdamW. Of images with labels the class is a question as well, put
+to linear evaluation of h and of g(h), as in Section 4.2 ("h is a better representation than g(h)").
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr_ray.augment import ops
-from simclr_ray.evaluation.features import extract_features
+from simclr_ray.config.experiment import LinearConfig
+from simclr_ray.evaluation.features import Split, extract_features
 from simclr_ray.evaluation.knn import top_k_accuracy
+from simclr_ray.evaluation.linear import fit_linear
 from simclr_ray.nn.build import SimCLRModel
 from simclr_ray.nn.precision import Precision
 
@@ -29,8 +32,11 @@ RATE: Final = 1e-3
 WEIGHT_DECAY: Final = 1e-4
 
 
+CLASS: Final = "class"  # the question that is not about a transformation
+
+
 class Probe(NamedTuple):
-    """How often the MLP is right, in [0, 1]."""
+    """How often the MLP, or linear evaluation of the class, is right, in [0, 1]."""
 
     target: str
     chance: float  # of the most frequent answer
@@ -131,6 +137,44 @@ def transformed(target: Target, images: Tensor, rng: np.random.Generator) -> tup
         done = target.apply(part, answers[start : start + 1024], u)
         out.append((done * 255).round_().to(torch.uint8))
     return torch.cat(out), torch.from_numpy(answers)
+
+
+def probe_class(
+    model: SimCLRModel,
+    train: Split,
+    test: Split,
+    cfg: LinearConfig,
+    *,
+    seed: int = 0,
+    batch_size: int = 512,
+    precision: Precision = "float32",
+) -> Probe:
+    """Return the accuracy of linear evaluation of the class, of h and of g(h).
+
+    Args:
+        model: Encoder and head, on the device where they are to run.
+        train: What is learned from, all with labels.
+        test: What is asked about, likewise.
+        cfg: Settings of the linear evaluation.
+        seed: Of its order.
+        batch_size: Images per forward pass.
+        precision: Same as `extract_features`.
+    """
+    h_and_z = _HAndZ(model)
+    device = next(p.device for p in model.parameters())
+    seen, unseen = (
+        extract_features(h_and_z, split.images, batch_size, device, precision)
+        for split in (train, test)
+    )
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    width = seen.shape[1] - h_and_z.z_dim
+    accuracies = []
+    for part in (slice(0, width), slice(width, None)):
+        learned = fit_linear(seen[:, part].contiguous(), train.labels, num_classes, cfg, seed)
+        logits = learned.logits(unseen[:, part].contiguous())
+        accuracies.append(top_k_accuracy(logits, test.labels))
+    chance = float(test.labels.bincount().max()) / len(test.labels)
+    return Probe(CLASS, chance, *accuracies)
 
 
 class _HAndZ(nn.Module):

@@ -37,6 +37,7 @@ PROBES = {  # our name -> that of `evaluation.probes`
     "rotation": "rotation",
     "noise": "orig. vs corrupted",
     "sobel": "orig. vs Sobel filtered",
+    "class": "class",  # of labelled images, by linear evaluation
 }
 PROBE_METRICS = tuple(f"probe/{name}_{part}" for name in PROBES for part in ("h", "z"))
 VIEW_METRICS = ("views/global_to_local", "views/adjacent")  # of pairs of crops (`augment.pairs`)

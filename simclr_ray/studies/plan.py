@@ -33,6 +33,7 @@ FOLDER, RUNS = "studies", "runs"
 EPOCHS = "epochs"
 MAX_NAME_CHARS = 100
 LABEL_FREE = ("views/", "probe/")  # beside what `EPOCH_METRICS` says
+OF_CLASSES = ("probe/class_h", "probe/class_z")
 
 Point = dict[str, Scalar]  # dimension -> value, or the name of a case
 
@@ -244,7 +245,8 @@ def digest_of_study(study: Study, base: Experiment) -> str:
 def check_labels(study: Study, trials: Sequence[Trial]) -> None:
     """Raise `ConfigError` for a metric that needs labels where splits have none; opens them."""
     metric = EPOCH_METRICS.get(study.metric)
-    needs_labels = metric.needs_labels if metric else not study.metric.startswith(LABEL_FREE)
+    is_free = study.metric.startswith(LABEL_FREE) and study.metric not in OF_CLASSES
+    needs_labels = metric.needs_labels if metric else not is_free
     if not needs_labels:
         return
     for data in {t.experiment.data for t in trials}:

@@ -208,6 +208,8 @@ def _scores(study: Study, experiment: Experiment, checkpoint: Path) -> dict[str,
     if PROBE in study.protocols:
         probe_of = {p.target: p for p in probe_experiment(experiment, checkpoint)}
         for name, target in PROBES.items():
+            if target not in probe_of:  # without labels
+                continue
             metrics |= {
                 f"probe/{name}_h": probe_of[target].h,
                 f"probe/{name}_z": probe_of[target].z,

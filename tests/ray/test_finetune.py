@@ -188,9 +188,9 @@ def test_all_labels_without_a_test_split_are_learned_from_untested(run: Run) -> 
     assert (tuned.num_images, tuned.scores) == (256, None)
 
 
-def test_what_h_and_z_know_is_asked_without_labels(run: Run) -> None:
+def test_what_h_and_z_know_is_asked_without_labels_and_the_class_with_them(run: Run) -> None:
     found = probe_run(run.checkpoint)
-    assert [p.target for p in found][1] == "rotation"
+    assert [p.target for p in found][1::3] == ["rotation", "class"]
     assert all(0 <= value <= 1 for p in found for value in p[1:])
 
 

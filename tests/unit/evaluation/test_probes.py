@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from simclr_ray.config.experiment import LinearConfig
 from simclr_ray.data.shapes import render
-from simclr_ray.evaluation.probes import TARGETS, probe, transformed
+from simclr_ray.evaluation.features import Split
+from simclr_ray.evaluation.probes import TARGETS, probe, probe_class, transformed
 from simclr_ray.nn.build import SimCLRModel
 
 
@@ -49,6 +51,33 @@ def test_what_a_feature_cannot_tell_is_chance_and_what_it_can_is_not() -> None:
     assert found["rotation"].h > 0.4
     assert found["rotation"].z < 0.34  # sums over the image do not turn
     assert found["color vs grayscale"].chance == 0.8
+
+
+def test_the_class_is_read_off_what_holds_it_and_off_nothing_else() -> None:
+    labels = torch.arange(300) % 3
+    drawn = images(300, 0) // 4 + (60 * labels[:, None, None, None]).byte()  # told by brightness
+    split = Split(drawn, labels, torch.arange(300), [])
+    cfg = LinearConfig(epochs=40, batch_size=64)
+    turnless = SimCLRModel(Small(), nn.Sequential(nn.Unflatten(1, (3, 64)), _Turnless()))
+    found = probe_class(turnless, split.at(labels < 2), split.at(labels < 2), cfg)
+    assert (found.target, found.chance) == ("class", 0.5)
+    assert found.h > 0.95
+    assert found.z > 0.95  # the mean of a channel is brightness
+    blind = SimCLRModel(Small(), _Blind())
+    found = probe_class(blind, split, split, cfg)
+    assert found.h > 0.9
+    assert found.z == pytest.approx(found.chance, abs=0.01) == pytest.approx(1 / 3, abs=0.01)
+
+
+class _Blind(nn.Module):
+    """The same for every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(h), 4) * self.scale
 
 
 class _Turnless(nn.Module):
