@@ -263,8 +263,8 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
 
     Raises what `start_cluster` and `pace_of` do.
     """
-    from simclr_ray.studies.driver import can_share_processes, shared_cores, start_cluster
-    from simclr_ray.studies.step_timing import pace_of
+    from simclr_ray.studies.driver import can_share_processes, start_cluster
+    from simclr_ray.studies.time_forecast import forecast_time
 
     began = time.monotonic()
     at_a_time = start_cluster(study, trials).now
@@ -272,14 +272,12 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
     show_pairs({"at a time": counted(at_a_time, "trial")})
     if study.images_per_s:
         return
-    share = study.search.runs_per_trial(len(trials))
-    pace = pace_of(trials, at_a_time, shared_cores(trials), study.protocols)
+    taken = forecast_time(study, trials, at_a_time, started_s)
     most = "at most " if study.scheduler.name != "none" else ""
-    start_s = started_s + pace.start
     estimate = (
-        f"{most}{clock(start_s + share * (pace.seconds - pace.start))}, {clock(start_s)} of it the "
-        f"start; training is {clock(share * pace.device_seconds)} of workers' time, evaluation "
-        f"{clock(share * pace.evaluation)}: by steps and images timed on it, as busy as it is"
+        f"{most}{clock(taken.seconds)}, {clock(taken.start)} of it the start; training is "
+        f"{clock(taken.device_seconds)} of workers' time, evaluation {clock(taken.evaluation)}: by "
+        "steps and images timed on it, as busy as it is"
     )
     if not can_share_processes(trials):
         estimate += "; the start of each trial comes on top"

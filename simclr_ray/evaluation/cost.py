@@ -16,7 +16,7 @@ from simclr_ray.evaluation.evaluate import PROBE_ROWS
 from simclr_ray.evaluation.features import Features, Split, extract_features
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.evaluation.probes import probe
-from simclr_ray.evaluation.scores import TRAINED, score_features
+from simclr_ray.evaluation.scores import TRAINED, Pixels, score_features
 from simclr_ray.nn.build import SimCLRModel
 
 ENCODED: Final = 1024  # images of a part: a second, by a small encoder
@@ -33,12 +33,14 @@ class EvaluationSeconds(NamedTuple):
         start: Before the first step.
         epoch: At the end of an epoch that is evaluated.
         final: After the training, by the protocols.
+        baselines: Of the untrained encoder and of raw pixels, by the protocols.
     """
 
     read: float
     start: float
     epoch: float
     final: float
+    baselines: float
 
 
 def evaluation_seconds(
@@ -66,12 +68,19 @@ def evaluation_seconds(
     (bank, test), part_read = _timed(lambda: first_splits(experiment, ENCODED))
     sampled = len(bank.images) + (len(test.images) if test else 0)
     times = evaluated_rows(experiment, source).num / sampled
+    features = _encoded(model, bank.at(torch.arange(2)), None, experiment)[0]
     final = times * _timed(lambda: _encoded(model, bank, test, experiment))[1]
-    final += _scores_s(experiment, model, bank, test, [n for n in protocols if n != PROBE])
+    baselines = 0.0
+    scored = [name for name in protocols if name != PROBE]
+    if test is not None and scored:
+        labels = torch.cat([bank.labels, test.labels])
+        final += _scores_s(experiment, features.shape[1], labels, scored)
+        pixels = Pixels()(bank.images[:1].float()).shape[1]
+        baselines = final + _scores_s(experiment, pixels, labels, scored)
     if PROBE in protocols:
         final += _probe_s(experiment, model, bank)
     model.train()
-    return EvaluationSeconds(read + times * part_read, start, epoch, final)
+    return EvaluationSeconds(read + times * part_read, start, epoch, final, baselines)
 
 
 def _timed(action: Callable[[], T]) -> tuple[T, float]:
@@ -90,22 +99,15 @@ def _encoded(
 
 
 def _scores_s(
-    experiment: Experiment,
-    model: SimCLRModel,
-    bank: Split,
-    test: Split | None,
-    protocols: Sequence[str],
+    experiment: Experiment, width: int, labels: torch.Tensor, protocols: Sequence[str]
 ) -> float:
     """Return what protocols take on features of the whole splits: their time grows with the rows.
 
     By features that are drawn: what is timed does the same with any.
     """
-    if test is None or not protocols:
-        return 0.0
     rows = evaluated_rows(experiment).num
     learned = min(LEARNED_FROM, rows)
-    width = _encoded(model, bank.at(torch.arange(2)), None, experiment)[0].shape[1]
-    classes = int(torch.cat([bank.labels, test.labels]).max()) + 1
+    classes = int(labels.max()) + 1
     generator = torch.Generator().manual_seed(0)
 
     def drawn(num: int) -> Features:

@@ -74,6 +74,8 @@ def pace_of(
     at_a_time: int,
     cores: float = math.inf,
     protocols: Sequence[str] = (),
+    *,
+    baselines: bool = False,
 ) -> Pace:
     """Return what trials take, timing each kind of them once, in a worker's share of the cluster.
 
@@ -82,6 +84,8 @@ def pace_of(
         at_a_time: How many trials the cluster runs at a time; as many kinds are timed at a time.
         cores: That all workers share by time; not those of machines with a GPU.
         protocols: By which encoders are scored after training.
+        baselines: Whether those of the first trial's experiment are scored besides, as one trial
+            more.
 
     Raises:
         ClusterError: No worker's share of the cluster comes free.
@@ -106,6 +110,8 @@ def pace_of(
         TRIAL_S + evaluated + s / t.experiment.scaling.max_workers
         for s, evaluated, t in zip(device_s, evaluation, trials, strict=True)
     ]
+    if baselines:
+        whole.insert(0, seconds[0].evaluation.baselines)
     busy = sum(s * threads_of(t.experiment) for s, t in zip(device_s, trials, strict=True))
     start = max(s.began + s.evaluation.read for s in of_kind.values())
     lasts = max(makespan(whole, at_a_time), busy / cores)

@@ -59,6 +59,7 @@ def test_a_quarter_of_the_images_tells_what_all_take(
         ratios.append((foretold.read / 2 + foretold.final) / (time.perf_counter() - began))
         foretold = evaluation_seconds(made, source, model, PROTOCOLS)
     assert 0.4 < sorted(ratios)[1] < 2.5  # of what is measured on a busy machine
+    assert foretold.baselines > foretold.final  # of the untrained encoder, and of pixels
     assert foretold.start > 0
     assert foretold.epoch > foretold.start / 4
     assert model.training
@@ -80,3 +81,4 @@ def test_what_is_not_evaluated_takes_nothing(folder: Path) -> None:
         evaluation_seconds(made, source, model, names).final for names in ([PROBE], [])
     )
     assert both > without
+    assert evaluation_seconds(made, source, model, [PROBE]).baselines == 0

@@ -87,7 +87,7 @@ def test_each_kind_is_timed_once_and_time_is_shared_by_what_runs_side_by_side(
     train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waves: list[int] = []
-    nothing = EvaluationSeconds(0.0, 0.0, 0.0, 0.0)
+    nothing = EvaluationSeconds(0.0, 0.0, 0.0, 0.0, 0.0)
 
     def timed(experiments: Sequence[Experiment], _: Sequence[str]) -> list[speed.TrialSeconds]:
         waves.append(len(experiments))
@@ -125,7 +125,7 @@ def test_trials_are_begun_in_turn_as_soon_as_there_is_room(
 def test_evaluation_counts_at_each_epoch_that_has_one_and_once_at_the_end(
     train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of = EvaluationSeconds(read=7.0, start=1.0, epoch=10.0, final=100.0)
+    of = EvaluationSeconds(read=7.0, start=1.0, epoch=10.0, final=100.0, baselines=250.0)
 
     def timed(experiments: Sequence[Experiment], _: Sequence[str]) -> list[speed.TrialSeconds]:
         return [speed.TrialSeconds(0.0, of, 5.0) for _ in experiments]
@@ -137,3 +137,8 @@ def test_evaluation_counts_at_each_epoch_that_has_one_and_once_at_the_end(
     assert pace.start == 5 + 7
     assert pace.evaluation == 2 * (1 + 3 * 10 + 100)  # after epochs 2, 4 and the last
     assert pace.seconds == pace.start + pace.evaluation + 2 * 0.5
+    with_baselines = speed.pace_of(trials(every_second, every_second), 1, baselines=True)
+    assert with_baselines.seconds == pace.seconds + 250
+    assert with_baselines.evaluation == pace.evaluation  # of the trials
+    beside = speed.pace_of(trials(every_second, every_second), 2, baselines=True)
+    assert beside.seconds == beside.start + 2 * (131 + 0.5)  # begun first, they end before
