@@ -1,0 +1,103 @@
+"""Run the studies at the scale `laptop`, keep their reports, and hold forecasts against the clock.
+
+    python -m benchmarks.laptop $SIMCLR_RAY_DATA/cifar10/train $SIMCLR_RAY_DATA/cifar10/test
+    python -m benchmarks.laptop … --studies temperature losses
+
+Of each study the forecast of `study run --dry-run` is made first, then it is run by its command,
+and its report is kept in `docs/studies` (`benchmarks.studies`); of finished ones it is kept again.
+Writes `benchmarks/results/forecasts.json`; `python -m benchmarks.findings` then writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import studies as kept
+from benchmarks.record import RESULTS, portable, store
+from simclr_ray.studies.files import load_study, study_names, summaries
+from simclr_ray.studies.findings import SCALE
+from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.trials import plan
+
+NAME = "forecasts"
+
+
+def main() -> None:
+    """Run, keep, store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("train")
+    parser.add_argument("test")
+    parser.add_argument("--studies", nargs="+", choices=study_names(), default=laptop_studies())
+    parser.add_argument("--forecast", default="", help="Print this study's alone, as seconds.")
+    args = parser.parse_args()
+    data = [f"data.train={args.train}", f"data.test={args.test}"]
+    if args.forecast:
+        print(json.dumps(forecast_s(args.forecast, data)))
+        return
+    for name in args.studies:
+        folder = StudyFolder(*study_folder(load_study(name, SCALE, *data)))
+        if not folder.state():
+            ahead = _forecast(name, [args.train, args.test])
+            seconds = _run(name, data)
+            # a run that was interrupted says nothing of a forecast
+            _remember(name, ahead, seconds, f"{args.train} {args.test}")
+        elif not folder.state()["is_complete"]:
+            _run(name, data)
+        kept.main([folder.uri])
+
+
+def laptop_studies() -> list[str]:
+    """Return the names of the studies that have the scale."""
+    return [summary.name for summary in summaries() if SCALE in summary.scales]
+
+
+def forecast_s(name: str, data: list[str]) -> float:
+    """Return the seconds that a study should take here, its start included."""
+    from simclr_ray.studies.driver import start_cluster
+    from simclr_ray.studies.time_forecast import forecast_time
+
+    study = load_study(name, SCALE, *data)
+    trials = plan(study, base_tree(study))
+    began = time.monotonic()
+    at_a_time = start_cluster(study, trials).now
+    return forecast_time(study, trials, at_a_time, time.monotonic() - began).seconds
+
+
+def _forecast(name: str, data: list[str]) -> float:
+    """Return the same from a process of its own, whose cluster ends with it."""
+    called = [sys.executable, "-m", "benchmarks.laptop", *data, "--forecast", name]
+    done = subprocess.run(called, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def _run(name: str, data: list[str]) -> float:
+    """Run a study by its command; return the seconds from start to exit."""
+    program = Path(sys.executable).with_name("simclr-ray")
+    began = time.monotonic()
+    subprocess.run([program, "study", "run", name, "--scale", SCALE, *data], check=True)
+    return time.monotonic() - began
+
+
+def _remember(name: str, ahead_s: float, seconds: float, data: str) -> None:
+    """Store what was forecast beside what it took, with those of other studies."""
+    file = RESULTS / f"{NAME}.json"
+    before = json.loads(file.read_text())["studies"] if file.is_file() else {}
+    one = {
+        "forecast_minutes": round(ahead_s / 60, 2),
+        "minutes": round(seconds / 60, 2),
+        "error": round(ahead_s / seconds - 1, 3),
+        "load_after": round(os.getloadavg()[2], 2),
+    }
+    command = portable(f"python -m benchmarks.laptop {data}")
+    store(NAME, {"command": command, "studies": {**before, name: one}})
+
+
+if __name__ == "__main__":
+    main()
