@@ -46,6 +46,7 @@ from simclr_ray.studies.trials import plan
 from simclr_ray.studies.tune import run_trials
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.train.alone import can_train_alone
+from simclr_ray.train.head_start import with_cluster
 
 LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment
 
@@ -74,8 +75,11 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
     fingerprints = check_startable(study, trials)
     with folder.files.lock(LOOKED_AT_S):
         folder.withdraw_stop()
-        tracker = Tracker.open(base.tracking, base.storage)  # refuses before Ray starts
-        concurrency = start_cluster(study, trials)
+        concurrency, tracker = with_cluster(
+            lambda: start_cluster(study, trials),
+            lambda: Tracker.open(base.tracking, base.storage),
+            lambda: None,
+        )
         folder.write_definition(study, base, digest)
         parent = _parent_run(study, folder, tracker)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import ray
 
@@ -19,6 +20,9 @@ from simclr_ray.tracking.store import first_contact
 from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.tracked import open_tracker
+
+Started = TypeVar("Started")
+Other = TypeVar("Other")
 
 
 def start_cluster(
@@ -39,25 +43,41 @@ def start_cluster(
     """
     check_machine(resolved.config)
     check_space(resolved)
+    given_up = threading.Event()
+    with_cluster(
+        lambda: connect(resolved.config), lambda: _open(resolved, meanwhile, given_up), given_up.set
+    )
+    if is_local():
+        start_stats_actor()  # before the first rank asks for it, and waits
+
+
+def with_cluster(
+    start: Callable[[], Started], other: Callable[[], Other], give_up: Callable[[], None]
+) -> tuple[Started, Other]:
+    """Start a cluster, and do something else meanwhile that opens MLflow's store; return both.
+
+    Args:
+        start: Connects to a cluster, or starts one.
+        other: Called in another thread; it imports nothing of Ray. Where it raises, a cluster that
+            was started is stopped.
+        give_up: Called where `start` raises.
+    """
     was_up = ray.is_initialized()
     pool = ThreadPoolExecutor(1, thread_name_prefix="head-start")
     with first_contact():  # in this thread: Ray reads the environment that it changes
-        given_up = threading.Event()
-        opened = pool.submit(_open, resolved, meanwhile, given_up)
+        pending = pool.submit(other)
         pool.shutdown(wait=False)
         try:
-            connect(resolved.config)
+            started = start()
         except BaseException:  # an interrupt among them; the process ends when the thread does
-            given_up.set()
+            give_up()
             raise
         try:
-            opened.result()
+            return started, pending.result()
         except BaseException:
             if not was_up:
                 ray.shutdown()
             raise
-    if is_local():
-        start_stats_actor()  # before the first rank asks for it, and waits
 
 
 def _open(
