@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from simclr_ray.config.experiment import DCLConfig, NTXentConfig, SupConConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import machine_memory
 from simclr_ray.evaluation.scores import PIXELS, TRAINED, Score
@@ -15,6 +16,7 @@ from simclr_ray.train.resolve import ResolvedExperiment
 
 FEW_STEPS = 200  # the demo needs 800; at 200 its encoder is hardly better than untrained
 SHORT_WARMUP = 5  # steps; LARS at a peak rate above 1 diverges or collapses without
+USUAL_TEMPERATURES = (0.05, 1.0)  # that the paper tried
 NEAR_CHANCE = 0.9  # of the loss without learning
 MIB = 2**20
 
@@ -33,6 +35,14 @@ def advise_before_start(resolved: ResolvedExperiment) -> list[str]:
         )
     if warmup >= total:
         advice.append("warm-up is as long as the run: the rate never reaches its peak")
+    loss = config.loss
+    if isinstance(loss, NTXentConfig | DCLConfig | SupConConfig) and loss.normalize:
+        low, high = USUAL_TEMPERATURES
+        if not low <= loss.temperature <= high:
+            advice.append(
+                f"loss.temperature={loss.temperature:g} is outside {low:g} to {high:g}, where "
+                "normalised embeddings learn (Table 5): 0.1 to 0.5 is usual"
+            )
     every, saved = config.checkpoint.every_steps, config.checkpoint.every_epochs
     if every >= total or (saved > config.epochs and not every):
         key = f"every_steps={every}" if every >= total else f"every_epochs={saved}"

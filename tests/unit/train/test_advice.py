@@ -53,6 +53,25 @@ def test_checkpoints_that_come_after_the_end_are_said(
     assert line.startswith(f"checkpoint.{named} is longer than the run")
 
 
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ({"temperature": 5.0}, True),
+        ({"temperature": 0.01}, True),
+        ({"name": "supcon", "temperature": 5.0}, True),
+        ({"temperature": 0.05}, False),
+        ({"temperature": 10.0, "normalize": False}, False),  # as in Table 5
+        ({"name": "triplet"}, False),
+    ],
+)
+def test_temperatures_that_nobody_learned_with_are_said(
+    loss: dict[str, Any], said: bool, tmp_path: Path
+) -> None:
+    lines = advice.advise_before_start(resolved(tmp_path, epochs=30, loss=loss))
+    assert len(lines) == said
+    assert all("is outside 0.05 to 1" in line for line in lines)
+
+
 def test_few_steps_are_said(tmp_path: Path) -> None:
     lines = advice.advise_before_start(resolved(tmp_path, epochs=1, schedule={"warmup_steps": 1}))
     assert lines == ["10 steps are few to learn from: raise epochs, or lower batch_size"]
