@@ -27,22 +27,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.record import portable, store
+from benchmarks.record import RESULTS, portable, store
 from simclr_ray import config as cfg
 from simclr_ray.data.shapes import CLASS_NAMES, render
-from simclr_ray.studies.advice_results import SETTING, mean_of, values_by_setting
+from simclr_ray.studies.advice_results import SETTING, values_by_setting
 from simclr_ray.studies.advice_space import name_of, settings_of, values_of
-from simclr_ray.studies.advise import (
-    FINAL_SEEDS,
-    LONGER,
-    NUM_FINALISTS,
-    Budget,
-    advise,
-    question_of,
-)
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.driver import run_study
 from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.tuning_advice import (
+    EPOCH_FACTOR,
+    FINAL_SEEDS,
+    NUM_FINALISTS,
+    TrialLengths,
+    advice_task,
+    advise,
+)
 
 EPOCHS = 24
 ROWS = 5000
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=sorted(OF_SET), default=sorted(OF_SET))
     parser.add_argument("--folder", type=Path, default=Path("runs/advice"))
     args = parser.parse_args()
-    results = {}
+    results = _stored()
     for name in args.sets:
         folder = args.folder.absolute() / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,13 @@ def main() -> None:
         print(json.dumps(results[name], indent=1), flush=True)
     words = f"python -m benchmarks.advice {args.data} --sets {' '.join(args.sets)}"
     store("advice", {"command": portable(words), "epochs": EPOCHS, "sets": results})
+
+
+def _stored() -> dict[str, Any]:
+    """Return the sets of earlier calls."""
+    file = RESULTS / "advice.json"
+    sets: dict[str, Any] = json.loads(file.read_text())["sets"] if file.is_file() else {}
+    return sets
 
 
 def _data(name: str, data: Path, folder: Path) -> list[str]:
@@ -96,7 +103,9 @@ def _draw(path: Path, seed: int, num: int) -> None:
         Image.fromarray((gray * tint).astype(np.uint8)).save(buffer, "PNG")
         images.append(buffer.getvalue())
     table = {"image": pa.array(images, pa.binary()), "label": pa.array(labels, pa.int64())}
-    pq.write_table(pa.table(table), path, row_group_size=500)
+    whole = path.with_suffix(".part")
+    pq.write_table(pa.table(table), whole, row_group_size=500)
+    whole.replace(path)
 
 
 def _measure(name: str, data: list[str], folder: Path) -> dict[str, Any]:
@@ -109,18 +118,19 @@ def _measure(name: str, data: list[str], folder: Path) -> dict[str, Any]:
         f"evaluation.every_epochs={EPOCHS}",
         f"storage={folder}",
     ]
-    question = question_of("advise", "cifar10_laptop", overrides)
-    settings = {name_of(s): values_of(s, question.factors) for s in settings_of(question.factors)}
-    rows = question.num_rows
-    lengths = len(settings) / 2 + LONGER * (NUM_FINALISTS + 1) * FINAL_SEEDS
+    task = advice_task("advise", "cifar10_laptop", overrides)
+    settings = {name_of(s): values_of(s, task.factors) for s in settings_of(task.factors)}
+    rows = task.num_rows
+    lengths = len(settings) / 2 + EPOCH_FACTOR * (NUM_FINALISTS + 1) * len(FINAL_SEEDS)
     images = MOST_COST * len(settings) * EPOCHS * rows / lengths  # of a short trial
     epochs = max(1, math.floor(images / rows))
-    advice = advise(question, Budget(rows, epochs, 0.0), run_study)
-    grid = run_study(_study("grid", question.set, settings, [0], []))
-    measured = {k: mean_of(v) for k, v in values_by_setting(grid, question.metric).items()}
+    advice = advise(task, TrialLengths(rows, epochs, 0.0), run_study)
+    grid = run_study(_study("grid", task.given, settings, [0], []))
+    ended = values_by_setting(grid, task.metric)
+    measured = {name: statistics.fmean(values.values()) for name, values in ended.items()}
     best = max(measured, key=measured.__getitem__)
     cases = {"best of the grid": settings[best], "advised": advice.values}
-    again = run_study(_study("again", question.set, cases, SEEDS, ["knn", "linear"]))
+    again = run_study(_study("again", task.given, cases, SEEDS, ["knn", "linear"]))
     short, long = (StudyFolder(f"{folder}/studies", f"advise-{part}") for part in ("short", "long"))
     cost = _seconds(short) + _seconds(long)
     order = sorted(measured, key=lambda k: -measured[k])
@@ -130,7 +140,7 @@ def _measure(name: str, data: list[str], folder: Path) -> dict[str, Any]:
         "advised": advice.values,
         "rank_of_advised": _rank(order, settings, advice.values),
         "finalists": [end._asdict() for end in advice.finalists],
-        "spread_of_grid": round(measured[order[0]] - measured[order[-1]], 4),
+        "range_of_grid": round(measured[order[0]] - measured[order[-1]], 4),
         "regret": {metric: _regret(again, metric) for metric in METRICS},
         "cost_fraction_images": round(advice.cost_fraction, 4),
         "cost_fraction_seconds": round(cost / _seconds(grid), 4),
@@ -168,14 +178,17 @@ def _rank(order: list[str], settings: dict[str, dict[str, Any]], advised: dict[s
 
 
 def _regret(folder: StudyFolder, metric: str) -> dict[str, float]:
-    """Return the mean difference over seeds and its standard error; of one setting, none."""
+    """Return the mean difference over the seeds that both have, and its standard error."""
     values = values_by_setting(folder, metric)
-    if len(values) == 1:  # both name it: their trials are one
-        return {"points": 0.0, "standard_error": 0.0}
-    best, advised = values["best of the grid"], values["advised"]
-    gaps = [100 * (best[seed] - advised[seed]) for seed in SEEDS]
+    best, advised = values.get("best of the grid", {}), values.get("advised", {})
+    both = [seed for seed in SEEDS if seed in best and seed in advised]
+    gaps = [100 * (best[seed] - advised[seed]) for seed in both]
     error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return {"points": round(statistics.fmean(gaps), 2), "standard_error": round(error, 2)}
+    return {
+        "points": round(statistics.fmean(gaps), 2),
+        "standard_error": round(error, 2),
+        "seeds": len(gaps),
+    }
 
 
 if __name__ == "__main__":

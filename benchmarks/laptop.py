@@ -24,6 +24,7 @@ from simclr_ray.studies.files import load_study, study_names, summaries
 from simclr_ray.studies.findings import SCALE
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.time_forecast import forecast_time
 from simclr_ray.studies.trials import plan
 
 NAME = "forecasts"
@@ -60,14 +61,8 @@ def laptop_studies() -> list[str]:
 
 def forecast_s(name: str, data: list[str]) -> float:
     """Return the seconds that a study should take here, its start included."""
-    from simclr_ray.studies.driver import start_cluster
-    from simclr_ray.studies.time_forecast import forecast_time
-
     study = load_study(name, SCALE, *data)
-    trials = plan(study, base_tree(study))
-    began = time.monotonic()
-    at_a_time = start_cluster(study, trials).now
-    return forecast_time(study, trials, at_a_time, time.monotonic() - began).seconds
+    return forecast_time(study, plan(study, base_tree(study))).pace.seconds
 
 
 def _forecast(name: str, data: list[str]) -> float:

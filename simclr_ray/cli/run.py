@@ -39,7 +39,9 @@ def evaluate(
 
 
 def probe(run: RunOrCheckpoint, overrides: Overrides = None) -> None:
-    """Ask what h and g(h) know of color, rotation, noise and edges (Table 3); needs no labels.
+    """Ask what h and g(h) know of color, rotation, noise and edges (Table 3), and of the class.
+
+    Only the class needs labels.
 
     Example: simclr-ray run probe runs/cifar10_cpu-1a2b3c4d data.test=cifar/test
     """

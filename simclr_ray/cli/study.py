@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -165,8 +164,9 @@ def best(
         out.print(f"registered  models:/{made.name}@{alias} (version {made.version})", markup=False)
 
 
-def _run(study: Study, trials: Sequence[Trial], *, isolated: bool) -> None:
-    from simclr_ray.studies.driver import has_code, run_study
+def run_shown(study: Study, trials: Sequence[Trial], *, isolated: bool = False) -> StudyFolder:
+    """Run a study, or go on with it, showing how it stands; return its folder."""
+    from simclr_ray.studies.driver import run_study
     from simclr_ray.studies.folder import StudyFolder
     from simclr_ray.studies.plan import study_folder
     from simclr_ray.studies.status import status_of
@@ -175,6 +175,13 @@ def _run(study: Study, trials: Sequence[Trial], *, isolated: bool) -> None:
     called = shlex.join(["simclr-ray", *sys.argv[1:]])
     with StudyProgress(lambda: status_of(study, folder, trials)):
         run_study(study, command=called, isolated=isolated)
+    return folder
+
+
+def _run(study: Study, trials: Sequence[Trial], *, isolated: bool) -> None:
+    from simclr_ray.studies.driver import has_code
+
+    folder = run_shown(study, trials, isolated=isolated)
     if folder.outcomes():
         _report(folder)
     if not folder.state()["is_complete"]:
@@ -266,13 +273,12 @@ def _show_time(study: Study, trials: Sequence[Trial]) -> None:
     from simclr_ray.studies.driver import can_share_processes, start_cluster
     from simclr_ray.studies.time_forecast import forecast_time
 
-    began = time.monotonic()
-    at_a_time = start_cluster(study, trials).now
-    started_s = time.monotonic() - began
-    show_pairs({"at a time": counted(at_a_time, "trial")})
     if study.images_per_s:
+        show_pairs({"at a time": counted(start_cluster(study, trials).now, "trial")})
         return
-    taken = forecast_time(study, trials, at_a_time, started_s)
+    forecast = forecast_time(study, trials)
+    taken = forecast.pace
+    show_pairs({"at a time": counted(forecast.at_a_time, "trial")})
     most = "at most " if study.scheduler.name != "none" else ""
     estimate = (
         f"{most}{clock(taken.seconds)}, {clock(taken.start)} of it the start; training is "

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simclr_ray.cli.console import command, loading, out, say, show_pairs, show_table
-from simclr_ray.cli.progress import StudyProgress
+from simclr_ray.cli.console import command, loading, out, say, show_pairs, show_table, to_continue
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM
+from simclr_ray.cli.study import run_shown
+from simclr_ray.config import YAML_SUFFIXES
+from simclr_ray.config.metrics import is_fraction
 from simclr_ray.config.wording import clock, counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 if TYPE_CHECKING:
-    from simclr_ray.studies.advise import Advice, Budget, Question
     from simclr_ray.studies.definition import Study
     from simclr_ray.studies.folder import StudyFolder
+    from simclr_ray.studies.tuning_advice import Advice, AdviceTask, TrialLengths
 
 JSON = ".json"
 
@@ -39,7 +41,7 @@ def advise(
     minutes: Annotated[float, typer.Option(help="That it may take here.")] = 30.0,
     name: Annotated[str, typer.Option(help="Of its two studies, in the storage.")] = "advise",
     dry_run: Annotated[  # noqa: FBT002 - typer makes it a flag
-        bool, typer.Option("--dry-run", help="Check all, say what would be trained, and stop.")
+        bool, typer.Option("--dry-run", help="Check all, time steps, and say what is trained.")
     ] = False,
     record: Annotated[
         str, typer.Option("--json", metavar="FILE.json", help="Write it as JSON; - prints it.")
@@ -54,155 +56,161 @@ def advise(
     if not (math.isfinite(minutes) and minutes > 0):
         raise ConfigError([ConfigIssue("--minutes", f"must be above 0, got {minutes}")])
     loading("torch", "ray")
-    from simclr_ray.studies import advise as studies
+    from simclr_ray.studies import tuning_advice
 
-    # without labelled images of its own, a preset's test set is that of other images
-    given = [f"data.train={data}", f"data.test={test}", *(overrides or [])]
-    question = studies.question_of(name, base, given)
-    budget = _budget(question, minutes)
-    _show_plan(question, budget)
+    given = _given(data, test, base, overrides or [])
+    task = tuning_advice.advice_task(name, base, given)
+    lengths = _lengths(task, minutes)
+    show = say_pairs if record == "-" else show_pairs
+    _show_plan(task, lengths, show)
     if dry_run:
         return
-    advice = studies.advise(question, budget, _run)
-    tree = _tree(advice)
+    advice = tuning_advice.advise(task, lengths, _run)
+    text = json.dumps(_tree(advice), indent=1, allow_nan=False)
     if record == "-":
-        print(json.dumps(tree, indent=1, allow_nan=False))
+        print(text)
         return
+    _show(task, advice, given)
     if record:
-        text = json.dumps(tree, indent=1, allow_nan=False)
         Path(record).write_text(f"{text}\n", encoding="utf-8")
-    _show(question, advice, given)
 
 
-def _budget(question: Question, minutes: float) -> Budget:
-    """Return what fits into the minutes: what an earlier call has begun with, or as timed here."""
-    from simclr_ray.studies.advise import (
-        MOST_ROWS,
-        Budget,
-        budget_of,
-        short_study,
-        trials_of,
-    )
-    from simclr_ray.studies.driver import shared_cores, start_cluster
-    from simclr_ray.studies.folder import StudyFolder
-    from simclr_ray.studies.plan import study_folder
-    from simclr_ray.studies.step_timing import pace_of
-
-    study = short_study(question, min(question.num_rows, MOST_ROWS), 1)
-    folder = StudyFolder(*study_folder(study))
-    if folder.state():
-        _, tree = folder.definition()
-        return Budget(tree["data"]["limit"], tree["epochs"], math.nan)
-    trials = trials_of(study)
-    began = time.monotonic()
-    at_a_time = start_cluster(study, trials).now
-    pace = pace_of(trials, at_a_time, shared_cores(trials), study.protocols)
-    spent = time.monotonic() - began
-    return budget_of(question, minutes - spent / 60, at_a_time, pace)
+def _given(data: str, test: str, base: str, overrides: list[str]) -> list[str]:
+    """Return what is set of the experiment: of a preset nothing that is of other images."""
+    given = [f"data.train={data}"]
+    is_preset = not base.endswith(YAML_SUFFIXES)
+    if test or is_preset:
+        given.append(f"data.test={test}")
+    if is_preset:
+        given.append("data.limit=0")
+    return [*given, *overrides]
 
 
-def _show_plan(question: Question, budget: Budget) -> None:
-    from simclr_ray.studies import advise as studies
-    from simclr_ray.studies.advice_results import SETTING
+def say_pairs(rows: dict[str, str]) -> None:
+    """Show pairs on stderr, where stdout is for JSON alone."""
+    for key, value in rows.items():
+        say(f"{key}  {value}")
 
-    short = studies.short_study(question, budget.rows, budget.epochs)
+
+def _lengths(task: AdviceTask, minutes: float) -> TrialLengths:
+    """Return how long trials are: as an earlier call has begun them, or as is timed here."""
+    from simclr_ray.studies import tuning_advice
+    from simclr_ray.studies.driver import check_startable
+
+    begun = tuning_advice.begun_lengths(task)
+    rows, epochs = (begun.rows, begun.epochs) if begun else (task.num_rows, 1)
+    short = tuning_advice.short_study(task, rows, epochs)
+    try:
+        check_startable(short, tuning_advice.trials_of(short))
+    except ConfigError as error:
+        if begun is None:
+            raise
+        problem = f"{task.name} was begun with other images or settings; another --name is free"
+        raise ConfigError([ConfigIssue("--name", problem), *error.issues]) from None
+    if begun is not None:
+        say(f"going on with {task.name}, whatever --minutes says; another --name begins anew")
+        return begun
+    lengths = tuning_advice.timed_lengths(task, minutes)
+    tuning_advice.ensure_classes(task, lengths.rows)
+    return lengths
+
+
+def _show_plan(
+    task: AdviceTask, lengths: TrialLengths, show: Callable[[dict[str, str]], None]
+) -> None:
+    from simclr_ray.studies import tuning_advice
+    from simclr_ray.studies.advice_space import tried_of
+
+    factor, seeds = tuning_advice.EPOCH_FACTOR, tuning_advice.FINAL_SEEDS
     rows = {
-        "asked about": f"{question.base}: {', '.join(question.factors)}",
-        "evaluated by": question.metric,
-        "first": f"{counted(len(short.space[SETTING].cases), 'setting')}, "
-        f"{counted(budget.epochs, 'epoch')} of {budget.rows:,} images",
-        "then": f"the {studies.NUM_FINALISTS} that should be best and the experiment as it is, "
-        f"{counted(studies.FINAL_SEEDS, 'seed')}, "
-        f"{counted(studies.LONGER * budget.epochs, 'epoch')}",
+        "varied": f"{', '.join(task.factors)} of {task.base}",
+        "evaluated by": task.metric,
+        "first": f"{counted(len(tried_of(task.factors)), 'setting')}, "
+        f"{counted(lengths.epochs, 'epoch')} of {lengths.rows:,} images",
+        "then": f"the {tuning_advice.NUM_FINALISTS} that should be best and the experiment as it "
+        f"is, {counted(len(seeds), 'seed')}, {counted(factor * lengths.epochs, 'epoch')}",
     }
-    if math.isfinite(budget.seconds):
-        rows["time"] = clock(budget.seconds)
-    if question.metric == studies.WITHOUT:
+    if math.isfinite(lengths.seconds):
+        rows["time"] = clock(lengths.seconds)
+    if task.note:
         rows["beware"] = (
-            "without labels only temperature and rate are compared, by the effective rank, which "
-            "says little; a few hundred labelled images (--test) say more"
+            f"{task.note}: only temperature and rate are compared, by the effective rank, which "
+            "says little; a few hundred labelled images say more"
         )
-    show_pairs(rows)
+    show(rows)
 
 
 def _run(study: Study) -> StudyFolder:
-    from simclr_ray.studies.advise import trials_of
-    from simclr_ray.studies.driver import run_study
-    from simclr_ray.studies.folder import StudyFolder
-    from simclr_ray.studies.plan import study_folder
-    from simclr_ray.studies.status import status_of
+    """Run a study to its end; raise `typer.Exit` where it is stopped before."""
+    from simclr_ray.studies.tuning_advice import trials_of
 
-    folder, trials = StudyFolder(*study_folder(study)), trials_of(study)
-    with StudyProgress(lambda: status_of(study, folder, trials)):
-        run_study(study)
+    folder = run_shown(study, trials_of(study))
     if not folder.state()["is_complete"]:
-        say("stopped; the same command goes on with it")
+        say(f"stopped; to go on: {to_continue()}")
         raise typer.Exit(STOPPED_BY_SYSTEM)
     return folder
 
 
-def _show(question: Question, advice: Advice, given: list[str]) -> None:
-    scale, unit = (100.0, "points") if advice.metric.endswith("top1") else (1.0, advice.metric)
+def _show(task: AdviceTask, advice: Advice, given: list[str]) -> None:
+    scale, unit = (100.0, "points") if is_fraction(advice.metric) else (1.0, advice.metric)
     fit = advice.fit
-    title = f"What a level gives, by {counted(fit.freedom + _num_effects(advice), 'short trial')}"
     show_table(
-        title,
+        f"What a level gives, by {counted(fit.num_trials, 'short trial')}",
         ["factor", "level", unit, "±"],
         [
-            [e.factor, e.level, f"{scale * e.effect:+.1f}", f"{scale * e.error:.1f}"]
+            [e.factor, e.level, f"{scale * e.effect:+.1f}", _error(scale * e.error)]
             for e in fit.effects
         ],
     )
     show_table(
-        f"Twice as long, {advice.rows:,} images",
+        f"The best of them, twice as long, on {advice.rows:,} images",
         ["setting", advice.metric, f"gain ({unit})", "±", "images", "seconds"],
         [
             [
                 end.name,
                 f"{scale * end.value:.1f}",
                 f"{scale * end.gain:+.1f}",
-                f"{scale * end.error:.1f}",
+                _error(scale * end.error),
                 f"{end.images:,.0f}",
                 f"{end.seconds:,.0f}",
             ]
             for end in advice.finalists
         ],
     )
-    if math.isfinite(advice.longer):
-        out.print(f"epochs  twice as many gave {scale * advice.longer:+.1f} {unit}", markup=False)
+    longer = scale * advice.gain_of_longer
+    if math.isfinite(longer):
+        out.print(f"epochs  twice as many gave {longer:+.1f} {unit}", markup=False)
     out.print(f"cost    {advice.cost_fraction:.1%} of every setting once, as long as it is")
-    best = advice.finalists[0]
     if not advice.values:
         out.print("advice  leave it as it is: nothing that was tried is better", markup=False)
         return
     words = [f"{path}={json.dumps(value)}" for path, value in advice.values.items()]
-    if best.gain < 2 * best.error:
-        out.print("advice  hardly: the gain is within two standard errors", markup=False)
-    line = command("pretrain", question.base, *filter(_is_set, given), *words)
-    out.print(f"advice  {line}", markup=False, soft_wrap=True)
+    line = command("pretrain", task.base, *given, *words)
+    doubt = "" if advice.finalists[0].is_clear else "perhaps (the gain may be chance): "
+    out.print(f"advice  {doubt}{line}", markup=False, soft_wrap=True)
 
 
-def _is_set(text: str) -> bool:
-    return not text.endswith("=")
-
-
-def _num_effects(advice: Advice) -> int:
-    """Return how many numbers were fitted: a mean, and of each factor one level less."""
-    factors = {e.factor for e in advice.fit.effects}
-    return 1 + len(advice.fit.effects) - len(factors)
+def _error(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "?"
 
 
 def _tree(advice: Advice) -> dict[str, Any]:
-    """Return advice as JSON has it."""
+    """Return advice as JSON has it: what is not finite is null."""
     fit = advice.fit
     return {
         "metric": advice.metric,
         "rows": advice.rows,
-        "epochs": advice.epochs,
-        "effects": [e._asdict() for e in fit.effects],
-        "deviation": fit.deviation if math.isfinite(fit.deviation) else None,
-        "finalists": [end._asdict() for end in advice.finalists],
-        "longer": advice.longer if math.isfinite(advice.longer) else None,
+        "trials": fit.num_trials,
+        "effects": [_finite(effect._asdict()) for effect in fit.effects],
+        "finalists": [_finite(end._asdict()) for end in advice.finalists],
+        **_finite({"deviation": fit.deviation, "gain_of_longer": advice.gain_of_longer}),
         "values": advice.values,
         "cost_fraction": advice.cost_fraction,
+    }
+
+
+def _finite(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in tree.items()
     }

@@ -15,7 +15,7 @@ from simclr_ray.evaluation.encoded_splits import evaluated_rows, first_splits
 from simclr_ray.evaluation.evaluate import PROBE_ROWS
 from simclr_ray.evaluation.features import Features, Split, extract_features
 from simclr_ray.evaluation.online import OnlineEvaluation
-from simclr_ray.evaluation.probes import probe
+from simclr_ray.evaluation.probes import probe, probe_class
 from simclr_ray.evaluation.scores import TRAINED, Pixels, score_features
 from simclr_ray.nn.build import SimCLRModel
 
@@ -78,7 +78,7 @@ def evaluation_seconds(
         pixels = Pixels()(bank.images[:1].float()).shape[1]
         baselines = final + _scores_s(experiment, pixels, labels, scored)
     if PROBE in protocols:
-        final += _probe_s(experiment, model, bank)
+        final += _probe_s(experiment, model, bank, test)
     model.train()
     return EvaluationSeconds(read + times * part_read, start, epoch, final, baselines)
 
@@ -120,12 +120,18 @@ def _scores_s(
     return seconds * rows / (learned + num_scored)
 
 
-def _probe_s(experiment: Experiment, model: SimCLRModel, bank: Split) -> float:
-    """Return what the probes of Table 3 take, whose time grows with the images."""
-    part = bank.images[:PROBED]
-    given = {"seed": 0, "batch_size": experiment.evaluation.batch_size}
-    _, seconds = _timed(
-        lambda: probe(model, part, part[: PROBED // 2], precision=experiment.precision, **given)
-    )
-    rows = min(PROBE_ROWS, evaluated_rows(experiment).num)
-    return seconds * rows / len(part)
+def _probe_s(experiment: Experiment, model: SimCLRModel, bank: Split, test: Split | None) -> float:
+    """Return what the probes of Table 3 take, and the class's; their time grows with the images."""
+    part = bank.at(torch.arange(min(PROBED, len(bank.images))))
+    half = part.at(torch.arange(max(1, len(part.images) // 2)))
+    size, precision = experiment.evaluation.batch_size, experiment.precision
+
+    def answer() -> None:
+        probe(model, part.images, half.images, batch_size=size, precision=precision)
+        labelled = part.labelled()
+        if test is not None and len(labelled.labels):
+            linear = experiment.evaluation.linear
+            probe_class(model, labelled, labelled, linear, batch_size=size, precision=precision)
+
+    _, seconds = _timed(answer)
+    return seconds * min(PROBE_ROWS, evaluated_rows(experiment).num) / len(part.images)

@@ -180,7 +180,11 @@ def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
     test = Source.open(data.test, data.columns)
     have_labels = train.has_labels and test.has_labels
     if have_labels:
-        train, test = align_labels(train, test)
+        try:
+            train, test = align_labels(train, test)
+        except DataError as error:  # the other questions need no labels
+            log.warning("the class is not asked about: %s", error)
+            have_labels = False
     seen = load_split(train, size, PROBE_ROWS, decoder)
     unseen = load_split(test, size, PROBE_ROWS // 2, decoder)
     probes = probe(
@@ -191,12 +195,13 @@ def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
         batch_size=evaluation.batch_size,
         precision=precision,
     )
-    if have_labels:
+    seen, unseen = seen.labelled(), unseen.labelled()
+    if have_labels and len(seen.labels) and len(unseen.labels):
         probes.append(
             probe_class(
                 model,
-                seen.labelled(),
-                unseen.labelled(),
+                seen,
+                unseen,
                 evaluation.linear,
                 seed=experiment.seed,
                 batch_size=evaluation.batch_size,

@@ -159,6 +159,9 @@ def probe_class(
         seed: Of its order.
         batch_size: Images per forward pass.
         precision: Same as `extract_features`.
+
+    Raises:
+        ValueError: A feature is not finite.
     """
     h_and_z = _HAndZ(model)
     device = next(p.device for p in model.parameters())

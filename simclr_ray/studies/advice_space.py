@@ -48,12 +48,14 @@ class AdditiveFit(NamedTuple):
         predicted: Of every setting, by its name.
         deviation: Of one trial from what is predicted; NaN where there are as many effects.
         freedom: Its degrees of freedom.
+        num_trials: That say so.
     """
 
     effects: list[LevelEffect]
     predicted: dict[str, float]
     deviation: float
     freedom: int
+    num_trials: int
 
 
 def factors_of(experiment: Experiment) -> dict[str, Levels]:
@@ -64,20 +66,19 @@ def factors_of(experiment: Experiment) -> dict[str, Levels]:
     """
     if not isinstance(experiment.augment, SimCLRViewsConfig):
         raise ConfigError([ConfigIssue("augment.name", "must be simclr: its crops are varied")])
-    if not hasattr(experiment.loss, "temperature"):
-        problem = f"must be one with a temperature, got {experiment.loss.name}"
+    if not experiment.loss.fixed_temperature:
+        problem = f"must have a temperature that is not learned, got {experiment.loss.name}"
         raise ConfigError([ConfigIssue("loss.name", problem)])
     rate = experiment.schedule.learning_rate
     rates = (rate, float(f"{rate / SLOWER:.3g}"))
     colors: Levels = {"none": NO_COLOR} if experiment.data.channels == 3 else {}
     colors |= {f"{s:g}": {"augment.strength": s} for s in (0.5, 1.0)}
-    factors = {
+    return {
         "color": colors,
         "temperature": {f"{t:g}": {"loss.temperature": t} for t in (0.1, 0.5)},
         "smallest crop": {f"{a:g}": {"augment.min_area": a} for a in (0.08, 0.3)},
         "rate": {f"{r:g}": {"schedule.learning_rate": r} for r in rates},
     }
-    return {name: levels for name, levels in factors.items() if name != "color" or colors}
 
 
 def settings_of(factors: Mapping[str, Levels]) -> list[Setting]:
@@ -140,7 +141,7 @@ def fit_effects(factors: Mapping[str, Levels], measured: Mapping[str, float]) ->
         error = deviation * math.sqrt(float(row @ inverse @ row))
         effects.append(LevelEffect(factor, level, float(row @ weights), error))
     predicted = {name: float(np.array(row) @ weights) for name, row in rows.items()}
-    return AdditiveFit(effects, predicted, deviation, freedom)
+    return AdditiveFit(effects, predicted, deviation, freedom, len(y))
 
 
 def _contrasts(setting: Setting, factors: Mapping[str, Levels]) -> list[float]:
@@ -169,7 +170,9 @@ def _level_rows(factors: Mapping[str, Levels]) -> dict[tuple[str, str], Any]:
     return rows
 
 
-def finalists(fit: AdditiveFit, factors: Mapping[str, Levels], number: int) -> Sequence[Setting]:
+def predicted_best(
+    fit: AdditiveFit, factors: Mapping[str, Levels], number: int
+) -> Sequence[Setting]:
     """Return the settings that are predicted to be best, the best first."""
     order = sorted(fit.predicted, key=lambda name: -fit.predicted[name])
     settings = {name_of(setting): setting for setting in settings_of(factors)}

@@ -78,7 +78,6 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
         concurrency, tracker = with_cluster(
             lambda: start_cluster(study, trials),
             lambda: Tracker.open(base.tracking, base.storage),
-            lambda: None,
         )
         folder.write_definition(study, base, digest)
         parent = _parent_run(study, folder, tracker)

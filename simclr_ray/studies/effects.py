@@ -201,9 +201,19 @@ def seeds_for_width(width: float, deviation: float) -> int:
 @cache
 def _student(num: int) -> float:
     """Return the quantile of Student's t that leaves 2.5 % above, for as many differences."""
+    return student_quantile(num - 1, (1 - CONFIDENCE) / 2)
+
+
+def student_quantile(freedom: int, above: float) -> float:
+    """Return the quantile of Student's t that leaves a chance above.
+
+    Args:
+        freedom: Degrees of freedom.
+        above: In (0, 0.5).
+    """
     from scipy.stats import t
 
-    return float(t.ppf((1 + CONFIDENCE) / 2, num - 1))
+    return float(t.isf(above, freedom))
 
 
 def _fewest(is_enough: Callable[[int], bool]) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from simclr_ray.studies.definition import Study
-from simclr_ray.studies.driver import can_share_processes, shared_cores
+from simclr_ray.studies.driver import can_share_processes, shared_cores, start_cluster
 from simclr_ray.studies.plan import Trial
 from simclr_ray.studies.step_timing import Pace, pace_of
 
@@ -15,26 +16,45 @@ from simclr_ray.studies.step_timing import Pace, pace_of
 BESIDE_S: Final = 7.0
 
 
-def forecast_time(study: Study, trials: Sequence[Trial], at_a_time: int, started_s: float) -> Pace:
-    """Return what all trials of a study take, start and baselines among it.
+class TimeForecast(NamedTuple):
+    """What a study should take.
+
+    Attributes:
+        at_a_time: Trials that the cluster runs.
+        pace: All trials; the start of the cluster, of the study and of its processes among it.
+        started_s: What the start of the cluster took.
+        seconds_spent: By the forecast itself, the start of the cluster among it.
+    """
+
+    at_a_time: int
+    pace: Pace
+    started_s: float
+    seconds_spent: float
+
+
+def forecast_time(study: Study, trials: Sequence[Trial]) -> TimeForecast:
+    """Connect to the cluster or start one, time steps on it, and return what a study takes.
 
     Args:
         study: What is to run; of a search that learns, `trials` stand for more of them.
         trials: As `studies.trials.plan` returns them.
-        at_a_time: That the cluster runs.
-        started_s: What it took to start the cluster.
 
     Raises:
-        Same as `step_timing.pace_of`.
+        ClusterError: No cluster answers, or it cannot hold one trial.
+        SimclrRayError: What `step_timing.pace_of` raises.
     """
+    began = time.monotonic()
+    at_a_time = start_cluster(study, trials).now
+    started_s = time.monotonic() - began
     share = study.search.runs_per_trial(len(trials))
     are_small = can_share_processes(trials)
     cores = shared_cores(trials)
-    pace = pace_of(trials, at_a_time, cores, study.protocols, baselines=are_small)
+    pace = pace_of(trials, at_a_time, cores, study.protocols, baselines=are_small and share == 1)
     start = BESIDE_S + started_s + pace.start
-    return Pace(
+    whole = Pace(
         start + share * (pace.seconds - pace.start),
         share * pace.device_seconds,
         start,
         share * pace.evaluation,
     )
+    return TimeForecast(at_a_time, whole, started_s, time.monotonic() - began)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from simclr_ray.config.experiment import DCLConfig, NTXentConfig, SupConConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import machine_memory
 from simclr_ray.evaluation.scores import PIXELS, TRAINED, Score
@@ -35,14 +34,13 @@ def advise_before_start(resolved: ResolvedExperiment) -> list[str]:
         )
     if warmup >= total:
         advice.append("warm-up is as long as the run: the rate never reaches its peak")
-    loss = config.loss
-    if isinstance(loss, NTXentConfig | DCLConfig | SupConConfig) and loss.normalize:
-        low, high = USUAL_TEMPERATURES
-        if not low <= loss.temperature <= high:
-            advice.append(
-                f"loss.temperature={loss.temperature:g} is outside {low:g} to {high:g}, where "
-                "normalised embeddings learn (Table 5): 0.1 to 0.5 is usual"
-            )
+    low, high = USUAL_TEMPERATURES
+    temperature = config.loss.fixed_temperature
+    if temperature and not low <= temperature <= high:
+        advice.append(
+            f"loss.temperature={temperature:g} is outside {low:g} to {high:g}, where normalised "
+            "embeddings learn (Table 5): 0.1 to 0.5 is usual"
+        )
     every, saved = config.checkpoint.every_steps, config.checkpoint.every_epochs
     if every >= total or (saved > config.epochs and not every):
         key = f"every_steps={every}" if every >= total else f"every_epochs={saved}"

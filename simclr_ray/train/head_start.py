@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import ray
@@ -21,6 +21,7 @@ from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.tracked import open_tracker
 
+PATIENCE_S = 15.0  # a store that answers nothing is given up after 10
 Started = TypeVar("Started")
 Other = TypeVar("Other")
 
@@ -52,15 +53,18 @@ def start_cluster(
 
 
 def with_cluster(
-    start: Callable[[], Started], other: Callable[[], Other], give_up: Callable[[], None]
+    start: Callable[[], Started],
+    other: Callable[[], Other],
+    give_up: Callable[[], None] = lambda: None,
 ) -> tuple[Started, Other]:
     """Start a cluster, and do something else meanwhile that opens MLflow's store; return both.
 
+    Where either raises, a cluster that was started is stopped, and the other has ended.
+
     Args:
         start: Connects to a cluster, or starts one.
-        other: Called in another thread; it imports nothing of Ray. Where it raises, a cluster that
-            was started is stopped.
-        give_up: Called where `start` raises.
+        other: Called in another thread; it imports nothing of Ray.
+        give_up: Called where `start` raises, so that `other` ends early.
     """
     was_up = ray.is_initialized()
     pool = ThreadPoolExecutor(1, thread_name_prefix="head-start")
@@ -69,8 +73,11 @@ def with_cluster(
         pool.shutdown(wait=False)
         try:
             started = start()
-        except BaseException:  # an interrupt among them; the process ends when the thread does
+        except BaseException:  # an interrupt among them
             give_up()
+            wait([pending], timeout=PATIENCE_S)  # it has no limits of time without this block
+            if not was_up and ray.is_initialized():  # what came after it was connected
+                ray.shutdown()
             raise
         try:
             return started, pending.result()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from simclr_ray import config as cfg
-from simclr_ray.studies.advise import Budget, advise, question_of
 from simclr_ray.studies.driver import run_study
+from simclr_ray.studies.tuning_advice import TrialLengths, advice_task, advise
 from tests.ray.images import write_splits
 from tests.ray.test_pretrain import tree_of
 
@@ -19,9 +19,9 @@ def test_trials_are_run_evaluated_and_not_run_again(tmp_path: Path, ray_cluster:
     folder = write_splits(tmp_path, 130)
     base = folder / "base.yaml"
     base.write_text(cfg.dump_yaml({**tree_of(folder, "advised", 1, "float32"), "epochs": 8}))
-    question = question_of("small", str(base), ["data.test="])  # fewer settings without labels
-    budget = Budget(rows=130, epochs=1, seconds=0.0)
-    advice = advise(question, budget, run_study)
+    task = advice_task("small", str(base), ["data.test="])  # fewer settings without labels
+    lengths = TrialLengths(rows=130, epochs=1, seconds=0.0)
+    advice = advise(task, lengths, run_study)
     assert advice.metric == "eval/effective_rank"
     assert advice.fit.freedom == 1
     assert len(advice.finalists) == 3
@@ -34,5 +34,5 @@ def test_trials_are_run_evaluated_and_not_run_again(tmp_path: Path, ray_cluster:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("simclr_ray.studies.trial_runner.run_trial", refuse)
-        again = advise(question, budget, run_study)
+        again = advise(task, lengths, run_study)
     assert again == advice

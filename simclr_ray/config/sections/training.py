@@ -31,6 +31,11 @@ class _LossConfig(ComponentConfig):
         """Return the τ that a layer of the model starts from and learns; 0: none."""
         return 0.0
 
+    @property
+    def fixed_temperature(self) -> float:
+        """Return the τ that cosines of z are divided by, and that stays; 0: none."""
+        return 0.0
+
 
 class NTXentConfig(_LossConfig):
     """NT-Xent (eq. 1) over the global batch."""
@@ -58,6 +63,11 @@ class NTXentConfig(_LossConfig):
         """Return τ, where it is learned."""
         return self.temperature if self.learn_temperature else 0.0
 
+    @property
+    def fixed_temperature(self) -> float:
+        """Return τ of normalised embeddings, where it is not learned."""
+        return self.temperature if self.normalize and not self.learn_temperature else 0.0
+
 
 class NTLogisticConfig(_LossConfig):
     """NT-Logistic of Tables 2 and 4."""
@@ -69,6 +79,11 @@ class NTLogisticConfig(_LossConfig):
     normalize: bool = Field(default=True, description="l2-normalise z.")
     semi_hard: bool = Field(default=False, description="One negative an anchor (Table 4, sh).")
     negatives: Literal["both", "other"] = Field("both", description="As of ntxent.")
+
+    @property
+    def fixed_temperature(self) -> float:
+        """Return τ of normalised embeddings."""
+        return self.temperature if self.normalize else 0.0
 
 
 class TripletConfig(_LossConfig):
@@ -99,6 +114,11 @@ class DCLConfig(_LossConfig):
     normalize: bool = Field(default=True, description="l2-normalise z.")
     sigma: float = Field(0.0, ge=0, description="σ of DCLW's weights (there 0.5); 0: DCL.")
 
+    @property
+    def fixed_temperature(self) -> float:
+        """Return τ of normalised embeddings."""
+        return self.temperature if self.normalize else 0.0
+
 
 class SupConConfig(_LossConfig):
     """Supervised contrastive loss (arXiv:2004.11362); unlabelled images stand alone."""
@@ -109,6 +129,11 @@ class SupConConfig(_LossConfig):
     name: Literal["supcon"] = "supcon"
     temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
     normalize: bool = Field(default=True, description="l2-normalise z.")
+
+    @property
+    def fixed_temperature(self) -> float:
+        """Return τ of normalised embeddings."""
+        return self.temperature if self.normalize else 0.0
 
 
 class CrossEntropyConfig(_LossConfig):

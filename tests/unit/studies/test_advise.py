@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import ConfigError
-from simclr_ray.studies import advise as advising
+from simclr_ray.errors import ConfigError, RunError
 from simclr_ray.studies.advice_space import (
     DEFAULT,
     factors_of,
-    finalists,
     fit_effects,
     name_of,
+    predicted_best,
     settings_of,
     tried_of,
     values_of,
 )
-from simclr_ray.studies.advise import Budget, Question, advise, budget_of, question_of
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import base_tree, digest_of_study, study_folder
 from simclr_ray.studies.step_timing import TRIAL_S, Pace
+from simclr_ray.studies.time_forecast import TimeForecast
+from simclr_ray.studies.tuning_advice import (
+    AdviceTask,
+    TrialLengths,
+    advice_task,
+    advise,
+    ensure_classes,
+    lengths_within,
+    trials_of,
+)
 from tests.ray.images import write_shapes
 from tests.unit.cli.in_process import enter, run
 
@@ -64,8 +76,8 @@ def _there(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(files, monkeypatch)
 
 
-def question(storage: Path, *overrides: str) -> Question:
-    return question_of("a", "base.yaml", [f"storage={storage}", *overrides])
+def task(storage: Path, *overrides: str) -> AdviceTask:
+    return advice_task("a", "base.yaml", [f"storage={storage}", *overrides])
 
 
 def given_by(point: dict[str, str]) -> float:
@@ -73,7 +85,7 @@ def given_by(point: dict[str, str]) -> float:
 
 
 def test_24_settings_are_halved_with_each_pair_of_levels_as_often(tmp_path: Path) -> None:
-    factors = question(tmp_path).factors
+    factors = task(tmp_path).factors
     assert list(factors) == list(GIVES)
     assert {name: list(levels) for name, levels in factors.items()} == {
         name: list(levels) for name, levels in GIVES.items()
@@ -97,7 +109,7 @@ def test_24_settings_are_halved_with_each_pair_of_levels_as_often(tmp_path: Path
 def test_what_adds_up_is_read_off_tried_of_the_settings_and_predicts_the_others(
     tmp_path: Path,
 ) -> None:
-    factors = question(tmp_path).factors
+    factors = task(tmp_path).factors
     measured = {name_of(setting): given_by(setting) for setting in tried_of(factors)}
     fit = fit_effects(factors, measured)
     for setting in settings_of(factors):
@@ -107,11 +119,11 @@ def test_what_adds_up_is_read_off_tried_of_the_settings_and_predicts_the_others(
     assert fit.deviation == pytest.approx(0, abs=1e-9)
     assert fit.freedom == 12 - 6
     best = {f: max(levels, key=levels.__getitem__) for f, levels in GIVES.items()}
-    assert finalists(fit, factors, 2)[0] == best
+    assert predicted_best(fit, factors, 2)[0] == best
 
 
 def test_errors_of_effects_are_those_of_means_over_trials(tmp_path: Path) -> None:
-    factors = question(tmp_path).factors
+    factors = task(tmp_path).factors
     half = tried_of(factors)
     # +1 and -1 by turns, orthogonal to nothing in particular: a deviation of the residuals
     measured = {name_of(s): given_by(s) + 0.01 * (-1) ** n for n, s in enumerate(half)}
@@ -125,10 +137,12 @@ def test_errors_of_effects_are_those_of_means_over_trials(tmp_path: Path) -> Non
 
 
 class Ran:
-    """Stands for `run_study`: what each trial gives is known beforehand."""
+    """Stands for `run_study`: what each trial gives is known beforehand; None: it collapses."""
 
-    def __init__(self, default: float | None, noise: float = 0.0) -> None:
-        self.default, self.noise = default, noise
+    def __init__(
+        self, default: float | None, noise: float = 0.0, broken: str = "", status: str = "collapsed"
+    ) -> None:
+        self.default, self.noise, self.broken, self.status = default, noise, broken, status
         self.studies: list[Study] = []
 
     def __call__(self, study: Study) -> StudyFolder:
@@ -138,20 +152,21 @@ class Ran:
         experiment = cfg.validate(Experiment, tree)
         folder.write_definition(study, experiment, digest_of_study(study, experiment))
         epochs = experiment.epochs
-        for number, trial in enumerate(advising.trials_of(study)):
-            name = str(trial.point["setting"])
-            if name == DEFAULT:
-                value = self.default
-            else:
+        for number, trial in enumerate(trials_of(study)):
+            name = str(trial.cells[-1].point["setting"])
+            value = self.default
+            if name != DEFAULT:
                 value = given_by(dict(part.rsplit(" ", 1) for part in name.split(", ")))
-            finished = value is not None
+            if self.broken and self.broken in name:
+                value = None
             shaken = (value or 0.0) + self.noise * (-1) ** number + 0.01 * epochs
             images = float(experiment.data.limit * epochs)
+            status: Any = "finished" if value is not None else self.status
             folder.write_outcome(
                 TrialOutcome(
                     trial.name,
-                    "finished" if finished else "collapsed",
-                    "" if finished else "collapsed",
+                    status,
+                    "" if value is not None else "it went wrong",
                     [cell._asdict() for cell in trial.cells],
                     trial.seed,
                     {},
@@ -167,7 +182,7 @@ def test_the_best_setting_is_advised_with_its_gain_over_the_experiment_as_it_is(
     tmp_path: Path,
 ) -> None:
     ran = Ran(default=0.43)
-    advice = advise(question(tmp_path), Budget(64, 3, 60.0), ran)
+    advice = advise(task(tmp_path), TrialLengths(64, 3, 60.0), ran)
     short, long = ran.studies
     assert (short.name, long.name) == ("a-short", "a-long")
     assert (short.seeds, long.seeds) == ([0], [1, 2])
@@ -187,12 +202,12 @@ def test_the_best_setting_is_advised_with_its_gain_over_the_experiment_as_it_is(
         "augment.min_area": 0.08,
         "schedule.learning_rate": 0.6,
     }
-    assert advice.longer == pytest.approx(0.01 * 3)  # three epochs more
+    assert advice.gain_of_longer == pytest.approx(0.01 * 3)  # three epochs more
     assert advice.cost_fraction == pytest.approx(64 * (12 * 3 + 6 * 6) / (24 * ROWS * 30))
 
 
 def test_a_gain_has_the_error_of_paired_seeds_and_of_what_does_not_add_up(tmp_path: Path) -> None:
-    advice = advise(question(tmp_path), Budget(64, 3, 60.0), Ran(default=0.43, noise=0.02))
+    advice = advise(task(tmp_path), TrialLengths(64, 3, 60.0), Ran(default=0.43, noise=0.02))
     best = advice.finalists[0]
     fit = advice.fit
     # trials take turns up and down: settings 1 and 3 of a seed are shaken alike, 2 the other way
@@ -202,16 +217,48 @@ def test_a_gain_has_the_error_of_paired_seeds_and_of_what_does_not_add_up(tmp_pa
 
 
 def test_where_nothing_is_better_it_is_left_as_it_is(tmp_path: Path) -> None:
-    advice = advise(question(tmp_path), Budget(64, 3, 60.0), Ran(default=0.6))
+    advice = advise(task(tmp_path), TrialLengths(64, 3, 60.0), Ran(default=0.6))
     assert advice.finalists[0].name == DEFAULT
     assert advice.values == {}
-    with pytest.raises(ConfigError, match="the experiment as it is gave no result"):
-        advise(question(tmp_path / "other"), Budget(64, 3, 60.0), Ran(default=None))
+    with pytest.raises(RunError, match="the experiment as it is gave no result"):
+        advise(task(tmp_path / "other"), TrialLengths(64, 3, 60.0), Ran(default=None))
+
+
+def test_an_experiment_that_is_one_of_the_settings_is_compared_with_itself(tmp_path: Path) -> None:
+    like = ["loss.temperature=0.5", "augment.min_area=0.08", "augment.strength=0.0"]
+    same = task(tmp_path, *like, "augment.grayscale=0.0")
+    advice = advise(same, TrialLengths(64, 3, 60.0), Ran(default=0.52))
+    assert advice.finalists[0].name == DEFAULT  # a tie: it is what it is
+    assert advice.finalists[0].gain == 0
+    assert len(advice.finalists) == 3
+    assert advice.values == {}
+    # two seeds of the two others, and of itself once
+    assert advice.cost_fraction == pytest.approx(64 * (12 * 3 + 4 * 6) / (24 * ROWS * 30))
+
+
+def test_levels_whose_trials_collapse_are_as_bad_as_the_worst(tmp_path: Path) -> None:
+    advice = advise(task(tmp_path), TrialLengths(64, 3, 60.0), Ran(0.43, broken="rate 0.6"))
+    assert advice.fit.num_trials == 12
+    assert "rate 0.2" in advice.finalists[0].name
+    with pytest.raises(RunError, match=r"6 trials of .* failed, and the same command tries"):
+        advise(
+            task(tmp_path / "other"),
+            TrialLengths(64, 3, 60.0),
+            Ran(0.43, broken="rate 0.6", status="failed"),
+        )
+
+
+def test_a_gain_within_chance_is_not_clear(tmp_path: Path) -> None:
+    sure = advise(task(tmp_path), TrialLengths(64, 3, 60.0), Ran(default=0.43))
+    assert sure.finalists[0].is_clear
+    shaken = advise(task(tmp_path / "b"), TrialLengths(64, 3, 60.0), Ran(default=0.5, noise=0.1))
+    assert not shaken.finalists[0].is_clear
 
 
 def test_without_labels_views_are_left_as_they_are(tmp_path: Path) -> None:
-    unlabelled = question(tmp_path, "data.test=")
+    unlabelled = task(tmp_path, "data.test=")
     assert unlabelled.metric == "eval/effective_rank"
+    assert unlabelled.note == "there are no labelled test images (--test)"
     assert list(unlabelled.factors) == ["temperature", "rate"]
     settings = tried_of(unlabelled.factors)
     assert len(settings) == 4
@@ -219,29 +266,64 @@ def test_without_labels_views_are_left_as_they_are(tmp_path: Path) -> None:
     assert fit.freedom == 1
 
 
-def test_a_budget_is_filled_by_its_trials(tmp_path: Path) -> None:
-    wanted = question(tmp_path)
-    # 12 trials of one epoch of 80 images at 0.01 s, and 0.3 s of evaluation each
-    pace = Pace(seconds=9.0, device_seconds=12 * 80 * 0.01, start=5.0, evaluation=12 * 0.3)
-    budget = budget_of(wanted, 10.0, 2, pace)
-    assert budget.rows == ROWS
-    trials = 12 + 6
-    images = (12 + 2 * 6) * budget.epochs * budget.rows
-    expected = 2 * 5 + (images * 0.01 + trials * (0.3 + TRIAL_S)) / 2
-    assert budget.seconds == pytest.approx(expected)
-    assert 600 * 0.9 < budget.seconds <= 600
-    few = budget_of(wanted, 1.8, 2, pace)  # fewer images, two epochs of them at least
-    assert few.rows < ROWS or few.epochs >= 2
-    assert few.seconds <= 1.8 * 60
-    with pytest.raises(ConfigError, match=r"in 1 minutes a trial has \d+ steps of 16 images; 40"):
-        budget_of(wanted, 1.0, 2, pace)
+@pytest.mark.parametrize("at_a_time", [1, 2, 4, 64])
+def test_minutes_are_filled_by_trials_that_run_so_many_at_a_time(
+    at_a_time: int, tmp_path: Path
+) -> None:
+    wanted = task(tmp_path)
+    # 12 trials of one epoch of 5 batches of 16 at 0.16 s, and 0.3 s of evaluation each
+    pace = Pace(seconds=0.0, device_seconds=12 * 5 * 0.16, start=9.0, evaluation=12 * 0.3)
+    timed = TimeForecast(at_a_time, pace, started_s=5.0, seconds_spent=12.0)
+    lengths = lengths_within(wanted, 10.0, timed)
+    steps = lengths.epochs * lengths.rows // 16
+    waves = -(-12 // at_a_time), -(-6 // at_a_time)
+    arithmetic = (waves[0] + 2 * waves[1]) * steps * 0.16
+    expected = 12 + 2 * (9 - 5) + sum(waves) * (0.3 + TRIAL_S) + arithmetic
+    assert lengths.seconds == pytest.approx(expected)
+    assert 0.85 * 600 < lengths.seconds <= 600
+    assert lengths.rows <= ROWS
+    assert lengths.epochs >= 2
+
+
+def test_too_few_minutes_are_refused_with_those_that_are_enough(tmp_path: Path) -> None:
+    wanted = task(tmp_path)
+    pace = Pace(seconds=0.0, device_seconds=12 * 5 * 0.16, start=9.0, evaluation=12 * 0.3)
+    timed = TimeForecast(2, pace, started_s=5.0, seconds_spent=12.0)
+    with pytest.raises(ConfigError, match=r"in 1 minutes a trial has \d+ steps? of 16") as refused:
+        lengths_within(wanted, 1.0, timed)
+    enough = float(str(refused.value).split()[-2])
+    assert lengths_within(wanted, enough, timed).epochs >= 2
+    with pytest.raises(ConfigError):
+        lengths_within(wanted, enough - 1, timed)
+
+
+def test_images_in_the_order_of_their_classes_are_refused_where_few_are_used(
+    tmp_path: Path,
+) -> None:
+    table = pq.read_table("train.parquet")
+    pq.write_table(table.sort_by("label"), tmp_path / "sorted.parquet")
+    in_order = task(tmp_path, f"data.train={tmp_path / 'sorted.parquet'}")
+    ensure_classes(in_order, ROWS)
+    with pytest.raises(ConfigError, match=r"the first 40 of 80 images hold 5 of 10 classes"):
+        ensure_classes(in_order, 40)
+    ensure_classes(task(tmp_path), 40)  # mixed
+
+
+def test_a_small_preset_is_chosen_for_small_images(tmp_path: Path) -> None:
+    words = [f"data.train={Path('train.parquet').absolute()}", "data.test=", "batch_size=16"]
+    assert advice_task("a", "", [*words, f"storage={tmp_path}"]).base == "cifar10_laptop"
+    buffer = io.BytesIO()
+    Image.new("RGB", (200, 100), (9, 9, 9)).save(buffer, "JPEG")
+    pq.write_table(pa.table({"image": [buffer.getvalue()] * 80}), tmp_path / "large.parquet")
+    words[0] = f"data.train={tmp_path / 'large.parquet'}"
+    assert advice_task("a", "", [*words, f"storage={tmp_path}"]).base == "photos_cpu"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["train.parquet", "batch_size=32"], "80 images are too few to tell settings apart"),
-        (["train.parquet", "loss.name=triplet"], "must be one with a temperature"),
+        (["train.parquet", "loss.name=triplet"], "must have a temperature that is not learned"),
         (["train.parquet", "--minutes", "0"], "--minutes: must be above 0"),
         (["train.parquet", "--json", "a.txt"], "does not end in .json"),
         (["nowhere.parquet"], "nowhere.parquet"),

@@ -61,6 +61,8 @@ def test_checkpoints_that_come_after_the_end_are_said(
         ({"name": "supcon", "temperature": 5.0}, True),
         ({"temperature": 0.05}, False),
         ({"temperature": 10.0, "normalize": False}, False),  # as in Table 5
+        ({"temperature": 5.0, "learn_temperature": True}, False),  # it does not stay
+        ({"name": "ntlogistic", "temperature": 5.0}, True),
         ({"name": "triplet"}, False),
     ],
 )
