@@ -9,10 +9,17 @@ from simclr_ray.studies.claims import Verdict
 from simclr_ray.studies.effects import Effect
 
 SIGNIFICANT = 0.05
+SHORT_HEAD = ("claim", "verdict", "effect", "95 % interval", "power", "paper's effect")
 CLAIM_HEAD = (
     "claim", "verdict", "effect", "95 % interval", "paper's effect", "smallest of interest",
     "power", "seeds", "pairs won", "p (smallest possible)", "sign test",
 )  # fmt: skip
+
+
+def short_cells(verdict: Verdict, paper_metric: str) -> list[str]:
+    """Return the cells of a claim below `SHORT_HEAD`; same arguments as `claim_cells`."""
+    cells = dict(zip(CLAIM_HEAD, claim_cells(verdict, paper_metric), strict=True))
+    return [cells[name] for name in SHORT_HEAD]
 
 
 def claim_cells(verdict: Verdict, paper_metric: str) -> list[str]:

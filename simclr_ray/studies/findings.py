@@ -6,13 +6,14 @@ Made from the `results.json` of kept reports alone, so that the page and the dat
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.studies.claim_words import claim_line
+from simclr_ray.studies.claim_words import SHORT_HEAD, claim_line, short_cells
 from simclr_ray.studies.claims import read_verdict
 from simclr_ray.studies.report import CURVES, DATA, FIGURE, PAGE
 
@@ -44,11 +45,30 @@ def findings_page(folder: Path, made_by: str, scale: str = SCALE) -> str:
         "Else it cannot be said at this budget.",
         "",
     ]
-    if not studies:
+    if studies:
+        lines += [*_summary(studies), ""]
+    else:
         lines += [f"No study at this scale is kept in `{folder.name}/` yet.", ""]
     for tree in studies:
         lines += _section(tree, folder)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _summary(studies: Sequence[dict[str, Any]]) -> list[str]:
+    """Return all claims as one table, each with a link to the section of its study."""
+    head = ["study", *SHORT_HEAD]
+    rows = [
+        [f"[{tree['study']}](#{_anchor(tree['question'])})", *cells]
+        for tree in studies
+        for cells in (short_cells(read_verdict(c), tree["paper"]["metric"]) for c in tree["claims"])
+    ]
+    table = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(row)} |" for row in table]
+
+
+def _anchor(heading: str) -> str:
+    """Return the anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def _stored(folder: Path) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,11 @@ def test_a_section_has_claim_interval_paper_figure_command_seeds_and_minutes(
     keep(tmp_path / "studies", "first", "laptop")
     text = findings_page(tmp_path / "studies", COMMAND)
     assert "\n## first?\n" in text
+    assert "| study | claim | verdict | effect | 95 % interval | power | paper's effect |" in text
+    assert (
+        "| [s](#first) | claim 0 | appears | +3.98 ± 0.14 points | [+3.81, +4.16] | 1.00 | "
+        "+7.00 points |"
+    ) in text
     assert "![figure of s](studies/first/figure.svg)" in text
     assert "- claim 0: appears: +3.98 ± 0.14 points, 95 % interval [+3.81, +4.16]" in text
     assert "the paper's +7.00 points" in text
