@@ -47,7 +47,7 @@ ADDED: dict[str, list[str]] = {
     "model distill": ["epochs=1", "batch_size=16"],
     "study list": [], "study status": [], "study stop": [], "study resume": [],
     "study report": [], "study best": [], "study plan": [],
-    "study advise": ["--minutes", "3", *SMALL[2:], "batch_size=16", "encoder.width=0.125"],
+    "study advise": ["--minutes", "3", *SMALL[1:]],
     "study run": STUDY,
 }  # fmt: skip
 
