@@ -51,3 +51,20 @@ def test_a_space_that_is_given_needs_no_matches_of_what_it_does_not_run() -> Non
     space = "study.space={batch_size: {grid: [16, 64]}, epochs: {grid: [1, 2]}}"
     study = load_study("batch_size", "cpu", space, "study.comparisons=[]")
     assert study.paper.matches == {"batch_size": {"64": 256}}
+
+
+@pytest.mark.parametrize("name", [name for name, scale in ALL if scale == "laptop"])
+def test_a_laptop_study_has_seeds_effects_and_trials_of_minutes(name: str) -> None:
+    study = load_study(name, "laptop")
+    trials = make_trials(study, base_tree(study), points_of(study))
+    assert len(study.seeds) >= 5
+    assert study.comparisons
+    assert all(claim.smallest_effect for claim in study.comparisons)
+    for trial in trials:  # what the paper's setting has and the scale forgot would be inherited
+        experiment = trial.experiment
+        steps = experiment.total_steps(10_000)
+        assert steps >= 100, trial.name
+        assert experiment.data.limit == 10_000
+        assert experiment.augment.size == 16
+        images = steps * experiment.batch_size
+        assert images <= 400_000  # five minutes of a core
