@@ -40,7 +40,7 @@ def test_a_study_has_a_scale_for_a_machine_without_gpu(name: str) -> None:
 
 def test_the_searches_that_were_run_are_valid() -> None:
     folder = Path(__file__).parents[3] / "docs" / "studies"
-    found = sorted(folder.glob("*.yaml"))
+    found = sorted(folder.rglob("*.yaml"))
     assert found
     for path in found:
         study = load_study(str(path))
