@@ -12,7 +12,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import PROBE
 from simclr_ray.data.source import Source
 from simclr_ray.evaluation.encoded_splits import evaluated_rows, first_splits
-from simclr_ray.evaluation.evaluate import PROBE_ROWS
+from simclr_ray.evaluation.evaluate import PROBE_ROWS, probed_source
 from simclr_ray.evaluation.features import Features, Split, extract_features
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.evaluation.probes import probe, probe_class
@@ -134,4 +134,5 @@ def _probe_s(experiment: Experiment, model: SimCLRModel, bank: Split, test: Spli
             probe_class(model, labelled, labelled, linear, batch_size=size, precision=precision)
 
     _, seconds = _timed(answer)
-    return seconds * min(PROBE_ROWS, evaluated_rows(experiment).num) / len(part.images)
+    rows = min(PROBE_ROWS, probed_source(experiment.data).num_rows)
+    return seconds * rows / len(part.images)

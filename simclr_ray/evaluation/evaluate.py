@@ -161,9 +161,7 @@ def probe_experiment(experiment: Experiment, folder: Path) -> list[Probe]:
 def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
     data, size = experiment.data, experiment.evaluation_size
     decoder = evaluation_decoder(data)
-    train = Source.open(
-        data.eval_train or data.train, data.columns, 0 if data.eval_train else data.limit
-    )
+    train = probed_source(data)
     model = model.to(best_device())
     evaluation, precision = experiment.evaluation, experiment.precision
     if not data.test:
@@ -209,6 +207,13 @@ def _probe(experiment: Experiment, model: SimCLRModel) -> list[Probe]:
             )
         )
     return probes
+
+
+def probed_source(data: DataConfig) -> Source:
+    """Return the images that probes learn from, of which `PROBE_ROWS` are taken at most."""
+    return Source.open(
+        data.eval_train or data.train, data.columns, 0 if data.eval_train else data.limit
+    )
 
 
 def split_like_test(data: DataConfig) -> str:
