@@ -190,6 +190,7 @@ def test_defaults_written_out_are_the_same_experiment() -> None:
 DIGESTS = {
     "bands_resnet18": "95ee9fd3e36e27f6",
     "cifar10_cpu": "5bffa9a5beda6767",
+    "cifar10_laptop": "d10db822ccd33c85",
     "cifar10_lightly": "0d1e4655cb2d7c99",
     "cifar10_resnet18": "765b043ec6ea96c3",
     "cifar10_resnet50": "a5f6bea9f461d006",
