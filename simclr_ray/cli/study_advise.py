@@ -196,21 +196,16 @@ def _error(value: float) -> str:
 
 def _tree(advice: Advice) -> dict[str, Any]:
     """Return advice as JSON has it: what is not finite is null."""
+    from simclr_ray.studies.claims import finite_tree
+
     fit = advice.fit
     return {
         "metric": advice.metric,
         "rows": advice.rows,
         "trials": fit.num_trials,
-        "effects": [_finite(effect._asdict()) for effect in fit.effects],
-        "finalists": [_finite(end._asdict()) for end in advice.finalists],
-        **_finite({"deviation": fit.deviation, "gain_of_longer": advice.gain_of_longer}),
+        "effects": [finite_tree(effect._asdict()) for effect in fit.effects],
+        "finalists": [finite_tree(end._asdict()) for end in advice.finalists],
+        **finite_tree({"deviation": fit.deviation, "gain_of_longer": advice.gain_of_longer}),
         "values": advice.values,
         "cost_fraction": advice.cost_fraction,
-    }
-
-
-def _finite(tree: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in tree.items()
     }

@@ -145,8 +145,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 def verdict_tree(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as JSON holds it: what is not finite is null, and the words are there."""
     effect = verdict.effect
-    tree = verdict._asdict() | {"effect": _finite(effect._asdict()) if effect else None}
-    return _finite(tree) | {"verdict": verdict.words}
+    tree = verdict._asdict() | {"effect": finite_tree(effect._asdict()) if effect else None}
+    return finite_tree(tree) | {"verdict": verdict.words}
 
 
 def read_verdict(tree: dict[str, Any]) -> Verdict:
@@ -166,7 +166,7 @@ def read_verdict(tree: dict[str, Any]) -> Verdict:
     return Verdict(**later | given | {"effect": effect or None, "difference": difference})
 
 
-def _finite(tree: dict[str, Any]) -> dict[str, Any]:
+def finite_tree(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a tree with null for numbers that JSON does not have."""
     endless = {k for k, v in tree.items() if isinstance(v, float) and not math.isfinite(v)}
     return {k: None if k in endless else v for k, v in tree.items()}
