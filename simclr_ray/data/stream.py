@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import name_process
+from simclr_ray.data.ahead import ahead
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import (
     BatchBuilder,
@@ -163,7 +163,7 @@ def stream(
     ]
     metrics = RunMetrics(run, rank) if run else None
     pipelines = [_pipeline(experiment, source, steps, part, metrics) for part in places]
-    yield from _Pace.observed(_ahead(_joined(pipelines), BATCHES_AHEAD))
+    yield from _Pace.observed(ahead(_joined(pipelines), BATCHES_AHEAD))
 
 
 def _joined(pipelines: list[Iterator[BatchPart]]) -> Iterator[Batch]:
@@ -176,18 +176,6 @@ def _first(pipelines: list[Iterator[BatchPart]]) -> Batch:
     """Return the first step; it keeps nothing that would hold Ray's memory for the whole run."""
     with ThreadPoolExecutor(len(pipelines)) as pool:  # else each waits for the other's actor
         return join(list(pool.map(next, pipelines)))
-
-
-def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """Yield the items, of which a thread takes `count` ahead."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
-    pending = deque(pool.submit(next, items, None) for _ in range(count))
-    try:
-        while (item := pending.popleft().result()) is not None:
-            pending.append(pool.submit(next, items, None))
-            yield item
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _pipeline(
@@ -212,7 +200,7 @@ def _pipeline(
         label_selector=scaling.data_label_selector,
     )
     # Ray Data passes a block on when so many others have come after it: those of an epoch's end
-    # would wait for the next epoch's. `_ahead` overlaps what prefetching would.
+    # would wait for the next epoch's. `ahead` overlaps what prefetching would.
     tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     expected = steps.start
     for table in tables:

@@ -61,11 +61,18 @@ def uniformity(features: Tensor) -> float:
     if num < 2:
         raise ValueError(f"uniformity needs two rows or more, not {num}")
     x = F.normalize(features.double(), dim=1)
-    total = 0.0
+    within = across = 0.0  # blocks of rows, each pair of which is looked at once
     for start in range(0, num, BLOCK_ROWS):
-        squared = (2 - 2 * (x[start : start + BLOCK_ROWS] @ x.T)).clamp(min=0)
-        total += torch.exp(-UNIFORMITY_T * squared).sum().item()
-    return math.log(max(total - num, 1e-300) / (num * (num - 1)))  # less the rows with themselves
+        block, after = x[start : start + BLOCK_ROWS], x[start + BLOCK_ROWS :]
+        within += _closeness(block, block) - len(block)  # less the rows with themselves
+        across += _closeness(block, after)
+    return math.log(max(within + 2 * across, 1e-300) / (num * (num - 1)))
+
+
+def _closeness(a: Tensor, b: Tensor) -> float:
+    """Return the sum of exp(-2·|x-y|²) over the rows x of `a` and y of `b`, all of length 1."""
+    squared = (a @ b.T).mul_(-2).add_(2).clamp_(min=0)
+    return squared.mul_(-UNIFORMITY_T).exp_().sum().item()
 
 
 def effective_rank(features: Tensor) -> float:

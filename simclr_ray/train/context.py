@@ -1,30 +1,26 @@
-"""Where a rank runs and how its checkpoints are kept: in a worker of Ray Train, or alone.
+"""Where a rank runs and how its checkpoints are kept: what `TrainWorker` asks, and one rank alone.
 
-`TrainWorker` is the same in both. Ray Train's worker is one of R, watched by a driver in another
-process. A rank that is alone has its driver in its own process: what it says is taken at once.
+`TrainWorker` is the same everywhere. Ray Train's worker is one of R (`ray_worker`); the only one of
+a run needs nothing of Ray Train: it is its driver's own process (`alone`), or one of Ray's, on the
+driver's machine (`lone_worker`).
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-import ray.train
-import ray.train.torch
 import torch
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import local_batches
 from simclr_ray.data.source import Source
-from simclr_ray.data.stream import stream
 from simclr_ray.storage.run_folder import RunFolder
-from simclr_ray.train.heartbeat import Inbox, RankStarted
+from simclr_ray.train.heartbeat import Inbox
 
-SYNC, ASYNC = ray.train.CheckpointUploadMode.SYNC, ray.train.CheckpointUploadMode.ASYNC
 Upload = Callable[[Path, str], None]  # a local folder, and its name in the run's
 
 
@@ -74,56 +70,10 @@ class TrainContext(Protocol):
         ...
 
 
-class RayContext:
-    """A worker of Ray Train, one of R."""
-
-    def __init__(self) -> None:
-        context = ray.train.get_context()
-        self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
-        self.local_rank, self.num_local = context.get_local_rank(), context.get_local_world_size()
-        self.device = ray.train.torch.get_device()
-
-    def begin(self, inbox: Inbox) -> None:
-        """Tell the driver where this process is, and how to end it."""
-        inbox.put(RankStarted.here(self.rank))
-
-    def batches(
-        self, experiment: Experiment, source: Source, steps: range, run: str
-    ) -> Iterator[Batch]:
-        """Return the batches that Ray Data's actors make, which start at once."""
-        return _started(stream(experiment, source, steps, self.rank, self.num_ranks, run))
-
-    def save(
-        self, step: int, written: Path | None, name: str, upload: Upload, *, wait: bool
-    ) -> None:
-        """Report to Ray Train, which keeps the last ones. A collective: it is a barrier."""
-
-        def put(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-            upload(Path(local.path), name)
-            storage = ray.train.get_context().get_storage()
-            return ray.train.Checkpoint(
-                f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem
-            )
-
-        ray.train.report(
-            {"step": step},
-            checkpoint=ray.train.Checkpoint.from_directory(written) if written else None,
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=SYNC if wait else ASYNC,
-            checkpoint_upload_fn=put,
-            delete_local_checkpoint_after_upload=True,
-        )
-
-    def nodes_taken(self) -> list[str] | None:
-        """Return what Ray says of nodes that are preempted. A barrier, of some ms."""
-        info = ray.train.get_preemption_info()
-        return None if info is None else list(info.preempted_node_ids)
-
-
 class LoneContext:
     """The one rank of a run, in its driver's process, on CPU.
 
-    It makes its views itself, between the steps: there is no other core that is its own.
+    It makes its views itself, between the steps, as if no other core were its own.
 
     Args:
         folder: Of the run.
@@ -167,19 +117,3 @@ class LoneContext:
     def nodes_taken(self) -> list[str] | None:
         """Return None: whoever has this process knows of its node."""
         return None
-
-
-def _started(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Return the same stream, its actors already starting while the caller goes on."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
-    pending = [pool.submit(next, batches, None)]
-    pool.shutdown(wait=False)
-
-    def go_on() -> Iterator[Batch]:
-        batch = pending.pop().result()
-        if batch is not None:
-            yield batch
-            del batch  # its memory would be held for the whole run
-            yield from batches
-
-    return go_on()

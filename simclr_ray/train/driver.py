@@ -1,8 +1,9 @@
-"""Pretraining under Ray Train: workers that run the loop, and the driver that watches them.
+"""Pretraining: workers that run the loop, and the driver that watches them.
 
-The driver's side: it checks the experiment against data and cluster, starts the workers
-(`worker`), writes what they report to the run's folder and to MLflow, and shows it. A run has one
-name, made of the experiment and the images' fingerprint, so the same command continues it.
+The driver's side: it checks the experiment against data and cluster, has workers started
+(`ray_fit`, `lone_worker`), writes what they report to the run's folder and to MLflow, and shows
+it. A run has one name, made of the experiment and the images' fingerprint, so the same command
+continues it.
 """
 
 from __future__ import annotations
@@ -10,26 +11,16 @@ from __future__ import annotations
 import logging
 import sys
 
-import ray
-import ray.train
-import ray.train.torch
-import ray.train.v2.api.config as ray_config
-from ray.exceptions import OutOfMemoryError
-
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import process_named
 from simclr_ray.config.uris import hide_passwords
-from simclr_ray.config.wording import counted
 from simclr_ray.distributed.demand import wait_for_room
-from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import (
-    PickledQueue,
     check_machine,
     connect,
-    driver_queue,
 )
-from simclr_ray.errors import RestartsError, RunError, UnhealthyRunError
+from simclr_ray.errors import RunError, UnhealthyRunError
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.last_error import recorded
@@ -41,20 +32,15 @@ from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.alone import Fit, fit_alone
 from simclr_ray.train.disk_space import check_space
-from simclr_ray.train.elastic import RESIZE_S, Trainer, interrupts_kept
-from simclr_ray.train.failures import final_error, root_failure
 from simclr_ray.train.frozen import fit_frozen
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.identity import is_new, newest_checkpoint, runs_of_this_name
-from simclr_ray.train.monitor import RunMonitor
+from simclr_ray.train.lone_worker import fit_by_lone_worker, takes_lone_worker
 from simclr_ray.train.outcome import Run
-from simclr_ray.train.ray_settings import scaling_config, torch_config
 from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
-from simclr_ray.train.restarts import FailureReport, cause_of
-from simclr_ray.train.rollback import Rollbacks, keeps_good, kept_by_ray, roll_back
+from simclr_ray.train.rollback import Rollbacks, keeps_good, roll_back
 from simclr_ray.train.tracked import Tracked, open_tracker, tracked_run
-from simclr_ray.train.worker import WorkerInput, train_loop_per_worker
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +103,7 @@ def train_resolved(
     Args:
         resolved: What to train.
         on_progress: As for `pretrain`; alone it is called between two steps, by their thread.
-        alone: In this process, which has what one worker needs; else by workers of Ray Train.
+        alone: In this process, which has what one worker needs; else by workers that Ray starts.
     """
     config, folder = resolved.config, resolved.folder
     if config.init.freeze:
@@ -137,7 +123,19 @@ def train_resolved(
                 connect(config)
                 wait_for_room(config)
             with tracked_run(resolved, tracker) as tracked:
-                return _trained(resolved, tracked, on_progress, fit_alone if alone else _fit)
+                way = _way_of(resolved, alone=alone)
+                return _trained(resolved, tracked, on_progress, way)
+
+
+def _way_of(resolved: ResolvedExperiment, *, alone: bool) -> Fit:
+    """Return how a run is trained: in this process, by one of Ray's, or by Ray Train's workers."""
+    if alone:
+        return fit_alone
+    if takes_lone_worker(resolved):
+        return fit_by_lone_worker
+    from simclr_ray.train.ray_fit import fit_by_ray_train  # 1.4 s, of Ray Train and Ray Data
+
+    return fit_by_ray_train
 
 
 def _trained(
@@ -193,74 +191,3 @@ def _fit_with_rollbacks(
                 log.debug("Ray's snapshot named %s, which is gone; it was set aside", name)
         else:
             return
-
-
-def _fit(
-    resolved: ResolvedExperiment,
-    tracked: Tracked,
-    on_progress: OnProgress | None,
-    health: HealthWatch,
-    rollbacks: Rollbacks,
-) -> None:
-    """Train by workers of Ray Train."""
-    stop.workers_are_gone()
-    scaling, inbox = resolved.config.scaling, driver_queue()
-    trainer = _trainer(resolved, inbox, rollbacks)
-    least = f"{scaling.min_workers} to " if scaling.is_elastic else ""
-    log.info("starting %s%s", least, counted(scaling.max_workers, "worker"))
-    watcher = RunMonitor(inbox, tracked, on_progress, resolved, health)
-    try:
-        with interrupts_kept(), watcher:
-            trainer.fit()
-    except KeyboardInterrupt:
-        if watcher.fatal is None:
-            raise
-    except ray.train.TrainingFailedError as error:
-        ours = watcher.fatal or final_error(error)
-        raise ours or RunError(f"training failed: {_root_message(error)}") from error
-    except ray.exceptions.RayError as error:  # Ray Train's own process is gone
-        said = f"Ray has ended the run: {cause_of(error)}; the same command goes on"
-        raise watcher.fatal or RestartsError(said) from error
-    if watcher.fatal is not None:
-        raise watcher.fatal
-    watcher.say_bad_rows()
-
-
-def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollbacks) -> Trainer:
-    """Return Ray's trainer of a run, as the run's config has it."""
-    experiment, folder = resolved.config, resolved.folder
-    scaling = experiment.scaling
-    return Trainer(
-        train_loop_per_worker,
-        scaling=scaling,
-        folder=folder,
-        inbox=inbox,
-        train_loop_config={"input": WorkerInput(resolved, inbox, rollbacks)},
-        scaling_config=scaling_config(
-            scaling,
-            (scaling.min_workers, scaling.max_workers)
-            if scaling.is_elastic
-            else scaling.max_workers,
-            elastic_resize_monitor_interval_s=RESIZE_S,
-        ),
-        torch_config=torch_config(scaling, scaling.collective_timeout_s),
-        run_config=ray_config.RunConfig(
-            name=folder.name,
-            storage_path=folder.storage,
-            worker_runtime_env={"env_vars": one_arena()},
-            # counted by `RunMonitor`, anew after each checkpoint
-            failure_config=ray_config.FailureConfig(
-                max_failures=-1 if scaling.max_failures else 0, max_preemption_failures=-1
-            ),
-            callbacks=[FailureReport(inbox)],
-            checkpoint_config=ray_config.CheckpointConfig(num_to_keep=kept_by_ray(experiment)),
-            logging_config=ray_config.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-
-
-def _root_message(error: BaseException) -> str:
-    root = root_failure(error)
-    if isinstance(root, OutOfMemoryError):
-        return cause_of(root)
-    return " ".join(str(root).split())[-2000:]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 
-from ray.exceptions import OutOfDiskError, RayTaskError
+from ray.exceptions import OutOfDiskError, OutOfMemoryError, RayTaskError
 
-from simclr_ray.errors import SimclrRayError, StorageError
+from simclr_ray.errors import SimclrRayError, StorageError, last_line
 from simclr_ray.storage.space import OF_THE_DISK, error_number, storage_error
+
+MOST_MEMORY = re.compile(
+    r"PID\s+MEM\(GB\)\s+COMMAND\s+(\d+)\s+([\d.]+)\s+([^\n]{1,80})"
+)  # Ray's table
 
 
 def unwrap_error(error: BaseException) -> SimclrRayError | None:
@@ -33,6 +38,17 @@ def root_failure(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", {})
     root: BaseException = next(iter(failures.values()), getattr(error, "controller_failure", error))
     return root
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the last line of an error, without the advice that Ray adds to that of a death."""
+    error = getattr(error, "health_check_failure", error)
+    if isinstance(error, OutOfMemoryError):
+        most = MOST_MEMORY.search(str(error))
+        largest = f"; most has process {most[1]}, {most[2]} GB: {most[3].strip()}" if most else ""
+        return f"its node has run out of memory, and Ray has ended it{largest}"
+    line = last_line(error)
+    return line.partition(" Worker exit detail:")[0].partition(" Some common causes")[0]
 
 
 def _of_a_full_disk(error: BaseException) -> StorageError | None:

@@ -18,6 +18,7 @@ from simclr_ray.data.ray_tasks import start_stats_actor
 from simclr_ray.distributed.ray_cluster import check_machine, connect, is_local
 from simclr_ray.tracking.store import first_contact
 from simclr_ray.train.disk_space import check_space
+from simclr_ray.train.lone_worker import start_lone_worker, takes_lone_worker
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.tracked import open_tracker
 
@@ -48,7 +49,9 @@ def start_cluster(
     with_cluster(
         lambda: connect(resolved.config), lambda: _open(resolved, meanwhile, given_up), given_up.set
     )
-    if is_local():
+    if takes_lone_worker(resolved):
+        start_lone_worker(resolved.config)
+    elif is_local():
         start_stats_actor()  # before the first rank asks for it, and waits
 
 

@@ -7,7 +7,6 @@ not for the other.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -22,16 +21,13 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from simclr_ray.distributed.ray_cluster import PickledQueue
-from simclr_ray.errors import last_line
+from simclr_ray.train.failures import cause_of
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.requests import have_moved
 
 BEFORE = "its process ended before it was up"
 # of a start; those of running workers come with their ranks
 DEATHS = (WorkerGroupStartupFailedError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
-MOST_MEMORY = re.compile(
-    r"PID\s+MEM\(GB\)\s+COMMAND\s+(\d+)\s+([\d.]+)\s+([^\n]{1,80})"
-)  # Ray's table
 
 
 class FailureReport(ray.train.UserCallback):
@@ -99,14 +95,3 @@ def tell(inbox: PickledQueue, causes: Mapping[str, str]) -> None:
     """Send the causes to the driver, where there still is one."""
     with suppress(ray.exceptions.RayError):
         inbox.put(RanksFailed(causes))
-
-
-def cause_of(error: BaseException) -> str:
-    """Return the last line of an error, without the advice that Ray adds to that of a death."""
-    error = getattr(error, "health_check_failure", error)
-    if isinstance(error, OutOfMemoryError):
-        most = MOST_MEMORY.search(str(error))
-        largest = f"; most has process {most[1]}, {most[2]} GB: {most[3].strip()}" if most else ""
-        return f"its node has run out of memory, and Ray has ended it{largest}"
-    line = last_line(error)
-    return line.partition(" Worker exit detail:")[0].partition(" Some common causes")[0]

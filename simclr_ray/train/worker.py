@@ -1,4 +1,4 @@
-"""One rank of a run under Ray Train: model, stream, loop, checkpoints.
+"""One rank of a run: model, stream, loop, checkpoints.
 
 Workers know no MLflow. What the driver is to know goes into its inbox, a Ray queue: records of
 metrics, rows that had to be replaced, and errors that no restart can mend.
@@ -37,7 +37,7 @@ from simclr_ray.optim import build_optimizer
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.metrics_log import FIRST_BATCH
 from simclr_ray.train import loop
-from simclr_ray.train.context import RayContext, TrainContext
+from simclr_ray.train.context import TrainContext
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.heartbeat import Heartbeat, Inbox, RanksMove
 from simclr_ray.train.rank_metrics import RankMetrics
@@ -58,18 +58,6 @@ class WorkerInput(NamedTuple):
     experiment: ResolvedExperiment
     inbox: Inbox
     rollbacks: Rollbacks = Rollbacks()
-
-
-def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
-    """Train on one rank; an error that no restart can mend is sent to the driver first."""
-    worker_input = config["input"]
-    try:
-        worker = TrainWorker(worker_input, RayContext())
-        worker.run()
-        worker.heartbeat.stop()
-    except Exception as error:
-        tell_final(worker_input.inbox, error)
-        raise
 
 
 def tell_final(inbox: Inbox, error: BaseException) -> None:

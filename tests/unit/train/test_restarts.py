@@ -21,9 +21,10 @@ from ray.train.v2.api.exceptions import (
 )
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from simclr_ray.train.failures import cause_of
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.requests import RanksMoved
-from simclr_ray.train.restarts import FailureReport, RestartPolicy, cause_of
+from simclr_ray.train.restarts import FailureReport, RestartPolicy
 
 
 class Inbox:
