@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 TIME = "time"  # of a record, in seconds since 1970
 FIRST_BATCH = "start/first_batch_s"  # logged once at each start, the first and every other
 RECENT_S = 1800.0  # that the pace of a run is taken from: an evaluation more or less counts little
+TAIL_BYTES = 2**16  # of a log, which hold its last record
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +46,18 @@ def read_records(lines: str) -> list[dict[str, Any]]:
         else:
             log.debug("no record: %s", line[:80])
     return records
+
+
+def newest_record(path: Path) -> dict[str, Any]:
+    """Return the last whole record of a local log; empty: there is none in its last 64 KiB."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return {}
+    records = read_records(tail.decode(errors="replace"))
+    return records[-1] if records else {}
 
 
 def last_values(lines: str) -> dict[str, float]:

@@ -11,8 +11,10 @@ folder is the same: either goes on where the other stopped.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 import ray
@@ -23,10 +25,12 @@ from simclr_ray.data.ahead import ahead, started
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import driver_queue, is_local
-from simclr_ray.errors import RunError
+from simclr_ray.errors import RunError, SimclrRayError
+from simclr_ray.storage.metrics_log import newest_record, read_records
+from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, RunFolder
 from simclr_ray.train import stop
 from simclr_ray.train.alone import can_train_alone
-from simclr_ray.train.context import LoneContext
+from simclr_ray.train.context import LoneContext, Upload
 from simclr_ray.train.failures import cause_of, final_error
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import Inbox, RanksFailed, RankStarted
@@ -39,6 +43,7 @@ from simclr_ray.train.worker import TrainWorker, WorkerInput, tell_final
 
 BATCHES_AHEAD: Final = 2
 LOOK_S: Final = 0.5  # so often, whether the run is to end
+STORED_S: Final = 0.005  # so often, whether the driver has written its log
 
 log = logging.getLogger(__name__)
 _waiting: list[Any] = []  # an actor that nobody has given anything to do yet
@@ -87,12 +92,16 @@ def fit_by_lone_worker(
     log.info("starting 1 worker")
     watcher = _Monitor(inbox, tracked, on_progress, resolved, health)
     given = WorkerInput(resolved, inbox, rollbacks)
+    is_done, failed = False, None
     with watcher:
-        is_done = False
-        while not is_done and watcher.fatal is None:
-            is_done = _is_done(given, watcher)  # or once more: the watcher counts
-    if watcher.fatal is not None:
-        raise watcher.fatal
+        try:
+            while not is_done and watcher.fatal is None:
+                is_done = _is_done(given, watcher)  # or once more: the watcher counts
+        except SimclrRayError as error:
+            failed = error
+    failed = watcher.fatal or failed  # the watcher's says what is likely behind it
+    if failed is not None:
+        raise failed
     watcher.say_bad_rows()
 
 
@@ -141,10 +150,10 @@ class LoneWorker:
 
     def train(self, given: WorkerInput) -> None:
         """Train from the newest checkpoint; an error that no restart can mend is sent first."""
-        resolved = given.experiment
-        context = _Context(resolved.folder, kept_by_ray(resolved.config))
+        resolved, inbox = given.experiment, _Inbox(given.inbox)
+        context = _Context(resolved.folder, kept_by_ray(resolved.config), inbox)
         try:
-            worker = TrainWorker(given, context)
+            worker = TrainWorker(given._replace(inbox=inbox), context)
             worker.run()
             worker.heartbeat.stop()
         except Exception as error:
@@ -152,8 +161,48 @@ class LoneWorker:
             raise
 
 
+class _Inbox:
+    """The driver's inbox, which knows what was put into it last."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self._last: dict[str, dict[str, Any]] = {}  # by the log that it goes into
+
+    def put(self, item: Any) -> None:
+        """Put one item."""
+        if isinstance(item, dict):
+            self._last[BAD_ROWS if "reason" in item else METRICS] = item
+        self._inbox.put(item)
+
+    def is_stored(self, folder: Path) -> bool:
+        """Return whether all records that were put are in the run's logs."""
+        record, row = self._last.get(METRICS, {}), self._last.get(BAD_ROWS, {})
+        newest = newest_record(folder / METRICS)
+        if record and (newest.get("step") != record["step"] or not record.keys() <= newest.keys()):
+            return False
+        rows = (folder / BAD_ROWS).read_text(encoding="utf-8") if row else ""
+        return not row or any(known["id"] == row["id"] for known in read_records(rows))
+
+
 class _Context(LoneContext):
     """A rank whose driver is another process of the machine."""
+
+    def __init__(self, folder: RunFolder, keep: int | None, inbox: _Inbox) -> None:
+        super().__init__(folder, keep)
+        self._inbox = inbox
+
+    def save(
+        self, step: int, written: Path | None, name: str, upload: Upload, *, wait: bool
+    ) -> None:
+        """Keep a checkpoint once the driver has stored what came before it.
+
+        A worker outlives a driver that is killed, by moments in which it takes steps: a run that
+        goes on after one of them would lack its records.
+        """
+        assert self._folder.local is not None
+        while not self._inbox.is_stored(self._folder.local):
+            time.sleep(STORED_S)
+        super().save(step, written, name, upload, wait=wait)
 
     def begin(self, inbox: Inbox) -> None:
         """Tell the driver where this process is, and how to end it."""

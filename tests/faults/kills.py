@@ -101,7 +101,8 @@ def kill_at_random(
         run.wait_for(lambda: last_step(run_folder) >= at)
         time.sleep(chance.random() * 0.1)
         if victim == "worker":
-            chance.choice(run.below("RayTrainWorker")).kill()
+            title = "RayTrainWorker" if workers > 1 else "LoneWorker"
+            chance.choice(run.below(title)).kill()
         else:
             everything = [*run.below(), psutil.Process(run.process.pid)]
             for process in reversed(everything):
