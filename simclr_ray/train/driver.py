@@ -35,7 +35,11 @@ from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.frozen import fit_frozen
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.identity import is_new, newest_checkpoint, runs_of_this_name
-from simclr_ray.train.lone_worker import fit_by_lone_worker, takes_lone_worker
+from simclr_ray.train.lone_worker import (
+    fit_by_lone_worker,
+    no_worker_left,
+    takes_lone_worker,
+)
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
@@ -122,7 +126,7 @@ def train_resolved(
             if not alone:
                 connect(config)
                 wait_for_room(config)
-            with tracked_run(resolved, tracker) as tracked:
+            with no_worker_left(), tracked_run(resolved, tracker) as tracked:
                 way = _way_of(resolved, alone=alone)
                 return _trained(resolved, tracked, on_progress, way)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +70,16 @@ def start_lone_worker(experiment: Experiment) -> None:
     """Start the process of a run that comes soon: it imports what it needs meanwhile."""
     if not _waiting:
         _waiting.append(_started_actor(experiment))
+
+
+@contextmanager
+def no_worker_left() -> Iterator[None]:
+    """End a worker that the block has found nothing to do for: it would hold CPUs and memory."""
+    try:
+        yield
+    finally:
+        while _waiting:
+            _end(_waiting.pop())
 
 
 def fit_by_lone_worker(
@@ -135,9 +145,13 @@ def _is_done(given: WorkerInput, watcher: RunMonitor) -> bool:
         given.inbox.put(RanksFailed({"rank 0": cause_of(error)}))
         return False
     finally:
-        with suppress(RayError):
-            ray.kill(actor)
+        _end(actor)
     return True
+
+
+def _end(actor: Any) -> None:
+    with suppress(RayError):
+        ray.kill(actor)
 
 
 def _started_actor(experiment: Experiment) -> Any:

@@ -110,6 +110,20 @@ def test_failures_that_are_too_many_end_it(monkeypatch: pytest.MonkeyPatch) -> N
         fitted(monkeypatch, [])
 
 
+def test_a_worker_that_is_given_nothing_to_do_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(lone_worker, "ray", SimpleNamespace(kill=ended.append))
+    monkeypatch.setattr(lone_worker, "_started_actor", lambda _: "worker")
+    config = resolved().config
+    with lone_worker.no_worker_left():
+        lone_worker.start_lone_worker(config)
+        lone_worker.start_lone_worker(config)  # there is one
+    assert ended == ["worker"]
+    with lone_worker.no_worker_left():
+        """There is none."""
+    assert ended == ["worker"]
+
+
 def test_a_checkpoint_is_kept_once_the_driver_has_written_what_came_before(tmp_path: Path) -> None:
     put: list[Any] = []
     inbox = lone_worker._Inbox(SimpleNamespace(put=put.append))
