@@ -27,6 +27,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import ray_logging, ray_reaper, ray_token
+from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.placement import nodes, selectors_of, shown
 from simclr_ray.errors import ClusterError, last_line
 
@@ -150,6 +151,8 @@ def _init_marked(**options: Any) -> None:
     mark = uuid.uuid4().hex
     reaper = ray_reaper.start(mark)
     os.environ[ray_reaper.MARK] = mark
+    added = {k: v for k, v in one_arena().items() if k not in os.environ}  # for its processes
+    os.environ.update(added)
     try:
         with _groups_of_their_own():
             session = str(init(**options).address_info["session_dir"])
@@ -157,7 +160,8 @@ def _init_marked(**options: Any) -> None:
             with contextlib.suppress(OSError):
                 reaper.write(session.encode())
     finally:
-        del os.environ[ray_reaper.MARK]  # what this process itself starts is none of Ray
+        for name in (ray_reaper.MARK, *added):  # what this process itself starts is none of Ray
+            del os.environ[name]
         if reaper:
             with contextlib.suppress(OSError):
                 reaper.close()

@@ -29,8 +29,7 @@ from simclr_ray.evaluation.sampling import sample_rows
 from simclr_ray.nn.precision import Precision, autocast, evaluating
 
 DECODE_THREADS: Final = 8  # Pillow decodes and resizes outside the interpreter lock
-# Images of a task of such a thread: 32-px images one by one take longer than in one thread, 1.5 of
-# that time together.
+# Images of a task of such a thread, at most: a task costs as much as to decode a 32-px image.
 DECODED_TOGETHER: Final = 32
 # Images of a forward pass on a CPU, a thread: what a layer makes of 512 is read back from memory,
 # of 64 from the processor's cache. Measured (ResNet-10, width 0.25, 32 px): 0.42 of the time of
@@ -225,10 +224,10 @@ def _views(rows: RowTable, size: int, decoder: ImageDecoder) -> list[Pixels | st
     def made(images: Sequence[bytes | None]) -> list[Pixels | str]:
         return [view_or_reason(image, size, decoder) for image in images]
 
-    parts = [
-        rows.images[first : first + DECODED_TOGETHER]
-        for first in range(0, len(rows.images), DECODED_TOGETHER)
-    ]
     threads = min(DECODE_THREADS, os.cpu_count() or 1)
+    together = max(1, min(DECODED_TOGETHER, -(-len(rows.images) // threads)))
+    parts = [
+        rows.images[first : first + together] for first in range(0, len(rows.images), together)
+    ]
     with ThreadPoolExecutor(threads) as pool:
         return [view for views in pool.map(made, parts) for view in views]

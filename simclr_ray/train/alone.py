@@ -22,7 +22,7 @@ from simclr_ray.train.rollback import Rollbacks, kept_by_ray
 from simclr_ray.train.tracked import Tracked
 from simclr_ray.train.worker import TrainWorker, WorkerInput
 
-# How a resolved run is trained to its end, or until a stop: by Ray Train, or alone.
+# How a resolved run is trained to its end, or until a stop: here, or by workers that Ray starts.
 Fit = Callable[[ResolvedExperiment, Tracked, OnProgress | None, HealthWatch, Rollbacks], None]
 
 

@@ -71,7 +71,7 @@ class TrainContext(Protocol):
 
 
 class LoneContext:
-    """The one rank of a run, in its driver's process, on CPU.
+    """The one rank of a run, on CPU, in its driver's process where no subclass says otherwise.
 
     It makes its views itself, between the steps, as if no other core were its own.
 

@@ -35,7 +35,7 @@ from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.frozen import fit_frozen
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.identity import is_new, newest_checkpoint, runs_of_this_name
-from simclr_ray.train.lone_worker import (
+from simclr_ray.train.lone_fit import (
     fit_by_lone_worker,
     no_worker_left,
     takes_lone_worker,

@@ -18,7 +18,7 @@ from simclr_ray.data.ray_tasks import start_stats_actor
 from simclr_ray.distributed.ray_cluster import check_machine, connect, is_local
 from simclr_ray.tracking.store import first_contact
 from simclr_ray.train.disk_space import check_space
-from simclr_ray.train.lone_worker import start_lone_worker, takes_lone_worker
+from simclr_ray.train.lone_fit import start_lone_worker, takes_lone_worker
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.tracked import open_tracker
 

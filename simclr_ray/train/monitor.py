@@ -1,4 +1,4 @@
-"""What Ray Train's workers report, taken by a thread of the driver.
+"""What workers of other processes report, taken by a thread of the driver.
 
 MLflow is not waited for: a sender of its own reads the log (`train/tracked.py`).
 """
@@ -16,6 +16,7 @@ import ray
 from ray.util.queue import Empty
 
 from simclr_ray.distributed.ray_cluster import PickledQueue
+from simclr_ray.errors import RunError, last_line
 from simclr_ray.storage.rank_states import RANKS, RankStates
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.recorder import OnProgress, RunRecorder
@@ -61,11 +62,15 @@ class RunMonitor(RunRecorder):
     def _watch(self) -> None:
         while True:
             last = self._stop.is_set()  # read before draining: nothing put before is missed
-            with self.ended_by_errors():
-                self.take_all(self._drain() if last else self._arrived())
-                if not last:
-                    self.ranks.look()
-                self._write_ranks(last=last)
+            try:
+                with self.ended_by_errors():
+                    self.take_all(self._drain() if last else self._arrived())
+                    if not last:
+                        self.ranks.look()
+                    self._write_ranks(last=last)
+            except Exception as error:  # noqa: BLE001 - of `on_progress`: nobody else would hear of it
+                cause = f"{type(error).__name__}: {last_line(error)}"
+                self._end(RunError(f"what watches the run has failed: {cause}"))
             if last:
                 return
 

@@ -15,21 +15,14 @@ from simclr_ray.data.source import Source
 from simclr_ray.data.stream import stream
 from simclr_ray.train.context import Upload
 from simclr_ray.train.heartbeat import Inbox, RankStarted
-from simclr_ray.train.worker import TrainWorker, WorkerInput, tell_final
+from simclr_ray.train.worker import WorkerInput, train_rank
 
 SYNC, ASYNC = ray.train.CheckpointUploadMode.SYNC, ray.train.CheckpointUploadMode.ASYNC
 
 
 def train_loop_per_worker(config: dict[str, WorkerInput]) -> None:
-    """Train on one rank; an error that no restart can mend is sent to the driver first."""
-    worker_input = config["input"]
-    try:
-        worker = TrainWorker(worker_input, RayContext())
-        worker.run()
-        worker.heartbeat.stop()
-    except Exception as error:
-        tell_final(worker_input.inbox, error)
-        raise
+    """Train on one rank; Ray Train calls it in each worker."""
+    train_rank(config["input"], RayContext())
 
 
 class RayContext:

@@ -60,8 +60,19 @@ class WorkerInput(NamedTuple):
     rollbacks: Rollbacks = Rollbacks()
 
 
+def train_rank(given: WorkerInput, context: TrainContext) -> None:
+    """Train on one rank; an error that no restart can mend is sent to the driver first."""
+    try:
+        worker = TrainWorker(given, context)
+        worker.run()
+        worker.heartbeat.stop()
+    except Exception as error:
+        tell_final(given.inbox, error)
+        raise
+
+
 def tell_final(inbox: Inbox, error: BaseException) -> None:
-    """Send the driver an error that no restart mends; of others Ray tells it."""
+    """Send the driver an error that no restart mends; others it hears of by Ray."""
     ours = final_error(error)
     if ours is not None:
         inbox.put(ours)

@@ -120,7 +120,9 @@ def test_a_worker_that_fails_too_often_ends_the_run_by_its_cause(folder: Path) -
     driver = Driver(experiment(folder, "again", max_failures=1))
     driver.wait(lambda: driver.step >= 4)
     killed: set[int] = set()
+    deadline = time.monotonic() + WAIT_S
     while driver.process.poll() is None:
+        assert time.monotonic() < deadline, driver.said.read_text()
         worker = driver.roles().get("LoneWorker")
         if worker and worker.pid not in killed:
             worker.kill()
@@ -132,3 +134,17 @@ def test_a_worker_that_fails_too_often_ends_the_run_by_its_cause(folder: Path) -
     last = said.splitlines()[-1]
     assert "without a further checkpoint (scaling.max_failures=1), last rank 0: " in last
     assert last.endswith("the same command goes on from there")
+
+
+@pytest.mark.long
+def test_a_worker_that_stands_still_is_ended_and_the_run_goes_on(
+    folder: Path, expected: dict[int, float]
+) -> None:
+    driver = Driver(experiment(folder, "stopped", stalled_s=22.0))
+    driver.wait(lambda: driver.step >= 4)
+    driver.roles()["LoneWorker"].send_signal(signal.SIGSTOP)
+    driver.wait(lambda: "has not answered for" in driver.said.read_text())
+    driver.wait(lambda: "is ended, and the run goes on" in driver.said.read_text())
+    assert driver.end() == 0, driver.said.read_text()
+    assert "Traceback" not in driver.said.read_text()
+    assert losses_of(Path(driver.folder.uri)) == expected

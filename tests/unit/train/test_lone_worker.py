@@ -7,13 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import DivergedError, RestartsError, RunError, SimclrRayError
 from simclr_ray.storage.metrics_log import append_record
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
-from simclr_ray.train import lone_worker
+from simclr_ray.train import lone_fit
 from simclr_ray.train.heartbeat import RanksFailed
+from simclr_ray.train.lone_worker import StoredInbox
 
 FROZEN = (
     "init.weights=w.pt",
@@ -48,8 +50,8 @@ def test_only_one_cpu_worker_of_this_machine_alone_is_one(
     is_local: bool,
     takes: bool,
 ) -> None:
-    monkeypatch.setattr(lone_worker, "is_local", lambda: is_local)
-    assert lone_worker.takes_lone_worker(resolved(*overrides, local=local)) is takes
+    monkeypatch.setattr(lone_fit, "is_local", lambda: is_local)
+    assert lone_fit.takes_lone_worker(resolved(*overrides, local=local)) is takes
 
 
 class Watcher:
@@ -72,20 +74,20 @@ class Watcher:
         Watcher.has_said = True
 
 
-def fitted(monkeypatch: pytest.MonkeyPatch, ends: list[bool | SimclrRayError]) -> None:
+def fitted(monkeypatch: pytest.MonkeyPatch, ends: list[bool | Exception]) -> None:
     """Train by workers that end so, one after the other."""
 
-    def is_done(*_: object) -> bool:
+    def train_once(*_: object) -> bool:
         end = ends.pop(0)
-        if isinstance(end, SimclrRayError):
+        if isinstance(end, Exception):
             raise end
         return end
 
     nothing: Any = None
-    monkeypatch.setattr(lone_worker, "driver_queue", lambda: None)
-    monkeypatch.setattr(lone_worker, "_Monitor", Watcher)
-    monkeypatch.setattr(lone_worker, "_is_done", is_done)
-    lone_worker.fit_by_lone_worker(nothing, nothing, nothing, nothing, nothing)
+    monkeypatch.setattr(lone_fit, "driver_queue", lambda: None)
+    monkeypatch.setattr(lone_fit, "_Monitor", Watcher)
+    monkeypatch.setattr(lone_fit, "_train_once", train_once)
+    lone_fit.fit_by_lone_worker(nothing, nothing, nothing, nothing, nothing)
     assert not ends
 
 
@@ -112,31 +114,32 @@ def test_failures_that_are_too_many_end_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_worker_that_is_given_nothing_to_do_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(lone_worker, "ray", SimpleNamespace(kill=ended.append))
-    monkeypatch.setattr(lone_worker, "_started_actor", lambda _: "worker")
+    monkeypatch.setattr(lone_fit, "ray", SimpleNamespace(kill=ended.append))
+    monkeypatch.setattr(lone_fit, "_started_worker", lambda _: "worker")
     config = resolved().config
-    with lone_worker.no_worker_left():
-        lone_worker.start_lone_worker(config)
-        lone_worker.start_lone_worker(config)  # there is one
+    with lone_fit.no_worker_left():
+        lone_fit.start_lone_worker(config)
+        lone_fit.start_lone_worker(config)  # there is one
     assert ended == ["worker"]
-    with lone_worker.no_worker_left():
+    with lone_fit.no_worker_left():
         """There is none."""
     assert ended == ["worker"]
 
 
 def test_a_checkpoint_is_kept_once_the_driver_has_written_what_came_before(tmp_path: Path) -> None:
     put: list[Any] = []
-    inbox = lone_worker._Inbox(SimpleNamespace(put=put.append))
+    inbox = StoredInbox(SimpleNamespace(put=put.append))
     assert inbox.is_stored(tmp_path)  # nothing was said
     record, row = {"step": 7, "train/loss": 2.5}, {"step": 7, "id": 3, "reason": "truncated"}
     for item in (record, row, RanksFailed({})):
         inbox.put(item)
     assert put == [record, row, RanksFailed({})]
     assert not inbox.is_stored(tmp_path)
-    append_record(tmp_path / BAD_ROWS, row)
     append_record(tmp_path / METRICS, {"step": 7, "train/gradient": 1.0})
     assert not inbox.is_stored(tmp_path)
     append_record(tmp_path / METRICS, record)
+    assert not inbox.is_stored(tmp_path)  # no row was bad before: there is no such file
+    append_record(tmp_path / BAD_ROWS, row)
     assert inbox.is_stored(tmp_path)
     other = row | {"id": 4}
     inbox.put(other)
@@ -144,6 +147,13 @@ def test_a_checkpoint_is_kept_once_the_driver_has_written_what_came_before(tmp_p
     append_record(tmp_path / BAD_ROWS, other)
     append_record(tmp_path / BAD_ROWS, row | {"id": 5})
     assert inbox.is_stored(tmp_path)
+
+
+def test_where_ray_itself_is_gone_the_same_command_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(RestartsError, match=r"Ray has ended the run: .*the same command goes on"):
+        fitted(monkeypatch, [RayError("the queue has died")])
 
 
 def test_without_restarts_its_error_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

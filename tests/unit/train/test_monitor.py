@@ -17,6 +17,7 @@ from simclr_ray.errors import (
     CollapseError,
     DivergedError,
     RestartsError,
+    RunError,
     SimclrRayError,
     TooManyBadImages,
 )
@@ -26,6 +27,7 @@ from simclr_ray.storage.run_folder import BAD_ROWS
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import Beat, RanksFailed, RankStarted
 from simclr_ray.train.monitor import RunMonitor
+from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
 from simclr_ray.train.tracked import open_tracker, tracked_run
 from tests.ray.images import write_shapes
@@ -58,14 +60,16 @@ def resolved(folder: Path, *overrides: str) -> ResolvedExperiment:
     return resolve(Experiment.load("cifar10_study_cpu", *changes, "data.test=''", *overrides))
 
 
-def fate(run: ResolvedExperiment, items: list[Any]) -> SimclrRayError | None:
+def fate(
+    run: ResolvedExperiment, items: list[Any], on_progress: OnProgress | None = None
+) -> SimclrRayError | None:
     """Return what ends a run whose workers send these items at once."""
     inbox: Any = Inbox()
     for item in items:
         inbox.put(item)
     with tracked_run(run, open_tracker(run)) as tracked:
         health = HealthWatch(run.config, run.warmup_steps)
-        watcher = RunMonitor(inbox, tracked, None, run, health)
+        watcher = RunMonitor(inbox, tracked, on_progress, run, health)
         with watcher:
             pass
         watcher.say_bad_rows()
@@ -124,6 +128,17 @@ def test_restarts_without_a_further_checkpoint_end_a_run(
     error = fate(run, [failed] * 3)
     assert isinstance(error, RestartsError)
     assert error.exit_code == 75
+
+
+def test_what_fails_in_the_thread_ends_the_run_by_its_cause(tmp_path: Path) -> None:
+    """Nobody would write the log any more, and a worker may wait for that."""
+
+    def show(record: dict[str, float]) -> None:
+        raise KeyError("images_per_s")
+
+    error = fate(resolved(tmp_path), [{"step": 1, "epoch": 0.1, "total": 9}], show)
+    assert isinstance(error, RunError)
+    assert str(error) == "what watches the run has failed: KeyError: 'images_per_s'"
 
 
 def test_where_the_ranks_stand_is_in_the_run_folder_while_they_train(
