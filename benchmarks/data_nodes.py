@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.record import RESULTS
-from simclr_ray.data.stream import BATCHES_AHEAD
+from simclr_ray.data.ahead import BATCHES_AHEAD
 
 CAPACITIES: Final = (0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 3.0)  # made, of what the GPUs take
 ACTORS: Final = (16, 256)  # of a run: 4 and 32 workers' in the shipped presets

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from simclr_ray.augment.decode import COLOR, ImageDecoder, ImageError, Pixels, shown_as_rgb
+from simclr_ray.data.ahead import ahead
 from simclr_ray.data.alignment import SIDE, Floats
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.decoding import ValueRange, read_channel_ranges, read_value_range
@@ -219,7 +220,7 @@ def look(source: Source, decoder: ImageDecoder, tell: OnProgress, name: str = ""
     pixels, encoded = [b""] * m, [b""] * m
     paths: list[str | None] = [None] * m
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first, table in _ahead(source):
+        for first, table in ahead(_groups(source), 1):
             rows = range(first, first + len(table.images))
             ids[first : rows.stop] = table.ids
             if table.paths is not None:
@@ -282,15 +283,10 @@ def _histogram(pixels: Pixels, shown: Image.Image) -> Int64s:
     return np.stack([np.bincount(plane.ravel(), minlength=256) for plane in planes])
 
 
-def _ahead(source: Source) -> Iterator[tuple[int, RowTable]]:
-    """Yield the row groups with their first rows; the next is read meanwhile."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(source.read_group, 0, labels=False)
-        for index, group in enumerate(source.row_groups):
-            table = coming.result()
-            if index + 1 < len(source.row_groups):
-                coming = reader.submit(source.read_group, index + 1, labels=False)
-            yield group.first_row, table
+def _groups(source: Source) -> Iterator[tuple[int, RowTable]]:
+    """Yield the row groups with their first rows."""
+    for index, group in enumerate(source.row_groups):
+        yield group.first_row, source.read_group(index, labels=False)
 
 
 def _range(name: str, counts: Int64s) -> ChannelRange:

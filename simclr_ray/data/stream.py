@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import name_process
-from simclr_ray.data.ahead import ahead
+from simclr_ray.data.ahead import BATCHES_AHEAD, ahead
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import (
     BatchBuilder,
@@ -50,7 +50,6 @@ MAX_BLOCKS, STEPS_PER_BLOCK = 64, 1000
 # they hold; what is decoded in a call is in memory together; and what waits in the actor is not
 # there for the next step.
 CALL_BYTES, HAND_OVER_BYTES = 4 * 2**20, 16 * 2**20
-BATCHES_AHEAD = 2
 LOOP_PAUSE_S = (0.01, 0.25)  # least and most
 T = TypeVar("T")
 COLUMNS = ("about", "ids", "pixels")

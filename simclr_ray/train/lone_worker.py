@@ -12,7 +12,7 @@ from typing import Any, Final
 import ray
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.ahead import ahead, started
+from simclr_ray.data.ahead import BATCHES_AHEAD, ahead, started
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.source import Source
 from simclr_ray.storage.metrics_log import newest_record, read_records
@@ -22,7 +22,6 @@ from simclr_ray.train.heartbeat import Inbox, RankStarted
 from simclr_ray.train.rollback import kept_by_ray
 from simclr_ray.train.worker import WorkerInput, train_rank
 
-BATCHES_AHEAD: Final = 2
 STORED_S: Final = 0.005  # so often, whether the driver has written its log
 STORED_MOST_S: Final = 10.0  # a driver that is killed is outlived by less
 log = logging.getLogger(__name__)
