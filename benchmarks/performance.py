@@ -202,6 +202,17 @@ def _remote(result: Result) -> str:
     )
 
 
+def _cold_start(result: Result) -> str:
+    named = {"this": "this commit", "other": f"at {result.get('other_commit', '')}"}
+    keys = ("first_s", "all_s", "cpu_s")
+    rows = [(named[name], *(of[key] for key in keys)) for name, of in result["median"].items()]
+    heads = ("code", "first report, s", "exit, s", "processor time of the machine, s")
+    runs = [run for of in result["runs"].values() for run in of]
+    same = all(run["scores"] == runs[0]["scores"] for run in runs)
+    scores = "All scores are equal." if same else "Scores differ in the last digits."
+    return f"{_table(heads, rows)}\n{len(runs)} runs in turns. {scores}\n"
+
+
 def _gpu(result: Result) -> str:
     shown = {name: result[name] for name in ("parity", "loss", "views", "step") if name in result}
     parts = [f"```json\n{json.dumps({k: v}, indent=1)}\n```" for k, v in shown.items()]
@@ -287,6 +298,13 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., str], str], ...] = (
         _collectives,
         "What a batch-norm-sized exchange between two processes of one machine adds to a block of "
         "arithmetic.",
+    ),
+    (
+        "Cold start",
+        ("cold_start",),
+        _cold_start,
+        "`simclr-ray pretrain` on one CPU worker with nothing kept of earlier runs: 16 steps of "
+        "256 CIFAR-10 images, then the scores of the encoder, the untrained one and raw pixels.",
     ),
     (
         "GPU",
