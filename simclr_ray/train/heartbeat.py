@@ -73,7 +73,7 @@ class RankFinished(NamedTuple):
 
 
 class RanksFailed(NamedTuple):
-    """What has ended by an error, such as `rank 1` -> the last line of it; Ray starts all anew."""
+    """What has ended by an error, such as `rank 1` -> the last line of it; all start again."""
 
     causes: Mapping[str, str]
 
@@ -213,7 +213,7 @@ class RankWatch:
         self._without = time.monotonic()
 
     def look(self) -> None:
-        """Say what is wrong, once; end the ranks that are stuck, so that Ray starts all again."""
+        """Say what is wrong, once; end the ranks that are stuck, so that all start again."""
         now = time.monotonic()
         if not self._ranks:
             self._say_what_lacks(now)

@@ -167,7 +167,7 @@ class RunRecorder:
         self._kept = kept
         who, cause = next(iter(failed.causes.items()), ("a rank", "for no reason given"))
         if self._restarts > most:
-            if most:  # without restarts Ray itself ends the run
+            if most:  # without restarts whoever started it ends the run
                 self._end(
                     RestartsError(
                         f"failed {self._restarts} times after step {kept:,} without a further "

@@ -222,7 +222,7 @@ class TrainWorker:
         try:
             self.folder.put_checkpoint(written, name)
         except BaseException as error:
-            if final_error(error) is not None:  # of others Ray may try again with the same files
+            if final_error(error) is not None:  # after others Ray tries the same files again
                 shutil.rmtree(written, ignore_errors=True)
                 tell_final(self.inbox, error)  # one beside the steps raises in no caller of ours
             raise
