@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import RunError, SimclrRayError, last_line
+from simclr_ray.errors import last_line
 from simclr_ray.train.context import LoneContext
-from simclr_ray.train.failures import final_error
+from simclr_ray.train.failures import end_of_run
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import Beat, RanksFailed
 from simclr_ray.train.recorder import OnProgress, RunRecorder
@@ -85,10 +85,8 @@ def fit_alone(
 def _count(recorder: RunRecorder, experiment: Experiment, error: Exception) -> None:
     """Note that a rank has failed; raise where that is the end."""
     if recorder.fatal is None:
-        ours: SimclrRayError | None = final_error(error)
         cause = f"{type(error).__name__}: {last_line(error)}"  # Ray's errors name theirs themselves
-        if ours is None and not experiment.scaling.max_failures:
-            ours = RunError(f"training failed: {cause}")
+        ours = end_of_run(error, cause, experiment.scaling.max_failures)
         recorder.take(ours or RanksFailed({"rank 0": cause}))
     if recorder.fatal is not None:
         raise recorder.fatal from error

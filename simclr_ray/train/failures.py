@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ray.exceptions import OutOfDiskError, OutOfMemoryError, RayTaskError
 
-from simclr_ray.errors import SimclrRayError, StorageError, last_line
+from simclr_ray.errors import RunError, SimclrRayError, StorageError, last_line
 from simclr_ray.storage.space import OF_THE_DISK, error_number, storage_error
 
 MOST_MEMORY = re.compile(
@@ -31,6 +31,20 @@ def final_error(error: BaseException) -> SimclrRayError | None:
     No restart mends either.
     """
     return unwrap_error(error) or _of_a_full_disk(error)
+
+
+def end_of_run(error: BaseException, cause: str, max_failures: int) -> SimclrRayError | None:
+    """Return what a run ends by where its only rank fails so; None: the rank starts again.
+
+    Args:
+        error: That it failed by.
+        cause: The same in words.
+        max_failures: `scaling.max_failures`; 0: it does not start again.
+    """
+    ours = final_error(error)
+    if ours is None and not max_failures:
+        return RunError(f"training failed: {cause}")
+    return ours
 
 
 def root_failure(error: BaseException) -> BaseException:

@@ -23,10 +23,10 @@ from ray.exceptions import RayError
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.distributed.ray_cluster import driver_queue, is_local
-from simclr_ray.errors import RestartsError, RunError, SimclrRayError
+from simclr_ray.errors import RestartsError, SimclrRayError
 from simclr_ray.train import stop
 from simclr_ray.train.alone import can_train_alone
-from simclr_ray.train.failures import cause_of, final_error
+from simclr_ray.train.failures import cause_of, end_of_run
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.lone_worker import LoneWorker
@@ -153,12 +153,11 @@ def _train_once(given: WorkerInput, watcher: _Monitor) -> bool:
                 return False
         ray.get(trained)
     except RayError as error:
-        ours = final_error(error)
-        if ours is None and not config.scaling.max_failures:
-            ours = RunError(f"training failed: {cause_of(error)}")
+        cause = cause_of(error)
+        ours = end_of_run(error, cause, config.scaling.max_failures)
         if ours is not None:
             raise ours from error
-        watcher.count(RanksFailed({"rank 0": cause_of(error)}))
+        watcher.count(RanksFailed({"rank 0": cause}))
         return False
     finally:
         _end(worker, pid)
