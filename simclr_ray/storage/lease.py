@@ -50,6 +50,7 @@ POLL_S: Final = 1.0
 MOST_LEASES: Final = 3
 HOLDS, WANTS = "holds", "wants"
 TAKEN, CLOCK = ".taken", ".clock"  # ends of names of what is no claim
+HIDDEN: Final = "."  # begins the name of a file that is being written to a disk
 log = logging.getLogger(__name__)
 _mine: dict[tuple[str, int], Lease] = {}  # by folder and thread
 
@@ -131,7 +132,7 @@ class ClaimStore:
         names = {entry.base_name for entry in entries}
         claims = []
         for entry in entries:
-            if not entry.base_name.endswith((TAKEN, CLOCK)):
+            if not entry.base_name.endswith((TAKEN, CLOCK)) and entry.base_name[0] != HIDDEN:
                 with suppress(FileNotFoundError):  # gone again
                     claims.append(self._read(entry, is_taken=entry.base_name + TAKEN in names))
         return claims
@@ -143,7 +144,7 @@ class ClaimStore:
                 tree = json.loads(stream.read())
         except FileNotFoundError:
             raise
-        except (OSError, ValueError) as error:  # on a disk it may be half written
+        except (OSError, ValueError) as error:
             log.debug("%s cannot be read: %s", entry.path, one_line(error))
         tree = tree if isinstance(tree, dict) else {}
         state, who = str(tree.get("state", HOLDS)), str(tree.get("who", "another process"))
@@ -203,10 +204,15 @@ class ClaimStore:
         return written
 
     def _put(self, name: str, tree: dict[str, str]) -> None:
-        if is_local(self.files):  # a bucket has no folders
+        path, is_disk = f"{self.place}/{name}", is_local(self.files)
+        if is_disk:  # a bucket has no folders
             self.files.create_dir(self.place, recursive=True)
-        with self.files.open_output_stream(f"{self.place}/{name}") as stream:
+        # On a disk a file is seen while it is written, and half of a claim names nobody.
+        beside = f"{self.place}/{HIDDEN}{uuid.uuid4().hex}.{name}" if is_disk else path
+        with self.files.open_output_stream(beside) as stream:
             stream.write(json.dumps(tree).encode())
+        if is_disk:
+            self.files.move(beside, path)
 
 
 class Lease:

@@ -169,6 +169,24 @@ def held_by_me(uri: str) -> bool:
         return f"process {os.getpid()}" in holder_of(uri)
 
 
+def test_a_claim_is_read_whole_while_it_is_renewed(tmp_path: Path) -> None:
+    store = ClaimStore(pafs.LocalFileSystem(), str(tmp_path))
+    store.write("a", "holds")
+    ends = threading.Event()
+
+    def renew() -> None:
+        while not ends.is_set():
+            store.write("a", "holds")
+
+    with ThreadPoolExecutor(1) as pool:
+        renewing = pool.submit(renew)
+        seen = {(claim.name, claim.who) for _ in range(500) for claim in store.claims()}
+        ends.set()
+        renewing.result()
+    (seen_once,) = seen
+    assert seen_once[1].startswith(f"process {os.getpid()} on ")
+
+
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_machine_whose_clock_is_off_takes_nobodys_folder(tmp_path: Path, hours: int) -> None:
     uri = tmp_path.as_uri()
