@@ -335,7 +335,7 @@ def build_plan(experiment: Experiment, source: Source) -> BatchPlan:
 def local_batches(
     experiment: Experiment, source: Source, steps: range, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[Batch]:
-    """Yield this rank's batches of `steps`, made in this process: for tests and lone machines."""
+    """Yield this rank's batches of `steps`, made in this process: for tests and one machine."""
     places = partition(experiment.batch_size, rank, num_ranks)
     plan, views = build_plan(experiment, source), view_builder(experiment)
     builder = BatchBuilder(

@@ -45,8 +45,8 @@ from simclr_ray.studies.trial_runner import Job
 from simclr_ray.studies.trials import plan
 from simclr_ray.studies.tune import run_trials
 from simclr_ray.tracking.runs import TrackedRun, Tracker
-from simclr_ray.train.alone import can_train_alone
 from simclr_ray.train.head_start import with_cluster
+from simclr_ray.train.in_process import can_train_in_process
 
 LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment
 
@@ -58,7 +58,7 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
         study: What to run.
         command: The command line, to be shown in the report.
         isolated: Have each trial, and all that it starts, in processes of its own. Else those
-            that one process can train (`can_train_alone`) share processes, one after the other.
+            that one process can train (`can_train_in_process`) share processes, in turn.
 
     Raises:
         ConfigError: A trial cannot be, or the name is taken by another definition.
@@ -91,8 +91,8 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
                 is_complete=False,
             )
             are_small = can_share_processes(trials)
-            alone = are_small and not isolated
-            job = Job(study, folder.files.storage, folder.files.name, parent.run_id, alone)
+            in_process = are_small and not isolated
+            job = Job(study, folder.files.storage, folder.files.name, parent.run_id, in_process)
             # of larger encoders and sets they would take the head of a cluster for an hour
             baselines = StudyBaselines(study, base, folder) if are_small else None
             if run_trials(job, tree, trials, concurrency):
@@ -181,7 +181,7 @@ def start_cluster(study: Study, trials: Sequence[Trial]) -> Concurrency:
 
 def can_share_processes(trials: Sequence[Trial]) -> bool:
     """Return whether each of some trials can be trained by one process, after another."""
-    return all(can_train_alone(trial.experiment) for trial in trials)
+    return all(can_train_in_process(trial.experiment) for trial in trials)
 
 
 def shared_cores(trials: Sequence[Trial]) -> float:

@@ -54,7 +54,7 @@ class Job(NamedTuple):
     storage: str
     name: str
     parent_run: str  # MLflow run of the study
-    alone: bool = False  # trials train in the process that reports them
+    in_process: bool = False  # trials train in the process that reports them
 
     @property
     def folder(self) -> StudyFolder:
@@ -114,7 +114,7 @@ def _train_and_evaluate(
         check()
 
     watch.replay(resolved.folder.read_text(METRICS) or "")
-    run = train_resolved(resolved, on_progress=watched, alone=job.alone)
+    run = train_resolved(resolved, on_progress=watched, in_process=job.in_process)
     return _evaluated(job.study, resolved.config, run)
 
 

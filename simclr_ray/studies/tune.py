@@ -94,14 +94,14 @@ def run_trials(
 
     named = _Names(trial_of, is_searched=searched)
     ends = None
-    if study.scheduler.name != "none" and not job.alone:
+    if study.scheduler.name != "none" and not job.in_process:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         ends = ray.remote(num_cpus=0)(Ends).options(scheduling_strategy=here).remote()
     watch = _Driver(study, folder, trial_of, ends)
     queue = None if searched else TrialQueue(concurrency, len(todo))
     names = {"trial": tune.grid_search(list(todo))}
     cpus, restarts = DRIVER_CPUS, 0  # Ray Train's own
-    if job.alone:  # what would be a worker's and its data actor's, and how often it may die
+    if job.in_process:  # what would be a worker's and its data actor's, and how often it may die
         cpus = concurrency.scaling.num_cpus
         restarts = concurrency.scaling.max_failures
     with _quiet(), nullcontext() if queue is None else queue:
@@ -115,7 +115,7 @@ def run_trials(
                 search_alg=optuna_search(study) if queue is None else queue,
                 num_samples=study.search.trials if searched else 1,
                 max_concurrent_trials=concurrency.now if queue is None else None,
-                reuse_actors=job.alone,
+                reuse_actors=job.in_process,
                 trial_name_creator=named,
                 trial_dirname_creator=named,
             ),

@@ -1,9 +1,9 @@
 """One trial as Ray Tune's actor sees it: it has the run made, and reports the run's epoch ends.
 
-An actor serves trial after trial. Where one process is enough for a trial (`train/alone.py`) it
-trains and evaluates in the actor itself, which has all imported and keeps images decoded: starting
-processes for it takes longer than the trial. Else, and where trials are to be isolated, each is a
-task of Ray's own, and the actor only reports.
+An actor serves trial after trial. Where one process is enough for a trial (`train/in_process.py`)
+it trains and evaluates in the actor itself, which has all imported and keeps images decoded:
+starting processes for it takes longer than the trial. Else, and where trials are to be isolated,
+each is a task of Ray's own, and the actor only reports.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def report_trial(job: Job, trial: Trial, ends: Any) -> None:
     else:
         reported_epoch = last  # nobody compares
     if stored is None or not is_final:
-        run = _run_here if job.alone else _run
+        run = _run_here if job.in_process else _run
         stored = run(job, trial, reported_epoch, ends)
     if stored.status == "stopped":
         return  # by other trials than those of now; it is not trained again

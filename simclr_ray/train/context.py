@@ -1,8 +1,8 @@
-"""Where a rank runs and how its checkpoints are kept: what `TrainWorker` asks, and one rank alone.
+"""Where a rank runs and how its checkpoints are kept: what `TrainWorker` asks, and a single rank.
 
 `TrainWorker` is the same everywhere. Ray Train's worker is one of R (`ray_worker`); the only one of
-a run needs nothing of Ray Train: it is its driver's own process (`alone`), or one of Ray's, on the
-driver's machine (`lone_worker`).
+a run needs nothing of Ray Train: it is its driver's own process (`in_process`), or one of Ray's on
+the driver's machine (`single_worker`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class TrainContext(Protocol):
         ...
 
 
-class LoneContext:
+class SingleRankContext:
     """The one rank of a run, on CPU, in its driver's process where no subclass says otherwise.
 
     It makes its views itself, between the steps, as if no other core were its own.

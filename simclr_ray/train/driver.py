@@ -1,7 +1,7 @@
 """Pretraining: workers that run the loop, and the driver that watches them.
 
 The driver's side: it checks the experiment against data and cluster, has workers started
-(`ray_fit`, `lone_worker`), writes what they report to the run's folder and to MLflow, and shows
+(`ray_fit`, `single_worker`), writes what they report to the run's folder and to MLflow, and shows
 it. A run has one name, made of the experiment and the images' fingerprint, so the same command
 continues it.
 """
@@ -30,20 +30,20 @@ from simclr_ray.storage.space import OF_THE_DISK, writing
 from simclr_ray.tracking.store import store_uri
 from simclr_ray.train import stop
 from simclr_ray.train.advice import advise_before_start
-from simclr_ray.train.alone import Fit, fit_alone
 from simclr_ray.train.disk_space import check_space
 from simclr_ray.train.frozen import fit_frozen
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.identity import is_new, newest_checkpoint, runs_of_this_name
-from simclr_ray.train.lone_fit import (
-    fit_by_lone_worker,
-    no_worker_left,
-    takes_lone_worker,
-)
+from simclr_ray.train.in_process import Fit, fit_in_process
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment, enter, init_line
 from simclr_ray.train.rollback import Rollbacks, keeps_good, roll_back
+from simclr_ray.train.single_fit import (
+    fit_by_single_worker,
+    no_worker_left,
+    takes_single_worker,
+)
 from simclr_ray.train.tracked import Tracked, open_tracker, tracked_run
 
 log = logging.getLogger(__name__)
@@ -100,19 +100,19 @@ def pretrain(experiment: Experiment, *, on_progress: OnProgress | None = None) -
 
 
 def train_resolved(
-    resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None, alone: bool = False
+    resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None, in_process: bool = False
 ) -> Run:
     """Train a resolved experiment; otherwise the same as `pretrain`.
 
     Args:
         resolved: What to train.
-        on_progress: As for `pretrain`; alone it is called between two steps, by their thread.
-        alone: In this process, which has what one worker needs; else by workers that Ray starts.
+        on_progress: As for `pretrain`; in process it is called between two steps, by their thread.
+        in_process: In this process, which has what one worker needs; else by workers of Ray's.
     """
     config, folder = resolved.config, resolved.folder
     if config.init.freeze:
         return fit_frozen(resolved)
-    if not alone:
+    if not in_process:
         check_machine(config)
     check_space(resolved)
     with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):
@@ -123,20 +123,20 @@ def train_resolved(
             uri = store_uri(config.tracking.uri, config.storage)
             log.info("opening MLflow at %s", hide_passwords(uri))
             tracker = open_tracker(resolved)  # before the cluster waits
-            if not alone:
+            if not in_process:
                 connect(config)
                 wait_for_room(config)
             with no_worker_left(), tracked_run(resolved, tracker) as tracked:
-                way = _way_of(resolved, alone=alone)
+                way = _way_of(resolved, in_process=in_process)
                 return _trained(resolved, tracked, on_progress, way)
 
 
-def _way_of(resolved: ResolvedExperiment, *, alone: bool) -> Fit:
+def _way_of(resolved: ResolvedExperiment, *, in_process: bool) -> Fit:
     """Return how a run is trained: in this process, by one of Ray's, or by Ray Train's workers."""
-    if alone:
-        return fit_alone
-    if takes_lone_worker(resolved):
-        return fit_by_lone_worker
+    if in_process:
+        return fit_in_process
+    if takes_single_worker(resolved):
+        return fit_by_single_worker
     from simclr_ray.train.ray_fit import fit_by_ray_train  # 1.4 s, of Ray Train and Ray Data
 
     return fit_by_ray_train

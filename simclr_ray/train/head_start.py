@@ -18,8 +18,8 @@ from simclr_ray.data.ray_tasks import start_stats_actor
 from simclr_ray.distributed.ray_cluster import check_machine, connect, is_local
 from simclr_ray.tracking.store import first_contact
 from simclr_ray.train.disk_space import check_space
-from simclr_ray.train.lone_fit import start_lone_worker, takes_lone_worker
 from simclr_ray.train.resolve import ResolvedExperiment
+from simclr_ray.train.single_fit import start_single_worker, takes_single_worker
 from simclr_ray.train.tracked import open_tracker
 
 PATIENCE_S = 15.0  # a store that answers nothing is given up after 10
@@ -49,8 +49,8 @@ def start_cluster(
     with_cluster(
         lambda: connect(resolved.config), lambda: _open(resolved, meanwhile, given_up), given_up.set
     )
-    if takes_lone_worker(resolved):
-        start_lone_worker(resolved.config)
+    if takes_single_worker(resolved):
+        start_single_worker(resolved.config)
     elif is_local():
         start_stats_actor()  # before the first rank asks for it, and waits
 

@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
-from simclr_ray import config as cfg
-from simclr_ray.config.experiment import Experiment
-from simclr_ray.train.resolve import resolve
 from tests.faults.curves import (
     Curve,
     check_equal,
@@ -33,47 +24,13 @@ from tests.faults.curves import (
     tree_of,
     undisturbed,
 )
+from tests.ray.driver import Driver, own_ray
 from tests.ray.images import write_splits
 
 Victim = Literal["worker", "driver"]
 SEEDS: dict[Victim, int] = {"worker": 20, "driver": 10}
 EPOCHS, STEPS = 6, 60
 INTERVAL = 5  # steps between checkpoints
-WAIT_S = 400.0
-
-
-class Pretrain:
-    """A `pretrain` in a process of its own, with a Ray of its own."""
-
-    def __init__(self, config: Path, log: Path) -> None:
-        env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        with log.open("a") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "simclr_ray", "pretrain", str(config)],
-                stdout=out, stderr=out, env=env,
-            )  # fmt: skip
-        self.log = log
-
-    def below(self, part: str = "") -> list[psutil.Process]:
-        """Return the processes that it has started whose command line contains `part`."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if part in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def wait_for(self, until: Callable[[], bool]) -> None:
-        """Return when something holds; an `AssertionError` says that it ended before."""
-        deadline = time.monotonic() + WAIT_S
-        while not until():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
-
-    def end(self) -> None:
-        """Wait until it ends well."""
-        assert self.process.wait(timeout=WAIT_S) == 0, self.log.read_text()
 
 
 def kill_at_random(
@@ -92,26 +49,21 @@ def kill_at_random(
         },  # as `undisturbed`
     }
     config = folder / f"{victim}-{seed}.yaml"
-    config.write_text(cfg.dump_yaml(tree))
-    run_folder = Path(resolve(cfg.validate(Experiment, tree)).folder.uri)
     at = chance.randint(1, STEPS - 6)
     began = time.monotonic()
-    run = Pretrain(config, folder / f"{victim}-{seed}.log")
+    run = Driver(config, tree, own_ray())
+    run_folder = Path(run.folder.uri)
     try:
-        run.wait_for(lambda: last_step(run_folder) >= at)
+        run.wait(lambda: last_step(run_folder) >= at)
         time.sleep(chance.random() * 0.1)
         if victim == "worker":
-            title = "RayTrainWorker" if workers > 1 else "LoneWorker"
-            chance.choice(run.below(title)).kill()
+            title = "RayTrainWorker" if workers > 1 else "SingleWorker"
+            chance.choice([p for p, line in run.below().items() if title in line]).kill()
         else:
-            everything = [*run.below(), psutil.Process(run.process.pid)]
-            for process in reversed(everything):
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            run.process.wait()
-            run = Pretrain(config, run.log)
+            run.kill_all()
+            run = Driver(config, tree, own_ray())
         killed_at = last_step(run_folder)
-        run.end()
+        assert run.end() == 0, run.said
     finally:
         if run.process.poll() is None:
             run.process.send_signal(signal.SIGKILL)

@@ -18,7 +18,7 @@ class Start:
     """A start whose parts are noted, and no cluster."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, *, is_up: bool = False, is_lone: bool = False
+        self, monkeypatch: pytest.MonkeyPatch, *, is_up: bool = False, is_single: bool = False
     ) -> None:
         self.done: list[str] = []
         note = self.done.append
@@ -28,11 +28,11 @@ class Start:
             "connect",
             "open_tracker",
             "start_stats_actor",
-            "start_lone_worker",
+            "start_single_worker",
         ):
             monkeypatch.setattr(head_start, name, lambda *_, name=name: note(name))
         monkeypatch.setattr(head_start, "is_local", lambda: True)
-        monkeypatch.setattr(head_start, "takes_lone_worker", lambda _: is_lone)
+        monkeypatch.setattr(head_start, "takes_single_worker", lambda _: is_single)
         ray = SimpleNamespace(is_initialized=lambda: is_up, shutdown=lambda: note("shutdown"))
         monkeypatch.setattr(head_start, "ray", ray)
 
@@ -53,7 +53,7 @@ def test_the_store_is_opened_while_the_cluster_starts(monkeypatch: pytest.Monkey
 def test_the_only_worker_starts_in_place_of_ray_datas_actor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert Start(monkeypatch, is_lone=True).run()[-1] == "start_lone_worker"
+    assert Start(monkeypatch, is_single=True).run()[-1] == "start_single_worker"
 
 
 def test_what_the_machine_refuses_starts_neither(monkeypatch: pytest.MonkeyPatch) -> None:

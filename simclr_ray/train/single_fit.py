@@ -25,15 +25,15 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.distributed.ray_cluster import driver_queue, is_local
 from simclr_ray.errors import RestartsError, SimclrRayError
 from simclr_ray.train import stop
-from simclr_ray.train.alone import can_train_alone
 from simclr_ray.train.failures import cause_of, end_of_run
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import RanksFailed
-from simclr_ray.train.lone_worker import LoneWorker
+from simclr_ray.train.in_process import can_train_in_process
 from simclr_ray.train.monitor import RunMonitor
 from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.rollback import Rollbacks
+from simclr_ray.train.single_worker import SingleWorker
 from simclr_ray.train.tracked import Tracked
 from simclr_ray.train.worker import WorkerInput
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 _waiting: list[Any] = []  # a worker that nobody has given anything to do yet
 
 
-def takes_lone_worker(resolved: ResolvedExperiment) -> bool:
+def takes_single_worker(resolved: ResolvedExperiment) -> bool:
     """Return whether a run needs nothing but one process on the driver's machine.
 
     That is one worker on CPU, whose views one process makes, in the cluster that was started for
@@ -54,7 +54,7 @@ def takes_lone_worker(resolved: ResolvedExperiment) -> bool:
     """
     config = resolved.config
     return (
-        can_train_alone(config)
+        can_train_in_process(config)
         and not config.init.freeze
         and config.scaling.data_actors_per_worker == 1
         and resolved.folder.local is not None
@@ -62,7 +62,7 @@ def takes_lone_worker(resolved: ResolvedExperiment) -> bool:
     )
 
 
-def start_lone_worker(experiment: Experiment) -> None:
+def start_single_worker(experiment: Experiment) -> None:
     """Start the process of a run that comes soon: it imports what it needs meanwhile."""
     if not _waiting:
         _waiting.append(_started_worker(experiment))
@@ -78,7 +78,7 @@ def no_worker_left() -> Iterator[None]:
             _end(_waiting.pop())
 
 
-def fit_by_lone_worker(
+def fit_by_single_worker(
     resolved: ResolvedExperiment,
     tracked: Tracked,
     on_progress: OnProgress | None,
@@ -176,4 +176,4 @@ def _end(worker: Any, pid: int = 0) -> None:
 
 
 def _started_worker(experiment: Experiment) -> Any:
-    return LoneWorker.options(num_cpus=experiment.scaling.num_cpus).remote()  # type: ignore[attr-defined]
+    return SingleWorker.options(num_cpus=experiment.scaling.num_cpus).remote()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""When a run takes the lone worker, and what ends it."""
+"""When a run takes the single worker, and what ends it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import DivergedError, RestartsError, RunError, SimclrRayError
 from simclr_ray.storage.metrics_log import append_record
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
-from simclr_ray.train import lone_fit
+from simclr_ray.train import single_fit
 from simclr_ray.train.heartbeat import RanksFailed
-from simclr_ray.train.lone_worker import StoredInbox
+from simclr_ray.train.single_worker import StoredInbox
 
 FROZEN = (
     "init.weights=w.pt",
@@ -50,8 +50,8 @@ def test_only_one_cpu_worker_of_this_machine_alone_is_one(
     is_local: bool,
     takes: bool,
 ) -> None:
-    monkeypatch.setattr(lone_fit, "is_local", lambda: is_local)
-    assert lone_fit.takes_lone_worker(resolved(*overrides, local=local)) is takes
+    monkeypatch.setattr(single_fit, "is_local", lambda: is_local)
+    assert single_fit.takes_single_worker(resolved(*overrides, local=local)) is takes
 
 
 class Watcher:
@@ -84,10 +84,10 @@ def fitted(monkeypatch: pytest.MonkeyPatch, ends: list[bool | Exception]) -> Non
         return end
 
     nothing: Any = None
-    monkeypatch.setattr(lone_fit, "driver_queue", lambda: None)
-    monkeypatch.setattr(lone_fit, "_Monitor", Watcher)
-    monkeypatch.setattr(lone_fit, "_train_once", train_once)
-    lone_fit.fit_by_lone_worker(nothing, nothing, nothing, nothing, nothing)
+    monkeypatch.setattr(single_fit, "driver_queue", lambda: None)
+    monkeypatch.setattr(single_fit, "_Monitor", Watcher)
+    monkeypatch.setattr(single_fit, "_train_once", train_once)
+    single_fit.fit_by_single_worker(nothing, nothing, nothing, nothing, nothing)
     assert not ends
 
 
@@ -114,14 +114,14 @@ def test_failures_that_are_too_many_end_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_worker_that_is_given_nothing_to_do_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(lone_fit, "ray", SimpleNamespace(kill=ended.append))
-    monkeypatch.setattr(lone_fit, "_started_worker", lambda _: "worker")
+    monkeypatch.setattr(single_fit, "ray", SimpleNamespace(kill=ended.append))
+    monkeypatch.setattr(single_fit, "_started_worker", lambda _: "worker")
     config = resolved().config
-    with lone_fit.no_worker_left():
-        lone_fit.start_lone_worker(config)
-        lone_fit.start_lone_worker(config)  # there is one
+    with single_fit.no_worker_left():
+        single_fit.start_single_worker(config)
+        single_fit.start_single_worker(config)  # there is one
     assert ended == ["worker"]
-    with lone_fit.no_worker_left():
+    with single_fit.no_worker_left():
         """There is none."""
     assert ended == ["worker"]
 

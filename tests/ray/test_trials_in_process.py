@@ -36,7 +36,7 @@ ACTOR = "ray::ImplicitFunc"  # as Tune calls what reports trials
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_splits(tmp_path_factory.mktemp("alone"), 130)
+    return write_splits(tmp_path_factory.mktemp("in_process"), 130)
 
 
 def experiment(folder: Path, storage: str, **changes: object) -> Experiment:
@@ -49,23 +49,23 @@ def tensors_of(run: Run) -> dict[str, torch.Tensor]:
     return checkpoint.read(run.checkpoint).tensors
 
 
-def test_a_run_alone_is_that_of_a_worker_to_the_last_bit_and_either_goes_on_with_the_other(
+def test_a_run_in_process_is_that_of_a_worker_to_the_last_bit_and_either_goes_on_with_the_other(
     folder: Path, ray_cluster: str
 ) -> None:
     by_ray = pretrain(experiment(folder, "by-ray"))
-    alone = enter(experiment(folder, "here"), train_resolved, alone=True)
-    assert losses_of(Path(alone.folder)) == losses_of(Path(by_ray.folder))
-    ours, theirs = tensors_of(alone), tensors_of(by_ray)
+    here = enter(experiment(folder, "here"), train_resolved, in_process=True)
+    assert losses_of(Path(here.folder)) == losses_of(Path(by_ray.folder))
+    ours, theirs = tensors_of(here), tensors_of(by_ray)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     def end(record: dict[str, float]) -> None:
-        if record.get("eval/knn_top1") and record["epoch"] < alone.metrics["epoch"]:
+        if record.get("eval/knn_top1") and record["epoch"] < here.metrics["epoch"]:
             raise SimclrRayError("far enough")
 
     begun = experiment(folder, "begun")
     with pytest.raises(SimclrRayError, match="far enough"):
-        enter(begun, train_resolved, alone=True, on_progress=end)
+        enter(begun, train_resolved, in_process=True, on_progress=end)
     gone_on = pretrain(begun)
     assert all(torch.equal(tensors_of(gone_on)[name], theirs[name]) for name in theirs)
 
@@ -84,7 +84,7 @@ def _alone(folder: Path, trial: Trial, job: Job) -> TrialOutcome:
     storage = str(folder / "each" / trial.name)
     moved = trial._replace(experiment=trial.experiment.model_copy(update={"storage": storage}))
     return run_trial(
-        job._replace(storage=storage, parent_run="", alone=True), moved, lambda *_: None
+        job._replace(storage=storage, parent_run="", in_process=True), moved, lambda *_: None
     )
 
 

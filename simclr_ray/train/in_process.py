@@ -12,7 +12,7 @@ from typing import Any
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import last_line
-from simclr_ray.train.context import LoneContext
+from simclr_ray.train.context import SingleRankContext
 from simclr_ray.train.failures import end_of_run
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import Beat, RanksFailed
@@ -26,7 +26,7 @@ from simclr_ray.train.worker import TrainWorker, WorkerInput
 Fit = Callable[[ResolvedExperiment, Tracked, OnProgress | None, HealthWatch, Rollbacks], None]
 
 
-def can_train_alone(experiment: Experiment) -> bool:
+def can_train_in_process(experiment: Experiment) -> bool:
     """Return whether one process without a GPU of its own can do all that an experiment asks for.
 
     That is one worker, on whichever node, that makes its views itself.
@@ -53,7 +53,7 @@ class _Inbox:
             raise self._recorder.fatal
 
 
-def fit_alone(
+def fit_in_process(
     resolved: ResolvedExperiment,
     tracked: Tracked,
     on_progress: OnProgress | None,
@@ -70,7 +70,8 @@ def fit_alone(
     recorder = RunRecorder(tracked, on_progress, resolved, health)
     given = WorkerInput(resolved, _Inbox(recorder), rollbacks)
     while True:
-        worker = TrainWorker(given, LoneContext(resolved.folder, kept_by_ray(resolved.config)))
+        context = SingleRankContext(resolved.folder, kept_by_ray(resolved.config))
+        worker = TrainWorker(given, context)
         try:
             worker.run()
         except Exception as error:  # noqa: BLE001 - whatever it is: it is tried again, or raised

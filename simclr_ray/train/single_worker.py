@@ -17,7 +17,7 @@ from simclr_ray.data.batch import Batch
 from simclr_ray.data.source import Source
 from simclr_ray.storage.metrics_log import newest_record, read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, RunFolder
-from simclr_ray.train.context import LoneContext, Upload
+from simclr_ray.train.context import SingleRankContext, Upload
 from simclr_ray.train.heartbeat import Inbox, RankStarted
 from simclr_ray.train.rollback import kept_by_ray
 from simclr_ray.train.worker import WorkerInput, train_rank
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @ray.remote
-class LoneWorker:
+class SingleWorker:
     """Ray's actor of the worker; its import of this module is most of its start."""
 
     def pid(self) -> int:
@@ -71,7 +71,7 @@ class StoredInbox:
         return True
 
 
-class _Context(LoneContext):
+class _Context(SingleRankContext):
     """A rank whose driver is another process of the machine."""
 
     def __init__(self, folder: RunFolder, keep: int | None, inbox: StoredInbox) -> None:

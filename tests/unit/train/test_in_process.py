@@ -12,8 +12,8 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CollapseError, RestartsError, RunError, StorageError
-from simclr_ray.train.alone import can_train_alone
 from simclr_ray.train.driver import train_resolved
+from simclr_ray.train.in_process import can_train_in_process
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import enter
 from simclr_ray.train.worker import TrainWorker
@@ -22,7 +22,7 @@ from tests.ray.images import write_splits
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_splits(tmp_path_factory.mktemp("alone"), 40)
+    return write_splits(tmp_path_factory.mktemp("in_process"), 40)
 
 
 def experiment(folder: Path, storage: Path, **changes: Any) -> Experiment:
@@ -45,7 +45,7 @@ def experiment(folder: Path, storage: Path, **changes: Any) -> Experiment:
 
 
 def run_of(made: Experiment, **options: Any) -> Run:
-    return enter(made, train_resolved, alone=True, **options)
+    return enter(made, train_resolved, in_process=True, **options)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, errors: list[BaseException]) -> None:
@@ -119,7 +119,7 @@ def test_who_watches_ends_it_by_an_error_and_no_thread_of_the_rank_stays(
             assert not thread.is_alive(), thread.name
 
 
-def test_one_worker_on_any_cpu_can_train_alone_and_no_other(folder: Path, tmp_path: Path) -> None:
+def test_one_worker_on_any_cpu_can_train_in_process(folder: Path, tmp_path: Path) -> None:
     for scaling, expected in [
         ({}, True),
         ({"num_workers": 1, "threads_per_worker": 2}, True),
@@ -130,4 +130,4 @@ def test_one_worker_on_any_cpu_can_train_alone_and_no_other(folder: Path, tmp_pa
         ({"worker_label_selector": {"node-group": "train"}}, False),
     ]:
         made = experiment(folder, tmp_path, scaling=scaling)
-        assert can_train_alone(made) == expected, scaling
+        assert can_train_in_process(made) == expected, scaling
