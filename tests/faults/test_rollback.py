@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train.step_schedule import StepSchedule
-from tests.faults.test_divergence import ended, only_run, sick_run
+from tests.faults.test_divergence import ended, env_of, only_run, sick_run
 from tests.ray.test_pretrain import losses_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
@@ -31,12 +30,13 @@ def rates_of(folder: Path) -> dict[int, float]:
     return {r["step"]: r["train/learning_rate"] for r in records if "train/learning_rate" in r}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_gradient_of_one_rank_is_gone_back_from_and_every_place_says_so(
-    tmp_path: Path, ray_cluster: str
+    workers: int, tmp_path: Path, ray_cluster: str
 ) -> None:
     """And a run that is killed after the rollback goes on at the same rates, to the last bit."""
-    program, _ = sick_run(tmp_path / "whole", AT, once=True)
-    code, said, status = ended([*program, *POLICY], tmp_path / "whole")
+    program, _ = sick_run(tmp_path / "whole", AT, once=True, workers=workers)
+    code, said, status = ended([*program, *POLICY], tmp_path / "whole", workers)
     assert (code, status) == (0, "FINISHED"), said
     assert f"going back to the checkpoint of step {BACK_TO}, and on at 0.5 times" in said
     folder = only_run(tmp_path / "whole")
@@ -56,19 +56,19 @@ def test_a_bad_gradient_of_one_rank_is_gone_back_from_and_every_place_says_so(
         for table in ("tags", "model_version_tags"):  # of the run, of the registered version
             assert wanted <= set(store.execute(f"select key, value from {table}")), table
 
-    program, _ = sick_run(tmp_path / "killed", AT, once=True)
-    _kill_after(program, tmp_path / "killed", step=22)
-    code, said, status = ended([*program, *POLICY], tmp_path / "killed")
+    program, _ = sick_run(tmp_path / "killed", AT, once=True, workers=workers)
+    _kill_after(program, tmp_path / "killed", 22, workers)
+    code, said, status = ended([*program, *POLICY], tmp_path / "killed", workers)
     assert (code, status) == (0, "FINISHED"), said
     again = Path(only_run(tmp_path / "killed").uri)
     assert rates_of(again) == rates
     assert losses_of(again) == losses_of(Path(folder.uri))
 
 
-def _kill_after(program: list[str], folder: Path, step: int) -> None:
+def _kill_after(program: list[str], folder: Path, step: int, workers: int) -> None:
     """Kill the driver once the run was rolled back and has a later checkpoint than `step`."""
     driver = subprocess.Popen(
-        [*program, *POLICY], cwd=folder, env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        [*program, *POLICY], cwd=folder, env=env_of(workers),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 400

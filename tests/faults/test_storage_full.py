@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train.disk_space import checkpoint_bytes
 from simclr_ray.train.resolve import resolve
+from tests.faults.test_divergence import env_of
 from tests.ray.images import write_splits
 from tests.ray.test_pretrain import losses_of, tree_of
 
@@ -57,10 +57,10 @@ def fill(place: Path) -> Path:
     return ballast
 
 
-def config_of(folder: Path, storage: Path) -> tuple[list[str], RunFolder, int]:
+def config_of(folder: Path, storage: Path, workers: int = 2) -> tuple[list[str], RunFolder, int]:
     """Return a command that trains into `storage`, its run folder, and a checkpoint's bytes."""
     write_splits(folder, 330)
-    tree = tree_of(folder, "unused", 2, "float64")
+    tree = tree_of(folder, "unused", workers, "float64")
     tree |= {"storage": str(storage), "checkpoint": {"every_steps": 2}}
     (folder / "run.yaml").write_text(cfg.dump_yaml(tree))
     config = cfg.validate(Experiment, tree)
@@ -83,14 +83,14 @@ def status_of(run: RunFolder) -> str:
 
 def filled_while_it_runs(
     program: list[str], folder: Path, disk: Path, is_time: Callable[[], bool],
-    environment: Mapping[str, str],
+    env: Mapping[str, str],
 ) -> tuple[int, list[str]]:  # fmt: skip
     """Return exit code and lines of a run whose disk is filled at some time."""
     said = folder / "said"
     with said.open("w") as stream:
         driver = subprocess.Popen(
             program, cwd=folder, stdout=subprocess.DEVNULL, stderr=stream,
-            env={**os.environ, **environment, "PYTHONPATH": str(Path.cwd())},
+            env=env,
         )  # fmt: skip
         deadline = time.monotonic() + WAIT_S
         while not is_time():
@@ -102,12 +102,13 @@ def filled_while_it_runs(
     return code, said.read_text().splitlines()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_storage_that_is_full_is_told_in_a_line_and_the_run_goes_on_when_there_is_room(
-    disk: Path, tmp_path: Path, ray_cluster: str
+    workers: int, disk: Path, tmp_path: Path, ray_cluster: str
 ) -> None:
-    storage = disk / "runs"
-    program, run, size = config_of(tmp_path, storage)
-    code, lines = filled_while_it_runs(program, tmp_path, disk, lambda: step_of(run) >= 4, {})
+    storage, env = disk / "runs", env_of(workers)
+    program, run, size = config_of(tmp_path, storage, workers)
+    code, lines = filled_while_it_runs(program, tmp_path, disk, lambda: step_of(run) >= 4, env)
     said = "\n".join(lines)
     assert code == 75, said
     assert "Traceback" not in said
@@ -121,28 +122,34 @@ def test_storage_that_is_full_is_told_in_a_line_and_the_run_goes_on_when_there_i
         assert checkpoint.RECORD in run.names(name)
     assert not list(Path(tempfile.gettempdir()).glob(f"simclr_ray-{run.name}-*"))
 
-    full = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    full = again(program, tmp_path, env)
     assert full.returncode == 2, full.stderr
     assert f"error: storage: {storage} has 0.0 MiB free; 2 checkpoints of" in full.stderr
     half = run.local / checkpoint.new_name(29)  # type: ignore[operator] # of a killed start
     (disk / "ballast").unlink()
     half.mkdir()
     (half / checkpoint.STATE).write_bytes(bytes(size))
-    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = again(program, tmp_path, env)
     assert done.returncode == 0, done.stderr
     assert status_of(run) == "FINISHED"
     assert not half.exists()
     assert sorted(losses_of(Path(run.uri))) == list(range(1, 31))
 
 
+def again(
+    program: list[str], folder: Path, env: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_temporary_folder_that_is_full_is_told_with_its_place(
-    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, disk: Path, tmp_path: Path
 ) -> None:
     """Workers write their checkpoints there first; Ray of its own, since it inherits the place."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    program, run, _ = config_of(tmp_path, tmp_path / "runs")
-    own = {"TMPDIR": str(disk)}
-    code, lines = filled_while_it_runs(program, tmp_path, disk, lambda: step_of(run) >= 4, own)
+    program, run, _ = config_of(tmp_path, tmp_path / "runs", workers)
+    env = env_of(1) | {"TMPDIR": str(disk)}
+    code, lines = filled_while_it_runs(program, tmp_path, disk, lambda: step_of(run) >= 4, env)
     said = "\n".join(lines)
     assert code == 75, said
     assert "Traceback" not in said
