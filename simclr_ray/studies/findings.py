@@ -1,12 +1,15 @@
 """What stored studies found, as one page of Markdown: a section per study, its claims a line each.
 
 Made from the `results.json` of kept reports alone, so that the page and the data cannot differ.
+Where a `reading.md` lies beside one, written by who has looked at its curves, it stands below the
+claims: why one does not appear.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from simclr_ray.studies.claims import read_verdict
 from simclr_ray.studies.report import CURVES, DATA, FIGURE, PAGE
 
 SCALE = "laptop"
+READING = "reading.md"
 
 
 def findings_page(folder: Path, made_by: str, scale: str = SCALE) -> str:
@@ -46,7 +50,7 @@ def findings_page(folder: Path, made_by: str, scale: str = SCALE) -> str:
         "",
     ]
     if studies:
-        lines += [*_summary(studies), ""]
+        lines += [_counts(studies), "", *_summary(studies), ""]
     else:
         lines += [f"No study at this scale is kept in `{folder.name}/` yet.", ""]
     for tree in studies:
@@ -64,6 +68,13 @@ def _summary(studies: Sequence[dict[str, Any]]) -> list[str]:
     ]
     table = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(row)} |" for row in table]
+
+
+def _counts(studies: Sequence[dict[str, Any]]) -> str:
+    """Return how many claims have each verdict, as a sentence."""
+    words = Counter(read_verdict(c).words for tree in studies for c in tree["claims"])
+    said = ", ".join(f"{name} {number}" for name, number in words.most_common())
+    return f"Verdicts of {counted(words.total(), 'claim')}: {said}."
 
 
 def _anchor(heading: str) -> str:
@@ -87,6 +98,7 @@ def _section(tree: dict[str, Any], folder: Path) -> list[str]:
     """Return the lines of one study."""
     where = f"{folder.name}/{tree['folder']}"
     seeds, wall_s = tree["seeds"], tree.get("wall_seconds", 0.0)
+    reading = folder / tree["folder"] / READING
     took = f"{tree['seconds'] / 60:,.0f} minutes of training, one trial after the other"
     if wall_s:
         took = f"{wall_s / 60:,.0f} minutes in all, {took}"
@@ -105,6 +117,8 @@ def _section(tree: dict[str, Any], folder: Path) -> list[str]:
         lines.append("- No claim is stated.")
     if tree["not_finished"]:
         lines.append(f"- {counted(len(tree['not_finished']), 'trial')} did not finish.")
+    if reading.is_file():
+        lines += ["", reading.read_text(encoding="utf-8").strip()]
     lines += [
         "",
         f"{counted(len(seeds), 'seed')} ({_list(seeds)}), {counted(tree['num_trials'], 'trial')}, "

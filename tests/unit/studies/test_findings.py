@@ -50,6 +50,18 @@ def test_a_section_has_claim_interval_paper_figure_command_seeds_and_minutes(
     assert f"```\n{RUN}\n```" in text
 
 
+def test_what_somebody_has_read_off_the_curves_stands_below_the_claims(tmp_path: Path) -> None:
+    keep(tmp_path, "first", "laptop", drawn=False)
+    without = findings_page(tmp_path, COMMAND)
+    (tmp_path / "first" / "reading.md").write_text("\n**Why.** At epoch 5 the two cross.\n\n")
+    lines = findings_page(tmp_path, COMMAND).splitlines()
+    at = lines.index("**Why.** At epoch 5 the two cross.")
+    assert lines[at - 2].startswith("- claim 0: appears: ")
+    assert lines[at + 2].startswith("5 seeds (0, 1, 2, 3, 4)")
+    assert [line for line in lines if line not in without.splitlines()] == [lines[at]]
+    assert "Verdicts of 1 claim: appears 1." in without
+
+
 def test_studies_stand_in_the_order_of_their_folders_and_other_scales_are_left_out(
     tmp_path: Path,
 ) -> None:
