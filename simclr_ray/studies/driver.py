@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import time
@@ -41,6 +42,7 @@ from simclr_ray.studies.plan import (
     digest_of_study,
     study_folder,
 )
+from simclr_ray.studies.planned_power import lack_of_power, planned_powers
 from simclr_ray.studies.trial_runner import Job
 from simclr_ray.studies.trials import plan
 from simclr_ray.studies.tune import run_trials
@@ -48,6 +50,7 @@ from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.train.head_start import with_cluster
 from simclr_ray.train.in_process import can_train_in_process
 
+log = logging.getLogger(__name__)
 LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment
 
 
@@ -73,6 +76,8 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
     base, trials = cfg.validate(Experiment, tree), plan(study, tree)
     digest = digest_of_study(study, base)
     fingerprints = check_startable(study, trials)
+    if lack := lack_of_power(planned_powers(study)):
+        log.warning("%s", lack)
     with folder.files.lock(LOOKED_AT_S):
         folder.withdraw_stop()
         concurrency, tracker = with_cluster(

@@ -61,14 +61,20 @@ def planned_powers(study: Study) -> list[PlannedPower]:
 
 def check_power(planned: Sequence[PlannedPower]) -> None:
     """Raise `ConfigError`, in one line with the seeds it would need, where a power is below 0.8."""
+    lack = lack_of_power(planned)
+    if lack:
+        problem = f"{lack}; {UNDERPOWERED} runs the study all the same"
+        raise ConfigError([ConfigIssue("seeds", problem)])
+
+
+def lack_of_power(planned: Sequence[PlannedPower]) -> str:
+    """Return what the seeds cannot say, and how many could; empty where every power is enough."""
     weak = [claim for claim in planned if claim.power < ENOUGH_POWER]
     if not weak:
-        return
+        return ""
     worst = max(weak, key=lambda claim: claim.seeds_needed)
     others = f" ({len(weak)} of {counted(len(planned), 'claim')})" if len(planned) > 1 else ""
-    problem = (
+    return (
         f"{counted(worst.num_seeds, 'seed')} cannot say whether {worst.claim!r}{others}: it would "
-        f"need {counted(worst.seeds_needed, 'seed')} for a power of {ENOUGH_POWER}; "
-        f"{UNDERPOWERED} runs the study all the same"
+        f"need {counted(worst.seeds_needed, 'seed')} for a power of {ENOUGH_POWER}"
     )
-    raise ConfigError([ConfigIssue("seeds", problem)])

@@ -11,8 +11,10 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.cli.study import _show_power
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import ConfigError
+from simclr_ray.errors import ClusterError, ConfigError
+from simclr_ray.studies import driver
 from simclr_ray.studies.effects import power_of, seeds_needed
+from simclr_ray.studies.files import load_study
 from simclr_ray.studies.plan import base_tree, digest_of_study
 from simclr_ray.studies.planned_power import check_power, planned_powers
 from tests.ray.images import write_shapes
@@ -106,3 +108,22 @@ def test_the_command_ends_with_2_before_anything_starts(tmp_path: Path, options:
 def test_underpowered_is_shown_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     _show_power(study_of(CLAIM, expected_deviation=0.02), is_enough=True)
     assert "for 2.00 points with 5 seeds: claim 0" in capsys.readouterr().out
+
+
+def test_from_python_a_study_goes_on_and_says_what_its_seeds_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_cluster(*_: object) -> None:
+        raise ClusterError("none here")
+
+    monkeypatch.setattr(driver, "with_cluster", no_cluster)
+    write_shapes(tmp_path / "images", 64)
+    images = tmp_path / "images"
+    study = load_study(
+        written(tmp_path), "", f"data.train={images}", f"data.test={images}",
+        f"storage={tmp_path / 'runs'}",
+    )  # fmt: skip
+    with pytest.raises(ClusterError):
+        driver.run_study(study)
+    assert "2 seeds cannot say whether 'c'" in caplog.text
+    assert "--underpowered" not in caplog.text
