@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -218,16 +218,23 @@ def view_or_reason(encoded: bytes | None, size: int, decoder: ImageDecoder) -> P
         return str(error)
 
 
+def views_or_reasons(
+    images: Sequence[bytes | None], size: int, decoder: ImageDecoder, threads: int, pool: Executor
+) -> list[Pixels | str]:
+    """Return of each row its view or the reason why there is none, by the threads of a pool.
+
+    A task has some of them: of small images one takes no longer than to hand it over.
+    """
+
+    def made(some: Sequence[bytes | None]) -> list[Pixels | str]:
+        return [view_or_reason(image, size, decoder) for image in some]
+
+    together = max(1, min(DECODED_TOGETHER, -(-len(images) // threads)))
+    parts = [images[first : first + together] for first in range(0, len(images), together)]
+    return [view for views in pool.map(made, parts) for view in views]
+
+
 def _views(rows: RowTable, size: int, decoder: ImageDecoder) -> list[Pixels | str]:
-    """Return of each row its view or the reason why there is none."""
-
-    def made(images: Sequence[bytes | None]) -> list[Pixels | str]:
-        return [view_or_reason(image, size, decoder) for image in images]
-
     threads = min(DECODE_THREADS, os.cpu_count() or 1)
-    together = max(1, min(DECODED_TOGETHER, -(-len(rows.images) // threads)))
-    parts = [
-        rows.images[first : first + together] for first in range(0, len(rows.images), together)
-    ]
     with ThreadPoolExecutor(threads) as pool:
-        return [view for views in pool.map(made, parts) for view in views]
+        return views_or_reasons(rows.images, size, decoder, threads, pool)

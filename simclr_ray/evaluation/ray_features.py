@@ -42,7 +42,7 @@ from simclr_ray.evaluation.features import (
     BadRow,
     extract_features,
     grouped,
-    view_or_reason,
+    views_or_reasons,
 )
 from simclr_ray.evaluation.sampling import sample_rows
 from simclr_ray.nn.precision import Precision, best_device
@@ -99,6 +99,7 @@ class _Extractor:
         self.source, self.encoding = source, encoding
         self.networks = [network.to(self.device) for network in encoding.networks]
         torch.set_num_threads(threads)
+        self.threads = threads
         self.pool = ThreadPoolExecutor(threads)
         self.ahead = ThreadPoolExecutor(1)
 
@@ -127,9 +128,7 @@ class _Extractor:
 
     def _views(self, read: RowTable, cut: slice) -> list[npt.NDArray[np.uint8] | str]:
         size, decoder = self.encoding.size, self.encoding.decoder
-        return list(
-            self.pool.map(lambda image: view_or_reason(image, size, decoder), read.images[cut])
-        )
+        return views_or_reasons(read.images[cut], size, decoder, self.threads, self.pool)
 
     def _table(
         self,
