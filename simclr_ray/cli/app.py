@@ -16,6 +16,7 @@ from simclr_ray.cli import (
     cluster,
     dataset,
     demo,
+    embeddings,
     encoder,
     model,
     pretrain,
@@ -63,7 +64,8 @@ app = _group(
 app.pretty_exceptions_enable = False
 app.add_typer(
     _group(
-        "Make more of a run: register, promote and compare its encoder, fine-tune it, distil it.",
+        "Make more of a run: register, promote and compare its encoder, fine-tune it, distil it, "
+        "and find images by what it has embedded.",
         [
             ("register", model.register),
             ("promote", model.promote),
@@ -72,6 +74,9 @@ app.add_typer(
             ("rm", model.remove),
             ("finetune", model.finetune),
             ("distill", model.distill),
+            ("search", embeddings.search),
+            ("duplicates", embeddings.duplicates),
+            ("map", embeddings.draw_map),
         ],
     ),
     name="model",

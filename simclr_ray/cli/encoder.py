@@ -87,11 +87,11 @@ def embed(
 
     files = [Path(name) for name in images]
     encoder = load_encoder(model, tracking_uri=tracking_uri)
-    with _left_out(files) as left_out:
-        rows = encoder.embed(files, batch_size=batch_size, on_bad=left_out)
+    with left_out(files) as leave_out:
+        rows = encoder.embed(files, batch_size=batch_size, on_bad=leave_out)
         for file, row in zip(files, rows, strict=True):
             if not math.isnan(row[0]):
-                print(_shown(file), *(f"{value:.6g}" for value in row), sep="\t")
+                print(shown(file), *(f"{value:.6g}" for value in row), sep="\t")
 
 
 def _embed_rows(
@@ -157,25 +157,25 @@ def predict(model: Model, files: Images, tracking_uri: TrackingUri = "") -> None
     from simclr_ray.inference.embed import load_classifier
 
     classifier = load_classifier(model, tracking_uri=tracking_uri)
-    with _left_out(files) as left_out:
-        rows = classifier.predict_proba(files, on_bad=left_out)
+    with left_out(files) as leave_out:
+        rows = classifier.predict_proba(files, on_bad=leave_out)
         for file, row in zip(files, rows, strict=True):
             if not math.isnan(row[0]):
                 name = classifier.class_names[row.argmax()]
-                print(_shown(file), _shown(name), f"{row.max():.4f}", sep="\t")
+                print(shown(file), shown(name), f"{row.max():.4f}", sep="\t")
 
 
 @contextmanager
-def _left_out(files: Sequence[Path]) -> Iterator[Callable[[int, str], None]]:
+def left_out(files: Sequence[Path]) -> Iterator[Callable[[int, str], None]]:
     """Give what names a file that is left out; the verb ends with 1 then, with 2 where all are."""
     reasons: list[str] = []
 
-    def left_out(place: int, reason: str) -> None:
+    def leave_out(place: int, reason: str) -> None:
         reasons.append(f"{files[place]}: {reason}")
         if len(files) > 1:
             say(f"left out: {reasons[-1]}")
 
-    yield left_out
+    yield leave_out
     if len(reasons) == len(files) == 1:
         raise DataError(reasons[0])
     if len(reasons) == len(files):
@@ -184,7 +184,7 @@ def _left_out(files: Sequence[Path]) -> Iterator[Callable[[int, str], None]]:
         raise typer.Exit(1)
 
 
-def _shown(named: Path | str) -> str:
+def shown(named: Path | str) -> str:
     """Return a name for a table; a tab or line break in it would be one of the table."""
     name = str(named)
     return name if name.isprintable() else json.dumps(name)

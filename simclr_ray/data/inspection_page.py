@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from simclr_ray.augment.decode import Pixels, channels_in, shown_as_rgb
+from simclr_ray.augment.decode import channels_in, shown_as_rgb
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL
+from simclr_ray.data.contact_sheet import Section, Thumbnail, thumbnail_of, write_sheet
 from simclr_ray.data.description import channels_in_words, class_name
 from simclr_ray.data.inspection import Copies, Inspection, Looked
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
-from simclr_ray.storage.page import render_page
 
-# A thumbnail takes about 4 kB as text: a page of all of them 2 MB.
-THUMBNAIL_SIDE, JPEG_QUALITY = 112, 75
 SAMPLES, GROUPS_SHOWN, MEMBERS_SHOWN, MATCHES_SHOWN, REASONS_SHOWN = 48, 60, 4, 60, 20
 CLASSES_SHOWN, NAMES_SHOWN = 200, 5
-
-
-class Thumbnail(NamedTuple):
-    """An image on the page, and what it is called."""
-
-    name: str
-    note: str
-    uri: str  # of its data
-
-
-class Section(NamedTuple):
-    """A heading, what it says, and rows of images that belong together."""
-
-    title: str
-    says: str
-    rows: list[tuple[str, list[Thumbnail]]]
 
 
 def write_page(inspection: Inspection, path: str) -> None:
@@ -50,17 +29,14 @@ def write_page(inspection: Inspection, path: str) -> None:
         OSError: The file cannot be written.
     """
     looked = inspection.looked
-    page = render_page(
-        "data",
-        "inspection.html.j2",
-        uri=looked.name,
-        facts=facts(inspection),
+    write_sheet(
+        path,
+        looked.name,
+        _sections(inspection),
+        facts(inspection),
         reasons=_reasons(looked),
         classes=_classes(looked),
-        sections=[s for s in _sections(inspection) if s.rows],
     )
-    fs, target = filesystem(path)
-    write_text_whole(fs, target, page)
 
 
 def write_record(inspection: Inspection, path: str) -> None:
@@ -289,14 +265,6 @@ def _thumbnails(looked: Looked, rows: Iterable[int]) -> dict[int, Thumbnail]:
             out[row] = Thumbnail(
                 looked.name_of(row),
                 note,
-                _data_uri(shown_as_rgb(looked.decoder.decode(image or b""))),
+                thumbnail_of(shown_as_rgb(looked.decoder.decode(image or b""))),
             )
     return out
-
-
-def _data_uri(pixels: Pixels) -> str:
-    image = Image.fromarray(pixels)
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

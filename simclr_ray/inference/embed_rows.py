@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simclr_ray.config import to_tree
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import connect
 from simclr_ray.inference.embed_input import (
@@ -18,7 +20,7 @@ from simclr_ray.inference.embed_input import (
     open_rows,
     states_of_images,
 )
-from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile
+from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Origin
 
 if TYPE_CHECKING:  # torch is imported while Ray starts
     from simclr_ray.inference.embed_pieces import DType, OnProgress
@@ -96,8 +98,27 @@ def embed_rows(
     layout = Layout(key_of(source), encoder.feature_dim, encoding.keep, dtype)
     parts = file.parts(digest)
     num = embed_pieces(source, parts, encoding, layout, on_progress or (lambda *_: None))
-    file.write(parts, num, digest)
+    file.write(parts, num, digest, _origin(model, encoder, where, source))
     return file.summary()
+
+
+def _origin(
+    model: str | Path, encoder: Encoder, where: str | Sequence[str], source: Source
+) -> Origin:
+    return Origin(
+        encoder=_lasting(str(model)),
+        weights=encoder.digest,
+        images=_lasting(where) if isinstance(where, str) else "",
+        columns=to_tree(source.columns),
+        decoder=tuple(encoder.decoder),
+    )
+
+
+def _lasting(name: str) -> str:
+    """Return an address that holds in other folders too, without its passwords."""
+    if "://" in name or name.startswith("models:/"):
+        return hide_passwords(name)
+    return str(Path(name).expanduser().absolute())
 
 
 def _load(model: str | Path, tracking_uri: str) -> Encoder:
@@ -122,15 +143,12 @@ def _identity(
     encoder: Encoder, source: Source, keep: Sequence[str], dtype: str, batch_size: int
 ) -> str:
     """Return all that decides the file, as text."""
-    weights, files = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in encoder.network.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.contiguous().numpy().tobytes())
+    files = hashlib.sha256()
     for state in states_of_images(source):
         files.update(state.encode(errors="surrogateescape"))
     return json.dumps(
         {
-            "encoder": [encoder.config, weights.hexdigest(), encoder.size],
+            "encoder": [encoder.config, encoder.digest, encoder.size],
             "decoder": list(encoder.decoder),
             "images": [source.fingerprint, source.num_rows, files.hexdigest()],
             "keep": list(keep),

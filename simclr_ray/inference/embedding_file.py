@@ -7,10 +7,11 @@ one after the other, and the folder goes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -28,7 +29,9 @@ from simclr_ray.storage.filesystem import (
 )
 from simclr_ray.storage.space import writing
 
-IDENTITY: Final = b"simclr_ray.embeddings"  # key of a file's metadata: its digest
+# Keys of a file's metadata: its digest; which encoder made it, of which images.
+IDENTITY: Final = b"simclr_ray.embeddings"
+ORIGIN: Final = b"simclr_ray.origin"
 PARTS: Final = ".parts-"  # between the name of a file and the digest of its pieces
 EMBEDDING, ERROR = "embedding", "error"
 FIRST_BAD: Final = 5
@@ -46,6 +49,36 @@ class Embedded(NamedTuple):
     num_rows: int
     num_bad: int
     first_bad: list[tuple[str, str]]
+
+
+class Origin(NamedTuple):
+    """Which encoder made the embeddings of a file, and of which images.
+
+    Attributes:
+        encoder: Where it was, as `load_encoder` takes it.
+        weights: Their digest.
+        images: Where they are, without passwords; empty: the rows' paths are of files.
+        columns: Tree of a `ColumnsConfig`, which columns of parquet hold what.
+        decoder: Fields of an `ImageDecoder`, how they were decoded.
+    """
+
+    encoder: str = ""
+    weights: str = ""
+    images: str = ""
+    columns: Mapping[str, Any] = {}
+    decoder: Sequence[Any] = ()
+
+    @classmethod
+    def read(cls, metadata: Mapping[bytes, bytes] | None) -> Origin:
+        """Return that of a file's metadata; of a file of an earlier release, one that is empty."""
+        try:
+            return cls(**json.loads((metadata or {}).get(ORIGIN, b"{}")))
+        except (ValueError, TypeError):
+            return cls()
+
+    def as_metadata(self) -> dict[bytes, bytes]:
+        """Return what `read` reads."""
+        return {ORIGIN: json.dumps(self._asdict()).encode()}
 
 
 class EmbeddingFile:
@@ -106,7 +139,7 @@ class EmbeddingFile:
         """Return the pieces of a digest."""
         return Parts(self, f"{self.path}{PARTS}{digest}")
 
-    def write(self, parts: Parts, num: int, digest: str) -> None:
+    def write(self, parts: Parts, num: int, digest: str, origin: Origin) -> None:
         """Write the file of its pieces, one in memory at a time, and remove those.
 
         Raises:
@@ -119,6 +152,7 @@ class EmbeddingFile:
                 table = parts.read(index)
                 if writer is None:
                     about = (table.schema.metadata or {}) | {IDENTITY: digest.encode()}
+                    about |= origin.as_metadata()
                     writer = pq.ParquetWriter(file, table.schema.with_metadata(about))
                 writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
             assert writer is not None  # a dataset has rows

@@ -6,6 +6,7 @@ embedding. So the preprocessing travels with the network.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -138,6 +139,15 @@ class Encoder(nn.Module):
     def decoder(self) -> ImageDecoder:
         """How its images are decoded."""
         return self.transform.decoder
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the names and values of its weights."""
+        weights = hashlib.sha256()
+        for name, tensor in self.network.state_dict().items():
+            weights.update(name.encode())
+            weights.update(tensor.cpu().contiguous().numpy().tobytes())
+        return weights.hexdigest()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return h [N, F] of images [N, C, H, W] in [0, 1]."""

@@ -116,7 +116,7 @@ def optuna_search(study: Study) -> Any:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
     except ImportError as error:
-        problem = "optuna is not installed: pip install 'simclr-ray[search]'"
+        problem = "optuna is not installed: pip install 'simclr-ray[optuna]'"
         raise ConfigError([ConfigIssue("search.name", problem)]) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(

@@ -74,6 +74,8 @@ DOORS: dict[str, tuple[str, ...]] = {
         "studies.expected_accuracy",
         "data.duplicates",
     ),
+    "faiss": ("inference.embedding_index",),
+    "sklearn": ("inference.embedding_map",),
     "timm": ("nn.timm_models", "inference.export_others"),
     "onnx": ("inference.export_others",),
     "onnxruntime": ("inference.export_others",),

@@ -34,7 +34,18 @@ EVERYDAY = (
     "doctor", "demo", "config",
 )  # fmt: skip
 GROUPS = {
-    "model": ("register", "promote", "rollback", "compare", "rm", "finetune", "distill"),
+    "model": (
+        "register",
+        "promote",
+        "rollback",
+        "compare",
+        "rm",
+        "finetune",
+        "distill",
+        "search",
+        "duplicates",
+        "map",
+    ),
     "run": ("list", "probe", "stop", "sync", "rm"),
     "study": ("list", "run", "resume", "status", "stop", "report", "best", "plan", "advise"),
     "cluster": ("check", "status"),

@@ -1,0 +1,138 @@
+"""Verbs that look at a file of embeddings: search, duplicates, map."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simclr_ray.cli.arguments import TrackingUri
+from simclr_ray.cli.console import loading, out, say
+from simclr_ray.cli.encoder import left_out, shown
+from simclr_ray.config.wording import counted
+from simclr_ray.errors import ConfigError, ConfigIssue
+
+Index = Annotated[
+    str, typer.Argument(metavar="EMBEDDINGS", help="What `embed --out` wrote, by path or URI.")
+]
+Images = Annotated[
+    str,
+    typer.Option(
+        "--images", help="Where its images lie now.", show_default="where they were embedded"
+    ),
+]
+Sheet = Annotated[
+    str, typer.Option("--out", metavar="SHEET", help="Also as .html page or .png, .jpg picture.")
+]
+MAP_IMAGES = 4000  # half a minute of a core
+
+
+def search(
+    index: Index,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
+    num: Annotated[int, typer.Option("--num", min=1, help="Neighbours of each.")] = 10,
+    sheet: Sheet = "",
+    encoder: Annotated[
+        str, typer.Option(help="Run or model.", show_default="the one that embedded them")
+    ] = "",
+    where: Images = "",
+    tracking_uri: TrackingUri = "",
+) -> None:
+    """Find the images that are nearest to one, by the cosine of their embeddings; exact.
+
+    Printed are, of each neighbour, the image it was found for, the cosine, and its path or id,
+    tab-separated. Files that are no images are named on stderr and left out; the exit code is
+    then 1, and 2 where all are.
+
+    Example: simclr-ray model search photos.parquet cat.jpg --out neighbours.png
+    """
+    _check_sheet(sheet)
+    from simclr_ray.inference.embedding_index import EmbeddingIndex
+
+    opened = EmbeddingIndex(index)
+    loading("torch")
+    from simclr_ray.inference.embedding_search import encoder_of
+
+    loaded = encoder_of(opened, encoder, tracking_uri)
+    with left_out(images) as leave_out:
+        vectors = loaded.embed(images, on_bad=leave_out)
+        rows = [row for row, vector in enumerate(vectors) if not math.isnan(vector[0])]
+        good = [images[row] for row in rows]
+        if not good:
+            return
+        found = opened.nearest(vectors[rows], num)
+        for image, places, cosines in zip(good, found.places, found.cosines, strict=True):
+            for place, cosine in zip(places, cosines, strict=True):
+                print(shown(image), f"{cosine:.4f}", shown(opened.names[place]), sep="\t")
+        if sheet:
+            from simclr_ray.inference.embedding_sheets import write_neighbours
+
+            write_neighbours(sheet, opened, good, loaded.transform, found, where)
+            say(f"sheet  {sheet}")
+
+
+def duplicates(
+    index: Index,
+    least: Annotated[
+        float, typer.Option("--least", min=-1.0, max=1.0, help="Cosine from which on.")
+    ] = 0.98,
+    sheet: Sheet = "",
+    where: Images = "",
+) -> None:
+    """Find pairs of images whose embeddings are nearly the same; exact.
+
+    Printed are the cosine and both paths or ids, tab-separated, the nearest first. Other images of
+    one scene are near as well: `inspect --duplicates` compares pixels.
+
+    Example: simclr-ray model duplicates photos.parquet --least 0.99 --out duplicates.html
+    """
+    _check_sheet(sheet)
+    from simclr_ray.inference.embedding_index import EmbeddingIndex
+    from simclr_ray.inference.embedding_sheets import write_groups
+
+    opened = EmbeddingIndex(index)
+    pairs = opened.pairs(least)
+    for (first, second), cosine in zip(pairs.places, pairs.cosines, strict=True):
+        names = (shown(opened.names[first]), shown(opened.names[second]))
+        print(f"{cosine:.4f}", *names, sep="\t")
+    groups = counted(len(pairs.groups(len(opened.names))), "group")
+    images = counted(len(opened.names), "image")
+    say(f"{counted(len(pairs.cosines), 'pair')} in {groups}, of {images}")
+    if sheet:
+        write_groups(sheet, opened, pairs, least, where)
+        say(f"sheet  {sheet}")
+
+
+def draw_map(
+    index: Index,
+    page: Annotated[str, typer.Argument(metavar="PAGE", help="An .html file, by path or URI.")],
+    label: Annotated[
+        str, typer.Option("--label", metavar="COLUMN", help="That `embed --keep` handed on.")
+    ] = "",
+    num: Annotated[int, typer.Option("--num", min=10, help="Images at most.")] = MAP_IMAGES,
+    where: Images = "",
+    *,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample and of t-SNE.")] = 0,
+) -> None:
+    """Draw images on a map, alike ones near each other, as a page to move about in.
+
+    Example: simclr-ray model map photos.parquet map.html --label label
+    """
+    if not page.partition("?")[0].endswith(".html"):
+        raise ConfigError([ConfigIssue("PAGE", f"got {page}; it must end in .html")])
+    loading("sklearn")
+    from simclr_ray.inference.embedding_index import EmbeddingIndex
+    from simclr_ray.inference.embedding_map import make_map, write_map
+
+    opened = EmbeddingIndex(index)
+    write_map(page, opened, make_map(opened, num, label=label, seed=seed), where)
+    out.print(page, markup=False, soft_wrap=True)
+
+
+def _check_sheet(sheet: str) -> None:
+    from simclr_ray.data.contact_sheet import check_ending
+
+    if sheet:
+        check_ending(sheet, "--out")

@@ -1,0 +1,147 @@
+"""Images in labelled rows, as one HTML file that needs nothing else or as a picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from simclr_ray.augment.decode import Pixels
+from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage.filesystem import filesystem, open_whole, write_text_whole
+from simclr_ray.storage.page import render_page
+
+# A thumbnail takes about 4 kB as text: a page of 500 of them 2 MB.
+THUMBNAIL_SIDE, JPEG_QUALITY = 112, 75
+PAGE, PICTURES = (".html",), (".png", ".jpg", ".jpeg")
+MARGIN, LINE, TITLE = 8, 13, 18  # px of a picture: around images, of a caption's line, of a title
+MOST_LINES: Final = 2  # of a caption
+
+
+class Thumbnail(NamedTuple):
+    """An image on the sheet, and what it is called.
+
+    Attributes:
+        name: First line of its caption.
+        note: Second line.
+        image: Of at most `THUMBNAIL_SIDE` px; None where it cannot be had.
+    """
+
+    name: str
+    note: str
+    image: Image.Image | None
+
+    @property
+    def uri(self) -> str:
+        """Of its data; empty where there is no image."""
+        return "" if self.image is None else data_uri(self.image)
+
+
+class Section(NamedTuple):
+    """A heading, what it says, and rows of images that belong together."""
+
+    title: str
+    says: str
+    rows: list[tuple[str, list[Thumbnail]]]
+
+
+def check_ending(out: str, option: str) -> None:
+    """Raise `ConfigError` where a sheet can be no file of that name."""
+    if not out.partition("?")[0].lower().endswith(PAGE + PICTURES):
+        endings = ", ".join(PAGE + PICTURES)
+        raise ConfigError([ConfigIssue(option, f"got {out}; it must end in one of {endings}")])
+
+
+def write_sheet(
+    out: str,
+    title: str,
+    sections: Sequence[Section],
+    facts: Mapping[str, str],
+    *,
+    reasons: Sequence[tuple[str, int, str]] = (),
+    classes: Sequence[tuple[str, str, int]] = (),
+) -> None:
+    """Write a sheet; a picture has its rows alone.
+
+    Args:
+        out: Path or URI, whose ending says what it becomes; any other than a picture's: a page.
+        title: Of the page.
+        sections: Those without rows are left out.
+        facts: Name -> value, at the head of the page.
+        reasons: Of images that cannot be used: reason, how many, some names.
+        classes: Label, class and how many images, at the foot.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    filled = [section for section in sections if section.rows]
+    fs, path = filesystem(out)
+    ending = f".{path.rpartition('.')[2].lower()}"
+    if ending in PICTURES:
+        drawn = _drawn([row for section in filled for row in section.rows])
+        with open_whole(fs, path) as stream:
+            stream.write(_encoded(drawn, "PNG" if ending == ".png" else "JPEG"))
+        return
+    page = render_page(
+        "data",
+        "contact_sheet.html.j2",
+        title=title,
+        facts=facts,
+        reasons=reasons,
+        classes=classes,
+        sections=filled,
+    )
+    write_text_whole(fs, path, page)
+
+
+def thumbnail_of(pixels: Pixels, side: int = THUMBNAIL_SIDE) -> Image.Image:
+    """Return an image of at most `side` px a side, of pixels uint8 [H, W, 3]."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    return image
+
+
+def data_uri(image: Image.Image) -> str:
+    """Return an image as a URI that holds it."""
+    encoded = base64.b64encode(_encoded(image, "JPEG")).decode()
+    return f"data:image/jpeg;base64,{encoded}"
+
+
+def _encoded(image: Image.Image, form: str) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, quality=JPEG_QUALITY)
+    return out.getvalue()
+
+
+def _drawn(rows: Sequence[tuple[str, list[Thumbnail]]]) -> Image.Image:
+    """Return a picture with the rows, one below the other, captions below the images."""
+    cell_height = THUMBNAIL_SIDE + MOST_LINES * LINE + MARGIN
+    width = MARGIN + max(len(images) for _, images in rows) * (THUMBNAIL_SIDE + MARGIN)
+    height = MARGIN + sum(cell_height + (TITLE if says else 0) for says, _ in rows)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(11), MARGIN
+    for says, images in rows:
+        if says:
+            draw.text((MARGIN, top), _cut(says, font, width - MARGIN), "#555", font)
+            top += TITLE
+        for place, shown in enumerate(images):
+            left = MARGIN + place * (THUMBNAIL_SIDE + MARGIN)
+            if shown.image is not None:
+                sheet.paste(shown.image, (left, top))
+            else:
+                draw.rectangle((left, top, left + THUMBNAIL_SIDE, top + THUMBNAIL_SIDE), "#eee")
+            for line, text in enumerate((shown.name, shown.note)):
+                at = (left, top + THUMBNAIL_SIDE + line * LINE)
+                draw.text(at, _cut(text, font, THUMBNAIL_SIDE), "#222", font)
+        top += cell_height
+    return sheet
+
+
+def _cut(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> str:
+    """Return the end of a text that is wider than there is room: of a path what tells it apart."""
+    while len(text) > 2 and font.getlength(text) > width:
+        text = f"…{text[2:]}"
+    return text

@@ -1,0 +1,203 @@
+"""What is found in embeddings, as lines, sheets and a map, from images where they lie now."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr_ray.errors import ConfigError
+from simclr_ray.inference.embed import load_encoder
+from simclr_ray.inference.embedding_file import Origin
+from simclr_ray.inference.embedding_index import EmbeddingIndex
+from simclr_ray.inference.embedding_map import make_map, write_map
+from simclr_ray.inference.encoder import Encoder
+from tests.formats.test_formats import HERE as FORMATS
+from tests.unit.cli.in_turn import run_in_turn
+from tests.unit.cli.test_app import errors, run
+from tests.unit.inference.test_embedding_index import write_index
+
+MODEL = str(FORMATS / "format_2")
+COPIES = {3: 0, 7: 0, 9: 4}  # image -> that which it is a copy of
+NUM = 24
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return load_encoder(MODEL)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, encoder: Encoder) -> Path:
+    """Give a folder with images of which some are copies, and their embeddings beside it."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(NUM):
+        drawn = np.random.default_rng(COPIES.get(number, number))
+        pixels = drawn.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    write(tmp_path, encoder)
+    return tmp_path
+
+
+def write(
+    place: Path, made_by: Encoder, name: str = "photos.parquet", *, num: int = NUM, **changes: Any
+) -> None:
+    files = sorted((place / "photos").iterdir())[:num]
+    origin = Origin(MODEL, made_by.digest, str(place / "photos"), decoder=tuple(made_by.decoder))
+    write_index(
+        place / name, made_by.embed(files), names=[file.name for file in files],
+        origin=origin._replace(**changes), shape=(["round", "square"] * NUM)[:num],
+    )  # fmt: skip
+
+
+def pictures_in(page: str) -> list[Image.Image]:
+    """Return the images of a page, which asks no other host for anything."""
+    assert not re.search(r"(src|href|url)\W{1,3}(https?:)?//", page)
+    found = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", page)
+    return [Image.open(io.BytesIO(base64.b64decode(text))) for text in found]
+
+
+def test_search_prints_the_nearest_and_draws_them(photos: Path) -> None:
+    query = photos / "photos" / "00.png"
+    words = ["model", "search", "photos.parquet", str(query), "--num", "5"]
+    done = run(*words, "--out", "near.html", cwd=photos)
+    assert done.returncode == 0, done.stderr
+    *printed, loaded = done.stdout.splitlines()
+    assert loaded == "LOADED"  # neither Ray nor MLflow
+    lines = [line.split("\t") for line in printed]
+    assert [line[0] for line in lines] == [str(query)] * 5
+    assert [line[1] for line in lines[:3]] == ["1.0000"] * 3
+    assert {line[2] for line in lines[:3]} == {"00.png", "03.png", "07.png"}
+    assert float(lines[3][1]) < 1
+    page = (photos / "near.html").read_text()
+    assert len(pictures_in(page)) == 6  # with the one that was asked for
+    assert "asked for" in page
+
+
+def test_a_file_that_is_no_image_is_left_out_and_an_index_of_another_encoder_is_refused(
+    photos: Path, encoder: Encoder
+) -> None:
+    (photos / "text.png").write_text("no image")
+    write(photos, encoder, "others.parquet", weights="others")
+    write(photos, encoder, "unknown.parquet", encoder="", weights="")
+    query = "photos/04.png"
+    left_out, others, unknown, given, ending = run_in_turn(
+        ["model", "search", "photos.parquet", query, "text.png", "--num", "2", "--out", "near.png"],
+        ["model", "search", "others.parquet", query],
+        ["model", "search", "unknown.parquet", query],
+        ["model", "search", "unknown.parquet", query, "--encoder", MODEL],
+        ["model", "search", "photos.parquet", query, "--out", "near.gif"],
+        cwd=photos,
+    )
+    assert left_out.returncode == 1
+    names = {line.split("\t")[2] for line in left_out.stdout.splitlines()}
+    assert names == {"04.png", "09.png"}
+    assert "left out: text.png" in left_out.stderr
+    sheet = Image.open(photos / "near.png")
+    assert sheet.width > 3 * 112
+    assert sheet.height < 200
+    assert [others.returncode, unknown.returncode, given.returncode] == [2, 2, 0], given.stderr
+    assert errors(others) == [
+        f"error: {MODEL}: others.parquet was made by another encoder (its weights are others); "
+        "embed the images again"
+    ]
+    assert "--encoder: is missing: unknown.parquet does not say" in errors(unknown)[0]
+    assert "does not say by which weights it was made" in given.stderr
+    (line,) = errors(ending)
+    assert line == "error: --out: got near.gif; it must end in one of .html, .png, .jpg, .jpeg"
+
+
+SAME = ["model", "duplicates", "photos.parquet", "--least", "0.99999", "--out", "same.html"]
+
+
+def test_duplicates_are_pairs_and_groups(photos: Path) -> None:
+    (done,) = run_in_turn(SAME, cwd=photos)
+    assert done.returncode == 0, done.stderr
+    pairs = {tuple(line.split("\t")[1:]) for line in done.stdout.splitlines()}
+    assert pairs == {("00.png", "03.png"), ("00.png", "07.png"), ("03.png", "07.png"),
+                     ("04.png", "09.png")}  # fmt: skip
+    assert "4 pairs in 2 groups, of 24 images" in done.stderr
+    page = (photos / "same.html").read_text()
+    assert len(pictures_in(page)) == 5
+    assert "3 images, 1.000 to 1.000" in page
+
+
+def test_images_that_have_moved_are_named_and_found_again(photos: Path) -> None:
+    (photos / "photos").rename(photos / "elsewhere")
+    shutil.copytree(photos / "elsewhere", photos / "fewer")
+    (photos / "fewer" / "00.png").unlink()
+    shutil.copytree(photos / "fewer", photos / "changed")
+    Image.new("RGB", (8, 8)).save(photos / "changed" / "99.png")
+    moved, again, fewer, changed = run_in_turn(
+        SAME,
+        [*SAME[:-1], "again.html", "--images", "elsewhere"],
+        [*SAME[:-1], "fewer.html", "--images", "fewer"],
+        [*SAME[:-1], "changed.html", "--images", "changed"],
+        cwd=photos,
+    )
+    assert [d.returncode for d in (moved, again, fewer, changed)] == [0, 0, 2, 0], moved.stderr
+    assert "images are not shown: " in moved.stderr
+    assert "--images says where they are" in moved.stderr
+    page = (photos / "same.html").read_text()
+    assert "03.png" in page
+    assert not pictures_in(page)
+    assert len(pictures_in((photos / "again.html").read_text())) == 5
+    assert "has 23 images, and photos.parquet was made of 24" in errors(fewer)[0]
+    assert not (photos / "fewer.html").exists()
+    assert "those of changed are others now" in changed.stderr
+    assert not pictures_in((photos / "changed.html").read_text())
+
+
+def test_a_map_is_one_page_with_all_images_and_classes(photos: Path, encoder: Encoder) -> None:
+    write(photos, encoder, "few.parquet", num=4)
+    words = ["model", "map", "photos.parquet", "map.html"]
+    done, column, ending, few = run_in_turn(
+        [*words, "--label", "shape"],
+        [*words, "--label", "color"],
+        [*words[:-1], "map.pdf"],
+        ["model", "map", "few.parquet", "few.html"],
+        cwd=photos,
+    )
+    assert [d.returncode for d in (done, column, ending, few)] == [0, 2, 2, 2], done.stderr
+    page = (photos / "map.html").read_text()
+    assert len(pictures_in(page)) == NUM
+    (text,) = re.findall(r'<script type="application/json" id=points>(.*?)</script>', page)
+    points = json.loads(text)
+    assert [point[3] for point in points] == [f"{number:02}.png" for number in range(NUM)]
+    assert [point[2] for point in points] == [0, 1] * (NUM // 2)
+    at = np.array([point[:2] for point in points])
+    assert at.min() == 0
+    assert at.max() == 1
+    assert "round</label>" in page
+    assert errors(column) == ["error: --label: there is no column 'color'; the columns: shape"]
+    assert errors(ending) == ["error: PAGE: got map.pdf; it must end in .html"]
+    assert "few.parquet has 4 images; a map takes 10" in errors(few)[0]
+
+
+def test_a_map_is_the_same_again_and_names_cannot_end_its_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 70)).astype(np.float32)
+    names = ["</script><b>", *(f"{i}.png" for i in range(59))]
+    index = EmbeddingIndex(write_index(tmp_path / "a.parquet", rows, names=names))
+    first, again = make_map(index, 40), make_map(index, 40)
+    assert np.array_equal(first.points, again.points)
+    assert np.array_equal(first.places, np.unique(first.places))
+    assert len(first.places) == 40
+    made = make_map(index, 1000)
+    assert len(made.places) == 60
+    write_map(str(tmp_path / "map.html"), index, made)
+    assert "</script><b>" not in (tmp_path / "map.html").read_text()
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(ConfigError, match=r"pip install 'simclr-ray\[search\]'"):
+        make_map(index, 40)
