@@ -24,7 +24,7 @@ Images = Annotated[
     ),
 ]
 Sheet = Annotated[
-    str, typer.Option("--out", metavar="SHEET", help="Also as .html page or .png, .jpg picture.")
+    str, typer.Option("--out", metavar="SHEET", help="Also as a page, .html, or as .png or .jpg.")
 ]
 MAP_IMAGES = 4000  # half a minute of a core
 
@@ -62,14 +62,14 @@ def search(
         good = [images[row] for row in rows]
         if not good:
             return
-        found = opened.nearest(vectors[rows], num)
-        for image, places, cosines in zip(good, found.places, found.cosines, strict=True):
+        nearest = opened.nearest(vectors[rows], num)
+        for image, places, cosines in zip(good, nearest.places, nearest.cosines, strict=True):
             for place, cosine in zip(places, cosines, strict=True):
                 print(shown(image), f"{cosine:.4f}", shown(opened.names[place]), sep="\t")
         if sheet:
             from simclr_ray.inference.embedding_sheets import write_neighbours
 
-            write_neighbours(sheet, opened, good, loaded.transform, found, where)
+            write_neighbours(sheet, opened, good, loaded.transform, nearest, where)
             say(f"sheet  {sheet}")
 
 

@@ -1,4 +1,4 @@
-"""Images in labelled rows, as one HTML file that needs nothing else or as a picture."""
+"""Images in labelled rows, as one HTML file that needs nothing else or as one image."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from simclr_ray.storage.page import render_page
 
 # A thumbnail takes about 4 kB as text: a page of 500 of them 2 MB.
 THUMBNAIL_SIDE, JPEG_QUALITY = 112, 75
-PAGE, PICTURES = (".html",), (".png", ".jpg", ".jpeg")
-MARGIN, LINE, TITLE = 8, 13, 18  # px of a picture: around images, of a caption's line, of a title
+PAGE, DRAWN = (".html",), (".png", ".jpg", ".jpeg")  # endings of what a sheet becomes
+MARGIN, LINE, TITLE = 8, 13, 18  # px of a drawn one: around images, of a caption's line, of a title
 MOST_LINES: Final = 2  # of a caption
 
 
@@ -50,8 +50,8 @@ class Section(NamedTuple):
 
 def check_ending(out: str, option: str) -> None:
     """Raise `ConfigError` where a sheet can be no file of that name."""
-    if not out.partition("?")[0].lower().endswith(PAGE + PICTURES):
-        endings = ", ".join(PAGE + PICTURES)
+    if not out.partition("?")[0].lower().endswith(PAGE + DRAWN):
+        endings = ", ".join(PAGE + DRAWN)
         raise ConfigError([ConfigIssue(option, f"got {out}; it must end in one of {endings}")])
 
 
@@ -64,10 +64,10 @@ def write_sheet(
     reasons: Sequence[tuple[str, int, str]] = (),
     classes: Sequence[tuple[str, str, int]] = (),
 ) -> None:
-    """Write a sheet; a picture has its rows alone.
+    """Write a sheet; one that is drawn has its rows alone.
 
     Args:
-        out: Path or URI, whose ending says what it becomes; any other than a picture's: a page.
+        out: Path or URI, whose ending says what it becomes; of an unknown one a page.
         title: Of the page.
         sections: Those without rows are left out.
         facts: Name -> value, at the head of the page.
@@ -80,7 +80,7 @@ def write_sheet(
     filled = [section for section in sections if section.rows]
     fs, path = filesystem(out)
     ending = f".{path.rpartition('.')[2].lower()}"
-    if ending in PICTURES:
+    if ending in DRAWN:
         drawn = _drawn([row for section in filled for row in section.rows])
         with open_whole(fs, path) as stream:
             stream.write(_encoded(drawn, "PNG" if ending == ".png" else "JPEG"))
@@ -117,7 +117,7 @@ def _encoded(image: Image.Image, form: str) -> bytes:
 
 
 def _drawn(rows: Sequence[tuple[str, list[Thumbnail]]]) -> Image.Image:
-    """Return a picture with the rows, one below the other, captions below the images."""
+    """Return an image of the rows, one below the other, captions below the images."""
     cell_height = THUMBNAIL_SIDE + MOST_LINES * LINE + MARGIN
     width = MARGIN + max(len(images) for _, images in rows) * (THUMBNAIL_SIDE + MARGIN)
     height = MARGIN + sum(cell_height + (TITLE if says else 0) for says, _ in rows)

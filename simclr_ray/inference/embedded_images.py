@@ -89,13 +89,13 @@ class EmbeddedImages(AbstractContextManager["EmbeddedImages"]):
         ]
 
     def _read(self, places: Sequence[int], side: int) -> dict[int, Image.Image]:
-        found = {}
+        thumbnails = {}
         for place, encoded in zip(places, self._encoded(places), strict=True):
             with suppress(ImageError, OSError):
                 if encoded is not None:
                     pixels = shown_as_rgb(self._decoder.decode(encoded))
-                    found[place] = thumbnail_of(pixels, side)
-        return found
+                    thumbnails[place] = thumbnail_of(pixels, side)
+        return thumbnails
 
     def _encoded(self, places: Sequence[int]) -> list[bytes | None]:
         names = [self._index.names[place] for place in places]

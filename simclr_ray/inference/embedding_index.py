@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from simclr_ray.config.wording import counted
+from simclr_ray.data.duplicates import linked
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.inference.embedding_file import EMBEDDING, ERROR, Origin
 from simclr_ray.storage.filesystem import filesystem, one_line
@@ -59,13 +58,7 @@ class Pairs(NamedTuple):
 
         A chain of pairs is one group, so its ends may be less alike than any pair.
         """
-        first, second = self.places.T
-        graph = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(num, num))
-        _, labels = connected_components(graph, directed=False)
-        members = np.unique(self.places)
-        of_member = labels[members]
-        groups = [members[of_member == label] for label in np.unique(of_member)]
-        return sorted(groups, key=lambda group: (-len(group), group[0]))
+        return sorted(linked(num, self.places), key=lambda group: -len(group))
 
 
 class EmbeddingIndex:
@@ -88,8 +81,8 @@ class EmbeddingIndex:
 
     Example:
         >>> index = EmbeddingIndex("photos.parquet")
-        >>> found = index.nearest(encoder.embed(["cat.jpg"]), 3)
-        >>> [index.names[place] for place in found.places[0]]
+        >>> nearest = index.nearest(encoder.embed(["cat.jpg"]), 3)
+        >>> [index.names[place] for place in nearest.places[0]]
         ['cats/17.jpg', 'cats/3.jpg', 'dogs/44.jpg']
     """
 
@@ -142,14 +135,14 @@ class EmbeddingIndex:
             DataError: There are more than `MOST_PAIRS`.
         """
         index = self._faiss.IndexFlatIP(self.feature_dim)
-        found: list[tuple[Int64s, Floats]] = []
+        parts: list[tuple[Int64s, Floats]] = []
         count = 0
         step = max(1, min(MOST_ROWS, PAIRS_AT_ONCE // len(self.vectors)))
         for first in range(0, len(self.vectors), step):
             block = self.vectors[first : first + step]
             index.add(block)  # each pair is met once: with rows before it, and its own block's
             places, cosines = _within(index, block, first, least)
-            found.append((places, cosines))
+            parts.append((places, cosines))
             count += len(cosines)
             if count > MOST_PAIRS:
                 shown = counted(len(self.vectors), "image")
@@ -157,8 +150,8 @@ class EmbeddingIndex:
                     f"{self.uri}: more than {MOST_PAIRS:,} pairs of {shown} have a cosine of "
                     f"{least:g} or more; ask for a higher one (--least)"
                 )
-        places = np.concatenate([places for places, _ in found])
-        cosines = np.concatenate([cosines for _, cosines in found])
+        places = np.concatenate([places for places, _ in parts])
+        cosines = np.concatenate([cosines for _, cosines in parts])
         order = np.lexsort((places[:, 1], places[:, 0], -cosines))
         return Pairs(places[order], cosines[order])
 

@@ -1,4 +1,4 @@
-"""What was found in an index, as sheets of images: neighbours of some, and groups of duplicates."""
+"""What an index says, as sheets of images: neighbours of some, and groups of duplicates."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def write_neighbours(
     index: EmbeddingIndex,
     queries: Sequence[Path],
     transform: EvaluationTransform,
-    found: Nearest,
+    nearest: Nearest,
     where: str = "",
 ) -> None:
     """Write a row a query: its image as the encoder sees it, and its neighbours.
 
     Args:
         out: As in `write_sheet`.
-        index: What was asked.
+        index: What was searched.
         queries: Paths of the images.
         transform: Of the encoder.
-        found: The neighbours of each.
+        nearest: The neighbours of each.
         where: As in `EmbeddedImages`.
 
     Raises:
@@ -41,11 +41,11 @@ def write_neighbours(
     """
     rows = []
     with EmbeddedImages(index, where) as images:
-        for query, places, cosines in zip(queries, found.places, found.cosines, strict=True):
+        for query, places, cosines in zip(queries, nearest.places, nearest.cosines, strict=True):
             view = thumbnail_of(shown_as_rgb(transform.view(query)))
-            asked = Thumbnail(query.name, "asked for", view)
+            first = Thumbnail(query.name, "asked for", view)
             notes = [f"{cosine:.3f}" for cosine in cosines]
-            rows.append(("", [asked, *images.thumbnails(places.tolist(), notes)]))
+            rows.append(("", [first, *images.thumbnails(places.tolist(), notes)]))
     facts = {
         "index": f"{index.uri}, {counted(len(index.names), 'image')}",
         "encoder": index.origin.encoder or "unknown",

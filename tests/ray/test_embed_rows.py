@@ -22,7 +22,7 @@ from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.embed_input import open_rows
 from simclr_ray.inference.embed_pieces import FIRST_ROWS, cut_pieces
 from simclr_ray.inference.embed_rows import embed_rows
-from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile
+from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Origin
 from tests.formats.test_formats import HERE as FORMATS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -74,6 +74,10 @@ def test_a_parquet_has_a_row_an_image_in_order(tmp_path: Path) -> None:
     assert [i for i, e in enumerate(table["error"].to_pylist()) if e] == [7]
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), embeddings.shape[1])
     np.testing.assert_allclose(embeddings, expected(images), rtol=1e-5, atol=1e-6)
+    origin = Origin.read(table.schema.metadata)
+    assert (origin.encoder, origin.images) == (MODEL, str(tmp_path / "in.parquet"))
+    assert origin.weights == load_encoder(MODEL).digest
+    assert origin.columns["image"] == "image"
     assert told[0] == (0, ROWS)
     assert told[1] == (FIRST_ROWS, ROWS)  # some rows come early
     assert told[-1] == (ROWS, ROWS)

@@ -60,7 +60,7 @@ def write(
     )  # fmt: skip
 
 
-def pictures_in(page: str) -> list[Image.Image]:
+def images_in(page: str) -> list[Image.Image]:
     """Return the images of a page, which asks no other host for anything."""
     assert not re.search(r"(src|href|url)\W{1,3}(https?:)?//", page)
     found = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", page)
@@ -80,7 +80,7 @@ def test_search_prints_the_nearest_and_draws_them(photos: Path) -> None:
     assert {line[2] for line in lines[:3]} == {"00.png", "03.png", "07.png"}
     assert float(lines[3][1]) < 1
     page = (photos / "near.html").read_text()
-    assert len(pictures_in(page)) == 6  # with the one that was asked for
+    assert len(images_in(page)) == 6  # with the one that was asked for
     assert "asked for" in page
 
 
@@ -128,7 +128,7 @@ def test_duplicates_are_pairs_and_groups(photos: Path) -> None:
                      ("04.png", "09.png")}  # fmt: skip
     assert "4 pairs in 2 groups, of 24 images" in done.stderr
     page = (photos / "same.html").read_text()
-    assert len(pictures_in(page)) == 5
+    assert len(images_in(page)) == 5
     assert "3 images, 1.000 to 1.000" in page
 
 
@@ -150,12 +150,12 @@ def test_images_that_have_moved_are_named_and_found_again(photos: Path) -> None:
     assert "--images says where they are" in moved.stderr
     page = (photos / "same.html").read_text()
     assert "03.png" in page
-    assert not pictures_in(page)
-    assert len(pictures_in((photos / "again.html").read_text())) == 5
+    assert not images_in(page)
+    assert len(images_in((photos / "again.html").read_text())) == 5
     assert "has 23 images, and photos.parquet was made of 24" in errors(fewer)[0]
     assert not (photos / "fewer.html").exists()
     assert "those of changed are others now" in changed.stderr
-    assert not pictures_in((photos / "changed.html").read_text())
+    assert not images_in((photos / "changed.html").read_text())
 
 
 def test_a_map_is_one_page_with_all_images_and_classes(photos: Path, encoder: Encoder) -> None:
@@ -170,7 +170,7 @@ def test_a_map_is_one_page_with_all_images_and_classes(photos: Path, encoder: En
     )
     assert [d.returncode for d in (done, column, ending, few)] == [0, 2, 2, 2], done.stderr
     page = (photos / "map.html").read_text()
-    assert len(pictures_in(page)) == NUM
+    assert len(images_in(page)) == NUM
     (text,) = re.findall(r'<script type="application/json" id=points>(.*?)</script>', page)
     points = json.loads(text)
     assert [point[3] for point in points] == [f"{number:02}.png" for number in range(NUM)]
