@@ -87,6 +87,7 @@ app.add_typer(
         [
             ("list", run.list_runs),
             ("probe", run.probe),
+            ("report", run.report),
             ("stop", run.stop),
             ("sync", run.sync),
             ("rm", run.remove),

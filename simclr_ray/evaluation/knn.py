@@ -51,7 +51,7 @@ def knn_scores(
     k = min(k, len(bank))
     if device is None:
         device = bank.device if isinstance(bank, Tensor) else "cpu"
-    cosines, rows = _nearest(bank, queries, k, torch.device(device))  # [Q, k]
+    cosines, rows = nearest(bank, queries, k, torch.device(device))  # [Q, k]
     weights = torch.exp((cosines - cosines[:, :1]) / temperature)
     votes = torch.zeros(len(queries), num_classes, device=device)
     return votes.scatter_add_(1, bank_labels.to(device)[rows], weights)
@@ -80,7 +80,7 @@ def top_k_hits(scores: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     return (ahead.sum(1) < k) & own[:, 0].isfinite()
 
 
-def _nearest(bank: Rows, queries: Rows, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def nearest(bank: Rows, queries: Rows, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosine and row of the `k` nearest bank rows, nearest first; both `[Q, k]`.
 
     The bank is passed over once, however many queries there are: it may lie in a file.

@@ -11,6 +11,7 @@
     outcome.json                        written last: the run is finished and evaluated
     classification.json                 of a fine-tuning or a distillation: its test
     encoder/                            of the checkpoint that was registered last
+    report.html                         its page, where somebody has asked for one
     lock  lock.holder                   held by the driver; in a bucket lock/ with its claim
     step-00001200-<attempt>/            checkpoints, owned by Ray's manager
     checkpoint_manager_snapshot.json    Ray's

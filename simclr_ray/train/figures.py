@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -27,6 +28,7 @@ from simclr_ray.data.image_groups import groups_of
 from simclr_ray.data.row_reader import RowReader
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
+from simclr_ray.nn.loss import ChanceLevel
 from simclr_ray.storage.metrics_log import read_series
 
 VIEW_COLORS = ("tab:orange", "tab:cyan")
@@ -169,12 +171,44 @@ def draw_curves(lines: str, path: Path) -> None:
     axes = figure.subplots(rows, columns, squeeze=False).flat
     # the axes last: zip draws from its first before it sees that its second has ended
     for (key, title), axis in zip(drawn, axes, strict=False):
-        steps = sorted(series[key])
-        marker = "o" if key.startswith("eval/") else None
-        axis.plot(steps, [series[key][s] for s in steps], marker=marker, markersize=3)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.grid(visible=True, alpha=0.3)
+        _draw_curve(axis, key, title, series[key])
     for axis in list(axes):
         axis.set_axis_off()
     figure.savefig(path, dpi=100)
+
+
+def curve_drawings(lines: str, chance: ChanceLevel | None = None) -> list[str]:
+    """Return the same curves as SVG elements, one each.
+
+    Args:
+        lines: Of the log.
+        chance: Of the loss, drawn as a line.
+    """
+    series = read_series(lines)
+    drawings = []
+    for key, title in CURVES:
+        if key not in series:
+            continue
+        figure = Figure(figsize=(4, 2.6), layout="constrained")
+        axis = figure.subplots()
+        _draw_curve(axis, key, title, series[key])
+        if key == "train/loss" and chance is not None:
+            axis.axhline(chance.value, color="0.4", linestyle="--", linewidth=1)
+            axis.annotate(
+                f"chance, {chance.formula}", (0.98, chance.value), fontsize=7, color="0.4",
+                xycoords=("axes fraction", "data"), ha="right", va="top",
+            )  # fmt: skip
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        svg = out.getvalue()
+        drawings.append(svg[svg.index("<svg") :])
+    return drawings
+
+
+def _draw_curve(axis: Axes, key: str, title: str, values: Mapping[int, float]) -> None:
+    steps = sorted(values)
+    marker = "o" if key.startswith("eval/") else None
+    axis.plot(steps, [values[s] for s in steps], marker=marker, markersize=3)
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("step", fontsize=8)
+    axis.grid(visible=True, alpha=0.3)

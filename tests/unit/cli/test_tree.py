@@ -46,7 +46,7 @@ GROUPS = {
         "duplicates",
         "map",
     ),
-    "run": ("list", "probe", "stop", "sync", "rm"),
+    "run": ("list", "probe", "report", "stop", "sync", "rm"),
     "study": ("list", "run", "resume", "status", "stop", "report", "best", "plan", "advise"),
     "cluster": ("check", "status"),
 }

@@ -219,7 +219,7 @@ def test_no_reason_is_left_out_of_the_count(tmp_path: Path) -> None:
     assert facts(seen)["unusable"].startswith("28: 1 x too small: ")
     assert facts(seen)["unusable"].endswith("; 23 for other reasons")
     write_page(seen, str(tmp_path / "a.html"))
-    assert "<td>other reasons</td><td class=n>8</td>" in (tmp_path / "a.html").read_text()
+    assert "<td class=l>other reasons</td><td>8</td>" in (tmp_path / "a.html").read_text()
 
 
 def test_the_page_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

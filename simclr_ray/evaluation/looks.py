@@ -1,0 +1,139 @@
+"""What an encoder takes for alike, on a sample: neighbours of some images, and confused classes.
+
+A look and no score: the sample is small, so that a page is made in seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from simclr_ray.augment.decode import Pixels, shown_as_rgb
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.aligned import align_labels
+from simclr_ray.data.decoding import evaluation_decoder
+from simclr_ray.data.description import class_name
+from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError
+from simclr_ray.evaluation.evaluate import probed_source
+from simclr_ray.evaluation.features import Features, Split, extract_features, load_split
+from simclr_ray.evaluation.knn import knn_scores, nearest
+from simclr_ray.nn.precision import best_device
+from simclr_ray.nn.pretrained import load_model
+
+BANK_TIMES: Final = 4  # rows that neighbours come from, for each that is asked for
+QUERIES, NEIGHBOURS = 8, 8  # that are shown
+
+
+class Alike(NamedTuple):
+    """An image beside its neighbours.
+
+    Attributes:
+        pixels: uint8 [S, S, 3], the view that the encoder sees.
+        name: Of its class, or its id.
+        cosine: With the image that was asked for; 1 of itself.
+    """
+
+    pixels: Pixels
+    name: str
+    cosine: float
+
+
+class Look(NamedTuple):
+    """What was seen of a sample.
+
+    Attributes:
+        rows: Of each image that was asked for, itself and its nearest neighbours.
+        confusion: int64 [K, K], true class by class of the k nearest neighbours; None: no labels.
+        class_names: K of them.
+        num_test: Images that were classified.
+        num_bank: Images that neighbours come from.
+    """
+
+    rows: list[list[Alike]]
+    confusion: npt.NDArray[np.int64] | None
+    class_names: list[str]
+    num_test: int
+    num_bank: int
+
+
+def look(experiment: Experiment, checkpoint: Path, num: int) -> Look:
+    """Return what the encoder of a checkpoint takes for alike.
+
+    Args:
+        experiment: Its splits and settings.
+        checkpoint: The folder.
+        num: Test images; four times as many are drawn of `eval_train` (or `train`) for neighbours.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole.
+        DataError: A split cannot be read.
+    """
+    bank_source, test_source, have_labels = _sources(experiment)
+    decoder, size = evaluation_decoder(experiment.data), experiment.evaluation_size
+    bank = load_split(bank_source, size, BANK_TIMES * num, decoder)
+    test = load_split(test_source, size, num, decoder) if test_source else _first(bank, num)
+    device = best_device()
+    encoder = load_model(checkpoint).encoder.to(device)
+
+    def features(split: Split) -> Features:
+        rows = extract_features(
+            encoder, split.images, experiment.evaluation.batch_size, device, experiment.precision
+        )
+        return Features(rows, split.labels, split.ids)
+
+    bank_rows, rows = features(bank), features(test)
+    names = [class_name(bank_source, c) for c in range(int(bank.labels.max()) + 1)]
+    confusion = _confusion(experiment, bank_rows, rows, len(names)) if have_labels else None
+    shown = torch.linspace(0, len(test.images) - 1, min(QUERIES, len(test.images))).long()
+    skipped = 0 if test_source else 1  # the nearest of an image among others is itself
+    wanted = min(NEIGHBOURS + skipped, len(bank.images))
+    cosines, places = nearest(bank_rows.rows, rows.at(shown).rows, wanted, device)
+    lists = []
+    for row, near, likeness in zip(shown.tolist(), places.tolist(), cosines.tolist(), strict=True):
+        pairs = list(zip(near, likeness, strict=True))[skipped:]
+        first = _alike(test, row, 1.0, names if have_labels or not test_source else [])
+        lists.append([first, *(_alike(bank, place, cosine, names) for place, cosine in pairs)])
+    sizes = len(test.images), len(bank.images)
+    return Look(lists, confusion, names if have_labels else [], *sizes)
+
+
+def _sources(experiment: Experiment) -> tuple[Source, Source | None, bool]:
+    """Return where neighbours come from, what is asked about, and whether both have labels."""
+    data, bank = experiment.data, probed_source(experiment.data)
+    test = Source.open(data.test, data.columns) if data.test else None
+    have_labels = bank.has_labels and test is not None and test.has_labels
+    if have_labels and test is not None:
+        try:
+            bank, test = align_labels(bank, test)
+        except DataError:  # of other classes: neighbours need none
+            have_labels = False
+    return bank, test, have_labels
+
+
+def _first(split: Split, num: int) -> Split:
+    return split.at(torch.arange(min(num, len(split.images))))
+
+
+def _confusion(
+    experiment: Experiment, bank: Features, test: Features, num_classes: int
+) -> npt.NDArray[np.int64] | None:
+    """Return how often each class was taken for each, by the vote that evaluation takes."""
+    bank, test = bank.labelled(), test.at(torch.isin(test.labels, torch.arange(num_classes)))
+    if not len(bank.labels) or not len(test.labels):
+        return None
+    knn = experiment.evaluation.knn
+    votes = knn_scores(bank.rows, bank.labels, test.rows, knn.k, knn.temperature, num_classes)
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(counts, (test.labels.numpy(), votes.argmax(1).cpu().numpy()), 1)
+    return counts
+
+
+def _alike(split: Split, row: int, cosine: float, names: list[str]) -> Alike:
+    label = int(split.labels[row])
+    name = names[label] if 0 <= label < len(names) else f"id {int(split.ids[row])}"
+    return Alike(shown_as_rgb(split.images[row].permute(1, 2, 0).numpy()), name, cosine)
