@@ -17,8 +17,20 @@ def config(
         str, typer.Argument(metavar="PRESET_OR_YAML", help="A preset, or a .yaml file.")
     ] = "",
     overrides: Overrides = None,
+    explain: Annotated[
+        str, typer.Option(metavar="KEY", help="Say what a key means, such as loss.temperature.")
+    ] = "",
 ) -> None:
-    """Print a config whole, defaults included; without arguments, list the presets."""
+    """Print a config whole, defaults included; without arguments, list the presets.
+
+    Example: simclr-ray config cifar10_cpu batch_size=512
+    Example: simclr-ray config --explain loss.temperature
+    """
+    if explain:
+        from simclr_ray.config.reference import described, keys_at
+
+        print("\n\n".join(map(described, keys_at(explain))))
+        return
     if not source:
         for name in cfg.preset_names():
             print(name)

@@ -159,9 +159,15 @@ class Experiment(Config):
     """
 
     name: str = Field(
-        placement=True, min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+        placement=True,
+        min_length=1,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Of the run; its folder's begins with it.",
     )
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Of weights, views, the order of images, and probes."
+    )
     data: DataConfig
     augment: AnyViewsConfig = SimCLRViewsConfig()
     encoder: AnyEncoderConfig = ResNetConfig()
@@ -174,8 +180,10 @@ class Experiment(Config):
     batch_size: int = Field(
         256, ge=2, description="Images in the global batch N, over all workers."
     )
-    epochs: int = Field(100, ge=1, le=1_000_000)
-    precision: Literal["float64", "float32", "bf16"] = "float32"
+    epochs: int = Field(100, ge=1, le=1_000_000, description="Passes over the images.")
+    precision: Literal["float64", "float32", "bf16"] = Field(
+        "float32", description="Of the network; bf16 by autocast. The loss is float32 at least."
+    )
     compress_gradients: bool = Field(
         default=False,
         description="Send gradients between workers as bf16: half the traffic, rounded; "

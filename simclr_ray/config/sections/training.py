@@ -43,8 +43,13 @@ class NTXentConfig(_LossConfig):
     component = "simclr_ray.nn.losses:NTXentLoss"
 
     name: Literal["ntxent"] = "ntxent"
-    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
-    normalize: bool = Field(default=True, description="l2-normalise z (Table 5).")
+    temperature: float = Field(
+        0.1,
+        ge=1e-3,
+        le=100,
+        description="τ, which cosines are divided by; the paper: 0.1 to 0.5 (Table 5).",
+    )
+    normalize: bool = Field(default=True, description="Bring z to length 1 first (Table 5).")
     negatives: Literal["both", "other"] = Field(
         "both", description="Views of the other images that count: both, or the other one (B.10)."
     )
@@ -75,10 +80,12 @@ class NTLogisticConfig(_LossConfig):
     component = "simclr_ray.nn.losses:NTLogisticLoss"
 
     name: Literal["ntlogistic"] = "ntlogistic"
-    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
-    normalize: bool = Field(default=True, description="l2-normalise z.")
+    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ, which cosines are divided by.")
+    normalize: bool = Field(default=True, description="Bring z to length 1 first.")
     semi_hard: bool = Field(default=False, description="One negative an anchor (Table 4, sh).")
-    negatives: Literal["both", "other"] = Field("both", description="As of ntxent.")
+    negatives: Literal["both", "other"] = Field(
+        "both", description="Views of the other images that count: both, or the other one (B.10)."
+    )
 
     @property
     def fixed_temperature(self) -> float:
@@ -93,9 +100,11 @@ class TripletConfig(_LossConfig):
 
     name: Literal["triplet"] = "triplet"
     margin: float = Field(0.8, ge=0, le=100, description="m; B.10 tried 0, 0.4, 0.8, 1.6.")
-    normalize: bool = Field(default=True, description="l2-normalise z.")
+    normalize: bool = Field(default=True, description="Bring z to length 1 first.")
     semi_hard: bool = Field(default=False, description="One negative an anchor (Table 4, sh).")
-    negatives: Literal["both", "other"] = Field("both", description="As of ntxent.")
+    negatives: Literal["both", "other"] = Field(
+        "both", description="Views of the other images that count: both, or the other one (B.10)."
+    )
 
     @model_validator(mode="after")
     def _check_margin(self) -> TripletConfig:
@@ -110,8 +119,8 @@ class DCLConfig(_LossConfig):
     component = "simclr_ray.nn.losses:DCLLoss"
 
     name: Literal["dcl"] = "dcl"
-    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
-    normalize: bool = Field(default=True, description="l2-normalise z.")
+    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ, which cosines are divided by.")
+    normalize: bool = Field(default=True, description="Bring z to length 1 first.")
     sigma: float = Field(0.0, ge=0, description="σ of DCLW's weights (there 0.5); 0: DCL.")
 
     @property
@@ -127,8 +136,8 @@ class SupConConfig(_LossConfig):
     targets = "labels"
 
     name: Literal["supcon"] = "supcon"
-    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ.")
-    normalize: bool = Field(default=True, description="l2-normalise z.")
+    temperature: float = Field(0.1, ge=1e-3, le=100, description="τ, which cosines are divided by.")
+    normalize: bool = Field(default=True, description="Bring z to length 1 first.")
 
     @property
     def fixed_temperature(self) -> float:
@@ -144,7 +153,9 @@ class CrossEntropyConfig(_LossConfig):
     targets = "labels"
 
     name: Literal["cross_entropy"] = "cross_entropy"
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of the target that all classes have alike."
+    )
     views: Literal[1, 2] = Field(1, description="Views of an image that a step classifies.")
 
 
@@ -221,11 +232,18 @@ class LARSConfig(_OptimizerConfig):
     component = "simclr_ray.optim:LARS"
 
     name: Literal["lars"] = "lars"
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-6, ge=0)
-    trust_coefficient: float = Field(1e-3, gt=0)
-    momentum_form: Literal["authors", "outside"] = "authors"
-    clip_lr: bool = False
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of the average of gradients.")
+    weight_decay: float = Field(1e-6, ge=0, description="Not of BN and biases.")
+    trust_coefficient: float = Field(
+        1e-3, gt=0, description="Of a layer's rate: times its weights' norm over its gradient's."
+    )
+    momentum_form: Literal["authors", "outside"] = Field(
+        "authors",
+        description="The rate inside the momentum buffer, as the authors have it, or outside.",
+    )
+    clip_lr: bool = Field(
+        default=False, description="A layer's rate is the global one at most (LARC)."
+    )
     clip_norm: float = CLIP_NORM
 
 
@@ -235,9 +253,9 @@ class SGDConfig(_OptimizerConfig):
     component = "torch.optim:SGD"
 
     name: Literal["sgd"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    nesterov: bool = False
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of the average of gradients.")
+    weight_decay: float = Field(5e-4, ge=0, description="Not of BN and biases.")
+    nesterov: bool = Field(default=False, description="Nesterov's momentum.")
     clip_norm: float = CLIP_NORM
 
 
@@ -247,9 +265,9 @@ class AdamWConfig(_OptimizerConfig):
     component = "torch.optim:AdamW"
 
     name: Literal["adamw"] = "adamw"
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="Of the average of gradients.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Of the average of their squares.")
+    weight_decay: float = Field(1e-4, ge=0, description="Decoupled; not of BN and biases.")
     clip_norm: float = CLIP_NORM
 
     def arguments(self) -> dict[str, Any]:
@@ -279,7 +297,7 @@ class ScheduleConfig(Config):
     scaling: Literal["linear", "sqrt", "none"] = Field(
         "linear", description="base·B/256, base·√B, or base, of the global batch B."
     )
-    warmup_epochs: float = Field(10.0, ge=0)
+    warmup_epochs: float = Field(10.0, ge=0, description="In which the rate rises from 0.")
     warmup_steps: int = Field(0, ge=0, description="If above 0, instead of warmup_epochs.")
     decay: Literal["cosine", "constant"] = Field(
         "cosine", description="After warm-up; with constant, a run passes through shorter ones."

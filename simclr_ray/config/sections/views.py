@@ -135,9 +135,9 @@ class JitterConfig(_StageConfig):
     name: Literal["jitter"] = "jitter"
     p: float = Field(0.8, ge=0, le=1, description="Probability, drawn for each image.")
     strength: float = Field(1.0, ge=0, description="Factor of the four below.")
-    brightness: float = Field(0.8, ge=0)
-    contrast: float = Field(0.8, ge=0)
-    saturation: float = Field(0.8, ge=0)
+    brightness: float = Field(0.8, ge=0, description="Factor from 1 - this to 1 + this.")
+    contrast: float = Field(0.8, ge=0, description="As of brightness, around the mean gray.")
+    saturation: float = Field(0.8, ge=0, description="As of brightness, around gray.")
     hue: float = Field(0.2, ge=0, description="Of a full circle; times strength 0.5 at most.")
 
     @model_validator(mode="after")
@@ -211,7 +211,7 @@ class SolarizeConfig(_StageConfig):
 
     name: Literal["solarize"] = "solarize"
     p: float = Field(0.2, ge=0, le=1, description="Probability, drawn for each image.")
-    threshold: float = Field(0.5, ge=0, le=1)
+    threshold: float = Field(0.5, ge=0, le=1, description="In [0, 1]; what is above is inverted.")
 
 
 class EqualizeConfig(_StageConfig):
@@ -229,7 +229,9 @@ class AutoAugmentConfig(_StageConfig):
     component = "simclr_ray.augment.ops:AutoAugment"
 
     name: Literal["autoaugment"] = "autoaugment"
-    policy: Literal["imagenet", "cifar10", "svhn"] = "imagenet"
+    policy: Literal["imagenet", "cifar10", "svhn"] = Field(
+        "imagenet", description="Which of AutoAugment's policies."
+    )
 
 
 class ImportedStageConfig(ImportConfig, _StageConfig):
