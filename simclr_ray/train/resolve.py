@@ -49,6 +49,7 @@ from simclr_ray.train.image_folders import resolve_folders
 from simclr_ray.train.imports import resolve_imports
 from simclr_ray.train.registrable import check_registrable, check_registry
 from simclr_ray.train.rollback import check_policy
+from simclr_ray.train.scaling import resolve_scaling
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         TrackingError: MLflow cannot keep the run, or not under the alias that is asked for.
     """
     native.check_setting()  # read by the actors that make views, on other nodes and minutes later
-    experiment = resolve_imports(experiment)
+    experiment = resolve_imports(resolve_scaling(experiment))
     if experiment.encoder.is_tried and not any(w == "encoder" for w, _ in imports_in(experiment)):
         check_encoder(experiment)
     experiment = resolve_folders(experiment)

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 NUM_IMAGES, BATCH_SIZE, STEPS = 160, 32, 20  # five steps an epoch, four epochs
 NUM_ROWS = 50_000  # of which learning rates are told
 LATER = (  # presets that earlier commits lack
-    *("bands_resnet18", "gray16_resnet18", "cifar10_laptop"),
+    *("bands_resnet18", "gray16_resnet18", "cifar10_laptop", "photos_gpu"),
     *("imagenet_convnext_tiny", "imagenet_vit_small"),
 )
 Tree = dict[str, Any]

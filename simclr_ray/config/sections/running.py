@@ -20,15 +20,15 @@ LABEL_EXPRESSION: Final = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\)
 class KNNConfig(Config):
     """Weighted cosine kNN on h: weight exp(cos/τ)."""
 
-    k: int = Field(200, ge=1)
-    temperature: float = Field(0.1, gt=0)
+    k: int = Field(200, ge=1, description="Neighbours that vote.")
+    temperature: float = Field(0.1, gt=0, description="τ of their weights, exp(cosine/τ).")
 
 
 class LinearConfig(Config):
     """Logistic regression on frozen h."""
 
-    epochs: int = Field(60, ge=1)
-    batch_size: int = Field(256, ge=1)
+    epochs: int = Field(60, ge=1, description="Of the linear probe.")
+    batch_size: int = Field(256, ge=1, description="Samples of a step of it.")
     learning_rate: float = Field(0.1, gt=0, description="Per 256 samples; Nesterov SGD, cosine.")
 
 
@@ -54,7 +54,7 @@ class EvaluationConfig(Config):
         "this process where their views are at most 1 GiB, else one a device of the cluster.",
     )
     cpus_per_actor: float = Field(1.0, gt=0, description="Logical CPUs that one reserves.")
-    gpus_per_actor: float = Field(0.0, ge=0)
+    gpus_per_actor: float = Field(0.0, ge=0, description="Logical GPUs that one reserves.")
 
     @property
     def num_actors(self) -> int:
@@ -72,28 +72,29 @@ class EvaluationConfig(Config):
 class CheckpointConfig(Config):
     """When state is written, and how many are kept."""
 
-    every_epochs: int = Field(1, ge=1)
+    every_epochs: int = Field(1, ge=1, description="Epochs between checkpoints.")
     every_steps: int = Field(0, ge=0, description="Also within an epoch; 0: at epoch ends only.")
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1, description="Newest checkpoints that stay.")
 
 
 class ScalingConfig(Config):
     """Where it runs; never what it computes."""
 
-    num_workers: int | list[int] = Field(
+    num_workers: int | list[int] | Literal["auto"] = Field(
         1,
         description="Data-parallel workers; [least, most]: as many as there is room for while it "
-        "runs, and the global batch stays.",
+        "runs, and the global batch stays; auto, or `scaling: auto`: one a GPU of this machine, "
+        "with the CPUs that it has to decode for it, else one on all CPUs.",
     )
     cpus_per_worker: float = Field(0.5, gt=0, description="Logical CPUs a worker reserves.")
-    gpus_per_worker: float = Field(0.0, ge=0)
+    gpus_per_worker: float = Field(0.0, ge=0, description="Logical GPUs a worker reserves.")
     threads_per_worker: int = Field(
         0, ge=0, description="torch threads; 0: the node's cores shared."
     )
     data_actors_per_worker: int = Field(
         1, ge=1, description="Decode actors, each its own pipeline."
     )
-    cpus_per_data_actor: float = Field(0.5, gt=0)
+    cpus_per_data_actor: float = Field(0.5, gt=0, description="Logical CPUs one reserves.")
     color_augment_on: Literal["data", "worker"] = Field(
         "data", description="Where color and blur run: data actors, or the worker's device."
     )
@@ -121,7 +122,9 @@ class ScalingConfig(Config):
         "autoscaler brings; 0: what lacks room is refused at once.",
     )
     max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint.")
-    collective_timeout_s: float = Field(1800.0, gt=0)
+    collective_timeout_s: float = Field(
+        1800.0, gt=0, description="How long a rank waits for the others in a collective."
+    )
     stalled_s: float = Field(
         120.0, gt=0, description="A rank is ended when data or a step take longer, and 10 times it."
     )
@@ -159,12 +162,22 @@ class ScalingConfig(Config):
         # Ray 2.60 takes "in(a, b)", and then looks for the value " b"
         return {key: expression.replace(" ", "") for key, expression in selector.items()}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_auto(cls, tree: Any) -> Any:
+        """Take `scaling: auto` for `scaling: {num_workers: auto}`."""
+        return {"num_workers": AUTO} if tree == AUTO else tree
+
     @field_validator("num_workers", mode="plain")
     @classmethod
-    def _check_workers(cls, value: Any) -> int | list[int]:
+    def _check_workers(cls, value: Any) -> int | list[int] | str:
+        if value == AUTO:
+            return AUTO
         ends = list(value) if isinstance(value, list | tuple) else [value, value]
         if [type(end) for end in ends] != [int, int] or not 1 <= ends[0] <= ends[1]:
-            raise ValueError("must be a whole number of at least 1, or [least, most] of such")
+            raise ValueError(
+                f"must be a whole number of at least 1, [least, most] of such, or {AUTO}"
+            )
         return ends if isinstance(value, list | tuple) else ends[0]
 
     @property
@@ -182,17 +195,24 @@ class ScalingConfig(Config):
     @property
     def is_elastic(self) -> bool:
         """Return whether the number of workers may change while a run trains."""
-        return not isinstance(self.num_workers, int)
+        return isinstance(self.num_workers, list)
 
     @property
     def min_workers(self) -> int:
-        """Return the fewest workers that a run trains with."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+        """Return the fewest workers that a run trains with; 1 until `auto` is resolved."""
+        return self._ends[0]
 
     @property
     def max_workers(self) -> int:
-        """Return the most workers that a run trains with."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+        """Return the most workers that a run trains with; 1 until `auto` is resolved."""
+        return self._ends[1]
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        if isinstance(self.num_workers, list):
+            return self.num_workers[0], self.num_workers[1]
+        num = self.num_workers if isinstance(self.num_workers, int) else 1
+        return num, num
 
     @property
     def data_cpus_per_worker(self) -> float:
@@ -245,19 +265,21 @@ class TrackingConfig(Config):
     """MLflow."""
 
     uri: str = Field("", description="Tracking URI; empty: sqlite in `storage`.")
-    experiment: str = Field("simclr-ray", min_length=1)
+    experiment: str = Field("simclr-ray", min_length=1, description="Of MLflow, its name.")
     parent_run: str = Field("", description="MLflow run under which this one is shown.")
     only_params: list[str] = Field(
         [], description="Dotted keys that become parameters, the rest a digest; empty: all."
     )
-    log_every_steps: int = Field(10, ge=1)
-    system_metrics: bool = True
+    log_every_steps: int = Field(10, ge=1, description="Steps between reports of a loss.")
+    system_metrics: bool = Field(
+        default=True, description="Log use of CPU, memory, GPU and network."
+    )
 
 
 class RegistryConfig(Config):
     """The registered model; an empty `name` registers nothing."""
 
-    name: str = ""
+    name: str = Field("", description="Registered model that the encoder becomes; empty: none.")
     alias: str = Field(
         "newest", min_length=1, description="Alias that is moved to the new version."
     )

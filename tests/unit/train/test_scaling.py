@@ -1,0 +1,72 @@
+"""`scaling: auto` is what this machine has, and computes what any other number does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.errors import ConfigError
+from simclr_ray.studies.files import load_study
+from simclr_ray.studies.plan import base_tree
+from simclr_ray.train.scaling import resolve_scaling
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+@pytest.mark.parametrize("cpus", [1, 2, 6, 16, 96, 256])
+def test_a_machine_with_gpus_has_a_worker_on_each_and_room_for_all(
+    gpus: int, cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, gpus, cpus)
+    made = resolve_scaling(Experiment.load("photos_gpu")).scaling
+    assert (made.num_workers, made.gpus_per_worker) == (gpus, 1.0)
+    assert made.num_cpus <= cpus + 1e-9
+    assert 1 <= made.data_actors_per_worker <= 8
+    assert not made.is_elastic
+    if cpus == 96 and gpus == 8:
+        assert made.data_actors_per_worker == 8
+
+
+def test_without_a_gpu_it_is_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 0, 16)
+    experiment = Experiment.load("cifar10_cpu", "data.train=x", "scaling=auto")
+    assert (experiment.scaling.min_workers, experiment.scaling.max_workers) == (1, 1)
+    made = resolve_scaling(experiment)
+    assert made.scaling.num_workers == 1
+    assert made.digest() == Experiment.load("cifar10_cpu", "data.train=x").digest()
+    fixed = Experiment.load("cifar10_cpu", "data.train=x", "scaling.num_workers=3")
+    assert resolve_scaling(fixed) is fixed
+    other = Experiment.load("cifar10_cpu", "data.train=x", "scaling.num_workers=auto")
+    assert resolve_scaling(other).scaling.threads_per_worker == fixed.scaling.threads_per_worker
+
+
+def test_a_cluster_and_a_study_are_told_to_give_a_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine(monkeypatch, 2, 16)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ConfigError, match="auto asks this machine, and RAY_ADDRESS names a"):
+        resolve_scaling(Experiment.load("photos_gpu"))
+    study = load_study("temperature", "cpu", "data.train=x", "scaling.num_workers=auto")
+    with pytest.raises(ConfigError, match=r"scaling\.num_workers: is for a run; a study"):
+        base_tree(study)
+
+
+def test_other_words_are_refused() -> None:
+    with pytest.raises(ConfigError, match="or auto"):
+        Experiment.load("cifar10_cpu", "scaling.num_workers=many")
+    with pytest.raises(ConfigError):
+        Experiment.load("cifar10_cpu", "scaling=many")
+    tree = cfg.to_tree(Experiment.load("photos_gpu"))
+    assert tree["scaling"]["num_workers"] == "auto"
+    assert cfg.validate(Experiment, tree) == Experiment.load("photos_gpu")
