@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := hatch_build.py simclr_ray/augment/native_build.py simclr_ray/augment/native.c
 
-.PHONY: demo test check test-unit test-long test-nodes test-faults faults-long audit fuzz soak collapse lint clean
+.PHONY: demo test check test-unit test-long test-nodes test-faults faults-long audit fuzz soak collapse lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/simclr-ray demo
@@ -51,6 +51,9 @@ $(STAMP): requirements.lock pyproject.toml $(NATIVE)
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --reinstall-package simclr-ray --editable .
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib simclr_ray >/dev/null 2>&1 || true
 	touch $@
+
+docs: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/docs
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

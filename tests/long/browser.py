@@ -1,0 +1,93 @@
+"""A page in headless Chromium, without a network: what it shows, and what it complains of."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+FOREIGN = re.compile(r"^(?:https?:)?//")
+
+
+class Opened(NamedTuple):
+    """A page as the browser has it."""
+
+    dom: str
+    console: list[str]
+    screenshot: Path
+
+
+def open_page(page: Path, folder: Path, width: int = 1200) -> Opened:
+    """Return what a page becomes at some width, in px; names resolve to nothing."""
+    program = next((found for name in PROGRAMS if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    shot = folder / f"{page.stem}-{width}.png"
+    options = [
+        "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={max(width, 500)},2000",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0",
+        "--virtual-time-budget=4000", f"--user-data-dir={folder / 'profile'}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [program, *options, "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    subprocess.run(
+        [program, *options, f"--screenshot={shot}", page.as_uri()],
+        capture_output=True, check=True, timeout=120,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return Opened(done.stdout, console, shot)
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []  # by the page itself
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value for name, value in attrs if value}
+        if "id" in values:
+            self.anchors.add(str(values["id"]))
+        if "name" in values and tag == "a":
+            self.anchors.add(str(values["name"]))
+        if "src" in values:
+            self.loaded.append(str(values["src"]))
+        if tag == "a" and "href" in values:
+            self.links.append(str(values["href"]))
+        elif "href" in values:
+            self.loaded.append(str(values["href"]))
+
+
+def links_of(page: Path) -> _Links:
+    """Return what a page loads, links to, and can be linked to."""
+    parser = _Links()
+    parser.feed(page.read_text(encoding="utf-8"))
+    return parser
+
+
+def broken_links(pages: list[Path]) -> list[str]:
+    """Return links within some pages that lead nowhere, and what they load from other hosts."""
+    of = {page.resolve(): links_of(page) for page in pages}
+    broken = []
+    for page, links in of.items():
+        broken += [f"{page.name} loads {url}" for url in links.loaded if FOREIGN.match(url)]
+        for url in links.links:
+            parts = urlsplit(url)
+            if parts.scheme or FOREIGN.match(url):
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            if not target.exists() or (
+                parts.fragment and target in of and parts.fragment not in of[target].anchors
+            ):
+                broken.append(f"{page.name}: {url}")
+    return broken
