@@ -50,6 +50,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     "jsonschema": ("distributed.launch",),
     "ray.data": ("data", "evaluation.ray_features"),
     "ray.train": ("train",),
+    "ray.serve": ("inference.serving",),
+    "fastapi": ("inference.serving",),
+    "prometheus_client": ("inference.serving",),
     "ray.tune": ("studies.tune", "studies.tune_trainable", "studies.search"),
     "mlflow": (
         "tracking",

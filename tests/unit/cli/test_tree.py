@@ -45,6 +45,7 @@ GROUPS = {
         "search",
         "duplicates",
         "map",
+        "serve",
     ),
     "run": ("list", "probe", "report", "stop", "sync", "rm"),
     "study": ("list", "run", "resume", "status", "stop", "report", "best", "plan", "advise"),

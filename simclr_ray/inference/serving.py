@@ -1,0 +1,298 @@
+"""An encoder behind HTTP, on Ray Serve (extra `serve`): an image in, embedding or neighbours out.
+
+Ray's proxy takes requests and hands them to replicas; a replica reads the body, decodes it in
+threads, and encodes what has come together as one batch (`serve.batch`). What is too large or no
+image is refused by a 4xx before it takes memory, and what is more than replicas keep up with by a
+503, at once. There is no password: beyond this machine it belongs behind a proxy that has one.
+"""
+# Annotations are no strings here: FastAPI reads those of methods where their names mean nothing.
+
+import asyncio
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from ray import serve
+
+from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view
+from simclr_ray.inference.embed import load_encoder
+from simclr_ray.inference.embedded_images import EmbeddedImages
+from simclr_ray.inference.embedding_index import EmbeddingIndex
+from simclr_ray.inference.embedding_search import encoder_of
+from simclr_ray.inference.encoder import as_inputs
+from simclr_ray.nn.precision import best_device
+from simclr_ray.storage.page import render_page
+
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+
+NAME: Final = "simclr-ray"
+MOST_NEIGHBOURS: Final = 100
+SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BYTES: Final = "application/octet-stream"
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served, and how.
+
+    Attributes:
+        encoder: Run or model, as `load_encoder` takes it; empty: the one of `index`.
+        index: File of embeddings that neighbours come from; empty: none.
+        images: Where its images lie now; empty: where they lay.
+        tracking_uri: As in `load_encoder`.
+        replicas: Processes with the encoder.
+        gpus: That each of them has.
+        threads: Of each: torch's, and as many that decode; 0: the CPUs shared.
+        batch: Images that are encoded together, at most.
+        wait_ms: How long the first of a batch waits for others.
+        queued: Requests that may wait beside those in work; more get a 503.
+        max_bytes: Of a body; more gets a 413.
+        max_pixels: Of an image; more gets a 422.
+    """
+
+    encoder: str
+    index: str = ""
+    images: str = ""
+    tracking_uri: str = ""
+    replicas: int = 1
+    gpus: float = 0.0
+    threads: int = 0
+    batch: int = 32
+    wait_ms: float = 5.0
+    queued: int = 64
+    max_bytes: int = 32 * 2**20
+    max_pixels: int = 50_000_000
+
+
+class Metrics:
+    """What a replica counts."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        given: dict[str, Any] = {"registry": self._registry}
+        self.requests = Counter("simclr_requests", "Images asked about.", ["code"], **given)
+        self.request_s = Histogram(
+            "simclr_request_seconds", "Body to embedding.", buckets=SECONDS, **given
+        )
+        self.decode_s = Histogram("simclr_decode_seconds", "Of an image.", buckets=SECONDS, **given)
+        self.encode_s = Histogram("simclr_encode_seconds", "Of a batch.", buckets=SECONDS, **given)
+        self.batch = Histogram("simclr_batch_images", "Of a batch.", buckets=SIZES, **given)
+
+    def text(self) -> str:
+        """Return all of them as Prometheus reads them."""
+        return generate_latest(self._registry).decode()
+
+
+# FastAPI's own pages load scripts from elsewhere. All that the class names stands above it: it is
+# pickled with that when it is decorated.
+app = FastAPI(title=NAME, docs_url=None, redoc_url=None)
+
+
+@serve.deployment
+@serve.ingress(app)
+class EncoderServer:
+    """A replica: an encoder in a process of its own."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        threads = service.threads or max(1, (os.cpu_count() or 1) // service.replicas)
+        torch.set_num_threads(threads)
+        self.index = EmbeddingIndex(service.index) if service.index else None
+        self.encoder = (
+            encoder_of(self.index, service.encoder, service.tracking_uri)
+            if self.index is not None
+            else load_encoder(service.encoder, tracking_uri=service.tracking_uri)
+        )
+        self.device = best_device()
+        self.encoder.to(self.device)
+        decoder = self.encoder.decoder
+        least = min(decoder.max_pixels, service.max_pixels)
+        self.decoder: ImageDecoder = decoder._replace(max_pixels=least)
+        self.images = EmbeddedImages(self.index, service.images) if self.index else None
+        self.metrics = Metrics()
+        self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        batching: Any = self._embed  # what the decorator adds has no types
+        batching.set_max_batch_size(service.batch)
+        batching.set_batch_wait_timeout_s(service.wait_ms / 1000)
+        size = self.encoder.size
+        blank = np.zeros((size, size, self.encoder.channels), np.uint8)
+        self._encode([blank])  # before it is ready: the first pass takes longer than any other
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page(self) -> str:
+        """Return a page to drop an image on."""
+        return render_page("inference", "serving.html.j2", has_index=self.index is not None)
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs(self) -> str:
+        """Return what can be asked, as a page."""
+        paths = app.openapi()["paths"]
+        rows = [
+            (verb.upper(), path, told["summary"], told.get("description", ""))
+            for path, verbs in paths.items()
+            for verb, told in verbs.items()
+        ]
+        return render_page("inference", "serving_docs.html.j2", rows=rows)
+
+    @app.get("/health", response_class=PlainTextResponse)
+    async def health(self) -> str:
+        """Say that the process lives; it is given requests once its encoder has encoded one."""
+        return "ok"
+
+    @app.get("/model")
+    async def model(self) -> dict[str, Any]:
+        """Say which encoder this is, what it takes, and the digest of its weights."""
+        return {
+            "encoder": self.service.encoder or (self.index.origin.encoder if self.index else ""),
+            "weights": self.encoder.digest,
+            "feature_dim": self.encoder.feature_dim,
+            "size": self.encoder.size,
+            "channels": self.encoder.channels,
+            "index": self.service.index,
+        }
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus(self) -> str:
+        """Return the metrics of the replica that answers, as Prometheus reads them."""
+        return self.metrics.text()
+
+    @app.post("/embed")
+    async def embed(self, request: Request) -> Response:
+        """Return the embedding of the image that is the body, as JSON or as float32 bytes.
+
+        The latter where the request accepts `application/octet-stream`.
+        """
+        row = await self._embedding(request)
+        if BYTES in request.headers.get("accept", ""):
+            return Response(row.tobytes(), media_type=BYTES)
+        return JSONResponse({"embedding": row.tolist()})
+
+    @app.post("/neighbours")
+    async def neighbours(
+        self,
+        request: Request,
+        num: int = Query(10, ge=1, le=MOST_NEIGHBOURS),
+        images: bool = Query(default=False),  # noqa: FBT001 - FastAPI's
+    ) -> dict[str, Any]:
+        """Return the nearest images of the index: name, cosine and, if asked for, a thumbnail."""
+        if self.index is None or self.images is None:
+            raise HTTPException(404, "there is no index; it was started without --index")
+        row = await self._embedding(request)
+        near = self.index.nearest(row[None], num)
+        places, cosines = near.places[0].tolist(), near.cosines[0].tolist()
+        shown = [thumbnail.uri for thumbnail in self.images.thumbnails(places)] if images else []
+        rows = [
+            {"name": self.index.names[place], "cosine": round(cosine, 6)}
+            | ({"image": shown[i]} if images else {})
+            for i, (place, cosine) in enumerate(zip(places, cosines, strict=True))
+        ]
+        return {"neighbours": rows}
+
+    async def _embedding(self, request: Request) -> Floats:
+        """Return the embedding of a request's body; raise a 4xx where it is no image."""
+        began = time.perf_counter()
+        try:
+            body = await self._body(request)
+            loop = asyncio.get_running_loop()
+            view = await loop.run_in_executor(self._decoding, self._view, body)
+            row: Floats = await self._embed(view)
+        except HTTPException as refused:
+            self.metrics.requests.labels(str(refused.status_code)).inc()
+            raise
+        self.metrics.requests.labels("200").inc()
+        self.metrics.request_s.observe(time.perf_counter() - began)
+        return row
+
+    async def _body(self, request: Request) -> bytes:
+        """Return the body; one that is too long is left unread."""
+        most = self.service.max_bytes
+        problem = f"the body has more than {most} bytes"
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > most:
+            raise HTTPException(413, problem)
+        parts, read = [], 0
+        async for part in request.stream():
+            read += len(part)
+            if read > most:
+                raise HTTPException(413, problem)
+            parts.append(part)
+        if not read:
+            raise HTTPException(400, "the body is empty; it is to be an image")
+        return b"".join(parts)
+
+    def _view(self, body: bytes) -> Pixels:
+        began = time.perf_counter()
+        try:
+            view = evaluation_view(self.decoder.decode(body), self.encoder.size)
+        except ImageError as error:
+            raise HTTPException(422, str(error)) from error
+        self.metrics.decode_s.observe(time.perf_counter() - began)
+        return view
+
+    @serve.batch
+    async def _embed(self, views: list[Pixels]) -> list[Floats]:
+        """Return the embeddings of what has come together."""
+        loop = asyncio.get_running_loop()
+        rows = await loop.run_in_executor(self._encoding, self._encode, views)
+        return list(rows)
+
+    @torch.inference_mode()
+    def _encode(self, views: list[Pixels]) -> Floats:
+        began = time.perf_counter()
+        images = as_inputs(views).to(self.device, memory_format=torch.channels_last)
+        rows: Floats = self.encoder(images).float().cpu().numpy()
+        self.metrics.batch.observe(len(views))
+        self.metrics.encode_s.observe(time.perf_counter() - began)
+        return rows
+
+
+def check(service: Service) -> None:
+    """Load what is to be served, and let it go: an error of a replica would be buried in Ray's.
+
+    Raises:
+        ConfigError: There is no such encoder, the index is of another one, or FAISS is missing.
+        CheckpointError: As in `load_encoder`.
+        DataError: The index cannot be read.
+        TrackingError: As in `load_encoder`.
+    """
+    if service.index:
+        index = EmbeddingIndex(service.index)
+        encoder_of(index, service.encoder, service.tracking_uri)
+    else:
+        load_encoder(service.encoder, tracking_uri=service.tracking_uri)
+
+
+def start(service: Service, host: str, port: int) -> None:
+    """Start the proxy and the replicas on the Ray at hand; return when they answer.
+
+    Raises:
+        RuntimeError: A replica does not come up; its error is in the message.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": host, "port": port})
+    handled = service.batch * 2  # one batch is encoded while the next is decoded
+    server: Any = EncoderServer
+    deployment = server.options(
+        num_replicas=service.replicas,
+        max_ongoing_requests=handled,
+        max_queued_requests=service.queued,
+        ray_actor_options={"num_cpus": 0, "num_gpus": service.gpus},
+    )
+    serve.run(deployment.bind(service), name=NAME, route_prefix="/")
+
+
+def stop() -> None:
+    """End proxy and replicas."""
+    serve.shutdown()  # type: ignore[no-untyped-call]
