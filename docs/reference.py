@@ -35,22 +35,21 @@ def keys_page() -> str:
         "`simclr-ray config --explain KEY` prints the same. A default of a preset may be another: "
         "`simclr-ray config PRESET` prints it whole.",
     ]
-    section = None
+    sections: dict[str, list[Key]] = {"": []}
     for key in keys():
         first = key.path.split(".")[0].partition("[")[0]
         has_section = "." in key.path or key.takes == "keys"
-        title = f"`{first}`" if has_section else "The experiment itself"
-        if title != section:
-            section = title
-            lines += [
-                "",
-                f"## {title}",
-                "",
-                "| key | of | default | takes | |",
-                "|---|---|---|---|---|",
-            ]
-        if key.takes != "keys":
-            lines.append(_row(key))
+        sections.setdefault(first if has_section else "", []).append(key)
+    for section, own in sections.items():
+        title = f"`{section}`" if section else "The experiment itself"
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| key | of | default | takes | |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [_row(key) for key in own if key.takes != "keys"]
     return "\n".join(lines) + "\n"
 
 

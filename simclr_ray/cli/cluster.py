@@ -140,7 +140,7 @@ def planned_run(
     if source:
         stated = [f"storage={storage}"] if storage else []
         stated += [f"scaling.num_workers={workers}"] if workers else []
-        return Experiment.load(source, *stated, *overrides)
+        return Experiment.load(source, *stated, *overrides).check_workers_given()
     storage = storage or STORAGE
     tree = {"name": "doctor", "data": {"train": storage}, "storage": storage}
     scaling = {"scaling": {"num_workers": workers or WORKERS}}
@@ -158,6 +158,8 @@ def status(
     Example: simclr-ray cluster status imagenet_resnet50 scaling.num_workers=8
     """
     experiment = Experiment.load(source, *(overrides or [])) if source else None
+    if experiment is not None:
+        experiment.check_workers_given()
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         raise ClusterError(

@@ -12,7 +12,6 @@ from simclr_ray.cli.arguments import TrackingUri
 from simclr_ray.cli.console import loading, out, say
 from simclr_ray.cli.encoder import left_out, shown
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue
 
 Index = Annotated[
     str, typer.Argument(metavar="EMBEDDINGS", help="What `embed --out` wrote, by path or URI.")
@@ -49,8 +48,9 @@ def search(
     Example: simclr-ray model search photos.parquet cat.jpg --out neighbours.png
     """
     _check_sheet(sheet)
-    from simclr_ray.inference.embedding_index import EmbeddingIndex
+    from simclr_ray.inference.embedding_index import EmbeddingIndex, import_faiss
 
+    import_faiss()
     opened = EmbeddingIndex(index)
     loading("torch")
     from simclr_ray.inference.embedding_search import encoder_of
@@ -63,9 +63,9 @@ def search(
         if not good:
             return
         nearest = opened.nearest(vectors[rows], num)
-        for image, places, cosines in zip(good, nearest.places, nearest.cosines, strict=True):
-            for place, cosine in zip(places, cosines, strict=True):
-                print(shown(image), f"{cosine:.4f}", shown(opened.names[place]), sep="\t")
+        for image, positions, cosines in zip(good, nearest.positions, nearest.cosines, strict=True):
+            for position, cosine in zip(positions, cosines, strict=True):
+                print(shown(image), f"{cosine:.4f}", shown(opened.names[position]), sep="\t")
         if sheet:
             from simclr_ray.inference.embedding_sheets import write_neighbours
 
@@ -76,7 +76,7 @@ def search(
 def duplicates(
     index: Index,
     least: Annotated[
-        float, typer.Option("--least", min=-1.0, max=1.0, help="Cosine from which on.")
+        float, typer.Option("--min-cosine", min=-1.0, max=1.0, help="Cosine from which on.")
     ] = 0.98,
     sheet: Sheet = "",
     where: Images = "",
@@ -86,15 +86,17 @@ def duplicates(
     Printed are the cosine and both paths or ids, tab-separated, the nearest first. Other images of
     one scene are near as well: `inspect --duplicates` compares pixels.
 
-    Example: simclr-ray model duplicates photos.parquet --least 0.99 --out duplicates.html
+    Example: simclr-ray model duplicates photos.parquet --min-cosine 0.99 --out duplicates.html
     """
     _check_sheet(sheet)
+    from simclr_ray.cli.progress import CountProgress
     from simclr_ray.inference.embedding_index import EmbeddingIndex
     from simclr_ray.inference.embedding_sheets import write_groups
 
     opened = EmbeddingIndex(index)
-    pairs = opened.pairs(least)
-    for (first, second), cosine in zip(pairs.places, pairs.cosines, strict=True):
+    with CountProgress(index, "images") as progress:
+        pairs = opened.pairs(least, progress)
+    for (first, second), cosine in zip(pairs.positions, pairs.cosines, strict=True):
         names = (shown(opened.names[first]), shown(opened.names[second]))
         print(f"{cosine:.4f}", *names, sep="\t")
     groups = counted(len(pairs.groups(len(opened.names))), "group")
@@ -120,8 +122,9 @@ def draw_map(
 
     Example: simclr-ray model map photos.parquet map.html --label label
     """
-    if not page.partition("?")[0].endswith(".html"):
-        raise ConfigError([ConfigIssue("PAGE", f"got {page}; it must end in .html")])
+    from simclr_ray.data.contact_sheet import PAGE, check_output
+
+    check_output(page, "PAGE", PAGE)
     loading("sklearn")
     from simclr_ray.inference.embedding_index import EmbeddingIndex
     from simclr_ray.inference.embedding_map import make_map, write_map
@@ -132,7 +135,7 @@ def draw_map(
 
 
 def _check_sheet(sheet: str) -> None:
-    from simclr_ray.data.contact_sheet import check_ending
+    from simclr_ray.data.contact_sheet import check_output
 
     if sheet:
-        check_ending(sheet, "--out")
+        check_output(sheet, "--out")

@@ -40,7 +40,7 @@ def runs_of(command: str, typed: Sequence[str]) -> list[Experiment]:
 
 
 def _loaded(source: str, *overrides: str) -> Experiment:
-    experiment = Experiment.load(source, *overrides)
+    experiment = Experiment.load(source, *overrides).check_workers_given()
     tree, _ = cfg.read_tree(source)
     return _as_stated(experiment, cfg.apply_overrides(tree, overrides, Experiment), {})
 

@@ -109,21 +109,23 @@ def report(
     page: Annotated[
         str, typer.Option("--out", metavar="PAGE.html", help="Where.", show_default="in the run")
     ] = "",
-    images: Annotated[
-        int, typer.Option(min=0, help="Test images to look at; 0: what is stored alone.")
+    num: Annotated[
+        int, typer.Option("--num", min=0, help="Test images for neighbours; 0: none.")
     ] = 1000,
 ) -> None:
     """Write a run's page: curves, scores, cost, neighbours, confused classes, what it survived.
 
     Example: simclr-ray run report runs/cifar10_cpu-1a2b3c4d
     """
-    if page and not page.partition("?")[0].endswith(".html"):
-        raise ConfigError([ConfigIssue("--out", f"got {page}; it must end in .html")])
+    from simclr_ray.data.contact_sheet import PAGE, check_output
+
+    if page:
+        check_output(page, "--out", PAGE)
     loading("torch")
     from simclr_ray.storage.run_folder import RunFolder
     from simclr_ray.train.run_report import write_report
 
-    out.print(write_report(RunFolder.at(run), page, images), markup=False, soft_wrap=True)
+    out.print(write_report(RunFolder.at(run), page, num), markup=False, soft_wrap=True)
 
 
 def list_runs(

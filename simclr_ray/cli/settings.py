@@ -29,7 +29,8 @@ def config(
     if explain:
         from simclr_ray.config.reference import described, keys_at
 
-        print("\n\n".join(map(described, keys_at(explain))))
+        values = cfg.to_tree(Experiment.load(source, *(overrides or []))) if source else {}
+        print("\n\n".join(described(key, source, values) for key in keys_at(explain)))
         return
     if not source:
         for name in cfg.preset_names():

@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
-from simclr_ray.config.schema import Config, _configs_in, _name_of
+from simclr_ray.config.schema import Config, configs_in, name_of
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 T = TypeVar("T")
@@ -39,8 +39,8 @@ class ComponentConfig(Config):
 
 def variants(union: Any) -> dict[str, type[ComponentConfig]]:
     """Return the config classes of a family's union, such as `AnyLossConfig`, by their names."""
-    configs = [c for c in _configs_in(union) if issubclass(c, ComponentConfig)]
-    return {_name_of(c): c for c in configs}
+    configs = [c for c in configs_in(union) if issubclass(c, ComponentConfig)]
+    return {name_of(c): c for c in configs}
 
 
 def build(config: ComponentConfig, kind: type[T], *args: Any, **context: Any) -> T:

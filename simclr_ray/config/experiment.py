@@ -13,7 +13,7 @@ from typing import Literal
 
 from simclr_ray.config import loader as cfg
 from simclr_ray.config.imports import permit_code
-from simclr_ray.config.schema import Config, Field, PathOrURI, identity, model_validator
+from simclr_ray.config.schema import AUTO, Config, Field, PathOrURI, identity, model_validator
 from simclr_ray.config.sections.data import ColumnsConfig, DataConfig, PreparationConfig
 from simclr_ray.config.sections.model import (
     AnyEncoderConfig,
@@ -62,6 +62,7 @@ from simclr_ray.config.sections.views import (
     PipelineViewsConfig,
     SimCLRViewsConfig,
 )
+from simclr_ray.errors import ConfigError, ConfigIssue
 
 __all__ = [
     "AdamWConfig",
@@ -276,6 +277,13 @@ class Experiment(Config):
         whole = cfg.apply_overrides(tree, overrides, cls)
         permit_code(whole, tree, shown, allow_code=allow_code)
         return cfg.validate(cls, whole, shown)
+
+    def check_workers_given(self) -> Experiment:
+        """Return the experiment; raise `ConfigError` for `auto`, which asks one machine."""
+        if self.scaling.num_workers == AUTO:
+            problem = f"is {AUTO}, which asks one machine; a cluster and a study take a number"
+            raise ConfigError([ConfigIssue("scaling.num_workers", problem)])
+        return self
 
     def digest(self) -> str:
         """Return 16 hex digits over everything that changes the trained weights, and only that."""

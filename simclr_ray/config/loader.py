@@ -29,12 +29,13 @@ from ruamel.yaml.error import YAMLError
 
 from simclr_ray.config.moves import CONFIG_FILE, relocated_run
 from simclr_ray.config.schema import (
+    AUTO,
     Config,
     ConfigT,
     Scalar,
     Tree,
-    _configs_in,
-    _default_name,
+    configs_in,
+    default_name,
 )
 from simclr_ray.config.validation import issues_of, nearest, yaml_problem
 from simclr_ray.errors import ConfigError, ConfigIssue
@@ -123,6 +124,8 @@ def apply_overrides(
     for keys, value in sorted(parsed, key=lambda item: item[0][-1] != "name"):  # variants first
         node = out
         for depth, key in enumerate(keys[:-1]):
+            if node.get(key) == AUTO and keys[0] == "scaling":  # `scaling: auto`, and more of it
+                node[key] = {"num_workers": AUTO}
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 at = ".".join(keys[: depth + 1])
@@ -196,7 +199,7 @@ def _has_variants(schema: type[Config], keys: Sequence[str]) -> bool:
     schemas = [schema]
     for key in keys:
         field = schemas[0].model_fields.get(key)
-        schemas = _configs_in(field.annotation) if field else []
+        schemas = configs_in(field.annotation) if field else []
         if not schemas:
             return False
     return len(schemas) > 1
@@ -209,7 +212,7 @@ def _usual_name(schema: type[Config], keys: Sequence[str]) -> str:
         field = schemas[0].model_fields.get(key) if schemas else None
         if field is None:
             return ""
-        usual, schemas = _default_name(field), _configs_in(field.annotation)
+        usual, schemas = default_name(field), configs_in(field.annotation)
     return usual
 
 

@@ -9,17 +9,18 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import annotated_types
 from pydantic.fields import FieldInfo
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.config.schema import Config, _configs_in, _default_name, _name_of
+from simclr_ray.config.schema import Config, configs_in, default_name, name_of
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 NAME: Final = "name"
+STAGE_LIST: Final = "a list of stages"
 STAGES: Final = re.compile(r"^augment\.(shared|a|b)\[\d*\]")  # all three take the same stages
 
 
@@ -58,6 +59,8 @@ def keys_at(path: str) -> list[Key]:
     everything = keys()
     path = STAGES.sub("augment.shared[]", path)
     chosen = [key for key in everything if key.path == path and key.takes != "keys"]
+    if any(key.takes == STAGE_LIST for key in chosen):
+        chosen += [key for key in everything if key.path.startswith("augment.shared[].")]
     chosen = chosen or [key for key in everything if key.path.startswith(f"{path}.")]
     if not chosen:
         near = difflib.get_close_matches(path, {key.path for key in everything}, 1)
@@ -66,11 +69,25 @@ def keys_at(path: str) -> list[Key]:
     return chosen
 
 
-def described(key: Key) -> str:
-    """Return a key as lines of text."""
+def described(key: Key, preset: str = "", values: Mapping[str, Any] | None = None) -> str:
+    """Return a key as lines of text.
+
+    Args:
+        key: What is described.
+        preset: Whose value is named as well.
+        values: Its tree.
+    """
     of = f"  (of `{key.variant}`)" if key.variant else ""
     default = f"; default {key.default}" if key.default else ""
-    return f"{key.path}{of}\n  {key.says.replace('`', '')}\n  takes {key.takes}{default}"
+    text = f"{key.path}{of}\n  {key.says.replace('`', '')}\n  takes {key.takes}{default}"
+    node: Any = values or {}
+    *sections, last = key.path.split(".")
+    for name in sections:
+        node = node.get(name) if isinstance(node, Mapping) else None
+    if not isinstance(node, Mapping) or last not in node:
+        return text
+    is_other = key.variant and node.get(NAME) != key.variant
+    return text if is_other else f"{text}\n  is {_shown(node[last])} in {preset}"
 
 
 def _keys(
@@ -78,26 +95,26 @@ def _keys(
 ) -> Iterator[Key]:
     """Yield the keys below a prefix; `lists` are the choices of stages that were met."""
     for name, field in schema.model_fields.items():
-        path, configs = f"{prefix}{name}", tuple(_configs_in(field.annotation))
+        path, configs = f"{prefix}{name}", tuple(configs_in(field.annotation))
         if not configs:
             if name != NAME or not variant:
                 yield _key(path, variant, field)
             continue
         is_list = typing.get_origin(field.annotation) is list
         if is_list:
-            yield Key(path, variant, "a list of stages", "[]", field.description or "")
+            yield Key(path, variant, STAGE_LIST, "[]", field.description or "")
             if configs in lists:
                 continue
             lists.add(configs)
         inner = f"{path}[]" if is_list else path
         if len(configs) > 1:
-            names = ", ".join(_name_of(config) for config in configs)
-            says = "; ".join(f"`{_name_of(c)}`: {_first_line(c)}" for c in configs)
-            yield Key(f"{inner}.{NAME}", variant, f"one of {names}", _default_name(field), says)
+            names = ", ".join(name_of(config) for config in configs)
+            says = "; ".join(f"`{name_of(c)}`: {_first_line(c)}" for c in configs)
+            yield Key(f"{inner}.{NAME}", variant, f"one of {names}", default_name(field), says)
         elif not is_list:
             yield Key(path, variant, "keys", "", field.description or _first_line(configs[0]))
         for config in configs:
-            own = _name_of(config) if len(configs) > 1 else variant
+            own = name_of(config) if len(configs) > 1 else variant
             yield from _keys(config, f"{inner}.", own, lists)
 
 

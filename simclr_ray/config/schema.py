@@ -102,7 +102,7 @@ class Config(pydantic.BaseModel):
         named = {
             key: {"name": default, **tree[key]}
             for key, field in cls.model_fields.items()
-            if (default := _default_name(field))
+            if (default := default_name(field))
             and isinstance(tree.get(key), Mapping)
             and "name" not in tree[key]
         }
@@ -141,20 +141,22 @@ def _identity_of(value: Any) -> Any:
     return value
 
 
-def _default_name(field: pydantic.fields.FieldInfo) -> str:
+def default_name(field: pydantic.fields.FieldInfo) -> str:
     """Return the variant that a union's field has by default, or nothing where it is no union."""
     name = getattr(field.default, "name", "") if field.discriminator else ""
     return str(name)
 
 
-def _configs_in(annotation: Any) -> list[type[Config]]:
+def configs_in(annotation: Any) -> list[type[Config]]:
+    """Return the config classes that a field's annotation names, those of a union or list too."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [c for part in typing.get_args(annotation) for c in _configs_in(part)]
+        return [c for part in typing.get_args(annotation) for c in configs_in(part)]
     return []
 
 
-def _name_of(schema: type[Config]) -> str:
+def name_of(schema: type[Config]) -> str:
+    """Return the variant that a config class is, or nothing where it is none."""
     field = schema.model_fields.get("name")
     return str(field.default) if field else ""

@@ -13,9 +13,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from simclr_ray.config.schema import (
     Config,
-    _configs_in,
-    _default_name,
-    _name_of,
+    configs_in,
+    default_name,
+    name_of,
 )
 from simclr_ray.errors import ConfigIssue
 
@@ -163,7 +163,7 @@ def _variants_at(schema: type[Config], tree: Any, where: Where) -> list[str]:
         where = where[:-1]
     parent = _node_at(schema, tree, where[:-1])
     annotation = parent.model_fields[str(where[-1])].annotation if parent else None
-    return [_name_of(variant) for variant in _configs_in(annotation)]
+    return [name_of(variant) for variant in configs_in(annotation)]
 
 
 def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | None:
@@ -176,7 +176,7 @@ def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | No
         if isinstance(part, int):  # a list's: its items have the variants of the field
             node = node[part] if isinstance(node, list) and part < len(node) else {}
             named = [
-                v for v in variants if isinstance(node, Mapping) and _name_of(v) == node.get("name")
+                v for v in variants if isinstance(node, Mapping) and name_of(v) == node.get("name")
             ]
             current = (named or variants or [schema])[0]
             continue
@@ -188,9 +188,9 @@ def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | No
         if field is None:
             return None
         below_mapping = typing.get_origin(field.annotation) is dict
-        variants, usual = _configs_in(field.annotation), _default_name(field)
+        variants, usual = configs_in(field.annotation), default_name(field)
         given = node.get("name", usual) if isinstance(node, Mapping) else usual
-        named = [v for v in variants if _name_of(v) == (given or _name_of(v))]
+        named = [v for v in variants if name_of(v) == (given or name_of(v))]
         if not (named or variants):
             return None
         current = (named or variants)[0]

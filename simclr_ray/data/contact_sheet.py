@@ -10,8 +10,13 @@ from typing import Final, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from simclr_ray.augment.decode import Pixels
-from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.storage.filesystem import filesystem, open_whole, write_text_whole
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.storage.filesystem import (
+    filesystem,
+    make_parent,
+    open_whole,
+    write_text_whole,
+)
 from simclr_ray.storage.page import render_page
 
 # A thumbnail takes about 4 kB as text: a page of 500 of them 2 MB.
@@ -19,6 +24,7 @@ THUMBNAIL_SIDE, JPEG_QUALITY = 112, 75
 PAGE, DRAWN = (".html",), (".png", ".jpg", ".jpeg")  # endings of what a sheet becomes
 MARGIN, LINE, TITLE = 8, 13, 18  # px of a drawn one: around images, of a caption's line, of a title
 MOST_LINES: Final = 2  # of a caption
+MOST_PX: Final = 65_000  # that JPEG holds
 
 
 class Thumbnail(NamedTuple):
@@ -36,7 +42,7 @@ class Thumbnail(NamedTuple):
 
     @property
     def uri(self) -> str:
-        """Of its data; empty where there is no image."""
+        """Return the URI that holds it; empty where there is no image."""
         return "" if self.image is None else data_uri(self.image)
 
 
@@ -48,11 +54,18 @@ class Section(NamedTuple):
     rows: list[tuple[str, list[Thumbnail]]]
 
 
-def check_ending(out: str, option: str) -> None:
-    """Raise `ConfigError` where a sheet can be no file of that name."""
-    if not out.partition("?")[0].lower().endswith(PAGE + DRAWN):
-        endings = ", ".join(PAGE + DRAWN)
-        raise ConfigError([ConfigIssue(option, f"got {out}; it must end in one of {endings}")])
+def check_output(out: str, option: str, endings: Sequence[str] = PAGE + DRAWN) -> None:
+    """Make the folder of a file that is to be written, before there is work to be lost.
+
+    Raises:
+        ConfigError: It has another ending than those.
+        DataError: As in `filesystem`.
+        OSError: The folder cannot be made, or not be written to.
+    """
+    if not out.partition("?")[0].lower().endswith(tuple(endings)):
+        named = ", ".join(endings)
+        raise ConfigError([ConfigIssue(option, f"got {out}; it must end in {named}")])
+    make_parent(out)
 
 
 def write_sheet(
@@ -75,6 +88,7 @@ def write_sheet(
         classes: Label, class and how many images, at the foot.
 
     Raises:
+        DataError: There are more rows than an image can hold.
         OSError: The file cannot be written.
     """
     filled = [section for section in sections if section.rows]
@@ -119,9 +133,17 @@ def _encoded(image: Image.Image, form: str) -> bytes:
 def _drawn(rows: Sequence[tuple[str, list[Thumbnail]]]) -> Image.Image:
     """Return an image of the rows, one below the other, captions below the images."""
     cell_height = THUMBNAIL_SIDE + MOST_LINES * LINE + MARGIN
-    width = MARGIN + max(len(images) for _, images in rows) * (THUMBNAIL_SIDE + MARGIN)
-    height = MARGIN + sum(cell_height + (TITLE if says else 0) for says, _ in rows)
+    columns = max((len(images) for _, images in rows), default=1)
+    width = MARGIN + columns * (THUMBNAIL_SIDE + MARGIN)
+    height = max(cell_height, MARGIN + sum(cell_height + TITLE * bool(says) for says, _ in rows))
+    if max(width, height) > MOST_PX:
+        raise DataError(
+            f"{len(rows):,} rows of up to {columns:,} images are no image of {MOST_PX:,} px a "
+            "side; write an .html page, or fewer"
+        )
     sheet = Image.new("RGB", (width, height), "white")
+    if not rows:
+        ImageDraw.Draw(sheet).text((MARGIN, MARGIN), "none", "#555", ImageFont.load_default(11))
     draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(11), MARGIN
     for says, images in rows:
         if says:

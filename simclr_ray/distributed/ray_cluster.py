@@ -88,7 +88,7 @@ def connect(
     code = runtime_env(whose, *paths) or None
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray_token.remove()  # another cluster has its own
-    if os.environ.get("RAY_ADDRESS", "") in {"", *_started_here}:  # unset, or down again
+    if not names_cluster():  # unset, or down again
         os.environ.pop("RAY_ADDRESS", None)
     if "RAY_ADDRESS" in os.environ:
         _join(os.environ["RAY_ADDRESS"], code)
@@ -121,6 +121,11 @@ def connect(
     _started_here.add(os.environ["RAY_ADDRESS"])
     internal_kv._internal_kv_put(LOCAL, "", namespace=NAMESPACE)
     log.info("Ray is up after %.0f s", time.monotonic() - began)
+
+
+def names_cluster() -> bool:
+    """Return whether `RAY_ADDRESS` names a cluster that this process has not started itself."""
+    return os.environ.get("RAY_ADDRESS", "") not in {"", *_started_here}
 
 
 def _start(**options: Any) -> None:

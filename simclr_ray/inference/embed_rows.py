@@ -21,6 +21,7 @@ from simclr_ray.inference.embed_input import (
     states_of_images,
 )
 from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Origin
+from simclr_ray.tracking.store import store_uri
 
 if TYPE_CHECKING:  # torch is imported while Ray starts
     from simclr_ray.inference.embed_pieces import DType, OnProgress
@@ -92,33 +93,42 @@ def embed_rows(
     from simclr_ray.evaluation.ray_features import Encoding
     from simclr_ray.inference.embed_pieces import Layout, embed_pieces
 
+    address = lasting_address(str(model), tracking_uri)
     encoding = Encoding(
         [encoder.network], encoder.size, encoder.decoder, batch_size, keep=tuple(keep)
     )
     layout = Layout(key_of(source), encoder.feature_dim, encoding.keep, dtype)
     parts = file.parts(digest)
     num = embed_pieces(source, parts, encoding, layout, on_progress or (lambda *_: None))
-    file.write(parts, num, digest, _origin(model, encoder, where, source))
+    file.write(parts, num, digest, _origin(address, encoder, where, source))
     return file.summary()
 
 
-def _origin(
-    model: str | Path, encoder: Encoder, where: str | Sequence[str], source: Source
-) -> Origin:
+def _origin(address: str, encoder: Encoder, where: str | Sequence[str], source: Source) -> Origin:
     return Origin(
-        encoder=_lasting(str(model)),
+        encoder=address,
         weights=encoder.digest,
-        images=_lasting(where) if isinstance(where, str) else "",
+        images=absolute_uri(where) if isinstance(where, str) else "",
+        folder="" if isinstance(where, str) else str(Path.cwd()),
+        fingerprint="" if source.names_files else source.fingerprint,
         columns=to_tree(source.columns),
         decoder=tuple(encoder.decoder),
     )
 
 
-def _lasting(name: str) -> str:
-    """Return an address that holds in other folders too, without its passwords."""
-    if "://" in name or name.startswith("models:/"):
-        return hide_passwords(name)
-    return str(Path(name).expanduser().absolute())
+def absolute_uri(name: str) -> str:
+    """Return a path or URI that holds in other folders too, without its passwords."""
+    return hide_passwords(name) if "://" in name else str(Path(name).expanduser().absolute())
+
+
+def lasting_address(model: str, tracking_uri: str) -> str:
+    """Return an encoder's address that will name the same one later: a version for an alias."""
+    if not model.startswith("models:/"):
+        return absolute_uri(model)
+    from simclr_ray.inference.registry import find_version  # 2 s, of MLflow
+
+    version = find_version(model, uri=store_uri(tracking_uri))
+    return f"models:/{version.name}/{version.version}"
 
 
 def _load(model: str | Path, tracking_uri: str) -> Encoder:

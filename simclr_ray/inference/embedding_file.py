@@ -55,9 +55,11 @@ class Origin(NamedTuple):
     """Which encoder made the embeddings of a file, and of which images.
 
     Attributes:
-        encoder: Where it was, as `load_encoder` takes it.
+        encoder: Where it was, as `load_encoder` takes it; of a registered model its version.
         weights: Their digest.
-        images: Where they are, without passwords; empty: the rows' paths are of files.
+        images: Where they are, without passwords; empty: files that were named one by one.
+        folder: That relative paths of such files are below.
+        fingerprint: Of images in parquet.
         columns: Tree of a `ColumnsConfig`, which columns of parquet hold what.
         decoder: Fields of an `ImageDecoder`, how they were decoded.
     """
@@ -65,6 +67,8 @@ class Origin(NamedTuple):
     encoder: str = ""
     weights: str = ""
     images: str = ""
+    folder: str = ""
+    fingerprint: str = ""
     columns: Mapping[str, Any] = {}
     decoder: Sequence[Any] = ()
 
@@ -72,8 +76,10 @@ class Origin(NamedTuple):
     def read(cls, metadata: Mapping[bytes, bytes] | None) -> Origin:
         """Return that of a file's metadata; of a file of an earlier release, one that is empty."""
         try:
-            return cls(**json.loads((metadata or {}).get(ORIGIN, b"{}")))
-        except (ValueError, TypeError):
+            tree = json.loads((metadata or {}).get(ORIGIN, b"{}"))
+            values = (tuple(v) if isinstance(v, list) else v for v in tree.pop("decoder", ()))
+            return cls(**tree, decoder=tuple(values))
+        except (ValueError, TypeError, AttributeError):
             return cls()
 
     def as_metadata(self) -> dict[bytes, bytes]:

@@ -1,13 +1,14 @@
 """A file of embeddings in memory, to ask which images are near another: exact, by FAISS.
 
-Near is the cosine of two embeddings. Nothing is approximate: of 1 million rows of 512 numbers,
-2 GB, a query reads all, which takes a tenth of a second; what IVF or HNSW would save is less than
-the encoder takes for the query's image, and they would have to be built first.
+Near is the cosine of two embeddings. Nothing is approximate: of 1 million rows of 512 numbers, a
+query reads all 2 GB, which takes a tenth of a second; what IVF or HNSW would save is less than the
+encoder takes for the query's image, and they would have to be built first. All pairs are another
+matter: M²/2 products of F numbers, seconds for 50,000 rows and hours for a million.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -28,17 +29,18 @@ EXTRA: Final = "simclr-ray[search]"
 PAIRS_AT_ONCE: Final = 10**8  # compared; 1.2 GB where all of them are near
 MOST_ROWS: Final = 4096  # of a product
 MOST_PAIRS: Final = 5_000_000  # 120 MB; more are no list that anybody reads
+ROUNDING: Final = 1e-6  # of a cosine in float32: copies have 0.9999999 as often as 1
 
 
 class Nearest(NamedTuple):
     """Of each query its nearest rows, the nearest first.
 
     Attributes:
-        places: int64 [Q, k], places in the index.
+        positions: int64 [Q, k], in the index.
         cosines: float32 [Q, k].
     """
 
-    places: Int64s
+    positions: Int64s
     cosines: Floats
 
 
@@ -46,19 +48,22 @@ class Pairs(NamedTuple):
     """Rows that are near each other, the nearest first.
 
     Attributes:
-        places: int64 [p, 2], places in the index, the earlier row first.
+        positions: int64 [p, 2], in the index, the earlier row first.
         cosines: float32 [p].
     """
 
-    places: Int64s
+    positions: Int64s
     cosines: Floats
 
     def groups(self, num: int) -> list[Int64s]:
-        """Return the places that belong together, of an index of `num` rows, largest group first.
+        """Return the positions that belong together, the largest group first.
 
         A chain of pairs is one group, so its ends may be less alike than any pair.
+
+        Args:
+            num: Rows of the index.
         """
-        return sorted(linked(num, self.places), key=lambda group: -len(group))
+        return sorted(linked(num, self.positions), key=lambda group: -len(group))
 
 
 class EmbeddingIndex:
@@ -76,34 +81,33 @@ class EmbeddingIndex:
         origin: Which encoder made them.
 
     Raises:
-        ConfigError: The extra is not installed.
         DataError: It is no such file, or none of its rows has an embedding.
 
     Example:
         >>> index = EmbeddingIndex("photos.parquet")
         >>> nearest = index.nearest(encoder.embed(["cat.jpg"]), 3)
-        >>> [index.names[place] for place in nearest.places[0]]
+        >>> [index.names[position] for position in nearest.positions[0]]
         ['cats/17.jpg', 'cats/3.jpg', 'dogs/44.jpg']
     """
 
     def __init__(self, uri: str) -> None:
-        self._faiss = import_faiss()
         self.uri = uri
-        table = read_embeddings(uri)
-        self.origin = Origin.read(table.schema.metadata)
-        vectors = _vectors_of(table, uri)
-        self.num_rows, self.key = len(vectors), table.column_names[0]
-        is_good = np.isfinite(vectors).all(axis=1)
-        self.rows: Int64s = np.flatnonzero(is_good)
+        try:
+            with _opened(uri) as file:
+                self.key, self.num_rows = file.schema_arrow.names[0], file.metadata.num_rows
+                self.origin = Origin.read(file.schema_arrow.metadata)
+                self.names, self.rows, self.vectors = _read(file, self.key, uri)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{uri} cannot be read: {one_line(error)}") from error
         if not len(self.rows):
             raise DataError(f"{uri}: none of its rows has an embedding")
-        self.names = [str(name) for name in table.column(0).take(pa.array(self.rows)).to_pylist()]
-        self.vectors = unit_length(vectors[is_good])
-        self._index: Any = None
+        for first in range(0, len(self.vectors), MOST_ROWS):  # in place: they may be gigabytes
+            part = self.vectors[first : first + MOST_ROWS]
+            part[:] = unit_length(part)
 
     @property
     def feature_dim(self) -> int:
-        """F."""
+        """Return F."""
         return int(self.vectors.shape[1])
 
     def nearest(self, queries: Floats, num: int) -> Nearest:
@@ -114,66 +118,62 @@ class EmbeddingIndex:
             num: How many.
 
         Raises:
+            ConfigError: FAISS is not installed.
             DataError: They are of another encoder: they have another F.
         """
+        faiss = import_faiss()
         if queries.shape[1] != self.feature_dim:
             raise DataError(
                 f"{self.uri} holds embeddings of {self.feature_dim} numbers, and the encoder makes "
                 f"{queries.shape[1]}: it is an index of another one"
             )
-        if self._index is None:
-            self._index = self._faiss.IndexFlatIP(self.feature_dim)
-            self._index.add(self.vectors)
-        wanted = min(num, len(self.rows))
-        cosines, places = self._index.search(unit_length(queries), wanted)
-        return Nearest(places.astype(np.int64), cosines)
+        cosines, positions = faiss.knn(
+            unit_length(queries), self.vectors, min(num, len(self.rows)),
+            metric=faiss.METRIC_INNER_PRODUCT,
+        )  # fmt: skip
+        return Nearest(positions.astype(np.int64), cosines)
 
-    def pairs(self, least: float) -> Pairs:
-        """Return all pairs of rows whose cosine is at least `least`.
+    def pairs(self, least: float, on_progress: Callable[[int, int], None] | None = None) -> Pairs:
+        """Return all pairs of rows whose cosine is at least `least`, but for rounding (1e-6).
+
+        Args:
+            least: The cosine.
+            on_progress: Gets the rows that are compared, and of how many.
 
         Raises:
+            ConfigError: FAISS is not installed.
             DataError: There are more than `MOST_PAIRS`.
         """
-        index = self._faiss.IndexFlatIP(self.feature_dim)
+        index = import_faiss().IndexFlatIP(self.feature_dim)
         parts: list[tuple[Int64s, Floats]] = []
-        count = 0
-        step = max(1, min(MOST_ROWS, PAIRS_AT_ONCE // len(self.vectors)))
-        for first in range(0, len(self.vectors), step):
+        count, total = 0, len(self.vectors)
+        step = max(1, min(MOST_ROWS, PAIRS_AT_ONCE // total))
+        for first in range(0, total, step):
             block = self.vectors[first : first + step]
             index.add(block)  # each pair is met once: with rows before it, and its own block's
-            places, cosines = _within(index, block, first, least)
-            parts.append((places, cosines))
+            positions, cosines = _within(index, block, first, least - ROUNDING)
+            parts.append((positions, cosines))
             count += len(cosines)
             if count > MOST_PAIRS:
-                shown = counted(len(self.vectors), "image")
                 raise DataError(
-                    f"{self.uri}: more than {MOST_PAIRS:,} pairs of {shown} have a cosine of "
-                    f"{least:g} or more; ask for a higher one (--least)"
+                    f"{self.uri}: more than {MOST_PAIRS:,} pairs of {counted(total, 'image')} have "
+                    f"a cosine of {least:g} or more; ask for a higher one (--min-cosine)"
                 )
-        places = np.concatenate([places for places, _ in parts])
+            if on_progress is not None:
+                on_progress(min(first + step, total), total)
+        positions = np.concatenate([positions for positions, _ in parts])
         cosines = np.concatenate([cosines for _, cosines in parts])
-        order = np.lexsort((places[:, 1], places[:, 0], -cosines))
-        return Pairs(places[order], cosines[order])
+        order = np.lexsort((positions[:, 1], positions[:, 0], -cosines))
+        return Pairs(positions[order], cosines[order])
 
 
-def _within(index: Any, block: Floats, first: int, least: float) -> tuple[Int64s, Floats]:
+def _within(index: Any, block: Floats, first: int, bound: float) -> tuple[Int64s, Floats]:
     """Return the pairs of a block's rows with earlier rows, int64 [p, 2], and their cosines."""
-    # FAISS gives what is above a bound, and not what is at it
-    limits, cosines, places = index.range_search(block, float(np.nextafter(least, -2.0, dtype="f")))
+    limits, cosines, positions = index.range_search(block, bound)
     rows = np.repeat(np.arange(first, first + len(block)), np.diff(limits.astype(np.int64)))
-    is_earlier = places < rows
-    pairs = np.stack([places[is_earlier], rows[is_earlier]], axis=1).astype(np.int64)
+    is_earlier = positions < rows
+    pairs = np.stack([positions[is_earlier], rows[is_earlier]], axis=1).astype(np.int64)
     return pairs, cosines[is_earlier]
-
-
-def _vectors_of(table: pa.Table, uri: str) -> Floats:
-    """Return the embeddings, float32 [M, F], NaN where there is none."""
-    lists = table[EMBEDDING].combine_chunks()
-    flat = np.asarray(lists.flatten().to_numpy(zero_copy_only=False), np.float32)
-    width = len(flat) // max(1, len(lists))
-    if not width or len(flat) != width * len(lists):
-        raise DataError(f"{uri}: its embeddings are not all as long")
-    return flat.reshape(-1, width)
 
 
 def unit_length(vectors: Floats) -> Floats:
@@ -182,27 +182,58 @@ def unit_length(vectors: Floats) -> Floats:
     return np.ascontiguousarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny), "f")
 
 
-def read_embeddings(uri: str) -> pa.Table:
-    """Return the table of a file of embeddings, its first column what names a row.
-
-    Raises:
-        DataError: There is no such file, or it holds something else.
-    """
+def _opened(uri: str) -> pq.ParquetFile:
+    """Return a file of embeddings; raise `DataError` where it holds something else."""
     fs, path = filesystem(uri)
-    try:
-        with fs.open_input_file(path) as file:
-            stored = pq.ParquetFile(file)
-            names = stored.schema_arrow.names
-            if EMBEDDING not in names or ERROR not in names:
-                raise DataError(f"{uri} holds no embeddings; `simclr-ray embed --out` writes them")
-            return stored.read()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{uri} cannot be read: {one_line(error)}") from error
+    file = pq.ParquetFile(fs.open_input_file(path))
+    names = file.schema_arrow.names
+    if EMBEDDING not in names or ERROR not in names:
+        file.close(force=True)
+        raise DataError(f"{uri} holds no embeddings; `simclr-ray embed --out` writes them")
+    return file
 
 
-def columns_of(table: pa.Table) -> Iterator[str]:
-    """Yield the columns that were handed on from the images."""
-    yield from (name for name in table.column_names[1:] if name not in (EMBEDDING, ERROR))
+def _read(file: pq.ParquetFile, key: str, uri: str) -> tuple[list[str], Int64s, Floats]:
+    """Return names, row numbers and embeddings of the rows that have one, read part by part."""
+    names: list[str] = []
+    rows: list[Int64s] = []
+    vectors: Floats = np.empty((0, 0), np.float32)
+    taken = done = 0
+    for batch in file.iter_batches(MOST_ROWS, columns=[key, EMBEDDING, ERROR]):
+        part = _vectors_of(batch.column(1), uri)
+        if not vectors.size:
+            vectors = np.empty((file.metadata.num_rows, part.shape[1]), np.float32)
+        if part.shape[1] != vectors.shape[1]:
+            raise DataError(f"{uri}: its embeddings are not all as long")
+        good = np.flatnonzero(np.isfinite(part).all(axis=1))
+        vectors[taken : taken + len(good)] = part[good]
+        rows.append(good + done)
+        names += [str(name) for name in batch.column(0).take(pa.array(good)).to_pylist()]
+        taken, done = taken + len(good), done + len(part)
+    return names, np.concatenate([np.empty(0, np.int64), *rows]), vectors[:taken]
+
+
+def _vectors_of(lists: pa.Array, uri: str) -> Floats:
+    """Return embeddings, float32 [m, F], NaN where there is none."""
+    flat = np.asarray(lists.flatten().to_numpy(zero_copy_only=False), np.float32)
+    width = len(flat) // max(1, len(lists))
+    if not width or len(flat) != width * len(lists):
+        raise DataError(f"{uri}: its embeddings are not all as long")
+    return flat.reshape(-1, width)
+
+
+def kept_columns(uri: str) -> Iterator[str]:
+    """Yield the columns of a file of embeddings that were handed on from its images."""
+    with _opened(uri) as file:
+        names = file.schema_arrow.names[1:]
+    yield from (name for name in names if name not in (EMBEDDING, ERROR))
+
+
+def read_column(uri: str, name: str) -> list[Any]:
+    """Return a column of a file of embeddings, a value a row."""
+    with _opened(uri) as file:
+        values: list[Any] = file.read([name]).column(0).to_pylist()
+    return values
 
 
 def import_faiss() -> Any:

@@ -1,8 +1,8 @@
 """A map of embeddings in two dimensions, by t-SNE, as one HTML page to move about in.
 
 scikit-learn's t-SNE of 50 principal components: near on the map was near among the embeddings; how
-far apart groups lie, and how large they are, says nothing. Time grows with the number of images
-(4,000 take half a minute of a core), so of more a sample is drawn.
+far apart groups lie, and how large they are, says nothing. Time grows with the number of images, so
+of more a sample is drawn; thumbnails of photographs are decoded whole, which may take longer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from simclr_ray.config.wording import counted
 from simclr_ray.data.contact_sheet import data_uri
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.inference.embedded_images import EmbeddedImages
-from simclr_ray.inference.embedding_index import EXTRA, EmbeddingIndex, columns_of, read_embeddings
+from simclr_ray.inference.embedding_index import EXTRA, EmbeddingIndex, kept_columns, read_column
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
 from simclr_ray.storage.page import render_page
 
@@ -29,19 +29,21 @@ COMPONENTS: Final = 50  # as van der Maaten & Hinton 2008 give t-SNE
 PERPLEXITY: Final = 30.0
 LEAST_IMAGES: Final = 10
 THUMBNAIL_SIDE: Final = 48  # 1.5 kB of text each
-MOST_CLASSES: Final = 20  # as many colors tell apart
+MOST_CLASSES: Final = 20  # as many colors tell apart; the rest are one
+OTHERS: Final = "others"
+SAME: Final = 1e-6
 
 
 class EmbeddingMap(NamedTuple):
     """Where images lie on a map.
 
     Attributes:
-        places: int64 [m], in the index, ascending.
+        positions: int64 [m], in the index, ascending.
         points: float32 [m, 2], in [0, 1].
         classes: Text a point; empty: there are none.
     """
 
-    places: Int64s
+    positions: Int64s
     points: Floats
     classes: Sequence[str] = ()
 
@@ -57,7 +59,7 @@ def make_map(index: EmbeddingIndex, num: int, *, label: str = "", seed: int = 0)
 
     Raises:
         ConfigError: scikit-learn is not installed, or there is no such column.
-        DataError: There are too few images.
+        DataError: There are too few images, or all embeddings are the same.
     """
     tsne, pca = _import_sklearn()
     total = len(index.names)
@@ -65,16 +67,18 @@ def make_map(index: EmbeddingIndex, num: int, *, label: str = "", seed: int = 0)
         raise DataError(f"{index.uri} has {counted(total, 'image')}; a map takes {LEAST_IMAGES}")
     classes = _classes(index, label) if label else []
     drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(total)[:num]
-    places = np.sort(drawn).astype(np.int64)
-    vectors = index.vectors[places]
+    positions = np.sort(drawn).astype(np.int64)
+    vectors = index.vectors[positions]
+    if np.ptp(vectors, axis=0).max() < SAME:  # t-SNE would divide by their deviation
+        raise DataError(f"{index.uri}: its embeddings are all the same; there is nothing to map")
     if min(vectors.shape) > COMPONENTS:
         vectors = pca(COMPONENTS, random_state=seed).fit_transform(vectors)
-    perplexity = min(PERPLEXITY, (len(places) - 1) / 3)
+    perplexity = min(PERPLEXITY, (len(positions) - 1) / 3)
     points = tsne(perplexity=perplexity, init="pca", random_state=seed).fit_transform(vectors)
     points -= points.min(axis=0)
     points /= np.maximum(points.max(axis=0), np.finfo(np.float32).tiny)
-    chosen = [classes[place] for place in places] if label else ()
-    return EmbeddingMap(places, points.astype(np.float32), chosen)
+    chosen = [classes[position] for position in positions] if label else ()
+    return EmbeddingMap(positions, points.astype(np.float32), chosen)
 
 
 def write_map(out: str, index: EmbeddingIndex, made: EmbeddingMap, where: str = "") -> None:
@@ -91,15 +95,15 @@ def write_map(out: str, index: EmbeddingIndex, made: EmbeddingMap, where: str = 
         OSError: The page cannot be written.
     """
     with EmbeddedImages(index, where) as images:
-        thumbnails = images.thumbnails(made.places.tolist(), side=THUMBNAIL_SIDE)
-    names = _most_frequent(made.classes)
+        thumbnails = images.thumbnails(made.positions.tolist(), side=THUMBNAIL_SIDE)
+    names = _legend(made.classes)
     number_of = {name: number for number, name in enumerate(names)}
     points = [
         [
             round(float(x), 4),
             round(float(y), 4),
-            number_of.get(made.classes[i], -1) if made.classes else -1,
-            shown.name,
+            number_of.get(made.classes[i], len(names) - 1) if made.classes else -1,
+            f"{shown.name} ({made.classes[i]})" if made.classes else shown.name,
             "" if shown.image is None else data_uri(shown.image),
         ]
         for i, ((x, y), shown) in enumerate(zip(made.points, thumbnails, strict=True))
@@ -119,19 +123,19 @@ def write_map(out: str, index: EmbeddingIndex, made: EmbeddingMap, where: str = 
 
 
 def _classes(index: EmbeddingIndex, label: str) -> list[str]:
-    table = read_embeddings(index.uri)
-    names = list(columns_of(table))
+    names = list(kept_columns(index.uri))
     if label not in names:
         kept = f"the columns: {', '.join(names)}" if names else "embed --keep hands columns on"
         raise ConfigError([ConfigIssue("--label", f"there is no column {label!r}; {kept}")])
-    values = table[label].to_pylist()
+    values = read_column(index.uri, label)
     return [str(values[row]) for row in index.rows]
 
 
-def _most_frequent(classes: Sequence[str]) -> list[str]:
+def _legend(classes: Sequence[str]) -> list[str]:
+    """Return the most frequent classes, in order; where there are more, `others` after them."""
     names, counts = np.unique(np.array(classes, str), return_counts=True)
     chosen = names[np.argsort(-counts, kind="stable")][:MOST_CLASSES]
-    return sorted(chosen.tolist())
+    return sorted(chosen.tolist()) + [OTHERS] * (len(names) > MOST_CLASSES)
 
 
 def _import_sklearn() -> tuple[Any, Any]:

@@ -27,17 +27,17 @@ def encoder_of(index: EmbeddingIndex, where: str = "", tracking_uri: str = "") -
         TrackingError: As in `load_encoder`.
     """
     origin = index.origin
-    place = where or recall(origin.encoder)
-    if not place:
+    address = where or recall(origin.encoder)
+    if not address:
         problem = f"is missing: {index.uri} does not say which encoder it was made by"
         raise ConfigError([ConfigIssue("--encoder", problem)])
-    encoder = load_encoder(place, tracking_uri=tracking_uri)
+    encoder = load_encoder(address, tracking_uri=tracking_uri)
     is_other = encoder.feature_dim != index.feature_dim
     if is_other or origin.weights not in ("", encoder.digest):
         sizes = f"{index.feature_dim} numbers, of it {encoder.feature_dim}"
         why = f"embeddings have {sizes}" if is_other else "its weights are others"
         problem = f"{index.uri} was made by another encoder ({why}); embed the images again"
-        raise ConfigError([ConfigIssue(place, problem)])
+        raise ConfigError([ConfigIssue(address, problem)])
     if not origin.weights:
         log.warning("%s does not say by which weights it was made", index.uri)
     return encoder

@@ -41,11 +41,13 @@ def write_neighbours(
     """
     rows = []
     with EmbeddedImages(index, where) as images:
-        for query, places, cosines in zip(queries, nearest.places, nearest.cosines, strict=True):
+        for query, positions, cosines in zip(
+            queries, nearest.positions, nearest.cosines, strict=True
+        ):
             view = thumbnail_of(shown_as_rgb(transform.view(query)))
-            first = Thumbnail(query.name, "asked for", view)
+            first = Thumbnail(query.name, "query", view)
             notes = [f"{cosine:.3f}" for cosine in cosines]
-            rows.append(("", [first, *images.thumbnails(places.tolist(), notes)]))
+            rows.append(("", [first, *images.thumbnails(positions.tolist(), notes)]))
     facts = {
         "index": f"{index.uri}, {counted(len(index.names), 'image')}",
         "encoder": index.origin.encoder or "unknown",
@@ -81,7 +83,7 @@ def write_groups(
         flat = np.concatenate(members).tolist() if members else []
         thumbnails = dict(zip(flat, images.thumbnails(flat), strict=True))
     rows = [
-        (_about(group, pairs), [thumbnails[place] for place in some.tolist()])
+        (_about(group, pairs), [thumbnails[position] for position in some.tolist()])
         for group, some in zip(shown, members, strict=True)
     ]
     facts = {
@@ -94,5 +96,5 @@ def write_groups(
 
 
 def _about(group: Int64s, pairs: Pairs) -> str:
-    inside = pairs.cosines[np.isin(pairs.places[:, 0], group)]
+    inside = pairs.cosines[np.isin(pairs.positions[:, 0], group)]
     return f"{counted(len(group), 'image')}, {inside.min():.3f} to {inside.max():.3f}"

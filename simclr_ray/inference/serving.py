@@ -140,9 +140,9 @@ class EncoderServer:
         """Return what can be asked, as a page."""
         paths = app.openapi()["paths"]
         rows = [
-            (verb.upper(), path, told["summary"], told.get("description", ""))
+            (verb.upper(), path, verb_of["summary"], verb_of.get("description", ""))
             for path, verbs in paths.items()
-            for verb, told in verbs.items()
+            for verb, verb_of in verbs.items()
         ]
         return render_page("inference", "serving_docs.html.j2", rows=rows)
 
@@ -191,12 +191,12 @@ class EncoderServer:
             raise HTTPException(404, "there is no index; it was started without --index")
         row = await self._embedding(request)
         near = self.index.nearest(row[None], num)
-        places, cosines = near.places[0].tolist(), near.cosines[0].tolist()
-        shown = [thumbnail.uri for thumbnail in self.images.thumbnails(places)] if images else []
+        positions, cosines = near.positions[0].tolist(), near.cosines[0].tolist()
+        shown = [thumbnail.uri for thumbnail in self.images.thumbnails(positions)] if images else []
         rows = [
-            {"name": self.index.names[place], "cosine": round(cosine, 6)}
+            {"name": self.index.names[position], "cosine": round(cosine, 6)}
             | ({"image": shown[i]} if images else {})
-            for i, (place, cosine) in enumerate(zip(places, cosines, strict=True))
+            for i, (position, cosine) in enumerate(zip(positions, cosines, strict=True))
         ]
         return {"neighbours": rows}
 

@@ -132,7 +132,8 @@ class ClaimStore:
         names = {entry.base_name for entry in entries}
         claims = []
         for entry in entries:
-            if not entry.base_name.endswith((TAKEN, CLOCK)) and entry.base_name[0] != HIDDEN:
+            name = entry.base_name
+            if not (name.endswith((TAKEN, CLOCK)) or name.startswith(HIDDEN)):
                 with suppress(FileNotFoundError):  # gone again
                     claims.append(self._read(entry, is_taken=entry.base_name + TAKEN in names))
         return claims
@@ -209,10 +210,16 @@ class ClaimStore:
             self.files.create_dir(self.place, recursive=True)
         # On a disk a file is seen while it is written, and half of a claim names nobody.
         beside = f"{self.place}/{HIDDEN}{uuid.uuid4().hex}.{name}" if is_disk else path
-        with self.files.open_output_stream(beside) as stream:
-            stream.write(json.dumps(tree).encode())
-        if is_disk:
-            self.files.move(beside, path)
+        try:
+            with self.files.open_output_stream(beside) as stream:
+                stream.write(json.dumps(tree).encode())
+            if is_disk:
+                self.files.move(beside, path)
+        except BaseException:
+            if is_disk:
+                with suppress(OSError):
+                    remove_file(self.files, beside)
+            raise
 
 
 class Lease:

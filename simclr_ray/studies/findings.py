@@ -73,7 +73,7 @@ def _summary(studies: Sequence[dict[str, Any]]) -> list[str]:
 def _counts(studies: Sequence[dict[str, Any]]) -> str:
     """Return how many claims have each verdict, as a sentence."""
     words = Counter(read_verdict(c).words for tree in studies for c in tree["claims"])
-    said = ", ".join(f"{name} {number}" for name, number in words.most_common())
+    said = "; ".join(f"{number} × {name}" for name, number in words.most_common())
     return f"Verdicts of {counted(words.total(), 'claim')}: {said}."
 
 

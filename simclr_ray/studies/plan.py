@@ -19,7 +19,6 @@ from simclr_ray.config import Scalar
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.config.moves import Move, relocated
-from simclr_ray.config.schema import AUTO
 from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -197,9 +196,7 @@ def base_tree(study: Study) -> dict[str, Any]:
     if wrong:
         raise ConfigError(wrong)
     base = cfg.validate(Experiment, _with(tree, study.set), shown)
-    if base.scaling.num_workers == AUTO:
-        problem = "is for a run; a study, whose trials share machines, takes a number"
-        raise ConfigError([ConfigIssue("scaling.num_workers", problem)])
+    base.check_workers_given()
     paths = sorted({path for dim in _dimensions(study) for path in dim})
     uri = store_uri(base.tracking.uri, base.storage)
     tracking = base.tracking.model_copy(update={"uri": uri, "only_params": [*paths, "seed"]})

@@ -15,21 +15,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import torch
 from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.moves import relocated_run, stored_tree
-from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import clock, counted
 from simclr_ray.data.contact_sheet import Thumbnail, data_uri, thumbnail_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import SimclrRayError
-from simclr_ray.evaluation.looks import Look, look
+from simclr_ray.evaluation.evaluate import probed_source
+from simclr_ray.evaluation.neighbours import Neighbour, NeighbourSample, sample_neighbours
 from simclr_ray.evaluation.scores import Score, short_table
 from simclr_ray.nn.build import build_loss
 from simclr_ray.nn.loss import ChanceLevel
-from simclr_ray.storage.filesystem import filesystem, write_text_whole
+from simclr_ray.storage.filesystem import filesystem, one_line, write_text_whole
 from simclr_ray.storage.metrics_log import FIRST_BATCH, TIME, read_records
 from simclr_ray.storage.page import render_page
 from simclr_ray.storage.run_folder import BAD_ROWS, CONFIG_FILE, METRICS, RunFolder
@@ -65,12 +66,13 @@ def write_report(folder: RunFolder, out: str = "", images: int = 1000) -> str:
         OSError: The page cannot be written.
     """
     status = status_of_run(folder)
-    experiment = _experiment(folder)
-    page = report_page(status, experiment, images)
-    where = out or f"{folder.uri}/{REPORT}"
-    fs, path = filesystem(where)
-    write_text_whole(fs, path, hide_passwords(page))
-    return where
+    page = report_page(status, _experiment(folder), images)
+    if not out:
+        folder.write_text(REPORT, page)
+        return f"{folder.uri}/{REPORT}"
+    fs, path = filesystem(out)
+    write_text_whole(fs, path, page)
+    return out
 
 
 def report_page(status: RunStatus, experiment: Experiment, images: int = 0) -> str:
@@ -78,7 +80,7 @@ def report_page(status: RunStatus, experiment: Experiment, images: int = 0) -> s
     folder = status.folder
     lines = folder.read_text(METRICS) or ""
     records = read_records(lines)
-    seen = _look(folder, experiment, images) if images else None
+    seen = _sample(status, experiment, images) if images else None
     scores = [Score.from_tree(row) for row in status.scores]
     return render_page(
         "train",
@@ -93,7 +95,7 @@ def report_page(status: RunStatus, experiment: Experiment, images: int = 0) -> s
         views=_views(experiment),
         neighbours=[_row(row) for row in seen.rows] if seen else [],
         classes=class_table(seen) if seen and seen.confusion is not None else None,
-        sample=f"{seen.num_test:,} test images, neighbours from {seen.num_bank:,}" if seen else "",
+        sample=_about(seen) if seen else "",
         cost=cost(records, experiment),
         events=events(folder, records, status),
         command=shlex.join(["simclr-ray", "pretrain", f"{folder.uri}/{CONFIG_FILE}"]),
@@ -131,31 +133,26 @@ def score_table(scores: Sequence[Score], num: int) -> Table:
         num: Test images, whose choice the interval is about; 0: not known, and no interval.
     """
     head, *rows = short_table(scores)
-    if not num:
-        return Table(list(head), [list(row) for row in rows])
-    shares = [list(score.accuracies.values()) for score in scores]
-    rows_shown = [
-        [
-            f"{cell} [{', '.join(f'{100 * end:.1f}' for end in wilson(of[i - 1], num))}]"
-            if 0 < i <= len(of) and cell.endswith("%")
-            else cell
-            for i, cell in enumerate(row)
-        ]
-        for row, of in zip(rows, shares, strict=True)
-    ]
-    return Table(list(head), rows_shown)
+    metrics = list(dict.fromkeys(metric for score in scores for metric in score.accuracies))
+    shown = [list(row) for row in rows]
+    for score, row in zip(scores, shown, strict=True):
+        for column, metric in enumerate(metrics, start=1):
+            if num and metric in score.accuracies:
+                low, high = wilson(score.accuracies[metric], num)
+                row[column] += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return Table(list(head), shown)
 
 
-def wilson(share: float, num: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `num` trials, in [0, 1] (Wilson 1927)."""
+def wilson(accuracy: float, num: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy on `num` images, in [0, 1] (Wilson 1927)."""
     shift = Z95**2 / num
-    middle = (share + shift / 2) / (1 + shift)
-    half = Z95 / (1 + shift) * math.sqrt(share * (1 - share) / num + shift / (4 * num))
+    middle = (accuracy + shift / 2) / (1 + shift)
+    half = Z95 / (1 + shift) * math.sqrt(accuracy * (1 - accuracy) / num + shift / (4 * num))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def class_table(seen: Look) -> Table:
-    """Return of each class how often it was named rightly and what else it was taken for.
+def class_table(seen: NeighbourSample) -> Table:
+    """Return the recall of each class, and what it was confused with.
 
     The worst first; of many classes those alone.
     """
@@ -170,7 +167,7 @@ def class_table(seen: Look) -> Table:
         taken = ", ".join(f"{name} {100 * n / total:.0f} %" for n, name in most) or "-"
         rows.append((counts[label] / total, seen.class_names[label], total, taken))
     rows.sort(key=lambda row: row[0])
-    head = ["class", "images", "named rightly", "taken for"]
+    head = ["class", "images", "recall", "confused with"]
     shown = [[n, f"{t:,}", f"{100 * s:.0f} %", o] for s, n, t, o in rows[:CLASSES_SHOWN]]
     return Table(head, shown)
 
@@ -249,11 +246,15 @@ def _chance(experiment: Experiment) -> ChanceLevel | None:
 
 
 def _num_scored(experiment: Experiment) -> int:
-    """Return how many labelled test images there are; 0: none, or they are gone."""
+    """Return how many test images were scored; 0: none, or they are gone."""
     data = experiment.data
     try:
         test = Source.open(data.test, data.columns) if data.test else None
-        return int((test.labels() >= 0).sum()) if test and test.has_labels else 0
+        if test is None or not test.has_labels:
+            return 0
+        num = int((test.labels() >= 0).sum())
+        # where they alone have labels, one half is scored by the other (`split_halves`)
+        return num if probed_source(data).has_labels else num - num // 2
     except SimclrRayError as error:
         log.warning("no intervals: %s", error)
         return 0
@@ -274,17 +275,29 @@ def _views(experiment: Experiment) -> str:
         return ""
 
 
-def _look(folder: RunFolder, experiment: Experiment, images: int) -> Look | None:
+def _sample(status: RunStatus, experiment: Experiment, images: int) -> NeighbourSample | None:
+    # while it trains its device is full
+    device = torch.device("cpu") if status.state == "running" else None
     try:
-        with folder.newest_checkpoint() as checkpoint:
-            return look(experiment, checkpoint, images) if checkpoint is not None else None
-    except SimclrRayError as error:
-        log.warning("no neighbours: %s", error)
+        with status.folder.newest_checkpoint() as checkpoint:
+            if checkpoint is None:
+                return None
+            return sample_neighbours(experiment, checkpoint, images, device)
+    except (SimclrRayError, torch.OutOfMemoryError) as error:
+        log.warning("no neighbours: %s", one_line(error))
         return None
 
 
-def _row(row: Sequence[Any]) -> tuple[str, list[Thumbnail]]:
+def _about(seen: NeighbourSample) -> str:
+    text = f"{seen.num_test:,} test images, neighbours from {seen.num_bank:,}"
+    if seen.num_unseen:
+        unseen = f"{seen.num_unseen:,} of classes without one among those are left out below"
+        text += f"; {unseen} (more --num)"
+    return text
+
+
+def _row(row: Sequence[Neighbour]) -> tuple[str, list[Thumbnail]]:
     first, *others = row
-    shown = [Thumbnail(first.name, "asked for", thumbnail_of(first.pixels))]
+    shown = [Thumbnail(first.name, "query", thumbnail_of(first.pixels))]
     shown += [Thumbnail(a.name, f"{a.cosine:.3f}", thumbnail_of(a.pixels)) for a in others]
     return "", shown

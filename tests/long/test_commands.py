@@ -42,7 +42,7 @@ ADDED: dict[str, list[str]] = {
     "predict": [], "prepare": [], "preview": [], "status": [],
     "evaluate": ["evaluation.linear.epochs=2"],
     "pretrain": SMALL,
-    "run list": [], "run probe": [], "run sync": [], "run report": [],
+    "run list": [], "run probe": [], "run sync": [], "run report": ["--num", "20"],
     "model search": [], "model duplicates": [], "model map": [],
     "model finetune": ["epochs=1", "batch_size=8"],
     "model distill": ["epochs=1", "batch_size=16"],

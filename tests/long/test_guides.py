@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from simclr_ray.data.shapes import render
-from tests.long.test_commands import ADDED, Place
+from tests.long.test_commands import Place
 from tests.shell_blocks import blocks, without_comment
 
 pytestmark = pytest.mark.long
@@ -57,4 +57,3 @@ def test_the_neighbours_of_the_first_photograph_are_drawn(place: Place) -> None:
     sheet = Image.open(io.BytesIO((place.folder / "neighbours.png").read_bytes()))
     assert sheet.width > 800
     assert "<canvas" in (place.folder / "map.html").read_text()
-    assert "model search" in ADDED

@@ -203,7 +203,7 @@ DIGESTS = {
     "imagenet_resnet50_1000": "a6208b014ea74c09",
     "imagenet_vit_small": "f302b0b31e2ba61a",
     "photos_cpu": "a69ef23d7991772a",
-    "photos_gpu": "d578a5f0a7d86ea7",
+    "photos_gpu": "4efe0b8eeac4dafa",
     "shapes_demo": "c1c7066870ae5611",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ def test_every_key_has_a_sentence(key: Key) -> None:
 
 
 def test_no_key_is_left_out() -> None:
-    tree = cfg.to_tree(Experiment.load("imagenet_resnet50", "data.train=x"))
     paths = {key.path for key in ALL}
-    assert set(cfg.leaves(tree)) <= paths | {"data.columns"}
+    for preset in cfg.preset_names():
+        tree = cfg.to_tree(Experiment.load(preset))
+        leaves = {re.sub(r"\.\d+\.", "[].", path) for path in cfg.leaves(tree)}
+        assert {re.sub(r"\.options\..*", ".options", path) for path in leaves} <= paths, preset
     assert len({(key.path, key.variant) for key in ALL}) == len(ALL)
 
 
@@ -48,6 +51,11 @@ def test_a_key_is_that_of_each_variant_which_has_it() -> None:
         "  m; B.10 tried 0, 0.4, 0.8, 1.6.",
         "  takes a number from 0 to 100; default 0.8",
     ]
+    tree = cfg.to_tree(Experiment.load("cifar10_cpu", "data.train=x", "loss.temperature=0.3"))
+    (first, *others) = (described(key, "mine", tree) for key in keys_at("loss.temperature"))
+    assert first.endswith("is 0.3 in mine")
+    assert not any("in mine" in text for text in others)
+    assert {key.path for key in keys_at("augment.shared")} >= {"augment.shared[].strength"}
     with pytest.raises(ConfigError, match=r"is no key; did you mean loss\.margin"):
         keys_at("loss.margins")
 

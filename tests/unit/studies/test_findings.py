@@ -59,7 +59,7 @@ def test_what_somebody_has_read_off_the_curves_stands_below_the_claims(tmp_path:
     assert lines[at - 2].startswith("- claim 0: appears: ")
     assert lines[at + 2].startswith("5 seeds (0, 1, 2, 3, 4)")
     assert [line for line in lines if line not in without.splitlines()] == [lines[at]]
-    assert "Verdicts of 1 claim: appears 1." in without
+    assert "Verdicts of 1 claim: 1 × appears." in without
 
 
 def test_studies_stand_in_the_order_of_their_folders_and_other_scales_are_left_out(

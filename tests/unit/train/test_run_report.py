@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import binomtest
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
-from simclr_ray.evaluation.looks import Look
+from simclr_ray.evaluation.neighbours import NeighbourSample
 from simclr_ray.evaluation.scores import Score
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.run_report import class_table, cost, score_table, wilson, write_report
@@ -69,7 +71,7 @@ def test_a_page_has_scores_curves_neighbours_classes_views_and_what_happened(run
     assert "chance, ln(2N-1)" in page
     assert page.count("<svg") >= 5
     assert "40 test images, neighbours from 120" in said
-    assert said.count("asked for") == 8
+    assert said.count(" query ") == 8
     assert "Went back to a checkpoint 1 time by itself, and on at 0.5 times the rate" in said
     assert "Replaced 1 row that could not be decoded: 1 x not an image." in said
     assert "RunError: &lt;lost&gt;" in said
@@ -84,7 +86,7 @@ def test_what_is_not_there_is_left_out(run: Path) -> None:
     page = Path(write_report(RunFolder.at(str(run)), str(run.parent / "a.html"))).read_text()
     said = text_of(page)
     assert "There are no scores" in said
-    for heading in ("On the way", "What it takes for alike", "Classes, the worst first", "Views"):
+    for heading in ("Events", "Nearest neighbours", "Classes, the worst first", "Views"):
         assert heading not in said
     (run / "metrics.jsonl").unlink()
     page = Path(write_report(RunFolder.at(str(run)), str(run.parent / "a.html"))).read_text()
@@ -94,14 +96,14 @@ def test_what_is_not_there_is_left_out(run: Path) -> None:
 
 def test_the_command_writes_it_and_names_what_is_no_run(run: Path) -> None:
     done, none, ending = run_in_turn(
-        ["run", "report", "runs/small", "--out", "page.html", "--images", "0"],
+        ["run", "report", "runs/small", "--out", "page.html", "--num", "0"],
         ["run", "report", "runs"],
         ["run", "report", "runs/small", "--out", "page.pdf"],
         cwd=run.parent.parent,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "page.html\n"
-    assert "What it takes for alike" not in (run.parent.parent / "page.html").read_text()
+    assert "Nearest neighbours" not in (run.parent.parent / "page.html").read_text()
     assert none.returncode == ending.returncode == 2
     assert "is no run folder" in none.stderr
     assert "--out: got page.pdf; it must end in .html" in ending.stderr
@@ -121,7 +123,7 @@ def test_without_the_number_of_test_images_there_is_no_interval() -> None:
 
 def test_classes_stand_with_what_they_are_taken_for_the_worst_first() -> None:
     confusion = np.array([[8, 2, 0], [5, 1, 4], [0, 0, 0]])
-    table = class_table(Look([], confusion, ["cat", "dog", "fox"], 20, 80))
+    table = class_table(NeighbourSample([], confusion, ["cat", "dog", "fox"], 20, 80))
     assert table.rows == [
         ["dog", "10", "10 %", "cat 50 %, fox 40 %"],
         ["cat", "10", "80 %", "dog 20 %"],
@@ -148,3 +150,28 @@ def test_cost_counts_the_time_between_starts_as_nothing() -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no run folder"):
         write_report(RunFolder.at(str(tmp_path)))
+
+
+def test_where_the_test_images_alone_have_labels_half_of_them_are_scored(run: Path) -> None:
+    (run / "scores.json").write_text(json.dumps(SCORES))
+    train = run.parent.parent / "train.parquet"
+    pq.write_table(pq.read_table(train).drop_columns(["label"]), train)
+    said = text_of(Path(write_report(RunFolder.at(str(run)), images=40)).read_text())
+    low, high = binomtest(15, 30).proportion_ci(method="wilson")
+    assert f"trained encoder 50.0 % [{100 * low:.1f}, {100 * high:.1f}]" in said
+    assert "Nearest neighbours" in said
+    assert "Classes, the worst first" not in said
+
+
+def test_test_images_of_classes_that_the_bank_lacks_are_left_out_and_counted(run: Path) -> None:
+    train = run.parent.parent / "train.parquet"
+    table = pq.read_table(train)
+    pq.write_table(table.filter(pc.less(table["label"], 3)), train)
+    labels = pq.read_table(run.parent.parent / "test.parquet")["label"].to_numpy()
+    page = Path(write_report(RunFolder.at(str(run)), images=100)).read_text()
+    assert f"{(labels >= 3).sum():,} of classes without one among those are left out" in page
+    assert (
+        "0 %</td>"
+        not in page.split("Classes, the worst first")[1].split("<h2>")[0].replace("100 %", "")
+        or (labels < 3).sum() > 0
+    )

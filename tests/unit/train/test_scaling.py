@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from simclr_ray import config as cfg
+from simclr_ray.cli.cluster import planned_run
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.distributed import ray_cluster
 from simclr_ray.errors import ConfigError
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.plan import base_tree
@@ -19,7 +21,7 @@ from simclr_ray.train.scaling import resolve_scaling
 def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])
@@ -58,7 +60,10 @@ def test_a_cluster_and_a_study_are_told_to_give_a_number(
     with pytest.raises(ConfigError, match="auto asks this machine, and RAY_ADDRESS names a"):
         resolve_scaling(Experiment.load("photos_gpu"))
     study = load_study("temperature", "cpu", "data.train=x", "scaling.num_workers=auto")
-    with pytest.raises(ConfigError, match=r"scaling\.num_workers: is for a run; a study"):
+    with pytest.raises(
+        ConfigError,
+        match="is auto, which asks one machine; a cluster and a study",
+    ):
         base_tree(study)
 
 
@@ -70,3 +75,35 @@ def test_other_words_are_refused() -> None:
     tree = cfg.to_tree(Experiment.load("photos_gpu"))
     assert tree["scaling"]["num_workers"] == "auto"
     assert cfg.validate(Experiment, tree) == Experiment.load("photos_gpu")
+
+
+def test_what_is_given_beside_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 2, 32)
+    given = Experiment.load(
+        "photos_gpu", "scaling.data_actors_per_worker=12", "scaling.recompute_activations=true"
+    )
+    made = resolve_scaling(given).scaling
+    assert (made.num_workers, made.data_actors_per_worker) == (2, 12)
+    assert made.recompute_activations
+    assert made.num_cpus <= 32
+    either = [
+        Experiment.load("cifar10_cpu", "scaling=auto", "scaling.cpus_per_worker=2"),
+        Experiment.load("cifar10_cpu", "scaling.cpus_per_worker=2", "scaling.num_workers=auto"),
+    ]
+    assert [resolve_scaling(one).scaling.cpus_per_worker for one in either] == [2.0, 2.0]
+    assert resolve_scaling(resolve_scaling(given)) == resolve_scaling(given)
+
+
+def test_a_ray_that_this_process_has_started_is_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, 0, 4)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1234")
+    monkeypatch.setattr(ray_cluster, "_started_here", {"127.0.0.1:1234"})
+    assert resolve_scaling(Experiment.load("photos_gpu")).scaling.num_workers == 1
+
+
+def test_the_verbs_of_a_cluster_ask_for_a_number(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a cluster and a study take a number"):
+        planned_run(["photos_gpu", f"storage={tmp_path}"])
+    assert planned_run(["photos_gpu"], workers=4).scaling.num_workers == 4

@@ -1,6 +1,6 @@
-"""What an encoder takes for alike, on a sample: neighbours of some images, and confused classes.
+"""Neighbours of some images by their features, and confused classes, on a sample of the splits.
 
-A look and no score: the sample is small, so that a page is made in seconds.
+An impression and no score: the sample is small, so that a page is made in seconds.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from simclr_ray.evaluation.knn import knn_scores, nearest
 from simclr_ray.nn.precision import best_device
 from simclr_ray.nn.pretrained import load_model
 
-BANK_TIMES: Final = 4  # rows that neighbours come from, for each that is asked for
+BANK_TIMES: Final = 4  # rows that neighbours come from, for each test image
 QUERIES, NEIGHBOURS = 8, 8  # that are shown
 
 
-class Alike(NamedTuple):
-    """An image beside its neighbours.
+class Neighbour(NamedTuple):
+    """An image, of a query or near one.
 
     Attributes:
         pixels: uint8 [S, S, 3], the view that the encoder sees.
         name: Of its class, or its id.
-        cosine: With the image that was asked for; 1 of itself.
+        cosine: With the query; 1 of itself.
     """
 
     pixels: Pixels
@@ -43,31 +43,36 @@ class Alike(NamedTuple):
     cosine: float
 
 
-class Look(NamedTuple):
-    """What was seen of a sample.
+class NeighbourSample(NamedTuple):
+    """What features say of a sample.
 
     Attributes:
-        rows: Of each image that was asked for, itself and its nearest neighbours.
+        rows: Of each query, itself and its nearest neighbours.
         confusion: int64 [K, K], true class by class of the k nearest neighbours; None: no labels.
         class_names: K of them.
-        num_test: Images that were classified.
+        num_test: Images that queries are some of.
         num_bank: Images that neighbours come from.
+        num_unseen: Labelled test images of classes that the bank has no image of; not counted.
     """
 
-    rows: list[list[Alike]]
+    rows: list[list[Neighbour]]
     confusion: npt.NDArray[np.int64] | None
     class_names: list[str]
     num_test: int
     num_bank: int
+    num_unseen: int = 0
 
 
-def look(experiment: Experiment, checkpoint: Path, num: int) -> Look:
-    """Return what the encoder of a checkpoint takes for alike.
+def sample_neighbours(
+    experiment: Experiment, checkpoint: Path, num: int, device: torch.device | None = None
+) -> NeighbourSample:
+    """Return neighbours and confused classes by the encoder of a checkpoint.
 
     Args:
         experiment: Its splits and settings.
         checkpoint: The folder.
         num: Test images; four times as many are drawn of `eval_train` (or `train`) for neighbours.
+        device: Of the encoder; the best there is where it is None.
 
     Raises:
         CheckpointError: The checkpoint is not whole.
@@ -77,7 +82,7 @@ def look(experiment: Experiment, checkpoint: Path, num: int) -> Look:
     decoder, size = evaluation_decoder(experiment.data), experiment.evaluation_size
     bank = load_split(bank_source, size, BANK_TIMES * num, decoder)
     test = load_split(test_source, size, num, decoder) if test_source else _first(bank, num)
-    device = best_device()
+    device = device or best_device()
     encoder = load_model(checkpoint).encoder.to(device)
 
     def features(split: Split) -> Features:
@@ -88,7 +93,9 @@ def look(experiment: Experiment, checkpoint: Path, num: int) -> Look:
 
     bank_rows, rows = features(bank), features(test)
     names = [class_name(bank_source, c) for c in range(int(bank.labels.max()) + 1)]
-    confusion = _confusion(experiment, bank_rows, rows, len(names)) if have_labels else None
+    confusion, num_unseen = None, 0
+    if have_labels:
+        confusion, num_unseen = _confusion(experiment, bank_rows, rows, len(names))
     shown = torch.linspace(0, len(test.images) - 1, min(QUERIES, len(test.images))).long()
     skipped = 0 if test_source else 1  # the nearest of an image among others is itself
     wanted = min(NEIGHBOURS + skipped, len(bank.images))
@@ -96,10 +103,10 @@ def look(experiment: Experiment, checkpoint: Path, num: int) -> Look:
     lists = []
     for row, near, likeness in zip(shown.tolist(), places.tolist(), cosines.tolist(), strict=True):
         pairs = list(zip(near, likeness, strict=True))[skipped:]
-        first = _alike(test, row, 1.0, names if have_labels or not test_source else [])
-        lists.append([first, *(_alike(bank, place, cosine, names) for place, cosine in pairs)])
+        first = _neighbour(test, row, 1.0, names if have_labels or not test_source else [])
+        lists.append([first, *(_neighbour(bank, place, cosine, names) for place, cosine in pairs)])
     sizes = len(test.images), len(bank.images)
-    return Look(lists, confusion, names if have_labels else [], *sizes)
+    return NeighbourSample(lists, confusion, names if have_labels else [], *sizes, num_unseen)
 
 
 def _sources(experiment: Experiment) -> tuple[Source, Source | None, bool]:
@@ -121,19 +128,25 @@ def _first(split: Split, num: int) -> Split:
 
 def _confusion(
     experiment: Experiment, bank: Features, test: Features, num_classes: int
-) -> npt.NDArray[np.int64] | None:
-    """Return how often each class was taken for each, by the vote that evaluation takes."""
-    bank, test = bank.labelled(), test.at(torch.isin(test.labels, torch.arange(num_classes)))
+) -> tuple[npt.NDArray[np.int64] | None, int]:
+    """Return how often each class was taken for each, and how many images are of none in the bank.
+
+    By the vote that evaluation takes. An image of a class that the sample of the bank lacks can be
+    named wrongly only, so it says nothing.
+    """
+    bank, test = bank.labelled(), test.labelled()
+    is_seen = torch.isin(test.labels, bank.labels)
+    test, num_unseen = test.at(is_seen), int((~is_seen).sum())
     if not len(bank.labels) or not len(test.labels):
-        return None
+        return None, num_unseen
     knn = experiment.evaluation.knn
     votes = knn_scores(bank.rows, bank.labels, test.rows, knn.k, knn.temperature, num_classes)
     counts = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(counts, (test.labels.numpy(), votes.argmax(1).cpu().numpy()), 1)
-    return counts
+    return counts, num_unseen
 
 
-def _alike(split: Split, row: int, cosine: float, names: list[str]) -> Alike:
+def _neighbour(split: Split, row: int, cosine: float, names: list[str]) -> Neighbour:
     label = int(split.labels[row])
     name = names[label] if 0 <= label < len(names) else f"id {int(split.ids[row])}"
-    return Alike(shown_as_rgb(split.images[row].permute(1, 2, 0).numpy()), name, cosine)
+    return Neighbour(shown_as_rgb(split.images[row].permute(1, 2, 0).numpy()), name, cosine)
