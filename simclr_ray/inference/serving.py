@@ -140,9 +140,9 @@ class EncoderServer:
         """Return what can be asked, as a page."""
         paths = app.openapi()["paths"]
         rows = [
-            (verb.upper(), path, verb_of["summary"], verb_of.get("description", ""))
+            (verb.upper(), path, operation["summary"], operation.get("description", ""))
             for path, verbs in paths.items()
-            for verb, verb_of in verbs.items()
+            for verb, operation in verbs.items()
         ]
         return render_page("inference", "serving_docs.html.j2", rows=rows)
 

@@ -78,6 +78,7 @@ def test_a_parquet_has_a_row_an_image_in_order(tmp_path: Path) -> None:
     assert (origin.encoder, origin.images) == (MODEL, str(tmp_path / "in.parquet"))
     assert origin.weights == load_encoder(MODEL).digest
     assert origin.columns["image"] == "image"
+    assert origin.fingerprint
     assert told[0] == (0, ROWS)
     assert told[1] == (FIRST_ROWS, ROWS)  # some rows come early
     assert told[-1] == (ROWS, ROWS)
