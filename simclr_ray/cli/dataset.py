@@ -272,11 +272,15 @@ def preview(
         raise ConfigError([ConfigIssue("--out", f"got {image}; it must end in .png, .svg or .pdf")])
     experiment = Experiment.load(source, *(overrides or []))
     loading("torch", "matplotlib")
+    from simclr_ray.data.decoding import resolve_white
     from simclr_ray.data.image_groups import open_grouped
+    from simclr_ray.data.sample import Sample
     from simclr_ray.train.figures import draw_views
 
     data = experiment.data
     train = open_grouped(data.train, data.columns, data.limit)
+    data = resolve_white(data, Sample(train))  # as a run's would be
+    experiment = experiment.model_copy(update={"data": data})
     image.parent.mkdir(parents=True, exist_ok=True)
     draw_views(experiment, train, image)
     out.print(f"wrote {image}", markup=False)

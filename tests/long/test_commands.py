@@ -67,14 +67,14 @@ os.execv(sys.executable, [sys.executable, "-m", "simclr_ray", *words, *added[ver
 class Place:
     """A home with images, and a PATH on which our program makes everything small."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, added: dict[str, list[str]] = ADDED) -> None:
         self.folder, self.log = folder, folder / "verbs.jsonl"
         self.log.touch()
         programs = folder / "bin"
         programs.mkdir()
         program = programs / "simclr-ray"
         program.write_text(
-            SHIM.format(python=sys.executable, added=json.dumps(ADDED), log=str(self.log))
+            SHIM.format(python=sys.executable, added=json.dumps(added), log=str(self.log))
         )
         program.chmod(0o755)
         self.environment = {

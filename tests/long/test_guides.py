@@ -8,11 +8,15 @@ import pytest
 from PIL import Image
 
 from simclr_ray.data.shapes import render
-from tests.long.test_commands import Place
+from tests.long.test_commands import ADDED, Place
 from tests.shell_blocks import blocks, without_comment
 
 pytestmark = pytest.mark.long
 
+SMALL = [
+    "epochs=1", "batch_size=64", "augment.size=32", "encoder.width=0.125", "data.limit=128",
+    "evaluation.linear.epochs=2", "schedule.warmup_epochs=0", "tracking.system_metrics=false",
+]  # fmt: skip
 PAGES = (
     "docs/start.md",
     "docs/your_images.md",
@@ -29,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for name, first in (("photos", 0), ("cells", 200), ("labelled", 400), ("held_out", 600)):
         for index in range(first, first + 160):
             drawn = render(index, 7)
-            kind = f"class {drawn.label % 2}" if name in ("labelled", "held_out") else "a"
+            kind = f"class {drawn.label % 2}" if name in ("labelled", "held_out") else "."
             path = folder / name / kind / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(drawn.pixels)
@@ -38,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (folder / ".venv" / "bin" / "activate").touch()
     (text,) = blocks("docs/your_images.md", "yaml")
     (folder / "cells.yaml").write_text(text, encoding="utf-8")
-    return Place(folder)
+    return Place(folder, ADDED | {"pretrain": SMALL})
 
 
 @pytest.mark.timeout(1800)

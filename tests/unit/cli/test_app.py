@@ -169,6 +169,18 @@ def test_a_file_where_a_run_is_expected_ends_in_2(parquet: Path, tmp_path: Path)
         assert errors(done) == [f"error: {parquet}: is a file; a run is a folder"], command
 
 
+def test_a_preview_finds_out_what_is_white_as_a_run_does(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 4096, (40, 40), dtype=np.uint16)
+        Image.fromarray(pixels).save(tmp_path / "deep" / f"{number}.png")
+    words = ["photos_cpu", "data.train=deep", "data.channels=1", "data.white=auto"]
+    done = run("preview", *words, "augment.grayscale=0", "augment.size=32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "data.white=4" in done.stderr
+    assert (tmp_path / "views.png").is_file()
+
+
 def test_a_preview_that_cannot_be_drawn_or_written_ends_in_2(tmp_path: Path) -> None:
     table = pa.table({"image": pa.array([b"no image"] * 4, pa.binary())})
     pq.write_table(table, tmp_path / "bad.parquet")
