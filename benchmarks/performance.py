@@ -21,7 +21,7 @@ Result = dict[str, Any]
 HEAD = """# Performance
 
 Written by `python -m benchmarks.performance` from the files in
-[benchmarks/results](../benchmarks/results); do not edit. Figures are medians of rounds in which all
+benchmarks/results; do not edit. Figures are medians of rounds in which all
 forms take their turn in one run. Ratios travel between machines better than times do; the command
 above each table makes it anew. Where a ratio `ours / this` of times is above 1, or of rates below
 1, the other form is ahead. Peers are the published packages of the versions in the result files.
