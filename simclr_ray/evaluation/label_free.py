@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK_ROWS: Final = 2_048  # [2048, M] float64 distances at once
+GRAM_COLUMNS: Final = 256
 UNIFORMITY_T: Final = 2.0
 RANK_EPSILON: Final = 1e-7  # RankMe eq. 1
 TIE: Final = 1e-9  # of cosines in float64: nearer is no difference
@@ -82,13 +83,22 @@ def effective_rank(features: Tensor) -> float:
     and is exact to 1e-8 of the largest one, below the paper's ε. All-zero features have rank 1.
     """
     x = features.double()
-    gram = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    gram = _lower_gram(x.T if x.shape[1] <= x.shape[0] else x)
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # reads the lower triangle
     total = singular.sum()
     if total == 0:
         return 1.0
     p = singular / total + RANK_EPSILON
     return math.exp(-(p * p.log()).sum().item())
+
+
+def _lower_gram(x: Tensor) -> Tensor:
+    """Return the lower triangle of `x @ x.T`, by blocks of columns: half of the products."""
+    gram = x.new_zeros(len(x), len(x))
+    for first in range(0, len(x), GRAM_COLUMNS):
+        block = slice(first, first + GRAM_COLUMNS)
+        gram[first:, block] = x[first:] @ x[block].T
+    return gram
 
 
 def feature_std(features: Tensor) -> float:

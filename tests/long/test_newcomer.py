@@ -1,4 +1,8 @@
-"""The five commands of docs/encoders.md, typed as they stand by somebody with photographs."""
+"""From a folder of photographs to their nearest neighbours, by the commands of the first guide.
+
+As somebody does it who has installed the package and reads `docs/start.md`: nothing is made
+smaller. Ten minutes of two idle cores are the most that it may take.
+"""
 
 from __future__ import annotations
 
@@ -6,72 +10,40 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.long.photographs import write_photographs
+from tests.ray.driver import own_ray
 from tests.shell_blocks import ROOT, blocks
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
-CLASSES = [
-    "airplanes", "Motorbikes", "Faces_easy", "watch", "Leopards", "bonsai", "car_side",
-    "grand_piano", "ketch", "starfish",
-]  # fmt: skip
-MOST_S = 600.0  # for all of them, on two idle cores
-LEAST_TOP1 = 0.3  # of ten classes, which are of one size; chance is 0.1
+CLASSES = ["airplanes", "Faces", "Motorbikes", "watch", "Leopards", "bonsai", "car_side", "ketch"]
+MOST_COMMANDS, MOST_S = 5, 600.0
 
 
-def test_from_photographs_to_embeddings_and_ten_classes(tmp_path: Path, image_root: Path) -> None:
-    num_photographs = write_photographs(image_root, tmp_path / "photos", flat=True)
-    write_photographs(image_root, tmp_path / "sorted", CLASSES, 40)
-    block = blocks("docs/encoders.md")[0]
-    commands = [line for line in block.splitlines() if line]
-    assert len(commands) <= 5
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
-    for name in ("MLFLOW_TRACKING_URI", "OMP_NUM_THREADS"):
-        environment.pop(name, None)
+def test_the_first_guide_ends_in_a_sheet_of_neighbours_within_ten_minutes(
+    tmp_path: Path, image_root: Path
+) -> None:
+    assert write_photographs(image_root, tmp_path / "photos", CLASSES, 125, flat=True) >= 500
+    (script,) = (b for b in blocks("docs/start.md") if "model search" in b)
+    commands = [line for line in script.splitlines() if line.startswith("simclr-ray")]
+    assert len(commands) <= MOST_COMMANDS
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = own_ray() | {"PATH": programs, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     began = time.monotonic()
-    for command in commands:
-        at = time.monotonic()
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        seconds = time.monotonic() - at
-        sys.stdout.write(f"$ {command}\n{done.stdout[-3000:]}({seconds:.0f} s)\n\n")
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    seconds = time.monotonic() - began
-    sys.stdout.write(f"{len(commands)} commands, {num_photographs} photographs: {seconds:.0f} s\n")
-    check_embeddings(tmp_path, num_photographs)
-    check_classes(tmp_path, num_photographs)
-    assert seconds <= MOST_S
-
-
-def check_embeddings(folder: Path, num: int) -> None:
-    table = pq.read_table(folder / "photos.parquet")
-    assert table.num_rows == num
-    assert all((folder / "photos" / path).is_file() for path in table["path"].to_pylist())
-    rows = np.stack(table["embedding"].to_numpy())
-    assert np.isfinite(rows).all()
-    assert rows.std(0).min() > 0
-
-
-def check_classes(folder: Path, num: int) -> None:
-    lines = [line.split("\t") for line in (folder / "classes.tsv").read_text().splitlines()]
-    assert len(lines) == num
-    right: Counter[str] = Counter()
-    seen: Counter[str] = Counter()
-    for path, label, _ in lines:
-        name = Path(path).name.rpartition("_")[0]  # of the file: its class
-        if name in CLASSES:
-            seen[name] += 1
-            right[name] += label == name
-    top1 = sum(right[name] / seen[name] for name in CLASSES) / len(CLASSES)
-    sys.stdout.write(f"mean accuracy of ten classes after ten labels each: {top1:.3f}\n")
-    assert top1 >= LEAST_TOP1
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    took = time.monotonic() - began
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert took < MOST_S
+    with Image.open(tmp_path / "neighbours.png") as sheet:
+        assert sheet.width > 11 * 100
+    assert "<canvas" in (tmp_path / "map.html").read_text(encoding="utf-8")
