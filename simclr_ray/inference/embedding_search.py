@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from simclr_ray.config.uris import recall
+from simclr_ray.config.uris import hide_passwords, recall
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.embedding_index import EmbeddingIndex
@@ -31,6 +31,8 @@ def encoder_of(index: EmbeddingIndex, where: str = "", tracking_uri: str = "") -
     if not address:
         problem = f"is missing: {index.uri} does not say which encoder it was made by"
         raise ConfigError([ConfigIssue("--encoder", problem)])
+    if not where:
+        log.info("the encoder is %s, as %s says", hide_passwords(address), index.uri)
     encoder = load_encoder(address, tracking_uri=tracking_uri)
     is_other = encoder.feature_dim != index.feature_dim
     if is_other or origin.weights not in ("", encoder.digest):
