@@ -10,6 +10,7 @@ import typer.main
 
 import simclr_ray
 from simclr_ray.cli.app import app
+from simclr_ray.config.metrics import MEANINGS
 from simclr_ray.config.reference import Key, keys
 
 FOLDER = "reference"
@@ -19,7 +20,12 @@ def write(docs: Path) -> None:
     """Write the pages below a folder; one that is the same already is left, and not built again."""
     folder = docs / FOLDER
     folder.mkdir(exist_ok=True)
-    pages = {"keys.md": keys_page(), "commands.md": commands_page(), "python.md": python_page()}
+    pages = {
+        "keys.md": keys_page(),
+        "commands.md": commands_page(),
+        "metrics.md": metrics_page(),
+        "python.md": python_page(),
+    }
     for name, text in pages.items():
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -119,6 +125,21 @@ def _parameter(parameter: Any) -> str:
     shown = parameter.show_default if isinstance(parameter.show_default, str) else shown
     names = ", ".join(f"`{name}`" for name in parameter.opts)
     return f"| {names} | {shown} | {(parameter.help or '').replace('|', chr(92) + '|')} |"
+
+
+def metrics_page() -> str:
+    """Return the page of what a run logs."""
+    lines = [
+        "# Metrics",
+        "",
+        "Numbers of a run's `metrics.jsonl` and of MLflow. What they say of a run, and what to do "
+        "where one looks wrong: [evaluation](../evaluation.md), [wrong](../wrong.md).",
+        "",
+        "| metric | |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {says} |" for name, says in MEANINGS.items()]
+    return "\n".join(lines) + "\n"
 
 
 def python_page() -> str:

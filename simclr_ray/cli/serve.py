@@ -26,7 +26,7 @@ def serve(
         str, typer.Option(help="Where its images lie now.", show_default="where they were embedded")
     ] = "",
     host: Annotated[str, typer.Option(help="0.0.0.0: to all; there is no password.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP.")] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Processes with the encoder.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="That each of them has.")] = 0.0,
     threads: Annotated[int, typer.Option(min=0, help="Of each; 0: the CPUs shared.")] = 0,

@@ -192,3 +192,21 @@ def test_a_verb_that_has_moved_ends_in_2_with_its_new_name(
 def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
     done = run("--version", cwd=tmp_path)
     assert done.stdout.splitlines()[0] == f"simclr-ray {metadata.version('simclr-ray')}"
+
+
+def test_every_option_of_every_verb_has_a_sentence() -> None:
+    command = typer.main.get_command(app)
+    assert [
+        f"{' '.join(words)} {parameter.name}"
+        for words, verb in _verbs(command, [])
+        for parameter in verb.params
+        if not (getattr(parameter, "help", "") or "").strip()
+    ] == []
+
+
+def _verbs(group: Any, words: list[str]) -> Iterator[tuple[list[str], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _verbs(command, [*words, name])
+        elif not command.hidden:
+            yield [*words, name], command

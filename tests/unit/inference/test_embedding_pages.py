@@ -65,7 +65,7 @@ def write(
 def test_a_name_that_is_no_utf_8_and_a_password_are_shown_as_they_may_be(
     photos: Path, encoder: Encoder
 ) -> None:
-    query = photos / os.fsdecode(b"caf\xe9.png")
+    query = photos / os.fsdecode(b"\xe9.png")
     query.write_bytes((photos / "photos" / "00.png").read_bytes())
     index = EmbeddingIndex(str(photos / "photos.parquet"))
     index.uri = "s3://bucket/i.parquet?tenant_id=T&client_secret=S3CRET"
@@ -74,7 +74,7 @@ def test_a_name_that_is_no_utf_8_and_a_password_are_shown_as_they_may_be(
     page = (photos / "a.html").read_text()
     assert "S3CRET" not in page
     assert "tenant_id=T&amp;client_secret=***" in page
-    assert "caf\\udce9.png" in page
+    assert "\\udce9.png" in page
     write_map(str(photos / "map.html"), index, make_map(index, NUM))
     assert "S3CRET" not in (photos / "map.html").read_text()
 
