@@ -31,6 +31,7 @@ KNOWN: tuple[tuple[str, How, str], ...] = (
     (r"python -m benchmarks\.loss --threads 2", "long", "--batches 256 --rounds 1 --largest 512"),
     (r"uv pip compile .* -o requirements\.lock", "long", ""),
     (r"python -m build", "long", ""),
+    (r"twine check --strict dist/\*", "long", ""),
     (r"git tag -a v[\d.]+ -m .*", "long", ""),
     (r"export \w+=\S+", "shell", ""),
     (r"[A-Z]+=\$\(ls -d [\w/*-]+\)", "shell", ""),

@@ -61,3 +61,13 @@ def test_the_neighbours_of_the_first_photograph_are_drawn(place: Place) -> None:
     sheet = Image.open(io.BytesIO((place.folder / "neighbours.png").read_bytes()))
     assert sheet.width > 800
     assert "<canvas" in (place.folder / "map.html").read_text()
+
+
+def test_the_commands_for_alike_images_run(place: Place) -> None:
+    """On the embeddings that the first guide has left."""
+    (block,) = (b for b in blocks("docs/encoders.md") if "model duplicates" in b)
+    for name in ("cat.jpg", "dog.jpg"):
+        Image.fromarray(render(0, 3).pixels).save(place.folder / name)
+    place.run("\n".join(line for line in block.splitlines() if not line.startswith("pip ")))
+    assert (place.folder / "near.html").is_file()
+    assert (place.folder / "pairs.tsv").is_file()
