@@ -113,13 +113,14 @@ def main() -> None:
 
 
 def program() -> None:
-    """Run the command line as this process's program: after an interrupt, end it at once.
+    """Run the command line as this process's program, and end it at once.
 
-    At the very end of an interpreter threads of Ray and Arrow that were interrupted midway crash
-    now and then, and with them goes the exit code. All that is to be done at an end is done before,
-    except that Ray takes its client apart, which crashes as well: a cluster ends a job whose client
-    is gone, and the one that was started here is stopped by another exit function. So does a
-    command that a store has not answered (`time_limit`), where an end as usual would wait for it.
+    To take an interpreter with torch and Ray apart lasts 1.5 s, and threads of Ray and Arrow that
+    were interrupted midway crash at it now and then, and with them goes the exit code. So all that
+    is to be done at an end is done here. After an interrupt Ray does not take its client apart,
+    which crashes as well: a cluster ends a job whose client is gone, and the one that was started
+    here is stopped by another exit function. A command that a store has not answered (`time_limit`)
+    ends without any of it: it would wait for the store.
     """
     try:
         main()
@@ -127,14 +128,13 @@ def program() -> None:
         if is_waiting():
             _flush()
             os._exit(int(end.code or 0))
-        if end.code not in (STOPPED_BY_USER, STOPPED_BY_SYSTEM):
-            raise
+        code = int(end.code or 0)
         threading._shutdown()  # type: ignore[attr-defined] # as the interpreter does: waits for them
-        if ray := sys.modules.get("ray"):
+        if code in (STOPPED_BY_USER, STOPPED_BY_SYSTEM) and (ray := sys.modules.get("ray")):
             atexit.unregister(ray.shutdown)
         atexit._run_exitfuncs()
         _flush()
-        os._exit(int(end.code))
+        os._exit(code)
 
 
 def _flush() -> None:

@@ -113,7 +113,7 @@ def _run(resolved: ResolvedExperiment) -> PretrainOutcome:
     from simclr_ray.train.pipeline import train_and_evaluate  # Ray's parts of it: after its start
 
     with RunProgress() as progress:
-        return train_and_evaluate(resolved, on_progress=progress)
+        return train_and_evaluate(resolved, on_progress=progress, is_last=True)
 
 
 def _show(resolved: ResolvedExperiment, outcome: PretrainOutcome, image: str) -> None:

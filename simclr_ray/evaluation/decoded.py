@@ -20,6 +20,11 @@ class DecodedSplits:
         self._most = 0
         self._splits: OrderedDict[Hashable, Split] = OrderedDict()
 
+    @property
+    def most(self) -> int:
+        """Return how many bytes are kept at most."""
+        return self._most
+
     def keep(self, most_bytes: int) -> None:
         """Keep splits from now on, of so many bytes together; 0: none."""
         self._most = most_bytes

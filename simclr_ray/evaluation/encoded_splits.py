@@ -81,6 +81,15 @@ def encode_splits(
         yield encode(network.to(device), bank, test, experiment)
 
 
+def decode_splits(experiment: Experiment) -> None:
+    """Decode the splits of an experiment, for a process that keeps them (`DECODED`).
+
+    Raises:
+        DataError: A split cannot be read.
+    """
+    _loaded(_sources(experiment), experiment.evaluation_size, evaluation_decoder(experiment.data))
+
+
 def encode(
     network: nn.Module, bank: Split, test: Split | None, experiment: Experiment
 ) -> EncodedSplits:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+import ray
 
 from simclr_ray.config.experiment import Experiment, RegistryConfig
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.data.source import Source
+from simclr_ray.distributed.ray_cluster import is_local
 from simclr_ray.errors import NotPromotedError, TrackingUnavailableError
 from simclr_ray.evaluation.baselines import score_run
 from simclr_ray.evaluation.classification import Classification
+from simclr_ray.evaluation.encoded_splits import evaluated_rows
 from simclr_ray.evaluation.evaluate import score_classifier
 from simclr_ray.evaluation.scores import Score, format_table
 from simclr_ray.inference.promotion import promote
@@ -27,6 +34,7 @@ from simclr_ray.storage.space import OF_THE_DISK, writing
 from simclr_ray.tracking.store import RegisteredEncoder
 from simclr_ray.train import stop
 from simclr_ray.train.driver import train_resolved
+from simclr_ray.train.evaluation_ahead import EvaluationAhead
 from simclr_ray.train.figures import draw_curves, draw_views
 from simclr_ray.train.identity import begin_anew
 from simclr_ray.train.outcome import PretrainOutcome, Run, store_outcome, stored_outcome
@@ -63,18 +71,27 @@ def run_pipeline(
 
 
 def train_and_evaluate(
-    resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None
+    resolved: ResolvedExperiment, *, on_progress: OnProgress | None = None, is_last: bool = False
 ) -> PretrainOutcome:
     """Train, evaluate, publish and register a resolved experiment; nothing stored is returned.
 
     One driver at a time: a second one waits, or is refused, until all of that is done.
+
+    Args:
+        resolved: What to do.
+        on_progress: As for `pretrain`.
+        is_last: Nobody needs the Ray that was started here after the training.
     """
     folder = resolved.folder
-    with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):
-        run = train_resolved(resolved, on_progress=on_progress)
+    with (
+        writing(folder.uri, numbers=OF_THE_DISK),
+        folder.lock(HELD_S),
+        EvaluationAhead(resolved, on_progress) as ahead,
+    ):
+        run = train_resolved(resolved, on_progress=ahead.report)
         try:
-            with recorded(folder):
-                outcome = _evaluated(run, resolved)
+            with recorded(folder), _without_ray(resolved) if is_last else nullcontext():
+                outcome = _evaluated(run, resolved, ahead.views())
         # the training itself had set it to FINISHED; an interrupt within an import comes out of it
         # as an ImportError, or as whatever that code makes of it
         except BaseException as error:
@@ -86,12 +103,26 @@ def train_and_evaluate(
         return outcome
 
 
-def _evaluated(run: Run, resolved: ResolvedExperiment) -> PretrainOutcome:
+@contextmanager
+def _without_ray(resolved: ResolvedExperiment) -> Iterator[None]:
+    """End a Ray that was started here beside the block, which needs none: it takes a second."""
+    if not is_local() or evaluated_rows(resolved.config).by_actors:
+        yield
+        return
+    ending = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    ending.start()
+    yield
+    ending.join()
+
+
+def _evaluated(
+    run: Run, resolved: ResolvedExperiment, views: Path | None = None
+) -> PretrainOutcome:
     config = resolved.config
     log.info("evaluating %s, the untrained encoder and raw pixels", run.checkpoint_name)
     with RunFolder.at(run.folder).fetched(run.checkpoint_name) as checkpoint:
         scores = score_run(config, checkpoint)
-        publish(run, resolved, scores)
+        publish(run, resolved, scores, views)
         classifier = _test_classifier(run, config, checkpoint)
     registered = None
     if config.registry.name:
@@ -148,16 +179,27 @@ def _test_classifier(run: Run, experiment: Experiment, checkpoint: Path) -> Clas
     return scores
 
 
-def publish(run: Run, resolved: ResolvedExperiment, scores: Sequence[Score]) -> None:
+def publish(
+    run: Run, resolved: ResolvedExperiment, scores: Sequence[Score], drawn: Path | None = None
+) -> None:
     """Store config, view pairs, curves and the score table as artifacts of the MLflow run.
 
     Where MLflow does not take them now, they are delivered later.
+
+    Args:
+        run: What was trained.
+        resolved: Its experiment.
+        scores: Its table.
+        drawn: The view pairs, where they are drawn already.
     """
     folder = RunFolder.at(run.folder)
     folder.write_text(SCORES, json.dumps([s.as_tree() for s in scores], indent=1))
     with tempfile.TemporaryDirectory() as scratch, late_writes(folder) as writes:
         views, curves = Path(scratch) / "views.png", Path(scratch) / "curves.png"
-        draw_views(resolved.config, resolved.source, views)
+        if drawn is None:
+            draw_views(resolved.config, resolved.source, views)
+        else:
+            shutil.copyfile(drawn, views)
         draw_curves(folder.read_text(METRICS) or "", curves)
         writes.file(views)
         writes.file(curves)
