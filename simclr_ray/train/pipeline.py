@@ -42,6 +42,7 @@ from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.tracked import late_writes
 
+ENDED_S = 10.0  # until Ray has ended
 log = logging.getLogger(__name__)
 
 
@@ -111,8 +112,10 @@ def _without_ray(resolved: ResolvedExperiment) -> Iterator[None]:
         return
     ending = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
     ending.start()
-    yield
-    ending.join()
+    try:
+        yield
+    finally:  # after an error too: an end of Ray at the exit would meet this one
+        ending.join(ENDED_S)
 
 
 def _evaluated(

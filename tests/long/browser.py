@@ -28,6 +28,7 @@ def open_page(page: Path, folder: Path, width: int = 1200) -> Opened:
     """Return what a page becomes at some width, in px; names resolve to nothing."""
     program = next((found for name in PROGRAMS if (found := shutil.which(name))), None)
     if program is None:
+        # a Debian package of 300 MB, which no package index has; links are checked without it
         pytest.skip("no Chromium here: apt-get install chromium")
     shot = folder / f"{page.stem}-{width}.png"
     options = [
