@@ -37,6 +37,7 @@ BLOCKS = {
 }
 BASIC_DEPTHS = (10, 18, 34)
 RESNET50_PARAMETERS: Final = 27_968_704  # of depth 50 and a head of two layers to 128: the paper's
+VECTOR: Final = 8  # float32 in 256 bits
 # The standard deviation of a unit normal truncated at ±2, which TensorFlow divides out.
 TRUNCATED_STD = 0.87962566103423978
 
@@ -123,8 +124,22 @@ class ConvNorm(nn.Sequential):
     """Convolution without bias, padded by (kernel − 1)/2 on each side, then batch norm."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> None:
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False)
+        few = kernel == 1 and stride > 1 and inputs < VECTOR
+        made = _CutConv if few else nn.Conv2d
+        conv = made(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False)
         super().__init__(conv, norm(outputs))
+
+
+class _CutConv(nn.Conv2d):
+    """A strided 1x1 convolution over the pixels that it takes, which are cut out before.
+
+    Of fewer channels than a vector has numbers, channels last and without AVX-512, the gradient of
+    torch's own writes past its memory (oneDNN issue 6035): a crash, wrong weights, or no end.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns], self.weight)
 
 
 def _stem(kind: str, inputs: int, channels: int, norm: Norm, *, deep: bool) -> nn.Sequential:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torchvision
@@ -184,3 +188,32 @@ def test_blocks_that_run_again_give_the_same_gradient_and_move_statistics_once()
     for name, buffer in plain.named_buffers():
         assert torch.equal(buffer, again.get_buffer(name))
     assert all(m.moves_statistics for m in again.modules() if isinstance(m, GlobalBatchNorm))
+
+
+NARROW = """
+import torch
+from torch import nn
+from simclr_ray.nn.resnet import ConvNorm
+
+torch.manual_seed(0)
+for channels in range(1, 10):
+    conv = ConvNorm(channels, 8, 1, 2, nn.Identity)
+    conv = conv.to(memory_format=torch.channels_last)
+    images = torch.randn(32, channels, 16, 16).to(memory_format=torch.channels_last)
+    out = conv(images)
+    given = torch.randn_like(out)
+    out.backward(given)
+    taken = images[:, :, ::2, ::2].double()
+    expected = torch.einsum("nohw,nihw->oi", given.double(), taken)
+    assert torch.allclose(conv[0].weight.grad[:, :, 0, 0].double(), expected, atol=1e-4), channels
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_channels_have_their_gradient_without_avx_512(threads: int) -> None:
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(  # torch's own crashes there, or never ends
+        [sys.executable, "-c", NARROW], env=env, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
