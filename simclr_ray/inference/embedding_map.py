@@ -108,12 +108,12 @@ def write_map(out: str, index: EmbeddingIndex, made: EmbeddingMap, where: str = 
         ]
         for i, ((x, y), shown) in enumerate(zip(made.points, thumbnails, strict=True))
     ]
-    shown = f"{len(points):,} of {counted(len(index.names), 'image')}"
     page = render_page(
         "inference",
         "embedding_map.html.j2",
-        title=f"Map of {index.uri}",
-        says=f"{shown}, by t-SNE; near is alike, distances between groups say nothing",
+        title=f"Map of {counted(len(points), 'image')}",
+        says=f"Of {len(index.names):,} in {index.uri}, by t-SNE: near is alike, distances between "
+        "groups say nothing",
         classes=names,
         # within a script element `<` could end it
         points=json.dumps(points, ensure_ascii=True).replace("<", "\\u003c"),

@@ -13,15 +13,29 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+NARROWEST = 500  # px that a window of Chromium's has at least
+# a frame may be narrower than a window, as a telephone's screen is
+FRAME = """<!doctype html><body style="margin:0">
+<iframe src="{url}" style="border:0;width:{width}px;height:2000px"
+  onload="document.body.dataset.wide = this.contentDocument.documentElement.scrollWidth"></iframe>
+"""
 FOREIGN = re.compile(r"^(?:https?:)?//")
 
 
 class Opened(NamedTuple):
-    """A page as the browser has it."""
+    """A page as the browser has it.
+
+    Attributes:
+        dom: The document, after its scripts ran.
+        console: What it complained of.
+        screenshot: Of its first 2,000 px.
+        overflow: By how many px it is wider than it was given: then it scrolls sideways.
+    """
 
     dom: str
     console: list[str]
     screenshot: Path
+    overflow: int
 
 
 def open_page(page: Path, folder: Path, width: int = 1200) -> Opened:
@@ -31,21 +45,25 @@ def open_page(page: Path, folder: Path, width: int = 1200) -> Opened:
         # a Debian package of 300 MB, which no package index has; links are checked without it
         pytest.skip("no Chromium here: apt-get install chromium")
     shot = folder / f"{page.stem}-{width}.png"
+    frame = folder / f"{page.stem}-{width}-frame.html"
+    frame.write_text(FRAME.format(url=page.as_uri(), width=width))
     options = [
-        "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={max(width, 500)},2000",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0",
-        "--virtual-time-budget=4000", f"--user-data-dir={folder / 'profile'}",
+        "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+        f"--window-size={max(width, NARROWEST)},2000", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr", "--v=0", "--virtual-time-budget=4000",
+        f"--user-data-dir={folder / 'profile'}",
     ]  # fmt: skip
-    done = subprocess.run(
-        [program, *options, "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    subprocess.run(
-        [program, *options, f"--screenshot={shot}", page.as_uri()],
-        capture_output=True, check=True, timeout=120,
-    )  # fmt: skip
+
+    def ask(what: str, url: str) -> subprocess.CompletedProcess[str]:
+        words = [program, *options, what, url]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+
+    done = ask("--dump-dom", page.as_uri())
+    framed = ask("--dump-dom", frame.as_uri())
+    ask(f"--screenshot={shot}", frame.as_uri())
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return Opened(done.stdout, console, shot)
+    (wide,) = re.findall(r'data-wide="(\d+)"', framed.stdout)
+    return Opened(done.stdout, console, shot, int(wide) - width)
 
 
 class _Links(HTMLParser):
