@@ -290,8 +290,9 @@ def test_the_local_log_does_not_wait_for_an_mlflow_that_is_slow(
 
 
 def test_a_remote_folder_has_log_and_position_and_is_synced_from_anywhere(
-    resolved: ResolvedExperiment, storage: Path, outage: Outage
+    resolved: ResolvedExperiment, storage: Path, outage: Outage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.5)  # who asks waits as long for a sign of the holder
     uri = f"sqlite:///{storage}/runs/mlflow.db"
     tracking = resolved.config.tracking.model_copy(update={"uri": uri})
     update = {"storage": (storage / "bucket").as_uri(), "tracking": tracking}
