@@ -21,7 +21,7 @@ from tests.shell_blocks import ROOT
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 FILE = ROOT / "cluster" / "Dockerfile"
-INSIDE = "/tmp/simclr-ray/"  # noqa: S108 - of the image
+INSIDE = "/tmp/simclr-ray/"
 
 
 def instructions() -> dict[str, list[str]]:

@@ -26,6 +26,7 @@ from tests.formats.test_formats import HERE as FORMATS
 from tests.long.browser import broken_links, open_page
 from tests.ray.driver import own_ray
 from tests.reference.bombs import png
+from tests.shell_blocks import blocks
 from tests.unit.inference.test_embedding_index import write_index
 
 pytestmark = [pytest.mark.long, pytest.mark.ray]
@@ -111,6 +112,19 @@ def test_an_embedding_is_the_encoder_s_alone_or_in_a_batch(server: Server) -> No
     said = server.ask("metrics").body.decode()
     assert 'simclr_requests_total{code="200"}' in said
     assert server.ask("model").tree["feature_dim"] == expected.shape[1]
+
+
+def test_the_commands_of_the_guide_are_answered(server: Server, tmp_path: Path) -> None:
+    (block,) = (b for b in blocks("docs/encoders.md") if "model serve" in b and "curl" in b)
+    asked = [line for line in block.splitlines() if line.startswith("curl ")]
+    Image.open(io.BytesIO(image(5))).convert("RGB").save(tmp_path / "cat.jpg")
+    assert len(asked) == 2
+    for line in asked:
+        done = subprocess.run(
+            ["bash", "-euc", line.replace(":8000/", f":{server.port}/")],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert {"embedding", "neighbours"} & json.loads(done.stdout).keys()
 
 
 def test_neighbours_are_those_of_the_index(server: Server) -> None:
