@@ -52,7 +52,7 @@ class Command(NamedTuple):
     @property
     def is_ours(self) -> bool:
         """Whether it is a verb of ours."""
-        return self.words[0] == OURS
+        return self.text.split()[0] == OURS
 
 
 def text_of(page: str) -> str:
@@ -81,7 +81,10 @@ def commands(page: str) -> list[Command]:
 
 
 ALL = tuple(command for page in PAGES for command in commands(page))
-OWN = tuple(command for command in ALL if command.is_ours)
+# A command with an ellipsis shows what changes of a longer one.
+DOCS = tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")))
+OF_DOCS = tuple(c for page in DOCS for c in commands(page) if "…" not in c.text)
+OWN = tuple(command for command in (*ALL, *OF_DOCS) if command.is_ours)
 OTHERS = tuple(command for command in ALL if not command.is_ours)
 
 

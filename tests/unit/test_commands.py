@@ -1,6 +1,7 @@
 """Every command of README and CONTRIBUTING is known, and parses or runs as it is written.
 
-Those that train or install are run by `tests/long/test_commands.py`.
+Those that train or install are run by `tests/long/test_commands.py`. Ours of all other pages parse,
+and most run in `tests/long/test_guides.py` and `test_encoder_page.py`.
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ def test_a_command_that_is_not_ours_is_known(command: Command) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a working directory that holds the YAML file of the README."""
+    """Return a working directory that holds the YAML files of the pages."""
     (config,) = blocks("README.md", "yaml")
     (tmp_path / "my.yaml").write_text(config, encoding="utf-8")
+    (cells,) = blocks("docs/your_images.md", "yaml")
+    (tmp_path / "cells.yaml").write_text(cells, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -79,7 +82,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("command", OWN, ids=lambda command: command.text[:60])
 @pytest.mark.usefixtures("folder")
 def test_a_command_of_ours_parses_and_its_config_is_valid(command: Command) -> None:
-    verb, given = parsed(command.words)
+    words = command.words
+    verb, given = parsed(words[: words.index(">")] if ">" in words else words)
     overrides = given.get("overrides") or []
     if verb in (("pretrain",), ("preview",), ("config",)) and given["source"]:
         Experiment.load(given["source"], *overrides)
