@@ -17,7 +17,8 @@ from typing import Any
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.claim_words import SHORT_HEAD, claim_line, short_cells
-from simclr_ray.studies.claims import read_verdict
+from simclr_ray.studies.claims import Verdict, read_verdict
+from simclr_ray.studies.paper_findings import FINDINGS
 from simclr_ray.studies.report import CURVES, DATA, FIGURE, PAGE
 
 SCALE = "laptop"
@@ -50,12 +51,37 @@ def findings_page(folder: Path, made_by: str, scale: str = SCALE) -> str:
         "",
     ]
     if studies:
-        lines += [_counts(studies), "", *_summary(studies), ""]
+        lines += [*_findings(studies), "", _counts(studies), "", *_summary(studies), ""]
     else:
         lines += [f"No study at this scale is kept in `{folder.name}/` yet.", ""]
     for tree in studies:
         lines += _section(tree, folder)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _findings(studies: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the paper's findings as a table: of how many of its claims each verdict was given."""
+    verdicts = {(t["study"], v.claim): v for t in studies for v in map(read_verdict, t["claims"])}
+    questions = {tree["study"]: tree["question"] for tree in studies}
+    rows = [["", "the paper's finding", "in the paper", "here", "study"], ["---:", *["---"] * 4]]
+    for number, finding in enumerate(FINDINGS, 1):
+        pairs = [(study, claim) for study, claims in finding.claims.items() for claim in claims]
+        links = ", ".join(
+            f"[{study}](#{_anchor(questions[study])})" if study in questions else study
+            for study in finding.claims
+        )
+        said = _together([verdicts.get(pair) for pair in pairs])
+        rows.append([str(number), finding.text, finding.source, said, links])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _together(verdicts: Sequence[Verdict | None]) -> str:
+    """Return what verdicts say together: one where they agree, else how many of each."""
+    words = Counter(v.words.partition(":")[0] if v else "not run yet" for v in verdicts)
+    if len(words) == 1:
+        return next(iter(words))
+    parts = [f"{name} ({number} of {len(verdicts)})" for name, number in words.most_common()]
+    return "; ".join(parts)
 
 
 def _summary(studies: Sequence[dict[str, Any]]) -> list[str]:

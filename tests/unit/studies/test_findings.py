@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from benchmarks.studies import KEPT, without_links
 from simclr_ray.errors import ConfigError
 from simclr_ray.studies.analysis import as_json, results_of
 from simclr_ray.studies.figures import draw_study
-from simclr_ray.studies.findings import findings_page
+from simclr_ray.studies.files import load_study
+from simclr_ray.studies.findings import SCALE, findings_page
+from simclr_ray.studies.paper_findings import FINDINGS
 from simclr_ray.studies.report import page
 from tests.unit.studies.test_claims import SHORT_GAP, outcomes_of, study_of
 
@@ -48,6 +51,32 @@ def test_a_section_has_claim_interval_paper_figure_command_seeds_and_minutes(
     assert "the paper's +7.00 points" in text
     assert "5 seeds (0, 1, 2, 3, 4), 40 trials, 40 minutes of training" in text
     assert f"```\n{RUN}\n```" in text
+
+
+def test_every_claim_of_a_finding_is_one_of_its_study() -> None:
+    for finding in FINDINGS:
+        for study, claims in finding.claims.items():
+            assert set(claims) <= {c.claim for c in load_study(study, SCALE).comparisons}, study
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [("appears", "appears"), ("does not appear", "appears (1 of 2); does not appear (1 of 2)")],
+)
+def test_a_finding_appears_where_all_of_its_claims_do(
+    tmp_path: Path, outcome: str, said: str
+) -> None:
+    keep(tmp_path, "kept", "laptop", drawn=False)
+    file = tmp_path / "kept" / "results.json"
+    tree = json.loads(file.read_text())
+    (claim,) = tree["claims"]
+    first, second = FINDINGS[3].claims["what_h_keeps"]
+    other = claim | {"claim": second, "effect": claim["effect"] | {"outcome": outcome}}
+    tree |= {"study": "what_h_keeps", "claims": [claim | {"claim": first}, other]}
+    file.write_text(json.dumps(tree))
+    text = findings_page(tmp_path, COMMAND)
+    assert f"| Table 3 | {said} | [what_h_keeps](#kept) |" in text
+    assert "| Table 5 | not run yet | temperature |" in text
 
 
 def test_what_somebody_has_read_off_the_curves_stands_below_the_claims(tmp_path: Path) -> None:
