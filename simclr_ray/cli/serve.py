@@ -53,7 +53,7 @@ def serve(
     _check_port(host, port)
     loading("torch", "ray")
     try:
-        from simclr_ray.inference.serving import Service, check, start, stop
+        from simclr_ray.inference.serving import LOOPBACK, Service, check, check_free, start, stop
     except ImportError as error:
         problem = f"needs Ray Serve: pip install '{EXTRA}' ({error})"
         raise ConfigError([ConfigIssue("serve", problem)]) from error
@@ -61,10 +61,11 @@ def serve(
 
     service = Service(
         model, index, images, tracking_uri, replicas, gpus, threads, batch, wait_ms, queued,
-        max_mib * 2**20, max_pixels,
+        max_mib * 2**20, max_pixels, LOOPBACK if host in LOOPBACK else (),
     )  # fmt: skip
     check(service)
     connect()
+    check_free()
     try:
         start(service, host, port)
         say(f"http://{host}:{port}/ (to end it: Ctrl-C)")

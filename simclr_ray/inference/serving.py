@@ -2,8 +2,10 @@
 
 Ray's proxy takes requests and hands them to replicas; a replica reads the body, decodes it in
 threads, and encodes what has come together as one batch (`serve.batch`). What is too large or no
-image is refused by a 4xx before it takes memory, and what is more than replicas keep up with by a
-503, at once. There is no password: beyond this machine it belongs behind a proxy that has one.
+image is refused by a 4xx before it is decoded, what comes too slowly by a 408, and what is more
+than replicas keep up with by a 503, at once. Ray's proxy holds what clients send while they wait,
+whatever its size, and there is no password: beyond this machine it belongs behind a proxy that has
+one, and a limit.
 """
 # Annotations are no strings here: FastAPI reads those of methods where their names mean nothing.
 
@@ -11,7 +13,9 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +28,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from ray import serve
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view
+from simclr_ray.config.uris import without_passwords
+from simclr_ray.errors import ClusterError
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.embedded_images import EmbeddedImages
 from simclr_ray.inference.embedding_index import EmbeddingIndex
@@ -40,6 +46,8 @@ MOST_NEIGHBOURS: Final = 100
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BYTES: Final = "application/octet-stream"
+LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+ANSWER_S: Final = 120.0  # for all of a request, by Ray's proxy
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,9 @@ class Service:
         queued: Requests that may wait beside those in work; more get a 503.
         max_bytes: Of a body; more gets a 413.
         max_pixels: Of an image; more gets a 422.
+        hosts: Names by which it may be asked; empty: any. A page of another site, whose name was
+            made to lead here, asks by that name.
+        body_s: Seconds for a body to arrive; one that takes more gets a 408.
     """
 
     encoder: str
@@ -73,21 +84,33 @@ class Service:
     queued: int = 64
     max_bytes: int = 32 * 2**20
     max_pixels: int = 50_000_000
+    hosts: tuple[str, ...] = ()
+    body_s: float = 30.0
 
 
 class Metrics:
-    """What a replica counts."""
+    """What a replica counts, all with its name: another one may answer the next time."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str) -> None:
         self._registry = CollectorRegistry()
         given: dict[str, Any] = {"registry": self._registry}
-        self.requests = Counter("simclr_requests", "Images asked about.", ["code"], **given)
-        self.request_s = Histogram(
-            "simclr_request_seconds", "Body to embedding.", buckets=SECONDS, **given
+        self._requests = Counter(
+            "simclr_requests", "Images asked about, by the answer.", ["replica", "code"], **given
         )
-        self.decode_s = Histogram("simclr_decode_seconds", "Of an image.", buckets=SECONDS, **given)
-        self.encode_s = Histogram("simclr_encode_seconds", "Of a batch.", buckets=SECONDS, **given)
-        self.batch = Histogram("simclr_batch_images", "Of a batch.", buckets=SIZES, **given)
+        self._replica = replica
+
+        def histogram(name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(f"simclr_{name}", says, ["replica"], buckets=buckets, **given)
+            return made.labels(replica)
+
+        self.request_s = histogram("request_seconds", "Of a request that was answered.", SECONDS)
+        self.decode_s = histogram("decode_seconds", "Of an image.", SECONDS)
+        self.encode_s = histogram("encode_seconds", "Of a batch.", SECONDS)
+        self.batch = histogram("batch_images", "Of a batch.", SIZES)
+
+    def count(self, code: int) -> None:
+        """Count a request by the code of its answer."""
+        self._requests.labels(self._replica, str(code)).inc()
 
     def text(self) -> str:
         """Return all of them as Prometheus reads them."""
@@ -120,7 +143,9 @@ class EncoderServer:
         least = min(decoder.max_pixels, service.max_pixels)
         self.decoder: ImageDecoder = decoder._replace(max_pixels=least)
         self.images = EmbeddedImages(self.index, service.images) if self.index else None
-        self.metrics = Metrics()
+        self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id)
+        # one at a time: its photographs are read and decoded whole
+        self._looking = ThreadPoolExecutor(1, thread_name_prefix="neighbours")
         self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         batching: Any = self._embed  # what the decorator adds has no types
@@ -152,20 +177,22 @@ class EncoderServer:
         return "ok"
 
     @app.get("/model")
-    async def model(self) -> dict[str, Any]:
+    async def model(self, request: Request) -> dict[str, Any]:
         """Say which encoder this is, what it takes, and the digest of its weights."""
+        self._check_host(request)
+        served = self.service.encoder or (self.index.origin.encoder if self.index else "")
         return {
-            "encoder": self.service.encoder or (self.index.origin.encoder if self.index else ""),
+            "encoder": without_passwords(served),
             "weights": self.encoder.digest,
             "feature_dim": self.encoder.feature_dim,
             "size": self.encoder.size,
             "channels": self.encoder.channels,
-            "index": self.service.index,
+            "index": without_passwords(self.service.index),
         }
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus(self) -> str:
-        """Return the metrics of the replica that answers, as Prometheus reads them."""
+        """Return the metrics of the replica that answers, which they name, for Prometheus."""
         return self.metrics.text()
 
     @app.post("/embed")
@@ -174,7 +201,8 @@ class EncoderServer:
 
         The latter where the request accepts `application/octet-stream`.
         """
-        row = await self._embedding(request)
+        async with self._counted():
+            row = await self._embedding(request)
         if BYTES in request.headers.get("accept", ""):
             return Response(row.tobytes(), media_type=BYTES)
         return JSONResponse({"embedding": row.tolist()})
@@ -189,10 +217,15 @@ class EncoderServer:
         """Return the nearest images of the index: name, cosine and, if asked for, a thumbnail."""
         if self.index is None or self.images is None:
             raise HTTPException(404, "there is no index; it was started without --index")
-        row = await self._embedding(request)
-        near = self.index.nearest(row[None], num)
-        positions, cosines = near.positions[0].tolist(), near.cosines[0].tolist()
-        shown = [thumbnail.uri for thumbnail in self.images.thumbnails(positions)] if images else []
+        async with self._counted():
+            row = await self._embedding(request)
+            loop = asyncio.get_running_loop()
+            near = await loop.run_in_executor(self._decoding, self.index.nearest, row[None], num)
+            positions, cosines = near.positions[0].tolist(), near.cosines[0].tolist()
+            shown = []
+            if images:
+                made = await loop.run_in_executor(self._looking, self.images.thumbnails, positions)
+                shown = [thumbnail.uri for thumbnail in made]
         rows = [
             {"name": self.index.names[position], "cosine": round(cosine, 6)}
             | ({"image": shown[i]} if images else {})
@@ -200,23 +233,41 @@ class EncoderServer:
         ]
         return {"neighbours": rows}
 
+    @asynccontextmanager
+    async def _counted(self) -> AsyncIterator[None]:
+        """Count a request by its answer, also where that is an error of ours."""
+        began, code = time.perf_counter(), 500
+        try:
+            yield
+            code = 200
+            self.metrics.request_s.observe(time.perf_counter() - began)
+        except HTTPException as refused:
+            code = refused.status_code
+            raise
+        finally:
+            self.metrics.count(code)
+
+    def _check_host(self, request: Request) -> None:
+        """Raise a 403 where it is asked by another name than its own."""
+        hosts = self.service.hosts
+        if hosts and request.url.hostname not in hosts:
+            raise HTTPException(403, f"ask it as {hosts[0]}; --host opens it to others")
+
     async def _embedding(self, request: Request) -> Floats:
         """Return the embedding of a request's body; raise a 4xx where it is no image."""
-        began = time.perf_counter()
+        self._check_host(request)
+        most_s = self.service.body_s
         try:
-            body = await self._body(request)
-            loop = asyncio.get_running_loop()
-            view = await loop.run_in_executor(self._decoding, self._view, body)
-            row: Floats = await self._embed(view)
-        except HTTPException as refused:
-            self.metrics.requests.labels(str(refused.status_code)).inc()
-            raise
-        self.metrics.requests.labels("200").inc()
-        self.metrics.request_s.observe(time.perf_counter() - began)
+            body = await asyncio.wait_for(self._body(request), most_s)
+        except TimeoutError as error:
+            raise HTTPException(408, f"the body took more than {most_s:g} s to arrive") from error
+        loop = asyncio.get_running_loop()
+        view = await loop.run_in_executor(self._decoding, self._view, body)
+        row: Floats = await self._embed(view)
         return row
 
     async def _body(self, request: Request) -> bytes:
-        """Return the body; one that is too long is left unread."""
+        """Return the body; of one that is too long no more than the limit is kept here."""
         most = self.service.max_bytes
         problem = f"the body has more than {most} bytes"
         length = request.headers.get("content-length", "")
@@ -274,6 +325,21 @@ def check(service: Service) -> None:
         load_encoder(service.encoder, tracking_uri=service.tracking_uri)
 
 
+def check_free() -> None:
+    """Refuse a Ray on which Serve runs: its address is its own, and to end ours would end all.
+
+    Raises:
+        ClusterError: It does.
+    """
+    running = serve.status()
+    if running.proxies or running.applications:
+        names = ", ".join(sorted(running.applications)) or "none"
+        raise ClusterError(
+            f"Ray Serve runs on this cluster already (applications: {names}), at an address of its "
+            "own; end it, or unset RAY_ADDRESS to serve from this machine"
+        )
+
+
 def start(service: Service, host: str, port: int) -> None:
     """Start the proxy and the replicas on the Ray at hand; return when they answer.
 
@@ -281,7 +347,7 @@ def start(service: Service, host: str, port: int) -> None:
         RuntimeError: A replica does not come up; its error is in the message.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port})
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": ANSWER_S})
     handled = service.batch * 2  # one batch is encoded while the next is decoded
     server: Any = EncoderServer
     deployment = server.options(
@@ -294,5 +360,8 @@ def start(service: Service, host: str, port: int) -> None:
 
 
 def stop() -> None:
-    """End proxy and replicas."""
-    serve.shutdown()  # type: ignore[no-untyped-call]
+    """End the replicas, and the proxy unless somebody has put another application behind it."""
+    if set(serve.status().applications) - {NAME}:
+        serve.delete(NAME)
+    else:
+        serve.shutdown()  # type: ignore[no-untyped-call]

@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
                 image.save(folder / name / f"{index}.jpg")
     for name in ("cat", "dog", "a"):
         drawn(3)[0].save(folder / f"{name}.jpg")
-    rows = [(image_bytes(index), f"p{index // 4}") for index in range(160)]
+    rows = [(image_bytes(index), f"p{index // 2}") for index in range(160)]
     table = pa.table({"image": [row[0] for row in rows], "patient": [row[1] for row in rows]})
     pq.write_table(table, folder / "clinic.parquet")
     for index in range(160):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -110,7 +111,7 @@ def test_an_embedding_is_the_encoder_s_alone_or_in_a_batch(server: Server) -> No
     raw = server.ask("embed", image(3), Accept="application/octet-stream")
     np.testing.assert_allclose(np.frombuffer(raw.body, "f"), expected[3], rtol=1e-4, atol=1e-5)
     said = server.ask("metrics").body.decode()
-    assert 'simclr_requests_total{code="200"}' in said
+    assert re.search(r'simclr_requests_total\{code="200",replica="\w+"\} 4\d', said)
     assert server.ask("model").tree["feature_dim"] == expected.shape[1]
 
 
@@ -149,6 +150,8 @@ def test_what_is_no_image_gets_a_4xx_and_the_server_lives(server: Server) -> Non
         assert "detail" in answer.tree
     assert server.ask("nowhere").code == 404
     assert server.ask("health").body == b"ok"
+    assert server.ask("model", Host="evil.example").code == 403
+    assert server.ask("embed", image(1), Host="evil.example:80").code == 403
     assert server.ask("embed", image(1)).code == 200
 
 

@@ -1,0 +1,119 @@
+"""What a server's replica says and refuses, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi import HTTPException
+from starlette.datastructures import URL
+
+from simclr_ray.errors import ClusterError
+from simclr_ray.inference import serving
+from simclr_ray.inference.embedding_index import Nearest
+from simclr_ray.inference.serving import LOOPBACK, Metrics, Service
+
+REPLICA: Any = next(
+    c for c in serving.EncoderServer.func_or_class.__mro__ if "_check_host" in vars(c)
+)
+SECRET = "s3://KEY:S3CRET@bucket/photos.parquet"
+
+
+def replica(**changes: Any) -> Any:
+    made = object.__new__(REPLICA)
+    encoder = SimpleNamespace(digest="d", feature_dim=2, size=1, channels=3)
+    made.service, made.index, made.encoder = Service(SECRET, SECRET), None, encoder
+    made.metrics = Metrics("r")
+    made._looking = made._decoding = ThreadPoolExecutor(1)
+    vars(made).update(changes)
+    return made
+
+
+def asked(host: str = "127.0.0.1:8000", pauses: float = 0.0) -> Any:
+    async def stream() -> AsyncIterator[bytes]:
+        await asyncio.sleep(pauses)
+        yield b"x"
+
+    return SimpleNamespace(url=URL(f"http://{host}/embed"), headers={}, stream=stream)
+
+
+def test_the_password_of_a_bucket_is_not_said() -> None:
+    said = asyncio.run(replica().model(asked()))
+    assert "S3CRET" not in str(said)
+    assert said["index"] == "s3://KEY:***@bucket/photos.parquet"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "[::1]:80", "evil.example:8000"])
+def test_on_this_machine_it_is_asked_by_its_own_name_alone(host: str) -> None:
+    """Or any site that a browser shows could ask it, by a name that it has made to lead here."""
+    own = replica(service=Service("m", hosts=LOOPBACK))
+    asyncio.run(replica().model(asked(host)))
+    if "evil" not in host:
+        asyncio.run(own.model(asked(host)))
+        return
+    with pytest.raises(HTTPException) as refused:
+        asyncio.run(own._embedding(asked(host)))
+    assert refused.value.status_code == 403
+
+
+def test_a_body_that_does_not_arrive_is_given_up() -> None:
+    hasty = replica(service=Service("m", body_s=0.02))
+    with pytest.raises(HTTPException) as refused:
+        asyncio.run(hasty._embedding(asked(pauses=5.0)))
+    assert refused.value.status_code == 408
+
+
+def test_thumbnails_are_made_beside_other_requests_and_errors_are_counted() -> None:
+    near = Nearest(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32))
+
+    def thumbnails(_: object) -> list[Any]:
+        time.sleep(0.4)
+        return [SimpleNamespace(uri="data:,")]
+
+    async def row(_: object) -> Any:
+        return np.ones(2, np.float32)
+
+    server = replica(
+        index=SimpleNamespace(nearest=lambda *_: near, names=["a.png"]),
+        images=SimpleNamespace(thumbnails=thumbnails), _embedding=row,
+    )  # fmt: skip
+
+    async def longest_gap() -> tuple[float, Any]:
+        work = asyncio.create_task(server.neighbours(asked(), num=1, images=True))
+        gap, last = 0.0, time.monotonic()
+        while not work.done():
+            await asyncio.sleep(0.01)
+            gap, last = max(gap, time.monotonic() - last), time.monotonic()
+        return gap, await work
+
+    gap, answer = asyncio.run(longest_gap())
+    assert gap < 0.3
+    assert answer == {"neighbours": [{"name": "a.png", "cosine": 1.0, "image": "data:,"}]}
+    server.images = SimpleNamespace(thumbnails=lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(server.neighbours(asked(), num=1, images=True))
+    said = server.metrics.text()
+    assert 'simclr_requests_total{code="200",replica="r"} 1.0' in said
+    assert 'simclr_requests_total{code="500",replica="r"} 1.0' in said
+
+
+def test_a_ray_on_which_serve_runs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    running = SimpleNamespace(proxies={"n": "HEALTHY"}, applications={"theirs": "RUNNING"})
+    monkeypatch.setattr(serving.serve, "status", lambda: running)
+    monkeypatch.setattr(serving.serve, "shutdown", lambda: ended.append("all"))
+    monkeypatch.setattr(serving.serve, "delete", ended.append)
+    with pytest.raises(ClusterError, match="applications: theirs"):
+        serving.check_free()
+    running.applications[serving.NAME] = "RUNNING"  # deployed behind ours since
+    serving.stop()
+    assert ended == [serving.NAME]
+    del running.applications["theirs"]
+    serving.stop()
+    assert ended == [serving.NAME, "all"]
