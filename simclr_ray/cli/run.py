@@ -66,9 +66,10 @@ def stop(run: RunPlace) -> None:
     from simclr_ray.train.stop import request_stop
 
     state = status_of_run(RunFolder.at(run))
-    if state.state != "running":
+    driver = state.folder.holder()
+    if not driver:
         raise ConfigError([ConfigIssue(state.folder.uri, "no driver holds it: nothing to stop")])
-    request_stop(state.folder)
+    request_stop(state.folder, driver)
     out.print(f"asked {state.folder.uri} to stop", markup=False, soft_wrap=True)
 
 

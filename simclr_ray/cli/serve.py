@@ -53,7 +53,14 @@ def serve(
     _check_port(host, port)
     loading("torch", "ray")
     try:
-        from simclr_ray.inference.serving import LOOPBACK, Service, check, check_free, start, stop
+        from simclr_ray.inference.serving import (
+            LOOPBACK,
+            Service,
+            check,
+            ensure_unused,
+            start,
+            stop,
+        )
     except ImportError as error:
         problem = f"needs Ray Serve: pip install '{EXTRA}' ({error})"
         raise ConfigError([ConfigIssue("serve", problem)]) from error
@@ -65,7 +72,7 @@ def serve(
     )  # fmt: skip
     check(service)
     connect()
-    check_free()
+    ensure_unused()
     try:
         start(service, host, port)
         say(f"http://{host}:{port}/ (to end it: Ctrl-C)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from ray.util.placement_group import (
@@ -34,14 +35,16 @@ ADVICE: Final = "for nodes that are still to join, scaling.wait_for_nodes_s=900 
 log = logging.getLogger(__name__)
 
 
-def wait_for_room(experiment: Experiment) -> None:
+def wait_for_room(experiment: Experiment, is_stopped: Callable[[], bool] = bool) -> None:
     """Return once the cluster can hold a run; the nodes it lacks are asked of Ray's autoscaler.
 
     Args:
         experiment: Of the run; `scaling.wait_for_nodes_s` is how long its nodes may take to join.
+        is_stopped: Whether it is to wait no longer; asked every two seconds.
 
     Raises:
         ClusterError: The cluster cannot hold it by then.
+        KeyboardInterrupt: It is to wait no longer.
     """
     scaling = experiment.scaling
     until, demand, said = time.monotonic() + scaling.wait_for_nodes_s, Demand(scaling), ""
@@ -59,6 +62,8 @@ def wait_for_room(experiment: Experiment) -> None:
                         "waiting %g s at most for nodes: %s", scaling.wait_for_nodes_s, lacking
                     )
                     said = str(lacking)
+            if is_stopped():
+                raise KeyboardInterrupt
             demand.show(1)
             time.sleep(POLL_S)
     finally:

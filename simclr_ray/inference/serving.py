@@ -325,7 +325,7 @@ def check(service: Service) -> None:
         load_encoder(service.encoder, tracking_uri=service.tracking_uri)
 
 
-def check_free() -> None:
+def ensure_unused() -> None:
     """Refuse a Ray on which Serve runs: its address is its own, and to end ours would end all.
 
     Raises:

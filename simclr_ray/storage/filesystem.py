@@ -9,6 +9,7 @@ import errno
 import functools
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from simclr_ray.errors import DataError
 from simclr_ray.storage.hub import SCHEME, hub_filesystem
 
 # What pyarrow opens by itself; by `fsspec+…` it would import a package that the URI names.
+HALF_WRITTEN_S = 600.0  # after which what is half written is left by a killed process
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 
 
@@ -137,6 +139,17 @@ def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     finally:
         hidden.unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what `open_whole` has left in a folder of a disk where its process was killed.
+
+    Another process may write there now: what is young may be renamed in a moment.
+    """
+    for left in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > HALF_WRITTEN_S:
+                left.unlink()
 
 
 def make_parent(uri: str) -> None:

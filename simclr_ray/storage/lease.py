@@ -25,7 +25,6 @@ from __future__ import annotations
 import _thread
 import json
 import logging
-import os
 import platform
 import signal
 import threading
@@ -41,7 +40,7 @@ import pyarrow.fs as pafs
 from simclr_ray.config.logging import warn_once
 from simclr_ray.errors import RunError
 from simclr_ray.storage.filesystem import entries_in, filesystem, is_local, one_line, remove_file
-from simclr_ray.storage.run_lock import LOCK, LockedError
+from simclr_ray.storage.run_lock import LOCK, LockedError, this_process
 
 RENEW_S: Final = 15.0
 LEASE_S: Final = 60.0
@@ -158,11 +157,11 @@ class ClaimStore:
 
     def write(self, name: str, state: str) -> None:
         """Write a claim of this process."""
-        self._put(name, {"state": state, "who": _who()})
+        self._put(name, {"state": state, "who": this_process()})
 
     def take(self, name: str) -> None:
         """Say that a claim counts no more, and for whom."""
-        self._put(name + TAKEN, {"who": _who()})
+        self._put(name + TAKEN, {"who": this_process()})
 
     def taker_of(self, name: str) -> str:
         """Return who has taken a claim, as far as that can be read."""
@@ -365,7 +364,3 @@ class Lease:
                 f"a claim of this driver stays in {self.uri}/{LOCK}, and the next one waits for "
                 f"{LEASE_S:.0f} s ({one_line(error)}); permit to delete what lies there",
             )
-
-
-def _who() -> str:
-    return f"process {os.getpid()} on {platform.node()}"

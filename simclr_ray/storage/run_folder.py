@@ -46,6 +46,7 @@ from simclr_ray.storage.filesystem import (
     is_local,
     open_whole,
     remove_file,
+    remove_half_written,
     write_text_whole,
 )
 from simclr_ray.storage.scratch import scratch_folder
@@ -259,8 +260,8 @@ class RunFolder:
             half = self.local is not None and not (self.local / name / checkpoint.RECORD).exists()
             if half or (name in older and name not in finished[:keep]):
                 self.remove_checkpoint(name)
-        for left in self.local.glob(".*.tmp") if self.local is not None else ():
-            left.unlink(missing_ok=True)
+        if self.local is not None:
+            remove_half_written(self.local)
 
     def remove_checkpoint(self, name: str) -> None:
         """Remove a checkpoint."""
@@ -315,11 +316,10 @@ class RunFolder:
         fs.copy_files(f"{root}/{name}", str(target), files, fs.LocalFileSystem())
         return target
 
-    def is_locked(self) -> bool:
-        """Return whether a driver holds the folder."""
-        if self.local is None:
-            return bool(lease.holder_of(self.uri))
-        return bool(run_lock.holder_of(self.local))
+    def holder(self) -> str:
+        """Return the driver that holds the folder, or nothing."""
+        local = self.local
+        return lease.holder_of(self.uri) if local is None else run_lock.holder_of(local)
 
     def ensure_unlocked(self) -> None:
         """Raise `RunError` where another driver is known to hold the folder.

@@ -46,7 +46,7 @@ def hold(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
         if not wait_s or not _acquires(lock, wait_s):
             raise LockedError(_text(holder))
     try:
-        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        holder.write_text(this_process(), encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -56,6 +56,11 @@ def hold(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
                 (folder / LOCK).unlink(missing_ok=True)  # what was refused leaves nothing behind
                 for place in above:
                     place.rmdir()
+
+
+def this_process() -> str:
+    """Return what this process is called where it holds something."""
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def holder_of(folder: Path) -> str:

@@ -55,7 +55,7 @@ def status_of_run(folder: RunFolder) -> RunStatus:
     checkpoints = folder.checkpoints()
     kept = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
     step = max(int(metrics.pop("step", 0)), kept)
-    state: State = "running" if folder.is_locked() else "stopped"
+    state: State = "running" if folder.holder() else "stopped"
     if state == "stopped" and kept and kept >= total:
         state = "finished"
     return RunStatus(

@@ -215,7 +215,7 @@ class StudyFolder:
 
     def may_be_running(self) -> bool:
         """Return whether a driver holds the study."""
-        return self.files.is_locked()
+        return bool(self.files.holder())
 
     @contextmanager
     def report_folder(self) -> Iterator[Path]:

@@ -125,7 +125,7 @@ def train_resolved(
             tracker = open_tracker(resolved)  # before the cluster waits
             if not in_process:
                 connect(config)
-                wait_for_room(config)
+                wait_for_room(config, lambda: stop.is_requested_here(folder))
             with no_worker_left(), tracked_run(resolved, tracker) as tracked:
                 way = _way_of(resolved, in_process=in_process)
                 return _trained(resolved, tracked, on_progress, way)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.run_lock import this_process
 
 STOP, RESIZE = "stop", "resize"  # the files
 LOOK_S = 0.5  # rank 0 looks so often on a disk, and ten times less often in a bucket
@@ -61,8 +62,13 @@ def workers_are_gone() -> None:
 
 @contextmanager
 def passed_on(folder: RunFolder) -> Iterator[None]:
-    """Write the file for what is asked of this process, while the block runs; remove it after."""
-    folder.remove(STOP)  # of a driver that was killed
+    """Write the file for what is asked of this process, while the block runs; remove it after.
+
+    What was asked of this process before it trained stays; what was asked of one that was killed
+    goes.
+    """
+    if not is_requested_here(folder):
+        folder.remove(STOP)
     ended = threading.Event()
 
     def wait() -> None:
@@ -70,7 +76,7 @@ def passed_on(folder: RunFolder) -> Iterator[None]:
         if not ended.is_set():
             log.info("stopping: a checkpoint of the current step is written first")
             with suppress(OSError):  # of a full disk: the signal after this one ends it
-                request_stop(folder)
+                request_stop(folder, this_process())
 
     watcher = threading.Thread(target=wait, daemon=True, name="stop")
     watcher.start()
@@ -86,9 +92,19 @@ def passed_on(folder: RunFolder) -> Iterator[None]:
             folder.remove(STOP)
 
 
-def request_stop(folder: RunFolder) -> None:
-    """Ask the workers of a run to save and end."""
-    folder.write_text(STOP, "")
+def request_stop(folder: RunFolder, driver: str) -> None:
+    """Ask the workers of a run to save and end.
+
+    Args:
+        folder: Of the run.
+        driver: Who holds it (`RunFolder.holder`): another one, that goes on later, is not asked.
+    """
+    folder.write_text(STOP, driver)
+
+
+def is_requested_here(folder: RunFolder) -> bool:
+    """Return whether somebody has asked this process."""
+    return folder.read_text(STOP) == this_process()
 
 
 def is_requested(folder: RunFolder) -> bool:

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from simclr_ray.cli import console
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM, STOPPED_BY_USER
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.distributed import demand
+from simclr_ray.errors import ClusterError
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train import stop
 
@@ -114,9 +118,29 @@ def test_an_option_that_is_done_is_not_in_the_command_that_goes_on(
 
 def test_what_a_killed_driver_was_asked_is_not_asked_of_the_next(tmp_path: Path) -> None:
     folder = RunFolder.of(str(tmp_path), "r-1")
-    stop.request_stop(folder)
+    stop.request_stop(folder, "process 1 on elsewhere")
     with stop.passed_on(folder):
         assert not stop.is_requested(folder)
+
+
+def test_what_a_driver_is_asked_while_it_starts_holds_when_workers_train(tmp_path: Path) -> None:
+    folder = RunFolder.of(str(tmp_path), "r-1")
+    with folder.lock():
+        stop.request_stop(folder, folder.holder())
+        with stop.passed_on(folder):
+            assert stop.is_requested(folder)
+        assert not stop.is_requested(folder)
+
+
+def test_who_waits_for_nodes_can_be_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(_: object) -> None:
+        raise ClusterError("the cluster has 1 node")
+
+    monkeypatch.setattr(demand, "check_cluster", lacks)
+    monkeypatch.setattr(demand, "Demand", lambda _: SimpleNamespace(show=lambda _: None))
+    config = Experiment.load("cifar10_cpu", "scaling.wait_for_nodes_s=600")
+    with pytest.raises(KeyboardInterrupt):
+        demand.wait_for_room(config, lambda: True)
 
 
 def test_an_interrupt_that_the_shell_has_ignored_stays_ignored() -> None:

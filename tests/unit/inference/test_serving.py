@@ -110,7 +110,7 @@ def test_a_ray_on_which_serve_runs_is_left_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(serving.serve, "shutdown", lambda: ended.append("all"))
     monkeypatch.setattr(serving.serve, "delete", ended.append)
     with pytest.raises(ClusterError, match="applications: theirs"):
-        serving.check_free()
+        serving.ensure_unused()
     running.applications[serving.NAME] = "RUNNING"  # deployed behind ours since
     serving.stop()
     assert ended == [serving.NAME]

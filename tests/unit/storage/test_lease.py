@@ -108,12 +108,12 @@ def other_driver(uri: str, renew_s: float = 0.2) -> subprocess.Popen[str]:
 def test_a_remote_folder_is_held_by_one_driver_at_a_time(tmp_path: Path) -> None:
     folder = RunFolder.of(tmp_path.as_uri(), "r-1")
     with folder.lock(), folder.lock():  # a thread may nest
-        assert folder.is_locked()
+        assert folder.holder()
         with ThreadPoolExecutor(1) as pool:
             why = pool.submit(refused, folder).result()
         assert why.startswith(f"{folder.uri} is being run by process {os.getpid()} on ")
-        assert folder.is_locked()
-    assert not folder.is_locked()
+        assert folder.holder()
+    assert not folder.holder()
     assert list((tmp_path / "r-1" / LOCK).iterdir()) == []
 
 

@@ -130,7 +130,9 @@ def test_what_was_never_finished_goes_at_the_next_start_be_it_the_newest(tmp_pat
     checkpoint.write(whole, 3, {"model.x": torch.zeros(8)}, {})
     half.mkdir()
     (half / checkpoint.STATE).write_bytes(bytes(9))
-    (tmp_path / "a" / ".run.json.12ab34cd.tmp").write_text("{")
+    left = tmp_path / "a" / ".run.json.12ab34cd.tmp"
+    left.write_text("{")
+    os.utime(left, (0, 0))  # not one that is being written
     run.prune_checkpoints(2, whole.name)
     assert [path.name for path in (tmp_path / "a").iterdir()] == [whole.name]
 

@@ -94,8 +94,8 @@ def test_the_lock_may_be_nested_by_the_driver_that_holds_it(storage: str, tmp_pa
     with folder.lock():
         with folder.lock():
             pass
-        assert folder.is_locked()
-    assert not folder.is_locked()
+        assert folder.holder()
+    assert not folder.holder()
 
 
 def test_the_verb_refuses_what_cannot_be(tmp_path: Path) -> None:
