@@ -59,7 +59,7 @@ def read_images(
         whole, named = [None] * len(column), column.to_pylist()
     images: list[bytes | None] = list(whole)
     missing = [i for i, image in enumerate(whole) if image is None and named[i] is not None]
-    targets = [_target(str(named[i]), fs, path, root) for i in missing]
+    targets = [target_of(str(named[i]), fs, path, root) for i in missing]
     for i, image in zip(missing, _read_all(targets), strict=True):
         plainly = _said_of_text(str(named[i])) if stands_for_image(image) else None
         images[i] = plainly or image
@@ -80,7 +80,7 @@ def _said_of_text(text: str) -> bytes | None:
     return None
 
 
-def _target(name: str, fs: pafs.FileSystem, path: str, root: str) -> tuple[pafs.FileSystem, str]:
+def target_of(name: str, fs: pafs.FileSystem, path: str, root: str) -> tuple[pafs.FileSystem, str]:
     """Return where the image `name` of the parquet file `path` lies, below `root` where given."""
     if "://" in name:
         scheme, _, rest = name.partition("://")
@@ -111,7 +111,7 @@ def states_of_files(
         root: as in `read_images`.
     """
     for name in column.to_pylist():
-        file_fs, target = _target(str(name), fs, path, root)
+        file_fs, target = target_of(str(name), fs, path, root)
         state = ""
         if is_local(file_fs):
             target = os.path.realpath(target)

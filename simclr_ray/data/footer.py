@@ -18,6 +18,8 @@ from simclr_ray import config as cfg
 from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import column_key
+from simclr_ray.data.classes import is_text
+from simclr_ray.data.contents import digest_of_named
 from simclr_ray.data.listing import REMOTE_THREADS, Listed
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
@@ -29,7 +31,7 @@ MAGIC = b"PAR1"
 TAIL_BYTES = 8
 ROWS_AT_ONCE = 1024
 # Keys of the metadata of a list of images that lie elsewhere (`folder_input.index_folder`): where,
-# their bytes, and a hash of their names and sizes.
+# their bytes, and a hash of their names, sizes and a sample of what they hold.
 IMAGE_ROOT, IMAGE_BYTES, IMAGE_LISTING = "image_root", "image_bytes", "image_listing"
 
 
@@ -144,11 +146,21 @@ def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
     return Footer(file.path, file.size, groups, schema, digest, is_empty)
 
 
-def fingerprint_of(footers: Sequence[Footer], root: str, columns: ColumnsConfig, limit: int) -> str:
+def fingerprint_of(
+    footers: Sequence[Footer],
+    fs: pafs.FileSystem,
+    root: str,
+    columns: ColumnsConfig,
+    limit: int,
+) -> str:
     """Return 16 hex digits over all that decides the rows; where the folder lies does not.
 
     Sizes and footers stand for the contents: a footer holds the offsets and statistics of every
-    chunk, and reading the images to hash them would cost as much as an epoch.
+    chunk, and reading the images to hash them would cost as much as an epoch. Of files that rows
+    name a sample is read.
+
+    Raises:
+        DataError: A list of files cannot be read.
     """
     if len(footers) == 1 and footers[0].path == root:
         root = root.rpartition("/")[0]
@@ -161,6 +173,13 @@ def fingerprint_of(footers: Sequence[Footer], root: str, columns: ColumnsConfig,
         "columns": roles,
         "limit": limit,
     }
+    lists = [
+        (footer.path, len(footer.group_rows))
+        for footer in footers
+        if is_text(footer.type_of(columns.image)) and not footer.about(IMAGE_LISTING)
+    ]
+    if lists:  # that of a folder has its sample in its listing
+        tree["contents"] = digest_of_named(lists, fs, columns.image, footers[0].image_root)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

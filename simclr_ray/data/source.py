@@ -158,7 +158,7 @@ class Source:
             image_root=footers[0].image_root,
             names_files=all(is_text(footer.type_of(columns.image)) for footer in footers),
             index=find_index(fs, root, footers, columns),
-            fingerprint=fingerprint_of(footers, root, columns, limit),
+            fingerprint=fingerprint_of(footers, fs, root, columns, limit),
         )
         label, why, no_keys = _columns_read(source, footers)
         if source.has_ids and no_keys:

@@ -25,6 +25,7 @@ import pyarrow.fs as pafs
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.contents import digest_of
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.data.left_out import LeftOut
 from simclr_ray.data.listing import (
@@ -192,7 +193,8 @@ class TarInput:
             _keep_split(uri, indices, split)
         rows = [row for index in indices for row in index.rows]
         labels, class_names = _choose_labels(uri, rows, label_keys(columns), columns)
-        digest = hashlib.sha256()
+        held = [(filesystem(shard.base)[0], shard.path) for shard in shards]
+        digest = hashlib.sha256(digest_of(held).encode())
         images: list[tuple[TarImage, ...]] = []
         first = 0
         for shard, index in zip(shards, indices, strict=True):
@@ -210,7 +212,7 @@ class TarInput:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Names, sizes and labels of the members; where the shards lie does not matter."""
+        """Names, sizes, labels and a sample of the members; where shards lie does not matter."""
         return {"kind": "tar", "n": self.num_rows, "listing": self.listing}
 
     @property

@@ -1,0 +1,92 @@
+"""Images that are made anew in place, with the sizes that they had, are other images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.contents import BYTES, FILES, digest_of
+from simclr_ray.data.folder_input import FolderInput
+from simclr_ray.data.source import Source
+from simclr_ray.train.resolve import resolve
+
+
+def write(folder: Path, ending: str, seed: int, num: int = 40) -> None:
+    folder.mkdir(exist_ok=True)
+    for index in range(num):
+        drawn = np.random.default_rng(seed * 1000 + index)
+        pixels = drawn.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        path = folder / f"{index:03}.{ending}"
+        if ending == "npy":
+            np.save(path, pixels)
+        else:
+            Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("ending", ["bmp", "ppm", "npy", "tiff"])
+def test_a_folder_whose_images_were_made_anew_is_another_run(tmp_path: Path, ending: str) -> None:
+    def names() -> tuple[str, str, object]:
+        config = Experiment.load(
+            "photos_cpu", f"data.train={tmp_path / 'photos'}", f"storage={tmp_path / 'runs'}",
+            "batch_size=8",
+        )  # fmt: skip
+        resolved = resolve(config)
+        given = FolderInput.open(str(tmp_path / "photos"))
+        return resolved.folder.name, resolved.source.fingerprint, given.identity
+
+    write(tmp_path / "photos", ending, 0)
+    sizes = [file.stat().st_size for file in sorted((tmp_path / "photos").iterdir())]
+    first = names()
+    assert names() == first
+    write(tmp_path / "photos", ending, 1)
+    assert [file.stat().st_size for file in sorted((tmp_path / "photos").iterdir())] == sizes
+    assert not any(a == b for a, b in zip(names(), first, strict=True))
+    write(tmp_path / "photos", ending, 0)
+    assert names() == first  # a copy is no other: times of files say nothing
+
+
+def test_a_list_whose_images_were_made_anew_is_another_dataset(tmp_path: Path) -> None:
+    write(tmp_path / "photos", "bmp", 0)
+    paths = [f"photos/{index:03}.bmp" for index in range(40)]
+    pq.write_table(pa.table({"image": [*paths, None]}), tmp_path / "a.parquet", row_group_size=7)
+    first = Source.open(str(tmp_path / "a.parquet")).fingerprint
+    write(tmp_path / "photos", "bmp", 1, num=1)
+    assert Source.open(str(tmp_path / "a.parquet")).fingerprint != first
+    write(tmp_path / "photos", "bmp", 0, num=1)
+    (tmp_path / "photos" / "005.bmp").unlink()
+    assert Source.open(str(tmp_path / "a.parquet")).fingerprint != first
+
+
+def test_a_sample_is_spread_over_many_files_and_has_the_middle_of_large_ones(
+    tmp_path: Path,
+) -> None:
+    local = pafs.LocalFileSystem()
+    files = [tmp_path / f"{index:04}" for index in range(3 * FILES)]
+    for file in files:
+        file.write_bytes(b"x")
+    targets = [(local, str(file)) for file in files]
+    first = digest_of(targets)
+    changed = []
+    for file in files:
+        file.write_bytes(b"y")
+        changed.append(digest_of(targets) != first)
+        file.write_bytes(b"x")
+        if len(changed) == 30:
+            break
+    assert 8 <= sum(changed) <= 12
+    assert changed[0]
+    large = tmp_path / "large"
+    held = bytearray(4 * BYTES)
+    large.write_bytes(held)
+    first = digest_of([(local, str(large))])
+    held[2 * BYTES] = 1
+    large.write_bytes(held)
+    assert digest_of([(local, str(large))]) != first
+    assert digest_of([]) == digest_of([])
