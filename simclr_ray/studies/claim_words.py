@@ -63,8 +63,8 @@ def claim_line(verdict: Verdict, paper_metric: str) -> str:
     if paper:
         parts.append(f"the paper's {paper}")
     parts.append(f"{verdict.wins} of {verdict.num_pairs} pairs won")
-    parts.append(f"p = {verdict.p:.3g} (at least {verdict.smallest_p:.3g})")
-    return f"{verdict.claim}: {verdict.words}: {', '.join(parts)}; {sign_text(verdict)}"
+    signs = f"sign test p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g}"
+    return f"{verdict.claim}: {verdict.words}: {', '.join(parts)} ({signs})"
 
 
 def effect_text(verdict: Verdict) -> str:
@@ -85,15 +85,12 @@ def paper_text(verdict: Verdict, paper_metric: str) -> str:
 
 
 def sign_text(verdict: Verdict) -> str:
-    """Return what the sign test says in words, no stronger than the pairs allow."""
-    sign = f"the sign is {'as claimed' if verdict.difference > 0 else 'against the claim'}"
-    if verdict.p <= SIGNIFICANT:
-        return f"{sign}, significant"
-    if 0 < verdict.wins < verdict.num_pairs:
-        sign = "the pairs do not agree"
+    """Return how the signs of the pairs are; a claim's verdict rests on its effect."""
     if verdict.smallest_p > SIGNIFICANT:
-        return f"{sign}; too few pairs to be significant"
-    return f"{sign}, not significant"
+        return "too few pairs for a test of signs"
+    if verdict.p > SIGNIFICANT and 0 < verdict.wins < verdict.num_pairs:
+        return "the pairs do not agree"
+    return f"the sign is {'as claimed' if verdict.difference > 0 else 'against the claim'}"
 
 
 def effect_of_metric(value: float, metric: str) -> str:

@@ -51,7 +51,7 @@ class Effect(NamedTuple):
         num_seeds: How many differences there are.
         smallest_effect: The smallest that is of interest; 0: none is given.
         power: Chance that the test finds `smallest_effect`, in [0, 1]; NaN where unknown.
-        seeds_needed: Seeds that would decide; 0: decided, or unknown.
+        seeds_needed: Seeds that would decide at this deviation; 0: decided, or unknown.
         outcome: What may be said of the claim.
     """
 
@@ -64,6 +64,18 @@ class Effect(NamedTuple):
     power: float
     seeds_needed: int
     outcome: Outcome
+
+    @property
+    def p(self) -> float:
+        """Of Student's paired test that the mean is 0, two-sided; 1 of one seed."""
+        from scipy.stats import t
+
+        if self.num_seeds < 2:
+            return 1.0
+        if self.deviation <= 0:
+            return 0.0 if self.mean else 1.0
+        statistic = abs(self.mean) / self.deviation * math.sqrt(self.num_seeds)
+        return float(2 * t.sf(statistic, self.num_seeds - 1))
 
     @property
     def words(self) -> str:
@@ -102,9 +114,9 @@ def effect_of(differences: Sequence[float], smallest_effect: float = 0.0) -> Eff
     outcome = _outcome(interval, smallest_effect, power)
     needed = 0
     if outcome == UNDECIDED and smallest_effect and num > 1:
-        needed = seeds_needed(smallest_effect, deviation)
-        if needed <= num:  # it could have been found, but is not told from none
-            needed = max(num + 1, seeds_for_width(smallest_effect, deviation))
+        # power alone does not decide: the interval may still hold both none and the smallest
+        enough = seeds_needed(smallest_effect, deviation)
+        needed = max(num + 1, enough, seeds_for_width(smallest_effect, deviation))
     return Effect(
         mean, *interval, deviation, num, smallest_effect, power, needed, outcome
     )  # fmt: skip
@@ -191,6 +203,21 @@ def seeds_needed(effect: float, deviation: float, power: float = ENOUGH_POWER) -
         34
     """
     return _fewest(lambda num: power_of(effect, deviation, num) >= power)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Return p values of tests that are made together (Holm 1979): none of them below its own.
+
+    At most 5 % of such groups have one below 0.05 where nothing is so.
+
+    Examples:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    scaled = (min(1.0, (len(ps) - rank) * ps[at]) for rank, at in enumerate(order))
+    corrected = dict(zip(order, itertools.accumulate(scaled, max), strict=True))
+    return [corrected[at] for at in range(len(ps))]
 
 
 def seeds_for_width(width: float, deviation: float) -> int:

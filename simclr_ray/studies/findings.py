@@ -16,13 +16,15 @@ from typing import Any
 
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.studies.claim_words import SHORT_HEAD, claim_line, short_cells
+from simclr_ray.studies.claim_words import SHORT_HEAD, SIGNIFICANT, claim_line, short_cells
 from simclr_ray.studies.claims import Verdict, read_verdict
+from simclr_ray.studies.effects import holm
 from simclr_ray.studies.paper_findings import FINDINGS
 from simclr_ray.studies.report import CURVES, DATA, FIGURE, PAGE
 
 SCALE = "laptop"
 READING = "reading.md"
+SAID, MARK = ("appears", "is reversed"), " †"
 
 
 def findings_page(folder: Path, made_by: str, scale: str = SCALE) -> str:
@@ -47,7 +49,8 @@ def findings_page(folder: Path, made_by: str, scale: str = SCALE) -> str:
         "deviation; the interval holds its mean at 95 % confidence. A claim *appears* where the "
         "interval lies above 0, *is reversed* where it lies below, and *does not appear* where it "
         "ends below the smallest effect of interest and a test had a power of 0.8 to find that. "
-        "Else it cannot be said at this budget.",
+        "Else it cannot be said at this budget. The paper's effect is one of ImageNet, at settings "
+        "that each study's file in `tune_configs/` matches with those here.",
         "",
     ]
     if studies:
@@ -87,13 +90,24 @@ def _together(verdicts: Sequence[Verdict | None]) -> str:
 def _summary(studies: Sequence[dict[str, Any]]) -> list[str]:
     """Return all claims as one table, each with a link to the section of its study."""
     head = ["study", *SHORT_HEAD]
-    rows = [
-        [f"[{tree['study']}](#{_anchor(tree['question'])})", *cells]
-        for tree in studies
-        for cells in (short_cells(read_verdict(c), tree["paper"]["metric"]) for c in tree["claims"])
-    ]
+    claims = [(tree, read_verdict(claim)) for tree in studies for claim in tree["claims"]]
+    corrected = holm([verdict.effect.p if verdict.effect else 1.0 for _, verdict in claims])
+    rows = []
+    for (tree, verdict), p in zip(claims, corrected, strict=True):
+        cells = short_cells(verdict, tree["paper"]["metric"])
+        is_said = verdict.effect is not None and verdict.effect.outcome in SAID
+        cells[1] += MARK * (is_said and p > SIGNIFICANT)
+        rows.append([f"[{tree['study']}](#{_anchor(tree['question'])})", *cells])
     table = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(row)} |" for row in table]
+    marked = sum(MARK in row[2] for row in rows)
+    note = (
+        f"{MARK.strip()} not below 5 % when all {len(claims)} are tested together (Holm's "
+        "correction of Student's paired p)."
+        if marked
+        else f"What appears does so as well when all {len(claims)} are tested together (Holm's "
+        "correction of Student's paired p)."
+    )
+    return [*(f"| {' | '.join(row)} |" for row in table), "", note]
 
 
 def _counts(studies: Sequence[dict[str, Any]]) -> str:
@@ -131,7 +145,8 @@ def _section(tree: dict[str, Any], folder: Path) -> list[str]:
     answers = f" (answers {tree['answers']})" if tree["answers"] else ""
     paper = tree["paper"]
     lines = [f"## {tree['question']}", ""]
-    lines += [f"`{tree['study']}`{answers}, by `{tree['metric']}`.", ""]
+    theirs = f"; the paper's: {paper['metric']}" if paper["metric"] else ""
+    lines += [f"`{tree['study']}`{answers}, by `{tree['metric']}`{theirs}.", ""]
     drawn = [
         name for name in (FIGURE, CURVES) if (folder / tree["folder"] / f"{name}.svg").is_file()
     ]

@@ -15,6 +15,7 @@ from simclr_ray.studies.effects import (
     MAX_EXACT_SEEDS,
     Floats,
     effect_of,
+    holm,
     interval_of,
     power_of,
     seeds_for_width,
@@ -139,8 +140,33 @@ def test_what_may_be_said(differences: list[float], smallest: float, outcome: st
 def test_what_cannot_be_said_names_the_seeds_that_would_decide() -> None:
     weak = effect_of([0.03, -0.03, 0.04, -0.04, 0.0], 0.02)
     assert weak.power < 0.8
-    assert weak.seeds_needed == seeds_needed(0.02, weak.deviation) > 5
+    assert weak.seeds_needed == seeds_for_width(0.02, weak.deviation)
+    assert weak.seeds_needed > seeds_needed(0.02, weak.deviation) > 5
     assert effect_of([0.02, 0.03, 0.04, 0.03, 0.02], 0.01).seeds_needed == 0
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.3, 0.6, 0.9, 1.2])
+def test_with_the_seeds_that_are_named_it_is_decided(mean: float) -> None:
+    def drawn(num: int) -> list[float]:
+        values = np.random.default_rng(3).normal(size=num)
+        return list(mean + 0.96 * (values - values.mean()) / values.std(ddof=1))
+
+    first = effect_of(drawn(7), 1.2)
+    if first.outcome == "cannot be said":
+        assert first.seeds_needed > 7
+        assert effect_of(drawn(first.seeds_needed), 1.2).outcome != "cannot be said"
+
+
+def test_a_p_value_is_that_of_a_paired_t_test_and_several_are_corrected() -> None:
+    differences = [0.4, 1.1, 0.2, 0.9, -0.1, 0.7]
+    assert effect_of(differences).p == pytest.approx(ttest_1samp(differences, 0.0).pvalue)
+    assert effect_of([1.0]).p == 1.0
+    assert effect_of([0.0, 0.0]).p == 1.0
+    assert effect_of([0.5, 0.5]).p == 0.0
+    # Holm (1979), by hand: 0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 no smaller than that
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_power_that_is_enough_and_an_interval_that_holds_both_need_more_seeds() -> None:
