@@ -97,12 +97,14 @@ def sample_neighbours(
     if have_labels:
         confusion, num_unseen = _confusion(experiment, bank_rows, rows, len(names))
     shown = torch.linspace(0, len(test.images) - 1, min(QUERIES, len(test.images))).long()
-    skipped = 0 if test_source else 1  # the nearest of an image among others is itself
-    wanted = min(NEIGHBOURS + skipped, len(bank.images))
+    is_among = test_source is None  # then an image is one of the bank, at the same place
+    wanted = min(NEIGHBOURS + is_among, len(bank.images))
     cosines, places = nearest(bank_rows.rows, rows.at(shown).rows, wanted, device)
     lists = []
     for row, near, likeness in zip(shown.tolist(), places.tolist(), cosines.tolist(), strict=True):
-        pairs = list(zip(near, likeness, strict=True))[skipped:]
+        pairs = list(zip(near, likeness, strict=True))
+        if is_among:  # a copy may come before the image itself
+            pairs = [pair for pair in pairs if pair[0] != row][:NEIGHBOURS]
         first = _neighbour(test, row, 1.0, names if have_labels or not test_source else [])
         lists.append([first, *(_neighbour(bank, place, cosine, names) for place, cosine in pairs)])
     sizes = len(test.images), len(bank.images)

@@ -37,11 +37,14 @@ class EvaluationAhead(AbstractContextManager["EvaluationAhead"]):
         self._stack = ExitStack()
         self._views: Path | None = None
         self._kept = DECODED.most
+        self._lock, self._is_over = threading.Lock(), False
         self._thread = threading.Thread(target=self._make, name="evaluation-ahead", daemon=True)
 
     def __exit__(self, *_: object) -> None:
         """Let go of what was made; what is still being made is nobody's."""
-        DECODED.keep(self._kept)
+        with self._lock:
+            self._is_over = True
+            DECODED.keep(self._kept)
         if not self._thread.is_alive():
             self._stack.close()
 
@@ -64,7 +67,10 @@ class EvaluationAhead(AbstractContextManager["EvaluationAhead"]):
             rows = evaluated_rows(config)
             size = config.data.channels * config.evaluation_size**2
             if not rows.by_actors and rows.num * size <= MOST_BYTES:
-                DECODED.keep(max(self._kept, MOST_BYTES))
+                with self._lock:
+                    if self._is_over:  # training has failed meanwhile
+                        return
+                    DECODED.keep(max(self._kept, MOST_BYTES))
                 decode_splits(config)
             folder = self._stack.enter_context(tempfile.TemporaryDirectory())
             views = Path(folder) / "views.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,26 @@ def test_large_splits_are_not_held_while_it_trains(
         assert ahead.views() is not None
     assert decoded == []
     assert encoded_splits.VIEWS_BYTES > evaluation_ahead.MOST_BYTES
+
+
+def test_a_run_that_ends_meanwhile_leaves_nothing_in_memory(
+    resolved: ResolvedExperiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, over = threading.Event(), threading.Event()
+    usual = evaluation_ahead.evaluated_rows
+
+    def late(config: Experiment) -> object:
+        begun.set()
+        over.wait(30)
+        return usual(config)
+
+    monkeypatch.setattr(evaluation_ahead, "evaluated_rows", late)
+    decoded = count_decoding(monkeypatch)
+    ahead = EvaluationAhead(resolved, None)
+    with ahead:
+        ahead.report({})
+        assert begun.wait(30)
+    over.set()
+    ahead._thread.join(30)
+    assert DECODED.most == 0
+    assert decoded == []

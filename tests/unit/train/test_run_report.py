@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
-from simclr_ray.evaluation.neighbours import NeighbourSample
+from simclr_ray.evaluation.neighbours import NeighbourSample, sample_neighbours
 from simclr_ray.evaluation.scores import Score
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train.run_report import class_table, cost, score_table, wilson, write_report
@@ -175,3 +175,19 @@ def test_test_images_of_classes_that_the_bank_lacks_are_left_out_and_counted(run
         not in page.split("Classes, the worst first")[1].split("<h2>")[0].replace("100 %", "")
         or (labels < 3).sum() > 0
     )
+
+
+def test_among_its_own_images_a_copy_is_a_neighbour_and_the_image_itself_is_none(run: Path) -> None:
+    train = run.parent.parent / "train.parquet"
+    table = pq.read_table(train)
+    twins = table.take([row // 2 for row in range(len(table))])
+    twins = twins.set_column(twins.column_names.index("id"), "id", table["id"])
+    pq.write_table(twins.drop_columns(["label"]), train)  # names are ids then
+    config = Experiment.load(str(run / "experiment.yaml"), "data.test=", "data.eval_train=")
+    checkpoint = max(run.glob("step-*"))
+    sample = sample_neighbours(config, checkpoint, 100)
+    for query, first, *others in sample.rows:
+        assert np.array_equal(first.pixels, query.pixels)
+        assert first.name != query.name
+        assert first.cosine == pytest.approx(1.0, abs=1e-5)
+        assert not any(np.array_equal(other.pixels, query.pixels) for other in others)
