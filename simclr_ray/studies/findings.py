@@ -166,11 +166,19 @@ def _section(tree: dict[str, Any], folder: Path) -> list[str]:
         f"{took} ([every point and its cost]({where}/{PAGE})). Again:",
         "",
         "```",
-        tree["command"] or "(from Python)",
+        _again(tree),
         "```",
         "",
     ]
     return lines
+
+
+def _again(tree: dict[str, Any]) -> str:
+    """Return the command that makes the same trials, also where the study has other seeds now."""
+    command = str(tree["command"])
+    if not command or "study.seeds=" in command:
+        return command or "(from Python)"
+    return f"{command} 'study.seeds=[{_list(tree['seeds'])}]'"
 
 
 def _list(seeds: Sequence[int]) -> str:
