@@ -76,14 +76,15 @@ def _write(folder: StudyFolder, target: Path) -> Results:
     results = results_of(study, outcomes, folder.baselines())
     commits = {outcome.run.get("commit", "") for outcome in outcomes} - {""}
     state = folder.state()
+    has_curves = any(len(curve.epochs) > 1 for curve in results.curves)
     for ending in ("png", "svg"):
         draw_study(results, target / f"{FIGURE}.{ending}")
-        if results.curves:
+        if has_curves:
             draw_curves(results, target / f"{CURVES}.{ending}")
     data = as_json(results, state.get("command", ""), state.get("seconds", 0.0))
     (target / DATA).write_text(hide_passwords(data) + "\n", encoding="utf-8")
     (target / TABLE).write_text(hide_passwords(markdown(results)), encoding="utf-8")
-    drawn = (FIGURE, CURVES) if results.curves else (FIGURE,)
+    drawn = (FIGURE, CURVES) if has_curves else (FIGURE,)
     svgs = [(target / f"{name}.svg").read_text(encoding="utf-8") for name in drawn]
     state["commits"] = sorted(commits)
     (target / PAGE).write_text(hide_passwords(page(results, svgs, state)), encoding="utf-8")
