@@ -197,7 +197,7 @@ def find_index(
         return ""
     if not isinstance(manifest, dict) or not manifest.get("has_index"):
         return ""
-    whole = fingerprint_of(footers, root, usual, 0)
+    whole = fingerprint_of(footers, fs, root, usual, 0)
     return f"{root}/{INDEX}" if manifest.get("fingerprint") == whole else ""
 
 

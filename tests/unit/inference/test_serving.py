@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi import HTTPException
+from ray import serve
 from starlette.datastructures import URL
 
 from simclr_ray.errors import ClusterError
@@ -19,9 +20,8 @@ from simclr_ray.inference import serving
 from simclr_ray.inference.embedding_index import Nearest
 from simclr_ray.inference.serving import LOOPBACK, Metrics, Service
 
-REPLICA: Any = next(
-    c for c in serving.EncoderServer.func_or_class.__mro__ if "_check_host" in vars(c)
-)
+DEPLOYMENT: Any = serving.EncoderServer
+REPLICA: Any = next(c for c in DEPLOYMENT.func_or_class.__mro__ if "_check_host" in vars(c))
 SECRET = "s3://KEY:S3CRET@bucket/photos.parquet"
 
 
@@ -106,9 +106,9 @@ def test_thumbnails_are_made_beside_other_requests_and_errors_are_counted() -> N
 def test_a_ray_on_which_serve_runs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     running = SimpleNamespace(proxies={"n": "HEALTHY"}, applications={"theirs": "RUNNING"})
-    monkeypatch.setattr(serving.serve, "status", lambda: running)
-    monkeypatch.setattr(serving.serve, "shutdown", lambda: ended.append("all"))
-    monkeypatch.setattr(serving.serve, "delete", ended.append)
+    monkeypatch.setattr(serve, "status", lambda: running)
+    monkeypatch.setattr(serve, "shutdown", lambda: ended.append("all"))
+    monkeypatch.setattr(serve, "delete", ended.append)
     with pytest.raises(ClusterError, match="applications: theirs"):
         serving.ensure_unused()
     running.applications[serving.NAME] = "RUNNING"  # deployed behind ours since

@@ -95,12 +95,11 @@ def test_a_run_that_ends_meanwhile_leaves_nothing_in_memory(
     resolved: ResolvedExperiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, over = threading.Event(), threading.Event()
-    usual = evaluation_ahead.evaluated_rows
 
     def late(config: Experiment) -> object:
         begun.set()
         over.wait(30)
-        return usual(config)
+        return encoded_splits.evaluated_rows(config)
 
     monkeypatch.setattr(evaluation_ahead, "evaluated_rows", late)
     decoded = count_decoding(monkeypatch)
