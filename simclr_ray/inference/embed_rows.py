@@ -100,19 +100,23 @@ def embed_rows(
     layout = Layout(key_of(source), encoder.feature_dim, encoding.keep, dtype)
     parts = file.parts(digest)
     num = embed_pieces(source, parts, encoding, layout, on_progress or (lambda *_: None))
-    file.write(parts, num, digest, _origin(address, encoder, where, source))
+    file.write(parts, num, digest, _origin(address, encoder, where, source, keep))
     return file.summary()
 
 
-def _origin(address: str, encoder: Encoder, where: str | Sequence[str], source: Source) -> Origin:
+def _origin(
+    address: str, encoder: Encoder, where: str | Sequence[str], source: Source, keep: Sequence[str]
+) -> Origin:
+    label = source.label.name if source.label else ""
     return Origin(
         encoder=address,
         weights=encoder.digest,
         images=absolute_uri(where) if isinstance(where, str) else "",
         folder="" if isinstance(where, str) else str(Path.cwd()),
-        fingerprint="" if source.names_files else source.fingerprint,
+        fingerprint=source.fingerprint if isinstance(where, str) else "",
         columns=to_tree(source.columns),
         decoder=tuple(encoder.decoder),
+        classes={label: list(source.class_names)} if label in keep and source.class_names else {},
     )
 
 

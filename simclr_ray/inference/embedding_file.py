@@ -59,9 +59,10 @@ class Origin(NamedTuple):
         weights: Their digest.
         images: Where they are, without passwords; empty: files that were named one by one.
         folder: That relative paths of such files are below.
-        fingerprint: Of images in parquet.
+        fingerprint: Of the images, unless they are files that were named one by one.
         columns: Tree of a `ColumnsConfig`, which columns of parquet hold what.
         decoder: Fields of an `ImageDecoder`, how they were decoded.
+        classes: Column of numbers that was handed on -> the names of the classes 0, 1, ...
     """
 
     encoder: str = ""
@@ -71,6 +72,7 @@ class Origin(NamedTuple):
     fingerprint: str = ""
     columns: Mapping[str, Any] = {}
     decoder: Sequence[Any] = ()
+    classes: Mapping[str, Sequence[str]] = {}
 
     @classmethod
     def read(cls, metadata: Mapping[bytes, bytes] | None) -> Origin:

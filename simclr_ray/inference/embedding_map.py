@@ -128,7 +128,8 @@ def _classes(index: EmbeddingIndex, label: str) -> list[str]:
         kept = f"the columns: {', '.join(names)}" if names else "embed --keep hands columns on"
         raise ConfigError([ConfigIssue("--label", f"there is no column {label!r}; {kept}")])
     values = read_column(index.uri, label)
-    return [str(values[row]) for row in index.rows]
+    classes = dict(enumerate(index.origin.classes.get(label, ())))
+    return [str(classes.get(values[row], values[row])) for row in index.rows]
 
 
 def _legend(classes: Sequence[str]) -> list[str]:

@@ -41,6 +41,11 @@ def advise_before_start(resolved: ResolvedExperiment) -> list[str]:
             f"loss.temperature={temperature:g} is outside {low:g} to {high:g}, where normalised "
             "embeddings learn (Table 5): 0.1 to 0.5 is usual"
         )
+    if config.data.limit and resolved.source.names_files:
+        advice.append(
+            f"data.limit={config.data.limit} takes the first images by name, and of folders that "
+            "are classes the first ones: `prepare` shuffles them"
+        )
     every, saved = config.checkpoint.every_steps, config.checkpoint.every_epochs
     if every >= total or (saved > config.epochs and not every):
         key = f"every_steps={every}" if every >= total else f"every_epochs={saved}"

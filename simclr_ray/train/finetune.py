@@ -91,8 +91,12 @@ def plan_finetuning(
     if frozen:
         settings |= _frozen(tree, folder, much)
     settings["tracking"] |= {"parent_run": record.mlflow_run_id}
+    if any(override.startswith("data.train=") for override in overrides):
+        settings["data"] |= {"limit": 0}  # that of the run is of its own images
     chosen = _validated(settings, overrides)
     data = chosen.data
+    if data.limit:
+        log.warning("labels are those of the first %d images (data.limit)", data.limit)
     resolve_init(chosen)  # what does not fit is refused before a file is written
     source = Source.open(data.train, data.columns, data.limit)
     write = partial(write_subset, source, share, chosen.seed, chosen.storage, per_class=per_class)

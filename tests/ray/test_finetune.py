@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,22 @@ def test_what_cannot_be_tuned_is_said_before_anything_starts(folder: Path, run: 
     random, _ = plan_finetuning(run.folder, 0.5, from_random=True)
     assert random.config.init.weights == ""
     assert random.config.name == "t-random-50pct"
+
+
+def test_the_limit_of_a_run_is_of_its_own_images_and_is_said(
+    folder: Path, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limited = tmp_path / Path(run.folder).name
+    shutil.copytree(run.folder, limited)
+    text = (limited / "experiment.yaml").read_text()
+    (limited / "experiment.yaml").write_text(text.replace("\n  limit: 0\n", "\n  limit: 130\n"))
+    most = [f"storage={tmp_path}", "data.test="]
+
+    def rows(*overrides: str) -> int:
+        planned = plan_finetuning(str(limited), 1.0, *most, *overrides, frozen=True)
+        return planned.experiment.source.num_rows
+
+    assert rows(f"data.train={folder / 'train.parquet'}") == 256
+    assert "data.limit" not in caplog.text
+    assert rows() == 130
+    assert "labels are those of the first 130 images (data.limit)" in caplog.text

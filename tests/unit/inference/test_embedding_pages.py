@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.inference.embed import load_encoder
+from simclr_ray.inference.embedded_images import EmbeddedImages
 from simclr_ray.inference.embedding_file import Origin
 from simclr_ray.inference.embedding_index import EmbeddingIndex
 from simclr_ray.inference.embedding_map import make_map, write_map
@@ -246,3 +248,39 @@ def test_a_map_is_the_same_again_and_names_cannot_end_its_script(
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(ConfigError, match=r"pip install 'simclr-ray\[search\]'"):
         make_map(index, 40)
+
+
+def test_a_sheet_is_not_written_over_the_image_that_is_looked_for(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = photos / "mine.png"
+    shutil.copy(photos / "photos" / "00.png", image)
+    before = image.read_bytes()
+    (done,) = run_in_turn(
+        ["model", "search", "photos.parquet", "mine.png", "--out", "./mine.png"], cwd=photos
+    )
+    assert done.returncode == 2
+    assert "--out: ./mine.png is an image that is looked for" in done.stderr
+    assert image.read_bytes() == before
+
+
+def test_images_that_were_made_anew_are_not_shown_as_those_of_the_index(
+    photos: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(photos, encoder, fingerprint=Source.open(str(photos / "photos")).fingerprint)
+    index = EmbeddingIndex(str(photos / "photos.parquet"))
+    with EmbeddedImages(index) as images:
+        assert images.thumbnails([0])[0].image is not None
+    first, second = (photos / "photos" / f"{name}.png" for name in ("00", "01"))
+    first.write_bytes(second.read_bytes())
+    with EmbeddedImages(index) as images:
+        assert images.thumbnails([0])[0].image is None
+    assert "has changed since" in caplog.text
+
+
+def test_classes_that_have_names_are_called_by_them(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+    origin = Origin(MODEL, classes={"kind": ["cat", "dog"]})
+    file = write_index(tmp_path / "a.parquet", rows, kind=[0, 1, 5] * 4, origin=origin)
+    made = make_map(EmbeddingIndex(file), 12, label="kind")
+    assert list(made.classes) == ["cat", "dog", "5"] * 4

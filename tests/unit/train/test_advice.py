@@ -103,3 +103,15 @@ def test_a_step_that_does_not_fit_names_the_largest_group_that_does(
         "a step takes 2,100 MiB and this machine has 1,000: batch_norm.group_size=25 fits"
     )
     assert "no group fits" in advice.memory_advice(run, 2000 * advice.MIB, 100 * advice.MIB)
+
+
+def test_the_first_images_of_folders_of_classes_are_not_all_classes(tmp_path: Path) -> None:
+    paths = pa.array([f"{index:04}.png" for index in range(1000)])
+    pq.write_table(pa.table({"image": paths}), tmp_path / "list.parquet")
+    for limit, said in ((0, 0), (900, 1)):
+        data = {"train": str(tmp_path / "list.parquet"), "limit": limit}
+        given = {"name": "t", "data": data, "augment": {"size": 32}, "batch_size": 50, "epochs": 30}
+        experiment = cfg.validate(Experiment, given)
+        source = Source.open(str(tmp_path / "list.parquet"), limit=limit)
+        lines = advice.advise_before_start(ResolvedExperiment(experiment, source))
+        assert len([line for line in lines if "takes the first images by name" in line]) == said
