@@ -152,7 +152,7 @@ def _drawn(rows: Sequence[tuple[str, list[Thumbnail]]]) -> Image.Image:
         for place, shown in enumerate(images):
             left = MARGIN + place * (THUMBNAIL_SIDE + MARGIN)
             if shown.image is not None:
-                sheet.paste(shown.image, (left, top))
+                sheet.paste(_enlarged(shown.image), (left, top))
             else:
                 draw.rectangle((left, top, left + THUMBNAIL_SIDE, top + THUMBNAIL_SIDE), "#eee")
             for line, text in enumerate((shown.name, shown.note)):
@@ -160,6 +160,13 @@ def _drawn(rows: Sequence[tuple[str, list[Thumbnail]]]) -> Image.Image:
                 draw.text(at, _cut(text, font, THUMBNAIL_SIDE), "#222", font)
         top += cell_height
     return sheet
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    """Return an image of few pixels as large ones, so that it is seen beside others."""
+    times = THUMBNAIL_SIDE // max(image.size)
+    whole = image.width * times, image.height * times
+    return image.resize(whole, Image.Resampling.NEAREST) if times > 1 else image
 
 
 def _cut(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> str:

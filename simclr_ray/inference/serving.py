@@ -171,6 +171,7 @@ class EncoderServer:
         ]
         return render_page("inference", "serving_docs.html.j2", rows=rows)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=PlainTextResponse)
     async def health(self) -> str:
         """Say that the process lives; it is given requests once its encoder has encoded one."""
@@ -268,6 +269,8 @@ class EncoderServer:
 
     async def _body(self, request: Request) -> bytes:
         """Return the body; of one that is too long no more than the limit is kept here."""
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise HTTPException(415, "a form; the body is the image (curl --data-binary @a.jpg)")
         most = self.service.max_bytes
         problem = f"the body has more than {most} bytes"
         length = request.headers.get("content-length", "")

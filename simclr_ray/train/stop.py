@@ -16,7 +16,7 @@ from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_lock import this_process
 
 STOP, RESIZE = "stop", "resize"  # the files
-LOOK_S = 0.5  # rank 0 looks so often on a disk, and ten times less often in a bucket
+LOOK_S = 0.5  # rank 0 and driver look so often on a disk, and ten times less often in a bucket
 log = logging.getLogger(__name__)
 
 _requested = threading.Event()
@@ -72,7 +72,12 @@ def passed_on(folder: RunFolder) -> Iterator[None]:
     ended = threading.Event()
 
     def wait() -> None:
-        _requested.wait()
+        is_said = False
+        while not _requested.wait(_look_s(folder)):
+            with suppress(OSError):
+                if not is_said and is_requested(folder):
+                    log.info("stopping, as `run stop` asks: a checkpoint is written first")
+                    is_said = True
         if not ended.is_set():
             log.info("stopping: a checkpoint of the current step is written first")
             with suppress(OSError):  # of a full disk: the signal after this one ends it
@@ -112,6 +117,10 @@ def is_requested(folder: RunFolder) -> bool:
     return folder.read_text(STOP) is not None
 
 
+def _look_s(folder: RunFolder) -> float:
+    return LOOK_S if folder.local is not None else 10 * LOOK_S
+
+
 class FileWatch:
     """Rank 0's thread that looks for files, so that no step waits for a bucket's answer.
 
@@ -130,8 +139,7 @@ class FileWatch:
         self._closed.set()
 
     def _look(self) -> None:
-        wait_s = LOOK_S if self._folder.local is not None else 10 * LOOK_S
-        while not self._closed.wait(wait_s):
+        while not self._closed.wait(_look_s(self._folder)):
             with suppress(OSError):  # a store that does not answer is asked again
                 there = [n for n in self._names if self._folder.read_text(n) is not None]
                 self.seen = frozenset(there)

@@ -149,6 +149,8 @@ def test_what_is_no_image_gets_a_4xx_and_the_server_lives(server: Server) -> Non
         assert answer.code == code, answer
         assert "detail" in answer.tree
     assert server.ask("nowhere").code == 404
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert server.ask("embed", b"--x", **form).code == 415
     assert server.ask("health").body == b"ok"
     assert server.ask("model", Host="evil.example").code == 403
     assert server.ask("embed", image(1), Host="evil.example:80").code == 403

@@ -132,6 +132,20 @@ def test_what_a_driver_is_asked_while_it_starts_holds_when_workers_train(tmp_pat
         assert not stop.is_requested(folder)
 
 
+def test_a_driver_says_that_somebody_has_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "LOOK_S", 0.01)
+    folder = RunFolder.of(str(tmp_path), "r-1")
+    with caplog.at_level("INFO"), stop.passed_on(folder):
+        stop.request_stop(folder, "process 1 on elsewhere")
+        until = time.monotonic() + 20
+        while "as `run stop` asks" not in caplog.text and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    assert caplog.text.count("as `run stop` asks") == 1
+
+
 def test_who_waits_for_nodes_can_be_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacks(_: object) -> None:
         raise ClusterError("the cluster has 1 node")
