@@ -10,7 +10,7 @@ import typer
 
 from simclr_ray.cli.arguments import TrackingUri
 from simclr_ray.cli.console import loading, out, say
-from simclr_ray.cli.encoder import left_out, shown
+from simclr_ray.cli.encoder import files_of, left_out, shown
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 
@@ -31,7 +31,7 @@ MAP_IMAGES = 4000  # half a minute of a core
 
 def search(
     index: Index,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders.")],
     num: Annotated[int, typer.Option("--num", min=1, help="Neighbours of each.")] = 10,
     sheet: Sheet = "",
     encoder: Annotated[
@@ -49,6 +49,7 @@ def search(
     Example: simclr-ray model search photos.parquet cat.jpg --out neighbours.png
     """
     _check_sheet(sheet)
+    images = files_of(images)
     if sheet and Path(sheet).resolve() in {image.resolve() for image in images}:
         raise ConfigError([ConfigIssue("--out", f"{sheet} is an image that is looked for")])
     from simclr_ray.inference.embedding_index import EmbeddingIndex, import_faiss

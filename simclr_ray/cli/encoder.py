@@ -27,7 +27,9 @@ Model = Annotated[
 ]
 
 
-Images = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")]
+Images = Annotated[
+    list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")
+]
 ROLE: Final = re.compile(r"(?:data\.columns\.)?([a-z]+=.*)")
 DTYPES: Final = ("float32", "float16")
 
@@ -148,14 +150,16 @@ def _is_dataset(name: str) -> bool:
 def predict(model: Model, files: Images, tracking_uri: TrackingUri = "") -> None:
     """Print the class of each image: its path, the class, and how probable it is, tab-separated.
 
-    MODEL is a fine-tuned classifier. Files that cannot be read or are no images are named on stderr
-    and left out; the exit code is then 1, and 2 where all are.
+    MODEL is a fine-tuned classifier. Of a folder all images below it are taken. Files that cannot
+    be read or are no images are named on stderr and left out; the exit code is then 1, and 2 where
+    all are.
 
     Example: simclr-ray predict runs/cifar10_cpu-tuned-10pct-1a2b3c4d photos/*.jpg
     """
     loading("torch")
     from simclr_ray.inference.embed import load_classifier
 
+    files = files_of(files)
     classifier = load_classifier(model, tracking_uri=tracking_uri)
     with left_out(files) as leave_out:
         rows = classifier.predict_proba(files, on_bad=leave_out)
@@ -163,6 +167,29 @@ def predict(model: Model, files: Images, tracking_uri: TrackingUri = "") -> None
             if not math.isnan(row[0]):
                 name = classifier.class_names[row.argmax()]
                 print(shown(file), shown(name), f"{row.max():.4f}", sep="\t")
+
+
+def files_of(named: Sequence[Path]) -> list[Path]:
+    """Return files, and in place of a folder the images below it, sorted by name.
+
+    Raises:
+        DataError: There are none.
+    """
+    from simclr_ray.data.listing import list_images
+    from simclr_ray.storage.filesystem import filesystem
+
+    files: list[Path] = []
+    for path in named:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        fs, root = filesystem(str(path))
+        listing = list_images(fs, root, str(path))
+        if not listing.files:
+            raise DataError(f"{path} has no images in it")
+        below = sorted(Path(file.path).relative_to(root) for file in listing.files)
+        files += [path / name for name in below]
+    return files
 
 
 @contextmanager

@@ -284,3 +284,22 @@ def test_classes_that_have_names_are_called_by_them(tmp_path: Path) -> None:
     file = write_index(tmp_path / "a.parquet", rows, kind=[0, 1, 5] * 4, origin=origin)
     made = make_map(EmbeddingIndex(file), 12, label="kind")
     assert list(made.classes) == ["cat", "dog", "5"] * 4
+
+
+def test_of_a_folder_all_images_are_looked_for(photos: Path) -> None:
+    few, none = photos / "few", photos / "none"
+    (few / "below").mkdir(parents=True)
+    none.mkdir()
+    for name, place in (("00", few / "below"), ("01", few), ("02", few)):
+        shutil.copy(photos / "photos" / f"{name}.png", place)
+    (few / "notes.txt").write_text("of mine")
+    done, empty = run_in_turn(
+        ["model", "search", "photos.parquet", "few", "photos/05.png", "--num", "1"],
+        ["model", "search", "photos.parquet", "none"],
+        cwd=photos,
+    )
+    assert done.returncode == 0, done.stderr
+    names = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    assert names == ["few/01.png", "few/02.png", "few/below/00.png", "photos/05.png"]
+    assert empty.returncode == 2
+    assert "none has no images in it" in empty.stderr
