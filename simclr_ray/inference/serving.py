@@ -249,7 +249,7 @@ class EncoderServer:
             self.metrics.count(code)
 
     def _check_host(self, request: Request) -> None:
-        """Raise a 403 where it is asked by another name than its own."""
+        """Raise a 403 where it is asked by a name that is none of its own."""
         hosts = self.service.hosts
         if hosts and request.url.hostname not in hosts:
             raise HTTPException(403, f"ask it as {hosts[0]}; --host opens it to others")

@@ -70,7 +70,7 @@ def test_what_ended_a_run_is_told_where_mlflow_does_not_answer_at_the_end(
         raise TrackingError("end the run: database is locked")
 
     for name in ("connect", "wait_for_room", "check_machine"):
-        monkeypatch.setattr(driver, name, lambda _: None)
+        monkeypatch.setattr(driver, name, lambda *_: None)
     monkeypatch.setattr(driver, "_trained", diverge)
     monkeypatch.setattr(TrackedRun, "finish", lock)
     monkeypatch.setattr("simclr_ray.tracking.sender.PATIENCE_S", 0.5)
