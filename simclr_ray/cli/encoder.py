@@ -187,6 +187,7 @@ def files_of(named: Sequence[Path]) -> list[Path]:
         listing = list_images(fs, root, str(path))
         if not listing.files:
             raise DataError(f"{path} has no images in it")
+        listing.say(str(path))
         below = sorted(Path(file.path).relative_to(root) for file in listing.files)
         files += [path / name for name in below]
     return files

@@ -26,6 +26,9 @@ def serve(
         str, typer.Option(help="Where its images lie now.", show_default="where they were embedded")
     ] = "",
     host: Annotated[str, typer.Option(help="0.0.0.0: to all; there is no password.")] = "127.0.0.1",
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Also asked by this name: of a proxy before it.")
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP.")] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Processes with the encoder.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="That each of them has.")] = 0.0,
@@ -68,7 +71,7 @@ def serve(
 
     service = Service(
         model, index, images, tracking_uri, replicas, gpus, threads, batch, wait_ms, queued,
-        max_mib * 2**20, max_pixels, LOOPBACK if host in LOOPBACK else (),
+        max_mib * 2**20, max_pixels, (*LOOPBACK, *(allowed_host or ())) if host in LOOPBACK else (),
     )  # fmt: skip
     check(service)
     connect()
@@ -76,13 +79,18 @@ def serve(
     try:
         start(service, host, port)
         say(f"http://{host}:{port}/ (to end it: Ctrl-C)")
-        with suppress(KeyboardInterrupt):  # how a server ends well
-            while True:
-                time.sleep(LOOK_S)
+        _wait()
     except RuntimeError as error:
         raise ClusterError(f"the server did not come up: {last_line(error)}") from error
     finally:
         stop()
+
+
+def _wait() -> None:
+    """Return when it is interrupted, which is how a server ends well."""
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(LOOK_S)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.classes import NO_LABEL, Int64s, LabelColumn
 from simclr_ray.data.columns import check_image, find_label_column
-from simclr_ray.data.contents import digest_of
+from simclr_ray.data.contents import pieces_of_file, sample_digest
 from simclr_ray.data.files import read_images
 from simclr_ray.data.footer import Footer
 from simclr_ray.data.items import Item, ShardTask, cut
@@ -158,7 +158,7 @@ class ArrowInput:
             repr([(f.digest, f.path.rpartition("/")[2]) for f in footers]).encode()
             + json.dumps(_read_json(fs, f"{folder}/{STATE_FILE}"), sort_keys=True).encode()
             + repr((columns.image, label)).encode()
-            + digest_of([(fs, path) for path in files]).encode()
+            + sample_digest([p for path in files for p in pieces_of_file(fs, path)]).encode()
         )
         rows = min(num_rows, limit) if limit else num_rows
         groups = tuple(footer.group_rows for footer in footers)

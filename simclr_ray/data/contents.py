@@ -7,10 +7,11 @@ run must not go on with other images than it began with. To read all would cost 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,54 +23,86 @@ from simclr_ray.data.listing import REMOTE_THREADS
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import is_local, one_line
 
-FILES: Final = 256  # changes of one file in a hundred are seen in nine of ten cases
-BYTES: Final = 65_536  # from the middle of each: the beginning is a header
-GROUPS: Final = 16  # of a list, that names are read from
+NUM_PIECES: Final = 256  # changes of one image in a hundred are seen in nine of ten cases
+PIECE_BYTES: Final = 65_536  # from the middle of each: the beginning is a header
+NUM_GROUPS: Final = 16  # of a list, that names are read from
+REMEMBERED_S: Final = 300.0  # a bucket is asked once by a command that opens a list several times
+_remembered: dict[tuple[str, ...], tuple[float, str]] = {}
 
 
-def digest_of(targets: Sequence[tuple[pafs.FileSystem, str]]) -> str:
-    """Return 16 hex digits of what evenly spaced files hold; one that cannot be read holds nothing.
+class Piece(NamedTuple):
+    """A part of a file that is one image, or stands for several.
 
-    Args:
-        targets: The files, in an order of their own.
+    Attributes:
+        fs: Where it lies.
+        path: Of the file.
+        start: Its first byte.
+        size: Bytes; -1: up to the end.
     """
-    chosen = [targets[i] for i in _spaced(len(targets), FILES)]
-    threads = 1 if all(is_local(fs) for fs, _ in chosen) else REMOTE_THREADS
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(_middle, chosen))
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:16]
+
+    fs: pafs.FileSystem
+    path: str
+    start: int = 0
+    size: int = -1
 
 
-def digest_of_named(
-    lists: Sequence[tuple[str, int]], fs: pafs.FileSystem, column: str, root: str
-) -> str:
-    """Return the same of the files that parquet files name.
+def sample_digest(pieces: Sequence[Piece]) -> str:
+    """Return 16 hex digits of what evenly spaced pieces hold; of a file that is gone, nothing.
 
     Args:
-        lists: Path and number of row groups of each parquet file.
+        pieces: In an order of their own.
+
+    Raises:
+        DataError: A bucket does not answer.
+    """
+    chosen = [pieces[i] for i in _spaced(len(pieces), NUM_PIECES)]
+    if all(is_local(piece.fs) for piece in chosen):
+        return _digest([_middle(piece) for piece in chosen])
+    key = tuple(f"{piece.path} {piece.start} {piece.size}" for piece in chosen)
+    read_at, digest = _remembered.get(key, (0.0, ""))
+    if not digest or time.monotonic() - read_at > REMEMBERED_S:
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+            digest = _digest(list(pool.map(_middle, chosen)))
+        _remembered[key] = (time.monotonic(), digest)
+    return digest
+
+
+def named_files_digest(
+    groups: Sequence[tuple[str, int, int]], fs: pafs.FileSystem, column: str, root: str
+) -> str:
+    """Return the `sample_digest` of the files that rows of parquet files name.
+
+    Args:
+        groups: Path of the parquet file, row group in it, and how many of its rows count.
         fs: Where they lie.
         column: Of text, as `read_images` takes it.
         root: As in `read_images`.
 
     Raises:
-        DataError: A list cannot be read.
+        DataError: A list cannot be read, or a bucket does not answer.
     """
-    groups = [(path, group) for path, total in lists for group in range(total)]
-    chosen = [groups[i] for i in _spaced(len(groups), GROUPS)]
-    targets = []
-    for path, group in chosen:
+    chosen = [groups[i] for i in _spaced(len(groups), NUM_GROUPS)]
+
+    def pieces_of(group: tuple[str, int, int]) -> list[Piece]:
+        path, number, num_rows = group
         try:
             with fs.open_input_file(path) as stream:
-                table = pq.ParquetFile(stream).read_row_group(group, columns=[column])
+                table = pq.ParquetFile(stream).read_row_group(number, columns=[column])
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} cannot be read: {one_line(error)}") from error
         names = table.column(column)
-        rows = _spaced(len(names), FILES // len(chosen))
-        targets += [target_of(str(names[row].as_py()), fs, path, root) for row in rows]
-    return digest_of(targets)
+        rows = _spaced(min(num_rows, len(names)), NUM_PIECES // len(chosen))
+        return [Piece(*target_of(str(names[row].as_py()), fs, path, root)) for row in rows]
+
+    with ThreadPoolExecutor(1 if is_local(fs) else NUM_GROUPS) as pool:
+        return sample_digest([piece for part in pool.map(pieces_of, chosen) for piece in part])
+
+
+def pieces_of_file(fs: pafs.FileSystem, path: str, num: int = NUM_GROUPS) -> list[Piece]:
+    """Return a file that holds many images as equal pieces."""
+    size = int(fs.get_file_info(path).size or 0)
+    ends = [size * at // num for at in range(num + 1)]
+    return [Piece(fs, path, first, last - first) for first, last in itertools.pairwise(ends)]
 
 
 def _spaced(total: int, most: int) -> list[int]:
@@ -79,11 +112,24 @@ def _spaced(total: int, most: int) -> list[int]:
     return positions
 
 
-def _middle(target: tuple[pafs.FileSystem, str]) -> bytes:
-    fs, path = target
-    with suppress(OSError, pa.ArrowException), fs.open_input_file(path) as stream:
-        num_bytes = stream.size()
-        stream.seek(max(0, (num_bytes - BYTES) // 2))
-        part: bytes = stream.read(BYTES)
-        return part
-    return b""
+def _digest(parts: Sequence[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
+
+
+def _middle(piece: Piece) -> bytes:
+    """Return the middle of a piece; nothing where the file is gone or can never be read."""
+    try:
+        with piece.fs.open_input_file(piece.path) as stream:
+            size = piece.size if piece.size >= 0 else stream.size()
+            stream.seek(piece.start + max(0, (size - PIECE_BYTES) // 2))
+            part: bytes = stream.read(min(size, PIECE_BYTES))
+            return part
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return b""
+    except (OSError, pa.ArrowException) as error:
+        if is_local(piece.fs):  # a folder, a name too long, a bad sector: of this file alone
+            return b""
+        raise DataError(f"{piece.path} cannot be read: {one_line(error)}") from error

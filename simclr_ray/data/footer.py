@@ -19,7 +19,7 @@ from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import column_key
 from simclr_ray.data.classes import is_text
-from simclr_ray.data.contents import digest_of_named
+from simclr_ray.data.contents import named_files_digest
 from simclr_ray.data.listing import REMOTE_THREADS, Listed
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
@@ -173,14 +173,19 @@ def fingerprint_of(
         "columns": roles,
         "limit": limit,
     }
-    lists = [
-        (footer.path, len(footer.group_rows))
-        for footer in footers
-        if is_text(footer.type_of(columns.image)) and not footer.about(IMAGE_LISTING)
+    groups = [
+        (footers[group.file].path, group.group, group.num_rows)
+        for group in row_groups_of(footers, limit)
+        if _names_files(footers[group.file], columns.image)
     ]
-    if lists:  # that of a folder has its sample in its listing
-        tree["contents"] = digest_of_named(lists, fs, columns.image, footers[0].image_root)
+    if groups:
+        tree["contents"] = named_files_digest(groups, fs, columns.image, footers[0].image_root)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _names_files(footer: Footer, column: str) -> bool:
+    """Return whether rows name files; the list of a folder has their sample in its listing."""
+    return is_text(footer.type_of(column)) and not footer.about(IMAGE_LISTING)
 
 
 def find_index(

@@ -25,7 +25,7 @@ import pyarrow.fs as pafs
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
-from simclr_ray.data.contents import digest_of
+from simclr_ray.data.contents import Piece, sample_digest
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.data.left_out import LeftOut
 from simclr_ray.data.listing import (
@@ -193,8 +193,7 @@ class TarInput:
             _keep_split(uri, indices, split)
         rows = [row for index in indices for row in index.rows]
         labels, class_names = _choose_labels(uri, rows, label_keys(columns), columns)
-        held = [(filesystem(shard.base)[0], shard.path) for shard in shards]
-        digest = hashlib.sha256(digest_of(held).encode())
+        digest = hashlib.sha256()
         images: list[tuple[TarImage, ...]] = []
         first = 0
         for shard, index in zip(shards, indices, strict=True):
@@ -208,6 +207,12 @@ class TarInput:
             digest.update(repr((shard.name, shard.size, here)).encode())
             images.append(here)
             first += len(here)
+        sample = [
+            Piece(filesystem(shard.base)[0], shard.path, image.offset, image.size)
+            for shard, here in zip(shards, images, strict=True)
+            for image in here
+        ]
+        digest.update(sample_digest(sample).encode())
         return cls(tuple(shards), tuple(images), class_names, digest.hexdigest())
 
     @property

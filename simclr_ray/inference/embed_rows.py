@@ -107,7 +107,9 @@ def embed_rows(
 def _origin(
     address: str, encoder: Encoder, where: str | Sequence[str], source: Source, keep: Sequence[str]
 ) -> Origin:
-    label = source.label.name if source.label else ""
+    label, classes = source.label, {}
+    if label and label.name in keep and label.names and not label.label_of_file:
+        classes = {label.name: list(label.names)}  # files that number alike; the numbers are kept
     return Origin(
         encoder=address,
         weights=encoder.digest,
@@ -116,7 +118,7 @@ def _origin(
         fingerprint=source.fingerprint if isinstance(where, str) else "",
         columns=to_tree(source.columns),
         decoder=tuple(encoder.decoder),
-        classes={label: list(source.class_names)} if label in keep and source.class_names else {},
+        classes=classes,
     )
 
 

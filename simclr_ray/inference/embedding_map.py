@@ -128,8 +128,13 @@ def _classes(index: EmbeddingIndex, label: str) -> list[str]:
         kept = f"the columns: {', '.join(names)}" if names else "embed --keep hands columns on"
         raise ConfigError([ConfigIssue("--label", f"there is no column {label!r}; {kept}")])
     values = read_column(index.uri, label)
-    classes = dict(enumerate(index.origin.classes.get(label, ())))
-    return [str(classes.get(values[row], values[row])) for row in index.rows]
+    classes = index.origin.classes.get(label, ())
+
+    def name_of(value: Any) -> str:
+        is_class = isinstance(value, int) and 0 <= value < len(classes)
+        return str(classes[value] if is_class else value)
+
+    return [name_of(values[row]) for row in index.rows]
 
 
 def _legend(classes: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from ray import serve
+from starlette.requests import ClientDisconnect
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view
 from simclr_ray.config.uris import without_passwords
@@ -47,6 +48,7 @@ SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BYTES: Final = "application/octet-stream"
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+GONE: Final = 499  # of a client that has not waited, as nginx counts it
 ANSWER_S: Final = 120.0  # for all of a request, by Ray's proxy
 
 
@@ -67,8 +69,8 @@ class Service:
         queued: Requests that may wait beside those in work; more get a 503.
         max_bytes: Of a body; more gets a 413.
         max_pixels: Of an image; more gets a 422.
-        hosts: Names by which it may be asked; empty: any. A page of another site, whose name was
-            made to lead here, asks by that name.
+        hosts: Names by which it may be asked, /health aside; empty: any. A page of another site,
+            whose name was made to lead here, asks by that name.
         body_s: Seconds for a body to arrive; one that takes more gets a 408.
     """
 
@@ -156,13 +158,15 @@ class EncoderServer:
         self._encode([blank])  # before it is ready: the first pass takes longer than any other
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page(self) -> str:
+    async def page(self, request: Request) -> str:
         """Return a page to drop an image on."""
+        self._check_host(request)
         return render_page("inference", "serving.html.j2", has_index=self.index is not None)
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-    async def docs(self) -> str:
+    async def docs(self, request: Request) -> str:
         """Return what can be asked, as a page."""
+        self._check_host(request)
         paths = app.openapi()["paths"]
         rows = [
             (verb.upper(), path, operation["summary"], operation.get("description", ""))
@@ -192,8 +196,9 @@ class EncoderServer:
         }
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def prometheus(self) -> str:
+    async def prometheus(self, request: Request) -> str:
         """Return the metrics of the replica that answers, which they name, for Prometheus."""
+        self._check_host(request)
         return self.metrics.text()
 
     @app.post("/embed")
@@ -216,6 +221,7 @@ class EncoderServer:
         images: bool = Query(default=False),  # noqa: FBT001 - FastAPI's
     ) -> dict[str, Any]:
         """Return the nearest images of the index: name, cosine and, if asked for, a thumbnail."""
+        self._check_host(request)
         if self.index is None or self.images is None:
             raise HTTPException(404, "there is no index; it was started without --index")
         async with self._counted():
@@ -245,6 +251,9 @@ class EncoderServer:
         except HTTPException as refused:
             code = refused.status_code
             raise
+        except (ClientDisconnect, asyncio.CancelledError):
+            code = GONE
+            raise
         finally:
             self.metrics.count(code)
 
@@ -252,7 +261,7 @@ class EncoderServer:
         """Raise a 403 where it is asked by a name that is none of its own."""
         hosts = self.service.hosts
         if hosts and request.url.hostname not in hosts:
-            raise HTTPException(403, f"ask it as {hosts[0]}; --host opens it to others")
+            raise HTTPException(403, f"ask it as {hosts[0]}, or start it with --allowed-host")
 
     async def _embedding(self, request: Request) -> Floats:
         """Return the embedding of a request's body; raise a 4xx where it is no image."""

@@ -23,8 +23,8 @@ from simclr_ray.errors import DataError
 from simclr_ray.storage.hub import SCHEME, hub_filesystem
 
 # What pyarrow opens by itself; by `fsspec+…` it would import a package that the URI names.
-HALF_WRITTEN_S = 600.0  # after which what is half written is left by a killed process
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+HALF_WRITTEN_S = 600.0  # after which what is half written is left by a killed process
 
 
 @functools.lru_cache(maxsize=64)

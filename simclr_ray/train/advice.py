@@ -41,7 +41,7 @@ def advise_before_start(resolved: ResolvedExperiment) -> list[str]:
             f"loss.temperature={temperature:g} is outside {low:g} to {high:g}, where normalised "
             "embeddings learn (Table 5): 0.1 to 0.5 is usual"
         )
-    if config.data.limit and resolved.source.names_files:
+    if resolved.source.image_root and resolved.source.num_rows == config.data.limit:
         advice.append(
             f"data.limit={config.data.limit} takes the first images by name, and of folders that "
             "are classes the first ones: `prepare` shuffles them"

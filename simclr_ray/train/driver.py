@@ -115,7 +115,7 @@ def train_resolved(
     if not in_process:
         check_machine(config)
     check_space(resolved)
-    with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S):
+    with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S), stop.forgotten(folder):
         for other in runs_of_this_name(resolved) if is_new(folder) else []:
             log.info("a new run, %s: %s", folder.name, other)
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
@@ -125,7 +125,7 @@ def train_resolved(
             tracker = open_tracker(resolved)  # before the cluster waits
             if not in_process:
                 connect(config)
-                wait_for_room(config, lambda: stop.is_requested_here(folder))
+                wait_for_room(config, lambda: stop.is_seen(folder))
             with no_worker_left(), tracked_run(resolved, tracker) as tracked:
                 way = _way_of(resolved, in_process=in_process)
                 return _trained(resolved, tracked, on_progress, way)

@@ -61,6 +61,17 @@ def workers_are_gone() -> None:
 
 
 @contextmanager
+def forgotten(folder: RunFolder) -> Iterator[None]:
+    """Have nothing asked of this process after the block: its next run is another one."""
+    try:
+        yield
+    finally:
+        if is_seen(folder):
+            with suppress(OSError):
+                folder.remove(STOP)
+
+
+@contextmanager
 def passed_on(folder: RunFolder) -> Iterator[None]:
     """Write the file for what is asked of this process, while the block runs; remove it after.
 
@@ -119,6 +130,13 @@ def is_requested(folder: RunFolder) -> bool:
 
 def _look_s(folder: RunFolder) -> float:
     return LOOK_S if folder.local is not None else 10 * LOOK_S
+
+
+def is_seen(folder: RunFolder) -> bool:
+    """Return the same, and False where a store does not answer: it is asked again."""
+    with suppress(OSError):
+        return is_requested_here(folder)
+    return False
 
 
 class FileWatch:

@@ -152,6 +152,9 @@ def test_what_is_no_image_gets_a_4xx_and_the_server_lives(server: Server) -> Non
     form = {"Content-Type": "multipart/form-data; boundary=x"}
     assert server.ask("embed", b"--x", **form).code == 415
     assert server.ask("health").body == b"ok"
+    head = urllib.request.Request(f"http://127.0.0.1:{server.port}/health", method="HEAD")
+    with urllib.request.urlopen(head, timeout=60) as answer:
+        assert answer.status == 200
     assert server.ask("model", Host="evil.example").code == 403
     assert server.ask("embed", image(1), Host="evil.example:80").code == 403
     assert server.ask("embed", image(1)).code == 200

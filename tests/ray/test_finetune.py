@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -234,16 +233,21 @@ def test_what_cannot_be_tuned_is_said_before_anything_starts(folder: Path, run: 
 
 
 def test_the_limit_of_a_run_is_of_its_own_images_and_is_said(
-    folder: Path, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    limited = tmp_path / Path(run.folder).name
-    shutil.copytree(run.folder, limited)
-    text = (limited / "experiment.yaml").read_text()
-    (limited / "experiment.yaml").write_text(text.replace("\n  limit: 0\n", "\n  limit: 130\n"))
+    def limited(checkpoint: Path) -> Experiment:
+        made = experiment_of(checkpoint)
+        return made.model_copy(update={"data": made.data.model_copy(update={"limit": 130})})
+
+    monkeypatch.setattr("simclr_ray.train.finetune.experiment_of", limited)
     most = [f"storage={tmp_path}", "data.test="]
 
     def rows(*overrides: str) -> int:
-        planned = plan_finetuning(str(limited), 1.0, *most, *overrides, frozen=True)
+        planned = plan_finetuning(run.folder, 1.0, *most, *overrides, frozen=True)
         return planned.experiment.source.num_rows
 
     assert rows(f"data.train={folder / 'train.parquet'}") == 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from simclr_ray.config.experiment import Experiment
-from simclr_ray.data.contents import BYTES, FILES, digest_of
+from simclr_ray.config.experiment import ColumnsConfig, Experiment
+from simclr_ray.data import contents
+from simclr_ray.data.contents import NUM_PIECES, PIECE_BYTES, Piece, sample_digest
 from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.source import Source
+from simclr_ray.data.tar_input import TarInput, find_tars
+from simclr_ray.errors import DataError
 from simclr_ray.train.resolve import resolve
 
 
@@ -68,25 +72,83 @@ def test_a_sample_is_spread_over_many_files_and_has_the_middle_of_large_ones(
     tmp_path: Path,
 ) -> None:
     local = pafs.LocalFileSystem()
-    files = [tmp_path / f"{index:04}" for index in range(3 * FILES)]
+    files = [tmp_path / f"{index:04}" for index in range(3 * NUM_PIECES)]
     for file in files:
         file.write_bytes(b"x")
-    targets = [(local, str(file)) for file in files]
-    first = digest_of(targets)
+    pieces = [Piece(local, str(file)) for file in files]
+    first = sample_digest(pieces)
     changed = []
     for file in files:
         file.write_bytes(b"y")
-        changed.append(digest_of(targets) != first)
+        changed.append(sample_digest(pieces) != first)
         file.write_bytes(b"x")
         if len(changed) == 30:
             break
     assert 8 <= sum(changed) <= 12
     assert changed[0]
     large = tmp_path / "large"
-    held = bytearray(4 * BYTES)
+    held = bytearray(4 * PIECE_BYTES)
     large.write_bytes(held)
-    first = digest_of([(local, str(large))])
-    held[2 * BYTES] = 1
+    first = sample_digest([Piece(local, str(large))])
+    held[2 * PIECE_BYTES] = 1
     large.write_bytes(held)
-    assert digest_of([(local, str(large))]) != first
-    assert digest_of([]) == digest_of([])
+    assert sample_digest([Piece(local, str(large))]) != first
+    assert sample_digest([]) == sample_digest([])
+
+
+def test_of_a_limited_list_those_files_count_that_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "photos", "bmp", 0)
+    paths = [f"photos/{index:03}.bmp" for index in range(40)]
+    pq.write_table(pa.table({"image": paths}), tmp_path / "a.parquet", row_group_size=8)
+
+    def fingerprints() -> list[str]:
+        return [Source.open(str(tmp_path / "a.parquet"), limit=n).fingerprint for n in (10, 0)]
+
+    limited, whole = fingerprints()
+    with (tmp_path / "photos" / "030.bmp").open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(bytes(100))
+    after = fingerprints()
+    assert after[0] == limited
+    assert after[1] != whole
+
+
+def test_members_of_a_tar_that_were_made_anew_are_another_set(tmp_path: Path) -> None:
+    def listing(seed: int) -> str:
+        write(tmp_path / "photos", "bmp", 0)
+        write(tmp_path / "photos", "bmp", seed, num=1)  # the first of forty
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for file in sorted((tmp_path / "photos").iterdir()):
+                archive.add(file, file.name)
+        return TarInput.open("a", find_tars(str(tmp_path / "a.tar")), ColumnsConfig()).listing
+
+    first = listing(0)
+    assert listing(0) == first
+    assert listing(1) != first
+
+
+def test_a_bucket_that_does_not_answer_is_no_other_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    monkeypatch.setattr(contents, "is_local", lambda _: False)
+
+    class Store:
+        answers, opened = True, 0
+
+        def open_input_file(self, path: str) -> pa.NativeFile:
+            Store.opened += 1
+            if not Store.answers:
+                raise OSError("SLOW_DOWN 503")
+            return pafs.LocalFileSystem().open_input_file(str(tmp_path / path))
+
+    pieces = [Piece(Store(), name) for name in ("a", "gone")]
+    contents._remembered.clear()
+    first = sample_digest(pieces)
+    assert Store.opened == 2
+    assert sample_digest(pieces) == first
+    assert Store.opened == 2  # a command that opens a list several times asks once
+    contents._remembered.clear()
+    Store.answers = False
+    with pytest.raises(DataError, match="SLOW_DOWN"):
+        sample_digest(pieces)

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
@@ -106,12 +107,14 @@ def test_a_step_that_does_not_fit_names_the_largest_group_that_does(
 
 
 def test_the_first_images_of_folders_of_classes_are_not_all_classes(tmp_path: Path) -> None:
-    paths = pa.array([f"{index:04}.png" for index in range(1000)])
-    pq.write_table(pa.table({"image": paths}), tmp_path / "list.parquet")
-    for limit, said in ((0, 0), (900, 1)):
-        data = {"train": str(tmp_path / "list.parquet"), "limit": limit}
-        given = {"name": "t", "data": data, "augment": {"size": 32}, "batch_size": 50, "epochs": 30}
+    for index in range(12):
+        folder = tmp_path / "photos" / f"class {index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(folder / f"{index}.png")
+    for limit, said in ((0, 0), (8, 1), (20, 0)):
+        data = {"train": str(tmp_path / "photos"), "limit": limit}
+        given = {"name": "t", "data": data, "augment": {"size": 32}, "batch_size": 4, "epochs": 99}
         experiment = cfg.validate(Experiment, given)
-        source = Source.open(str(tmp_path / "list.parquet"), limit=limit)
+        source = Source.open(str(tmp_path / "photos"), limit=limit)
         lines = advice.advise_before_start(ResolvedExperiment(experiment, source))
         assert len([line for line in lines if "takes the first images by name" in line]) == said
