@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
+import ray
+from ray import PlacementGroupID
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -31,6 +34,7 @@ from simclr_ray.errors import ClusterError
 # Waiting trials that an autoscaler is shown at a time: each is a placement group of Ray's
 MAX_SHOWN: Final = 16
 POLL_S: Final = 2.0
+LEFT_S: Final = 1.0
 ADVICE: Final = "for nodes that are still to join, scaling.wait_for_nodes_s=900 waits"
 log = logging.getLogger(__name__)
 
@@ -105,6 +109,33 @@ class Demand:
         if any(_state_of(group) == "CREATED" for group in self._groups):
             return True
         return workers_on(free_nodes(), self._scaling) >= self._scaling.max_workers
+
+
+@contextmanager
+def no_group_left() -> Iterator[None]:
+    """Remove the placement groups that a block has left in this job where it was broken off.
+
+    A group whose creator was killed while it asked for it belongs to nobody: Ray keeps it, it takes
+    room as soon as there is some, and all who wait for that room wait on. The job must make no
+    others meanwhile.
+    """
+    before = set(_groups_of_job())
+    try:
+        yield
+    except BaseException:
+        until = time.monotonic() + LEFT_S
+        while time.monotonic() < until:  # what was asked for may arrive after who asked is gone
+            for name in set(_groups_of_job()) - before:
+                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+            time.sleep(LEFT_S / 5)
+        raise
+
+
+def _groups_of_job() -> list[str]:
+    """Return the ids of the placement groups of this job that are not removed, which end in its."""
+    job = ray.get_runtime_context().get_job_id()
+    table: dict[str, dict[str, Any]] = placement_group_table()
+    return [name for name, g in table.items() if name.endswith(job) and g["state"] != "REMOVED"]
 
 
 def _state_of(group: PlacementGroup) -> str:

@@ -24,6 +24,7 @@ import torch
 from simclr_ray.config.experiment import ScalingConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed.demand import LEFT_S, no_group_left
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import ClusterError, last_line
 from simclr_ray.nn.resnet import RESNET50_PARAMETERS
@@ -92,8 +93,9 @@ def check_workers(scaling: ScalingConfig, storage: str, timeout_s: float) -> lis
     is_late = threading.Event()
     try:
         with (
+            no_group_left(),
             _inbox() as inbox,
-            _interrupted_after(max(0.0, timeout_s - ABORT_S), is_late),
+            _interrupted_after(max(0.0, timeout_s - ABORT_S - LEFT_S), is_late),
             interrupts_kept(),
         ):
             _train(scaling, storage, timeout_s, inbox)

@@ -10,7 +10,7 @@ import pytest
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from simclr_ray.config.experiment import ScalingConfig
-from simclr_ray.distributed.demand import MAX_SHOWN, Demand
+from simclr_ray.distributed.demand import MAX_SHOWN, Demand, no_group_left
 from simclr_ray.distributed.placement import free_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -34,6 +34,7 @@ def wait_for(until: Callable[[], bool]) -> None:
 
 def test_trials_that_wait_are_shown_until_there_is_room(ray_cluster: str) -> None:
     demand = Demand(SCALING)
+    wait_for(lambda: states() == {})  # what earlier tests have ended
     wait_for(lambda: sum(node.cpus for node in free_nodes()) == 4)
     demand.show(3)
     assert states() == {}  # a trial is on its way there
@@ -54,3 +55,23 @@ def test_trials_that_wait_are_shown_until_there_is_room(ray_cluster: str) -> Non
     wait_for(lambda: states() == {})  # and all make way for the trial
     demand.show(0)
     assert states() == {}
+
+
+def leave_two() -> None:
+    with no_group_left():
+        placement_group([{"CPU": 400}])  # waits for ever
+        assert placement_group([{"CPU": 1}]).wait(30)
+        raise KeyboardInterrupt
+
+
+def test_groups_of_somebody_who_is_gone_are_removed_and_those_of_before_stay(
+    ray_cluster: str,
+) -> None:
+    before = placement_group([{"CPU": 1}])
+    try:
+        assert before.wait(30)
+        with pytest.raises(KeyboardInterrupt):
+            leave_two()
+        wait_for(lambda: states() == {"CREATED": 1})
+    finally:
+        remove_placement_group(before)
