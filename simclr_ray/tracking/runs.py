@@ -269,6 +269,7 @@ class TrackedRun:
         """
         with door(f"log dataset {name!r}", self.uri) as client:
             from mlflow.entities import Dataset, DatasetInput, InputTag
+            from mlflow.exceptions import MlflowException
 
             name, digest = (
                 name[: store.MAX_DATASET_NAME_CHARS],
@@ -278,7 +279,14 @@ class TrackedRun:
             source = json.dumps({"uri": hide_passwords(uri)})
             dataset = Dataset(name, digest, "uri", source, profile=profile)
             tag = InputTag("mlflow.data.context", context)
-            client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags=[tag])])
+            given = [DatasetInput(dataset, tags=[tag])]
+            try:
+                client.log_inputs(self.run_id, datasets=given)
+            except MlflowException as error:
+                # two runs that log the same dataset at once both find none, and both insert it
+                if not any(said in str(error).lower() for said in ("unique", "duplicate")):
+                    raise
+                client.log_inputs(self.run_id, datasets=given)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file, or a folder with all in it, to `folder` among the run's artifacts."""

@@ -8,9 +8,11 @@ import pickle
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from simclr_ray.config.experiment import TrackingConfig
 from simclr_ray.errors import ConfigError, TrackingError
@@ -294,3 +296,24 @@ def test_what_a_model_uri_cannot_hold_is_refused_beforehand(
 def test_usual_names_are_taken() -> None:
     for name in ("enc", "team.enc-2", "my encoder", "größe_1"):
         mlflow_store.check_model(name, "best-1")
+
+
+def test_a_dataset_that_another_run_logs_at_once_is_logged_by_both(
+    tracker: Tracker, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, failures = MlflowClient.log_inputs, ["UNIQUE constraint failed: datasets.digest"]
+
+    def log_inputs(this: MlflowClient, *arguments: Any, **given: Any) -> None:
+        if failures:
+            raise MlflowException(f"(sqlite3.IntegrityError) {failures.pop()}")
+        usual(this, *arguments, **given)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", log_inputs)
+    run = start(tracker)
+    run.log_dataset("train", "data/train", "f" * 16, 3, "pretraining")
+    inputs = client.get_run(run.run_id).inputs
+    assert inputs is not None
+    assert [given.dataset.name for given in inputs.dataset_inputs] == ["train"]
+    failures.append("disk I/O error")
+    with pytest.raises(TrackingError, match="disk I/O error"):
+        run.log_dataset("train", "data/train", "f" * 16, 3, "pretraining")
