@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from simclr_ray.data.listing import REMOTE_THREADS
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import is_local, one_line
 
+T = TypeVar("T")
 NUM_PIECES: Final = 256  # changes of one image in a hundred are seen in nine of ten cases
 PIECE_BYTES: Final = 65_536  # from the middle of each: the beginning is a header
 NUM_GROUPS: Final = 16  # of a list, that names are read from
@@ -55,7 +56,7 @@ def sample_digest(pieces: Sequence[Piece]) -> str:
     Raises:
         DataError: A bucket does not answer.
     """
-    chosen = [pieces[i] for i in _spaced(len(pieces), NUM_PIECES)]
+    chosen = evenly(pieces)
     if all(is_local(piece.fs) for piece in chosen):
         return _digest([_middle(piece) for piece in chosen])
     key = tuple(f"{piece.path} {piece.start} {piece.size}" for piece in chosen)
@@ -81,7 +82,7 @@ def named_files_digest(
     Raises:
         DataError: A list cannot be read, or a bucket does not answer.
     """
-    chosen = [groups[i] for i in _spaced(len(groups), NUM_GROUPS)]
+    chosen = evenly(groups, NUM_GROUPS)
 
     def pieces_of(group: tuple[str, int, int]) -> list[Piece]:
         path, number, num_rows = group
@@ -90,9 +91,9 @@ def named_files_digest(
                 table = pq.ParquetFile(stream).read_row_group(number, columns=[column])
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} cannot be read: {one_line(error)}") from error
-        names = table.column(column)
-        rows = _spaced(min(num_rows, len(names)), NUM_PIECES // len(chosen))
-        return [Piece(*target_of(str(names[row].as_py()), fs, path, root)) for row in rows]
+        names = table.column(column).slice(0, num_rows).to_pylist()
+        some = evenly(names, NUM_PIECES // len(chosen))
+        return [Piece(*target_of(str(name), fs, path, root)) for name in some]
 
     with ThreadPoolExecutor(1 if is_local(fs) else NUM_GROUPS) as pool:
         return sample_digest([piece for part in pool.map(pieces_of, chosen) for piece in part])
@@ -105,11 +106,10 @@ def pieces_of_file(fs: pafs.FileSystem, path: str, num: int = NUM_GROUPS) -> lis
     return [Piece(fs, path, first, last - first) for first, last in itertools.pairwise(ends)]
 
 
-def _spaced(total: int, most: int) -> list[int]:
-    """Return at most so many positions of a sequence, evenly spaced, with its ends."""
-    spaced = np.linspace(0, total - 1, min(total, most)).round().astype(int)
-    positions: list[int] = np.unique(spaced).tolist()
-    return positions
+def evenly(items: Sequence[T], most: int = NUM_PIECES) -> list[T]:
+    """Return at most so many items, evenly spaced, with the first and the last."""
+    spaced = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
+    return [items[at] for at in np.unique(spaced).tolist()]
 
 
 def _digest(parts: Sequence[bytes]) -> str:

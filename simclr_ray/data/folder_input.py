@@ -21,7 +21,7 @@ from simclr_ray.config.sections.data import FolderGroups, FolderLabels
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.columns import PATH_COLUMN
-from simclr_ray.data.contents import Piece, sample_digest
+from simclr_ray.data.contents import Piece, evenly, sample_digest
 from simclr_ray.data.files import read_file
 from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
 from simclr_ray.data.grouping import cut_between_groups, grouped_order
@@ -94,7 +94,7 @@ class FolderInput:
         classes = _class_folders(names, uri, labels)
         names = names[:limit] if limit else names
         sizes = [(name, size_of[name]) for name in names]
-        sample = sample_digest([Piece(fs, f"{root}/{name}") for name in names])
+        sample = sample_digest([Piece(fs, f"{root}/{name}") for name in evenly(names)])
         identity = repr((sizes, sample))
         digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
         where = root if is_local(fs) else uri
@@ -303,7 +303,7 @@ def index_files(files: Sequence[str], out: str) -> str:
             PATH_COLUMN: pa.array(list(files), pa.string()),
         }
     )
-    sample = sample_digest([Piece(pafs.LocalFileSystem(), path) for path in absolute])
+    sample = sample_digest([Piece(pafs.LocalFileSystem(), path) for path in evenly(absolute)])
     listing = hashlib.sha256(json.dumps([list(files), sizes, sample]).encode()).hexdigest()
     about = {IMAGE_ROOT: "file:///", IMAGE_BYTES: str(sum(sizes)), IMAGE_LISTING: listing}
     return _write_list(out, "files", table, about)

@@ -25,7 +25,7 @@ import pyarrow.fs as pafs
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
-from simclr_ray.data.contents import Piece, sample_digest
+from simclr_ray.data.contents import Piece, evenly, sample_digest
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.data.left_out import LeftOut
 from simclr_ray.data.listing import (
@@ -207,10 +207,12 @@ class TarInput:
             digest.update(repr((shard.name, shard.size, here)).encode())
             images.append(here)
             first += len(here)
+        members = [
+            (shard, image) for shard, here in zip(shards, images, strict=True) for image in here
+        ]
         sample = [
             Piece(filesystem(shard.base)[0], shard.path, image.offset, image.size)
-            for shard, here in zip(shards, images, strict=True)
-            for image in here
+            for shard, image in evenly(members)
         ]
         digest.update(sample_digest(sample).encode())
         return cls(tuple(shards), tuple(images), class_names, digest.hexdigest())
