@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from simclr_ray.storage.run_folder import RunFolder
 
 ERROR: Final = "error.json"
+RESTART: Final = "restart"  # kind of what has not ended a run: its ranks started again
 MOST_CHARACTERS: Final = 4000
 
 

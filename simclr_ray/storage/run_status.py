@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
@@ -10,8 +11,8 @@ from pyarrow import fs
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import entries_in, filesystem
-from simclr_ray.storage.last_error import LastError
-from simclr_ray.storage.metrics_log import last_of, read_records, seconds_left
+from simclr_ray.storage.last_error import RESTART, LastError
+from simclr_ray.storage.metrics_log import TIME, last_of, read_records, seconds_left
 from simclr_ray.storage.rank_states import RankStates
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
@@ -20,7 +21,7 @@ SCORES = "scores.json"
 CLASSIFIER_SCORES = "classification.json"
 LOG_BYTES = 4 * 2**20  # of the end of a log: ten thousand records; a long run's has some 100 MB
 
-State = Literal["running", "finished", "stopped"]
+State = Literal["running", "finished", "stopped", "failed"]
 
 
 class RunStatus(NamedTuple):
@@ -54,10 +55,14 @@ def status_of_run(folder: RunFolder) -> RunStatus:
     total, epoch = int(metrics.pop("total", 0)), metrics.pop("epoch", 0.0)
     checkpoints = folder.checkpoints()
     kept = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
-    step = max(int(metrics.pop("step", 0)), kept)
-    state: State = "running" if folder.holder() else "stopped"
-    if state == "stopped" and kept and kept >= total:
+    step, error = max(int(metrics.pop("step", 0)), kept), LastError.read(folder)
+    state: State = "stopped"
+    if folder.holder():
+        state = "running"
+    elif kept and kept >= total:
         state = "finished"
+    elif error is not None and error.kind != RESTART and not _trained_since(error, records):
+        state = "failed"
     return RunStatus(
         folder,
         RunRecord.find(folder),
@@ -71,8 +76,14 @@ def status_of_run(folder: RunFolder) -> RunStatus:
         folder.written_at(),
         ranks,
         seconds_left(records) if state == "running" else None,
-        LastError.read(folder),
+        error,
     )
+
+
+def _trained_since(error: LastError, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a later start has logged something: it was stopped, as its error was kept."""
+    at = records[-1].get(TIME) if records else None
+    return isinstance(at, float | int) and at > error.at
 
 
 def runs_in(storage: str) -> list[RunFolder]:

@@ -19,7 +19,7 @@ from simclr_ray.errors import (
     UnhealthyRunError,
 )
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.last_error import LastError
+from simclr_ray.storage.last_error import RESTART, LastError
 from simclr_ray.storage.metrics_log import FIRST_BATCH
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
 from simclr_ray.train import stop
@@ -176,7 +176,7 @@ class RunRecorder:
                     )
                 )
             return
-        LastError.of("restart", f"{who} failed: {cause}").write(self.resolved.folder)
+        LastError.of(RESTART, f"{who} failed: {cause}").write(self.resolved.folder)
         log.warning(
             "%s failed: %s; all ranks start again after step %d (%d of %d times without a "
             "further checkpoint)", who, cause, kept, self._restarts, most,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from simclr_ray.errors import DivergedError, RunError
-from simclr_ray.storage.last_error import ERROR, recorded
+from simclr_ray.storage.last_error import ERROR, RESTART, LastError, recorded
 from simclr_ray.storage.metrics_log import FIRST_BATCH, RECENT_S, seconds_left
 from simclr_ray.storage.rank_states import RANKS, RankState, RankStates
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
@@ -132,6 +132,21 @@ def test_an_error_is_recorded_until_the_run_ends_well_and_a_stop_is_none(folder:
     with recorded(folder):
         pass
     assert status_of_run(folder).error is None
+
+
+def test_a_run_that_an_error_ended_has_failed_until_it_goes_on(folder: RunFolder) -> None:
+    LastError.of(RESTART, "rank 1 was lost").write(folder)
+    assert status_of_run(folder).state == "stopped"  # a restart has not ended it
+    LastError.of("RunError", "the disk is full").write(folder)
+    assert status_of_run(folder).state == "failed"
+    with folder.lock():
+        assert status_of_run(folder).state == "running"
+    later = report(time.time() + 60, 300)
+    folder.write_text(METRICS, f"{folder.read_text(METRICS)}{json.dumps(later)}\n")
+    assert status_of_run(folder).state == "stopped"  # by someone, after it had gone on
+    spoiled = {**later, "time": "yesterday"}
+    folder.write_text(METRICS, f"{folder.read_text(METRICS)}{json.dumps(spoiled)}\n")
+    assert status_of_run(folder).state == "failed"
 
 
 def test_the_error_itself_is_raised_where_nothing_can_be_written(folder: RunFolder) -> None:
