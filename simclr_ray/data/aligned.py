@@ -51,7 +51,7 @@ def align_labels(*sources: Source) -> tuple[Source, ...]:
     for source, own in zip(sources[1:], keys[1:], strict=True):
         if set(own.values()).isdisjoint(keys[0].values()):
             raise DataError(
-                f"{source.uri} has no class of {sources[0].uri}: {_some(own)} there, "
+                f"{source.shown_uri} has no class of {sources[0].shown_uri}: {_some(own)} there, "
                 f"{_some(keys[0])} here, so that no score could be right"
             )
     classes, said = number_classes(keys, named, [source.uri for source in sources])
@@ -89,9 +89,9 @@ def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) ->
     by_name = bool(column.names) and not set(names).isdisjoint(column.names)
     both_named = not _are_numbers(column.names) and not _are_numbers(names)
     if not by_name and (column.is_text or both_named):
-        raise DataError(f"{source.uri} has none of the classes that the classifier knows")
+        raise DataError(f"{source.shown_uri} has none of the classes that the classifier knows")
     if not by_name and (names or column.names):
-        warn_once(log, f"{source.uri}: labels are compared with the classifier's as numbers")
+        warn_once(log, f"{source.shown_uri}: labels are compared with the classifier's as numbers")
     classes = _classes(names, num_classes, by_name=by_name)
     keys = {label: column.names[label] if by_name else str(label) for label in present}
     names_there = set(classes)
@@ -99,11 +99,12 @@ def map_to_classifier(source: Source, names: Sequence[str], num_classes: int) ->
     if unknown:
         shown = counted(len(unknown), "class", "classes")
         raise DataError(
-            f"{source.uri} has {shown} that the classifier does not know: {', '.join(unknown[:5])}"
+            f"{source.shown_uri} has {shown} that the classifier does not know: "
+            f"{', '.join(unknown[:5])}"
         )
     untested = sorted(names_there.difference(keys.values()), key=classes.index) if by_name else []
     if untested:
-        warn_once(log, f"{source.uri} has no image of {_some(dict(enumerate(untested)))}")
+        warn_once(log, f"{source.shown_uri} has no image of {_some(dict(enumerate(untested)))}")
     return replace(source, label=renumber(column, keys, classes))
 
 
@@ -124,7 +125,7 @@ def labels_for_classifier(source: Source, names: Sequence[str]) -> tuple[Int64s,
     is_other = is_numbered and set(names).isdisjoint(column.names)  # names here, numbers there
     by_name = bool(column.names) and (column.is_text or not is_other)
     if not by_name and (column.names or not is_numbered):
-        warn_once(log, f"{source.uri}: labels are compared with the classifier's as numbers")
+        warn_once(log, f"{source.shown_uri}: labels are compared with the classifier's as numbers")
     keys = [column.names[label] if by_name else str(label) for label in present]
     number = {key: place for place, key in enumerate(_classes(names, len(names), by_name=by_name))}
     before = np.array([NO_LABEL, *present])

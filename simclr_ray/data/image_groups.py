@@ -190,10 +190,10 @@ def _read_groups(source: Source) -> ImageGroups:
 
 def _scattered(source: Source, pieces: int, groups: int) -> str:
     return (
-        f"{source.uri}: {column_key('group')}={source.columns.group}: the images of a group must "
-        f"lie in one row group, and those of {counted(groups, 'group')} lie in {groups + pieces:,} "
-        f"pieces; write them so: {prepare_line(source)}; then train on that with "
-        f"data.columns.group={GROUP_COLUMN}"
+        f"{source.shown_uri}: {column_key('group')}={source.columns.group}: the images of a "
+        f"group must lie in one row group, and those of {counted(groups, 'group')} lie in "
+        f"{groups + pieces:,} pieces; write them so: {prepare_line(source)}; then train on "
+        f"that with data.columns.group={GROUP_COLUMN}"
     )
 
 
@@ -225,11 +225,11 @@ def _whole_groups(source: Source, limit: int) -> Source:
     groups = source.row_groups[:-1] + ((last._replace(num_rows=kept),) if kept else ())
     num_rows = last.first_row + kept
     if not groups:
-        raise DataError(f"{source.uri}: data.limit={limit} holds no whole group; raise it")
+        raise DataError(f"{source.shown_uri}: data.limit={limit} holds no whole group; raise it")
     if kept < last.num_rows:
         warn_once(
             log,
-            f"{source.uri}: data.limit={limit}: the first {num_rows:,} rows are used, "
+            f"{source.shown_uri}: data.limit={limit}: the first {num_rows:,} rows are used, "
             "whose groups are whole",
         )
     return replace(source, row_groups=groups, num_rows=num_rows)
@@ -280,8 +280,8 @@ def _plain_parts(source: Source) -> Iterator[pa.ChunkedArray]:
     if num_blank:
         warn_once(
             log,
-            f"{source.uri}: {num_blank:,} of {source.num_rows:,} rows have blank text in column "
-            f"{source.columns.group!r}: each is a group of its own",
+            f"{source.shown_uri}: {num_blank:,} of {source.num_rows:,} rows have blank text "
+            f"in column {source.columns.group!r}: each is a group of its own",
         )
 
 

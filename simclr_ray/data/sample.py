@@ -98,7 +98,7 @@ def check_sample(
     if num_bad == num:
         reason, remedy = most[0][0]
         shown = f"{reason} ({remedy})" if remedy else reason
-        raise DataError(f"{sample.source.uri}: none of {sampled} can be used: {shown}")
+        raise DataError(f"{sample.source.shown_uri}: none of {sampled} can be used: {shown}")
     reasons = "; ".join(f"{count:,} x {problem.reason}" for problem, count in most)
     stops = f"; more than data.max_bad_fraction={max_bad_fraction:g} of all stop the run"
     log.warning(

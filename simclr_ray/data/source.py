@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -99,6 +100,14 @@ class Source:
     fingerprint: str
     names_files: bool = False
     num_groups: int = 0
+
+    @property
+    def shown_uri(self) -> str:
+        """What messages call it: a folder of image files, not the list that was made of it."""
+        root = self.image_root
+        if not root or "://" in root or "://" in self.uri:
+            return root if "://" in root else self.uri
+        return os.path.normpath(os.path.join(os.path.dirname(self.files[0]), root))  # noqa: PTH118, PTH120
 
     @property
     def num_pairs(self) -> int:
@@ -242,7 +251,7 @@ class Source:
             DataError: the dataset has no labels.
         """
         if self.label is None:
-            raise DataError(f"{self.uri} {self.unlabelled}")
+            raise DataError(f"{self.shown_uri} {self.unlabelled}")
         if self.index:
             column = self.read_index(self.label.name)
             return self.label.read(column, 0, self.index)
@@ -366,10 +375,10 @@ def _without_ids(source: Source, why: str) -> Source:
     name = source.columns.id
     if name != ColumnsConfig().id:
         raise DataError(
-            f"{source.uri}: {column_key('id')}={name}: {why}; ids tell images apart: name another "
-            f"column, or none ({column_key('id')}=) to number the rows"
+            f"{source.shown_uri}: {column_key('id')}={name}: {why}; ids tell images apart: "
+            f"name another column, or none ({column_key('id')}=) to number the rows"
         )
-    warn_once(logger, f"{source.uri}: column {name!r}: {why}: not used, rows are numbered")
+    warn_once(logger, f"{source.shown_uri}: column {name!r}: {why}: not used, rows are numbered")
     return replace(source, has_ids=False)
 
 

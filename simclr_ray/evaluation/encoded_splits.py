@@ -295,13 +295,13 @@ def _chosen(experiment: Experiment, train: Source | None = None) -> _Sources:
     test = Source.open(data.test, data.columns) if data.test else None
     if test is None or not test.has_labels:
         if test is not None and bank.has_labels:
-            warn_once(log, f"{test.uri} {test.unlabelled}: scores are those without labels")
+            warn_once(log, f"{test.shown_uri} {test.unlabelled}: scores are those without labels")
         return _Sources(train, None)
     if not bank.has_labels:
         warn_once(
             log,
-            f"{bank.uri} {bank.unlabelled}: scores are of one half of {test.uri} by the other "
-            "(data.eval_train names labelled images to learn from)",
+            f"{bank.shown_uri} {bank.unlabelled}: scores are of one half of {test.shown_uri} by "
+            "the other (data.eval_train names labelled images to learn from)",
         )
         return _Sources(test, None, is_halved=True)
     return _Sources(bank, test)

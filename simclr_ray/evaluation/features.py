@@ -120,7 +120,7 @@ def load_split(
     split = decoded_rows(source, sample_rows(source, limit), size, decoder)
     if not len(split.images):
         reason = split.bad[0].reason
-        raise DataError(f"{source.uri}: none of {len(split.bad)} rows is an image: {reason}")
+        raise DataError(f"{source.shown_uri}: none of {len(split.bad)} rows is an image: {reason}")
     return split
 
 

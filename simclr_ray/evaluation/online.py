@@ -182,10 +182,10 @@ class OnlineEvaluation:
             raise
         counts = dist.row_counts(len(own.images), self.device)
         if FAILED in counts:
-            raise DataError(f"{source.uri} cannot be read by rank {counts.index(FAILED)}")
+            raise DataError(f"{source.shown_uri} cannot be read by rank {counts.index(FAILED)}")
         if not any(counts):
             reasons = [row.reason for row in own.bad] or ["no row has a label"]
-            raise DataError(f"{source.uri}: no row can be evaluated: {reasons[0]}")
+            raise DataError(f"{source.shown_uri}: no row can be evaluated: {reasons[0]}")
         labels = dist.all_gather_rows(own.labels.to(self.device), counts).cpu()
         return own, _Part(own.images, labels, counts)
 

@@ -334,7 +334,8 @@ def extract(
                 gathered.append(FeatureFile(len(rows), part.shape[1]))
             gathered[index].write(place[is_good], part)
     if not good.any():
-        raise DataError(f"{source.uri}: none of {len(good)} rows is an image: {bad[0].reason}")
+        problem = f"none of {len(good)} rows is an image: {bad[0].reason}"
+        raise DataError(f"{source.shown_uri}: {problem}")
     good &= (labels >= 0) | (not labelled)
     features: list[Rows] = []
     for file in gathered:

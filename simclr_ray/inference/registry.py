@@ -239,7 +239,7 @@ def find_version(where: str, *, uri: str) -> FoundVersion:
     address = model_address(where)
     name, version = address.name, address.version
     store.check_there(uri, " (--tracking-uri URI)")
-    store.check_there(store.registry_uri(uri))
+    store.check_there(store.registry_uri(uri), f" ({store.REGISTRY_VARIABLE})")
     with store.quiet(), door(f"find {where}", uri) as client, store.first_contact():
         from mlflow.exceptions import MlflowException
 
@@ -295,7 +295,7 @@ def _example(experiment: Experiment) -> bytes:
         with suppress(decode.ImageError):
             decoder.decode(image or b"")
             return image or b""
-    raise DataError(f"{source.uri}: none of its first {EXAMPLES_TRIED} images can be decoded")
+    raise DataError(f"{source.shown_uri}: none of its first {EXAMPLES_TRIED} images can be decoded")
 
 
 def _register_model(

@@ -27,6 +27,9 @@ URI_VARIABLE: Final = "MLFLOW_TRACKING_URI"
 REGISTRY_VARIABLE: Final = "MLFLOW_REGISTRY_URI"
 DATABASE: Final = "mlflow.db"
 ARTIFACTS: Final = "mlartifacts"
+COPY_IT_TOO: Final = (
+    f"; a run or study that is copied takes {DATABASE} and {ARTIFACTS} of its storage along"
+)
 CLUSTER_TAG: Final = "cluster_doctor"  # of runs and versions: what was found on their cluster
 
 # mlflow.utils.validation of MLflow 3; it refuses most of what is longer instead of cutting it.
@@ -152,12 +155,12 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).resolve()
 
 
-def check_there(uri: str, remedy: str = "") -> None:
+def check_there(uri: str, remedy: str = COPY_IT_TOO) -> None:
     """Raise `ConfigError` for a SQLite store without its file, which MLflow would make, empty.
 
     Args:
         uri: Of the store.
-        remedy: How another one is named, where it can be.
+        remedy: What to do; else that of a run or study, which was copied without its store.
     """
     database = sqlite_file(uri)
     if database is not None and not database.is_file():

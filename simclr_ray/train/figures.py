@@ -58,7 +58,7 @@ def draw_views(
     views = build_views(experiment.augment, experiment.seed, experiment.data.channels)
     pairs = _pairs(experiment, source, rows, epoch)
     if not pairs:
-        raise DataError(f"{source.uri}: none of the rows looked at is an image")
+        raise DataError(f"{source.shown_uri}: none of the rows looked at is an image")
     traces = _traces(views, pairs, epoch)
     columns = 1 + max(map(len, traces))
     width, height = 1.25 * (columns + 1), 2.5 * len(pairs)

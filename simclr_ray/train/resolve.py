@@ -199,7 +199,7 @@ def _check_evaluation(resolved: ResolvedExperiment) -> None:
     elif test.has_labels and bank.has_labels:
         align_labels(bank, test)
     elif bank.has_labels:
-        log.warning("%s %s: no kNN and no linear scores", test.uri, test.unlabelled)
+        log.warning("%s %s: no kNN and no linear scores", test.shown_uri, test.unlabelled)
 
 
 def resolve_classes(experiment: Experiment, source: Source) -> tuple[Experiment, Source]:
@@ -215,8 +215,8 @@ def resolve_classes(experiment: Experiment, source: Source) -> tuple[Experiment,
         return experiment, source
     if not source.has_labels:
         raise DataError(
-            f"loss.name={experiment.loss.name} needs labels, and {source.uri} {source.unlabelled} "
-            "(data.columns.label)"
+            f"loss.name={experiment.loss.name} needs labels, and {source.shown_uri} "
+            f"{source.unlabelled} (data.columns.label)"
         )
     head = experiment.classifier
     if head is None:
@@ -227,15 +227,16 @@ def resolve_classes(experiment: Experiment, source: Source) -> tuple[Experiment,
         labels = source.labels()
     if (labels == NO_LABEL).any() or labels.min() < 0:
         raise DataError(
-            f"{int((labels < 0).sum())} of {len(labels)} rows of {source.uri} have no label; "
+            f"{int((labels < 0).sum())} of {len(labels)} rows of {source.shown_uri} have no label; "
             "a classifier is trained on labelled rows alone"
         )
     num_classes = max(len(source.class_names), int(labels.max()) + 1)
     if len(np.unique(labels)) < 2:
-        raise DataError(f"all rows of {source.uri} are of one class; there is nothing to learn")
+        problem = "are of one class; there is nothing to learn"
+        raise DataError(f"all rows of {source.shown_uri} {problem}")
     if head.num_classes and num_classes > head.num_classes:
         raise DataError(
-            f"{source.uri} has {num_classes} classes, more than "
+            f"{source.shown_uri} has {num_classes} classes, more than "
             f"head.num_classes={head.num_classes} allows"
         )
     filled = head.model_copy(update={"num_classes": head.num_classes or num_classes})

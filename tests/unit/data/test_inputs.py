@@ -25,6 +25,7 @@ from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.inputs import ParquetInput, ShapesInput, open_input
 from simclr_ray.data.items import Input, Item
 from simclr_ray.data.shapes import render
+from simclr_ray.data.source import Source
 from simclr_ray.data.torchvision_input import UNSUPPORTED, TorchvisionInput
 from simclr_ray.errors import DataError
 
@@ -92,6 +93,15 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert given.class_names == ()
     items = sorted(item for part in read(given) for item in part)
     assert [(i.name, i.label) for i in items] == [("a.jpg", -1), ("b.jpg", -1)]
+
+
+def test_messages_name_a_folder_of_images_and_not_the_list_of_it(tmp_path: Path) -> None:
+    source = Source.open(str(fill(tmp_path / "photos", ["1.jpg", "2.jpg"])))
+    assert source.uri != source.shown_uri == str(tmp_path / "photos")
+    with pytest.raises(DataError) as refused:
+        source.labels()
+    assert str(refused.value).startswith(f"{tmp_path}/photos ")
+    assert source.uri not in str(refused.value)
 
 
 def test_a_file_that_went_away_is_an_item_that_says_so(tmp_path: Path) -> None:
