@@ -12,7 +12,13 @@ import numpy as np
 from simclr_ray.augment.decode import channels_in, shown_as_rgb
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.contact_sheet import Section, Thumbnail, thumbnail_of, write_sheet
+from simclr_ray.data.contact_sheet import (
+    THUMBNAIL_SIDE,
+    Section,
+    Thumbnail,
+    thumbnail_of,
+    write_sheet,
+)
 from simclr_ray.data.description import channels_in_words, class_name
 from simclr_ray.data.inspection import Copies, Inspection, Looked
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
@@ -265,6 +271,8 @@ def _thumbnails(looked: Looked, rows: Iterable[int]) -> dict[int, Thumbnail]:
             out[row] = Thumbnail(
                 looked.name_of(row),
                 note,
-                thumbnail_of(shown_as_rgb(looked.decoder.decode(image or b""))),
+                thumbnail_of(
+                    shown_as_rgb(looked.decoder.decode_small(image or b"", THUMBNAIL_SIDE))
+                ),
             )
     return out

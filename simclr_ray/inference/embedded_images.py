@@ -56,6 +56,10 @@ class EmbeddedImages(AbstractContextManager["EmbeddedImages"]):
                 self._refuse(str(error))
 
     def __exit__(self, *_: object) -> None:
+        """As `close`."""
+        self.close()
+
+    def close(self) -> None:
         """Remove the list that was made of a folder."""
         self._lists.close()
 
@@ -106,7 +110,7 @@ class EmbeddedImages(AbstractContextManager["EmbeddedImages"]):
 
         def shrunk(encoded: bytes | None) -> Image.Image | None:
             try:
-                pixels = self._decoder.decode(encoded or b"")
+                pixels = self._decoder.decode_small(encoded or b"", side)
             except ImageError:
                 return None
             return thumbnail_of(shown_as_rgb(pixels), side)

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from .channels import Bands, White, luma_of, read_bands, shown_as_rgb
 from .extras import open_by_extra, read_deep_color, read_jpeg_by_turbo
@@ -138,6 +138,21 @@ class ImageDecoder(NamedTuple):
             return luma_of(pixels) if self.channels == 1 < pixels.shape[2] else pixels
         pixels = self._decode_rgb(encoded, kind, least)
         return luma_of(pixels) if self.channels == 1 else pixels
+
+    def decode_small(self, encoded: bytes, side: int) -> Pixels:
+        """Return the pixels of an image that will be shown with `side` px, uint8 [H, W, C].
+
+        A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides keep twice that, which
+        shrinks as well as the whole image does. Else as `decode` does.
+        """
+        if format_of(encoded[:FIRST_BYTES]) is JPEG and self.channels in COLOR:
+            # whatever is wrong, the whole image is decoded, and says what it is
+            with contextlib.suppress(ImageError, OSError, SyntaxError, ValueError):
+                image = JpegImagePlugin.JpegImageFile(io.BytesIO(encoded))
+                check_size(image.size, self.max_pixels, self.min_side)
+                image.draft(None, (2 * side, 2 * side))
+                return self.convert(image)
+        return self.decode(encoded)
 
     def convert(self, image: Image.Image | npt.NDArray[Any]) -> Pixels:
         """Return the pixels of an image that is decoded already, uint8 [H, W, C].

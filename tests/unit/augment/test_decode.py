@@ -96,6 +96,25 @@ def test_every_odd_image_is_decoded_or_refused_for_its_reason(name: str, image_r
     assert pixels.std() > 5
 
 
+@pytest.mark.parametrize("name", sorted(ODD))
+def test_an_image_decoded_small_looks_like_the_whole_one(name: str, image_root: Path) -> None:
+    encoded = (image_root / "odd" / name).read_bytes()
+    expected = ODD[name]
+    if isinstance(expected, str):
+        with pytest.raises(ImageError) as refusal:
+            DEFAULT_DECODER.decode_small(encoded, 24)
+        assert str(refusal.value) == expected
+        return
+    small = DEFAULT_DECODER.decode_small(encoded, 24)
+    is_jpeg = encoded[:2] == b"\xff\xd8" and min(expected) > 10
+    factors = {-(-whole // side) for whole, side in zip(expected, small.shape, strict=False)}
+    factor = (2 if min(expected) < 4 * 48 else 4) if is_jpeg else 1
+    assert factors == {factor}
+    whole = np.asarray(Image.fromarray(decode_image(encoded)).resize((24, 24)), float)
+    shrunk = np.asarray(Image.fromarray(small).resize((24, 24)), float)
+    assert np.abs(whole - shrunk).mean() < 5
+
+
 def test_the_list_of_odd_images_is_complete(image_root: Path) -> None:
     names = {p.name for p in (image_root / "odd").iterdir()}
     assert {n for n in names if not n.endswith((".parquet", ".md"))} == set(ODD)
