@@ -21,6 +21,8 @@ from simclr_ray.inference.embed_input import (
     states_of_images,
 )
 from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Origin
+from simclr_ray.storage import checkpoint
+from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import store_uri
 
 if TYPE_CHECKING:  # torch is imported while Ray starts
@@ -76,8 +78,8 @@ def embed_rows(
     file = EmbeddingFile(out)
     stored = file.digest(overwrite=overwrite)
     # another model may be none, and where a file is, it may be this very one: then without Ray
-    is_likely = not stored and Path(model).is_dir()
-    encoder = None if is_likely else _load(model, tracking_uri)
+    with_ray = not stored and _holds_checkpoint(Path(model))
+    encoder = None if with_ray else _load(model, tracking_uri)
     with file.place():
         source = open_rows(where, file, columns)
         check_columns(source, keep)
@@ -135,6 +137,12 @@ def lasting_address(model: str, tracking_uri: str) -> str:
 
     version = find_version(model, uri=store_uri(tracking_uri))
     return f"models:/{version.name}/{version.version}"
+
+
+def _holds_checkpoint(model: Path) -> bool:
+    """Return whether a folder here is a checkpoint or a run that has one; without torch."""
+    is_one = (model / checkpoint.RECORD).is_file()
+    return is_one or (model.is_dir() and bool(RunFolder.at(str(model)).checkpoints()))
 
 
 def _load(model: str | Path, tracking_uri: str) -> Encoder:

@@ -23,6 +23,7 @@ from simclr_ray.inference.embed_input import open_rows
 from simclr_ray.inference.embed_pieces import FIRST_ROWS, cut_pieces
 from simclr_ray.inference.embed_rows import embed_rows
 from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Origin
+from simclr_ray.storage.run_folder import CONFIG_FILE
 from tests.formats.test_formats import HERE as FORMATS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -203,6 +204,19 @@ def test_what_cannot_be_is_said_before_anything_is_written(tmp_path: Path) -> No
     with pytest.raises(DataError, match="no such"):
         embed_rows(MODEL, str(tmp_path / "none"), out)
     assert [p.name for p in tmp_path.iterdir()] == ["in.parquet"]
+
+
+def test_a_folder_without_an_encoder_is_said_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "in.parquet", 20)
+    monkeypatch.setattr("simclr_ray.inference.embed_rows.connect", lambda: pytest.fail("started"))
+    for model, files in {"empty": [], "run": [CONFIG_FILE], "other": ["step.txt"]}.items():
+        (tmp_path / model).mkdir()
+        for name in files:
+            (tmp_path / model / name).write_text("name: run\n")
+        with pytest.raises(ConfigError, match=f"{model} holds no encoder"):
+            embed_rows(str(tmp_path / model), str(tmp_path / "in.parquet"), str(tmp_path / "out"))
 
 
 def test_no_image_at_all_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
