@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
@@ -42,7 +42,7 @@ AT_SIDE: Final = 224  # of so large views; of smaller ones as many more as there
 # estimate: 20 trials, two at a time, left 5 to 9 s that neither start nor arithmetic explain.
 TRIAL_S: Final = 0.7
 NEVER: Final = 10**9
-FREE_S: Final = 300  # for a worker's share of the cluster to come free, and its steps
+FREE_S: Final = 300  # for a worker's share of the cluster to come free; the timing itself has none
 
 
 class TrialSeconds(NamedTuple):
@@ -138,7 +138,7 @@ def _evaluation_s(experiment: Experiment, seconds: TrialSeconds) -> float:
 
 def _timed(experiments: Sequence[Experiment], protocols: Sequence[str]) -> list[TrialSeconds]:
     """Return what trials of some experiments take, timed side by side."""
-    refs = []
+    timings: list[Any] = []  # generators of references, for which Ray has no types
     submitted_at = time.time()
     for experiment in experiments:
         scaling = experiment.scaling
@@ -147,23 +147,34 @@ def _timed(experiments: Sequence[Experiment], protocols: Sequence[str]) -> list[
             num_gpus=scaling.gpus_per_worker,
             runtime_env={"env_vars": one_arena()},
             max_retries=0,
-        )(seconds_of)
-        refs.append(task.remote(cfg.to_tree(experiment), protocols, submitted_at))
+            num_returns="streaming",
+        )(_begun_and_seconds_of)
+        timings.append(task.remote(cfg.to_tree(experiment), protocols, submitted_at))
     try:
-        seconds: list[TrialSeconds] = ray.get(refs, timeout=FREE_S)
-    except GetTimeoutError:
-        message = (
-            f"no worker's share of the cluster came free within {FREE_S} s, or no {STEPS[0]} steps"
-        )
-        raise ClusterError(f"{message} fit in them; is it busy?") from None
+        _, late = ray.wait(timings, num_returns=len(timings), timeout=FREE_S)
+        if late:
+            message = f"no worker's share of the cluster came free within {FREE_S} s; is it busy?"
+            raise ClusterError(message)
+        for timing in timings:
+            ray.get(next(timing))
+        seconds: list[TrialSeconds] = [ray.get(next(timing)) for timing in timings]
     except RayError as error:
         reason = last_line(getattr(error, "cause", None) or error)
         raise unwrap_error(error) or RunError(f"a step could not be timed: {reason}") from error
     finally:
-        _, left = ray.wait(refs, num_returns=len(refs), timeout=0)
-        for ref in left:  # cancelling what has just ended can bring this process down (Ray 2.60)
-            ray.cancel(ref, force=True)
+        ends = {timing.completed(): timing for timing in timings}
+        _, left = ray.wait(list(ends), num_returns=len(ends), timeout=0)
+        for end in left:  # cancelling what has just ended can bring this process down (Ray 2.60)
+            ray.cancel(ends[end], force=True)
     return seconds
+
+
+def _begun_and_seconds_of(
+    tree: dict[str, Any], protocols: Sequence[str], submitted_at: float
+) -> Iterator[TrialSeconds | None]:
+    """Yield once there is a process, and again what it has timed."""
+    yield None
+    yield seconds_of(tree, protocols, submitted_at)
 
 
 def seconds_of(tree: dict[str, Any], protocols: Sequence[str], submitted_at: float) -> TrialSeconds:

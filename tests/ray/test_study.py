@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
 from simclr_ray import config as cfg
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM
-from simclr_ray.errors import ConfigError
+from simclr_ray.errors import ClusterError, ConfigError, DataError
+from simclr_ray.studies import step_timing
 from simclr_ray.studies.driver import run_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import StudyFolder
@@ -197,6 +200,25 @@ def test_a_dry_run_times_steps_and_leaves_nothing_behind(folder: Path, ray_clust
     two_at_a_time = pace.seconds - pace.start
     assert one_after_the_other / 2 <= two_at_a_time + 1e-9 < one_after_the_other
     assert not Path(*study_folder(study)).exists()  # nothing is left of it
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_keeps_steps_from_being_timed_is_said_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(*overrides: str) -> None:
+        study = load_study(str(source), "", "study.seeds=[0]", *overrides)
+        pace_of(plan(study, base_tree(study)), 1)
+
+    space = {"temperature": {"cases": {"low": {"loss.temperature": 0.5}}}}
+    source = study_file(folder, "untimed", space=space, figure={"x": "temperature"}, comparisons=[])
+    broken = folder / "broken.parquet"
+    pq.write_table(pa.table({"image": [b"no image"] * 64, "label": [0, 1] * 32}), broken)
+    with pytest.raises(DataError, match=r"broken.parquet: none of 64 .* can be used"):
+        timed(f"data.train={broken}")
+    monkeypatch.setattr(step_timing, "FREE_S", 3)
+    with pytest.raises(ClusterError, match="no worker's share of the cluster came free within 3 s"):
+        timed("scaling.cpus_per_worker=64")
 
 
 def program(source: Path) -> list[str]:
