@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.record import RESULTS, portable, store
+from benchmarks.record import RESULTS, machine, portable, store
 from simclr_ray import config as cfg
 from simclr_ray.data.shapes import CLASS_NAMES, render
 from simclr_ray.studies.advice_results import SETTING, values_by_setting
@@ -67,10 +67,12 @@ def main() -> None:
     for name in args.sets:
         folder = args.folder.absolute() / name
         folder.mkdir(parents=True, exist_ok=True)
-        results[name] = _measure(name, _data(name, args.data, folder), folder)
+        measured = _measure(name, _data(name, args.data, folder), folder)
+        command = portable(f"python -m benchmarks.advice {args.data} --sets {name}")
+        results[name] = measured | {"command": command, "commit": machine()["commit"]}
         print(json.dumps(results[name], indent=1), flush=True)
-    words = f"python -m benchmarks.advice {args.data} --sets {' '.join(args.sets)}"
-    store("advice", {"command": portable(words), "epochs": EPOCHS, "sets": results})
+    words = portable(f"python -m benchmarks.advice {args.data} --sets {' '.join(sorted(results))}")
+    store("advice", {"command": words, "epochs": EPOCHS, "sets": results})
 
 
 def _stored() -> dict[str, Any]:
@@ -168,8 +170,8 @@ def _study(
 
 
 def _seconds(folder: StudyFolder) -> float:
-    """Return what trials took, evaluation while they train included, one after the other."""
-    return sum(outcome.cost["seconds"] for outcome in folder.outcomes())
+    """Return what a study took from its start to its end: its trials, their starts and scores."""
+    return float(folder.state()["seconds"])
 
 
 def _rank(order: list[str], settings: dict[str, dict[str, Any]], advised: dict[str, Any]) -> int:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks import studies as kept
-from benchmarks.record import RESULTS, portable, store
+from benchmarks.record import RESULTS, machine, portable, store
 from simclr_ray.studies.files import load_study, study_names, summaries
 from simclr_ray.studies.findings import SCALE
 from simclr_ray.studies.folder import StudyFolder
@@ -89,6 +89,7 @@ def _remember(name: str, ahead_s: float, seconds: float, data: str) -> None:
         "minutes": round(seconds / 60, 2),
         "error": round(ahead_s / seconds - 1, 3),
         "load_after": round(os.getloadavg()[2], 2),
+        "commit": machine()["commit"],
     }
     command = portable(f"python -m benchmarks.laptop {data}")
     store(NAME, {"command": command, "studies": {**before, name: one}})

@@ -179,7 +179,8 @@ def _show(task: AdviceTask, advice: Advice, given: list[str]) -> None:
     )
     longer = scale * advice.gain_of_longer
     if math.isfinite(longer):
-        out.print(f"epochs  twice as many gave {longer:+.1f} {unit}", markup=False)
+        chosen = "by other seeds, of settings chosen by the short trials: rather more"
+        out.print(f"epochs  twice as many gave {longer:+.1f} {unit} ({chosen})", markup=False)
     out.print(f"cost    {advice.cost_fraction:.1%} of every setting once, as long as it is")
     if not advice.values:
         out.print("advice  leave it as it is: nothing that was tried is better", markup=False)

@@ -91,7 +91,8 @@ def finalists_of(folder: StudyFolder, metric: str, fit: AdditiveFit) -> list[Fin
     if not before:
         raise RunError(f"the experiment as it is gave no result: see {folder.report}")
     gains = {n: [v[s] - before[s] for s in v if s in before] for n, v in values.items()}
-    others = [gain for name, gain in gains.items() if name != DEFAULT and gain]
+    # a setting that is the experiment as it is shares its trials, and says nothing of chance
+    others = [gain for name, gain in gains.items() if name != DEFAULT and any(gain)]
     deviation, freedom = _deviation(others, fit)
     costs = _costs(folder)
     ends = []
@@ -100,7 +101,7 @@ def finalists_of(folder: StudyFolder, metric: str, fit: AdditiveFit) -> list[Fin
             continue
         mean = statistics.fmean(gain)
         error = 0.0 if name == DEFAULT else deviation / math.sqrt(len(gain))
-        is_clear = mean > _quantile(freedom, len(others)) * error
+        is_clear = bool(others) and mean > _quantile(freedom, len(others)) * error
         value = statistics.fmean(values[name][seed] for seed in values[name] if seed in before)
         ends.append(Finalist(name, value, mean, error, is_clear, *costs[name]))
     return sorted(ends, key=lambda end: (-end.gain, end.name != DEFAULT))

@@ -115,8 +115,9 @@ class Advice(NamedTuple):
         rows: Images that were used.
         fit: What each level gives, by the short trials.
         finalists: The best first.
-        gain_of_longer: What twice the epochs give the settings of the second study, on the mean;
-            NaN if none of them was in the first.
+        gain_of_longer: What twice the epochs give the settings of the second study, on the mean,
+            by other seeds; low, since those settings were chosen by what the first one read. NaN
+            if none of them was in it.
         values: Path of the experiment -> value that is advised; empty: it is well as it is.
         cost_fraction: Of what it takes to train every setting once as long as the experiment.
     """
@@ -139,14 +140,15 @@ def advice_task(name: str, base: str, overrides: Sequence[str]) -> AdviceTask:
         overrides: `path=value`; `data.train` is among them unless the file names it.
 
     Raises:
-        ConfigError: The experiment cannot be, has no such settings, or its set is too small.
+        ConfigError: The experiment cannot be, has no such settings or no number of workers, or its
+            set is too small.
         DataError: The images cannot be read.
     """
     given, issues = cfg.parse_overrides(overrides)
     if issues:
         raise ConfigError(issues)
     base = base or _usual_base(Experiment.load(SMALL, *overrides).data)
-    experiment = Experiment.load(base, *overrides)
+    experiment = Experiment.load(base, *overrides).check_workers_given()
     factors, data = factors_of(experiment), experiment.data
     if data.columns.group:
         problem = "pairs of a group's images are not varied by the views of one: leave it empty"
@@ -186,7 +188,8 @@ def _unlabelled(data: DataConfig) -> str:
         return "there are no labelled test images (--test)"
     for key, uri in (("data.eval_train", data.eval_train or data.train), ("data.test", data.test)):
         if not Source.open(uri, data.columns).has_labels:
-            return f"{uri} ({key}) has no labels"
+            labelled = "; data.eval_train names labelled images" if "eval" in key else ""
+            return f"{uri} ({key}) has no labels{labelled}"
     return ""
 
 
@@ -249,9 +252,14 @@ def _warmup(experiment: Experiment, rows: int, epochs: int) -> dict[str, Any]:
 
 def _one_worker(experiment: Experiment) -> dict[str, Any]:
     """Return what lets trials share processes, a core each, where there is no GPU."""
-    if experiment.scaling.gpus_per_worker:
+    if on_gpus(experiment):
         return {}
     return {"scaling.num_workers": 1, "scaling.threads_per_worker": 1}
+
+
+def on_gpus(experiment: Experiment) -> bool:
+    """Return whether trials run on GPUs, each with its workers in processes of their own."""
+    return experiment.scaling.gpus_per_worker > 0
 
 
 def begun_lengths(task: AdviceTask) -> TrialLengths | None:
@@ -270,8 +278,12 @@ def timed_lengths(task: AdviceTask, minutes: float) -> TrialLengths:
         ConfigError: The minutes are too few.
         SimclrRayError: What `time_forecast.forecast_time` raises.
     """
-    study = short_study(task, min(task.num_rows, MOST_ROWS), 1)
+    study = short_study(task, _timed_rows(task), 1)
     return lengths_within(task, minutes, forecast_time(study, trials_of(study)))
+
+
+def _timed_rows(task: AdviceTask) -> int:
+    return min(task.num_rows, max(MOST_ROWS, FEWEST_BATCHES * task.experiment.batch_size))
 
 
 def lengths_within(task: AdviceTask, minutes: float, timed: TimeForecast) -> TrialLengths:
@@ -280,7 +292,7 @@ def lengths_within(task: AdviceTask, minutes: float, timed: TimeForecast) -> Tri
     Args:
         task: What advice is wanted on.
         minutes: Of both studies, and of the timing.
-        timed: Of the short study with one epoch of all images, or of `MOST_ROWS`.
+        timed: Of the short study with one epoch of all images, or of `_timed_rows`.
 
     Raises:
         ConfigError: Not even the fewest steps of a short trial fit.
@@ -290,10 +302,13 @@ def lengths_within(task: AdviceTask, minutes: float, timed: TimeForecast) -> Tri
     pace, at_a_time = timed.pace, timed.at_a_time
     in_turn = makespan([1.0] * num_short, at_a_time), makespan([1.0] * num_long, at_a_time)
     steps_in_turn = in_turn[0] + EPOCH_FACTOR * in_turn[1]  # of short trials
-    timed_steps = min(task.num_rows, MOST_ROWS) // batch
-    step_s = pace.device_seconds / (num_short * timed_steps)
-    trial_s = pace.evaluation / num_short + TRIAL_S
+    timed_steps = _timed_rows(task) // batch  # of an epoch
+    workers = task.experiment.scaling.max_workers if on_gpus(task.experiment) else 1
+    step_s = pace.device_seconds / workers / (num_short * timed_steps)
     process_s = pace.start - timed.started_s  # of each study, the cluster being there
+    trial_s = pace.evaluation / num_short + TRIAL_S
+    if on_gpus(task.experiment):
+        trial_s += process_s  # its trials share no process
     fixed_s = timed.seconds_spent + 2 * process_s + sum(in_turn) * trial_s
     steps = math.floor((60 * minutes - fixed_s) / (steps_in_turn * step_s))
     if steps < FEWEST_STEPS:
@@ -304,8 +319,8 @@ def lengths_within(task: AdviceTask, minutes: float, timed: TimeForecast) -> Tri
         )
         raise ConfigError([ConfigIssue("--minutes", problem)])
     most = task.num_rows // batch  # steps of an epoch
-    if steps <= ENOUGH_EPOCHS * (MOST_ROWS // batch):
-        most = min(most, MOST_ROWS // batch)
+    if steps <= ENOUGH_EPOCHS * timed_steps:
+        most = min(most, timed_steps)
     # two epochs at least: whole ones, or one more of fewer images, whichever fills the time better
     whole, more = max(2, steps // most), max(2, math.ceil(steps / most))
     choices = [(whole, min(most, steps // whole)), (more, steps // more)]

@@ -236,6 +236,18 @@ def test_an_experiment_that_is_one_of_the_settings_is_compared_with_itself(tmp_p
     assert advice.cost_fraction == pytest.approx(64 * (12 * 3 + 4 * 6) / (24 * ROWS * 30))
 
 
+def test_a_twin_of_the_experiment_says_nothing_of_chance(tmp_path: Path) -> None:
+    like = ["loss.temperature=0.5", "augment.min_area=0.08", "augment.strength=0.0"]
+    same = task(tmp_path, *like, "augment.grayscale=0.0")
+    advice = advise(same, TrialLengths(64, 3, 60.0), Ran(default=0.52, noise=0.02))
+    (other,) = (end for end in advice.finalists if end.gain)
+    alone = [other.error] * 2  # its pairs differ alike, so that the fit alone says how far
+    fit, squares = advice.fit, 0.0
+    squares += 2 * fit.deviation**2 * fit.freedom
+    expected = math.sqrt(squares / (fit.freedom + 1)) / math.sqrt(2)
+    assert alone == [pytest.approx(expected)] * 2
+
+
 def test_levels_whose_trials_collapse_are_as_bad_as_the_worst(tmp_path: Path) -> None:
     advice = advise(task(tmp_path), TrialLengths(64, 3, 60.0), Ran(0.43, broken="rate 0.6"))
     assert advice.fit.num_trials == 12
@@ -307,6 +319,45 @@ def test_images_in_the_order_of_their_classes_are_refused_where_few_are_used(
     with pytest.raises(ConfigError, match=r"the first 40 of 80 images hold 5 of 10 classes"):
         ensure_classes(in_order, 40)
     ensure_classes(task(tmp_path), 40)  # mixed
+
+
+def test_a_batch_above_the_usual_rows_is_timed_on_some_of_its_own(tmp_path: Path) -> None:
+    wanted = task(tmp_path)
+    large = wanted.experiment.model_copy(update={"batch_size": 16_384})
+    wanted = wanted._replace(experiment=large, num_rows=100_000)
+    pace = Pace(seconds=0.0, device_seconds=12 * 4 * 0.16, start=9.0, evaluation=0.0)
+    lengths = lengths_within(wanted, 10.0, TimeForecast(2, pace, 5.0, 12.0))
+    assert lengths.rows % 16_384 == 0
+    assert 0.85 * 600 < lengths.seconds <= 600
+
+
+def test_workers_on_gpus_share_a_step_and_each_trial_starts_its_own(tmp_path: Path) -> None:
+    wanted = task(tmp_path)
+    scaling = wanted.experiment.scaling
+    pace = Pace(seconds=0.0, device_seconds=12 * 5 * 0.16, start=25.0, evaluation=0.0)
+
+    def seconds(workers: int, gpus: float) -> float:
+        changed = {"num_workers": workers, "gpus_per_worker": gpus}
+        on = wanted.experiment.model_copy(update={"scaling": scaling.model_copy(update=changed)})
+        lengths = lengths_within(
+            wanted._replace(experiment=on), 60.0, TimeForecast(1, pace, 5.0, 12.0)
+        )
+        return (lengths.seconds - 12 - 2 * 20 - 18 * TRIAL_S) / (lengths.epochs * lengths.rows)
+
+    steps = 24 / 16  # for an image: 12 short trials and 6 of twice the length
+    assert seconds(1, 0.0) == pytest.approx(steps * 0.16)
+    one, four = seconds(1, 1.0), seconds(4, 1.0)
+    assert one > steps * 0.16
+    assert four < 0.5 * one
+
+
+def test_a_test_set_alone_cannot_tell_and_the_remedy_is_named(tmp_path: Path) -> None:
+    train = pq.read_table("train.parquet").drop_columns(["label"])
+    pq.write_table(train, tmp_path / "unlabelled.parquet")
+    note = task(tmp_path, f"data.train={tmp_path}/unlabelled.parquet").note
+    assert note.endswith("has no labels; data.eval_train names labelled images")
+    labelled = f"data.eval_train={Path('train.parquet').absolute()}"
+    assert task(tmp_path, f"data.train={tmp_path}/unlabelled.parquet", labelled).note == ""
 
 
 def test_a_small_preset_is_chosen_for_small_images(tmp_path: Path) -> None:
