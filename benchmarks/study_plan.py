@@ -6,7 +6,8 @@ Of every study (by default the kept ones, `docs/studies`) points are held out in
 interval is made from what is left, its form and factors included, so that nothing of a held-out run
 is on both sides:
 
-    run       one setting with one seed; of kept results, which do not tell seeds apart, one run
+    run       one setting with one seed; of kept results, which do not tell more than two seeds
+              apart, their mean, held against the interval of a mean of as many
     point     one setting at one length, with all of its seeds, where lengths are runs of their own
     longest   everything within a factor of 1.5 of the longest run, predicted from shorter runs
 
@@ -60,7 +61,7 @@ def held_out(study: StoredStudy) -> Iterator[HeldOut]:
             rest = [point for point in points if point not in out]
             try:
                 fit = fit_accuracy(rest)
-                expected = [fit.expect(point.setting, point.images) for point in out]
+                expected = [fit.expect(p.setting, p.images, p.num_seeds) for p in out]
             except ValueError:
                 continue
             for point, e in zip(out, expected, strict=True):

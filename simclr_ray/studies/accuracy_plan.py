@@ -41,7 +41,8 @@ def plan_of(study: StoredStudy, hours: Sequence[float], images_per_s: float = 0.
     if images_per_s:
         speeds = dict.fromkeys((point.setting for point in study.points), images_per_s)
     else:
-        speeds = study.images_per_s
+        finished = {point.setting for point in study.points}  # nothing is known of the others
+        speeds = {s: speed for s, speed in study.images_per_s.items() if s in finished}
     try:
         fit = fit_accuracy(study.points)
     except ValueError as error:

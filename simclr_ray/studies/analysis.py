@@ -36,6 +36,7 @@ class Row(NamedTuple):
     device_hours: float
     paper: float | None  # of the setting that it stands for
     runs: dict[int, str]  # seed -> runs/NAME of the study's folder, or the run's id in MLflow
+    values: dict[int, float]  # seed -> what `mean` is of
 
 
 class PointCurve(NamedTuple):
@@ -149,6 +150,7 @@ def _rows(study: Study, readings: Sequence[Reading]) -> list[Row]:
                 statistics.fmean(r.cost["device_seconds"] for r in group) / 3600,
                 paper_value(study, group[0].point),
                 {r.seed: r.run for r in group},
+                {r.seed: r.value for r in group},
             )
         )
     return sorted(rows, key=lambda row: _place(study, row.point))

@@ -147,12 +147,13 @@ class AccuracyFit(NamedTuple):
     factor_beyond: float
     has_lengths: bool  # else nothing can be said of another length
 
-    def expect(self, setting: str, images: float) -> Expected:
+    def expect(self, setting: str, images: float, seeds: int = 1) -> Expected:
         """Return what one more run of a setting is expected to read after some images.
 
         Args:
             setting: One of the study's; of another the mean is expected.
             images: That it sees, epochs x images.
+            seeds: Of so many runs their mean instead, whose interval is narrower.
 
         Raises:
             ValueError: All points have one length, and this is another.
@@ -165,7 +166,7 @@ class AccuracyFit(NamedTuple):
             if not self.longest / ONE_LENGTH <= images <= self.shortest * ONE_LENGTH:
                 raise ValueError("all runs have one length: no other can be expected from them")
             place = "yes"
-        mean, spread = _spread(self.curves, setting, images)
+        mean, spread = _spread(self.curves, setting, images, seeds)
         width = (self.factor if place == "yes" else self.factor_beyond) * spread
         unlink = self.curves[0].form.unlink
         return Expected(unlink(mean), unlink(mean - width), unlink(mean + width), place)

@@ -1,7 +1,8 @@
 """What stored studies measured, as points that accuracy is fitted to: of folders and reports.
 
-A folder has every run with its seed. Kept results (`results.json` of a report) have means and
-deviations over seeds; of two seeds those are the two readings, of more they stay a mean.
+A folder has every run with its seed, and so have kept results (`results.json` of a report). Those
+that earlier releases wrote have means and deviations over seeds; of two seeds those are the two
+readings, of more they stay a mean.
 """
 
 from __future__ import annotations
@@ -94,9 +95,14 @@ def _of_folder(folder: StudyFolder, where: str) -> StoredStudy:
 
 
 def _is_constant(study: Study, base: Mapping[str, Any]) -> bool:
-    """Return whether an epoch of a run is what a run of that length gives: no rate decays to 0."""
-    varies = "schedule" in json.dumps(cfg.to_tree(study)["space"])
-    return not varies and base.get("schedule", {}).get("decay") == "constant"
+    """Return whether an epoch of a run is what a run of that length gives.
+
+    No rate decays to 0, and views do not grow with the length.
+    """
+    space = json.dumps(cfg.to_tree(study)["space"])
+    varies = any(name in space for name in ("schedule", "start_size"))
+    grows = bool(base.get("augment", {}).get("start_size"))
+    return not varies and not grows and base.get("schedule", {}).get("decay") == "constant"
 
 
 def _points_of(study: Study, outcome: TrialOutcome, *, reads_curve: bool) -> Iterator[Measured]:
@@ -139,20 +145,23 @@ def _of_results(text: str, where: str) -> StoredStudy:
 
 
 def _points_of_row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[Measured]:
-    """Yield the readings of a row of two seeds, mean ± deviation / √2, else their mean."""
+    """Yield the readings of a row; where they are not there of two seeds mean ± deviation / √2."""
     setting, images = setting_of(row["point"]), float(row["images"])
     mean, deviation, seeds = float(row["mean"]), float(row["deviation"]), int(row["num_seeds"])
     runs = set(row.get("runs", {}).values())
     reads_on = any(runs & set(other.get("runs", {}).values()) for other in rows if other is not row)
-    if reads_on:  # one run passes through several lengths: they are held out together
+    one = setting if reads_on else f"{setting}, {images:.0f} images"
+    if values := row.get("values"):
+        for seed, value in values.items():
+            yield Measured(setting, f"{one}, seed {seed}", images, float(value))
+    elif reads_on:  # one run passes through several lengths: they are held out together
         yield Measured(setting, f"{setting}, its seeds", images, mean, seeds, deviation)
     elif seeds == 2:
         for number, sign in enumerate((-1, 1)):
             value = mean + sign * deviation / math.sqrt(2)
-            yield Measured(setting, f"{setting}, {images:.0f} images, {number}", images, value)
+            yield Measured(setting, f"{one}, {number}", images, value)
     else:
-        run = f"{setting}, {images:.0f} images"
-        yield Measured(setting, run, images, mean, seeds, deviation)
+        yield Measured(setting, one, images, mean, seeds, deviation)
 
 
 def _speeds(costs: Mapping[str, tuple[float, float]]) -> dict[str, float]:

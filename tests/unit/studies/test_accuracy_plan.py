@@ -16,6 +16,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
 from simclr_ray.studies.accuracy_plan import plan_of
 from simclr_ray.studies.definition import Study
+from simclr_ray.studies.expected_accuracy import fit_accuracy
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import base_tree, digest_of_study, make_trials, points_of
 from simclr_ray.studies.stored_points import read_stored, studies_in
@@ -31,13 +32,18 @@ def accuracy(temperature: float, epoch: int, seed: int) -> float:
     return 0.7 - 0.1 * temperature - 0.4 / math.sqrt(epoch) + float(noise)
 
 
-def stored(storage: Path, decay: str = "cosine", lengths: tuple[int, ...] = (4, 8, 16)) -> str:
+def stored(
+    storage: Path,
+    decay: str = "cosine",
+    lengths: tuple[int, ...] = (4, 8, 16),
+    more: dict[str, Any] | None = None,
+) -> str:
     """Store a finished study, and return its folder."""
     tree: dict[str, Any] = {
         "name": "lengths",
         "question": "?",
         "base": "cifar10_study_cpu",
-        "set": {"storage": str(storage), "schedule.decay": decay},
+        "set": {"storage": str(storage), "schedule.decay": decay, **(more or {})},
         "space": {"loss.temperature": {"grid": [0.1, 0.5]}, "epochs": {"grid": list(lengths)}},
         "metric": "eval/knn_top1",
         "protocols": [],
@@ -62,6 +68,34 @@ def stored(storage: Path, decay: str = "cosine", lengths: tuple[int, ...] = (4, 
             TrialOutcome(trial.name, "finished", "", cells, trial.seed, {}, curve, cost, where)
         )
     return folder.uri
+
+
+def kept(folder: Path, seeds: int = 2) -> dict[str, Any]:
+    """Store results as a report keeps them, of three settings at three lengths; return the tree."""
+    rows = []
+    for tau in (0.1, 0.3, 0.5):
+        for epochs in (4, 8, 16):
+            values = [accuracy(tau, epochs, seed) for seed in range(seeds)]
+            row = {
+                "point": {"loss.temperature": tau, "epochs": epochs},
+                "mean": float(np.mean(values)),
+                "deviation": float(np.std(values, ddof=1)),
+                "num_seeds": seeds,
+                "images": float(IMAGES * epochs),
+                "device_hours": IMAGES * epochs / SPEED / 3600,
+            }
+            rows.append(row)
+    epochs = seeds * 3 * (4 + 8 + 16)
+    tree = {
+        "study": "kept",
+        "metric": "final/knn_top1",
+        "rows": rows,
+        "epochs": epochs,
+        "images": IMAGES * epochs,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(tree))
+    return tree
 
 
 def test_a_folder_gives_every_run_with_its_length_and_speed(tmp_path: Path) -> None:
@@ -99,8 +133,9 @@ def test_a_budget_gets_the_best_setting_its_images_and_what_to_expect(tmp_path: 
 
 
 def test_two_seeds_of_kept_results_are_the_two_readings(tmp_path: Path) -> None:
-    tree = json.loads((KEPT / "batch_size" / "results.json").read_text())
-    study = read_stored(str(KEPT / "batch_size" / "results.json"))
+    tree = kept(tmp_path / "kept")
+    study = read_stored(str(tmp_path / "kept" / "results.json"))
+    assert study.images_per_epoch == IMAGES
     assert len(study.points) == 2 * len(tree["rows"])
     for number, row in enumerate(tree["rows"]):
         values = [p.value for p in study.points[2 * number : 2 * number + 2]]
@@ -115,6 +150,54 @@ def test_two_seeds_of_kept_results_are_the_two_readings(tmp_path: Path) -> None:
         (2, row["deviation"]) for row in tree["rows"]
     ]
     assert len({p.run for p in points}) == 3
+
+
+def test_kept_results_that_have_their_seeds_are_read_as_a_folder_is(tmp_path: Path) -> None:
+    tree = kept(tmp_path, seeds=4)
+    for row in tree["rows"]:
+        point = row["point"]
+        row["values"] = {
+            str(seed): accuracy(point["loss.temperature"], point["epochs"], seed)
+            for seed in range(4)
+        }
+    (tmp_path / "results.json").write_text(json.dumps(tree))
+    study = read_stored(str(tmp_path))
+    assert len(study.points) == len({p.run for p in study.points}) == 4 * 9
+    assert {p.num_seeds for p in study.points} == {1}
+    for point in study.points:
+        tau, seed = float(point.setting.partition("=")[2]), int(point.run[-1])
+        assert point.value == accuracy(tau, round(point.images / IMAGES), seed)
+    for row in tree["rows"]:  # runs that go on through all lengths
+        row["runs"] = {str(seed): f"runs/{seed}" for seed in range(4)}
+    (tmp_path / "results.json").write_text(json.dumps(tree))
+    points = read_stored(str(tmp_path)).points
+    assert (len(points), len({p.run for p in points})) == (4 * 9, 4 * 3)
+
+
+def test_a_mean_of_seeds_is_held_against_the_interval_of_such_a_mean(tmp_path: Path) -> None:
+    kept(tmp_path, seeds=6)
+    study = read_stored(str(tmp_path))
+    assert {point.num_seeds for point in study.points} == {6}
+    (first, *_) = held_out(study)
+    rest = [p for p in study.points if p.run != study.points[0].run]
+    fit = fit_accuracy(rest)
+    setting, images = study.points[0].setting, study.points[0].images
+    one, six = fit.expect(setting, images), fit.expect(setting, images, 6)
+    assert (first.low, first.high) == (six.low, six.high)
+    assert six.high - six.low < one.high - one.low
+
+
+def test_a_setting_without_a_result_is_not_planned(tmp_path: Path) -> None:
+    study = read_stored(stored(tmp_path))
+    failed = {**study.images_per_s, "loss.temperature=9": 10 * SPEED}
+    for lengths in (study.points, [p for p in study.points if p.images == study.points[0].images]):
+        plan = plan_of(study._replace(images_per_s=failed, points=lengths), [1.0])
+        assert {row.setting for row in plan.rows} == {"loss.temperature=0.1"}
+
+
+def test_epochs_of_views_that_grow_are_no_lengths(tmp_path: Path) -> None:
+    grows = {"augment.start_size": 16, "augment.size": 24}
+    assert len(read_stored(stored(tmp_path, "constant", more=grows)).points) == 2 * 3 * 2
 
 
 def test_a_study_of_one_length_says_that_it_cannot_be_extrapolated() -> None:
@@ -133,7 +216,7 @@ def test_what_is_no_study_and_what_is_no_accuracy_is_refused(tmp_path: Path) -> 
     (tmp_path / "results.json").write_text('{"rows": [{}]}')
     with pytest.raises(ConfigError, match="holds no results"):
         read_stored(str(tmp_path))
-    tree = json.loads((KEPT / "batch_size" / "results.json").read_text())
+    tree = kept(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(tree | {"metric": "train/mean_loss"}))
     with pytest.raises(ConfigError, match="is no accuracy"):
         read_stored(str(tmp_path))
@@ -179,9 +262,9 @@ def test_what_cannot_be_planned_ends_in_2_with_a_line(
     assert words in line
 
 
-def test_the_check_holds_out_whole_runs_and_gives_no_verdict_on_few_points() -> None:
-    study = read_stored(str(KEPT / "batch_size"))
-    results = list(held_out(study))
+def test_the_check_holds_out_whole_runs_and_gives_no_verdict_on_few_points(tmp_path: Path) -> None:
+    kept(tmp_path)
+    results = list(held_out(read_stored(str(tmp_path))))
     ways = [result.way for result in results]
     assert (ways.count("run"), ways.count("point"), ways.count("longest")) == (18, 18, 6)
     assert verdict_of(results[:18]).startswith("too few points")
