@@ -6,6 +6,7 @@ import socket
 import time
 from contextlib import suppress
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -14,6 +15,7 @@ from simclr_ray.cli.console import loading, say
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue, last_line
 
 LOOK_S = 1.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EXTRA = "simclr-ray[serve]"
 
 
@@ -57,7 +59,6 @@ def serve(
     loading("torch", "ray")
     try:
         from simclr_ray.inference.serving import (
-            LOOPBACK,
             Service,
             check,
             ensure_unused,
@@ -71,7 +72,7 @@ def serve(
 
     service = Service(
         model, index, images, tracking_uri, replicas, gpus, threads, batch, wait_ms, queued,
-        max_mib * 2**20, max_pixels, (*LOOPBACK, *(allowed_host or ())) if host in LOOPBACK else (),
+        max_mib * 2**20, max_pixels, _hosts(host, allowed_host or []),
     )  # fmt: skip
     check(service)
     connect()
@@ -84,6 +85,16 @@ def serve(
         raise ClusterError(f"the server did not come up: {last_line(error)}") from error
     finally:
         stop()
+
+
+def _hosts(host: str, allowed: list[str]) -> tuple[str, ...]:
+    """Return the names by which a server of this machine alone may be asked; empty: any.
+
+    As a request's URL has them: in small letters, without a port.
+    """
+    if host not in LOOPBACK:
+        return ()
+    return *LOOPBACK, *(urlsplit(f"//{name}").hostname or name for name in allowed)
 
 
 def _wait() -> None:

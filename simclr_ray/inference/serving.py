@@ -24,30 +24,32 @@ import numpy.typing as npt
 import torch
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from ray import serve
 from starlette.requests import ClientDisconnect
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view
 from simclr_ray.config.uris import without_passwords
+from simclr_ray.config.wording import counted
+from simclr_ray.distributed.placement import staying_nodes
+from simclr_ray.distributed.ray_cluster import is_local
 from simclr_ray.errors import ClusterError
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.embedded_images import EmbeddedImages
 from simclr_ray.inference.embedding_index import EmbeddingIndex
 from simclr_ray.inference.embedding_search import encoder_of
 from simclr_ray.inference.encoder import as_inputs
+from simclr_ray.inference.serving_metrics import Metrics
 from simclr_ray.nn.precision import best_device
 from simclr_ray.storage.page import render_page
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
+log = logging.getLogger(__name__)
+
 NAME: Final = "simclr-ray"
 MOST_NEIGHBOURS: Final = 100
-SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BYTES: Final = "application/octet-stream"
-LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 GONE: Final = 499  # of a client that has not waited, as nginx counts it
 ANSWER_S: Final = 120.0  # for all of a request, by Ray's proxy
 
@@ -88,35 +90,6 @@ class Service:
     max_pixels: int = 50_000_000
     hosts: tuple[str, ...] = ()
     body_s: float = 30.0
-
-
-class Metrics:
-    """What a replica counts, all with its name: another one may answer the next time."""
-
-    def __init__(self, replica: str) -> None:
-        self._registry = CollectorRegistry()
-        given: dict[str, Any] = {"registry": self._registry}
-        self._requests = Counter(
-            "simclr_requests", "Images asked about, by the answer.", ["replica", "code"], **given
-        )
-        self._replica = replica
-
-        def histogram(name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(f"simclr_{name}", says, ["replica"], buckets=buckets, **given)
-            return made.labels(replica)
-
-        self.request_s = histogram("request_seconds", "Of a request that was answered.", SECONDS)
-        self.decode_s = histogram("decode_seconds", "Of an image.", SECONDS)
-        self.encode_s = histogram("encode_seconds", "Of a batch.", SECONDS)
-        self.batch = histogram("batch_images", "Of a batch.", SIZES)
-
-    def count(self, code: int) -> None:
-        """Count a request by the code of its answer."""
-        self._requests.labels(self._replica, str(code)).inc()
-
-    def text(self) -> str:
-        """Return all of them as Prometheus reads them."""
-        return generate_latest(self._registry).decode()
 
 
 # FastAPI's own pages load scripts from elsewhere. All that the class names stands above it: it is
@@ -327,14 +300,38 @@ def check(service: Service) -> None:
     Raises:
         ConfigError: There is no such encoder, the index is of another one, or FAISS is missing.
         CheckpointError: As in `load_encoder`.
-        DataError: The index cannot be read.
+        DataError: The index or its images, where they are said to be, cannot be read.
         TrackingError: As in `load_encoder`.
     """
     if service.index:
         index = EmbeddingIndex(service.index)
         encoder_of(index, service.encoder, service.tracking_uri)
+        if service.images:
+            EmbeddedImages(index, service.images).close()
     else:
         load_encoder(service.encoder, tracking_uri=service.tracking_uri)
+
+
+def ensure_room(service: Service) -> None:
+    """Refuse more replicas on GPUs than this machine has room for: Serve would wait for them.
+
+    On a cluster others may come, and are waited for with a warning.
+
+    Raises:
+        ClusterError: There are too few.
+    """
+    if not service.gpus:
+        return
+    room = sum(int(node.gpus / service.gpus + 1e-9) for node in staying_nodes())
+    if room >= service.replicas:
+        return
+    problem = (
+        f"{counted(service.replicas, 'replica')} with {service.gpus:g} GPUs each "
+        f"(--replicas, --gpus): there is room for {room}"
+    )
+    if is_local():
+        raise ClusterError(problem)
+    log.warning("%s; waiting for more", problem)
 
 
 def ensure_unused() -> None:
@@ -356,8 +353,10 @@ def start(service: Service, host: str, port: int) -> None:
     """Start the proxy and the replicas on the Ray at hand; return when they answer.
 
     Raises:
+        ClusterError: As in `ensure_room`.
         RuntimeError: A replica does not come up; its error is in the message.
     """
+    ensure_room(service)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": ANSWER_S})
     handled = service.batch * 2  # one batch is encoded while the next is decoded

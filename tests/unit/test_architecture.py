@@ -52,7 +52,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ray.train": ("train",),
     "ray.serve": ("inference.serving",),
     "fastapi": ("inference.serving",),
-    "prometheus_client": ("inference.serving",),
+    "prometheus_client": ("inference.serving_metrics",),
     "ray.tune": ("studies.tune", "studies.tune_trainable", "studies.search"),
     "mlflow": (
         "tracking",

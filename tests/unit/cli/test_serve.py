@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simclr_ray.cli.serve import _hosts
 from tests.formats.test_formats import HERE as FORMATS
 from tests.unit.cli.in_process import enter, run
 from tests.unit.inference.test_embedding_index import write_index
@@ -39,3 +40,12 @@ def test_what_cannot_be_served_is_refused_in_a_line(
     monkeypatch.setitem(sys.modules, "simclr_ray.inference.serving", None)
     (problem,) = run(["model", "serve", model], capsys).problems
     assert "needs Ray Serve: pip install 'simclr-ray[serve]'" in problem
+
+
+@pytest.mark.parametrize(
+    ("given", "host"),
+    [("Photos.Example", "photos.example"), ("a.b:8443", "a.b"), ("[::1]:80", "::1"), ("a", "a")],
+)
+def test_an_allowed_host_is_as_urls_have_it(given: str, host: str) -> None:
+    assert _hosts("127.0.0.1", [given])[-1] == host
+    assert _hosts("0.0.0.0", [given]) == ()  # noqa: S104 - bound to nothing here

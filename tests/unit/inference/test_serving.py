@@ -16,10 +16,13 @@ from ray import serve
 from starlette.datastructures import URL
 from starlette.requests import ClientDisconnect
 
+from simclr_ray.cli.serve import LOOPBACK
+from simclr_ray.distributed.placement import Node
 from simclr_ray.errors import ClusterError
 from simclr_ray.inference import serving
 from simclr_ray.inference.embedding_index import Nearest
-from simclr_ray.inference.serving import LOOPBACK, Metrics, Service
+from simclr_ray.inference.serving import Service
+from simclr_ray.inference.serving_metrics import Metrics
 
 DEPLOYMENT: Any = serving.EncoderServer
 REPLICA: Any = next(c for c in DEPLOYMENT.func_or_class.__mro__ if "_check_host" in vars(c))
@@ -64,6 +67,25 @@ def test_on_this_machine_it_is_asked_by_its_own_name_alone(host: str) -> None:
         with pytest.raises(HTTPException) as refused:
             asyncio.run(handler(asked(host)))
         assert refused.value.status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("gpus", "replicas", "room"), [(0.0, 9, True), (1.0, 2, True), (1.0, 3, False), (0.1, 20, True)]
+)
+def test_more_replicas_than_gpus_are_refused_on_this_machine(
+    gpus: float, replicas: int, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = [Node(f"10.0.0.{n}", is_alive=True, cpus=4, gpus=1) for n in range(2)]
+    monkeypatch.setattr(serving, "staying_nodes", lambda: there)
+    monkeypatch.setattr(serving, "is_local", lambda: True)
+    service = Service("m", gpus=gpus, replicas=replicas)
+    if room:
+        serving.ensure_room(service)
+        return
+    with pytest.raises(ClusterError, match=r"3 replicas with 1 GPUs each .* there is room for 2"):
+        serving.ensure_room(service)
+    monkeypatch.setattr(serving, "is_local", lambda: False)
+    serving.ensure_room(service)  # an autoscaler may bring more
 
 
 def test_a_body_that_does_not_arrive_is_given_up() -> None:
