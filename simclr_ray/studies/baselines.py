@@ -43,9 +43,17 @@ class StudyBaselines:
             task = ray.remote(num_cpus=0)(_scores_of)
             self._scores = task.remote(cfg.to_tree(seeded), protocols)
 
-    def store(self) -> None:
-        """Wait for the scores, and store them with the study; a failure is a line of the log."""
+    def store(self, *, wait: bool = True) -> None:
+        """Store the scores with the study; a failure is a line of the log.
+
+        Args:
+            wait: For them; else, of a study that was stopped, they are left to its next start
+                where they are not there yet.
+        """
         if self._scores is None:
+            return
+        if not wait and not ray.wait([self._scores], timeout=0)[0]:
+            ray.cancel(self._scores, force=True)
             return
         try:
             self._folder.write_baselines(ray.get(self._scores))

@@ -88,6 +88,8 @@ def sign_text(verdict: Verdict) -> str:
     """Return how the signs of the pairs are; a claim's verdict rests on its effect."""
     if verdict.smallest_p > SIGNIFICANT:
         return "too few pairs for a test of signs"
+    if verdict.p > SIGNIFICANT and not verdict.difference:
+        return "no side is above the other"
     if verdict.p > SIGNIFICANT and 0 < verdict.wins < verdict.num_pairs:
         return "the pairs do not agree"
     return f"the sign is {'as claimed' if verdict.difference > 0 else 'against the claim'}"

@@ -100,11 +100,12 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
             job = Job(study, folder.files.storage, folder.files.name, parent.run_id, in_process)
             # of larger encoders and sets they would take the head of a cluster for an hour
             baselines = StudyBaselines(study, base, folder) if are_small else None
-            if run_trials(job, tree, trials, concurrency):
+            is_complete = run_trials(job, tree, trials, concurrency)
+            if is_complete:
                 status = "FINISHED"
                 folder.update_state(is_complete=True)
             if baselines is not None:
-                baselines.store()
+                baselines.store(wait=is_complete)
         except Exception:
             status = "FAILED"
             raise

@@ -41,6 +41,7 @@ from simclr_ray.train.rollback import Rollbacks
 REPORT: Final = "report.html"
 CLASSES_SHOWN: Final = 25
 VIEWS_SHOWN: Final = 4
+START, TRAINS = "start/", "train"  # of what a start logs first, and that it has gone on
 Z95: Final = 1.959964  # standard deviations of a normal distribution that hold 95 %
 
 log = logging.getLogger(__name__)
@@ -224,14 +225,21 @@ def _experiment(folder: RunFolder) -> Experiment:
 
 
 def _starts(records: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Return of each start the times of its first and last record."""
+    """Return of each start the times of its first and last record.
+
+    A start logs what it begins with, `start/…`, each once and before it trains.
+    """
     spans: list[tuple[float, float]] = []
+    begun: set[str] = set()
     for record in records:
         at = record.get(TIME)
         if not isinstance(at, int | float):
             continue
-        if FIRST_BATCH in record or not spans:
+        names = {name for name in record if name.startswith(START)}
+        if not spans or (names and (TRAINS in begun or names & begun)):
             spans.append((at, at))
+            begun = set()
+        begun |= names or {TRAINS}
         spans[-1] = (spans[-1][0], max(spans[-1][1], at))
     return spans
 

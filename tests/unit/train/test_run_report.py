@@ -143,6 +143,11 @@ def test_cost_counts_the_time_between_starts_as_nothing() -> None:
     experiment = Experiment.load("cifar10_study_cpu", "batch_size=64", "data.train=x")
     rows = cost(records, experiment)
     assert rows["training"] == "3:00"
+    # two starts that were killed before they trained, a day before
+    scores = {"start/feature_std": 0.1, "start/weight_norm": 9.0}
+    before = [record(at, 0, **scores) for at in (-90_000, -80_000)]
+    whole = [*before, record(90, 0, **scores), *records]
+    assert cost(whole, experiment)["training"] == "3:10"
     assert rows["images seen"] == "1,280"
     assert cost([], experiment) == {}
 
