@@ -63,7 +63,7 @@ def draw_study(results: Results, path: Path) -> None:
             _draw(study, axis, data)
             if is_ours and study.figure.kind != "matrix":
                 _draw_baselines(results, axis, percent)
-            axis.set_title(title, fontsize=9)
+            axis.set_title(textwrap.fill(title, TITLE_CHARS), fontsize=9)
             label = study.figure.y_label or study.metric
             unit = " (%)" if percent == 100 else ""
             shown = textwrap.fill(f"{label}{unit}" if is_ours else study.paper.metric, LABEL_CHARS)

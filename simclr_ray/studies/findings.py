@@ -174,11 +174,14 @@ def _section(tree: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _again(tree: dict[str, Any]) -> str:
-    """Return the command that makes the same trials, also where the study has other seeds now."""
+    """Return the command that makes the same trials, also where the study has other seeds now.
+
+    Whose power is that of the table, which need not be what is asked for now.
+    """
     command = str(tree["command"])
     if not command or "study.seeds=" in command:
         return command or "(from Python)"
-    return f"{command} 'study.seeds=[{_list(tree['seeds'])}]'"
+    return f"{command} --underpowered 'study.seeds=[{_list(tree['seeds'])}]'"
 
 
 def _list(seeds: Sequence[int]) -> str:
