@@ -88,7 +88,7 @@ def duplicates(
     """Find pairs of images whose embeddings are nearly the same; exact.
 
     Printed are the cosine and both paths or ids, tab-separated, the nearest first. Other images of
-    one scene are near as well: `inspect --duplicates` compares pixels.
+    one scene are near as well: `inspect --full` compares pixels.
 
     Example: simclr-ray model duplicates photos.parquet --min-cosine 0.99 --out duplicates.html
     """
