@@ -26,7 +26,7 @@ from simclr_ray.config.experiment import ScalingConfig, TrackingConfig
 from simclr_ray.config.findings import Finding, Findings, detail_of
 from simclr_ray.config.imports import allow
 from simclr_ray.config.uris import hide_passwords
-from simclr_ray.errors import ConfigError, TrackingError
+from simclr_ray.errors import ClusterError, ConfigError, TrackingError
 from simclr_ray.tracking.runs import Tracker
 
 MOST: Final = 4  # processes of the gradient check, all on this machine; more show nothing new
@@ -143,7 +143,7 @@ def check_cluster(storage: str, num_workers: int) -> Findings:
     if started:
         try:
             _connect()
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        except (ConnectionError, OSError, RuntimeError, ValueError, ClusterError) as error:
             where = os.environ.get("RAY_ADDRESS", "a local cluster")
             advice = "is it up, is $RAY_ADDRESS right, and do token and Ray version agree?"
             return [Finding("ray", "fail", f"{where}: {detail_of(error)}", advice)]
@@ -208,14 +208,15 @@ def _check_state_api() -> Finding:
 
 
 def _connect() -> None:
-    from simclr_ray.distributed.ray_cluster import init, knock
+    from simclr_ray.distributed.knocking import knock
+    from simclr_ray.distributed.ray_cluster import init, start_to_check
 
     address = os.environ.get("RAY_ADDRESS")
     if address:
         knock(address)
         init(address=address)
         return
-    init(address="local", object_store_memory=128 * 2**20, include_dashboard=True)
+    start_to_check()
 
 
 def _selfcheck(num_workers: int) -> float:

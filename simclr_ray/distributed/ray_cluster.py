@@ -9,7 +9,6 @@ import math
 import os
 import re
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -27,6 +26,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import ray_logging, ray_reaper, ray_token
+from simclr_ray.distributed.knocking import knock
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.placement import nodes, selectors_of, shown
 from simclr_ray.errors import ClusterError, last_line
@@ -41,10 +41,6 @@ QUIET = {
     "task_events_report_interval_ms": 0,
 }
 STARTS: Final = 2  # of a Ray on this machine, where the first fails
-KNOCK_TIMEOUT_S: Final = 10.0
-PORTS = 2**16
-HTTP2_SETTINGS: Final = 4  # type of a frame
-HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of its own
 REMEDY: Final = (
     "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to that of the cluster "
@@ -126,6 +122,16 @@ def connect(
 def names_cluster() -> bool:
     """Return whether `RAY_ADDRESS` names a cluster that this process has not started itself."""
     return os.environ.get("RAY_ADDRESS", "") not in {"", *_started_here}
+
+
+def start_to_check() -> None:
+    """Start a small Ray on this machine with a dashboard, which `doctor` asks; it dies with us.
+
+    Raises:
+        ClusterError: It does not start.
+    """
+    ray_token.create()
+    _start(address="local", object_store_memory=128 * 2**20, include_dashboard=True)
 
 
 def _start(**options: Any) -> None:
@@ -258,22 +264,6 @@ def init(**options: Any) -> Any:
         ):
             signal.signal(signal.SIGTERM, handler)
     return context
-
-
-def knock(address: str) -> None:
-    """Raise `OSError` where nothing listens, or no gRPC: Ray itself would go on for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not host or not port.isdigit():
-        return
-    if int(port) >= PORTS:  # the system would take it modulo that, and knock elsewhere
-        raise ConnectionError(f"{address}: there is no such port")
-    with socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S) as stream:
-        if os.environ.get("RAY_USE_TLS", "0") != "0":
-            return
-        stream.sendall(HTTP2_PREFACE)
-        frame = stream.recv(9)  # a server's first frame holds its settings (RFC 9113 §3.4)
-    if len(frame) < 4 or frame[3] != HTTP2_SETTINGS:
-        raise ConnectionError(f"what listens at {address} is not Ray")
 
 
 def _check_code(whose: list[Experiment | None], paths: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from simclr_ray.distributed import ray_cluster
+from simclr_ray.distributed import knocking, ray_cluster
 from simclr_ray.errors import ClusterError
 
 
@@ -41,7 +41,7 @@ def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_what_listens_but_is_not_ray_ends_in_one_line(
     stranger: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_cluster, "KNOCK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(knocking, "KNOCK_TIMEOUT_S", 1.0)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test may have connected
     monkeypatch.setenv("RAY_ADDRESS", stranger)
     began = time.monotonic()
@@ -53,7 +53,7 @@ def test_what_listens_but_is_not_ray_ends_in_one_line(
 @pytest.mark.parametrize("port", [2**16, 99_999, 10**20])
 def test_a_port_that_cannot_be_is_an_address_where_nobody_answers(port: int) -> None:
     with pytest.raises(OSError, match="there is no such port"):
-        ray_cluster.knock(f"127.0.0.1:{port}")
+        knocking.knock(f"127.0.0.1:{port}")
 
 
 def test_a_ray_that_does_not_start_is_tried_twice_and_said_once(
