@@ -50,7 +50,7 @@ def test_a_section_has_claim_interval_paper_figure_command_seeds_and_minutes(
     assert "- claim 0: appears: +3.98 ± 0.14 points, 95 % interval [+3.81, +4.16]" in text
     assert "the paper's +7.00 points" in text
     assert "5 seeds (0, 1, 2, 3, 4), 40 trials, 40 minutes of training" in text
-    assert f"```\n{RUN} 'study.seeds=[0, 1, 2, 3, 4]'\n```" in text
+    assert f"```\n{RUN} --underpowered 'study.seeds=[0, 1, 2, 3, 4]'\n```" in text
 
 
 def test_every_claim_of_a_finding_is_one_of_its_study() -> None:
