@@ -123,7 +123,8 @@ class Delivery:
         """Have MLflow told something when it can be; it is stored before this returns.
 
         Args:
-            kind: `text` (text, file), `file` (name in the folder), `params` or `tags` (values).
+            kind: `text` (text, file), `file` (name in the folder), `params` or `tags` (values),
+                `record` (of a log: its points, also where MLflow has others of that step).
             what: As the kind needs it, in JSON.
         """
         with self._lock:
@@ -237,6 +238,8 @@ class Delivery:
                 self.run.log_params(values)
             case {"kind": "tags", "values": dict(values)}:
                 self.run.set_tags(values)
+            case {"kind": "record", "record": dict(record)}:
+                self.run.log_points(_points_of(record))
             case _:
                 log.warning("left out of MLflow, since it cannot be made: %s", write)
 

@@ -125,7 +125,13 @@ class Tracker:
                 run = client.create_run(self.experiment_id, tags=all_tags, run_name=name)
         info = run.info
         tracked = TrackedRun(self.uri, info.run_id, info.experiment_id, resumed=bool(resume_id))
-        tracked.log_params(params)
+        try:
+            tracked.log_params(params)
+        except TrackingError:
+            if not resume_id:  # nobody knows of it: it would be shown as running for ever
+                with store.first_contact(), contextlib.suppress(TrackingError):
+                    tracked.finish("FAILED")
+            raise
         return tracked
 
     def end_left_running(self, parent_id: str) -> list[str]:

@@ -80,8 +80,8 @@ class Sender:
 
     def _run(self) -> None:
         while not self.delivery.is_given_up:
-            is_last = self._stop.is_set()  # read before sending: nothing said before is missed
             self._wake.clear()
+            is_last = self._stop.is_set()  # read before sending: nothing said before is missed
             try:
                 sent = self.delivery.send()
             except Exception as error:  # noqa: BLE001 - a thread that dies would deliver nothing

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,10 +23,11 @@ from simclr_ray.errors import ConfigError, ConfigIssue, DataError, TrackingError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.evaluate import score_classifier
 from simclr_ray.nn.pretrained import experiment_of
+from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import CLASSIFIER_SCORES
-from simclr_ray.tracking.runs import TrackedRun
+from simclr_ray.tracking.runs import Point, TrackedRun
 from simclr_ray.train import driver
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.recorder import OnProgress
@@ -179,8 +181,8 @@ def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTun
 
 def _num_bad(folder: RunFolder) -> int:
     """Return how many images of a run could not be used."""
-    lines = (folder.read_text(BAD_ROWS) or "").splitlines()
-    return len({json.loads(line)["id"] for line in lines})
+    rows = read_records(folder.read_text(BAD_ROWS) or "")
+    return len({row["id"] for row in rows if "id" in row})
 
 
 def _validated(
@@ -247,6 +249,7 @@ def _frozen(tree: dict[str, Any], folder: RunFolder, much: str) -> dict[str, Any
         "name": f"{tree['name']}-frozen-{much}",
         "init": {"weights": folder.uri, "freeze": True},
         "epochs": 1,
+        "health": {},
         "checkpoint": {"every_epochs": 1, "keep": 1},
         "scaling": tree["scaling"] | {"num_workers": 1, "color_augment_on": "data"},
     }
@@ -268,6 +271,8 @@ def _log(run: Run, parent: RunRecord, name: str, scores: Classification) -> None
         writes.metrics(own, step)
     for_parent = {f"{name}/{key}": value for key, value in scores._asdict().items()}
     try:
-        TrackedRun.attach(parent.tracking_uri, parent.mlflow_run_id).log_metrics(for_parent, step)
+        tracked = TrackedRun.attach(parent.tracking_uri, parent.mlflow_run_id)
+        now_ms = int(1000 * time.time())  # by which another fine-tuning of that name comes later
+        tracked.log_points([Point(key, float(v), step, now_ms) for key, v in for_parent.items()])
     except TrackingError as error:  # of a run that was copied alone, the store is not here
         log.warning("the scores are not logged with the run they are of: %s", error)

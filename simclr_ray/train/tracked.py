@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from simclr_ray.errors import (
     TrackingUnavailableError,
 )
 from simclr_ray.storage.lease import is_lost
+from simclr_ray.storage.metrics_log import TIME
 from simclr_ray.storage.removal import remove_unlocked
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, OTHER_METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
@@ -65,8 +67,15 @@ class Writes:
         self.log, self.delivery = log, delivery
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Log metrics that are not of training."""
-        self.log.append(OTHER_METRICS, {"step": step, **values})
+        """Log metrics that are not of training; of the same step again, they are what counts.
+
+        By their time, since MLflow keeps both. What is sent by its log is sent once a step.
+        """
+        record = {TIME: round(time.time(), 3), "step": step, **values}
+        before = self.log.records(OTHER_METRICS)
+        if any(old.get("step") == step and values.keys() & old.keys() for old in before):
+            self.delivery.owe("record", record=record)
+        self.log.append(OTHER_METRICS, record)
 
     def text(self, text: str, file: str) -> None:
         """Store `text` as the artifact `file`."""

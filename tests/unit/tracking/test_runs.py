@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from simclr_ray.config.experiment import TrackingConfig
-from simclr_ray.errors import ConfigError, TrackingError
+from simclr_ray.errors import ConfigError, TrackingError, TrackingUnavailableError
 from simclr_ray.tracking import store as mlflow_store
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.tracking.system_metrics import system_metrics
@@ -296,6 +296,20 @@ def test_what_a_model_uri_cannot_hold_is_refused_beforehand(
 def test_usual_names_are_taken() -> None:
     for name in ("enc", "team.enc-2", "my encoder", "größe_1"):
         mlflow_store.check_model(name, "best-1")
+
+
+def test_a_run_whose_start_fails_halfway_is_not_left_running(
+    tracker: Tracker, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise TrackingUnavailableError("the server went away")
+
+    monkeypatch.setattr(TrackedRun, "log_params", fail)
+    with pytest.raises(TrackingUnavailableError, match="went away"):
+        start(tracker, "halfway")
+    wanted = "attributes.run_name = 'halfway'"
+    (run,) = client.search_runs([tracker.experiment_id], wanted)
+    assert run.info.status == "FAILED"
 
 
 def test_a_dataset_that_another_run_logs_at_once_is_logged_by_both(

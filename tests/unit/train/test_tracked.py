@@ -235,6 +235,24 @@ def test_the_verb_says_what_it_delivered(resolved: ResolvedExperiment, outage: O
     assert second.stdout == "delivered: 0 points\n"
 
 
+def test_scores_of_a_second_evaluation_are_those_that_mlflow_shows(
+    resolved: ResolvedExperiment,
+) -> None:
+    train(resolved, [])
+    folder = resolved.folder
+    found = RunRecord.read(folder)
+    client = MlflowClient(tracking_uri=found.tracking_uri)
+    for value in (0.5, 0.4, 0.45):  # of other test images, after the same step
+        time.sleep(0.002)  # MLflow's times are milliseconds
+        with late_writes(folder) as writes:
+            writes.metrics({"final/trained/knn_top1": value, f"final/only/{value}": 1.0}, 8)
+        shown = client.get_run(found.mlflow_run_id).data.metrics
+        assert shown["final/trained/knn_top1"] == value
+    history = client.get_metric_history(found.mlflow_run_id, "final/trained/knn_top1")
+    assert [(point.step, point.value) for point in history] == [(8, 0.5), (8, 0.4), (8, 0.45)]
+    assert sync_run(folder) == (0, 0, "")
+
+
 class Inbox:
     """A queue as the driver's, without Ray."""
 
