@@ -68,8 +68,9 @@ def fit_frozen(resolved: ResolvedExperiment) -> Run:
             if not name:
                 model, metrics = _fitted(resolved, tracked.log)
                 name = checkpoint.new_name(resolved.total_steps)
-                _store(resolved, folder, model, name)
+                # first: with a checkpoint there is no fit any more that would say it
                 tracked.log.append(METRICS, {"step": resolved.total_steps, **metrics})
+                _store(resolved, folder, model, name)
                 tracked.sender.wake()
             last = last_values(folder.read_text(METRICS) or "")
             return Run(folder.name, folder.uri, name, tracked.run_id, last)

@@ -163,8 +163,8 @@ def train(
         request = callbacks.request()  # made elsewhere: by a signal, or for a node that goes
         if schedule.saves_within_epoch(done) or (request and done < schedule.total_steps):
             meter.check_finite(done)
-            callbacks.checkpoint(done)
-            meter.restart()
+            with meter.paused():
+                callbacks.checkpoint(done)
         if request:
             break
     draw_for(layers, None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,13 @@ class StepMeter:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.last_loss = self.loss_sum
         self.bad_rows = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count what is done in the block as no training time; the interval goes on."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
 
     def timed(self, stream: Iterable[Batch]) -> Iterable[Batch]:
         """Yield from the stream, adding up the time spent waiting for it."""

@@ -82,6 +82,7 @@ class RunRecorder:
         self._keeper = CheckpointKeeper(resolved) if keeps_good(resolved.config) else None
         self.ranks = RankWatch(resolved.config.scaling)
         self._restarts = 0  # without a new checkpoint
+        self._kept = 0
         self._kept = self._newest_step()  # at the last restart
         self._began = time.monotonic()
         self._ready: set[int] = set()
@@ -183,8 +184,14 @@ class RunRecorder:
         )  # fmt: skip
 
     def _newest_step(self) -> int:
-        names = self.resolved.folder.checkpoints()
-        return checkpoint.step_of(names[0]) if names else 0
+        """Return the step of the newest whole checkpoint; where none can be seen, as it was."""
+        folder = self.resolved.folder
+        try:
+            whole = (n for n in folder.checkpoints() if checkpoint.RECORD in folder.names(n))
+            return max(0, checkpoint.step_of(next(whole, "")))
+        except OSError as error:  # of a bucket, at the moment that ranks failed for it
+            log.debug("%s cannot be listed: %s", folder.uri, error)
+            return self._kept
 
     def _take_metrics(self, item: Record) -> None:
         if FIRST_BATCH in item:

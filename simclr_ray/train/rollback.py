@@ -153,7 +153,7 @@ def roll_back(
         resolved: The run; nobody writes to its folder now.
         before: Its state.
         error: What ended it.
-        last_step: Until which it had come.
+        last_step: Until which it had come, by what it has logged.
 
     Raises:
         UnhealthyRunError: It is to end: `error`, with why.
@@ -171,6 +171,8 @@ def roll_back(
             f"(health.max_rollbacks={health.max_rollbacks}), to a rate of "
             f"{before.rate_multiplier:g} times the planned one"
         )
+    if not collapsed:  # a checkpoint is finite, and the last record may be older
+        last_step = max(last_step, *map(checkpoint.step_of, folder.checkpoints()), 0)
     again = before.count > 0 and last_step <= before.failed_after
     good_until = last_step if error.good_until is None else error.good_until
     if again:

@@ -7,6 +7,7 @@ metrics, rows that had to be replaced, and errors that no restart can mend.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -115,9 +116,12 @@ class TrainWorker:
         )
         with Requests(self.folder, self.context, experiment.scaling) as self.requests:
             self._train(kept, batches)
+            moves = self.saved < self.total and self.requests.reason in {"resize", "taken"}
+            if moves and self.rank == 0:  # before all end: with the first of them Ray ends the rest
+                self.inbox.put(RanksMove(self.saved, self.num_ranks, self.requests.taken))
             self.requests.close()
-        if self.saved < self.total:
-            self._move()
+        if moves:  # all have saved
+            raise RanksMoved(f"after step {self.saved}")
 
     def _train(self, kept: checkpoint.Checkpoint | None, batches: Iterator[Batch]) -> None:
         """Train from where a checkpoint stands, all being built."""
@@ -148,13 +152,6 @@ class TrainWorker:
         """End the rank's thread, however it has ended itself: its process may go on."""
         self.heartbeat.close()
 
-    def _move(self) -> None:
-        """End, where the ranks are to start again. All have saved."""
-        if self.requests.reason in {"resize", "taken"}:
-            if self.rank == 0:
-                self.inbox.put(RanksMove(self.saved, self.num_ranks, self.requests.taken))
-            raise RanksMoved(f"after step {self.saved}")
-
     def report(self, metrics: loop.Metrics) -> None:
         """Send the metrics to the driver."""
         named = metrics._asdict()
@@ -184,6 +181,11 @@ class TrainWorker:
             DivergedError: A weight is not finite, on all ranks at once, since they hold the same.
         """
         if step == self.saved:
+            if self.requests.reason:
+                # it ends here, which nobody knew when this was saved at the epoch's end: an upload
+                # that is still under way would end with the first rank that does
+                self.uploaded.wait()
+                dist.broadcast_text("")
             return
         self.heartbeat.enter("checkpoint", step)
         began = time.monotonic()
@@ -233,7 +235,8 @@ class TrainWorker:
     @property
     def _scratch_prefix(self) -> str:
         """What the names of this run's checkpoints begin with before they are uploaded."""
-        return f"simclr_ray-{self.folder.name}-"
+        storage = hashlib.sha256(self.folder.uri.encode()).hexdigest()[:6]  # names do not tell it
+        return f"simclr_ray-{self.folder.name}-{storage}-"
 
     def _clear_scratch(self) -> None:
         """Remove what a killed worker of this run has left on this machine."""

@@ -20,6 +20,7 @@ from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.precision import Precision, as_input, prepare_model
 from simclr_ray.optim import LARS, learning_rate_at
 from simclr_ray.train.loop import Callbacks, Metrics, StepSchedule, train
+from simclr_ray.train.meter import StepMeter
 
 N, SIDE = 6, 8
 TEMPERATURE = 0.5
@@ -226,6 +227,21 @@ def test_metrics_are_in_their_ranges_and_replaced_rows_are_counted() -> None:
         assert m.images_per_s > 0
         assert 0 <= m.top1 <= 1
         assert 0 <= m.entropy <= math.log(N) + 1e-6
+
+
+def test_a_checkpoint_within_an_epoch_takes_nothing_from_the_next_report() -> None:
+    plain = run(tiny(), batches(0, 5, bad=(0, 2)), schedule(log_every=5)).metrics
+    saved = run(tiny(), batches(0, 5, bad=(0, 2)), schedule(log_every=5, checkpoint_every=3))
+    assert ("checkpoint", 3) in saved.events
+    (report,) = saved.metrics
+    assert (report.mean_loss, report.bad_rows) == (plain[0].mean_loss, 2)
+
+
+def test_a_checkpoint_is_no_training_time() -> None:
+    meter = StepMeter(torch.device("cpu"), schedule())
+    with meter.paused():
+        time.sleep(0.05)
+    assert time.perf_counter() - meter.began < 0.04
 
 
 def test_waiting_for_data_is_measured() -> None:

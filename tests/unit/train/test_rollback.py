@@ -116,6 +116,15 @@ def test_what_fails_again_no_later_goes_further_back_and_ends_at_the_start(
     assert [entry["rate_multiplier"] for entry in reasons] == [0.5, 0.25, 0.125]
 
 
+def test_checkpoints_later_than_the_last_record_count(images: Path, tmp_path: Path) -> None:
+    run = resolved(images, tmp_path, *POLICY)
+    folder = begun(run, 20, 30)
+    state = roll_back(run, NONE, DIVERGED, 0)  # nothing was logged yet
+    assert (state.halved_at, steps_in(folder)) == ((30,), [20, 30])
+    save(run, 40, state)
+    assert roll_back(run, state, DIVERGED, 0).halved_at == (30, 40)
+
+
 def test_what_gets_further_and_fails_goes_back_to_its_own_newest(
     images: Path, tmp_path: Path
 ) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,11 +16,15 @@ from ray.exceptions import RayTaskError
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.distributed import collectives
+from simclr_ray.distributed import collectives as dist
 from simclr_ray.errors import DataError, DivergedError, RunError, TrackingError
-from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.checkpoint import RECORD
+from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.tracking.runs import TrackedRun
 from simclr_ray.train.failures import unwrap_error
+from simclr_ray.train.finetune import _frozen, _num_bad
 from simclr_ray.train.health import HealthWatch
+from simclr_ray.train.recorder import RunRecorder
 from simclr_ray.train.resolve import resolve
 from simclr_ray.train.worker import TrainWorker, prepare_process
 from tests.ray.images import write_shapes
@@ -92,6 +99,57 @@ def test_a_weight_that_is_not_finite_before_the_first_step_is_not_laid_on_the_ra
     health = HealthWatch(cfg.validate(Experiment, {"name": "t", "data": {"train": "x"}}))
     assert health.explained(early.value) is early.value
     assert "probably" in str(health.explained(late.value))
+
+
+@pytest.mark.parametrize("reason", ["taken", "resize", "stop", ""])
+def test_ranks_that_end_at_an_epoch_wait_for_its_checkpoint(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agreed: list[str] = []
+    monkeypatch.setattr(dist, "broadcast_text", agreed.append)
+    worker = TrainWorker.__new__(TrainWorker)
+    worker.saved, worker.uploaded = 8, threading.Event()
+    worker.requests = SimpleNamespace(reason=reason)  # type: ignore[assignment]
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(worker.save, 8)
+        _, waiting = wait([ended], timeout=0.1)
+        assert bool(waiting) == bool(reason)
+        assert agreed == []
+        worker.uploaded.set()
+        ended.result()
+    assert agreed == [""] * bool(reason)
+
+
+def test_a_bucket_that_cannot_be_listed_leaves_the_newest_step_as_it_was() -> None:
+    class Folder:
+        uri, is_away = "s3://b/run", False
+        files: ClassVar = {"step-00000009-00000000": [], "step-00000008-00000000": [RECORD]}
+
+        def checkpoints(self) -> list[str]:
+            if self.is_away:
+                raise OSError("SlowDown")
+            return list(self.files)
+
+        def names(self, name: str) -> list[str]:
+            return self.files[name]
+
+    recorder, folder = RunRecorder.__new__(RunRecorder), Folder()
+    recorder.resolved = SimpleNamespace(folder=folder)  # type: ignore[assignment]
+    recorder._kept = 4
+    assert recorder._newest_step() == 8  # the one of step 9 is half uploaded
+    folder.is_away = True
+    assert recorder._newest_step() == 4
+
+
+def test_a_spoiled_line_of_bad_rows_counts_as_none(tmp_path: Path) -> None:
+    folder = RunFolder.of(str(tmp_path), "run")
+    folder.write_text(BAD_ROWS, '{"id": 3}\n{"id": 3}\n{"id"\n[]\n{"id": 5}\n')
+    assert _num_bad(folder) == 2
+
+
+def test_a_frozen_encoder_has_nothing_to_go_back_for(tmp_path: Path) -> None:
+    tree = {"name": "t", "scaling": {}, "health": {"on_collapse": "rollback"}}
+    assert (tree | _frozen(tree, RunFolder.of(str(tmp_path), "run"), "1pct"))["health"] == {}
 
 
 def test_a_second_driver_of_the_same_run_is_refused_before_anything_starts(
