@@ -19,6 +19,8 @@ import hashlib
 import logging
 import mmap
 import os
+import re
+import stat
 import struct
 import tempfile
 import weakref
@@ -32,6 +34,7 @@ from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 log = logging.getLogger(__name__)
+KEY: Final = re.compile(r"[0-9a-f]{24}")  # what the register of a file is called
 LAYOUT: Final = 1  # of the file; processes of different layouts share none
 HEAD_BYTES: Final = 64  # of the file: one int64, the bytes in use
 ENTRY: Final = struct.Struct("=qii")  # id, height, width; the pixels follow
@@ -159,7 +162,8 @@ def _shared_file(name: str, num_rows: int, size: int) -> int:
     try:
         folder = Path(tempfile.gettempdir()) / f"simclr_ray-images-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
+        found = folder.lstat()  # not what a link of somebody else leads to
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             return -1
         _remove_registers_of_the_dead(folder, key)
         with (folder / key).open("a+") as register:
@@ -183,8 +187,8 @@ def _remove_registers_of_the_dead(folder: Path, own: str) -> None:
 
     Whoever opens one at that moment writes into a file without a name, and decodes for itself.
     """
-    for path in folder.iterdir():
-        with suppress(OSError), path.open("r+") as register:
+    for path in filter(lambda path: KEY.fullmatch(path.name), folder.iterdir()):
+        with suppress(OSError, ValueError), path.open("r+") as register:
             fcntl.flock(register, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.name != own and not any(_leads_to(e.strip(), path.name) for e in register):
                 path.unlink()

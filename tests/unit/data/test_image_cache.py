@@ -125,7 +125,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_hinders_the_next(
     process.join()
     (register,) = tmp_path.glob("simclr_ray-images-*/*")
     assert register.read_text().startswith(f"{process.pid}/fd/")
-    shutil.copy(register, register.with_name("another"))  # of images that nobody has any more
+    shutil.copy(register, register.with_name("0" * 24))  # of images that nobody has any more
     cache = ImageCache(name, NUM_ROWS, 10**6)  # the memory went with its last process
     assert cache.find([5]) == [None]
     cache.keep({5: image(5)})
@@ -134,7 +134,35 @@ def test_a_process_that_is_killed_leaves_nothing_that_hinders_the_next(
     other = ImageCache(f"{name} other", NUM_ROWS, 10**6)  # those that are in use stay
     assert other.find([5]) == [None]
     assert register.exists()
-    assert not register.with_name("another").exists()
+    assert not register.with_name("0" * 24).exists()
+
+
+def test_a_link_in_the_place_of_the_registers_is_not_followed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("of the user")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"simclr_ray-images-{os.getuid()}").symlink_to(mine)
+    cache = ImageCache(name, NUM_ROWS, 10**6)
+    cache.keep({7: image(7)})
+    assert_is(cache.find([7])[0], 7)
+    assert [path.name for path in mine.iterdir()] == ["letter.txt"]
+
+
+def test_what_is_no_register_is_left_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"simclr_ray-images-{os.getuid()}"
+    folder.mkdir()
+    (folder / "letter.txt").write_text("of the user")
+    (folder / ("a" * 24)).write_bytes(b"\xff\xfe no text")
+    cache = ImageCache(name, NUM_ROWS, 10**6)
+    cache.keep({7: image(7)})
+    assert_is(ImageCache(name, NUM_ROWS, 10**6).find([7])[0], 7)
+    assert (folder / "letter.txt").exists()
 
 
 def test_where_nothing_can_be_shared_a_process_keeps_its_own(
