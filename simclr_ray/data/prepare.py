@@ -9,10 +9,12 @@ manifest is written last: a folder without one is unfinished.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +52,8 @@ from simclr_ray.data.tar_input import first_of
 from simclr_ray.distributed.ray_cluster import check_machine, connect
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.storage.filesystem import (
+    address_below,
+    cache_folder,
     filesystem,
     info_of,
     is_local,
@@ -59,6 +63,7 @@ from simclr_ray.storage.filesystem import (
     write_text_whole,
 )
 from simclr_ray.storage.provenance import versions_of
+from simclr_ray.storage.run_lock import LockedError, hold
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "ray", "simclr-ray")
 NUM_REASONS_SHOWN = 5
@@ -152,18 +157,34 @@ def prepare(
     ]
     if info_of(fs, folder).type == pafs.FileType.NotFound:
         check_machine(None)  # else it would be made for nothing
-    reports = _finished(fs, folder, out, shards, overwrite=overwrite)
-    if len(reports) == len(shards) and (manifest := read_manifest(fs, folder, plan)):
-        return manifest
-    connect()  # after all that a look at input and output can refuse
-    if len(reports) < len(shards):
-        pieces = f"{out.rstrip('/')}/{REGROUPED}/{plan}"
-        parts = bring_together([shard.part for shard in shards], pieces)
-        shards = [replace(shard, part=part) for shard, part in zip(shards, parts, strict=True)]
-    _write_all(shards, reports, out, _Limit(given.num_rows, max_bad_fraction), on_progress)
-    if fs.get_file_info(f"{folder}/{REGROUPED}").type == pafs.FileType.Directory:
-        fs.delete_dir(f"{folder}/{REGROUPED}")
-    return _write_manifest(fs, folder, out, given, plan, [reports[s.index] for s in shards])
+    with _only_one(fs, folder, out):
+        reports = _finished(fs, folder, out, shards, overwrite=overwrite)
+        if len(reports) == len(shards) and (manifest := read_manifest(fs, folder, plan)):
+            return manifest
+        connect()  # after all that a look at input and output can refuse
+        if len(reports) < len(shards):
+            pieces = address_below(out, f"{REGROUPED}/{plan}")
+            parts = bring_together([shard.part for shard in shards], pieces)
+            shards = [replace(s, part=part) for s, part in zip(shards, parts, strict=True)]
+        _write_all(shards, reports, out, _Limit(given.num_rows, max_bad_fraction), on_progress)
+        if fs.get_file_info(f"{folder}/{REGROUPED}").type == pafs.FileType.Directory:
+            fs.delete_dir(f"{folder}/{REGROUPED}")
+        return _write_manifest(fs, folder, out, given, plan, [reports[s.index] for s in shards])
+
+
+@contextmanager
+def _only_one(fs: pafs.FileSystem, folder: str, out: str) -> Iterator[None]:
+    """Refuse a second command of this user and machine: it would clear what the first writes."""
+    if not is_local(fs):
+        yield
+        return
+    key = hashlib.sha256(str(Path(folder).resolve()).encode(errors="surrogateescape")).hexdigest()
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(cache_folder("prepare") / key[:16]))
+        except LockedError as error:
+            raise DataError(f"{out} is being prepared by {error}") from error
+        yield
 
 
 @dataclass(frozen=True)

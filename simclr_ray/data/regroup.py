@@ -24,7 +24,7 @@ from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.data.ray_tasks import run_tasks
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, one_line, open_whole
+from simclr_ray.storage.filesystem import address_below, filesystem, one_line, open_whole
 
 FOLDER = "_regroup"  # below the output, until its shards are written
 MOST_READS = 2  # sets that shards read themselves, before rows are brought together
@@ -131,7 +131,7 @@ def bring_together(parts: Sequence[ShardTask], out: str) -> list[ShardTask]:
         if not len(wanted):
             continue
         owners, counts = np.unique(shard_of[wanted], return_counts=True)
-        uri = f"{out.rstrip('/')}/run-{number:05d}.parquet"
+        uri = address_below(out, f"run-{number:05d}.parquet")
         for group, owner in enumerate(owners.tolist()):
             pieces[owner].append((uri, group))
         task = RunTask(source, wanted, tuple(np.cumsum(counts).tolist()))

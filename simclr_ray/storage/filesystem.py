@@ -81,6 +81,12 @@ def check_makeable(folder: Path) -> None:
         pass
 
 
+def address_below(uri: str, name: str) -> str:
+    """Return the path or URI of what lies below a folder; the options of a bucket stay last."""
+    address, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{address.rstrip('/')}/{name}{mark}{options}"
+
+
 def info_of(fs: pafs.FileSystem, path: str) -> pafs.FileInfo:
     """Return what lies at a path, if anything.
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from simclr_ray.data.shapes import CLASS_NAMES, render
 from simclr_ray.data.shards import Rejected, SizeRange
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.storage.filesystem import remove_file
+from simclr_ray.storage.filesystem import address_below, filesystem, remove_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -213,6 +214,33 @@ def test_an_output_inside_its_input_is_refused(tmp_path: Path) -> None:
         prepare(str(tmp_path), str(tmp_path / "out"))
     with pytest.raises(DataError, match="is the input"):
         prepare(str(tmp_path), str(tmp_path))
+
+
+def test_a_second_command_into_the_same_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    fs, folder = filesystem("out")
+    with prepare_module._only_one(fs, folder, "out"), ThreadPoolExecutor(1) as pool:
+        again = pool.submit(shapes, tmp_path / "out")  # a thread may nest
+        with pytest.raises(DataError, match=r"out is being prepared by process \d+"):
+            again.result()
+        pool.submit(shapes, tmp_path / "other").result()
+    shapes(tmp_path / "out")
+    assert not (tmp_path / "cache" / "simclr_ray" / "prepare").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "below"),
+    [
+        ("/data/out/", "/data/out/a/b"),
+        ("odd?name", "odd?name/a/b"),
+        ("s3://b/out?region=eu", "s3://b/out/a/b?region=eu"),
+    ],
+)
+def test_options_of_a_bucket_stay_last(folder: str, below: str) -> None:
+    assert address_below(folder, "a/b") == below
 
 
 def test_bad_images_are_named_in_the_manifest_or_stop_the_run(tmp_path: Path) -> None:
