@@ -29,7 +29,9 @@ def doctor(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Workers of the planned run, by default 2; at most 4 check gradients."),
+        typer.Option(
+            min=1, help="Workers of the planned run, by default 2; at most 4 check gradients."
+        ),
     ] = None,
     cluster: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool,

@@ -196,11 +196,14 @@ def check_gradient(num_workers: int, parity: Parity) -> Finding:
 
 
 def _check_state_api() -> Finding:
+    import ray
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
     try:
-        list_nodes(timeout=30)
+        # of one that was started here by its address: where several run, Ray asks which is meant
+        here = None if os.environ.get("RAY_ADDRESS") else ray.get_runtime_context().gcs_address
+        list_nodes(address=here, timeout=30)
     except (RayStateApiException, OSError, RuntimeError, ValueError) as error:
         advice = "start Ray with its dashboard and ray[default]: Ray Train frees lost workers by it"
         return Finding("state API", "warn", detail_of(error), advice)

@@ -110,8 +110,8 @@ class ImageDecoder(NamedTuple):
         white: Value that is white in images of 9 to 16 bits; 0: the largest that their bits hold.
             Where color is of 16 bits, that takes the extra `tiff`. DICOM states its own window.
             With other channels than 1 and 3, one for all or one for each.
-        library: What decodes JPEG: `pillow`, or `turbo` (simplejpeg), in two thirds of the time, within
-            2 of 255. What simplejpeg does not decode whole, Pillow is asked about.
+        library: What decodes JPEG: `pillow`, or `turbo` (simplejpeg), in two thirds of the time
+            and within 2 of 255. What simplejpeg does not decode whole, Pillow is asked about.
         channels: C of the pixels, 1 to 16: 3 is RGB, 1 gray (luma where the image has color); any
             other is what the files have to hold, as `read_bands` reads them.
     """

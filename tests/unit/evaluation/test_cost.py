@@ -66,9 +66,7 @@ def test_a_quarter_of_the_images_tells_what_all_take(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_what_is_not_evaluated_takes_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_evaluated_takes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = experiment(folder)
     source = Source.open(made.data.train, made.data.columns)
     model = build_model(made)
