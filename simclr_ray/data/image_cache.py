@@ -162,8 +162,8 @@ def _shared_file(name: str, num_rows: int, size: int) -> int:
     try:
         folder = Path(tempfile.gettempdir()) / f"simclr_ray-images-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()  # not what a link of somebody else leads to
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        entry = folder.lstat()  # not what a link of somebody else leads to
+        if not stat.S_ISDIR(entry.st_mode) or entry.st_uid != os.getuid():
             return -1
         _remove_registers_of_the_dead(folder, key)
         with (folder / key).open("a+") as register:

@@ -184,6 +184,8 @@ def _only_one(fs: pafs.FileSystem, folder: str, out: str) -> Iterator[None]:
             held.enter_context(hold(cache_folder("prepare") / key[:16]))
         except LockedError as error:
             raise DataError(f"{out} is being prepared by {error}") from error
+        except OSError as error:  # of a user without a home that can be written to
+            logger.debug("%s is not locked: %s", out, error)
         yield
 
 

@@ -72,6 +72,7 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
     """
     began = time.monotonic()
     folder = StudyFolder(*study_folder(study))
+    before = seconds_before(folder)
     tree = base_tree(study)
     base, trials = cfg.validate(Experiment, tree), plan(study, tree)
     digest = digest_of_study(study, base)
@@ -94,6 +95,8 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
                 command=command,
                 versions=_versions(folder.state().get("versions", {})),
                 is_complete=False,
+                seconds=before,
+                began_at=time.time(),
             )
             are_small = can_share_processes(trials)
             in_process = are_small and not isolated
@@ -111,13 +114,23 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
             raise
         finally:
             if not is_lost(folder.uri):  # else they are of the driver that has the study now
-                before = float(folder.state().get("seconds", 0.0))
-                folder.update_state(seconds=round(before + time.monotonic() - began, 1))
+                seconds = round(before + time.monotonic() - began, 1)
+                folder.update_state(seconds=seconds, began_at=None)
                 try:
                     tracker.end_left_running(parent.run_id)
                 finally:
                     parent.finish(status)
     return folder
+
+
+def seconds_before(folder: StudyFolder) -> float:
+    """Return what earlier starts took; of one that was killed, until it last wrote."""
+    state = folder.state()
+    seconds, began_at = float(state.get("seconds") or 0.0), float(state.get("began_at") or 0.0)
+    written_at = folder.files.written_at() if began_at else None
+    if written_at is None:
+        return seconds
+    return round(seconds + max(0.0, written_at.timestamp() - began_at), 1)
 
 
 def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:

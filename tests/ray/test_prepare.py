@@ -229,6 +229,9 @@ def test_a_second_command_into_the_same_folder_is_refused(
         pool.submit(shapes, tmp_path / "other").result()
     shapes(tmp_path / "out")
     assert not (tmp_path / "cache" / "simclr_ray" / "prepare").exists()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    shapes(tmp_path / "third")  # without a cache there is no lock
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from simclr_ray import config as cfg
 from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.studies.definition import Study
+from simclr_ray.studies.driver import seconds_before
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import RUNS, Trial, base_tree, make_trials, points_of
 from simclr_ray.studies.status import status_of
@@ -84,3 +87,16 @@ def test_the_run_of_a_trial_is_the_one_that_was_last_written(tmp_path: Path) -> 
     assert newest is not None
     assert newest.name == "t-00000000"
     assert set(folder.runs()) == {"t", "t-other"}
+
+
+def test_a_start_that_was_killed_counts_until_it_last_wrote(tmp_path: Path) -> None:
+    folder = StudyFolder(str(tmp_path), "s")
+    assert seconds_before(folder) == 0.0
+    folder.update_state(seconds=100.0, began_at=None)
+    assert seconds_before(folder) == 100.0
+    now = time.time()
+    folder.update_state(seconds=100.0, began_at=now - 600)
+    end(folder, "t")
+    for place in Path(folder.uri).iterdir():
+        os.utime(place, (now - 60, now - 60))
+    assert seconds_before(folder) == pytest.approx(640.0, abs=0.2)
