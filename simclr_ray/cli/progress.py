@@ -207,7 +207,8 @@ class StudyProgress:
             say(f"{trial.name}: {trial.state}, {status.metric} {trial.metric}")
 
     def _left(self, status: StudyStatus) -> str:
-        if self.first_epochs < 0:
+        # trials that go on from a checkpoint may stand before where their last start ended
+        if self.first_epochs < 0 or status.epochs_done < self.first_epochs:
             self.began, self.first_epochs = time.monotonic(), status.epochs_done
         done = status.epochs_done - self.first_epochs
         if not status.epochs_left:

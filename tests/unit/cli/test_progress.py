@@ -11,6 +11,7 @@ from rich.console import Console
 
 from simclr_ray.cli import console, progress
 from simclr_ray.config.wording import clock, counted
+from simclr_ray.studies.status import StudyStatus, TrialStatus
 
 
 @pytest.fixture
@@ -101,6 +102,23 @@ def test_stages_have_a_bar_each(shown: io.StringIO) -> None:
     text = shown.getvalue()
     for expected in ("images  left", "pairs  left", "images/s", "pairs/s"):
         assert expected in text
+
+
+def test_the_time_left_of_a_study_that_goes_on_from_checkpoints_is_of_this_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def status(*epochs: float) -> StudyStatus:
+        return StudyStatus([TrialStatus("t", "running", e, 20, "-") for e in epochs], "m")
+
+    seen = progress.StudyProgress(lambda: status(8.0, 9.0))
+    assert seen._left(status(8.0, 9.0)) == "?"  # as the last start left them
+    now = 130.0
+    assert seen._left(status(5.0, 5.0)) == "?"  # from the checkpoints of the fifth epoch
+    now = 160.0
+    assert seen._left(status(6.0, 7.0)) == clock(30.0 / 3 * (14 + 13))
 
 
 def test_nouns_agree_with_their_numbers_and_times_are_read_as_times() -> None:
