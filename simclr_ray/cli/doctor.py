@@ -211,12 +211,12 @@ def _check_state_api() -> Finding:
 
 
 def _connect() -> None:
-    from simclr_ray.distributed.knocking import knock
+    from simclr_ray.distributed.ray_address import check_answers
     from simclr_ray.distributed.ray_cluster import init, start_to_check
 
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        knock(address)
+        check_answers(address)
         init(address=address)
         return
     start_to_check()

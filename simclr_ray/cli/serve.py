@@ -94,7 +94,16 @@ def _hosts(host: str, allowed: list[str]) -> tuple[str, ...]:
     """
     if host not in LOOPBACK:
         return ()
-    return *LOOPBACK, *(urlsplit(f"//{name}").hostname or name for name in allowed)
+    return *LOOPBACK, *map(_host_of, allowed)
+
+
+def _host_of(name: str) -> str:
+    if name.count(":") > 1 and "[" not in name:
+        return name.lower()  # of IPv6
+    try:
+        return urlsplit(f"//{name}").hostname or name
+    except ValueError as error:
+        raise ConfigError([ConfigIssue("--allowed-host", f"{name}: {error}")]) from error
 
 
 def _wait() -> None:

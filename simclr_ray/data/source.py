@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -107,7 +107,7 @@ class Source:
         root = self.image_root
         if not root or "://" in root or "://" in self.uri:
             return root if "://" in root else self.uri
-        return os.path.normpath(os.path.join(os.path.dirname(self.files[0]), root))  # noqa: PTH118, PTH120
+        return str(Path(self.files[0]).parent.joinpath(root).resolve())
 
     @property
     def num_pairs(self) -> int:

@@ -26,9 +26,9 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import ray_logging, ray_reaper, ray_token
-from simclr_ray.distributed.knocking import knock
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.placement import nodes, selectors_of, shown
+from simclr_ray.distributed.ray_address import check_answers
 from simclr_ray.errors import ClusterError, last_line
 
 # Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
@@ -211,9 +211,9 @@ def _join(address: str, code: dict[str, Any] | None) -> None:
     log.info("connected: %s, %g CPUs, %g GPUs", counted(len(alive), "node"), cpus, gpus)
 
 
-def _knock(address: str) -> None:
+def _check_answers(address: str) -> None:
     try:
-        knock(address)
+        check_answers(address)
     except OSError as error:
         raise _no_answer(address) from error
 
@@ -221,7 +221,7 @@ def _knock(address: str) -> None:
 def _refusal(address: str) -> ClusterError:
     """Return why a client could not join: nobody answers, or who answers has another token."""
     with contextlib.suppress(OSError):
-        knock(address)
+        check_answers(address)
         if address != "auto":
             mode = os.environ.get("RAY_AUTH_MODE", "unset")
             return ClusterError(
@@ -296,7 +296,7 @@ def check_machine(experiment: Experiment | None, copies: int = 1) -> None:
                 f"RAY_ADDRESS={address} is no address of a cluster; the form is HOST:PORT, "
                 "ray://HOST:PORT or auto"
             )
-        _knock(address)
+        _check_answers(address)
     elif experiment is not None:
         _check_cores(experiment, copies)
         _check_devices(experiment)

@@ -67,7 +67,7 @@ def evaluation_seconds(
     if not protocols:
         return EvaluationSeconds(read, start, epoch, 0.0, 0.0)
     model.eval()
-    part, part_read = _timed(lambda: _Part(*first_splits(experiment, ENCODED)))
+    part, part_read = _timed(lambda: _SampledSplits(*first_splits(experiment, ENCODED)))
     final = baselines = 0.0
     if scored := [name for name in protocols if name != PROBE]:
         times = evaluated_rows(experiment, source).num / part.num
@@ -79,7 +79,7 @@ def evaluation_seconds(
     return EvaluationSeconds(read, start, epoch, final, baselines)
 
 
-class _Part(NamedTuple):
+class _SampledSplits(NamedTuple):
     """Some images of what is learned from and, where there are labels, of what is asked about."""
 
     bank: Split
@@ -91,7 +91,11 @@ class _Part(NamedTuple):
 
 
 def _final_s(
-    experiment: Experiment, model: SimCLRModel, part: _Part, times: float, scored: Sequence[str]
+    experiment: Experiment,
+    model: SimCLRModel,
+    part: _SampledSplits,
+    times: float,
+    scored: Sequence[str],
 ) -> tuple[float, float]:
     """Return what protocols take of an encoder, and of the untrained one and pixels."""
     bank, test = part
@@ -142,7 +146,9 @@ def _scores_s(
     return seconds * rows / (learned + num_scored)
 
 
-def _probe_s(experiment: Experiment, model: SimCLRModel, part: _Part, read_image_s: float) -> float:
+def _probe_s(
+    experiment: Experiment, model: SimCLRModel, part: _SampledSplits, read_image_s: float
+) -> float:
     """Return what the probes of Table 3 take, and the class's; their time grows with the images.
 
     They decode what they ask about themselves, of each encoder.

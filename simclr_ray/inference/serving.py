@@ -322,7 +322,11 @@ def ensure_room(service: Service) -> None:
     """
     if not service.gpus:
         return
-    room = sum(int(node.gpus / service.gpus + 1e-9) for node in staying_nodes())
+    of_gpu = int(1 / service.gpus + 1e-9)  # a fraction is one of a single GPU
+    room = sum(
+        int(node.gpus) * of_gpu if of_gpu else int(node.gpus / service.gpus)
+        for node in staying_nodes()
+    )
     if room >= service.replicas:
         return
     problem = (

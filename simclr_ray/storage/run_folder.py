@@ -369,10 +369,10 @@ class RunFolder:
             files.move(f"{root}/{SNAPSHOT}", f"{root}/{SNAPSHOT}.set-aside")
         return gone
 
-    def written_at(self) -> datetime | None:
-        """Return when something was last written into the folder, as its file system says."""
+    def written_at(self, folder: str = "") -> datetime | None:
+        """Return when something was last written into the folder, or one in it, by its files."""
         lock = run_lock.LOCK  # of a bucket's, who only looked wrote there
-        times = [e.mtime for e in self._entries() if e.mtime is not None and e.base_name != lock]
+        times = [e.mtime for e in self._entries(folder) if e.mtime and e.base_name != lock]
         return max(times).astimezone(UTC) if times else None
 
     def _entries(self, folder: str = "") -> list[fs.FileInfo]:

@@ -92,7 +92,8 @@ def finalists_of(folder: StudyFolder, metric: str, fit: AdditiveFit) -> list[Fin
         raise RunError(f"the experiment as it is gave no result: see {folder.report}")
     gains = {n: [v[s] - before[s] for s in v if s in before] for n, v in values.items()}
     # a setting that is the experiment as it is shares its trials, and says nothing of chance
-    others = [gain for name, gain in gains.items() if name != DEFAULT and any(gain)]
+    same = {name for o in folder.outcomes() if DEFAULT in _settings(o) for name in _settings(o)}
+    others = [gain for name, gain in gains.items() if name not in same and gain]
     deviation, freedom = _deviation(others, fit)
     costs = _costs(folder)
     ends = []

@@ -36,7 +36,7 @@ class Row(NamedTuple):
     device_hours: float
     paper: float | None  # of the setting that it stands for
     runs: dict[int, str]  # seed -> runs/NAME of the study's folder, or the run's id in MLflow
-    values: dict[int, float]  # seed -> what `mean` is of
+    value_by_seed: dict[int, float]  # that `mean` is of
 
 
 class PointCurve(NamedTuple):

@@ -34,7 +34,7 @@ from simclr_ray.studies.concurrency import (
     per_machine,
 )
 from simclr_ray.studies.definition import Study
-from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.folder import OUTCOMES, StudyFolder
 from simclr_ray.studies.plan import (
     Trial,
     base_tree,
@@ -124,10 +124,10 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
 
 
 def seconds_before(folder: StudyFolder) -> float:
-    """Return what earlier starts took; of one that was killed, until it last wrote."""
+    """Return what earlier starts took; of one that was killed, until its last trial ended."""
     state = folder.state()
     seconds, began_at = float(state.get("seconds") or 0.0), float(state.get("began_at") or 0.0)
-    written_at = folder.files.written_at() if began_at else None
+    written_at = folder.files.written_at(OUTCOMES) if began_at else None
     if written_at is None:
         return seconds
     return round(seconds + max(0.0, written_at.timestamp() - began_at), 1)

@@ -151,7 +151,7 @@ def _points_of_row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     runs = set(row.get("runs", {}).values())
     reads_on = any(runs & set(other.get("runs", {}).values()) for other in rows if other is not row)
     one = setting if reads_on else f"{setting}, {images:.0f} images"
-    if values := row.get("values"):
+    if values := row.get("value_by_seed"):
         for seed, value in values.items():
             yield Measured(setting, f"{one}, seed {seed}", images, float(value))
     elif reads_on:  # one run passes through several lengths: they are held out together

@@ -307,9 +307,10 @@ def lengths_within(task: AdviceTask, minutes: float, timed: TimeForecast) -> Tri
     step_s = pace.device_seconds / workers / (num_short * timed_steps)
     process_s = pace.start - timed.started_s  # of each study, the cluster being there
     trial_s = pace.evaluation / num_short + TRIAL_S
-    if on_gpus(task.experiment):
-        trial_s += process_s  # its trials share no process
-    fixed_s = timed.seconds_spent + 2 * process_s + sum(in_turn) * trial_s
+    starts_s = 2 * process_s
+    if on_gpus(task.experiment):  # trials share no process: each has a start of its own
+        starts_s, trial_s = 0.0, trial_s + process_s
+    fixed_s = timed.seconds_spent + starts_s + sum(in_turn) * trial_s
     steps = math.floor((60 * minutes - fixed_s) / (steps_in_turn * step_s))
     if steps < FEWEST_STEPS:
         least = math.ceil((fixed_s + FEWEST_STEPS * steps_in_turn * step_s) / 60)

@@ -85,7 +85,7 @@ class Undelivered(NamedTuple):
     """What MLflow lacks of a run."""
 
     points: int
-    writes: int  # texts, files, parameters, tags
+    writes: int  # texts, files, parameters, tags, scores
     status: str  # empty: it has the right one
 
     def __str__(self) -> str:

@@ -172,7 +172,8 @@ def roll_back(
             f"{before.rate_multiplier:g} times the planned one"
         )
     if not collapsed:  # a checkpoint is finite, and the last record may be older
-        last_step = max(last_step, *map(checkpoint.step_of, folder.checkpoints()), 0)
+        whole = (n for n in folder.checkpoints() if checkpoint.RECORD in folder.names(n))
+        last_step = max(last_step, checkpoint.step_of(next(whole, "")))
     again = before.count > 0 and last_step <= before.failed_after
     good_until = last_step if error.good_until is None else error.good_until
     if again:

@@ -36,12 +36,13 @@ from simclr_ray.storage.page import render_page
 from simclr_ray.storage.run_folder import BAD_ROWS, CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_status import RunStatus, status_of_run
 from simclr_ray.train.figures import curve_drawings, draw_views
+from simclr_ray.train.health import START
 from simclr_ray.train.rollback import Rollbacks
 
 REPORT: Final = "report.html"
 CLASSES_SHOWN: Final = 25
 VIEWS_SHOWN: Final = 4
-START, TRAINS = "start/", "train"  # of what a start logs first, and that it has gone on
+TRAINS: Final = "train"  # that a start has logged more than what it begins with
 Z95: Final = 1.959964  # standard deviations of a normal distribution that hold 95 %
 
 log = logging.getLogger(__name__)

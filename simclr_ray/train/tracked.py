@@ -56,7 +56,7 @@ class Synced(NamedTuple):
     """What was delivered to MLflow."""
 
     points: int
-    writes: int  # texts, files, parameters, tags
+    writes: int  # texts, files, parameters, tags, scores
     status: str  # that the run was given; empty: it had it
 
 

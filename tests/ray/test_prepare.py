@@ -29,7 +29,7 @@ from simclr_ray.data.shapes import CLASS_NAMES, render
 from simclr_ray.data.shards import Rejected, SizeRange
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError, TooManyBadImages
-from simclr_ray.storage.filesystem import address_below, filesystem, remove_file
+from simclr_ray.storage.filesystem import filesystem, remove_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -232,18 +232,6 @@ def test_a_second_command_into_the_same_folder_is_refused(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     shapes(tmp_path / "third")  # without a cache there is no lock
-
-
-@pytest.mark.parametrize(
-    ("folder", "below"),
-    [
-        ("/data/out/", "/data/out/a/b"),
-        ("odd?name", "odd?name/a/b"),
-        ("s3://b/out?region=eu", "s3://b/out/a/b?region=eu"),
-    ],
-)
-def test_options_of_a_bucket_stay_last(folder: str, below: str) -> None:
-    assert address_below(folder, "a/b") == below
 
 
 def test_bad_images_are_named_in_the_manifest_or_stop_the_run(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from simclr_ray.cli.serve import _hosts
+from simclr_ray.errors import ConfigError
 from tests.formats.test_formats import HERE as FORMATS
 from tests.unit.cli.in_process import enter, run
 from tests.unit.inference.test_embedding_index import write_index
@@ -44,8 +45,19 @@ def test_what_cannot_be_served_is_refused_in_a_line(
 
 @pytest.mark.parametrize(
     ("given", "host"),
-    [("Photos.Example", "photos.example"), ("a.b:8443", "a.b"), ("[::1]:80", "::1"), ("a", "a")],
+    [
+        ("Photos.Example", "photos.example"),
+        ("a.b:8443", "a.b"),
+        ("[2001:DB8::5]:80", "2001:db8::5"),
+        ("2001:DB8::5", "2001:db8::5"),
+        ("a", "a"),
+    ],
 )
 def test_an_allowed_host_is_as_urls_have_it(given: str, host: str) -> None:
     assert _hosts("127.0.0.1", [given])[-1] == host
     assert _hosts("0.0.0.0", [given]) == ()  # noqa: S104 - bound to nothing here
+
+
+def test_an_allowed_host_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--allowed-host: "):
+        _hosts("127.0.0.1", ["[::1"])

@@ -95,7 +95,12 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert [(i.name, i.label) for i in items] == [("a.jpg", -1), ("b.jpg", -1)]
 
 
-def test_messages_name_a_folder_of_images_and_not_the_list_of_it(tmp_path: Path) -> None:
+def test_messages_name_a_folder_of_images_and_not_the_list_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "cache").symlink_to(tmp_path / "far" / "away")  # as on shared homes
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = Source.open(str(fill(tmp_path / "photos", ["1.jpg", "2.jpg"])))
     assert source.uri != source.shown_uri == str(tmp_path / "photos")
     with pytest.raises(DataError) as refused:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from simclr_ray.distributed import knocking, ray_cluster
+from simclr_ray.distributed import ray_address, ray_cluster, ray_token
 from simclr_ray.errors import ClusterError
 
 
@@ -41,7 +41,7 @@ def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_what_listens_but_is_not_ray_ends_in_one_line(
     stranger: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(knocking, "KNOCK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(ray_address, "ANSWER_TIMEOUT_S", 1.0)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test may have connected
     monkeypatch.setenv("RAY_ADDRESS", stranger)
     began = time.monotonic()
@@ -53,7 +53,7 @@ def test_what_listens_but_is_not_ray_ends_in_one_line(
 @pytest.mark.parametrize("port", [2**16, 99_999, 10**20])
 def test_a_port_that_cannot_be_is_an_address_where_nobody_answers(port: int) -> None:
     with pytest.raises(OSError, match="there is no such port"):
-        knocking.knock(f"127.0.0.1:{port}")
+        ray_address.check_answers(f"127.0.0.1:{port}")
 
 
 def test_a_ray_that_does_not_start_is_tried_twice_and_said_once(
@@ -72,3 +72,14 @@ def test_a_ray_that_does_not_start_is_tried_twice_and_said_once(
     ):
         ray_cluster._start(num_cpus=2)
     assert starts == [{"num_cpus": 2}] * 2
+
+
+def test_the_ray_of_a_check_has_a_token_and_ends_with_its_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(ray_token, "create", lambda: done.append("token"))
+    monkeypatch.setattr(ray_cluster, "_init_marked", lambda **given: done.append(str(given)))
+    ray_cluster.start_to_check()
+    token, started = done
+    assert (token, "'include_dashboard': True" in started) == ("token", True)

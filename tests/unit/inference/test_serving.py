@@ -70,7 +70,8 @@ def test_on_this_machine_it_is_asked_by_its_own_name_alone(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "replicas", "room"), [(0.0, 9, True), (1.0, 2, True), (1.0, 3, False), (0.1, 20, True)]
+    ("gpus", "replicas", "room"),
+    [(0.0, 9, True), (1.0, 2, True), (1.0, 3, False), (0.1, 20, True), (0.6, 2, True)],
 )
 def test_more_replicas_than_gpus_are_refused_on_this_machine(
     gpus: float, replicas: int, room: bool, monkeypatch: pytest.MonkeyPatch

@@ -156,7 +156,7 @@ def test_kept_results_that_have_their_seeds_are_read_as_a_folder_is(tmp_path: Pa
     tree = kept(tmp_path, seeds=4)
     for row in tree["rows"]:
         point = row["point"]
-        row["values"] = {
+        row["value_by_seed"] = {
             str(seed): accuracy(point["loss.temperature"], point["epochs"], seed)
             for seed in range(4)
         }

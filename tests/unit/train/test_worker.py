@@ -16,7 +16,6 @@ from ray.exceptions import RayTaskError
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.distributed import collectives
-from simclr_ray.distributed import collectives as dist
 from simclr_ray.errors import DataError, DivergedError, RunError, TrackingError
 from simclr_ray.storage.checkpoint import RECORD
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
@@ -106,18 +105,31 @@ def test_ranks_that_end_at_an_epoch_wait_for_its_checkpoint(
     reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agreed: list[str] = []
-    monkeypatch.setattr(dist, "broadcast_text", agreed.append)
+    monkeypatch.setattr(collectives, "broadcast_text", agreed.append)
     worker = TrainWorker.__new__(TrainWorker)
     worker.saved, worker.uploaded = 8, threading.Event()
     worker.requests = SimpleNamespace(reason=reason)  # type: ignore[assignment]
+    if not reason:
+        worker.save(8)  # the run goes on, and does not wait
+        return
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(worker.save, 8)
         _, waiting = wait([ended], timeout=0.1)
-        assert bool(waiting) == bool(reason)
+        assert waiting
         assert agreed == []
         worker.uploaded.set()
         ended.result()
-    assert agreed == [""] * bool(reason)
+    assert agreed == [""]
+
+
+def test_checkpoints_of_one_run_in_two_storages_have_names_of_their_own(tmp_path: Path) -> None:
+    prefixes = set()
+    for storage in ("a", "b"):
+        worker = TrainWorker.__new__(TrainWorker)
+        worker.folder = RunFolder.of(str(tmp_path / storage), "run-0123")
+        prefixes.add(worker._scratch_prefix)
+    assert len(prefixes) == 2
+    assert all(prefix.startswith("simclr_ray-run-0123-") for prefix in prefixes)
 
 
 def test_a_bucket_that_cannot_be_listed_leaves_the_newest_step_as_it_was() -> None:
