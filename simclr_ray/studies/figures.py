@@ -6,7 +6,7 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 
@@ -25,6 +25,7 @@ from simclr_ray.studies.space import label_of
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
 TITLE_CHARS = 60  # of the title above a panel
 LABEL_CHARS = 45  # of an axis label; more lines instead of more characters
+LABELS_CHARS = 75  # of all labels below an axis, spaces between them included
 COLORS = "viridis"
 
 
@@ -211,7 +212,9 @@ def _draw_bars(axis: Axes, data: Sequence[Datum], xs: list[Scalar], names: list[
             axis.annotate(
                 f"{d.value:.1f}", (x, d.value + d.deviation), ha="center", va="bottom", fontsize=7
             )
-    axis.set_xticks(range(len(xs)), [str(x) for x in xs])
+    slanted = sum(len(str(x)) + 2 for x in xs) > LABELS_CHARS  # side by side they would overlap
+    style: dict[str, Any] = {"rotation": 35, "ha": "right"} if slanted else {}
+    axis.set_xticks(range(len(xs)), [str(x) for x in xs], **style)
     axis.margins(y=0.12)  # room for the numbers; bars begin at zero, so that lengths do not lie
 
 
