@@ -6,8 +6,8 @@ Of every study (by default the kept ones, `docs/studies`) points are held out in
 interval is made from what is left, its form and factors included, so that nothing of a held-out run
 is on both sides:
 
-    run       one setting with one seed; of kept results, which do not tell more than two seeds
-              apart, their mean, held against the interval of a mean of as many
+    run       one setting with one seed; of results that were kept without their seeds, the mean of
+              more than two, held against the interval of a mean of as many
     point     one setting at one length, with all of its seeds, where lengths are runs of their own
     longest   everything within a factor of 1.5 of the longest run, predicted from shorter runs
 

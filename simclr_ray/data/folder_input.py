@@ -30,7 +30,13 @@ from simclr_ray.data.listing import Listing, is_utf8, list_images, part_split
 from simclr_ray.data.shards import check_group_sizes
 from simclr_ray.data.splits import choose_split_folder, split_folders
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, info_of, is_local, open_whole
+from simclr_ray.storage.filesystem import (
+    address_below,
+    filesystem,
+    info_of,
+    is_local,
+    open_whole,
+)
 from simclr_ray.storage.hub import SCHEME
 
 SAVED = ("dataset_dict.json", "state.json")  # by `datasets`, as `arrow_input` reads it
@@ -316,8 +322,7 @@ def _write_list(out: str, name: str, table: pa.Table, about: dict[str, str]) -> 
     digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:8]
     file = f"{name}-{digest}.parquet"
     path = f"{folder}/{file}"
-    address, mark, options = out.partition("?")
-    shown = path if is_local(fs) else f"{address.rstrip('/')}/{file}{mark}{options}"
+    shown = path if is_local(fs) else address_below(out, file)
     if fs.get_file_info(path).is_file:
         return shown
     try:

@@ -18,7 +18,6 @@ from simclr_ray.errors import (
     TooManyBadImages,
     UnhealthyRunError,
 )
-from simclr_ray.storage import checkpoint
 from simclr_ray.storage.last_error import RESTART, LastError
 from simclr_ray.storage.metrics_log import FIRST_BATCH
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
@@ -33,7 +32,7 @@ from simclr_ray.train.heartbeat import (
     RankWatch,
 )
 from simclr_ray.train.resolve import ResolvedExperiment
-from simclr_ray.train.rollback import CheckpointKeeper, keeps_good
+from simclr_ray.train.rollback import CheckpointKeeper, keeps_good, newest_whole_step
 from simclr_ray.train.tracked import Tracked
 
 log = logging.getLogger(__name__)
@@ -185,12 +184,10 @@ class RunRecorder:
 
     def _newest_step(self) -> int:
         """Return the step of the newest whole checkpoint; where none can be seen, as it was."""
-        folder = self.resolved.folder
         try:
-            whole = (n for n in folder.checkpoints() if checkpoint.RECORD in folder.names(n))
-            return max(0, checkpoint.step_of(next(whole, "")))
+            return newest_whole_step(self.resolved.folder)
         except OSError as error:  # of a bucket, at the moment that ranks failed for it
-            log.debug("%s cannot be listed: %s", folder.uri, error)
+            log.debug("%s cannot be listed: %s", self.resolved.folder.uri, error)
             return self._kept
 
     def _take_metrics(self, item: Record) -> None:

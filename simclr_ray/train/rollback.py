@@ -172,8 +172,7 @@ def roll_back(
             f"{before.rate_multiplier:g} times the planned one"
         )
     if not collapsed:  # a checkpoint is finite, and the last record may be older
-        whole = (n for n in folder.checkpoints() if checkpoint.RECORD in folder.names(n))
-        last_step = max(last_step, checkpoint.step_of(next(whole, "")))
+        last_step = max(last_step, newest_whole_step(folder))
     again = before.count > 0 and last_step <= before.failed_after
     good_until = last_step if error.good_until is None else error.good_until
     if again:
@@ -190,6 +189,12 @@ def roll_back(
         after.count, health.max_rollbacks,
     )  # fmt: skip
     return after
+
+
+def newest_whole_step(folder: RunFolder) -> int:
+    """Return the step of the newest checkpoint that is not half written; 0: there is none."""
+    whole = (name for name in folder.checkpoints() if checkpoint.RECORD in folder.names(name))
+    return max(0, checkpoint.step_of(next(whole, "")))
 
 
 def newest_good(folder: RunFolder, identity: Identity, good_until: int) -> str:
