@@ -48,13 +48,15 @@ def stopped(
     tree["epochs"] = 1 if said.startswith("evaluating") else 300
     config = folder / f"{storage}.yaml"
     config.write_text(cfg.dump_yaml(tree))
-    # a shell has what it runs in the background ignore Ctrl-C, which children inherit
+    # a shell has what it runs in the background ignore Ctrl-C, and nohup hangups; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     driver = subprocess.Popen(
         [sys.executable, "-m", "simclr_ray", "pretrain", str(config)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=env,
     )  # fmt: skip
+    signal.signal(signal.SIGHUP, hangup)  # the tests go on when their terminal goes
     assert driver.stderr is not None
     lines: list[str] = []
     is_sent = False
