@@ -48,7 +48,7 @@ def stopped(
     tree["epochs"] = 1 if said.startswith("evaluating") else 300
     config = folder / f"{storage}.yaml"
     config.write_text(cfg.dump_yaml(tree))
-    # a shell has what it runs in the background ignore Ctrl-C, and nohup hangups; children inherit it
+    # shells have background jobs ignore Ctrl-C, and nohup hangups; children inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     driver = subprocess.Popen(
