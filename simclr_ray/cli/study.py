@@ -221,7 +221,7 @@ def _show_results(results: Results) -> None:
 
 
 def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
-    from simclr_ray.evaluation.evaluate import split_like_test
+    from simclr_ray.data.overlap import overlap_line
     from simclr_ray.studies.plan import forecast, note_on_lengths
 
     taken = forecast(study, trials)
@@ -241,10 +241,9 @@ def _show_plan(study: Study, trials: Sequence[Trial]) -> None:
     note = note_on_lengths(study, trials)
     if note:
         rows["lengths"] = note
-    data = trials[0].experiment.data
-    same = split_like_test(data)
-    if same:
-        rows["beware"] = f"{data.test} holds the images of {same}: scores flatter"
+    overlap = overlap_line(trials[0].experiment.data)
+    if overlap:
+        rows["beware"] = overlap
     show_pairs(rows)
 
 

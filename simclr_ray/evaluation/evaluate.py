@@ -17,6 +17,7 @@ from simclr_ray.config.experiment import (
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
 from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.decoding import evaluation_decoder
+from simclr_ray.data.overlap import overlap_line
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.classification import Classification, classification
@@ -61,9 +62,9 @@ def evaluate(
         DataError: A split cannot be read.
     """
     experiment, model = load_trained(folder, *overrides)
-    same = split_like_test(experiment.data)
-    if same:
-        log.warning("%s holds the images of %s: scores flatter", experiment.data.test, same)
+    overlap = overlap_line(experiment.data)
+    if overlap:
+        log.warning("%s", overlap)
     return _score_all(experiment, model, protocols)
 
 
@@ -214,15 +215,3 @@ def probed_source(data: DataConfig) -> Source:
     return Source.open(
         data.eval_train or data.train, data.columns, 0 if data.eval_train else data.limit
     )
-
-
-def split_like_test(data: DataConfig) -> str:
-    """Return which of `data.train` and `data.eval_train` holds the images of `data.test`, if any.
-
-    Opens what there is to compare. Raises `DataError` where one cannot be read.
-    """
-    if not data.test:
-        return ""
-    others = [path for path in dict.fromkeys((data.train, data.eval_train)) if path]
-    path_of_fingerprint = {Source.open(path, data.columns).fingerprint: path for path in others}
-    return path_of_fingerprint.get(Source.open(data.test, data.columns).fingerprint, "")

@@ -53,7 +53,8 @@ class StudyBaselines:
         if self._scores is None:
             return
         if not wait and not ray.wait([self._scores], timeout=0)[0]:
-            ray.cancel(self._scores, force=True)
+            # It ends with this process. A task that is cancelled while its end is on the way
+            # brings this process down (Ray 2.60).
             return
         try:
             self._folder.write_baselines(ray.get(self._scores))

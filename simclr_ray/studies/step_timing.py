@@ -20,12 +20,12 @@ from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import local_batches
 from simclr_ray.distributed.malloc import one_arena
-from simclr_ray.errors import ClusterError, RunError, last_line
+from simclr_ray.errors import ClusterError, RunError
 from simclr_ray.evaluation.cost import EvaluationSeconds, evaluation_seconds
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
 from simclr_ray.train import loop
-from simclr_ray.train.failures import unwrap_error
+from simclr_ray.train.failures import cause_of, unwrap_error
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import (
     prepare_process,
@@ -138,43 +138,50 @@ def _evaluation_s(experiment: Experiment, seconds: TrialSeconds) -> float:
 
 def _timed(experiments: Sequence[Experiment], protocols: Sequence[str]) -> list[TrialSeconds]:
     """Return what trials of some experiments take, timed side by side."""
-    timings: list[Any] = []  # generators of references, for which Ray has no types
+    # Actors, which can be ended at any time: a task that is cancelled while its end is on the way
+    # brings this process down (Ray 2.60).
+    workers: list[Any] = []
     submitted_at = time.time()
     for experiment in experiments:
         scaling = experiment.scaling
-        task = ray.remote(
+        worker = ray.remote(
             num_cpus=scaling.cpus_per_worker,
             num_gpus=scaling.gpus_per_worker,
             runtime_env={"env_vars": one_arena()},
-            max_retries=0,
-            num_returns="streaming",
-        )(_begun_and_seconds_of)
-        timings.append(task.remote(cfg.to_tree(experiment), protocols, submitted_at))
+            max_restarts=0,
+        )(_TimingWorker)
+        workers.append(worker.remote())
     try:
-        _, late = ray.wait(timings, num_returns=len(timings), timeout=FREE_S)
+        begun = [worker.begun.remote() for worker in workers]
+        timed = [
+            worker.seconds_of.remote(cfg.to_tree(experiment), protocols, submitted_at)
+            for worker, experiment in zip(workers, experiments, strict=True)
+        ]
+        _, late = ray.wait(begun, num_returns=len(begun), timeout=FREE_S)
         if late:
             message = f"no worker's share of the cluster came free within {FREE_S} s; is it busy?"
             raise ClusterError(message)
-        for timing in timings:
-            ray.get(next(timing))
-        seconds: list[TrialSeconds] = [ray.get(next(timing)) for timing in timings]
+        seconds: list[TrialSeconds] = ray.get(timed)
     except RayError as error:
-        reason = last_line(getattr(error, "cause", None) or error)
-        raise unwrap_error(error) or RunError(f"a step could not be timed: {reason}") from error
+        ours = RunError(f"a step could not be timed: {cause_of(error)}")
+        raise unwrap_error(error) or ours from error
     finally:
-        ends = {timing.completed(): timing for timing in timings}
-        _, left = ray.wait(list(ends), num_returns=len(ends), timeout=0)
-        for end in left:  # cancelling what has just ended can bring this process down (Ray 2.60)
-            ray.cancel(ends[end], force=True)
+        for worker in workers:
+            ray.kill(worker)
     return seconds
 
 
-def _begun_and_seconds_of(
-    tree: dict[str, Any], protocols: Sequence[str], submitted_at: float
-) -> Iterator[TrialSeconds | None]:
-    """Yield once there is a process, and again what it has timed."""
-    yield None
-    yield seconds_of(tree, protocols, submitted_at)
+class _TimingWorker:
+    """Times one trial in a process of its own."""
+
+    def begun(self) -> None:
+        """Return as soon as there is a process."""
+
+    def seconds_of(
+        self, tree: dict[str, Any], protocols: Sequence[str], submitted_at: float
+    ) -> TrialSeconds:
+        """Return what the trial takes, as the function of that name."""
+        return seconds_of(tree, protocols, submitted_at)
 
 
 def seconds_of(tree: dict[str, Any], protocols: Sequence[str], submitted_at: float) -> TrialSeconds:

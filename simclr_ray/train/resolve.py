@@ -26,10 +26,10 @@ from simclr_ray.data.decoding import (
     training_decoder,
 )
 from simclr_ray.data.image_groups import open_grouped
+from simclr_ray.data.overlap import overlap_line
 from simclr_ray.data.sample import CHECK_SECONDS, Sample, check_sample
 from simclr_ray.data.source import Source
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
-from simclr_ray.evaluation.evaluate import split_like_test
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.pretrained import (
     TEACHER,
@@ -187,9 +187,9 @@ def _check_images(data: DataConfig, train: Sample) -> None:
 def _check_evaluation(resolved: ResolvedExperiment) -> None:
     """Open the splits that are read after the training, and compare what can be compared."""
     data, head = resolved.config.data, resolved.config.classifier
-    same = split_like_test(data)
-    if same:
-        log.warning("%s holds the images of %s: scores flatter", data.test, same)
+    overlap = overlap_line(data)
+    if overlap:
+        log.warning("%s", overlap)
     bank = Source.open(data.eval_train, data.columns) if data.eval_train else resolved.source
     if not data.test:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from mlflow import MlflowClient
 
 from simclr_ray import config as cfg
 from simclr_ray.cli.signals import STOPPED_BY_SYSTEM
-from simclr_ray.errors import ClusterError, ConfigError, DataError
+from simclr_ray.errors import ClusterError, ConfigError, DataError, RunError
 from simclr_ray.studies import step_timing
 from simclr_ray.studies.driver import run_study
 from simclr_ray.studies.files import load_study
@@ -219,6 +220,22 @@ def test_what_keeps_steps_from_being_timed_is_said_as_it_is(
     monkeypatch.setattr(step_timing, "FREE_S", 3)
     with pytest.raises(ClusterError, match="no worker's share of the cluster came free within 3 s"):
         timed("scaling.cpus_per_worker=64")
+    monkeypatch.setattr(step_timing, "FREE_S", 60)
+    monkeypatch.setattr(step_timing, "_TimingWorker", DyingWorker)
+    with pytest.raises(RunError, match=r"a step could not be timed: .*died") as died:
+        timed()
+    assert len(str(died.value)) < 300  # without what Ray says of deaths in general
+
+
+class DyingWorker:
+    """Begins, and dies of the first thing that it is asked."""
+
+    def begun(self) -> None:
+        """Say so."""
+
+    def seconds_of(self, *_: object) -> None:
+        """Die."""
+        os._exit(3)
 
 
 def program(source: Path) -> list[str]:

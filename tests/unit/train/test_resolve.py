@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import ClassifierHeadConfig, DataConfig, Experiment
+from simclr_ray.config.experiment import ClassifierHeadConfig, Experiment
 from simclr_ray.errors import CheckpointError, ConfigError, DataError, SimclrRayError
-from simclr_ray.evaluation.evaluate import split_like_test
 from simclr_ray.train.outcome import evaluation_digest
 from simclr_ray.train.resolve import resolve
 from tests.ray.images import noise_png, write_shapes
@@ -163,18 +162,6 @@ PIPELINE = {"name": "pipeline", "size": 32}
 def test_pipelines_that_cannot_be_are_named(augment: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         experiment(augment=PIPELINE | augment)
-
-
-def test_a_test_split_of_the_training_images_is_noticed_and_another_is_not(
-    tmp_path: Path,
-) -> None:
-    for name, rows in (("a", 12), ("b", 9)):
-        write_shapes(tmp_path / f"{name}.parquet", rows)
-    a, b = (str(tmp_path / f"{name}.parquet") for name in "ab")
-    assert split_like_test(DataConfig(train=a, test=a, limit=5)) == a
-    assert split_like_test(DataConfig(train=a, eval_train=b, test=b)) == b
-    assert split_like_test(DataConfig(train=a, test=b)) == ""
-    assert split_like_test(DataConfig(train=a)) == ""
 
 
 def test_labels_of_the_test_split_that_no_class_has_are_told_before_the_training(

@@ -1,0 +1,86 @@
+"""Test images that are trained on too: of files, folders of images, and copies of whole sets."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from simclr_ray.config.experiment import DataConfig
+from simclr_ray.data.overlap import overlap_line
+from tests.ray.images import noise_png, write_shapes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two sets of 12 and 9 images, and photographs: three to train on and two within those."""
+    (tmp_path / "set").mkdir()
+    for name, rows in (("a", 12), ("b", 9)):
+        write_shapes(tmp_path / "set" / f"{name}.parquet", rows)
+    for at, name in enumerate(("cat/1", "cat/2", "dog/3", "test/cat/4", "test/dog/5")):
+        file = tmp_path / "photos" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(noise_png(at, 24))
+    return tmp_path
+
+
+def line_of(folder: Path, **places: str) -> str:
+    """Return what is said, with places below `folder`."""
+    data = {key: f"{folder}/{place}" for key, place in places.items()}
+    return overlap_line(DataConfig(**data)).replace(f"{folder}/", "")  # type: ignore[arg-type]
+
+
+A, B, BOTH = "set/a.parquet", "set/b.parquet", "set"
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ({"train": A, "test": A}, f"all 12 images of {A} are in {A} too: scores flatter"),
+        ({"train": BOTH, "test": B}, f"all 9 images of {B} are in {BOTH} too: scores flatter"),
+        ({"train": A, "test": BOTH}, f"12 of 21 images of {BOTH} are in {A} too: scores flatter"),
+        ({"train": A, "test": B}, ""),
+        ({"train": A, "eval_train": B, "test": B}, f"all 9 images of {B} are in {B} too: scores"),
+        ({"train": A}, ""),
+        ({"train": "photos", "test": "photos/test"}, "all 2 images of photos/test are in photos"),
+        ({"train": "photos/cat", "test": "photos/test"}, ""),
+        ({"train": "photos/cat", "test": "photos"}, "2 of 5 images of photos are in photos/cat"),
+        ({"train": "photos", "test": A}, ""),
+    ],
+)
+def test_images_of_the_test_split_that_are_trained_on_are_counted(
+    folder: Path, places: dict[str, str], said: str
+) -> None:
+    line = line_of(folder, **places)
+    assert line.startswith(said)
+    assert bool(line) == bool(said)
+
+
+def test_a_split_is_known_again_by_another_path_and_as_a_copy(folder: Path) -> None:
+    (folder / "link").symlink_to(folder / "set")
+    shutil.copytree(folder / BOTH, folder / "copy")
+    assert line_of(folder, train="link", test=A).startswith("all 12 images")
+    assert line_of(folder, train="copy", test=BOTH).startswith("all 21 images")
+
+
+def test_rows_past_the_limit_are_not_trained_on(folder: Path) -> None:
+    data = {"train": str(folder / BOTH), "test": str(folder / B)}
+    assert overlap_line(DataConfig(**data, limit=12)) == ""  # type: ignore[arg-type]
+    assert "are in" in overlap_line(DataConfig(**data, limit=13))  # type: ignore[arg-type]
+
+
+def test_images_that_parquet_names_are_compared_by_where_they_lie(folder: Path) -> None:
+    whole = str(folder / "photos" / "test" / "cat" / "4.png")
+    lists = {
+        "train": ["photos/cat/1.png", None, whole],
+        "test": [Path(whole).as_uri(), None, "photos/dog/3.png"],
+        "other": ["photos/test/cat/4.png", "photos/dog/3.png"],
+    }
+    for name, images in lists.items():
+        pq.write_table(pa.table({"image": pa.array(images)}), folder / f"{name}.parquet")
+    said = line_of(folder, train="train.parquet", test="other.parquet")
+    assert said.startswith("1 of 2 images of other.parquet are in train.parquet too")
+    assert line_of(folder, train="train.parquet", test="test.parquet").startswith("1 of 3 images")
