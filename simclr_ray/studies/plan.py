@@ -19,6 +19,7 @@ from simclr_ray.config import Scalar
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.config.moves import Move, relocated
+from simclr_ray.config.wording import counted
 from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -124,27 +125,28 @@ def images_of(trials: Sequence[Trial]) -> dict[str, int]:
     Raises:
         DataError: Images cannot be read, or fill no batch.
     """
-    num_pairs = {
-        data: open_grouped(data.train, data.columns, data.limit).num_pairs
-        for data in {trial.experiment.data for trial in trials}
+    sets = {trial.experiment.data for trial in trials}
+    num_pairs = {d: open_grouped(d.train, d.columns, d.limit).num_pairs for d in sets}
+    without = [t for t in trials if num_pairs[t.experiment.data] < t.experiment.batch_size]
+    if without:
+        experiment = max((t.experiment for t in without), key=lambda e: e.batch_size)
+        kind = "groups" if experiment.data.columns.group else "rows"
+        raise DataError(
+            f"{experiment.data.train}: {num_pairs[experiment.data]} {kind} do not fill one global "
+            f"batch of {experiment.batch_size} ({len(without)} of {counted(len(trials), 'trial')}, "
+            f"as {without[0].name}); lower batch_size or bring more images"
+        )
+    return {
+        t.name: t.experiment.total_steps(num_pairs[t.experiment.data]) * t.experiment.batch_size
+        for t in trials
     }
-    images = {}
-    for trial in trials:
-        experiment = trial.experiment
-        pairs = num_pairs[experiment.data]
-        images[trial.name] = experiment.total_steps(pairs) * experiment.batch_size
-        if not images[trial.name]:
-            kind = "groups" if experiment.data.columns.group else "rows"
-            reason = f"{pairs} {kind} fill no batch of {experiment.batch_size}"
-            raise DataError(f"{trial.name}: {experiment.data.train}: {reason}")
-    return images
 
 
 def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     """Return what trials take, those of a search that learns by the mean of some.
 
     Raises:
-        DataError: Same as `images_of`.
+        DataError: As in `images_of`.
     """
     share = study.search.runs_per_trial(len(trials))
     images = images_of(trials)

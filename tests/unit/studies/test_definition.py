@@ -253,7 +253,11 @@ def test_a_trial_whose_rows_fill_no_batch_is_named_before_any_runs(tmp_path: Pat
     write_shapes(tmp_path / "train.parquet", 12)
     study = load_study(written(tmp_path), "", f"data.train={tmp_path}/train.parquet")
     trials = make_trials(study, base_tree(study), points_of(study))
-    with pytest.raises(DataError, match=r"batch_size-16_.*12 rows fill no batch of 16"):
+    message = (
+        r"12 rows do not fill one global batch of 16 \(3 of 6 trials, as batch_size-16_.*\); "
+        r"lower batch_size or bring more images"
+    )
+    with pytest.raises(DataError, match=message):
         forecast(study, trials)
     small = [t for t in trials if t.experiment.batch_size == 8]
     assert forecast(study, small).images == 8 * (1 + 2 + 4)
