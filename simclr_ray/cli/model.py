@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simclr_ray.cli.arguments import Overrides, RunPlace, TrackingUri
-from simclr_ray.cli.console import loading, out, show_table
+from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 
@@ -35,6 +35,7 @@ def register(
 Version = Annotated[
     str, typer.Argument(metavar="MODEL", help="models:/NAME/3, or models:/NAME@ALIAS.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")]
 SHARE = 0.1  # of the labels, where nothing else is asked for
 Named = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")]
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.")]
@@ -143,6 +144,7 @@ def finetune(
     random: Annotated[  # noqa: FBT002 - typer makes it a flag
         bool, typer.Option("--random", help="Start from random weights, for comparison.")
     ] = False,
+    dry_run: DryRun = False,  # noqa: FBT002
 ) -> None:
     """Fine-tune a run's encoder on a share of the labels, and test the classifier.
 
@@ -154,16 +156,18 @@ def finetune(
     loading("torch", "ray")
     from simclr_ray.train.finetune import plan_finetuning
 
-    tuned = _train(
-        plan_finetuning(
-            run,
-            SHARE if labels is None and not per_class else labels,
-            *(overrides or []),
-            per_class=per_class or 0,
-            frozen=frozen,
-            from_random=random,
-        )
+    planned = plan_finetuning(
+        run,
+        SHARE if labels is None and not per_class else labels,
+        *(overrides or []),
+        per_class=per_class or 0,
+        frozen=frozen,
+        from_random=random,
     )
+    if dry_run:
+        _show_arithmetic(planned)
+        return
+    tuned = _train(planned)
     _show(f"test, after {counted(tuned.num_images, 'label')}", tuned)
 
 
@@ -172,6 +176,7 @@ def distill(
         str, typer.Argument(metavar="TEACHER", help="Folder or URI of a fine-tuning.")
     ],
     overrides: Overrides = None,
+    dry_run: DryRun = False,  # noqa: FBT002
 ) -> None:
     """Train a student of any size on what a fine-tuned classifier says of unlabelled images.
 
@@ -180,7 +185,21 @@ def distill(
     loading("torch", "ray")
     from simclr_ray.train.finetune import plan_distillation
 
-    _show("test, of the student", _train(plan_distillation(teacher, *(overrides or []))))
+    planned = plan_distillation(teacher, *(overrides or []))
+    if dry_run:
+        _show_arithmetic(planned)
+        return
+    _show("test, of the student", _train(planned))
+
+
+def _show_arithmetic(planned: Planned) -> None:
+    from simclr_ray.train.disk_space import check_space
+    from simclr_ray.train.dry_run import derived
+
+    rows = derived(planned.experiment)
+    rows["scores at the end"] = "of the classifier, by data.test"
+    show_pairs(rows)
+    check_space(planned.experiment)
 
 
 def _train(planned: Planned) -> FineTuned:

@@ -24,7 +24,7 @@ def advise_before_start(resolved: ResolvedExperiment) -> list[str]:
     """Return what is likely to go wrong, by the config alone."""
     config, total, warmup = resolved.config, resolved.total_steps, resolved.warmup_steps
     advice = []
-    if total < FEW_STEPS:
+    if total < FEW_STEPS and not config.init.freeze:  # which takes one step
         advice.append(f"{_few(total)}: raise epochs, or lower batch_size")
     peak = config.peak_learning_rate()
     if peak >= 1 and warmup < SHORT_WARMUP and total > 2 * SHORT_WARMUP:
@@ -54,7 +54,7 @@ def advise_before_start(resolved: ResolvedExperiment) -> list[str]:
 
 
 def _few(total: int) -> str:
-    return f"{counted(total, 'step')} are few to learn from"
+    return f"{counted(total, 'step')} {'is' if total == 1 else 'are'} few to learn from"
 
 
 def advise_after_scores(

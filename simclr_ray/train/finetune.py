@@ -151,6 +151,8 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
     """
     folder = RunFolder.at(teacher)
     tree, record = _record(folder, teacher)
+    if tree["init"]["freeze"]:  # it was made in one step
+        tree |= {"epochs": EPOCHS, "checkpoint": {"every_epochs": 10, "keep": 1}}
     settings = tree | {
         "name": f"{tree['name']}-distilled",
         "augment": _crop_and_flip(tree),

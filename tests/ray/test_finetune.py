@@ -24,6 +24,7 @@ from simclr_ray.nn.pretrained import experiment_of
 from simclr_ray.storage.checkpoint import read_record
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.train.advice import advise_before_start
 from simclr_ray.train.driver import pretrain
 from simclr_ray.train.finetune import plan_distillation, plan_finetuning, train
 from simclr_ray.train.outcome import Run
@@ -145,7 +146,10 @@ def test_a_share_of_the_labels_is_learned_from_the_runs_encoder(
 
 def test_a_frozen_encoder_gets_a_classifier_at_once(folder: Path, run: Run) -> None:
     planned = plan_finetuning(run.folder, None, "data.test=", per_class=5, frozen=True)
+    assert advise_before_start(planned.experiment) == []  # one step is all that it takes
     tuned = train(planned)
+    student, _ = plan_distillation(tuned.run.folder, f"data.train={folder / 'train.parquet'}")
+    assert student.config.epochs == 30  # not the teacher's one
     assert tuned.num_images == 50
     assert tuned.run.name.startswith("t-frozen-5each-")
     before, classifier = load_encoder(run.checkpoint), load_encoder(tuned.run.folder)
