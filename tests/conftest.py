@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import pytest
 from tests.mlflow_server import free_port, serving
 
 DATA_VARIABLE = "SIMCLR_RAY_DATA"
+
+# A shell has what it runs in the background ignore Ctrl-C, and what tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +52,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # one machine is not preempted, and the watcher costs a process a run: as `connect` sets it
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    ray.init(
+    start = functools.partial(
+        ray.init,
         address="local",
         num_cpus=4,
         object_store_memory=512 * 2**20,
@@ -57,6 +63,11 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         # a worker of Ray's yields to any other process by default, here to the tests beside
         _system_config={**QUIET, "worker_niceness": 0},
     )
+    try:
+        start()
+    except (OSError, RuntimeError, ValueError):  # a busy machine; `connect` tries twice as well
+        ray.shutdown()
+        start()
     address: str = ray.get_runtime_context().gcs_address
     os.environ["RAY_ADDRESS"] = address
     yield address

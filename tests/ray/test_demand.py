@@ -33,9 +33,17 @@ def wait_for(until: Callable[[], bool]) -> None:
 
 
 def test_trials_that_wait_are_shown_until_there_is_room(ray_cluster: str) -> None:
-    demand = Demand(SCALING)
     wait_for(lambda: states() == {})  # what earlier tests have ended
     wait_for(lambda: sum(node.cpus for node in free_nodes()) == 4)
+    demand = Demand(SCALING)
+    try:
+        _shown_and_taken_back(demand)
+    finally:  # or all later tests wait for the room that is shown
+        demand.show(0)
+    assert states() == {}
+
+
+def _shown_and_taken_back(demand: Demand) -> None:
     demand.show(3)
     assert states() == {}  # a trial is on its way there
     taken = placement_group([{"CPU": 2}])
@@ -53,8 +61,6 @@ def test_trials_that_wait_are_shown_until_there_is_room(ray_cluster: str) -> Non
     wait_for(lambda: states()["CREATED"] == 1)  # one of ours has found room, as a node gives it
     demand.show(10**6)
     wait_for(lambda: states() == {})  # and all make way for the trial
-    demand.show(0)
-    assert states() == {}
 
 
 def leave_two() -> None:

@@ -90,11 +90,11 @@ def _alone(folder: Path, trial: Trial, job: Job) -> TrialOutcome:
 
 def _kill_when_begun(study: StudyFolder, trial: str, killed: list[int]) -> None:
     """Kill the process of a trial once its run has a checkpoint."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         run = study.runs().get(trial)
         if run is not None and run.checkpoints():
-            (pid,) = processes.named(ACTOR)
+            pid = processes.named(ACTOR)[-1]  # an earlier one may still be ending
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
             return

@@ -41,10 +41,10 @@ def test_what_is_late_is_a_finding_and_others_are_not_held_up() -> None:
             "mlflow": breaks,
             "other": partial(list, [Finding("other", "ok", "opens")]),
         },
-        0.6,
+        2.0,
     )
-    assert time.monotonic() - began < 5
-    assert (late.status, late.detail) == ("fail", "no answer within 1 s")
+    assert time.monotonic() - began < 20
+    assert (late.status, late.detail) == ("fail", "no answer within 2 s")
     assert (broken.check, broken.status) == ("mlflow", "fail")
     assert broken.detail == "RuntimeError: broken"
     assert sound == Finding("other", "ok", "opens")

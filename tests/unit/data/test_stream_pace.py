@@ -54,18 +54,22 @@ def test_the_pace_is_installed_once_where_ray_takes_callbacks_and_left_out_elsew
     assert older.execution_options.preserve_order
 
 
-def test_it_pauses_for_half_a_step_while_batches_are_in_time_and_hardly_elsewhere() -> None:
-    waits = [0.0, 0.0, 0.05]
+def test_it_pauses_for_half_a_step_while_batches_are_in_time_and_hardly_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
 
     def batches() -> Iterator[int]:
-        for index, wait in enumerate(waits):
-            time.sleep(wait)
+        nonlocal now
+        for index, wait in enumerate([0.0, 0.0, 0.05]):
+            now += wait
             yield index
 
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     pauses = []
     for _ in _Pace.observed(batches()):
         pauses.append(_Pace.pause_s)
-        time.sleep(0.1)  # a step
-    assert pauses[1] == pytest.approx(0.05, abs=0.04)
+        now += 0.1  # a step
+    assert pauses[1] == pytest.approx(0.05)
     assert LOOP_PAUSE_S[0] < pauses[1] <= LOOP_PAUSE_S[1]
     assert pauses[2] == LOOP_PAUSE_S[0]

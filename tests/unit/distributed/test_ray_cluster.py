@@ -47,7 +47,7 @@ def test_what_listens_but_is_not_ray_ends_in_one_line(
     began = time.monotonic()
     with pytest.raises(ClusterError, match=f"no Ray cluster answers at RAY_ADDRESS={stranger}"):
         ray_cluster.connect()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("port", [2**16, 99_999, 10**20])

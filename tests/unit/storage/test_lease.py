@@ -238,7 +238,10 @@ def test_a_driver_that_was_stopped_for_long_ends_where_another_has_come(tmp_path
     set_back(tmp_path)
     with hold(uri):
         other.send_signal(signal.SIGCONT)
-        _, said = other.communicate(timeout=20)
+        try:
+            _, said = other.communicate(timeout=60)
+        finally:
+            other.kill()
         assert "KeyboardInterrupt" in said  # as by Ctrl-C
         assert f"RunError: {uri} was taken over by process {os.getpid()} on " in said
         assert f"process {os.getpid()}" in holder_of(uri)

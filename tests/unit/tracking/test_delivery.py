@@ -220,6 +220,8 @@ def test_at_the_end_what_is_left_is_one_line_with_the_command_that_delivers_it(
         log_steps(tmp_path, range(4))
         delivery.owe("text", text="table", file="scores.md")
         delivery.want("FINISHED")
+        sender.wake()
+        wait_for(lambda: sender.error)  # else the end may come before the first refusal
     # on a busy machine it had failed before the end was near, and said so
     *_, said = [r.getMessage() for r in caplog.records]
     assert said == (
@@ -252,7 +254,7 @@ def test_a_request_that_never_ends_is_left_behind_and_changes_nothing_afterwards
     sender.start()
     began = time.monotonic()
     assert not sender.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert "6 points (no answer in 0.3 s)" in caplog.text
     assert deliver(again(run), tmp_path) == 6
     before = (tmp_path / STATE).read_text()
@@ -277,7 +279,7 @@ def test_a_locked_database_delays_no_record_and_loses_none(run: TrackedRun, tmp_
             time.sleep(0.1)
         assert not (tmp_path / STATE).exists()  # nothing has arrived
         other.execute("ROLLBACK")
-    assert slowest < 0.5
+    assert slowest < 3  # SQLite waits for five
     assert stored(run) == list(range(20))
 
 

@@ -98,6 +98,7 @@ def test_an_interrupt_leaves_out_what_has_not_begun(monkeypatch: pytest.MonkeyPa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(head_start, "connect", interrupt)
+    monkeypatch.setattr(head_start, "PATIENCE_S", 0.5)
 
     def wait() -> None:
         interrupted.wait(PATIENCE_S)
