@@ -12,7 +12,7 @@ SIGNIFICANT = 0.05
 SHORT_HEAD = ("claim", "verdict", "effect", "95 % interval", "power", "paper's effect")
 CLAIM_HEAD = (
     "claim", "verdict", "effect", "95 % interval", "paper's effect", "smallest of interest",
-    "power", "seeds", "pairs won", "p (smallest possible)", "sign test",
+    "power", "seeds", "pairs won", "permutation p (smallest possible)", "signs of pairs",
 )  # fmt: skip
 
 
@@ -47,8 +47,14 @@ def claim_cells(verdict: Verdict, paper_metric: str) -> list[str]:
     ]
 
 
-def claim_line(verdict: Verdict, paper_metric: str) -> str:
-    """Return a claim in a line: the verdict, and the numbers that it rests on."""
+def claim_line(verdict: Verdict, paper_metric: str, mark: str = "") -> str:
+    """Return a claim in a line: the verdict, and the numbers that it rests on.
+
+    Args:
+        verdict: What was found.
+        paper_metric: As in `claim_cells`.
+        mark: That follows the verdict.
+    """
     effect = verdict.effect
     if effect is None:
         return f"{verdict.claim}: {verdict.words}"
@@ -63,8 +69,8 @@ def claim_line(verdict: Verdict, paper_metric: str) -> str:
     if paper:
         parts.append(f"the paper's {paper}")
     parts.append(f"{verdict.wins} of {verdict.num_pairs} pairs won")
-    signs = f"sign test p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g}"
-    return f"{verdict.claim}: {verdict.words}: {', '.join(parts)} ({signs})"
+    signs = f"permutation p = {verdict.p:.3g}, at least {verdict.smallest_p:.3g}"
+    return f"{verdict.claim}: {verdict.words}{mark}: {', '.join(parts)} ({signs})"
 
 
 def effect_text(verdict: Verdict) -> str:

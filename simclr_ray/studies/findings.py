@@ -17,8 +17,9 @@ from typing import Any
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.claim_words import SHORT_HEAD, SIGNIFICANT, claim_line, short_cells
-from simclr_ray.studies.claims import Verdict, read_verdict
+from simclr_ray.studies.claims import read_verdict
 from simclr_ray.studies.effects import holm
+from simclr_ray.studies.files import load_study
 from simclr_ray.studies.paper_findings import FINDINGS
 from simclr_ray.studies.report import CURVES, DATA, FIGURE, PAGE
 
@@ -26,14 +27,17 @@ SCALE = "laptop"
 READING = "reading.md"
 SAID, MARK = ("appears", "is reversed"), " †"
 
+Claim = tuple[str, str]  # name of a study, text of a claim
 
-def findings_page(folder: Path, made_by: str, scale: str = SCALE) -> str:
+
+def findings_page(folder: Path, made_by: str, scale: str = SCALE, about: str = "") -> str:
     """Return the findings of the studies that were kept at a scale, as Markdown.
 
     Args:
         folder: Of kept reports, a folder each; links are relative to the one above it.
         made_by: The command that writes the page.
         scale: Of the studies that are on it.
+        about: What there is to say of their images.
 
     Raises:
         ConfigError: A file of results cannot be read.
@@ -50,21 +54,50 @@ def findings_page(folder: Path, made_by: str, scale: str = SCALE) -> str:
         "interval lies above 0, *is reversed* where it lies below, and *does not appear* where it "
         "ends below the smallest effect of interest and a test had a power of 0.8 to find that. "
         "Else it cannot be said at this budget. The paper's effect is one of ImageNet, at settings "
-        "that each study's file in `tune_configs/` matches with those here.",
+        "that each study's file in `tune_configs/` matches with those here. Seeds differ in first "
+        "weights, order and views; all have the same images, so that others are not in the "
+        f"interval. {about}".rstrip(),
         "",
     ]
+    marked = _marked(studies)
     if studies:
-        lines += [*_findings(studies), "", _counts(studies), "", *_summary(studies), ""]
+        counts = [_counts(studies, marked), "", _note(studies, marked), ""]
+        lines += [*_findings(studies, marked), "", *counts, *_summary(studies, marked), ""]
     else:
         lines += [f"No study at this scale is kept in `{folder.name}/` yet.", ""]
     for tree in studies:
-        lines += _section(tree, folder)
+        lines += _section(tree, folder, marked)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _findings(studies: Sequence[dict[str, Any]]) -> list[str]:
+def _marked(studies: Sequence[dict[str, Any]]) -> set[Claim]:
+    """Return the claims that are said to appear, but not when all are tested together."""
+    claims = [(tree["study"], read_verdict(claim)) for tree in studies for claim in tree["claims"]]
+    corrected = holm([verdict.effect.p if verdict.effect else 1.0 for _, verdict in claims])
+    return {
+        (study, verdict.claim)
+        for (study, verdict), p in zip(claims, corrected, strict=True)
+        if verdict.effect is not None and verdict.effect.outcome in SAID and p > SIGNIFICANT
+    }
+
+
+def _note(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> str:
+    """Return what the mark means, or that nothing needs it."""
+    total = sum(len(tree["claims"]) for tree in studies)
+    together = f"when all {total} are tested together (Holm's correction of Student's paired p)."
+    if marked:
+        return f"{MARK.strip()} not below 5 % {together}"
+    return f"What appears does so as well {together}"
+
+
+def _findings(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> list[str]:
     """Return the paper's findings as a table: of how many of its claims each verdict was given."""
-    verdicts = {(t["study"], v.claim): v for t in studies for v in map(read_verdict, t["claims"])}
+    words = {
+        (tree["study"], v.claim): v.words.partition(":")[0]
+        for tree in studies
+        for v in map(read_verdict, tree["claims"])
+    }
+    words |= {claim: words[claim] + MARK for claim in marked}
     questions = {tree["study"]: tree["question"] for tree in studies}
     rows = [["", "the paper's finding", "in the paper", "here", "study"], ["---:", *["---"] * 4]]
     for number, finding in enumerate(FINDINGS, 1):
@@ -73,46 +106,39 @@ def _findings(studies: Sequence[dict[str, Any]]) -> list[str]:
             f"[{study}](#{_anchor(questions[study])})" if study in questions else study
             for study in finding.claims
         )
-        said = _together([verdicts.get(pair) for pair in pairs])
+        said = _together([words.get(pair, "not run yet") for pair in pairs])
         rows.append([str(number), finding.text, finding.source, said, links])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _together(verdicts: Sequence[Verdict | None]) -> str:
+def _together(verdicts: Sequence[str]) -> str:
     """Return what verdicts say together: one where they agree, else how many of each."""
-    words = Counter(v.words.partition(":")[0] if v else "not run yet" for v in verdicts)
+    words = Counter(verdicts)
     if len(words) == 1:
         return next(iter(words))
     parts = [f"{name} ({number} of {len(verdicts)})" for name, number in words.most_common()]
     return "; ".join(parts)
 
 
-def _summary(studies: Sequence[dict[str, Any]]) -> list[str]:
+def _summary(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> list[str]:
     """Return all claims as one table, each with a link to the section of its study."""
     head = ["study", *SHORT_HEAD]
-    claims = [(tree, read_verdict(claim)) for tree in studies for claim in tree["claims"]]
-    corrected = holm([verdict.effect.p if verdict.effect else 1.0 for _, verdict in claims])
     rows = []
-    for (tree, verdict), p in zip(claims, corrected, strict=True):
-        cells = short_cells(verdict, tree["paper"]["metric"])
-        is_said = verdict.effect is not None and verdict.effect.outcome in SAID
-        cells[1] += MARK * (is_said and p > SIGNIFICANT)
-        rows.append([f"[{tree['study']}](#{_anchor(tree['question'])})", *cells])
-    table = [head, ["---"] * len(head), *rows]
-    marked = sum(MARK in row[2] for row in rows)
-    note = (
-        f"{MARK.strip()} not below 5 % when all {len(claims)} are tested together (Holm's "
-        "correction of Student's paired p)."
-        if marked
-        else f"What appears does so as well when all {len(claims)} are tested together (Holm's "
-        "correction of Student's paired p)."
-    )
-    return [*(f"| {' | '.join(row)} |" for row in table), "", note]
+    for tree in studies:
+        for verdict in map(read_verdict, tree["claims"]):
+            cells = short_cells(verdict, tree["paper"]["metric"])
+            cells[1] += MARK * ((tree["study"], verdict.claim) in marked)
+            rows.append([f"[{tree['study']}](#{_anchor(tree['question'])})", *cells])
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _counts(studies: Sequence[dict[str, Any]]) -> str:
+def _counts(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> str:
     """Return how many claims have each verdict, as a sentence."""
-    words = Counter(read_verdict(c).words for tree in studies for c in tree["claims"])
+    words = Counter(
+        verdict.words + MARK * ((tree["study"], verdict.claim) in marked)
+        for tree in studies
+        for verdict in map(read_verdict, tree["claims"])
+    )
     said = "; ".join(f"{number} × {name}" for name, number in words.most_common())
     return f"Verdicts of {counted(words.total(), 'claim')}: {said}."
 
@@ -134,7 +160,7 @@ def _stored(folder: Path) -> Iterator[dict[str, Any]]:
         yield tree | {"folder": path.parent.name}
 
 
-def _section(tree: dict[str, Any], folder: Path) -> list[str]:
+def _section(tree: dict[str, Any], folder: Path, marked: set[Claim]) -> list[str]:
     """Return the lines of one study."""
     where = f"{folder.name}/{tree['folder']}"
     seeds, wall_s = tree["seeds"], tree.get("wall_seconds", 0.0)
@@ -152,8 +178,9 @@ def _section(tree: dict[str, Any], folder: Path) -> list[str]:
     ]
     lines += [f"![{name} of {tree['study']}]({where}/{name}.svg)" for name in drawn]
     lines += [""] * bool(drawn)
-    for claim in tree["claims"]:
-        lines.append(f"- {claim_line(read_verdict(claim), paper['metric'])}")
+    for verdict in map(read_verdict, tree["claims"]):
+        mark = MARK * ((tree["study"], verdict.claim) in marked)
+        lines.append(f"- {claim_line(verdict, paper['metric'], mark)}")
     if not tree["claims"]:
         lines.append("- No claim is stated.")
     if tree["not_finished"]:
@@ -170,7 +197,22 @@ def _section(tree: dict[str, Any], folder: Path) -> list[str]:
         "```",
         "",
     ]
-    return lines
+    changed = _changed(tree)
+    return [*lines, changed, ""] if changed else lines
+
+
+def _changed(tree: dict[str, Any]) -> str:
+    """Return which claims the study's file asks another smallest effect of by now; empty: none."""
+    try:
+        study = load_study(tree["study"], tree["scale"])
+    except ConfigError:  # a study of the user's own, whose file is not among ours
+        return ""
+    now = {comparison.claim: comparison.smallest_effect for comparison in study.comparisons}
+    then = {v.claim: v.smallest_effect for v in map(read_verdict, tree["claims"])}
+    changed = [claim for claim, effect in then.items() if now.get(claim) != effect]
+    if not changed:
+        return ""
+    return f"Since then the study's file has another smallest effect for: {'; '.join(changed)}."
 
 
 def _again(tree: dict[str, Any]) -> str:

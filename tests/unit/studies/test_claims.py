@@ -221,7 +221,7 @@ def test_a_line_has_effect_interval_power_and_the_effect_of_the_paper() -> None:
     assert "claim 0: appears: +3.98 ± 0.14 points, 95 % interval [+3.81, +4.16], 5 seeds" in line
     assert "the paper's +7.00 points" in line
     assert "power 1.00 for 1.00 points" in line
-    assert "10 of 10 pairs won (sign test p = 0.00195, at least 0.00195)" in line
+    assert "10 of 10 pairs won (permutation p = 0.00195, at least 0.00195)" in line
     cells = dict(zip(CLAIM_HEAD, claim_cells(verdict, "top-1 (%)"), strict=True))
     assert cells["smallest of interest"] == "1.00 points"
     low, high = json.loads(cells["95 % interval"].replace("+", ""))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.findings import COMMAND, PAGE
-from benchmarks.studies import KEPT, without_links
+from benchmarks.findings import COMMAND, PAGE, kept_page
+from benchmarks.studies import without_links
 from simclr_ray.errors import ConfigError
 from simclr_ray.studies.analysis import as_json, results_of
 from simclr_ray.studies.figures import draw_study
@@ -32,7 +32,7 @@ def keep(folder: Path, name: str, scale: str, *, drawn: bool = True) -> None:
 
 
 def test_the_committed_page_is_what_the_kept_results_give() -> None:
-    assert PAGE.read_text(encoding="utf-8") == findings_page(KEPT, COMMAND)
+    assert PAGE.read_text(encoding="utf-8") == kept_page()
 
 
 def test_a_section_has_claim_interval_paper_figure_command_seeds_and_minutes(
@@ -77,6 +77,42 @@ def test_a_finding_appears_where_all_of_its_claims_do(
     text = findings_page(tmp_path, COMMAND)
     assert f"| Table 3 | {said} | [what_h_keeps](#kept) |" in text
     assert "| Table 5 | not run yet | temperature |" in text
+
+
+def test_what_appears_by_itself_but_not_among_all_is_marked_wherever_it_is_said(
+    tmp_path: Path,
+) -> None:
+    keep(tmp_path, "kept", "laptop", drawn=False)
+    file = tmp_path / "kept" / "results.json"
+    tree = json.loads(file.read_text())
+    (claim,) = tree["claims"]
+    first, second = FINDINGS[3].claims["what_h_keeps"]
+    weak = claim | {"claim": second, "effect": claim["effect"] | {"mean": 0.0015}}
+    tree |= {"study": "what_h_keeps", "claims": [claim | {"claim": first}, weak]}
+    file.write_text(json.dumps(tree))
+    text = findings_page(tmp_path, COMMAND)
+    assert "| Table 3 | appears (1 of 2); appears † (1 of 2) |" in text
+    assert "Verdicts of 2 claims: 1 × appears; 1 × appears †." in text
+    assert "† not below 5 % when all 2 are tested together" in text
+    assert f"- {second}: appears †: +0.15 ± 0.14 points" in text
+    assert f"- {first}: appears: " in text
+
+
+def test_that_the_file_asks_another_effect_by_now_is_said(tmp_path: Path) -> None:
+    study = load_study("what_h_keeps", SCALE)
+    keep(tmp_path, "kept", "laptop", drawn=False)
+    file = tmp_path / "kept" / "results.json"
+    tree = json.loads(file.read_text())
+    (claim,) = tree["claims"]
+    claims = [
+        claim | {"claim": c.claim, "smallest_effect": c.smallest_effect} for c in study.comparisons
+    ]
+    file.write_text(json.dumps(tree | {"study": "what_h_keeps", "claims": claims}))
+    assert "another smallest effect" not in findings_page(tmp_path, COMMAND)
+    claims[0] |= {"smallest_effect": 0.0001}
+    file.write_text(json.dumps(tree | {"study": "what_h_keeps", "claims": claims}))
+    said = f"the study's file has another smallest effect for: {claims[0]['claim']}."
+    assert said in findings_page(tmp_path, COMMAND)
 
 
 def test_what_somebody_has_read_off_the_curves_stands_below_the_claims(tmp_path: Path) -> None:
