@@ -20,12 +20,12 @@ from simclr_ray.distributed.ray_cluster import (
     check_machine,
     connect,
 )
-from simclr_ray.errors import RunError, UnhealthyRunError
+from simclr_ray.errors import CollapseError, RunError, UnhealthyRunError
 from simclr_ray.nn.pretrained import WHERE, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.last_error import recorded
 from simclr_ray.storage.metrics_log import last_values
-from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS
+from simclr_ray.storage.run_folder import CONFIG_FILE, HELD_S, METRICS, RunFolder
 from simclr_ray.storage.space import OF_THE_DISK, writing
 from simclr_ray.tracking.store import store_uri
 from simclr_ray.train import stop
@@ -166,16 +166,35 @@ def _trained(
             log.info("%s: %s", WHERE, init_line(resolved.config))
         with stop.passed_on(folder):
             _fit_with_rollbacks(resolved, tracked, on_progress, fit)
-            is_stopped = stop.is_requested(folder)
+            is_stopped = _is_stop_requested(folder)
         newest = newest_checkpoint(resolved)
         is_done = checkpoint.step_of(newest) >= total
         folder.prune_checkpoints(resolved.config.checkpoint.keep if is_done else keep, newest)
         if is_stopped and checkpoint.step_of(newest) < total:
             raise KeyboardInterrupt
+    else:
+        _check_ended_well(resolved, tracked)
     if checkpoint.step_of(newest) < total:
         raise RunError(f"{folder.uri} holds no whole checkpoint of step {total} after training")
     metrics = last_values(folder.read_text(METRICS) or "")
     return Run(folder.name, folder.uri, newest, tracked.run_id, metrics)
+
+
+def _is_stop_requested(folder: RunFolder) -> bool:
+    """Return whether a stop was asked for, as seems so where a bucket does not say just then."""
+    try:
+        return stop.is_requested(folder)
+    except OSError as error:
+        log.debug("%s does not say whether a stop was asked for: %s", folder.uri, error)
+        return True
+
+
+def _check_ended_well(resolved: ResolvedExperiment, tracked: Tracked) -> None:
+    """Raise again what the last step of a run has ended it by, after its last checkpoint."""
+    error = HealthWatch(resolved.config, resolved.warmup_steps).replay(tracked.log.records(METRICS))
+    collapsed = isinstance(error, CollapseError)
+    if error is not None and not (collapsed and resolved.config.health.on_collapse == "warn"):
+        raise error
 
 
 def _fit_with_rollbacks(

@@ -99,13 +99,21 @@ class HealthWatch:
     def _best_margin(self) -> float:
         return max((scores.get("margin", 0.0) for _, scores in self._evaluations), default=0.0)
 
-    def replay(self, records: Iterable[Record]) -> None:
-        """Take what a run had logged before it was stopped; nothing of it is raised."""
+    def replay(self, records: Iterable[Record]) -> UnhealthyRunError | None:
+        """Take what a run had logged before it was stopped; nothing of it is raised.
+
+        Returns:
+            What its last step would have ended it by; None: nothing.
+        """
+        last: UnhealthyRunError | None = None
+        raised_at = -1
         for record in records:
             try:
                 self(record)
-            except UnhealthyRunError:
+            except UnhealthyRunError as error:
                 self._since.clear()  # it went on: it was told, or its records are of another rate
+                last, raised_at = error, int(record["step"])
+        return last if raised_at == self.last_step else None
 
     def __call__(self, record: Record) -> None:
         """Take one record of metrics.

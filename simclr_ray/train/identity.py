@@ -84,7 +84,7 @@ def check_is_there(resolved: ResolvedExperiment) -> None:
 
 def begin_anew(resolved: ResolvedExperiment) -> None:
     """Set aside what there is of a run, so that it begins at step 0."""
-    if not is_new(resolved.folder):
+    if not is_new(resolved.folder) or resolved.folder.checkpoints():
         other = resolved.folder.set_aside()
         log.info("what there was of this run is now %s", other.uri)
 

@@ -64,7 +64,7 @@ class RunMonitor(RunRecorder):
             last = self._stop.is_set()  # read before draining: nothing put before is missed
             try:
                 with self.ended_by_errors():
-                    self.take_all(self._drain() if last else self._arrived())
+                    self._take_what_came(last=last)
                     if not last:
                         self.ranks.look()
                     self._write_ranks(last=last)
@@ -73,6 +73,17 @@ class RunMonitor(RunRecorder):
                 self._end(RunError(f"what watches the run has failed: {cause}"))
             if last:
                 return
+
+    def _take_what_came(self, *, last: bool) -> None:
+        """Take what has come; where that took long, what came meanwhile too.
+
+        A terminal that is stopped, or an upload, may hold this thread for minutes: ranks that told
+        of themselves all the while are not silent.
+        """
+        items, began = self._drain() if last else self._arrived(), time.monotonic()
+        self.take_all(items)
+        if time.monotonic() - began > WAIT_S:
+            self.take_all(self._drain())
 
     def _write_ranks(self, *, last: bool) -> None:
         """Write where the ranks stand, every few seconds; at the end nothing of it stays."""

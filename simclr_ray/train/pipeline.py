@@ -27,6 +27,7 @@ from simclr_ray.evaluation.scores import Score, format_table
 from simclr_ray.inference.promotion import promote
 from simclr_ray.inference.registry import register_run
 from simclr_ray.storage.last_error import recorded
+from simclr_ray.storage.lease import is_lost
 from simclr_ray.storage.run_folder import HELD_S, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import CLASSIFIER_SCORES, SCORES
@@ -96,7 +97,8 @@ def train_and_evaluate(
         # the training itself had set it to FINISHED; an interrupt within an import comes out of it
         # as an ImportError, or as whatever that code makes of it
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | ImportError) or stop.was_interrupted():
+            is_stopped = isinstance(error, KeyboardInterrupt | ImportError)
+            if (is_stopped or stop.was_interrupted()) and not is_lost(folder.uri):
                 with late_writes(folder) as writes:
                     writes.status("KILLED")
             raise

@@ -21,6 +21,8 @@ from simclr_ray.storage.space import writing
 from simclr_ray.tracking.delivery import STATE
 
 UPLOAD_EVERY_S = 60.0
+FAILS_S = 1800.0  # without one upload that arrives: then the run ends, before it loses more
+END_PAUSES_S = (1.0, 4.0, 15.0)  # between the last tries, at the end
 DELIVERED = (METRICS, OTHER_METRICS)  # logs of points, which go to MLflow
 FILES = (METRICS, OTHER_METRICS, BAD_ROWS, STATE, RANKS)
 CANNOT_BE_UPLOADED = "the log of the run cannot be uploaded"
@@ -42,7 +44,7 @@ class RunLog:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self._scratch = ExitStack()
-        self._uploaded_at = time.monotonic()
+        self._tried_at = self._arrived_at = time.monotonic()
         self._uploaded: dict[str, tuple[int, int]] = {}  # name -> size and time of the file
 
     def __enter__(self) -> RunLog:
@@ -58,8 +60,13 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._scratch:
             if kind is not None:  # what ended the run is what is told
-                self.try_upload()
+                with suppress(StorageError):
+                    self.try_upload()
                 return
+            for pause_s in END_PAUSES_S:
+                if self.try_upload():
+                    return
+                time.sleep(pause_s)
             try:
                 self.upload()
             except StorageError:
@@ -114,7 +121,7 @@ class RunLog:
         Raises:
             OSError: The folder cannot be written.
         """
-        self._uploaded_at = time.monotonic()
+        self._tried_at = time.monotonic()
         if self.folder.local is not None or is_lost(self.folder.uri):  # the log is another driver's
             return
         for name in FILES:
@@ -122,22 +129,35 @@ class RunLog:
                 stamp = self._stamp(name)  # before: what comes meanwhile is new
                 self.folder.put_folder(self.path / name, name)
                 self._uploaded[name] = stamp
+        self._arrived_at = time.monotonic()
 
-    def try_upload(self) -> None:
-        """Bring a remote folder up to date; a failure is a line, as another error matters more."""
-        try:
-            self.upload()
-        except OSError as error:
-            log.warning("%s: %s", CANNOT_BE_UPLOADED, one_line(error))
-
-    def upload_if_due(self) -> None:
-        """Bring a remote folder up to date, once a minute.
+    def try_upload(self) -> bool:
+        """Bring a remote folder up to date; return whether it is. A failure is a line of the log.
 
         Raises:
-            OSError: The folder cannot be written.
+            StorageError: The place takes no more: trying again does not help.
         """
-        if time.monotonic() - self._uploaded_at > UPLOAD_EVERY_S:
+        try:
             self.upload()
+        except StorageError:
+            raise
+        except OSError as error:
+            log.warning("%s: %s", CANNOT_BE_UPLOADED, one_line(error))
+            return False
+        return True
+
+    def upload_if_due(self) -> None:
+        """Bring a remote folder up to date, once a minute; what fails is tried a minute later.
+
+        Raises:
+            OSError: It has failed for half an hour, or the place takes no more.
+        """
+        if time.monotonic() - self._tried_at <= UPLOAD_EVERY_S:
+            return
+        if time.monotonic() - self._arrived_at > FAILS_S:
+            self.upload()
+        else:
+            self.try_upload()
 
     def _stamp(self, name: str) -> tuple[int, int]:
         stat = (self.path / name).stat()

@@ -110,6 +110,7 @@ class TrainWorker:
         steps = range(start, self.total)
         batches = self.context.batches(experiment, self.source, steps, self.folder.name)
         self._build(kept)
+        kept = kept._replace(tensors={}) if kept else None  # they keep their file's space
         self.loss = build_loss(experiment)
         self.evaluation = OnlineEvaluation(
             experiment, self.source, self.rank, self.num_ranks, self.device

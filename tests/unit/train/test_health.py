@@ -212,6 +212,14 @@ def test_a_log_of_a_long_run_is_replayed_in_a_time_that_grows_with_its_length() 
     assert seconds(16_000) < 12 * seconds(4_000)  # 4 times; 16 where each looks at all
 
 
+def test_what_the_last_step_would_have_ended_is_returned_and_what_came_before_is_not() -> None:
+    fallen = [at(200, EQUAL), at(300, EQUAL)]
+    assert isinstance(watch().replay([at(150, WELL), *fallen]), CollapseError)
+    assert watch().replay([at(150, WELL), *fallen, at(500, WELL)]) is None  # it went on
+    assert watch().replay([at(150, WELL)]) is None
+    assert watch().replay([]) is None
+
+
 def test_a_loss_without_such_a_level_is_not_held_to_it() -> None:
     health = watch(loss={"name": "triplet"})
     assert ended(health, (report(step, STUCK) for step in range(10, 900, 10))) is None

@@ -89,6 +89,18 @@ def test_what_there_was_is_set_aside_when_a_run_begins_anew(storage: str, tmp_pa
     assert runs_of_this_name(run) == []
 
 
+def test_what_a_restart_that_was_killed_has_left_is_set_aside_too(
+    storage: str, tmp_path: Path
+) -> None:
+    run = begun(resolved(storage, tmp_path))
+    folder = tmp_path / "runs" / run.run_name
+    (folder / "step-00000003-0000000a").mkdir()
+    (folder / CONFIG_FILE).unlink()  # moved, and the checkpoint not yet
+    begin_anew(run)
+    assert run.folder.checkpoints() == []
+    assert (tmp_path / "runs" / f"{run.run_name}~1" / "step-00000003-0000000a").is_dir()
+
+
 def test_the_lock_may_be_nested_by_the_driver_that_holds_it(storage: str, tmp_path: Path) -> None:
     folder = resolved(storage, tmp_path).folder
     with folder.lock():

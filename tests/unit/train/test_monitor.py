@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import queue
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,30 @@ def test_where_the_ranks_stand_is_in_the_run_folder_while_they_train(
     assert (second.rank, second.node, second.phase, second.step) == (1, "10.0.0.1", "data", 7)
     assert second.seconds >= 3.0
     assert run.folder.read_text(RANKS) is None
+
+
+def test_ranks_that_told_of_themselves_while_nobody_listened_are_not_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, stopped, goes_on = resolved(tmp_path), threading.Event(), threading.Event()
+
+    def show(_: object) -> None:  # as a terminal after Ctrl-S
+        stopped.set()
+        assert goes_on.wait(30)
+
+    monkeypatch.setattr("simclr_ray.train.monitor.WAIT_S", 0.2)
+    monkeypatch.setattr("simclr_ray.train.heartbeat.SILENT_S", 0.4)
+    inbox: Any = Inbox()
+    inbox.put(RankStarted(0, "10.0.0.0", "actor"))
+    inbox.put({"step": 1, "epoch": 0.1, "total": 9})
+    with tracked_run(run, open_tracker(run)) as tracked:
+        health = HealthWatch(run.config, run.warmup_steps)
+        with RunMonitor(inbox, tracked, show, run, health):
+            assert stopped.wait(30)
+            time.sleep(1.0)
+            inbox.put(Beat(0, "data", 7, 1.0, 120.0))
+            goes_on.set()
+    assert "has not answered" not in caplog.text
 
 
 def test_why_ranks_started_again_is_the_last_error(tmp_path: Path) -> None:
