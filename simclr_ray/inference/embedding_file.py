@@ -25,6 +25,7 @@ from simclr_ray.storage.filesystem import (
     is_local,
     make_parent,
     one_line,
+    open_large,
     open_whole,
 )
 from simclr_ray.storage.space import writing
@@ -154,7 +155,7 @@ class EmbeddingFile:
             DataError: It cannot be written.
             StorageError: The disk takes no more.
         """
-        with self.written(), whole(self.fs, self.path) as file:
+        with self.written(), open_large(self.fs, self.path) as file:
             writer = None
             for index in range(num):
                 table = parts.read(index)
@@ -257,29 +258,6 @@ def digest_of(fs: pafs.FileSystem, path: str) -> str:
 def are_embeddings(fs: pafs.FileSystem, paths: Sequence[str]) -> bool:
     """Return whether all files are of embeddings, those that are being made included."""
     return all(f".parquet{PARTS}" in path or digest_of(fs, path) for path in paths)
-
-
-@contextmanager
-def whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
-    """Give a stream whose file appears whole or not at all, however large it is.
-
-    In a bucket it is written at once, without the copy that `open_whole` makes: no bucket copies
-    more than 5 GB in one request.
-    """
-    if is_local(fs):
-        with open_whole(fs, path) as file:
-            yield file
-        return
-    stream = fs.open_output_stream(path)
-    try:
-        yield stream
-        stream.close()
-    except BaseException:
-        with suppress(OSError, pa.ArrowException):
-            stream.close()  # which shows what there is
-        with suppress(OSError):
-            fs.delete_file(path)
-        raise
 
 
 def _name(index: int) -> str:

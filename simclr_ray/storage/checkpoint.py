@@ -90,7 +90,8 @@ def unpack(
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
+            # a copy: it stays in use, and with it a file that is read by mapping, removed or not
+            state.setdefault(int(index), {})[key] = tensor.clone()
     groups = optimizer.state_dict()["param_groups"]
     indices = {index for group in groups for index in group["params"]}
     kinds = {frozenset(of) for of in state.values()}
@@ -114,6 +115,15 @@ def restore_model(tensors: Mapping[str, Tensor], model: nn.Module, prefix: str =
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit the model: {error}") from error
+
+
+def flaw(folder: Path, identity: Identity) -> str:
+    """Return why a checkpoint cannot be gone on from; nothing where it can."""
+    try:
+        read_record(folder, identity)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def layout(names: Iterable[tuple[str, str, Sequence[int]]]) -> str:

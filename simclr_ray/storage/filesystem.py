@@ -147,6 +147,29 @@ def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     _sync_folder(target.parent)
 
 
+@contextmanager
+def open_large(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
+    """Give a stream whose file appears whole or not at all, however large it is.
+
+    In a bucket it is written at once, without the copy that `open_whole` makes: no bucket copies
+    more than 5 GB in one request.
+    """
+    if is_local(fs):
+        with open_whole(fs, path) as file:
+            yield file
+        return
+    stream = fs.open_output_stream(path)
+    try:
+        yield stream
+        stream.close()
+    except BaseException:
+        with suppress(OSError, pa.ArrowException):
+            stream.close()  # which shows what there is
+        with suppress(OSError):
+            fs.delete_file(path)
+        raise
+
+
 def remove_half_written(folder: Path) -> None:
     """Remove what `open_whole` has left in a folder of a disk where its process was killed.
 

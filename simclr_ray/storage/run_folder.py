@@ -44,6 +44,7 @@ from simclr_ray.storage.filesystem import (
     entries_in,
     filesystem,
     is_local,
+    open_large,
     open_whole,
     remove_file,
     remove_half_written,
@@ -186,7 +187,8 @@ class RunFolder:
             with writing(self.uri, bytes_in(local)):
                 files.create_dir(target, recursive=True)
                 for file in (*sorted(f for f in local.iterdir() if f != last), last):
-                    with file.open("rb") as source, open_whole(files, f"{target}/{file.name}") as o:
+                    open_file = open_whole if file == last else open_large
+                    with file.open("rb") as source, open_file(files, f"{target}/{file.name}") as o:
                         shutil.copyfileobj(source, o, COPY_BYTES)
         except Exception:
             with suppress(OSError):  # the next start does it
@@ -223,7 +225,7 @@ class RunFolder:
         """
         for name in self.checkpoints():
             with self.fetched(name) as folder:
-                reason = _flaw(folder, identity)
+                reason = checkpoint.flaw(folder, identity)
                 if not reason:
                     yield folder
                     return
@@ -235,7 +237,7 @@ class RunFolder:
         flaws = []
         for name in self.checkpoints():
             with self.fetched(name) as folder:
-                reason = _flaw(folder, identity)
+                reason = checkpoint.flaw(folder, identity)
                 if not reason:
                     return
                 if (folder / checkpoint.RECORD).is_file():  # else it was never finished
@@ -274,14 +276,14 @@ class RunFolder:
         files.delete_dir(root)
 
     def set_aside(self) -> RunFolder:
-        """Move all but the lock to a folder beside this one, `<name>~1` or the next free number."""
+        """Move all but the lock to `<name>~N` beside this one, what says that it is a run last."""
         files, root = self._open()
         taken = {entry.base_name for entry in entries_in(files, root.rpartition("/")[0])}
         number = next(n for n in itertools.count(1) if f"{self.name}~{n}" not in taken)
         other = RunFolder(self.storage, f"{self.name}~{number}")
         target = filesystem(other.uri)[1]
         files.create_dir(target, recursive=True)
-        for entry in self._entries():
+        for entry in sorted(self._entries(), key=lambda e: e.base_name == CONFIG_FILE):
             if entry.base_name in (run_lock.LOCK, run_lock.HOLDER):
                 continue
             if is_local(files) or entry.is_file:
@@ -384,15 +386,6 @@ class RunFolder:
 
     def _open(self) -> tuple[fs.FileSystem, str]:
         return filesystem(self.uri)
-
-
-def _flaw(folder: Path, identity: Identity) -> str:
-    """Return why a checkpoint cannot be gone on from; nothing where it can."""
-    try:
-        checkpoint.read_record(folder, identity)
-    except CheckpointError as error:
-        return str(error)
-    return ""
 
 
 METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"

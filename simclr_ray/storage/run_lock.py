@@ -7,17 +7,23 @@ text is removed with the lock, so that to look at a folder nobody runs touches n
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from filelock import FileLock, Timeout
 
+from simclr_ray.errors import RunError
+from simclr_ray.storage.filesystem import one_line
+
 LOCK, HOLDER = "lock", "lock.holder"
 POLL_S = 0.5
+NO_LOCKS: Final = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 log = logging.getLogger(__name__)
 
 
@@ -81,7 +87,7 @@ def holder_of(folder: Path) -> str:
             holder.unlink(missing_ok=True)
         finally:
             lock.release()
-    except PermissionError:
+    except (PermissionError, RunError):
         return _text(holder)
     return ""
 
@@ -95,7 +101,10 @@ def _acquires(lock: FileLock, wait_s: float) -> bool:
     except PermissionError:
         raise
     except OSError as error:
-        log.debug("%s cannot be locked: %s", lock.lock_file, error)
+        if error.errno not in NO_LOCKS:  # of a disk or server that fails now, and has locks
+            problem = error.strerror or one_line(error)
+            raise RunError(f"{lock.lock_file} cannot be locked: {problem}") from error
+        log.warning("%s: its file system knows no locks; two drivers may meet", lock.lock_file)
     return True
 
 

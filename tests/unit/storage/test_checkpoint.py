@@ -88,6 +88,19 @@ def test_a_restored_run_takes_the_same_next_steps_to_the_last_bit(
     assert any(name.startswith("optimizer.") for name in expected)
 
 
+def test_nothing_of_a_restored_run_keeps_the_file_of_its_checkpoint(tmp_path: Path) -> None:
+    """A file that is read by mapping keeps its space while a tensor is in it, removed or not."""
+    model, optimizer = torch.nn.Linear(3, 2), None
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.pack(model, optimizer).items()}
+    checkpoint.unpack(tensors, model, optimizer)
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    ours = [*model.state_dict().values(), *(s["momentum_buffer"] for s in optimizer.state.values())]
+    assert not theirs & {tensor.untyped_storage().data_ptr() for tensor in ours}
+
+
 def test_all_dtypes_come_back_as_they_were(tmp_path: Path) -> None:
     tensors = {
         "model.d": torch.rand(3, 4, dtype=torch.float64),
