@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.experiment import ColumnsConfig, DataConfig, Experiment
 from simclr_ray.config.imports import IMPORT_PATH, imports_in, permit_code
 from simclr_ray.config.protocols import PROBE, protocol_named
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.demand import wait_for_room
 from simclr_ray.distributed.ray_cluster import (
@@ -156,7 +157,7 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     placed = {repr((t.experiment.scaling, t.experiment.evaluation)): t for t in trials}
     for trial in placed.values():  # each asks the cluster
         check_machine(trial.experiment, copies)
-    return _checked_images(folder, base)
+    return checked_images(folder, [base, *(trial.experiment for trial in trials)])
 
 
 def _check_code(study: Study, trials: Sequence[Trial]) -> None:
@@ -227,23 +228,36 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores, {capability}, {gpu}"
 
 
-def _checked_images(folder: StudyFolder, base: Experiment) -> dict[str, str]:
-    """Return the fingerprints of the splits; raise where one changed since the study began."""
-    data = base.data
-    fingerprints = {"train": Source.open(data.train, data.columns, data.limit).fingerprint}
-    for name in ("eval_train", "test"):
-        if getattr(data, name):
-            fingerprints[name] = Source.open(getattr(data, name), data.columns).fingerprint
+def checked_images(folder: StudyFolder, experiments: Sequence[Experiment]) -> dict[str, str]:
+    """Return the fingerprints of the splits; raise where one changed since the study began.
+
+    Args:
+        folder: Of the study.
+        experiments: Its base, and those of its trials, whose images may be others.
+    """
+    fingerprints: dict[str, str] = {}
+    own = _images_of(experiments[0].data)
+    for data in dict.fromkeys(experiment.data for experiment in experiments):
+        for name, images in _images_of(data).items():
+            uri, limit = images[0], f" data.limit={data.limit}" if data.limit else ""
+            key = name if images == own.get(name) else f"{name}={hide_passwords(uri)}{limit}"
+            if key not in fingerprints:
+                fingerprints[key] = Source.open(*images).fingerprint
     stored_fingerprints = folder.state().get("fingerprints", fingerprints)
-    changed = [
-        name
-        for name in {**stored_fingerprints, **fingerprints}
-        if stored_fingerprints.get(name) != fingerprints.get(name)
+    changed = [  # of a study that an earlier release began, its base's alone are there
+        name for name, was in stored_fingerprints.items() if fingerprints.get(name) != was
     ]
     if changed:
         problem = f"has changed since {folder.uri} was begun; give the study another name"
         raise ConfigError([ConfigIssue(f"data.{name}", problem) for name in changed])
     return fingerprints
+
+
+def _images_of(data: DataConfig) -> dict[str, tuple[str, ColumnsConfig, int]]:
+    """Return name of each split -> what `Source.open` takes."""
+    splits = {"train": (data.train, data.columns, data.limit)}
+    splits |= {name: (getattr(data, name), data.columns, 0) for name in ("eval_train", "test")}
+    return {name: images for name, images in splits.items() if images[0]}
 
 
 def _parent_run(study: Study, folder: StudyFolder, tracker: Tracker) -> TrackedRun:

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.config.protocols import PROBE
 from simclr_ray.errors import (
     CollapseError,
@@ -79,7 +80,7 @@ def run_trial(
     reason = ""
     metrics: dict[str, float] = {}
     try:
-        metrics = enter(experiment, _train_and_evaluate, job, watch, check)
+        metrics = enter(experiment, _train_and_evaluate, job, trial, watch, check)
         reason = watch.warned  # a bad setting is a point as well, and says so
     except UnhealthyRunError as error:
         status, reason = "collapsed", str(error)
@@ -102,7 +103,11 @@ def run_trial(
 
 
 def _train_and_evaluate(
-    resolved: ResolvedExperiment, job: Job, watch: RunWatch, check: Callable[[], None]
+    resolved: ResolvedExperiment,
+    job: Job,
+    trial: Trial,
+    watch: RunWatch,
+    check: Callable[[], None],
 ) -> dict[str, float]:
     watch.folder = resolved.folder
     watch.health = HealthWatch(resolved.config, resolved.warmup_steps)
@@ -115,7 +120,26 @@ def _train_and_evaluate(
 
     watch.replay(resolved.folder.read_text(METRICS) or "")
     run = train_resolved(resolved, on_progress=watched, in_process=job.in_process)
+    _check_curve(job.study, trial, resolved)
     return _evaluated(job.study, resolved.config, run)
+
+
+def _check_curve(study: Study, trial: Trial, resolved: ResolvedExperiment) -> None:
+    """Refuse a log without the lengths that are read off it: a bucket has it a minute late.
+
+    Raises:
+        RunError: A driver was killed between a checkpoint and the log that belongs to it.
+    """
+    experiment = resolved.config
+    if study.metric not in EPOCH_METRICS or not experiment.evaluation.every_epochs:
+        return
+    curve = curve_of(resolved.folder.read_text(METRICS) or "")
+    wanted = {cell.epoch or experiment.epochs for cell in trial.cells}
+    if lost := wanted - set(curve):
+        raise RunError(
+            f"the log lacks epoch {min(lost)}, lost with a driver that was killed; without "
+            f"{resolved.folder.uri} the trial is run again"
+        )
 
 
 def outcome_of(

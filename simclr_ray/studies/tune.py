@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -30,7 +30,7 @@ from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.errors import TrackingError, last_line
 from simclr_ray.studies.concurrency import DRIVER_CPUS, Concurrency
 from simclr_ray.studies.definition import Study, point_of
-from simclr_ray.studies.folder import FINAL, Curve, StudyFolder
+from simclr_ray.studies.folder import FINAL, Curve, StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import Trial, make_trials
 from simclr_ray.studies.search import (
     EPOCH,
@@ -128,8 +128,15 @@ def run_trials(
                 failure_config=tune.FailureConfig(max_failures=restarts),
             ),
         ).fit()
-    ended = {o.trial for o in folder.outcomes()}
-    return not watch.is_stopping if searched else ended >= set(todo)
+    if searched:
+        return not watch.is_stopping
+    return all_ended(folder.outcomes(), todo, is_stopping=watch.is_stopping)
+
+
+def all_ended(outcomes: Iterable[TrialOutcome], names: Iterable[str], *, is_stopping: bool) -> bool:
+    """Return whether trials have outcomes; in a stop those that failed before may be to come."""
+    ended = {o.trial for o in outcomes if o.status in FINAL or not is_stopping}
+    return ended >= set(names)
 
 
 class _OfThisProcess:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from simclr_ray.errors import RunError
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.errors import ConfigError, RunError
 from simclr_ray.storage import lease
-from simclr_ray.studies.driver import run_study
+from simclr_ray.studies.driver import checked_images, run_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import StudyFolder
-from simclr_ray.studies.plan import study_folder
+from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.trials import plan
 from tests.ray.images import write_shapes
 from tests.unit.cli.in_process import enter, run
 
@@ -36,6 +39,29 @@ STUDY: dict[str, Any] = {
 }
 RANDOM = {"name": "random", "trials": 3}
 PAPER = {"source": "Table 5", "metric": "top-1", "columns": [TAU], "rows": [[0.1, 64.4]]}
+
+
+def test_images_that_one_arm_alone_has_are_those_of_the_start_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(BASE)
+    for name in ("train", "other", "test"):
+        write_shapes(tmp_path / f"{name}.parquet", 40)
+    space = {"data.train": {"grid": ["train.parquet", "other.parquet"]}}
+    (tmp_path / "s.yaml").write_text(json.dumps(STUDY | {"space": space}))
+    study = load_study("s.yaml")
+    trials, folder = plan(study, base_tree(study)), StudyFolder(*study_folder(study))
+    experiments = [cfg.validate(Experiment, base_tree(study)), *(t.experiment for t in trials)]
+    first = checked_images(folder, experiments)
+    assert set(first) == {"train", "test", f"train={tmp_path}/other.parquet"}
+    folder.update_state(fingerprints=first)
+    assert checked_images(folder, experiments) == first
+    write_shapes(tmp_path / "other.parquet", 41)
+    with pytest.raises(ConfigError, match=r"data.train=.*other.parquet: has changed since"):
+        checked_images(folder, experiments)
+    folder.update_state(fingerprints={"train": first["train"], "test": first["test"]})
+    checked_images(folder, experiments)  # of a study that an earlier release began
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import CollapseError
+from simclr_ray.errors import CollapseError, RunError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.studies import trial_runner as trial_module
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.plan import Cell, Trial
 from simclr_ray.studies.trial_runner import Job, RunWatch, outcome_of, run_trial
+from simclr_ray.studies.tune import all_ended
 from simclr_ray.train.outcome import Run
 from tests.ray.images import write_shapes
 
@@ -43,6 +46,38 @@ def test_epoch_ends_carry_the_training_record_before_them() -> None:
     assert epochs == [
         (1, {"train/mean_loss": 3.0, "eval/knn_top1": 0.5, "eval/effective_rank": 9.0})
     ]
+
+
+def test_a_log_without_an_epoch_that_is_read_gives_no_result(tmp_path: Path) -> None:
+    """In a bucket a checkpoint is there at once, and the log a minute later."""
+    lines = "".join(
+        json.dumps({"step": 10 * e, "epoch": e, "total": 200, "eval/knn_top1": 0.3}) + "\n"
+        for e in (5, 10, 15)
+    )
+    resolved: Any = SimpleNamespace(config=experiment(), folder=RunFolder(str(tmp_path), "r-1"))
+    (tmp_path / "r-1").mkdir()
+    resolved.folder.write_text(METRICS, lines)
+    tree = {"name": "s", "question": "?", "base": "cifar10_cpu", "space": SPACE}
+    tree |= {"metric": "eval/knn_top1", "figure": {"x": "loss.temperature"}}
+    study = cfg.validate(Study, tree)
+    whole, middle = (Trial("t", (Cell({}, e),), 0, experiment()) for e in (0, 15))
+    with pytest.raises(RunError, match="the log lacks epoch 20, lost with a driver"):
+        trial_module._check_curve(study, whole, resolved)
+    trial_module._check_curve(study, middle, resolved)
+    resolved.folder.write_text(METRICS, lines + lines.splitlines()[0].replace("5", "20") + "\n")
+    trial_module._check_curve(study, whole, resolved)
+
+
+@pytest.mark.parametrize(("is_stopping", "ended"), [(False, True), (True, False)])
+def test_a_trial_that_failed_before_has_not_ended_where_its_next_try_was_stopped(
+    *, is_stopping: bool, ended: bool
+) -> None:
+    outcomes: Any = [
+        SimpleNamespace(trial="a", status="finished"), SimpleNamespace(trial="b", status="failed")
+    ]  # fmt: skip
+    assert all_ended(outcomes, ["a", "b"], is_stopping=is_stopping) == ended
+    assert all_ended(outcomes, ["a"], is_stopping=is_stopping)
+    assert not all_ended(outcomes, ["a", "c"], is_stopping=is_stopping)
 
 
 @pytest.mark.parametrize(("loss", "ends"), [(STUCK, True), (STUCK - 0.2, False)])
