@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
 from simclr_ray.config import nearest
 from simclr_ray.config.imports import IMPORT_PATH, import_object
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
 from simclr_ray.inference.encoder import Classifier
 from simclr_ray.inference.encoder_files import (
     CARD,
     CLASSIFIER_PROGRAM,
     CLASSIFIER_WEIGHTS,
     load_folder,
+    read_card,
     write_encoder,
 )
 from simclr_ray.inference.encoder_folder import encoder_folder
@@ -34,6 +35,7 @@ ALL_FORMATS: Final[Sequence[ExportFormat]] = (*FORMATS, *OTHERS)
 OWN_FILES: Final = (
     CARD, CLASSIFIER_WEIGHTS, CLASSIFIER_PROGRAM, *(chosen.file for chosen in ALL_FORMATS),
 )  # fmt: skip
+HALF_CARD: Final = f".{CARD}.tmp"  # until it gets its name
 FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
 
 log = logging.getLogger(__name__)
@@ -63,10 +65,7 @@ def export_encoder(
         raise ConfigError([ConfigIssue(str(out), "is a file; the encoder's files need a folder")])
     if out.resolve() == Path(where).resolve():
         raise ConfigError([ConfigIssue(str(out), "is where the encoder lies; choose another")])
-    others = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else []
-    if others:
-        problem = f"holds {others[0]}, which is no file of an encoder; choose another folder"
-        raise ConfigError([ConfigIssue(str(out), problem)])
+    _check_replaceable(out, ours)
     with (
         tempfile.TemporaryDirectory() as scratch,
         encoder_folder(where, Path(scratch), tracking_uri) as folder,
@@ -75,12 +74,32 @@ def export_encoder(
         staged = Path(scratch) / "staged"
         _copy_or_write(folder, staged, chosen)
         out.mkdir(parents=True, exist_ok=True)
-        for name in ours:
+        # the card first, which says of what a kill leaves here that it is an export
+        shutil.copy(staged / CARD, out / HALF_CARD)
+        (out / HALF_CARD).replace(out / CARD)
+        for name in ours - {CARD}:
             _remove(out / name)
         written = sorted(path.name for path in staged.iterdir())
         for name in written:
-            shutil.move(staged / name, out / name)
+            if name != CARD:
+                shutil.move(staged / name, out / name)
     return written
+
+
+def _check_replaceable(out: Path, ours: Collection[str]) -> None:
+    """Raise `ConfigError` where a folder holds what no earlier export has written."""
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    names = [name for name in names if name != HALF_CARD]
+    others = [name for name in names if name not in ours]
+    if others:
+        problem = f"holds {others[0]}, which is no file of an encoder; choose another folder"
+        raise ConfigError([ConfigIssue(str(out), problem)])
+    try:
+        if names:
+            read_card(out)
+    except CheckpointError as error:
+        problem = f"holds {names[0]}, and no {CARD} of an earlier export; choose another folder"
+        raise ConfigError([ConfigIssue(str(out), problem)]) from error
 
 
 def _remove(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from simclr_ray.errors import ConfigError
 from simclr_ray.inference.embed import load_encoder
-from simclr_ray.inference.encoder_files import WEIGHTS, read_encoder, write_encoder_of
+from simclr_ray.inference.encoder_files import CARD, WEIGHTS, read_encoder, write_encoder_of
 from simclr_ray.inference.export import export_encoder
 from simclr_ray.inference.version_files import drop_repeated_weights
 from simclr_ray.storage import checkpoint
@@ -118,3 +118,38 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_replaced_by_an_older_enco
     with pytest.raises(ConfigError, match="holds no whole checkpoint"):
         load_encoder(a_run)
     assert (a_run / "encoder" / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("card", [None, '{"hidden_size": 768}'])
+def test_files_that_no_export_wrote_are_never_replaced(
+    a_run: Path, tmp_path: Path, card: str | None
+) -> None:
+    out = tmp_path / "out"
+    (out / "huggingface").mkdir(parents=True)
+    theirs = [out / WEIGHTS, out / "huggingface" / "config.json"]
+    for path in theirs:
+        path.write_text("theirs")
+    if card is not None:
+        (out / CARD).write_text(card)
+    with pytest.raises(ConfigError, match=r"no encoder\.json of an earlier export; choose another"):
+        export_encoder(str(a_run), out, ["safetensors"])
+    assert [path.read_text() for path in theirs] == ["theirs", "theirs"]
+
+
+@pytest.mark.parametrize("killed_at", ["_remove", "shutil.move"])
+def test_an_export_that_was_killed_while_it_replaced_another_goes_on(
+    a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    export_encoder(str(a_run), tmp_path / "out", ["safetensors"])
+    (tmp_path / "out" / "huggingface").mkdir()
+    add_later(a_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"simclr_ray.inference.export.{killed_at}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_encoder(str(a_run), tmp_path / "out", ["safetensors"])
+    export_encoder(str(a_run), tmp_path / "out", ["safetensors"])
+    assert torch.equal(weight_of(load_encoder(tmp_path / "out")), weight_of(load_encoder(a_run)))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {CARD, WEIGHTS}
