@@ -60,10 +60,10 @@ def embed(
 ) -> None:
     """Embed images: print a line each, or write a dataset's embeddings as parquet.
 
-    Printed are the path and F numbers, tab-separated; files that cannot be read or are no images
-    are named on stderr and left out. OUT has a row an image, in order: path, id or row,
-    `embedding`, and `error` where there is none. The exit code is 1 where an image has none, 2
-    where all have. What was ended goes on where it stood.
+    Printed are the path and F numbers, tab-separated; files that cannot be read, are no images or
+    get numbers that are not finite are named on stderr and left out. OUT has a row an image, in
+    order: path, id or row, `embedding`, and `error` where there is none. The exit code is 1 where
+    an image has none, 2 where all have. What was ended goes on where it stood.
 
     Example: simclr-ray embed models:/photos@newest a.jpg b.jpg
     Example: simclr-ray embed runs/photos-1a2b3c4d ~/photos --out photos.parquet
@@ -207,7 +207,7 @@ def left_out(files: Sequence[Path]) -> Iterator[Callable[[int, str], None]]:
     if len(reasons) == len(files) == 1:
         raise DataError(reasons[0])
     if len(reasons) == len(files):
-        raise DataError(f"none of {len(files)} files is an image that can be read")
+        raise DataError(f"none of {len(files)} files could be used: {reasons[0]}")
     if reasons:
         raise typer.Exit(1)
 

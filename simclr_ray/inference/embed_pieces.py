@@ -15,6 +15,7 @@ from simclr_ray.errors import DataError
 from simclr_ray.evaluation.feature_columns import ERROR, kept_column
 from simclr_ray.evaluation.ray_features import Encoding, devices_of_cluster, features_of, stream
 from simclr_ray.inference.embedding_file import EMBEDDING, Parts
+from simclr_ray.inference.encoder import NOT_FINITE
 
 FIRST_ROWS, MOST_ROWS = 64, 512  # of a piece: the first are small, so that some come early
 GROUP_BYTES: Final = 64 * 2**20  # row groups of more are not read in several pieces
@@ -55,14 +56,22 @@ class Layout(NamedTuple):
     dtype: DType
 
     def of(self, table: pa.Table) -> pa.Table:
-        """Return what is stored of a piece; NaN where there is no image.
+        """Return what is stored of a piece; NaN where there is no image, or a number is not finite.
 
         Arrow writes fixed-size lists that are null to parquet, and cannot read them again (25.0).
         """
-        good = np.array([reason is None for reason in table[ERROR].to_pylist()])
+        reasons = table[ERROR].to_pylist()
+        good = np.array([reason is None for reason in reasons])
         rows = np.full((len(good), self.width), np.nan, np.dtype(self.dtype))
         if good.any():
-            rows[good] = features_of(table)
+            features = features_of(table)
+            with np.errstate(over="ignore"):  # float16 ends at 65,504
+                rows[good] = features
+            finite = np.zeros(len(good), bool)
+            finite[good] = np.isfinite(features).all(axis=1)
+            for row in np.flatnonzero(good & ~np.isfinite(rows).all(axis=1)):
+                rows[row] = np.nan
+                reasons[row] = f"{NOT_FINITE} in {self.dtype}" if finite[row] else NOT_FINITE
         return pa.table(
             {
                 self.key: table[self.key],
@@ -70,7 +79,7 @@ class Layout(NamedTuple):
                 EMBEDDING: pa.FixedSizeListArray.from_arrays(
                     pa.array(rows.reshape(-1)), self.width
                 ),
-                ERROR: table[ERROR],
+                ERROR: pa.array(reasons, pa.string()),
             }
         )
 
@@ -110,5 +119,5 @@ def _check_any(source: Source, parts: Parts, num: int) -> None:
             if why is None:
                 return
             reason = reason or why
-    parts.file.clear()
-    raise DataError(f"none of {source.num_rows} rows is an image: {reason}")
+    parts.clear()
+    raise DataError(f"none of {source.num_rows} rows has an embedding: {reason}")

@@ -89,8 +89,9 @@ def embed_rows(
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         if stored not in ("", digest) and not overwrite:
             raise file.taken("embeddings by another model or settings, or of other images")
+    parts = file.parts(digest, source.uri, overwrite=overwrite)
     if stored == digest:
-        file.clear()  # of a run that was ended at the very end
+        parts.clear()  # of a run that was ended at the very end
         return file.summary()
     from simclr_ray.evaluation.ray_features import Encoding
     from simclr_ray.inference.embed_pieces import Layout, embed_pieces
@@ -100,7 +101,6 @@ def embed_rows(
         [encoder.network], encoder.size, encoder.decoder, batch_size, keep=tuple(keep)
     )
     layout = Layout(key_of(source), encoder.feature_dim, encoding.keep, dtype)
-    parts = file.parts(digest)
     num = embed_pieces(source, parts, encoding, layout, on_progress or (lambda *_: None))
     file.write(parts, num, digest, _origin(address, encoder, where, source, keep))
     return file.summary()

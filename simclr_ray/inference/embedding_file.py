@@ -2,13 +2,15 @@
 
 While it is made there is a folder OUT.parts-DIGEST with a file a piece of the rows, each whole or
 not there; DIGEST is of the encoder, the images and the settings. At the end the pieces become OUT,
-one after the other, and the folder goes.
+one after the other, and the folder goes. What another command with the same OUT has left beside
+it, pieces and lists of images, stays unless OUT is overwritten.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -27,6 +29,7 @@ from simclr_ray.storage.filesystem import (
     one_line,
     open_large,
     open_whole,
+    remove_file,
 )
 from simclr_ray.storage.space import writing
 
@@ -36,6 +39,8 @@ ORIGIN: Final = b"simclr_ray.origin"
 PARTS: Final = ".parts-"  # between the name of a file and the digest of its pieces
 EMBEDDING, ERROR = "embedding", "error"
 FIRST_BAD: Final = 5
+
+log = logging.getLogger(__name__)
 
 
 class Embedded(NamedTuple):
@@ -135,18 +140,41 @@ class EmbeddingFile:
         folders = [] if not is_local(self.fs) else [*Path(self.path).parents]
         missing = [folder for folder in folders if not folder.exists()]
         make_parent(self.uri)
+        before = self.listed()
         try:
             yield
         except BaseException:
-            self.remove_lists()
+            for path in self.listed() - before:
+                remove_file(self.fs, path)
+            self.remove_empty_lists()
             for folder in missing:  # the innermost first; what holds pieces stays
                 with suppress(OSError):
                     folder.rmdir()
             raise
 
-    def parts(self, digest: str) -> Parts:
-        """Return the pieces of a digest."""
-        return Parts(self, f"{self.path}{PARTS}{digest}")
+    def listed(self) -> set[str]:
+        """Return the paths of the lists of images beside the file."""
+        return {info.path for info in entries_in(self.fs, filesystem(self.lists)[1])}
+
+    def remove_empty_lists(self) -> None:
+        """Remove the folder of lists where none is in it."""
+        folder = filesystem(self.lists)[1]
+        if not self.listed() and info_of(self.fs, folder).type == pafs.FileType.Directory:
+            self.fs.delete_dir(folder)
+
+    def parts(self, digest: str, images: str = "", *, overwrite: bool = False) -> Parts:
+        """Return the pieces of a digest.
+
+        Args:
+            digest: Of the encoder, the images and the settings.
+            images: Path or URI that the images are read by, which may be a list beside the file.
+            overwrite: What others have left beside the file goes at the end as well.
+        """
+        lists = self.listed()
+        if not overwrite:  # by both names: of a link the images' path has its target
+            own = filesystem(images)[1].rsplit("/", 2)[1:] if images else []
+            lists = {path for path in lists if path.rsplit("/", 2)[1:] == own}
+        return Parts(self, f"{self.path}{PARTS}{digest}", lists, overwrite=overwrite)
 
     def write(self, parts: Parts, num: int, digest: str, origin: Origin) -> None:
         """Write the file of its pieces, one in memory at a time, and remove those.
@@ -166,21 +194,13 @@ class EmbeddingFile:
                 writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
             assert writer is not None  # a dataset has rows
             writer.close()
-        self.clear()
+        parts.clear()
 
-    def clear(self) -> None:
-        """Remove what is no longer needed: pieces, of other digests too, and lists."""
+    def pieces(self) -> list[str]:
+        """Return the paths of the folders with pieces, of all digests."""
         folder, _, name = self.path.rpartition("/")
-        for info in entries_in(self.fs, folder):
-            if info.base_name.startswith(f"{name}{PARTS}"):
-                self.fs.delete_dir(info.path)
-        self.remove_lists()
-
-    def remove_lists(self) -> None:
-        """Remove the lists of images."""
-        fs, folder = filesystem(self.lists)
-        if info_of(fs, folder).type == pafs.FileType.Directory:
-            fs.delete_dir(folder)
+        start = f"{name}{PARTS}"
+        return [i.path for i in entries_in(self.fs, folder) if i.base_name.startswith(start)]
 
     def summary(self) -> Embedded:
         """Return what the finished file holds."""
@@ -215,10 +235,35 @@ class Parts:
     Args:
         file: What they become.
         path: Of their folder.
+        lists: Paths of the lists of images that go with them.
+        overwrite: Those of other digests go with them as well.
     """
 
-    def __init__(self, file: EmbeddingFile, path: str) -> None:
+    def __init__(
+        self,
+        file: EmbeddingFile,
+        path: str,
+        lists: Collection[str] = (),
+        *,
+        overwrite: bool = False,
+    ) -> None:
         self.file, self.fs, self.path = file, file.fs, path
+        self.lists, self.overwrite = lists, overwrite
+
+    def clear(self) -> None:
+        """Remove what is no longer needed, and say what others have left."""
+        for path in self.file.pieces():
+            if path == self.path or self.overwrite:
+                self.fs.delete_dir(path)
+        if not self.file.pieces():  # which may be of the same images, and read by the same list
+            for path in self.lists:
+                remove_file(self.fs, path)
+        self.file.remove_empty_lists()
+        left = sorted({*self.file.pieces(), *self.file.listed()})
+        if left:
+            names = ", ".join(path.rpartition("/")[2] for path in left)
+            remedy = "--overwrite removes what is not needed"
+            log.info("of other models, images or settings stay: %s (%s)", names, remedy)
 
     def missing(self, num: int) -> list[int]:
         """Return which of `num` pieces are not there."""

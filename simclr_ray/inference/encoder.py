@@ -26,6 +26,7 @@ from simclr_ray.augment.decode import (
 )
 from simclr_ray.nn.precision import evaluating
 
+NOT_FINITE: Final = "not finite"  # why a row is left out: the encoder has diverged
 BATCH_SIZE: Final = 256  # 150 MB of float32 at 224 px
 AnyImage = bytes | bytearray | memoryview | str | Path | Image.Image | npt.NDArray[Any] | Tensor
 Floats = npt.NDArray[np.float32]
@@ -166,8 +167,8 @@ class Encoder(nn.Module):
         Args:
             images: As `transform` takes them.
             batch_size: Images decoded and encoded at a time.
-            on_bad: Gets position and reason of an image that cannot be read or decoded, whose row
-                is then NaN.
+            on_bad: Gets position and reason of an image that cannot be read or decoded, or whose
+                numbers are not finite; its row is then NaN.
 
         Raises:
             ImageError: An image cannot be decoded and there is no `on_bad`; names the position.
@@ -197,6 +198,8 @@ class Encoder(nn.Module):
                 if views:
                     inputs = as_inputs(list(views.values())).to(first.device, first.dtype)
                     rows[list(views)] = network(inputs).float().cpu().numpy()
+                if on_bad is not None:
+                    _leave_out(rows, list(views), on_bad)
         return rows
 
     def _views(
@@ -215,6 +218,14 @@ class Encoder(nn.Module):
                     raise
                 on_bad(place, error.strerror or str(error))
         return views
+
+
+def _leave_out(rows: Floats, places: Sequence[int], on_bad: OnBad) -> None:
+    """Make NaN of rows that hold numbers which are not finite, and name them."""
+    for place in places:
+        if not np.isfinite(rows[place]).all():
+            rows[place] = np.nan
+            on_bad(place, NOT_FINITE)
 
 
 class Classifier(Encoder):

@@ -247,6 +247,8 @@ class EncoderServer:
         loop = asyncio.get_running_loop()
         view = await loop.run_in_executor(self._decoding, self._view, body)
         row: Floats = await self._embed(view)
+        if not np.isfinite(row).all():
+            raise HTTPException(500, "its embedding is not finite: the encoder has diverged")
         return row
 
     async def _body(self, request: Request) -> bytes:

@@ -22,7 +22,8 @@ from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.embed_input import open_rows
 from simclr_ray.inference.embed_pieces import FIRST_ROWS, cut_pieces
 from simclr_ray.inference.embed_rows import embed_rows
-from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Origin
+from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Origin, digest_of
+from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.run_folder import CONFIG_FILE
 from tests.formats.test_formats import HERE as FORMATS
 
@@ -221,7 +222,7 @@ def test_a_folder_without_an_encoder_is_said_before_ray_starts(
 
 def test_no_image_at_all_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"x", b"y", None]}), tmp_path / "in.parquet")
-    with pytest.raises(DataError, match="none of 3 rows is an image: not an image"):
+    with pytest.raises(DataError, match="none of 3 rows has an embedding: not an image"):
         embed_rows(MODEL, str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet"))
     assert [p.name for p in tmp_path.iterdir()] == ["in.parquet"]
 
@@ -246,7 +247,7 @@ def test_embeddings_among_the_images_are_not_taken_for_a_dataset(tmp_path: Path)
     embed_rows(MODEL, where, str(first))
     (tmp_path / "b.parquet.parts-0123").mkdir()  # of a run that was killed
     shutil.copy(first, tmp_path / "b.parquet.parts-0123" / "part-000000.parquet")
-    second = embed_rows(MODEL, where, str(tmp_path / "b.parquet"))
+    second = embed_rows(MODEL, where, str(tmp_path / "b.parquet"), overwrite=True)
     assert second == embed_rows(MODEL, where, str(first)) == Embedded(3, 0, [])
     names = ["0.png", "1.png", "2.png", "a.parquet", "b.parquet"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
@@ -274,13 +275,22 @@ def test_files_of_the_same_names_and_sizes_are_other_images(tmp_path: Path, list
     np.testing.assert_allclose(rows[1], expected([frames[2]])[0], rtol=1e-5, atol=1e-6)
 
 
-def test_what_other_digests_and_a_run_ended_at_the_end_have_left_goes(tmp_path: Path) -> None:
+def test_what_a_run_ended_at_the_end_has_left_goes_and_the_pieces_of_others_stay(
+    tmp_path: Path,
+) -> None:
     write_rows(tmp_path / "in.parquet", 20)
     where, out = str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet")
-    for _ in range(2):  # made, and found to be there
-        (tmp_path / "out.parquet.parts-0123456789ab").mkdir()
-        embed_rows(MODEL, where, out)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["in.parquet", "out.parquet"]
+    embed_rows(MODEL, where, out)
+    digest = digest_of(*filesystem(out))
+    names = ["in.parquet", "out.parquet"]
+    for other, overwrite, left in (
+        (digest, False, []),
+        ("0123456789ab", False, ["out.parquet.parts-0123456789ab"]),
+        ("ab0123456789", True, []),
+    ):
+        (tmp_path / f"out.parquet.parts-{other}").mkdir()
+        embed_rows(MODEL, where, out, overwrite=overwrite)
+        assert sorted(p.name for p in tmp_path.iterdir()) == names + left
 
 
 def test_a_column_that_a_later_file_lacks_is_refused_before_any_work(tmp_path: Path) -> None:

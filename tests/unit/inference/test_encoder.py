@@ -174,3 +174,28 @@ def test_a_classifier_names_the_class_with_the_highest_score() -> None:
     np.testing.assert_allclose(shares[0, 0], 1 / (1 + np.exp(-2)), rtol=1e-6)
     assert classifier.predict([b"", red], on_bad=lambda *_: None) == ["", "red"]
     assert classifier.embed([red]).shape == (1, 3)
+
+
+class Overflowing(nn.Module):
+    """Of a dark image makes a number that is not finite, of others their mean."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        mean = images.mean((1, 2, 3))
+        return torch.stack([mean, torch.where(mean < 0.1, torch.inf, mean)], 1)
+
+
+def test_a_row_that_is_not_finite_is_named_as_an_image_that_cannot_be_read_is() -> None:
+    encoder = Encoder(Overflowing(), config={}, size=SIZE, feature_dim=2)
+    bright, dark = np.full((50, 50, 3), 255, np.uint8), np.zeros((50, 50, 3), np.uint8)
+    named: list[tuple[int, str]] = []
+    rows = encoder.embed(
+        [bright, dark, b"no image", dark], batch_size=2, on_bad=lambda *bad: named.append(bad)
+    )
+    assert named == [(1, "not finite"), (2, "not an image"), (3, "not finite")]
+    assert np.isnan(rows[1:]).all()
+    np.testing.assert_allclose(rows[0], [1, 1])
+    head = nn.Linear(2, 3)
+    classifier = Classifier(encoder, head=head, head_config={}, class_names=["a", "b", "c"])
+    named.clear()
+    classifier.predict([bright, dark], on_bad=lambda *bad: named.append(bad))
+    assert named == [(1, "not finite")]

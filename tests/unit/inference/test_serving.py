@@ -53,6 +53,15 @@ def test_the_password_of_a_bucket_is_not_said() -> None:
     assert said["index"] == "s3://KEY:***@bucket/photos.parquet"
 
 
+def test_an_embedding_that_is_not_finite_is_no_answer() -> None:
+    async def diverged(_: Any) -> Any:
+        return np.array([1.0, np.nan], np.float32)
+
+    server = replica(_view=lambda _: None, _embed=diverged)
+    with pytest.raises(HTTPException, match="not finite: the encoder has diverged"):
+        asyncio.run(server.embed(asked()))
+
+
 @pytest.mark.parametrize(
     "host", ["127.0.0.1:8000", "localhost", "[::1]:80", "encoder.mine", "evil.example:8000"]
 )
