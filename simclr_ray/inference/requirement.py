@@ -103,7 +103,7 @@ class Requirement:
     def check(self, facts: Facts) -> Verdict:
         """Return whether it holds; without a champion what compares with one does.
 
-        A metric that was not measured fails, and one that the candidate cannot have always.
+        A metric that was not measured fails, with or without a champion.
         """
         lines, holds = [], True
         for comparison in self._comparisons:
@@ -170,16 +170,18 @@ def _names(comparison: ast.Compare) -> list[str]:
 
 def _checked(comparison: ast.Compare, facts: Facts) -> tuple[bool, str]:
     """Return whether a comparison holds, and it with its numbers."""
-    names = _names(comparison)
+    names, shown = _names(comparison), ast.unparse(comparison)
     metric = next((n for n in names if n not in (CHAMPION, SE)), "")
-    shown = ast.unparse(comparison)
+    links = list(_links(comparison))
+    is_first = facts.champion is None and bool({CHAMPION, SE} & set(names))
+    if is_first:  # what compares with no champion holds
+        links = [link for link in links if not {CHAMPION, SE} & set(_names(link))]
+        names = [n for n in names if n not in (CHAMPION, SE)]
     values = {n: facts.candidate[n] for n in names if n in facts.candidate}
-    if {CHAMPION, SE} & set(names):
-        if facts.champion is None and not facts.absent.keys() & set(names):
-            return True, f"{shown}: holds, there is no champion yet"
-        champion = facts.champion or {}
-        values |= {CHAMPION: champion[metric]} if metric in champion else {}
-        values |= {SE: facts.se[metric]} if metric in facts.se else {}
+    if CHAMPION in names and metric in (facts.champion or {}):
+        values[CHAMPION] = (facts.champion or {})[metric]
+    if SE in names and metric in facts.se:
+        values[SE] = facts.se[metric]
     missing = [n for n in dict.fromkeys(names) if n not in values]
     if missing:
         why = [f"the version {facts.absent[n]}" for n in missing if n in facts.absent]
@@ -187,11 +189,24 @@ def _checked(comparison: ast.Compare, facts: Facts) -> tuple[bool, str]:
             why.append(f"the champion {facts.champion_absent[metric]}")
         said = f" ({', '.join(why)})" if why else ""
         return False, f"{shown}: {', '.join(missing)} was not measured{said}"
-    sides = [_value(side, values) for side in (comparison.left, *comparison.comparators)]
-    pairs = zip(comparison.ops, sides, sides[1:], strict=False)
-    holds = all(_COMPARE[type(op)][1](left, right) for op, left, right in pairs)
+    holds = all(_holds(link, values) for link in links)
     numbers = ", ".join(f"{name} {values[name]:.4g}" for name in dict.fromkeys(names))
+    if is_first and holds:
+        return True, f"{shown}: holds, there is no champion yet"
     return holds, f"{shown}: {'holds' if holds else 'fails'} ({numbers})"
+
+
+def _links(comparison: ast.Compare) -> Iterator[ast.Compare]:
+    """Yield the comparisons of two sides that a chain of them (`0 < a <= b`) is made of."""
+    left = comparison.left
+    for op, right in zip(comparison.ops, comparison.comparators, strict=True):
+        yield ast.Compare(left, [op], [right])
+        left = right
+
+
+def _holds(link: ast.Compare, values: Mapping[str, float]) -> bool:
+    left, right = _value(link.left, values), _value(link.comparators[0], values)
+    return _COMPARE[type(link.ops[0])][1](left, right)
 
 
 def _value(node: ast.expr, values: Mapping[str, float]) -> float:

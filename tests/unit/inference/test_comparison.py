@@ -204,7 +204,7 @@ def test_two_classifiers_are_compared_and_an_encoder_without_one_says_so(tmp_pat
     assert tested(one, other)[0]
     assert tested(one, None) == (True, "holds, there is no champion yet")
     text = "was not measured"
-    said = f"classifier_top1, champion, se {text} (the version has no classifier)"
+    said = f"classifier_top1 {text} (the version has no classifier)"
     assert tested(none, None) == (False, said)
     said = f"classifier_top1, se {text} (the version has no classifier)"
     assert tested(none, other) == (False, said)

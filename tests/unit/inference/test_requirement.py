@@ -54,6 +54,25 @@ def test_without_a_champion_what_compares_with_one_holds_and_the_rest_is_tested(
     assert not Requirement.parse("effective_rank > 13 and knn_top1 > champion").check(FIRST).holds
 
 
+@pytest.mark.parametrize(
+    ("rule", "line"),
+    [
+        ("knn_k1_top1 >= champion - se", "knn_k1_top1 was not measured"),
+        ("0.9 <= linear_top1 >= champion", "fails (linear_top1 0.6)"),
+        ("0.5 <= linear_top1 >= champion", "holds, there is no champion yet"),
+        ("champion - 0.1 * se < linear_top1 < 0.6", "fails (linear_top1 0.6)"),
+        ("champion - 0.1 * se < linear_top1 <= 0.6", "holds, there is no champion yet"),
+        ("linear_top1 - champion > 2 * se", "holds, there is no champion yet"),
+    ],
+)
+def test_without_a_champion_the_metric_is_measured_and_what_names_none_is_tested(
+    rule: str, line: str
+) -> None:
+    verdict = Requirement.parse(rule).check(FIRST)
+    assert verdict.lines == [f"{rule}: {line}"]
+    assert verdict.holds is line.startswith("holds")
+
+
 def test_a_verdict_shows_its_numbers_and_what_was_not_measured() -> None:
     (line,) = Requirement.parse("linear_top1 >= champion - 0.2 * se").check(FACTS).lines
     assert line == (
