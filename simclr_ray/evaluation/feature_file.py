@@ -62,13 +62,20 @@ class FeatureFile:
                 done += os.pwrite(self._file.fileno(), data[done:], first + done)
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
-        """Return rows, float32 [m, F]: a slice of them, or those at places or where a mask is."""
+        """Return rows, float32 [m, F]: a slice of them, or those at places or where a mask is.
+
+        Raises:
+            IndexError: A place is no row.
+        """
         if isinstance(index, slice):
             places = np.arange(*index.indices(len(self)))
         elif index.dtype == torch.bool:
             places = torch.nonzero(index)[:, 0].numpy()
         else:
             places = index.cpu().numpy()
+        wrong = places[(places < 0) | (places >= len(self))]
+        if len(wrong):
+            raise IndexError(f"there is no row {wrong[0]} of {len(self)}")
         out = np.empty((len(places), self.shape[1]), np.float32)
         for part in _runs(places):
             self._read(int(places[part][0]), out[part])

@@ -98,7 +98,11 @@ class _Standardised:
         return len(self.features)
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
-        return self._of(self.features[index]) if self._all is None else self._all[index]
+        if self._all is not None:
+            return self._all[index]
+        if isinstance(self.features, Tensor) and not isinstance(index, slice):
+            index = index.to(self.features.device)  # torch takes no other
+        return self._of(self.features[index])
 
     def shrink(self, factor: float) -> None:
         """Multiply all by a factor, which `scale` holds from then on."""

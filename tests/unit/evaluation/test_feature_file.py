@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from simclr_ray.evaluation import feature_file
 from simclr_ray.evaluation.feature_file import FeatureFile, are_finite, blocks
 from simclr_ray.evaluation.features import Features
 from simclr_ray.evaluation.knn import knn_scores
-from simclr_ray.evaluation.linear import fit_linear
+from simclr_ray.evaluation.linear import _standardised, fit_linear
 from simclr_ray.evaluation.scores import score_features
 
 ROWS, WIDTH, CLASSES = 300, 7, 3
@@ -48,6 +49,20 @@ def stored(rows: Tensor) -> FeatureFile:
     return file
 
 
+def test_rows_of_another_device_are_taken_by_places_of_theirs(rows: Tensor) -> None:
+    class OfGpu:
+        """Stands in for places on a GPU, by which torch takes no rows of the CPU."""
+
+        def to(self, device: torch.device) -> Tensor:
+            assert device == rows.device
+            return torch.tensor([5, 0, 299])
+
+    places: Any = OfGpu()
+    taken = _standardised(rows, torch.device("cpu"))[places]
+    want = (rows - rows.mean(0)) / rows.std(0, correction=0)
+    torch.testing.assert_close(taken, want[[5, 0, 299]])
+
+
 def test_rows_are_read_as_a_tensor_would_give_them(rows: Tensor) -> None:
     file = stored(rows)
     assert (len(file), file.shape) == (ROWS, (ROWS, WIDTH))
@@ -58,6 +73,13 @@ def test_rows_are_read_as_a_tensor_would_give_them(rows: Tensor) -> None:
     read = file[:]
     read.zero_()  # a copy
     assert torch.equal(file[:], rows)
+
+
+def test_a_row_past_the_end_is_refused_and_not_waited_for(rows: Tensor) -> None:
+    file = stored(rows)
+    for places in ([ROWS], [0, ROWS + 7], [-1]):
+        with pytest.raises(IndexError, match="of 300"):
+            file[torch.tensor(places)]
 
 
 def test_blocks_are_all_rows_in_order(rows: Tensor) -> None:
