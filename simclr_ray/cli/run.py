@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace, permitted_names
-from simclr_ray.cli.console import command, loading, out, show_table
+from simclr_ray.cli.console import command, loading, out, say, show_table
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOL_NAMES
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError, ConfigIssue, SimclrRayError
+
+if TYPE_CHECKING:
+    from simclr_ray.storage.run_status import RunStatus
 
 
 def evaluate(
@@ -134,7 +137,11 @@ def list_runs(
         str, typer.Argument(metavar="STORAGE", help="Folder or URI that holds runs.")
     ] = "runs",
 ) -> None:
-    """List the runs of a storage: how each stands, its epoch, and its last kNN."""
+    """List the runs of a storage: how each stands, its epoch, and its last kNN.
+
+    One that cannot be read is a row too, and the reason stands below.
+    """
+    from simclr_ray.storage.filesystem import one_line
     from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
     from simclr_ray.storage.run_status import runs_in, status_of_run
 
@@ -145,15 +152,24 @@ def list_runs(
     if RunFolder.at(storage).read_text(CONFIG_FILE) is not None:
         problem = f"is a run itself; see {command('status', storage)}"
         raise ConfigError([ConfigIssue(storage, problem)])
-    statuses = [status_of_run(folder) for folder in runs_in(storage)]
-    rows = []
-    for run in statuses:
-        knn = run.metrics.get("eval/knn_top1")
-        shown = "-" if knn is None else f"{knn:.1%}"
-        written = f"{run.written_at:%Y-%m-%d %H:%M}" if run.written_at else "-"
-        rows.append([run.folder.name, run.state, f"{run.epoch:.1f}", shown, written])
+    rows, reasons = [], []
+    for folder in runs_in(storage):
+        try:
+            rows.append(_row(status_of_run(folder)))
+        except (SimclrRayError, OSError) as error:  # one of an older release, or removed meanwhile
+            rows.append([folder.name, "unreadable", "-", "-", "-"])
+            reasons.append(f"{folder.name}: {one_line(error)}")
     if not rows:
         out.print(f"{storage} holds no runs", markup=False)
         return
     title = counted(len(rows), "run")
     show_table(title, ["run", "state", "epoch", "kNN top-1", "written (UTC)"], rows)
+    for reason in reasons:
+        say(reason)
+
+
+def _row(run: RunStatus) -> list[str]:
+    knn = run.metrics.get("eval/knn_top1")
+    shown = "-" if knn is None else f"{knn:.1%}"
+    written = f"{run.written_at:%Y-%m-%d %H:%M}" if run.written_at else "-"
+    return [run.folder.name, run.state, f"{run.epoch:.1f}", shown, written]

@@ -66,10 +66,10 @@ def last_values(lines: str) -> dict[str, float]:
 
 
 def last_of(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the last value of each name in records, the time aside."""
+    """Return the last number of each name in records, the time aside; NaN is one."""
     last: dict[str, float] = {}
     for record in records:
-        last.update(record)
+        last.update({key: v for key, v in record.items() if isinstance(v, int | float)})
     last.pop(TIME, None)
     return last
 
@@ -89,12 +89,12 @@ def seconds_left(records: Sequence[Mapping[str, Any]]) -> float | None:
         if FIRST_BATCH in record:
             since = []
         at, step, of = (record.get(key) for key in (TIME, "step", "total"))
-        if "train/loss" not in record or not (_is_number(at) and _is_number(step)):
+        if "train/loss" not in record or not (is_number(at) and is_number(step)):
             continue
         if since and (step <= since[-1][1] or at < since[-1][0]):
             since = []
         since.append((at, step))
-        total = of if _is_number(of) else total
+        total = of if is_number(of) else total
     if len(since) < 2:
         return None
     at, step = since[-1]
@@ -103,15 +103,19 @@ def seconds_left(records: Sequence[Mapping[str, Any]]) -> float | None:
     return float((at - began) / (step - first) * max(total - step, 0))
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value of a record is a number, and finite."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_series(lines: str) -> dict[str, dict[int, float]]:
-    """Return name -> step -> value of a log; the last of a repeated step counts."""
+    """Return name -> step -> number of a log; the last of a repeated step counts."""
     series: dict[str, dict[int, float]] = {}
     for record in read_records(lines):
+        step = record.get("step")
+        if not is_number(step):
+            continue
         for key, value in record.items():
-            if "/" in key:
-                series.setdefault(key, {})[int(record["step"])] = float(value)
+            if "/" in key and isinstance(value, int | float):
+                series.setdefault(key, {})[int(step)] = float(value)
     return series

@@ -12,7 +12,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import entries_in, filesystem
 from simclr_ray.storage.last_error import RESTART, LastError
-from simclr_ray.storage.metrics_log import TIME, last_of, read_records, seconds_left
+from simclr_ray.storage.metrics_log import TIME, is_number, last_of, read_records, seconds_left
 from simclr_ray.storage.rank_states import RankStates
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
@@ -52,10 +52,10 @@ def status_of_run(folder: RunFolder) -> RunStatus:
         raise ConfigError([ConfigIssue(folder.uri, f"is no run folder: it has no {CONFIG_FILE}")])
     records = read_records(folder.read_text(METRICS, LOG_BYTES) or "")
     metrics, ranks = last_of(records), RankStates.read(folder)
-    total, epoch = int(metrics.pop("total", 0)), metrics.pop("epoch", 0.0)
+    total, logged, epoch = (_finite(metrics.pop(key, 0)) for key in ("total", "step", "epoch"))
     checkpoints = folder.checkpoints()
     kept = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
-    step, error = max(int(metrics.pop("step", 0)), kept), LastError.read(folder)
+    error = LastError.read(folder)
     state: State = "stopped"
     if folder.holder():
         state = "running"
@@ -67,8 +67,8 @@ def status_of_run(folder: RunFolder) -> RunStatus:
         folder,
         RunRecord.find(folder),
         state,
-        step,
-        total,
+        max(int(logged), kept),
+        int(total),
         epoch,
         metrics,
         folder.read_json(SCORES, list) or [],
@@ -80,6 +80,10 @@ def status_of_run(folder: RunFolder) -> RunStatus:
     )
 
 
+def _finite(value: float) -> float:
+    return value if is_number(value) else 0.0
+
+
 def _trained_since(error: LastError, records: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether a later start has logged something: it was stopped, as its error was kept."""
     at = records[-1].get(TIME) if records else None
@@ -87,9 +91,15 @@ def _trained_since(error: LastError, records: Sequence[Mapping[str, Any]]) -> bo
 
 
 def runs_in(storage: str) -> list[RunFolder]:
-    """Return the run folders directly in a storage, by name."""
+    """Return the run folders directly in a storage, by name; also those that cannot be read."""
     files, root = filesystem(storage)
     entries = entries_in(files, root)
     names = sorted(info.base_name for info in entries if info.type == fs.FileType.Directory)
-    folders = [RunFolder.of(storage, name) for name in names]
-    return [folder for folder in folders if folder.read_text(CONFIG_FILE) is not None]
+    return [folder for name in names if _may_be_run(folder := RunFolder.of(storage, name))]
+
+
+def _may_be_run(folder: RunFolder) -> bool:
+    try:
+        return folder.read_text(CONFIG_FILE) is not None
+    except OSError:  # of a folder of somebody else; `status_of_run` says it
+        return True

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from simclr_ray.cli.run import list_runs
 from simclr_ray.cli.scores import show_bad_rows, show_next
 from simclr_ray.errors import ConfigError
 from simclr_ray.storage.last_error import ERROR, LastError
@@ -131,6 +132,33 @@ def test_runs_are_listed_by_name_and_other_folders_are_not(a_run: Path, tmp_path
         "another-0000",
         "small-0123",
     ]
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("later-0000", "half-0000", "gone-0000"):
+        shutil.copytree(a_run, tmp_path / "runs" / name)
+    for name, lost in (("later-0000", {"format_version": 99}), ("half-0000", {"digest": 3})):
+        path = tmp_path / "runs" / name / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | lost))
+    read = RunFolder.checkpoints
+
+    def removed(folder: RunFolder) -> list[str]:
+        if folder.name == "gone-0000":
+            raise FileNotFoundError(2, "No such file or directory", "step-1")
+        return read(folder)
+
+    monkeypatch.setattr(RunFolder, "checkpoints", removed)
+    list_runs(str(tmp_path / "runs"))
+    printed = capsys.readouterr()
+    states = dict(line.split()[1:4:2] for line in printed.out.splitlines() if "-0" in line)
+    others = dict.fromkeys(("gone-0000", "half-0000", "later-0000"), "unreadable")
+    assert states == {**others, "small-0123": "finished"}
+    reasons = dict(line.split(": ", 1) for line in printed.err.splitlines())
+    assert reasons.keys() == others.keys()
+    assert "format 99" in reasons["later-0000"]
+    assert "digest is of another type" in reasons["half-0000"]
 
 
 def test_a_folder_without_a_run_ends_in_2(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from simclr_ray.errors import DivergedError, RunError
 from simclr_ray.storage.last_error import ERROR, RESTART, LastError, recorded
-from simclr_ray.storage.metrics_log import FIRST_BATCH, RECENT_S, seconds_left
+from simclr_ray.storage.metrics_log import FIRST_BATCH, RECENT_S, read_series, seconds_left
 from simclr_ray.storage.rank_states import RANKS, RankState, RankStates
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_status import LOG_BYTES, status_of_run
@@ -108,6 +108,21 @@ def test_a_remote_run_runs_while_its_driver_holds_it(folder: RunFolder) -> None:
     with remote.lock():
         assert status_of_run(remote).state == "running"
     assert status_of_run(remote).state == "stopped"
+
+
+@pytest.mark.parametrize("value", [None, "x", math.nan, math.inf, [1]])
+def test_of_a_record_only_numbers_count(folder: RunFolder, value: Any) -> None:
+    spoiled = dict.fromkeys(("step", "total", "epoch", "train/loss"), value)
+    lines = [report(50, 200) | {"epoch": 2.0}, spoiled]
+    text = "\n".join(map(json.dumps, lines))
+    folder.write_text(METRICS, text)
+    status = status_of_run(folder)
+    if isinstance(value, float):  # such a loss is shown, and such a step is none
+        assert (status.step, status.total_steps, status.epoch) == (0, 0, 0)
+        assert repr(status.metrics["train/loss"]) == repr(value)
+    else:
+        assert (status.step, status.total_steps, status.epoch) == (200, 1000, 2.0)
+        assert read_series(text)["train/loss"] == {200: lines[0]["train/loss"]}
 
 
 @pytest.mark.parametrize("tree", [[], {"ranks": 3}, {"ranks": [{"rank": "x"}]}, {"ranks": [5]}])
