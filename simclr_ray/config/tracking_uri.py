@@ -34,6 +34,8 @@ def unknown_store_problem(uri: str) -> str:
         urlsplit(uri)
     except ValueError as error:  # brackets that do not close
         return f"got {shown}; {error}"
+    if uri.startswith("sqlite:///") and "?" in uri:  # more than SQLAlchemy reads the file's name
+        return f"got {shown}; of SQLite without options: {shown.partition('?')[0]}"
     if STORES.match(uri) or entry_points(group="mlflow.tracking_store") or _is_folder(uri):
         return ""
     scheme = uri.partition("://")[0]

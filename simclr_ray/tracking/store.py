@@ -44,8 +44,9 @@ MAX_DATASET_NAME_CHARS: Final = 500
 
 _RESERVED_ALIAS: Final = re.compile(r"(?i:latest|v\d+)")  # the registry refuses these names
 _ALIAS: Final = re.compile(r"[\w\-]{1,255}")
-# the registry refuses / and :, and `models:/NAME@ALIAS` holds neither @ nor what a URI escapes
-_NOT_IN_NAMES: Final = re.compile(r"[/:@%?#\\]|[^ -~\w]")
+# the registry refuses / and :, `models:/NAME@ALIAS` holds neither @ nor what a URI escapes, and an
+# apostrophe would end the name in a filter, by which versions are searched
+_NOT_IN_NAMES: Final = re.compile(r"[/:@%?#\\']|[^ -~\w]")
 
 # MLflow's own defaults are 7 retries with doubling waits and 120 s per request: minutes before a
 # mistyped address is reported. Used while a store is opened; a user's own values win.
@@ -152,7 +153,7 @@ def sqlite_file(uri: str) -> Path | None:
     """Return the absolute path of a SQLite URI's file, or None for other stores."""
     if not uri.startswith("sqlite:///"):
         return None
-    return Path(uri.removeprefix("sqlite:///")).resolve()
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve()
 
 
 def check_there(uri: str, remedy: str = COPY_IT_TOO) -> None:

@@ -265,6 +265,10 @@ def test_the_setting_wins_over_the_environment_and_that_over_the_default(
     monkeypatch.setenv(mlflow_store.URI_VARIABLE, "http://env:1")
     assert mlflow_store.store_uri("", "runs") == "http://env:1"
     assert mlflow_store.store_uri("sqlite:///my.db", "runs") == f"sqlite:///{tmp_path}/my.db"
+    with pytest.raises(ConfigError, match=r"of SQLite without options: sqlite:///my\.db$"):
+        mlflow_store.store_uri("sqlite:///my.db?timeout=60", "runs")
+    # of a run of an earlier release, which took it, and kept its points for this file
+    assert mlflow_store.sqlite_file("sqlite:////x/my.db?timeout=60") == Path("/x/my.db")
 
 
 @pytest.mark.parametrize("alias", ["latest", "Latest", "v3", "V12"])
@@ -279,6 +283,7 @@ def test_aliases_that_mlflow_reserves_are_refused_beforehand(alias: str) -> None
         ("team/enc", "best", "registry.name"),
         ("a:b", "best", "registry.name"),
         ("a@b", "best", "registry.name"),
+        ("Tom's", "best", "registry.name"),
         (" enc", "best", "registry.name"),
         ("e" * 251, "best", "registry.name"),
         ("tab\tname", "best", "registry.name"),
