@@ -53,7 +53,7 @@ def show_bad_rows(folder: RunFolder) -> None:
     summary = f"replaced {counted(sum(reasons.values()), 'row')} that could not be decoded: {shown}"
     paths = [str(row["path"]) for row in rows.values() if row.get("path")]
     named = f"first: {', '.join(paths[:PATHS_SHOWN])}; all" if paths else "ids"
-    out.print(f"{summary} ({named} in {folder.uri}/{BAD_ROWS})", markup=False, soft_wrap=True)
+    out.print(f"{summary} ({named} in {folder.below(BAD_ROWS)})", markup=False, soft_wrap=True)
 
 
 def show_next(folder: RunFolder, model: str = "", image: str = "IMAGE.png") -> None:

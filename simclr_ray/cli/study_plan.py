@@ -71,6 +71,7 @@ def _studies(folders: list[str], storage: str) -> list[StoredStudy]:
     Raises:
         ConfigError: There are none, or one that is named is none.
     """
+    from simclr_ray.storage.filesystem import address_below
     from simclr_ray.studies.stored_points import read_stored, studies_in
 
     if folders:
@@ -83,7 +84,8 @@ def _studies(folders: list[str], storage: str) -> list[StoredStudy]:
             out.print(f"left out  {error}", markup=False, soft_wrap=True)
     if not studies:
         remedy = f"run one (`{command('study', 'list')}`), or name the folder of one"
-        raise ConfigError([ConfigIssue(f"{storage}/studies", f"holds no study; {remedy}")])
+        place = address_below(storage, "studies")
+        raise ConfigError([ConfigIssue(place, f"holds no study; {remedy}")])
     return studies
 
 

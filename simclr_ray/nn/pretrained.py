@@ -183,7 +183,7 @@ def open_checkpoint(weights: str, option: str = WHERE) -> Iterator[tuple[str, Pa
         newest = stack.enter_context(folder.newest_checkpoint())
         if newest is None:
             raise ConfigError([ConfigIssue(option, _why_not(weights, folder))])
-        yield f"{folder.uri}/{newest.name}", newest
+        yield folder.below(newest.name), newest
 
 
 def _why_not(weights: str, folder: RunFolder) -> str:

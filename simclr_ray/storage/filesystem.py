@@ -83,8 +83,32 @@ def check_makeable(folder: Path) -> None:
 
 def address_below(uri: str, name: str) -> str:
     """Return the path or URI of what lies below a folder; the options of a bucket stay last."""
-    address, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
-    return f"{address.rstrip('/')}/{name}{mark}{options}"
+    scheme, path, options = _parts_of(uri)
+    folder = path.rstrip("/") + "/" if path else ""
+    return f"{scheme}{folder}{name}{options}"
+
+
+def split_address(uri: str) -> tuple[str, str]:
+    """Return the path or URI of the folder that something lies in, options last, and its name."""
+    scheme, path, options = _parts_of(uri)
+    folder, slash, name = path.rstrip("/").rpartition("/")
+    return f"{scheme}{folder or slash}{options}", name
+
+
+def address_above(uri: str, levels: int) -> str:
+    """Return the path or URI of the folder that is so many levels above; options stay last."""
+    for _ in range(levels):
+        uri, _ = split_address(uri)
+    return uri
+
+
+def _parts_of(uri: str) -> tuple[str, str, str]:
+    """Return scheme with `://`, path with the bucket, and options with `?` of an address."""
+    if "://" not in uri:
+        return "", uri, ""
+    address, mark, options = uri.partition("?")
+    scheme, colon, path = address.partition("://")
+    return scheme + colon, path, mark + options
 
 
 def info_of(fs: pafs.FileSystem, path: str) -> pafs.FileInfo:

@@ -39,7 +39,14 @@ import pyarrow.fs as pafs
 
 from simclr_ray.config.logging import warn_once
 from simclr_ray.errors import RunError
-from simclr_ray.storage.filesystem import entries_in, filesystem, is_local, one_line, remove_file
+from simclr_ray.storage.filesystem import (
+    address_below,
+    entries_in,
+    filesystem,
+    is_local,
+    one_line,
+    remove_file,
+)
 from simclr_ray.storage.run_lock import LOCK, LockedError, this_process
 
 RENEW_S: Final = 15.0
@@ -361,6 +368,7 @@ class Lease:
         except OSError as error:
             warn_once(
                 log,
-                f"a claim of this driver stays in {self.uri}/{LOCK}, and the next one waits for "
-                f"{LEASE_S:.0f} s ({one_line(error)}); permit to delete what lies there",
+                f"a claim of this driver stays in {address_below(self.uri, LOCK)}, and the next "
+                f"one waits for {LEASE_S:.0f} s ({one_line(error)}); permit to delete what lies "
+                "there",
             )

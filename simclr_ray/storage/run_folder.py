@@ -40,6 +40,7 @@ from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, RunErro
 from simclr_ray.storage import checkpoint, lease, run_lock
 from simclr_ray.storage.checkpoint import ANY, Identity
 from simclr_ray.storage.filesystem import (
+    address_below,
     cache_folder,
     entries_in,
     filesystem,
@@ -48,6 +49,7 @@ from simclr_ray.storage.filesystem import (
     open_whole,
     remove_file,
     remove_half_written,
+    split_address,
     write_text_whole,
 )
 from simclr_ray.storage.scratch import scratch_folder
@@ -94,13 +96,16 @@ class RunFolder:
             if Path(run).is_file():
                 raise ConfigError([ConfigIssue(run, "is a file; a run is a folder")])
             run = str(Path(run).expanduser().resolve())
-        storage, _, name = run.rstrip("/").rpartition("/")
-        return cls(storage, name)
+        return cls(*split_address(run))
 
     @property
     def uri(self) -> str:
         """The folder's path or URI."""
-        return f"{self.storage.rstrip('/')}/{self.name}"
+        return address_below(self.storage, self.name)
+
+    def below(self, name: str) -> str:
+        """Return the path or URI of what lies in the folder."""
+        return address_below(self.uri, name)
 
     @property
     def local(self) -> Path | None:
@@ -141,7 +146,7 @@ class RunFolder:
         except (ValueError, RecursionError):
             tree = None
         if not isinstance(tree, kind):
-            warn_once(log, f"{self.uri}/{name} cannot be read and counts as absent")
+            warn_once(log, f"{self.below(name)} cannot be read and counts as absent")
             return None
         return tree
 

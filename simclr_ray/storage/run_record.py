@@ -49,13 +49,13 @@ class RunRecord:
         if version not in FORMATS_READ:
             read = " and ".join(map(str, FORMATS_READ))
             problem = f"format {version}, this release reads {read}; see docs/upgrade.md"
-            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
+            raise ConfigError([ConfigIssue(folder.below(RUN_FILE), problem)])
         names = {field.name for field in fields(cls)}
         values = {key: value for key, value in tree.items() if key in names}
         defaults = {field.name for field in fields(cls) if field.default is not MISSING}
         if missing := sorted(names - defaults - set(values)):
             problem = f"is no whole record: it lacks {', '.join(missing)}"
-            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
+            raise ConfigError([ConfigIssue(folder.below(RUN_FILE), problem)])
         record = cls(**values)
         kinds: dict[str, tuple[type, ...]] = {
             "format_version": (int,), "rollbacks": (int,), "rate_multiplier": (int, float),
@@ -63,7 +63,7 @@ class RunRecord:
         wrong = [key for key in values if type(values[key]) not in kinds.get(key, (str,))]
         if wrong:
             problem = f"is no record: {', '.join(wrong)} is of another type"
-            raise ConfigError([ConfigIssue(f"{folder.uri}/{RUN_FILE}", problem)])
+            raise ConfigError([ConfigIssue(folder.below(RUN_FILE), problem)])
         return replace(record, tracking_uri=read_uri(record.tracking_uri, folder, CONFIG_FILE))
 
     @classmethod

@@ -24,6 +24,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage.filesystem import split_address
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.scratch import scratch_folder
@@ -142,8 +143,9 @@ class StudyFolder:
     def write_outcome(self, outcome: TrialOutcome) -> None:
         """Store what became of a trial; its run is named relative to the study's folder."""
         run = dict(outcome.run)
-        if run.get("folder", "").startswith(f"{self.uri}/"):
-            run["folder"] = run["folder"].removeprefix(f"{self.uri}/")
+        name = split_address(run.get("folder", ""))[1]
+        if name and run["folder"] == self.run(name).uri:
+            run["folder"] = f"{RUNS}/{name}"
         if run.get("tracking_uri"):
             run["tracking_uri"] = stored_uri(run["tracking_uri"], self.files)
         text = json.dumps(outcome._replace(run=run)._asdict(), indent=1, sort_keys=True)
@@ -154,7 +156,7 @@ class StudyFolder:
         curve = {int(epoch): values for epoch, values in tree["curve"].items()}
         run = self._with_uri(tree["run"])
         if run.get("folder"):
-            run["folder"] = self.run(run["folder"].rpartition("/")[2]).uri
+            run["folder"] = self.run(split_address(run["folder"])[1]).uri
         return TrialOutcome(**tree | {"run": run, "curve": curve})
 
     def baselines(self) -> Baselines:
@@ -172,7 +174,7 @@ class StudyFolder:
                 isinstance(v, int | float) and not isinstance(v, bool) for v in values.values()
             ):
                 problem = f"{name!r} must have metrics and numbers, got {json.dumps(values)}"
-                raise ConfigError([ConfigIssue(f"{self.uri}/{BASELINES}", problem)])
+                raise ConfigError([ConfigIssue(self.files.below(BASELINES), problem)])
         return {name: {m: float(v) for m, v in values.items()} for name, values in tree.items()}
 
     def write_baselines(self, baselines: Baselines) -> None:
@@ -181,7 +183,7 @@ class StudyFolder:
 
     def run(self, name: str) -> RunFolder:
         """Return the run folder of a trial's run."""
-        return RunFolder(f"{self.uri}/{RUNS}", name)
+        return RunFolder(self.files.below(RUNS), name)
 
     def runs(self) -> dict[str, RunFolder]:
         """Return the run folder of each trial, whose name is the trial's and eight hex digits.
@@ -234,7 +236,7 @@ class StudyFolder:
     @property
     def report(self) -> str:
         """Path or URI of the report's folder."""
-        return f"{self.uri}/{REPORT}"
+        return self.files.below(REPORT)
 
 
 def curve_of(lines: str, last_epoch: int = 0) -> Curve:

@@ -23,6 +23,7 @@ from simclr_ray.config.wording import counted
 from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.storage.filesystem import address_above, address_below
 from simclr_ray.studies.definition import CLASSIFIER_METRICS, EITHER, VIEW_METRICS, Study
 from simclr_ray.studies.space import DIGITS, label_of
 from simclr_ray.tracking.store import DATABASE, store_uri
@@ -176,7 +177,7 @@ def study_folder(study: Study) -> tuple[str, str]:
     """Return the storage and the name of a study's folder."""
     tree, _ = cfg.read_tree(study.base)
     storage = _with(tree, study.set).get("storage", "runs")
-    return f"{cfg.absolute_path(str(storage)).rstrip('/')}/{FOLDER}", study.name
+    return address_below(cfg.absolute_path(str(storage)), FOLDER), study.name
 
 
 def base_tree(study: Study) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def base_tree(study: Study) -> dict[str, Any]:
     paths = sorted({path for dim in _dimensions(study) for path in dim})
     uri = store_uri(base.tracking.uri, base.storage)
     tracking = base.tracking.model_copy(update={"uri": uri, "only_params": [*paths, "seed"]})
-    runs = "/".join((*study_folder(study), RUNS))
+    runs = address_below(address_below(*study_folder(study)), RUNS)
     return cfg.to_tree(base.model_copy(update={"storage": runs, "tracking": tracking}))
 
 
@@ -211,14 +212,13 @@ def restored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
 
     A study's folder that was moved goes on where it lies now, with what was moved with it.
     """
-    storage = folder.rsplit("/", 2)[0]
-    before = tree["storage"].rsplit("/", 3)[0]
+    storage, before = address_above(folder, 2), address_above(tree["storage"], 3)
     is_local = before.startswith("/") and storage.startswith("/")
     move = Move.between(before, storage) if is_local else None
     if move is not None:
         tree = relocated(tree, move)
     tracking = {k: v for k, v in tree["tracking"].items() if k != "only_params"}
-    of_storage = (f"sqlite:///{before}/{DATABASE}", f"sqlite:///{storage}/{DATABASE}")
+    of_storage = [f"sqlite:///{address_below(of, DATABASE)}" for of in (before, storage)]
     if tracking["uri"] in of_storage:  # wherever it is
         tracking["uri"] = ""
     return {**tree, "storage": storage, "tracking": tracking}

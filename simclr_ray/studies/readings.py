@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from simclr_ray.config import Scalar
 from simclr_ray.config.metrics import is_fraction
+from simclr_ray.storage.filesystem import split_address
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import TrialOutcome
 from simclr_ray.studies.plan import RUNS, Point
@@ -50,7 +51,7 @@ def readings_of(study: Study, outcome: TrialOutcome) -> list[Reading]:
 
 def _run_of(outcome: TrialOutcome) -> str:
     """Return where a trial's run is: below the study's folder, which may be moved, or in MLflow."""
-    name = outcome.run.get("folder", "").rstrip("/").rpartition("/")[2]
+    name = split_address(outcome.run.get("folder", ""))[1]
     return f"{RUNS}/{name}" if name else outcome.run.get("mlflow_run_id", "")
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.config.metrics import EPOCH_METRICS, is_fraction
 from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.storage.filesystem import split_address
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.expected_accuracy import Measured
@@ -41,7 +42,7 @@ class StoredStudy(NamedTuple):
 def studies_in(storage: str) -> list[str]:
     """Return the folders of the studies of a storage, by name."""
     place = RunFolder.of(storage, FOLDER)
-    return [f"{place.uri}/{name}" for name in place.folders("")]
+    return [place.below(name) for name in place.folders("")]
 
 
 def read_stored(where: str) -> StoredStudy:
@@ -53,7 +54,8 @@ def read_stored(where: str) -> StoredStudy:
     Raises:
         ConfigError: It is neither, cannot be read, or its metric is no fraction to be maximized.
     """
-    files = RunFolder.at(where.removesuffix(f"/{DATA}"))
+    folder, name = split_address(where)
+    files = RunFolder.at(folder if name == DATA else where)
     if files.read_text(DEFINITION) is not None:
         study = _of_folder(StudyFolder.at(files.uri), where)
     elif (text := files.read_text(DATA)) is not None:

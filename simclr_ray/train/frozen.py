@@ -111,9 +111,9 @@ def _say_bad(bad: Sequence[BadRow], resolved: ResolvedExperiment, run_log: RunLo
         run_log.append(BAD_ROWS, {"step": 0, "id": row.id, "reason": row.reason})
     if bad:
         log.warning(
-            "%s of %s left out, which could not be used; the first, id %d: %s; all: %s/%s",
+            "%s of %s left out, which could not be used; the first, id %d: %s; all: %s",
             counted(len(bad), "image"), f"{resolved.source.num_rows:,}",
-            bad[0].id, bad[0].reason, resolved.folder.uri, BAD_ROWS,
+            bad[0].id, bad[0].reason, resolved.folder.below(BAD_ROWS),
         )  # fmt: skip
 
 

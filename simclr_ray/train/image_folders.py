@@ -7,14 +7,14 @@ from pyarrow.fs import FileType
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.listing import list_parquet, part_split
-from simclr_ray.storage.filesystem import filesystem, info_of
+from simclr_ray.storage.filesystem import address_below, filesystem, info_of
 
 LISTS = "_lists"  # below the storage
 
 
 def resolve_folders(experiment: Experiment) -> Experiment:
     """Return the experiment with a list of images below its storage for each folder of images."""
-    data, lists = experiment.data, f"{experiment.storage.rstrip('/')}/{LISTS}"
+    data, lists = experiment.data, address_below(experiment.storage, LISTS)
     paths = {"train": data.train, "test": data.test, "eval_train": data.eval_train}
     listed = {key: index_folder(uri, lists) for key, uri in paths.items() if _is_of_images(uri)}
     if not listed:

@@ -14,6 +14,7 @@ from simclr_ray.errors import TrackingError
 from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.scores import Score
 from simclr_ray.storage import checkpoint
+from simclr_ray.storage.filesystem import address_below
 from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     @property
     def checkpoint_uri(self) -> str:
         """The last checkpoint's path or URI, where the run keeps it."""
-        return f"{self.folder}/{self.checkpoint_name}"
+        return address_below(self.folder, self.checkpoint_name)
 
 
 class PretrainOutcome(NamedTuple):

@@ -241,7 +241,7 @@ class RunRecorder:
             TooManyBadImages(
                 f"{len(self._bad)} of {rows} rows cannot be used, as far as it has come, more than "
                 f"data.max_bad_fraction={share:g} allows; reasons: {reasons}; first: "
-                f"{', '.join(names[:10])}; all: {self.resolved.folder.uri}/{BAD_ROWS}"
+                f"{', '.join(names[:10])}; all: {self.resolved.folder.below(BAD_ROWS)}"
             )
         )
 
@@ -249,9 +249,9 @@ class RunRecorder:
         """Say how many rows could not be used, where there are any and the run goes on."""
         if self._bad and self.fatal is None:
             log.warning(
-                "%s of %s could not be used, and others stood in for them: %s/%s",
+                "%s of %s could not be used, and others stood in for them: %s",
                 counted(len(self._bad), "image"), f"{self.resolved.source.num_rows:,}",
-                self.resolved.folder.uri, BAD_ROWS,
+                self.resolved.folder.below(BAD_ROWS),
             )  # fmt: skip
 
     def _end(self, error: SimclrRayError) -> None:

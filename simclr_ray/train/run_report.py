@@ -71,7 +71,7 @@ def write_report(folder: RunFolder, out: str = "", images: int = 1000) -> str:
     page = report_page(status, _experiment(folder), images)
     if not out:
         folder.write_text(REPORT, page)
-        return f"{folder.uri}/{REPORT}"
+        return folder.below(REPORT)
     fs, path = filesystem(out)
     write_text_whole(fs, path, page)
     return out
@@ -100,7 +100,7 @@ def report_page(status: RunStatus, experiment: Experiment, images: int = 0) -> s
         sample=_about(seen) if seen else "",
         cost=cost(records, experiment),
         events=events(folder, records, status),
-        command=shlex.join(["simclr-ray", "pretrain", f"{folder.uri}/{CONFIG_FILE}"]),
+        command=shlex.join(["simclr-ray", "pretrain", folder.below(CONFIG_FILE)]),
         definition=folder.read_text(CONFIG_FILE) or "",
     )
 

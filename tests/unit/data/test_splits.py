@@ -196,6 +196,9 @@ def test_a_folder_of_splits_is_asked_for_one_by_every_door(
         update={"data": experiment.data.model_copy(update={"train": f"{root}#Train"})}
     )
     assert Source.open(resolve_folders(named).data.train).class_names == ("a", "b")
+    storage = f"{tmp_path.as_uri()}/runs?region=x"  # an option of a bucket
+    resolve_folders(named.model_copy(update={"storage": storage}))
+    assert list((tmp_path / "runs" / "_lists").glob("*.parquet"))
     with pytest.raises(DataError, match=r"no split dev; by their folders images are of Test \(2"):
         opened(f"{root}#dev")
 

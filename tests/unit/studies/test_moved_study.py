@@ -10,6 +10,7 @@ import pytest
 
 from simclr_ray.studies.folder import DEFINITION, StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import restored
+from simclr_ray.studies.stored_points import studies_in
 
 ID = "1" * 32
 
@@ -58,6 +59,22 @@ def test_outcomes_and_state_name_what_lies_here(
     (read,) = moved.outcomes()
     assert read == outcome_in(moved, b)
     assert moved.state()["tracking_uri"] == f"sqlite:///{b}/mlflow.db"
+
+
+def test_a_study_in_a_bucket_with_options_has_its_files_before_them(tmp_path: Path) -> None:
+    options = "?endpoint_override=http://h:9000&scheme=http"  # a disk has none
+    folder = StudyFolder(f"{tmp_path.as_uri()}/runs/studies{options}", "s")
+    folder.files.write_text(DEFINITION, "name: s\n")
+    outcome = outcome_in(folder, tmp_path)
+    assert outcome.run["folder"] == f"{tmp_path.as_uri()}/runs/studies/s/runs/t-0123abcd{options}"
+    folder.write_outcome(outcome)
+    stored = json.loads((tmp_path / "runs/studies/s/outcomes/t.json").read_text())
+    assert stored["run"]["folder"] == "runs/t-0123abcd"
+    assert StudyFolder.at(folder.uri).outcomes() == [outcome]
+    assert studies_in(f"{tmp_path.as_uri()}/runs{options}") == [folder.uri]
+    assert folder.report == f"{tmp_path.as_uri()}/runs/studies/s/report{options}"
+    tree = {"storage": folder.files.below("runs"), "tracking": {"uri": "http://mlflow"}}
+    assert restored(tree, folder.uri)["storage"] == f"{tmp_path.as_uri()}/runs{options}"
 
 
 @pytest.mark.parametrize("beside", [True, False])
