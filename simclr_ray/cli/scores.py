@@ -33,8 +33,10 @@ def show_scores(scores: Sequence[Score]) -> None:
 
 def show_classifier(title: str, scores: Classification) -> None:
     """Print what a classifier reaches."""
-    names = ["top-1", "top-5", "mean per class", "11-point mAP"]
-    show_table(title, names, [[f"{100 * value:.1f} %" for value in scores]])
+    from simclr_ray.evaluation.classification import LABELS
+
+    values = [f"{100 * value:.1f} %" for value in scores.measures().values()]
+    show_table(title, LABELS.values(), [values])
 
 
 def show_where(run: Run) -> None:

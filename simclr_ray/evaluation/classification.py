@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from simclr_ray.evaluation.knn import top_k_accuracy
 
+# Measure -> heading of its column.
+LABELS: Final = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+    "voc07_map": "11-point mAP",
+}
+
 
 class Classification(NamedTuple):
-    """The field's four measures, in [0, 1]."""
+    """The field's four measures, in [0, 1], and of how many images; 0: not known."""
 
     top1: float
     top5: float
     mean_per_class: float  # top-1, of each class that has a sample
     voc07_map: float
+    num_images: int = 0
+
+    def measures(self) -> dict[str, float]:
+        """Return the measures by name."""
+        return {k: v for k, v in self._asdict().items() if k != "num_images"}
 
 
 def classification(scores: Tensor, labels: Tensor) -> Classification:
@@ -34,6 +47,7 @@ def classification(scores: Tensor, labels: Tensor) -> Classification:
         top_k_accuracy(scores, labels, 5),
         sum(own) / len(own),
         mean_average_precision_11(scores, truth),
+        len(labels),
     )
 
 

@@ -49,6 +49,7 @@ class Score:
         feature_std: Of normalised features.
         accuracies: Metric, such as `knn_top1` -> share in [0, 1], of each protocol that was asked
             for; empty without labels.
+        num_images: That the accuracies are of; 0: not known, of rows of an earlier release.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Score:
     effective_rank: float | None
     feature_std: float | None
     accuracies: Mapping[str, float] = field(default_factory=dict)
+    num_images: int = 0
 
     @property
     def knn_top1(self) -> float | None:
@@ -71,6 +73,7 @@ class Score:
     def from_tree(cls, tree: Mapping[str, Any]) -> Score:
         """Return the row that `as_tree` gave."""
         own = {name: tree[name] for name in ("name", "uniformity", "effective_rank", "feature_std")}
+        own["num_images"] = tree.get("num_images", 0)
         rest = {k: float(v) for k, v in tree.items() if k not in own and v is not None}
         return cls(**own, accuracies=rest)
 
@@ -83,6 +86,7 @@ class Score:
             **columns,
             **self.accuracies,
             **dict(zip(LABEL_FREE, free, strict=True)),
+            **({"num_images": self.num_images} if self.num_images else {}),
         }
 
     def numbers(self) -> dict[str, float]:
@@ -148,16 +152,21 @@ class Pixels(nn.Module):
 
 def table(scores: Sequence[Score]) -> list[list[str]]:
     """Return headings and rows as text: all columns, of protocols the usual and those asked for."""
-    reported = _metrics_of(scores)
-    usual = [protocol_named(name).metric for name in DEFAULT_PROTOCOLS]
-    labels = {p.metric: p.label for p in PROTOCOLS}
-    metrics = [m for m in labels if m in usual or m in reported]
-    metrics += [m for m in reported if m not in labels]
+    metrics, labels = metrics_shown(scores), {p.metric: p.label for p in PROTOCOLS}
     headings = [labels.get(m, m.replace("_top1", " top-1")) for m in metrics]
     return [
         ["features", *headings, *LABEL_FREE.values()],
         *([score.name, *_percentages(score, metrics), *_label_free(score)] for score in scores),
     ]
+
+
+def metrics_shown(scores: Sequence[Score]) -> list[str]:
+    """Return the metrics of the columns with accuracies, in their order: the first is column 1."""
+    reported = _metrics_of(scores)
+    usual = [protocol_named(name).metric for name in DEFAULT_PROTOCOLS]
+    ours = [p.metric for p in PROTOCOLS]
+    shown = [metric for metric in ours if metric in usual or metric in reported]
+    return shown + [metric for metric in reported if metric not in ours]
 
 
 def short_table(scores: Sequence[Score]) -> list[list[str]]:
@@ -211,7 +220,7 @@ def _evaluate(
         metric: result.double().mean().item() if isinstance(result, Tensor) else result
         for metric, result in results.items()
     }
-    return replace(_score(name, test.rows), accuracies=accuracies)
+    return replace(_score(name, test.rows), accuracies=accuracies, num_images=len(test.labels))
 
 
 def protocol_results(

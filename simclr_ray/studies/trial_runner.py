@@ -242,7 +242,7 @@ def _scores(study: Study, experiment: Experiment, checkpoint: Path) -> dict[str,
     if shares is not None:
         metrics |= {f"views/{key}": value for key, value in shares._asdict().items()}
     if experiment.classifier:
-        classified = score_classifier(checkpoint, experiment)._asdict()
+        classified = score_classifier(checkpoint, experiment).measures()
         metrics |= {f"final/classifier/{key}": float(value) for key, value in classified.items()}
     either = metrics.get("final/classifier/top1", metrics.get("final/linear_top1"))
     if either is not None:

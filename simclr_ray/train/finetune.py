@@ -268,10 +268,10 @@ def _log(run: Run, parent: RunRecord, name: str, scores: Classification) -> None
     folder = RunFolder.at(run.folder)
     folder.write_text(CLASSIFIER_SCORES, json.dumps(scores._asdict(), indent=1))
     step = int(run.metrics.get("step", 0))
-    own = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
+    own = {f"final/classifier/{key}": value for key, value in scores.measures().items()}
     with late_writes(folder) as writes:
         writes.metrics(own, step)
-    for_parent = {f"{name}/{key}": value for key, value in scores._asdict().items()}
+    for_parent = {f"{name}/{key}": value for key, value in scores.measures().items()}
     try:
         tracked = TrackedRun.attach(parent.tracking_uri, parent.mlflow_run_id)
         now_ms = int(1000 * time.time())  # by which another fine-tuning of that name comes later

@@ -176,7 +176,7 @@ def _test_classifier(run: Run, experiment: Experiment, checkpoint: Path) -> Clas
     if not Source.open(data.test, data.columns).has_labels:
         return None
     scores = score_classifier(checkpoint, experiment)
-    named = {f"final/classifier/{key}": value for key, value in scores._asdict().items()}
+    named = {f"final/classifier/{key}": value for key, value in scores.measures().items()}
     folder = RunFolder.at(run.folder)
     folder.write_text(CLASSIFIER_SCORES, json.dumps(scores._asdict(), indent=1))
     with late_writes(folder) as writes:

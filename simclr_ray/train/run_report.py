@@ -25,16 +25,17 @@ from simclr_ray.config.wording import clock, counted
 from simclr_ray.data.contact_sheet import Thumbnail, data_uri, thumbnail_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import SimclrRayError
+from simclr_ray.evaluation.classification import LABELS, Classification
 from simclr_ray.evaluation.evaluate import probed_source
 from simclr_ray.evaluation.neighbours import Neighbour, NeighbourSample, sample_neighbours
-from simclr_ray.evaluation.scores import Score, short_table
+from simclr_ray.evaluation.scores import Score, metrics_shown, short_table
 from simclr_ray.nn.build import build_loss
 from simclr_ray.nn.loss import ChanceLevel
 from simclr_ray.storage.filesystem import filesystem, one_line, write_text_whole
 from simclr_ray.storage.metrics_log import FIRST_BATCH, TIME, read_records
 from simclr_ray.storage.page import render_page
 from simclr_ray.storage.run_folder import BAD_ROWS, CONFIG_FILE, METRICS, RunFolder
-from simclr_ray.storage.run_status import RunStatus, status_of_run
+from simclr_ray.storage.run_status import CLASSIFIER_SCORES, RunStatus, status_of_run
 from simclr_ray.train.figures import curve_drawings, draw_views
 from simclr_ray.train.health import START
 from simclr_ray.train.rollback import Rollbacks
@@ -93,7 +94,8 @@ def report_page(status: RunStatus, experiment: Experiment, images: int = 0) -> s
         else f"{status.state}, no step yet",
         facts=facts(experiment, status),
         curves=curve_drawings(lines, _chance(experiment)),
-        scores=score_table(scores, _num_scored(experiment)) if scores else None,
+        scores=score_table(scores, _num_scored(scores, experiment)) if scores else None,
+        classifier=_classifier_table(folder, experiment),
         views=_views(experiment),
         neighbours=[_row(row) for row in seen.rows] if seen else [],
         classes=class_table(seen) if seen and seen.confusion is not None else None,
@@ -135,14 +137,28 @@ def score_table(scores: Sequence[Score], num: int) -> Table:
         num: Test images, whose choice the interval is about; 0: not known, and no interval.
     """
     head, *rows = short_table(scores)
-    metrics = list(dict.fromkeys(metric for score in scores for metric in score.accuracies))
     shown = [list(row) for row in rows]
     for score, row in zip(scores, shown, strict=True):
-        for column, metric in enumerate(metrics, start=1):
-            if num and metric in score.accuracies:
-                low, high = wilson(score.accuracies[metric], num)
-                row[column] += f" [{100 * low:.1f}, {100 * high:.1f}]"
+        for column, metric in enumerate(metrics_shown(scores), start=1):
+            if metric in score.accuracies:
+                row[column] += _interval(score.accuracies[metric], num)
     return Table(list(head), shown)
+
+
+def classifier_table(scores: Classification) -> Table:
+    """Return what a classifier reaches; of what is counted in images with its 95 % interval."""
+    row = []
+    for name, value in scores.measures().items():
+        counts = name in ("top1", "top5")  # the others are means over classes
+        row.append(f"{100 * value:.1f} %{_interval(value, scores.num_images) if counts else ''}")
+    return Table(list(LABELS.values()), [row])
+
+
+def _interval(accuracy: float, num: int) -> str:
+    if not num:
+        return ""
+    low, high = wilson(accuracy, num)
+    return f" [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def wilson(accuracy: float, num: int) -> tuple[float, float]:
@@ -254,19 +270,46 @@ def _chance(experiment: Experiment) -> ChanceLevel | None:
     return loss.chance_level(experiment.batch_size, head.num_classes if head else 0)
 
 
-def _num_scored(experiment: Experiment) -> int:
-    """Return how many test images were scored; 0: none, or they are gone."""
-    data = experiment.data
+def _num_scored(scores: Sequence[Score], experiment: Experiment) -> int:
+    """Return how many test images were scored; 0: none, or they are gone.
+
+    Of a run of an earlier release, which did not store it, those with labels.
+    """
+    stored = max(score.num_images for score in scores)
+    if stored:
+        return stored
+    num = _num_labelled(experiment)
     try:
-        test = Source.open(data.test, data.columns) if data.test else None
-        if test is None or not test.has_labels:
-            return 0
-        num = int((test.labels() >= 0).sum())
         # where they alone have labels, one half is scored by the other (`split_halves`)
-        return num if probed_source(data).has_labels else num - num // 2
+        return num if not num or probed_source(experiment.data).has_labels else num - num // 2
     except SimclrRayError as error:
         log.warning("no intervals: %s", error)
         return 0
+
+
+def _num_labelled(experiment: Experiment) -> int:
+    """Return how many test images have a label; 0: none, or they are gone."""
+    data = experiment.data
+    try:
+        test = Source.open(data.test, data.columns) if data.test else None
+        return int((test.labels() >= 0).sum()) if test is not None and test.has_labels else 0
+    except SimclrRayError as error:
+        log.warning("no intervals: %s", error)
+        return 0
+
+
+def _classifier_table(folder: RunFolder, experiment: Experiment) -> Table | None:
+    """Return the stored scores of a run's classifier, as of a fine-tuning; None: it has none."""
+    tree = folder.read_json(CLASSIFIER_SCORES, dict)
+    if tree is None:
+        return None
+    try:
+        scores = Classification(**tree)
+    except TypeError as error:  # of another release, or spoiled
+        log.warning("%s cannot be read: %s", folder.below(CLASSIFIER_SCORES), one_line(error))
+        return None
+    num = scores.num_images or _num_labelled(experiment)
+    return classifier_table(scores._replace(num_images=num))
 
 
 def _views(experiment: Experiment) -> str:

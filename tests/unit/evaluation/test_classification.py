@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from simclr_ray.evaluation.classification import classification, mean_average_precision_11
+from simclr_ray.evaluation.classification import LABELS, classification, mean_average_precision_11
 
 
 def test_the_measures_are_scikit_learns() -> None:
@@ -21,6 +21,8 @@ def test_the_measures_are_scikit_learns() -> None:
     assert found.top5 == pytest.approx(top_k_accuracy_score(labels, scores, k=5))
     expected = balanced_accuracy_score(labels, scores.argmax(1))
     assert found.mean_per_class == pytest.approx(expected)
+    assert found.num_images == 300
+    assert found.measures() == dict(zip(LABELS, found, strict=False))
 
 
 def test_the_11_point_map_is_voc_2007s() -> None:

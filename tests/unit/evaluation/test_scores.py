@@ -201,3 +201,16 @@ def test_one_row_has_no_label_free_metrics() -> None:
     assert table([score])[1][-3:] == ["-", "-", "-"]
     assert score.numbers() == {"knn_top1": 1.0}
     assert Score.from_tree(score.as_tree()) == score
+
+
+def test_the_images_that_were_scored_are_counted_and_no_accuracy() -> None:
+    bank, test = split(1, 90), split(2, 45)
+    test.labels[40:] = -1
+    score = score_encoder("h", MeanColor(), bank, test, EXPERIMENT)
+    assert score.num_images == 40
+    tree = score.as_tree()
+    assert Score.from_tree(tree) == score
+    del tree["num_images"]  # of an earlier release
+    assert Score.from_tree(tree).num_images == 0
+    assert "num_images" not in {**score.numbers(), **score.accuracies}
+    assert table([score]) == table([Score.from_tree(tree)])

@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
+from simclr_ray.evaluation.classification import Classification
 from simclr_ray.evaluation.neighbours import NeighbourSample, sample_neighbours
 from simclr_ray.evaluation.scores import Score
 from simclr_ray.storage.run_folder import RunFolder
@@ -119,6 +120,36 @@ def test_without_the_number_of_test_images_there_is_no_interval() -> None:
     scores = [Score.from_tree(row) for row in SCORES]
     assert score_table(scores, 0).rows[0][1] == "50.0 %"
     assert score_table(scores, 100).rows[0][1] == "50.0 % [40.4, 59.6]"
+
+
+def test_an_interval_stands_by_its_own_accuracy_where_a_usual_protocol_was_left_out() -> None:
+    rows = [{**row, "knn_top1": None, "own_top1": 0.1, "knn_k20_top1": 0.5} for row in SCORES]
+    made = score_table([Score.from_tree(row) for row in rows], 100)
+    assert made.rows[0] == [
+        "trained encoder", "-", "60.0 % [50.2, 69.1]", "50.0 % [40.4, 59.6]", "10.0 % [5.5, 17.4]"
+    ]  # fmt: skip
+
+
+def test_images_that_could_not_be_scored_do_not_narrow_the_interval(run: Path) -> None:
+    scored = [{**row, "num_images": 40} for row in SCORES[:1]]
+    (run / "scores.json").write_text(json.dumps([*scored, *SCORES[1:]]))
+    said = text_of(Path(write_report(RunFolder.at(str(run)), images=0)).read_text())
+    low, high = binomtest(20, 40).proportion_ci(method="wilson")
+    assert f"trained encoder 50.0 % [{100 * low:.1f}, {100 * high:.1f}]" in said
+
+
+@pytest.mark.parametrize("num", [40, 0])
+def test_the_page_of_a_fine_tuning_has_the_scores_of_its_classifier(run: Path, num: int) -> None:
+    scores = Classification(0.5, 0.75, 0.4, 0.3, num)
+    (run / "classification.json").write_text(json.dumps(scores._asdict()))
+    said = text_of(Path(write_report(RunFolder.at(str(run)), images=0)).read_text())
+    assert "There are no scores" not in said
+    of = num or 60  # all with a label, where an earlier release did not count
+    shown = []
+    for hits in (0.5, 0.75):
+        low, high = binomtest(int(hits * of), of).proportion_ci(method="wilson")
+        shown.append(f"{100 * hits:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+    assert f"top-1 top-5 mean per class 11-point mAP {' '.join(shown)} 40.0 % 30.0 %" in said
 
 
 def test_classes_stand_with_what_they_are_taken_for_the_worst_first() -> None:
