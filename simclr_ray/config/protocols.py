@@ -7,6 +7,7 @@ own is named by its import path, as `--protocols knn,package.module:function`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -77,6 +78,29 @@ def protocol_named(name: str) -> Protocol:
         own = name.rpartition(":")[2]
         return Protocol(own, f"{own} top-1", name)
     raise ConfigError([ConfigIssue(name, _allowed(name, PROTOCOL_NAMES))])
+
+
+def protocols_named(names: Sequence[str]) -> list[Protocol]:
+    """Return the protocols of names or import paths, whose metrics differ.
+
+    Raises:
+        ConfigError: As in `protocol_named`, or two have one metric, of which one would be lost.
+    """
+    protocols = [protocol_named(name) for name in names]
+    if problem := same_metric(names):
+        raise ConfigError([ConfigIssue("protocols", problem)])
+    return protocols
+
+
+def same_metric(names: Sequence[str]) -> str:
+    """Return that two protocols have one metric; empty: there are no such."""
+    first: dict[str, str] = {}
+    for name in names:
+        metric = protocol_named(name).metric
+        if metric in first:
+            return f"{first[metric]} and {name} are both called {metric}; give only one of them"
+        first[metric] = name
+    return ""
 
 
 def _of_study(name: str) -> str:

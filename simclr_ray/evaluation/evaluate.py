@@ -14,7 +14,7 @@ from simclr_ray.config.experiment import (
     NoHeadConfig,
     NTXentConfig,
 )
-from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocol_named
+from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, protocols_named
 from simclr_ray.data.aligned import align_labels, map_to_classifier
 from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.overlap import overlap_line
@@ -104,11 +104,11 @@ def score_networks(
 
     Raises:
         ClusterError: `evaluation.actors` ask for more than the cluster has.
-        ConfigError: A protocol is unknown.
+        ConfigError: A protocol is unknown, or two have one metric.
         DataError: A split cannot be read.
     """
-    for name in protocols:
-        protocol_named(name).load()  # fails here for one that is unknown
+    for protocol in protocols_named(protocols):
+        protocol.load()  # fails here for one that is unknown
     encoded = encode_splits(experiment, list(networks.values()))
     return [
         score_features(name, *splits, experiment, protocols)

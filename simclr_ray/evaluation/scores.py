@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, protocol_named
+from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, protocols_named
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError, DivergedError
 from simclr_ray.evaluation.feature_file import Rows, are_finite
 from simclr_ray.evaluation.features import Features, Split
@@ -163,7 +163,7 @@ def table(scores: Sequence[Score]) -> list[list[str]]:
 def metrics_shown(scores: Sequence[Score]) -> list[str]:
     """Return the metrics of the columns with accuracies, in their order: the first is column 1."""
     reported = _metrics_of(scores)
-    usual = [protocol_named(name).metric for name in DEFAULT_PROTOCOLS]
+    usual = [protocol.metric for protocol in protocols_named(DEFAULT_PROTOCOLS)]
     ours = [p.metric for p in PROTOCOLS]
     shown = [metric for metric in ours if metric in usual or metric in reported]
     return shown + [metric for metric in reported if metric not in ours]
@@ -229,11 +229,12 @@ def protocol_results(
     """Return by metric which rows of `test` each protocol names rightly, bool [Q], or their share.
 
     Raises:
-        ConfigError: A protocol is unknown, or one of your own returns something else.
+        ConfigError: A protocol is unknown, two have one metric, or one of your own returns
+            something else.
     """
     num_classes = int(max(bank.labels.max(), test.labels.max())) + 1
     results: dict[str, Tensor | float] = {}
-    for protocol in map(protocol_named, protocols):
+    for protocol in protocols_named(protocols):
         result = protocol.load()(bank, test, num_classes, experiment)
         is_hits = isinstance(result, Tensor) and result.dtype == torch.bool
         if not (is_hits and result.shape == test.labels.shape) and not (

@@ -18,6 +18,7 @@ from simclr_ray.config.protocols import (
     PROTOCOL_NAMES,
     StudyProtocol,
     protocol_named,
+    same_metric,
 )
 from simclr_ray.studies.comparisons import Comparison, Paper, check_comparisons, check_paper
 from simclr_ray.studies.space import DIGITS, Dimension
@@ -149,6 +150,8 @@ class Study(Config):
         for key in ("seeds", "protocols", "extra_metrics"):
             if len(set(getattr(self, key))) < len(getattr(self, key)):
                 raise ValueError(f"{key} names one twice: {getattr(self, key)}")
+        if problem := same_metric([name for name in self.protocols if name != PROBE]):
+            raise ValueError(f"protocols: {problem}")
         reported = self.metrics()
         named = [("metric", self.metric), *(("extra_metrics", m) for m in self.extra_metrics)]
         for key, metric in named:

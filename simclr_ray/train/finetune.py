@@ -93,8 +93,6 @@ def plan_finetuning(
     if frozen:
         settings |= _frozen(tree, folder, much)
     settings["tracking"] |= {"parent_run": record.mlflow_run_id}
-    if any(override.startswith("data.train=") for override in overrides):
-        settings["data"] |= {"limit": 0}  # that of the run is of its own images
     chosen = _validated(settings, overrides)
     data = chosen.data
     if data.limit:
@@ -164,7 +162,10 @@ def plan_distillation(teacher: str, *overrides: str) -> Planned:
         "tracking": tree["tracking"] | {"parent_run": record.mlflow_run_id},
         "registry": {},
     }
-    return enter(_validated(settings, overrides, needs_test=True), _planned, record)
+    chosen = _validated(settings, overrides, needs_test=True)
+    if chosen.data.limit:
+        log.warning("the images are the first %d (data.limit)", chosen.data.limit)
+    return enter(chosen, _planned, record)
 
 
 def train(planned: Planned, *, on_progress: OnProgress | None = None) -> FineTuned:
@@ -191,6 +192,9 @@ def _validated(
     settings: dict[str, Any], overrides: Sequence[str], *, needs_test: bool = False
 ) -> Experiment:
     """Return the experiment; what neither verb does is refused, not passed over."""
+    if any(override.startswith("data.train=") for override in overrides):
+        # the run's limit is of its own images
+        settings = settings | {"data": settings["data"] | {"limit": 0}}
     whole = cfg.apply_overrides(settings, overrides, Experiment)
     permit_code(whole, settings, "the run")
     chosen = cfg.validate(Experiment, whole)

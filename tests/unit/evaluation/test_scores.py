@@ -20,6 +20,7 @@ from simclr_ray.config.imports import PERMISSION
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, Protocol
 from simclr_ray.errors import ConfigError, DataError, RunError
 from simclr_ray.evaluation.encoded_splits import encode
+from simclr_ray.evaluation.evaluate import score_networks
 from simclr_ray.evaluation.features import Split, extract_features
 from simclr_ray.evaluation.label_free import label_free
 from simclr_ray.evaluation.scores import (
@@ -185,6 +186,20 @@ def test_a_protocol_from_outside_has_a_column_of_its_own(monkeypatch: pytest.Mon
     monkeypatch.setenv(PERMISSION, wrong)
     with pytest.raises(ConfigError, match=r"returned 93\.0; expected a float in \[0, 1\]"):
         score_encoder("h", MeanColor(), bank, test, EXPERIMENT, [wrong])
+
+
+@pytest.mark.parametrize(
+    "names", [["knn", "my.module:knn"], ["a.b:score", "c.d:score"], ["linear", "linear"]]
+)
+def test_two_protocols_of_one_metric_are_refused_before_anything_is_computed(
+    names: list[str],
+) -> None:
+    said = f"{names[0]} and {names[1]} are both called {names[0].rpartition(':')[2]}_top1"
+    networks = {"h": MeanColor()}
+    with pytest.raises(ConfigError, match=said):
+        score_networks(EXPERIMENT, networks, names)  # whose splits are not there
+    with pytest.raises(ConfigError, match=said):
+        score_encoder("h", MeanColor(), split(1, 9), split(2, 9), EXPERIMENT, names)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)

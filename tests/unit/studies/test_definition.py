@@ -85,6 +85,7 @@ def trials_of(source: str, *overrides: str) -> list[Any]:
         ({"search": {"name": "random"}}, "needs search.trials above 0"),
         ({"figure": {"x": "batch"}}, "did you mean 'batch_size'?"),
         ({"seeds": [1, 1]}, "names one twice"),
+        ({"protocols": ["knn", "a.b:knn"]}, "knn and a.b:knn are both called knn_top1"),
         (
             {"comparisons": [{"claim": "c", "better": {"epochs": 3}, "worse": {"epochs": 1}}]},
             "is not run",
