@@ -1,8 +1,9 @@
 """Passwords in URIs: used, and never shown or written.
 
-A URI may hold one (`s3://KEY:SECRET@bucket`, `http://me:SECRET@host`, `…?password=SECRET`). In
-logs, in the files of a run, and in MLflow stands `***`. A file that is read again names its URI so;
-the password then comes from what this process was given, else from the environment.
+A URI may hold one (`s3://KEY:SECRET@bucket`, `http://me:SECRET@host`, `https://TOKEN@host`,
+`…?password=SECRET`). In logs, in the files of a run, and in MLflow stands `***`. A file that is
+read again names its URI so; the password then comes from what this process was given, else from
+the environment.
 """
 
 from __future__ import annotations
@@ -13,11 +14,22 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 HIDDEN: Final = "***"
+_TOKEN: Final = re.compile(  # the user of a web server may be one, and what is no password follows
+    r"(?i)(\bhttps?://)[^:/@\s\"'<>]+(?::(?:x-oauth-basic)?)?@"
+)
 _USER: Final = re.compile(r"(://[^:/@\s\"'<>]*):[^/\s\"'<>]*@")  # to the last @, as urllib reads it
+# A secret with a slash in it. What is before a colon may be a host, and digits its port, but of a
+# bucket, which has none.
+_SLASHED: Final = re.compile(
+    r"((?:\b(?:s3a?|gc?s|abfss?)://[^:/@\s\"'<>]*:|://(?!\[)[^:/@\s\"'<>]*:(?!\d*/)))"
+    r"[^@?#\s\"'<>]{0,256}@"
+)
 _QUERY: Final = re.compile(
-    r"(?i)([?&](?:\w*(?:password|passwd|pwd|token|secret|signature|access_key|api_key)\w*|sig)=)"
+    r"(?i)([?&](?:[\w-]*(?:password|passwd|pwd|token|secret|signature"
+    r"|(?:access|account|api|private|shared)[_-]?key)[\w-]*|sig)=)"
     r"[^&#\s\"'<>]+"
 )
+_GIVEN: Final = re.compile(rf"://(?:[^:/@]*:)?{re.escape(HIDDEN)}@")
 _full: dict[str, str] = {}  # of this process: what is shown -> what was given
 
 T = TypeVar("T")
@@ -27,7 +39,8 @@ def hide_passwords(text: str) -> str:
     """Return the text with `***` for each password of a URI in it."""
     if "://" not in text:
         return text
-    return _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(rf"\1:{HIDDEN}@", text))
+    hidden = _USER.sub(rf"\1:{HIDDEN}@", _TOKEN.sub(rf"\1{HIDDEN}@", text))
+    return _QUERY.sub(rf"\1{HIDDEN}", _SLASHED.sub(rf"\1{HIDDEN}@", hidden))
 
 
 def without_passwords(value: T) -> T:
@@ -62,6 +75,6 @@ def recall(shown: str) -> str:
         return given
     if shown in _full:
         return _full[shown]
-    place, _, query = re.sub(rf"://[^:/@]*:{re.escape(HIDDEN)}@", "://", shown).partition("?")
+    place, _, query = _GIVEN.sub("://", shown).partition("?")
     kept = "&".join(part for part in query.split("&") if not part.endswith(f"={HIDDEN}"))
     return f"{place}?{kept}" if kept else place

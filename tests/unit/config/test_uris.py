@@ -31,6 +31,18 @@ URIS = {
     ),
     f"postgresql://host/db?sslpassword={SECRET}": "postgresql://host/db?sslpassword=***",
     f"http://me:p@{SECRET}@host:5000": "http://me:***@host:5000",
+    f"s3://AKIA:abc/{SECRET}@bucket/x": "s3://AKIA:***@bucket/x",
+    f"s3://AKIA:12/{SECRET}@bucket/x": "s3://AKIA:***@bucket/x",
+    f"http://me:a/{SECRET}/b@host": "http://me:***@host",
+    f"s3://KEY:{SECRET}@bucket/a@2x.png": "s3://KEY:***@bucket/a@2x.png",
+    f"https://{SECRET}@host/x@y": "https://***@host/x@y",
+    f"https://{SECRET}:@host": "https://***@host",
+    f"https://{SECRET}:x-oauth-basic@host": "https://***@host",
+    f"https://b/x?X-Amz-Date=1&X-Amz-Signature={SECRET}&a=b": (
+        "https://b/x?X-Amz-Date=1&X-Amz-Signature=***&a=b"
+    ),
+    f"https://b/x?X-Amz-Security-Token={SECRET}": "https://b/x?X-Amz-Security-Token=***",
+    f"abfs://c@account/p?account_key={SECRET}": "abfs://c@account/p?account_key=***",
 }
 
 
@@ -49,8 +61,13 @@ def test_a_password_is_hidden_wherever_a_text_names_it(uri: str, shown: str) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["s3://bucket/a", "user@host:a/b", "a: b@c", "http://host:5000/x@y", "models:/a@b", ""]
-)
+    "text",
+    [
+        "s3://bucket/a", "user@host:a/b", "a: b@c", "http://host:5000/x@y", "models:/a@b", "",
+        "http://[::1]:5000/x@y", "abfs://c@account/p", "postgresql://me@host/db", "s3://b/a:b@2x.png",
+        "http://host:5000: me@there", "file:///a:b/c@d", "http://host:/x@y", "https://host/?a=@b",
+    ],
+)  # fmt: skip
 def test_other_text_stays(text: str) -> None:
     assert hide_passwords(text) == text
 
@@ -63,8 +80,11 @@ def test_what_is_shown_is_found_again_in_this_process_or_the_environment(
     assert recall("postgresql://host/db?password=***&a=b") == "postgresql://host/db?a=b"
     assert recall("postgresql://host/db?a=b&password=***") == "postgresql://host/db?a=b"
     assert recall("postgresql://host/db?password=***") == "postgresql://host/db"
-    assert remember(uri) == uri
-    assert recall(shown) == uri
+    assert recall("https://***@host/a@b") == "https://host/a@b"
+    for uri, shown in URIS.items():
+        assert remember(uri) == uri
+        assert recall(shown) == uri
+        assert SECRET not in shown
     given = f"http://me:{SECRET}@host"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     assert store_uri("http://me:***@host") == given
