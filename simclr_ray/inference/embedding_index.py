@@ -186,11 +186,20 @@ def _opened(uri: str) -> pq.ParquetFile:
     """Return a file of embeddings; raise `DataError` where it holds something else."""
     fs, path = filesystem(uri)
     file = pq.ParquetFile(fs.open_input_file(path))
-    names = file.schema_arrow.names
-    if EMBEDDING not in names or ERROR not in names:
+    schema = file.schema_arrow
+    if not {EMBEDDING, ERROR} <= set(schema.names) or not _is_numbers(schema.field(EMBEDDING).type):
         file.close(force=True)
         raise DataError(f"{uri} holds no embeddings; `simclr-ray embed --out` writes them")
     return file
+
+
+def _is_numbers(kind: pa.DataType) -> bool:
+    """Return whether a column's values are lists of numbers."""
+    is_list = (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+    numbers = kind.value_type if is_list else pa.null()
+    return bool(pa.types.is_floating(numbers) or pa.types.is_integer(numbers))
 
 
 def _read(file: pq.ParquetFile, key: str, uri: str) -> tuple[list[str], Int64s, Floats]:

@@ -24,15 +24,16 @@ from simclr_ray.nn.resnet import ResNet
 _NAME: Final = re.compile(
     r"base_model/(?P<kind>conv2d|batch_normalization)(?:_(?P<number>\d+))?/(?P<part>\w+)(?::0)?"
 )
+KERNEL_DIMS: Final = 4
 _PARTS: Final = {
     "kernel": "weight", "gamma": "weight", "beta": "bias",
     "moving_mean": "running_mean", "moving_variance": "running_var",
 }  # fmt: skip
 
 
-def is_authors(tree: Mapping[str, Any]) -> bool:
+def is_authors(tree: Mapping[Any, Any]) -> bool:
     """Return whether a file holds variables of the authors' network."""
-    return any(_NAME.fullmatch(name) for name in tree)
+    return any(isinstance(name, str) and _NAME.fullmatch(name) for name in tree)
 
 
 def by_own_names(encoder: nn.Module, tree: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -57,8 +58,9 @@ def by_own_names(encoder: nn.Module, tree: Mapping[str, Any]) -> dict[str, Tenso
     }
     out = {}
     for name, tensor in tree.items():
-        match = _NAME.fullmatch(name)
-        if match is None or match["part"] not in _PARTS:  # the head, or the optimizer's
+        match = _NAME.fullmatch(str(name))  # of a pickle it may be a number
+        is_ours = match is not None and match["part"] in _PARTS and isinstance(tensor, Tensor)
+        if match is None or not is_ours:  # the head, or the optimizer's
             out[name] = tensor
             continue
         number, own = int(match["number"] or 0), layers[match["kind"]]
@@ -67,6 +69,8 @@ def by_own_names(encoder: nn.Module, tree: Mapping[str, Any]) -> dict[str, Tenso
                 f"holds {match['kind']}_{number}, and the encoder has {len(own)} such layers"
             )
         part = _PARTS[match["part"]]
+        if match["part"] == "kernel" and tensor.ndim != KERNEL_DIMS:
+            raise CheckpointError(f"holds {name} of shape {list(tensor.shape)}, which is no kernel")
         out[f"{own[number]}.{part}"] = (
             tensor.permute(3, 2, 0, 1).contiguous() if match["part"] == "kernel" else tensor
         )

@@ -290,10 +290,18 @@ def _folder_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ..
     ):
         if (folder / name).is_file():
             tree = _json_of(folder / name)
-            tree = tree.get("pretrained_cfg", tree)
+            inner = tree.get("pretrained_cfg")
+            tree = inner if isinstance(inner, dict) else tree
             if not tree.get("do_normalize", True):
                 return (0.0,) * RGB, (1.0,) * RGB
             if all(key in tree for key in keys):
-                mean, std = (tuple(map(float, tree[key])) for key in keys)
+                mean, std = (_numbers_of(tree[key], f"{name}: {key}") for key in keys)
                 return mean, std
     return None
+
+
+def _numbers_of(value: object, key: str) -> tuple[float, ...]:
+    if not isinstance(value, list) or not value or not all(type(v) in (int, float) for v in value):
+        problem = "is no list of numbers; say init.mean and init.std"
+        raise CheckpointError(f"{key} {json.dumps(value)} {problem}")
+    return tuple(map(float, value))

@@ -118,8 +118,14 @@ def test_too_many_pairs_are_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_is_no_file_of_embeddings_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b""]}), tmp_path / "images.parquet")
     (tmp_path / "text.parquet").write_text("x")
+    for name, values in (("one", [0.5]), ("words", [["a"]]), ("nothing", [None])):
+        table = pa.table({"path": ["a"], "embedding": values, "error": [None]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
     for name, problem in (
         ("images.parquet", "holds no embeddings"),
+        ("one.parquet", "holds no embeddings"),
+        ("words.parquet", "holds no embeddings"),
+        ("nothing.parquet", "holds no embeddings"),
         ("text.parquet", "cannot be read"),
         ("none.parquet", "cannot be read"),
     ):

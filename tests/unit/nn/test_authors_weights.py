@@ -186,6 +186,21 @@ def test_another_network_is_refused_in_a_line(
         load_init(build_model(run), run)
 
 
+def test_names_that_are_numbers_and_kernels_that_are_none_are_refused_in_a_line(
+    tmp_path: Path,
+) -> None:
+    kernel = "base_model/conv2d/kernel"
+    for name, tree, said in (
+        ("numbers.pt", {0: torch.ones(3), "1": torch.ones(3)}, "does not fit the encoder"),
+        ("mixed.pt", {0: torch.ones(3), kernel: {}}, "does not fit the encoder"),
+        ("flat.pt", {kernel: torch.ones(3)}, r"shape \[3\], which is no kernel"),
+    ):
+        torch.save(tree, tmp_path / name)
+        run = experiment(tmp_path / name)
+        with pytest.raises((CheckpointError, ConfigError), match=said):
+            load_init(build_model(run), run)
+
+
 @pytest.mark.parametrize("content", ["objects", "broken", "text"])
 def test_an_npz_that_would_run_code_or_is_broken_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "r.npz"

@@ -20,7 +20,7 @@ from simclr_ray.errors import CheckpointError, ConfigError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.foreign_weights import DEVIATION, MEAN
-from simclr_ray.nn.pretrained import load_init, load_trained
+from simclr_ray.nn.pretrained import _folder_statistics, load_init, load_trained
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.train.resolve import init_line, resolve_init
@@ -328,6 +328,18 @@ def test_a_hugging_face_folder_says_what_its_images_had_taken_off(tmp_path: Path
     with torch.no_grad():
         expected = theirs.eval()((images - mean) / std)
         torch.testing.assert_close(model.encoder(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean", [0.5, None, [], ["a"], [0.1, True, 0.2], {"r": 0.1}])
+def test_a_mean_that_is_no_list_of_numbers_is_refused_in_a_line(tmp_path: Path, mean: Any) -> None:
+    text = json.dumps({"image_mean": mean, "image_std": [0.4, 0.5, 0.6]})
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    said = r"^preprocessor_config.json: image_mean .* is no list of numbers; say init.mean"
+    with pytest.raises(CheckpointError, match=said):
+        _folder_statistics(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": null}')
+    assert _folder_statistics(tmp_path) is None
 
 
 def test_what_does_not_fit_names_five_of_each_side_in_one_line(tmp_path: Path) -> None:
