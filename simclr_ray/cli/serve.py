@@ -29,7 +29,7 @@ def serve(
     ] = "",
     host: Annotated[str, typer.Option(help="0.0.0.0: to all; there is no password.")] = "127.0.0.1",
     allowed_host: Annotated[
-        list[str] | None, typer.Option(help="Also asked by this name: of a proxy before it.")
+        list[str] | None, typer.Option(help="Asked by this name: of a proxy before it, or its own.")
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP.")] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Processes with the encoder.")] = 1,
@@ -88,13 +88,13 @@ def serve(
 
 
 def _hosts(host: str, allowed: list[str]) -> tuple[str, ...]:
-    """Return the names by which a server of this machine alone may be asked; empty: any.
+    """Return the names by which a server may be asked; empty: any.
 
-    As a request's URL has them: in small letters, without a port.
+    One of this machine alone has its own besides. They are as a request's URL has them: in small
+    letters, without a port.
     """
-    if host not in LOOPBACK:
-        return ()
-    return *LOOPBACK, *map(_host_of, allowed)
+    own = LOOPBACK if host in LOOPBACK else ()
+    return *own, *map(_host_of, allowed)
 
 
 def _host_of(name: str) -> str:

@@ -112,6 +112,7 @@ class EncoderServer:
             if self.index is not None
             else load_encoder(service.encoder, tracking_uri=service.tracking_uri)
         )
+        self.digest = self.encoder.digest  # of hundreds of MB: once, and never between requests
         self.device = best_device()
         self.encoder.to(self.device)
         decoder = self.encoder.decoder
@@ -161,7 +162,7 @@ class EncoderServer:
         served = self.service.encoder or (self.index.origin.encoder if self.index else "")
         return {
             "encoder": without_passwords(served),
-            "weights": self.encoder.digest,
+            "weights": self.digest,
             "feature_dim": self.encoder.feature_dim,
             "size": self.encoder.size,
             "channels": self.encoder.channels,

@@ -55,7 +55,9 @@ def test_what_cannot_be_served_is_refused_in_a_line(
 )
 def test_an_allowed_host_is_as_urls_have_it(given: str, host: str) -> None:
     assert _hosts("127.0.0.1", [given])[-1] == host
-    assert _hosts("0.0.0.0", [given]) == ()  # noqa: S104 - bound to nothing here
+    everywhere = "0.0.0.0"  # noqa: S104 - bound to nothing here
+    assert _hosts(everywhere, [given, "b"]) == (host, "b")  # and by no other
+    assert _hosts(everywhere, []) == ()
 
 
 def test_an_allowed_host_that_is_none_is_refused() -> None:

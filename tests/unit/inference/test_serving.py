@@ -31,8 +31,9 @@ SECRET = "s3://KEY:S3CRET@bucket/photos.parquet"
 
 def replica(**changes: Any) -> Any:
     made = object.__new__(REPLICA)
-    encoder = SimpleNamespace(digest="d", feature_dim=2, size=1, channels=3)
+    encoder = SimpleNamespace(feature_dim=2, size=1, channels=3)  # GET /model computes no digest
     made.service, made.index, made.encoder = Service(SECRET, SECRET), None, encoder
+    made.digest = "d"
     made.metrics = Metrics("r")
     made._looking = made._decoding = ThreadPoolExecutor(1)
     vars(made).update(changes)
@@ -49,6 +50,7 @@ def asked(host: str = "127.0.0.1:8000", pauses: float = 0.0) -> Any:
 
 def test_the_password_of_a_bucket_is_not_said() -> None:
     said = asyncio.run(replica().model(asked()))
+    assert said["weights"] == "d"
     assert "S3CRET" not in str(said)
     assert said["index"] == "s3://KEY:***@bucket/photos.parquet"
 
