@@ -119,8 +119,8 @@ def _show_findings(findings: Iterable[Finding]) -> bool:
     failed = False
     for finding in findings:
         failed |= finding.status == "fail"
-        out.print(f"{marks[finding.status]}  {finding.check}: ", end="")
-        out.print(finding.detail, markup=False, soft_wrap=True)
+        out.print(marks[finding.status], end="")
+        out.print(f"  {finding.check}: {finding.detail}", markup=False, soft_wrap=True)
         if finding.advice:
             out.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
     return not failed

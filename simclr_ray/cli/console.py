@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from simclr_ray.config import logging as logs
 from simclr_ray.config.uris import without_passwords
@@ -122,9 +123,24 @@ def show_pairs(rows: Mapping[str, str]) -> None:
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Print a table."""
-    table = Table(title=title, title_justify="left")
+    out.print(text_table(title, columns, rows))
+
+
+def text_table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1
+) -> Table:
+    """Return a table of text as it is: brackets in a name are no markup.
+
+    Args:
+        title: Above it.
+        columns: Headings.
+        rows: Cells.
+        left: Columns, of the first, that begin at the left; the others end at the right.
+    """
+    table = Table(title=Text(without_passwords(title), "table.title"), title_justify="left")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if index < left else "right"
+        table.add_column(Text(name), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*map(without_passwords, row))
-    out.print(table)
+        table.add_row(*(Text(without_passwords(cell)) for cell in row))
+    return table

@@ -72,7 +72,9 @@ def prepare_shards(what: str, to: str, *options: str, overwrite: bool = False) -
         out.print(f"sizes: {narrow} to {wide} px wide, {low} to {high} px high")
     if manifest.groups is not None:
         line = groups_text(*manifest.groups)
-        out.print(f"groups: {line}; train with data.columns.group=group", soft_wrap=True)
+        out.print(
+            f"groups: {line}; train with data.columns.group=group", markup=False, soft_wrap=True
+        )
     out.print(f"classes: {_classes_of(to)}", markup=False, soft_wrap=True)
     if manifest.rejected:
         shown = "; ".join(f"{r.name}: {r.reason}" for r in manifest.rejected[:BAD_SHOWN])

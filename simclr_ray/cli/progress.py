@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from simclr_ray.cli.console import err, is_live, say
+from simclr_ray.cli.console import err, is_live, say, text_table
 from simclr_ray.config.metrics import EPOCH_METRICS
 from simclr_ray.config.wording import clock, counted
 
@@ -34,12 +34,12 @@ class _Bar:
         self.bar: Progress | None = None
         if is_live():
             self.bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn(f"{unit}  left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 console=err,
                 refresh_per_second=4,
                 speed_estimate_period=SPEED_OVER_S,
@@ -219,17 +219,15 @@ class StudyProgress:
 def study_table(status: StudyStatus, left: str = "") -> Table:
     """Return the table of trials, those that wait only counted."""
     title = _done(status) + (f", left {left}" if left else "")
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(("trial", "state", "epoch", status.metric)):
-        table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
-    for trial in status.trials:
-        if trial.state != "waiting":
-            epoch = f"{trial.epoch:.1f}/{trial.epochs}"
-            table.add_row(trial.name, trial.state, epoch, trial.metric)
+    rows = [
+        [trial.name, trial.state, f"{trial.epoch:.1f}/{trial.epochs}", trial.metric]
+        for trial in status.trials
+        if trial.state != "waiting"
+    ]
     waiting = sum(t.state == "waiting" for t in status.trials) + status.unknown
     if waiting:
-        table.add_row(f"{waiting} more", "waiting", "", "")
-    return table
+        rows.append([f"{waiting} more", "waiting", "", ""])
+    return text_table(title, ("trial", "state", "epoch", status.metric), rows, left=2)
 
 
 def _done(status: StudyStatus) -> str:

@@ -136,3 +136,15 @@ def test_libraries_are_named_that_are_still_to_be_loaded(shown: io.StringIO) -> 
     console.loading("sys", "a_library", "another")
     console.loading("sys")
     assert shown.getvalue() == "loading a_library and another ...\n"
+
+
+def test_brackets_in_a_name_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_table("runs [x]", ["a[/b]", "of [red]"], [["a[x]b", "[bold]c"], [":cat:", "\\"]])
+    shown = capsys.readouterr().out
+    for text in ("runs [x]", "a[/b]", "of [red]", "a[x]b", "[bold]c", ":cat:", "\\"):
+        assert text in shown
+    trials = [TrialStatus("x[1]", "running", 1.0, 2, "0.5")]
+    with console.out.capture() as captured:
+        console.out.print(progress.study_table(StudyStatus(trials, "m[0]")))
+    assert "x[1]" in captured.get()
+    assert "m[0]" in captured.get()
