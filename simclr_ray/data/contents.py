@@ -28,7 +28,18 @@ NUM_PIECES: Final = 256  # changes of one image in a hundred are seen in nine of
 PIECE_BYTES: Final = 65_536  # from the middle of each: the beginning is a header
 NUM_GROUPS: Final = 16  # of a list, that names are read from
 REMEMBERED_S: Final = 300.0  # a bucket is asked once by a command that opens a list several times
-_remembered: dict[tuple[str, ...], tuple[float, str]] = {}
+
+
+class Sampled(NamedTuple):
+    """What a sample of files holds.
+
+    Attributes:
+        digest: 16 hex digits of it; empty: there is no sample.
+        mean_bytes: Of a whole piece, of those that are there.
+    """
+
+    digest: str
+    mean_bytes: float
 
 
 class Piece(NamedTuple):
@@ -47,8 +58,16 @@ class Piece(NamedTuple):
     size: int = -1
 
 
+_remembered: dict[tuple[str, ...], tuple[float, Sampled]] = {}
+
+
 def sample_digest(pieces: Sequence[Piece]) -> str:
-    """Return 16 hex digits of what evenly spaced pieces hold; of a file that is gone, nothing.
+    """Return the digest of `sample`; raises what it does."""
+    return sample(pieces).digest
+
+
+def sample(pieces: Sequence[Piece]) -> Sampled:
+    """Return what evenly spaced pieces hold; of a file that is gone, nothing.
 
     Args:
         pieces: In an order of their own.
@@ -58,20 +77,20 @@ def sample_digest(pieces: Sequence[Piece]) -> str:
     """
     chosen = evenly(pieces)
     if all(is_local(piece.fs) for piece in chosen):
-        return _digest([_middle(piece) for piece in chosen])
+        return _sampled([_middle(piece) for piece in chosen])
     key = tuple(f"{piece.path} {piece.start} {piece.size}" for piece in chosen)
-    read_at, digest = _remembered.get(key, (0.0, ""))
-    if not digest or time.monotonic() - read_at > REMEMBERED_S:
+    read_at, sampled = _remembered.get(key, (0.0, Sampled("", 0)))
+    if not sampled.digest or time.monotonic() - read_at > REMEMBERED_S:
         with ThreadPoolExecutor(REMOTE_THREADS) as pool:
-            digest = _digest(list(pool.map(_middle, chosen)))
-        _remembered[key] = (time.monotonic(), digest)
-    return digest
+            sampled = _sampled(list(pool.map(_middle, chosen)))
+        _remembered[key] = (time.monotonic(), sampled)
+    return sampled
 
 
-def named_files_digest(
+def sample_named_files(
     groups: Sequence[tuple[str, int, int]], fs: pafs.FileSystem, column: str, root: str
-) -> str:
-    """Return the `sample_digest` of the files that rows of parquet files name.
+) -> Sampled:
+    """Return the `sample` of the files that rows of parquet files name.
 
     Args:
         groups: Path of the parquet file, row group in it, and how many of its rows count.
@@ -96,7 +115,7 @@ def named_files_digest(
         return [Piece(*target_of(str(name), fs, path, root)) for name in some]
 
     with ThreadPoolExecutor(1 if is_local(fs) else NUM_GROUPS) as pool:
-        return sample_digest([piece for part in pool.map(pieces_of, chosen) for piece in part])
+        return sample([piece for part in pool.map(pieces_of, chosen) for piece in part])
 
 
 def pieces_of_file(fs: pafs.FileSystem, path: str, num: int = NUM_GROUPS) -> list[Piece]:
@@ -112,24 +131,24 @@ def evenly(items: Sequence[T], most: int = NUM_PIECES) -> list[T]:
     return [items[at] for at in np.unique(spaced).tolist()]
 
 
-def _digest(parts: Sequence[bytes]) -> str:
+def _sampled(parts: Sequence[tuple[bytes, int]]) -> Sampled:
     digest = hashlib.sha256()
-    for part in parts:
+    for part, _ in parts:
         digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:16]
+    sizes = [size for _, size in parts if size]
+    return Sampled(digest.hexdigest()[:16], sum(sizes) / max(1, len(sizes)))
 
 
-def _middle(piece: Piece) -> bytes:
-    """Return the middle of a piece; nothing where the file is gone or can never be read."""
+def _middle(piece: Piece) -> tuple[bytes, int]:
+    """Return the middle of a piece, and its bytes; nothing of a file that is gone or unreadable."""
     try:
         with piece.fs.open_input_file(piece.path) as stream:
             size = piece.size if piece.size >= 0 else stream.size()
             stream.seek(piece.start + max(0, (size - PIECE_BYTES) // 2))
-            part: bytes = stream.read(min(size, PIECE_BYTES))
-            return part
+            return stream.read(min(size, PIECE_BYTES)), size
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return b""
+        return b"", 0
     except (OSError, pa.ArrowException) as error:
         if is_local(piece.fs):  # a folder, a name too long, a bad sector: of this file alone
-            return b""
+            return b"", 0
         raise DataError(f"{piece.path} cannot be read: {one_line(error)}") from error

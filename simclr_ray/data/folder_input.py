@@ -23,7 +23,7 @@ from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.columns import PATH_COLUMN
 from simclr_ray.data.contents import Piece, evenly, sample_digest
 from simclr_ray.data.files import read_file
-from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
+from simclr_ray.data.footer import GROUP_ROWS, IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
 from simclr_ray.data.grouping import cut_between_groups, grouped_order
 from simclr_ray.data.items import Item, ShardTask, cut, shuffled
 from simclr_ray.data.listing import Listing, is_utf8, list_images, part_split
@@ -40,7 +40,6 @@ from simclr_ray.storage.filesystem import (
 from simclr_ray.storage.hub import SCHEME
 
 SAVED = ("dataset_dict.json", "state.json")  # by `datasets`, as `arrow_input` reads it
-GROUP_ROWS = 256  # of a list of paths: a reader holds the images of some groups
 
 log = logging.getLogger(__name__)
 

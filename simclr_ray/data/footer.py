@@ -19,7 +19,7 @@ from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import column_key
 from simclr_ray.data.classes import is_text
-from simclr_ray.data.contents import named_files_digest
+from simclr_ray.data.contents import Sampled, sample_named_files
 from simclr_ray.data.listing import REMOTE_THREADS, Listed
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
@@ -30,18 +30,28 @@ MAGIC = b"PAR1"
 # The footer's length (4 bytes, little endian) and the magic number end every file.
 TAIL_BYTES = 8
 ROWS_AT_ONCE = 1024
+GROUP_ROWS = 256  # of a list of paths: a reader holds the images of some groups
 # Keys of the metadata of a list of images that lie elsewhere (`folder_input.index_folder`): where,
 # their bytes, and a hash of their names, sizes and a sample of what they hold.
 IMAGE_ROOT, IMAGE_BYTES, IMAGE_LISTING = "image_root", "image_bytes", "image_listing"
 
 
 class RowGroup(NamedTuple):
-    """One row group: its file and place in it, and which rows of the dataset it holds."""
+    """A row group, or a slice of one: its place in its file, and which rows of the dataset it has.
+
+    Attributes:
+        file: Number of the file.
+        group: Number of the file's row group.
+        first_row: Of the dataset.
+        num_rows: From there on.
+        offset: Of the first row in the file's row group.
+    """
 
     file: int
     group: int
     first_row: int
     num_rows: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,20 +157,19 @@ def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
 
 
 def fingerprint_of(
-    footers: Sequence[Footer],
-    fs: pafs.FileSystem,
-    root: str,
-    columns: ColumnsConfig,
-    limit: int,
+    footers: Sequence[Footer], root: str, columns: ColumnsConfig, limit: int, contents: str
 ) -> str:
     """Return 16 hex digits over all that decides the rows; where the folder lies does not.
 
     Sizes and footers stand for the contents: a footer holds the offsets and statistics of every
-    chunk, and reading the images to hash them would cost as much as an epoch. Of files that rows
-    name a sample is read.
+    chunk, and reading the images to hash them would cost as much as an epoch.
 
-    Raises:
-        DataError: A list of files cannot be read.
+    Args:
+        footers: Of all files.
+        root: Where they lie.
+        columns: Which column holds what.
+        limit: Rows that count; 0: all.
+        contents: Digest of a sample of the files that rows name (`sampled_files`).
     """
     if len(footers) == 1 and footers[0].path == root:
         root = root.rpartition("/")[0]
@@ -173,14 +182,35 @@ def fingerprint_of(
         "columns": roles,
         "limit": limit,
     }
+    if contents:
+        tree["contents"] = contents
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sampled_files(
+    footers: Sequence[Footer], fs: pafs.FileSystem, column: str, limit: int
+) -> Sampled:
+    """Return a sample of the files that rows name; empty where no row does, or a listing has it.
+
+    Raises:
+        DataError: A list of files cannot be read.
+    """
     groups = [
         (footers[group.file].path, group.group, group.num_rows)
         for group in row_groups_of(footers, limit)
-        if _names_files(footers[group.file], columns.image)
+        if _names_files(footers[group.file], column)
     ]
-    if groups:
-        tree["contents"] = named_files_digest(groups, fs, columns.image, footers[0].image_root)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+    if not groups:
+        return Sampled("", 0)
+    return sample_named_files(groups, fs, column, footers[0].image_root)
+
+
+def bytes_of_rows(footers: Sequence[Footer], column: str, sampled: Sampled) -> float:
+    """Return the bytes of a row on average, those of the files that rows name included."""
+    num_bytes = sum(footer.num_bytes for footer in footers)
+    naming = sum(sum(f.group_rows) for f in footers if _names_files(f, column))
+    num_rows = sum(sum(footer.group_rows) for footer in footers)
+    return (num_bytes + naming * sampled.mean_bytes) / num_rows
 
 
 def _names_files(footer: Footer, column: str) -> bool:
@@ -202,7 +232,8 @@ def find_index(
         return ""
     if not isinstance(manifest, dict) or not manifest.get("has_index"):
         return ""
-    whole = fingerprint_of(footers, fs, root, usual, 0)
+    contents = sampled_files(footers, fs, usual.image, 0).digest
+    whole = fingerprint_of(footers, root, usual, 0, contents)
     return f"{root}/{INDEX}" if manifest.get("fingerprint") == whole else ""
 
 
@@ -267,3 +298,33 @@ def row_groups_of(footers: Sequence[Footer], limit: int = 0) -> tuple[RowGroup, 
                 groups.append(RowGroup(file, group, first_row, kept))
                 first_row += kept
     return tuple(groups)
+
+
+def cut_groups(groups: Sequence[RowGroup], most: int = GROUP_ROWS) -> tuple[RowGroup, ...]:
+    """Return row groups of names in slices: whoever reads one holds the images of all its rows.
+
+    Others write a list as one row group, of a million names as like as not.
+    """
+    return tuple(
+        slice_of(group, at, min(most, group.num_rows - at))
+        for group in groups
+        for at in range(0, group.num_rows, most)
+    )
+
+
+def slice_of(group: RowGroup, at: int, num_rows: int) -> RowGroup:
+    """Return some rows of a row group, from its row `at` on."""
+    return group._replace(
+        first_row=group.first_row + at, num_rows=num_rows, offset=group.offset + at
+    )
+
+
+def joined_groups(groups: Sequence[RowGroup]) -> tuple[RowGroup, ...]:
+    """Return the row groups that slices are of; those that are whole stay as they are."""
+    wholes: list[RowGroup] = []
+    for group in groups:
+        if wholes and wholes[-1][:2] == group[:2]:
+            wholes[-1] = wholes[-1]._replace(num_rows=wholes[-1].num_rows + group.num_rows)
+        else:
+            wholes.append(group)
+    return tuple(wholes)

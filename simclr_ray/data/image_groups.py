@@ -25,8 +25,8 @@ from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key, counted
 from simclr_ray.data.classes import Int64s, as_integers, blank_as_null, is_text
 from simclr_ray.data.columns import GROUP_COLUMN
-from simclr_ray.data.footer import cached_footer
-from simclr_ray.data.grouping import number_groups
+from simclr_ray.data.footer import GROUP_ROWS, RowGroup, cached_footer, joined_groups, slice_of
+from simclr_ray.data.grouping import cut_between_groups, number_groups
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 
@@ -115,7 +115,10 @@ def open_grouped(uri: str, columns: ColumnsConfig, limit: int = 0) -> Source:
     if not columns.group:
         return source
     _check_column(source)
+    source = replace(source, row_groups=joined_groups(source.row_groups))
     source = _whole_groups(source, limit)
+    if source.names_files:
+        source = replace(source, row_groups=_cut_between_groups(source))
     return replace(source, num_groups=len(groups_of(source)))
 
 
@@ -216,12 +219,9 @@ def _whole_groups(source: Source, limit: int) -> Source:
     if whole.num_rows == last.num_rows:
         return source
     name = source.columns.group
-    codes = number_groups(_plain(source.read_column(whole, name), source)).codes
-    ends = np.zeros(len(codes), np.int64)
-    np.maximum.at(ends, codes, np.arange(len(codes)))  # of each group, its last row
-    reach = np.maximum.accumulate(ends[codes])  # of the groups that begin up to a row
-    uncut = np.flatnonzero(reach[: last.num_rows] == np.arange(last.num_rows))
-    kept = int(uncut[-1]) + 1 if len(uncut) else 0
+    borders = _borders(_plain(source.read_column(whole, name), source))
+    borders = borders[borders <= last.num_rows]
+    kept = int(borders[-1]) if len(borders) else 0
     groups = source.row_groups[:-1] + ((last._replace(num_rows=kept),) if kept else ())
     num_rows = last.first_row + kept
     if not groups:
@@ -233,6 +233,28 @@ def _whole_groups(source: Source, limit: int) -> Source:
             "whose groups are whole",
         )
     return replace(source, row_groups=groups, num_rows=num_rows)
+
+
+def _borders(column: pa.ChunkedArray) -> Int64s:
+    """Return the numbers of first rows that hold groups whole, ascending; the last is of all."""
+    codes = number_groups(column).codes
+    ends = np.zeros(len(codes), np.int64)
+    np.maximum.at(ends, codes, np.arange(len(codes)))  # of each group, its last row
+    reach = np.maximum.accumulate(ends[codes])  # of the groups that begin up to a row
+    return np.flatnonzero(reach == np.arange(len(codes))).astype(np.int64) + 1
+
+
+def _cut_between_groups(source: Source) -> tuple[RowGroup, ...]:
+    """Return the row groups of a list in slices of few rows that hold their groups whole."""
+    if all(group.num_rows <= GROUP_ROWS for group in source.row_groups):
+        return source.row_groups
+    slices: list[RowGroup] = []
+    for whole, column in zip(source.row_groups, _plain_parts(source), strict=True):
+        borders = _borders(column)
+        blocks = np.searchsorted(borders, np.arange(whole.num_rows), side="right")
+        runs = cut_between_groups(blocks, GROUP_ROWS)
+        slices += [slice_of(whole, first, last - first) for first, last in runs]
+    return tuple(slices)
 
 
 def _check_column(source: Source) -> pa.DataType:

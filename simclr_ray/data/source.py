@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key
-from simclr_ray.data.bytes_read import BYTES_READ, stored_bytes
 from simclr_ray.data.classes import Int64s, LabelColumn, as_integers, is_text
 from simclr_ray.data.columns import (
     PATH_COLUMN,
@@ -38,13 +37,18 @@ from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.footer import (
     Footer,
     RowGroup,
+    bytes_of_rows,
     cached_footer,
+    cut_groups,
     find_index,
     fingerprint_of,
+    joined_groups,
     read_footers,
     row_groups_of,
+    sampled_files,
 )
 from simclr_ray.data.listing import REMOTE_THREADS, list_parquet
+from simclr_ray.data.tables import read_table
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
 
@@ -70,7 +74,7 @@ class Source:
     Attributes:
         uri: Where it lies.
         files: Its files, sorted by path.
-        row_groups: Their row groups, in order.
+        row_groups: Their row groups, in order; those of a list in slices of few rows.
         num_rows: M.
         row_bytes: Of a row on average, its image included.
         columns: Which columns hold what.
@@ -153,21 +157,23 @@ class Source:
         groups = row_groups_of(footers, limit)
         if not groups:
             raise DataError(f"{uri} holds no rows")
+        names_files = all(is_text(footer.type_of(columns.image)) for footer in footers)
+        sampled = sampled_files(footers, fs, columns.image, limit)
         source = cls(
             uri=uri,
             files=tuple(f.path for f in footers),
-            row_groups=groups,
+            row_groups=cut_groups(groups) if names_files else groups,
             num_rows=groups[-1].first_row + groups[-1].num_rows,
-            row_bytes=sum(f.num_bytes for f in footers) / sum(sum(f.group_rows) for f in footers),
+            row_bytes=bytes_of_rows(footers, columns.image, sampled),
             columns=columns,
             has_ids=has_integer_ids(footers, columns),
             label=None,
             unlabelled="",
             has_paths=has_paths(footers),
             image_root=footers[0].image_root,
-            names_files=all(is_text(footer.type_of(columns.image)) for footer in footers),
+            names_files=names_files,
             index=find_index(fs, root, footers, columns),
-            fingerprint=fingerprint_of(footers, fs, root, columns, limit),
+            fingerprint=fingerprint_of(footers, root, columns, limit, sampled.digest),
         )
         label, why, no_keys = _columns_read(source, footers)
         if source.has_ids and no_keys:
@@ -232,13 +238,16 @@ class Source:
         """
         group, name = self.row_groups[index], self.columns.image
         path, (fs, _) = self.files[group.file], filesystem(self.uri)
+        if self.names_files:  # names are few bytes
+            few = self.read_column(group, name).slice(0, num)
+            return read_images(few, fs, path, self.image_root)
         try:
             with fs.open_input_file(path) as stream:
                 file = pq.ParquetFile(
                     stream, metadata=cached_footer(self.uri, path, self.fingerprint)
                 )
-                few = min(num, group.num_rows)
-                batches = file.iter_batches(few, row_groups=[group.group], columns=[name])
+                rows = min(num, group.num_rows)
+                batches = file.iter_batches(rows, row_groups=[group.group], columns=[name])
                 column = pa.chunked_array([next(batches).column(0)])
         except (OSError, pa.ArrowException, StopIteration) as error:
             raise DataError(f"{path} cannot be read: {one_line(error)}") from error
@@ -297,8 +306,12 @@ class Source:
     def read_columns(self, name: str) -> list[pa.ChunkedArray]:
         """Return a column of each row group; of a bucket many at a time."""
         threads = 1 if is_local(filesystem(self.uri)[0]) else REMOTE_THREADS
+        wholes = joined_groups(self.row_groups)
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(functools.partial(self.read_column, name=name), self.row_groups))
+            parts = list(pool.map(functools.partial(self.read_column, name=name), wholes))
+        part_of = {(g.file, g.group): part for g, part in zip(wholes, parts, strict=True)}
+        groups = self.row_groups
+        return [part_of[g.file, g.group].slice(g.offset, g.num_rows) for g in groups]
 
     def read_column(self, group: RowGroup, name: str) -> pa.ChunkedArray:
         """Return a column of a row group. Raises `DataError` as `read_group`."""
@@ -328,22 +341,7 @@ class Source:
 
     def _read(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Return those columns of the group's rows that are in the dataset (see `limit`)."""
-        path = self.files[group.file]
-        fs, _ = filesystem(self.uri)
-        try:
-            footer = cached_footer(self.uri, path, self.fingerprint)
-            with fs.open_input_file(path) as stream:
-                # the columns of a group in one request where each takes a while
-                file = pq.ParquetFile(stream, metadata=footer, pre_buffer=not is_local(fs))
-                table = file.read_row_group(group.group, columns=list(columns), use_threads=False)
-                BYTES_READ.add(stored_bytes(footer, group.group, columns))
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{path}: row group {group.group} cannot be read: {one_line(error)}"
-            ) from error
-        if table.num_rows < group.num_rows:
-            raise DataError(f"{path} changed while it was in use; start again")
-        return table.slice(0, group.num_rows)
+        return read_table(self.uri, self.files[group.file], self.fingerprint, group, columns)
 
 
 # By place, fingerprint and column of groups: how labels are read, why there are none, why ids are

@@ -15,8 +15,11 @@ import pytest
 from PIL import Image
 
 from simclr_ray import config as cfg
-from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.experiment import ColumnsConfig, Experiment
 from simclr_ray.data.batches import BatchBuilder, build_plan, build_views
+from simclr_ray.data.bytes_read import BYTES_READ
+from simclr_ray.data.footer import RowGroup
+from simclr_ray.data.image_groups import groups_of, open_grouped
 from simclr_ray.data.rowgroups import RecentGroups, read_encoded
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.distributed.collectives import partition
@@ -166,3 +169,72 @@ def test_stand_ins_are_found_in_any_group_and_few_groups_are_kept(path: Path) ->
     recent = RecentGroups(source)
     for row in (0, 2409, 1200, 9, 11):
         assert recent.take(row) == read_encoded(source, row // GROUP_ROWS)[row]
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A list of 600 files, each of its own length, in one row group as pandas writes it."""
+    (tmp_path / "photos").mkdir()
+    for row in range(600):
+        (tmp_path / "photos" / str(row)).write_bytes(b"x" * (1000 + row))
+    columns = {
+        "image": [f"photos/{row}" for row in range(600)],
+        "label": [row % 7 for row in range(600)],
+        "visit": [row // 100 for row in range(600)],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    pq.write_table(pa.table(columns), tmp_path / "small.parquet", row_group_size=100)
+    return tmp_path / "list.parquet"
+
+
+def test_a_list_is_read_in_slices_of_its_row_group_and_no_more_files_at_once(listed: Path) -> None:
+    source = Source.open(str(listed))
+    sizes = [1000 + row for row in range(600)]
+    assert source.row_groups == (
+        RowGroup(0, 0, 0, 256, 0),
+        RowGroup(0, 0, 256, 256, 256),
+        RowGroup(0, 0, 512, 88, 512),
+    )
+    BYTES_READ.take()
+    read = [source.read_group(index) for index in range(3)]
+    of_files = sum(sizes)
+    assert of_files < BYTES_READ.take() < of_files + 2 * listed.stat().st_size
+    assert [len(i or b"") for rows in read for i in rows.images] == sizes
+    assert np.concatenate([rows.ids for rows in read]).tolist() == [*range(600)]
+    labels = [row % 7 for row in range(600)]
+    assert source.labels().tolist() == labels
+    assert np.concatenate([rows.labels for rows in read if rows.labels is not None]).tolist() == (
+        labels
+    )
+    assert [len(i or b"") for i in source.read_first_images(1, 3)] == sizes[256:259]
+    some = np.array([599, 0, 300])
+    assert [len(i or b"") for i in source.read_rows(some).images] == [1599, 1000, 1300]
+    limited = Source.open(str(listed), limit=300)
+    assert [g.num_rows for g in limited.row_groups] == [256, 44]
+    small = Source.open(str(listed.with_name("small.parquet")))  # as it lies: its plan stays
+    assert [(g.num_rows, g.offset) for g in small.row_groups] == [(100, 0)] * 6
+
+
+def test_a_row_of_a_list_has_the_bytes_of_its_file(listed: Path) -> None:
+    source = Source.open(str(listed))
+    mean = sum(1000 + row for row in range(600)) / 600
+    assert mean < source.row_bytes < mean + 50
+    rows = int(100.5 * source.row_bytes) / 2**30
+    data = {"train": str(listed), "shuffle_gib": rows}
+    e = cfg.validate(Experiment, {"name": "t", "data": data, "batch_size": BATCH})
+    assert build_plan(e, source).shuffle_rows == 100
+
+
+def test_slices_of_a_list_hold_its_groups_whole(listed: Path) -> None:
+    columns = ColumnsConfig(group="visit")
+    source = open_grouped(str(listed), columns)
+    assert [(g.first_row, g.num_rows, g.offset) for g in source.row_groups] == [
+        (0, 200, 0),
+        (200, 200, 200),
+        (400, 200, 400),
+    ]
+    groups = groups_of(source)
+    assert groups.firsts.tolist() == [0, 2, 4, 6]
+    assert groups.rows(4).tolist() == [*range(400, 500)]
+    cut = open_grouped(str(listed), columns, limit=450)
+    assert [g.num_rows for g in cut.row_groups] == [200, 200]

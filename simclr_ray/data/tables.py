@@ -1,0 +1,82 @@
+"""Columns of a row group as an Arrow table; that of a list is kept while its slices are read."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from simclr_ray.data.bytes_read import BYTES_READ, stored_bytes
+from simclr_ray.data.footer import RowGroup, cached_footer
+from simclr_ray.errors import DataError
+from simclr_ray.storage.filesystem import filesystem, is_local, one_line
+
+KEPT_BYTES: Final = 128 * 2**20  # names of a million files
+_Key = tuple[str, str, str, int, tuple[str, ...]]
+
+
+class _Tables:
+    """The tables that were read last, within `KEPT_BYTES`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tables: OrderedDict[_Key, pa.Table] = OrderedDict()
+
+    def get(self, key: _Key) -> pa.Table | None:
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+            return self._tables.get(key)
+
+    def put(self, key: _Key, table: pa.Table) -> None:
+        with self._lock:
+            self._tables[key] = table
+            while len(self._tables) > 1 and self._num_bytes() > KEPT_BYTES:
+                self._tables.popitem(last=False)
+
+    def _num_bytes(self) -> int:
+        return sum(table.nbytes for table in self._tables.values())
+
+
+_KEPT: Final = _Tables()
+
+
+def read_table(
+    uri: str, path: str, fingerprint: str, group: RowGroup, columns: Sequence[str]
+) -> pa.Table:
+    """Return columns of the rows of `group`, which may be a slice of the file's row group.
+
+    Args:
+        uri: Of the dataset.
+        path: Of the file, on its file system.
+        fingerprint: Of the dataset.
+        group: A slice begins where another ended: the row group is read once for many of them.
+        columns: Their names.
+
+    Raises:
+        DataError: The file is gone, changed, or broken.
+    """
+    key = (uri, path, fingerprint, group.group, tuple(columns))
+    table = _KEPT.get(key)
+    if table is None:
+        fs, _ = filesystem(uri)
+        try:
+            footer = cached_footer(uri, path, fingerprint)
+            with fs.open_input_file(path) as stream:
+                # the columns of a group in one request where each takes a while
+                file = pq.ParquetFile(stream, metadata=footer, pre_buffer=not is_local(fs))
+                table = file.read_row_group(group.group, columns=list(columns), use_threads=False)
+                BYTES_READ.add(stored_bytes(footer, group.group, columns))
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{path}: row group {group.group} cannot be read: {one_line(error)}"
+            ) from error
+        if group.offset:
+            _KEPT.put(key, table)
+    if table.num_rows < group.offset + group.num_rows:
+        raise DataError(f"{path} changed while it was in use; start again")
+    return table.slice(group.offset, group.num_rows)
