@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from simclr_ray.data.files import target_of
+from simclr_ray.data.files import names_of, target_of
 from simclr_ray.data.listing import REMOTE_THREADS
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import is_local, one_line
@@ -95,7 +95,7 @@ def sample_named_files(
     Args:
         groups: Path of the parquet file, row group in it, and how many of its rows count.
         fs: Where they lie.
-        column: Of text, as `read_images` takes it.
+        column: Of text or of structs of paths, as `read_images` takes them.
         root: As in `read_images`.
 
     Raises:
@@ -110,7 +110,7 @@ def sample_named_files(
                 table = pq.ParquetFile(stream).read_row_group(number, columns=[column])
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} cannot be read: {one_line(error)}") from error
-        names = table.column(column).slice(0, num_rows).to_pylist()
+        names = names_of(table.column(column).slice(0, num_rows))
         some = evenly(names, NUM_PIECES // len(chosen))
         return [Piece(*target_of(str(name), fs, path, root)) for name in some]
 

@@ -66,6 +66,13 @@ def read_images(
     return images
 
 
+def names_of(column: pa.ChunkedArray) -> list[str | None]:
+    """Return the paths that a column of strings holds, or a struct in its field `path`."""
+    if pa.types.is_struct(column.type):
+        column = pc.struct_field(column, "path")
+    return cast("list[str | None]", column.to_pylist())
+
+
 def _said_of_text(text: str) -> bytes | None:
     """Return what stands for an image where its path is plainly something else."""
     if not text:
@@ -105,12 +112,12 @@ def states_of_files(
     time of each object takes a request.
 
     Args:
-        column: strings, as `read_images` takes them.
+        column: strings, or a struct of paths, as `read_images` takes them.
         fs: the file system of the parquet file.
         path: the parquet file.
         root: as in `read_images`.
     """
-    for name in column.to_pylist():
+    for name in names_of(column):
         file_fs, target = target_of(str(name), fs, path, root)
         state = ""
         if is_local(file_fs):

@@ -30,6 +30,7 @@ MAGIC = b"PAR1"
 # The footer's length (4 bytes, little endian) and the magic number end every file.
 TAIL_BYTES = 8
 ROWS_AT_ONCE = 1024
+BYTES_OF_NULLS = 1024  # of a chunk, beside a byte for each row
 GROUP_ROWS = 256  # of a list of paths: a reader holds the images of some groups
 # Keys of the metadata of a list of images that lie elsewhere (`folder_input.index_folder`): where,
 # their bytes, and a hash of their names, sizes and a sample of what they hold.
@@ -58,8 +59,8 @@ class RowGroup(NamedTuple):
 class Footer:
     """What the footer of one file says.
 
-    `digest` is a hash of its bytes; `is_empty` says of a column whether its every value is
-    null.
+    `digest` is a hash of its bytes; `is_empty` says of a column, or a field of one (`image.bytes`),
+    whether its every value is null. `thin` are structs whose field `bytes` has next to no bytes.
     """
 
     path: str
@@ -68,6 +69,7 @@ class Footer:
     schema: pa.Schema
     digest: str
     is_empty: Callable[[str], bool]
+    thin: frozenset[str] = frozenset()
 
     @property
     def num_bytes(self) -> int:
@@ -153,7 +155,7 @@ def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     digest = hashlib.sha256(raw).hexdigest()[:16]
     is_empty = functools.partial(_holds_nulls_only, fs, file.path, schema)
-    return Footer(file.path, file.size, groups, schema, digest, is_empty)
+    return Footer(file.path, file.size, groups, schema, digest, is_empty, _thin(metadata, schema))
 
 
 def fingerprint_of(
@@ -198,7 +200,7 @@ def sampled_files(
     groups = [
         (footers[group.file].path, group.group, group.num_rows)
         for group in row_groups_of(footers, limit)
-        if _names_files(footers[group.file], column)
+        if _is_unlisted(footers[group.file], column)
     ]
     if not groups:
         return Sampled("", 0)
@@ -208,14 +210,29 @@ def sampled_files(
 def bytes_of_rows(footers: Sequence[Footer], column: str, sampled: Sampled) -> float:
     """Return the bytes of a row on average, those of the files that rows name included."""
     num_bytes = sum(footer.num_bytes for footer in footers)
-    naming = sum(sum(f.group_rows) for f in footers if _names_files(f, column))
+    naming = sum(sum(f.group_rows) for f in footers if _is_unlisted(f, column))
     num_rows = sum(sum(footer.group_rows) for footer in footers)
     return (num_bytes + naming * sampled.mean_bytes) / num_rows
 
 
-def _names_files(footer: Footer, column: str) -> bool:
+def names_files(footer: Footer, column: str) -> bool:
+    """Return whether images are files of their own: by text, or by a struct that holds no bytes.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    kind = footer.type_of(column)
+    if kind is None or not pa.types.is_struct(kind):
+        return is_text(kind)
+    fields = {field.name: field.type for field in kind}
+    if not is_text(fields.get("path")) or "bytes" not in fields:
+        return is_text(fields.get("path"))
+    return column in footer.thin and footer.is_empty(f"{column}.bytes")
+
+
+def _is_unlisted(footer: Footer, column: str) -> bool:
     """Return whether rows name files; the list of a folder has their sample in its listing."""
-    return is_text(footer.type_of(column)) and not footer.about(IMAGE_LISTING)
+    return names_files(footer, column) and not footer.about(IMAGE_LISTING)
 
 
 def find_index(
@@ -252,21 +269,34 @@ def _footer_bytes(stream: pa.NativeFile, file: Listed) -> bytes:
     return raw
 
 
+def _thin(metadata: pq.FileMetaData, schema: pa.Schema) -> frozenset[str]:
+    """Return the structs whose field `bytes` takes no more than nulls do: levels and headers."""
+    names = {f"{f.name}.bytes": f.name for f in schema if pa.types.is_struct(f.type)}
+    thick = set()
+    for group in map(metadata.row_group, range(metadata.num_row_groups if names else 0)):
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.total_uncompressed_size > group.num_rows + BYTES_OF_NULLS:
+                thick.add(names.get(chunk.path_in_schema, ""))
+    return frozenset(names.values()) - thick
+
+
 def _holds_nulls_only(fs: pafs.FileSystem, path: str, schema: pa.Schema, name: str) -> bool:
-    """Return whether a file has a column, and nothing but nulls in it; read to its first value.
+    """Return whether a file has a column or field, and only nulls in it; read to its first value.
 
     Statistics would say it without reading, where there are some; but of a broken footer Arrow 25
     ends the process when it is asked for them.
     """
     at = schema.get_field_index(name)
-    if at < 0:
+    column, _, field = ("", "", "") if at >= 0 else name.rpartition(".")
+    if at < 0 and schema.get_field_index(column) < 0:
         return False
-    if pa.types.is_null(schema.field(at).type):
+    if at >= 0 and pa.types.is_null(schema.field(at).type):
         return True
     try:
         with fs.open_input_file(path) as stream:
             batches = pq.ParquetFile(stream).iter_batches(ROWS_AT_ONCE, columns=[name])
-            return all(batch.column(0).null_count == batch.num_rows for batch in batches)
+            parts = (b.column(0).field(field) if field else b.column(0) for b in batches)
+            return all(part.null_count == len(part) for part in parts)
     except (OSError, pa.ArrowException, UnicodeError) as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key
-from simclr_ray.data.classes import Int64s, LabelColumn, as_integers, is_text
+from simclr_ray.data.classes import Int64s, LabelColumn, as_integers
 from simclr_ray.data.columns import (
     PATH_COLUMN,
     check_image,
@@ -43,6 +43,7 @@ from simclr_ray.data.footer import (
     find_index,
     fingerprint_of,
     joined_groups,
+    names_files,
     read_footers,
     row_groups_of,
     sampled_files,
@@ -157,12 +158,12 @@ class Source:
         groups = row_groups_of(footers, limit)
         if not groups:
             raise DataError(f"{uri} holds no rows")
-        names_files = all(is_text(footer.type_of(columns.image)) for footer in footers)
+        are_files = all(names_files(footer, columns.image) for footer in footers)
         sampled = sampled_files(footers, fs, columns.image, limit)
         source = cls(
             uri=uri,
             files=tuple(f.path for f in footers),
-            row_groups=cut_groups(groups) if names_files else groups,
+            row_groups=cut_groups(groups) if are_files else groups,
             num_rows=groups[-1].first_row + groups[-1].num_rows,
             row_bytes=bytes_of_rows(footers, columns.image, sampled),
             columns=columns,
@@ -171,7 +172,7 @@ class Source:
             unlabelled="",
             has_paths=has_paths(footers),
             image_root=footers[0].image_root,
-            names_files=names_files,
+            names_files=are_files,
             index=find_index(fs, root, footers, columns),
             fingerprint=fingerprint_of(footers, root, columns, limit, sampled.digest),
         )

@@ -15,6 +15,7 @@ from PIL import Image
 from simclr_ray.config.experiment import ColumnsConfig, Experiment
 from simclr_ray.data import contents
 from simclr_ray.data.contents import NUM_PIECES, PIECE_BYTES, Piece, sample_digest
+from simclr_ray.data.files import states_of_files
 from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.source import Source
 from simclr_ray.data.tar_input import TarInput, find_tars
@@ -66,6 +67,41 @@ def test_a_list_whose_images_were_made_anew_is_another_dataset(tmp_path: Path) -
     write(tmp_path / "photos", "bmp", 0, num=1)
     (tmp_path / "photos" / "005.bmp").unlink()
     assert Source.open(str(tmp_path / "a.parquet")).fingerprint != first
+
+
+@pytest.mark.parametrize("has_field", [True, False], ids=["bytes null", "no bytes"])
+def test_structs_that_hold_paths_alone_name_files(tmp_path: Path, has_field: bool) -> None:
+    write(tmp_path / "photos", "bmp", 0)
+    kind = pa.struct([("bytes", pa.binary())] * has_field + [("path", pa.string())])
+
+    def source(num_embedded: int = 0) -> Source:
+        rows = [{"path": f"photos/{index:03}.bmp"} for index in range(40)]
+        for row in rows[:num_embedded]:
+            row["bytes"] = (tmp_path / row["path"]).read_bytes()  # type: ignore[assignment]
+        table = pa.table({"image": pa.array(rows, kind), "n": [*range(40)]})
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+        return Source.open(str(tmp_path / "a.parquet"))
+
+    first = source()
+    size = (tmp_path / "photos" / "000.bmp").stat().st_size
+    assert first.names_files
+    assert size < first.row_bytes < 2 * size
+    places = list(states_of_files(first.read_columns("image")[0], *local_at(first)))
+    assert [place.partition("\0")[0] for place in places] == [
+        str(tmp_path / f"photos/{index:03}.bmp") for index in range(7)
+    ]
+    write(tmp_path / "photos", "bmp", 1)
+    assert source().fingerprint != first.fingerprint
+    if has_field:
+        embedded = source(40)
+        assert not embedded.names_files
+        write(tmp_path / "photos", "bmp", 0)
+        assert Source.open(embedded.uri).fingerprint == embedded.fingerprint
+        assert not source(1).names_files  # a small image in an otherwise empty column is one
+
+
+def local_at(source: Source) -> tuple[pafs.FileSystem, str]:
+    return pafs.LocalFileSystem(), source.files[0]
 
 
 def test_a_sample_is_spread_over_many_files_and_has_the_middle_of_large_ones(
