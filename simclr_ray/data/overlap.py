@@ -5,17 +5,21 @@ A copy under another name is found by `inspect --against`, which decodes all of 
 
 from __future__ import annotations
 
-import functools
 import os
+import posixpath
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 
 from simclr_ray.config.experiment import DataConfig
+from simclr_ray.data.files import names_of, target_of
+from simclr_ray.data.footer import joined_groups
 from simclr_ray.data.source import Source
+from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local
 
 FILE: Final = "file://"
@@ -35,10 +39,10 @@ def overlap_line(data: DataConfig) -> str:
     test = Source.open(data.test, data.columns)
     for uri in filter(None, dict.fromkeys((data.train, data.eval_train))):
         other = Source.open(uri, data.columns)
-        num = test.num_rows
-        if test.fingerprint != other.fingerprint:
-            read = Source.open(uri, data.columns, data.limit if uri == data.train else 0)
-            num = num_within(test, read)
+        limit = data.limit if uri == data.train else 0
+        read = Source.open(uri, data.columns, limit) if limit else other
+        is_copy = test.fingerprint == other.fingerprint  # of which a limit keeps the first rows
+        num = read.num_rows if is_copy else num_within(test, read)
         if num:
             part = "all" if num == test.num_rows else f"{num:,} of"
             images = f"{part} {test.num_rows:,} images of {test.shown_uri}"
@@ -51,38 +55,83 @@ def num_within(source: Source, other: Source) -> int:
 
     Example: of `photos/test` all lie within `photos`.
     """
-    places = pa.chunked_array(_places(other), pa.string()).unique()
-    num = 0
-    for part, group in zip(_places(source), source.row_groups, strict=True):
-        within = pc.sum(pc.is_in(part, value_set=places, skip_nulls=True)).as_py() or 0
-        num += within if source.names_files else within * group.num_rows
-    return num
+    if source.names_files != other.names_files:
+        return 0
+    if not source.names_files:
+        rows_of = _rows_of_groups(other)
+        within = ((num, rows_of.get(place, 0)) for place, num in _rows_of_groups(source).items())
+        return sum(min(pair) for pair in within)
+    folders = _Folders()
+    places = pa.chunked_array(_places(other, folders), pa.string()).unique()
+    return sum(
+        pc.sum(pc.is_in(part, value_set=places, skip_nulls=True)).as_py() or 0
+        for part in _places(source, folders)
+    )
 
 
-def _places(source: Source) -> Iterator[pa.Array]:
-    """Yield of each row group where its images lie: one place, or one of each row."""
+def _rows_of_groups(source: Source) -> dict[tuple[str, int], int]:
+    """Return of each row group, by the place of its file, how many rows are read: the first."""
     fs, _ = filesystem(source.uri)
-    for group in source.row_groups:
-        path = source.files[group.file]
-        folder, _, name = (_real(path) if is_local(fs) else path).rpartition("/")
-        if not source.names_files:
-            yield pa.array([f"{folder}/{name}"], pa.string())
-            continue
-        named = source.read_column(group, source.columns.image).combine_chunks().cast(pa.string())
-        root = source.image_root
-        if root.startswith(FILE):
-            root = _real(unquote(root.removeprefix(FILE)))
-        elif "://" not in root:
-            root = f"{folder}/{root}".rstrip("/")
-            root = _real(root) if is_local(fs) else root
-        if pc.any(pc.starts_with(named, FILE)).as_py():
-            texts = [t and unquote(t.removeprefix(FILE)) for t in named.to_pylist()]
-            named = pa.array(texts, pa.string())
-        is_whole = pc.match_substring_regex(named, "^/|://")
-        yield pc.if_else(is_whole, named, pc.binary_join_element_wise(root, named, "/"))
+    places = [os.path.realpath(path) if is_local(fs) else path for path in source.files]
+    return {(places[g.file], g.group): g.num_rows for g in source.row_groups}
 
 
-@functools.cache
-def _real(path: str) -> str:
-    """Return a local path without links."""
-    return os.path.realpath(path)
+def _places(source: Source, folders: _Folders) -> Iterator[pa.Array]:
+    """Yield of each row group where its images lie, one place of each row."""
+    fs, _ = filesystem(source.uri)
+    for group in joined_groups(source.row_groups):
+        path, column = source.files[group.file], source.read_column(group, source.columns.image)
+        inside = folders.of_list(fs, path, source.image_root)
+        places = [inside.place_of(name) if name else None for name in names_of(column)]
+        yield pa.array(places, pa.string())
+
+
+class _Folder(NamedTuple):
+    """A folder of images: its place without links, and which of its entries are links."""
+
+    place: str
+    links: frozenset[str]
+
+
+class _Folders:
+    """Folders of images that were looked at, of several lists."""
+
+    def __init__(self) -> None:
+        self._lists: dict[tuple[str, str], _List] = {}
+
+    def of_list(self, fs: pafs.FileSystem, path: str, root: str) -> _List:
+        key = (path.rpartition("/")[0], root)
+        return self._lists.setdefault(key, _List(fs, path, root))
+
+
+class _List:
+    """The folders that names of a list lead to: each is looked at once, not each of its files."""
+
+    def __init__(self, fs: pafs.FileSystem, path: str, root: str) -> None:
+        self._fs, self._path, self._root = fs, path, root
+        self._folders: dict[str, _Folder] = {}
+
+    def place_of(self, name: str) -> str:
+        """Return where an image lies: one place, by whatever name and links it is reached."""
+        above, slash, base = name.rpartition("/")
+        above += slash
+        folder = self._folders.get(above)
+        if folder is None:
+            folder = self._folders[above] = self._look_at(above)
+        if "%" in base and name.startswith(FILE):
+            base = unquote(base)
+        place = f"{folder.place}/{base}"
+        return os.path.realpath(place) if base in folder.links else place
+
+    def _look_at(self, above: str) -> _Folder:
+        place = above
+        try:
+            fs, path = target_of(f"{above}.", self._fs, self._path, self._root)
+            if not is_local(fs):
+                return _Folder(f"{fs.type_name}:{posixpath.normpath(path)}", frozenset())
+            place = os.path.realpath(path).rstrip("/")
+            with os.scandir(place or "/") as entries:
+                links = frozenset(entry.name for entry in entries if entry.is_symlink())
+        except (DataError, OSError, ValueError):  # no folder that is there: bad rows
+            links = frozenset()
+        return _Folder(place, links)
