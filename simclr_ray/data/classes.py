@@ -46,7 +46,7 @@ class LabelColumn:
     renumbered: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def read(self, column: pa.ChunkedArray, file: int, path: str) -> Int64s:
-        """Return the labels of a column of file number `file`: int64 [m], -1 for null.
+        """Return the labels of a column of file number `file`: int64 [m], -1 for null and below.
 
         Raises:
             DataError: A value is no integer, or a number that the file has no name for.
@@ -63,8 +63,9 @@ class LabelColumn:
         if before:
             return self._looked_up(values, before, after, path)
         if self.names and not self.is_text:
-            self._looked_up(values, range(len(self.names)), range(len(self.names)), path)
-        return values
+            every = range(len(self.names))
+            return self._looked_up(values, every, every, path)
+        return np.maximum(values, NO_LABEL)
 
     def _looked_up(
         self, values: Int64s, before: Sequence[int], after: Sequence[int], path: str

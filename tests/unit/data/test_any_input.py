@@ -18,6 +18,7 @@ from PIL import Image
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import column_keys
 from simclr_ray.data.aligned import align_labels, labels_for_classifier, map_to_classifier
+from simclr_ray.data.description import class_name, count_labels
 from simclr_ray.data.folder_input import FolderInput, index_folder
 from simclr_ray.data.listing import list_images
 from simclr_ray.data.source import Source
@@ -510,6 +511,19 @@ def test_blank_text_is_no_label_and_is_counted(
     assert "column 'label': 2 of 6 labels are blank text: no label" in caplog.text
     (aligned,) = align_labels(source)
     assert aligned.labels().tolist() == [1, -1, 0, -1, -1, 2]
+
+
+@pytest.mark.parametrize("about", [None, {"class_names": "ant,bee"}], ids=["numbers", "names"])
+def test_every_label_below_0_is_none(about: dict[str, str] | None, tmp_path: Path) -> None:
+    path = table(tmp_path / "a.parquet", about, label=[1, -100, 0, -2, -1, None])
+    source = Source.open(path)
+    labels = [1, -1, 0, -1, -1, -1]
+    assert source.labels().tolist() == labels
+    assert source.read_rows(np.arange(6)).labels.tolist() == labels  # type: ignore[union-attr]
+    assert count_labels(source) == {-1: 4, 0: 1, 1: 1}
+    first, second = ("ant", "bee") if about else ("0", "1")
+    names = [class_name(source, label) for label in labels]
+    assert names == [second, "no label", first, *["no label"] * 3]
 
 
 def test_labels_that_are_all_blank_are_none(tmp_path: Path) -> None:
