@@ -60,6 +60,7 @@ class TarIndex:
     left_out: LeftOut = field(default_factory=LeftOut)
     has_end: bool = True
     num_crowded: int = 0  # samples with several images
+    is_packed: bool = False  # by gzip: members have places in what is unpacked alone
 
 
 class _Member(NamedTuple):
@@ -119,6 +120,7 @@ def read_index(base: str, path: str, shard: str, columns: ColumnsConfig) -> TarI
                 fileobj=stream, mode="r:", tarinfo=_Header, ignore_zeros=True, encoding="utf-8"
             ) as tar,
         ):
+            index.is_packed = isinstance(stream, gzip.GzipFile)
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # else all headers are held
                 last = member.name

@@ -14,6 +14,7 @@ import logging
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import pyarrow.fs as pafs
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
-from simclr_ray.data.contents import Piece, evenly, sample_digest
+from simclr_ray.data.contents import Piece, evenly, pieces_of_file, sample_digest
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.data.left_out import LeftOut
 from simclr_ray.data.listing import (
@@ -207,14 +208,8 @@ class TarInput:
             digest.update(repr((shard.name, shard.size, here)).encode())
             images.append(here)
             first += len(here)
-        members = [
-            (shard, image) for shard, here in zip(shards, images, strict=True) for image in here
-        ]
-        sample = [
-            Piece(filesystem(shard.base)[0], shard.path, image.offset, image.size)
-            for shard, image in evenly(members)
-        ]
-        digest.update(sample_digest(sample).encode())
+        packed = {shard for shard, index in zip(shards, indices, strict=True) if index.is_packed}
+        digest.update(sample_digest(_sample(shards, images, packed)).encode())
         return cls(tuple(shards), tuple(images), class_names, digest.hexdigest())
 
     @property
@@ -243,6 +238,21 @@ class TarInput:
             ]
             parts.append(TarTask(tuple(pieces), rng.permutation(len(part))))
         return parts
+
+
+def _sample(
+    shards: Sequence[TarShard], images: Sequence[Sequence[TarImage]], packed: AbstractSet[TarShard]
+) -> list[Piece]:
+    """Return a sample of the members that are kept; of packed shards, pieces of their files."""
+    kept = [(shard, here) for shard, here in zip(shards, images, strict=True) if here]
+    members = [(shard, image) for shard, here in kept if shard not in packed for image in here]
+    pieces = [
+        Piece(filesystem(shard.base)[0], shard.path, image.offset, image.size)
+        for shard, image in evenly(members)
+    ]
+    for shard in evenly([shard for shard, _ in kept if shard in packed]):
+        pieces += pieces_of_file(filesystem(shard.base)[0], shard.path)
+    return pieces
 
 
 def _cut(rows: list[tuple[int, TarImage]], most: int) -> Iterator[list[tuple[int, TarImage]]]:

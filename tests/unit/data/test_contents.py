@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 from pathlib import Path
 
@@ -149,18 +150,46 @@ def test_of_a_limited_list_those_files_count_that_are_read(tmp_path: Path) -> No
     assert after[1] != whole
 
 
-def test_members_of_a_tar_that_were_made_anew_are_another_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_members_of_a_tar_that_were_made_anew_are_another_set(tmp_path: Path, ending: str) -> None:
+    place = str(tmp_path / f"a.{ending}")
+
     def listing(seed: int) -> str:
         write(tmp_path / "photos", "bmp", 0)
         write(tmp_path / "photos", "bmp", seed, num=1)  # the first of forty
         with tarfile.open(tmp_path / "a.tar", "w") as archive:
             for file in sorted((tmp_path / "photos").iterdir()):
-                archive.add(file, file.name)
-        return TarInput.open("a", find_tars(str(tmp_path / "a.tar")), ColumnsConfig()).listing
+                archive.add(file, file.name, filter=_of_no_time)
+        if ending == "tar.gz":  # stored: what is made anew in it keeps its size
+            content = (tmp_path / "a.tar").read_bytes()
+            Path(place).write_bytes(gzip.compress(content, 0, mtime=0))
+        return TarInput.open("a", find_tars(place), ColumnsConfig()).listing
 
     first = listing(0)
     assert listing(0) == first
     assert listing(1) != first
+
+
+def _of_no_time(about: tarfile.TarInfo) -> tarfile.TarInfo:
+    about.mtime = 0
+    return about
+
+
+def test_a_packed_tar_in_a_bucket_is_sampled_within_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(np.zeros((300, 300, 3), np.uint8)).save(tmp_path / "a.bmp")
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "a.bmp", "a.bmp")
+        archive.add(tmp_path / "a.bmp", "b.bmp")
+    monkeypatch.setattr(contents, "is_local", lambda _: False)  # S3 refuses a seek past the end
+    seen: list[Piece] = []
+    sampled = contents._middle
+    monkeypatch.setattr(contents, "_middle", lambda piece: seen.append(piece) or sampled(piece))
+    TarInput.open("a", find_tars(str(tmp_path / "a.tgz")), ColumnsConfig())
+    size = (tmp_path / "a.tgz").stat().st_size
+    assert seen
+    assert all(piece.start + piece.size <= size for piece in seen)
 
 
 def test_a_bucket_that_does_not_answer_is_no_other_dataset(
