@@ -8,12 +8,17 @@ must be.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import DataError
+from simclr_ray.storage.filesystem import address_below
+
+log = logging.getLogger(__name__)
 
 # huggingface/datasets, data_files.py: SPLIT_KEYWORDS
 _WORDS = {
@@ -72,6 +77,7 @@ def choose_split(paths: Sequence[str], folder: str, split: str, uri: str) -> lis
     if not split:
         if groups:
             raise DataError(ask_for_split(uri, _counts(groups, "file")))
+        _say_configs(paths, folder, uri)
         return list(paths)
     wanted = usual_name(split)
     kept = [path for path in paths if split_of(path, folder) == wanted]
@@ -81,7 +87,28 @@ def choose_split(paths: Sequence[str], folder: str, split: str, uri: str) -> lis
             every.setdefault(split_of(path, folder), []).append(path)
         there = _shown(_counts(every, "file"))
         raise DataError(f"{uri}: there is no split {split}; by their names files are of {there}")
+    _say_configs(kept, folder, uri)
     return kept
+
+
+def _say_configs(paths: Sequence[str], folder: str, uri: str) -> None:
+    """Warn of files of one split that folders hold alike: those are of several sets in one."""
+    folders_of: dict[str, list[str]] = {}
+    for path in paths:
+        *above, name = path.removeprefix(folder).strip("/").split("/")
+        is_named = bool(_split_in(name.rpartition(".")[0] or name) or _SHARD.match(name))
+        if not is_named and above and _split_in(above[-1]):  # CONFIG/train/0000.parquet
+            name, is_named = f"{above.pop()}/{name}", True
+        if is_named:
+            folders_of.setdefault(name, []).append("/".join(above))
+    configs = sorted(
+        {place for places in folders_of.values() if len(places) > 1 for place in places}
+    )
+    if configs:
+        first = next(filter(None, configs))
+        one = f"{address_below(uri, first)}#{split_of(paths[0], folder)}"
+        shown = ", ".join(place or "." for place in configs)
+        warn_once(log, f"{uri}: the files of {shown} are taken together; for one of them: {one}")
 
 
 def ask_for_split(uri: str, splits: Mapping[str, str]) -> str:
