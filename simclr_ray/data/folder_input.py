@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.config.sections.data import FolderGroups, FolderLabels
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.columns import PATH_COLUMN
@@ -86,14 +87,11 @@ class FolderInput:
         split = named or split
         if split and info_of(fs, f"{root}/{split}").type == pafs.FileType.Directory:
             uri, root, split = _joined(uri, split), f"{root}/{split}", ""
-            listing = list_images(fs, root, uri)
-            _say_what_is_there(listing, fs, root, uri)
-        else:
-            listing = list_images(fs, root, uri)
-            _say_what_is_there(listing, fs, root, uri)
-            if split or labels != "folders":
-                listing, folder = _of_split(listing, root, uri, split, all_of=labels == "none")
-                uri, root = _joined(uri, folder), f"{root}/{folder}".rstrip("/")
+        listing = list_images(fs, root, uri)
+        _say_what_is_there(listing, fs, root, uri)
+        if split or labels != "folders":  # a folder that is named may hold splits as any other
+            listing, folder = _of_split(listing, root, uri, split, all_of=labels == "none")
+            uri, root = _joined(uri, folder), f"{root}/{folder}".rstrip("/")
         size_of = {f.path.removeprefix(root).lstrip("/"): f.size for f in listing.files}
         names = sorted(size_of)
         classes = _class_folders(names, uri, labels)
@@ -149,7 +147,7 @@ def _joined(uri: str, folder: str) -> str:
     """Return the URI of a folder below another."""
     if "://" in uri and not uri.startswith(SCHEME):
         folder = urllib.parse.quote(folder)
-    return f"{uri.rstrip('/')}/{folder}" if folder else uri
+    return address_below(uri, folder) if folder else uri
 
 
 def _say_what_is_there(listing: Listing, fs: pafs.FileSystem, root: str, uri: str) -> None:
@@ -258,7 +256,7 @@ def index_folder(uri: str, out: str) -> str:
         root, folder = os.path.realpath(root), os.path.realpath(folder)
         base = os.path.relpath(root, folder)
     else:
-        base = Path(root).as_uri() if is_local(images) else given.uri
+        base = Path(root).as_uri() if is_local(images) else hide_passwords(given.uri)
     listing = hashlib.sha256(json.dumps([given.listing, given.class_names]).encode()).hexdigest()
     labels = np.array(given.labels(), np.int64)
     table = pa.table(

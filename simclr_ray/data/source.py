@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
+from simclr_ray.config.uris import hide_passwords, recall
 from simclr_ray.config.wording import column_key
 from simclr_ray.data.classes import Int64s, LabelColumn, as_integers
 from simclr_ray.data.columns import (
@@ -111,7 +112,7 @@ class Source:
         """What messages call it: a folder of image files, not the list that was made of it."""
         root = self.image_root
         if not root or "://" in root or "://" in self.uri:
-            return root if "://" in root else self.uri
+            return hide_passwords(root if "://" in root else self.uri)
         return str(Path(self.files[0]).parent.joinpath(root).resolve())
 
     @property
@@ -171,7 +172,7 @@ class Source:
             label=None,
             unlabelled="",
             has_paths=has_paths(footers),
-            image_root=footers[0].image_root,
+            image_root=recall(footers[0].image_root),  # processes that get it need the password
             names_files=are_files,
             index=find_index(fs, root, footers, columns),
             fingerprint=fingerprint_of(footers, root, columns, limit, sampled.digest),

@@ -7,6 +7,7 @@ import io
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.config.uris import recall, remember
 from simclr_ray.config.wording import column_keys
 from simclr_ray.data.aligned import align_labels, labels_for_classifier, map_to_classifier
 from simclr_ray.data.description import class_name, count_labels
@@ -299,6 +301,33 @@ def test_a_folder_of_images_is_read_where_it_lies(
     again = Source.open(str(moved / "runs" / "lists" / Path(uri).name))
     assert again.read_group(0).images == [image(i) for i in range(4)]
     assert index_folder(str(moved / "images"), str(moved / "runs" / "lists")) == again.uri
+
+
+def test_a_folder_in_a_bucket_is_joined_before_its_options_and_its_list_has_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = "s3://KEY:p1anted@b/set?region=x&endpoint_override=h"
+    (tmp_path / "b" / "set" / "train" / "a b").mkdir(parents=True)
+    (tmp_path / "b" / "set" / "train" / "a b" / "1.png").write_bytes(image(0))
+    bucket = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    opened = []
+
+    def stand_in(uri: str) -> tuple[pafs.FileSystem, str]:
+        uri = recall(remember(uri))
+        if "://" not in uri:
+            return pafs.LocalFileSystem(), uri
+        opened.append(uri)
+        return bucket, urlsplit(unquote(uri)).netloc.rpartition("@")[2] + urlsplit(uri).path
+
+    for module in ("folder_input", "source", "files", "footer", "tables"):
+        monkeypatch.setattr(f"simclr_ray.data.{module}.filesystem", stand_in)
+    uri = index_folder(given, str(tmp_path / "lists"))
+    assert opened[-1] == "s3://KEY:p1anted@b/set/train?region=x&endpoint_override=h"
+    assert b"p1anted" not in Path(uri).read_bytes()
+    listed = Source.open(uri)
+    assert listed.read_group(0).images == [image(0)]
+    assert listed.image_root == opened[-1]  # as it goes to other processes
+    assert "p1anted" not in listed.shown_uri
 
 
 @pytest.mark.parametrize(

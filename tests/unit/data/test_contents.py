@@ -185,7 +185,12 @@ def test_a_packed_tar_in_a_bucket_is_sampled_within_its_file(
     monkeypatch.setattr(contents, "is_local", lambda _: False)  # S3 refuses a seek past the end
     seen: list[Piece] = []
     sampled = contents._middle
-    monkeypatch.setattr(contents, "_middle", lambda piece: seen.append(piece) or sampled(piece))
+
+    def noted(piece: Piece) -> tuple[bytes, int]:
+        seen.append(piece)
+        return sampled(piece)
+
+    monkeypatch.setattr(contents, "_middle", noted)
     TarInput.open("a", find_tars(str(tmp_path / "a.tgz")), ColumnsConfig())
     size = (tmp_path / "a.tgz").stat().st_size
     assert seen

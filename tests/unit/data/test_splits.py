@@ -203,6 +203,48 @@ def test_a_folder_of_splits_is_asked_for_one_by_every_door(
         opened(f"{root}#dev")
 
 
+@pytest.mark.parametrize("by_option", [False, True])
+def test_a_folder_that_is_named_may_hold_splits_itself(tmp_path: Path, by_option: bool) -> None:
+    root = images(tmp_path / "data", *(f"set/{n}.png" for n in ("train/a/1", "val/a/2")))
+    with pytest.raises(DataError, match=r"data/set holds the splits .* as in .*data/set#train"):
+        opened(*(str(root), "set") if by_option else (f"{root}#set",))
+    assert FolderInput.open(f"{root}#set", labels="folders").class_names == ("train", "val")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["160px/train-00000-of-00001", "full/train-00000-of-00001"],
+            "the files of 160px, full are taken together; for one of them: {}/160px#train",
+        ),
+        (
+            ["train-00000-of-00001", "full/train-00000-of-00001"],
+            "the files of ., full are taken together; for one of them: {}/full#train",
+        ),
+        (
+            ["a/train/0000", "b/train/0000", "b/train/0001"],
+            "the files of a, b are taken together; for one of them: {}/a#train",
+        ),
+        (["a/train-00000-of-00002", "b/train-00001-of-00002"], ""),
+        (["a/part-0", "b/part-0"], ""),
+        (["label=a/0", "label=b/0"], ""),
+    ],
+)
+@pytest.mark.parametrize("split", ["", "#train"])
+def test_several_configs_of_one_set_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str], said: str, split: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": [b"x"]}), tmp_path / f"{name}.parquet")
+    if split and not any("train" in name for name in names):
+        return
+    assert Source.open(f"{tmp_path}{split}").num_rows == len(names)
+    assert said.format(tmp_path) in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
 def test_splits_within_classes_keep_the_classes(tmp_path: Path) -> None:
     names = [f"{c}/{s}/{n}.png" for c in "ab" for s in ("train", "test") for n in (1, 2)]
     root = images(tmp_path, *names)
