@@ -21,12 +21,13 @@ import pyarrow.fs as pafs
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.classes import NO_LABEL, Int64s, LabelColumn
-from simclr_ray.data.columns import check_image, find_label_column
+from simclr_ray.data.columns import check_images, find_label_column
 from simclr_ray.data.contents import pieces_of_file, sample_digest
 from simclr_ray.data.files import read_images
 from simclr_ray.data.footer import Footer
 from simclr_ray.data.items import Item, ShardTask, cut
 from simclr_ray.data.splits import ask_for_split, usual_name
+from simclr_ray.data.tables import without_views
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, info_of, is_local, one_line
 
@@ -142,28 +143,31 @@ class ArrowInput:
         folder, *files = arrow
         info = _read_json(fs, f"{folder}/{INFO_FILE}")
         features = json.dumps({"info": info}) if info else ""
-        footers = [_footer(uri, path, features) for path in files]
+        every = [_footer(uri, path, features) for path in files]
+        footers = [footer for footer in every if any(footer.group_rows)]
         num_rows = sum(sum(footer.group_rows) for footer in footers)
         if not num_rows:
             raise DataError(f"{uri} holds no rows")
         columns = _image_column(uri, columns, footers[0])
-        for footer in footers:
-            check_image(footer, columns.image)
+        check_images(footers, columns.image)
+        state = [(f.digest, f.path.rpartition("/")[2]) for f in every]
+        sample = sample_digest([p for path in files for p in pieces_of_file(fs, path)])
+        files = [footer.path for footer in footers]
         label, why = find_label_column(
             footers, columns, num_rows, lambda name: [_column(uri, path, name) for path in files]
         )
         if label is None:
             log.info("%s %s", uri, why)
-        state = hashlib.sha256(
-            repr([(f.digest, f.path.rpartition("/")[2]) for f in footers]).encode()
+        digest = hashlib.sha256(
+            repr(state).encode()
             + json.dumps(_read_json(fs, f"{folder}/{STATE_FILE}"), sort_keys=True).encode()
             + repr((columns.image, label)).encode()
-            + sample_digest([p for path in files for p in pieces_of_file(fs, path)]).encode()
+            + sample.encode()
         )
         rows = min(num_rows, limit) if limit else num_rows
         groups = tuple(footer.group_rows for footer in footers)
         size = sum(footer.size for footer in footers) // num_rows + 1
-        return cls(uri, tuple(files), groups, columns.image, label, state.hexdigest(), rows, size)
+        return cls(uri, tuple(files), groups, columns.image, label, digest.hexdigest(), rows, size)
 
     @property
     def identity(self) -> dict[str, object]:
@@ -238,7 +242,7 @@ def _rows(base: str, path: str, names: Sequence[str], low: int, high: int) -> pa
         table = pa.Table.from_batches([b.cast(wanted) for b in kept], wanted)
     if table.num_rows < high - low:
         raise DataError(f"{path} changed while it was in use; start again")
-    return table
+    return without_views(table)
 
 
 def _column(base: str, path: str, name: str) -> pa.ChunkedArray:

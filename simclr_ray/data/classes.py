@@ -22,6 +22,7 @@ from simclr_ray.errors import DataError
 
 Int64s = npt.NDArray[np.int64]
 NO_LABEL: Final = -1
+NO_INT64: Final = "does not fit int64: it has a number of 2^63 or more"
 SHOWN = 5  # names in a message
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,10 @@ def is_text(kind: pa.DataType | None) -> bool:
     """Return whether a column of this type holds names."""
     if kind is not None and pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    if kind is None:
+        return False
+    views = pa.types.is_string_view(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or views)
 
 
 def is_number(kind: pa.DataType | None) -> bool:
@@ -119,6 +123,8 @@ def as_integers(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArra
     try:
         return column.cast(pa.int64())
     except pa.ArrowInvalid as error:
+        if pa.types.is_integer(column.type):
+            raise DataError(f"{path}: column {name!r} {NO_INT64}") from error
         problem = " ".join(str(error).split())
         raise DataError(f"{path}: column {name!r} does not hold integers: {problem}") from error
 
@@ -134,23 +140,24 @@ def label_column(
 
     Args:
         name: Of the column.
-        kinds: Its type in each file.
+        kinds: Its type in each file; null counts for any.
         names_of_files: Of each file, the names of its classes by number; empty: it has none.
-        values: Reads the column of every row group; called for text and fractions alone.
+        values: Reads the column of every row group; called for text and for numbers that may be no
+            labels.
         place: What the files are called in messages.
 
     Raises:
         DataError: Some files hold names and others numbers, or some name their classes differently
             and others not at all.
     """
-    texts = [is_text(kind) for kind in kinds]
+    texts = [is_text(kind) for kind in kinds if not pa.types.is_null(kind)]
     if any(texts):
         if not all(texts):
             raise DataError(f"column {name!r} holds names in some files and numbers in others")
         return _text_column(name, values(), place)
-    if any(pa.types.is_floating(kind) for kind in kinds):
+    if any(pa.types.is_floating(kind) or pa.types.is_uint64(kind) for kind in kinds):
         for part in values():
-            as_integers(part, place, name)  # fails here for fractions
+            as_integers(part, place, name)  # fails here for fractions, and above 2^63
     given = [names for names in names_of_files if names]
     if all(names == given[0] for names in given):
         if given and len(given) < len(names_of_files):

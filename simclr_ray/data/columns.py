@@ -6,30 +6,65 @@ import logging
 import posixpath
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key
-from simclr_ray.data.classes import LabelColumn, is_number, is_text, label_column
+from simclr_ray.data.classes import (
+    NO_INT64,
+    LabelColumn,
+    as_integers,
+    is_number,
+    is_text,
+    label_column,
+)
+from simclr_ray.data.files import is_bytes
 from simclr_ray.data.footer import Footer
 from simclr_ray.errors import DataError
 
 PATH_COLUMN = "path"  # which file an image was, as `prepare` writes it
 GROUP_COLUMN = "group"  # which thing it is of, likewise
 
+MAX_GROUP_BYTES = 256 * 2**20  # of images; of larger ones it is said
+
 log = logging.getLogger(__name__)
 
 
-def check_image(footer: Footer, name: str) -> None:
-    """Raise `DataError` where a file has no column `name` that can hold images."""
-    kind = footer.type_of(name)
-    if kind is None:
-        raise DataError(footer.lacks(name, "image"))
-    if not _can_hold_images(kind):
-        raise DataError(
-            f"{footer.path}: column {name!r} has type {kind}; an image column is binary, "
-            "a struct of bytes and path, or a string with paths"
+def check_images(footers: Sequence[Footer], name: str) -> None:
+    """Raise `DataError` where a file has no column `name` that can hold images.
+
+    One of nulls alone, which has no type, can where another file has one of images.
+    """
+    kinds = [footer.type_of(name) for footer in footers]
+    has_images = any(kind is not None and _can_hold_images(kind) for kind in kinds)
+    for footer, kind in zip(footers, kinds, strict=True):
+        if kind is None:
+            raise DataError(footer.lacks(name, "image"))
+        is_empty = has_images and pa.types.is_null(kind)
+        if not is_empty and not _can_hold_images(kind):
+            raise DataError(
+                f"{footer.path}: column {name!r} has type {kind}; an image column is binary, "
+                "a struct of bytes and path, or a string with paths"
+            )
+
+
+def say_large_groups(footers: Sequence[Footer], column: str) -> None:
+    """Warn of a row group of images that is large: for any of them all is read and held."""
+    sizes = [
+        (size, num_rows, footer)
+        for footer in footers
+        for size, num_rows in zip(footer.group_bytes, footer.group_rows, strict=True)
+        if size > MAX_GROUP_BYTES and not is_text(footer.type_of(column))
+    ]
+    if sizes:
+        size, num_rows, footer = max(sizes, key=lambda item: item[0])
+        fitting = max(1, num_rows * MAX_GROUP_BYTES // (2 * size))
+        warn_once(
+            log,
+            f"{footer.path}: a row group of {size / 2**30:.1f} GiB is read and held whole for any "
+            f"of its images: write it with row_group_size={fitting}",
         )
 
 
@@ -78,7 +113,7 @@ def find_label_column(
         return None, f"has no labels: all {num_rows:,} of column {name!r} are null"
     required = name != usual
     if not _all_usable(footers, "label", name, _can_label, "a number or a name", required=required):
-        return None, f"has no label column {name!r}"
+        return None, f"has no label column {name!r}{_why_none(footers, name)}"
     kinds = [footer.type_of(name) or pa.null() for footer in footers]
     names = [footer.class_names(name) for footer in footers]
     try:
@@ -91,6 +126,29 @@ def find_label_column(
     if label.is_text and not label.names:
         return None, f"has no labels: all {num_rows:,} of column {name!r} are null or blank"
     return label, ""
+
+
+def _why_none(footers: Sequence[Footer], name: str) -> str:
+    """Return why a label column does not serve, or where labels may stand instead."""
+    kinds = {str(footer.type_of(name)) for footer in footers if footer.type_of(name) is not None}
+    if kinds:
+        return f" of numbers or names: its type is {' and '.join(sorted(kinds))}"
+    if any(f"/{name}=" in footer.path for footer in footers):
+        return f": names of folders ({name}=...) are not read; write them into the files"
+    return ""
+
+
+def why_no_keys(parts: Sequence[pa.ChunkedArray], num_rows: int, name: str, place: str) -> str:
+    """Return why a column of ids does not tell rows apart; nothing where it does."""
+    nulls = sum(part.null_count for part in parts)
+    if nulls:
+        return f"{num_rows:,} rows, {nulls:,} of them null"
+    try:
+        ids = np.concatenate([as_integers(part, place, name).to_numpy() for part in parts])
+    except DataError:
+        return NO_INT64
+    distinct = len(np.unique(ids))
+    return "" if distinct == len(ids) else f"{len(ids):,} rows, {distinct:,} distinct ids"
 
 
 def _place_of(footers: Sequence[Footer]) -> str:
@@ -106,12 +164,8 @@ def _can_label(kind: pa.DataType) -> bool:
 def _can_hold_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         fields = {f.name: f.type for f in kind}
-        return _is_bytes(fields.get("bytes")) or is_text(fields.get("path"))
-    return _is_bytes(kind) or is_text(kind)
-
-
-def _is_bytes(kind: pa.DataType | None) -> bool:
-    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+        return is_bytes(fields.get("bytes")) or is_text(fields.get("path"))
+    return is_bytes(kind) or is_text(kind)
 
 
 def _is_empty(footers: Sequence[Footer], name: str) -> bool:
@@ -128,7 +182,10 @@ def _all_usable(
     *,
     required: bool,
 ) -> bool:
-    usable = [fits(footer.type_of(name) or pa.null()) for footer in footers]
+    kinds = [footer.type_of(name) for footer in footers]
+    usable = [kind is not None and fits(kind) for kind in kinds]
+    if any(usable):  # a file of nulls alone has no type
+        usable = [u or k == pa.null() for u, k in zip(usable, kinds, strict=True)]
     if all(usable):
         return True
     odd_one = footers[usable.index(False)]

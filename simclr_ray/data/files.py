@@ -53,7 +53,7 @@ def read_images(
         nothing = [None] * len(column)
         whole = pc.struct_field(column, "bytes").to_pylist() if "bytes" in names else nothing
         named = pc.struct_field(column, "path").to_pylist() if "path" in names else nothing
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    elif is_bytes(kind):
         return cast("list[bytes | None]", column.to_pylist())
     else:
         whole, named = [None] * len(column), column.to_pylist()
@@ -71,6 +71,14 @@ def names_of(column: pa.ChunkedArray) -> list[str | None]:
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "path")
     return cast("list[str | None]", column.to_pylist())
+
+
+def is_bytes(kind: pa.DataType | None) -> bool:
+    """Return whether a column of this type holds encoded images."""
+    if kind is None:
+        return False
+    views = pa.types.is_binary_view(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or views)
 
 
 def _said_of_text(text: str) -> bytes | None:

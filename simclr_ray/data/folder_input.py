@@ -24,11 +24,12 @@ from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.columns import PATH_COLUMN
 from simclr_ray.data.contents import Piece, evenly, sample_digest
 from simclr_ray.data.files import read_file
-from simclr_ray.data.footer import GROUP_ROWS, IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
+from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
 from simclr_ray.data.grouping import cut_between_groups, grouped_order
 from simclr_ray.data.items import Item, ShardTask, cut, shuffled
 from simclr_ray.data.listing import Listing, is_utf8, list_images, part_split
 from simclr_ray.data.shards import check_group_sizes
+from simclr_ray.data.slices import GROUP_ROWS
 from simclr_ray.data.splits import choose_split_folder, split_folders
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import (

@@ -31,7 +31,6 @@ MAGIC = b"PAR1"
 TAIL_BYTES = 8
 ROWS_AT_ONCE = 1024
 BYTES_OF_NULLS = 1024  # of a chunk, beside a byte for each row
-GROUP_ROWS = 256  # of a list of paths: a reader holds the images of some groups
 # Keys of the metadata of a list of images that lie elsewhere (`folder_input.index_folder`): where,
 # their bytes, and a hash of their names, sizes and a sample of what they hold.
 IMAGE_ROOT, IMAGE_BYTES, IMAGE_LISTING = "image_root", "image_bytes", "image_listing"
@@ -60,7 +59,8 @@ class Footer:
     """What the footer of one file says.
 
     `digest` is a hash of its bytes; `is_empty` says of a column, or a field of one (`image.bytes`),
-    whether its every value is null. `thin` are structs whose field `bytes` has next to no bytes.
+    whether its every value is null. `thin` are structs whose field `bytes` has next to no bytes,
+    `group_bytes` those of row groups in memory.
     """
 
     path: str
@@ -70,6 +70,7 @@ class Footer:
     digest: str
     is_empty: Callable[[str], bool]
     thin: frozenset[str] = frozenset()
+    group_bytes: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -152,10 +153,13 @@ def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
             metadata, schema = parquet.metadata, parquet.schema_arrow
     except (OSError, pa.ArrowException, UnicodeError) as error:
         raise DataError(f"{file.path} cannot be read: {one_line(error)}") from error
-    groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    parts = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    groups = tuple(part.num_rows for part in parts)
     digest = hashlib.sha256(raw).hexdigest()[:16]
     is_empty = functools.partial(_holds_nulls_only, fs, file.path, schema)
-    return Footer(file.path, file.size, groups, schema, digest, is_empty, _thin(metadata, schema))
+    sizes = tuple(part.total_byte_size for part in parts)
+    thin = _thin(parts, schema)
+    return Footer(file.path, file.size, groups, schema, digest, is_empty, thin, sizes)
 
 
 def fingerprint_of(
@@ -230,6 +234,12 @@ def names_files(footer: Footer, column: str) -> bool:
     return column in footer.thin and footer.is_empty(f"{column}.bytes")
 
 
+def all_name_files(footers: Sequence[Footer], column: str) -> bool:
+    """Return whether images are files of their own in all files that have any."""
+    typed = [f for f in footers if (kind := f.type_of(column)) is None or kind != pa.null()]
+    return all(names_files(footer, column) for footer in typed)
+
+
 def _is_unlisted(footer: Footer, column: str) -> bool:
     """Return whether rows name files; the list of a folder has their sample in its listing."""
     return names_files(footer, column) and not footer.about(IMAGE_LISTING)
@@ -269,11 +279,11 @@ def _footer_bytes(stream: pa.NativeFile, file: Listed) -> bytes:
     return raw
 
 
-def _thin(metadata: pq.FileMetaData, schema: pa.Schema) -> frozenset[str]:
+def _thin(groups: Sequence[pq.RowGroupMetaData], schema: pa.Schema) -> frozenset[str]:
     """Return the structs whose field `bytes` takes no more than nulls do: levels and headers."""
     names = {f"{f.name}.bytes": f.name for f in schema if pa.types.is_struct(f.type)}
     thick = set()
-    for group in map(metadata.row_group, range(metadata.num_row_groups if names else 0)):
+    for group in groups if names else ():
         for chunk in map(group.column, range(group.num_columns)):
             if chunk.total_uncompressed_size > group.num_rows + BYTES_OF_NULLS:
                 thick.add(names.get(chunk.path_in_schema, ""))
@@ -328,33 +338,3 @@ def row_groups_of(footers: Sequence[Footer], limit: int = 0) -> tuple[RowGroup, 
                 groups.append(RowGroup(file, group, first_row, kept))
                 first_row += kept
     return tuple(groups)
-
-
-def cut_groups(groups: Sequence[RowGroup], most: int = GROUP_ROWS) -> tuple[RowGroup, ...]:
-    """Return row groups of names in slices: whoever reads one holds the images of all its rows.
-
-    Others write a list as one row group, of a million names as like as not.
-    """
-    return tuple(
-        slice_of(group, at, min(most, group.num_rows - at))
-        for group in groups
-        for at in range(0, group.num_rows, most)
-    )
-
-
-def slice_of(group: RowGroup, at: int, num_rows: int) -> RowGroup:
-    """Return some rows of a row group, from its row `at` on."""
-    return group._replace(
-        first_row=group.first_row + at, num_rows=num_rows, offset=group.offset + at
-    )
-
-
-def joined_groups(groups: Sequence[RowGroup]) -> tuple[RowGroup, ...]:
-    """Return the row groups that slices are of; those that are whole stay as they are."""
-    wholes: list[RowGroup] = []
-    for group in groups:
-        if wholes and wholes[-1][:2] == group[:2]:
-            wholes[-1] = wholes[-1]._replace(num_rows=wholes[-1].num_rows + group.num_rows)
-        else:
-            wholes.append(group)
-    return tuple(wholes)

@@ -25,8 +25,9 @@ from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key, counted
 from simclr_ray.data.classes import Int64s, as_integers, blank_as_null, is_text
 from simclr_ray.data.columns import GROUP_COLUMN
-from simclr_ray.data.footer import GROUP_ROWS, RowGroup, cached_footer, joined_groups, slice_of
+from simclr_ray.data.footer import RowGroup, cached_footer
 from simclr_ray.data.grouping import cut_between_groups, number_groups
+from simclr_ray.data.slices import GROUP_ROWS, joined_groups, slice_of
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 

@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 
 from simclr_ray.config.experiment import DataConfig
 from simclr_ray.data.files import names_of, target_of
-from simclr_ray.data.footer import joined_groups
+from simclr_ray.data.slices import joined_groups
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local

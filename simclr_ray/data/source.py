@@ -28,29 +28,30 @@ from simclr_ray.config.wording import column_key
 from simclr_ray.data.classes import Int64s, LabelColumn, as_integers
 from simclr_ray.data.columns import (
     PATH_COLUMN,
-    check_image,
+    check_images,
     find_label_column,
     has_integer_ids,
     has_paths,
+    say_large_groups,
+    why_no_keys,
 )
 from simclr_ray.data.files import read_images
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.footer import (
     Footer,
     RowGroup,
+    all_name_files,
     bytes_of_rows,
     cached_footer,
-    cut_groups,
     find_index,
     fingerprint_of,
-    joined_groups,
-    names_files,
     read_footers,
     row_groups_of,
     sampled_files,
 )
 from simclr_ray.data.listing import REMOTE_THREADS, list_parquet
-from simclr_ray.data.tables import read_table
+from simclr_ray.data.slices import cut_groups, joined_groups
+from simclr_ray.data.tables import read_table, take_rows
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
 
@@ -75,7 +76,7 @@ class Source:
 
     Attributes:
         uri: Where it lies.
-        files: Its files, sorted by path.
+        files: Its files that have rows, sorted by path.
         row_groups: Their row groups, in order; those of a list in slices of few rows.
         num_rows: M.
         row_bytes: Of a row on average, its image included.
@@ -153,13 +154,14 @@ class Source:
             uri = index_folder(uri, str(cache_folder("lists")))
             fs, root = filesystem(uri)
             listed = list_parquet(fs, root, uri)
-        footers = read_footers(fs, listed)
-        for footer in footers:
-            check_image(footer, columns.image)
-        groups = row_groups_of(footers, limit)
-        if not groups:
+        every = read_footers(fs, listed)
+        footers = [footer for footer in every if any(footer.group_rows)]
+        if not footers:
             raise DataError(f"{uri} holds no rows")
-        are_files = all(names_files(footer, columns.image) for footer in footers)
+        check_images(footers, columns.image)
+        say_large_groups(footers, columns.image)
+        groups = row_groups_of(footers, limit)
+        are_files = all_name_files(footers, columns.image)
         sampled = sampled_files(footers, fs, columns.image, limit)
         source = cls(
             uri=uri,
@@ -174,8 +176,8 @@ class Source:
             has_paths=has_paths(footers),
             image_root=recall(footers[0].image_root),  # processes that get it need the password
             names_files=are_files,
-            index=find_index(fs, root, footers, columns),
-            fingerprint=fingerprint_of(footers, root, columns, limit, sampled.digest),
+            index=find_index(fs, root, every, columns),
+            fingerprint=fingerprint_of(every, root, columns, limit, sampled.digest),
         )
         label, why, no_keys = _columns_read(source, footers)
         if source.has_ids and no_keys:
@@ -217,8 +219,10 @@ class Source:
         for index in np.unique(owner):
             group = self.row_groups[index]
             places = np.flatnonzero(owner == index)
+            places = places[np.argsort(wanted[places], kind="stable")]
             table = self._read(group, self._wanted())
-            part = self._rows(table.take(wanted[places] - group.first_row), wanted[places], group)
+            taken = take_rows(table, wanted[places] - group.first_row, self.files[group.file])
+            part = self._rows(taken, wanted[places], group)
             ids[places] = part.ids
             if labels is not None and part.labels is not None:
                 labels[places] = part.labels
@@ -359,7 +363,10 @@ def _columns_read(source: Source, footers: Sequence[Footer]) -> tuple[LabelColum
             footers, source.columns, source.num_rows, source.read_columns
         )
         # of a prepared set `prepare` has seen to it
-        no_keys = "" if source.index or not source.has_ids else _why_no_keys(source)
+        no_keys, name = "", source.columns.id
+        if source.has_ids and not source.index:
+            parts = source.read_columns(name)
+            no_keys = why_no_keys(parts, source.num_rows, name, source.shown_uri)
         _COLUMNS_READ[key] = label, why, no_keys
     return _COLUMNS_READ[key]
 
@@ -380,18 +387,6 @@ def _without_ids(source: Source, why: str) -> Source:
         )
     warn_once(logger, f"{source.shown_uri}: column {name!r}: {why}: not used, rows are numbered")
     return replace(source, has_ids=False)
-
-
-def _why_no_keys(source: Source) -> str:
-    """Return why the id column, which is read, does not tell rows apart; nothing where it does."""
-    name = source.columns.id
-    parts = source.read_columns(name)
-    nulls = sum(part.null_count for part in parts)
-    if nulls:
-        return f"{source.num_rows:,} rows, {nulls:,} of them null"
-    ids = np.concatenate([_integers(part, source.uri, name) for part in parts])
-    distinct = len(np.unique(ids))
-    return "" if distinct == len(ids) else f"{len(ids):,} rows, {distinct:,} distinct ids"
 
 
 def _integers(column: pa.ChunkedArray, path: str, name: str) -> Int64s:

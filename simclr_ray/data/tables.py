@@ -7,10 +7,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simclr_ray.data.bytes_read import BYTES_READ, stored_bytes
+from simclr_ray.data.classes import Int64s
 from simclr_ray.data.footer import RowGroup, cached_footer
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, is_local, one_line
@@ -70,6 +72,7 @@ def read_table(
                 # the columns of a group in one request where each takes a while
                 file = pq.ParquetFile(stream, metadata=footer, pre_buffer=not is_local(fs))
                 table = file.read_row_group(group.group, columns=list(columns), use_threads=False)
+                table = without_views(table)
                 BYTES_READ.add(stored_bytes(footer, group.group, columns))
         except (OSError, pa.ArrowException) as error:
             raise DataError(
@@ -80,3 +83,36 @@ def read_table(
     if table.num_rows < group.offset + group.num_rows:
         raise DataError(f"{path} changed while it was in use; start again")
     return table.slice(group.offset, group.num_rows)
+
+
+def take_rows(table: pa.Table, rows: Int64s, path: str) -> pa.Table:
+    """Return rows of a table of `path`, ascending int64 [m], chunk by chunk.
+
+    Arrow joins the chunks of a column before it takes of them, and of more than 2 GiB it cannot.
+
+    Raises:
+        DataError: They are too large.
+    """
+    parts, first = [], 0
+    try:
+        for batch in table.to_batches():
+            begin, end = np.searchsorted(rows, [first, first + batch.num_rows])
+            parts.append(batch.take(pa.array(rows[begin:end] - first)))
+            first += batch.num_rows
+        return pa.Table.from_batches(parts, table.schema)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: {len(rows):,} rows cannot be read: {one_line(error)}") from error
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """Return a table with views of text and bytes as these: Arrow 25 takes no rows of views."""
+    schema = pa.schema([field.with_type(_plain(field.type)) for field in table.schema])
+    return table if schema.types == table.schema.types else table.cast(schema)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    return pa.large_binary() if pa.types.is_binary_view(kind) else kind

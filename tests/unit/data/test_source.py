@@ -18,10 +18,12 @@ from PIL import Image
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError, instead_of_image, stands_for_image
 from simclr_ray.config.experiment import ColumnsConfig
+from simclr_ray.data import columns as columns_module
 from simclr_ray.data.bytes_read import BYTES_READ, stored_bytes
 from simclr_ray.data.description import describe
 from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.source import Source
+from simclr_ray.data.tables import take_rows
 from simclr_ray.errors import DataError
 
 Write = Callable[..., Path]
@@ -369,6 +371,98 @@ def test_files_that_disagree_about_a_column_are_refused_by_name(folder: Path) ->
     with pytest.raises(DataError, match=r"z\.parquet has no label column 'label'"):
         Source.open(str(folder))
     assert Source.open(str(folder), ColumnsConfig(label="")).num_rows == 17
+
+
+@pytest.mark.parametrize("role", ["id", "label"])
+def test_numbers_that_do_not_fit_int64_are_left_alone_unless_they_are_named(
+    role: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = pa.array([2**64 - 1, 5], pa.uint64())
+    columns = {role: numbers, "key": numbers, "image": pa.array(images(0, 2))}
+    source = Source.open(str(write(tmp_path / "a.parquet", columns)))
+    assert source.ids().tolist() == source.read_group(0).ids.tolist() == [0, 1]
+    assert not source.has_labels
+    assert f"column '{role}'" in caplog.text
+    assert "does not fit int64" in caplog.text
+    with pytest.raises(DataError, match="does not fit int64"):
+        Source.open(str(tmp_path / "a.parquet"), ColumnsConfig.model_validate({role: "key"}))
+    fitting = {role: pa.array([2**63 - 1, 5], pa.uint64()), "image": columns["image"]}
+    source = Source.open(str(write(tmp_path / "b.parquet", fitting)))
+    got = source.ids() if role == "id" else source.labels()
+    assert got.tolist() == [2**63 - 1, 5]
+
+
+@pytest.mark.parametrize("labels", [[0, 1], ["cat", "dog"]], ids=["numbers", "text"])
+def test_a_file_of_nulls_alone_and_one_without_rows_do_not_decide_a_type(
+    labels: list[object], tmp_path: Path
+) -> None:
+    nothing = {"image": pa.nulls(0), "label": pa.nulls(0)}
+    write(tmp_path / "set" / "a.parquet", nothing)
+    whole = {"image": pa.array(images(0, 2)), "label": pa.array(labels)}
+    write(tmp_path / "set" / "b.parquet", whole, class_names="cat,dog")
+    write(tmp_path / "set" / "c.parquet", {"image": pa.array(images(2, 2)), "label": pa.nulls(2)})
+    write(tmp_path / "set" / "d.parquet", {"image": pa.nulls(1), "label": pa.array(labels[1:])})
+    source = Source.open(str(tmp_path / "set"))
+    assert source.class_names == ("cat", "dog")
+    assert source.labels().tolist() == [0, 1, -1, -1, 1]
+    rows = source.read_rows(np.arange(5))
+    assert rows.images == [*images(0, 4), None]
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [0, 1, -1, -1, 1]
+
+
+def test_views_of_text_and_bytes_serve_as_text_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"of a file")
+    text = pa.array(["b", "a", None], pa.string_view())
+    kind = pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())])
+    for image in (
+        pa.array([*images(0, 2), None], pa.binary_view()),
+        pa.array([{"bytes": i} for i in images(0, 2)] + [None], kind),
+        pa.array(["0.png", "0.png", None], pa.string_view()),
+        pa.array([{"path": "0.png"}, {"path": "0.png"}, None], kind),
+    ):
+        path = write(tmp_path / "a.parquet", {"image": image, "label": text, "path": text})
+        source = Source.open(str(path))
+        assert source.labels().tolist() == [1, 0, -1]
+        rows = source.read_rows(np.array([1, 0, 2]))
+        assert rows.images in ([*reversed(images(0, 2)), None], [b"of a file"] * 2 + [None])
+        assert rows.paths == ["a", "b", None]
+        assert source.read_first_images(0, 3) == source.read_group(0).images
+        assert source.names_files == (b"of a file" in rows.images)
+
+
+def test_why_labels_are_not_used_is_said_where_they_stand_elsewhere(tmp_path: Path) -> None:
+    columns = {"image": pa.array(images(0, 1))}
+    write(tmp_path / "set" / "label=cat" / "a.parquet", columns)
+    with pytest.raises(
+        DataError, match=r"no label column 'label': names of folders \(label=\.\.\.\)"
+    ):
+        Source.open(str(tmp_path / "set")).labels()
+    listed = write(tmp_path / "b.parquet", {**columns, "label": pa.array([[1]])})
+    with pytest.raises(DataError, match=r"of numbers or names: its type is list<element: int64>"):
+        Source.open(str(listed)).labels()
+
+
+def test_rows_are_taken_chunk_by_chunk() -> None:
+    chunks = [pa.table({"image": images(first, 3)}) for first in (0, 3, 6)]
+    table = pa.concat_tables(chunks)
+    taken = take_rows(table, np.array([1, 1, 4, 8]), "a.parquet")
+    assert taken["image"].to_pylist() == [b"image 1", b"image 1", b"image 4", b"image 8"]
+    assert taken["image"].num_chunks == 3  # joined, 2 GiB of them would be refused
+    assert take_rows(table, np.array([], np.int64), "a").num_rows == 0
+
+
+def test_a_large_row_group_of_images_is_said_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Source.open(str(folder))
+    assert not caplog.text
+    monkeypatch.setattr(columns_module, "MAX_GROUP_BYTES", 80)
+    for _ in range(2):
+        Source.open(str(folder))
+    assert caplog.text.count("GiB is read and held whole for any of its images") == 1
+    assert "c.parquet: a row group of 0.0 GiB" in caplog.text
+    assert "write it with row_group_size=1" in caplog.text
 
 
 def test_a_file_that_breaks_after_opening_is_named(folder: Path) -> None:
