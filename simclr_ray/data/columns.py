@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
+from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import column_key
 from simclr_ray.data.classes import (
     NO_INT64,
@@ -66,6 +67,15 @@ def say_large_groups(footers: Sequence[Footer], column: str) -> None:
             f"{footer.path}: a row group of {size / 2**30:.1f} GiB is read and held whole for any "
             f"of its images: write it with row_group_size={fitting}",
         )
+
+
+def lists_apart(uri: str, roots: Sequence[str]) -> str:
+    """Return the sentence that lists of images of several folders are no one dataset."""
+    shown = " and ".join(hide_passwords(root) or "beside them" for root in roots[:2])
+    return (
+        f"{uri} holds lists of images that lie in several places ({shown}): give one of the lists, "
+        "or the folder of the images"
+    )
 
 
 def has_paths(footers: Sequence[Footer]) -> bool:

@@ -32,6 +32,7 @@ from simclr_ray.data.columns import (
     find_label_column,
     has_integer_ids,
     has_paths,
+    lists_apart,
     say_large_groups,
     why_no_keys,
 )
@@ -160,6 +161,9 @@ class Source:
             raise DataError(f"{uri} holds no rows")
         check_images(footers, columns.image)
         say_large_groups(footers, columns.image)
+        roots = list(dict.fromkeys(footer.image_root for footer in footers))
+        if len(roots) > 1:
+            raise DataError(lists_apart(uri, roots))
         groups = row_groups_of(footers, limit)
         are_files = all_name_files(footers, columns.image)
         sampled = sampled_files(footers, fs, columns.image, limit)

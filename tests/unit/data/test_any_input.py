@@ -303,6 +303,16 @@ def test_a_folder_of_images_is_read_where_it_lies(
     assert index_folder(str(moved / "images"), str(moved / "runs" / "lists")) == again.uri
 
 
+def test_lists_of_several_folders_are_no_one_dataset(tmp_path: Path) -> None:
+    for at, name in enumerate(("first", "second")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(image(at))
+        uri = index_folder(str(tmp_path / name), str(tmp_path / "lists"))
+        assert Source.open(uri).read_group(0).images == [image(at)]
+    with pytest.raises(DataError, match=r"/lists holds lists of images that lie in several places"):
+        Source.open(str(tmp_path / "lists"))
+
+
 def test_a_folder_in_a_bucket_is_joined_before_its_options_and_its_list_has_no_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
