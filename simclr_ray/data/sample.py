@@ -89,7 +89,13 @@ def check_sample(
     Raises:
         DataError: None can, or a file cannot be read.
     """
-    num, problems = _decoded(sample, decoder, seconds)
+    num, problems, num_crowded = _decoded(sample, decoder, seconds)
+    if num_crowded:
+        log.warning(
+            "%s: %d of %s of a sample %s several pages, of which the first is used",
+            sample.source.shown_uri, num_crowded, counted(num, "image"),
+            "has" if num_crowded == 1 else "have",
+        )  # fmt: skip
     num_bad = problems.total()
     if not num_bad:
         return
@@ -110,21 +116,22 @@ def check_sample(
 
 def _decoded(
     sample: Sample, decoder: ImageDecoder, seconds: float
-) -> tuple[int, Counter[_Problem]]:
-    """Return how many images were decoded in time, and what those have that cannot be used."""
-    num, problems = 0, Counter[_Problem]()
+) -> tuple[int, Counter[_Problem], int]:
+    """Return how many images were decoded in time, what is wrong with some, how many have pages."""
+    num, problems, num_crowded = 0, Counter[_Problem](), 0
     begin = time.monotonic()
     with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
         for place, (_, images) in enumerate(sample, start=1):
             for first in range(0, len(images), AT_ONCE):
                 few = images[first : first + AT_ONCE]
                 problems.update(filter(None, pool.map(partial(_problem, decoder), few)))
+                num_crowded += sum(decoder.num_unused_pages(i) > 0 for i in few if i)
                 num += len(few)
                 if time.monotonic() - begin > seconds * place / len(sample.places):
                     break
             if time.monotonic() - begin > seconds:  # reading counts as well
                 break
-    return num, problems
+    return num, problems, num_crowded
 
 
 def _problem(decoder: ImageDecoder, image: bytes | None) -> _Problem | None:

@@ -22,7 +22,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, JpegImagePlugin
 
-from .channels import Bands, White, luma_of, read_bands, shown_as_rgb
+from .channels import (
+    Bands,
+    White,
+    is_color_by_pages,
+    luma_of,
+    num_pages,
+    read_bands,
+    read_deep_bands,
+    shown_as_rgb,
+)
 from .extras import open_by_extra, read_deep_color, read_jpeg_by_turbo
 from .formats import (
     BROKEN_HEADER,
@@ -131,13 +140,21 @@ class ImageDecoder(NamedTuple):
                 size where that leaves no less. (0, 0): whole images only.
         """
         kind = format_of(encoded[:FIRST_BYTES])
-        if kind is NPY or self.channels not in COLOR:
+        are_bands = kind is NPY or self.channels not in COLOR
+        if are_bands or (self.channels == 3 and is_color_by_pages(encoded, kind)):
             bands = read_bands(encoded, kind, self.channels, self.max_pixels)
             check_size(bands.values.shape[1::-1], self.max_pixels, self.min_side)
             pixels = bands.as_color(self.channels).to_pixels(self.white)
             return luma_of(pixels) if self.channels == 1 < pixels.shape[2] else pixels
         pixels = self._decode_rgb(encoded, kind, least)
         return luma_of(pixels) if self.channels == 1 else pixels
+
+    def num_unused_pages(self, encoded: bytes) -> int:
+        """Return how many pages of a TIFF that can be decoded are left out, beside its first."""
+        kind = format_of(encoded[:FIRST_BYTES])
+        if self.channels not in COLOR or (self.channels == 3 and is_color_by_pages(encoded, kind)):
+            return 0
+        return num_pages(encoded, kind) - 1
 
     def decode_small(self, encoded: bytes, side: int) -> Pixels:
         """Return the pixels of an image that will be shown with `side` px, uint8 [H, W, C].
@@ -244,7 +261,7 @@ def read_deep_image(encoded: bytes, max_pixels: int = 50_000_000) -> DeepImage |
     Color of 16 bits is read by imagecodecs or tifffile; without them its high bytes are returned.
     """
     kind = format_of(encoded[:FIRST_BYTES])
-    if kind is NPY:
+    if kind is NPY or is_color_by_pages(encoded, kind):
         bands = read_deep_bands(encoded, 3, max_pixels)
         return DeepImage(bands.as_color(3).values, bands.top) if bands else None
     if kind not in MAY_BE_DEEP:
@@ -266,15 +283,6 @@ def read_deep_image(encoded: bytes, max_pixels: int = 50_000_000) -> DeepImage |
             page = read_tiff_page(encoded, max_pixels) if kind is TIFF else None
             return page if page is not None and page.values.dtype == np.uint16 else None
         return None
-
-
-def read_deep_bands(encoded: bytes, channels: int, max_pixels: int = 50_000_000) -> Bands | None:
-    """Return the values of an image of 9 to 16 bits and so many channels; None for any other."""
-    try:
-        bands = read_bands(encoded, format_of(encoded[:FIRST_BYTES]), channels, max_pixels)
-    except ImageError:  # decoding says it
-        return None
-    return bands if bands.is_deep else None
 
 
 def image_size(encoded: bytes, max_pixels: int = 50_000_000) -> tuple[int, int]:
@@ -323,8 +331,8 @@ def decode_image(
     JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, JPEG 2000 and PPM/PGM/PBM; HEIC and DICOM where pi-heif
     and pydicom are installed, and TIFF that Pillow does not read where tifffile is. EXIF
     orientation is applied, transparency is laid over white, of an animation the first frame
-    counts; CMYK, palette, gray and bilevel become RGB. Gray of more than 8 bits is scaled by its
-    bits. Safe to call from many threads.
+    counts, of a TIFF the first page, unless it has three gray ones; CMYK, palette, gray and bilevel
+    become RGB. Gray of more than 8 bits is scaled by its bits. Safe to call from many threads.
 
     Args:
         encoded: The bytes of the file.

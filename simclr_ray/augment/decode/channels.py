@@ -16,6 +16,7 @@ from .extras import read_deep_color
 from .formats import (
     BROKEN_HEADER,
     COLOR,
+    FIRST_BYTES,
     MOST_CHANNELS,
     NPY,
     TIFF,
@@ -25,11 +26,13 @@ from .formats import (
     UndecodedError,
     channels_error,
     check_size,
+    format_of,
     no_image,
     reason_of,
 )
+from .metadata import ORIENTATION, orientation_of, turn_upright, turn_values_upright
 from .rgb import WHITE_16, read_gray, read_stored, scaled_gray
-from .tiff import check_page, check_tile, page_values, samples_of
+from .tiff import are_gray_planes, check_page, check_tile, page_values, samples_of
 
 # NumPy parses a header as Python; two threads that do so at once make CPython before 3.11.9 and
 # 3.12.3 raise SystemError now and then, and a good image would be a broken one (gh-106905).
@@ -103,6 +106,15 @@ def read_bands(encoded: bytes, kind: Format | None, channels: int, max_pixels: i
     if num > MOST_CHANNELS or (channels and not fits):
         raise channels_error(num, channels or MOST_CHANNELS)
     return bands
+
+
+def read_deep_bands(encoded: bytes, channels: int, max_pixels: int = 50_000_000) -> Bands | None:
+    """Return the values of an image of 9 to 16 bits and so many channels; None for any other."""
+    try:
+        bands = read_bands(encoded, format_of(encoded[:FIRST_BYTES]), channels, max_pixels)
+    except ImageError:  # decoding says it
+        return None
+    return bands if bands.is_deep else None
 
 
 def shown_as_rgb(pixels: Pixels) -> Pixels:
@@ -185,6 +197,30 @@ def _read_tiff(encoded: bytes, channels: int, max_pixels: int) -> Bands:
         raise UndecodedError(reason_of(error)) from error
 
 
+def num_pages(encoded: bytes, kind: Format | None) -> int:
+    """Return how many pages a TIFF has; 1 for any other image, and for one that is broken."""
+    if kind is not TIFF:
+        return 1
+    try:
+        return TiffImagePlugin.TiffImageFile(io.BytesIO(encoded)).n_frames
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - decoding says it
+        return 1
+
+
+def is_color_by_pages(encoded: bytes, kind: Format | None) -> bool:
+    """Return whether an image is a TIFF of three gray pages, which are its channels."""
+    if kind is not TIFF:
+        return False
+    try:
+        return are_gray_planes(TiffImagePlugin.TiffImageFile(io.BytesIO(encoded)), 3)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - decoding says it
+        return False
+
+
 def _page(image: TiffImagePlugin.TiffImageFile, place: int, max_pixels: int) -> Bands:
     image.seek(place)
     check_size(image.size, max_pixels, 1)
@@ -194,13 +230,13 @@ def _page(image: TiffImagePlugin.TiffImageFile, place: int, max_pixels: int) -> 
         raise ImageError(samples.problem)
     if samples.num != 1:  # of gray planes Pillow gives the first
         raise ImageError(f"page {place + 1} is not gray")
+    orientation = image.tag_v2.get(ORIENTATION, 1)
     image.load()
     deep = read_gray(image, stored)
-    if deep is not None:
-        return Bands(deep.values[..., None], deep.top)
-    if image.mode not in ("L", "1"):
+    if deep is None and image.mode not in ("L", "1"):
         raise ImageError(f"page {place + 1} is not gray")
-    return Bands(np.asarray(image.convert("L"))[..., None], 255)
+    values, top = (deep.values, deep.top) if deep else (np.asarray(image.convert("L")), 255)
+    return Bands(turn_values_upright(values[..., None], orientation), top)
 
 
 def _read_tiff_samples(encoded: bytes, channels: int, max_pixels: int) -> Bands:
@@ -250,8 +286,10 @@ def _read_rgba(encoded: bytes, kind: Format | None, max_pixels: int) -> Bands:
             deep = read_deep_color(encoded, kind, max_pixels)
             if deep is None:
                 raise ImageError("color of 16 bits (install simclr-ray[tiff])")
-            return Bands(deep.values, WHITE_16)
+            image.load()  # what says of orientation may come last
+            return Bands(turn_values_upright(deep.values, orientation_of(image)), WHITE_16)
         image.load()
+        image = turn_upright(image)
         values = np.asarray(image if image.mode != "P" else image.convert("RGB"))
     except (ImageError, MemoryError):
         raise

@@ -27,8 +27,8 @@ from .formats import (
     check_size,
     reason_of,
 )
-from .metadata import ORIENTED, turn_upright
-from .rgb import ORIENTATION, WHITE_16, DeepImage, scaled_gray, to_rgb
+from .metadata import ORIENTATION, ORIENTED, turn_upright
+from .rgb import WHITE_16, DeepImage, scaled_gray, to_rgb
 from .tiff import read_tiff_page
 
 DEFLATED = "1.2.840.10008.1.2.1.99"  # transfer syntax of a DICOM file (PS3.5 §A.5)

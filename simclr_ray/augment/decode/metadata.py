@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from .formats import JPEG, PNG, Format
 
 _EXIF, _ADOBE = 0xE1, 0xEE  # segments of a JPEG: orientation, and how color is coded
+ORIENTATION: Final = 274  # tag of EXIF and of a TIFF
 ORIENTED: Final = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
@@ -27,6 +28,16 @@ def turn_upright(image: Image.Image) -> Image.Image:
         raise
     except Exception:  # noqa: BLE001 - the pixels are whole, only what is said about them is not
         return image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image that is loaded, 1 where a broken block says none."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - the pixels are whole, only what is said about them is not
+        return 1
 
 
 def turn_values_upright(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:

@@ -10,11 +10,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from .formats import Pixels, UndecodedError
-from .metadata import ORIENTED
+from .metadata import ORIENTATION, ORIENTED
 
 WHITE_16: Final = 65535
 BLOCK_VALUES: Final = 2**18  # that are floats at a time
-_BITS, _PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of a TIFF
+_BITS, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 
 
 class DeepImage(NamedTuple):

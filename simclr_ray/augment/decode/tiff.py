@@ -26,8 +26,8 @@ from .formats import (
     check_size,
     reason_of,
 )
-from .metadata import turn_values_upright
-from .rgb import ORIENTATION, DeepImage
+from .metadata import ORIENTATION, turn_values_upright
+from .rgb import DeepImage
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANES = 258, 259, 262, 277, 284
 _EXTRA, _FORMAT = 338, 339
@@ -133,6 +133,25 @@ def check_samples(image: Any, channels: int) -> None:
         raise (
             UndecodedError(f"{shown} (install simclr-ray[tiff])") if is_ours else ImageError(shown)
         )
+
+
+def are_gray_planes(image: Any, num: int) -> bool:
+    """Return whether a TIFF has so many pages, each gray, all of one size and of the same values.
+
+    Args:
+        image: Pillow's, whose page is another afterwards.
+        num: Pages.
+    """
+    kinds = set()
+    if image.n_frames != num:
+        return False
+    for place in range(num):
+        image.seek(place)
+        samples = samples_of(image.tag_v2.get)
+        if samples.num != 1 or samples.photometric not in _GRAY or samples.problem:
+            return False
+        kinds.add((image.size, samples.values, image.tag_v2.get(ORIENTATION, 1)))
+    return len(kinds) == 1
 
 
 def samples_of(tag: Callable[[int, Any], Any]) -> Samples:

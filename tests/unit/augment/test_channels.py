@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import io
+import struct
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from simclr_ray.augment import native
-from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view, image_size
+from simclr_ray.augment.decode import (
+    ImageDecoder,
+    ImageError,
+    evaluation_view,
+    image_size,
+    read_deep_image,
+)
 from simclr_ray.augment.views import TwoViews
 
 
@@ -198,3 +207,51 @@ def test_headers_of_arrays_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPa
     with ThreadPoolExecutor(8) as pool:
         shapes = {image.shape for image in pool.map(ImageDecoder().decode, [encoded] * 40)}
     assert shapes == {(4, 4, 3)}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_png_of_four_channels_is_turned_upright(orientation: int, dtype: Any) -> None:
+    stored = values(4, dtype)
+    exif = Image.Exif()
+    exif[274] = orientation
+    out = io.BytesIO()
+    if dtype is np.uint8:
+        Image.fromarray(stored).save(out, "PNG", exif=exif)
+        encoded = out.getvalue()
+    else:
+        block = exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = b"eXIf" + block
+        chunk = struct.pack(">I", len(block)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        encoded = bytes(imagecodecs.png_encode(stored))
+        encoded = encoded[:33] + chunk + encoded[33:]  # after the header
+    plane = Image.fromarray(stored[..., 0].astype(np.int32))
+    plane.getexif()[274] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(plane))
+    pixels = ImageDecoder(channels=4).decode(encoded)
+    assert np.array_equal(pixels[..., 0], eight_bits(upright, np.iinfo(dtype).max))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_three_gray_pages_are_three_channels_and_of_others_the_first_counts(dtype: Any) -> None:
+    stored, top = values(3, dtype), np.iinfo(dtype).max
+    planes = np.ascontiguousarray(stored.transpose(2, 0, 1))
+    pages = tiff(planes[:, None], metadata=None)
+    decoder = ImageDecoder()
+    assert np.array_equal(decoder.decode(pages), eight_bits(stored, top))
+    assert image_size(pages) == (20, 30)
+    assert decoder.num_unused_pages(pages) == 0
+    deep = read_deep_image(pages)
+    assert (deep is None) == (dtype is np.uint8)
+    assert deep is None or np.array_equal(deep.values, stored)
+    assert np.array_equal(ImageDecoder(channels=1).decode(pages), eight_bits(stored[..., :1], top))
+    assert ImageDecoder(channels=1).num_unused_pages(pages) == 2
+    smaller = io.BytesIO()  # copies at other sizes are no channels
+    with tifffile.TiffWriter(smaller) as file:
+        for step in (1, 2, 4):
+            file.write(planes[0][::step, ::step], photometric="minisblack", metadata=None)
+    for encoded in (tiff(planes[:2, None], metadata=None), smaller.getvalue()):
+        first = np.repeat(eight_bits(stored[..., :1], top), 3, axis=2)
+        assert np.array_equal(decoder.decode(encoded), first)
+        assert decoder.num_unused_pages(encoded) in (1, 2)
+    assert decoder.num_unused_pages(npy(stored)) == 0

@@ -93,6 +93,21 @@ def test_some_that_do_not_decode_are_counted_in_one_line(
     assert not caplog.messages
 
 
+def test_pages_that_are_left_out_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pages(num: int, mode: str) -> bytes:
+        out = io.BytesIO()
+        first, *rest = (Image.new(mode, (8, 8), 9 * at) for at in range(num))
+        first.save(out, "TIFF", save_all=True, append_images=rest)
+        return out.getvalue()
+
+    images: Images = [pages(3, "L"), pages(1, "L"), pages(2, "L"), pages(4, "RGB"), png()]
+    check_sample(Sample(write(tmp_path / "a.parquet", images)), ImageDecoder())
+    (said,) = caplog.messages
+    assert said.endswith("2 of 5 images of a sample have several pages, of which the first is used")
+
+
 def test_a_run_reads_its_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.BytesIO()
     Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(out, "PNG")
