@@ -36,7 +36,8 @@ LOCAL_BUFFER, REMOTE_BUFFER = 2**16, 4 * 2**20
 MAX_JSON_BYTES = 16 * 2**20
 MAX_CLS_BYTES = 4096
 GZIP = b"\x1f\x8b"
-BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, pa.ArrowException, UnicodeError)
+# `tarfile` passes on what int() says of a header; UnicodeError is a ValueError too
+BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, pa.ArrowException, ValueError)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 

@@ -318,13 +318,14 @@ def _choose_labels(
     at, rest = there[0], [_said(keys[other]) for other in there[1:]]
     unused = f"; {' and '.join(rest)} not used (columns.label)" if rest else ""
     log.info("%s: labels are from %s%s", uri, _said(keys[at]), unused)
-    values = [row.labels[at] for row in rows]
+    given = [row.labels[at] for row in rows]
+    values = [None if isinstance(value, int) and value < 0 else value for value in given]
     nothing = sum(value is None for value in values)
     if nothing:
         log.warning("%s: %s of %d without a label", uri, counted(nothing, "image"), len(rows))
     texts = [value for value in values if isinstance(value, str)]
     if not texts:
-        return [v if isinstance(v, int) and v >= 0 else NO_LABEL for v in values], ()
+        return [v if isinstance(v, int) else NO_LABEL for v in values], ()
     if len(texts) + nothing < len(values):
         log.warning("%s: labels are numbers and text: all are taken as names", uri)
     names = tuple(sorted({str(value) for value in values if value is not None}))

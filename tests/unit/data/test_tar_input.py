@@ -261,6 +261,29 @@ def test_labels_are_of_one_key_and_others_are_said(
         opened(path, label="bad")
 
 
+def test_negative_numbers_are_no_labels_among_names_as_among_numbers(tmp_path: Path) -> None:
+    for labels, expected, names in (
+        ([-1, 0, 2], [-1, 0, 2], ()),
+        ([-1, "cat", -100, 3], [-1, 1, -1, 0], ("3", "cat")),
+        ([-1, -1], [-1, -1], ()),
+    ):
+        members = [m for at, label in enumerate(labels) for m in sample(f"{at}", at, label)]
+        given = opened(write(tmp_path / "x.tar", members))
+        assert [image.label for image in given.images[0]] == expected
+        assert given.class_names == names
+
+
+@pytest.mark.parametrize("about", [{"GNU.sparse.size": "abc"}, {"GNU.sparse.map": "x,y"}])
+def test_a_header_that_says_no_number_is_broken(about: dict[str, str], tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+        second = tarfile.TarInfo("b.png")
+        second.pax_headers = about
+        tar.addfile(second)
+    with pytest.raises(DataError, match=r"x\.tar is broken after member 'a\.png': invalid literal"):
+        opened(tmp_path / "x.tar")
+
+
 def test_one_image_of_a_sample_is_chosen_by_its_ending(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
