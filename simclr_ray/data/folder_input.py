@@ -27,7 +27,7 @@ from simclr_ray.data.files import read_file
 from simclr_ray.data.footer import IMAGE_BYTES, IMAGE_LISTING, IMAGE_ROOT
 from simclr_ray.data.grouping import cut_between_groups, grouped_order
 from simclr_ray.data.items import Item, ShardTask, cut, shuffled
-from simclr_ray.data.listing import Listing, is_utf8, list_images, part_split
+from simclr_ray.data.listing import Listing, list_images, part_split
 from simclr_ray.data.shards import check_group_sizes
 from simclr_ray.data.slices import GROUP_ROWS
 from simclr_ray.data.splits import choose_split_folder, split_folders
@@ -37,6 +37,7 @@ from simclr_ray.storage.filesystem import (
     filesystem,
     info_of,
     is_local,
+    is_utf8,
     open_whole,
 )
 from simclr_ray.storage.hub import SCHEME

@@ -25,7 +25,7 @@ from simclr_ray.config.logging import warn_once
 from simclr_ray.data.left_out import LISTS, LeftOut
 from simclr_ray.data.splits import choose_split
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import info_of, is_local, one_line
+from simclr_ray.storage.filesystem import info_of, is_local, is_utf8, one_line
 
 # Requests to a bucket take tens of milliseconds and no processor; local files do neither.
 REMOTE_THREADS = 16
@@ -286,15 +286,6 @@ class _Walk:
     def _leave_out(self, reason: str, path: str, *, is_hidden: bool) -> None:
         if not is_hidden:
             self.left_out.add(reason, below(self.root, path) if path else "")
-
-
-def is_utf8(name: str) -> bool:
-    """Return whether a name is text that any file can hold."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # a surrogate stands for a byte of another encoding
-        return False
-    return True
 
 
 def suffix_of(path: str) -> str:

@@ -34,13 +34,17 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     A password that it names is used, and shown nowhere.
 
     Raises:
-        DataError: It is of none of `SCHEMES`, or cannot be reached; or there is no name.
+        DataError: It is of none of `SCHEMES`, or cannot be reached; or there is no name, or one
+            that is not UTF-8.
     """
     uri = recall(remember(uri))
     if not uri.strip("/ ").rpartition(":")[2] and uri not in ("/", "file:///"):
         raise DataError(f"{uri!r} is no path: it names nothing")
+    where = uri if "://" in uri else Path(uri).expanduser().absolute().as_posix()
+    if not is_utf8(where):  # Arrow has no other names
+        raise DataError(f"{where!a}: the name is not UTF-8; give the file or folder another")
     if "://" not in uri:
-        return pafs.LocalFileSystem(), Path(uri).expanduser().absolute().as_posix()
+        return pafs.LocalFileSystem(), where
     if uri.startswith(SCHEME):
         return hub_filesystem(), uri.removeprefix(SCHEME).rstrip("/")
     scheme = uri.partition("://")[0].lower()
@@ -54,6 +58,15 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         shown = hide_passwords(f"{uri} cannot be opened: {one_line(error)}")
         raise DataError(shown) from None  # its own message may hold the password
     return fs, path.rstrip("/") + mark + split
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether a name is text that any file can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a surrogate stands for a byte of another encoding
+        return False
+    return True
 
 
 def cache_folder(part: str) -> Path:
