@@ -57,6 +57,14 @@ def _hash(text: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column of int64 or text of any size in one piece, of which rows are taken.
+
+    Arrow joins the chunks of a column anew each time that rows are taken of it.
+    """
+    return (column.cast(pa.large_string()) if is_text(column.type) else column).combine_chunks()
+
+
 def cut_between_groups(groups: Int64s, most: int) -> list[tuple[int, int]]:
     """Return runs [first, last) of at most `most` rows that cut no group, larger of one group.
 

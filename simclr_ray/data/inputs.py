@@ -21,7 +21,7 @@ from simclr_ray.data import shapes
 from simclr_ray.data.arrow_input import ArrowInput, find_arrow
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.folder_input import FolderInput
-from simclr_ray.data.grouping import cut_between_groups, grouped_order
+from simclr_ray.data.grouping import cut_between_groups, grouped_order, one_array
 from simclr_ray.data.image_groups import group_column, group_kind
 from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
 from simclr_ray.data.listing import all_parquet, part_split
@@ -124,7 +124,8 @@ class ParquetInput:
         check_group_sizes(groups)
         runs = cut_between_groups(groups, self._rows_of_a_shard(rows_per_shard))
         pieces = [order[first:last] for first, last in runs]
-        return [ParquetTask(self.source, rows, names.take(rows).to_pylist()) for rows in pieces]
+        whole = one_array(names)
+        return [ParquetTask(self.source, rows, whole.take(rows).to_pylist()) for rows in pieces]
 
     def _rows_of_a_shard(self, most: int) -> int:
         return max(min(most, MAX_SHARD_BYTES // self.bytes_per_row), 1)

@@ -1,9 +1,10 @@
 """Rows that lie anywhere, brought together by shard: an external partition, for groups of images.
 
 A shard of groups wants rows of all row groups; were each to read them, every shard would read the
-whole set. So the row groups are read once, in runs that fit in memory, and written again with the
-rows of each shard together; a shard then reads its piece of each run. All is read twice and written
-twice, whatever its size, and a task holds a run or a shard.
+whole set. So would many shards of one large row group, which is read whole for each. Therefore row
+groups are read once, in runs that fit in memory, and written again with the rows of each shard
+together; a shard then reads its piece of each run. All is read twice and written twice, whatever
+its size, and a task holds a run or a shard.
 """
 
 from __future__ import annotations
@@ -109,10 +110,13 @@ def bring_together(parts: Sequence[ShardTask], out: str) -> list[ShardTask]:
     Raises:
         DataError: A file cannot be read.
     """
-    shards = [part for part in parts if isinstance(part, ParquetTask) and part.groups is not None]
+    shards = [part for part in parts if isinstance(part, ParquetTask)]
     if len(shards) < len(parts) or not shards:
         return list(parts)
     source = shards[0].source
+    most = max(group.num_rows for group in source.row_groups) * source.row_bytes
+    if shards[0].groups is None and most <= MAX_SHARD_BYTES:  # shards lie side by side
+        return list(parts)
     starts = np.array([g.first_row for g in source.row_groups])
     reads = sum(len(np.unique(np.searchsorted(starts, s.rows, side="right"))) for s in shards)
     if reads <= MOST_READS * len(starts):
@@ -139,7 +143,7 @@ def bring_together(parts: Sequence[ShardTask], out: str) -> list[ShardTask]:
     for _ in run_tasks(work):
         pass
     return [
-        RegroupedTask(tuple(own), shard.rows, shard.groups or [])
+        RegroupedTask(tuple(own), shard.rows, shard.groups or [None] * len(shard.rows))
         for own, shard in zip(pieces, shards, strict=True)
     ]
 

@@ -13,6 +13,7 @@ import pytest
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data import regroup
+from simclr_ray.data.grouping import one_array
 from simclr_ray.data.inputs import ParquetInput, ParquetTask
 from simclr_ray.data.regroup import RegroupedTask, bring_together
 from simclr_ray.data.source import RowTable, Source
@@ -65,6 +66,34 @@ def test_regrouped_shards_hold_what_they_would_read_themselves(
         reads.clear()
         bring_together(parts, str(tmp_path / "pieces"))  # after an interruption
         assert not reads
+
+
+def test_shards_of_one_large_row_group_read_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"image": [b"%060d" % i for i in range(NUM_ROWS)], "label": [1, 2] * 100})
+    pq.write_table(table, tmp_path / "set.parquet", compression="none")  # one of 12,000 bytes
+    parts = ParquetInput.open(str(tmp_path / "set.parquet"), ColumnsConfig(), 0).parts(40, 0)
+    expected = [list(part.read()) for part in parts]
+    reads: list[int] = []
+    original = Source.read_rows
+
+    def counting(source: Source, rows: np.ndarray) -> RowTable:
+        reads.append(len(rows))
+        return original(source, rows)
+
+    monkeypatch.setattr(Source, "read_rows", counting)
+    together = bring_together(parts, str(tmp_path / "pieces"))
+    assert [list(part.read()) for part in together] == expected
+    assert reads == [NUM_ROWS]
+
+
+@pytest.mark.parametrize("names", [["a", None, "b"], [3, None, 2**62]])
+def test_rows_are_taken_of_a_column_that_is_in_one_piece(names: list[object]) -> None:
+    column = pa.chunked_array([names[:2], names[2:], []], pa.array(names).type)
+    whole = one_array(column)
+    assert isinstance(whole, pa.Array)  # each of many takes would join the chunks of a column
+    assert whole.take(pa.array([2, 1])).to_pylist() == names[:0:-1]
 
 
 def test_shards_of_groups_that_lie_together_read_them_where_they_are(tmp_path: Path) -> None:
