@@ -191,6 +191,7 @@ def _run(study: Study, trials: Sequence[Trial], *, isolated: bool) -> None:
 
 
 def _report(folder: StudyFolder) -> None:
+    from simclr_ray.storage.filesystem import address_below
     from simclr_ray.studies.claim_words import claim_line
     from simclr_ray.studies.report import PAGE, publish_report
 
@@ -206,7 +207,7 @@ def _report(folder: StudyFolder) -> None:
     failed = [o for o in results.others if o.status == "failed"]
     for outcome in failed:
         out.print(f"failed: {outcome.trial}: {outcome.reason}", soft_wrap=True, markup=False)
-    out.print(f"report  {place}/{PAGE}", markup=False, soft_wrap=True)
+    out.print(f"report  {address_below(place, PAGE)}", markup=False, soft_wrap=True)
     if failed:
         total = counted(results.num_trials, "trial")
         raise RunError(f"{len(failed)} of {total} failed; resume tries again")

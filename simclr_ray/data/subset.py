@@ -19,7 +19,7 @@ from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, open_whole
+from simclr_ray.storage.filesystem import address_below, filesystem, open_whole
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def write_subset(
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     much = f"{per_class}-each" if per_class else f"{share:g}"
     name = f"{'not-' if others else ''}labelled-{much}-seed{seed}-{digest}.parquet"
-    uri = f"{storage.rstrip('/')}/{name}"
+    uri = address_below(storage, name)
     fs, path = filesystem(uri)
     if fs.get_file_info(path).is_file:
         return uri

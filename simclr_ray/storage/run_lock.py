@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from simclr_ray.errors import RunError
 from simclr_ray.storage.filesystem import one_line
+from simclr_ray.storage.space import storage_error
 
 LOCK, HOLDER = "lock", "lock.holder"
 POLL_S = 0.5
@@ -102,8 +103,8 @@ def _acquires(lock: FileLock, wait_s: float) -> bool:
         raise
     except OSError as error:
         if error.errno not in NO_LOCKS:  # of a disk or server that fails now, and has locks
-            problem = error.strerror or one_line(error)
-            raise RunError(f"{lock.lock_file} cannot be locked: {problem}") from error
+            problem = f"{lock.lock_file} cannot be locked: {error.strerror or one_line(error)}"
+            raise storage_error(error, lock.lock_file) or RunError(problem) from error
         log.warning("%s: its file system knows no locks; two drivers may meet", lock.lock_file)
     return True
 

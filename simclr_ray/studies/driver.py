@@ -16,7 +16,6 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import ColumnsConfig, DataConfig, Experiment
 from simclr_ray.config.imports import IMPORT_PATH, imports_in, permit_code
 from simclr_ray.config.protocols import PROBE, protocol_named
-from simclr_ray.config.uris import hide_passwords
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.demand import wait_for_room
 from simclr_ray.distributed.ray_cluster import (
@@ -235,21 +234,25 @@ def checked_images(folder: StudyFolder, experiments: Sequence[Experiment]) -> di
         folder: Of the study.
         experiments: Its base, and those of its trials, whose images may be others.
     """
+    uris: dict[str, str] = {}
     fingerprints: dict[str, str] = {}
-    own = _images_of(experiments[0].data)
-    for data in dict.fromkeys(experiment.data for experiment in experiments):
+    sets = list(dict.fromkeys(experiment.data for experiment in experiments))
+    own = _images_of(sets[0])
+    for number, data in enumerate(sets):  # a study that is moved has them elsewhere, in this order
         for name, images in _images_of(data).items():
-            uri, limit = images[0], f" data.limit={data.limit}" if data.limit else ""
-            key = name if images == own.get(name) else f"{name}={hide_passwords(uri)}{limit}"
+            key = name if images == own.get(name) else f"{name} {number}"
             if key not in fingerprints:
-                fingerprints[key] = Source.open(*images).fingerprint
-    stored_fingerprints = folder.state().get("fingerprints", fingerprints)
-    changed = [  # of a study that an earlier release began, its base's alone are there
-        name for name, was in stored_fingerprints.items() if fingerprints.get(name) != was
-    ]
+                uris[key], fingerprints[key] = images[0], Source.open(*images).fingerprint
+    stored = folder.state().get("fingerprints", fingerprints)
+    # of a study that an earlier release began, its base's alone are there
+    changed = [name for name, was in stored.items() if fingerprints.get(name) != was]
     if changed:
         problem = f"has changed since {folder.uri} was begun; give the study another name"
-        raise ConfigError([ConfigIssue(f"data.{name}", problem) for name in changed])
+        issues = [
+            ConfigIssue(f"data.{name.partition(' ')[0]}", f"{uris.get(name, '')} {problem}".strip())
+            for name in changed
+        ]
+        raise ConfigError(issues)
     return fingerprints
 
 

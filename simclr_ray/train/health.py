@@ -103,17 +103,23 @@ class HealthWatch:
         """Take what a run had logged before it was stopped; nothing of it is raised.
 
         Returns:
-            What its last step would have ended it by; None: nothing.
+            What it would have ended by, unless it was rolled back or evaluated well since; None:
+            nothing.
         """
         last: UnhealthyRunError | None = None
         raised_at = -1
         for record in records:
+            step = int(record["step"])
+            if step < raised_at:
+                last = None
             try:
                 self(record)
             except UnhealthyRunError as error:
                 self._since.clear()  # it went on: it was told, or its records are of another rate
-                last, raised_at = error, int(record["step"])
-        return last if raised_at == self.last_step else None
+                last, raised_at = error, step
+            if self._well_at > raised_at:
+                last = None
+        return last
 
     def __call__(self, record: Record) -> None:
         """Take one record of metrics.

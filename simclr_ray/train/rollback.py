@@ -203,12 +203,10 @@ def newest_good(folder: RunFolder, identity: Identity, good_until: int) -> str:
         if checkpoint.step_of(name) > good_until:
             continue
         with folder.fetched(name) as local:
-            try:
-                checkpoint.read_record(local, identity)
-            except CheckpointError as error:
-                log.warning("passing over checkpoint %s: %s", name, error)
-            else:
+            flaw = checkpoint.flaw(local, identity)
+            if not flaw:
                 return name
+            log.warning("passing over checkpoint %s: %s", name, flaw)
     return ""
 
 

@@ -35,16 +35,21 @@ class RunLog:
     Those of a remote folder are fetched at the start, and uploaded every minute and at the end: a
     kill loses at most what came since.
 
+    Args:
+        folder: Of the run.
+        is_patient: At the end, what fails is tried again after some seconds.
+
     Attributes:
         path: Folder of the files.
     """
 
     path: Path
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: RunFolder, *, is_patient: bool = False) -> None:
+        self.folder, self._pauses_s = folder, END_PAUSES_S if is_patient else ()
         self._scratch = ExitStack()
-        self._tried_at = self._arrived_at = time.monotonic()
+        self._tried_at = time.monotonic()
+        self._fails_since: float | None = None
         self._uploaded: dict[str, tuple[int, int]] = {}  # name -> size and time of the file
 
     def __enter__(self) -> RunLog:
@@ -63,7 +68,7 @@ class RunLog:
                 with suppress(StorageError):
                     self.try_upload()
                 return
-            for pause_s in END_PAUSES_S:
+            for pause_s in self._pauses_s:
                 if self.try_upload():
                     return
                 time.sleep(pause_s)
@@ -129,7 +134,7 @@ class RunLog:
                 stamp = self._stamp(name)  # before: what comes meanwhile is new
                 self.folder.put_folder(self.path / name, name)
                 self._uploaded[name] = stamp
-        self._arrived_at = time.monotonic()
+        self._fails_since = None
 
     def try_upload(self) -> bool:
         """Bring a remote folder up to date; return whether it is. A failure is a line of the log.
@@ -152,12 +157,13 @@ class RunLog:
         Raises:
             OSError: It has failed for half an hour, or the place takes no more.
         """
-        if time.monotonic() - self._tried_at <= UPLOAD_EVERY_S:
+        now = time.monotonic()
+        if now - self._tried_at <= UPLOAD_EVERY_S:
             return
-        if time.monotonic() - self._arrived_at > FAILS_S:
+        if self._fails_since is not None and now - self._fails_since > FAILS_S:
             self.upload()
-        else:
-            self.try_upload()
+        elif not self.try_upload():
+            self._fails_since = self._fails_since or now
 
     def _stamp(self, name: str) -> tuple[int, int]:
         stat = (self.path / name).stat()

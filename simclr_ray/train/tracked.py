@@ -10,7 +10,7 @@ import logging
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -125,7 +125,7 @@ def tracked_run(resolved: ResolvedExperiment, tracker: Tracker | None) -> Iterat
     """Open the MLflow run, new or continued, deliver to it, and give it its status at the end."""
     folder = resolved.folder
     run = _started(resolved, tracker) if tracker else None
-    with RunLog(folder) as run_log:
+    with RunLog(folder, is_patient=True) as run_log:
         delivery = _delivery(folder, run_log, run)
         delivery.want("RUNNING", has_it=run is not None)
         if run is None:
@@ -144,7 +144,8 @@ def tracked_run(resolved: ResolvedExperiment, tracker: Tracker | None) -> Iterat
             else:
                 delivery.want("FINISHED")
             finally:
-                run_log.try_upload()  # before MLflow is waited for
+                with suppress(StorageError):  # the log's own end says it, or what ended the run
+                    run_log.try_upload()  # before MLflow is waited for
 
 
 @contextmanager

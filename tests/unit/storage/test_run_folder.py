@@ -20,7 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from simclr_ray.errors import CheckpointError, ConfigError, RunError
+from simclr_ray.errors import CheckpointError, ConfigError, RunError, StorageError
 from simclr_ray.storage import checkpoint, run_folder
 from simclr_ray.storage.filesystem import filesystem, open_whole
 from simclr_ray.storage.run_folder import RUN_FILE, SNAPSHOT, RunFolder
@@ -250,12 +250,19 @@ def refused(folder: RunFolder) -> str:
         return pool.submit(hold).result()
 
 
-@pytest.mark.parametrize(("number", "passes"), [(errno.EIO, False), (errno.ENOTSUP, True)])
+@pytest.mark.parametrize(
+    ("number", "problem"),
+    [
+        (errno.EIO, r"r-1/lock: the disk fails \(input/output error\)"),
+        (errno.ENOSPC, "no space left"),
+        (errno.EINVAL, "lock cannot be locked: Invalid argument"),
+        (errno.ENOTSUP, ""),
+    ],
+)
 def test_a_lock_that_fails_is_none_and_where_there_are_none_that_is_said(
     tmp_path: Path,
     number: int,
-    *,
-    passes: bool,
+    problem: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -266,13 +273,14 @@ def test_a_lock_that_fails_is_none_and_where_there_are_none_that_is_said(
     (tmp_path / "r-1").mkdir()
     (tmp_path / "r-1" / HOLDER).write_text("process 1 on elsewhere")
     monkeypatch.setattr(FileLock, "acquire", fail)
-    if passes:
+    if not problem:
         with folder.lock():
             pass
         assert "knows no locks; two drivers may meet" in caplog.text
         return
-    with pytest.raises(RunError, match="lock cannot be locked: Input/output error"), folder.lock():
+    with pytest.raises(RunError, match=problem) as failed, folder.lock():
         pass
+    assert isinstance(failed.value, StorageError) == (number != errno.EINVAL)
     assert folder.holder() == "process 1 on elsewhere"  # who knows
     assert (tmp_path / "r-1" / HOLDER).exists()
 

@@ -212,10 +212,16 @@ def test_a_log_of_a_long_run_is_replayed_in_a_time_that_grows_with_its_length() 
     assert seconds(16_000) < 12 * seconds(4_000)  # 4 times; 16 where each looks at all
 
 
-def test_what_the_last_step_would_have_ended_is_returned_and_what_came_before_is_not() -> None:
+def test_what_would_have_ended_a_run_is_returned_unless_it_was_well_again() -> None:
     fallen = [at(200, EQUAL), at(300, EQUAL)]
     assert isinstance(watch().replay([at(150, WELL), *fallen]), CollapseError)
     assert watch().replay([at(150, WELL), *fallen, at(500, WELL)]) is None  # it went on
+    late = [report(310, STUCK - 0.2), report(320, STUCK - 0.2)]  # workers ran on for a moment
+    assert isinstance(watch().replay([at(150, WELL), *fallen, *late]), CollapseError)
+    again = [at(160, WELL), at(200, WELL), at(300, WELL)]  # rolled back
+    assert watch().replay([at(150, WELL), *fallen, *again]) is None
+    assert watch().replay([at(150, WELL), *fallen, report(160, STUCK - 0.2)]) is None
+    assert isinstance(watch().replay([at(150, WELL), report(300, math.nan)]), DivergedError)
     assert watch().replay([at(150, WELL)]) is None
     assert watch().replay([]) is None
 

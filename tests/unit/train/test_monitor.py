@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,13 +169,14 @@ def test_ranks_that_told_of_themselves_while_nobody_listened_are_not_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, stopped, goes_on = resolved(tmp_path), threading.Event(), threading.Event()
+    clock: Any = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
 
     def show(_: object) -> None:  # as a terminal after Ctrl-S
         stopped.set()
         assert goes_on.wait(30)
 
     monkeypatch.setattr("simclr_ray.train.monitor.WAIT_S", 0.2)
-    monkeypatch.setattr("simclr_ray.train.heartbeat.SILENT_S", 0.4)
+    monkeypatch.setattr("simclr_ray.train.heartbeat.time", clock)
     inbox: Any = Inbox()
     inbox.put(RankStarted(0, "10.0.0.0", "actor"))
     inbox.put({"step": 1, "epoch": 0.1, "total": 9})
@@ -182,7 +184,8 @@ def test_ranks_that_told_of_themselves_while_nobody_listened_are_not_silent(
         health = HealthWatch(run.config, run.warmup_steps)
         with RunMonitor(inbox, tracked, show, run, health):
             assert stopped.wait(30)
-            time.sleep(1.0)
+            clock.now = 1000.0  # of the ranks' watch; the monitor itself takes a moment as long
+            time.sleep(0.3)
             inbox.put(Beat(0, "data", 7, 1.0, 120.0))
             goes_on.set()
     assert "has not answered" not in caplog.text

@@ -85,14 +85,16 @@ def test_a_store_that_fails_for_half_an_hour_ends_it(
 
     def run() -> None:
         with RunLog(folder) as log:
+            clock.now += 9000  # held up for long: it has not failed for so long
             log.append(METRICS, RECORD)
-            while clock.now < 3600:
+            log.upload_if_due()
+            while clock.now < 12600:
                 clock.now += 61
                 log.upload_if_due()
 
     with pytest.raises(OSError, match="NETWORK_CONNECTION"):
         run()
-    assert 1800 < clock.now < 1930
+    assert 1800 < clock.now - 9000 < 1930
 
 
 def test_at_the_end_it_is_tried_again_and_said_then(
@@ -100,13 +102,17 @@ def test_at_the_end_it_is_tried_again_and_said_then(
 ) -> None:
     with pytest.raises(RunError, match="cannot be uploaded"), RunLog(folder) as log:
         log.append(METRICS, RECORD)
+    assert clock.now == 0  # of what is written after a run
+    patient = RunLog(folder, is_patient=True)
+    with pytest.raises(RunError, match="cannot be uploaded"), patient as log:
+        log.append(METRICS, RECORD)
     assert clock.now == sum(run_log.END_PAUSES_S)
 
     def mend(_: float) -> None:
         failing[0] = False
 
     monkeypatch.setattr(clock, "sleep", mend)
-    with RunLog(folder) as log:
+    with RunLog(folder, is_patient=True) as log:
         log.append(METRICS, RECORD)
     assert folder.read_text(METRICS) is not None
 
