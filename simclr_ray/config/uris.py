@@ -63,6 +63,11 @@ def remember(uri: str) -> str:
     return uri
 
 
+def remembered() -> dict[str, str]:
+    """Return the URIs that are kept, for a process of the same run: what is shown -> the URI."""
+    return dict(_full)
+
+
 def recall(shown: str) -> str:
     """Return the URI that is shown so, where this process or `MLFLOW_TRACKING_URI` has it.
 

@@ -10,6 +10,7 @@ import ray.train.torch
 import ray.train.v2.api.config as ray_config
 from ray.exceptions import OutOfMemoryError
 
+from simclr_ray.config.uris import remembered
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
@@ -71,7 +72,7 @@ def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollb
         scaling=scaling,
         folder=folder,
         inbox=inbox,
-        train_loop_config={"input": WorkerInput(resolved, inbox, rollbacks)},
+        train_loop_config={"input": WorkerInput(resolved, inbox, rollbacks, remembered())},
         scaling_config=scaling_config(
             scaling,
             (scaling.min_workers, scaling.max_workers)

@@ -22,6 +22,7 @@ import ray
 from ray.exceptions import RayError
 
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.uris import remembered
 from simclr_ray.distributed.ray_cluster import driver_queue, is_local
 from simclr_ray.errors import RestartsError, SimclrRayError
 from simclr_ray.train import stop
@@ -97,7 +98,7 @@ def fit_by_single_worker(
     inbox = driver_queue()
     log.info("starting 1 worker")
     watcher = _Monitor(inbox, tracked, on_progress, resolved, health)
-    given = WorkerInput(resolved, inbox, rollbacks)
+    given = WorkerInput(resolved, inbox, rollbacks, remembered())
     is_done = False
     failed: SimclrRayError | None = None
     with watcher:

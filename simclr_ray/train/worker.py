@@ -24,6 +24,7 @@ from torch import Tensor
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import name_process
+from simclr_ray.config.uris import remember
 from simclr_ray.data.batch import Batch
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed.malloc import keep_freed_memory
@@ -54,11 +55,20 @@ BAD_START = "{} is not finite before the first step: it is so in init.weights, o
 
 
 class WorkerInput(NamedTuple):
-    """What a worker is given; all of it pickles."""
+    """What a worker is given; all of it pickles.
+
+    Attributes:
+        experiment: What to train.
+        inbox: Where it says what comes.
+        rollbacks: That the run has behind it.
+        passwords: As `uris.remembered` returns them: in files that a worker opens, the list of a
+            folder among them, URIs have none.
+    """
 
     experiment: ResolvedExperiment
     inbox: Inbox
     rollbacks: Rollbacks = Rollbacks()
+    passwords: Mapping[str, str] = {}
 
 
 def train_rank(given: WorkerInput, context: TrainContext) -> None:
@@ -83,6 +93,8 @@ class TrainWorker:
     """One rank's state, and the callbacks that the loop calls."""
 
     def __init__(self, worker_input: WorkerInput, context: TrainContext) -> None:
+        for uri in worker_input.passwords.values():
+            remember(uri)
         self.resolved, self.inbox = worker_input.experiment, worker_input.inbox
         self.experiment, self.source = self.resolved.config, self.resolved.source
         self.rollbacks = worker_input.rollbacks

@@ -9,7 +9,13 @@ import pytest
 
 from simclr_ray.cli import console
 from simclr_ray.config import uris
-from simclr_ray.config.uris import hide_passwords, recall, remember, without_passwords
+from simclr_ray.config.uris import (
+    hide_passwords,
+    recall,
+    remember,
+    remembered,
+    without_passwords,
+)
 from simclr_ray.errors import DataError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import filesystem
@@ -88,6 +94,21 @@ def test_what_is_shown_is_found_again_in_this_process_or_the_environment(
     given = f"http://me:{SECRET}@host"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     assert store_uri("http://me:***@host") == given
+
+
+def test_another_process_of_the_run_has_what_this_one_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(uris, "_full", {})
+    uri = "s3://KEY:S3CRET@bucket/photos"
+    remember(uri)
+    handed = remembered()
+    monkeypatch.setattr(uris, "_full", {})  # as there, where a list alone names the bucket
+    shown = hide_passwords(uri)
+    assert recall(shown) == "s3://bucket/photos"
+    for given in handed.values():
+        remember(given)
+    assert recall(shown) == uri
 
 
 def test_no_file_of_a_run_holds_it_and_the_run_is_found_again(tmp_path: Path) -> None:
