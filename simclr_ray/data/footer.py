@@ -29,8 +29,8 @@ MANIFEST = "_manifest.json"
 MAGIC = b"PAR1"
 # The footer's length (4 bytes, little endian) and the magic number end every file.
 TAIL_BYTES = 8
-ROWS_AT_ONCE = 1024
-BYTES_OF_NULLS = 1024  # of a chunk, beside a byte for each row
+ROWS_AT_ONCE, BYTES_AT_ONCE = 1024, 64 * 1024
+BYTES_OF_NAMES = 1024  # of a row, all columns: with more it holds an image, and is not read to see
 # Keys of the metadata of a list of images that lie elsewhere (`folder_input.index_folder`): where,
 # their bytes, and a hash of their names, sizes and a sample of what they hold.
 IMAGE_ROOT, IMAGE_BYTES, IMAGE_LISTING = "image_root", "image_bytes", "image_listing"
@@ -59,8 +59,7 @@ class Footer:
     """What the footer of one file says.
 
     `digest` is a hash of its bytes; `is_empty` says of a column, or a field of one (`image.bytes`),
-    whether its every value is null. `thin` are structs whose field `bytes` has next to no bytes,
-    `group_bytes` those of row groups in memory.
+    whether its every value is null. `group_bytes` are those of row groups in memory, all columns.
     """
 
     path: str
@@ -69,7 +68,6 @@ class Footer:
     schema: pa.Schema
     digest: str
     is_empty: Callable[[str], bool]
-    thin: frozenset[str] = frozenset()
     group_bytes: tuple[int, ...] = ()
 
     @property
@@ -82,6 +80,14 @@ class Footer:
     def image_root(self) -> str:
         """Folder of images that are named by path: from the file's own, or a URI; else empty."""
         return self.about(IMAGE_ROOT)
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether its rows are so few bytes that they may be names alone.
+
+        Of all columns: of one of a damaged footer Arrow 25 ends the process when it is asked.
+        """
+        return sum(self.group_bytes) <= BYTES_OF_NAMES * (sum(self.group_rows) + 1)
 
     def identity(self, root: str) -> list[object]:
         """Return what decides the rows: of a list the listing, wherever list and images lie."""
@@ -156,10 +162,9 @@ def read_footer(fs: pafs.FileSystem, file: Listed) -> Footer:
     parts = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     groups = tuple(part.num_rows for part in parts)
     digest = hashlib.sha256(raw).hexdigest()[:16]
-    is_empty = functools.partial(_holds_nulls_only, fs, file.path, schema)
+    is_empty = functools.cache(functools.partial(_holds_nulls_only, fs, file.path, schema))
     sizes = tuple(part.total_byte_size for part in parts)
-    thin = _thin(parts, schema)
-    return Footer(file.path, file.size, groups, schema, digest, is_empty, thin, sizes)
+    return Footer(file.path, file.size, groups, schema, digest, is_empty, sizes)
 
 
 def fingerprint_of(
@@ -231,7 +236,7 @@ def names_files(footer: Footer, column: str) -> bool:
     fields = {field.name: field.type for field in kind}
     if not is_text(fields.get("path")) or "bytes" not in fields:
         return is_text(fields.get("path"))
-    return column in footer.thin and footer.is_empty(f"{column}.bytes")
+    return footer.is_thin and footer.is_empty(f"{column}.bytes")
 
 
 def all_name_files(footers: Sequence[Footer], column: str) -> bool:
@@ -279,17 +284,6 @@ def _footer_bytes(stream: pa.NativeFile, file: Listed) -> bytes:
     return raw
 
 
-def _thin(groups: Sequence[pq.RowGroupMetaData], schema: pa.Schema) -> frozenset[str]:
-    """Return the structs whose field `bytes` takes no more than nulls do: levels and headers."""
-    names = {f"{f.name}.bytes": f.name for f in schema if pa.types.is_struct(f.type)}
-    thick = set()
-    for group in groups if names else ():
-        for chunk in map(group.column, range(group.num_columns)):
-            if chunk.total_uncompressed_size > group.num_rows + BYTES_OF_NULLS:
-                thick.add(names.get(chunk.path_in_schema, ""))
-    return frozenset(names.values()) - thick
-
-
 def _holds_nulls_only(fs: pafs.FileSystem, path: str, schema: pa.Schema, name: str) -> bool:
     """Return whether a file has a column or field, and only nulls in it; read to its first value.
 
@@ -304,7 +298,8 @@ def _holds_nulls_only(fs: pafs.FileSystem, path: str, schema: pa.Schema, name: s
         return True
     try:
         with fs.open_input_file(path) as stream:
-            batches = pq.ParquetFile(stream).iter_batches(ROWS_AT_ONCE, columns=[name])
+            file = pq.ParquetFile(stream, buffer_size=BYTES_AT_ONCE)  # else chunks are read whole
+            batches = file.iter_batches(ROWS_AT_ONCE, columns=[name])
             parts = (b.column(0).field(field) if field else b.column(0) for b in batches)
             return all(part.null_count == len(part) for part in parts)
     except (OSError, pa.ArrowException, UnicodeError) as error:

@@ -86,7 +86,7 @@ def _whole_parquet(draw: random.Random) -> bytes:
     table = pa.table(
         {
             "id": pa.array(range(6), pa.int64()),
-            "image": pa.array(images, pa.binary()),
+            "image": _column_of(draw, images),
             "label": pa.array([0, 1, 2, 0, 1, 2], pa.int64()),
         }
     )
@@ -97,6 +97,18 @@ def _whole_parquet(draw: random.Random) -> bytes:
     out = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(about), out, row_group_size=3)
     return out.getvalue()
+
+
+def _column_of(draw: random.Random, images: list[bytes]) -> pa.Array:
+    """Return images as bytes, or as a struct that holds them or names their files."""
+    kind = draw.choice(("bytes", "struct", "names"))
+    if kind == "bytes":
+        return pa.array(images, pa.binary())
+    rows = [
+        {"bytes": None if kind == "names" else image, "path": f"{index}.png"}
+        for index, image in enumerate(images)
+    ]
+    return pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
 def _read_all(path: Path) -> None:

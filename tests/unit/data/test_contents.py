@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -99,6 +101,46 @@ def test_structs_that_hold_paths_alone_name_files(tmp_path: Path, has_field: boo
         write(tmp_path / "photos", "bmp", 0)
         assert Source.open(embedded.uri).fingerprint == embedded.fingerprint
         assert not source(1).names_files  # a small image in an otherwise empty column is one
+
+
+OPEN_DAMAGED = """
+import sys
+from simclr_ray.data.footer import RowGroup, names_files, read_footer
+from simclr_ray.data.listing import Listed
+from simclr_ray.data.tables import read_table
+from simclr_ray.errors import DataError
+from simclr_ray.storage.filesystem import filesystem
+
+folder, first = sys.argv[1], int(sys.argv[2])
+whole = open(f"{folder}/whole.parquet", "rb").read()
+fs, path = filesystem(f"{folder}/damaged.parquet")
+num_read = 0
+for at in range(first, len(whole) - 8):
+    with open(path, "wb") as file:
+        file.write(whole[:at] + bytes([0x73]) + whole[at + 1 :])
+    try:
+        names_files(read_footer(fs, Listed(path, len(whole))), "image")
+        read_table(path, path, str(at), RowGroup(0, 0, 0, 3), ["image"])
+        num_read += 1
+    except DataError:
+        pass
+print(num_read)
+"""
+
+
+def test_no_damaged_byte_of_the_footer_of_structs_ends_the_process(tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.array([{"path": f"{index}.png"} for index in range(6)], kind)
+    path = tmp_path / "whole.parquet"
+    pq.write_table(pa.table({"image": rows, "label": [0] * 6}), path, row_group_size=3)
+    length = int.from_bytes(path.read_bytes()[-8:-4], "little")
+    first = path.stat().st_size - 8 - length
+    done = subprocess.run(  # a process that C++ ends takes the tests with it
+        [sys.executable, "-c", OPEN_DAMAGED, str(tmp_path), str(first)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 0 < int(done.stdout) < length
 
 
 def local_at(source: Source) -> tuple[pafs.FileSystem, str]:
