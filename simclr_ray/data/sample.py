@@ -125,7 +125,7 @@ def _decoded(
             for first in range(0, len(images), AT_ONCE):
                 few = images[first : first + AT_ONCE]
                 problems.update(filter(None, pool.map(partial(_problem, decoder), few)))
-                num_crowded += sum(decoder.num_unused_pages(i) > 0 for i in few if i)
+                num_crowded += sum(decoder.leaves_pages_out(i) for i in few if i)
                 num += len(few)
                 if time.monotonic() - begin > seconds * place / len(sample.places):
                     break

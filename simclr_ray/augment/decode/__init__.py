@@ -25,9 +25,9 @@ from PIL import Image, JpegImagePlugin
 from .channels import (
     Bands,
     White,
+    has_more_pages,
     is_color_by_pages,
     luma_of,
-    num_pages,
     read_bands,
     read_deep_bands,
     shown_as_rgb,
@@ -149,12 +149,12 @@ class ImageDecoder(NamedTuple):
         pixels = self._decode_rgb(encoded, kind, least)
         return luma_of(pixels) if self.channels == 1 else pixels
 
-    def num_unused_pages(self, encoded: bytes) -> int:
-        """Return how many pages of a TIFF that can be decoded are left out, beside its first."""
+    def leaves_pages_out(self, encoded: bytes) -> bool:
+        """Return whether a TIFF that can be decoded has pages beside those that are its image."""
         kind = format_of(encoded[:FIRST_BYTES])
         if self.channels not in COLOR or (self.channels == 3 and is_color_by_pages(encoded, kind)):
-            return 0
-        return num_pages(encoded, kind) - 1
+            return False
+        return has_more_pages(encoded, kind)
 
     def decode_small(self, encoded: bytes, side: int) -> Pixels:
         """Return the pixels of an image that will be shown with `side` px, uint8 [H, W, C].

@@ -32,7 +32,7 @@ from .formats import (
 )
 from .metadata import ORIENTATION, orientation_of, turn_upright, turn_values_upright
 from .rgb import WHITE_16, read_gray, read_stored, scaled_gray
-from .tiff import are_gray_planes, check_page, check_tile, page_values, samples_of
+from .tiff import are_gray_planes, check_page, check_tile, count_pages, page_values, samples_of
 
 # NumPy parses a header as Python; two threads that do so at once make CPython before 3.11.9 and
 # 3.12.3 raise SystemError now and then, and a good image would be a broken one (gh-106905).
@@ -180,7 +180,7 @@ def _read_tiff(encoded: bytes, channels: int, max_pixels: int) -> Bands:
     """Return the gray pages of a TIFF by Pillow; pages of several samples by tifffile."""
     try:
         image = TiffImagePlugin.TiffImageFile(io.BytesIO(encoded))
-        num = image.n_frames
+        num = count_pages(image, MOST_CHANNELS)
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - bits and samples that are not on Pillow's list
@@ -188,7 +188,7 @@ def _read_tiff(encoded: bytes, channels: int, max_pixels: int) -> Bands:
     if num == 1 or (channels and num != channels):
         return _read_tiff_samples(encoded, channels, max_pixels)
     if num > MOST_CHANNELS:
-        raise channels_error(num, channels or MOST_CHANNELS)
+        raise ImageError(f"more than {MOST_CHANNELS} pages")
     try:
         return _stacked([_page(image, place, max_pixels) for place in range(num)])
     except (ImageError, MemoryError):
@@ -197,16 +197,16 @@ def _read_tiff(encoded: bytes, channels: int, max_pixels: int) -> Bands:
         raise UndecodedError(reason_of(error)) from error
 
 
-def num_pages(encoded: bytes, kind: Format | None) -> int:
-    """Return how many pages a TIFF has; 1 for any other image, and for one that is broken."""
+def has_more_pages(encoded: bytes, kind: Format | None) -> bool:
+    """Return whether a TIFF has more pages than one; one that is broken has not."""
     if kind is not TIFF:
-        return 1
+        return False
     try:
-        return TiffImagePlugin.TiffImageFile(io.BytesIO(encoded)).n_frames
+        return count_pages(TiffImagePlugin.TiffImageFile(io.BytesIO(encoded)), 1) > 1
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - decoding says it
-        return 1
+        return False
 
 
 def is_color_by_pages(encoded: bytes, kind: Format | None) -> bool:

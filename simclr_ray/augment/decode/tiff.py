@@ -135,6 +135,27 @@ def check_samples(image: Any, channels: int) -> None:
         )
 
 
+def count_pages(image: Any, most: int) -> int:
+    """Return how many pages a TIFF has; `most + 1` of any that has more.
+
+    Pillow counts all of them in quadratic time, and a page is no more than a few bytes.
+
+    Args:
+        image: Pillow's, whose page stays.
+        most: Pages that matter.
+    """
+    page, num = image.tell(), 1
+    try:
+        while num <= most:
+            image.seek(num)
+            num += 1
+    except EOFError:
+        pass
+    finally:
+        image.seek(page)
+    return num
+
+
 def are_gray_planes(image: Any, num: int) -> bool:
     """Return whether a TIFF has so many pages, each gray, all of one size and of the same values.
 
@@ -143,7 +164,7 @@ def are_gray_planes(image: Any, num: int) -> bool:
         num: Pages.
     """
     kinds = set()
-    if image.n_frames != num:
+    if count_pages(image, num) != num:
         return False
     for place in range(num):
         image.seek(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import sys
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from simclr_ray.augment.decode import (
     ImageDecoder,
@@ -20,6 +21,9 @@ from simclr_ray.augment.decode import (
     image_size,
     read_deep_image,
 )
+from simclr_ray.augment.decode.channels import read_bands
+from simclr_ray.augment.decode.formats import TIFF
+from simclr_ray.augment.decode.tiff import count_pages
 
 HEIGHT, WIDTH = 21, 34
 UNSPECIFIED, PREMULTIPLIED, TRANSPARENCY = 0, 1, 2
@@ -173,6 +177,50 @@ def test_packed_values_are_white_at_the_largest_of_their_bits(bits: int, num: in
     tifffile.imwrite(out, stored, bitspersample=bits, photometric=photometric)
     pixels = decode_image(out.getvalue())
     assert np.abs(pixels - values * 255.0 / (2**bits - 1)).max() <= 0.51
+
+
+def many_pages(num: int) -> bytes:
+    """Return a TIFF of small gray pages that share their pixels: 114 bytes of directory each."""
+    tags = {
+        256: 2, 257: 2, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: 4,
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    size, first = 2 + len(entries) + 4, 12
+    starts = [first + size * page for page in range(1, num)] + [0]
+    pages = (struct.pack("<H", len(tags)) + entries + struct.pack("<I", at) for at in starts)
+    return struct.pack("<2sHI4B", b"II", 42, first, 10, 20, 30, 40) + b"".join(pages)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_of_thousands_of_pages_few_are_looked_at(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, loads = many_pages(4000), []
+    load = TiffImagePlugin.ImageFileDirectory_v2.load
+
+    def counted(directory: Any, file: Any) -> None:
+        loads.append(file.tell())
+        load(directory, file)
+
+    monkeypatch.setattr(TiffImagePlugin.ImageFileDirectory_v2, "load", counted)
+    decoder = ImageDecoder(channels=channels)
+    assert decoder.decode(encoded)[..., 0].tolist() == [[10, 20], [30, 40]]
+    assert decoder.leaves_pages_out(encoded)
+    assert len(loads) < 40
+    with pytest.raises(ImageError, match="more than 16 pages"):
+        read_bands(encoded, TIFF, 0, 100)
+    assert len(loads) < 100
+
+
+def test_pages_are_counted_to_one_more_than_matter_and_the_current_one_stays() -> None:
+    for num in (1, 2, 3, 4):
+        image = TiffImagePlugin.TiffImageFile(io.BytesIO(many_pages(num)))
+        image.seek(num - 1)
+        assert [count_pages(image, most) for most in (1, 2, 3)] == [
+            min(num, most + 1) for most in (1, 2, 3)
+        ]
+        assert image.tell() == num - 1
+        assert image.n_frames == num
 
 
 def test_pages_that_are_not_gray_planes_are_never_taken_for_them() -> None:
