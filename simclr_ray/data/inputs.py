@@ -90,8 +90,14 @@ class ParquetInput:
 
     @property
     def identity(self) -> dict[str, object]:
-        """The fingerprint of the dataset."""
+        """The fingerprint of the dataset; of names of files also what their cut into shards is by.
+
+        The fingerprint says which rows there are, and a list is read in slices of row groups.
+        """
         identity: dict[str, object] = {"kind": "parquet", "fingerprint": self.source.fingerprint}
+        if self.source.names_files:
+            identity["slices"] = len(self.source.row_groups)
+            identity["bytes_per_row"] = self.bytes_per_row
         return identity | ({"group": self.source.columns.group} if self.groups else {})
 
     @property

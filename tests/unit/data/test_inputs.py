@@ -25,6 +25,7 @@ from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.inputs import ParquetInput, ShapesInput, open_input
 from simclr_ray.data.items import Input, Item
 from simclr_ray.data.shapes import render
+from simclr_ray.data.slices import cut_groups
 from simclr_ray.data.source import Source
 from simclr_ray.data.torchvision_input import UNSUPPORTED, TorchvisionInput
 from simclr_ray.errors import DataError
@@ -86,6 +87,31 @@ def test_a_folder_of_folders_gives_classes_in_order_of_their_names(tmp_path: Pat
         (3, "dog/1.jpg", 2),
     ]
     assert all(i.encoded == (tmp_path / i.name).read_bytes() for i in items)
+
+
+def test_the_identity_of_a_list_has_the_cut_into_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output that was cut otherwise is of other settings; that of images is what it was."""
+    fill(tmp_path, [f"{i}.jpg" for i in range(10)])
+    names = [f"{i}.jpg" for i in range(10)]
+    pq.write_table(pa.table({"image": names}), tmp_path / "list.parquet")
+    images = [(tmp_path / name).read_bytes() for name in names]
+    pq.write_table(pa.table({"image": images}), tmp_path / "images.parquet")
+
+    def identity(name: str) -> dict[str, object]:
+        given = ParquetInput.open(str(tmp_path / name), ColumnsConfig(), 0)
+        return dict(given.identity)
+
+    assert set(identity("images.parquet")) == {"kind", "fingerprint"}
+    first = identity("list.parquet")
+    assert identity("list.parquet") == first
+    monkeypatch.setattr("simclr_ray.data.source.cut_groups", lambda groups: cut_groups(groups, 4))
+    other = identity("list.parquet")
+    assert (first["slices"], other["slices"]) == (1, 3)
+    assert other["fingerprint"] == first["fingerprint"]
+    mean = sum(map(len, images)) / len(images)
+    assert mean < int(str(first["bytes_per_row"])) < mean + 200
 
 
 def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
