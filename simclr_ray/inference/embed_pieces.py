@@ -86,8 +86,8 @@ class Layout(NamedTuple):
 
 def embed_pieces(
     source: Source, parts: Parts, encoding: Encoding, layout: Layout, on_progress: OnProgress
-) -> int:
-    """Write the pieces of a dataset that are not there yet; return how many there are of all.
+) -> list[Int64s]:
+    """Write the pieces of a dataset that are not there yet; return the rows of all.
 
     Raises:
         DataError: A file cannot be read, or no row has an embedding; the pieces are gone then.
@@ -95,7 +95,7 @@ def embed_pieces(
         ClusterError: No cluster answers or starts, or its actors fail.
     """
     pieces = cut_pieces(source)
-    missing = parts.missing(len(pieces))
+    missing = parts.missing(pieces)
     num_done = source.num_rows - sum(len(pieces[i]) for i in missing)
     on_progress(num_done, source.num_rows)
     if missing:
@@ -104,20 +104,20 @@ def embed_pieces(
         parts.make()  # after all that can be refused
         tables = stream(source, [pieces[i] for i in missing], encoding, actors)
         for index, table in zip(missing, tables, strict=True):
-            parts.put(index, layout.of(table))
+            parts.put(pieces[index], layout.of(table))
             num_done += table.num_rows
             on_progress(num_done, source.num_rows)
-    _check_any(source, parts, len(pieces))
-    return len(pieces)
+    _check_any(source, parts, pieces)
+    return pieces
 
 
-def _check_any(source: Source, parts: Parts, num: int) -> None:
+def _check_any(source: Source, parts: Parts, pieces: Sequence[Int64s]) -> None:
     """Raise `DataError` where no row has an embedding, and forget the pieces."""
     reason = ""
-    for index in range(num):
-        for why in parts.read(index)[ERROR].to_pylist():
+    for rows in pieces:
+        for why in parts.read(rows)[ERROR].to_pylist():
             if why is None:
                 return
             reason = reason or why
-    parts.clear()
+    parts.clear(is_whole=False)
     raise DataError(f"none of {source.num_rows} rows has an embedding: {reason}")

@@ -101,8 +101,8 @@ def embed_rows(
         [encoder.network], encoder.size, encoder.decoder, batch_size, keep=tuple(keep)
     )
     layout = Layout(key_of(source), encoder.feature_dim, encoding.keep, dtype)
-    num = embed_pieces(source, parts, encoding, layout, on_progress or (lambda *_: None))
-    file.write(parts, num, digest, _origin(address, encoder, where, source, keep))
+    pieces = embed_pieces(source, parts, encoding, layout, on_progress or (lambda *_: None))
+    file.write(parts, pieces, digest, _origin(address, encoder, where, source, keep))
     return file.summary()
 
 

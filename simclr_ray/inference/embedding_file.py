@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from simclr_ray.data.classes import Int64s
 from simclr_ray.errors import DataError, StorageError
 from simclr_ray.storage.filesystem import (
+    address_below,
     entries_in,
     filesystem,
     info_of,
@@ -30,6 +32,7 @@ from simclr_ray.storage.filesystem import (
     open_large,
     open_whole,
     remove_file,
+    split_address,
 )
 from simclr_ray.storage.space import writing
 
@@ -109,9 +112,8 @@ class EmbeddingFile:
     @property
     def lists(self) -> str:
         """Hidden folder beside the file for the list of images that are no parquet."""
-        address, mark, options = self.uri.partition("?")
-        folder, slash, name = address.rpartition("/")
-        return f"{folder}{slash}.{name}.list{mark}{options}"
+        folder, name = split_address(self.uri)
+        return address_below(folder, f".{name}.list")
 
     def digest(self, *, overwrite: bool) -> str:
         """Return the digest that the file was written with; "": there is none, or it may go.
@@ -170,13 +172,12 @@ class EmbeddingFile:
             images: Path or URI that the images are read by, which may be a list beside the file.
             overwrite: What others have left beside the file goes at the end as well.
         """
-        lists = self.listed()
-        if not overwrite:  # by both names: of a link the images' path has its target
-            own = filesystem(images)[1].rsplit("/", 2)[1:] if images else []
-            lists = {path for path in lists if path.rsplit("/", 2)[1:] == own}
+        # by both names: of a link the images' path has its target
+        own = filesystem(images)[1].rsplit("/", 2)[1:] if images else []
+        lists = {path for path in self.listed() if path.rsplit("/", 2)[1:] == own}
         return Parts(self, f"{self.path}{PARTS}{digest}", lists, overwrite=overwrite)
 
-    def write(self, parts: Parts, num: int, digest: str, origin: Origin) -> None:
+    def write(self, parts: Parts, rows: Sequence[Int64s], digest: str, origin: Origin) -> None:
         """Write the file of its pieces, one in memory at a time, and remove those.
 
         Raises:
@@ -185,8 +186,8 @@ class EmbeddingFile:
         """
         with self.written(), open_large(self.fs, self.path) as file:
             writer = None
-            for index in range(num):
-                table = parts.read(index)
+            for piece in rows:
+                table = parts.read(piece)
                 if writer is None:
                     about = (table.schema.metadata or {}) | {IDENTITY: digest.encode()}
                     about |= origin.as_metadata()
@@ -236,7 +237,7 @@ class Parts:
         file: What they become.
         path: Of their folder.
         lists: Paths of the lists of images that go with them.
-        overwrite: Those of other digests go with them as well.
+        overwrite: Once the file is whole, those of others go with them as well.
     """
 
     def __init__(
@@ -250,13 +251,18 @@ class Parts:
         self.file, self.fs, self.path = file, file.fs, path
         self.lists, self.overwrite = lists, overwrite
 
-    def clear(self) -> None:
-        """Remove what is no longer needed, and say what others have left."""
+    def clear(self, *, is_whole: bool = True) -> None:
+        """Remove what is no longer needed, and say what others have left.
+
+        Args:
+            is_whole: The file is written; else nothing of others is overwritten.
+        """
+        all_go = self.overwrite and is_whole
         for path in self.file.pieces():
-            if path == self.path or self.overwrite:
+            if path == self.path or all_go:
                 self.fs.delete_dir(path)
         if not self.file.pieces():  # which may be of the same images, and read by the same list
-            for path in self.lists:
+            for path in self.file.listed() if all_go else self.lists:
                 remove_file(self.fs, path)
         self.file.remove_empty_lists()
         left = sorted({*self.file.pieces(), *self.file.listed()})
@@ -265,10 +271,10 @@ class Parts:
             remedy = "--overwrite removes what is not needed"
             log.info("of other models, images or settings stay: %s (%s)", names, remedy)
 
-    def missing(self, num: int) -> list[int]:
-        """Return which of `num` pieces are not there."""
+    def missing(self, rows: Sequence[Int64s]) -> list[int]:
+        """Return which pieces are not there, of those of given rows."""
         there = {info.base_name for info in entries_in(self.fs, self.path)}
-        return [index for index in range(num) if _name(index) not in there]
+        return [index for index, piece in enumerate(rows) if _name(piece) not in there]
 
     def make(self) -> None:
         """Make the folder, and see that it can be written to before there is work to be lost."""
@@ -279,14 +285,14 @@ class Parts:
                 stream.write(b"-")
             self.fs.delete_file(probe)
 
-    def put(self, index: int, table: pa.Table) -> None:
+    def put(self, rows: Int64s, table: pa.Table) -> None:
         """Write a piece."""
-        with self.file.written(), open_whole(self.fs, f"{self.path}/{_name(index)}") as file:
+        with self.file.written(), open_whole(self.fs, f"{self.path}/{_name(rows)}") as file:
             pq.write_table(table, file)
 
-    def read(self, index: int) -> pa.Table:
+    def read(self, rows: Int64s) -> pa.Table:
         """Return a piece."""
-        with self.fs.open_input_file(f"{self.path}/{_name(index)}") as stored:
+        with self.fs.open_input_file(f"{self.path}/{_name(rows)}") as stored:
             return pq.read_table(stored)
 
 
@@ -305,5 +311,6 @@ def are_embeddings(fs: pafs.FileSystem, paths: Sequence[str]) -> bool:
     return all(f".parquet{PARTS}" in path or digest_of(fs, path) for path in paths)
 
 
-def _name(index: int) -> str:
-    return f"part-{index:06d}.parquet"
+def _name(rows: Int64s) -> str:
+    """Return the name of a piece, which says its rows: another release may cut them otherwise."""
+    return f"rows-{rows[0]:09d}-{len(rows)}.parquet"

@@ -151,13 +151,13 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(
     assert run.wait() == -signal.SIGKILL
     assert not out.exists()
     (parts,) = tmp_path.glob("out.parquet.parts-*")
-    finished = {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*")}
+    finished = {p.name: p.stat().st_mtime_ns for p in parts.glob("rows-*")}
     assert 2 <= len(finished) < len(cut_pieces(open_rows(where, EmbeddingFile(str(out)))))
     told: list[int] = []
     write = EmbeddingFile.write
 
     def seen(*given: Any) -> None:
-        assert {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*")}.items() >= (
+        assert {p.name: p.stat().st_mtime_ns for p in parts.glob("rows-*")}.items() >= (
             finished.items()
         )
         write(*given)
@@ -246,7 +246,7 @@ def test_embeddings_among_the_images_are_not_taken_for_a_dataset(tmp_path: Path)
     where, first = str(tmp_path), tmp_path / "a.parquet"
     embed_rows(MODEL, where, str(first))
     (tmp_path / "b.parquet.parts-0123").mkdir()  # of a run that was killed
-    shutil.copy(first, tmp_path / "b.parquet.parts-0123" / "part-000000.parquet")
+    shutil.copy(first, tmp_path / "b.parquet.parts-0123" / "rows-000000000-3.parquet")
     second = embed_rows(MODEL, where, str(tmp_path / "b.parquet"), overwrite=True)
     assert second == embed_rows(MODEL, where, str(first)) == Embedded(3, 0, [])
     names = ["0.png", "1.png", "2.png", "a.parquet", "b.parquet"]
@@ -319,6 +319,6 @@ def test_a_file_that_breaks_midway_is_named_and_what_is_done_stays(tmp_path: Pat
     with pytest.raises(DataError, match="row group 3 cannot be read"):
         embed_rows(MODEL, str(where), out)
     (parts,) = tmp_path.glob("out.parquet.parts-*")
-    assert list(parts.glob("part-*"))
+    assert list(parts.glob("rows-*"))
     where.write_bytes(whole)
     assert embed_rows(MODEL, str(where), out).num_rows == 300

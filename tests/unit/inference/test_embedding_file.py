@@ -16,6 +16,7 @@ from simclr_ray.inference.embed_pieces import DType, Layout
 from simclr_ray.inference.embedding_file import EmbeddingFile, Origin
 
 OWN, OTHER = "0123456789ab", "ba9876543210"
+FIRST = np.arange(3)  # rows of a piece
 
 
 def image(folder: Path, name: str) -> str:
@@ -48,23 +49,66 @@ def test_what_another_command_has_left_stays_unless_it_is_overwritten(
     theirs = index_files([image(tmp_path, "a.png")], file.lists)
     other = file.parts(OTHER, theirs)
     other.make()
-    other.put(0, Layout(ROW, 2, (), "float32").of(piece()))
+    other.put(FIRST, Layout(ROW, 2, (), "float32").of(piece()))
     caplog.clear()
     mine = index_files([image(tmp_path, "b.png")], file.lists)
     own = file.parts(OWN, mine, overwrite=overwrite)
     own.make()
-    own.put(0, Layout(ROW, 2, (), "float32").of(piece()))
-    file.write(own, 1, OWN, Origin())
+    own.put(FIRST, Layout(ROW, 2, (), "float32").of(piece()))
+    file.write(own, [FIRST], OWN, Origin())
     # a list is not removed while pieces of others may be of the same images
     left = {Path(theirs).name, Path(mine).name, f"out.parquet.parts-{OTHER}"}
     assert beside(file) == (set() if overwrite else left)
     assert Path(file.lists).exists() != overwrite
     assert [OTHER in line for line in caplog.messages] == ([] if overwrite else [True])
     if not overwrite:
-        assert other.read(0).num_rows == 3
+        assert other.read(FIRST).num_rows == 3
         other.clear()  # its own command ends
         file.parts(OWN, theirs, overwrite=True).clear()
         assert not Path(file.lists).exists()
+
+
+def test_nothing_of_others_goes_where_no_row_has_an_embedding(tmp_path: Path) -> None:
+    file = EmbeddingFile(str(tmp_path / "out.parquet"))
+    theirs = index_files([image(tmp_path, "a.png")], file.lists)
+    other = file.parts(OTHER, theirs)
+    other.make()
+    mine = index_files([image(tmp_path, "b.png")], file.lists)
+    own = file.parts(OWN, mine, overwrite=True)
+    own.make()
+    own.clear(is_whole=False)
+    assert beside(file) == {Path(theirs).name, Path(mine).name, f"out.parquet.parts-{OTHER}"}
+    other.clear()
+    own.clear(is_whole=False)
+    assert not Path(file.lists).exists()
+
+
+def test_a_piece_of_other_rows_is_none_of_a_file(tmp_path: Path) -> None:
+    """Another release cuts a list otherwise, and calls its images and settings the same."""
+    parts = EmbeddingFile(str(tmp_path / "out.parquet")).parts(OWN)
+    parts.make()
+    before, now = [np.arange(3), np.arange(3, 7)], [np.arange(3), np.arange(3, 5), np.arange(5, 9)]
+    for rows in before:
+        parts.put(rows, piece(len(rows)))
+    assert parts.missing(before) == []
+    assert parts.missing(now) == [1, 2]
+    assert parts.read(before[1]).num_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("uri", "lists"),
+    [
+        ("out.parquet", ".out.parquet.list"),
+        ("/a?b/out?1.parquet", "/a?b/.out?1.parquet.list"),
+        ("/out.parquet", "/.out.parquet.list"),
+        ("s3://b/c/out.parquet?region=x/y", "s3://b/c/.out.parquet.list?region=x/y"),
+        ("s3://b/out.parquet", "s3://b/.out.parquet.list"),
+    ],
+)
+def test_lists_lie_beside_the_file_whatever_its_address_has(uri: str, lists: str) -> None:
+    file = EmbeddingFile("out.parquet")
+    file.uri = uri
+    assert file.lists == lists
 
 
 def test_a_command_that_is_refused_takes_only_its_own_list_away(tmp_path: Path) -> None:
