@@ -51,13 +51,19 @@ def check_images(footers: Sequence[Footer], name: str) -> None:
             )
 
 
-def say_large_groups(footers: Sequence[Footer], column: str) -> None:
-    """Warn of a row group of images that is large: for any of them all is read and held."""
+def say_large_groups(footers: Sequence[Footer], columns: ColumnsConfig) -> None:
+    """Warn of a row group of images that is large: for any of them all is read and held.
+
+    Sizes are of all columns together. Nothing is said of a file with columns that are not read,
+    which may be what is large.
+    """
+    read = {columns.image, columns.id, columns.label, columns.group, PATH_COLUMN}
     sizes = [
         (size, num_rows, footer)
         for footer in footers
+        if read.issuperset(footer.schema.names) and not is_text(footer.type_of(columns.image))
         for size, num_rows in zip(footer.group_bytes, footer.group_rows, strict=True)
-        if size > MAX_GROUP_BYTES and not is_text(footer.type_of(column))
+        if size > MAX_GROUP_BYTES
     ]
     if sizes:
         size, num_rows, footer = max(sizes, key=lambda item: item[0])

@@ -160,7 +160,7 @@ class Source:
         if not footers:
             raise DataError(f"{uri} holds no rows")
         check_images(footers, columns.image)
-        say_large_groups(footers, columns.image)
+        say_large_groups(footers, columns)
         roots = list(dict.fromkeys(footer.image_root for footer in footers))
         if len(roots) > 1:
             raise DataError(lists_apart(uri, roots))

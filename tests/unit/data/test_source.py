@@ -465,6 +465,20 @@ def test_a_large_row_group_of_images_is_said_once(
     assert "write it with row_group_size=1" in caplog.text
 
 
+def test_a_row_group_is_not_called_large_for_columns_that_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(columns_module, "MAX_GROUP_BYTES", 2000)
+    images = {"image": [b"image"] * 9, "label": [0] * 9}
+    large = {"masks": [bytes([row]) * 5000 for row in range(9)]}
+    pq.write_table(pa.table(images | large), tmp_path / "a.parquet")
+    Source.open(str(tmp_path / "a.parquet"))
+    assert not caplog.text
+    pq.write_table(pa.table({"image": large["masks"]}), tmp_path / "b.parquet")
+    Source.open(str(tmp_path / "b.parquet"))
+    assert "b.parquet: a row group of" in caplog.text
+
+
 def test_a_file_that_breaks_after_opening_is_named(folder: Path) -> None:
     source = Source.open(str(folder))
     (folder / "a.parquet").write_bytes(b"PAR1 no longer what it was PAR1")
