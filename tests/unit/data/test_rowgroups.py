@@ -211,7 +211,7 @@ def test_a_list_is_read_in_slices_of_its_row_group_and_no_more_files_at_once(lis
     assert [len(i or b"") for i in source.read_rows(some).images] == [1599, 1000, 1300]
     limited = Source.open(str(listed), limit=300)
     assert [g.num_rows for g in limited.row_groups] == [256, 44]
-    small = Source.open(str(listed.with_name("small.parquet")))  # as it lies: its plan stays
+    small = Source.open(str(listed.with_name("small.parquet")))  # as it lies
     assert [(g.num_rows, g.offset) for g in small.row_groups] == [(100, 0)] * 6
 
 
