@@ -203,6 +203,8 @@ def inspect_whole(
 
 
 def _dataset_rows(description: Description) -> dict[str, str]:
+    from simclr_ray.data.slices import joined_groups
+
     source, roles = description.source, description.source.columns
     used = {roles.image: "image"}
     used |= {roles.label: "label"} if source.has_labels else {}
@@ -210,7 +212,8 @@ def _dataset_rows(description: Description) -> dict[str, str]:
     rows = {
         "dataset": source.uri,
         "rows": f"{source.num_rows:,} in {counted(len(source.files), 'file')}, "
-        f"{counted(len(source.row_groups), 'row group')}, {description.num_bytes / MIB:,.1f} MiB",
+        f"{counted(len(joined_groups(source.row_groups)), 'row group')}, "
+        f"{description.num_bytes / MIB:,.1f} MiB",
         "fingerprint": source.fingerprint,
     }
     if description.groups:

@@ -13,6 +13,7 @@ from simclr_ray.config.imports import ImportConfig, imports_in, is_installed
 from simclr_ray.config.wording import counted
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.image_groups import groups_line
+from simclr_ray.data.slices import joined_groups
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES
@@ -53,7 +54,8 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
     rows = {
         "run": resolved.run_name,
         "images": f"{source.num_rows:,} in {counted(len(source.files), 'file')}, "
-        f"{counted(len(source.row_groups), 'row group')}, {counted(plan.num_lanes, 'lane')}",
+        f"{counted(len(joined_groups(source.row_groups)), 'row group')}, "
+        f"{counted(plan.num_lanes, 'lane')}",
         **({"groups": groups_line(source)} if source.num_groups else {}),
         "global batch": f"{experiment.batch_size:,} {'pairs' if source.num_groups else 'images'}, "
         f"{_views(experiment) * experiment.batch_size:,} views",

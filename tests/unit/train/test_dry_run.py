@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from simclr_ray import config as cfg
+from simclr_ray.cli.dataset import _dataset_rows
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.description import describe_columns
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.nn.build import build_model
@@ -99,6 +101,18 @@ def test_counting_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     num_parameters(experiment())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_row_groups_of_a_list_are_those_of_its_file_and_no_slices(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    table = pa.table({"image": ["a.png"] * 1000})
+    pq.write_table(table, tmp_path / "list.parquet", row_group_size=500)
+    listed = Source.open(str(tmp_path / "list.parquet"))
+    assert len(listed.row_groups) == 4
+    rows = derived(ResolvedExperiment(experiment(), listed))
+    assert rows["images"].startswith("1,000 in 1 file, 2 row groups, ")
+    shown = _dataset_rows(describe_columns(str(tmp_path / "list.parquet")))
+    assert shown["rows"].startswith("1,000 in 1 file, 2 row groups, ")
 
 
 def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
