@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -60,15 +61,17 @@ class RunTask:
         rows = self.source.read_rows(self.rows)
         labels = np.full(len(self.rows), NO_LABEL) if rows.labels is None else rows.labels
         paths = rows.paths or [None] * len(self.rows)
-        columns = [self.rows, rows.ids, rows.images, labels, paths]
-        table = pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
+        columns: list[Any] = [self.rows, rows.ids, rows.images, labels, paths]
         with (
             open_whole(fs, path) as stream,
             pq.ParquetWriter(stream, SCHEMA, compression="none", use_dictionary=False) as writer,
         ):
             begin = 0
             for end in self.ends:
-                writer.write_table(table.slice(begin, end - begin), end - begin)
+                # a shard at a time: a copy of all would be as large as the run
+                shard = [column[begin:end] for column in columns]
+                table = pa.table(dict(zip(SCHEMA.names, shard, strict=True)), schema=SCHEMA)
+                writer.write_table(table, end - begin)
                 begin = end
 
 

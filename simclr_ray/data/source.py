@@ -224,8 +224,9 @@ class Source:
             group = self.row_groups[index]
             places = np.flatnonzero(owner == index)
             places = places[np.argsort(wanted[places], kind="stable")]
-            table = self._read(group, self._wanted())
-            taken = take_rows(table, wanted[places] - group.first_row, self.files[group.file])
+            own = wanted[places] - group.first_row
+            # no name for what is read: a large row group goes before its images are taken out
+            taken = take_rows(self._read(group, self._wanted()), own, self.files[group.file])
             part = self._rows(taken, wanted[places], group)
             ids[places] = part.ids
             if labels is not None and part.labels is not None:

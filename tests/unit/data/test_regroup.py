@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,6 +87,34 @@ def test_shards_of_one_large_row_group_read_it_once(
     together = bring_together(parts, str(tmp_path / "pieces"))
     assert [list(part.read()) for part in together] == expected
     assert reads == [NUM_ROWS]
+
+
+def test_of_one_large_row_group_arrow_holds_no_second_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"image": [bytes([i]) * 20_000 for i in range(NUM_ROWS)]})
+    size = table.nbytes
+    pq.write_table(table, tmp_path / "set.parquet", compression="none", use_dictionary=False)
+    del table
+    parts = ParquetInput.open(str(tmp_path / "set.parquet"), ColumnsConfig(), 0).parts(20, 0)
+    allocated: list[int] = []
+    rows_of, write_table = Source._rows, pq.ParquetWriter.write_table
+
+    def rows_counted(*given: Any) -> RowTable:
+        allocated.append(pa.total_allocated_bytes())
+        return rows_of(*given)
+
+    def write_counted(*given: Any) -> None:
+        allocated.append(pa.total_allocated_bytes())
+        write_table(*given)
+
+    monkeypatch.setattr(Source, "_rows", rows_counted)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", write_counted)
+    before = pa.total_allocated_bytes()
+    bring_together(parts, str(tmp_path / "pieces"))
+    assert len(allocated) == 1 + len(parts)
+    assert allocated[0] - before < 1.2 * size  # the rows in order; what was read is gone
+    assert max(allocated[1:]) - before < 0.3 * size  # a shard
 
 
 @pytest.mark.parametrize("names", [["a", None, "b"], [3, None, 2**62]])
