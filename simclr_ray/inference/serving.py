@@ -30,6 +30,7 @@ from starlette.requests import ClientDisconnect
 from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view
 from simclr_ray.config.uris import without_passwords
 from simclr_ray.config.wording import counted
+from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.distributed.placement import staying_nodes
 from simclr_ray.distributed.ray_cluster import is_local
 from simclr_ray.errors import ClusterError
@@ -106,6 +107,7 @@ class EncoderServer:
         self.service = service
         threads = service.threads or max(1, (os.cpu_count() or 1) // service.replicas)
         torch.set_num_threads(threads)
+        keep_freed_memory()  # else each batch faults the pages of its activations in again
         self.index = EmbeddingIndex(service.index) if service.index else None
         self.encoder = (
             encoder_of(self.index, service.encoder, service.tracking_uri)
