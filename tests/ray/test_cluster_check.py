@@ -46,7 +46,7 @@ def test_workers_that_wait_for_room_are_given_up_in_time_also_where_signals_are_
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         ray.kill(holder)
-    assert took < WITHIN_S + 20  # to end it takes as long as the machine is slow
+    assert took < WITHIN_S + 2
     assert signal.getsignal(signal.SIGINT) is handler
     assert not list(tmp_path.iterdir()), "nothing is left in the storage"
     wait_for_free(cpus)  # nor on the cluster

@@ -108,10 +108,10 @@ def test_it_asks_for_a_token_that_is_in_no_file_and_dies_with_its_driver(
     began = time.monotonic()
     local.driver.kill()
     local.driver.wait()
-    psutil.wait_procs(local.processes, timeout=ray_reaper.GRACE_S + 30)
+    psutil.wait_procs(local.processes, timeout=ray_reaper.GRACE_S + 7)
     left = [process for process in local.processes if is_running(process)]
     assert not left, left
-    assert time.monotonic() - began < ray_reaper.GRACE_S + 30
+    assert time.monotonic() - began < ray_reaper.GRACE_S + 7
 
 
 FAILS_ONCE = """

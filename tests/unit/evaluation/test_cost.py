@@ -60,10 +60,10 @@ def test_a_quarter_of_the_images_tells_what_all_take(
         ratios.append((foretold.read / 2 + foretold.final) / (time.perf_counter() - began))
         foretold = evaluation_seconds(made, source, model, PROTOCOLS)
     torch.set_num_threads(threads)
-    assert 0.25 < sorted(ratios)[1] < 4  # of what is measured on a busy machine
+    assert 0.4 < sorted(ratios)[1] < 2.5  # of what is measured on a busy machine
     assert foretold.baselines > foretold.final  # of the untrained encoder, and of pixels
     assert foretold.start > 0
-    assert foretold.epoch > 0
+    assert foretold.epoch > foretold.start / 4
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
