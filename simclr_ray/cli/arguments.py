@@ -18,7 +18,9 @@ RunOrCheckpoint = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder or its URI, or one checkpoint in it.")
 ]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run folder or its URI.")]
-TrackingUri = Annotated[str, typer.Option(help="MLflow store; empty: as MLflow finds it.")]
+TrackingUri = Annotated[
+    str, typer.Option(help="MLflow store; empty: $MLFLOW_TRACKING_URI, else SQLite in `runs` here.")
+]
 
 
 def permitted_names(names: str) -> list[str]:

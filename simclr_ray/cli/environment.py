@@ -22,6 +22,7 @@ from torch import nn
 from simclr_ray.augment import native
 from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.distributed.malloc import machine_memory
+from simclr_ray.nn.precision import unusable_gpu
 from simclr_ray.storage.provenance import version_of
 
 PACKAGE: Final = "simclr-ray"
@@ -98,8 +99,9 @@ def check_device() -> Findings:
     else:
         device, advice = torch.device("cpu"), ""
         shown = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    problem = unusable_gpu()
     return [
-        Finding("device", "ok", shown, advice),
+        Finding("device", "warn" if problem else "ok", shown, problem or advice),
         precision_finding(bf16_speedup(device)),
         views_finding(native.loaded()),
     ]

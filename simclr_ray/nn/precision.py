@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +18,23 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.floa
 def best_device() -> torch.device:
     """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def unusable_gpu(devices: Path = Path("/dev")) -> str:
+    """Return why torch sees no GPU of a machine that has some; empty: it has none, or sees them.
+
+    An NVIDIA driver older than torch's CUDA fails without a word: the count is 0, and a week of
+    training would go on on the CPU. `CUDA_VISIBLE_DEVICES=` hides them on purpose.
+    """
+    there = len(list(devices.glob("nvidia[0-9]*")))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not there or hidden or torch.cuda.device_count():
+        return ""
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return (
+        f"torch, {built}, sees none of this machine's NVIDIA devices ({there}): its driver may be "
+        "older than that asks for (`nvidia-smi` shows it)"
+    )
 
 
 def as_input(images: Tensor, device: torch.device, precision: Precision) -> Tensor:

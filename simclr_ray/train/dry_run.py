@@ -10,13 +10,14 @@ from torch import Tensor
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import ImportConfig, imports_in, is_installed
+from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.image_groups import groups_line
 from simclr_ray.data.slices import joined_groups
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
-from simclr_ray.nn.precision import DTYPES
+from simclr_ray.nn.precision import DTYPES, unusable_gpu
 from simclr_ray.nn.pretrained import weight_files
 from simclr_ray.optim import state_per_parameter
 from simclr_ray.storage.space import sized
@@ -66,6 +67,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         ),
         "steps": f"{plan.steps_per_epoch:,} per epoch, {total:,} in "
         f"{counted(experiment.epochs, 'epoch')}",
+        "device": device_line(experiment.scaling),
         "warm-up": counted(warmup, "step"),
         "peak learning rate": f"{experiment.peak_learning_rate():g} "
         f"({experiment.schedule.scaling} scaling of {experiment.schedule.learning_rate:g})",
@@ -94,6 +96,19 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
     notes = advise_before_start(resolved)
     notes += filter(None, [memory_advice(resolved, per_image, memory.weights + memory.loss)])
     return rows | {f"note {k}" if k > 1 else "note": text for k, text in enumerate(notes, 1)}
+
+
+def device_line(scaling: ScalingConfig) -> str:
+    """Return what a worker computes on; the CPU of a machine whose GPU torch cannot use is said."""
+    if scaling.gpus_per_worker:
+        return f"GPU, {scaling.gpus_per_worker:g} a worker"
+    problem, there = unusable_gpu(), torch.cuda.device_count()
+    if there and "RAY_ADDRESS" not in os.environ:
+        problem = (
+            f"this machine's {counted(there, 'GPU')} will idle: scaling.num_workers=auto takes "
+            "them, or scaling.gpus_per_worker=1"
+        )
+    return f"CPU; {problem}" if problem else "CPU"
 
 
 def _local_batch(experiment: Experiment, workers: int) -> str:

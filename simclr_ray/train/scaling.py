@@ -13,6 +13,7 @@ from simclr_ray.config.schema import AUTO
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.nn.precision import unusable_gpu
 
 KEY: Final = "scaling.num_workers"
 MOST_DATA_ACTORS: Final = 8  # a GPU, as the presets for ImageNet have
@@ -43,6 +44,8 @@ def resolve_scaling(experiment: Experiment) -> Experiment:
     made = of_machine(scaling, num_gpus, num_cpus)
     on = counted(num_gpus, "GPU") if num_gpus else counted(num_cpus, "CPU")
     log.info("%s on %s of this machine", counted(made.max_workers, "worker"), on)
+    if problem := unusable_gpu():
+        log.warning("%s", problem)
     return experiment.model_copy(update={"scaling": made})
 
 

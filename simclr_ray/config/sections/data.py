@@ -71,9 +71,9 @@ class DataConfig(Config):
     decoder: DecoderName = Field(
         "pillow",
         since=3,
-        description="What decodes JPEG for training: pillow; turbo (extra), in half the time; "
-        "turbo_scaled, large images at 1/2, 1/4 or 1/8 where no crop is enlarged by it, anew in "
-        "each epoch.",
+        description="What decodes JPEG for training: pillow; turbo (extra), in two thirds of "
+        "the time; turbo_scaled, large images at 1/2, 1/4 or 1/8 where no crop is enlarged by it, "
+        "anew in each epoch.",
     )
     decoder_sha256: str = Field(
         "",

@@ -128,6 +128,7 @@ def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
     assert rows["negatives"] == "190 per anchor"
     assert rows["local batch"] == "20 or 19 images on 5 workers"
     assert rows["steps"] == "10 per epoch, 200 in 20 epochs"
+    assert rows["device"].startswith("CPU")
     assert rows["warm-up"] == "20 steps"
     assert rows["peak learning rate"] == "0.1875 (linear scaling of 0.5)"
     assert rows["loss without learning"] == f"{np.log(191):.4f} = ln(2N-1)"

@@ -13,8 +13,10 @@ from simclr_ray.cli.cluster import planned_run
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.distributed import ray_cluster
 from simclr_ray.errors import ConfigError
+from simclr_ray.nn.precision import unusable_gpu
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.plan import base_tree
+from simclr_ray.train.dry_run import device_line
 from simclr_ray.train.scaling import resolve_scaling
 
 
@@ -107,3 +109,38 @@ def test_the_verbs_of_a_cluster_ask_for_a_number(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a cluster and a study take a number"):
         planned_run(["photos_gpu", f"storage={tmp_path}"])
     assert planned_run(["photos_gpu"], workers=4).scaling.num_workers == 4
+
+
+def test_a_gpu_that_torch_cannot_use_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine(monkeypatch, 0, 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert unusable_gpu(tmp_path) == ""
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    problem = unusable_gpu(tmp_path)
+    assert "none of this machine's NVIDIA devices (2)" in problem
+    assert "driver" in problem
+    monkeypatch.setattr("simclr_ray.train.scaling.unusable_gpu", lambda: problem)
+    monkeypatch.setattr("simclr_ray.train.dry_run.unusable_gpu", lambda: problem)
+    with caplog.at_level("WARNING"):
+        scaling = resolve_scaling(Experiment.load("photos_gpu")).scaling
+    assert caplog.messages == [problem]
+    assert device_line(scaling) == f"CPU; {problem}"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert unusable_gpu(tmp_path) == ""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    machine(monkeypatch, 2, 8)
+    assert unusable_gpu(tmp_path) == ""
+
+
+def test_a_dry_run_says_which_device_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simclr_ray.train.dry_run.unusable_gpu", lambda: "")
+    machine(monkeypatch, 2, 16)
+    auto = Experiment.load("photos_gpu")
+    assert device_line(resolve_scaling(auto).scaling) == "GPU, 1 a worker"
+    by_number = Experiment.load("photos_gpu", "scaling.num_workers=2").scaling
+    assert device_line(by_number).startswith("CPU; this machine's 2 GPUs will idle: scaling.")
+    machine(monkeypatch, 0, 16)
+    assert device_line(by_number) == "CPU"
