@@ -157,9 +157,11 @@ def best(
             "to register it"
         )
     if register:
-        loading("torch")
+        loading("torch", "ray")
         from simclr_ray.inference.registry import register_run
+        from simclr_ray.studies.baselines import check_trial
 
+        check_trial(folder, chosen)
         made = register_run(chosen.run["folder"], register, alias)
         out.print(f"registered  models:/{made.name}@{alias} (version {made.version})", markup=False)
 

@@ -30,8 +30,9 @@ from simclr_ray.inference.comparison import (
     table,
 )
 from simclr_ray.inference.embed import load_encoder
+from simclr_ray.inference.gate import why_not_learned
 from simclr_ray.inference.model_address import model_address
-from simclr_ray.inference.registry import find_version, why_not_learned
+from simclr_ray.inference.registry import find_version
 from simclr_ray.inference.requirement import Facts, Requirement, Verdict
 from simclr_ray.nn.pretrained import experiment_of, open_checkpoint
 from simclr_ray.storage.run_folder import RunFolder

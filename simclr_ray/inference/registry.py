@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from simclr_ray.augment import decode
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
-from simclr_ray.errors import CollapseError, ConfigError, ConfigIssue, DataError
-from simclr_ray.evaluation.scores import TRAINED, UNTRAINED
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.evaluation.scores import TRAINED
 from simclr_ray.inference.encoder_files import (
     DECODE_FOLDER,
     ENCODER_FOLDER,
@@ -24,6 +24,7 @@ from simclr_ray.inference.encoder_files import (
     read_encoder,
     write_encoder_of,
 )
+from simclr_ray.inference.gate import check_scores
 from simclr_ray.inference.mlflow_model import ModelParts, log_model, pinned_requirements
 from simclr_ray.inference.model_address import model_address, what_there_is
 from simclr_ray.inference.version_files import drop_repeated_weights
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 EXAMPLES_TRIED: Final = 64
-FEW_DIMENSIONS: Final = 2.0  # effective rank; a trained encoder has ten times that and more
-NO_WORSE: Final = ("effective_rank", "feature_std")  # known of every encoder with two images
 VERSIONS_TAG: Final = "mlflow.modelVersions"
 OF_THE_RUN: Final = ("study", "trial", store.CLUSTER_TAG)  # tags that its versions carry too
 ABSENT: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter of an alias
@@ -105,42 +104,6 @@ def scores_of(folder: RunFolder) -> dict[str, float]:
             scores |= {k: v for k, v in row.items() if isinstance(v, float)}
     classifier = folder.read_json(CLASSIFIER_SCORES, dict) or {}
     return scores | {f"classifier_{k}": v for k, v in classifier.items() if isinstance(v, float)}
-
-
-def check_scores(folder: RunFolder) -> None:
-    """Raise `CollapseError` where, by a run's stored scores, its encoder has not learned."""
-    scores = {score["name"]: score for score in folder.read_json(SCORES, list) or []}
-    problem = why_not_learned(scores.get(TRAINED, {}), scores.get(UNTRAINED, {}))
-    if problem:
-        raise CollapseError(f"{folder.uri}: {problem}, so it is not registered (--force)")
-
-
-def why_not_learned(trained: Mapping[str, Any], untrained: Mapping[str, Any]) -> str:
-    """Return why an encoder is no use, by its scores and those of the untrained one; "": it is.
-
-    Its features span next to nothing, and fewer dimensions than those of the untrained encoder; or
-    it is better than that in nothing: no accuracy, no effective rank and no deviation.
-    """
-    both = {k: (v, untrained[k]) for k, v in trained.items() if _is_number(v, untrained.get(k))}
-    if "effective_rank" not in both:
-        return ""
-    now, then = both["effective_rank"]
-    if now < min(FEW_DIMENSIONS, then):
-        return (
-            f"the features' effective rank is {now:.2f}, that of the untrained encoder {then:.2f}: "
-            "all images look alike to it"
-        )
-    compared = {k: values for k, values in both.items() if k != "uniformity"}
-    if set(NO_WORSE) <= both.keys() and not any(a > b for a, b in compared.values()):
-        shown = (
-            f"{k} {ours:.3g} (untrained {theirs:.3g})" for k, (ours, theirs) in compared.items()
-        )
-        return f"the encoder is no better than the untrained one: {', '.join(shown)}"
-    return ""
-
-
-def _is_number(*values: object) -> bool:
-    return all(isinstance(value, float) for value in values)
 
 
 def register_encoder(

@@ -18,11 +18,14 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import PROBE
 from simclr_ray.errors import SimclrRayError, last_line
 from simclr_ray.evaluation.baselines import baseline_scores
+from simclr_ray.evaluation.scores import UNTRAINED
+from simclr_ray.inference.gate import check_learned
 from simclr_ray.studies.definition import EITHER, Study
-from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import threads_of
 
+FINAL_SCORES = "final/"  # that metrics of the trained encoder begin with
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +65,19 @@ class StudyBaselines:
             log.warning("the study has no baselines: %s", last_line(error))
 
 
+def check_trial(folder: StudyFolder, outcome: TrialOutcome) -> None:
+    """Raise `CollapseError` where a trial's encoder is no better than the untrained one.
+
+    By the study's own scores, if it has both; `register_run` looks at what the run logged.
+    """
+    untrained = folder.baselines().get(UNTRAINED, {})
+    scores = (
+        {key.removeprefix(FINAL_SCORES): value for key, value in values.items()}
+        for values in (outcome.metrics, untrained)
+    )
+    check_learned(outcome.run["folder"], *scores)
+
+
 def _scores_of(tree: dict[str, Any], protocols: list[str]) -> dict[str, dict[str, float]]:
     """Return name of a baseline -> metric -> value."""
     return enter(cfg.validate(Experiment, tree), _scored, protocols)
@@ -73,7 +89,7 @@ def _scored(resolved: ResolvedExperiment, protocols: list[str]) -> dict[str, dic
     scores = {}
     for score in baseline_scores(experiment, protocols):
         numbers = score.numbers()
-        scores[score.name] = {f"final/{key}": value for key, value in numbers.items()}
+        scores[score.name] = {f"{FINAL_SCORES}{key}": value for key, value in numbers.items()}
         if "linear_top1" in numbers:
             scores[score.name][EITHER] = numbers["linear_top1"]
     return scores

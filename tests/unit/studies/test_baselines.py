@@ -11,13 +11,15 @@ from ray.exceptions import RayError
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.errors import CollapseError
 from simclr_ray.evaluation.evaluate import score_networks, untrained_encoder
 from simclr_ray.evaluation.scores import PIXELS, UNTRAINED, Pixels
 from simclr_ray.studies import baselines as module
 from simclr_ray.studies.baselines import StudyBaselines
 from simclr_ray.studies.definition import Study
-from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from tests.ray.images import write_splits
+from tests.unit.cli.in_process import enter, run
 
 PROTOCOLS = ["knn", "linear"]
 
@@ -120,3 +122,28 @@ def test_a_process_that_dies_costs_a_study_its_baselines_alone(
     StudyBaselines(study(), experiment, folder).store()
     assert "the study has no baselines: out of memory" in caplog.text
     assert folder.baselines() == {}
+
+
+@pytest.mark.parametrize(("rank", "refused"), [(1.0, True), (9.0, False)])
+def test_the_best_trial_is_not_registered_where_it_is_no_better_than_the_untrained_encoder(
+    rank: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    refused: bool,
+) -> None:
+    enter(tmp_path, monkeypatch)
+    folder = StudyFolder(str(tmp_path), "s")
+    folder.write_definition(study(), Experiment.load("cifar10_cpu"), "0" * 16)
+    folder.write_baselines({UNTRAINED: {"final/effective_rank": 2.3, "final/linear_top1": 0.25}})
+    metrics = {"final/effective_rank": rank, "final/linear_top1": 0.3}
+    cells = [{"point": {"loss.temperature": 0.1}, "epoch": 0}]
+    cost = {"images": 1.0, "seconds": 1.0, "device_seconds": 1.0}
+    run_of = {"folder": f"{folder.uri}/runs/t-00000000"}
+    folder.write_outcome(TrialOutcome("t", "finished", "", cells, 0, metrics, {}, cost, run_of))
+    ended = run(["study", "best", folder.uri, "--register", "encoder"], capsys)
+    (line,) = ended.problems  # of the other, whose run is not there, another
+    assert ended.code == CollapseError.exit_code if refused else ended.code != 0
+    assert ("effective rank is 1.00" in line) == refused
+    assert ("model register --force" in line) == refused

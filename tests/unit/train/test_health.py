@@ -15,8 +15,8 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CollapseError, DivergedError, UnhealthyRunError
-from simclr_ray.inference.registry import check_scores
-from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.inference.gate import check_scores
+from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.train.health import HealthWatch
 
@@ -276,6 +276,21 @@ def test_an_encoder_that_is_better_than_the_untrained_in_nothing_is_not_register
         check_scores(folder)
         return
     with pytest.raises(CollapseError, match=r"no better than the untrained one: knn_top1 0\.3 "):
+        check_scores(folder)
+
+
+@pytest.mark.parametrize(("trained", "refused"), [(1.5, True), (2.2, False), (9.0, False)])
+def test_a_run_without_a_table_of_scores_is_known_by_what_it_logged(
+    trained: float, tmp_path: Path, *, refused: bool
+) -> None:
+    """A trial of a study has no such table."""
+    folder = RunFolder(str(tmp_path), "r")
+    records = [at(0, START), *(at(s, WELL | {"eval/effective_rank": trained}) for s in (10, 20))]
+    folder.write_text(METRICS, "\n".join(map(json.dumps, records)))
+    if not refused:
+        check_scores(folder)  # without accuracies at the start, only its rank is compared
+        return
+    with pytest.raises(CollapseError, match=r"effective rank is 1\.50.*untrained encoder 4\.50"):
         check_scores(folder)
 
 
