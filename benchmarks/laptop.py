@@ -5,6 +5,8 @@
 
 Of each study the forecast of `study run --dry-run` is made first, then it is run by its command,
 and its report is kept in `docs/studies` (`benchmarks.studies`); of finished ones it is kept again.
+One that was stopped, or has trials that failed, goes on; where a study's file or images have
+changed since, it is refused.
 Writes `benchmarks/results/forecasts.json`; `python -m benchmarks.findings` then writes the page.
 """
 
@@ -20,10 +22,15 @@ from pathlib import Path
 
 from benchmarks import studies as kept
 from benchmarks.record import RESULTS, machine, portable, store
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
+from simclr_ray.errors import SimclrRayError
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.driver import checked_images
 from simclr_ray.studies.files import load_study, study_names, summaries
 from simclr_ray.studies.findings import SCALE
-from simclr_ray.studies.folder import StudyFolder
-from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.folder import FINAL, StudyFolder
+from simclr_ray.studies.plan import base_tree, digest_of_study, study_folder
 from simclr_ray.studies.time_forecast import forecast_time
 from simclr_ray.studies.trials import plan
 
@@ -42,14 +49,19 @@ def main() -> None:
     if args.forecast:
         print(json.dumps(forecast_s(args.forecast, data)))
         return
-    for name in args.studies:
-        folder = StudyFolder(*study_folder(load_study(name, SCALE, *data)))
+    studies = {name: load_study(name, SCALE, *data) for name in args.studies}
+    try:  # of all, before the first runs for an hour
+        are_done = {name: is_done(study) for name, study in studies.items()}
+    except SimclrRayError as error:
+        raise SystemExit(f"error: {error}") from None
+    for name, study in studies.items():
+        folder = StudyFolder(*study_folder(study))
         if not folder.state():
             ahead = _forecast(name, [args.train, args.test])
             seconds = _run(name, data)
             # a run that was interrupted says nothing of a forecast
             _remember(name, ahead, seconds, f"{args.train} {args.test}")
-        elif not folder.state()["is_complete"]:
+        elif not are_done[name]:
             _run(name, data)
         kept.main([folder.uri])
 
@@ -57,6 +69,21 @@ def main() -> None:
 def laptop_studies() -> list[str]:
     """Return the names of the studies that have the scale."""
     return [summary.name for summary in summaries() if SCALE in summary.scales]
+
+
+def is_done(study: Study) -> bool:
+    """Return whether all trials of a study have ended, and none of them by a failure.
+
+    Raises:
+        ConfigError: Its folder holds another definition, or results of other images.
+        DataError: The images cannot be read.
+    """
+    folder, tree = StudyFolder(*study_folder(study)), base_tree(study)
+    base = cfg.validate(Experiment, tree)
+    folder.check(digest_of_study(study, base))
+    checked_images(folder, [base, *(trial.experiment for trial in plan(study, tree))])
+    has_failed = any(outcome.status not in FINAL for outcome in folder.outcomes())
+    return bool(folder.state().get("is_complete")) and not has_failed
 
 
 def forecast_s(name: str, data: list[str]) -> float:

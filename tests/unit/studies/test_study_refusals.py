@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.laptop import is_done
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError, RunError
 from simclr_ray.storage import lease
 from simclr_ray.studies.driver import checked_images, run_study
 from simclr_ray.studies.files import load_study
-from simclr_ray.studies.folder import StudyFolder
-from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.folder import StudyFolder, TrialOutcome
+from simclr_ray.studies.plan import base_tree, digest_of_study, study_folder
 from simclr_ray.studies.trials import plan
 from tests.ray.images import write_shapes
 from tests.unit.cli.in_process import enter, run
@@ -62,6 +63,28 @@ def test_images_that_one_arm_alone_has_are_those_of_the_start_too(
         checked_images(folder, experiments)
     folder.update_state(fingerprints={"train": first["train"], "test": first["test"]})
     checked_images(folder, experiments)  # of a study that an earlier release began
+
+
+def test_a_kept_study_is_done_only_by_its_own_definition_and_images_without_failed_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(BASE)
+    for name in ("train", "other", "test"):
+        write_shapes(tmp_path / f"{name}.parquet", 40 + (name == "other"))
+    (tmp_path / "s.yaml").write_text(json.dumps(STUDY))
+    study = load_study("s.yaml")
+    folder, base = StudyFolder(*study_folder(study)), cfg.validate(Experiment, base_tree(study))
+    folder.write_definition(study, base, digest_of_study(study, base))
+    assert not is_done(study)  # its start ended early
+    folder.update_state(fingerprints=checked_images(folder, [base]), is_complete=True)
+    assert is_done(study)
+    folder.write_outcome(TrialOutcome("t", "failed", "disk full", [], 0, {}, {}, {}, {}))
+    assert not is_done(study)
+    with pytest.raises(ConfigError, match="holds a study of this name with another definition"):
+        is_done(load_study("s.yaml", "", "epochs=3"))
+    with pytest.raises(ConfigError, match=r"data.train: .*other.parquet has changed since"):
+        is_done(load_study("s.yaml", "", "data.train=other.parquet"))
 
 
 @pytest.fixture(scope="module")
