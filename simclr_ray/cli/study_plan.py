@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simclr_ray.cli.console import command, out, show_table
+from simclr_ray.cli.console import command, out, say, show_table
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 
@@ -81,7 +81,7 @@ def _studies(folders: list[str], storage: str) -> list[StoredStudy]:
         try:
             studies.append(read_stored(folder))
         except ConfigError as error:
-            out.print(f"left out  {error}", markup=False, soft_wrap=True)
+            say(f"left out  {error}")  # what is printed may be JSON
     if not studies:
         remedy = f"run one (`{command('study', 'list')}`), or name the folder of one"
         place = address_below(storage, "studies")

@@ -96,7 +96,7 @@ def sign_text(verdict: Verdict) -> str:
         return "too few pairs for a test of signs"
     if verdict.p > SIGNIFICANT and not verdict.difference:
         return "no side is above the other"
-    if verdict.p > SIGNIFICANT and 0 < verdict.wins < verdict.num_pairs:
+    if verdict.p > SIGNIFICANT:  # pairs that are equal agree with neither sign
         return "the pairs do not agree"
     return f"the sign is {'as claimed' if verdict.difference > 0 else 'against the claim'}"
 

@@ -20,6 +20,8 @@ from simclr_ray.studies.expected_accuracy import fit_accuracy
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import base_tree, digest_of_study, make_trials, points_of
 from simclr_ray.studies.stored_points import read_stored, studies_in
+from tests.unit.cli.in_process import enter
+from tests.unit.cli.in_process import run as run_here
 from tests.unit.cli.test_app import ROOT, errors, run
 
 KEPT = ROOT / "docs" / "studies"
@@ -241,6 +243,18 @@ def test_the_verb_shows_a_table_and_writes_json(tmp_path: Path) -> None:
         expected = row["expected"]
         assert 0 <= expected["low"] <= expected["value"] <= expected["high"] <= 1
     assert "cannot be extrapolated" in second["note"]
+
+
+def test_json_on_the_terminal_is_nothing_but_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter(tmp_path, monkeypatch)
+    stored(tmp_path / "runs")
+    (tmp_path / "runs" / "studies" / "broken").mkdir()
+    ended = run_here(["study", "plan", "--json", "-"], capsys)
+    assert [study["study"] for study in json.loads(ended.stdout)["studies"]] == ["lengths"]
+    (line,) = ended.problems
+    assert line.startswith("left out  ")
 
 
 @pytest.mark.parametrize(

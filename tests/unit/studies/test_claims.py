@@ -13,8 +13,8 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.errors import ConfigError
 from simclr_ray.studies.analysis import Results, as_json, results_of
-from simclr_ray.studies.claim_words import CLAIM_HEAD, claim_cells, claim_line
-from simclr_ray.studies.claims import read_verdict, verdict_tree
+from simclr_ray.studies.claim_words import CLAIM_HEAD, claim_cells, claim_line, sign_text
+from simclr_ray.studies.claims import read_verdict, sign_flip_p, verdict_tree
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import TrialOutcome
@@ -227,6 +227,18 @@ def test_a_line_has_effect_interval_power_and_the_effect_of_the_paper() -> None:
     low, high = json.loads(cells["95 % interval"].replace("+", ""))
     assert low < 4.0 < high
     assert high - low < 1.0
+
+
+def test_pairs_of_which_all_but_one_are_equal_have_no_sign() -> None:
+    differences = [0.0] * 5 + [-1e-4]
+    (verdict,) = results_with(SHORT_GAP).verdicts
+    lost = verdict._replace(
+        difference=sum(differences) / 6, wins=0, num_pairs=6, p=sign_flip_p(differences),
+        smallest_p=2 / 2**6,
+    )  # fmt: skip
+    assert lost.p == 1.0
+    assert sign_text(lost) == "the pairs do not agree"
+    assert sign_text(lost._replace(p=lost.smallest_p)) == "the sign is against the claim"
 
 
 def test_a_claim_without_trials_is_not_run_yet() -> None:
