@@ -59,7 +59,7 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
 
     Args:
         study: What to run.
-        command: The command line, to be shown in the report.
+        command: The command line, to be shown in the report where it begins the study.
         isolated: Have each trial, and all that it starts, in processes of its own. Else those
             that one process can train (`can_train_in_process`) share processes, in turn.
 
@@ -85,14 +85,13 @@ def run_study(study: Study, *, command: str = "", isolated: bool = False) -> Stu
             lambda: start_cluster(study, trials),
             lambda: Tracker.open(base.tracking, base.storage),
         )
-        folder.write_definition(study, base, digest)
+        folder.write_definition(study, base, digest, command)
         parent = _parent_run(study, folder, tracker)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
         try:
             tracker.end_left_running(parent.run_id)
             folder.update_state(
                 fingerprints=fingerprints,
-                command=command,
                 versions=_versions(folder.state().get("versions", {})),
                 is_complete=False,
                 seconds=before,

@@ -93,8 +93,14 @@ class StudyFolder:
             )
             raise ConfigError([ConfigIssue("name", problem)])
 
-    def write_definition(self, study: Study, base: Experiment, digest: str) -> None:
-        """Store the definition; raise `ConfigError` where the name is taken by another."""
+    def write_definition(
+        self, study: Study, base: Experiment, digest: str, command: str = ""
+    ) -> None:
+        """Store the definition, and the command that begins the study: what resumes it is none.
+
+        Raises:
+            ConfigError: The name is taken by another definition.
+        """
         self.check(digest)
         tree = cfg.to_tree(study) | {"base": BASE, "set": {}}
         tree["space"] = {
@@ -104,8 +110,7 @@ class StudyFolder:
         }
         self.files.write_text(BASE, cfg.dump_yaml(cfg.to_tree(base)))
         self.files.write_text(DEFINITION, cfg.dump_yaml(tree))
-        if not self.state():
-            self.files.write_text(STATE, json.dumps({"digest": digest}, indent=1))
+        self.update_state(**{"digest": digest, "command": command, **self.state()})
 
     def definition(self) -> tuple[Study, dict[str, Any]]:
         """Return the study and the whole tree of its base experiment."""

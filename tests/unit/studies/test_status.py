@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.driver import seconds_before
@@ -87,6 +88,17 @@ def test_the_run_of_a_trial_is_the_one_that_was_last_written(tmp_path: Path) -> 
     assert newest is not None
     assert newest.name == "t-00000000"
     assert set(folder.runs()) == {"t", "t-other"}
+
+
+def test_the_command_of_a_study_is_the_one_that_began_it(tmp_path: Path) -> None:
+    folder, base = StudyFolder(str(tmp_path), "s"), Experiment.load("cifar10_study_cpu")
+    for command in ("simclr-ray study run s --scale laptop", f"simclr-ray study resume {folder}"):
+        folder.write_definition(study(), base, "0" * 16, command)
+        assert folder.state()["command"] == "simclr-ray study run s --scale laptop"
+    begun = StudyFolder(str(tmp_path), "begun")  # by an earlier release, and killed at once
+    begun.update_state(digest="0" * 16)
+    begun.write_definition(study(), base, "0" * 16, "simclr-ray study run begun")
+    assert begun.state() == {"digest": "0" * 16, "command": "simclr-ray study run begun"}
 
 
 def test_a_start_that_was_killed_counts_until_it_last_wrote(tmp_path: Path) -> None:
