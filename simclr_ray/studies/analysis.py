@@ -17,7 +17,7 @@ from simclr_ray.studies.claims import Verdict, verdict_of, verdict_tree
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import Baselines, TrialOutcome
 from simclr_ray.studies.plan import Point
-from simclr_ray.studies.readings import Reading, key_of, readings_of
+from simclr_ray.studies.readings import Reading, epochs_of, key_of, readings_of
 from simclr_ray.studies.space import is_same, label_of
 
 CURVE_METRIC = "eval/knn_top1"  # of studies whose own is known at the end alone
@@ -112,7 +112,7 @@ def results_of(
         _agreement(study, rows),
         [o for o in outcomes if o.reason or not readings_of(study, o)],
         len(outcomes),
-        sum(max(o.curve, default=0) for o in outcomes),
+        round(sum(map(epochs_of, outcomes))),
         sum(o.cost["images"] for o in outcomes),
         sum(o.cost["seconds"] for o in outcomes),
         sum(o.cost["device_seconds"] for o in outcomes) / 3600,

@@ -53,8 +53,9 @@ class TrialOutcome(NamedTuple):
     seed: int
     metrics: dict[str, float]
     curve: Curve
-    cost: dict[str, float]  # images, seconds, device_seconds
+    cost: dict[str, float]  # images, seconds, device_seconds, and the epochs that they are of
     run: dict[str, str]  # folder, checkpoint, mlflow_run_id, digest
+    last_good: int = 0  # the last epoch that was evaluated without a sign of collapse; 0: none
 
 
 class StudyFolder:

@@ -28,25 +28,37 @@ class Reading(NamedTuple):
 def readings_of(study: Study, outcome: TrialOutcome) -> list[Reading]:
     """Return what a finished trial says: a value for each of its points."""
     readings = []
-    trained = max(outcome.curve, default=0)
     run = _run_of(outcome)
     for cell in outcome.cells:
         epoch = int(cell["epoch"])
         # of a trunk that collapsed later, the lengths before are what runs of their own would give
         if outcome.status != "finished" and not (
-            outcome.status == "collapsed" and 0 < epoch < trained
+            outcome.status == "collapsed" and 0 < epoch <= _last_good(outcome)
         ):
             continue
         values = values_at(outcome, epoch)
         if study.metric not in values:
             continue
-        share = epoch / trained if epoch else 1.0
-        cost = {key: share * value for key, value in outcome.cost.items()}
+        fraction = epoch / epochs_of(outcome) if epoch else 1.0
+        cost = {key: fraction * value for key, value in outcome.cost.items()}
         value = values[study.metric]
         readings.append(
             Reading(outcome.trial, cell["point"], outcome.seed, value, values, cost, run)
         )
     return readings
+
+
+def epochs_of(outcome: TrialOutcome) -> float:
+    """Return the epochs that a trial's cost is of, the last in part where it collapsed there."""
+    return outcome.cost.get("epochs") or float(max(outcome.curve, default=0))
+
+
+def _last_good(outcome: TrialOutcome) -> int:
+    """Return the last epoch that a collapsed trial was well at the end of.
+
+    Of an earlier release's outcome, which does not say it, the one before the last of its curve.
+    """
+    return outcome.last_good or max(outcome.curve, default=0) - 1
 
 
 def _run_of(outcome: TrialOutcome) -> str:

@@ -98,7 +98,7 @@ def run_trial(
         reason=reason,
         metrics=metrics,
         last_epoch=0 if watch.warned else watch.health.collapsed_at,
-    )
+    )._replace(last_good=watch.last_good)
     return store_outcome(outcome, job.study.name, job.folder)
 
 
@@ -283,6 +283,7 @@ class RunWatch:
 
     Attributes:
         warned: What was wrong, where `health.on_collapse` is `warn`; else empty.
+        last_good: The last epoch whose evaluation has not ended the run; 0: there is none.
     """
 
     def __init__(self, experiment: Experiment, tell: Tell) -> None:
@@ -290,6 +291,7 @@ class RunWatch:
         self.warns, self.warned = experiment.health.on_collapse == "warn", ""
         self.folder: RunFolder | None = None  # where the run is, once that is resolved
         self.training: dict[str, float] = {}
+        self.last_good = 0
 
     def replay(self, lines: str) -> None:
         """Look at what a run had logged before it was stopped; raise as for new records."""
@@ -301,7 +303,8 @@ class RunWatch:
     def __call__(self, record: Record) -> None:
         """Take one record of metrics."""
         values = {key: value for key, value in record.items() if "/" in key}
-        if any(key.startswith("eval/") for key in record):
+        is_evaluation = any(key.startswith("eval/") for key in record)
+        if is_evaluation:
             self.tell(round(record["epoch"]), self.training | values)
         else:
             self.training |= values
@@ -311,6 +314,8 @@ class RunWatch:
             if not self.warns:
                 raise
             self.warned = self.warned or str(error)
+        if is_evaluation:
+            self.last_good = round(record["epoch"])
 
 
 def _under(experiment: Experiment, parent_run: str) -> Experiment:
@@ -319,12 +324,10 @@ def _under(experiment: Experiment, parent_run: str) -> Experiment:
 
 
 def _cost(log: str, experiment: Experiment) -> dict[str, float]:
-    """Return images and seconds of training, from the records; a restart counts no step twice."""
-    speeds = {
-        int(record["step"]): float(record["train/images_per_s"])
-        for record in read_records(log)
-        if record.get("train/images_per_s")
-    }
+    """Return images, seconds and epochs of training by the records; no step counts twice."""
+    records = [record for record in read_records(log) if record.get("train/images_per_s")]
+    speeds = {int(record["step"]): float(record["train/images_per_s"]) for record in records}
+    epochs = {int(record["step"]): float(record["epoch"]) for record in records}
     images = seconds = 0.0
     before = 0
     for step in sorted(speeds):
@@ -335,4 +338,5 @@ def _cost(log: str, experiment: Experiment) -> dict[str, float]:
         "images": images,
         "seconds": round(seconds, 2),
         "device_seconds": round(seconds * workers, 2),
+        "epochs": epochs[max(epochs)] if epochs else 0.0,
     }

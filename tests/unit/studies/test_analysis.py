@@ -240,6 +240,14 @@ def test_a_trunk_that_collapsed_keeps_the_lengths_before() -> None:
     assert [row.point["epochs"] for row in found.rows] == [1, 2]
 
 
+def test_a_trunk_that_diverged_within_an_epoch_keeps_all_lengths_at_what_they_cost() -> None:
+    diverged = trunk("collapsed", epochs=2)
+    cost = {"images": 90.0, "seconds": 9.0, "device_seconds": 9.0, "epochs": 3.0}
+    found = results_of(trunk_study(), [diverged._replace(cost=cost, last_good=2)])
+    assert [row.point["epochs"] for row in found.rows] == [1, 2]
+    assert [row.images for row in found.rows] == pytest.approx([30, 60])
+
+
 def test_values_are_compared_as_numbers_however_they_are_written() -> None:
     study = load_study("encoder_size", "cpu")
     like = {"encoder.width": {"0.125": 1, "0.25": 2}, "encoder.depth": {"10": 18.0, "18": 34}}

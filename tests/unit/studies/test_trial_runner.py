@@ -13,7 +13,7 @@ import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import CollapseError, RunError
+from simclr_ray.errors import CollapseError, DivergedError, RunError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.studies import trial_runner as trial_module
@@ -98,6 +98,20 @@ def test_a_loss_of_equal_embeddings_ends_a_run_once_it_has_had_its_time(
         watch(records[-1])
 
 
+def test_the_last_good_epoch_is_that_of_the_last_evaluation_that_ended_nothing() -> None:
+    _, watch = told()
+    good = {"eval/effective_rank": 9.0}
+    watch({"step": 5, "epoch": 5, "total": 9, **good})
+    with pytest.raises(DivergedError):
+        watch({"step": 6, "epoch": 6.5, "total": 9, "train/mean_loss": math.nan})
+    assert watch.last_good == 5
+    _, watch = told()
+    watch({"step": 5, "epoch": 5, "total": 9, **good})
+    with pytest.raises(CollapseError):
+        watch({"step": 10, "epoch": 10, "total": 9, "eval/effective_rank": 1.02})
+    assert watch.last_good == 5
+
+
 def test_a_trial_that_is_to_warn_goes_on_and_says_what_was_wrong() -> None:
     watch = RunWatch(experiment(health={"on_collapse": "warn"}), lambda *_: None)
     for epoch in (1, 2):
@@ -120,12 +134,14 @@ def test_cost_is_read_off_the_records_whatever_was_repeated(tmp_path: Path) -> N
     folder = RunFolder(str(tmp_path), "run")
     (tmp_path / "run").mkdir()
     records = [(10, 64.0), (20, 128.0), (10, 32.0)]  # step 10 again, after a kill
-    lines = [json.dumps({"step": s, "epoch": 1, "train/images_per_s": v}) for s, v in records]
+    lines = [json.dumps({"step": s, "epoch": s / 16, "train/images_per_s": v}) for s, v in records]
     (tmp_path / "run" / METRICS).write_text("\n".join(lines))
     made = experiment(scaling={"num_workers": 2})
     trial = Trial("t", (Cell({"a": 1}, 0),), 0, made)
     cost = outcome_of(trial, folder, "finished").cost
-    assert cost == {"images": 20 * N, "seconds": 20.0 + 5.0, "device_seconds": 50.0}
+    assert cost == {
+        "images": 20 * N, "seconds": 20.0 + 5.0, "device_seconds": 50.0, "epochs": 1.25
+    }  # fmt: skip
 
 
 def test_a_remote_run_is_evaluated_by_a_copy_that_goes_away(
