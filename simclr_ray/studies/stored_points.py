@@ -21,7 +21,7 @@ from simclr_ray.studies.definition import Study
 from simclr_ray.studies.expected_accuracy import Measured
 from simclr_ray.studies.folder import DEFINITION, StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import EPOCHS, FOLDER, Point
-from simclr_ray.studies.readings import readings_of
+from simclr_ray.studies.readings import epochs_of, readings_of
 from simclr_ray.studies.report import DATA
 
 APART = 1.4  # of a curve, epochs this factor apart: neighbors say nearly the same
@@ -85,12 +85,12 @@ def _of_folder(folder: StudyFolder, where: str) -> StoredStudy:
     points = [p for o in outcomes for p in _points_of(study, o, reads_curve=reads_curve)]
     costs: dict[str, tuple[float, float]] = {}
     for outcome in outcomes:
-        setting = setting_of(outcome.cells[-1]["point"])
+        setting = _setting_of(outcome)
         images, seconds = costs.get(setting, (0.0, 0.0))
         cost = outcome.cost
         costs[setting] = (images + cost["images"], seconds + cost["device_seconds"])
-    epochs = sum(max(o.curve, default=0) for o in outcomes)
-    images = sum(o.cost["images"] for o in outcomes if o.curve)
+    epochs = sum(map(epochs_of, outcomes))
+    images = sum(o.cost["images"] for o in outcomes if epochs_of(o))
     return StoredStudy(
         where, study.name, study.metric, points, _speeds(costs), images / epochs if epochs else 0.0
     )
@@ -107,31 +107,42 @@ def _is_constant(study: Study, base: Mapping[str, Any]) -> bool:
     return not varies and not grows and base.get("schedule", {}).get("decay") == "constant"
 
 
+def _setting_of(outcome: TrialOutcome) -> str:
+    """Return the setting of a trial; of one that stands for several points, that of the last."""
+    return setting_of(outcome.cells[-1]["point"])
+
+
 def _points_of(study: Study, outcome: TrialOutcome, *, reads_curve: bool) -> Iterator[Measured]:
     """Yield the points of a trial: where it is read, or if so asked along its curve."""
     readings = [r for r in readings_of(study, outcome) if r.cost["images"] > 0]
     if not readings:
         return
-    longest = max(readings, key=lambda reading: reading.cost["images"])
-    setting = setting_of(longest.point)
-    run = f"{setting}, seed {outcome.seed}"
+    setting = _setting_of(outcome)
     if not reads_curve:
-        for reading in readings:
-            yield Measured(setting, run, reading.cost["images"], reading.value)
+        reads_on = len({cell["epoch"] for cell in outcome.cells}) > 1
+        # a run that stands for several points has measured once at each length
+        for images, value in {r.cost["images"]: r.value for r in readings}.items():
+            run = _run_of(setting, images, outcome.seed, reads_on=reads_on)
+            yield Measured(setting, run, images, value)
         return
-    last = max(outcome.curve)
     ahead = math.inf
     for epoch in sorted((e for e, v in outcome.curve.items() if study.metric in v), reverse=True):
         if epoch * APART <= ahead:
             ahead = epoch
-            images = outcome.cost["images"] * epoch / last
+            images = outcome.cost["images"] * epoch / epochs_of(outcome)
+            run = _run_of(setting, images, outcome.seed, reads_on=True)
             yield Measured(setting, run, images, outcome.curve[epoch][study.metric])
+
+
+def _run_of(setting: str, images: float, seed: int | str, *, reads_on: bool) -> str:
+    """Return what readings are held out with: those of one run, whose lengths may be several."""
+    return f"{setting}, seed {seed}" if reads_on else f"{setting}, {images:.0f} images, seed {seed}"
 
 
 def _of_results(text: str, where: str) -> StoredStudy:
     try:
         tree = json.loads(text)
-        rows = [row for row in tree["rows"] if row["images"] > 0]
+        rows = _measured_once([row for row in tree["rows"] if row["images"] > 0])
         points = [p for row in rows for p in _points_of_row(row, rows)]
         costs: dict[str, tuple[float, float]] = {}
         for row in rows:
@@ -146,16 +157,31 @@ def _of_results(text: str, where: str) -> StoredStudy:
         raise ConfigError([ConfigIssue(where, problem)]) from None
 
 
+def _measured_once(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows without those of points that the same runs stand for; the last of them stays."""
+    measured = {}
+    for number, row in enumerate(rows):
+        runs = tuple(sorted(_runs_of_row(row)))
+        measured[(runs, row["images"], row["mean"]) if runs else number] = row
+    return list(measured.values())
+
+
+def _runs_of_row(row: Mapping[str, Any]) -> set[str]:
+    """Return the runs of a row that are named; earlier releases named none."""
+    return set(row.get("runs", {}).values()) - {""}
+
+
 def _points_of_row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[Measured]:
     """Yield the readings of a row; where they are not there of two seeds mean ± deviation / √2."""
     setting, images = setting_of(row["point"]), float(row["images"])
     mean, deviation, seeds = float(row["mean"]), float(row["deviation"]), int(row["num_seeds"])
-    runs = set(row.get("runs", {}).values())
-    reads_on = any(runs & set(other.get("runs", {}).values()) for other in rows if other is not row)
+    runs = _runs_of_row(row)
+    reads_on = any(runs & _runs_of_row(other) for other in rows if other is not row)
     one = setting if reads_on else f"{setting}, {images:.0f} images"
     if values := row.get("value_by_seed"):
         for seed, value in values.items():
-            yield Measured(setting, f"{one}, seed {seed}", images, float(value))
+            run = _run_of(setting, images, seed, reads_on=reads_on)
+            yield Measured(setting, run, images, float(value))
     elif reads_on:  # one run passes through several lengths: they are held out together
         yield Measured(setting, f"{setting}, its seeds", images, mean, seeds, deviation)
     elif seeds == 2:

@@ -15,8 +15,10 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
 from simclr_ray.studies.accuracy_plan import plan_of
+from simclr_ray.studies.analysis import as_json, results_of
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.expected_accuracy import fit_accuracy
+from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import base_tree, digest_of_study, make_trials, points_of
 from simclr_ray.studies.stored_points import read_stored, studies_in
@@ -105,12 +107,49 @@ def test_a_folder_gives_every_run_with_its_length_and_speed(tmp_path: Path) -> N
     assert len(study.points) == 2 * 3 * 2
     assert {p.images for p in study.points} == {4000.0, 8000.0, 16000.0}
     assert {p.setting for p in study.points} == {"loss.temperature=0.1", "loss.temperature=0.5"}
-    assert len({p.run for p in study.points}) == 4  # settings with seeds
+    assert len({p.run for p in study.points}) == 12  # each length is a run of its own
     assert study.images_per_epoch == IMAGES
     assert list(study.images_per_s.values()) == [pytest.approx(SPEED)] * 2
     for point in study.points:
         seed, tau = int(point.run[-1]), float(point.setting.partition("=")[2])
         assert point.value == accuracy(tau, round(point.images / IMAGES), seed)
+
+
+def test_a_report_gives_the_points_of_its_folder_and_the_same_interval(tmp_path: Path) -> None:
+    folder = StudyFolder.at(stored(tmp_path))
+    study, _ = folder.definition()
+    (tmp_path / "results.json").write_text(as_json(results_of(study, folder.outcomes())))
+    ours, theirs = read_stored(folder.uri), read_stored(str(tmp_path))
+    assert sorted(ours.points) == sorted(theirs.points)
+    factors = [fit_accuracy(study.points).factor for study in (ours, theirs)]
+    assert factors[0] == pytest.approx(factors[1])
+    assert ours.images_per_epoch == theirs.images_per_epoch
+
+
+def test_a_run_that_stands_for_several_points_has_measured_once(tmp_path: Path) -> None:
+    """Without a head the width of its output is nothing: one run is all widths."""
+    study = load_study("projection_head", "imagenet", "study.seeds=[0, 1]", f"storage={tmp_path}")
+    base = base_tree(study)
+    experiment = cfg.validate(Experiment, base)
+    folder = StudyFolder(str(tmp_path), study.name)
+    folder.write_definition(study, experiment, digest_of_study(study, experiment))
+    for trial in make_trials(study, base, points_of(study)):
+        value = {"none": 0.6, "linear": 0.4, "nonlinear": 0.5}[str(trial.point["head"])]
+        metrics = {"final/linear_top1": value + 0.01 * trial.seed}
+        cost = {"images": 1000.0, "seconds": 4.0, "device_seconds": 4.0, "epochs": 1.0}
+        cells = [cell._asdict() for cell in trial.cells]
+        where = {"folder": f"{folder.uri}/runs/{trial.name}-00000000"}
+        folder.write_outcome(
+            TrialOutcome(trial.name, "finished", "", cells, trial.seed, metrics, {}, cost, where)
+        )
+    (tmp_path / "results.json").write_text(as_json(results_of(study, folder.outcomes())))
+    for place in (folder.uri, str(tmp_path)):
+        stored_study = read_stored(place)
+        none = [p for p in stored_study.points if p.setting.startswith("head=none")]
+        assert [p.value for p in none] == pytest.approx([0.6, 0.61])
+        assert len(stored_study.points) == 2 * (1 + 7 + 7)
+        (row,) = plan_of(stored_study, [4.0 / 3600]).rows
+        assert row.setting == none[0].setting == "head=none, head.dim=2048"
 
 
 def test_of_a_constant_rate_every_epoch_of_a_curve_is_a_length(tmp_path: Path) -> None:
