@@ -157,6 +157,10 @@ class StudyFolder:
         text = json.dumps(outcome._replace(run=run)._asdict(), indent=1, sort_keys=True)
         RunFolder(self.uri, OUTCOMES).write_text(f"{outcome.trial}.json", text)
 
+    def remove_outcome(self, trial: str) -> None:
+        """Remove what became of a trial, if anything has, since it is run again."""
+        self.files.remove(f"{OUTCOMES}/{trial}.json")
+
     def _read(self, tree: dict[str, Any]) -> TrialOutcome:
         """Return an outcome, its run where the study lies now; earlier releases wrote paths."""
         curve = {int(epoch): values for epoch, values in tree["curve"].items()}

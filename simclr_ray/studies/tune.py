@@ -180,6 +180,7 @@ class _Driver(_OfThisProcess, tune.Callback, tune.Stopper):
         self._ends_at = time.monotonic() + 3600 * hours if hours else math.inf
         self._checked_at = 0.0
         self._reported: dict[str, Curve] = {}  # a remote run's own log may lag behind
+        self._started: set[str] = set()  # trials, in this start of the study
 
     def __call__(self, *_: Any) -> bool:
         """Return whether one trial is to end: that is the scheduler's to say."""
@@ -192,6 +193,19 @@ class _Driver(_OfThisProcess, tune.Callback, tune.Stopper):
             self._checked_at = now
             self.is_stopping = now > self._ends_at or self.folder.stop_requested()
         return self.is_stopping
+
+    def on_trial_start(
+        self,
+        iteration: int,  # noqa: ARG002 - Tune's
+        trials: list[Any],  # noqa: ARG002
+        trial: Any,
+        **_: Any,
+    ) -> None:
+        """Remove the outcome of a trial that failed before: it is open again."""
+        ours = self.trial_of(trial.config)
+        self._started.add(ours.name)
+        if not self._is_final(ours):
+            self.folder.remove_outcome(ours.name)
 
     def on_trial_result(
         self,
@@ -240,7 +254,10 @@ class _Driver(_OfThisProcess, tune.Callback, tune.Stopper):
     ) -> None:
         """Store the outcome of a trial that died without one: a lost node, no memory."""
         ours = self.trial_of(trial.config)
-        if self.is_stopping or self.folder.outcome(ours.name) is not None:
+        if self.is_stopping or self._is_final(ours):
+            return
+        # of one that has not even started the outcome is that of an earlier start of the study
+        if ours.name in self._started and self.folder.outcome(ours.name) is not None:
             return
         text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
         reason = last_line(text.strip() or "its process died")

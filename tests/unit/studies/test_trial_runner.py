@@ -18,9 +18,10 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.studies import trial_runner as trial_module
 from simclr_ray.studies.definition import Study
+from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import Cell, Trial
 from simclr_ray.studies.trial_runner import Job, RunWatch, outcome_of, run_trial
-from simclr_ray.studies.tune import all_ended
+from simclr_ray.studies.tune import _Driver, all_ended
 from simclr_ray.train.outcome import Run
 from tests.ray.images import write_shapes
 
@@ -78,6 +79,30 @@ def test_a_trial_that_failed_before_has_not_ended_where_its_next_try_was_stopped
     assert all_ended(outcomes, ["a", "b"], is_stopping=is_stopping) == ended
     assert all_ended(outcomes, ["a"], is_stopping=is_stopping)
     assert not all_ended(outcomes, ["a", "c"], is_stopping=is_stopping)
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_what_a_trial_died_by_is_said_and_not_what_it_failed_by_before(
+    tmp_path: Path, *, starts: bool
+) -> None:
+    tree = {"name": "s", "question": "?", "base": "cifar10_cpu", "space": SPACE}
+    folder, trial = StudyFolder(str(tmp_path), "s"), Trial("t", (Cell({}, 0),), 0, experiment())
+    driver = _Driver(cfg.validate(Study, tree), folder, lambda _: trial, None)
+    before = outcome_of(trial, None, "failed", reason="no space left on device")
+    folder.write_outcome(before)
+    of_tune = SimpleNamespace(config={}, error_file="")
+    if starts:
+        driver.on_trial_start(0, [], of_tune)
+        assert folder.outcome("t") is None  # it is open again
+    driver.on_trial_error(0, [], of_tune)
+    died = folder.outcome("t")
+    assert died is not None
+    assert (died.status, died.reason) == ("failed", "its process died")
+    done = before._replace(status="finished")
+    folder.write_outcome(done)
+    driver.on_trial_start(0, [], of_tune)
+    driver.on_trial_error(0, [], of_tune)
+    assert folder.outcome("t") == done
 
 
 @pytest.mark.parametrize(("loss", "ends"), [(STUCK, True), (STUCK - 0.2, False)])
