@@ -30,7 +30,8 @@ from simclr_ray.studies.driver import checked_images
 from simclr_ray.studies.files import load_study, study_names, summaries
 from simclr_ray.studies.findings import SCALE
 from simclr_ray.studies.folder import FINAL, StudyFolder
-from simclr_ray.studies.plan import base_tree, digest_of_study, study_folder
+from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.settings import digest_of_study
 from simclr_ray.studies.time_forecast import forecast_time
 from simclr_ray.studies.trials import plan
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -225,13 +225,22 @@ def _agreement(study: Study, rows: Sequence[Row]) -> Agreement | None:
     return Agreement(float(correlation.statistic), float(correlation.pvalue), len(pairs))
 
 
-def as_json(results: Results, command: str = "", wall_s: float = 0.0) -> str:
+def as_json(
+    results: Results,
+    command: str = "",
+    wall_s: float = 0.0,
+    *,
+    digest: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     """Return the results as JSON: rows, claims, curves, and what figures and findings are made of.
 
     Args:
         results: Of a study.
         command: That ran it.
         wall_s: From its start to its end, starts included; 0: nobody has measured.
+        digest: Of its definition; empty: it is not known.
+        settings: That it was run with, as `settings_of` gives them; None: they are not known.
     """
     study = results.study
     tree = {
@@ -240,6 +249,8 @@ def as_json(results: Results, command: str = "", wall_s: float = 0.0) -> str:
         "question": study.question,
         "answers": study.answers,
         "command": command,
+        **({"digest": digest} if digest else {}),
+        **({"settings": settings} if settings else {}),
         "seeds": study.seeds,
         "metric": study.metric,
         "paper": {"source": study.paper.source, "metric": study.paper.metric},

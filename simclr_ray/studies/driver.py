@@ -39,10 +39,10 @@ from simclr_ray.studies.plan import (
     Trial,
     base_tree,
     check_labels,
-    digest_of_study,
     study_folder,
 )
 from simclr_ray.studies.planned_power import lack_of_power, planned_powers
+from simclr_ray.studies.settings import digest_of_study
 from simclr_ray.studies.trial_runner import Job
 from simclr_ray.studies.trials import plan
 from simclr_ray.studies.tune import run_trials

@@ -14,14 +14,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.claim_words import SHORT_HEAD, SIGNIFICANT, claim_line, short_cells
 from simclr_ray.studies.claims import read_verdict
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.effects import holm
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.paper_findings import FINDINGS
+from simclr_ray.studies.plan import base_tree
 from simclr_ray.studies.report import CURVES, DATA, FIGURE, PAGE
+from simclr_ray.studies.settings import changed_settings, settings_of
 
 SCALE = "laptop"
 READING = "reading.md"
@@ -187,26 +192,48 @@ def _section(tree: dict[str, Any], folder: Path, marked: set[Claim]) -> list[str
         lines.append(f"- {counted(len(tree['not_finished']), 'trial')} did not finish.")
     if reading.is_file():
         lines += ["", reading.read_text(encoding="utf-8").strip()]
+    study = _study_now(tree)
+    others = _other_settings(tree, study) if study else []
     lines += [
         "",
         f"{counted(len(seeds), 'seed')} ({_list(seeds)}), {counted(tree['num_trials'], 'trial')}, "
-        f"{took} ([every point and its cost]({where}/{PAGE})). Again:",
+        f"{took} ([every point and its cost]({where}/{PAGE})). {_before_command(others)}:",
         "",
         "```",
-        _again(tree),
+        tree["command"] if others else _again(tree),
         "```",
         "",
     ]
-    changed = _changed(tree)
+    changed = _changed(tree, study) if study else ""
     return [*lines, changed, ""] if changed else lines
 
 
-def _changed(tree: dict[str, Any]) -> str:
-    """Return which claims the study's file asks another smallest effect of by now; empty: none."""
+def _study_now(tree: dict[str, Any]) -> Study | None:
+    """Return the study as its file has it now; None of one whose file is not among ours."""
     try:
-        study = load_study(tree["study"], tree["scale"])
-    except ConfigError:  # a study of the user's own, whose file is not among ours
-        return ""
+        return load_study(tree["study"], tree["scale"])
+    except ConfigError:
+        return None
+
+
+def _other_settings(tree: dict[str, Any], study: Study) -> list[str]:
+    """Return the settings that the study's file has changed; earlier releases kept none."""
+    if "settings" not in tree:
+        return []
+    base = cfg.validate(Experiment, base_tree(study))
+    return changed_settings(tree["settings"], settings_of(study, base), tree["command"])
+
+
+def _before_command(others: Sequence[str]) -> str:
+    """Return what stands before the command: that it repeats the study, or why it does not."""
+    if not others:
+        return "Again"
+    named = ", ".join(f"`{path}`" for path in others)
+    return f"The study's file has other settings since ({named}); it was run by"
+
+
+def _changed(tree: dict[str, Any], study: Study) -> str:
+    """Return which claims the study's file asks another smallest effect of by now; empty: none."""
     now = {comparison.claim: comparison.smallest_effect for comparison in study.comparisons}
     then = {v.claim: v.smallest_effect for v in map(read_verdict, tree["claims"])}
     changed = [claim for claim, effect in then.items() if now.get(claim) != effect]

@@ -25,7 +25,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.storage.filesystem import address_above, address_below
 from simclr_ray.studies.definition import CLASSIFIER_METRICS, EITHER, VIEW_METRICS, Study
-from simclr_ray.studies.space import DIGITS, label_of
+from simclr_ray.studies.space import label_of
 from simclr_ray.tracking.store import DATABASE, store_uri
 
 if TYPE_CHECKING:
@@ -222,27 +222,6 @@ def restored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
     if tracking["uri"] in of_storage:  # wherever it is
         tracking["uri"] = ""
     return {**tree, "storage": storage, "tracking": tracking}
-
-
-def digest_of_study(study: Study, base: Experiment) -> str:
-    """Return 16 hex digits over what decides the results: the base by its content, not its name."""
-    looks = (
-        "question",
-        "answers",
-        "notes",
-        "figure",
-        "comparisons",
-        "paper",
-        "budget",
-        "extra_metrics",
-        "expected_deviation",
-    )
-    placed = ("concurrency", "images_per_s", "scale", "base", "set")
-    tree = {k: v for k, v in cfg.to_tree(study).items() if k not in (*looks, *placed)}
-    if any(dim.uniform or dim.loguniform for dim in study.space.values()):
-        tree["digits"] = DIGITS  # of drawn numbers
-    evaluation = cfg.to_tree(base.evaluation)
-    return cfg.digest_of({"study": tree, "base": base.digest(), "evaluation": evaluation})
 
 
 def check_labels(study: Study, trials: Sequence[Trial]) -> None:

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.metrics import is_fraction
 from simclr_ray.config.uris import hide_passwords
-from simclr_ray.errors import TrackingError
+from simclr_ray.errors import ConfigError, TrackingError
 from simclr_ray.storage.page import render_page
 from simclr_ray.studies.analysis import Results, Row, as_json, results_of
 from simclr_ray.studies.claim_words import CLAIM_HEAD, claim_cells, claim_line
+from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import draw_curves, draw_study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import RUNS
 from simclr_ray.studies.readings import shown
+from simclr_ray.studies.settings import settings_of
 from simclr_ray.tracking.runs import TrackedRun
 
 log = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ def publish_report(folder: StudyFolder) -> tuple[str, Results]:
 
 
 def _write(folder: StudyFolder, target: Path) -> Results:
-    study, _ = folder.definition()
+    study, base = folder.definition()
     outcomes = folder.outcomes()
     results = results_of(study, outcomes, folder.baselines())
     commits = {outcome.run.get("commit", "") for outcome in outcomes} - {""}
@@ -81,7 +84,13 @@ def _write(folder: StudyFolder, target: Path) -> Results:
         draw_study(results, target / f"{FIGURE}.{ending}")
         if has_curves:
             draw_curves(results, target / f"{CURVES}.{ending}")
-    data = as_json(results, state.get("command", ""), state.get("seconds", 0.0))
+    data = as_json(
+        results,
+        state.get("command", ""),
+        state.get("seconds", 0.0),
+        digest=state.get("digest", ""),
+        settings=_settings(study, base),
+    )
     (target / DATA).write_text(hide_passwords(data) + "\n", encoding="utf-8")
     (target / TABLE).write_text(hide_passwords(markdown(results)), encoding="utf-8")
     drawn = (FIGURE, CURVES) if has_curves else (FIGURE,)
@@ -89,6 +98,14 @@ def _write(folder: StudyFolder, target: Path) -> Results:
     state["commits"] = sorted(commits)
     (target / PAGE).write_text(hide_passwords(page(results, svgs, state)), encoding="utf-8")
     return results
+
+
+def _settings(study: Study, base: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a study's settings, or None where an earlier release's base is not read any more."""
+    try:
+        return settings_of(study, cfg.validate(Experiment, base))
+    except ConfigError:
+        return None
 
 
 def _log_report(target: Path, results: Results, state: dict[str, Any]) -> None:

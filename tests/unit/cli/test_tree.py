@@ -23,7 +23,8 @@ from simclr_ray.cli.app import app
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
-from simclr_ray.studies.plan import base_tree, digest_of_study
+from simclr_ray.studies.plan import base_tree
+from simclr_ray.studies.settings import digest_of_study
 from tests.formats.test_formats import HERE as FORMATS
 from tests.ray.images import write_shapes
 from tests.unit.cli.test_app import ROOT, errors, run

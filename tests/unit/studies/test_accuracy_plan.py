@@ -20,7 +20,8 @@ from simclr_ray.studies.definition import Study
 from simclr_ray.studies.expected_accuracy import fit_accuracy
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
-from simclr_ray.studies.plan import base_tree, digest_of_study, make_trials, points_of
+from simclr_ray.studies.plan import base_tree, make_trials, points_of
+from simclr_ray.studies.settings import digest_of_study
 from simclr_ray.studies.stored_points import read_stored, studies_in
 from tests.unit.cli.in_process import enter
 from tests.unit.cli.in_process import run as run_here

@@ -29,7 +29,8 @@ from simclr_ray.studies.advice_space import (
 )
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
-from simclr_ray.studies.plan import base_tree, digest_of_study, study_folder
+from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.settings import digest_of_study
 from simclr_ray.studies.step_timing import TRIAL_S, Pace
 from simclr_ray.studies.time_forecast import TimeForecast
 from simclr_ray.studies.tuning_advice import (

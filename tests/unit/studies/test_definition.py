@@ -14,13 +14,13 @@ from simclr_ray.studies.definition import Study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.plan import (
     base_tree,
-    digest_of_study,
     forecast,
     make_trials,
     note_on_lengths,
     points_of,
     study_folder,
 )
+from simclr_ray.studies.settings import digest_of_study
 from tests.ray.images import write_shapes
 
 BASE = """

@@ -16,8 +16,9 @@ from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import draw_curves, draw_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
-from simclr_ray.studies.plan import base_tree, digest_of_study, points_of
+from simclr_ray.studies.plan import base_tree, points_of
 from simclr_ray.studies.report import baselines_table, markdown, page, points_table, write_report
+from simclr_ray.studies.settings import digest_of_study, settings_of
 
 BASELINES = {
     "raw pixels": {"final/linear_top1": 0.37, "eval/knn_top1": 0.35},
@@ -152,5 +153,7 @@ def test_a_report_is_written_whole_from_a_folder(study: Study, tmp_path: Path) -
     tree = json.loads((Path(place) / "results.json").read_text(), parse_constant=pytest.fail)
     assert tree["baselines"] == BASELINES
     assert tree["command"] == "simclr-ray study run temperature"
+    assert tree["digest"] == digest_of_study(study, base)
+    assert tree["settings"] == settings_of(study, base)
     assert len(tree["claims"]) == len(results.verdicts) == len(study.comparisons)
     assert len(tree["curves"][0]["means"]) == 6

@@ -9,13 +9,18 @@ import pytest
 
 from benchmarks.findings import COMMAND, PAGE, kept_page
 from benchmarks.studies import without_links
+from simclr_ray import config as cfg
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
 from simclr_ray.studies.analysis import as_json, results_of
 from simclr_ray.studies.figures import draw_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.findings import SCALE, findings_page
+from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.paper_findings import FINDINGS
+from simclr_ray.studies.plan import base_tree
 from simclr_ray.studies.report import page
+from simclr_ray.studies.settings import digest_of_study, settings_of
 from tests.unit.studies.test_claims import SHORT_GAP, outcomes_of, study_of
 
 RUN = "simclr-ray study run s --scale laptop data.train=$SIMCLR_RAY_DATA/train"
@@ -113,6 +118,40 @@ def test_that_the_file_asks_another_effect_by_now_is_said(tmp_path: Path) -> Non
     file.write_text(json.dumps(tree | {"study": "what_h_keeps", "claims": claims}))
     said = f"the study's file has another smallest effect for: {claims[0]['claim']}."
     assert said in findings_page(tmp_path, COMMAND)
+
+
+def test_a_command_is_no_repeat_where_the_file_has_other_settings_by_now(tmp_path: Path) -> None:
+    study = load_study("what_h_keeps", SCALE)
+    settings = settings_of(study, cfg.validate(Experiment, base_tree(study)))
+    keep(tmp_path, "kept", "laptop", drawn=False)
+    file = tmp_path / "kept" / "results.json"
+    tree = json.loads(file.read_text()) | {"study": "what_h_keeps", "settings": settings}
+    repeat = f"Again:\n\n```\n{RUN} --underpowered 'study.seeds=[0, 1, 2, 3, 4]'\n```"
+    file.write_text(json.dumps(tree))
+    assert repeat in findings_page(tmp_path, COMMAND)
+    tree["settings"]["base"]["epochs"] = 7
+    tree["settings"]["study"]["protocols"] = ["knn"]
+    file.write_text(json.dumps(tree))
+    text = findings_page(tmp_path, COMMAND)
+    said = "The study's file has other settings since (`protocols`, `epochs`); it was run by:"
+    assert f"{said}\n\n```\n{RUN}\n```" in text
+    assert "Again" not in text
+    command = f"{RUN} epochs=7 study.protocols=[knn]"  # which sets them again
+    file.write_text(json.dumps(tree | {"command": command}))
+    assert f"Again:\n\n```\n{command} --underpowered" in findings_page(tmp_path, COMMAND)
+
+
+def test_the_settings_of_a_stored_study_are_those_of_its_file(tmp_path: Path) -> None:
+    study = load_study("projection_head", SCALE, f"storage={tmp_path}", "data.train=/elsewhere")
+    base = cfg.validate(Experiment, base_tree(study))
+    folder = StudyFolder(str(tmp_path), study.name)
+    folder.write_definition(study, base, digest_of_study(study, base))
+    stored, tree = folder.definition()
+    then = settings_of(stored, cfg.validate(Experiment, tree))
+    now = load_study("projection_head", SCALE, "study.seeds=[5]")
+    assert then == settings_of(now, cfg.validate(Experiment, base_tree(now)))
+    kept = json.loads(as_json(results_of(study, []), settings=then))
+    assert kept["settings"] == then
 
 
 def test_what_somebody_has_read_off_the_curves_stands_below_the_claims(tmp_path: Path) -> None:

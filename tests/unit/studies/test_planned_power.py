@@ -15,8 +15,9 @@ from simclr_ray.errors import ClusterError, ConfigError
 from simclr_ray.studies import driver
 from simclr_ray.studies.effects import power_of, seeds_needed
 from simclr_ray.studies.files import load_study
-from simclr_ray.studies.plan import base_tree, digest_of_study
+from simclr_ray.studies.plan import base_tree
 from simclr_ray.studies.planned_power import check_power, planned_powers
+from simclr_ray.studies.settings import digest_of_study
 from tests.ray.images import write_shapes
 from tests.unit.cli.test_app import errors, run
 from tests.unit.studies.test_claims import LONG_GAP, SHORT_GAP, study_of

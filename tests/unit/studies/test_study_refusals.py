@@ -17,7 +17,8 @@ from simclr_ray.storage import lease
 from simclr_ray.studies.driver import checked_images, run_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
-from simclr_ray.studies.plan import base_tree, digest_of_study, study_folder
+from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.settings import digest_of_study
 from simclr_ray.studies.trials import plan
 from tests.ray.images import write_shapes
 from tests.unit.cli.in_process import enter, run
