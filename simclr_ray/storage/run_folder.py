@@ -200,9 +200,11 @@ class RunFolder:
                 files.delete_dir(target)
             raise
 
-    def checkpoints(self) -> list[str]:
-        """Return the names of the checkpoint directories, newest first."""
+    def checkpoints(self, *, finished: bool = False) -> list[str]:
+        """Return the names of the checkpoint directories, newest first; all, or finished ones."""
         names = [f.base_name for f in self._entries() if checkpoint.step_of(f.base_name) >= 0]
+        if finished:  # a kill leaves one that is half copied, and its step was not kept
+            names = [name for name in names if checkpoint.RECORD in self.names(name)]
         return sorted(names, key=lambda n: (checkpoint.step_of(n), n), reverse=True)
 
     @contextmanager
@@ -240,13 +242,12 @@ class RunFolder:
     def check_resumable(self, identity: Identity) -> None:
         """Raise `CheckpointError` where checkpoints were finished and none can be gone on from."""
         flaws = []
-        for name in self.checkpoints():
+        for name in self.checkpoints(finished=True):
             with self.fetched(name) as folder:
                 reason = checkpoint.flaw(folder, identity)
                 if not reason:
                     return
-                if (folder / checkpoint.RECORD).is_file():  # else it was never finished
-                    flaws.append(f"{name}: {reason}")
+                flaws.append(f"{name}: {reason}")
         if flaws:
             raise CheckpointError(
                 f"{self.uri}: no checkpoint can be gone on from ({'; '.join(flaws)}); --restart "

@@ -35,7 +35,7 @@ class RunStatus(NamedTuple):
     epoch: float
     metrics: dict[str, float]  # the last of each
     scores: list[dict[str, Any]]  # of the evaluation at the end
-    checkpoints: list[str]  # newest first
+    checkpoints: list[str]  # that were finished, newest first
     written_at: datetime | None
     ranks: RankStates = RankStates()  # as the driver saw them last
     seconds_left: float | None = None  # of training, while it runs; None: not known
@@ -53,13 +53,15 @@ def status_of_run(folder: RunFolder) -> RunStatus:
     records = read_records(folder.read_text(METRICS, LOG_BYTES) or "")
     metrics, ranks = last_of(records), RankStates.read(folder)
     total, logged, epoch = (_finite(metrics.pop(key, 0)) for key in ("total", "step", "epoch"))
-    checkpoints = folder.checkpoints()
+    checkpoints = folder.checkpoints(finished=True)
     kept = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
     error = LastError.read(folder)
     state: State = "stopped"
     if folder.holder():
         state = "running"
-    elif kept and kept >= total:
+    # in a bucket the log comes a minute late, and without it nobody knows of how many steps a run
+    # is; a frozen encoder's, with the one checkpoint that it makes, names none
+    elif records and kept and kept >= total:
         state = "finished"
     elif error is not None and error.kind != RESTART and not _trained_since(error, records):
         state = "failed"

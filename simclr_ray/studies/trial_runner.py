@@ -158,7 +158,7 @@ def outcome_of(
     """
     records = (folder.read_text(METRICS) or "") if folder else ""
     record = RunRecord.find(folder) if folder else None
-    checkpoints = folder.checkpoints() if folder else []
+    checkpoints = folder.checkpoints(finished=True) if folder else []
     return TrialOutcome(
         trial.name,
         status,

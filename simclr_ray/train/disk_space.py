@@ -100,7 +100,8 @@ def check_space(resolved: ResolvedExperiment) -> None:
     folder, config = resolved.folder, resolved.config
     # the good one, and one that `CheckpointKeeper` has not looked at
     keep = config.checkpoint.keep + 2 * keeps_good(config)
-    if checkpoint.step_of(next(iter(folder.checkpoints()), "")) >= resolved.total_steps:
+    newest = next(iter(folder.checkpoints(finished=True)), "")
+    if checkpoint.step_of(newest) >= resolved.total_steps:
         return
     there, left = _checkpoints_in(folder)
     needs = []

@@ -68,7 +68,7 @@ def _compared(folder: RunFolder, resolved: ResolvedExperiment) -> OtherRun | Non
     differences = cfg.differences(cfg.identity(theirs), cfg.identity(resolved.config))
     if record.fingerprint != resolved.source.fingerprint:
         differences.insert(0, f"the images: {record.fingerprint} -> {resolved.source.fingerprint}")
-    newest = next(iter(folder.checkpoints()), "")
+    newest = next(iter(folder.checkpoints(finished=True)), "")
     return OtherRun(folder, max(checkpoint.step_of(newest), 0), differences)
 
 

@@ -193,8 +193,7 @@ def roll_back(
 
 def newest_whole_step(folder: RunFolder) -> int:
     """Return the step of the newest checkpoint that is not half written; 0: there is none."""
-    whole = (name for name in folder.checkpoints() if checkpoint.RECORD in folder.names(name))
-    return max(0, checkpoint.step_of(next(whole, "")))
+    return max(0, checkpoint.step_of(next(iter(folder.checkpoints(finished=True)), "")))
 
 
 def newest_good(folder: RunFolder, identity: Identity, good_until: int) -> str:
@@ -245,7 +244,7 @@ class CheckpointKeeper:
             return
         self._looked_at = at
         folder = self._folder
-        names = [n for n in folder.checkpoints() if checkpoint.RECORD in folder.names(n)]
+        names = folder.checkpoints(finished=True)
         good = next((n for n in names if checkpoint.step_of(n) <= health.well_until), "")
         for name in names[self._keep :]:
             if name != good:

@@ -123,6 +123,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(
     (broken / checkpoint.STATE).write_bytes(b"")
     unfinished = add(on_disk, "step-00000004-00000004", 4)
     (unfinished / checkpoint.RECORD).unlink()
+    assert [checkpoint.step_of(name) for name in folder.checkpoints(finished=True)] == [3, 2, 1]
     with folder.newest_checkpoint() as found:
         assert found is not None
         assert checkpoint.read(found).step == 2

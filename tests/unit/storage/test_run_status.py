@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from simclr_ray.errors import DivergedError, RunError
+from simclr_ray.storage.checkpoint import RECORD
 from simclr_ray.storage.last_error import ERROR, RESTART, LastError, recorded
 from simclr_ray.storage.metrics_log import FIRST_BATCH, RECENT_S, read_series, seconds_left
 from simclr_ray.storage.rank_states import RANKS, RankState, RankStates
@@ -162,6 +163,36 @@ def test_a_run_that_an_error_ended_has_failed_until_it_goes_on(folder: RunFolder
     spoiled = {**later, "time": "yesterday"}
     folder.write_text(METRICS, f"{folder.read_text(METRICS)}{json.dumps(spoiled)}\n")
     assert status_of_run(folder).state == "failed"
+
+
+def saved(folder: RunFolder, step: int) -> Path:
+    """Leave a checkpoint in the folder; return its record."""
+    record = Path(folder.uri) / f"step-{step:08d}-00000000" / RECORD
+    record.parent.mkdir()
+    record.touch()
+    return record
+
+
+def test_a_run_has_finished_by_a_checkpoint_of_its_last_step_that_is_whole(
+    folder: RunFolder,
+) -> None:
+    saved(folder, 200)
+    last = saved(folder, 1000)
+    last.unlink()  # killed while it was copied
+    status = status_of_run(folder)
+    assert (status.state, status.step) == ("stopped", 200)
+    assert status.checkpoints == ["step-00000200-00000000"]
+    last.touch()
+    assert status_of_run(folder).state == "finished"
+
+
+def test_a_checkpoint_alone_does_not_say_that_it_is_the_last(folder: RunFolder) -> None:
+    saved(folder, 200)
+    folder.remove(METRICS)  # a bucket has the log a minute late
+    status = status_of_run(folder)
+    assert (status.state, status.step, status.total_steps) == ("stopped", 200, 0)
+    folder.write_text(METRICS, json.dumps({"step": 200, "train/mean_loss": 0.5}))  # frozen
+    assert status_of_run(folder).state == "finished"
 
 
 def test_the_error_itself_is_raised_where_nothing_can_be_written(folder: RunFolder) -> None:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -132,24 +131,20 @@ def test_checkpoints_of_one_run_in_two_storages_have_names_of_their_own(tmp_path
     assert all(prefix.startswith("simclr_ray-run-0123-") for prefix in prefixes)
 
 
-def test_a_bucket_that_cannot_be_listed_leaves_the_newest_step_as_it_was() -> None:
-    class Folder:
-        uri, is_away = "s3://b/run", False
-        files: ClassVar = {"step-00000009-00000000": [], "step-00000008-00000000": [RECORD]}
+def test_a_bucket_that_cannot_be_listed_leaves_the_newest_step_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise OSError("SlowDown")
 
-        def checkpoints(self) -> list[str]:
-            if self.is_away:
-                raise OSError("SlowDown")
-            return list(self.files)
-
-        def names(self, name: str) -> list[str]:
-            return self.files[name]
-
-    recorder, folder = RunRecorder.__new__(RunRecorder), Folder()
+    recorder, folder = RunRecorder.__new__(RunRecorder), RunFolder.of(str(tmp_path), "run")
+    for step in (8, 9):
+        (tmp_path / "run" / f"step-0000000{step}-00000000").mkdir(parents=True)
+    (tmp_path / "run" / "step-00000008-00000000" / RECORD).touch()
     recorder.resolved = SimpleNamespace(folder=folder)  # type: ignore[assignment]
     recorder._kept = 4
     assert recorder._newest_step() == 8  # the one of step 9 is half uploaded
-    folder.is_away = True
+    monkeypatch.setattr(RunFolder, "_entries", away)
     assert recorder._newest_step() == 4
 
 
