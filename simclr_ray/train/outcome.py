@@ -21,6 +21,7 @@ from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking.moved import has_run, settle
 from simclr_ray.tracking.store import RegisteredEncoder, store_uri
+from simclr_ray.train.identity import newest_checkpoint
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.tracked import deliver_owed
 
@@ -95,21 +96,19 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
         return None
     if not has_run(record.tracking_uri, record.mlflow_run_id):  # its folder was copied alone
         return None
-    names = folder.checkpoints()
-    if not names or names[0] != stored.get("checkpoint"):
+    name = str(stored.get("checkpoint"))
+    if checkpoint.step_of(name) < resolved.total_steps:
         return None
-    if checkpoint.step_of(names[0]) < resolved.total_steps:
+    # a damaged one of the same step, which the run has made good, may lie before it
+    if newest_checkpoint(resolved) != name:
         return None
-    with folder.newest_checkpoint(resolved.identity) as newest:
-        if newest is None or newest.name != names[0]:
-            return None
     with suppress(TrackingError):  # a store that cannot be written keeps what it says
         settle(record.tracking_uri)
     deliver_owed(folder)
     metrics = last_values(folder.read_text(METRICS) or "")
     classifier = stored.get("classifier")
     return PretrainOutcome(
-        Run(folder.name, folder.uri, names[0], record.mlflow_run_id, metrics),
+        Run(folder.name, folder.uri, name, record.mlflow_run_id, metrics),
         [Score.from_tree(row) for row in scores],
         _registered_in(stored),
         Classification(**classifier) if classifier else None,

@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from simclr_ray.cli.pretrain import _show
+from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.storage.run_status import SCORES
 from simclr_ray.tracking.store import RegisteredEncoder
-from simclr_ray.train.outcome import OUTCOME, PretrainOutcome, Run, _registered_in, store_outcome
+from simclr_ray.train.outcome import (
+    OUTCOME,
+    PretrainOutcome,
+    Run,
+    _registered_in,
+    store_outcome,
+    stored_outcome,
+)
 from tests.unit.train.test_identity import begun, resolved
 
 MADE = RegisteredEncoder("enc", 4, "models:/enc/4", "id")
@@ -61,3 +71,31 @@ def test_an_outcome_that_says_nothing_of_the_alias_claims_it_only_without_a_rule
 ) -> None:
     assert _registered_in({"registered": OLD, "registry": registry}) == expected
     assert _registered_in({"registered": None, "registry": registry}) is None
+
+
+def test_a_finished_run_answers_beside_a_damaged_checkpoint_that_it_has_made_good(
+    tmp_path: Path,
+) -> None:
+    uri = "http://mlflow.example:5000"
+    run = begun(resolved(str(tmp_path / "runs"), tmp_path, f"tracking.uri={uri}"))
+    folder, last = run.folder, run.total_steps
+    RunRecord("m", uri, run.source.fingerprint, run.digest).write(folder)
+    row = {"name": "trained", "uniformity": -2.0, "effective_rank": 9.0, "feature_std": 1.0}
+    folder.write_text(SCORES, json.dumps([row]))
+    names = [f"step-{last:08d}-{suffix * 8}" for suffix in "0f"]
+    for name in names:
+        place = Path(folder.below(name))
+        checkpoint.write(place, last, {"model.w": torch.ones(2)}, run.identity)
+    Path(folder.below(names[1]), checkpoint.STATE).write_bytes(b"")  # then 0 was written
+
+    def stored(name: str) -> PretrainOutcome | None:
+        made = Run(folder.name, folder.uri, name, "m", {})
+        store_outcome(run, PretrainOutcome(made, [], None, None))
+        return stored_outcome(run)
+
+    outcome = stored(names[0])
+    assert outcome is not None
+    assert outcome.run.checkpoint_name == names[0]
+    assert stored(names[1]) is None  # it was evaluated, and is damaged now
+    (Path(folder.below(names[0])) / checkpoint.STATE).unlink()
+    assert stored(names[0]) is None
