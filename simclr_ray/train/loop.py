@@ -98,6 +98,7 @@ def train(
     seed: int = 0,
     num_groups: int = 1,
     clip_norm: float = 0.0,
+    meter: StepMeter | None = None,
 ) -> None:
     """Train until the stream ends. A collective: every rank streams the same steps.
 
@@ -114,6 +115,7 @@ def train(
         num_groups: Above 1, a step's images pass the model in so many groups, by gradient caching;
             batch norm's statistics are those of a group.
         clip_norm: Longest gradient that is stepped by, of all parameters as one vector; 0: any.
+        meter: Of this start; its caller keeps what it has summed in checkpoints.
 
     It ends with the stream, or where it is asked to stop, after a checkpoint of its last step.
 
@@ -123,7 +125,7 @@ def train(
         RunError: Ranks stand at different steps; looked at when metrics are due.
     """
     device = next(model.parameters()).device
-    meter = StepMeter(device, schedule)
+    meter = meter or StepMeter(device, schedule)
     # where this rank's images lie in the global batch, over whose places the groups are spread
     first, last = dist.partition(schedule.global_batch_size, dist.rank(), dist.world_size())
     groups = group_rows(last - first, first, num_groups)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from simclr_ray.errors import DivergedError, RunError
 from simclr_ray.nn.losses import BatchMetrics
 from simclr_ray.train.step_schedule import StepSchedule
 
+INTERVAL: Final = "report_interval"  # in a checkpoint's record
 _GRADIENT = "the gradient is not finite at step {step}, while the loss is ({loss})"
 _NOT_FINITE = "the loss is not finite at step {step} (mean since the last report: {mean})"
 
@@ -37,16 +38,54 @@ class Metrics(NamedTuple):
     bad_rows: int  # ids replaced since the last report, all ranks
 
 
-class StepMeter:
-    """Sums on the device between reports, so that a step never waits for the host."""
+class Interval(NamedTuple):
+    """The sums since the last report, which a checkpoint keeps: the next one is over all steps."""
 
-    def __init__(self, device: torch.device, schedule: StepSchedule) -> None:
+    steps: int
+    loss_sums: Sequence[float]  # of each rank
+    bad_rows: int  # of all ranks
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Interval | None:
+        """Return what a checkpoint's record says; None: it came with a report, or is an old one."""
+        tree = record.get(INTERVAL)
+        return cls(tree["steps"], tree["loss_sums"], tree["bad_rows"]) if tree else None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint's record says of it."""
+        return {INTERVAL: self._asdict()}
+
+
+class StepMeter:
+    """Sums on the device between reports, so that a step never waits for the host.
+
+    Args:
+        device: Of the losses.
+        schedule: The run's arithmetic.
+        begun: The interval that an earlier start of the run began.
+    """
+
+    def __init__(
+        self, device: torch.device, schedule: StepSchedule, begun: Interval | None = None
+    ) -> None:
         self.device, self.schedule = device, schedule
         self.restart()
+        if begun is not None:
+            self._resume(begun)
+
+    def _resume(self, begun: Interval) -> None:
+        """Go on with an interval; among another number of ranks each takes the mean of theirs."""
+        sums = begun.loss_sums
+        own = sums[dist.rank()] if len(sums) == dist.world_size() else sum(sums) / len(sums)
+        self.steps = self.untimed_steps = begun.steps
+        self.loss_sum = torch.tensor(own, dtype=torch.float64, device=self.device)
+        self.bad_rows = 0 if dist.rank() else begun.bad_rows
 
     def restart(self) -> None:
         """Start a new interval: what is done between steps does not count as training time."""
-        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.began, self.waited = time.perf_counter(), 0.0
+        self.steps = self.untimed_steps = 0  # untimed: an earlier start has taken them
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.last_loss = self.loss_sum
         self.bad_rows = 0
@@ -75,6 +114,16 @@ class StepMeter:
         self.last_loss = value.double()
         self.loss_sum = self.loss_sum + self.last_loss
         self.bad_rows += len(batch.bad)
+
+    def interval(self) -> Interval | None:
+        """Return the sums since the last report, or None right after it. Collective."""
+        if not self.steps:
+            return None
+        mine = torch.tensor(
+            [float(self.loss_sum), float(self.bad_rows)], dtype=torch.float64, device=self.device
+        )
+        loss_sums, bad_rows = dist.all_gather_vector(mine).T.tolist()  # [R] each
+        return Interval(self.steps, loss_sums, int(sum(bad_rows)))
 
     def check_finite(self, done: int) -> None:
         """Raise `DivergedError` on all ranks if a loss was not finite. Collective."""
@@ -106,7 +155,7 @@ class StepMeter:
             raise DivergedError(_NOT_FINITE.format(step=done, mean=mean))
         if not math.isfinite(float(grad_norm)):
             raise DivergedError(_GRADIENT.format(step=done, loss=last))
-        images = self.steps * self.schedule.global_batch_size
+        images = (self.steps - self.untimed_steps) * self.schedule.global_batch_size
         metrics = Metrics(
             step=done,
             epoch=done / self.schedule.steps_per_epoch,

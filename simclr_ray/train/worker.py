@@ -42,6 +42,7 @@ from simclr_ray.train import loop
 from simclr_ray.train.context import TrainContext
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.heartbeat import Heartbeat, Inbox, RanksMove
+from simclr_ray.train.meter import Interval, StepMeter
 from simclr_ray.train.rank_metrics import RankMetrics
 from simclr_ray.train.recorder import WorkerReady
 from simclr_ray.train.requests import RanksMoved, Requests
@@ -146,19 +147,23 @@ class TrainWorker:
             if before:
                 self._send(0, 0, before)
         self.inbox.put(WorkerReady(self.rank, self.num_ranks))
+        model = dist.data_parallel(self.model, compressed=experiment.compress_gradients)
+        schedule = schedule_of(self.resolved, self.rollbacks.halved_at)
+        self.meter = StepMeter(self.device, schedule, Interval.of(kept.record if kept else {}))
         loop.train(
-            dist.data_parallel(self.model, compressed=experiment.compress_gradients),
+            model,
             self.loss,
             self.optimizer,
             finish_batches(
                 experiment, self.source, self._with_replaced_rows_sent(batches), self.device
             ),
-            schedule_of(self.resolved, self.rollbacks.halved_at),
+            schedule,
             loop.Callbacks(self.report, self.epoch_end, self.save, self.requests.ask),
             precision=experiment.precision,
             seed=experiment.seed,
             num_groups=experiment.num_groups,
             clip_norm=experiment.optimizer.clip_norm,
+            meter=self.meter,
         )
 
     def close(self) -> None:
@@ -205,7 +210,7 @@ class TrainWorker:
         self.uploaded.wait()  # one at a time: else they would pile up on this machine's disk
         tensors = checkpoint.pack(self.model, self.optimizer)
         self._check_finite(step, tensors)
-        local = None
+        local, interval = None, self.meter.interval()
         name = dist.broadcast_text(checkpoint.new_name(step))
         if self.rank == 0:
             local = Path(tempfile.gettempdir()) / f"{self._scratch_prefix}{name}"
@@ -213,6 +218,7 @@ class TrainWorker:
                 "experiment": cfg.to_tree(self.experiment),
                 **self.resolved.identity,
                 **self.rollbacks.record,
+                **(interval.record if interval else {}),
                 "class_names": list(self.resolved.class_names),
             }
             checkpoint.write(local, step, tensors, record)

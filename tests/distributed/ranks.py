@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.data.batch import Batch
 from simclr_ray.data.source import Source
 from simclr_ray.distributed import collectives as dist
 from simclr_ray.distributed import shared_memory as sharedmem
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_model
-from simclr_ray.nn.losses import NTXentLoss, contrastive_metrics
+from simclr_ray.nn.losses import BatchMetrics, NTXentLoss, contrastive_metrics
+from simclr_ray.train.meter import Interval, Metrics, StepMeter
+from simclr_ray.train.step_schedule import StepSchedule
 
 Array = NDArray[np.float64]
 
@@ -137,6 +141,30 @@ def lengths_differ(rank: int) -> str:
     except RuntimeError as error:
         return str(error)
     return "nothing"
+
+
+def mean_loss_of_halves(rank: int) -> tuple[Metrics, Metrics]:
+    """Return what is reported over steps that a resume lies between, and without it."""
+    generator = torch.Generator().manual_seed(rank)
+    losses = torch.rand(7, generator=generator, dtype=torch.float64)
+    cpu, schedule = torch.device("cpu"), StepSchedule(7, 7, 0, 0.1, 6)
+    ids = torch.arange(2)
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    whole, first = StepMeter(cpu, schedule), StepMeter(cpu, schedule)
+    meters = [whole, first]
+    for step, loss in enumerate(losses):
+        if step == 5:
+            interval = first.interval()
+            assert interval is not None
+            meters[1] = StepMeter(
+                cpu, schedule, Interval.of(json.loads(json.dumps(interval.record)))
+            )
+        for meter in meters:
+            meter.add(Batch(step, images, images, ids, ids[: step % 2]), loss)
+    of_batch, one = BatchMetrics(torch.tensor(0.5), torch.tensor(0.1)), torch.tensor(1.0)
+    reports = [meter.read(7, of_batch, one) for meter in reversed(meters)]
+    resumed, expected = (m._replace(images_per_s=0.0, data_wait_fraction=0.0) for m in reports)
+    return resumed, expected
 
 
 def evaluate_online(rank: int, experiment: Experiment) -> tuple[dict[str, float], tuple[int, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray.data.batch import Batch
+from simclr_ray.distributed import collectives
 from simclr_ray.errors import RunError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import SimCLRModel
-from simclr_ray.nn.losses import NTXentLoss
+from simclr_ray.nn.losses import BatchMetrics, NTXentLoss
 from simclr_ray.nn.precision import Precision, as_input, prepare_model
 from simclr_ray.optim import LARS, learning_rate_at
 from simclr_ray.train.loop import Callbacks, Metrics, StepSchedule, train
-from simclr_ray.train.meter import StepMeter
+from simclr_ray.train.meter import Interval, StepMeter
 
 N, SIDE = 6, 8
 TEMPERATURE = 0.5
@@ -235,6 +238,76 @@ def test_a_checkpoint_within_an_epoch_takes_nothing_from_the_next_report() -> No
     assert ("checkpoint", 3) in saved.events
     (report,) = saved.metrics
     assert (report.mean_loss, report.bad_rows) == (plain[0].mean_loss, 2)
+
+
+def stable(metrics: Metrics) -> Metrics:
+    """Return what repeats to the last bit: all but the speed."""
+    return metrics._replace(images_per_s=0.0, data_wait_fraction=0.0)
+
+
+def test_a_resumed_run_reports_what_one_that_was_not_broken_does() -> None:
+    """The mean of the loss too, whose steps are from before and from after the checkpoint."""
+    table = schedule(log_every=4, checkpoint_every=3)
+    kept: dict[int, tuple[nn.Module, torch.optim.Optimizer, str]] = {}
+
+    def reports(
+        first: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: str
+    ) -> list[Metrics]:
+        meter = StepMeter(torch.device("cpu"), table, Interval.of(json.loads(record)))
+
+        def keep(step: int) -> None:
+            interval = meter.interval()
+            said = json.dumps(interval.record if interval else {})
+            kept[step] = (*copy.deepcopy((model, optimizer)), said)
+
+        log = Log()
+        callbacks = replace(log.callbacks(), checkpoint=keep)
+        stream = batches(first, 15, bad=(1, 6, 13))
+        train(model, NTXentLoss(TEMPERATURE), optimizer, stream, table, callbacks, meter=meter)
+        return [stable(metrics) for metrics in log.metrics]
+
+    model = tiny()
+    whole = reports(0, model, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9), "{}")
+    assert len({m.mean_loss for m in whole}) == len(whole) == 6
+    for step in (3, 6, 9, 12):  # 3, 1, 1 and, with a report, 0 steps into an interval
+        assert reports(step, *kept[step]) == [m for m in whole if m.step > step]
+    assert [json.loads(kept[step][2]) == {} for step in (9, 12)] == [False, True]
+
+
+def test_the_speed_after_a_resume_is_that_of_the_steps_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    meter = StepMeter(torch.device("cpu"), schedule(), Interval(3, [6.0], 2))
+    (batch,) = batches(3, 4, bad=(3,))
+    meter.add(batch, torch.tensor(2.0))
+    now = 102.0
+    of_batch = BatchMetrics(torch.tensor(0.5), torch.tensor(0.1))
+    metrics = meter.read(4, of_batch, torch.tensor(1.0))
+    assert (metrics.mean_loss, metrics.bad_rows) == (8 / 4, 3)
+    assert metrics.images_per_s == N / 2
+    assert meter.interval() is None
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "expected"),
+    [(2, [(1.0, 3), (4.0, 0)]), (3, [(2.5, 3), (2.5, 0), (2.5, 0)]), (1, [(2.5, 3)])],
+)
+def test_each_rank_goes_on_with_its_own_sum_or_among_others_with_the_mean(
+    num_ranks: int, expected: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "world_size", lambda: num_ranks)
+    resumed = []
+    for rank in range(num_ranks):
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        meter = StepMeter(torch.device("cpu"), schedule(), Interval(2, [1.0, 4.0], 3))
+        resumed.append((float(meter.loss_sum), meter.bad_rows))
+    assert resumed == expected
+
+
+def test_a_checkpoint_of_before_there_were_intervals_begins_one() -> None:
+    assert Interval.of({"step": 3, "experiment": {}}) is None
 
 
 def test_a_checkpoint_is_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
