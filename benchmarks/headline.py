@@ -38,7 +38,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.evaluation.features import Features, Split, extract_features
 from simclr_ray.evaluation.knn import knn_scores, top_k_accuracy
-from simclr_ray.evaluation.scores import PIXELS, TRAINED, Pixels, Score, score_features
+from simclr_ray.evaluation.scores import PIXELS, TRAINED, RawPixelEncoder, Score, score_features
 from simclr_ray.nn import precision
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.optim import LARS
@@ -187,7 +187,8 @@ class Run:
             scores.append(score_features(name, bank, test_features, experiment))
             print(scores[-1], flush=True)
         bank, test_features = (
-            self._on_device(extract_features(Pixels(), s.images), s.labels) for s in (train, test)
+            self._on_device(extract_features(RawPixelEncoder(), s.images), s.labels)
+            for s in (train, test)
         )
         scores.append(score_features(PIXELS, bank, test_features, experiment))
         return {"scores": [score.as_tree() for score in scores]}

@@ -27,7 +27,7 @@ from simclr_ray.augment import native_build
 from simclr_ray.errors import ConfigError, ConfigIssue
 
 Pixels = NDArray[np.uint8]
-Setting = Literal["", "off", "package", "build"]
+NativeSetting = Literal["", "off", "package", "build"]
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,14 @@ def available() -> bool:
     return loaded().library is not None
 
 
-def check_setting() -> Setting:
+def check_setting() -> NativeSetting:
     """Return $SIMCLR_RAY_NATIVE; empty where it is not set.
 
     Raises:
         ConfigError: It is none of the four.
     """
     given = os.environ.get(native_build.SETTING, "")
-    for setting in get_args(Setting):
+    for setting in get_args(NativeSetting):
         if given == setting:
             return setting  # type: ignore[no-any-return] # get_args loses the type
     problem = f"{given!r} is none of off, package, build"

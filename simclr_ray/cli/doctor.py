@@ -34,7 +34,7 @@ PARITY_BOUND: Final = 1e-9  # float64; rounding alone gives some 1e-13 (design, 
 
 WAIT_S: Final = 60.0  # for a storage or tracking store
 
-Parity = Callable[[int], float]
+MeasureParity = Callable[[int], float]
 Checks = dict[str, Callable[[], Findings]]
 
 
@@ -42,7 +42,7 @@ def run_checks(
     storage: str,
     *,
     num_workers: int = 2,
-    parity: Parity | None = None,
+    parity: MeasureParity | None = None,
 ) -> Iterator[Finding]:
     """Yield what is found on this machine and its Ray cluster, as each check ends.
 
@@ -185,7 +185,7 @@ def check_tracking(uri: str, storage: str) -> Finding:
     return Finding("mlflow", "ok", f"{hide_passwords(tracker.uri)} opens")
 
 
-def check_gradient(num_workers: int, parity: Parity) -> Finding:
+def check_gradient(num_workers: int, parity: MeasureParity) -> Finding:
     """Return whether `num_workers` processes compute the gradient that one computes."""
     difference = parity(num_workers)
     detail = f"{num_workers} processes against 1: largest relative difference {difference:.1e}"

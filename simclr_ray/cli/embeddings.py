@@ -17,7 +17,7 @@ from simclr_ray.errors import ConfigError, ConfigIssue
 Index = Annotated[
     str, typer.Argument(metavar="EMBEDDINGS", help="What `embed --out` wrote, by path or URI.")
 ]
-Images = Annotated[
+ImagesOption = Annotated[
     str,
     typer.Option(
         "--images", help="Where its images lie now.", show_default="where they were embedded"
@@ -37,7 +37,7 @@ def search(
     encoder: Annotated[
         str, typer.Option(help="Run or model.", show_default="the one that embedded them")
     ] = "",
-    where: Images = "",
+    where: ImagesOption = "",
     tracking_uri: TrackingUri = "",
 ) -> None:
     """Find the images that are nearest to one, by the cosine of their embeddings; exact.
@@ -83,7 +83,7 @@ def duplicates(
         float, typer.Option("--min-cosine", min=-1.0, max=1.0, help="Cosine from which on.")
     ] = 0.98,
     sheet: Sheet = "",
-    where: Images = "",
+    where: ImagesOption = "",
 ) -> None:
     """Find pairs of images whose embeddings are nearly the same; exact.
 
@@ -118,7 +118,7 @@ def draw_map(
         str, typer.Option("--label", metavar="COLUMN", help="That `embed --keep` handed on.")
     ] = "",
     num: Annotated[int, typer.Option("--num", min=10, help="Images at most.")] = MAP_IMAGES,
-    where: Images = "",
+    where: ImagesOption = "",
     *,
     seed: Annotated[int, typer.Option(min=0, help="Of the sample and of t-SNE.")] = 0,
 ) -> None:

@@ -27,7 +27,7 @@ Model = Annotated[
 ]
 
 
-Images = Annotated[
+ImageFiles = Annotated[
     list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")
 ]
 ROLE: Final = re.compile(r"(?:data\.columns\.)?([a-z]+=.*)")
@@ -147,7 +147,7 @@ def _is_dataset(name: str) -> bool:
     return name.endswith(".parquet") or not Path(name).is_file()
 
 
-def predict(model: Model, files: Images, tracking_uri: TrackingUri = "") -> None:
+def predict(model: Model, files: ImageFiles, tracking_uri: TrackingUri = "") -> None:
     """Print the class of each image: its path, the class, and how probable it is, tab-separated.
 
     MODEL is a fine-tuned classifier. Of a folder all images below it are taken. Files that cannot

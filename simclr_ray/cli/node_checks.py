@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from simclr_ray.cli.environment import PACKAGE
 from simclr_ray.cli.time_limit import in_thread, result_until
-from simclr_ray.config.findings import Finding, Findings, Status, detail_of
+from simclr_ray.config.findings import CheckStatus, Finding, Findings, detail_of
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem, remove_file
 from simclr_ray.storage.provenance import code_digest, versions_of
@@ -111,7 +111,7 @@ def _compare_clocks(reports: Sequence[NodeReport]) -> Findings:
             direction = "ahead of" if node.ahead_s > 0 else "behind"
             detail = f"{node.host} is {abs(node.ahead_s):,.0f} s {direction} this machine"
             advice = "run chrony or another NTP client on every node"
-            status: Status = "fail" if off > CLOCK_FAIL_S else "warn"
+            status: CheckStatus = "fail" if off > CLOCK_FAIL_S else "warn"
             findings.append(Finding("clock", status, detail, advice))
     return findings
 

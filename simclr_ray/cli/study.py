@@ -29,7 +29,7 @@ Isolated = Annotated[
         "results.",
     ),
 ]
-Where = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URI of a study.")]
+StudyPlace = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URI of a study.")]
 
 
 def list_studies() -> None:
@@ -87,7 +87,7 @@ def run(
         _run(study, trials, isolated=isolated)
 
 
-def resume(where: Where, isolated: Isolated = False) -> None:  # noqa: FBT002
+def resume(where: StudyPlace, isolated: Isolated = False) -> None:  # noqa: FBT002
     """Go on with a study; finished trials are not run again, open ones go on where they stood."""
     from simclr_ray.studies.trials import stored_study
 
@@ -96,7 +96,7 @@ def resume(where: Where, isolated: Isolated = False) -> None:  # noqa: FBT002
         _run(study, trials, isolated=isolated)
 
 
-def status(where: Where) -> None:
+def status(where: StudyPlace) -> None:
     """Show how the trials of a study stand."""
     from simclr_ray.studies.folder import StudyFolder
     from simclr_ray.studies.status import status_of
@@ -106,7 +106,7 @@ def status(where: Where) -> None:
         out.print(study_table(status_of(study, StudyFolder.at(where), trials)))
 
 
-def stop(where: Where) -> None:
+def stop(where: StudyPlace) -> None:
     """Ask a running study to stop; `resume` goes on with it."""
     from simclr_ray.studies.folder import StudyFolder
 
@@ -114,7 +114,7 @@ def stop(where: Where) -> None:
     say(f"asked; to go on: {command('study', 'resume', where)}")
 
 
-def report(where: Where) -> None:
+def report(where: StudyPlace) -> None:
     """Draw figure, table and page again from what is stored."""
     from simclr_ray.studies.folder import StudyFolder
 
@@ -122,7 +122,7 @@ def report(where: Where) -> None:
 
 
 def best(
-    where: Where,
+    where: StudyPlace,
     register: Annotated[
         str, typer.Option(help="Registered model that its encoder becomes a version of.")
     ] = "",

@@ -7,14 +7,14 @@ from typing import Final, Literal, NamedTuple
 from simclr_ray.errors import last_line
 
 MOST_CHARS: Final = 300  # of what an error says
-Status = Literal["ok", "warn", "fail"]
+CheckStatus = Literal["ok", "warn", "fail"]
 
 
 class Finding(NamedTuple):
     """One thing that was looked at, and, unless all is well, what to do about it."""
 
     check: str
-    status: Status
+    status: CheckStatus
     detail: str
     advice: str = ""
 

@@ -31,7 +31,7 @@ from simclr_ray.data.decoding import training_decoder
 from simclr_ray.data.image_cache import DecodedImage
 from simclr_ray.data.image_groups import groups_of
 from simclr_ray.data.plan import BatchPlan, replacement
-from simclr_ray.data.row_reader import Bad, RowReader
+from simclr_ray.data.row_reader import RowReader, UnusableRow
 from simclr_ray.data.rowgroups import RowGroups
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.collectives import partition
@@ -138,7 +138,7 @@ class BatchBuilder:
             batches.append(Batch(step, a, b, own, unusable, reasons, paths, ids_b=of_b))
         return batches
 
-    def _gathered(self, step: int) -> tuple[list[list[DecodedImage]], list[Bad]]:
+    def _gathered(self, step: int) -> tuple[list[list[DecodedImage]], list[UnusableRow]]:
         """Return the images of this part of a step, and the rows that others stand in for.
 
         The images are those of both views, or those of view a and those of view b.
@@ -152,7 +152,7 @@ class BatchBuilder:
         rows = self._rows(units, epoch)
         decoded = self._decoded(rows)
         images: list[list[Any]] = [decoded[num * v : num * (v + 1)] for v in range(len(rows))]
-        bad: list[Bad] = []
+        bad: list[UnusableRow] = []
         if None not in decoded:
             return images, bad
         for index, unit in enumerate(units.tolist()):

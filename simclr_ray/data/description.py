@@ -19,7 +19,7 @@ from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem
 
 
-class BadRow(NamedTuple):
+class UnusableSample(NamedTuple):
     """A row of the sample whose image cannot be used."""
 
     row: int  # its position in the dataset
@@ -35,7 +35,7 @@ class Description(NamedTuple):
     labels: dict[int, int]  # label -> rows, -1 where there is none; empty without labels
     num_sampled: int
     sizes: list[tuple[int, int]]  # width and height of the sampled images
-    bad: list[BadRow]
+    bad: list[UnusableSample]
     channels: dict[int, int]  # of the images -> how many of the sample; gray and color are 3
     groups: str = ""  # of images of one thing: how many, or why they cannot serve as they lie
 
@@ -117,7 +117,7 @@ def channels_in_words(num_of: Mapping[int, int]) -> str:
 def _decoded(description: Description, channels: int | None) -> Description:
     """Return the description with sizes and channels of a sample, and rows that cannot be used."""
     sizes: list[tuple[int, int]] = []
-    bad: list[BadRow] = []
+    bad: list[UnusableSample] = []
     num_of = Counter[int]()
     num_sampled = 0
     decoder = ImageDecoder(channels=channels) if channels else None
@@ -130,7 +130,7 @@ def _decoded(description: Description, channels: int | None) -> Description:
                     decoder.decode(encoded).shape if decoder else image_shape(encoded)
                 )
             except ImageError as error:
-                bad.append(BadRow(row, str(error)))
+                bad.append(UnusableSample(row, str(error)))
             else:
                 sizes.append((width, height))
                 num_of[num] += 1

@@ -30,7 +30,7 @@ from simclr_ray.data.source import RowTable, Source
 
 DIGEST_BYTES = 16  # 1e9 images collide with a chance of 1e-21
 RGB = ("red", "green", "blue")
-OnProgress = Callable[[str, str, int, int], None]  # what is looked at, unit, done, all
+OnStage = Callable[[str, str, int, int], None]  # what is looked at, unit, done, all
 LOOKING, COMPARING = "images", "pairs"
 
 
@@ -166,7 +166,7 @@ def inspect_all(
     names: tuple[str, str] = ("", ""),
     duplicates: bool = True,
     channels: int = 3,
-    on_progress: OnProgress | None = None,
+    on_progress: OnStage | None = None,
 ) -> Inspection:
     """Return what is seen when every image is decoded, and compared with every other.
 
@@ -206,7 +206,7 @@ def inspect_all(
     return Inspection(looked, deep, duplicates, same, near, num_flat, num_crowded, leaks)
 
 
-def look(source: Source, decoder: ImageDecoder, tell: OnProgress, name: str = "") -> Looked:
+def look(source: Source, decoder: ImageDecoder, tell: OnStage, name: str = "") -> Looked:
     """Return what is kept of each image of a dataset, after decoding it.
 
     Raises:
@@ -303,7 +303,7 @@ def _copies(looked: Looked, rows: Int64s, misfit: float) -> Copies:
     return Copies(rows.tolist(), misfit, len(encoded) == 1, len(labels) > 1)
 
 
-def _near(looked: Looked, tell: OnProgress) -> tuple[list[Copies], int]:
+def _near(looked: Looked, tell: OnStage) -> tuple[list[Copies], int]:
     rows = looked.compared
     copies = near_copies(
         looked.thumbnails[rows],
@@ -320,7 +320,7 @@ def _near(looked: Looked, tell: OnProgress) -> tuple[list[Copies], int]:
     return near, copies.num_crowded
 
 
-def _leaks(looked: Looked, other: Looked, tell: OnProgress) -> Leaks:
+def _leaks(looked: Looked, other: Looked, tell: OnStage) -> Leaks:
     """Return which images of `other` are in `looked`: by their pixels, else nearly."""
     row_of = {digest: row for row, digest in reversed(list(enumerate(looked.pixels))) if digest}
     same = {

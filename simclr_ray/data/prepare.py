@@ -68,7 +68,7 @@ from simclr_ray.storage.run_lock import LockedError, hold
 LIBRARIES = ("numpy", "pillow", "pyarrow", "ray", "simclr-ray")
 NUM_REASONS_SHOWN = 5
 
-OnProgress = Callable[[int, int], None]
+OnRows = Callable[[int, int], None]
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def prepare(
     max_bad_fraction: float = 0.01,
     max_pixels: int = 50_000_000,
     overwrite: bool = False,
-    on_progress: OnProgress | None = None,
+    on_progress: OnRows | None = None,
 ) -> Manifest:
     """Write the images of `kind_or_path` to `out` as parquet shards; return the manifest.
 
@@ -282,7 +282,7 @@ def _write_all(
     reports: dict[int, ShardReport],
     out: str,
     limit: _Limit,
-    on_progress: OnProgress | None,
+    on_progress: OnRows | None,
 ) -> None:
     """Write the shards that `reports` lacks, and add their reports."""
     show = on_progress or _log_progress

@@ -19,12 +19,12 @@ Missing = tuple[int, int, EncodedRow]  # its place, its number, and what is to b
 GIB = 2**30
 
 
-class Bad(NamedTuple):
+class UnusableRow(NamedTuple):
     """A row that cannot be used: its id, why, and the file that it was, where that is known."""
 
     id: int
     reason: str
-    path: str
+    path: str = ""
 
 
 class RowReader:
@@ -50,7 +50,7 @@ class RowReader:
         name = f"{source.uri} {source.fingerprint} {decoder}" if shared else ""
         self.cache = ImageCache(name, source.num_rows, int(cache_gib * GIB), decoder.channels)
         self.recent = RecentGroups(source)
-        self.bad: dict[int, Bad] = {}
+        self.bad: dict[int, UnusableRow] = {}
         self.least_sides: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
 
     def images(self, rows: Sequence[int], take: Take) -> list[DecodedImage | None]:
@@ -99,5 +99,5 @@ class RowReader:
                 raise ImageError("null image")
             return DecodedImage(encoded.id, self.decoder.decode(encoded.image, least))
         except ImageError as error:
-            self.bad[row] = Bad(encoded.id, str(error), encoded.path)
+            self.bad[row] = UnusableRow(encoded.id, str(error), encoded.path)
             return None

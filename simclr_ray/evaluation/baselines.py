@@ -30,7 +30,7 @@ from simclr_ray.evaluation.evaluate import (
     score_networks,
     untrained_encoder,
 )
-from simclr_ray.evaluation.scores import PIXELS, UNTRAINED, Pixels, Score
+from simclr_ray.evaluation.scores import PIXELS, UNTRAINED, RawPixelEncoder, Score
 from simclr_ray.nn.precision import best_device
 from simclr_ray.storage.filesystem import cache_folder
 from simclr_ray.storage.provenance import code_digest, versions_of
@@ -89,7 +89,7 @@ def baseline_scores(
     entry = _entry(experiment, protocols)
     kept = _read(entry)
     if kept is None:
-        networks = {UNTRAINED: untrained_encoder(experiment), PIXELS: Pixels()}
+        networks = {UNTRAINED: untrained_encoder(experiment), PIXELS: RawPixelEncoder()}
         kept = score_networks(experiment, networks, protocols)
         _write(entry, kept)
     return kept

@@ -16,7 +16,7 @@ from simclr_ray.evaluation.evaluate import PROBE_ROWS, probed_source
 from simclr_ray.evaluation.features import Features, Split, extract_features
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.evaluation.probes import probe, probe_class
-from simclr_ray.evaluation.scores import TRAINED, Pixels, score_features
+from simclr_ray.evaluation.scores import TRAINED, RawPixelEncoder, score_features
 from simclr_ray.nn.build import SimCLRModel
 
 ENCODED: Final = 1024  # images of a part: a second, by a small encoder
@@ -105,7 +105,7 @@ def _final_s(
         return final, 0.0
     labels = torch.cat([bank.labels, test.labels])
     final += _scores_s(experiment, features.shape[1], labels, scored)
-    pixels = Pixels()(bank.images[:1].float()).shape[1]
+    pixels = RawPixelEncoder()(bank.images[:1].float()).shape[1]
     return final, final + _scores_s(experiment, pixels, labels, scored)
 
 

@@ -19,9 +19,9 @@ from simclr_ray.config.logging import warn_once
 from simclr_ray.config.schema import AUTO
 from simclr_ray.data.aligned import align_labels
 from simclr_ray.data.decoding import evaluation_decoder
+from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.data.source import Source
 from simclr_ray.evaluation.features import (
-    BadRow,
     Features,
     Split,
     extract_features,
@@ -155,7 +155,7 @@ def evaluated_rows(experiment: Experiment, train: Source | None = None) -> Evalu
 
 def encode_split(
     source: Source, network: nn.Module, experiment: Experiment
-) -> tuple[Features, list[BadRow]]:
+) -> tuple[Features, list[UnusableRow]]:
     """Return what a network makes of the labelled rows of a split, and the rows that are no images.
 
     Args:

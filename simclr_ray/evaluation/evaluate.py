@@ -28,7 +28,7 @@ from simclr_ray.evaluation.scores import (
     PIXELS,
     TRAINED,
     UNTRAINED,
-    Pixels,
+    RawPixelEncoder,
     Score,
     score_features,
 )
@@ -86,7 +86,7 @@ def _score_all(
     networks = {
         TRAINED: trained.encoder,
         UNTRAINED: untrained_encoder(experiment),
-        PIXELS: Pixels(),
+        PIXELS: RawPixelEncoder(),
     }
     return score_networks(experiment, networks, protocols)
 

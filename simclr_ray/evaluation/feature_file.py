@@ -103,7 +103,7 @@ class FeatureFile:
             done += os.preadv(self._file.fileno(), [data[done:]], place * self._row_bytes + done)
 
 
-Rows: TypeAlias = Tensor | FeatureFile
+FeatureRows: TypeAlias = Tensor | FeatureFile
 
 
 class Sliced(Protocol):
@@ -131,7 +131,7 @@ def blocks(rows: Sliced) -> Iterator[Tensor]:
         yield rows[first : first + step]
 
 
-def are_finite(rows: Rows) -> bool:
+def are_finite(rows: FeatureRows) -> bool:
     """Return whether all numbers are finite."""
     return all(bool(torch.isfinite(part).all()) for part in blocks(rows))
 

@@ -21,10 +21,11 @@ from simclr_ray.augment.decode import (
 )
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import Int64s
+from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.decoded import DECODED
-from simclr_ray.evaluation.feature_file import Rows
+from simclr_ray.evaluation.feature_file import FeatureRows
 from simclr_ray.evaluation.sampling import sample_rows
 from simclr_ray.nn.precision import Precision, autocast, evaluating
 
@@ -37,13 +38,6 @@ DECODED_TOGETHER: Final = 32
 CPU_BATCH: Final = 64
 
 
-class BadRow(NamedTuple):
-    """A row that was left out, and why."""
-
-    id: int
-    reason: str
-
-
 class Split(NamedTuple):
     """Decoded evaluation views, ordered by id.
 
@@ -54,7 +48,7 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
     ids: Tensor
-    bad: list[BadRow]
+    bad: list[UnusableRow]
 
     def labelled(self) -> Split:
         """Return the rows that have a label."""
@@ -69,7 +63,7 @@ class Split(NamedTuple):
 class Features(NamedTuple):
     """A split as features."""
 
-    rows: Rows  # float32 [M, F], in a file where they are too many for memory
+    rows: FeatureRows  # float32 [M, F], in a file where they are too many for memory
     labels: Tensor  # int64 [M], -1 where there is none
     ids: Tensor | None = None  # int64 [M], where single images are told apart
 
@@ -142,13 +136,13 @@ def _decoded_rows(source: Source, rows: Int64s, size: int, decoder: ImageDecoder
     labels = torch.full((len(rows),), -1, dtype=torch.int64)
     ids = torch.empty(len(rows), dtype=torch.int64)
     good = torch.ones(len(rows), dtype=torch.bool)
-    bad: list[BadRow] = []
+    bad: list[UnusableRow] = []
     for places, wanted in grouped(source, rows):
         part = source.read_rows(wanted)
         ids[torch.from_numpy(places)] = torch.from_numpy(part.ids)
         for place, view in zip(places, _views(part, size, decoder), strict=True):
             if isinstance(view, str):
-                bad.append(BadRow(int(ids[place]), view))
+                bad.append(UnusableRow(int(ids[place]), view))
                 good[place] = False
             else:  # Pillow's memory is read-only
                 images[place] = torch.tensor(view).permute(2, 0, 1)

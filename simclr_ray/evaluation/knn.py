@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simclr_ray.evaluation.feature_file import Rows
+from simclr_ray.evaluation.feature_file import FeatureRows
 
 # Rows of one block of similarities: 1,024 x 16,384 float32 are 64 MiB, whatever the bank's size.
 QUERY_ROWS: Final = 1_024
@@ -20,9 +20,9 @@ BANK_ROWS: Final = 16_384
 
 
 def knn_scores(
-    bank: Rows,
+    bank: FeatureRows,
     bank_labels: Tensor,
-    queries: Rows,
+    queries: FeatureRows,
     k: int,
     temperature: float,
     num_classes: int,
@@ -80,7 +80,9 @@ def top_k_hits(scores: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     return (ahead.sum(1) < k) & own[:, 0].isfinite()
 
 
-def nearest(bank: Rows, queries: Rows, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def nearest(
+    bank: FeatureRows, queries: FeatureRows, k: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return cosine and row of the `k` nearest bank rows, nearest first; both `[Q, k]`.
 
     The bank is passed over once, however many queries there are: it may lie in a file.
@@ -99,7 +101,7 @@ def nearest(bank: Rows, queries: Rows, k: int, device: torch.device) -> tuple[Te
     return best, rows
 
 
-def _check(bank: Rows, labels: Tensor, queries: Rows, num_classes: int) -> None:
+def _check(bank: FeatureRows, labels: Tensor, queries: FeatureRows, num_classes: int) -> None:
     if len(bank.shape) != 2 or len(queries.shape) != 2 or bank.shape[1] != queries.shape[1]:
         raise ValueError(f"bank {list(bank.shape)} and queries {list(queries.shape)} do not fit")
     if not len(bank) or labels.shape != bank.shape[:1]:

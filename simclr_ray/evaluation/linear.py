@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from simclr_ray.config import experiment
-from simclr_ray.evaluation.feature_file import Rows, are_finite, blocks, is_small
+from simclr_ray.evaluation.feature_file import FeatureRows, are_finite, blocks, is_small
 
 MOMENTUM: Final = 0.9
 # Gradient descent with momentum m is stable below 2(1+m)/L; the softmax loss has L <= λ/2 for
@@ -36,7 +36,7 @@ class LinearProbe(NamedTuple):
     weight: Tensor
     bias: Tensor
 
-    def logits(self, features: Rows) -> Tensor:
+    def logits(self, features: FeatureRows) -> Tensor:
         """Return the class scores `[M, K]` of `features [M, F]`, where the classifier is."""
         device = self.bias.device
         return torch.cat(
@@ -48,7 +48,7 @@ class LinearProbe(NamedTuple):
 
 
 def fit_linear(
-    features: Rows,
+    features: FeatureRows,
     labels: Tensor,
     num_classes: int,
     cfg: experiment.LinearConfig,
@@ -89,7 +89,7 @@ class _Standardised:
         scale: `[F]`, zero for features that are constant.
     """
 
-    def __init__(self, features: Rows, mean: Tensor, scale: Tensor) -> None:
+    def __init__(self, features: FeatureRows, mean: Tensor, scale: Tensor) -> None:
         self.features, self.mean, self.scale = features, mean, scale
         self.shape, self.device, self.dtype = features.shape, mean.device, mean.dtype
         self._all = self._of(features[:]) if is_small(features) else None
@@ -114,14 +114,14 @@ class _Standardised:
         return (features.to(self.device).float() - self.mean) * self.scale
 
 
-def _standardised(features: Rows, device: torch.device) -> _Standardised:
+def _standardised(features: FeatureRows, device: torch.device) -> _Standardised:
     mean, deviation = _mean_and_deviation(features, device)
     varies = deviation > SMALLEST_DEVIATION * deviation.max()
     scale = torch.where(varies, 1 / deviation.clamp(min=torch.finfo().tiny), 0)
     return _Standardised(features, mean, scale)
 
 
-def _mean_and_deviation(features: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+def _mean_and_deviation(features: FeatureRows, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return both of each feature, [F]; of many rows, by passes over them in parts."""
     if is_small(features):
         rows = features[:].to(device).float()
@@ -187,7 +187,7 @@ def peak_rate(num_rows: int, cfg: experiment.LinearConfig) -> float:
     return cfg.learning_rate * min(cfg.batch_size, num_rows) / 256
 
 
-def _check(features: Rows, labels: Tensor, num_classes: int) -> None:
+def _check(features: FeatureRows, labels: Tensor, num_classes: int) -> None:
     if len(features.shape) != 2 or not len(features) or labels.shape != features.shape[:1]:
         raise ValueError(f"features {list(features.shape)} and labels {list(labels.shape)} differ")
     if labels.min() < 0 or labels.max() >= num_classes:

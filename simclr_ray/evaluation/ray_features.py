@@ -23,6 +23,7 @@ from simclr_ray.augment.decode import DEFAULT_DECODER, ImageDecoder
 from simclr_ray.config.experiment import EvaluationConfig
 from simclr_ray.config.schema import AUTO
 from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.distributed.placement import check_actors, matches, nodes, shown
 from simclr_ray.errors import ClusterError, DataError
@@ -37,9 +38,8 @@ from simclr_ray.evaluation.feature_columns import (
     feature_column,
     kept_column,
 )
-from simclr_ray.evaluation.feature_file import FeatureFile, Rows
+from simclr_ray.evaluation.feature_file import FeatureFile, FeatureRows
 from simclr_ray.evaluation.features import (
-    BadRow,
     extract_features,
     grouped,
     views_or_reasons,
@@ -55,10 +55,10 @@ CPUS_OF_AN_ACTOR: Final = 8  # decoding by more threads than that waits for one 
 class SplitFeatures(NamedTuple):
     """What networks make of a split, ordered by id."""
 
-    features: list[Rows]  # float32 [M, F] of each network
+    features: list[FeatureRows]  # float32 [M, F] of each network
     labels: Tensor  # int64 [M], -1 where there is none
     ids: Tensor  # int64 [M]
-    bad: list[BadRow]
+    bad: list[UnusableRow]
 
 
 class Actors(NamedTuple):
@@ -325,7 +325,7 @@ def extract(
         labels[place], ids[place] = table[LABEL].to_numpy(), table[ID].to_numpy()
         reasons = table[ERROR].to_pylist()
         good[place] = is_good = np.array([reason is None for reason in reasons])
-        bad += [BadRow(int(i), r) for i, r in zip(ids[place], reasons, strict=True) if r]
+        bad += [UnusableRow(int(i), r) for i, r in zip(ids[place], reasons, strict=True) if r]
         if not is_good.any():
             continue
         for index in range(len(encoding.networks)):
@@ -337,7 +337,7 @@ def extract(
         problem = f"none of {len(good)} rows is an image: {bad[0].reason}"
         raise DataError(f"{source.shown_uri}: {problem}")
     good &= (labels >= 0) | (not labelled)
-    features: list[Rows] = []
+    features: list[FeatureRows] = []
     for file in gathered:
         file.keep(good)
         num, width = file.shape

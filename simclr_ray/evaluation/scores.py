@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, protocols_named
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError, DivergedError
-from simclr_ray.evaluation.feature_file import Rows, are_finite
+from simclr_ray.evaluation.feature_file import FeatureRows, are_finite
 from simclr_ray.evaluation.features import Features, Split
 from simclr_ray.evaluation.label_free import label_free
 
@@ -141,7 +141,7 @@ def scorable(bank: SplitT, test: SplitT | None) -> tuple[SplitT, SplitT | None]:
     return bank, test
 
 
-class Pixels(nn.Module):
+class RawPixelEncoder(nn.Module):
     """The pixels themselves, as an encoder: `[m, C, S, S]` in [0, 1] -> `[m, C·min(S, 32)²]`."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def protocol_results(
     return results
 
 
-def _score(name: str, features: Rows) -> Score:
+def _score(name: str, features: FeatureRows) -> Score:
     places = torch.arange(len(features))
     if len(features) > LABEL_FREE_ROWS:
         places = torch.linspace(0, len(features) - 1, LABEL_FREE_ROWS).round().long()

@@ -19,7 +19,7 @@ from simclr_ray.data.aligned import labels_for_classifier
 from simclr_ray.data.classes import SHOWN
 from simclr_ray.data.source import Source
 from simclr_ray.evaluation.encoded_splits import EncodedSplits, encode_splits
-from simclr_ray.evaluation.feature_file import Rows, blocks
+from simclr_ray.evaluation.feature_file import FeatureRows, blocks
 from simclr_ray.evaluation.features import Features
 from simclr_ray.evaluation.scores import CLASSIFIER_TOP1, protocol_results, score_features
 from simclr_ray.inference.encoder import Classifier, Encoder
@@ -142,7 +142,7 @@ def _classifier_hits(contender: Contender, test: Features, experiment: Experimen
 
 
 @torch.inference_mode()
-def _predicted(head: nn.Module, h: Rows, batch_size: int) -> Tensor:
+def _predicted(head: nn.Module, h: FeatureRows, batch_size: int) -> Tensor:
     """Return the class with the highest score for each of `h` [Q, F], int64 [Q], on the CPU."""
     like = next(head.parameters(), torch.empty(0))
     with evaluating(head):

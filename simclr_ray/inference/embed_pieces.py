@@ -20,7 +20,7 @@ from simclr_ray.inference.encoder import NOT_FINITE
 FIRST_ROWS, MOST_ROWS = 64, 512  # of a piece: the first are small, so that some come early
 GROUP_BYTES: Final = 64 * 2**20  # row groups of more are not read in several pieces
 DType = Literal["float32", "float16"]
-OnProgress = Callable[[int, int], None]
+OnRows = Callable[[int, int], None]
 
 
 def cut_pieces(source: Source) -> list[Int64s]:
@@ -85,7 +85,7 @@ class Layout(NamedTuple):
 
 
 def embed_pieces(
-    source: Source, parts: Parts, encoding: Encoding, layout: Layout, on_progress: OnProgress
+    source: Source, parts: Parts, encoding: Encoding, layout: Layout, on_progress: OnRows
 ) -> list[Int64s]:
     """Write the pieces of a dataset that are not there yet; return the rows of all.
 

@@ -26,7 +26,7 @@ from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import store_uri
 
 if TYPE_CHECKING:  # torch is imported while Ray starts
-    from simclr_ray.inference.embed_pieces import DType, OnProgress
+    from simclr_ray.inference.embed_pieces import DType, OnRows
     from simclr_ray.inference.encoder import Encoder
 
 
@@ -41,7 +41,7 @@ def embed_rows(
     batch_size: int = 256,
     tracking_uri: str = "",
     overwrite: bool = False,
-    on_progress: OnProgress | None = None,
+    on_progress: OnRows | None = None,
 ) -> Embedded:
     """Write the embedding of each image of a dataset, in its order, as a parquet file.
 

@@ -44,7 +44,7 @@ class Nearest(NamedTuple):
     cosines: Floats
 
 
-class Pairs(NamedTuple):
+class NearPairs(NamedTuple):
     """Rows that are near each other, the nearest first.
 
     Attributes:
@@ -133,7 +133,9 @@ class EmbeddingIndex:
         )  # fmt: skip
         return Nearest(positions.astype(np.int64), cosines)
 
-    def pairs(self, least: float, on_progress: Callable[[int, int], None] | None = None) -> Pairs:
+    def pairs(
+        self, least: float, on_progress: Callable[[int, int], None] | None = None
+    ) -> NearPairs:
         """Return all pairs of rows whose cosine is at least `least`, but for rounding (1e-6).
 
         Args:
@@ -164,7 +166,7 @@ class EmbeddingIndex:
         positions = np.concatenate([positions for positions, _ in parts])
         cosines = np.concatenate([cosines for _, cosines in parts])
         order = np.lexsort((positions[:, 1], positions[:, 0], -cosines))
-        return Pairs(positions[order], cosines[order])
+        return NearPairs(positions[order], cosines[order])
 
 
 def _within(index: Any, block: Floats, first: int, bound: float) -> tuple[Int64s, Floats]:

@@ -11,7 +11,7 @@ from simclr_ray.augment.decode import shown_as_rgb
 from simclr_ray.config.wording import counted
 from simclr_ray.data.contact_sheet import Section, Thumbnail, thumbnail_of, write_sheet
 from simclr_ray.inference.embedded_images import EmbeddedImages
-from simclr_ray.inference.embedding_index import EmbeddingIndex, Int64s, Nearest, Pairs
+from simclr_ray.inference.embedding_index import EmbeddingIndex, Int64s, Nearest, NearPairs
 from simclr_ray.inference.encoder import EvaluationTransform
 
 GROUPS_SHOWN, MEMBERS_SHOWN = 200, 12
@@ -59,7 +59,7 @@ def write_neighbours(
 def write_groups(
     out: str,
     index: EmbeddingIndex,
-    pairs: Pairs,
+    pairs: NearPairs,
     least: float,
     where: str = "",
 ) -> None:
@@ -95,6 +95,6 @@ def write_groups(
     write_sheet(out, "Near images", [Section("", says, rows)], facts)
 
 
-def _about(group: Int64s, pairs: Pairs) -> str:
+def _about(group: Int64s, pairs: NearPairs) -> str:
     inside = pairs.cosines[np.isin(pairs.positions[:, 0], group)]
     return f"{counted(len(group), 'image')}, {inside.min():.3f} to {inside.max():.3f}"

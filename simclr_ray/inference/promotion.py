@@ -33,7 +33,7 @@ from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.gate import why_not_learned
 from simclr_ray.inference.model_address import model_address
 from simclr_ray.inference.registry import find_version
-from simclr_ray.inference.requirement import Facts, Requirement, Verdict
+from simclr_ray.inference.requirement import Facts, Requirement, RuleResult
 from simclr_ray.nn.pretrained import experiment_of, open_checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking import moved, store
@@ -255,7 +255,7 @@ class _Contest:
         """Return why the version is no use beside the untrained encoder; "": it is."""
         return why_not_learned(self.scored[self.version].metrics, self.scored[0].metrics)
 
-    def verdict(self, champion: int) -> Verdict:
+    def verdict(self, champion: int) -> RuleResult:
         """Return the verdict of the rule, the champion scored where it is asked about."""
         candidate = self.scored[self.version]
         facts = Facts(candidate.metrics, None, {}, candidate.absent)
@@ -333,7 +333,7 @@ def _version_of(uri: str, name: str, alias: str) -> int:
         return int(client.get_registered_model(name).aliases.get(alias, 0))
 
 
-def _moved(uri: str, name: str, alias: str, version: int, before: int, verdict: Verdict) -> bool:
+def _moved(uri: str, name: str, alias: str, version: int, before: int, verdict: RuleResult) -> bool:
     """Move an alias, unless it points elsewhere than before; return whether it has moved."""
     with store.quiet(), door(f"move {alias!r}", uri) as client:
         if int(client.get_registered_model(name).aliases.get(alias, 0)) != before:

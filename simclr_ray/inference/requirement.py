@@ -56,7 +56,7 @@ class Facts(NamedTuple):
     champion_absent: Mapping[str, str] = NOTHING
 
 
-class Verdict(NamedTuple):
+class RuleResult(NamedTuple):
     """Whether a rule holds, and each of its comparisons with its numbers."""
 
     holds: bool
@@ -100,7 +100,7 @@ class Requirement:
         """Whether it compares with the version that has the alias."""
         return any({CHAMPION, SE} & set(_names(c)) for c in self._comparisons)
 
-    def check(self, facts: Facts) -> Verdict:
+    def check(self, facts: Facts) -> RuleResult:
         """Return whether it holds; without a champion what compares with one does.
 
         A metric that was not measured fails, with or without a champion.
@@ -110,7 +110,7 @@ class Requirement:
             passed, line = _checked(comparison, facts)
             holds = holds and passed
             lines.append(line)
-        return Verdict(holds, lines)
+        return RuleResult(holds, lines)
 
 
 class _NoRuleError(ValueError):

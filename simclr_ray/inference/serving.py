@@ -39,7 +39,7 @@ from simclr_ray.inference.embedded_images import EmbeddedImages
 from simclr_ray.inference.embedding_index import EmbeddingIndex
 from simclr_ray.inference.embedding_search import encoder_of
 from simclr_ray.inference.encoder import as_inputs
-from simclr_ray.inference.serving_metrics import Metrics
+from simclr_ray.inference.serving_metrics import ServingMetrics
 from simclr_ray.nn.precision import best_device
 from simclr_ray.storage.page import render_page
 
@@ -121,7 +121,7 @@ class EncoderServer:
         least = min(decoder.max_pixels, service.max_pixels)
         self.decoder: ImageDecoder = decoder._replace(max_pixels=least)
         self.images = EmbeddedImages(self.index, service.images) if self.index else None
-        self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id)
+        self.metrics = ServingMetrics(serve.get_replica_context().replica_id.unique_id)
         # one at a time: its photographs are read and decoded whole
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="neighbours")
         self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="decode")

@@ -10,7 +10,7 @@ SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class Metrics:
+class ServingMetrics:
     """What a replica counts, all with its name: another one may answer the next time."""
 
     def __init__(self, replica: str) -> None:

@@ -28,7 +28,7 @@ SECONDARY: Final = ("momentum", "encoder_k", "key_encoder", "ema", "target", "st
 Resize = Callable[[str, Tensor, Tensor], Tensor | None]  # name, its tensor, the one to replace
 
 
-class Fit(NamedTuple):
+class MatchedWeights(NamedTuple):
     """Tensors of a file by the names of an encoder.
 
     Attributes:
@@ -73,7 +73,7 @@ def fit(
     *,
     names: Mapping[str, str],
     children: Sequence[str],
-) -> Fit:
+) -> MatchedWeights:
     """Return the tensors of a file that an encoder is made of.
 
     Args:
@@ -117,7 +117,7 @@ def fit(
     where = f" from {best.container}" if best.container else ""
     where += f" under {best.prefix!r}" if best.prefix else ""
     where += f" as of {best.kind}" if best.kind else ""
-    return Fit(fitting, rest, where, tuple(resized), bool(best.container))
+    return MatchedWeights(fitting, rest, where, tuple(resized), bool(best.container))
 
 
 def _is_buffer(encoder: nn.Module, name: str) -> bool:

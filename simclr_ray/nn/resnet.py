@@ -41,7 +41,7 @@ VECTOR: Final = 8  # float32 in 256 bits
 # The standard deviation of a unit normal truncated at ±2, which TensorFlow divides out.
 TRUNCATED_STD = 0.87962566103423978
 
-Norm = Callable[[int], nn.Module]
+NormLayer = Callable[[int], nn.Module]
 
 
 class ResNet(nn.Module):
@@ -67,7 +67,7 @@ class ResNet(nn.Module):
         depth: int = 50,
         width: float = 1.0,
         stem: Literal["imagenet", "imagenet_same", "cifar", "strided"] = "imagenet",
-        norm: Norm = GlobalBatchNorm,
+        norm: NormLayer = GlobalBatchNorm,
         *,
         selective_kernel: float = 0.0,
         inputs: int = 3,
@@ -123,7 +123,9 @@ def _contexts(
 class ConvNorm(nn.Sequential):
     """Convolution without bias, padded by (kernel − 1)/2 on each side, then batch norm."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int, norm: NormLayer
+    ) -> None:
         few = kernel == 1 and stride > 1 and inputs < VECTOR
         made = _CutConv if few else nn.Conv2d
         conv = made(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False)
@@ -142,7 +144,7 @@ class _CutConv(nn.Conv2d):
         return F.conv2d(x[:, :, ::rows, ::columns], self.weight)
 
 
-def _stem(kind: str, inputs: int, channels: int, norm: Norm, *, deep: bool) -> nn.Sequential:
+def _stem(kind: str, inputs: int, channels: int, norm: NormLayer, *, deep: bool) -> nn.Sequential:
     """Return the layers before the first block, without their last ReLU and the pool.
 
     Args:
@@ -184,7 +186,9 @@ class SelectiveKernel(nn.Module):
 
     LEAST_WIDTH = 32  # the authors' min_dim
 
-    def __init__(self, inputs: int, filters: int, stride: int, ratio: float, norm: Norm) -> None:
+    def __init__(
+        self, inputs: int, filters: int, stride: int, ratio: float, norm: NormLayer
+    ) -> None:
         super().__init__()
         middle = max(int(filters * ratio), self.LEAST_WIDTH)
         self.streams = ConvNorm(inputs, 2 * filters, 3, stride, norm)
@@ -237,7 +241,14 @@ class _Block(nn.Module):
 class BasicBlock(_Block):
     """3x3, 3x3."""
 
-    def __init__(self, inputs: int, filters: int, stride: int, project: bool, norm: Norm) -> None:  # noqa: FBT001
+    def __init__(
+        self,
+        inputs: int,
+        filters: int,
+        stride: int,
+        project: bool,  # noqa: FBT001
+        norm: NormLayer,
+    ) -> None:
         shortcut = ConvNorm(inputs, filters, 1, stride, norm) if project else nn.Identity()
         first = ConvNorm(inputs, filters, 3, stride, norm)
         super().__init__(shortcut, [first], ConvNorm(filters, filters, 3, 1, norm))
@@ -254,7 +265,7 @@ class Bottleneck(_Block):
         filters: int,
         stride: int,
         project: bool,  # noqa: FBT001
-        norm: Norm,
+        norm: NormLayer,
         selective_kernel: float = 0.0,
     ) -> None:
         outputs = filters * self.expansion

@@ -30,8 +30,8 @@ USE_SHIFT: Final = 28  # above the blocks of words of one use
 WHOLE_BATCH: Final = -1  # the id by which a layer draws once for all images
 
 
-class Rows(NamedTuple):
-    """Which images are in a forward pass, in the order of its rows.
+class DropoutKeys(NamedTuple):
+    """What masks of a forward pass are drawn by: its images and views, in the order of its rows.
 
     Attributes:
         seed: Of the run, 32 bits.
@@ -46,27 +46,27 @@ class Rows(NamedTuple):
     views: Tensor
 
     @classmethod
-    def of_views(cls, seed: int, step: int, ids: Tensor, num_views: int) -> Rows:
-        """Return the rows of a pass of all views one after the other, each of the same images."""
+    def of_views(cls, seed: int, step: int, ids: Tensor, num_views: int) -> DropoutKeys:
+        """Return the keys of a pass of all views one after the other, each of the same images."""
         views = torch.arange(num_views, device=ids.device).repeat_interleave(len(ids))
         return cls(seed, step, ids.repeat(num_views), views)
 
 
-def keyed_words(rows: Rows, layer: int, num: int, use: int = 0) -> Tensor:
+def keyed_words(keys: DropoutKeys, layer: int, num: int, use: int = 0) -> Tensor:
     """Return `num` 32-bit words for each row, as `augment.philox` makes them: int64 [m, num].
 
     Args:
-        rows: Images that pass.
+        keys: Of the images that pass.
         layer: Number of the layer, below 2¹⁶.
         num: Words a row, at most 2³⁰.
-        use: How often the layer has drawn for these rows before.
+        use: How often the layer has drawn by these keys before.
     """
-    ids = rows.ids[:, None]
+    ids = keys.ids[:, None]
     c2 = torch.arange(-(-num // 4), device=ids.device)[None]  # [1, blocks]
     c2 = c2 + ((use << USE_SHIFT) & LOW)
-    c0, c1, c3 = ids & LOW, (ids >> 32) & LOW, torch.full_like(c2, rows.step)
-    k0 = rows.seed
-    k1 = ((rows.views << VIEW_SHIFT) + STREAMS["layers"] + (layer << LAYER_SHIFT))[:, None]
+    c0, c1, c3 = ids & LOW, (ids >> 32) & LOW, torch.full_like(c2, keys.step)
+    k0 = keys.seed
+    k1 = ((keys.views << VIEW_SHIFT) + STREAMS["layers"] + (layer << LAYER_SHIFT))[:, None]
     first, second = (int(m) for m in MULTIPLIERS)
     for _ in range(ROUNDS):
         p0, p1 = (
@@ -85,14 +85,14 @@ def keyed_words(rows: Rows, layer: int, num: int, use: int = 0) -> Tensor:
 
 
 class KeyedLayer(nn.Module, ABC):
-    """A layer that drops by keyed masks; without rows it draws as the layer that it replaces.
+    """A layer that drops by keyed masks; without keys it draws as the layer that it replaces.
 
     Args:
         p: Probability to drop.
         layer: Its number in the model.
 
     Attributes:
-        rows: Whose images pass, set by `draw_for`; it holds until the next, since activation
+        keys: Of the images that pass, set by `draw_for`; they hold until the next, since activation
             checkpointing runs the layer again within the backward pass.
         uses: How often it has drawn since: in the forward pass, and again within the backward pass.
             A layer may stand in two branches, as torchvision's Swin has it, and draws for each.
@@ -101,7 +101,7 @@ class KeyedLayer(nn.Module, ABC):
     def __init__(self, p: float, layer: int) -> None:
         super().__init__()
         self.p, self.layer = p, layer
-        self.rows: Rows | None = None
+        self.keys: DropoutKeys | None = None
         self.uses = [0, 0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,28 +111,30 @@ class KeyedLayer(nn.Module, ABC):
         """
         if not self.training or self.p == 0:
             return x
-        if self.rows is None:
+        if self.keys is None:
             return self.unkeyed(x)
-        if len(x) % max(1, len(self.rows.ids)):
+        if len(x) % max(1, len(self.keys.ids)):
             raise RuntimeError(
-                f"{len(x)} rows are of no whole number for {len(self.rows.ids)} images"
+                f"{len(x)} rows are of no whole number for {len(self.keys.ids)} images"
             )
-        return x * self.factor(self.rows, x)
+        return x * self.factor(self.keys, x)
 
     @abstractmethod
-    def factor(self, rows: Rows, x: Tensor) -> Tensor:
+    def factor(self, keys: DropoutKeys, x: Tensor) -> Tensor:
         """Return what x is multiplied by, broadcastable to it and of its dtype."""
 
     @abstractmethod
     def unkeyed(self, x: Tensor) -> Tensor:
         """Return x as the layer that this one replaces would have it."""
 
-    def kept(self, rows: Rows, num: int, dtype: torch.dtype, *, scaled: bool = True) -> Tensor:
+    def kept(
+        self, keys: DropoutKeys, num: int, dtype: torch.dtype, *, scaled: bool = True
+    ) -> Tensor:
         """Return 1/(1 − p) where a number is kept and 0 where it is not: [m, num]."""
         # as torch.utils.checkpoint asks whether it recomputes
         again = torch._C._current_graph_task_id() != -1
         use, self.uses[again] = self.uses[again], self.uses[again] + 1
-        kept = keyed_words(rows, self.layer, num, use) >= round(self.p * 2**32)
+        kept = keyed_words(keys, self.layer, num, use) >= round(self.p * 2**32)
         return kept.to(dtype).mul_(1.0 / (1.0 - self.p) if scaled and self.p < 1 else 1.0)
 
     def extra_repr(self) -> str:
@@ -147,11 +149,11 @@ class KeyedDropout(KeyedLayer):
         super().__init__(p, layer)
         self.channels = channels
 
-    def factor(self, rows: Rows, x: Tensor) -> Tensor:
+    def factor(self, keys: DropoutKeys, x: Tensor) -> Tensor:
         """Return one factor for each number or each channel."""
         # one number for each that is drawn
         dropped = x.reshape(*x.shape[:2], -1)[..., 0] if self.channels else x
-        factor = self.kept(rows, dropped.numel() // len(rows.ids), x.dtype).reshape(dropped.shape)
+        factor = self.kept(keys, dropped.numel() // len(keys.ids), x.dtype).reshape(dropped.shape)
         return factor.view(*factor.shape, *([1] * (x.ndim - dropped.ndim)))
 
     def unkeyed(self, x: Tensor) -> Tensor:
@@ -177,12 +179,12 @@ class KeyedDropPath(KeyedLayer):
         super().__init__(p, layer)
         self.scaled, self.whole_batch = scaled, whole_batch
 
-    def factor(self, rows: Rows, x: Tensor) -> Tensor:
+    def factor(self, keys: DropoutKeys, x: Tensor) -> Tensor:
         """Return one factor for each image."""
         if self.whole_batch:
-            rows = rows._replace(ids=torch.full_like(rows.ids, WHOLE_BATCH))
-        kept = self.kept(rows, 1, x.dtype, scaled=self.scaled)  # [m, 1]
-        kept = kept.expand(-1, len(x) // len(rows.ids)).reshape(-1)
+            keys = keys._replace(ids=torch.full_like(keys.ids, WHOLE_BATCH))
+        kept = self.kept(keys, 1, x.dtype, scaled=self.scaled)  # [m, 1]
+        kept = kept.expand(-1, len(x) // len(keys.ids)).reshape(-1)
         return kept.view(-1, *([1] * (x.ndim - 1)))
 
     def unkeyed(self, x: Tensor) -> Tensor:
@@ -234,10 +236,10 @@ def keyed_layers(model: nn.Module) -> list[KeyedLayer]:
     return [module for module in model.modules() if isinstance(module, KeyedLayer)]
 
 
-def draw_for(layers: Iterable[KeyedLayer], rows: Rows | None) -> None:
-    """Have keyed layers draw for these rows from now on; None: as torch does."""
+def draw_for(layers: Iterable[KeyedLayer], keys: DropoutKeys | None) -> None:
+    """Have keyed layers draw by these keys from now on; None: as torch does."""
     for layer in layers:
-        layer.rows, layer.uses = rows, [0, 0]
+        layer.keys, layer.uses = keys, [0, 0]
 
 
 def first_unkeyed_draw(encoder: nn.Module, images: Tensor) -> str:
@@ -247,10 +249,10 @@ def first_unkeyed_draw(encoder: nn.Module, images: Tensor) -> str:
         encoder: On CPU; it is run once in training mode, without a gradient. Its buffers may move.
         images: What it takes, [m, 3, S, S] on CPU.
     """
-    rows = Rows(0, 0, torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64))
+    keys = DropoutKeys(0, 0, torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64))
     drawing: list[str] = []
     training = encoder.training
-    draw_for(keyed_layers(encoder), rows)
+    draw_for(keyed_layers(encoder), keys)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _watched(encoder, drawing):
             encoder.train()(images)
@@ -319,7 +321,7 @@ def _draws_by_image(encoder: nn.Module, images: Tensor) -> bool:
     try:
         outputs = []
         for order in (ids, ids.flip(0)):
-            draw_for(keyed_layers(encoder), Rows(0, 0, order, torch.zeros_like(order)))
+            draw_for(keyed_layers(encoder), DropoutKeys(0, 0, order, torch.zeros_like(order)))
             outputs.append(encoder(images[order])[order])
     finally:
         draw_for(keyed_layers(encoder), None)

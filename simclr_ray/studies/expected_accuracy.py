@@ -109,7 +109,7 @@ FLAT = Form("level", is_logit=False, shape="level")
 FORMS = (POWER, LOGIT_POWER, LOGIT_LOG, HYPERBOLA)
 
 
-class Curve(NamedTuple):
+class FittedCurve(NamedTuple):
     """One form as fitted, in x = images / `unit`; `_rows` has the shapes."""
 
     form: Form
@@ -139,7 +139,7 @@ class Curve(NamedTuple):
 class AccuracyFit(NamedTuple):
     """All that is needed to say what to expect of a study's settings."""
 
-    curves: list[Curve]  # the best first, then the others that are as good
+    curves: list[FittedCurve]  # the best first, then the others that are as good
     held_out_error: dict[str, float]  # form -> root mean square, in accuracy
     shortest: float  # images
     longest: float
@@ -220,7 +220,7 @@ def fit_accuracy(points: Sequence[Measured]) -> AccuracyFit:
     )
 
 
-def fit_curve(points: Sequence[Measured], form: Form) -> Curve:
+def fit_curve(points: Sequence[Measured], form: Form) -> FittedCurve:
     """Return a form fitted by weighted least squares, its bend by a search over the rest.
 
     Args:
@@ -266,7 +266,9 @@ def fit_curve(points: Sequence[Measured], form: Form) -> Curve:
         prior = np.diag([*np.diag(prior), variance / deviation**2])
     precision: Floats = rows.T @ (seeds[:, None] * rows) + prior
     covariance = np.asarray(variance * np.linalg.inv(precision), dtype=np.float64)
-    return Curve(form, settings, unit, bend, weights, covariance, math.sqrt(variance), levels_apart)
+    return FittedCurve(
+        form, settings, unit, bend, weights, covariance, math.sqrt(variance), levels_apart
+    )
 
 
 def quantile_of(scores: Sequence[float], level: float) -> float:
@@ -307,7 +309,7 @@ def _shape_slope(form: Form, x: Floats, bend: float) -> Floats:
 
 
 def _spread(
-    curves: Sequence[Curve], setting: str, images: float, seeds: int = 1
+    curves: Sequence[FittedCurve], setting: str, images: float, seeds: int = 1
 ) -> tuple[float, float]:
     """Return mean and spread of the mean of some seeds, on the scale of the first form."""
     first = curves[0]
@@ -327,7 +329,7 @@ def _scores_of_folds(
     ]
 
 
-def _scores(curves: Sequence[Curve], out: Sequence[Measured]) -> list[float]:
+def _scores(curves: Sequence[FittedCurve], out: Sequence[Measured]) -> list[float]:
     """Return |error| / spread of each point, none of which the curves were fitted to."""
     scores = []
     for point in out:

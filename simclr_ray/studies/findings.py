@@ -32,7 +32,7 @@ SCALE = "laptop"
 READING = "reading.md"
 SAID, MARK = ("appears", "is reversed"), " †"
 
-Claim = tuple[str, str]  # name of a study, text of a claim
+ClaimKey = tuple[str, str]  # name of a study, text of a claim
 
 
 def findings_page(folder: Path, made_by: str, scale: str = SCALE, about: str = "") -> str:
@@ -75,7 +75,7 @@ def findings_page(folder: Path, made_by: str, scale: str = SCALE, about: str = "
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _marked(studies: Sequence[dict[str, Any]]) -> set[Claim]:
+def _marked(studies: Sequence[dict[str, Any]]) -> set[ClaimKey]:
     """Return the claims that are said to appear, but not when all are tested together."""
     claims = [(tree["study"], read_verdict(claim)) for tree in studies for claim in tree["claims"]]
     corrected = holm([verdict.effect.p if verdict.effect else 1.0 for _, verdict in claims])
@@ -86,7 +86,7 @@ def _marked(studies: Sequence[dict[str, Any]]) -> set[Claim]:
     }
 
 
-def _note(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> str:
+def _note(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> str:
     """Return what the mark means, or that nothing needs it."""
     total = sum(len(tree["claims"]) for tree in studies)
     together = f"when all {total} are tested together (Holm's correction of Student's paired p)."
@@ -95,7 +95,7 @@ def _note(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> str:
     return f"What appears does so as well {together}"
 
 
-def _findings(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> list[str]:
+def _findings(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> list[str]:
     """Return the paper's findings as a table: of how many of its claims each verdict was given."""
     words = {
         (tree["study"], v.claim): v.words.partition(":")[0]
@@ -125,7 +125,7 @@ def _together(verdicts: Sequence[str]) -> str:
     return "; ".join(parts)
 
 
-def _summary(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> list[str]:
+def _summary(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> list[str]:
     """Return all claims as one table, each with a link to the section of its study."""
     head = ["study", *SHORT_HEAD]
     rows = []
@@ -137,7 +137,7 @@ def _summary(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> list[str]
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _counts(studies: Sequence[dict[str, Any]], marked: set[Claim]) -> str:
+def _counts(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> str:
     """Return how many claims have each verdict, as a sentence."""
     words = Counter(
         verdict.words + MARK * ((tree["study"], verdict.claim) in marked)
@@ -165,7 +165,7 @@ def _stored(folder: Path) -> Iterator[dict[str, Any]]:
         yield tree | {"folder": path.parent.name}
 
 
-def _section(tree: dict[str, Any], folder: Path, marked: set[Claim]) -> list[str]:
+def _section(tree: dict[str, Any], folder: Path, marked: set[ClaimKey]) -> list[str]:
     """Return the lines of one study."""
     where = f"{folder.name}/{tree['folder']}"
     seeds, wall_s = tree["seeds"], tree.get("wall_seconds", 0.0)

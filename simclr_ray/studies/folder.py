@@ -37,8 +37,8 @@ BASELINES = "baselines.json"
 NEVER = datetime.min.replace(tzinfo=UTC)
 OUTCOMES, REPORT = "outcomes", "report"
 
-Status = Literal["finished", "collapsed", "stopped", "failed"]
-FINAL: tuple[Status, ...] = ("finished", "collapsed", "stopped")  # not to be run again
+OutcomeStatus = Literal["finished", "collapsed", "stopped", "failed"]
+FINAL: tuple[OutcomeStatus, ...] = ("finished", "collapsed", "stopped")  # not to be run again
 Curve = dict[int, dict[str, float]]  # epoch -> metric -> value
 Baselines = dict[str, dict[str, float]]  # name, such as "untrained encoder" -> metric -> value
 
@@ -47,7 +47,7 @@ class TrialOutcome(NamedTuple):
     """What became of a trial. `metrics` and `curve` repeat bit for bit; `cost` and `run` do not."""
 
     trial: str
-    status: Status
+    status: OutcomeStatus
     reason: str
     cells: list[dict[str, Any]]  # point and epoch
     seed: int

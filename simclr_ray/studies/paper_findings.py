@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 
-class Finding(NamedTuple):
+class PaperFinding(NamedTuple):
     """What the paper found.
 
     Attributes:
@@ -20,7 +20,7 @@ class Finding(NamedTuple):
 
 
 FINDINGS: Final = (
-    Finding(
+    PaperFinding(
         "Cropping composed with color distortion is the best pair",
         "Figure 5",
         {
@@ -32,7 +32,7 @@ FINDINGS: Final = (
             )
         },
     ),
-    Finding(
+    PaperFinding(
         "Stronger color helps contrastive learning, and hurts supervised",
         "Table 1",
         {
@@ -43,7 +43,7 @@ FINDINGS: Final = (
             )
         },
     ),
-    Finding(
+    PaperFinding(
         "A head helps, and a nonlinear one more than a linear one",
         "Figure 8",
         {
@@ -54,7 +54,7 @@ FINDINGS: Final = (
             )
         },
     ),
-    Finding(
+    PaperFinding(
         "The layer before the head is better, and the head forgets what views hide",
         "Table 3",
         {
@@ -64,7 +64,7 @@ FINDINGS: Final = (
             )
         },
     ),
-    Finding(
+    PaperFinding(
         "Normalised embeddings with a middle temperature are best",
         "Table 5",
         {
@@ -76,7 +76,7 @@ FINDINGS: Final = (
             )
         },
     ),
-    Finding(
+    PaperFinding(
         "NT-Xent is better than the logistic and the triplet loss",
         "Table 4",
         {
@@ -87,7 +87,7 @@ FINDINGS: Final = (
             )
         },
     ),
-    Finding(
+    PaperFinding(
         "Semi-hard mining helps those two",
         "Table 4",
         {
@@ -97,7 +97,7 @@ FINDINGS: Final = (
             )
         },
     ),
-    Finding(
+    PaperFinding(
         "Wider encoders help contrastive learning, more than supervised",
         "Figure 7",
         {
@@ -107,12 +107,12 @@ FINDINGS: Final = (
             )
         },
     ),
-    Finding(
+    PaperFinding(
         "Larger batches help where training is short",
         "Figure 9",
         {"batch_size": ("the largest batch beats the smallest at the shortest length",)},
     ),
-    Finding(
+    PaperFinding(
         "Longer training helps, and closes the gap between batches",
         "Figures 9 and B.2",
         {
@@ -120,7 +120,7 @@ FINDINGS: Final = (
             "batch_size": ("the gap closes with longer training",),
         },
     ),
-    Finding(
+    PaperFinding(
         "The square-root rule helps small batches, LARS large ones",
         "Section 2.2, Table B.1",
         {

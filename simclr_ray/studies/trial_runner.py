@@ -32,7 +32,14 @@ from simclr_ray.storage.provenance import code_commit
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.studies.definition import EITHER, PROBES, Study
-from simclr_ray.studies.folder import FINAL, Curve, Status, StudyFolder, TrialOutcome, curve_of
+from simclr_ray.studies.folder import (
+    FINAL,
+    Curve,
+    OutcomeStatus,
+    StudyFolder,
+    TrialOutcome,
+    curve_of,
+)
 from simclr_ray.studies.plan import Trial, task_fractions_of
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.train.driver import train_resolved
@@ -76,7 +83,7 @@ def run_trial(
     """
     experiment = _under(trial.experiment, job.parent_run)
     watch = RunWatch(experiment, tell)
-    status: Status = "finished"
+    status: OutcomeStatus = "finished"
     reason = ""
     metrics: dict[str, float] = {}
     try:
@@ -145,7 +152,7 @@ def _check_curve(study: Study, trial: Trial, resolved: ResolvedExperiment) -> No
 def outcome_of(
     trial: Trial,
     folder: RunFolder | None,
-    status: Status,
+    status: OutcomeStatus,
     *,
     reason: str = "",
     metrics: dict[str, float] | None = None,

@@ -34,7 +34,7 @@ from simclr_ray.config.uris import without_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, TrackingError
 from simclr_ray.tracking import moved, store
-from simclr_ray.tracking.runs import Point, Status, TrackedRun
+from simclr_ray.tracking.runs import MetricPoint, MlflowStatus, TrackedRun
 
 STATE: Final = "delivered.json"
 TIME: Final = "time"  # of a record, in seconds since 1970; without a slash it is no metric
@@ -57,7 +57,7 @@ class DeliveryState:
     mlflow_run_id: str
     positions: dict[str, int] = field(default_factory=dict)
     owed: list[dict[str, Any]] = field(default_factory=list)
-    status: Status | str = ""
+    status: MlflowStatus | str = ""
     has_status: bool = True
 
     @classmethod
@@ -131,7 +131,7 @@ class Delivery:
             self.state.owed.append({"kind": kind, **without_passwords(what)})
             self._save()
 
-    def want(self, status: Status, *, has_it: bool = False) -> None:
+    def want(self, status: MlflowStatus, *, has_it: bool = False) -> None:
         """Have MLflow show a status after all that is owed; `has_it`: it does already."""
         with self._lock:
             self.state.status, self.state.has_status = status, has_it
@@ -194,7 +194,7 @@ class Delivery:
     def _send_points(self, name: str, part: _Part) -> int:
         if self._stored.look_up({point.key for point in part.points}):
             return 0
-        fresh: dict[tuple[str, int], Point] = {}  # a step that one part has twice counts once
+        fresh: dict[tuple[str, int], MetricPoint] = {}  # a step that one part has twice counts once
         for point in part.points:
             if not self._stored.has(point.key, point.step):
                 fresh.setdefault((point.key, point.step), point)
@@ -262,7 +262,7 @@ class _Record(NamedTuple):
 class _Part(NamedTuple):
     """What goes into one request, and where the log goes on."""
 
-    points: list[Point]
+    points: list[MetricPoint]
     end: int
 
 
@@ -297,7 +297,7 @@ class _StoredSteps:
         at = bisect.bisect_left(before, step)
         return at < len(before) and before[at] == step
 
-    def add(self, points: Mapping[tuple[str, int], Point]) -> None:
+    def add(self, points: Mapping[tuple[str, int], MetricPoint]) -> None:
         """Remember what was sent."""
         for key, step in points:
             self._highest[key] = max(step, self._highest.get(key, step))
@@ -326,14 +326,14 @@ def _records_from(path: Path, position: int) -> Iterator[_Record]:
             yield _Record(tree if isinstance(tree, dict) else {}, position)
 
 
-def _points_of(record: Mapping[str, Any]) -> list[Point]:
+def _points_of(record: Mapping[str, Any]) -> list[MetricPoint]:
     """Return the points of a record: names with a slash are metrics."""
     try:
         step, time_ms = int(record["step"]), int(1000 * float(record.get(TIME) or time.time()))
     except (KeyError, TypeError, ValueError):
         return []
     return [
-        Point(store.key_of(key), float(value), step, time_ms)
+        MetricPoint(store.key_of(key), float(value), step, time_ms)
         for key, value in record.items()
         if "/" in key and isinstance(value, int | float)
     ]

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from simclr_ray.config import Scalar
     from simclr_ray.config.experiment import TrackingConfig
 
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+MlflowStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
-class Point(NamedTuple):
+class MetricPoint(NamedTuple):
     """One value of a metric; a store keeps the same point once."""
 
     key: str
@@ -204,7 +204,7 @@ class TrackedRun:
                 client.log_batch(self.run_id, metrics=some, synchronous=True)
         self._highest.update({metric.key: step for metric in fresh})
 
-    def log_points(self, points: Sequence[Point]) -> None:
+    def log_points(self, points: Sequence[MetricPoint]) -> None:
         """Store points as they are, in one request for up to 1,000; see `stored_steps`.
 
         Raises:
@@ -304,7 +304,7 @@ class TrackedRun:
         with door(f"store {file}", self.uri) as client:
             client.log_text(self.run_id, hide_passwords(text), file)
 
-    def finish(self, status: Status) -> None:
+    def finish(self, status: MlflowStatus) -> None:
         """Set the run's status; with one that is its last, its end time."""
         with door(f"set the run to {status}", self.uri) as client:
             if status == "RUNNING":

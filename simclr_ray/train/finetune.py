@@ -27,7 +27,7 @@ from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import CLASSIFIER_SCORES
-from simclr_ray.tracking.runs import Point, TrackedRun
+from simclr_ray.tracking.runs import MetricPoint, TrackedRun
 from simclr_ray.train import driver
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.recorder import OnProgress
@@ -279,6 +279,8 @@ def _log(run: Run, parent: RunRecord, name: str, scores: Classification) -> None
     try:
         tracked = TrackedRun.attach(parent.tracking_uri, parent.mlflow_run_id)
         now_ms = int(1000 * time.time())  # by which another fine-tuning of that name comes later
-        tracked.log_points([Point(key, float(v), step, now_ms) for key, v in for_parent.items()])
+        tracked.log_points(
+            [MetricPoint(key, float(v), step, now_ms) for key, v in for_parent.items()]
+        )
     except TrackingError as error:  # of a run that was copied alone, the store is not here
         log.warning("the scores are not logged with the run they are of: %s", error)

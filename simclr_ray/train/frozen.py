@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from simclr_ray import config as cfg
 from simclr_ray.config.wording import counted
+from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.encoded_splits import encode_split
-from simclr_ray.evaluation.features import BadRow
 from simclr_ray.evaluation.knn import top_k_accuracy
 from simclr_ray.evaluation.linear import LinearProbe
 from simclr_ray.evaluation.logistic_regression import (
@@ -105,7 +105,7 @@ def _fitted(resolved: ResolvedExperiment, run_log: RunLog) -> tuple[SimCLRModel,
     }
 
 
-def _say_bad(bad: Sequence[BadRow], resolved: ResolvedExperiment, run_log: RunLog) -> None:
+def _say_bad(bad: Sequence[UnusableRow], resolved: ResolvedExperiment, run_log: RunLog) -> None:
     """Store which images are left out, and say how many, where there are any."""
     for row in bad:
         run_log.append(BAD_ROWS, {"step": 0, "id": row.id, "reason": row.reason})

@@ -31,8 +31,8 @@ RATES: Final = (0.1, 0.3, 0.2)  # the rate moves, since LARS keeps it inside the
 CPU: Final = torch.device("cpu")
 SEED: Final = 200_205_709  # the paper: arXiv:2002.05709
 
-Named = dict[str, Tensor]
-StepResult = dict[str, Named]  # of `loss`, `gradients`, `statistics` and `weights`
+NamedTensors = dict[str, Tensor]
+StepResult = dict[str, NamedTensors]  # of `loss`, `gradients`, `statistics` and `weights`
 
 
 class Worst(NamedTuple):
@@ -42,7 +42,7 @@ class Worst(NamedTuple):
     name: str
 
 
-class Comparison(NamedTuple):
+class ParityReport(NamedTuple):
     """How far R processes are from one; each figure is relative, the largest over the ranks.
 
     A tensor's difference is |x_R - x_1| / |x_1| in the Euclidean norm. `least_gradient` is the
@@ -83,7 +83,7 @@ def gradient_parity(num_workers: int) -> Parity:
     return Parity(worst.difference, worst.name, time.perf_counter() - start)
 
 
-def compare_processes(num_workers: int) -> Comparison:
+def compare_processes(num_workers: int) -> ParityReport:
     """Return every figure of the check for `num_workers` processes. Same as `gradient_parity`."""
     if not 1 <= num_workers <= IMAGES:
         raise ValueError(f"num_workers must lie in [1, {IMAGES}], not {num_workers}")
@@ -96,7 +96,7 @@ def compare_processes(num_workers: int) -> Comparison:
         ranks = (
             [_compare_rank(0, str(path))] if alone else spawn(_compare_rank, num_workers, str(path))
         )
-    return Comparison(
+    return ParityReport(
         loss=max(r.loss for r in ranks),
         gradients=max(r.gradients for r in ranks),
         statistics=max(r.statistics for r in ranks),
@@ -185,7 +185,7 @@ def _randomise_batch_norm(model: nn.Module) -> None:
                 parameter.copy_(size * sign)
 
 
-def _gradients(model: SimCLRModel) -> Named:
+def _gradients(model: SimCLRModel) -> NamedTensors:
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
@@ -194,7 +194,7 @@ def _gradients(model: SimCLRModel) -> Named:
     return gradients
 
 
-def _compare_rank(rank: int, path: str) -> Comparison:
+def _compare_rank(rank: int, path: str) -> ParityReport:
     """Return this rank's comparison with the stored reference; small, since it crosses a pipe."""
     del rank  # the process group knows it
     reference: dict[str, StepResult] = torch.load(path, weights_only=True)
@@ -202,14 +202,14 @@ def _compare_rank(rank: int, path: str) -> Comparison:
     worst = {kind: _worst(kind, own[kind], reference["float64"][kind]) for kind in own}
     whole = [_vector(o["gradients"]) for o in (single, reference["float32"])]
     norms = [g.norm().item() for g in reference["float64"]["gradients"].values()]
-    return Comparison(
+    return ParityReport(
         **worst,
         least_gradient=min(norms),
         float32_gradient=_relative(*whole),
     )
 
 
-def _worst(kind: str, own: Named, reference: Named) -> Worst:
+def _worst(kind: str, own: NamedTensors, reference: NamedTensors) -> Worst:
     return max(Worst(_relative(own[n], reference[n]), f"{kind}: {n}") for n in reference)
 
 
@@ -218,5 +218,5 @@ def _relative(own: Tensor, reference: Tensor) -> float:
     return difference.item() if torch.isfinite(difference) else float("inf")
 
 
-def _vector(named: Named) -> Tensor:
+def _vector(named: NamedTensors) -> Tensor:
     return torch.cat([t.flatten().double() for t in named.values()])

@@ -43,7 +43,7 @@ OF_TRAINING: Final = ("loss", "top1")
 OF_EVALUATION: Final = tuple(sign for sign in LASTING if sign not in OF_TRAINING)
 FROZEN_AFTER: Final = 50  # steps at a rate above 0
 START: Final = "start/"
-Record = Mapping[str, float]
+LoggedRecord = Mapping[str, float]
 
 
 class _Report(NamedTuple):
@@ -99,7 +99,7 @@ class HealthWatch:
     def _best_margin(self) -> float:
         return max((scores.get("margin", 0.0) for _, scores in self._evaluations), default=0.0)
 
-    def replay(self, records: Iterable[Record]) -> UnhealthyRunError | None:
+    def replay(self, records: Iterable[LoggedRecord]) -> UnhealthyRunError | None:
         """Take what a run had logged before it was stopped; nothing of it is raised.
 
         Returns:
@@ -121,7 +121,7 @@ class HealthWatch:
                 last = None
         return last
 
-    def __call__(self, record: Record) -> None:
+    def __call__(self, record: LoggedRecord) -> None:
         """Take one record of metrics.
 
         Raises:
@@ -164,7 +164,7 @@ class HealthWatch:
         self._since = {sign: first for sign, first in self._since.items() if first < step}
         self.good_until, self._well_at = min(self.good_until, step), min(self._well_at, step)
 
-    def _take_report(self, step: int, record: Record) -> None:
+    def _take_report(self, step: int, record: LoggedRecord) -> None:
         loss, top1 = record["train/mean_loss"], record.get("train/contrastive_top1", math.nan)
         self._reports.append(_Report(step, loss, top1, record.get("train/grad_norm", math.nan)))
         num = self._experiment.batch_size
@@ -178,7 +178,7 @@ class HealthWatch:
             most = math.inf if lost else (2 - STUCK_FRACTION) * self._level
             self._set("loss", step, there=STUCK_FRACTION * self._level < loss < most)
 
-    def _take_evaluation(self, step: int, record: Record) -> None:
+    def _take_evaluation(self, step: int, record: LoggedRecord) -> None:
         now = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
         self._evaluations.append((step, now))
         rank, epoch = now["effective_rank"], record["epoch"]

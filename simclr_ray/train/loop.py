@@ -45,7 +45,7 @@ from simclr_ray.distributed import collectives as dist
 from simclr_ray.nn.batchnorm import frozen_statistics
 from simclr_ray.nn.losses import Loss
 from simclr_ray.nn.precision import Precision, as_input, autocast
-from simclr_ray.nn.stochastic import KeyedLayer, Rows, draw_for, keyed_layers
+from simclr_ray.nn.stochastic import DropoutKeys, KeyedLayer, draw_for, keyed_layers
 from simclr_ray.optim import clip_gradients
 from simclr_ray.train.gradient_cache import averaging_over_ranks, group_rows
 from simclr_ray.train.meter import Metrics, StepMeter
@@ -247,7 +247,7 @@ def forward_views(
     device = next(model.parameters()).device
     if layers:
         ids = batch.ids[rows].to(device, non_blocking=True)
-        draw_for(layers, Rows.of_views(seed, batch.step, ids, len(views)))
+        draw_for(layers, DropoutKeys.of_views(seed, batch.step, ids, len(views)))
     # whatever else a model draws is the same in a second pass, and in a resumed run of as many
     # ranks and groups
     turn = batch.step * dist.world_size() + dist.rank()

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from simclr_ray.config.wording import counted
+from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.errors import (
     CollapseError,
     RestartsError,
@@ -49,17 +50,6 @@ class WorkerReady(NamedTuple):
     num_workers: int
 
 
-class _BadRow(NamedTuple):
-    """Why a row cannot be used, and the file that it was, where that is known."""
-
-    reason: str
-    path: str
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> _BadRow:
-        return cls(str(record["reason"]), str(record.get("path", "")))
-
-
 class RunRecorder:
     """Takes the records of a run's ranks.
 
@@ -85,7 +75,7 @@ class RunRecorder:
         self._kept = self._newest_step()  # at the last restart
         self._began = time.monotonic()
         self._ready: set[int] = set()
-        self._bad = {int(row["id"]): _BadRow.of(row) for row in self.log.records(BAD_ROWS)}
+        self._bad = {int(row["id"]): _unusable_row(row) for row in self.log.records(BAD_ROWS)}
 
     def interrupt(self) -> None:
         """End what runs now: `fatal` is set."""
@@ -227,7 +217,7 @@ class RunRecorder:
 
     def _take_bad(self, item: dict[str, Any]) -> None:
         if item["id"] not in self._bad:
-            self._bad[item["id"]] = _BadRow.of(item)
+            self._bad[item["id"]] = _unusable_row(item)
             self.log.append(BAD_ROWS, item)
 
     def _check_bad_rows(self) -> None:
@@ -261,3 +251,8 @@ class RunRecorder:
                 error = self.health.explained(error)
             self.fatal = error
             self.interrupt()
+
+
+def _unusable_row(record: dict[str, Any]) -> UnusableRow:
+    """Return the row that a record of `BAD_ROWS` is of."""
+    return UnusableRow(int(record["id"]), str(record["reason"]), str(record.get("path", "")))

@@ -49,7 +49,7 @@ Z95: Final = 1.959964  # standard deviations of a normal distribution that hold 
 log = logging.getLogger(__name__)
 
 
-class Table(NamedTuple):
+class TextTable(NamedTuple):
     """A head, and rows of text."""
 
     head: list[str]
@@ -129,7 +129,7 @@ def facts(experiment: Experiment, status: RunStatus) -> dict[str, str]:
     return rows
 
 
-def score_table(scores: Sequence[Score], num: int) -> Table:
+def score_table(scores: Sequence[Score], num: int) -> TextTable:
     """Return the scores beside the baselines, each accuracy with its 95 % interval.
 
     Args:
@@ -142,16 +142,16 @@ def score_table(scores: Sequence[Score], num: int) -> Table:
         for column, metric in enumerate(metrics_shown(scores), start=1):
             if metric in score.accuracies:
                 row[column] += _interval(score.accuracies[metric], num)
-    return Table(list(head), shown)
+    return TextTable(list(head), shown)
 
 
-def classifier_table(scores: Classification) -> Table:
+def classifier_table(scores: Classification) -> TextTable:
     """Return what a classifier reaches; of what is counted in images with its 95 % interval."""
     row = []
     for name, value in scores.measures().items():
         counts = name in ("top1", "top5")  # the others are means over classes
         row.append(f"{100 * value:.1f} %{_interval(value, scores.num_images) if counts else ''}")
-    return Table(list(LABELS.values()), [row])
+    return TextTable(list(LABELS.values()), [row])
 
 
 def _interval(accuracy: float, num: int) -> str:
@@ -169,7 +169,7 @@ def wilson(accuracy: float, num: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def class_table(seen: NeighbourSample) -> Table:
+def class_table(seen: NeighbourSample) -> TextTable:
     """Return the recall of each class, and what it was confused with.
 
     The worst first; of many classes those alone.
@@ -187,7 +187,7 @@ def class_table(seen: NeighbourSample) -> Table:
     rows.sort(key=lambda row: row[0])
     head = ["class", "images", "recall", "confused with"]
     shown = [[n, f"{t:,}", f"{100 * s:.0f} %", o] for s, n, t, o in rows[:CLASSES_SHOWN]]
-    return Table(head, shown)
+    return TextTable(head, shown)
 
 
 def cost(records: Sequence[Mapping[str, Any]], experiment: Experiment) -> dict[str, str]:
@@ -298,7 +298,7 @@ def _num_labelled(experiment: Experiment) -> int:
         return 0
 
 
-def _classifier_table(folder: RunFolder, experiment: Experiment) -> Table | None:
+def _classifier_table(folder: RunFolder, experiment: Experiment) -> TextTable | None:
     """Return the stored scores of a run's classifier, as of a fine-tuning; None: it has none."""
     tree = folder.read_json(CLASSIFIER_SCORES, dict)
     if tree is None:

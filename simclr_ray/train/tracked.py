@@ -30,7 +30,7 @@ from simclr_ray.storage.removal import remove_unlocked
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, OTHER_METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking.delivery import STATE, Delivery
-from simclr_ray.tracking.runs import Status, TrackedRun, Tracker
+from simclr_ray.tracking.runs import MlflowStatus, TrackedRun, Tracker
 from simclr_ray.tracking.sender import Sender, sending
 from simclr_ray.tracking.store import CLUSTER_TAG, delivering, store_uri
 from simclr_ray.tracking.system_metrics import system_metrics
@@ -90,7 +90,7 @@ class Writes:
         self.log.put(path)
         self.delivery.owe("file", name=path.name)
 
-    def status(self, status: Status) -> None:
+    def status(self, status: MlflowStatus) -> None:
         """Set the run's status."""
         self.delivery.want(status)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from simclr_ray.nn.resnet import ResNet
-from simclr_ray.nn.stochastic import KeyedLayer, Rows
+from simclr_ray.nn.stochastic import DropoutKeys, KeyedLayer
 
 FOLDER = "NOTES"
 
@@ -36,15 +36,15 @@ class Noting(KeyedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         folder = os.environ.get(FOLDER)
-        if folder and self.training and self.rows is not None:
-            rows = zip(self.rows.ids.tolist(), self.rows.views.tolist(), x, strict=True)
+        if folder and self.training and self.keys is not None:
+            rows = zip(self.keys.ids.tolist(), self.keys.views.tolist(), x, strict=True)
             with Path(folder, f"{os.uname().nodename}-{os.getpid()}.txt").open("a") as file:
                 for index, view, pixels in rows:
                     digest = hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
-                    file.write(f"{self.rows.step} {index} {view} {digest}\n")
+                    file.write(f"{self.keys.step} {index} {view} {digest}\n")
         return x
 
-    def factor(self, rows: Rows, x: Tensor) -> Tensor:
+    def factor(self, keys: DropoutKeys, x: Tensor) -> Tensor:
         return x.new_ones(())
 
     def unkeyed(self, x: Tensor) -> Tensor:

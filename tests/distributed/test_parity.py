@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simclr_ray.train.gradient_parity import Comparison, compare_processes, gradient_parity
+from simclr_ray.train.gradient_parity import ParityReport, compare_processes, gradient_parity
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -13,37 +13,37 @@ TOLERANCE = 1e-9
 
 
 @pytest.fixture(scope="module", params=[2, 4, 3], ids=lambda r: f"{r} processes")
-def comparison(request: pytest.FixtureRequest) -> Comparison:
+def comparison(request: pytest.FixtureRequest) -> ParityReport:
     """Return all figures of one spawn; 10 images over 3 and 4 processes are uneven."""
     return compare_processes(int(request.param))
 
 
-def test_the_loss_is_that_of_one_process(comparison: Comparison) -> None:
+def test_the_loss_is_that_of_one_process(comparison: ParityReport) -> None:
     assert comparison.loss.difference < TOLERANCE
 
 
-def test_every_parameters_gradient_is_that_of_one_process(comparison: Comparison) -> None:
+def test_every_parameters_gradient_is_that_of_one_process(comparison: ParityReport) -> None:
     assert comparison.gradients.difference < TOLERANCE, comparison.gradients
 
 
 def test_no_parameters_gradient_is_zero_so_the_check_sees_all_of_them(
-    comparison: Comparison,
+    comparison: ParityReport,
 ) -> None:
     assert comparison.least_gradient > 1e-3
 
 
-def test_running_statistics_are_those_of_one_process(comparison: Comparison) -> None:
+def test_running_statistics_are_those_of_one_process(comparison: ParityReport) -> None:
     assert comparison.statistics.difference < TOLERANCE, comparison.statistics
 
 
 def test_parameters_after_three_lars_steps_are_those_of_one_process(
-    comparison: Comparison,
+    comparison: ParityReport,
 ) -> None:
     assert comparison.weights.difference < TOLERANCE, comparison.weights
 
 
 def test_in_float32_the_whole_gradient_is_that_of_one_process_to_1e_4(
-    comparison: Comparison,
+    comparison: ParityReport,
 ) -> None:
     assert 0 < comparison.float32_gradient < 1e-4
 

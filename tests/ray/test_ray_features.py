@@ -21,7 +21,7 @@ from simclr_ray.evaluation.evaluate import evaluate
 from simclr_ray.evaluation.feature_file import FeatureFile
 from simclr_ray.evaluation.features import extract_features, load_split
 from simclr_ray.evaluation.ray_features import extract
-from simclr_ray.evaluation.scores import Pixels
+from simclr_ray.evaluation.scores import RawPixelEncoder
 from simclr_ray.inference.comparison import Contender, score_all
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.resnet import ResNet
@@ -53,13 +53,13 @@ def test_features_are_those_of_one_process(folder: Path, ray_cluster: str, limit
     encoder = ResNet(10, 0.125, "strided")
     source = Source.open(str(folder / "bank.parquet"))
     split = load_split(source, 32, limit)
-    found = extract(source, [encoder, Pixels()], 32, TWO, limit=limit)
+    found = extract(source, [encoder, RawPixelEncoder()], 32, TWO, limit=limit)
     assert torch.equal(found.ids, split.ids)
     assert torch.equal(found.labels, split.labels)
     assert found.bad == split.bad
     expected = extract_features(encoder, split.images)
     torch.testing.assert_close(found.features[0], expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.features[1], extract_features(Pixels(), split.images))
+    torch.testing.assert_close(found.features[1], extract_features(RawPixelEncoder(), split.images))
 
 
 def test_many_images_are_encoded_by_actors_unasked_and_their_features_lie_in_a_file(
@@ -67,17 +67,17 @@ def test_many_images_are_encoded_by_actors_unasked_and_their_features_lie_in_a_f
 ) -> None:
     data = {"train": str(folder / "bank.parquet"), "test": str(folder / "test.parquet")}
     experiment = cfg.validate(Experiment, {"name": "t", "data": data, "augment": {"size": 32}})
-    ((bank, test),) = encode_splits(experiment, [Pixels()])
+    ((bank, test),) = encode_splits(experiment, [RawPixelEncoder()])
     monkeypatch.setattr(encoded_splits, "VIEWS_BYTES", 0)
     monkeypatch.setattr(ray_features, "IN_MEMORY_BYTES", 0)
-    ((of_bank, of_test),) = encode_splits(experiment, [Pixels()])
+    ((of_bank, of_test),) = encode_splits(experiment, [RawPixelEncoder()])
     for there, here in ((of_bank, bank), (of_test, test)):
         assert here is not None
         assert there is not None
         assert isinstance(there.rows, FeatureFile)
         assert torch.equal(there.labels, here.labels)
         torch.testing.assert_close(there.rows[:], here.rows[:])
-    features, bad = encode_split(Source.open(data["train"]), Pixels(), experiment)
+    features, bad = encode_split(Source.open(data["train"]), RawPixelEncoder(), experiment)
     torch.testing.assert_close(features.rows[:], bank.rows[:])
     assert len(bad) > 0
 
@@ -126,7 +126,7 @@ def test_networks_are_compared_by_actors_where_the_config_has_them(
         "evaluation": {"knn": {"k": 5}, "linear": {"epochs": 5}},
     }
     torch.manual_seed(0)
-    networks = {"encoder": ResNet(10, 0.125, "strided"), "pixels": Pixels()}
+    networks = {"encoder": ResNet(10, 0.125, "strided"), "pixels": RawPixelEncoder()}
     contenders = [Contender(name, n, 32, Counting()) for name, n in networks.items()]
     alone = score_all(contenders, cfg.validate(Experiment, tree))
     assert len(Counting.decoded) == 110 + 60
@@ -147,4 +147,4 @@ def test_more_actors_than_the_cluster_has_cpus_are_refused(folder: Path, ray_clu
     with pytest.raises(
         ClusterError, match=r"evaluation.actors=99, each of 1 CPU.* room for 4 on 1"
     ):
-        extract(source, [Pixels()], 32, EvaluationConfig(actors=99))
+        extract(source, [RawPixelEncoder()], 32, EvaluationConfig(actors=99))

@@ -242,6 +242,34 @@ def test_no_file_is_named_for_nothing() -> None:
     assert [p.name for p in files() if p.stem in vague] == []
 
 
+def meanings(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the public classes and aliases of a file, and what each means.
+
+    An alias that two files write alike has one meaning, and of arrays so has any precision.
+    """
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, f"class of {module_of(path)}"
+            continue
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            name, value = ast.unparse(node.targets[0]), ast.unparse(node.value)
+        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias":
+            name, value = ast.unparse(node.target), ast.unparse(node.value or node.target)
+        else:
+            continue
+        if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name) and not value.startswith("TypeVar("):
+            yield name, re.sub(r"\bnpt\.|(?<=np\.float)\d+", "", value)
+
+
+def test_a_class_or_alias_has_its_name_alone() -> None:
+    """Whoever searches for a name finds one thing."""
+    named: dict[str, set[str]] = {}
+    for path in files():
+        for name, meaning in meanings(path):
+            named.setdefault(name, set()).add(meaning)
+    assert {name: several for name, several in named.items() if len(several) > 1} == {}
+
+
 def test_importing_the_package_loads_no_heavy_library() -> None:
     program = (
         "import sys, simclr_ray; "

@@ -14,7 +14,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-from simclr_ray.config.findings import Finding, Findings, Status
+from simclr_ray.config.findings import CheckStatus, Finding, Findings
 from simclr_ray.config.validation import nearest
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.launch.file import (
@@ -146,7 +146,7 @@ def _check_addresses(tree: Mapping[str, Any]) -> Findings:
         if number(tree.get(key)) > len(hosts):
             shown = f"{key}={tree[key]} with {counted(len(hosts), 'host')} in provider.worker_ips"
             advice = "write as many as there are, or add hosts: Ray starts no others"
-            status: Status = "fail" if key == "min_workers" else "warn"
+            status: CheckStatus = "fail" if key == "min_workers" else "warn"
             findings.append(Finding("schema", status, shown, advice))
     return findings
 

@@ -11,7 +11,7 @@ import pytest
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.evaluation.evaluate import score_networks
-from simclr_ray.evaluation.scores import PIXELS, Pixels
+from simclr_ray.evaluation.scores import PIXELS, RawPixelEncoder
 from tests.ray.images import noise_png
 
 
@@ -25,7 +25,7 @@ def test_a_test_split_without_labels_is_scored_without_them_and_that_is_said(
     data = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
     tree = {"name": "t", "data": data, "augment": {"size": 8}, "batch_size": 4}
     experiment = cfg.validate(Experiment, tree)
-    (score,) = score_networks(experiment, {PIXELS: Pixels()}, ("knn",))
+    (score,) = score_networks(experiment, {PIXELS: RawPixelEncoder()}, ("knn",))
     assert score.accuracies == {}
     assert score.effective_rank is not None
     assert "test.parquet" in caplog.text

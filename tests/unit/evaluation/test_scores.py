@@ -25,7 +25,7 @@ from simclr_ray.evaluation.features import Split, extract_features
 from simclr_ray.evaluation.label_free import label_free
 from simclr_ray.evaluation.scores import (
     PIXELS,
-    Pixels,
+    RawPixelEncoder,
     Score,
     format_table,
     score_features,
@@ -76,7 +76,7 @@ class MeanColor(nn.Module):
 def test_an_encoder_that_sees_the_class_beats_raw_pixels_in_both_protocols() -> None:
     bank, test = split(1, 200), split(2, 100)
     encoded = score_encoder("color", MeanColor(), bank, test, EXPERIMENT)
-    pixels = score_encoder(PIXELS, Pixels(), bank, test, EXPERIMENT)
+    pixels = score_encoder(PIXELS, RawPixelEncoder(), bank, test, EXPERIMENT)
     assert pixels.name == "raw pixels"
     assert encoded.knn_top1 is not None
     assert encoded.linear_top1 is not None
@@ -91,7 +91,7 @@ def test_an_encoder_that_sees_the_class_beats_raw_pixels_in_both_protocols() -> 
 def test_an_encoder_that_passes_pixels_on_scores_exactly_as_raw_pixels() -> None:
     bank, test = split(3, 80), split(4, 40)
     encoded = score_encoder("raw pixels", nn.Flatten(), bank, test, EXPERIMENT)
-    assert encoded == score_encoder(PIXELS, Pixels(), bank, test, EXPERIMENT)
+    assert encoded == score_encoder(PIXELS, RawPixelEncoder(), bank, test, EXPERIMENT)
 
 
 def test_without_a_test_split_or_a_protocol_only_the_rest_is_filled() -> None:
@@ -101,7 +101,7 @@ def test_without_a_test_split_or_a_protocol_only_the_rest_is_filled() -> None:
     expected = label_free(bank.images.float().div(255).mean((2, 3)))
     found = (alone.uniformity, alone.effective_rank, alone.feature_std)
     assert found == pytest.approx(tuple(expected), rel=1e-5)
-    assert score_encoder(PIXELS, Pixels(), bank, None, EXPERIMENT).knn_top1 is None
+    assert score_encoder(PIXELS, RawPixelEncoder(), bank, None, EXPERIMENT).knn_top1 is None
     only = score_encoder("h", MeanColor(), bank, test, EXPERIMENT, ["knn"])
     assert only.knn_top1 is not None
     assert only.linear_top1 is None
@@ -111,12 +111,12 @@ def test_rows_without_labels_are_not_scored_and_none_at_all_is_an_error() -> Non
     bank, test = split(7, 60), split(8, 30)
     partly = test._replace(labels=torch.where(torch.arange(30) < 10, test.labels, -1))
     first = Split(test.images[:10], test.labels[:10], test.ids[:10], [])
-    assert score_encoder(PIXELS, Pixels(), bank, partly, EXPERIMENT) == score_encoder(
-        PIXELS, Pixels(), bank, first, EXPERIMENT
+    assert score_encoder(PIXELS, RawPixelEncoder(), bank, partly, EXPERIMENT) == score_encoder(
+        PIXELS, RawPixelEncoder(), bank, first, EXPERIMENT
     )
     with pytest.raises(DataError, match="test split has no labelled rows"):
         score_encoder(
-            PIXELS, Pixels(), bank, test._replace(labels=torch.full((30,), -1)), EXPERIMENT
+            PIXELS, RawPixelEncoder(), bank, test._replace(labels=torch.full((30,), -1)), EXPERIMENT
         )
 
 
@@ -131,7 +131,7 @@ def test_an_encoder_that_diverged_is_named() -> None:
 
 def test_pixels_of_large_views_are_averaged_down() -> None:
     large = split(11, 7, side=64)
-    features = extract_features(Pixels(), large.images, batch_size=3)
+    features = extract_features(RawPixelEncoder(), large.images, batch_size=3)
     assert features.shape == (7, 3 * 32 * 32)
     pairs = large.images.numpy().reshape(7, 3, 32, 2, 32, 2).mean((3, 5)) / 255
     np.testing.assert_allclose(features.numpy(), pairs.reshape(7, -1), atol=1e-6)

@@ -65,7 +65,7 @@ def test_networks_of_the_same_views_have_each_image_decoded_once(experiment: Exp
     Counting.decoded.clear()
     same = [
         Contender(name, network, SIZE, Counting())
-        for name, network in (("a", MeanColor()), ("b", rows.Pixels()), ("c", MeanColor()))
+        for name, network in (("a", MeanColor()), ("b", rows.RawPixelEncoder()), ("c", MeanColor()))
     ]
     score_all(same, experiment)
     assert len(Counting.decoded) == NUM_IMAGES
@@ -81,11 +81,11 @@ def test_scores_are_those_of_the_evaluation_in_the_order_of_the_networks(
     contenders = [
         Contender("a", MeanColor(), SIZE, decoder),
         Contender("large", MeanColor(), 2 * SIZE, decoder),
-        Contender("pixels", rows.Pixels(), SIZE, decoder),
+        Contender("pixels", rows.RawPixelEncoder(), SIZE, decoder),
     ]
     first, large, pixels = score_all(contenders, experiment)
     own, plain = score_networks(
-        experiment, {"a": MeanColor(), "pixels": rows.Pixels()}, ("knn", "linear")
+        experiment, {"a": MeanColor(), "pixels": rows.RawPixelEncoder()}, ("knn", "linear")
     )
     assert first.metrics == own.numbers()
     assert pixels.metrics == plain.numbers()

@@ -22,7 +22,7 @@ from simclr_ray.errors import ClusterError
 from simclr_ray.inference import serving
 from simclr_ray.inference.embedding_index import Nearest
 from simclr_ray.inference.serving import Service
-from simclr_ray.inference.serving_metrics import Metrics
+from simclr_ray.inference.serving_metrics import ServingMetrics
 
 DEPLOYMENT: Any = serving.EncoderServer
 REPLICA: Any = next(c for c in DEPLOYMENT.func_or_class.__mro__ if "_check_host" in vars(c))
@@ -34,7 +34,7 @@ def replica(**changes: Any) -> Any:
     encoder = SimpleNamespace(feature_dim=2, size=1, channels=3)  # GET /model computes no digest
     made.service, made.index, made.encoder = Service(SECRET, SECRET), None, encoder
     made.digest = "d"
-    made.metrics = Metrics("r")
+    made.metrics = ServingMetrics("r")
     made._looking = made._decoding = ThreadPoolExecutor(1)
     vars(made).update(changes)
     return made

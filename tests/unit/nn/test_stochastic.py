@@ -17,10 +17,10 @@ from simclr_ray.augment.philox import STREAMS, philox
 from simclr_ray.errors import ConfigError
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.stochastic import (
+    DropoutKeys,
     KeyedDropout,
     KeyedDropPath,
     KeyedLayer,
-    Rows,
     check_draws,
     draw_for,
     key_draws,
@@ -33,19 +33,19 @@ from simclr_ray.train.loop import cached_step
 IDS = torch.tensor([0, 1, -5, 2**40 + 3])
 
 
-def ones(layer: KeyedLayer, rows: Rows, *shape: int) -> Tensor:
+def ones(layer: KeyedLayer, keys: DropoutKeys, *shape: int) -> Tensor:
     """Return what a layer makes of ones."""
-    draw_for([layer], rows)
-    out: Tensor = layer.train()(torch.ones(len(rows.ids), *shape))
+    draw_for([layer], keys)
+    out: Tensor = layer.train()(torch.ones(len(keys.ids), *shape))
     return out
 
 
-def rows(seed: int = 1, step: int = 2, ids: Tensor = IDS, views: int = 1) -> Rows:
-    return Rows.of_views(seed, step, ids, views)
+def keys_of(seed: int = 1, step: int = 2, ids: Tensor = IDS, views: int = 1) -> DropoutKeys:
+    return DropoutKeys.of_views(seed, step, ids, views)
 
 
 def test_words_are_those_of_the_numpy_generator() -> None:
-    drawn = keyed_words(Rows.of_views(2**32 - 1, 2**32 - 2, IDS, 2), 65_535, 10)
+    drawn = keyed_words(DropoutKeys.of_views(2**32 - 1, 2**32 - 2, IDS, 2), 65_535, 10)
     expected = []
     for view in (0, 1):
         for number in IDS.tolist():
@@ -70,15 +70,19 @@ def test_words_are_those_of_the_numpy_generator() -> None:
 )
 def test_an_image_keeps_its_mask_in_any_batch_and_the_rest_changes_it(layer: KeyedLayer) -> None:
     many = torch.arange(500)
-    whole = ones(layer, rows(ids=many), 6, 2, 2)
+    whole = ones(layer, keys_of(ids=many), 6, 2, 2)
     some = torch.tensor([400, 3, 77])
-    assert torch.equal(ones(layer, rows(ids=some), 6, 2, 2), whole[some])
-    a, b = ones(layer, rows(ids=many, views=2), 6, 2, 2).chunk(2)
+    assert torch.equal(ones(layer, keys_of(ids=some), 6, 2, 2), whole[some])
+    a, b = ones(layer, keys_of(ids=many, views=2), 6, 2, 2).chunk(2)
     assert torch.equal(a, whole)
     other = copy.deepcopy(layer)
     other.layer = 1
-    others = [b, ones(layer, rows(ids=many, step=3), 6, 2, 2), ones(other, rows(ids=many), 6, 2, 2)]
-    others.append(ones(layer, rows(ids=many, seed=5), 6, 2, 2))
+    others = [
+        b,
+        ones(layer, keys_of(ids=many, step=3), 6, 2, 2),
+        ones(other, keys_of(ids=many), 6, 2, 2),
+    ]
+    others.append(ones(layer, keys_of(ids=many, seed=5), 6, 2, 2))
     for changed in others:  # as unlike as independent draws are: 0.42 of them
         assert 0.3 < (changed != whole).float().mean() < 0.55
     kept = whole != 0
@@ -89,7 +93,7 @@ def test_an_image_keeps_its_mask_in_any_batch_and_the_rest_changes_it(layer: Key
 
 
 def test_numbers_channels_and_paths_are_dropped_as_a_whole_or_one_by_one() -> None:
-    many = rows(ids=torch.arange(2000))
+    many = keys_of(ids=torch.arange(2000))
     single = ones(KeyedDropout(0.5, 0), many, 4, 3)
     assert (single != 0).float().mean() == pytest.approx(0.5, abs=0.01)
     pairs = (single.flatten(1) != 0).float()
@@ -107,7 +111,7 @@ def test_the_batch_mode_of_stochastic_depth_draws_once_a_view() -> None:
     layer = KeyedDropPath(0.5, 0, whole_batch=True)
     seen = set()
     for step in range(40):
-        a, b = ones(layer, rows(step=step, views=2), 3).chunk(2)
+        a, b = ones(layer, keys_of(step=step, views=2), 3).chunk(2)
         assert all((v == v[0, 0]).all() for v in (a, b))
         seen.add((bool(a[0, 0]), bool(b[0, 0])))
     assert len(seen) == 4
@@ -115,7 +119,7 @@ def test_the_batch_mode_of_stochastic_depth_draws_once_a_view() -> None:
 
 def test_windows_of_an_image_share_its_rows() -> None:
     layer = KeyedDropPath(0.5, 0)
-    draw_for([layer], rows(ids=torch.arange(50)))
+    draw_for([layer], keys_of(ids=torch.arange(50)))
     out = layer.train()(torch.ones(200, 2))
     assert torch.equal(out, out[::4].repeat_interleave(4, 0))
     with pytest.raises(RuntimeError, match="51 rows"):
@@ -159,7 +163,7 @@ def test_gradient_caching_gives_the_gradient_of_one_pass_with_dropout_on() -> No
     loss = NTXentLoss(0.2)
 
     def forward(model: nn.Module, some: slice) -> tuple[Tensor, Tensor]:
-        draw_for(keyed_layers(model), Rows.of_views(3, 4, torch.arange(num)[some], 2))
+        draw_for(keyed_layers(model), DropoutKeys.of_views(3, 4, torch.arange(num)[some], 2))
         z1, z2 = model(torch.cat([views[0, some], views[1, some]])).chunk(2)
         return z1, z2
 
@@ -221,15 +225,15 @@ class TwoBranches(nn.Module):
 
 def test_a_layer_in_two_branches_draws_for_each() -> None:
     block, x = TwoBranches(), torch.ones(4000, 1, requires_grad=True)
-    draw_for(keyed_layers(block), rows(ids=torch.arange(4000)))
+    draw_for(keyed_layers(block), keys_of(ids=torch.arange(4000)))
     first, second = block(x)
     both = ((first > 0) & (second > 0)).float().mean().item()
     assert abs(both - 0.25) < 0.03  # 0.5, were they one draw
-    draw_for(keyed_layers(block), rows(ids=torch.arange(4000)))
+    draw_for(keyed_layers(block), keys_of(ids=torch.arange(4000)))
     again = block(x)
     assert torch.equal(torch.stack([first, second]), again)
     alone = KeyedDropPath(0.5, layer=3)
-    draw_for([alone], rows(ids=torch.arange(4000)))
+    draw_for([alone], keys_of(ids=torch.arange(4000)))
     assert torch.equal(alone(x), first)  # one use is what it was
 
 
@@ -238,7 +242,7 @@ def test_a_layer_in_two_branches_draws_the_same_when_it_is_run_again() -> None:
     weight = torch.rand(2, 200, 1)
     gradients: list[Tensor] = []
     for recompute in (False, True):
-        draw_for(keyed_layers(block), rows(ids=torch.arange(200)))
+        draw_for(keyed_layers(block), keys_of(ids=torch.arange(200)))
         out = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         gradients += torch.autograd.grad((out * weight).sum(), x)
     assert torch.equal(*gradients)

@@ -24,7 +24,7 @@ from simclr_ray.studies.claims import sign_flip_p
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import _ours, _paper, draw_study
 from simclr_ray.studies.files import load_study
-from simclr_ray.studies.folder import Curve, Status, TrialOutcome, curve_of
+from simclr_ray.studies.folder import Curve, OutcomeStatus, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Point, base_tree, make_trials, points_of
 from simclr_ray.studies.report import markdown, page
 from simclr_ray.studies.space import Dimension
@@ -216,7 +216,7 @@ def test_a_run_that_stands_for_many_points_is_one_observation() -> None:
     assert linear.smallest_p == 1.0
 
 
-def trunk(status: Status = "finished", epochs: int = 4) -> TrialOutcome:
+def trunk(status: OutcomeStatus = "finished", epochs: int = 4) -> TrialOutcome:
     curve: Curve = {e: {"eval/knn_top1": 0.1 * e} for e in range(1, epochs + 1)}
     cells = [{"point": {"epochs": e}, "epoch": e} for e in (1, 2, 4)]
     return outcome("t", 0.0, {})._replace(status=status, curve=curve, cells=cells)

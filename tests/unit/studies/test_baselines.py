@@ -13,7 +13,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CollapseError
 from simclr_ray.evaluation.evaluate import score_networks, untrained_encoder
-from simclr_ray.evaluation.scores import PIXELS, UNTRAINED, Pixels
+from simclr_ray.evaluation.scores import PIXELS, UNTRAINED, RawPixelEncoder
 from simclr_ray.studies import baselines as module
 from simclr_ray.studies.baselines import StudyBaselines
 from simclr_ray.studies.definition import Study
@@ -72,7 +72,7 @@ def test_they_are_scored_as_any_encoder_by_the_first_seed_and_once(
     given = study(protocols=PROTOCOLS, seeds=[7, 8])
     StudyBaselines(given, experiment, folder).store()
     seeded = experiment.model_copy(update={"seed": 7})
-    networks = {UNTRAINED: untrained_encoder(seeded), PIXELS: Pixels()}
+    networks = {UNTRAINED: untrained_encoder(seeded), PIXELS: RawPixelEncoder()}
     expected = {
         score.name: {f"final/{key}": value for key, value in score.numbers().items()}
         for score in score_networks(seeded, networks, PROTOCOLS)

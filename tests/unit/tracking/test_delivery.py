@@ -24,7 +24,7 @@ from simclr_ray.errors import TrackingError
 from simclr_ray.storage.metrics_log import append_record, read_records
 from simclr_ray.tracking import delivery as module
 from simclr_ray.tracking.delivery import STATE, Delivery
-from simclr_ray.tracking.runs import Point, TrackedRun, Tracker
+from simclr_ray.tracking.runs import MetricPoint, TrackedRun, Tracker
 from simclr_ray.tracking.sender import Sender, sending
 
 LOG = "metrics.jsonl"
@@ -78,7 +78,7 @@ class Failing(TrackedRun):
         made.fails = collections.deque(fails)
         return made
 
-    def log_points(self, points: Sequence[Point]) -> None:
+    def log_points(self, points: Sequence[MetricPoint]) -> None:
         how = self.fails.popleft() if self.fails else ""
         if how == "before":
             raise TrackingError("no answer")
@@ -93,7 +93,7 @@ def test_a_log_is_delivered_in_few_requests_and_then_from_where_it_stood(
     calls: list[int] = []
     log_points = TrackedRun.log_points
 
-    def counting(run: TrackedRun, points: Sequence[Point]) -> None:
+    def counting(run: TrackedRun, points: Sequence[MetricPoint]) -> None:
         calls.append(len(points))
         log_points(run, points)
 
@@ -243,7 +243,7 @@ def test_a_request_that_never_ends_is_left_behind_and_changes_nothing_afterwards
     ends = threading.Event()
 
     class Hanging(TrackedRun):
-        def log_points(self, points: Sequence[Point]) -> None:
+        def log_points(self, points: Sequence[MetricPoint]) -> None:
             ends.wait()
             super().log_points(points)
 

@@ -14,7 +14,7 @@ from simclr_ray.errors import DataError
 from simclr_ray.evaluation import encoded_splits, features
 from simclr_ray.evaluation.decoded import DECODED
 from simclr_ray.evaluation.encoded_splits import encode_splits
-from simclr_ray.evaluation.scores import Pixels
+from simclr_ray.evaluation.scores import RawPixelEncoder
 from simclr_ray.train import evaluation_ahead
 from simclr_ray.train.evaluation_ahead import EvaluationAhead
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
@@ -53,12 +53,12 @@ def test_splits_are_decoded_once_and_views_drawn_after_the_first_report(
         assert views is not None
         assert Image.open(views).width > 100
         assert sorted(decoded) == [60, 60]
-        list(encode_splits(resolved.config, [Pixels()]))
+        list(encode_splits(resolved.config, [RawPixelEncoder()]))
         assert len(decoded) == 2
     assert [report["step"] for report in reports] == [0, 1, 2]
     assert not views.exists()
     assert DECODED.most == 0
-    list(encode_splits(resolved.config, [Pixels()]))
+    list(encode_splits(resolved.config, [RawPixelEncoder()]))
     assert len(decoded) == 4  # nothing is kept
 
 

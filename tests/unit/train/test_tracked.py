@@ -24,7 +24,7 @@ from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.tracking import runs, sender
 from simclr_ray.tracking.delivery import STATE
-from simclr_ray.tracking.runs import Point, TrackedRun
+from simclr_ray.tracking.runs import MetricPoint, TrackedRun
 from simclr_ray.tracking.store import RegisteredEncoder
 from simclr_ray.train import pipeline, tracked
 from simclr_ray.train.health import HealthWatch
@@ -292,7 +292,7 @@ def test_the_local_log_does_not_wait_for_an_mlflow_that_is_slow(
     ends = threading.Event()
     log_points = TrackedRun.log_points
 
-    def slow(run: TrackedRun, points: Sequence[Point]) -> None:
+    def slow(run: TrackedRun, points: Sequence[MetricPoint]) -> None:
         ends.wait(10.0)
         log_points(run, points)
 
