@@ -19,7 +19,7 @@ import torch
 import torch.distributed as td
 
 from benchmarks.record import store
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.spawn import spawn
 
 CALLS, BLOCKS = 60, 5
@@ -51,7 +51,7 @@ def measure(rank: int, floats: int) -> dict[str, float]:
         td.all_reduce(vector.clone())
 
     def shared() -> None:
-        dist.all_reduce_sum(vector.clone())
+        collectives.all_reduce_sum(vector.clone())
 
     forms: dict[str, Callable[[], None]] = {"nothing": lambda: None, "gloo": gloo, "shared": shared}
     taken: dict[str, list[float]] = {name: [] for name in forms}

@@ -30,7 +30,7 @@ from benchmarks.record import portable, store
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.build import build_model
@@ -166,7 +166,7 @@ def measured(
 def evaluated(rank: int, experiment: Experiment) -> tuple[int, int]:
     """Evaluate as a worker does before its first step; return how many rows this rank decoded."""
     source, cpu = Source.open(experiment.data.train), torch.device("cpu")
-    online = OnlineEvaluation(experiment, source, rank, dist.world_size(), cpu)
+    online = OnlineEvaluation(experiment, source, rank, collectives.world_size(), cpu)
     model = build_model(experiment).eval()
     online.before_training(model)
     online(model)

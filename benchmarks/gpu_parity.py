@@ -26,7 +26,7 @@ from simclr_ray.augment import TwoViews
 from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
 from simclr_ray.config.components import variants
 from simclr_ray.config.sections.views import AnyStageConfig
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import DCLLoss, Loss, NTLogisticLoss, NTXentLoss, SupConLoss, TripletLoss
@@ -229,7 +229,7 @@ def _rank(rank: int, kind: str) -> dict[str, NDArray[Any]]:
     """Return a rank's share of everything."""
     z, _ = projections()
     x, upstream = feature_maps()
-    rows = slice(*dist.partition(N, rank, RANKS))
+    rows = slice(*collectives.partition(N, rank, RANKS))
     mine = z[:, rows].to(kind).requires_grad_()
     value = NTXentLoss(0.1, global_batch_size=N)(mine[0], mine[1])
     value.backward()

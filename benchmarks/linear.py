@@ -30,15 +30,15 @@ Fit = Callable[[Tensor, Tensor, int, LinearConfig, int], tuple[Tensor, Tensor]]
 
 
 def written_out(
-    rows: Tensor, labels: Tensor, num_classes: int, cfg: LinearConfig, seed: int
+    rows: Tensor, labels: Tensor, num_classes: int, config: LinearConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Return weight and bias by Nesterov's update in two lines, as it was before."""
-    num_batches = math.ceil(len(rows) / cfg.batch_size)
-    total, peak = cfg.epochs * num_batches, peak_rate(len(rows), cfg)
+    num_batches = math.ceil(len(rows) / config.batch_size)
+    total, peak = config.epochs * num_batches, peak_rate(len(rows), config)
     order = torch.Generator().manual_seed(seed)
     values = [rows.new_zeros(num_classes, rows.shape[1]), rows.new_zeros(num_classes)]
     velocities = [torch.zeros_like(value) for value in values]
-    for epoch in range(cfg.epochs):
+    for epoch in range(config.epochs):
         shuffled = torch.randperm(len(rows), generator=order)
         for index, batch in enumerate(shuffled.tensor_split(num_batches)):
             rate = peak * 0.5 * (1 + math.cos(math.pi * (epoch * num_batches + index) / total))
@@ -60,14 +60,14 @@ def compared(num_rows: int, num_features: int, rounds: int) -> dict[str, object]
     labels = torch.randint(CLASSES, (num_rows,), generator=generator)
     centres = torch.randn(CLASSES, num_features, generator=generator)
     rows = torch.randn(num_rows, num_features, generator=generator) + 0.1 * centres[labels]
-    cfg = LinearConfig(epochs=EPOCHS)
+    config = LinearConfig(epochs=EPOCHS)
     forms: dict[str, Fit] = {"written out": written_out, "torch.optim.SGD": descend}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     fits: dict[str, tuple[Tensor, Tensor]] = {}
     for turn in range(rounds + 1):  # the first one warms up
         for name in sorted(forms, reverse=bool(turn % 2)):
             began = time.process_time()
-            fits[name] = forms[name](rows, labels, CLASSES, cfg, 0)
+            fits[name] = forms[name](rows, labels, CLASSES, config, 0)
             if turn:
                 seconds[name].append(time.process_time() - began)
     old, new = (torch.cat([w, b[:, None]], 1) for w, b in fits.values())

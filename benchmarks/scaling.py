@@ -34,7 +34,7 @@ from benchmarks.loss import DIM, RETURN_MEMORY, TEMPERATURE
 from benchmarks.record import RESULTS, machine
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.build import build_loss, build_model
@@ -128,7 +128,7 @@ def step_times(rank: int, batches: tuple[int, ...], steps: int) -> dict[int, lis
     """Return the seconds of some steps at each global batch, seen from this rank. A collective."""
     keep_freed_memory()  # as a worker of a run does
     return {
-        n: _step_times(rank, experiment(n, dist.world_size()), max(steps, 1024 // n))
+        n: _step_times(rank, experiment(n, collectives.world_size()), max(steps, 1024 // n))
         for n in batches
     }
 
@@ -147,7 +147,7 @@ def _step_times(rank: int, exp: Experiment, steps: int) -> list[float]:
 
     never = 10**9  # reports sweep all pairs once more; a run has one in ten steps or fewer
     loop.train(
-        dist.data_parallel(model),
+        collectives.data_parallel(model),
         build_loss(exp),
         build_optimizer(model, exp.optimizer),
         batches(),

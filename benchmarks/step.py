@@ -43,7 +43,7 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import BatchBuilder, build_plan, build_views
 from simclr_ray.data.source import Source
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.losses import NTXentLoss
@@ -183,7 +183,7 @@ def torchrun(settings: Settings) -> None:
     keep_freed_memory()
     trained = experiment(settings, "unused")
     source = Source.open(settings.parquet, limit=trained.data.limit)
-    places = dist.partition(trained.batch_size, dist.rank(), WORKERS)
+    places = collectives.partition(trained.batch_size, collectives.rank(), WORKERS)
     plan = build_plan(trained, source)
     builder = BatchBuilder(source, plan, build_views(trained.augment, 0), trained.data, places)
     made = [builder.make(step) for step in range(min(8, settings.steps))]
@@ -192,7 +192,7 @@ def torchrun(settings: Settings) -> None:
     prepare_model(model, torch.device("cpu"), trained.precision)
     rates: list[float] = []
     loop.train(
-        dist.data_parallel(model),
+        collectives.data_parallel(model),
         NTXentLoss(TEMPERATURE, global_batch_size=trained.batch_size),
         build_optimizer(model, trained.optimizer),
         batches,
@@ -204,7 +204,7 @@ def torchrun(settings: Settings) -> None:
         ),
         precision=trained.precision,
     )
-    if dist.rank() == 0:
+    if collectives.rank() == 0:
         say(rates)
 
 

@@ -39,8 +39,7 @@ from torch import Tensor
 
 from benchmarks.loss import DIM, TEMPERATURE, Loss, lean_dense
 from benchmarks.record import store
-from simclr_ray.distributed import collectives as dist
-from simclr_ray.distributed import shared_memory as sharedmem
+from simclr_ray.distributed import collectives, shared_memory
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.losses import NTXentLoss
 
@@ -62,7 +61,10 @@ def gather_with_gradient(n: int) -> Loss:
     """Every rank takes the whole loss of z gathered with autograd; uneven ranks pad and cut."""
     from torch.distributed.nn.functional import all_gather
 
-    shares = [dist.partition(n, r, dist.world_size()) for r in range(dist.world_size())]
+    shares = [
+        collectives.partition(n, r, collectives.world_size())
+        for r in range(collectives.world_size())
+    ]
     counts = [last - first for first, last in shares]
 
     def loss(z1: Tensor, z2: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def forms(n: int) -> dict[str, Loss]:
     }
     with suppress(ImportError):
         lightly = importlib.import_module("lightly.loss").NTXentLoss
-        if n % dist.world_size() == 0:  # its gather takes equal ranks only
+        if n % collectives.world_size() == 0:  # its gather takes equal ranks only
             losses["lightly"] = lightly(TEMPERATURE, gather_distributed=True)
     return losses
 
@@ -141,12 +143,12 @@ def measure(
     rank: int, batches: list[int], steps: int, rounds: int, *, shared: bool
 ) -> dict[int, dict[str, Share]]:
     """Return what this rank measured, by batch and form; with `shared` memory, of ours only."""
-    dist.allow_shared_memory(allowed=shared)
-    if shared and not sharedmem.is_supported():
+    collectives.allow_shared_memory(allowed=shared)
+    if shared and not shared_memory.is_supported():
         raise RuntimeError("shared memory is not supported here")
     shares = {}
     for n in batches:
-        first, last = dist.partition(n, rank, dist.world_size())
+        first, last = collectives.partition(n, rank, collectives.world_size())
         z1, z2 = (z[first:last].clone().requires_grad_() for z in inputs(n))
         chosen = {name: loss for name, loss in forms(n).items() if not shared or name in OURS}
         counts: dict[str, list[float]] = {name: [] for name in chosen}

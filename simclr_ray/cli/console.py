@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simclr_ray.config import logging as logs
+from simclr_ray.config import logging as config_logging
 from simclr_ray.config.uris import without_passwords
 
 # a log has no edge, and rich takes 80 columns where it finds none
@@ -45,9 +45,9 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line; a level is named from warnings on."""
-        if logs.is_json():
+        if config_logging.is_json():
             print(
-                logs.json_line(self.format(record), record.levelname, record.created),
+                config_logging.json_line(self.format(record), record.levelname, record.created),
                 file=sys.stderr,
             )
             return
@@ -58,16 +58,20 @@ class ConsoleHandler(logging.Handler):
 
 def say(text: str) -> None:
     """Print a line on stderr."""
-    if logs.is_json():
+    if config_logging.is_json():
         level = "ERROR" if text.startswith("error: ") else "INFO"
-        print(logs.json_line(text.removeprefix("error: "), level), file=sys.stderr, flush=True)
+        print(
+            config_logging.json_line(text.removeprefix("error: "), level),
+            file=sys.stderr,
+            flush=True,
+        )
         return
     err.print(text, soft_wrap=True, markup=False)
 
 
 def is_live() -> bool:
     """Return whether bars and tables can move: on a terminal, where lines are text."""
-    return err.is_terminal and not logs.is_json()
+    return err.is_terminal and not config_logging.is_json()
 
 
 def loading(*packages: str) -> None:

@@ -22,7 +22,7 @@ from simclr_ray.cli.signals import (
     listen,
 )
 from simclr_ray.cli.time_limit import is_waiting
-from simclr_ray.config import logging as logs
+from simclr_ray.config import logging as config_logging
 from simclr_ray.config.imports import EVERYTHING, allow
 from simclr_ray.errors import ConfigError, SimclrRayError, StorageError
 from simclr_ray.storage.filesystem import one_line
@@ -90,11 +90,11 @@ def say_usage(error: Any) -> None:
 
 def main() -> None:
     """Run the command line, mapping errors to exit codes."""
-    logs.configure(ConsoleHandler())
+    config_logging.configure(ConsoleHandler())
     listen()
     code = 0
     try:
-        logs.check_format()
+        config_logging.check_format()
         code = app(permitted(sys.argv[1:]), standalone_mode=False) or 0
         sys.stdout.flush()
     except UsageError as error:

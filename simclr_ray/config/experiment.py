@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from simclr_ray.config import loader as cfg
+from simclr_ray.config import loader
 from simclr_ray.config.imports import permit_code
 from simclr_ray.config.schema import AUTO, Config, Field, PathOrURI, identity, model_validator
 from simclr_ray.config.sections.data import ColumnsConfig, DataConfig, PreparationConfig
@@ -273,10 +273,10 @@ class Experiment(Config):
             ConfigError: `source` does not exist or is not YAML, an override has another form, or a
                 key or value is wrong, or the file names code; all issues at once.
         """
-        tree, shown = cfg.read_tree(source)
-        whole = cfg.apply_overrides(tree, overrides, cls)
+        tree, shown = loader.read_tree(source)
+        whole = loader.apply_overrides(tree, overrides, cls)
         permit_code(whole, tree, shown, allow_code=allow_code)
-        return cfg.validate(cls, whole, shown)
+        return loader.validate(cls, whole, shown)
 
     def check_workers_given(self) -> Experiment:
         """Return the experiment; raise `ConfigError` for `auto`, which asks one machine."""
@@ -287,7 +287,7 @@ class Experiment(Config):
 
     def digest(self) -> str:
         """Return 16 hex digits over everything that changes the trained weights, and only that."""
-        return cfg.digest_of(identity(self))
+        return loader.digest_of(identity(self))
 
     def canonical(self) -> Experiment:
         """Return the experiment with one group of all images said as no groups.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_ray.distributed import shared_memory as sharedmem
+from simclr_ray.distributed import shared_memory
 
 # torch renamed the option and warns of the old name; older releases know only that one.
 _ddp_options = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -124,7 +124,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 class _Mail(NamedTuple):
     group: weakref.ref[td.ProcessGroup] | None
-    mailbox: sharedmem.SharedVectors | None
+    mailbox: shared_memory.SharedVectors | None
 
 
 _mail = _Mail(None, None)
@@ -141,7 +141,7 @@ def allow_shared_memory(*, allowed: bool) -> None:
     _shared_memory_allowed = allowed
 
 
-def _mailbox(vector: Tensor) -> sharedmem.SharedVectors | None:
+def _mailbox(vector: Tensor) -> shared_memory.SharedVectors | None:
     """Return what carries `vector` between ranks of one machine; None: the process group does.
 
     The first call of a group is a collective. Whatever decides is the same on all ranks.
@@ -149,7 +149,7 @@ def _mailbox(vector: Tensor) -> sharedmem.SharedVectors | None:
     global _mail
     if not _shared_memory_allowed or vector.device.type != "cpu":
         return None
-    if vector.nbytes > sharedmem.SLOT_BYTES:
+    if vector.nbytes > shared_memory.SLOT_BYTES:
         return None
     group = td.group.WORLD
     assert group is not None
@@ -158,20 +158,20 @@ def _mailbox(vector: Tensor) -> sharedmem.SharedVectors | None:
     return _mail.mailbox
 
 
-def _open_mailbox(group: td.ProcessGroup) -> sharedmem.SharedVectors | None:
+def _open_mailbox(group: td.ProcessGroup) -> shared_memory.SharedVectors | None:
     """Return a mailbox if every rank can open the file that rank 0 makes. A collective.
 
     Whatever fails on one rank, all reach both exchanges; then the process group carries.
     """
     mine, mailbox = "", None
-    if rank() == 0 and sharedmem.is_supported():
+    if rank() == 0 and shared_memory.is_supported():
         with suppress(OSError):
-            mine = str(sharedmem.create(world_size()))
+            mine = str(shared_memory.create(world_size()))
     try:
         path = Path(broadcast_text(mine))
-        if sharedmem.is_supported() and path.is_file():
+        if shared_memory.is_supported() and path.is_file():
             with suppress(OSError):
-                mailbox = sharedmem.SharedVectors(path, rank(), world_size(), _timeout_s(group))
+                mailbox = shared_memory.SharedVectors(path, rank(), world_size(), _timeout_s(group))
         gathered: list[bool] = [False] * world_size()
         td.all_gather_object(gathered, mailbox is not None)
     finally:

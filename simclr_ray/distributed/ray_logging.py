@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.job_config import JobConfig
 
-from simclr_ray.config import logging as logs
+from simclr_ray.config import logging as config_logging
 
 
 def options() -> dict[str, Any]:
@@ -15,7 +15,7 @@ def options() -> dict[str, Any]:
 
     Its own argument for it would take the driver's root logger as well, where the host's lines go.
     """
-    if not logs.is_json():
+    if not config_logging.is_json():
         return {}
     config = JobConfig()
     config.set_py_logging_config(ray.LoggingConfig(encoding="JSON", log_level="INFO"))

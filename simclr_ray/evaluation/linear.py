@@ -51,7 +51,7 @@ def fit_linear(
     features: FeatureRows,
     labels: Tensor,
     num_classes: int,
-    cfg: experiment.LinearConfig,
+    config: experiment.LinearConfig,
     seed: int,
     device: torch.device | str | None = None,
 ) -> LinearProbe:
@@ -62,7 +62,7 @@ def fit_linear(
             `BLOCK_BYTES` a batch at a time is in memory.
         labels: int64 `[M]` in [0, num_classes).
         num_classes: K.
-        cfg: epochs, batch size, and rate per 256 samples.
+        config: epochs, batch size, and rate per 256 samples.
         seed: fixes the order of the samples, the only random thing here.
         device: where it is computed; that of the features, or the CPU for those in a file.
 
@@ -73,9 +73,9 @@ def fit_linear(
     if device is None:
         device = features.device if isinstance(features, Tensor) else "cpu"
     rows = _standardised(features, torch.device(device))
-    allowed = CURVATURE_AT_RATE_1 / peak_rate(len(rows), cfg)
+    allowed = CURVATURE_AT_RATE_1 / peak_rate(len(rows), config)
     rows.shrink(min(1.0, math.sqrt(allowed / max(_largest_moment(rows), 1e-12))))
-    weight, bias = descend(rows, labels.to(device), num_classes, cfg, seed)
+    weight, bias = descend(rows, labels.to(device), num_classes, config, seed)
     weight = weight * rows.scale  # [K, F]
     return LinearProbe(weight, bias - weight @ rows.mean)
 
@@ -151,7 +151,7 @@ def descend(
     rows: Tensor | _Standardised,
     labels: Tensor,
     num_classes: int,
-    cfg: experiment.LinearConfig,
+    config: experiment.LinearConfig,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Return weight `[K, F]` and bias `[K]` after SGD on standardised `rows [M, F]`.
@@ -160,13 +160,13 @@ def descend(
     lines of ours gave, at 1.12 to 1.24 of their processor time (`benchmarks/results/linear.json`);
     its function, since the class imports `torch._dynamo` for seconds.
     """
-    num_batches = math.ceil(len(rows) / cfg.batch_size)  # whose sizes differ by at most one
-    total, peak = cfg.epochs * num_batches, peak_rate(len(rows), cfg)
+    num_batches = math.ceil(len(rows) / config.batch_size)  # whose sizes differ by at most one
+    total, peak = config.epochs * num_batches, peak_rate(len(rows), config)
     order = torch.Generator().manual_seed(seed)
     weight = torch.zeros(num_classes, rows.shape[1], dtype=rows.dtype, device=rows.device)
     bias = torch.zeros_like(weight[:, 0])
     buffers: list[Tensor | None] = [None, None]
-    for epoch in range(cfg.epochs):
+    for epoch in range(config.epochs):
         shuffled = torch.randperm(len(rows), generator=order).to(rows.device)
         for index, batch in enumerate(shuffled.tensor_split(num_batches)):
             step = epoch * num_batches + index
@@ -182,9 +182,9 @@ def descend(
     return weight, bias
 
 
-def peak_rate(num_rows: int, cfg: experiment.LinearConfig) -> float:
+def peak_rate(num_rows: int, config: experiment.LinearConfig) -> float:
     """Return the rate at the start: 0.1 for 256 samples, in proportion to the batch."""
-    return cfg.learning_rate * min(cfg.batch_size, num_rows) / 256
+    return config.learning_rate * min(config.batch_size, num_rows) / 256
 
 
 def _check(features: FeatureRows, labels: Tensor, num_classes: int) -> None:

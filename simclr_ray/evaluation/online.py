@@ -17,7 +17,7 @@ from simclr_ray.data.batches import build_views
 from simclr_ray.data.classes import Int64s
 from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.features import (
     Features,
@@ -112,7 +112,9 @@ class OnlineEvaluation:
         if not self.experiment.evaluation.every_epochs:
             return {}
         marks = view_marks(self.probe.images, self.views)
-        gathered = dist.all_gather_rows(marks.to(self.device), self.probe.counts).cpu()  # [M, 3]
+        gathered = collectives.all_gather_rows(
+            marks.to(self.device), self.probe.counts
+        ).cpu()  # [M, 3]
         facts = view_facts(gathered, self.experiment.batch_size)._asdict()
         scores = {key.partition("/")[2]: v for key, v in self._label_free(model).items()}
         if self.bank is not None:
@@ -163,7 +165,7 @@ class OnlineEvaluation:
             device=self.device,
             precision=self.experiment.precision,
         )
-        return dist.all_gather_rows(mine.to(self.device), part.counts).cpu()  # [M, F]
+        return collectives.all_gather_rows(mine.to(self.device), part.counts).cpu()  # [M, F]
 
     def _labelled(self, source: Source, limit: int) -> _Part:
         return self._part(source, sample_rows(source, limit), labelled=True)[1]
@@ -178,15 +180,15 @@ class OnlineEvaluation:
             own = decoded_rows(source, mine, size, decoder)
             own = own.labelled() if labelled else own
         except DataError:
-            dist.row_counts(FAILED, self.device)  # the other ranks would wait for this one
+            collectives.row_counts(FAILED, self.device)  # the other ranks would wait for this one
             raise
-        counts = dist.row_counts(len(own.images), self.device)
+        counts = collectives.row_counts(len(own.images), self.device)
         if FAILED in counts:
             raise DataError(f"{source.shown_uri} cannot be read by rank {counts.index(FAILED)}")
         if not any(counts):
             reasons = [row.reason for row in own.bad] or ["no row has a label"]
             raise DataError(f"{source.shown_uri}: no row can be evaluated: {reasons[0]}")
-        labels = dist.all_gather_rows(own.labels.to(self.device), counts).cpu()
+        labels = collectives.all_gather_rows(own.labels.to(self.device), counts).cpu()
         return own, _Part(own.images, labels, counts)
 
 

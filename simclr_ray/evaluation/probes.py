@@ -143,7 +143,7 @@ def probe_class(
     model: SimCLRModel,
     train: Split,
     test: Split,
-    cfg: LinearConfig,
+    config: LinearConfig,
     *,
     seed: int = 0,
     batch_size: int = 512,
@@ -155,7 +155,7 @@ def probe_class(
         model: Encoder and head, on the device where they are to run.
         train: What is learned from, all with labels.
         test: What is asked about, likewise.
-        cfg: Settings of the linear evaluation.
+        config: Settings of the linear evaluation.
         seed: Of its order.
         batch_size: Images per forward pass.
         precision: Same as `extract_features`.
@@ -173,7 +173,7 @@ def probe_class(
     width = seen.shape[1] - h_and_z.z_dim
     accuracies = []
     for part in (slice(0, width), slice(width, None)):
-        learned = fit_linear(seen[:, part].contiguous(), train.labels, num_classes, cfg, seed)
+        learned = fit_linear(seen[:, part].contiguous(), train.labels, num_classes, config, seed)
         logits = learned.logits(unseen[:, part].contiguous())
         accuracies.append(top_k_accuracy(logits, test.labels))
     chance = float(test.labels.bincount().max()) / len(test.labels)

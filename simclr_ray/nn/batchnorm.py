@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _CudaSyncBatchNorm
 
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn.parameter_groups import PLAIN
 
 EVAL, TRAIN = False, True  # native kernels: take the statistics that are given, or their own
@@ -55,7 +55,7 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x normalised per channel, same shape and dtype. Collective while training."""
         momentum = self.momentum if self.moves_statistics else 0.0
-        if not (self.training and dist.is_distributed()):
+        if not (self.training and collectives.is_distributed()):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias,
                 self.training, momentum, self.eps,
@@ -64,7 +64,7 @@ class GlobalBatchNorm(nn.Module):
         if x.is_cuda:
             out: Tensor = _CudaSyncBatchNorm.apply(
                 x, self.weight, bias, self.running_mean, self.running_var,
-                self.eps, momentum, dist.world_group(), dist.world_size(),
+                self.eps, momentum, collectives.world_group(), collectives.world_size(),
             )  # fmt: skip
             return out
         out, mean, variance, count = _GlobalNorm.apply(x, self.weight, bias, self.eps)
@@ -135,7 +135,7 @@ class _GlobalNorm(torch.autograd.Function):
             local_variance = torch.where(inverse > 0, inverse.square().reciprocal(), 0)
         local_count = x.numel() // channels
         packed = torch.cat([local_mean, local_variance, local_mean.new_tensor([local_count])])
-        gathered = dist.all_gather_vector(packed)  # [R, 2C + 1]
+        gathered = collectives.all_gather_vector(packed)  # [R, 2C + 1]
         counts = gathered[:, -1:]
         count = counts.sum()
         means, variances = gathered[:, :channels], gathered[:, channels:-1]
@@ -158,7 +158,7 @@ class _GlobalNorm(torch.autograd.Function):
         _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             upstream, x, weight, mean, variance, None, None, EVAL, eps, [False, True, True]
         )
-        sums = dist.all_reduce_sum(torch.cat([d_weight, d_bias]))
+        sums = collectives.all_reduce_sum(torch.cat([d_weight, d_bias]))
         shape = (1, -1, *([1] * (x.ndim - 2)))
         global_d_weight, global_d_bias = (sums / count).split(len(weight))
         inverse_std = (variance + eps).rsqrt()

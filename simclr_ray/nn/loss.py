@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn import ntxent
 from simclr_ray.nn.ntxent import interleave
 
@@ -101,9 +101,9 @@ def contrastive_metrics(
         check_pair(z1, z2)
         z, _ = interleave(z1, z2, normalize=normalize)
         mine, partners = z[0::2], z[1::2]
-        counts = dist.row_counts(len(z1), z.device)
-        others = dist.all_gather_rows(partners, counts)  # [N, D]
-        first = sum(counts[: dist.rank()])
+        counts = collectives.row_counts(len(z1), z.device)
+        others = collectives.all_gather_rows(partners, counts)  # [N, D]
+        first = sum(counts[: collectives.rank()])
         sums = z.new_zeros(2)
         strip = max(1, ntxent.TILE**2 // len(others))  # of logits, as many as in one tile
         for rows in (slice(i, i + strip) for i in range(0, len(z1), strip)):
@@ -112,7 +112,7 @@ def contrastive_metrics(
             log_p = F.log_softmax(logits, dim=1)
             sums[0] += (logits.argmax(1) == labels).sum()
             sums[1] -= (log_p.exp() * log_p).sum()
-        top1, entropy = dist.all_reduce_sum(sums) / sum(counts)
+        top1, entropy = collectives.all_reduce_sum(sums) / sum(counts)
     return BatchMetrics(top1, entropy)
 
 

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn import ntxent, pairwise
 from simclr_ray.nn.loss import BatchMetrics, ChanceLevel, Loss, check_pair, contrastive_metrics
 
@@ -127,9 +127,12 @@ class ContrastiveLoss(Loss):
     def _counts(self, local: int, device: torch.device) -> list[int]:
         """Return n of each rank: [R]."""
         if not self.global_batch_size:
-            return dist.row_counts(local, device)
-        ranks = range(dist.world_size())
-        shares = [dist.partition(self.global_batch_size, r, dist.world_size()) for r in ranks]
+            return collectives.row_counts(local, device)
+        ranks = range(collectives.world_size())
+        shares = [
+            collectives.partition(self.global_batch_size, r, collectives.world_size())
+            for r in ranks
+        ]
         return [last - first for first, last in shares]
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 
 TILE = 1024  # a 1024 x 1024 float32 tile is 4 MiB: it stays in a core's share of L3
 LARGEST_SHIFT = 40.0  # exp(−2·40) is still a normal float32
@@ -47,18 +47,20 @@ class NTXentFunction(torch.autograd.Function):
     ) -> Tensor:
         z, norms = interleave(z1, z2, normalize=normalize, wide=wide)
         row_counts = [2 * count for count in counts]
-        gathered = dist.all_gather_rows(z, row_counts)  # [2N, D], this rank's rows in one piece
-        first = sum(row_counts[: dist.rank()])
+        gathered = collectives.all_gather_rows(
+            z, row_counts
+        )  # [2N, D], this rank's rows in one piece
+        first = sum(row_counts[: collectives.rank()])
         shift = 1 / temperature if normalize and 1 / temperature <= LARGEST_SHIFT else None
         sweep = _Sweep(z, gathered, first, temperature, shift)
         lse = sweep.log_sum_exp()  # [2n]
-        all_lse = dist.all_gather_rows(lse[:, None], row_counts).squeeze(1)  # [2N]
+        all_lse = collectives.all_gather_rows(lse[:, None], row_counts).squeeze(1)  # [2N]
         aligned = (z[0::2] * z[1::2]).sum(1) / temperature  # [n]
         ctx.save_for_backward(z, norms, gathered, all_lse)
         ctx.rest = (first, temperature, shift, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
         # row by row: two large sums would cancel. A loss is never below 0, but rounding may be
         each = (lse.view(-1, 2).sum(1) - 2 * aligned).clamp_(min=0)
-        loss = each.sum() * (dist.world_size() / len(gathered))
+        loss = each.sum() * (collectives.world_size() / len(gathered))
         return loss if z1.dtype == torch.float64 else loss.float()
 
     @staticmethod
@@ -73,7 +75,7 @@ class NTXentFunction(torch.autograd.Function):
         pairs, partners = gradient.view(-1, 2, z.shape[1]), z.view(-1, 2, z.shape[1])
         pairs[:, 0].sub_(partners[:, 1], alpha=2)
         pairs[:, 1].sub_(partners[:, 0], alpha=2)
-        gradient.mul_(upstream * (dist.world_size() / (len(gathered) * temperature)))
+        gradient.mul_(upstream * (collectives.world_size() / (len(gathered) * temperature)))
         if len(norms):  # through z / ‖z‖, in strips
             for rows in strips(0, len(z)):
                 along = (z[rows] * gradient[rows]).sum(1, keepdim=True)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn.ntxent import interleave, strips
 
 
@@ -360,15 +360,15 @@ class _Pairwise(torch.autograd.Function):
     ) -> Tensor:
         z, norms = interleave(z1, z2, normalize=normalize, wide=wide)
         row_counts = [2 * count for count in counts]
-        gathered = dist.all_gather_rows(z, row_counts)
+        gathered = collectives.all_gather_rows(z, row_counts)
         if len(gathered) < 4:
             raise ValueError("one image has no negatives; the global batch must hold two or more")
-        pairs = Pairs(z, gathered, sum(row_counts[: dist.rank()]), classes)
+        pairs = Pairs(z, gathered, sum(row_counts[: collectives.rank()]), classes)
         values, positive_grad, row_stats = pair_loss.terms(pairs)
-        all_row_stats = dist.all_gather_rows(row_stats, row_counts)  # [2N, S]
+        all_row_stats = collectives.all_gather_rows(row_stats, row_counts)  # [2N, S]
         ctx.save_for_backward(norms, positive_grad, all_row_stats)
         ctx.rest = (pair_loss, pairs, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
-        loss = values.sum() * (dist.world_size() / len(gathered))
+        loss = values.sum() * (collectives.world_size() / len(gathered))
         return loss if z1.dtype == torch.float64 else loss.float()
 
     @staticmethod
@@ -384,7 +384,7 @@ class _Pairwise(torch.autograd.Function):
         partners = z.view(-1, 2, z.shape[1]).flip(1).reshape_as(z)
         both = positive_grad.view(-1, 2).sum(1).repeat_interleave(2)[:, None]
         gradient -= both * partners
-        gradient *= upstream * (dist.world_size() / len(pairs.gathered))
+        gradient *= upstream * (collectives.world_size() / len(pairs.gathered))
         if len(norms):  # through z / ‖z‖
             gradient = (gradient - z * (z * gradient).sum(1, keepdim=True)) / norms
         views = gradient.view(-1, 2, z.shape[1])
@@ -393,6 +393,6 @@ class _Pairwise(torch.autograd.Function):
 
 def _classes(labels: Tensor, counts: list[int]) -> Tensor:
     """Return the class of all rows, one of its own if unlabelled: int64 [2N]. Collective."""
-    gathered_rows = dist.all_gather_rows(labels, counts)  # [N]
+    gathered_rows = collectives.all_gather_rows(labels, counts)  # [N]
     alone = -1 - torch.arange(len(gathered_rows), device=labels.device)
     return torch.where(gathered_rows < 0, alone, gathered_rows).repeat_interleave(2)

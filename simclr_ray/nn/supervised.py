@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn.losses import BatchMetrics, ChanceLevel, Loss
 
 
@@ -48,8 +48,10 @@ class CrossEntropyLoss(Loss):
             raise ValueError("CrossEntropyLoss needs one label for each image")
         with torch.autocast(z1.device.type, enabled=False):
             sums = [self._sum(z, labels) for z in ((z1,) if self.one_view else (z1, z2))]
-            global_images = self.global_batch_size or sum(dist.row_counts(len(z1), z1.device))
-            return torch.stack(sums).mean() * (dist.world_size() / global_images)
+            global_images = self.global_batch_size or sum(
+                collectives.row_counts(len(z1), z1.device)
+            )
+            return torch.stack(sums).mean() * (collectives.world_size() / global_images)
 
     @torch.no_grad()
     def metrics(
@@ -64,7 +66,7 @@ class CrossEntropyLoss(Loss):
         hits = (z1.argmax(1) == labels).sum()
         entropy = -(log_p.exp() * log_p).sum()
         sums = torch.stack([hits.double(), entropy, torch.full_like(entropy, len(z1))])
-        total = dist.all_reduce_sum(sums)
+        total = collectives.all_reduce_sum(sums)
         return BatchMetrics(total[0] / total[2], total[1] / total[2])
 
     def chance_level(self, num_images: int, dim: int) -> ChanceLevel | None:  # noqa: ARG002 - any N
@@ -111,8 +113,10 @@ class DistillationLoss(Loss):
             wide = z if z.dtype == torch.float64 else z.float()
             target = F.softmax(labels.to(wide.dtype) / self.temperature, dim=2)
             each = -(target * F.log_softmax(wide / self.temperature, dim=2)).sum(2)
-            global_images = self.global_batch_size or sum(dist.row_counts(len(z1), z1.device))
-            return each.sum() * (dist.world_size() / (2 * global_images))
+            global_images = self.global_batch_size or sum(
+                collectives.row_counts(len(z1), z1.device)
+            )
+            return each.sum() * (collectives.world_size() / (2 * global_images))
 
     @torch.no_grad()
     def metrics(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> BatchMetrics:

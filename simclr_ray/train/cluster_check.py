@@ -23,7 +23,7 @@ import torch
 
 from simclr_ray.config.experiment import ScalingConfig
 from simclr_ray.config.wording import counted
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.demand import LEFT_S, no_group_left
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import ClusterError, last_line
@@ -188,9 +188,9 @@ def _report(config: dict[str, Any]) -> None:
         torch.backends.cudnn.deterministic = True
     own = take_steps("float64", device, given.images)
     report = RankReport(
-        dist.rank(),
+        collectives.rank(),
         socket.gethostname(),
-        dist.backend(),
+        collectives.backend(),
         str(device),
         worst_difference(own, given.reference),
         _seconds(_gather, device, GATHERED),
@@ -200,11 +200,11 @@ def _report(config: dict[str, Any]) -> None:
 
 
 def _gather(tensor: torch.Tensor) -> None:
-    dist.all_gather_rows(tensor[None], [1] * dist.world_size())
+    collectives.all_gather_rows(tensor[None], [1] * collectives.world_size())
 
 
 def _reduce(tensor: torch.Tensor) -> None:
-    dist.all_reduce_sum(tensor)
+    collectives.all_reduce_sum(tensor)
 
 
 def _seconds(exchange: Any, device: torch.device, num_bytes: int) -> float:
@@ -225,5 +225,5 @@ def _seconds(exchange: Any, device: torch.device, num_bytes: int) -> float:
 
 
 def _is_enough(seconds: float, device: torch.device) -> bool:
-    total = dist.all_reduce_sum(torch.tensor([seconds], device=device))
-    return bool(total.item() / dist.world_size() > ENOUGH_S)
+    total = collectives.all_reduce_sum(torch.tensor([seconds], device=device))
+    return bool(total.item() / collectives.world_size() > ENOUGH_S)

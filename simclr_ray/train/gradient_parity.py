@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray.config.experiment import DataConfig, Experiment, MLPHeadConfig, ResNetConfig
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
@@ -87,7 +87,7 @@ def compare_processes(num_workers: int) -> ParityReport:
     """Return every figure of the check for `num_workers` processes. Same as `gradient_parity`."""
     if not 1 <= num_workers <= IMAGES:
         raise ValueError(f"num_workers must lie in [1, {IMAGES}], not {num_workers}")
-    if dist.is_distributed():
+    if collectives.is_distributed():
         raise RuntimeError("the reference must be computed outside any process group")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reference.pt"
@@ -127,9 +127,9 @@ def take_steps(
     model.to(device)
     optimizer = build_optimizer(model, experiment.optimizer)
     loss_fn = build_loss(experiment)
-    first, last = dist.partition(images, dist.rank(), dist.world_size())
+    first, last = collectives.partition(images, collectives.rank(), collectives.world_size())
     views = _global_views(images).to(device, dtype)[:, first:last].flatten(0, 1)  # [2n, 3, S, S]
-    parallel = dist.data_parallel(model)
+    parallel = collectives.data_parallel(model)
     outcome: StepResult = {}
     for rate in RATES:
         optimizer.zero_grad()
@@ -137,7 +137,7 @@ def take_steps(
         loss = loss_fn(z1, z2)
         loss.backward()
         if not outcome:
-            mean = dist.all_reduce_sum(loss.detach().clone()) / dist.world_size()
+            mean = collectives.all_reduce_sum(loss.detach().clone()) / collectives.world_size()
             outcome["loss"] = {"loss": mean}
             outcome["gradients"] = _gradients(model)
         for group in optimizer.param_groups:

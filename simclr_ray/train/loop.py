@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray.data.batch import Batch
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn.batchnorm import frozen_statistics
 from simclr_ray.nn.losses import Loss
 from simclr_ray.nn.precision import Precision, as_input, autocast
@@ -127,7 +127,8 @@ def train(
     device = next(model.parameters()).device
     meter = meter or StepMeter(device, schedule)
     # where this rank's images lie in the global batch, over whose places the groups are spread
-    first, last = dist.partition(schedule.global_batch_size, dist.rank(), dist.world_size())
+    rank, num_ranks = collectives.rank(), collectives.world_size()
+    first, last = collectives.partition(schedule.global_batch_size, rank, num_ranks)
     groups = group_rows(last - first, first, num_groups)
     layers = keyed_layers(model)
     model.train()
@@ -250,7 +251,7 @@ def forward_views(
         draw_for(layers, DropoutKeys.of_views(seed, batch.step, ids, len(views)))
     # whatever else a model draws is the same in a second pass, and in a resumed run of as many
     # ranks and groups
-    turn = batch.step * dist.world_size() + dist.rank()
+    turn = batch.step * collectives.world_size() + collectives.rank()
     torch.manual_seed((seed << 32) + turn * num_groups + group)
     with autocast(device, precision):  # bf16 has float32's range, so no loss is scaled
         _h, z = model(as_input(images, device, precision))  # h = f(x~) [2m, F], z = g(h) [2m, D]

@@ -16,7 +16,7 @@ import torch
 from simclr_ray import config as cfg
 from simclr_ray.config.components import build
 from simclr_ray.config.experiment import ImportedLossConfig
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.errors import RunError, last_line
 from simclr_ray.nn.losses import Loss
@@ -85,7 +85,7 @@ def apply_loss(rank: int, config: ImportedLossConfig) -> LossOutput:
     generator = torch.Generator().manual_seed(SEED)
     place = torch.linspace(0.5, 2, IMAGES, dtype=torch.float64)[:, None, None]  # unequal ranks
     noise = torch.randn(IMAGES, 2, DIM, dtype=torch.float64, generator=generator)
-    first, last = dist.partition(IMAGES, dist.rank(), dist.world_size())
+    first, last = collectives.partition(IMAGES, collectives.rank(), collectives.world_size())
     z = (place * noise)[first:last].requires_grad_()
     labels = (torch.arange(IMAGES) % CLASSES)[first:last] if loss.takes_labels else None
     z1, z2 = z.unbind(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simclr_ray.data.batch import Batch
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.errors import DivergedError, RunError
 from simclr_ray.nn.losses import BatchMetrics
 from simclr_ray.train.step_schedule import StepSchedule
@@ -127,7 +127,7 @@ class StepMeter:
 
     def check_finite(self, done: int) -> None:
         """Raise `DivergedError` on all ranks if a loss was not finite. Collective."""
-        total = dist.all_reduce_sum(self.loss_sum.clone())
+        total = collectives.all_reduce_sum(self.loss_sum.clone())
         if not torch.isfinite(total):
             raise DivergedError(
                 _NOT_FINITE.format(step=done, mean=float(self.loss_sum) / self.steps)
@@ -145,7 +145,7 @@ class StepMeter:
         mine = [float(done), float(self.last_loss), float(self.loss_sum) / self.steps]
         elapsed = time.perf_counter() - self.began
         mine += [self.waited / elapsed, float(self.bad_rows)]
-        gathered = dist.all_gather_vector(
+        gathered = collectives.all_gather_vector(
             torch.tensor(mine, dtype=torch.float64, device=self.device)
         ).cpu()  # [R, 5]
         if (gathered[:, 0] != done).any():

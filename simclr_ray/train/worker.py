@@ -26,7 +26,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import name_process
 from simclr_ray.config.uris import remember
 from simclr_ray.data.batch import Batch
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.errors import DivergedError
 from simclr_ray.evaluation.online import OnlineEvaluation
@@ -147,7 +147,7 @@ class TrainWorker:
             if before:
                 self._send(0, 0, before)
         self.inbox.put(WorkerReady(self.rank, self.num_ranks))
-        model = dist.data_parallel(self.model, compressed=experiment.compress_gradients)
+        model = collectives.data_parallel(self.model, compressed=experiment.compress_gradients)
         schedule = schedule_of(self.resolved, self.rollbacks.halved_at)
         self.meter = StepMeter(self.device, schedule, Interval.of(kept.record if kept else {}))
         loop.train(
@@ -203,7 +203,7 @@ class TrainWorker:
                 # it ends here, which nobody knew when this was saved at the epoch's end: an upload
                 # that is still under way would end with the first rank that does
                 self.uploaded.wait()
-                dist.broadcast_text("")
+                collectives.broadcast_text("")
             return
         self.heartbeat.enter("checkpoint", step)
         began = time.monotonic()
@@ -211,7 +211,7 @@ class TrainWorker:
         tensors = checkpoint.pack(self.model, self.optimizer)
         self._check_finite(step, tensors)
         local, interval = None, self.meter.interval()
-        name = dist.broadcast_text(checkpoint.new_name(step))
+        name = collectives.broadcast_text(checkpoint.new_name(step))
         if self.rank == 0:
             local = Path(tempfile.gettempdir()) / f"{self._scratch_prefix}{name}"
             record = {
@@ -273,7 +273,7 @@ class TrainWorker:
         with newest as own:
             if self.rank == 0 and own is None:
                 self.folder.check_resumable(identity)
-            name = dist.broadcast_text(own.name if own else "")
+            name = collectives.broadcast_text(own.name if own else "")
             if own:
                 return checkpoint.read(own, identity)
         if not name:
@@ -329,7 +329,7 @@ def prepare_process(experiment: Experiment, workers_here: int) -> None:
     """Set threads, allocator and what carries small vectors, for a worker on this node."""
     set_threads(experiment, workers_here)
     keep_freed_memory()
-    dist.allow_shared_memory(allowed=experiment.scaling.shared_memory)
+    collectives.allow_shared_memory(allowed=experiment.scaling.shared_memory)
 
 
 def set_threads(experiment: Experiment, workers_here: int) -> None:

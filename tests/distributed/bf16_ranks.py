@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 
 Numbers = list[object]
@@ -21,7 +21,7 @@ def inputs() -> Tensor:
 
 def normalise(rank: int) -> tuple[Numbers, list[Numbers], Numbers]:
     """Return this rank's output, the running statistics, and the gradient to its rows."""
-    first, last = dist.partition(7, rank, 2)
+    first, last = collectives.partition(7, rank, 2)
     x = inputs()[first:last].requires_grad_()
     norm = GlobalBatchNorm(5).train()
     out = norm(x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.precision import prepare_model
@@ -80,9 +80,9 @@ def go_on(
 ) -> list[float]:
     """Return the losses of some steps; model and optimizer move."""
     losses: list[float] = []
-    first, last = dist.partition(experiment.batch_size, rank, dist.world_size())
+    first, last = collectives.partition(experiment.batch_size, rank, collectives.world_size())
     loop.train(
-        dist.data_parallel(model),
+        collectives.data_parallel(model),
         build_loss(experiment),
         optimizer,
         batches(experiment, first, last, steps),

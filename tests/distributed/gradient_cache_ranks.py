@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray.data.batch import Batch
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.resnet import ResNet
@@ -49,8 +49,8 @@ def cached_gradients(
     """Return the averaged gradients of this rank's share by caching, flat."""
     model = network()
     model.recompute = recompute
-    parallel = dist.data_parallel(model)
-    first, last = dist.partition(num, rank, dist.world_size())
+    parallel = collectives.data_parallel(model)
+    first, last = collectives.partition(num, rank, collectives.world_size())
     views = images(num)[:, first:last]
 
     def project(_: int, rows: slice) -> tuple[Tensor, Tensor]:
@@ -64,12 +64,12 @@ def cached_gradients(
 def trained(rank: int, num: int, num_groups: int) -> list[list[float]]:
     """Return weights and running statistics after the loop's steps on this rank's share, flat."""
     model = Both(network())
-    first, last = dist.partition(num, rank, dist.world_size())
+    first, last = collectives.partition(num, rank, collectives.world_size())
     views = images(num).mul(40).add(128).clamp(0, 255).to(torch.uint8)[:, first:last]
     nothing = torch.empty(0, dtype=torch.int64)
     stream = (Batch(k, views[0], views[1].roll(k, -1), nothing, nothing) for k in range(3))
     loop.train(
-        dist.data_parallel(model),
+        collectives.data_parallel(model),
         LOSS,
         torch.optim.SGD(model.parameters(), 0.1),
         stream,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from tests.reference.contrastive import CASES
 
 Array = NDArray[np.float64]
@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
 def losses(rank: int, views: Array, labels: NDArray[np.int64]) -> list[Found]:
     """Return each case's loss and gradient on this rank's share of [2, N, D]."""
-    first, last = dist.partition(len(labels), rank, dist.world_size())
+    first, last = collectives.partition(len(labels), rank, collectives.world_size())
     found = []
     for case in CASES:
         z1, z2 = (torch.from_numpy(v[first:last].copy()).requires_grad_() for v in views)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.losses import NTXentLoss
 from simclr_ray.nn.resnet import ResNet
@@ -22,8 +22,8 @@ def gradients(rank: int, *, recompute: bool, compressed: bool) -> tuple[list[flo
             nn.init.uniform_(module.weight, 0.5, 1.5)
     model.recompute = recompute
     views = torch.randn(2, BATCH, 3, 8, 8, dtype=torch.float64)
-    first, last = dist.partition(BATCH, rank, dist.world_size())
-    parallel = dist.data_parallel(model.train(), compressed=compressed)
+    first, last = collectives.partition(BATCH, rank, collectives.world_size())
+    parallel = collectives.data_parallel(model.train(), compressed=compressed)
     z1, z2 = parallel(views[:, first:last].flatten(0, 1)).chunk(2)
     NTXentLoss(0.5)(z1, z2).backward()
     found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]

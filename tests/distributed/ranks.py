@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.source import Source
-from simclr_ray.distributed import collectives as dist
-from simclr_ray.distributed import shared_memory as sharedmem
+from simclr_ray.distributed import collectives, shared_memory
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_model
@@ -44,14 +43,14 @@ def loss_and_norm(
     rank: int, views: tuple[Array, Array], bn_case: tuple[Array, Array, Array], temperature: float
 ) -> Shares:
     """Return loss, metrics and batch norm of this rank's rows of the global arrays."""
-    first, last = dist.partition(len(views[0]), rank, dist.world_size())
+    first, last = collectives.partition(len(views[0]), rank, collectives.world_size())
     z1, z2 = (torch.from_numpy(v[first:last].copy()).requires_grad_() for v in views)
     loss = NTXentLoss(temperature, global_batch_size=len(views[0]))(z1, z2)
     assert loss.equal(NTXentLoss(temperature)(z1, z2))  # which asks the ranks for their counts
     loss.backward()
     logged = contrastive_metrics(z1, z2, temperature)
     rows, upstream, gamma = (torch.from_numpy(a) for a in bn_case)
-    first, last = dist.partition(len(rows), rank, dist.world_size())
+    first, last = collectives.partition(len(rows), rank, collectives.world_size())
     x = rows[first:last].clone().requires_grad_()
     norm = GlobalBatchNorm(len(gamma)).double()
     norm.weight.data.copy_(gamma)
@@ -61,7 +60,7 @@ def loss_and_norm(
     assert z2.grad is not None
     assert x.grad is not None
     assert norm.weight.grad is not None
-    weight_gradient = dist.all_reduce_sum(norm.weight.grad)
+    weight_gradient = collectives.all_reduce_sum(norm.weight.grad)
     return Shares(
         loss.item(),
         z1.grad.numpy().copy(),
@@ -77,7 +76,7 @@ def loss_and_norm(
 
 def rank_zero_says(rank: int, numbers: list[int]) -> list[int]:
     """Return what a rank hears while rank 0 says `numbers` and the others something else."""
-    signal = dist.RankZeroSignal(timeout_s=60)
+    signal = collectives.RankZeroSignal(timeout_s=60)
     heard = [signal.say(number if rank == 0 else 9) for number in numbers]
     signal.close()
     return heard
@@ -85,7 +84,7 @@ def rank_zero_says(rank: int, numbers: list[int]) -> list[int]:
 
 def small_exchanges(rank: int, *, shared: bool = True) -> list[str]:
     """Return what went wrong when small vectors of many sizes and dtypes were exchanged."""
-    dist.allow_shared_memory(allowed=shared)
+    collectives.allow_shared_memory(allowed=shared)
     wrong = []
     rng = np.random.default_rng(rank)
     for call in range(300):
@@ -93,18 +92,18 @@ def small_exchanges(rank: int, *, shared: bool = True) -> list[str]:
         dtype = (torch.float32, torch.float64, torch.int64)[call % 3]
         mine = torch.arange(length).to(dtype) + 1000 * rank + call
         torch.ones(int(rng.integers(1, 300)), 300).sum()  # ranks come at different times
-        everyone = dist.all_gather_vector(mine)
+        everyone = collectives.all_gather_vector(mine)
         expected = [torch.arange(length).to(dtype) + 1000 * r + call for r in range(len(everyone))]
         if not torch.equal(everyone, torch.stack(expected)):
             wrong.append(f"gather {call}")
-        if not torch.equal(dist.all_reduce_sum(mine.clone()), torch.stack(expected).sum(0)):
+        if not torch.equal(collectives.all_reduce_sum(mine.clone()), torch.stack(expected).sum(0)):
             wrong.append(f"sum {call}")
-    if list(Path(sharedmem.FOLDER).glob(f"simclr_ray-{os.getpid()}-*")):
+    if list(Path(shared_memory.FOLDER).glob(f"simclr_ray-{os.getpid()}-*")):
         wrong.append("a file of this process is left behind")
     large = torch.full((20_000,), float(rank))  # 80 KB: the process group carries it
-    if dist.all_reduce_sum(large)[0] != sum(range(dist.world_size())):
+    if collectives.all_reduce_sum(large)[0] != sum(range(collectives.world_size())):
         wrong.append("large")
-    if (dist._mail.mailbox is not None) != (shared and sharedmem.is_supported()):
+    if (collectives._mail.mailbox is not None) != (shared and shared_memory.is_supported()):
         wrong.append("carried by the other of the two")
     return wrong
 
@@ -113,22 +112,22 @@ def loss_and_norm_without_shared_memory(
     rank: int, views: tuple[Array, Array], bn_case: tuple[Array, Array, Array], temperature: float
 ) -> Shares:
     """Same as `loss_and_norm`, with the process group carrying everything."""
-    dist.allow_shared_memory(allowed=False)
+    collectives.allow_shared_memory(allowed=False)
     shares = loss_and_norm(rank, views, bn_case, temperature)
-    assert dist._mail.mailbox is None
+    assert collectives._mail.mailbox is None
     return shares
 
 
 def ends_while_awaited(rank: int) -> str:
     """Return how rank 0 hears of a rank that ends; that rank's locks go with its file."""
-    dist.all_gather_vector(torch.zeros(1))
-    mailbox = dist._mail.mailbox  # what a killed process leaves: a closed file
+    collectives.all_gather_vector(torch.zeros(1))
+    mailbox = collectives._mail.mailbox  # what a killed process leaves: a closed file
     assert mailbox is not None
     if rank:
         mailbox.file.close()
         return ""
     try:
-        dist.all_gather_vector(torch.zeros(1))
+        collectives.all_gather_vector(torch.zeros(1))
     except ConnectionError as error:
         return str(error)
     return "nothing"
@@ -137,7 +136,7 @@ def ends_while_awaited(rank: int) -> str:
 def lengths_differ(rank: int) -> str:
     """Return what a rank hears when ranks are at different calls."""
     try:
-        dist.all_gather_vector(torch.zeros(1 + rank))
+        collectives.all_gather_vector(torch.zeros(1 + rank))
     except RuntimeError as error:
         return str(error)
     return "nothing"
@@ -171,7 +170,7 @@ def evaluate_online(rank: int, experiment: Experiment) -> tuple[dict[str, float]
     """Return the scores of an untrained model, and how many images of each split this rank has."""
     data = experiment.data
     source, cpu = Source.open(data.train), torch.device("cpu")
-    online = OnlineEvaluation(experiment, source, rank, dist.world_size(), cpu)
+    online = OnlineEvaluation(experiment, source, rank, collectives.world_size(), cpu)
     assert online.bank is not None
     held = tuple(len(part.images) for part in (online.probe, online.bank, online.test))
     return online(build_model(experiment).eval()), held

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from simclr_ray.distributed import shared_memory as sharedmem
+from simclr_ray.distributed import shared_memory
 from simclr_ray.distributed.spawn import spawn
 from tests.distributed.ranks import (
     ends_while_awaited,
@@ -20,7 +20,7 @@ from tests.distributed.ranks import (
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 needs_shared_memory = pytest.mark.skipif(
-    not sharedmem.is_supported(), reason="no x86-64 Linux with /dev/shm"
+    not shared_memory.is_supported(), reason="no x86-64 Linux with /dev/shm"
 )
 
 
@@ -50,9 +50,9 @@ def test_the_process_group_alone_gives_the_loss_and_batch_norm_of_shared_memory(
 
 @needs_shared_memory
 def test_a_rank_that_does_not_come_is_an_error_after_the_time_limit() -> None:
-    path = sharedmem.create(2)
+    path = shared_memory.create(2)
     try:
-        mailbox = sharedmem.SharedVectors(path, rank=0, num_ranks=2, timeout_s=0.2)
+        mailbox = shared_memory.SharedVectors(path, rank=0, num_ranks=2, timeout_s=0.2)
     finally:
         path.unlink()
     with pytest.raises(TimeoutError, match="rank 1"):

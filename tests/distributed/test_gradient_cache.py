@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr_ray.data.batch import Batch
-from simclr_ray.distributed import collectives as dist
+from simclr_ray.distributed import collectives
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.resnet import ResNet
@@ -139,12 +139,12 @@ def on_ranks(num_ranks: int, norm: str) -> list[Step]:
 def loop_step(rank: int, norm: str) -> Step:
     """Return what one step of the loop leaves on this rank, its images in groups."""
     model = Projected(GlobalBatchNorm if norm == "batch" else group_norm)
-    first, last = dist.partition(BATCH, rank, dist.world_size())
+    first, last = collectives.partition(BATCH, rank, collectives.world_size())
     a, b = global_views()[:, first:last]
     optimizer = Recorder(model.parameters(), 0.1)
     losses: list[float] = []
     loop.train(
-        dist.data_parallel(model),
+        collectives.data_parallel(model),
         LOSS,
         optimizer,
         [Batch(0, a, b, torch.arange(first, last), torch.empty(0, dtype=torch.int64))],

@@ -93,6 +93,6 @@ def test_labels_outside_and_features_that_are_no_numbers_are_refused() -> None:
 def test_the_descent_is_nesterovs_update_written_out(batch_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows, labels = torch.randn(200, 16, generator=generator), torch.arange(200) % 4
-    cfg = LinearConfig(epochs=5, batch_size=batch_size)
-    expected = written_out(rows, labels, 4, cfg, 3)
-    torch.testing.assert_close(descend(rows, labels, 4, cfg, 3), expected, rtol=1e-5, atol=1e-7)
+    config = LinearConfig(epochs=5, batch_size=batch_size)
+    expected = written_out(rows, labels, 4, config, 3)
+    torch.testing.assert_close(descend(rows, labels, 4, config, 3), expected, rtol=1e-5, atol=1e-7)

@@ -57,14 +57,14 @@ def test_the_class_is_read_off_what_holds_it_and_off_nothing_else() -> None:
     labels = torch.arange(300) % 3
     drawn = images(300, 0) // 4 + (60 * labels[:, None, None, None]).byte()  # told by brightness
     split = Split(drawn, labels, torch.arange(300), [])
-    cfg = LinearConfig(epochs=40, batch_size=64)
+    config = LinearConfig(epochs=40, batch_size=64)
     turnless = SimCLRModel(Small(), nn.Sequential(nn.Unflatten(1, (3, 64)), _Turnless()))
-    found = probe_class(turnless, split.at(labels < 2), split.at(labels < 2), cfg)
+    found = probe_class(turnless, split.at(labels < 2), split.at(labels < 2), config)
     assert (found.target, found.chance) == ("class", 0.5)
     assert found.h > 0.95
     assert found.z > 0.95  # the mean of a channel is brightness
     blind = SimCLRModel(Small(), _Blind())
-    found = probe_class(blind, split, split, cfg)
+    found = probe_class(blind, split, split, config)
     assert found.h > 0.9
     assert found.z == pytest.approx(found.chance, abs=0.01) == pytest.approx(1 / 3, abs=0.01)
 
