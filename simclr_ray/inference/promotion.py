@@ -37,7 +37,7 @@ from simclr_ray.inference.requirement import Facts, Requirement, RuleResult
 from simclr_ray.nn.pretrained import experiment_of, open_checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking import moved, store
-from simclr_ray.tracking.runs import door
+from simclr_ray.tracking.runs import mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -102,7 +102,7 @@ def promote(
     uri, address = store.store_uri(tracking_uri), model_address(where)
     store.check_model(address.name, alias)
     Requirement.parse(require, "--require")  # what is wrong with it is said before anything is read
-    moved.settle(store.registry_uri(uri))
+    moved.rewrite_moved_store(store.registry_uri(uri))
     version = find_version(where, uri=uri)
     experiment = _experiment_of(version.run_id, uri, overrides)
     rule = Requirement.parse(require or experiment.registry.require, "--require")
@@ -137,14 +137,14 @@ def rollback(name: str, alias: str, *, tracking_uri: str = "") -> Promotion:
     """
     uri = store.store_uri(tracking_uri)
     store.check_model(name, alias)
-    moved.settle(store.registry_uri(uri))
+    moved.rewrite_moved_store(store.registry_uri(uri))
     now = find_version(f"models:/{name}@{alias}", uri=uri)
     previous = int(now.tags.get(f"previous.{alias}", 0))
     if not previous:
         problem = f"pointed to no version before {now.version} that is on record"
         raise ConfigError([ConfigIssue(f"models:/{name}@{alias}", problem)])
     find_version(f"models:/{name}/{previous}", uri=uri)  # it may be gone
-    with store.quiet(), door(f"move {alias!r}", uri) as client:
+    with store.quiet(), mlflow_client(f"move {alias!r}", uri) as client:
         client.set_model_version_tag(name, str(now.version), f"rolled_back.{alias}", _now())
         client.set_registered_model_alias(name, alias, str(previous))
     return Promotion(name, alias, previous, now.version, [])
@@ -165,9 +165,9 @@ def remove_version(where: str, *, force: bool = False, tracking_uri: str = "") -
         TrackingError: The registry refuses or cannot be reached.
     """
     uri = store.store_uri(tracking_uri)
-    moved.settle(store.registry_uri(uri))
+    moved.rewrite_moved_store(store.registry_uri(uri))
     stored = find_version(where, uri=uri)
-    with store.quiet(), door(f"delete {where}", uri) as client:
+    with store.quiet(), mlflow_client(f"delete {where}", uri) as client:
         aliases = client.get_registered_model(stored.name).aliases
         pointing = sorted(a for a, version in aliases.items() if int(version) == stored.version)
         if pointing and not force:
@@ -282,7 +282,7 @@ def _experiment_of(run_id: str, uri: str, overrides: Sequence[str]) -> Experimen
 
     Where the project was moved, both are read in the new place, and so are the paths in it.
     """
-    with store.quiet(), door(f"find run {run_id}", uri) as client:
+    with store.quiet(), mlflow_client(f"find run {run_id}", uri) as client:
         run = client.get_run(run_id)
         text = _logged_config(client, run, uri)
     place = moved.translated(uri, run.data.tags.get("storage", ""))
@@ -329,13 +329,13 @@ def _logged_config(client: MlflowClient, run: MlflowRun, uri: str) -> str:
 
 def _version_of(uri: str, name: str, alias: str) -> int:
     """Return the version that an alias points to; 0: none."""
-    with store.quiet(), door(f"look up {name}", uri) as client:
+    with store.quiet(), mlflow_client(f"look up {name}", uri) as client:
         return int(client.get_registered_model(name).aliases.get(alias, 0))
 
 
 def _moved(uri: str, name: str, alias: str, version: int, before: int, verdict: RuleResult) -> bool:
     """Move an alias, unless it points elsewhere than before; return whether it has moved."""
-    with store.quiet(), door(f"move {alias!r}", uri) as client:
+    with store.quiet(), mlflow_client(f"move {alias!r}", uri) as client:
         if int(client.get_registered_model(name).aliases.get(alias, 0)) != before:
             return False
         if before not in (0, version):
@@ -346,7 +346,7 @@ def _moved(uri: str, name: str, alias: str, version: int, before: int, verdict: 
 
 
 def _note(uri: str, name: str, version: int, key: str, lines: Sequence[str]) -> None:
-    with store.quiet(), door(f"note {key!r}", uri) as client:
+    with store.quiet(), mlflow_client(f"note {key!r}", uri) as client:
         _tag(client, name, version, {key: _said(lines)})
 
 

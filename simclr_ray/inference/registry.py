@@ -34,7 +34,7 @@ from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import CLASSIFIER_SCORES, SCORES
 from simclr_ray.tracking import moved, store
-from simclr_ray.tracking.runs import TrackedRun, door
+from simclr_ray.tracking.runs import TrackedRun, mlflow_client
 from simclr_ray.tracking.store import RegisteredEncoder
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def find_version(where: str, *, uri: str) -> FoundVersion:
     name, version = address.name, address.version
     store.check_there(uri, " (--tracking-uri URI)")
     store.check_there(store.registry_uri(uri), f" ({store.REGISTRY_VARIABLE})")
-    with store.quiet(), door(f"find {where}", uri) as client, store.first_contact():
+    with store.quiet(), mlflow_client(f"find {where}", uri) as client, store.first_contact():
         from mlflow.exceptions import MlflowException
 
         try:
@@ -237,7 +237,7 @@ def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:
         TrackingError: The store cannot be reached, or lacks the files.
     """
     version = find_version(where, uri=uri)
-    with store.quiet(), door(f"fetch {where}", uri):
+    with store.quiet(), mlflow_client(f"fetch {where}", uri):
         from mlflow.artifacts import download_artifacts
 
         source = moved.translated(uri, version.source)
@@ -289,7 +289,7 @@ def _register_model(
         TrackingError: the alias is reserved, or the registry refuses or cannot be reached.
     """
     store.check_model(name, alias)
-    with store.quiet(), door(f"register {name!r}", run.uri) as client:
+    with store.quiet(), mlflow_client(f"register {name!r}", run.uri) as client:
         of_the_run = client.get_run(run.run_id).data.tags
         tags = {**tags, **{key: of_the_run[key] for key in OF_THE_RUN if key in of_the_run}}
         wanted = store.tags_of({key: tags[key] for key in same})

@@ -35,7 +35,7 @@ FOLDER_CONFIG, FOLDER_INDEX = "config.json", "model.safetensors.index.json"  # H
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 PREPROCESSOR = "preprocessor_config.json"
 TRAINED_WITH = ("encoder", "head", "init", "loss", "optimizer", "schedule", "batch_size", "epochs")
-WHERE, TEACHER = "init.weights", "loss.teacher"
+INIT_WEIGHTS_KEY, TEACHER = "init.weights", "loss.teacher"
 
 
 class Trained(NamedTuple):
@@ -159,7 +159,7 @@ def is_checkpoint(where: str) -> bool:
 
 
 @contextmanager
-def open_checkpoint(weights: str, option: str = WHERE) -> Iterator[tuple[str, Path]]:
+def open_checkpoint(weights: str, option: str = INIT_WEIGHTS_KEY) -> Iterator[tuple[str, Path]]:
     """Give the path or URI of a checkpoint, or of a run's newest, and where it lies here.
 
     Args:

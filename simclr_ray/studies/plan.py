@@ -1,8 +1,8 @@
 """The trials of a study: every point of its space as a whole experiment, checked before any runs.
 
 Where the rate does not depend on the length of the run (`schedule.decay=constant`), a run of 1,000
-epochs passes through those of 100 to 900: such lengths are read off one trunk. A cosine that ends
-at zero has another rate at every step for every length, so there each length is a run of its own.
+epochs passes through those of 100 to 900: such lengths share one run. A cosine that ends at zero
+has another rate at every step for every length, so there each length is a run of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Cell(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One run: usually one point with one seed, of a trunk several lengths."""
+    """One run: usually one point with one seed, of a shared run several lengths."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -105,7 +105,7 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
             trials.setdefault(trial.name, trial)
     if issues:
         raise ConfigError(list(issues.values()))
-    made = _trunks(study, _merged(trials.values()))
+    made = _shared_runs(study, _merged(trials.values()))
     for trial in made:
         _check_reports(study, trial)
     longest = max((t.experiment.epochs for t in made), default=1)
@@ -324,7 +324,7 @@ def _merged(trials: Iterable[Trial]) -> list[Trial]:
     ]
 
 
-def _trunks(study: Study, trials: list[Trial]) -> list[Trial]:
+def _shared_runs(study: Study, trials: list[Trial]) -> list[Trial]:
     """Return trials that differ in length alone as one, where one run passes through all."""
     shared = (
         EPOCHS in study.space
@@ -340,10 +340,10 @@ def _trunks(study: Study, trials: list[Trial]) -> list[Trial]:
     for trial in trials:
         rest = {k: v for k, v in trial.point.items() if k != EPOCHS}
         groups.setdefault(json.dumps([rest, trial.seed]), []).append(trial)
-    return [_trunk(group) for group in groups.values()]
+    return [_shared_run(group) for group in groups.values()]
 
 
-def _trunk(group: list[Trial]) -> Trial:
+def _shared_run(group: list[Trial]) -> Trial:
     group = sorted(group, key=lambda t: t.experiment.epochs)
     lengths = [t.experiment.epochs for t in group]
     every = math.gcd(*lengths)

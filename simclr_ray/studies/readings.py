@@ -31,7 +31,7 @@ def readings_of(study: Study, outcome: TrialOutcome) -> list[Reading]:
     run = _run_of(outcome)
     for cell in outcome.cells:
         epoch = int(cell["epoch"])
-        # of a trunk that collapsed later, the lengths before are what runs of their own would give
+        # of a shared run that collapsed later, those before are as runs of their own give them
         if outcome.status != "finished" and not (
             outcome.status == "collapsed" and 0 < epoch <= _last_good(outcome)
         ):

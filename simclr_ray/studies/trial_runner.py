@@ -52,7 +52,7 @@ from simclr_ray.train.rollback import Rollbacks
 
 log = logging.getLogger(__name__)
 
-Tell = Callable[[int, dict[str, float]], None]  # epoch, its metrics
+OnEpoch = Callable[[int, dict[str, float]], None]  # epoch, its metrics
 
 
 class Job(NamedTuple):
@@ -71,18 +71,18 @@ class Job(NamedTuple):
 
 
 def run_trial(
-    job: Job, trial: Trial, tell: Tell, check: Callable[[], None] = lambda: None
+    job: Job, trial: Trial, on_epoch: OnEpoch, check: Callable[[], None] = lambda: None
 ) -> TrialOutcome:
     """Train, evaluate, store and return the outcome; failures are outcomes too.
 
     Args:
         job: The study.
         trial: What to train.
-        tell: Called at each epoch end where the encoder was evaluated.
+        on_epoch: Called at each epoch end where the encoder was evaluated.
         check: Called whenever the run logs; a `SimclrRayError` that it raises ends the run.
     """
     experiment = _under(trial.experiment, job.parent_run)
-    watch = RunWatch(experiment, tell)
+    watch = RunWatch(experiment, on_epoch)
     status: OutcomeStatus = "finished"
     reason = ""
     metrics: dict[str, float] = {}
@@ -293,8 +293,8 @@ class RunWatch:
         last_good: The last epoch whose evaluation has not ended the run; 0: there is none.
     """
 
-    def __init__(self, experiment: Experiment, tell: Tell) -> None:
-        self.health, self.tell = HealthWatch(experiment), tell
+    def __init__(self, experiment: Experiment, on_epoch: OnEpoch) -> None:
+        self.health, self.on_epoch = HealthWatch(experiment), on_epoch
         self.warns, self.warned = experiment.health.on_collapse == "warn", ""
         self.folder: RunFolder | None = None  # where the run is, once that is resolved
         self.training: dict[str, float] = {}
@@ -302,17 +302,17 @@ class RunWatch:
 
     def replay(self, lines: str) -> None:
         """Look at what a run had logged before it was stopped; raise as for new records."""
-        tell, self.tell = self.tell, lambda *_: None
+        on_epoch, self.on_epoch = self.on_epoch, lambda *_: None
         for record in read_records(lines):
             self(record)
-        self.tell = tell
+        self.on_epoch = on_epoch
 
     def __call__(self, record: Record) -> None:
         """Take one record of metrics."""
         values = {key: value for key, value in record.items() if "/" in key}
         is_evaluation = any(key.startswith("eval/") for key in record)
         if is_evaluation:
-            self.tell(round(record["epoch"]), self.training | values)
+            self.on_epoch(round(record["epoch"]), self.training | values)
         else:
             self.training |= values
         try:

@@ -102,13 +102,13 @@ def _run_here(job: Job, trial: Trial, reported_epoch: int, ends: Any) -> TrialOu
     A scheduler ends it there: what reports does not come back, and its thread ends.
     """
 
-    def tell(epoch: int, values: dict[str, float]) -> None:
+    def on_epoch(epoch: int, values: dict[str, float]) -> None:
         if reported_epoch < epoch < trial.experiment.epochs:
             tune.report({**values, EPOCH: epoch})
 
     keep_newest()
     DECODED.keep(VIEWS_BYTES)
-    return run_trial(job, trial, tell)
+    return run_trial(job, trial, on_epoch)
 
 
 def _run(job: Job, trial: Trial, reported_epoch: int, ends: Any) -> TrialOutcome:
@@ -141,11 +141,11 @@ def _run(job: Job, trial: Trial, reported_epoch: int, ends: Any) -> TrialOutcome
 def _run_remotely(job: Job, trial: Trial, inbox: PickledQueue, ends: Any) -> TrialOutcome:
     """Run one trial in a process of its own, which looks like that of a command."""
 
-    def tell(epoch: int, values: dict[str, float]) -> None:
+    def on_epoch(epoch: int, values: dict[str, float]) -> None:
         inbox.put((epoch, values))
 
     if ends is None:  # nobody ends trials
-        return run_trial(job, trial, tell)
+        return run_trial(job, trial, on_epoch)
 
     def check() -> None:
         with suppress(RayError):  # the driver's node is gone, and nobody waits for an answer
@@ -155,7 +155,7 @@ def _run_remotely(job: Job, trial: Trial, inbox: PickledQueue, ends: Any) -> Tri
     with suppress(RayError):
         ray.get(ends.begin.remote(trial.name))
     try:
-        return run_trial(job, trial, tell, check)
+        return run_trial(job, trial, on_epoch, check)
     finally:
         with suppress(RayError):
             ray.get(ends.end.remote(trial.name))

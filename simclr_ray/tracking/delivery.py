@@ -117,9 +117,9 @@ class Delivery:
         self._lock = threading.RLock()
         self._stored = _StoredSteps(run, is_new=is_new)
         self.is_given_up = False
-        self.is_settled = False  # what was moved is rewritten; opening a run does that, too
+        self.is_rewritten = False  # what was moved is rewritten; opening a run does that, too
 
-    def owe(self, kind: str, **what: Any) -> None:
+    def enqueue(self, kind: str, **what: Any) -> None:
         """Have MLflow told something when it can be; it is stored before this returns.
 
         Args:
@@ -131,7 +131,7 @@ class Delivery:
             self.state.owed.append({"kind": kind, **without_passwords(what)})
             self._save()
 
-    def want(self, status: MlflowStatus, *, has_it: bool = False) -> None:
+    def set_status(self, status: MlflowStatus, *, has_it: bool = False) -> None:
         """Have MLflow show a status after all that is owed; `has_it`: it does already."""
         with self._lock:
             self.state.status, self.state.has_status = status, has_it
@@ -143,7 +143,7 @@ class Delivery:
         Raises:
             TrackingError: MLflow refuses or does not answer. Nothing is lost: send again.
         """
-        self._settle()
+        self._check_store()
         for name in self.logs:
             part = self._read(name)
             if part.end > self.state.positions.get(name, 0):
@@ -171,15 +171,15 @@ class Delivery:
         with self._lock:
             self.is_given_up = True
 
-    def _settle(self) -> None:
+    def _check_store(self) -> None:
         """Refuse a store that is gone, which MLflow would make anew; rewrite one that was moved."""
         try:
             store.check_there(self.run.uri)
         except ConfigError as error:
             raise TrackingError(str(error)) from error
-        if not self.is_settled:
-            moved.settle(self.run.uri)
-            self.is_settled = True
+        if not self.is_rewritten:
+            moved.rewrite_moved_store(self.run.uri)
+            self.is_rewritten = True
 
     def _read(self, name: str) -> _Part:
         """Return the next records of a log, as many as go into a request; one at least."""

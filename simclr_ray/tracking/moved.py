@@ -73,7 +73,7 @@ class MovedLocation(NamedTuple):
         return move
 
 
-def settle(uri: str) -> None:
+def rewrite_moved_store(uri: str) -> None:
     """Rewrite the URIs of a store that was moved, after a backup; say so in one line.
 
     For commands that write, before they do. Does nothing to a store that lies where it says, that

@@ -63,13 +63,13 @@ class Tracker:
         if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
             location = (database.parent / store.ARTIFACTS).as_uri()
-        moved.settle(uri)
+        moved.rewrite_moved_store(uri)
         with store.quiet(), store.first_contact():
             return cls(uri, _experiment_id(uri, tracking.experiment, location))
 
     def has_run(self, run_id: str) -> bool:
         """Return whether the store knows a run of this id, in whatever experiment."""
-        with door(f"find run {run_id}", self.uri) as client:
+        with mlflow_client(f"find run {run_id}", self.uri) as client:
             from mlflow.exceptions import MlflowException
 
             try:
@@ -84,7 +84,7 @@ class Tracker:
         """Return the id of the newest run that has all these tags; empty where there is none."""
         wanted = {key: value.replace("'", "''") for key, value in store.tags_of(tags).items()}
         has_all = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
-        with door("find a run", self.uri) as client:
+        with mlflow_client("find a run", self.uri) as client:
             runs = client.search_runs(
                 [self.experiment_id], has_all, order_by=["attributes.start_time DESC"],
                 max_results=1,
@@ -115,7 +115,7 @@ class Tracker:
         all_tags = store.tags_of(tags)
         if parent_id:
             all_tags["mlflow.parentRunId"] = parent_id
-        with door(f"start run {name!r}", self.uri) as client:
+        with mlflow_client(f"start run {name!r}", self.uri) as client:
             if resume_id:
                 run = client.get_run(resume_id)
                 client.update_run(resume_id, status="RUNNING")
@@ -140,7 +140,7 @@ class Tracker:
         A process that is killed leaves its runs so; call it when nobody works on them.
         """
         ended: list[str] = []
-        with door("end runs that were left", self.uri) as client:
+        with mlflow_client("end runs that were left", self.uri) as client:
             for child in self._under(client, parent_id):
                 for run in (child, *self._under(client, child.info.run_id)):
                     if run.info.status == "RUNNING":
@@ -176,8 +176,8 @@ class TrackedRun:
             store.check_there(uri)
         except ConfigError as error:  # a run is worth more than its store: callers go on without
             raise TrackingError(str(error)) from error
-        moved.settle(uri)
-        with door(f"find run {run_id}", uri) as client:
+        moved.rewrite_moved_store(uri)
+        with mlflow_client(f"find run {run_id}", uri) as client:
             experiment_id = client.get_run(run_id).info.experiment_id
         return cls(uri, run_id, experiment_id, resumed=True)
 
@@ -191,7 +191,7 @@ class TrackedRun:
         Raises:
             TrackingError: the store refuses or cannot be reached.
         """
-        with door(f"log metrics of step {step}", self.uri) as client:
+        with mlflow_client(f"log metrics of step {step}", self.uri) as client:
             from mlflow.entities import Metric
 
             now_ms = int(time.time() * 1000)
@@ -210,7 +210,7 @@ class TrackedRun:
         Raises:
             TrackingError: the store refuses or cannot be reached; some may be stored.
         """
-        with door(f"log {len(points)} points", self.uri) as client:
+        with mlflow_client(f"log {len(points)} points", self.uri) as client:
             from mlflow.entities import Metric
 
             metrics = [Metric(p.key, p.value, p.time_ms, p.step) for p in points]
@@ -219,17 +219,17 @@ class TrackedRun:
 
     def stored_keys(self) -> set[str]:
         """Return the metrics of which the run has points."""
-        with door("look up metrics", self.uri) as client:
+        with mlflow_client("look up metrics", self.uri) as client:
             return set(client.get_run(self.run_id).data.metrics)
 
     def stored_steps(self, key: str) -> list[int]:
         """Return the steps of which the run has a point of `key`, as often as it has one."""
-        with door(f"look up {key}", self.uri) as client:
+        with mlflow_client(f"look up {key}", self.uri) as client:
             return [metric.step for metric in client.get_metric_history(self.run_id, key)]
 
     def status(self) -> str:
         """Return the run's status as MLflow shows it, such as `RUNNING`."""
-        with door("look up the run", self.uri) as client:
+        with mlflow_client("look up the run", self.uri) as client:
             return str(client.get_run(self.run_id).info.status)
 
     def log_params(self, params: Mapping[str, Scalar]) -> None:
@@ -242,7 +242,7 @@ class TrackedRun:
             TrackingError: the store refuses or cannot be reached.
         """
         wanted = store.params_of(params)
-        with door("log parameters", self.uri) as client:
+        with mlflow_client("log parameters", self.uri) as client:
             from mlflow.entities import Param
 
             stored = client.get_run(self.run_id).data.params if self.is_resumed else {}
@@ -254,7 +254,7 @@ class TrackedRun:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the run, replacing values of the same keys; long values are cut."""
-        with door("set tags", self.uri) as client:
+        with mlflow_client("set tags", self.uri) as client:
             from mlflow.entities import RunTag
 
             made = [RunTag(k, v) for k, v in store.tags_of(tags).items()]
@@ -273,7 +273,7 @@ class TrackedRun:
             num_rows: rows used.
             context: what for, such as `pretraining`.
         """
-        with door(f"log dataset {name!r}", self.uri) as client:
+        with mlflow_client(f"log dataset {name!r}", self.uri) as client:
             from mlflow.entities import Dataset, DatasetInput, InputTag
             from mlflow.exceptions import MlflowException
 
@@ -296,17 +296,17 @@ class TrackedRun:
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file, or a folder with all in it, to `folder` among the run's artifacts."""
-        with door(f"store {path.name}", self.uri) as client:
+        with mlflow_client(f"store {path.name}", self.uri) as client:
             client.log_artifact(self.run_id, str(path), folder or None)
 
     def log_text(self, text: str, file: str) -> None:
         """Store `text` as the artifact `file` (a path like `tables/scores.md`)."""
-        with door(f"store {file}", self.uri) as client:
+        with mlflow_client(f"store {file}", self.uri) as client:
             client.log_text(self.run_id, hide_passwords(text), file)
 
     def finish(self, status: MlflowStatus) -> None:
         """Set the run's status; with one that is its last, its end time."""
-        with door(f"set the run to {status}", self.uri) as client:
+        with mlflow_client(f"set the run to {status}", self.uri) as client:
             if status == "RUNNING":
                 client.update_run(self.run_id, status=status)
             else:
@@ -314,7 +314,7 @@ class TrackedRun:
 
     def delete(self) -> None:
         """Mark the run as deleted; `mlflow gc` removes such for good."""
-        with door("delete the run", self.uri) as client:
+        with mlflow_client("delete the run", self.uri) as client:
             client.delete_run(self.run_id)
 
     def _highest_step(self, client: MlflowClient, key: str) -> int:
@@ -326,7 +326,7 @@ class TrackedRun:
 
 
 def _experiment_id(uri: str, name: str, artifact_location: str | None) -> str:
-    with door(f"open experiment {name!r}", uri) as client:
+    with mlflow_client(f"open experiment {name!r}", uri) as client:
         from mlflow.exceptions import MlflowException
 
         experiment = client.get_experiment_by_name(name)
@@ -346,7 +346,7 @@ def _experiment_id(uri: str, name: str, artifact_location: str | None) -> str:
 
 
 @contextlib.contextmanager
-def door(action: str, uri: str) -> Iterator[MlflowClient]:
+def mlflow_client(action: str, uri: str) -> Iterator[MlflowClient]:
     """Give a client for `uri`; whatever MLflow or its stores raise becomes a `TrackingError`.
 
     It is a `TrackingUnavailableError` where the same may work later.
@@ -363,7 +363,7 @@ def door(action: str, uri: str) -> Iterator[MlflowClient]:
 
 @functools.lru_cache(maxsize=16)
 def _client(uri: str) -> MlflowClient:
-    for variable, value in store.MANNERS.items():
+    for variable, value in store.MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     with store.quiet():
         from mlflow import MlflowClient

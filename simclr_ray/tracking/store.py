@@ -53,7 +53,7 @@ _NOT_IN_NAMES: Final = re.compile(r"[/:@%?#\\']|[^ -~\w]")
 FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 # A library prints no links on its host's stdout, reports no migrations, and makes no calls home on
 # its users' behalf; set before the import, since MLflow reads the level once.
-MANNERS = {
+MLFLOW_ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",

@@ -21,7 +21,7 @@ from simclr_ray.distributed.ray_cluster import (
     connect,
 )
 from simclr_ray.errors import CollapseError, RunError, UnhealthyRunError
-from simclr_ray.nn.pretrained import WHERE, weight_files
+from simclr_ray.nn.pretrained import INIT_WEIGHTS_KEY, weight_files
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.last_error import recorded
 from simclr_ray.storage.metrics_log import last_values
@@ -163,7 +163,7 @@ def _trained(
         for advice in advise_before_start(resolved):
             log.warning(advice)
         if not newest and weight_files(resolved.config.init.weights):
-            log.info("%s: %s", WHERE, init_line(resolved.config))
+            log.info("%s: %s", INIT_WEIGHTS_KEY, init_line(resolved.config))
         with stop.passed_on(folder):
             _fit_with_rollbacks(resolved, tracked, on_progress, fit)
             is_stopped = _is_stop_requested(folder)
@@ -209,7 +209,7 @@ def _fit_with_rollbacks(
             fit(resolved, tracked, on_progress, health, rollbacks)
         except UnhealthyRunError as error:
             rollbacks = roll_back(resolved, rollbacks, error, health.last_step)
-            tracked.sender.delivery.owe("tags", values=rollbacks.tags)
+            tracked.sender.delivery.enqueue("tags", values=rollbacks.tags)
             for name in resolved.folder.repair_snapshot():
                 log.debug("Ray's snapshot named %s, which is gone; it was set aside", name)
         else:

@@ -212,7 +212,7 @@ class RankWatch:
         self._slow_at = -1
         self._without = time.monotonic()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Say what is wrong, once; end the ranks that are stuck, so that all start again."""
         now = time.monotonic()
         if not self._ranks:

@@ -66,7 +66,7 @@ class RunMonitor(RunRecorder):
                 with self.ended_by_errors():
                     self._take_what_came(last=last)
                     if not last:
-                        self.ranks.look()
+                        self.ranks.check()
                     self._write_ranks(last=last)
             except Exception as error:  # noqa: BLE001 - of `on_progress`: nobody else would hear of it
                 cause = f"{type(error).__name__}: {last_line(error)}"

@@ -19,11 +19,11 @@ from simclr_ray.storage.metrics_log import last_values
 from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import SCORES
-from simclr_ray.tracking.moved import has_run, settle
+from simclr_ray.tracking.moved import has_run, rewrite_moved_store
 from simclr_ray.tracking.store import RegisteredEncoder, store_uri
 from simclr_ray.train.identity import newest_checkpoint
 from simclr_ray.train.resolve import ResolvedExperiment
-from simclr_ray.train.tracked import deliver_owed
+from simclr_ray.train.tracked import deliver_queued
 
 OUTCOME = "outcome.json"
 
@@ -103,8 +103,8 @@ def stored_outcome(resolved: ResolvedExperiment) -> PretrainOutcome | None:
     if newest_checkpoint(resolved) != name:
         return None
     with suppress(TrackingError):  # a store that cannot be written keeps what it says
-        settle(record.tracking_uri)
-    deliver_owed(folder)
+        rewrite_moved_store(record.tracking_uri)
+    deliver_queued(folder)
     metrics = last_values(folder.read_text(METRICS) or "")
     classifier = stored.get("classifier")
     return PretrainOutcome(

@@ -98,15 +98,15 @@ class RunRecorder:
         self.log.upload_if_due()
 
     def take(self, item: Any) -> None:
-        """Take what a rank says: metrics, a row that is no image, an error, or a word of itself."""
+        """Take what a rank sends: metrics, a row that is no image, an error, or its own state."""
         if isinstance(item, SimclrRayError):
             self._end(item)
         elif isinstance(item, dict):
             self._take_bad(item) if "reason" in item else self._take_metrics(item)
         elif item is not None:
-            self._take_word(item)
+            self._take_message(item)
 
-    def _take_word(self, word: Any) -> None:
+    def _take_message(self, message: Any) -> None:
         """Take what a rank, or Ray for it, says of itself."""
         takers: dict[type, Callable[[Any], None]] = {
             WorkerReady: self._tell_ready,
@@ -116,7 +116,7 @@ class RunRecorder:
             RanksMove: self._take_move,
             RanksFailed: self._take_failure,
         }
-        takers[type(word)](word)
+        takers[type(message)](message)
 
     def _tell_ready(self, worker: WorkerReady) -> None:
         """Say so when all workers are ready; after a restart, again."""

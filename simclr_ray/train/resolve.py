@@ -32,8 +32,8 @@ from simclr_ray.data.source import Source
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.pretrained import (
+    INIT_WEIGHTS_KEY,
     TEACHER,
-    WHERE,
     foreign_weights,
     open_checkpoint,
     teacher_classes,
@@ -360,4 +360,4 @@ def _channels_of(tree: Mapping[str, object]) -> int:
 
 
 def _issue(problem: str) -> ConfigError:
-    return ConfigError([ConfigIssue(WHERE, problem)])
+    return ConfigError([ConfigIssue(INIT_WEIGHTS_KEY, problem)])

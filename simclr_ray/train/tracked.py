@@ -74,12 +74,12 @@ class Writes:
         record = {TIME: round(time.time(), 3), "step": step, **values}
         before = self.log.records(OTHER_METRICS)
         if any(old.get("step") == step and values.keys() & old.keys() for old in before):
-            self.delivery.owe("record", record=record)
+            self.delivery.enqueue("record", record=record)
         self.log.append(OTHER_METRICS, record)
 
     def text(self, text: str, file: str) -> None:
         """Store `text` as the artifact `file`."""
-        self.delivery.owe("text", text=text, file=file)
+        self.delivery.enqueue("text", text=text, file=file)
 
     def config(self, experiment: Experiment) -> None:
         """Store the experiment as an artifact, by which a version finds what it was trained by."""
@@ -88,11 +88,11 @@ class Writes:
     def file(self, path: Path) -> None:
         """Store a local file in the run folder and as an artifact."""
         self.log.put(path)
-        self.delivery.owe("file", name=path.name)
+        self.delivery.enqueue("file", name=path.name)
 
     def status(self, status: MlflowStatus) -> None:
         """Set the run's status."""
-        self.delivery.want(status)
+        self.delivery.set_status(status)
 
 
 def sync_command(folder: RunFolder) -> str:
@@ -127,9 +127,9 @@ def tracked_run(resolved: ResolvedExperiment, tracker: Tracker | None) -> Iterat
     run = _started(resolved, tracker) if tracker else None
     with RunLog(folder, is_patient=True) as run_log:
         delivery = _delivery(folder, run_log, run)
-        delivery.want("RUNNING", has_it=run is not None)
+        delivery.set_status("RUNNING", has_it=run is not None)
         if run is None:
-            delivery.owe("params", values=params_of(resolved.config))
+            delivery.enqueue("params", values=params_of(resolved.config))
         with sending(delivery, sync_command(folder)) as sender:
             try:
                 with _machine(resolved.config, run_log, sender):
@@ -137,12 +137,12 @@ def tracked_run(resolved: ResolvedExperiment, tracker: Tracker | None) -> Iterat
             except BaseException as error:
                 is_stopped = not isinstance(error, Exception)
                 if not is_lost(folder.uri):  # else the MLflow run is of the driver that has it now
-                    delivery.want("KILLED" if is_stopped else "FAILED")
+                    delivery.set_status("KILLED" if is_stopped else "FAILED")
                 if is_stopped or isinstance(error, StorageError):  # MLflow may lie on that disk
                     sender.patience_s = STOPPED_PATIENCE_S
                 raise
             else:
-                delivery.want("FINISHED")
+                delivery.set_status("FINISHED")
             finally:
                 with suppress(StorageError):  # the log's own end says it, or what ended the run
                     run_log.try_upload()  # before MLflow is waited for
@@ -162,7 +162,7 @@ def late_writes(folder: RunFolder) -> Iterator[Writes]:
             pass
 
 
-def deliver_owed(folder: RunFolder) -> None:
+def deliver_queued(folder: RunFolder) -> None:
     """Deliver what MLflow lacks of a run that has ended, if that is known; a failure is a line."""
     record = RunRecord.find(folder)
     text = folder.read_text(STATE)
@@ -193,9 +193,9 @@ def sync_run(folder: RunFolder) -> Synced:
         writes, wanted = len(delivery.state.owed), delivery.state.status
         before = run.status()
         if wanted in ("", "RUNNING") and before == "RUNNING":
-            delivery.want("KILLED")
+            delivery.set_status("KILLED")
         elif wanted not in ("", "RUNNING", before):
-            delivery.want(wanted)  # type: ignore[arg-type] # read from JSON
+            delivery.set_status(wanted)  # type: ignore[arg-type] # read from JSON
         while (sent := delivery.send()) is not None:
             points += sent
         after = delivery.state.status
@@ -229,7 +229,7 @@ def _delivery(folder: RunFolder, run_log: RunLog, run: TrackedRun | None = None)
         record = RunRecord.read(folder)
         run = TrackedRun(record.tracking_uri, record.mlflow_run_id, "", resumed=True)
     delivery = Delivery(run, run_log.path, DELIVERED)
-    delivery.is_settled = is_open
+    delivery.is_rewritten = is_open
     for write in delivery.state.owed:
         if write["kind"] == "file":
             run_log.fetch(write["name"])

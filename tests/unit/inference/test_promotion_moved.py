@@ -20,7 +20,7 @@ from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import write_encoder
 from simclr_ray.nn.build import build_encoder, feature_dim
 from simclr_ray.storage.run_folder import CONFIG_FILE
-from simclr_ray.tracking.moved import settle
+from simclr_ray.tracking.moved import rewrite_moved_store
 from simclr_ray.tracking.runs import Tracker
 from tests.ray.images import write_splits
 from tests.unit.inference.test_promotion import SIZE, png
@@ -155,7 +155,7 @@ def test_a_version_whose_run_folder_was_deleted_finds_its_data_by_the_store(
 ) -> None:
     uri = store_of(moved)
     if settled:
-        settle(uri)
+        rewrite_moved_store(uri)
     shutil.rmtree(moved / "runs" / RUN)  # as `run rm` does
     run_id = MlflowClient(uri).get_model_version("m", "1").run_id or ""
     assert promotion._experiment_of(run_id, uri, []).data.test == f"{moved}/data/test.parquet"

@@ -216,27 +216,27 @@ def test_a_run_that_stands_for_many_points_is_one_observation() -> None:
     assert linear.smallest_p == 1.0
 
 
-def trunk(status: OutcomeStatus = "finished", epochs: int = 4) -> TrialOutcome:
+def shared_run(status: OutcomeStatus = "finished", epochs: int = 4) -> TrialOutcome:
     curve: Curve = {e: {"eval/knn_top1": 0.1 * e} for e in range(1, epochs + 1)}
     cells = [{"point": {"epochs": e}, "epoch": e} for e in (1, 2, 4)]
     return outcome("t", 0.0, {})._replace(status=status, curve=curve, cells=cells)
 
 
-def trunk_study() -> Study:
+def shared_run_study() -> Study:
     study = load_study("long_training", "cpu")
     space = {"epochs": Dimension(grid=[1, 2, 4])}
     return study.model_copy(update={"space": space, "comparisons": []})
 
 
 def test_a_length_read_off_a_longer_run_costs_its_share() -> None:
-    found = results_of(trunk_study(), [trunk()])
+    found = results_of(shared_run_study(), [shared_run()])
     assert [row.mean for row in found.rows] == pytest.approx([0.1, 0.2, 0.4])
     assert [row.images for row in found.rows] == pytest.approx([25, 50, 100])
     assert found.images == 100
 
 
-def test_a_trunk_that_collapsed_keeps_the_lengths_before() -> None:
-    found = results_of(trunk_study(), [trunk("collapsed", epochs=3)])
+def test_a_shared_run_that_collapsed_keeps_the_lengths_before() -> None:
+    found = results_of(shared_run_study(), [shared_run("collapsed", epochs=3)])
     assert [row.point["epochs"] for row in found.rows] == [1, 2]
 
 

@@ -218,8 +218,8 @@ def test_at_the_end_what_is_left_is_one_line_with_the_command_that_delivers_it(
     with sending(delivery, AGAIN) as sender:
         sender.patience_s = 0.3
         log_steps(tmp_path, range(4))
-        delivery.owe("text", text="table", file="scores.md")
-        delivery.want("FINISHED")
+        delivery.enqueue("text", text="table", file="scores.md")
+        delivery.set_status("FINISHED")
         sender.wake()
         wait_for(lambda: sender.error)  # else the end may come before the first refusal
     # on a busy machine it had failed before the end was near, and said so

@@ -245,7 +245,7 @@ def test_of_two_that_write_at_once_one_rewrites(here: Project) -> None:
 
     def work() -> None:
         at_once.wait()
-        moved.settle(here.uri)
+        moved.rewrite_moved_store(here.uri)
 
     workers = [threading.Thread(target=work) for _ in range(2)]
     for worker in workers:
@@ -261,7 +261,7 @@ def test_a_copy_neither_writes_to_the_original_nor_changes_it(
 ) -> None:
     original = first[0].copied_to(old)
     copy = original.copied_to(tmp_path / "copy")
-    moved.settle(original.uri)
+    moved.rewrite_moved_store(original.uri)
     assert original.backups() == []  # it lies where it says
     before, listed = original.hash(), sorted(old.rglob("*"))
     run = TrackedRun.attach(copy.uri, copy.run_id)
@@ -327,20 +327,20 @@ def test_moved_twice_with_reading_alone_between(here: Project, tmp_path: Path) -
     load_encoder("models:/m@newest", tracking_uri=here.uri)
     there = here.moved_to(tmp_path / "deeper" / "third")
     load_encoder("models:/m@newest", tracking_uri=there.uri)
-    moved.settle(there.uri)
+    moved.rewrite_moved_store(there.uri)
     assert len(there.backups()) == 1
     load_encoder("models:/m@newest", tracking_uri=there.uri)
 
 
 def test_moved_there_and_back(here: Project, old: Path) -> None:
     original = here.rows()
-    moved.settle(here.uri)
+    moved.rewrite_moved_store(here.uri)
     back = here.moved_to(old)
-    moved.settle(back.uri)
+    moved.rewrite_moved_store(back.uri)
     assert back.rows() == original
     assert len(back.backups()) == 2  # even within the same second
     again = back.moved_to(here.root).moved_to(old)  # nobody wrote there
-    moved.settle(again.uri)
+    moved.rewrite_moved_store(again.uri)
     assert len(again.backups()) == 2
 
 
@@ -348,7 +348,7 @@ def test_a_folder_by_another_name_has_not_moved(here: Project, old: Path, tmp_pa
     old.symlink_to(here.root)  # moved to a larger disk, the old name kept
     try:
         before = here.hash()
-        moved.settle(here.uri)
+        moved.rewrite_moved_store(here.uri)
         load_encoder("models:/m@newest", tracking_uri=here.uri)
         assert (here.hash(), here.backups()) == (before, [])
     finally:
@@ -356,7 +356,7 @@ def test_a_folder_by_another_name_has_not_moved(here: Project, old: Path, tmp_pa
     link = tmp_path / "link"
     link.symlink_to(here.root)
     by_link = store.store_uri("", str(link / "runs"))
-    moved.settle(by_link)
+    moved.rewrite_moved_store(by_link)
     assert naming(here.rows(), link) == []
     assert naming(here.rows(), here.root)
 
@@ -367,7 +367,7 @@ def test_the_backup_has_what_is_still_in_the_write_ahead_log(here: Project) -> N
         db.execute("INSERT INTO tags VALUES ('late', 'in the log', ?)", (here.run_id,))
         db.commit()
         assert Path(f"{here.database}-wal").stat().st_size
-        moved.settle(here.uri)
+        moved.rewrite_moved_store(here.uri)
     (backup,) = here.backups()
     assert "in the log" in rows_of(backup)["tags.value"]
 
@@ -381,7 +381,7 @@ def test_what_goes_wrong_leaves_the_store_as_it_was(
     before = here.rows()
     monkeypatch.setattr(moved, "_back_up", full)
     with pytest.raises(TrackingError, match=r"cannot be rewritten.*No space left"):
-        moved.settle(here.uri)
+        moved.rewrite_moved_store(here.uri)
     assert here.rows() == before
 
 
@@ -397,13 +397,13 @@ def test_a_store_is_asked_for_a_run_without_mlflow(here: Project, tmp_path: Path
 
 @pytest.mark.parametrize("uri", ["http://host:5000", "postgresql://h/db", "file:///x/mlruns"])
 def test_other_stores_are_left_alone(uri: str) -> None:
-    moved.settle(uri)
+    moved.rewrite_moved_store(uri)
     assert moved.translated(uri, "file:///a/b") == "file:///a/b"
 
 
 def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/no/mlflow.db"
-    moved.settle(uri)
+    moved.rewrite_moved_store(uri)
     with pytest.raises(TrackingError, match="no MLflow store"):
         TrackedRun.attach(uri, "1" * 32)
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from simclr_ray.tracking import store, uploads
-from simclr_ray.tracking.runs import door
+from simclr_ray.tracking.runs import mlflow_client
 from simclr_ray.tracking.uploads import upload_model, with_retries
 from tests.mlflow_server import between
 
@@ -84,7 +84,7 @@ def test_a_server_that_fails_two_of_three_uploads_gets_each_file_once(
         (tmp_path / "m" / name).write_bytes(bytes(size))
     with between(mlflow_server) as proxy:
         proxy.fails = 2
-        with door("upload", proxy.uri) as client:
+        with mlflow_client("upload", proxy.uri) as client:
             experiment = client.create_experiment("e")
             run = client.create_run(experiment)
             model = client.create_logged_model(experiment, "m", source_run_id=run.info.run_id)

@@ -68,7 +68,7 @@ def test_a_silent_rank_is_named_once_and_again_when_it_answers(
     for _ in range(6):
         clock.now += 5
         ranks.take(beat(0))
-        ranks.look()
+        ranks.check()
     said = [r.message for r in caplog.records]
     assert len(said) == 1
     assert said[0].startswith("rank 1 on 10.0.0.1 has not answered for 20 s (it was at step 7, in")
@@ -85,7 +85,7 @@ def test_the_rank_that_is_silent_for_good_is_ended_and_not_those_that_wait_for_i
     for seconds in range(0, 200, 5):
         for rank in (0, 2):
             ranks.take(beat(rank, "step", seconds))
-        ranks.look()
+        ranks.check()
         if ended:
             break
         clock.now += 5
@@ -99,7 +99,7 @@ def test_of_ranks_that_all_answer_the_one_that_waits_for_data_keeps_the_others(
     ranks = watch()
     ranks.take(beat(0, "step", 130))
     ranks.take(beat(1, "data", 130))
-    ranks.look()
+    ranks.check()
     assert ended == ["actor 1"]
 
 
@@ -111,7 +111,7 @@ def test_a_wait_far_longer_than_those_before_is_said_once(
     for seconds in (4.0, 9.0, 14.0, 19.0, 24.0):
         for rank, phase in enumerate(phases):
             ranks.take(beat(rank, phase, seconds)._replace(slow_s=15.0))
-        ranks.look()
+        ranks.check()
     said = [r.message for r in caplog.records]
     assert len(said) == 1
     assert said[0].startswith(f"rank {named} on 10.0.0.{named} has been in {phases[named]} at step")
@@ -126,11 +126,11 @@ def test_who_waits_for_a_silent_rank_or_for_an_evaluation_is_not_called_slow(
     ranks = watch()
     ranks.take(beat(0, "step", 20)._replace(slow_s=15.0))
     ranks.take(beat(1, "evaluation", 20, 600))
-    ranks.look()
+    ranks.check()
     assert caplog.text == ""
     clock.now += 20
     ranks.take(beat(0, "step", 40)._replace(slow_s=15.0))
-    ranks.look()
+    ranks.check()
     assert [r.message.partition(" on ")[0] for r in caplog.records] == ["rank 1"]
 
 
@@ -138,10 +138,10 @@ def test_ranks_stuck_in_one_step_are_all_ended(clock: Clock, ended: list[str]) -
     ranks = watch()
     for rank in range(2):
         ranks.take(beat(rank, "step", 130))
-    ranks.look()
+    ranks.check()
     assert ended == ["actor 0", "actor 1"]
     ranks.take(beat(0, "step", 140))  # a late word of one that was given up
-    ranks.look()
+    ranks.check()
     assert len(ended) == 2
 
 
@@ -151,11 +151,11 @@ def test_what_takes_long_by_itself_is_no_rank_that_is_stuck(
     ranks = watch()
     for rank, phase in enumerate(("evaluation", "checkpoint")):
         ranks.take(beat(rank, phase, 500, 600))
-    ranks.look()
+    ranks.check()
     for rank in range(2):
         ranks.take_end(RankFinished(rank))
     clock.now += 1000
-    ranks.look()
+    ranks.check()
     assert ended == []
     assert caplog.text == ""
 
@@ -167,7 +167,7 @@ def test_without_a_rank_it_is_said_what_the_cluster_lacks_and_not_too_often(
     ranks.forget()
     for _ in range(24):
         clock.now += 5
-        ranks.look()
+        ranks.check()
     said = [r.message for r in caplog.records]
     assert len(said) == 2
     assert said[0].startswith(

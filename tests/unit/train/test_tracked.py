@@ -32,7 +32,7 @@ from simclr_ray.train.monitor import RunMonitor
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
 from simclr_ray.train.tracked import (
-    deliver_owed,
+    deliver_queued,
     late_writes,
     open_tracker,
     remove_run,
@@ -78,7 +78,7 @@ class Outage:
             return client(uri)
 
         monkeypatch.setattr(runs, "_client", door_client)
-        monkeypatch.setattr(registry, "door", runs.door)
+        monkeypatch.setattr(registry, "mlflow_client", runs.mlflow_client)
 
     @property
     def is_on(self) -> bool:
@@ -189,7 +189,7 @@ def test_what_ends_a_run_is_what_is_told_and_its_status_follows(
     with pytest.raises(type(error)):
         end()
     outage.is_on = False
-    deliver_owed(resolved.folder)  # as the next start does where nothing is left to train
+    deliver_queued(resolved.folder)  # as the next start does where nothing is left to train
     assert mlflow_of(resolved.folder) == (status, [0])
 
 
@@ -438,7 +438,7 @@ def test_scores_stay_when_mlflow_is_gone_and_a_registration_says_how_it_is_made_
         f"'models:/my enc/4' newest --require 'knn_top1 > champion' --tracking-uri {uri}"
     )
     outage.is_on = False
-    deliver_owed(folder)
+    deliver_queued(folder)
     found = RunRecord.read(folder)
     artifacts = MlflowClient(tracking_uri=found.tracking_uri).list_artifacts(found.mlflow_run_id)
     assert {a.path for a in artifacts} == {
