@@ -184,8 +184,8 @@ class Softmax(_Dense):
     def _weights_of_positives(self, pairs: Pairs) -> Tensor:
         if not self.sigma:
             return pairs.z.new_ones(len(pairs.z))
-        gathered_rows = (pairs.gathered[0::2] * pairs.gathered[1::2]).sum(1)  # [N]
-        weights = 2 - len(gathered_rows) * F.softmax(gathered_rows / self.sigma, dim=0)
+        positives = (pairs.gathered[0::2] * pairs.gathered[1::2]).sum(1)  # [N]
+        weights = 2 - len(positives) * F.softmax(positives / self.sigma, dim=0)
         return weights.repeat_interleave(2)[pairs.own(slice(0, len(pairs.z)))]
 
 
@@ -295,8 +295,8 @@ class _Mined(PairLoss):
             best[tile.rows] = torch.where(nearer, value, best[tile.rows])
         has_negative = chosen >= 0
         negative = best.masked_fill(~has_negative, 0)
-        values, positive_grad, grad_rows = self.mined(positive, negative, has_negative)
-        return RowTerms(values, positive_grad, torch.stack([chosen, grad_rows], 1))
+        values, positive_grad, negative_grad = self.mined(positive, negative, has_negative)
+        return RowTerms(values, positive_grad, torch.stack([chosen, negative_grad], 1))
 
     @abstractmethod
     def mined(
@@ -393,6 +393,6 @@ class _Pairwise(torch.autograd.Function):
 
 def _classes(labels: Tensor, counts: list[int]) -> Tensor:
     """Return the class of all rows, one of its own if unlabelled: int64 [2N]. Collective."""
-    gathered_rows = collectives.all_gather_rows(labels, counts)  # [N]
-    alone = -1 - torch.arange(len(gathered_rows), device=labels.device)
-    return torch.where(gathered_rows < 0, alone, gathered_rows).repeat_interleave(2)
+    all_labels = collectives.all_gather_rows(labels, counts)  # [N]
+    alone = -1 - torch.arange(len(all_labels), device=labels.device)
+    return torch.where(all_labels < 0, alone, all_labels).repeat_interleave(2)
