@@ -38,7 +38,7 @@ def crop_task_fractions(
         return None
     blank = [np.zeros((8, 8 * width // height or 8, views.channels), np.uint8)] * PAIRS
     ids = np.arange(PAIRS, dtype=np.int64)
-    a, b = (steps[0].draws for steps in views.with_size(8).trace(blank, ids, 0))
+    a, b = (stages[0].draws for stages in views.with_size(8).trace(blank, ids, 0))
     if a is None or b is None:
         return None
     return fractions_of_pairs(*(views.boxes(draws, 10 * height, 10 * width) for draws in (a, b)))

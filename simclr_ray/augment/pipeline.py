@@ -24,7 +24,7 @@ from simclr_ray.augment.views import (
     AugmentParams,
     Boxes,
     Images,
-    Step,
+    StageImages,
     TwoViews,
     ViewPair,
     crop_fractions,
@@ -141,16 +141,16 @@ class Pipelines:
         images: Images,
         ids: NDArray[np.int64],
         epoch: int,
-        lanes: Sequence[int] = (VIEW_A, VIEW_B),
-    ) -> list[list[Step]]:
+        views: Sequence[int] = (VIEW_A, VIEW_B),
+    ) -> list[list[StageImages]]:
         """Return what each view is after each of its stages."""
         shared = list(self._run(images, ids, epoch, SHARED, self.shared, 0))
         begun: Images | Tensor = shared[-1].images if shared else images
-        views = []
-        for lane in lanes:
-            stages, first = {VIEW_A: self.a, VIEW_B: self.b}[lane], len(self.shared)
-            views.append([*shared, *self._run(begun, ids, epoch, lane, stages, first)])
-        return views
+        traces = []
+        for view in views:
+            stages, first = {VIEW_A: self.a, VIEW_B: self.b}[view], len(self.shared)
+            traces.append([*shared, *self._run(begun, ids, epoch, view, stages, first)])
+        return traces
 
     def boxes(self, draws: AugmentParams, height: int, width: int) -> Boxes:
         """Return the crops, in pixels, of images of one size."""
@@ -161,15 +161,15 @@ class Pipelines:
         images: Images,
         ids: NDArray[np.int64],
         epoch: int,
-        lane: int,
+        view: int,
         stages: Sequence[Stage],
         first: int,
-    ) -> Iterator[Step]:
+    ) -> Iterator[StageImages]:
         """Yield the images after each stage; `first` is the place of the first one in its view."""
         current: Images = images
         for place, stage in enumerate(stages, start=first):
             num = 1 + stage.op.num_draws(self.size)
-            u = self._draw(ids, num, epoch, lane + 4 * place)
+            u = self._draw(ids, num, epoch, view + 4 * place)
             draws = None
             if isinstance(stage.op, Crop):
                 draws = stage.op.draws(u[:, 1:])
@@ -184,7 +184,7 @@ class Pipelines:
                 rows = chosen[:, None, None, None].to(current.device)
                 done = torch.where(rows, done, current)
             current = done
-            yield Step(stage.name, done, draws if place == 0 else None)
+            yield StageImages(stage.name, done, draws if place == 0 else None)
 
     def _draw(self, ids: NDArray[np.int64], num: int, epoch: int, sub: int) -> NDArray[np.float64]:
         """Return [n, num] draws for one stage of one view."""

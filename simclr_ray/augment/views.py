@@ -75,7 +75,7 @@ class Boxes(NamedTuple):
     width: NDArray[np.int64]
 
 
-class Step(NamedTuple):
+class StageImages(NamedTuple):
     """The images of one view after one stage."""
 
     name: str
@@ -186,20 +186,22 @@ class TwoViews:
 
     def trace(
         self, images: Images, ids: NDArray[np.int64], epoch: int
-    ) -> tuple[list[Step], list[Step]]:
+    ) -> tuple[list[StageImages], list[StageImages]]:
         """Return each view's images after each stage, a list a view. Same arguments as a call."""
         return self._traced(images, ids, epoch, 0), self._traced(images, ids, epoch, 1)
 
-    def _traced(self, images: Images, ids: NDArray[np.int64], epoch: int, view: int) -> list[Step]:
+    def _traced(
+        self, images: Images, ids: NDArray[np.int64], epoch: int, view: int
+    ) -> list[StageImages]:
         draws = self.draw(ids, epoch, view)
         never = np.zeros(len(ids), np.bool_)
         crops = self.cropped(images, draws)
-        steps = [Step("crop", crops, draws)]
+        stages = [StageImages("crop", crops, draws)]
         later = [("grayscale", draws._replace(blur=never)), ("blur", draws)]
         jittered = ("jitter", draws._replace(gray=never, blur=never))
         for name, so_far in [jittered, *later[self.channels != 3 :]]:
-            steps.append(Step(name, self.distort(crops, so_far), None))
-        return steps
+            stages.append(StageImages(name, self.distort(crops, so_far), None))
+        return stages
 
     def cropped(self, images: Images, draws: AugmentParams) -> Tensor:
         """Return the crops of n images by k draws, k a multiple of n: uint8 [k, C, S, S].

@@ -110,8 +110,10 @@ class BatchPlan:
         """Return places [first, last) of the list of `step`, touching only their lanes."""
         epoch, k = divmod(step, self.steps_per_epoch)
         parts = [
-            self._lane_rows(epoch, run.lane, k * run.width + run.low, k * run.width + run.high)
-            for run in self.runs(first, last)
+            self._lane_rows(
+                epoch, piece.lane, k * piece.width + piece.low, k * piece.width + piece.high
+            )
+            for piece in self.lane_slices(first, last)
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
@@ -119,7 +121,7 @@ class BatchPlan:
         """Return the epoch that `step` belongs to, from 0."""
         return step // self.steps_per_epoch
 
-    def runs(self, first: int, last: int) -> Iterator[LaneSlice]:
+    def lane_slices(self, first: int, last: int) -> Iterator[LaneSlice]:
         """Yield what places [first, last) of a global batch take of each lane they touch."""
         lanes, batch = self.num_lanes, self.batch_size
         for lane in range(first * lanes // batch, lanes):
@@ -139,15 +141,17 @@ class BatchPlan:
         window = self.window_rows
         order, ends = self._epoch_order(epoch)
         row_numbers: list[RowNumbers] = []
-        for run in self.runs(first, last):
-            start, stop = self._lane_places(run.lane)
+        for piece in self.lane_slices(first, last):
+            start, stop = self._lane_places(piece.lane)
             low = int(np.searchsorted(ends, start, side="right")) - 1
             high = int(np.searchsorted(ends, stop, side="left"))
             begin = np.maximum(ends[low:high], start) - start
             end = np.minimum(ends[low + 1 : high + 1], stop) - start
             opens = begin // window * window
             closes = np.minimum(-(-end // window) * window, stop - start) - 1
-            row_numbers.append(np.stack([order[low:high], opens // run.width, closes // run.width]))
+            row_numbers.append(
+                np.stack([order[low:high], opens // piece.width, closes // piece.width])
+            )
         if not row_numbers:
             return Visits(*np.empty((3, 0), np.int64))
         groups, opens, closes = np.concatenate(row_numbers, axis=1)

@@ -76,7 +76,7 @@ class RowGroups:
         self.images = images
         self.source, self.plan, self.places, self.stop = source, plan, places, stop
         self.missing, self.read_beyond_epoch = missing, read_beyond_epoch
-        self.room = plan.window_rows * sum(1 for _ in plan.runs(*places))  # rows
+        self.room = plan.window_rows * sum(1 for _ in plan.lane_slices(*places))  # rows
         self.room *= 2 if images else 1
         self._starts = [g.first_row for g in source.row_groups]
         fs, _ = filesystem(source.uri)

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from simclr_ray.augment.crop_statistics import BESIDE, WITHIN, crop_task_fractions
 from simclr_ray.augment.decode import shown_as_rgb
 from simclr_ray.augment.pipeline import Pipelines
-from simclr_ray.augment.views import Step, TwoViews
+from simclr_ray.augment.views import StageImages, TwoViews
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batches import build_views
 from simclr_ray.data.decoding import training_decoder
@@ -66,19 +66,19 @@ def draw_views(
     grid = figure.add_gridspec(2 * len(pairs), columns, width_ratios=[2, *[1] * (columns - 1)])
     for i, pair in enumerate(pairs):
         originals = _draw_originals(figure, grid, i, pair)
-        for view, (steps, color) in enumerate(zip(traces, VIEW_COLORS, strict=True)):
+        for view, (stages, color) in enumerate(zip(traces, VIEW_COLORS, strict=True)):
             size, shared = pair[view].pixels.shape[:2], traces[0][0] is traces[1][0]
-            _mark(originals[view], views, steps[0], i, size, color, shared=shared)
-            for column, step in enumerate(steps, start=1):
+            _mark(originals[view], views, stages[0], i, size, color, shared=shared)
+            for column, stage in enumerate(stages, start=1):
                 axis = figure.add_subplot(grid[2 * i + view, column])
-                axis.imshow(shown_as_rgb(step.images[i].permute(1, 2, 0).numpy()))
+                axis.imshow(shown_as_rgb(stage.images[i].permute(1, 2, 0).numpy()))
                 axis.set_xticks([])
                 axis.set_yticks([])
                 axis.spines[:].set_color(color)
-                last = column == len(steps)
+                last = column == len(stages)
                 axis.spines[:].set_linewidth(2.0 if last else 0.6)
                 if i == 0:
-                    axis.set_title(f"{'ab'[view]}: {step.name}", fontsize=7, color=color)
+                    axis.set_title(f"{'ab'[view]}: {stage.name}", fontsize=7, color=color)
     figure.suptitle(_tasks(views, pairs[0][0]), fontsize=8)
     figure.savefig(path, dpi=150)
 
@@ -105,7 +105,7 @@ def _pairs(
 
 def _traces(
     views: TwoViews | Pipelines, pairs: Sequence[tuple[DecodedImage, DecodedImage]], epoch: int
-) -> Sequence[list[Step]]:
+) -> Sequence[list[StageImages]]:
     """Return the images of each view after each of its stages."""
     first, second = ([pair[view] for pair in pairs] for view in (0, 1))
     traces = [
@@ -133,13 +133,13 @@ def _draw_originals(
 
 
 def _mark(
-    axis: Axes, views: TwoViews | Pipelines, step: Step, row: int, size: tuple[int, ...],
+    axis: Axes, views: TwoViews | Pipelines, stage: StageImages, row: int, size: tuple[int, ...],
     color: str, *, shared: bool,
 ) -> None:  # fmt: skip
     """Draw the box of a crop; one that both views share is drawn dashed in both colors."""
-    if step.draws is None:
+    if stage.draws is None:
         return
-    box = views.boxes(step.draws, size[0], size[1])
+    box = views.boxes(stage.draws, size[0], size[1])
     top, left, height, width = (int(side[row]) for side in box)
     style = (0, (4, 4)) if shared and color == VIEW_COLORS[1] else "-"
     patch = Rectangle(

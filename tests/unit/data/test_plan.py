@@ -46,11 +46,13 @@ def test_the_number_of_lanes_comes_from_the_row_groups_and_has_many_divisors(
 def test_parts_whose_number_divides_the_lanes_share_none(batch: int, num_parts: int) -> None:
     plan = BatchPlan((3,) * 300, batch, 0, 100)
     assert plan.num_lanes == 12
-    runs = [
-        run for part in range(num_parts) for run in plan.runs(*partition(batch, part, num_parts))
+    pieces = [
+        piece
+        for part in range(num_parts)
+        for piece in plan.lane_slices(*partition(batch, part, num_parts))
     ]
-    assert [run.lane for run in runs] == list(range(12))
-    assert all((run.low, run.high) == (0, run.width) for run in runs)
+    assert [piece.lane for piece in pieces] == list(range(12))
+    assert all((piece.low, piece.high) == (0, piece.width) for piece in pieces)
 
 
 @pytest.mark.parametrize(("num_ranks", "actors"), [(2, 3), (3, 2), (1, 12), (4, 3)])
@@ -61,7 +63,7 @@ def test_parts_of_parts_are_cut_at_lanes_too(num_ranks: int, actors: int) -> Non
             first, last = partition(batch, rank, num_ranks)
             cuts = [partition(batch, rank * actors + a, num_ranks * actors) for a in range(actors)]
             assert (cuts[0][0], cuts[-1][1]) == (first, last)
-            lanes = [run.lane for cut in cuts for run in plan.runs(*cut)]
+            lanes = [piece.lane for cut in cuts for piece in plan.lane_slices(*cut)]
             assert len(lanes) == len(set(lanes)) == 12 // num_ranks
 
 
