@@ -36,7 +36,7 @@ Version = Annotated[
     str, typer.Argument(metavar="MODEL", help="models:/NAME/3, or models:/NAME@ALIAS.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")]
-SHARE = 0.1  # of the labels, where nothing else is asked for
+LABEL_FRACTION = 0.1  # of the labels, where nothing else is asked for
 Named = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")]
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.")]
 
@@ -133,7 +133,9 @@ def finetune(
     overrides: Overrides = None,
     labels: Annotated[
         float | None,
-        typer.Option(help="Share of the labels, class-balanced.", show_default=f"{SHARE:g}"),
+        typer.Option(
+            help="Share of the labels, class-balanced.", show_default=f"{LABEL_FRACTION:g}"
+        ),
     ] = None,
     per_class: Annotated[
         int | None, typer.Option(min=1, help="So many labels of each class, instead of a share.")
@@ -158,7 +160,7 @@ def finetune(
 
     planned = plan_finetuning(
         run,
-        SHARE if labels is None and not per_class else labels,
+        LABEL_FRACTION if labels is None and not per_class else labels,
         *(overrides or []),
         per_class=per_class or 0,
         frozen=frozen,

@@ -170,8 +170,8 @@ def _signed_distance(outline: Outline, points: Floats) -> Floats:
     for loop in outline:
         for start, end in zip(loop, np.roll(loop, -1, axis=0), strict=True):
             edge, offset = end - start, points - start
-            share = np.clip(offset @ edge / (edge @ edge), 0.0, 1.0)
-            nearest = np.minimum(nearest, ((offset - share[:, None] * edge) ** 2).sum(axis=1))
+            along = np.clip(offset @ edge / (edge @ edge), 0.0, 1.0)
+            nearest = np.minimum(nearest, ((offset - along[:, None] * edge) ** 2).sum(axis=1))
             spans = (start[1] > points[:, 1]) != (end[1] > points[:, 1])
             left_of = (offset[:, 0] * edge[1] < edge[0] * offset[:, 1]) == (edge[1] > 0)
             inside ^= spans & left_of

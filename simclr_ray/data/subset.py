@@ -28,30 +28,30 @@ GROUP_ROWS = 500
 MOST_TEST_ROWS: Final = 10_000
 
 
-def balanced_rows(labels: Int64s, share: float, seed: int, per_class: int = 0) -> Int64s:
-    """Return the rows of a class-balanced share, ascending: of each class equally many.
+def balanced_rows(labels: Int64s, label_fraction: float, seed: int, per_class: int = 0) -> Int64s:
+    """Return the rows of a class-balanced part, ascending: of each class equally many.
 
-    That many is `share` of the labelled rows over the number of classes, at least 1, or
+    That many is `label_fraction` of the labelled rows over the number of classes, at least 1, or
     `per_class`; a class that has fewer gives all it has.
 
     Args:
         labels: int64 [M], below 0: none.
-        share: In (0, 1]; not asked about with `per_class`.
+        label_fraction: In (0, 1]; not asked about with `per_class`.
         seed: Which rows.
-        per_class: Of each class; 0: by `share`.
+        per_class: Of each class; 0: by `label_fraction`.
 
     Raises:
         DataError: There are no labels, or fewer labelled rows asked for than classes.
     """
     labelled = np.flatnonzero(labels >= 0)
     classes = np.unique(labels[labelled])
-    wanted = per_class * len(classes) or round(share * len(labelled))
+    wanted = per_class * len(classes) or round(label_fraction * len(labelled))
     if not len(classes) or wanted < len(classes):
         raise DataError(
-            f"{share:g} of {len(labelled)} labelled rows are {wanted}, fewer than the "
+            f"{label_fraction:g} of {len(labelled)} labelled rows are {wanted}, fewer than the "
             f"{len(classes)} classes; ask for a larger share"
         )
-    if share == 1 and not per_class:
+    if label_fraction == 1 and not per_class:
         return labelled
     each = max(1, round(wanted / len(classes)))
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(labelled)
@@ -87,20 +87,20 @@ def _say_fewer(labels: Int64s, per_class: int) -> None:
 
 def write_subset(
     source: Source,
-    share: float,
+    label_fraction: float,
     seed: int,
     storage: str,
     *,
     per_class: int = 0,
     others: bool = False,
 ) -> str:
-    """Return the path or URI of the share's parquet below `storage`, written if it is not there.
+    """Return the path or URI of the rows' parquet below `storage`, written if it is not there.
 
     Its columns are called as those of `source`.
 
     Args:
         source: The labelled images.
-        share: As in `balanced_rows`.
+        label_fraction: As in `balanced_rows`.
         seed: As there.
         storage: Folder or URI.
         per_class: As there.
@@ -111,7 +111,7 @@ def write_subset(
         DataError: As `balanced_rows`, or a file cannot be read.
     """
     labels = source.labels()
-    rows = balanced_rows(labels, share, seed, per_class)
+    rows = balanced_rows(labels, label_fraction, seed, per_class)
     if not others:
         _say_fewer(labels, per_class)
     if others:
@@ -124,12 +124,12 @@ def write_subset(
             "tested on %s of the %s labelled images that were not chosen",
             f"{len(rows):,}", f"{num_rest:,}",
         )  # fmt: skip
-    chosen = [per_class] if per_class else [share]
+    chosen = [per_class] if per_class else [label_fraction]
     identity = json.dumps(
         [source.fingerprint, *chosen, seed, NO_LABEL, *["others", len(rows)] * others]
     )
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    much = f"{per_class}-each" if per_class else f"{share:g}"
+    much = f"{per_class}-each" if per_class else f"{label_fraction:g}"
     name = f"{'not-' if others else ''}labelled-{much}-seed{seed}-{digest}.parquet"
     uri = address_below(storage, name)
     fs, path = filesystem(uri)

@@ -211,8 +211,8 @@ class Supervised(_Dense):
         own = pairs.own(tile.rows)
         u = tile.s.div_(self.scale).masked_fill_(tile.x == 0, float("-inf"))
         p = (u - row_stats[own, 0, None]).exp_() + (u - row_stats[tile.columns, 0]).exp_()
-        share = row_stats[own, 1, None] + row_stats[tile.columns, 1]
-        return p.sub_(share * self._same(tile, pairs)).div_(self.scale)
+        label_weight = row_stats[own, 1, None] + row_stats[tile.columns, 1]
+        return p.sub_(label_weight * self._same(tile, pairs)).div_(self.scale)
 
     @staticmethod
     def _same(tile: Tile, pairs: Pairs) -> Tensor:
@@ -237,8 +237,8 @@ class Logistic(_Dense):
 
     def weights(self, tile: Tile, pairs: Pairs, row_stats: Tensor) -> Tensor:  # noqa: ARG002 - nothing
         """Return c_ij + c_ji: [t, c]."""
-        share = 2 / (self.num_negatives(pairs) * self.scale)
-        w = tile.s.div_(self.scale).sigmoid_().mul_(share)
+        weight = 2 / (self.num_negatives(pairs) * self.scale)
+        w = tile.s.div_(self.scale).sigmoid_().mul_(weight)
         return w.masked_fill_(~self.negative(tile.x), 0)
 
 

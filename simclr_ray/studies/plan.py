@@ -149,18 +149,19 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     Raises:
         DataError: As in `images_of`.
     """
-    share = study.search.runs_per_trial(len(trials))
-    images = images_of(trials)
+    runs_per_trial = study.search.runs_per_trial(len(trials))
+    images, rate = images_of(trials), study.images_per_s
     workers = {trial.name: trial.experiment.scaling.max_workers for trial in trials}
-    rate = study.images_per_s
+    num_images = runs_per_trial * sum(images.values())
+    worker_images = runs_per_trial * sum(n * workers[k] for k, n in images.items())
     points = {json.dumps(cell.point) for trial in trials for cell in trial.cells}
     return Forecast(
-        round(share * len(trials)),
-        round(share * len(points)),
-        round(share * sum(trial.experiment.epochs for trial in trials)),
-        round(share * sum(images.values())),
-        share * sum(images.values()) / rate / 3600 if rate else 0.0,
-        share * sum(n * workers[k] for k, n in images.items()) / rate / 3600 if rate else 0.0,
+        round(runs_per_trial * len(trials)),
+        round(runs_per_trial * len(points)),
+        round(runs_per_trial * sum(trial.experiment.epochs for trial in trials)),
+        round(num_images),
+        num_images / rate / 3600 if rate else 0.0,
+        worker_images / rate / 3600 if rate else 0.0,
     )
 
 

@@ -46,15 +46,17 @@ def forecast_time(study: Study, trials: Sequence[Trial]) -> TimeForecast:
     began = time.monotonic()
     at_a_time = start_cluster(study, trials).now
     started_s = time.monotonic() - began
-    share = study.search.runs_per_trial(len(trials))
+    runs_per_trial = study.search.runs_per_trial(len(trials))
     are_small = can_share_processes(trials)
     cores = shared_cores(trials)
-    pace = pace_of(trials, at_a_time, cores, study.protocols, baselines=are_small and share == 1)
+    pace = pace_of(
+        trials, at_a_time, cores, study.protocols, baselines=are_small and runs_per_trial == 1
+    )
     start = BESIDE_S + started_s + pace.start
     whole = Pace(
-        start + share * (pace.seconds - pace.start),
-        share * pace.device_seconds,
+        start + runs_per_trial * (pace.seconds - pace.start),
+        runs_per_trial * pace.device_seconds,
         start,
-        share * pace.evaluation,
+        runs_per_trial * pace.evaluation,
     )
     return TimeForecast(at_a_time, whole, started_s, time.monotonic() - began)

@@ -56,7 +56,7 @@ class FineTuned(NamedTuple):
 
 def plan_finetuning(
     run: str,
-    share: float | None,
+    label_fraction: float | None,
     *overrides: str,
     per_class: int = 0,
     frozen: bool = False,
@@ -70,25 +70,25 @@ def plan_finetuning(
 
     Args:
         run: Folder or URI of a pretraining run, whose newest checkpoint is taken.
-        share: Of the labelled rows of `data.train`, class-balanced, in (0, 1]; None with
+        label_fraction: Of the labelled rows of `data.train`, class-balanced, in (0, 1]; None with
             `per_class`.
         overrides: Of the fine-tuning's config.
-        per_class: Labelled rows of each class, without a share; 0: by `share`.
+        per_class: Labelled rows of each class, without a fraction; 0: by `label_fraction`.
         frozen: Leave the encoder as it is, and fit a classifier on its features.
         from_random: Start from random weights instead, for comparison.
 
     Raises:
-        ConfigError: `run` is no run folder, or the share or an override cannot be.
+        ConfigError: `run` is no run folder, or the fraction or an override cannot be.
         DataError: There are no labels, too few of them, or no test split that they fit.
     """
-    share = _share(share, per_class)
+    fraction = _label_fraction(label_fraction, per_class)
     if frozen and from_random:
         problem = "an encoder of random weights is to be trained, so it cannot be frozen"
         raise ConfigError([ConfigIssue("--frozen", problem)])
     folder = RunFolder.at(run)
     tree, record = _record(folder, run)
-    much = f"{per_class}each" if per_class else f"{100 * share:g}pct"
-    few = bool(per_class) or share <= FEW_LABELS
+    much = f"{per_class}each" if per_class else f"{100 * fraction:g}pct"
+    few = bool(per_class) or fraction <= FEW_LABELS
     settings = _settings(tree, folder, much, few=few, from_random=from_random)
     if frozen:
         settings |= _frozen(tree, folder, much)
@@ -99,7 +99,9 @@ def plan_finetuning(
         log.warning("labels are those of the first %d images (data.limit)", data.limit)
     resolve_init(chosen)  # what does not fit is refused before a file is written
     source = Source.open(data.train, data.columns, data.limit)
-    write = partial(write_subset, source, share, chosen.seed, chosen.storage, per_class=per_class)
+    write = partial(
+        write_subset, source, fraction, chosen.seed, chosen.storage, per_class=per_class
+    )
     rows = write()
     num_rows = Source.open(rows, data.columns).num_rows
     size, group = min(chosen.batch_size, num_rows), chosen.batch_norm.group_size
@@ -115,22 +117,22 @@ def plan_finetuning(
     return enter(cfg.validate(Experiment, tuned), _planned, record)
 
 
-def _share(share: float | None, per_class: int) -> float:
-    """Return the share of the labels, 0 where `per_class` says how many.
+def _label_fraction(fraction: float | None, per_class: int) -> float:
+    """Return the fraction of the labels, 0 where `per_class` says how many.
 
     Raises:
-        ConfigError: Both are given, or neither, or the share is none.
+        ConfigError: Both are given, or neither, or it is none.
     """
     if per_class:
-        if share is None:
+        if fraction is None:
             return 0.0
-        problem = f"got {share:g}, and --per-class {per_class} as well; they exclude each other"
+        problem = f"got {fraction:g}, and --per-class {per_class} as well; they exclude each other"
         raise ConfigError([ConfigIssue("--labels", problem)])
-    if share is None or not 0 < share <= 1:
-        shown = "nothing" if share is None else f"{share:g}"
+    if fraction is None or not 0 < fraction <= 1:
+        shown = "nothing" if fraction is None else f"{fraction:g}"
         problem = f"got {shown}; it must be above 0 and at most 1"
         raise ConfigError([ConfigIssue("--labels", problem)])
-    return share
+    return fraction
 
 
 def plan_distillation(teacher: str, *overrides: str) -> Planned:

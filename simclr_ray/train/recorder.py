@@ -222,15 +222,16 @@ class RunRecorder:
 
     def _check_bad_rows(self) -> None:
         """End the run when more rows are unusable than `data.max_bad_fraction` allows; name all."""
-        share, rows = self.resolved.config.data.max_bad_fraction, self.resolved.source.num_rows
-        if len(self._bad) <= share * rows:
+        rows = self.resolved.source.num_rows
+        max_fraction = self.resolved.config.data.max_bad_fraction
+        if len(self._bad) <= max_fraction * rows:
             return
         reasons = "; ".join(sorted({bad.reason for bad in self._bad.values()})[:5])
         names = [bad.path or f"id {row_id}" for row_id, bad in sorted(self._bad.items())]
         self._end(
             TooManyBadImages(
                 f"{len(self._bad)} of {rows} rows cannot be used, as far as it has come, more than "
-                f"data.max_bad_fraction={share:g} allows; reasons: {reasons}; first: "
+                f"data.max_bad_fraction={max_fraction:g} allows; reasons: {reasons}; first: "
                 f"{', '.join(names[:10])}; all: {self.resolved.folder.below(BAD_ROWS)}"
             )
         )

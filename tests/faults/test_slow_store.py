@@ -60,11 +60,11 @@ def test_a_checkpoint_to_a_slow_store_does_not_hold_training_up(network: Network
     # a checkpoint is written after the step is logged; the last one is waited for
     saved = [step for step in range(EVERY, max(at), EVERY) if step + 1 in took]
     pauses = [took[step + 1] - usual for step in saved]
-    share = statistics.median(pauses) / synchronous_s
+    fraction = statistics.median(pauses) / synchronous_s
     sys.stdout.write(
         f"{size / 1e6:.0f} MB in {synchronous_s:.1f} s; pauses {[f'{p:.2f}' for p in pauses]} s "
-        f"beside steps of {usual:.2f} s: {share:.3f}\n"
+        f"beside steps of {usual:.2f} s: {fraction:.3f}\n"
     )
     assert len(pauses) >= 5
     assert size > 80e6
-    assert share <= 0.15
+    assert fraction <= 0.15

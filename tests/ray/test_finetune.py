@@ -217,9 +217,9 @@ def test_the_supervised_counterpart_runs_by_the_same_program(
 
 
 def test_what_cannot_be_tuned_is_said_before_anything_starts(folder: Path, run: Run) -> None:
-    for share in (0.0, 1.5):
+    for fraction in (0.0, 1.5):
         with pytest.raises(ConfigError, match="above 0 and at most 1"):
-            plan_finetuning(run.folder, share)
+            plan_finetuning(run.folder, fraction)
     with pytest.raises(DataError, match="fewer than the 10 classes"):
         plan_finetuning(run.folder, 0.01)
     with pytest.raises(ConfigError, match="no run folder"):

@@ -54,6 +54,7 @@ OLD_WORDS = {
     r"\bTempered\b": "LearnableTemperature",
     r"\b(?:dist|collectives)\.share\b|\bdef share\(": "partition",
     r"\.both\(|\bdef both\(": "draw_both_views",
+    r"\bshare(?:: float| = )|\b_share\(": "…_fraction",
     r"\bcollectives as \w|\bsharedmem\b|\blogging as logs\b": "the module's own name",
 }
 

@@ -275,7 +275,7 @@ def _check_room(launch: LaunchFile, experiment: Experiment) -> Findings:
     workers, decoded = workers_alone_on(nodes, scaling), workers_on(nodes, scaling)
     if workers < wanted:
         shown = (
-            f"{which} hold {counted(workers, 'worker')} of {_share(scaling)}, "
+            f"{which} hold {counted(workers, 'worker')} of {_worker_resources(scaling)}, "
             f"scaling.num_workers asks for {wanted}"
         )
         return [Finding("workers", "fail", shown, advice)]
@@ -308,7 +308,7 @@ def _unmatched(groups: Sequence[NodeGroup], scaling: ScalingConfig) -> Finding |
     return None
 
 
-def _share(scaling: ScalingConfig) -> str:
+def _worker_resources(scaling: ScalingConfig) -> str:
     """Return what one worker reserves."""
     gpus = f", {_amount(scaling.gpus_per_worker, 'GPU')}" if scaling.gpus_per_worker else ""
     return f"{_amount(scaling.cpus_per_worker, 'CPU')}{gpus}"
@@ -363,7 +363,7 @@ def derived(
         rows["trials"] = f"{len(runs)}, of which {at_a_time} fit at a time; of the first:"
     rows |= {
         "workers": f"{f'{least_workers} to ' * scaling.is_elastic}{workers} of "
-        f"{_share(scaling)} each",
+        f"{_worker_resources(scaling)} each",
         "local batch": _local_batch(experiment.batch_size, least_workers)
         + (f"; {_local_batch(experiment.batch_size, workers)} on {workers}") * scaling.is_elastic,
         "decoding": f"{counted(at_a_time * workers * scaling.data_actors_per_worker, 'actor')} on "

@@ -124,8 +124,10 @@ def test_brightness_and_share_of_foreground_say_little(
     def features(images: Pixels) -> Floats:
         gray = images.mean(axis=3).reshape(len(images), -1)
         middle = (gray.min(axis=1) + gray.max(axis=1)) / 2
-        share = (gray > middle[:, None]).mean(axis=1)
-        return np.stack([np.minimum(share, 1 - share), gray.mean(axis=1), gray.std(axis=1)], axis=1)
+        fraction = (gray > middle[:, None]).mean(axis=1)
+        return np.stack(
+            [np.minimum(fraction, 1 - fraction), gray.mean(axis=1), gray.std(axis=1)], axis=1
+        )
 
     model = KNeighborsClassifier(100).fit(features(train[0]), train[1])
     assert model.score(features(test[0]), test[1]) < 2 * CHANCE

@@ -26,10 +26,12 @@ def test_classes_give_equally_many_rows_by_the_seed_alone() -> None:
     assert np.bincount(LABELS[balanced_rows(LABELS, 0.9, 0)]).tolist() == [300, 300, 200]
 
 
-@pytest.mark.parametrize(("labels", "share"), [(LABELS, 0.001), (np.full(9, -1), 0.5)])
-def test_fewer_rows_than_classes_are_refused(labels: NDArray[np.int64], share: float) -> None:
+@pytest.mark.parametrize(("labels", "label_fraction"), [(LABELS, 0.001), (np.full(9, -1), 0.5)])
+def test_fewer_rows_than_classes_are_refused(
+    labels: NDArray[np.int64], label_fraction: float
+) -> None:
     with pytest.raises(DataError, match="classes"):
-        balanced_rows(labels, share, 0)
+        balanced_rows(labels, label_fraction, 0)
 
 
 def test_the_rows_are_written_once_with_their_ids_and_bytes(tmp_path: Path) -> None:
