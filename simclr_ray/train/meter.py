@@ -77,10 +77,11 @@ class StepMeter:
     def _resume(self, begun: Interval) -> None:
         """Go on with an interval; among another number of ranks each takes the mean of theirs."""
         sums = begun.loss_sums
-        own = sums[dist.rank()] if len(sums) == dist.world_size() else sum(sums) / len(sums)
+        is_same = len(sums) == collectives.world_size()
+        own = sums[collectives.rank()] if is_same else sum(sums) / len(sums)
         self.steps = self.untimed_steps = begun.steps
         self.loss_sum = torch.tensor(own, dtype=torch.float64, device=self.device)
-        self.bad_rows = 0 if dist.rank() else begun.bad_rows
+        self.bad_rows = 0 if collectives.rank() else begun.bad_rows
 
     def restart(self) -> None:
         """Start a new interval: what is done between steps does not count as training time."""
@@ -122,7 +123,7 @@ class StepMeter:
         mine = torch.tensor(
             [float(self.loss_sum), float(self.bad_rows)], dtype=torch.float64, device=self.device
         )
-        loss_sums, bad_rows = dist.all_gather_vector(mine).T.tolist()  # [R] each
+        loss_sums, bad_rows = collectives.all_gather_vector(mine).T.tolist()  # [R] each
         return Interval(self.steps, loss_sums, int(sum(bad_rows)))
 
     def check_finite(self, done: int) -> None:

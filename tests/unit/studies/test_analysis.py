@@ -240,10 +240,10 @@ def test_a_shared_run_that_collapsed_keeps_the_lengths_before() -> None:
     assert [row.point["epochs"] for row in found.rows] == [1, 2]
 
 
-def test_a_trunk_that_diverged_within_an_epoch_keeps_all_lengths_at_what_they_cost() -> None:
-    diverged = trunk("collapsed", epochs=2)
+def test_a_shared_run_that_diverged_within_an_epoch_keeps_all_lengths_at_what_they_cost() -> None:
+    diverged = shared_run("collapsed", epochs=2)
     cost = {"images": 90.0, "seconds": 9.0, "device_seconds": 9.0, "epochs": 3.0}
-    found = results_of(trunk_study(), [diverged._replace(cost=cost, last_good=2)])
+    found = results_of(shared_run_study(), [diverged._replace(cost=cost, last_good=2)])
     assert [row.point["epochs"] for row in found.rows] == [1, 2]
     assert [row.images for row in found.rows] == pytest.approx([30, 60])
 
