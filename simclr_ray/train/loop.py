@@ -112,8 +112,7 @@ def train(
         callbacks: What to call and when.
         precision: float64, float32, or bf16 autocast around the model.
         seed: Of what the model itself draws, such as dropout: by (seed, step, id, view, layer).
-        num_groups: Above 1, a step's images pass the model in so many groups, by gradient caching;
-            batch norm's statistics are those of a group.
+        num_groups: Above 1: gradient caching in so many groups, batch norm's statistics of each.
         clip_norm: Longest gradient that is stepped by, of all parameters as one vector; 0: any.
         meter: Of this start; its caller keeps what it has summed in checkpoints.
 

@@ -38,7 +38,7 @@ class Metrics(NamedTuple):
     bad_rows: int  # ids replaced since the last report, all ranks
 
 
-class Interval(NamedTuple):
+class ReportInterval(NamedTuple):
     """The sums since the last report, which a checkpoint keeps: the next one is over all steps."""
 
     steps: int
@@ -46,7 +46,7 @@ class Interval(NamedTuple):
     bad_rows: int  # of all ranks
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Interval | None:
+    def of(cls, record: Mapping[str, Any]) -> ReportInterval | None:
         """Return what a checkpoint's record says; None: it came with a report, or is an old one."""
         tree = record.get(INTERVAL)
         return cls(tree["steps"], tree["loss_sums"], tree["bad_rows"]) if tree else None
@@ -67,14 +67,14 @@ class StepMeter:
     """
 
     def __init__(
-        self, device: torch.device, schedule: StepSchedule, begun: Interval | None = None
+        self, device: torch.device, schedule: StepSchedule, begun: ReportInterval | None = None
     ) -> None:
         self.device, self.schedule = device, schedule
         self.restart()
         if begun is not None:
             self._resume(begun)
 
-    def _resume(self, begun: Interval) -> None:
+    def _resume(self, begun: ReportInterval) -> None:
         """Go on with an interval; among another number of ranks each takes the mean of theirs."""
         sums = begun.loss_sums
         is_same = len(sums) == collectives.world_size()
@@ -116,7 +116,7 @@ class StepMeter:
         self.loss_sum = self.loss_sum + self.last_loss
         self.bad_rows += len(batch.bad)
 
-    def interval(self) -> Interval | None:
+    def interval(self) -> ReportInterval | None:
         """Return the sums since the last report, or None right after it. Collective."""
         if not self.steps:
             return None
@@ -124,7 +124,7 @@ class StepMeter:
             [float(self.loss_sum), float(self.bad_rows)], dtype=torch.float64, device=self.device
         )
         loss_sums, bad_rows = collectives.all_gather_vector(mine).T.tolist()  # [R] each
-        return Interval(self.steps, loss_sums, int(sum(bad_rows)))
+        return ReportInterval(self.steps, loss_sums, int(sum(bad_rows)))
 
     def check_finite(self, done: int) -> None:
         """Raise `DivergedError` on all ranks if a loss was not finite. Collective."""

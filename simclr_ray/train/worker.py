@@ -42,7 +42,7 @@ from simclr_ray.train import loop
 from simclr_ray.train.context import TrainContext
 from simclr_ray.train.failures import final_error
 from simclr_ray.train.heartbeat import Heartbeat, Inbox, RanksMove
-from simclr_ray.train.meter import Interval, StepMeter
+from simclr_ray.train.meter import ReportInterval, StepMeter
 from simclr_ray.train.rank_metrics import RankMetrics
 from simclr_ray.train.recorder import WorkerReady
 from simclr_ray.train.requests import RanksMoved, Requests
@@ -149,7 +149,9 @@ class TrainWorker:
         self.inbox.put(WorkerReady(self.rank, self.num_ranks))
         model = collectives.data_parallel(self.model, compressed=experiment.compress_gradients)
         schedule = schedule_of(self.resolved, self.rollbacks.halved_at)
-        self.meter = StepMeter(self.device, schedule, Interval.of(kept.record if kept else {}))
+        self.meter = StepMeter(
+            self.device, schedule, ReportInterval.of(kept.record if kept else {})
+        )
         loop.train(
             model,
             self.loss,

@@ -19,7 +19,7 @@ from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.losses import BatchMetrics, NTXentLoss, contrastive_metrics
-from simclr_ray.train.meter import Interval, Metrics, StepMeter
+from simclr_ray.train.meter import ReportInterval, Metrics, StepMeter
 from simclr_ray.train.step_schedule import StepSchedule
 
 Array = NDArray[np.float64]
@@ -156,7 +156,7 @@ def mean_loss_of_halves(rank: int) -> tuple[Metrics, Metrics]:
             interval = first.interval()
             assert interval is not None
             meters[1] = StepMeter(
-                cpu, schedule, Interval.of(json.loads(json.dumps(interval.record)))
+                cpu, schedule, ReportInterval.of(json.loads(json.dumps(interval.record)))
             )
         for meter in meters:
             meter.add(Batch(step, images, images, ids, ids[: step % 2]), loss)

@@ -23,7 +23,7 @@ from simclr_ray.nn.losses import BatchMetrics, NTXentLoss
 from simclr_ray.nn.precision import Precision, as_input, prepare_model
 from simclr_ray.optim import LARS, learning_rate_at
 from simclr_ray.train.loop import Callbacks, Metrics, StepSchedule, train
-from simclr_ray.train.meter import Interval, StepMeter
+from simclr_ray.train.meter import ReportInterval, StepMeter
 
 N, SIDE = 6, 8
 TEMPERATURE = 0.5
@@ -253,7 +253,7 @@ def test_a_resumed_run_reports_what_one_that_was_not_broken_does() -> None:
     def reports(
         first: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: str
     ) -> list[Metrics]:
-        meter = StepMeter(torch.device("cpu"), table, Interval.of(json.loads(record)))
+        meter = StepMeter(torch.device("cpu"), table, ReportInterval.of(json.loads(record)))
 
         def keep(step: int) -> None:
             interval = meter.interval()
@@ -279,7 +279,7 @@ def test_the_speed_after_a_resume_is_that_of_the_steps_since(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    meter = StepMeter(torch.device("cpu"), schedule(), Interval(3, [6.0], 2))
+    meter = StepMeter(torch.device("cpu"), schedule(), ReportInterval(3, [6.0], 2))
     (batch,) = batches(3, 4, bad=(3,))
     meter.add(batch, torch.tensor(2.0))
     now = 102.0
@@ -301,13 +301,13 @@ def test_each_rank_goes_on_with_its_own_sum_or_among_others_with_the_mean(
     resumed = []
     for rank in range(num_ranks):
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
-        meter = StepMeter(torch.device("cpu"), schedule(), Interval(2, [1.0, 4.0], 3))
+        meter = StepMeter(torch.device("cpu"), schedule(), ReportInterval(2, [1.0, 4.0], 3))
         resumed.append((float(meter.loss_sum), meter.bad_rows))
     assert resumed == expected
 
 
 def test_a_checkpoint_of_before_there_were_intervals_begins_one() -> None:
-    assert Interval.of({"step": 3, "experiment": {}}) is None
+    assert ReportInterval.of({"step": 3, "experiment": {}}) is None
 
 
 def test_a_checkpoint_is_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
