@@ -19,7 +19,7 @@ from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.losses import BatchMetrics, NTXentLoss, contrastive_metrics
-from simclr_ray.train.meter import ReportInterval, Metrics, StepMeter
+from simclr_ray.train.meter import Metrics, ReportInterval, StepMeter
 from simclr_ray.train.step_schedule import StepSchedule
 
 Array = NDArray[np.float64]
