@@ -15,7 +15,10 @@ PAGE = KEPT.parent / "findings.md"
 COMMAND = "python -m benchmarks.findings"
 IMAGES = (
     "`$SIMCLR_RAY_DATA/cifar10` is CIFAR-10 as parquet in mixed order; `simclr-ray prepare cifar10 "
-    "DIR` writes it in another, whose first 10,000 images are others."
+    "DIR` writes it in another, whose first 10,000 images are others. Drawn shapes are those of "
+    "`simclr-ray prepare shapes shapes/train num_images=10000` and `simclr-ray prepare shapes "
+    "shapes/test num_images=10000 seed=1`, whose class is form alone, whatever color, texture, "
+    "place and size."
 )
 
 

@@ -1,7 +1,8 @@
-"""Run the studies at the scale `laptop`, keep their reports, and hold forecasts against the clock.
+"""Run the studies of laptops, keep their reports, and hold forecasts against the clock.
 
     python -m benchmarks.laptop $SIMCLR_RAY_DATA/cifar10/train $SIMCLR_RAY_DATA/cifar10/test
     python -m benchmarks.laptop … --studies temperature losses
+    python -m benchmarks.laptop shapes/train shapes/test --scale laptop_shapes
 
 Of each study the forecast of `study run --dry-run` is made first, then it is run by its command,
 and its report is kept in `docs/studies` (`benchmarks.studies`); of finished ones it is kept again.
@@ -28,7 +29,7 @@ from simclr_ray.errors import SimclrRayError
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.driver import checked_images
 from simclr_ray.studies.files import load_study, study_names, summaries
-from simclr_ray.studies.findings import SCALE
+from simclr_ray.studies.findings import SCALES
 from simclr_ray.studies.folder import FINAL, StudyFolder
 from simclr_ray.studies.plan import base_tree, study_folder
 from simclr_ray.studies.settings import digest_of_study
@@ -43,14 +44,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("train")
     parser.add_argument("test")
-    parser.add_argument("--studies", nargs="+", choices=study_names(), default=laptop_studies())
+    parser.add_argument("--scale", choices=list(SCALES), default=next(iter(SCALES)))
+    parser.add_argument("--studies", nargs="+", choices=study_names(), help="All that have it.")
     parser.add_argument("--forecast", default="", help="Print this study's alone, as seconds.")
     args = parser.parse_args()
-    data = [f"data.train={args.train}", f"data.test={args.test}"]
+    data = overrides_of(args.scale, args.train, args.test)
     if args.forecast:
-        print(json.dumps(forecast_s(args.forecast, data)))
+        print(json.dumps(forecast_s(args.forecast, args.scale, data)))
         return
-    studies = {name: load_study(name, SCALE, *data) for name in args.studies}
+    names = args.studies or studies_at(args.scale)
+    studies = {name: load_study(name, args.scale, *data) for name in names}
     try:  # of all, before the first runs for an hour
         are_done = {name: is_done(study) for name, study in studies.items()}
     except SimclrRayError as error:
@@ -58,18 +61,26 @@ def main() -> None:
     for name, study in studies.items():
         folder = StudyFolder(*study_folder(study))
         if not folder.state():
-            ahead = _forecast(name, [args.train, args.test])
-            seconds = _run(name, data)
+            ahead = _forecast(name, args.scale, [args.train, args.test])
+            seconds = _run(name, args.scale, data)
             # a run that was interrupted says nothing of a forecast
-            _remember(name, ahead, seconds, f"{args.train} {args.test}")
+            called = f"{args.train} {args.test} --scale {args.scale}"
+            _remember(kept.kept_name(study), ahead, seconds, called)
         elif not are_done[name]:
-            _run(name, data)
+            _run(name, args.scale, data)
         kept.main([folder.uri])
 
 
-def laptop_studies() -> list[str]:
+def studies_at(scale: str) -> list[str]:
     """Return the names of the studies that have the scale."""
-    return [summary.name for summary in summaries() if SCALE in summary.scales]
+    return [summary.name for summary in summaries() if scale in summary.scales]
+
+
+def overrides_of(scale: str, train: str, test: str) -> list[str]:
+    """Return what is given to each study: its images, and a storage where names would clash."""
+    usual = next(iter(SCALES))
+    storage = [] if scale == usual else [f"storage=runs/{scale}"]
+    return [f"data.train={train}", f"data.test={test}", *storage]
 
 
 def is_done(study: Study) -> bool:
@@ -87,24 +98,25 @@ def is_done(study: Study) -> bool:
     return bool(folder.state().get("is_complete")) and not has_failed
 
 
-def forecast_s(name: str, data: list[str]) -> float:
+def forecast_s(name: str, scale: str, data: list[str]) -> float:
     """Return the seconds that a study should take here, its start included."""
-    study = load_study(name, SCALE, *data)
+    study = load_study(name, scale, *data)
     return forecast_time(study, plan(study, base_tree(study))).pace.seconds
 
 
-def _forecast(name: str, data: list[str]) -> float:
+def _forecast(name: str, scale: str, data: list[str]) -> float:
     """Return the same from a process of its own, whose cluster ends with it."""
-    called = [sys.executable, "-m", "benchmarks.laptop", *data, "--forecast", name]
+    called = [sys.executable, "-m", "benchmarks.laptop", *data, "--scale", scale]
+    called += ["--forecast", name]
     done = subprocess.run(called, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
-def _run(name: str, data: list[str]) -> float:
+def _run(name: str, scale: str, data: list[str]) -> float:
     """Run a study by its command; return the seconds from start to exit."""
     program = Path(sys.executable).with_name("simclr-ray")
     began = time.monotonic()
-    subprocess.run([program, "study", "run", name, "--scale", SCALE, *data], check=True)
+    subprocess.run([program, "study", "run", name, "--scale", scale, *data], check=True)
     return time.monotonic() - began
 
 

@@ -1,4 +1,4 @@
-"""Keep a study's report in `docs/studies/NAME`, without the paths of the machine that ran it.
+"""Keep a study's report in `docs/studies`, without the paths of the machine that ran it.
 
     python -m benchmarks.studies FOLDER [FOLDER ...]
 
@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.record import portable
+from simclr_ray.studies.definition import Study
+from simclr_ray.studies.findings import SCALES
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.report import write_report
 
@@ -29,7 +31,7 @@ def main(folders: list[str]) -> None:
     for folder in folders:
         study = StudyFolder.at(folder)
         place, _ = write_report(study)
-        target = KEPT / study.files.name
+        target = KEPT / kept_name(study.definition()[0])
         target.mkdir(parents=True, exist_ok=True)
         storage = study.files.storage.removesuffix("/studies")
         for source in sorted(Path(place).iterdir()):
@@ -41,6 +43,11 @@ def main(folders: list[str]) -> None:
                 text = without_links(text)
             (target / source.name).write_text(text, encoding="utf-8")
         print(f"{target.relative_to(KEPT.parents[1])}: {len(list(target.iterdir()))} files")
+
+
+def kept_name(study: Study) -> str:
+    """Return the name of a report's folder: the study's, with a scale that has other images."""
+    return f"{study.name}_{study.scale}" if study.scale in list(SCALES)[1:] else study.name
 
 
 def without_links(page: str) -> str:

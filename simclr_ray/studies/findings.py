@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.studies.claim_words import SHORT_HEAD, SIGNIFICANT, claim_line, short_cells
-from simclr_ray.studies.claims import read_verdict
+from simclr_ray.studies.claims import Verdict, read_verdict
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.effects import holm
 from simclr_ray.studies.files import load_study
@@ -28,30 +28,31 @@ from simclr_ray.studies.plan import base_tree
 from simclr_ray.studies.report import CURVES, DATA, FIGURE, PAGE
 from simclr_ray.studies.settings import changed_settings, settings_of
 
-SCALE = "laptop"
+SCALES: Final = {"laptop": "CIFAR-10", "laptop_shapes": "drawn shapes"}  # and their images
 READING = "reading.md"
+NOT_RUN = "not run"
 SAID, MARK = ("appears", "is reversed"), " †"
 
-ClaimKey = tuple[str, str]  # name of a study, text of a claim
+ClaimKey = tuple[str, str, str]  # scale, name of a study, text of a claim
 
 
-def findings_page(folder: Path, made_by: str, scale: str = SCALE, about: str = "") -> str:
-    """Return the findings of the studies that were kept at a scale, as Markdown.
+def findings_page(folder: Path, made_by: str, about: str = "") -> str:
+    """Return the findings of the studies that were kept at the scales of laptops, as Markdown.
 
     Args:
         folder: Of kept reports, a folder each; links are relative to the one above it.
         made_by: The command that writes the page.
-        scale: Of the studies that are on it.
         about: What there is to say of their images.
 
     Raises:
         ConfigError: A file of results cannot be read.
     """
-    studies = [tree for tree in _stored(folder) if tree.get("scale") == scale]
+    studies = [tree for scale in SCALES for tree in _stored(folder) if tree.get("scale") == scale]
+    named = " and ".join(f"`{scale}` ({images})" for scale, images in SCALES.items())
     lines = [
         "# Findings",
         "",
-        f"What studies at the scale `{scale}` found, and the paper beside it. Written by "
+        f"What studies at the scales {named} found, and the paper beside it. Written by "
         f"`{made_by}` from the `{DATA}` of each report in `{folder.name}/`: edit those, not this.",
         "",
         "An effect is the mean difference of paired seeds, above 0 as claimed, with its standard "
@@ -69,7 +70,7 @@ def findings_page(folder: Path, made_by: str, scale: str = SCALE, about: str = "
         counts = [_counts(studies, marked), "", _note(studies, marked), ""]
         lines += [*_findings(studies, marked), "", *counts, *_summary(studies, marked), ""]
     else:
-        lines += [f"No study at this scale is kept in `{folder.name}/` yet.", ""]
+        lines += [f"No study at these scales is kept in `{folder.name}/` yet.", ""]
     for tree in studies:
         lines += _section(tree, folder, marked)
     return "\n".join(lines).rstrip() + "\n"
@@ -77,11 +78,11 @@ def findings_page(folder: Path, made_by: str, scale: str = SCALE, about: str = "
 
 def _marked(studies: Sequence[dict[str, Any]]) -> set[ClaimKey]:
     """Return the claims that are said to appear, but not when all are tested together."""
-    claims = [(tree["study"], read_verdict(claim)) for tree in studies for claim in tree["claims"]]
+    claims = [(tree, read_verdict(claim)) for tree in studies for claim in tree["claims"]]
     corrected = holm([verdict.effect.p if verdict.effect else 1.0 for _, verdict in claims])
     return {
-        (study, verdict.claim)
-        for (study, verdict), p in zip(claims, corrected, strict=True)
+        _key(tree, verdict)
+        for (tree, verdict), p in zip(claims, corrected, strict=True)
         if verdict.effect is not None and verdict.effect.outcome in SAID and p > SIGNIFICANT
     }
 
@@ -98,22 +99,46 @@ def _note(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> str:
 def _findings(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> list[str]:
     """Return the paper's findings as a table: of how many of its claims each verdict was given."""
     words = {
-        (tree["study"], v.claim): v.words.partition(":")[0]
+        _key(tree, v): v.words.partition(":")[0]
         for tree in studies
         for v in map(read_verdict, tree["claims"])
     }
     words |= {claim: words[claim] + MARK for claim in marked}
-    questions = {tree["study"]: tree["question"] for tree in studies}
-    rows = [["", "the paper's finding", "in the paper", "here", "study"], ["---:", *["---"] * 4]]
+    anchors = {(tree["scale"], tree["study"]): _anchor(_heading(tree)) for tree in studies}
+    head = ["", "the paper's finding", "in the paper", *SCALES.values(), "study"]
+    rows = [head, ["---:", *["---"] * (len(head) - 1)]]
     for number, finding in enumerate(FINDINGS, 1):
         pairs = [(study, claim) for study, claims in finding.claims.items() for claim in claims]
-        links = ", ".join(
-            f"[{study}](#{_anchor(questions[study])})" if study in questions else study
-            for study in finding.claims
-        )
-        said = _together([words.get(pair, "not run yet") for pair in pairs])
-        rows.append([str(number), finding.text, finding.source, said, links])
+        links = ", ".join(_links(study, anchors) for study in finding.claims)
+        said = [
+            _together([words.get((scale, *pair), NOT_RUN) for pair in pairs]) for scale in SCALES
+        ]
+        rows.append([str(number), finding.text, finding.source, *said, links])
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _links(study: str, anchors: Mapping[tuple[str, str], str]) -> str:
+    """Return a study's name, with a link to its section at each scale that it was run at."""
+    there = [scale for scale in SCALES if (scale, study) in anchors]
+    if not there:
+        return study
+    first, *others = [f"#{anchors[scale, study]}" for scale in there]
+    more = [f"[{SCALES[scale]}]({link})" for scale, link in zip(there[1:], others, strict=True)]
+    return ", ".join([f"[{study}]({first})", *more])
+
+
+def _key(tree: dict[str, Any], verdict: Verdict) -> ClaimKey:
+    return tree["scale"], tree["study"], verdict.claim
+
+
+def _heading(tree: dict[str, Any]) -> str:
+    """Return a study's question, and on which images where those are not the usual ones."""
+    return _of_images(tree["question"], tree)
+
+
+def _of_images(text: str, tree: dict[str, Any]) -> str:
+    usual = next(iter(SCALES))
+    return text if tree["scale"] == usual else f"{text} ({SCALES[tree['scale']]})"
 
 
 def _together(verdicts: Sequence[str]) -> str:
@@ -132,15 +157,16 @@ def _summary(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> list[s
     for tree in studies:
         for verdict in map(read_verdict, tree["claims"]):
             cells = short_cells(verdict, tree["paper"]["metric"])
-            cells[1] += MARK * ((tree["study"], verdict.claim) in marked)
-            rows.append([f"[{tree['study']}](#{_anchor(tree['question'])})", *cells])
+            cells[1] += MARK * (_key(tree, verdict) in marked)
+            link = f"[{_of_images(tree['study'], tree)}](#{_anchor(_heading(tree))})"
+            rows.append([link, *cells])
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def _counts(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> str:
     """Return how many claims have each verdict, as a sentence."""
     words = Counter(
-        verdict.words + MARK * ((tree["study"], verdict.claim) in marked)
+        verdict.words + MARK * (_key(tree, verdict) in marked)
         for tree in studies
         for verdict in map(read_verdict, tree["claims"])
     )
@@ -175,7 +201,7 @@ def _section(tree: dict[str, Any], folder: Path, marked: set[ClaimKey]) -> list[
         took = f"{wall_s / 60:,.0f} minutes in all, {took}"
     answers = f" (answers {tree['answers']})" if tree["answers"] else ""
     paper = tree["paper"]
-    lines = [f"## {tree['question']}", ""]
+    lines = [f"## {_heading(tree)}", ""]
     theirs = f"; the paper's: {paper['metric']}" if paper["metric"] else ""
     lines += [f"`{tree['study']}`{answers}, by `{tree['metric']}`{theirs}.", ""]
     drawn = [
@@ -184,7 +210,7 @@ def _section(tree: dict[str, Any], folder: Path, marked: set[ClaimKey]) -> list[
     lines += [f"![{name} of {tree['study']}]({where}/{name}.svg)" for name in drawn]
     lines += [""] * bool(drawn)
     for verdict in map(read_verdict, tree["claims"]):
-        mark = MARK * ((tree["study"], verdict.claim) in marked)
+        mark = MARK * (_key(tree, verdict) in marked)
         lines.append(f"- {claim_line(verdict, paper['metric'], mark)}")
     if not tree["claims"]:
         lines.append("- No claim is stated.")

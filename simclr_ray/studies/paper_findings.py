@@ -1,4 +1,4 @@
-"""The findings of the SimCLR paper, and the claims at scale `laptop` by which each is tried."""
+"""The findings of the SimCLR paper, and the claims of laptops' studies by which each is tried."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
 from simclr_ray.studies.analysis import as_json, results_of
 from simclr_ray.studies.figures import draw_study
-from simclr_ray.studies.files import load_study
-from simclr_ray.studies.findings import SCALE, findings_page
+from simclr_ray.studies.files import load_study, summaries
+from simclr_ray.studies.findings import SCALES, findings_page
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.paper_findings import FINDINGS
 from simclr_ray.studies.plan import base_tree
@@ -59,9 +59,12 @@ def test_a_section_has_claim_interval_paper_figure_command_seeds_and_minutes(
 
 
 def test_every_claim_of_a_finding_is_one_of_its_study() -> None:
+    scales = {summary.name: summary.scales for summary in summaries()}
     for finding in FINDINGS:
         for study, claims in finding.claims.items():
-            assert set(claims) <= {c.claim for c in load_study(study, SCALE).comparisons}, study
+            for scale in set(scales[study]) & set(SCALES):
+                stated = {c.claim for c in load_study(study, scale).comparisons}
+                assert set(claims) <= stated, (study, scale)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +83,8 @@ def test_a_finding_appears_where_all_of_its_claims_do(
     tree |= {"study": "what_h_keeps", "claims": [claim | {"claim": first}, other]}
     file.write_text(json.dumps(tree))
     text = findings_page(tmp_path, COMMAND)
-    assert f"| Table 3 | {said} | [what_h_keeps](#kept) |" in text
-    assert "| Table 5 | not run yet | temperature |" in text
+    assert f"| Table 3 | {said} | not run | [what_h_keeps](#kept) |" in text
+    assert "| Table 5 | not run | not run | temperature |" in text
 
 
 def test_what_appears_by_itself_but_not_among_all_is_marked_wherever_it_is_said(
@@ -104,7 +107,7 @@ def test_what_appears_by_itself_but_not_among_all_is_marked_wherever_it_is_said(
 
 
 def test_that_the_file_asks_another_effect_by_now_is_said(tmp_path: Path) -> None:
-    study = load_study("what_h_keeps", SCALE)
+    study = load_study("what_h_keeps", "laptop")
     keep(tmp_path, "kept", "laptop", drawn=False)
     file = tmp_path / "kept" / "results.json"
     tree = json.loads(file.read_text())
@@ -121,7 +124,7 @@ def test_that_the_file_asks_another_effect_by_now_is_said(tmp_path: Path) -> Non
 
 
 def test_a_command_is_no_repeat_where_the_file_has_other_settings_by_now(tmp_path: Path) -> None:
-    study = load_study("what_h_keeps", SCALE)
+    study = load_study("what_h_keeps", "laptop")
     settings = settings_of(study, cfg.validate(Experiment, base_tree(study)))
     keep(tmp_path, "kept", "laptop", drawn=False)
     file = tmp_path / "kept" / "results.json"
@@ -142,13 +145,13 @@ def test_a_command_is_no_repeat_where_the_file_has_other_settings_by_now(tmp_pat
 
 
 def test_the_settings_of_a_stored_study_are_those_of_its_file(tmp_path: Path) -> None:
-    study = load_study("projection_head", SCALE, f"storage={tmp_path}", "data.train=/elsewhere")
+    study = load_study("projection_head", "laptop", f"storage={tmp_path}", "data.train=/elsewhere")
     base = cfg.validate(Experiment, base_tree(study))
     folder = StudyFolder(str(tmp_path), study.name)
     folder.write_definition(study, base, digest_of_study(study, base))
     stored, tree = folder.definition()
     then = settings_of(stored, cfg.validate(Experiment, tree))
-    now = load_study("projection_head", SCALE, "study.seeds=[5]")
+    now = load_study("projection_head", "laptop", "study.seeds=[5]")
     assert then == settings_of(now, cfg.validate(Experiment, base_tree(now)))
     kept = json.loads(as_json(results_of(study, []), settings=then))
     assert kept["settings"] == then
@@ -166,6 +169,30 @@ def test_what_somebody_has_read_off_the_curves_stands_below_the_claims(tmp_path:
     assert "Verdicts of 1 claim: 1 × appears." in without
 
 
+def test_a_study_on_other_images_has_a_column_a_section_and_a_mark_of_its_own(
+    tmp_path: Path,
+) -> None:
+    keep(tmp_path, "kept", "laptop", drawn=False)
+    keep(tmp_path, "kept_laptop_shapes", "laptop_shapes", drawn=False)
+    first, second = FINDINGS[3].claims["what_h_keeps"]
+    for name, mean in (("kept", 0.0015), ("kept_laptop_shapes", 0.04)):
+        file = tmp_path / name / "results.json"
+        tree = json.loads(file.read_text())
+        (claim,) = tree["claims"]
+        weak = claim | {"claim": second, "effect": claim["effect"] | {"mean": mean}}
+        tree |= {"study": "what_h_keeps", "claims": [claim | {"claim": first}, weak]}
+        file.write_text(json.dumps(tree | {"question": "kept?"}))
+    text = findings_page(tmp_path, COMMAND)
+    assert "| in the paper | CIFAR-10 | drawn shapes | study |" in text
+    assert (
+        "| Table 3 | appears (1 of 2); appears † (1 of 2) | appears | "
+        "[what_h_keeps](#kept), [drawn shapes](#kept-drawn-shapes) |"
+    ) in text
+    assert "\n## kept? (drawn shapes)\n" in text
+    assert "| [what_h_keeps (drawn shapes)](#kept-drawn-shapes) | " in text
+    assert "3 × appears; 1 × appears †" in text
+
+
 def test_studies_stand_in_the_order_of_their_folders_and_other_scales_are_left_out(
     tmp_path: Path,
 ) -> None:
@@ -180,7 +207,7 @@ def test_studies_stand_in_the_order_of_their_folders_and_other_scales_are_left_o
 def test_a_page_without_studies_says_so_and_results_that_cannot_be_read_are_named(
     tmp_path: Path,
 ) -> None:
-    assert "No study at this scale is kept" in findings_page(tmp_path, COMMAND)
+    assert "No study at these scales is kept" in findings_page(tmp_path, COMMAND)
     (tmp_path / "broken").mkdir()
     for text in ("{", "[]"):
         (tmp_path / "broken" / "results.json").write_text(text)

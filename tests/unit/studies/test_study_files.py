@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from simclr_ray.studies.files import load_study, study_names, summaries
+from simclr_ray.studies.findings import SCALES
 from simclr_ray.studies.plan import base_tree, make_trials, points_of
 
 ALL = [(study.name, scale) for study in summaries() for scale in study.scales]
@@ -53,9 +54,9 @@ def test_a_space_that_is_given_needs_no_matches_of_what_it_does_not_run() -> Non
     assert study.paper.matches == {"batch_size": {"64": 256}}
 
 
-@pytest.mark.parametrize("name", [name for name, scale in ALL if scale == "laptop"])
-def test_a_laptop_study_has_seeds_effects_and_trials_of_minutes(name: str) -> None:
-    study = load_study(name, "laptop")
+@pytest.mark.parametrize(("name", "scale"), [one for one in ALL if one[1] in SCALES])
+def test_a_laptop_study_has_seeds_effects_and_trials_of_minutes(name: str, scale: str) -> None:
+    study = load_study(name, scale)
     trials = make_trials(study, base_tree(study), points_of(study))
     assert len(study.seeds) >= 5
     assert study.comparisons
