@@ -146,3 +146,8 @@ def last_line(error: object) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of a foreign error on one line, or its type's name where there is none."""
+    return " ".join(str(error).split()) or type(error).__name__

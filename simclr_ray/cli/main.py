@@ -24,8 +24,7 @@ from simclr_ray.cli.signals import (
 from simclr_ray.cli.time_limit import is_waiting
 from simclr_ray.config import logging as config_logging
 from simclr_ray.config.imports import EVERYTHING, allow
-from simclr_ray.errors import ConfigError, SimclrRayError, StorageError
-from simclr_ray.storage.filesystem import one_line
+from simclr_ray.errors import ConfigError, SimclrRayError, StorageError, one_line
 from simclr_ray.storage.space import FULL, storage_error
 from simclr_ray.train.stop import was_interrupted
 

@@ -141,7 +141,7 @@ def list_runs(
 
     One that cannot be read is a row too, and the reason stands below.
     """
-    from simclr_ray.storage.filesystem import one_line
+    from simclr_ray.errors import one_line
     from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
     from simclr_ray.storage.run_status import runs_in, status_of_run
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 from simclr_ray.config.schema import Config, configs_in, name_of
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError, ConfigIssue, one_line
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ def build(config: ComponentConfig, kind: type[T], *args: Any, **context: Any) ->
     except Exception as error:
         if config.component:
             raise
-        problem = f"{shown} raised {type(error).__name__}: {' '.join(str(error).split())}"
+        problem = f"{shown} raised {type(error).__name__}: {one_line(error)}"
         raise ConfigError([ConfigIssue("", problem)]) from error
     if not isinstance(made, kind):
         expected = f"{kind.__module__}.{kind.__qualname__}"

@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 from simclr_ray.config.components import ComponentConfig
 from simclr_ray.config.schema import Config, ConfigT, Field, model_validator
 from simclr_ray.config.validation import nearest
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError, ConfigIssue, one_line
 
 PERMISSION: Final = (
     "SIMCLR_RAY_ALLOW_CODE"  # import paths, comma-separated, or `*`; workers get it as well
@@ -109,7 +109,7 @@ def import_object(path: str) -> Any:
     try:
         loaded = import_module(module)
     except Exception as error:
-        cause = " ".join(str(error).split())
+        cause = one_line(error)
         raise _issue(path, f"importing {module} raised {type(error).__name__}: {cause}") from error
     if not hasattr(loaded, attribute):
         hint = nearest(attribute, [n for n in dir(loaded) if not n.startswith("_")])

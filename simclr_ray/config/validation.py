@@ -17,7 +17,7 @@ from simclr_ray.config.schema import (
     default_name,
     name_of,
 )
-from simclr_ray.errors import ConfigIssue
+from simclr_ray.errors import ConfigIssue, one_line
 
 Where = tuple[str | int, ...]
 
@@ -81,7 +81,7 @@ def yaml_problem(error: YAMLError) -> str:
     if not isinstance(error, MarkedYAMLError):
         where = getattr(error, "position", None)
         at = "" if where is None else f"character {where + 1}: "
-        return f"{at}{getattr(error, 'reason', '') or ' '.join(str(error).split())}"
+        return f"{at}{getattr(error, 'reason', '') or one_line(error)}"
     mark = error.problem_mark or error.context_mark
     at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     if "found character '\\t'" in str(error.problem):

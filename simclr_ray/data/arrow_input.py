@@ -28,8 +28,8 @@ from simclr_ray.data.footer import Footer
 from simclr_ray.data.items import Item, ShardTask, cut
 from simclr_ray.data.splits import ask_for_split, usual_name
 from simclr_ray.data.tables import without_views
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, info_of, is_local, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import filesystem, info_of, is_local
 
 MAX_PART_BYTES = 256 * 2**20  # a task holds its part to shuffle it
 DICT_FILE, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key, counted
-from simclr_ray.errors import DataError
+from simclr_ray.errors import DataError, one_line
 
 Int64s = npt.NDArray[np.int64]
 NO_LABEL: Final = -1
@@ -125,7 +125,7 @@ def as_integers(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArra
     except pa.ArrowInvalid as error:
         if pa.types.is_integer(column.type):
             raise DataError(f"{path}: column {name!r} {NO_INT64}") from error
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
         raise DataError(f"{path}: column {name!r} does not hold integers: {problem}") from error
 
 

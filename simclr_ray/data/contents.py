@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from simclr_ray.data.files import names_of, target_of
 from simclr_ray.data.listing import REMOTE_THREADS
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import is_local, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import is_local
 
 T = TypeVar("T")
 NUM_PIECES: Final = 256  # changes of one image in a hundred are seen in nine of ten cases

@@ -24,8 +24,8 @@ from simclr_ray.augment.decode import (
 )
 from simclr_ray.data.bytes_read import BYTES_READ
 from simclr_ray.data.listing import REMOTE_THREADS
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, is_local, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import filesystem, is_local
 
 LEAST_BASE64 = 64  # characters; shorter text may be a name
 

@@ -21,8 +21,8 @@ from simclr_ray.config.wording import column_key
 from simclr_ray.data.classes import is_text
 from simclr_ray.data.contents import Sampled, sample_named_files
 from simclr_ray.data.listing import REMOTE_THREADS, Listed
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, is_local, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import filesystem, is_local
 
 INDEX = "_labels.parquet"  # of a prepared set: ids, labels and groups of all rows, in order
 MANIFEST = "_manifest.json"

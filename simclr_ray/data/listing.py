@@ -24,8 +24,8 @@ from simclr_ray.augment.decode import FIRST_BYTES, format_of, missing_decoder
 from simclr_ray.config.logging import warn_once
 from simclr_ray.data.left_out import LISTS, LeftOut
 from simclr_ray.data.splits import choose_split
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import info_of, is_local, is_utf8, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import info_of, is_local, is_utf8
 
 # Requests to a bucket take tens of milliseconds and no processor; local files do neither.
 REMOTE_THREADS = 16

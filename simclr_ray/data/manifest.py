@@ -11,7 +11,7 @@ import pyarrow.fs as pafs
 
 from simclr_ray.data.footer import MANIFEST
 from simclr_ray.data.shards import SCHEMA_VERSION, Rejected, SizeRange
-from simclr_ray.storage.filesystem import one_line
+from simclr_ray.errors import one_line
 
 log = logging.getLogger(__name__)
 

@@ -50,14 +50,13 @@ from simclr_ray.data.shards import (
 from simclr_ray.data.source import Source
 from simclr_ray.data.tar_input import first_of
 from simclr_ray.distributed.ray_cluster import check_machine, connect
-from simclr_ray.errors import DataError, TooManyBadImages
+from simclr_ray.errors import DataError, TooManyBadImages, one_line
 from simclr_ray.storage.filesystem import (
     address_below,
     cache_folder,
     filesystem,
     info_of,
     is_local,
-    one_line,
     open_whole,
     remove_file,
     write_text_whole,

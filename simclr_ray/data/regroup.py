@@ -25,8 +25,8 @@ from simclr_ray.data.inputs import MAX_SHARD_BYTES, ParquetTask
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.data.ray_tasks import run_tasks
 from simclr_ray.data.source import Source
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import address_below, filesystem, one_line, open_whole
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import address_below, filesystem, open_whole
 
 FOLDER = "_regroup"  # below the output, until its shards are written
 MOST_READS = 2  # sets that shards read themselves, before rows are brought together

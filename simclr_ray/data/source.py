@@ -53,8 +53,8 @@ from simclr_ray.data.footer import (
 from simclr_ray.data.listing import REMOTE_THREADS, list_parquet
 from simclr_ray.data.slices import cut_groups, joined_groups
 from simclr_ray.data.tables import read_table, take_rows
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local
 
 logger = logging.getLogger(__name__)
 

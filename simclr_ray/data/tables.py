@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from simclr_ray.data.bytes_read import BYTES_READ, stored_bytes
 from simclr_ray.data.classes import Int64s
 from simclr_ray.data.footer import RowGroup, cached_footer
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, is_local, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import filesystem, is_local
 
 KEPT_BYTES: Final = 128 * 2**20  # names of a million files
 _Key = tuple[str, str, str, int, tuple[str, ...]]

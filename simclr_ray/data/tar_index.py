@@ -27,8 +27,8 @@ from simclr_ray.augment.decode import FIRST_BYTES, format_of, missing_decoder
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.left_out import LeftOut
 from simclr_ray.data.listing import IMAGE_SUFFIXES
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, is_local, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import filesystem, is_local
 
 TarLabel = int | str
 # One request to a bucket; seeks over members that are smaller stay within it.
@@ -131,7 +131,7 @@ def read_index(base: str, path: str, shard: str, columns: ColumnsConfig) -> TarI
         raise DataError(f"{path}: no such file") from error
     except BROKEN as error:
         after = f" after member {last!r}" if last else ""
-        raise DataError(f"{path} is broken{after}: {one_line(cast('Exception', error))}") from error
+        raise DataError(f"{path} is broken{after}: {one_line(error)}") from error
     for sample in _samples(members, shard):
         _add_rows(sample, len(label_keys(columns)), index)
     index.rows.sort(key=lambda row: row.offset)

@@ -41,8 +41,8 @@ from simclr_ray.data.listing import (
 )
 from simclr_ray.data.splits import choose_split, choose_split_folder, split_of
 from simclr_ray.data.tar_index import BROKEN, TarIndex, TarRow, label_keys, open_tar, read_index
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import filesystem, info_of, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import filesystem, info_of
 
 MAX_PART_BYTES = 256 * 2**20  # a task holds its part to shuffle it
 MAX_SHARDS = 1_000_000  # of an expression with braces
@@ -361,7 +361,7 @@ class TarPiece(NamedTuple):
                     path = f"{shard.name}/{image.name}"
                     items.append(Item(image.id, path, encoded, image.label, path))
         except BROKEN as error:
-            why = one_line(error) if isinstance(error, Exception) else ""
+            why = one_line(error)
             raise DataError(f"{shard.path}: member {last!r} cannot be read: {why}") from error
         return items
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.items import Item, ShardTask, cut, encode, shuffled
-from simclr_ray.errors import DataError
-from simclr_ray.storage.filesystem import cache_folder, one_line
+from simclr_ray.errors import DataError, one_line
+from simclr_ray.storage.filesystem import cache_folder
 
 _REASONS = {
     "it holds no single images with a class": (

@@ -26,7 +26,7 @@ from simclr_ray.data.classes import NO_LABEL, Int64s
 from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.distributed.placement import check_actors, matches, nodes, shown
-from simclr_ray.errors import ClusterError, DataError
+from simclr_ray.errors import ClusterError, DataError, one_line
 from simclr_ray.evaluation.feature_columns import (
     ERROR,
     FAILED,
@@ -46,7 +46,6 @@ from simclr_ray.evaluation.features import (
 )
 from simclr_ray.evaluation.sampling import sample_rows
 from simclr_ray.nn.precision import Precision, best_device
-from simclr_ray.storage.filesystem import one_line
 
 IN_MEMORY_BYTES: Final = 2**30  # features of more lie in a file
 CPUS_OF_AN_ACTOR: Final = 8  # decoding by more threads than that waits for one encoder

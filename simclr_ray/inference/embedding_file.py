@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.data.classes import Int64s
-from simclr_ray.errors import DataError, StorageError
+from simclr_ray.errors import DataError, StorageError, one_line
 from simclr_ray.storage.filesystem import (
     address_below,
     entries_in,
@@ -28,7 +28,6 @@ from simclr_ray.storage.filesystem import (
     info_of,
     is_local,
     make_parent,
-    one_line,
     open_large,
     open_whole,
     remove_file,

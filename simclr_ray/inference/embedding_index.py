@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from simclr_ray.config.wording import counted
 from simclr_ray.data.duplicates import linked
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import ConfigError, ConfigIssue, DataError, one_line
 from simclr_ray.inference.embedding_file import EMBEDDING, ERROR, Origin
-from simclr_ray.storage.filesystem import filesystem, one_line
+from simclr_ray.storage.filesystem import filesystem
 
 Floats = npt.NDArray[np.float32]
 Int64s = npt.NDArray[np.int64]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.augment.decode import CROP_PROPORTION, WHOLE_IMAGE_SIDE
 from simclr_ray.config.sections.model import EncoderSection
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, one_line
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.export_formats import (
     ExportFormat,
@@ -29,7 +29,6 @@ from simclr_ray.inference.export_formats import (
 )
 from simclr_ray.nn.encoders import RGB, Architecture, family_of, take_channels
 from simclr_ray.nn.timm_models import load_timm
-from simclr_ray.storage.filesystem import one_line
 
 ONNX_EXTRA: Final = "simclr-ray[onnx]"
 ONNX_FILE: Final = "encoder.onnx"

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from simclr_ray.config.components import ComponentConfig, build
 from simclr_ray.config.imports import ImportConfig
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError, ConfigIssue, one_line
 from simclr_ray.nn.batchnorm import GlobalBatchNorm, GlobalBatchNormAct
 from simclr_ray.nn.foreign_weights import DEVIATION, MEAN
 
@@ -246,7 +246,7 @@ class ImportedFamily(EncoderFamily[ImportConfig]):
             with torch.no_grad():
                 h = encoder(images)
         except Exception as error:
-            cause = " ".join(str(error).split())
+            cause = one_line(error)
             raise _issue(f"{shown} {type(error).__name__}: {cause}; {expected}") from error
         if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2 or not h.is_floating_point():
             given = f"{h.dtype} {[*h.shape]}" if isinstance(h, Tensor) else type(h).__name__

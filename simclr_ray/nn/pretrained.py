@@ -21,13 +21,12 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
 from simclr_ray.config.moves import relocated_run, stored_tree
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, one_line
 from simclr_ray.nn.authors_weights import by_own_names, is_authors
 from simclr_ray.nn.build import SimCLRModel, build_model
 from simclr_ray.nn.encoders import RGB, family_of
 from simclr_ray.nn.foreign_weights import DEVIATION, MEAN, fit, fold_input
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.filesystem import one_line
 from simclr_ray.storage.run_folder import RunFolder
 
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors", ".npz")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import TimmConfig
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError, ConfigIssue, one_line
 from simclr_ray.nn.encoders import (
     RGB,
     Architecture,
@@ -57,7 +57,8 @@ class TimmFamily(EncoderFamily[TimmConfig]):
                 name, pretrained=False, num_classes=0, **options
             )
         except Exception as error:  # timm's models raise what they find, of any kind
-            raise _issue(f"timm's {name} with {options}: {_said(error)}", "options") from error
+            cause = one_line(error)[:300]
+            raise _issue(f"timm's {name} with {options}: {cause}", "options") from error
         globalize(backbone, norm)
         exempt_parameters(backbone, getattr(backbone, "no_weight_decay", set)())
         if self.config.freeze_patch_embedding:
@@ -79,7 +80,8 @@ class TimmFamily(EncoderFamily[TimmConfig]):
             hint = ""
             if "dynamic_img_size" not in self.config.options:
                 hint = "; options.dynamic_img_size=true lets timm's ViTs take any size"
-            raise _issue(f"{shown} takes no images of {size} px: {_said(error)}{hint}") from error
+            cause = one_line(error)[:300]
+            raise _issue(f"{shown} takes no images of {size} px: {cause}{hint}") from error
         finally:
             backbone.train(training)
         if not isinstance(h, Tensor) or h.ndim != 2:
@@ -144,10 +146,6 @@ def _no_model(name: str, names: list[str]) -> str:
             f"{name!r}: the tag .{tag} names weights, which are given by init.weights; say {bare!r}"
         )
     return f"timm has no {name!r}{cfg.nearest(name, names)}"
-
-
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _issue(problem: str, key: str = "model") -> ConfigError:

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from simclr_ray.config.uris import without_passwords
-from simclr_ray.errors import CheckpointError
-from simclr_ray.storage.filesystem import filesystem, one_line, write_text_whole
+from simclr_ray.errors import CheckpointError, one_line
+from simclr_ray.storage.filesystem import filesystem, write_text_whole
 from simclr_ray.storage.provenance import sha256, versions_of
 from simclr_ray.storage.space import writing
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from simclr_ray.config.uris import hide_passwords, recall, remember
-from simclr_ray.errors import DataError
+from simclr_ray.errors import DataError, one_line
 from simclr_ray.storage.hub import SCHEME, hub_filesystem
 
 # What pyarrow opens by itself; by `fsspec+…` it would import a package that the URI names.
@@ -78,11 +78,6 @@ def cache_folder(part: str) -> Path:
 def is_local(fs: pafs.FileSystem) -> bool:
     """Return whether `fs` is the disk of this machine."""
     return isinstance(fs, pafs.LocalFileSystem)
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of a foreign error on one line, or its type's name where there is none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_makeable(folder: Path) -> None:

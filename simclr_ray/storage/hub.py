@@ -15,7 +15,7 @@ from typing import IO, Any, Never
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from simclr_ray.errors import DataError, HubError
+from simclr_ray.errors import DataError, HubError, one_line
 
 SCHEME = "hf://"
 NO_ACCESS = "log in (`hf auth login`, or HF_TOKEN) and ask for access on its page"
@@ -46,8 +46,7 @@ def _as_os_error(path: str) -> Iterator[None]:
         status = getattr(response, "status_code", 0)
         if type(error).__name__ == "GatedRepoError" or status in (401, 403):
             raise HubError(f"{SCHEME}{path}: gated or private: {NO_ACCESS}") from error
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise HubError(f"{SCHEME}{path}: the hub cannot be asked: {said}") from error
+        raise HubError(f"{SCHEME}{path}: the hub cannot be asked: {one_line(error)}") from error
 
 
 class _Handler(pafs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no types

@@ -38,13 +38,12 @@ from typing import Any, Final, NamedTuple
 import pyarrow.fs as pafs
 
 from simclr_ray.config.logging import warn_once
-from simclr_ray.errors import RunError
+from simclr_ray.errors import RunError, one_line
 from simclr_ray.storage.filesystem import (
     address_below,
     entries_in,
     filesystem,
     is_local,
-    one_line,
     remove_file,
 )
 from simclr_ray.storage.run_lock import LOCK, LockedError, this_process

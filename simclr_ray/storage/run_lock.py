@@ -18,8 +18,7 @@ from typing import Final
 
 from filelock import FileLock, Timeout
 
-from simclr_ray.errors import RunError
-from simclr_ray.storage.filesystem import one_line
+from simclr_ray.errors import RunError, one_line
 from simclr_ray.storage.space import storage_error
 
 LOCK, HOLDER = "lock", "lock.holder"

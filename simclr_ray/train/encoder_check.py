@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError, ConfigIssue, one_line
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.encoders import set_recompute
 from simclr_ray.nn.stochastic import check_draws
-from simclr_ray.storage.filesystem import one_line
 
 IMAGES = 2
 
@@ -33,7 +32,7 @@ def check_encoder(experiment: Experiment) -> None:
             with torch.no_grad():
                 encoder(torch.zeros(IMAGES, channels, side, side))
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error)[:200]
             problem = (
                 f"is built for augment.size={size} and takes no images of {side} px "
                 f"(augment.start_size or evaluation.size): {said}; timm's ViTs do with "

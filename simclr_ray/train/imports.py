@@ -21,7 +21,7 @@ from simclr_ray.augment.ops import Op
 from simclr_ray.config.components import build
 from simclr_ray.config.experiment import Experiment, ImportedLossConfig
 from simclr_ray.config.imports import ImportConfig, imports_in, with_hashes
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, one_line
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.export_formats import TORCH_EXPORT, write_checked
 from simclr_ray.nn.build import build_encoder, feature_dim
@@ -128,7 +128,7 @@ def export_problem(experiment: Experiment) -> str:
     except CheckpointError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - torch.export raises what it finds, of any kind
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"{type(error).__name__}: {one_line(error)[:300]}"
     return ""
 
 
@@ -142,7 +142,7 @@ def _named(where: str, node: ImportConfig) -> Iterator[None]:
         shown = said if node.path in said else f"{node.path} {said}"
         raise ConfigError([ConfigIssue(where, shown)]) from error
     except Exception as error:
-        cause = " ".join(str(error).split())[:300]
+        cause = one_line(error)[:300]
         problem = f"{node.path} raised {type(error).__name__}: {cause}"
         raise ConfigError([ConfigIssue(where, problem)]) from error
 

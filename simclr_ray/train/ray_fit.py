@@ -14,7 +14,7 @@ from simclr_ray.config.uris import remembered
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
-from simclr_ray.errors import RestartsError, RunError
+from simclr_ray.errors import RestartsError, RunError, one_line
 from simclr_ray.train import stop
 from simclr_ray.train.elastic import RESIZE_S, Trainer, interrupts_kept
 from simclr_ray.train.failures import cause_of, final_error, root_failure
@@ -100,4 +100,4 @@ def _root_message(error: BaseException) -> str:
     root = root_failure(error)
     if isinstance(root, OutOfMemoryError):
         return cause_of(root)
-    return " ".join(str(root).split())[-2000:]
+    return one_line(root)[-2000:]

@@ -29,7 +29,7 @@ from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.overlap import overlap_line
 from simclr_ray.data.sample import CHECK_SECONDS, Sample, check_sample
 from simclr_ray.data.source import Source
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError, one_line
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.pretrained import (
     INIT_WEIGHTS_KEY,
@@ -40,7 +40,7 @@ from simclr_ray.nn.pretrained import (
     weight_files,
 )
 from simclr_ray.storage import checkpoint
-from simclr_ray.storage.filesystem import check_makeable, one_line
+from simclr_ray.storage.filesystem import check_makeable
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import store_uri

@@ -10,8 +10,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from simclr_ray.errors import RunError, StorageError
-from simclr_ray.storage.filesystem import one_line
+from simclr_ray.errors import RunError, StorageError, one_line
 from simclr_ray.storage.lease import is_lost
 from simclr_ray.storage.metrics_log import append_record, read_records
 from simclr_ray.storage.rank_states import RANKS

@@ -24,14 +24,14 @@ from simclr_ray.config.moves import relocated_run, stored_tree
 from simclr_ray.config.wording import clock, counted
 from simclr_ray.data.contact_sheet import Thumbnail, data_uri, thumbnail_of
 from simclr_ray.data.source import Source
-from simclr_ray.errors import SimclrRayError
+from simclr_ray.errors import SimclrRayError, one_line
 from simclr_ray.evaluation.classification import LABELS, Classification
 from simclr_ray.evaluation.evaluate import probed_source
 from simclr_ray.evaluation.neighbours import Neighbour, NeighbourSample, sample_neighbours
 from simclr_ray.evaluation.scores import Score, metrics_shown, short_table
 from simclr_ray.nn.build import build_loss
 from simclr_ray.nn.loss import ChanceLevel
-from simclr_ray.storage.filesystem import filesystem, one_line, write_text_whole
+from simclr_ray.storage.filesystem import filesystem, write_text_whole
 from simclr_ray.storage.metrics_log import FIRST_BATCH, TIME, read_records
 from simclr_ray.storage.page import render_page
 from simclr_ray.storage.run_folder import BAD_ROWS, CONFIG_FILE, METRICS, RunFolder

@@ -237,6 +237,13 @@ def test_no_function_is_longer_than_it_should_be() -> None:
     assert long == []
 
 
+def test_one_function_puts_an_error_on_one_line() -> None:
+    """`errors.one_line`: where it is written out, an error without a text ends in `: `."""
+    copies = re.compile(r"join\(str\(\w+\)\.split\(\)\)")
+    found = [module_of(p) for p in files() if copies.search(p.read_text(encoding="utf-8"))]
+    assert found == ["errors"]
+
+
 def test_no_file_is_named_for_nothing() -> None:
     vague = {"utils", "util", "helpers", "helper", "misc", "manager", "base", "common"}
     assert [p.name for p in files() if p.stem in vague] == []

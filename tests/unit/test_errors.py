@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simclr_ray.errors import last_line
-from simclr_ray.storage.filesystem import one_line
+from simclr_ray.errors import last_line, one_line
 
 
 @pytest.mark.parametrize(
