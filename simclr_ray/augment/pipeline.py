@@ -50,7 +50,7 @@ class Crop:
     flip: float = 0.5
 
     def num_draws(self, size: int) -> int:  # noqa: ARG002 - as of an op
-        """Return those of place, flip and shape."""
+        """Return the uniform draws of an image: of place, flip and shape."""
         return 3 + 2 * CROP_ATTEMPTS
 
     def draws(self, u: NDArray[np.float64]) -> AugmentParams:

@@ -79,7 +79,7 @@ class RowReader:
         return self.images([row], self.recent.take)[0]
 
     def missing(self, first: int, last: int) -> list[int]:
-        """Return those of the rows [first, last) that were never decoded, or not kept."""
+        """Return which rows of [first, last) were never decoded, or not kept."""
         unknown = np.flatnonzero(~self.cache.holds(first, last)) + first
         return [row for row in unknown.tolist() if row not in self.bad]
 

@@ -351,7 +351,7 @@ class Source:
         return RowTable(ids, images, labels, paths)
 
     def _read(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
-        """Return those columns of the group's rows that are in the dataset (see `limit`)."""
+        """Return columns of the group's rows that are in the dataset (see `limit`)."""
         return read_table(self.uri, self.files[group.file], self.fingerprint, group, columns)
 
 

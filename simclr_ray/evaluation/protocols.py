@@ -30,17 +30,17 @@ def knn(bank: Features, test: Features, num_classes: int, experiment: Experiment
 
 
 def knn_k20(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> Tensor:  # noqa: ARG001 - has no settings
-    """Return those of solo-learn's kNN."""
+    """Return the hits of kNN with solo-learn's k and temperature, bool [Q]."""
     return _nearest(bank, test, num_classes, SOLO_K, SOLO_TEMPERATURE)
 
 
 def knn_k1(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> Tensor:  # noqa: ARG001 - has no settings
-    """Return those of the nearest neighbour."""
+    """Return the hits of the one nearest neighbour, bool [Q]."""
     return _nearest(bank, test, num_classes, 1, 1.0)
 
 
 def linear(bank: Features, test: Features, num_classes: int, experiment: Experiment) -> Tensor:
-    """Return those of the linear probe by `evaluation.linear`."""
+    """Return the hits of the linear probe by `evaluation.linear`, bool [Q]."""
     settings, seed = experiment.evaluation.linear, experiment.seed
     device = best_device()
     probe = fit_linear(bank.rows, bank.labels, num_classes, settings, seed, device)
@@ -50,7 +50,9 @@ def linear(bank: Features, test: Features, num_classes: int, experiment: Experim
 def logistic_regression(
     bank: Features, test: Features, num_classes: int, experiment: Experiment
 ) -> Tensor:
-    """Return those of logistic regression by L-BFGS, its penalty chosen on held-out rows.
+    """Return the hits of logistic regression by L-BFGS, bool [Q].
+
+    Its penalty is chosen on rows held out of the bank.
 
     Raises:
         DataError: There are too few rows to hold some out.

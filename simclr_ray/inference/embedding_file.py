@@ -84,7 +84,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def read(cls, metadata: Mapping[bytes, bytes] | None) -> Origin:
-        """Return that of a file's metadata; of a file of an earlier release, one that is empty."""
+        """Return the origin in a file's metadata; an empty one if an earlier release wrote it."""
         try:
             tree = json.loads((metadata or {}).get(ORIGIN, b"{}"))
             values = (tuple(v) if isinstance(v, list) else v for v in tree.pop("decoder", ()))

@@ -113,7 +113,7 @@ class TimmFamily(EncoderFamily[TimmConfig]):
         return new
 
     def input_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return those of the weights that timm has under the model's name."""
+        """Return the mean and deviation that timm names for its weights of the model."""
         settings = load_timm().models.get_pretrained_cfg(self.config.model)
         if settings is None or settings.mean is None:
             return super().input_statistics()

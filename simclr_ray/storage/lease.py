@@ -128,7 +128,7 @@ class ClaimStore:
 
     @classmethod
     def of(cls, uri: str) -> ClaimStore:
-        """Return that of the folder at a URI; raise `DataError` where it cannot be opened."""
+        """Return the store of the folder at a URI; raise `DataError` where it cannot be opened."""
         return cls(*filesystem(uri))
 
     def claims(self) -> list[Claim]:

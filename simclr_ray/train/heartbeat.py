@@ -156,7 +156,7 @@ class _Rank(NamedTuple):
 
 
 def _not_waiting_for_others(ranks: list[_Rank]) -> list[_Rank]:
-    """Return those that are late by themselves; in a step each waits for all."""
+    """Return the ranks that are late by themselves; in a step each waits for all."""
     return [rank for rank in ranks if rank.beat.phase != "step"] or ranks
 
 

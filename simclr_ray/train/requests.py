@@ -36,7 +36,9 @@ def have_moved(errors: Collection[BaseException]) -> bool:
 
 
 class Requests:
-    """One rank's ear, a context manager. Making one is a collective, and so is `ask`.
+    """What one rank is asked while it trains; a context manager.
+
+    Making one is a collective, and so is `ask`.
 
     Attributes:
         reason: Why the ranks were asked to end; empty while they were not.
@@ -53,7 +55,7 @@ class Requests:
         self._looked_at = time.monotonic()
 
     def __enter__(self) -> Self:
-        """Return the ear."""
+        """Return the requests themselves."""
         return self
 
     def __exit__(self, *_: object) -> None:

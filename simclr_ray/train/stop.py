@@ -119,12 +119,12 @@ def request_stop(folder: RunFolder, driver: str) -> None:
 
 
 def is_requested_here(folder: RunFolder) -> bool:
-    """Return whether somebody has asked this process."""
+    """Return whether this process was asked to stop the run."""
     return folder.read_text(STOP) == this_process()
 
 
 def is_requested(folder: RunFolder) -> bool:
-    """Return whether somebody has asked."""
+    """Return whether any process was asked to stop the run."""
     return folder.read_text(STOP) is not None
 
 
@@ -133,7 +133,10 @@ def _look_s(folder: RunFolder) -> float:
 
 
 def is_seen(folder: RunFolder) -> bool:
-    """Return the same, and False where a store does not answer: it is asked again."""
+    """Return whether this process was asked to stop; False where a store does not answer.
+
+    Who calls it asks again.
+    """
     with suppress(OSError):
         return is_requested_here(folder)
     return False

@@ -22,7 +22,7 @@ COMPLETE = ("NTXentLoss", "LARS", "TwoViews", "pretrain", "Experiment")
 # The start of a docstring by which another is named, and riddles of earlier ones.
 UNWANTED = re.compile(
     r"arguments(?: and errors)? as (?:of|for)\b|then the eye|who asks, then|by another name"
-    r"|, too[.;:]",
+    r"|, too[.;:]|\Areturn (?:those|that of|the ear|the same,) ",
     re.IGNORECASE,
 )
 
