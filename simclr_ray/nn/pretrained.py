@@ -91,7 +91,7 @@ def load_teacher(experiment: Experiment) -> SimCLRModel:
 def teacher_classes(experiment: Experiment) -> tuple[str, ...]:
     """Return the names of the classes that the teacher of a distillation knows.
 
-    None where they have numbers alone, or nothing is distilled.
+    Empty where they have numbers alone, or nothing is distilled.
 
     Raises:
         CheckpointError: It names more classes than it has.

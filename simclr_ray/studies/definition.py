@@ -41,7 +41,7 @@ PROBES = {  # our name -> that of `evaluation.probes`
     "class": "class",  # of labelled images, by linear evaluation
 }
 PROBE_METRICS = tuple(f"probe/{name}_{part}" for name in PROBES for part in ("h", "z"))
-VIEW_METRICS = ("views/global_to_local", "views/adjacent")  # of pairs of crops (`augment.pairs`)
+VIEW_METRICS = ("views/global_to_local", "views/adjacent")  # `augment.crop_statistics`
 EITHER = "downstream_top1"  # linear evaluation of h, or the run's own classifier where it has one
 
 

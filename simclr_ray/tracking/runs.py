@@ -1,4 +1,4 @@
-"""Runs, metrics and lineage in MLflow; `registry` has the models.
+"""Runs, metrics and lineage in MLflow; `inference.registry` has the models.
 
 Everything goes through `MlflowClient` and explicit run ids. The fluent API keeps one active run per
 process and one tracking URI per interpreter, which is wrong as soon as a driver, its workers and a

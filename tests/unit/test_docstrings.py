@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import simclr_ray
+from simclr_ray.config.experiment import Experiment
 
 PACKAGE = Path(simclr_ray.__file__).parent
 # `train.driver` starts Ray: `tests/long/test_pretrain_example.py` runs its example.
@@ -82,4 +83,19 @@ def test_no_docstring_sends_the_reader_elsewhere_by_a_riddle() -> None:
                 if found:
                     where = getattr(node, "name", "module")
                     wrong.append(f"{path.relative_to(PACKAGE)}: {where}: {found[0]!r}")
+    assert wrong == []
+
+
+def test_a_dotted_name_of_a_room_is_a_module_or_a_key() -> None:
+    names = {
+        ".".join(p.relative_to(PACKAGE).with_suffix("").parts[:2]) for p in PACKAGE.rglob("*.py")
+    }
+    for section, field in Experiment.model_fields.items():
+        names |= {f"{section}.{key}" for key in getattr(field.annotation, "model_fields", ())}
+    wrong = [
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for name in re.findall(r"`([a-z_]+\.[a-z_]+)(?:\.\w+)*`", path.read_text("utf-8"))
+        if (PACKAGE / name.partition(".")[0]).is_dir() and name not in names
+    ]
     assert wrong == []
