@@ -87,9 +87,7 @@ def sync(run: RunPlace) -> None:
     from simclr_ray.train.tracked import sync_run
 
     synced = sync_run(RunFolder.at(run))
-    parts = [counted(synced.points, "point")]
-    parts += [counted(synced.writes, "other write")] if synced.writes else []
-    parts += [f"the status {synced.status}"] if synced.status else []
+    parts = synced.parts if synced.points else ["0 points", *synced.parts]
     out.print(f"delivered: {', '.join(parts)}", markup=False)
 
 

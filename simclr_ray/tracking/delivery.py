@@ -81,19 +81,25 @@ class DeliveryState:
         new.replace(path)
 
 
-class Undelivered(NamedTuple):
-    """What MLflow lacks of a run."""
+class DeliveryCounts(NamedTuple):
+    """What MLflow lacks of a run, or was given of it."""
 
     points: int
     writes: int  # texts, files, parameters, tags, scores
     status: str  # empty: it has the right one
 
-    def __str__(self) -> str:
-        """Return it in words, such as `12 points and the status FINISHED`; empty for nothing."""
+    @property
+    def parts(self) -> list[str]:
+        """Return what there is in words, such as `12 points` and `the status FINISHED`."""
         parts = [counted(self.points, "point")] if self.points else []
         parts += [counted(self.writes, "other write")] if self.writes else []
         parts += [f"the status {self.status}"] if self.status else []
-        return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+        return parts
+
+    def __str__(self) -> str:
+        """Return the parts as the end of a sentence; empty for nothing."""
+        *first, last = self.parts or [""]
+        return f"{', '.join(first)} and {last}" if first else last
 
 
 class Delivery:
@@ -150,7 +156,7 @@ class Delivery:
                 return self._send_points(name, part)
         return self._send_write()
 
-    def undelivered(self) -> Undelivered:
+    def undelivered(self) -> DeliveryCounts:
         """Return what MLflow is not known to have, asking it nothing."""
         points = 0
         with self._lock:
@@ -164,7 +170,7 @@ class Delivery:
                     if not self._stored.has(point.key, point.step):
                         counted_at.setdefault(point.key, set()).add(point.step)
             points += sum(len(steps) for steps in counted_at.values())
-        return Undelivered(points, writes, status)
+        return DeliveryCounts(points, writes, status)
 
     def give_up(self) -> None:
         """Leave the state as it is from now on, whatever a request under way comes to."""

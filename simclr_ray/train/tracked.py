@@ -29,7 +29,7 @@ from simclr_ray.storage.metrics_log import TIME
 from simclr_ray.storage.removal import remove_unlocked
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, OTHER_METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
-from simclr_ray.tracking.delivery import STATE, Delivery
+from simclr_ray.tracking.delivery import STATE, Delivery, DeliveryCounts
 from simclr_ray.tracking.runs import MlflowStatus, TrackedRun, Tracker
 from simclr_ray.tracking.sender import Sender, sending
 from simclr_ray.tracking.store import CLUSTER_TAG, delivering, store_uri
@@ -50,14 +50,6 @@ class Tracked(NamedTuple):
     run_id: str  # of MLflow
     log: RunLog
     sender: Sender
-
-
-class Synced(NamedTuple):
-    """What was delivered to MLflow."""
-
-    points: int
-    writes: int  # texts, files, parameters, tags, scores
-    status: str  # that the run was given; empty: it had it
 
 
 class Writes:
@@ -175,7 +167,7 @@ def deliver_queued(folder: RunFolder) -> None:
                 pass
 
 
-def sync_run(folder: RunFolder) -> Synced:
+def sync_run(folder: RunFolder) -> DeliveryCounts:
     """Deliver what MLflow lacks of a run: points, other writes, and the right status.
 
     A run that nobody runs and that MLflow shows as running was killed, and is shown so.
@@ -199,7 +191,7 @@ def sync_run(folder: RunFolder) -> Synced:
         while (sent := delivery.send()) is not None:
             points += sent
         after = delivery.state.status
-    return Synced(points, writes, "" if after in ("", before) else after)
+    return DeliveryCounts(points, writes, "" if after in ("", before) else after)
 
 
 def remove_run(folder: RunFolder) -> str:

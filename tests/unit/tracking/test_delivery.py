@@ -23,7 +23,7 @@ from simclr_ray.config.experiment import TrackingConfig
 from simclr_ray.errors import TrackingError
 from simclr_ray.storage.metrics_log import append_record, read_records
 from simclr_ray.tracking import delivery as module
-from simclr_ray.tracking.delivery import STATE, Delivery
+from simclr_ray.tracking.delivery import STATE, Delivery, DeliveryCounts
 from simclr_ray.tracking.runs import MetricPoint, TrackedRun, Tracker
 from simclr_ray.tracking.sender import Sender, sending
 
@@ -169,6 +169,19 @@ def test_a_log_that_was_begun_anew_is_read_from_its_start(run: TrackedRun, tmp_p
     assert deliver(again(run), tmp_path) == 2
     other = TrackedRun(run.uri, run.run_id, run.experiment_id, resumed=True)
     assert Delivery(other, tmp_path, (LOG,)).undelivered() == (0, 0, "")
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ((0, 0, ""), ""),
+        ((0, 0, "KILLED"), "the status KILLED"),
+        ((1, 2, ""), "1 point and 2 other writes"),
+        ((1_200, 1, "FINISHED"), "1,200 points, 1 other write and the status FINISHED"),
+    ],
+)
+def test_counts_are_the_end_of_a_sentence(counts: tuple[int, int, str], text: str) -> None:
+    assert str(DeliveryCounts(*counts)) == text
 
 
 @pytest.mark.parametrize("how", ["before", "after"])
