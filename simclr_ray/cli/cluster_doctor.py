@@ -22,7 +22,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.config.tracking_uri import SERVER_ADVICE, file_store_problem, server_of
 from simclr_ray.config.uris import recall, remember
-from simclr_ray.config.wording import counted
+from simclr_ray.config.wording import MIB, counted
 from simclr_ray.errors import ClusterError
 from simclr_ray.tracking.store import URI_VARIABLE
 from simclr_ray.train.cluster_check import GATHERED, GRADIENT, REDUCED, RankReport
@@ -30,7 +30,6 @@ from simclr_ray.train.cluster_check import GATHERED, GRADIENT, REDUCED, RankRepo
 WITHIN_S: Final = 60.0  # all of it
 LEAST_S: Final = 10.0  # for what is left when others took too long
 ANSWER_S: Final = 20.0  # of storage and tracking store to this machine, MLflow's import included
-MIB: Final = 2**20
 SLOW_STEP_S: Final = 1.0
 
 

@@ -12,14 +12,13 @@ from simclr_ray import config as cfg
 from simclr_ray.cli.arguments import ConfigSource, Overrides
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.experiment import ColumnsConfig, Experiment, PreparationConfig
-from simclr_ray.config.wording import column_keys, counted
+from simclr_ray.config.wording import MIB, column_keys, counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.filesystem import make_parent
 
 if TYPE_CHECKING:
     from simclr_ray.data.description import Description
 
-MIB = 2**20
 BAD_SHOWN, CLASSES_SHOWN, CLASSES_NAMED = 5, 40, 12
 
 

@@ -21,13 +21,13 @@ from torch import nn
 
 from simclr_ray.augment import native
 from simclr_ray.config.findings import Finding, Findings
+from simclr_ray.config.wording import GIB
 from simclr_ray.distributed.malloc import machine_memory
 from simclr_ray.nn.precision import unusable_gpu
 from simclr_ray.storage.provenance import version_of
 
 PACKAGE: Final = "simclr-ray"
 BF16_WORTHWHILE: Final = 1.2  # below that the lost digits buy nothing
-GIB: Final = 2**30
 
 
 def check_versions() -> Findings:

@@ -12,6 +12,7 @@ import typer
 
 from simclr_ray.cli.arguments import TrackingUri
 from simclr_ray.cli.console import loading, say
+from simclr_ray.config.wording import MIB
 from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue, last_line
 
 LOOK_S = 1.0
@@ -72,7 +73,7 @@ def serve(
 
     service = Service(
         model, index, images, tracking_uri, replicas, gpus, threads, batch, wait_ms, queued,
-        max_mib * 2**20, max_pixels, _hosts(host, allowed_host or []),
+        max_mib * MIB, max_pixels, _hosts(host, allowed_host or []),
     )  # fmt: skip
     check(service)
     connect()

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Final
 
+MIB: Final = 2**20
+GIB: Final = 2**30
 _COLUMNS_PREFIX = ContextVar("columns prefix", default="data.columns.")
 
 

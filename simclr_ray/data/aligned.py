@@ -10,10 +10,10 @@ import numpy as np
 
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import counted
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.classes import (
     NO_LABEL,
     SHOWN,
-    Int64s,
     class_keys,
     distinct_labels,
     number_classes,

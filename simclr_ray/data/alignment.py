@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from simclr_ray.data.arrays import Float32s
 
 SIDE: Final = 32  # of a thumbnail, in pixels
 GRAY_BLOCKS, COLOR_BLOCKS = 8, 4  # along a side; JPEG stores color at half the resolution
@@ -38,14 +38,14 @@ MOST_STOPS: Final = 0.75  # by which contrast differs, a stop being a factor of 
 class _Warp(NamedTuple):
     """How the first image of each pair is sampled to lie on the second."""
 
-    rows: Floats  # [p, side, side], weights of source rows
-    columns: Floats  # [p, side, side], weights of source columns, transposed
-    inside: Floats  # [p, side, side], 1 where the first image has pixels
+    rows: Float32s  # [p, side, side], weights of source rows
+    columns: Float32s  # [p, side, side], weights of source columns, transposed
+    inside: Float32s  # [p, side, side], 1 where the first image has pixels
 
 
 def are_copies(
     first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8], sides: npt.NDArray[np.integer]
-) -> tuple[npt.NDArray[np.bool], Floats]:
+) -> tuple[npt.NDArray[np.bool], Float32s]:
     """Return which pairs of thumbnails show one image, bool [p], and how far they are from it.
 
     That misfit, float32 [p], is the largest mean squared difference among 64 blocks over the
@@ -77,77 +77,77 @@ def are_copies(
     return misfits <= MOST_MISFIT, misfits
 
 
-def _normalized(gray: Floats) -> Floats:
+def _normalized(gray: Float32s) -> Float32s:
     """Return images [p, s, s] of mean 0 and variance 1."""
     centered = gray - gray.mean((1, 2), keepdims=True)
-    normalized: Floats = centered / np.maximum(centered.std((1, 2), keepdims=True), 1e-3)
+    normalized: Float32s = centered / np.maximum(centered.std((1, 2), keepdims=True), 1e-3)
     return normalized
 
 
-def _halved(gray: Floats) -> Floats:
+def _halved(gray: Float32s) -> Float32s:
     half = gray.shape[1] // 2
-    small: Floats = gray.reshape(len(gray), half, 2, half, 2).mean((2, 4))
+    small: Float32s = gray.reshape(len(gray), half, 2, half, 2).mean((2, 4))
     return small
 
 
-def _blurred(images: Floats, sigma: float) -> Floats:
+def _blurred(images: Float32s, sigma: float) -> Float32s:
     """Return images [p, s, s] under a Gaussian whose weights at the border sum to 1 as well."""
     at = np.arange(images.shape[1], dtype=np.float32)
     kernel = np.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2).astype(np.float32)
     kernel /= kernel.sum(1, keepdims=True)
-    blurred: Floats = kernel @ images @ kernel.T
+    blurred: Float32s = kernel @ images @ kernel.T
     return blurred
 
 
-def _centers(side: int) -> Floats:
+def _centers(side: int) -> Float32s:
     """Return where pixels lie, along a side that reaches from -1 to 1."""
     return (np.arange(side, dtype=np.float32) + 0.5) * (2 / side) - 1
 
 
 def _sampling(
-    scale_change: Floats, shift: Floats, side: int
-) -> tuple[Floats, npt.NDArray[np.bool]]:
+    scale_change: Float32s, shift: Float32s, side: int
+) -> tuple[Float32s, npt.NDArray[np.bool]]:
     """Return weights [p, side, side] of source pixels, linear, and which are inside [p, side]."""
     at = _centers(side)
     source = ((1 + scale_change[:, None]) * at + shift[:, None] + 1) * (side / 2) - 0.5
     inside = (source >= -0.5) & (source <= side - 0.5)
     distance = np.abs(source.clip(0, side - 1)[:, :, None] - np.arange(side, dtype=np.float32))
-    weights: Floats = np.maximum(0, 1 - distance, dtype=np.float32)
+    weights: Float32s = np.maximum(0, 1 - distance, dtype=np.float32)
     return weights, inside
 
 
-def _warp(placed: Floats, side: int) -> _Warp:
+def _warp(placed: Float32s, side: int) -> _Warp:
     columns, inside_x = _sampling(placed[:, 0], placed[:, 1], side)
     rows, inside_y = _sampling(placed[:, 2], placed[:, 3], side)
     inside = (inside_y[:, :, None] & inside_x[:, None, :]).astype(np.float32)
     return _Warp(rows, columns.transpose(0, 2, 1), inside)
 
 
-def _moved(images: Floats, warp: _Warp) -> Floats:
+def _moved(images: Float32s, warp: _Warp) -> Float32s:
     """Return images [p, s, s] laid on their partners, less their mean, 0 where there is none."""
     return _centered(_sampled(images, warp), warp.inside)
 
 
-def _sampled(images: Floats, warp: _Warp) -> Floats:
-    sampled: Floats = np.matmul(warp.rows @ images, warp.columns, dtype=np.float32)
+def _sampled(images: Float32s, warp: _Warp) -> Float32s:
+    sampled: Float32s = np.matmul(warp.rows @ images, warp.columns, dtype=np.float32)
     return sampled
 
 
-def _centered(images: Floats, inside: Floats) -> Floats:
+def _centered(images: Float32s, inside: Float32s) -> Float32s:
     """Return images less their mean over what is inside, and 0 outside."""
     count = inside.sum((1, 2), keepdims=True)
-    centered: Floats = (images - (images * inside).sum((1, 2), keepdims=True) / count) * inside
+    centered: Float32s = (images - (images * inside).sum((1, 2), keepdims=True) / count) * inside
     return centered
 
 
-def _gain(first: Floats, second: Floats) -> Floats:
+def _gain(first: Float32s, second: Float32s) -> Float32s:
     """Return the factor [p, 1, 1] by which centered `first` is nearest to `second`."""
     product = (first * second).sum((1, 2), keepdims=True)
-    gain: Floats = product / np.maximum((first * first).sum((1, 2), keepdims=True), 1e-6)
+    gain: Float32s = product / np.maximum((first * first).sum((1, 2), keepdims=True), 1e-6)
     return gain
 
 
-def _fit(first: Floats, second: Floats, placed: Floats, steps: int) -> Floats:
+def _fit(first: Float32s, second: Float32s, placed: Float32s, steps: int) -> Float32s:
     """Return scale and shift of both axes [p, 4], after Gauss-Newton steps from `placed`."""
     num_pairs, side, _ = first.shape
     at = _centers(side)
@@ -171,17 +171,17 @@ def _fit(first: Floats, second: Floats, placed: Floats, steps: int) -> Floats:
     return placed
 
 
-def _correlation(first: Floats, second: Floats, placed: Floats) -> Floats:
+def _correlation(first: Float32s, second: Float32s, placed: Float32s) -> Float32s:
     warp = _warp(placed, first.shape[1])
     moved, target = _moved(first, warp), _centered(second, warp.inside)
     norms = np.sqrt((moved**2).sum((1, 2)) * (target**2).sum((1, 2)))
-    correlation: Floats = (moved * target).sum((1, 2)) / np.maximum(norms, 1e-6)
+    correlation: Float32s = (moved * target).sum((1, 2)) / np.maximum(norms, 1e-6)
     return correlation
 
 
 def _worst_block(
-    first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8], placed: Floats, blur: float
-) -> Floats:
+    first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8], placed: Float32s, blur: float
+) -> Float32s:
     """Return the worst misfit of a block in gray; infinite where color or contrast differ."""
     warp = _warp(placed, SIDE)
     inside = warp.inside
@@ -199,15 +199,17 @@ def _worst_block(
     return np.where(is_one, worst / np.maximum(variance, 1e-6), np.inf).astype(np.float32)
 
 
-def _gray_and_color(images: npt.NDArray[np.uint8], blur: float) -> tuple[Floats, Floats, Floats]:
+def _gray_and_color(
+    images: npt.NDArray[np.uint8], blur: float
+) -> tuple[Float32s, Float32s, Float32s]:
     """Return blurred gray, red less gray and blue less gray of RGB images, [p, 32, 32] each."""
     gray = images.astype(np.float32) @ GRAY
     return _blurred(gray, blur), images[..., 0] - gray, images[..., 2] - gray
 
 
-def _block_means(images: Floats, inside: Floats, blocks: int) -> Floats:
+def _block_means(images: Float32s, inside: Float32s, blocks: int) -> Float32s:
     """Return means over what is inside of each block, [p, blocks, blocks]."""
     shape = (len(images), blocks, SIDE // blocks, blocks, SIDE // blocks)
     count = np.maximum(inside.reshape(shape).sum((2, 4)), 1)
-    means: Floats = images.reshape(shape).sum((2, 4)) / count
+    means: Float32s = images.reshape(shape).sum((2, 4)) / count
     return means

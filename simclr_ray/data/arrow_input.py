@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.data.classes import NO_LABEL, Int64s, LabelColumn
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import NO_LABEL, LabelColumn
 from simclr_ray.data.columns import check_images, find_label_column
 from simclr_ray.data.contents import pieces_of_file, sample_digest
 from simclr_ray.data.files import read_images

@@ -26,6 +26,7 @@ from simclr_ray.config.experiment import (
     SimCLRViewsConfig,
 )
 from simclr_ray.config.sections.views import AnyStageConfig
+from simclr_ray.config.wording import GIB
 from simclr_ray.data.batch import Batch
 from simclr_ray.data.decoding import training_decoder
 from simclr_ray.data.image_cache import DecodedImage
@@ -42,7 +43,6 @@ LeastSides = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 MakeViews = Callable[[list[Pixels], NDArray[np.int64], int, NDArray[np.int64] | None], ViewPair]
 # the image of both views, or of view a and of view b
 Shown = tuple[DecodedImage, ...]
-GIB = 2**30
 MAX_ATTEMPTS = 64  # then any row that is left
 
 

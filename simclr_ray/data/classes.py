@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key, counted
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.errors import DataError, one_line
 
-Int64s = npt.NDArray[np.int64]
 NO_LABEL: Final = -1
 NO_INT64: Final = "does not fit int64: it has a number of 2^63 or more"
 SHOWN = 5  # names in a message

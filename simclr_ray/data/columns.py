@@ -12,7 +12,7 @@ import pyarrow as pa
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.uris import hide_passwords
-from simclr_ray.config.wording import column_key
+from simclr_ray.config.wording import GIB, column_key
 from simclr_ray.data.classes import (
     NO_INT64,
     LabelColumn,
@@ -70,7 +70,7 @@ def say_large_groups(footers: Sequence[Footer], columns: ColumnsConfig) -> None:
         fitting = max(1, num_rows * MAX_GROUP_BYTES // (2 * size))
         warn_once(
             log,
-            f"{footer.path}: a row group of {size / 2**30:.1f} GiB is read and held whole for any "
+            f"{footer.path}: a row group of {size / GIB:.1f} GiB is read and held whole for any "
             f"of its images: write it with row_group_size={fitting}",
         )
 

@@ -29,9 +29,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from simclr_ray.augment.decode import Pixels
-from simclr_ray.data.alignment import GRAY, SIDE, Floats, are_copies
+from simclr_ray.data.alignment import GRAY, SIDE, are_copies
+from simclr_ray.data.arrays import Float32s, Int64s
 
-Int64s = npt.NDArray[np.int64]
 OnPairs = Callable[[int, int], None]
 
 FREQUENCIES: Final = 8  # of each axis, as pHash
@@ -53,7 +53,7 @@ class NearCopies(NamedTuple):
     """
 
     pairs: Int64s
-    misfits: Floats
+    misfits: Float32s
     num_crowded: int
 
 
@@ -100,7 +100,7 @@ def near_copies(
     pairs, misfits, num_crowded = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def compared(some: Int64s) -> tuple[Int64s, Floats]:
+        def compared(some: Int64s) -> tuple[Int64s, Float32s]:
             first, second = some.T
             is_copy, misfit = are_copies(
                 thumbnails[first], thumbnails[second], np.minimum(sides[first], sides[second])
@@ -128,12 +128,12 @@ def linked(num_rows: int, pairs: Int64s) -> list[Int64s]:
     return sorted((group for group in groups if len(group) > 1), key=lambda group: int(group[0]))
 
 
-def _in_parts(thumbnails: Pixels) -> Iterator[Floats]:
+def _in_parts(thumbnails: Pixels) -> Iterator[Float32s]:
     for first in range(0, len(thumbnails), ROWS_AT_ONCE):
         yield thumbnails[first : first + ROWS_AT_ONCE].astype(np.float32)
 
 
-def _descriptors(thumbnails: Pixels) -> Floats:
+def _descriptors(thumbnails: Pixels) -> Float32s:
     """Return unit vectors [n, 63] of the low frequencies, the higher weighted by their root."""
     frequency = np.hypot(*np.mgrid[:FREQUENCIES, :FREQUENCIES]).astype(np.float32)
     out = np.zeros((len(thumbnails), FREQUENCIES**2 - 1), np.float32)
@@ -151,7 +151,7 @@ class _Lookalikes(NamedTuple):
 
     earlier: Int64s
     later: Int64s
-    cosines: Floats
+    cosines: Float32s
 
     def most_alike(self, count: int) -> _Lookalikes:
         """Return of each later row the `count` pairs that are most alike."""
@@ -163,7 +163,7 @@ class _Lookalikes(NamedTuple):
 
 
 def _lookalikes(
-    descriptors: Floats, first_query: int, on_pairs: OnPairs | None
+    descriptors: Float32s, first_query: int, on_pairs: OnPairs | None
 ) -> Iterator[tuple[Int64s, int]]:
     """Yield pairs of look-alikes [p, 2], and how many rows have more of them than are kept."""
     num_rows = len(descriptors)
@@ -180,7 +180,7 @@ def _lookalikes(
             on_pairs(done, total)
 
 
-def _above(descriptors: Floats, start: int, stop: int, before: int) -> _Lookalikes:
+def _above(descriptors: Float32s, start: int, stop: int, before: int) -> _Lookalikes:
     """Return the look-alikes of some rows among those before a row, one more than are kept."""
     alike = _Lookalikes(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
     for first in range(0, before, COLUMNS_AT_ONCE):

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from simclr_ray.config.sections.data import FolderGroups, FolderLabels
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.config.wording import counted
-from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.columns import PATH_COLUMN
 from simclr_ray.data.contents import Piece, evenly, sample_digest
 from simclr_ray.data.files import read_file

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from simclr_ray.augment.philox import integers
-from simclr_ray.data.classes import Int64s, is_text
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import is_text
 
 NAMED, NULL = 0, 1  # what is drawn of a group's key, and of the row of one without
 

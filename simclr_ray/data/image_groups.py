@@ -23,7 +23,8 @@ from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.wording import column_key, counted
-from simclr_ray.data.classes import Int64s, as_integers, blank_as_null, is_text
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import as_integers, blank_as_null, is_text
 from simclr_ray.data.columns import GROUP_COLUMN
 from simclr_ray.data.footer import RowGroup, cached_footer
 from simclr_ray.data.grouping import cut_between_groups, number_groups

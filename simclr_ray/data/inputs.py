@@ -18,8 +18,9 @@ from simclr_ray.config import nearest
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.sections.data import FolderGroups, FolderLabels, PreparationConfig
 from simclr_ray.data import shapes
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.arrow_input import ArrowInput, find_arrow
-from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.grouping import cut_between_groups, grouped_order, one_array
 from simclr_ray.data.image_groups import group_column, group_kind

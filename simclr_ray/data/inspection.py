@@ -21,10 +21,11 @@ from PIL import Image
 
 from simclr_ray.augment.decode import COLOR, ImageDecoder, ImageError, Pixels, shown_as_rgb
 from simclr_ray.data.ahead import ahead
-from simclr_ray.data.alignment import SIDE, Floats
+from simclr_ray.data.alignment import SIDE
+from simclr_ray.data.arrays import Float32s, Int64s
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.decoding import ValueRange, read_channel_ranges, read_value_range
-from simclr_ray.data.duplicates import Int64s, flat, linked, near_copies, same_digests, thumbnail
+from simclr_ray.data.duplicates import flat, linked, near_copies, same_digests, thumbnail
 from simclr_ray.data.sample import Sample
 from simclr_ray.data.source import RowTable, Source
 
@@ -345,7 +346,7 @@ def _leaks(looked: Looked, other: Looked, tell: OnStage) -> Leaks:
 
 
 def _nearest(
-    same: dict[int, Match], rows: Int64s, queries: list[int], pairs: Int64s, misfits: Floats
+    same: dict[int, Match], rows: Int64s, queries: list[int], pairs: Int64s, misfits: Float32s
 ) -> list[Match]:
     """Return the matches by their row of the other dataset, of each the one that fits best."""
     matches = dict(same)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from simclr_ray.data.classes import Int64s
+from simclr_ray.data.arrays import Int64s
 
 
 class Item(NamedTuple):

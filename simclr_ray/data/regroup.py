@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.inputs import MAX_SHARD_BYTES, ParquetTask
 from simclr_ray.data.items import Item, ShardTask

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError
+from simclr_ray.config.wording import GIB
 from simclr_ray.data.image_cache import DecodedImage, ImageCache
 from simclr_ray.data.rowgroups import EncodedRow, RecentGroups
 from simclr_ray.data.source import Source
 
 Take = Callable[[int], EncodedRow | None]
 Missing = tuple[int, int, EncodedRow]  # its place, its number, and what is to be decoded
-GIB = 2**30
 
 
 class UnusableRow(NamedTuple):

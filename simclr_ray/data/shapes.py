@@ -16,12 +16,11 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from simclr_ray.augment.decode import Pixels
+from simclr_ray.data.arrays import Float64s
 
-Floats = npt.NDArray[np.float64]
-Outline = list[Floats]  # closed loops [V, 2], x right, y up; holes run the other way round
+Outline = list[Float64s]  # closed loops [V, 2], x right, y up; holes run the other way round
 
 # Radius of the disk of the same area, as a share of the side: forms then span 0.34-0.9 of it.
 RADIUS: Final = (0.17, 0.27)
@@ -66,11 +65,11 @@ def render(index: int, seed: int, size: int = 32) -> Drawn:
     y = -x[:, None]  # [size, 1], upwards
     cover = _cover(label, draws[:5], x, y, size)[..., None]  # [size, size, 1]
     form, ground = _paint(draws[5:], x, y)
-    mixed: Floats = ground + cover * (form - ground)  # [size, size, 3]
+    mixed: Float64s = ground + cover * (form - ground)  # [size, size, 3]
     return Drawn((mixed.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8), label)
 
 
-def _cover(label: int, draws: Floats, x: Floats, y: Floats, size: int) -> Floats:
+def _cover(label: int, draws: Float64s, x: Float64s, y: Float64s, size: int) -> Float64s:
     """Return how much of each pixel the form covers, float64 [size, size] in [0, 1]."""
     radius = RADIUS[0] + draws[0] * (RADIUS[1] - RADIUS[0])
     turn = (2 * draws[1] - 1) * TURN
@@ -79,11 +78,11 @@ def _cover(label: int, draws: Floats, x: Floats, y: Floats, size: int) -> Floats
     across, up = (x - shift_x) / radius, (y - shift_y) / radius
     cos, sin = np.cos(turn), np.sin(turn)
     along, aloft = mirror * (cos * across + sin * up), cos * up - sin * across
-    covered: Floats = 0.5 - _look_up(_distances()[label], along, aloft) * (radius * size)
+    covered: Float64s = 0.5 - _look_up(_distances()[label], along, aloft) * (radius * size)
     return covered.clip(0.0, 1.0)
 
 
-def _paint(draws: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
+def _paint(draws: Float64s, x: Float64s, y: Float64s) -> tuple[Float64s, Float64s]:
     """Return the colors of form and ground at each pixel, float64 [size, size, 3].
 
     Texture and gradient change brightness only: little by which one view could know its twin.
@@ -100,15 +99,15 @@ def _paint(draws: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return form + texture[..., None], ground + slope[..., None]
 
 
-def _color(level: float, draws: Floats) -> Floats:
+def _color(level: float, draws: Float64s) -> Float64s:
     """Return an RGB color [3] of luminance `level`: hue uniform, chroma up to `CHROMA`."""
     angle, chroma = 2 * np.pi * draws[0], CHROMA * np.sqrt(draws[1])
     hue = np.cos(angle - np.array([0.0, 2.0, 4.0]) * np.pi / 3)
-    color: Floats = level + chroma * (hue - hue @ _LUMA)
+    color: Float64s = level + chroma * (hue - hue @ _LUMA)
     return color
 
 
-def _texture(draws: Floats, x: Floats, y: Floats) -> Floats:
+def _texture(draws: Float64s, x: Float64s, y: Float64s) -> Float64s:
     """Return plain ([1, 1]), stripes or dots ([size, size]), a third of the time each."""
     kind, turn, phase, waves = draws[:4]
     if kind < 1 / 3:
@@ -119,14 +118,14 @@ def _texture(draws: Floats, x: Floats, y: Floats) -> Floats:
     return stripes if kind < 2 / 3 else stripes * _waves(-sin, cos, 0.0, x, y)
 
 
-def _waves(along: float, aloft: float, phase: float, x: Floats, y: Floats) -> Floats:
+def _waves(along: float, aloft: float, phase: float, x: Float64s, y: Float64s) -> Float64s:
     """Return sin(along * x + aloft * y + phase), [size, size], from sines of rows and columns."""
-    result: Floats = np.sin(along * x + phase) * np.cos(aloft * y)
+    result: Float64s = np.sin(along * x + phase) * np.cos(aloft * y)
     result += np.cos(along * x + phase) * np.sin(aloft * y)
     return result
 
 
-def _look_up(table: Floats, x: Floats, y: Floats) -> Floats:
+def _look_up(table: Float64s, x: Float64s, y: Float64s) -> Float64s:
     """Return `table` at the points (x, y), between its nodes by bilinear interpolation."""
     per_unit = (_TABLE_NODES - 1) / (2 * _TABLE_HALF)
     column = ((x + _TABLE_HALF) * per_unit).clip(0, _TABLE_NODES - 1.001)
@@ -138,12 +137,12 @@ def _look_up(table: Floats, x: Floats, y: Floats) -> Floats:
     below = flat[at] + right_fraction * (flat[at + 1] - flat[at])
     at += _TABLE_NODES
     above = flat[at] + right_fraction * (flat[at + 1] - flat[at])
-    result: Floats = below + high_fraction * (above - below)
+    result: Float64s = below + high_fraction * (above - below)
     return result
 
 
 @functools.cache
-def _distances() -> Floats:
+def _distances() -> Float64s:
     """Return the signed distance to every form, negative inside, [K, nodes, nodes]; 0.2 s once."""
     steps = np.linspace(-_TABLE_HALF, _TABLE_HALF, _TABLE_NODES)
     points = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
@@ -163,7 +162,7 @@ def _normalised(outline: Outline) -> Outline:
     return [(loop - moment / area) * scale for loop in outline]
 
 
-def _signed_distance(outline: Outline, points: Floats) -> Floats:
+def _signed_distance(outline: Outline, points: Float64s) -> Float64s:
     """Return the distance of each point [P, 2] to the outline, negative inside (even-odd rule)."""
     nearest = np.full(len(points), np.inf)
     inside = np.zeros(len(points), dtype=bool)
@@ -175,16 +174,16 @@ def _signed_distance(outline: Outline, points: Floats) -> Floats:
             spans = (start[1] > points[:, 1]) != (end[1] > points[:, 1])
             left_of = (offset[:, 0] * edge[1] < edge[0] * offset[:, 1]) == (edge[1] > 0)
             inside ^= spans & left_of
-    distance: Floats = np.sqrt(nearest) * np.where(inside, -1.0, 1.0)
+    distance: Float64s = np.sqrt(nearest) * np.where(inside, -1.0, 1.0)
     return distance
 
 
-def _circle(radius: float = 1.0) -> Floats:
+def _circle(radius: float = 1.0) -> Float64s:
     angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
     return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _box(left: float, low: float, right: float, high: float) -> Floats:
+def _box(left: float, low: float, right: float, high: float) -> Float64s:
     return np.array([[left, low], [right, low], [right, high], [left, high]])
 
 

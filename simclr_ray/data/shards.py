@@ -18,7 +18,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.augment.decode import ImageError, image_size
-from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.config.wording import MIB
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.columns import GROUP_COLUMN, PATH_COLUMN
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.errors import DataError
@@ -157,7 +159,7 @@ def _too_large(group: str) -> str:
     """Return the sentence that refuses a group."""
     return (
         f"group {group} has more than {MAX_IMAGES_OF_A_GROUP:,} images or "
-        f"{MAX_BYTES_OF_A_GROUP // 2**20} MiB; a group lies in one row group, which is read whole: "
+        f"{MAX_BYTES_OF_A_GROUP // MIB} MiB; a group lies in one row group, which is read whole: "
         "name a column of smaller groups"
     )
 

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simclr_ray.config.wording import counted
-from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import address_below, filesystem, open_whole

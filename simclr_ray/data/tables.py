@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.bytes_read import BYTES_READ, stored_bytes
-from simclr_ray.data.classes import Int64s
 from simclr_ray.data.footer import RowGroup, cached_footer
 from simclr_ray.errors import DataError, one_line
 from simclr_ray.storage.filesystem import filesystem, is_local

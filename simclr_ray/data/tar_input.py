@@ -25,7 +25,8 @@ import pyarrow.fs as pafs
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import counted
-from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.contents import Piece, evenly, pieces_of_file, sample_digest
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.data.left_out import LeftOut

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.items import Item, ShardTask, cut, encode, shuffled
 from simclr_ray.errors import DataError, one_line
 from simclr_ray.storage.filesystem import cache_folder

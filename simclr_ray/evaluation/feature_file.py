@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from simclr_ray.data.classes import Int64s
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.errors import StorageError
 from simclr_ray.storage.space import sized
 

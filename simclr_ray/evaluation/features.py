@@ -20,7 +20,7 @@ from simclr_ray.augment.decode import (
     evaluation_view,
 )
 from simclr_ray.config.wording import counted
-from simclr_ray.data.classes import Int64s
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.errors import DataError

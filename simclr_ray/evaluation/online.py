@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.aligned import align_labels
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.batches import build_views
-from simclr_ray.data.classes import Int64s
 from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.distributed import collectives

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from simclr_ray.augment.decode import DEFAULT_DECODER, ImageDecoder
 from simclr_ray.config.experiment import EvaluationConfig
 from simclr_ray.config.schema import AUTO
-from simclr_ray.data.classes import NO_LABEL, Int64s
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.data.source import RowTable, Source
 from simclr_ray.distributed.placement import check_actors, matches, nodes, shown

@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from simclr_ray.data.classes import Int64s, as_integers
+from simclr_ray.data.arrays import Int64s
+from simclr_ray.data.classes import as_integers
 from simclr_ray.data.source import Source
 
 SMALL_GROUPS: Final = 64

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from simclr_ray.data.arrays import Float32s
 from simclr_ray.errors import ConfigError, ConfigIssue
-from simclr_ray.inference.encoder import AnyImage, Classifier, Encoder, Floats, OnBad
+from simclr_ray.inference.encoder import AnyImage, Classifier, Encoder, OnBad
 from simclr_ray.inference.encoder_files import load_folder
 from simclr_ray.inference.encoder_folder import encoder_folder
 
@@ -61,7 +62,7 @@ def embed_images(
     *,
     tracking_uri: str = "",
     on_bad: OnBad | None = None,
-) -> Floats:
+) -> Float32s:
     """Return the embeddings of N images, float32 [N, F]: `Encoder.embed` of `load_encoder`.
 
     Args:

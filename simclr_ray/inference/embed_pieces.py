@@ -8,7 +8,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from simclr_ray.data.classes import Int64s
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.ray_cluster import connect
 from simclr_ray.errors import DataError

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from simclr_ray.data.classes import Int64s
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.errors import DataError, StorageError, one_line
 from simclr_ray.storage.filesystem import (
     address_below,

@@ -12,18 +12,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simclr_ray.config.wording import counted
+from simclr_ray.data.arrays import Float32s, Int64s
 from simclr_ray.data.duplicates import linked
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError, one_line
 from simclr_ray.inference.embedding_file import EMBEDDING, ERROR, Origin
 from simclr_ray.storage.filesystem import filesystem
-
-Floats = npt.NDArray[np.float32]
-Int64s = npt.NDArray[np.int64]
 
 EXTRA: Final = "simclr-ray[search]"
 PAIRS_AT_ONCE: Final = 10**8  # compared; 1.2 GB where all of them are near
@@ -41,7 +38,7 @@ class Nearest(NamedTuple):
     """
 
     positions: Int64s
-    cosines: Floats
+    cosines: Float32s
 
 
 class NearPairs(NamedTuple):
@@ -53,7 +50,7 @@ class NearPairs(NamedTuple):
     """
 
     positions: Int64s
-    cosines: Floats
+    cosines: Float32s
 
     def groups(self, num: int) -> list[Int64s]:
         """Return the positions that belong together, the largest group first.
@@ -110,7 +107,7 @@ class EmbeddingIndex:
         """Return F."""
         return int(self.vectors.shape[1])
 
-    def nearest(self, queries: Floats, num: int) -> Nearest:
+    def nearest(self, queries: Float32s, num: int) -> Nearest:
         """Return the nearest `num` rows of each query; fewer where the index has no more.
 
         Args:
@@ -147,7 +144,7 @@ class EmbeddingIndex:
             DataError: There are more than `MOST_PAIRS`.
         """
         index = import_faiss().IndexFlatIP(self.feature_dim)
-        parts: list[tuple[Int64s, Floats]] = []
+        parts: list[tuple[Int64s, Float32s]] = []
         count, total = 0, len(self.vectors)
         step = max(1, min(MOST_ROWS, PAIRS_AT_ONCE // total))
         for first in range(0, total, step):
@@ -169,7 +166,7 @@ class EmbeddingIndex:
         return NearPairs(positions[order], cosines[order])
 
 
-def _within(index: Any, block: Floats, first: int, bound: float) -> tuple[Int64s, Floats]:
+def _within(index: Any, block: Float32s, first: int, bound: float) -> tuple[Int64s, Float32s]:
     """Return the pairs of a block's rows with earlier rows, int64 [p, 2], and their cosines."""
     limits, cosines, positions = index.range_search(block, bound)
     rows = np.repeat(np.arange(first, first + len(block)), np.diff(limits.astype(np.int64)))
@@ -178,7 +175,7 @@ def _within(index: Any, block: Floats, first: int, bound: float) -> tuple[Int64s
     return pairs, cosines[is_earlier]
 
 
-def unit_length(vectors: Floats) -> Floats:
+def unit_length(vectors: Float32s) -> Float32s:
     """Return rows of length 1, float32 [M, F]; those that are 0 stay so."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.ascontiguousarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny), "f")
@@ -204,11 +201,11 @@ def _is_numbers(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(numbers) or pa.types.is_integer(numbers))
 
 
-def _read(file: pq.ParquetFile, key: str, uri: str) -> tuple[list[str], Int64s, Floats]:
+def _read(file: pq.ParquetFile, key: str, uri: str) -> tuple[list[str], Int64s, Float32s]:
     """Return names, row numbers and embeddings of the rows that have one, read part by part."""
     names: list[str] = []
     rows: list[Int64s] = []
-    vectors: Floats = np.empty((0, 0), np.float32)
+    vectors: Float32s = np.empty((0, 0), np.float32)
     taken = done = 0
     for batch in file.iter_batches(MOST_ROWS, columns=[key, EMBEDDING, ERROR]):
         part = _vectors_of(batch.column(1), uri)
@@ -224,7 +221,7 @@ def _read(file: pq.ParquetFile, key: str, uri: str) -> tuple[list[str], Int64s, 
     return names, np.concatenate([np.empty(0, np.int64), *rows]), vectors[:taken]
 
 
-def _vectors_of(lists: pa.Array, uri: str) -> Floats:
+def _vectors_of(lists: pa.Array, uri: str) -> Float32s:
     """Return embeddings, float32 [m, F], NaN where there is none."""
     flat = np.asarray(lists.flatten().to_numpy(zero_copy_only=False), np.float32)
     width = len(flat) // max(1, len(lists))

@@ -12,18 +12,15 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from simclr_ray.config.wording import counted
+from simclr_ray.data.arrays import Float32s, Int64s
 from simclr_ray.data.contact_sheet import data_uri
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 from simclr_ray.inference.embedded_images import EmbeddedImages
 from simclr_ray.inference.embedding_index import EXTRA, EmbeddingIndex, kept_columns, read_column
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
 from simclr_ray.storage.page import render_page
-
-Floats = npt.NDArray[np.float32]
-Int64s = npt.NDArray[np.int64]
 
 COMPONENTS: Final = 50  # as van der Maaten & Hinton 2008 give t-SNE
 PERPLEXITY: Final = 30.0
@@ -44,7 +41,7 @@ class EmbeddingMap(NamedTuple):
     """
 
     positions: Int64s
-    points: Floats
+    points: Float32s
     classes: Sequence[str] = ()
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from simclr_ray.augment.decode import shown_as_rgb
 from simclr_ray.config.wording import counted
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.contact_sheet import Section, Thumbnail, thumbnail_of, write_sheet
 from simclr_ray.inference.embedded_images import EmbeddedImages
-from simclr_ray.inference.embedding_index import EmbeddingIndex, Int64s, Nearest, NearPairs
+from simclr_ray.inference.embedding_index import EmbeddingIndex, Nearest, NearPairs
 from simclr_ray.inference.encoder import EvaluationTransform
 
 GROUPS_SHOWN, MEMBERS_SHOWN = 200, 12

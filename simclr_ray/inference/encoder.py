@@ -24,12 +24,12 @@ from simclr_ray.augment.decode import (
     Pixels,
     evaluation_view,
 )
+from simclr_ray.data.arrays import Float32s
 from simclr_ray.nn.precision import evaluating
 
 NOT_FINITE: Final = "not finite"  # why a row is left out: the encoder has diverged
 BATCH_SIZE: Final = 256  # 150 MB of float32 at 224 px
 AnyImage = bytes | bytearray | memoryview | str | Path | Image.Image | npt.NDArray[Any] | Tensor
-Floats = npt.NDArray[np.float32]
 OnBad = Callable[[int, str], None]
 
 
@@ -161,7 +161,7 @@ class Encoder(nn.Module):
         *,
         batch_size: int = BATCH_SIZE,
         on_bad: OnBad | None = None,
-    ) -> Floats:
+    ) -> Float32s:
         """Return the embeddings of N images of any kind, float32 [N, F], where its weights are.
 
         Args:
@@ -185,7 +185,7 @@ class Encoder(nn.Module):
         width: int,
         batch_size: int,
         on_bad: OnBad | None,
-    ) -> Floats:
+    ) -> Float32s:
         """Return what a network gives for N images, float32 [N, width], NaN for those left out."""
         if isinstance(images, (str, Path, bytes)):
             raise TypeError(f"expected a sequence of images; got one {type(images).__name__}")
@@ -220,7 +220,7 @@ class Encoder(nn.Module):
         return views
 
 
-def _leave_out(rows: Floats, places: Sequence[int], on_bad: OnBad) -> None:
+def _leave_out(rows: Float32s, places: Sequence[int], on_bad: OnBad) -> None:
     """Make NaN of rows that hold numbers which are not finite, and name them."""
     for place in places:
         if not np.isfinite(rows[place]).all():
@@ -271,7 +271,7 @@ class Classifier(Encoder):
         *,
         batch_size: int = BATCH_SIZE,
         on_bad: OnBad | None = None,
-    ) -> Floats:
+    ) -> Float32s:
         """Return the probability of each class for N images, float32 [N, K]; rows sum to 1.
 
         Args:

@@ -30,6 +30,7 @@ from starlette.requests import ClientDisconnect
 from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view
 from simclr_ray.config.uris import without_passwords
 from simclr_ray.config.wording import counted
+from simclr_ray.data.arrays import Float32s
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.distributed.placement import staying_nodes
 from simclr_ray.distributed.ray_cluster import is_local
@@ -43,7 +44,6 @@ from simclr_ray.inference.serving_metrics import ServingMetrics
 from simclr_ray.nn.precision import best_device
 from simclr_ray.storage.page import render_page
 
-Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class EncoderServer:
         if hosts and request.url.hostname not in hosts:
             raise HTTPException(403, f"ask it as {hosts[0]}, or start it with --allowed-host")
 
-    async def _embedding(self, request: Request) -> Floats:
+    async def _embedding(self, request: Request) -> Float32s:
         """Return the embedding of a request's body; raise a 4xx where it is no image."""
         self._check_host(request)
         most_s = self.service.body_s
@@ -249,7 +249,7 @@ class EncoderServer:
             raise HTTPException(408, f"the body took more than {most_s:g} s to arrive") from error
         loop = asyncio.get_running_loop()
         view = await loop.run_in_executor(self._decoding, self._view, body)
-        row: Floats = await self._embed(view)
+        row: Float32s = await self._embed(view)
         if not np.isfinite(row).all():
             raise HTTPException(500, "its embedding is not finite: the encoder has diverged")
         return row
@@ -283,17 +283,17 @@ class EncoderServer:
         return view
 
     @serve.batch
-    async def _embed(self, views: list[Pixels]) -> list[Floats]:
+    async def _embed(self, views: list[Pixels]) -> list[Float32s]:
         """Return the embeddings of what has come together."""
         loop = asyncio.get_running_loop()
         rows = await loop.run_in_executor(self._encoding, self._encode, views)
         return list(rows)
 
     @torch.inference_mode()
-    def _encode(self, views: list[Pixels]) -> Floats:
+    def _encode(self, views: list[Pixels]) -> Float32s:
         began = time.perf_counter()
         images = as_inputs(views).to(self.device, memory_format=torch.channels_last)
-        rows: Floats = self.encoder(images).float().cpu().numpy()
+        rows: Float32s = self.encoder(images).float().cpu().numpy()
         self.metrics.batch.observe(len(views))
         self.metrics.encode_s.observe(time.perf_counter() - began)
         return rows

@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from simclr_ray.config.wording import GIB, MIB
 from simclr_ray.errors import StorageDeniedError, StorageError
 
-MIB, GIB = 2**20, 2**30
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 MANY_FILES: Final = (errno.EMFILE, errno.ENFILE)
 DENIED: Final = (errno.EACCES, errno.EPERM)

@@ -20,7 +20,8 @@ from functools import cache
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+from simclr_ray.data.arrays import Float64s
 
 CONFIDENCE: Final = 0.95
 ENOUGH_POWER: Final = 0.8  # the custom (Cohen 1988)
@@ -30,7 +31,6 @@ MAX_SEEDS: Final = 100_000  # more that would be needed are not counted
 
 Outcome = Literal["appears", "does not appear", "is reversed", "cannot be said"]
 UNDECIDED: Final = "cannot be said"
-Floats = npt.NDArray[np.float64]
 
 
 class Interval(NamedTuple):
@@ -154,7 +154,7 @@ def interval_of(differences: Sequence[float]) -> Interval:
     return Interval(centre + below, centre + above)
 
 
-def _quantile(means: Floats, chances: Floats, tail: float) -> float:
+def _quantile(means: Float64s, chances: Float64s, tail: float) -> float:
     """Return the smallest mean up to which there is as much chance as `tail`."""
     order = np.argsort(means, kind="stable")
     at = int(np.searchsorted(np.cumsum(chances[order]), tail))
@@ -162,7 +162,7 @@ def _quantile(means: Floats, chances: Floats, tail: float) -> float:
 
 
 @cache
-def _resamples(num: int) -> tuple[Floats, Floats]:
+def _resamples(num: int) -> tuple[Float64s, Float64s]:
     """Return how much of each difference is in each resample, and the resample's chance."""
     if num > MAX_EXACT_SEEDS:
         rng = np.random.default_rng(0)

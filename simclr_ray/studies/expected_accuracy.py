@@ -21,14 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from scipy.stats import t as student
 
 from simclr_ray.config.wording import counted
+from simclr_ray.data.arrays import Float64s
 
-Floats = NDArray[np.float64]
 Place = Literal["yes", "beyond", "below"]
 
 LEVEL = 0.9
@@ -116,8 +115,8 @@ class FittedCurve(NamedTuple):
     settings: list[str]
     unit: float
     bend: float  # exponent, or `unit` over half of the way; 0: none
-    weights: Floats  # mean level, slope, then by how much each setting's level differs
-    covariance: Floats  # of the weights, and of the bend's logarithm where there is one
+    weights: Float64s  # mean level, slope, then by how much each setting's level differs
+    covariance: Float64s  # of the weights, and of the bend's logarithm where there is one
     noise: float  # deviation of one run, on the form's scale
     level_deviation: float  # of settings from each other, on that scale
 
@@ -241,7 +240,7 @@ def fit_curve(points: Sequence[Measured], form: Form) -> FittedCurve:
 
     start, deviation, bounds = form.prior
 
-    def solve(bend: float) -> tuple[Floats, Floats, float]:
+    def solve(bend: float) -> tuple[Float64s, Float64s, float]:
         rows = _rows(form, levels, images / unit, bend)
         precision = rows.T @ (seeds[:, None] * rows) + prior
         weights = np.linalg.solve(precision, rows.T @ (seeds * values))
@@ -264,7 +263,7 @@ def fit_curve(points: Sequence[Measured], form: Form) -> FittedCurve:
     if form.has_bend:
         rows = np.column_stack([rows, weights[1] * _shape_slope(form, images / unit, bend)])
         prior = np.diag([*np.diag(prior), variance / deviation**2])
-    precision: Floats = rows.T @ (seeds[:, None] * rows) + prior
+    precision: Float64s = rows.T @ (seeds[:, None] * rows) + prior
     covariance = np.asarray(variance * np.linalg.inv(precision), dtype=np.float64)
     return FittedCurve(
         form, settings, unit, bend, weights, covariance, math.sqrt(variance), levels_apart
@@ -284,12 +283,12 @@ def quantile_of(scores: Sequence[float], level: float) -> float:
     return max([*scores, float(student.ppf((1 + level) / 2, max(len(scores) - 1, 1)))])
 
 
-def _is_of(settings: list[str], of: Sequence[str]) -> Floats:
+def _is_of(settings: list[str], of: Sequence[str]) -> Float64s:
     """Return 1.0 where a point (row) is of a setting (column)."""
     return np.array([[float(setting == other) for other in settings] for setting in of])
 
 
-def _rows(form: Form, levels: Floats, x: Floats, bend: float) -> Floats:
+def _rows(form: Form, levels: Float64s, x: Float64s, bend: float) -> Float64s:
     """Return what the weights are multiplied with, a row a point."""
     if form.shape == "power":
         shape = -np.expm1(-bend * np.log(x)) / bend
@@ -300,7 +299,7 @@ def _rows(form: Form, levels: Floats, x: Floats, bend: float) -> Floats:
     return np.column_stack([np.ones_like(x), shape, levels])
 
 
-def _shape_slope(form: Form, x: Floats, bend: float) -> Floats:
+def _shape_slope(form: Form, x: Float64s, bend: float) -> Float64s:
     """Return by how much the shape grows with the logarithm of the bend."""
     if form.shape == "hyperbola":
         return -bend * (x / (1 + bend * x)) ** 2

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from simclr_ray.config.wording import counted
+from simclr_ray.config.wording import MIB, counted
 from simclr_ray.distributed.malloc import machine_memory
 from simclr_ray.evaluation.scores import PIXELS, TRAINED, Score
 from simclr_ray.nn.build import build_loss
@@ -17,7 +17,6 @@ FEW_STEPS = 200  # the demo needs 800; at 200 its encoder is hardly better than 
 SHORT_WARMUP = 5  # steps; LARS at a peak rate above 1 diverges or collapses without
 USUAL_TEMPERATURES = (0.05, 1.0)  # that the paper tried
 NEAR_CHANCE = 0.9  # of the loss without learning
-MIB = 2**20
 
 
 def advise_before_start(resolved: ResolvedExperiment) -> list[str]:

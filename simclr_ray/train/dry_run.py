@@ -11,7 +11,7 @@ from torch import Tensor
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import ImportConfig, imports_in, is_installed
 from simclr_ray.config.sections.running import ScalingConfig
-from simclr_ray.config.wording import counted
+from simclr_ray.config.wording import MIB, counted
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.image_groups import groups_line
 from simclr_ray.data.slices import joined_groups
@@ -27,7 +27,6 @@ from simclr_ray.train.evaluation_plan import evaluation_plan
 from simclr_ray.train.imports import export_problem
 from simclr_ray.train.resolve import ResolvedExperiment, init_line
 
-MIB = 2**20
 SAMPLE = 4  # images in the pass that is counted; the result is per image
 
 

@@ -244,6 +244,19 @@ def test_one_function_puts_an_error_on_one_line() -> None:
     assert found == ["errors"]
 
 
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        (r"(?:MIB|GIB)", "config.wording"),
+        (r"(?:Floats|Float32s|Float64s|Int64s)", "data.arrays"),
+    ],
+)
+def test_units_and_array_types_are_named_in_one_place(name: str, place: str) -> None:
+    named = re.compile(rf"^_?{name}\b[^=\n]*=", re.MULTILINE)
+    found = [module_of(p) for p in files() if named.search(p.read_text(encoding="utf-8"))]
+    assert found == [place]
+
+
 def test_no_file_is_named_for_nothing() -> None:
     vague = {"utils", "util", "helpers", "helper", "misc", "manager", "base", "common"}
     assert [p.name for p in files() if p.stem in vague] == []

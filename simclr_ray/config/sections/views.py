@@ -8,6 +8,7 @@ from simclr_ray.config.components import ComponentConfig
 from simclr_ray.config.imports import ImportConfig
 from simclr_ray.config.schema import Config, Field, model_validator
 
+MAX_STAGES: Final = 32  # that `augment.pipeline.MAX_STAGES` has draws for; it imports no config
 # Transformations of images of any channels; the others are of RGB.
 OF_ANY_CHANNELS: Final = frozenset(
     {"crop", "flip", "rotate", "cutout", "jitter", "blur", "solarize", "import"}
@@ -282,8 +283,8 @@ class PipelineViewsConfig(Config):
                     "each view must begin with crop, its p 1: `shared` and `a` (or `b`) together "
                     f"are {[stage.name for stage in stages]}"
                 )
-            if len(stages) > 32:
-                raise ValueError(f"a view can have 32 stages at most, got {len(stages)}")
+            if len(stages) > MAX_STAGES:
+                raise ValueError(f"a view can have {MAX_STAGES} stages at most, got {len(stages)}")
         if self.b and self.symmetric:
             raise ValueError("b has stages, so symmetric must be false")
         return self

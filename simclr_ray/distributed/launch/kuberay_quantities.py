@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from simclr_ray.config.findings import Finding, Findings
+from simclr_ray.config.wording import GIB
 from simclr_ray.distributed.launch.file import cut, mapping, name_of, sequence
 from simclr_ray.distributed.launch.kuberay_schema import groups_of, pods_of
 
@@ -14,11 +15,10 @@ _QUANTITY: Final = re.compile(
     r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([KMGTPE]i|[numkMGTPE])|[eE]([+-]?\d{1,2}))?"
 )
 _POWERS: Final = {"n": -3, "u": -2, "m": -1, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
-_GIB: Final = 2**30
 BOUNDS: Final = {  # least and most of a node, in its unit, and how the least is written
     "cpu": (0.001, 4096.0, "1m to 4096 (the largest machines have some 2,000)"),
-    "memory": (_GIB, 2**16 * _GIB, "1Gi, in which Ray starts, to 64Ti"),
-    "ephemeral-storage": (_GIB, 2**20 * _GIB, "1Gi to 1Pi"),
+    "memory": (GIB, 2**16 * GIB, "1Gi, in which Ray starts, to 64Ti"),
+    "ephemeral-storage": (GIB, 2**20 * GIB, "1Gi to 1Pi"),
 }
 DEVICES: Final = (0.0, 1024.0, "0 to 1024, in whole numbers: no part of a device is given")
 AS_BOUNDS: Final = {"CPU": "cpu", "memory": "memory"}  # keys of a group's own `resources`
@@ -38,7 +38,7 @@ def quantity(text: object) -> float | None:
 def quantity_gib(text: object) -> float | None:
     """Return a quantity of bytes in GiB; None for what is none."""
     amount = quantity(text)
-    return None if amount is None else amount / _GIB
+    return None if amount is None else amount / GIB
 
 
 def check_quantities(cluster: Mapping[str, Any]) -> Findings:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from simclr_ray.augment import ops
-from simclr_ray.augment.pipeline import Crop, Pipelines, Stage
+from simclr_ray.augment.pipeline import MAX_STAGES, Crop, Pipelines, Stage
+from simclr_ray.config.sections import views as sections
 
 NUM, SIZE = 12, 24
 IDS = np.arange(100, 100 + NUM)
@@ -104,5 +105,6 @@ def test_views_of_another_size_and_lists_that_cannot_be() -> None:
     for shared, a in (([], [COLOR]), ([], []), ([Stage("crop", Crop(), 0.5)], [])):
         with pytest.raises(ValueError, match="begin with a crop"):
             Pipelines(SIZE, shared, a, a)
+    assert MAX_STAGES == sections.MAX_STAGES == 32
     with pytest.raises(ValueError, match="32 stages"):
         Pipelines(SIZE, [], [CROP, *[COLOR] * 32], [CROP])

@@ -12,8 +12,8 @@ from PIL import Image
 
 from simclr_ray.augment.decode import Pixels, decode_image
 from simclr_ray.data import duplicates
+from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.duplicates import (
-    Int64s,
     NearCopies,
     flat,
     linked,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t, ttest_1samp
 
+from simclr_ray.data.arrays import Float64s
 from simclr_ray.studies.effects import (
     MAX_EXACT_SEEDS,
-    Floats,
     effect_of,
     holm,
     interval_of,
@@ -22,14 +22,14 @@ from simclr_ray.studies.effects import (
     seeds_needed,
 )
 
-Draw = Callable[[np.random.Generator, tuple[int, int]], Floats]
+Draw = Callable[[np.random.Generator, tuple[int, int]], Float64s]
 
 
-def normal(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
+def normal(rng: np.random.Generator, shape: tuple[int, int]) -> Float64s:
     return rng.normal(size=shape)
 
 
-def skewed(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
+def skewed(rng: np.random.Generator, shape: tuple[int, int]) -> Float64s:
     """Return a gamma of shape 4 less its mean, whose skewness is 1."""
     return rng.gamma(4, size=shape) - 4
 

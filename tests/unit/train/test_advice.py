@@ -12,6 +12,7 @@ from PIL import Image
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
+from simclr_ray.config.wording import MIB
 from simclr_ray.data.source import Source
 from simclr_ray.evaluation.scores import PIXELS, TRAINED, Score
 from simclr_ray.train import advice
@@ -96,14 +97,14 @@ def test_a_step_that_does_not_fit_names_the_largest_group_that_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(advice, "machine_memory", lambda: 1000 * advice.MIB)
+    monkeypatch.setattr(advice, "machine_memory", lambda: 1000 * MIB)
     run = resolved(tmp_path, epochs=30)
-    assert advice.memory_advice(run, 5 * advice.MIB, 100 * advice.MIB) == ""
-    line = advice.memory_advice(run, 20 * advice.MIB, 100 * advice.MIB)
+    assert advice.memory_advice(run, 5 * MIB, 100 * MIB) == ""
+    line = advice.memory_advice(run, 20 * MIB, 100 * MIB)
     assert line == (
         "a step takes 2,100 MiB and this machine has 1,000: batch_norm.group_size=25 fits"
     )
-    assert "no group fits" in advice.memory_advice(run, 2000 * advice.MIB, 100 * advice.MIB)
+    assert "no group fits" in advice.memory_advice(run, 2000 * MIB, 100 * MIB)
 
 
 def test_the_first_images_of_folders_of_classes_are_not_all_classes(tmp_path: Path) -> None:
