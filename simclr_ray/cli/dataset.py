@@ -11,8 +11,9 @@ import typer
 from simclr_ray import config as cfg
 from simclr_ray.cli.arguments import ConfigSource, Overrides
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
+from simclr_ray.config.column_keys import column_keys
 from simclr_ray.config.experiment import ColumnsConfig, Experiment, PreparationConfig
-from simclr_ray.config.wording import MIB, column_keys, counted
+from simclr_ray.config.wording import MIB, counted
 from simclr_ray.errors import ConfigError, ConfigIssue
 from simclr_ray.storage.filesystem import make_parent
 

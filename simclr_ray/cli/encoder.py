@@ -15,8 +15,9 @@ import typer
 from simclr_ray import config as cfg
 from simclr_ray.cli.arguments import TrackingUri, permitted_names
 from simclr_ray.cli.console import loading, out, say
+from simclr_ray.config.column_keys import column_keys
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.config.wording import column_keys, counted
+from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
 
 Model = Annotated[

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from simclr_ray.config.column_keys import column_key
 from simclr_ray.config.logging import warn_once
-from simclr_ray.config.wording import column_key, counted
+from simclr_ray.config.wording import counted
 from simclr_ray.data.arrays import Int64s
 from simclr_ray.errors import DataError, one_line
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
+from simclr_ray.config.column_keys import column_key
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.uris import hide_passwords
-from simclr_ray.config.wording import GIB, column_key
+from simclr_ray.config.wording import GIB
 from simclr_ray.data.classes import (
     NO_INT64,
     LabelColumn,

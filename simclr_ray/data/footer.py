@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from simclr_ray import config as cfg
 from simclr_ray.config import nearest
+from simclr_ray.config.column_keys import column_key
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.config.wording import column_key
 from simclr_ray.data.classes import is_text
 from simclr_ray.data.contents import Sampled, sample_named_files
 from simclr_ray.data.listing import REMOTE_THREADS, Listed

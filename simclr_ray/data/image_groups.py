@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from simclr_ray.augment.philox import integers
 from simclr_ray.config import nearest
+from simclr_ray.config.column_keys import column_key
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
-from simclr_ray.config.wording import column_key, counted
+from simclr_ray.config.wording import counted
 from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.classes import as_integers, blank_as_null, is_text
 from simclr_ray.data.columns import GROUP_COLUMN

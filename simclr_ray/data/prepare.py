@@ -24,9 +24,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.config import digest_of
+from simclr_ray.config.column_keys import column_keys
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.sections.data import FolderGroups, FolderLabels
-from simclr_ray.config.wording import column_keys
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.columns import GROUP_COLUMN
 from simclr_ray.data.footer import INDEX, MANIFEST

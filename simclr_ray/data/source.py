@@ -21,10 +21,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from simclr_ray.config.column_keys import column_key
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.config.uris import hide_passwords, recall
-from simclr_ray.config.wording import column_key
 from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.classes import LabelColumn, as_integers
 from simclr_ray.data.columns import (

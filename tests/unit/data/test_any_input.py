@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from simclr_ray.config.column_keys import column_keys
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.uris import recall, remember
-from simclr_ray.config.wording import column_keys
 from simclr_ray.data.aligned import align_labels, labels_for_classifier, map_to_classifier
 from simclr_ray.data.description import class_name, count_labels
 from simclr_ray.data.folder_input import FolderInput, index_folder
