@@ -91,7 +91,7 @@ def _run_and_show(
             if restart:
                 begin_anew(resolved)
                 is_done(RESTART)
-            outcome = stored_outcome(resolved)  # of whoever held it until now
+            outcome = stored_outcome(resolved)  # of the process that held the lock until now
             if outcome is None:
                 outcome = _run(resolved)
     _show(resolved, outcome, image)

@@ -290,9 +290,10 @@ class Experiment(Config):
         return loader.digest_of(identity(self))
 
     def canonical(self) -> Experiment:
-        """Return the experiment with one group of all images said as no groups.
+        """Return the experiment with settings that have no effect at their defaults.
 
-        And without grayscale where there is no color to drop.
+        `batch_norm.group_size` of the whole batch is 0, which means the same. Without color there
+        is no grayscale to draw.
         """
         update: dict[str, Config] = {}
         if self.num_groups == 1:

@@ -204,8 +204,8 @@ def stream(
         DataError: A file cannot be read.
     """
     check_actors(actors.num, actors.cpus, actors.gpus, actors.label_selector)
-    # by a reference that this process keeps: of what is large and given itself Ray says, as an
-    # error, that an actor which it starts again may lack it
+    # by a reference that this process keeps: Ray logs an error for a large argument given by
+    # value, since an actor that it restarts may lack it
     kept = ray.put(encoding)
     planned = ray.data.from_blocks(
         [pa.table({PIECE: [i], "rows": [rows.tolist()]}) for i, rows in enumerate(pieces)]

@@ -379,7 +379,7 @@ class RunFolder:
 
     def written_at(self, folder: str = "") -> datetime | None:
         """Return when something was last written into the folder, or one in it, by its files."""
-        lock = run_lock.LOCK  # of a bucket's, who only looked wrote there
+        lock = run_lock.LOCK  # left out: in a bucket, commands that only read write a clock there
         times = [e.mtime for e in self._entries(folder) if e.mtime and e.base_name != lock]
         return max(times).astimezone(UTC) if times else None
 

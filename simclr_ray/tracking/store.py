@@ -69,9 +69,9 @@ _FOR_NOW: Final = frozenset(
 )  # fmt: skip
 _STATUS_FOR_NOW: Final = (408, 429)
 _SERVER_FAILS: Final = 500
-# While a run is delivered: what fails is tried anew by the sender, which can be asked to stop.
+# While a run is delivered: the sender repeats what failed, and unlike MLflow it can be stopped.
 FEW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-# Who would say, with tracebacks, what the sender says in a line.
+# Libraries that log a failed request with its traceback; the sender logs it in one line.
 LOGGERS: Final = ("mlflow", "alembic", "urllib3", "sqlalchemy")
 
 T = TypeVar("T")

@@ -1,8 +1,8 @@
 """What the evaluation of a run needs besides its encoder, made while its workers train.
 
 The driver has nothing to do then: it decodes the splits, where they are small, and draws views.
-Begun with the first report, so that no start waits for it; an error here is one again, and said,
-when the evaluation asks for the same.
+Begun with the first report, so that no start waits for it. An error here is only logged: the
+evaluation does the same work where it is missing, and raises.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EvaluationAhead(AbstractContextManager["EvaluationAhead"]):
         self._thread = threading.Thread(target=self._make, name="evaluation-ahead", daemon=True)
 
     def __exit__(self, *_: object) -> None:
-        """Let go of what was made; what is still being made is nobody's."""
+        """Delete what was made; what the thread still makes is deleted with the process."""
         with self._lock:
             self._is_over = True
             DECODED.keep(self._kept)
@@ -76,5 +76,5 @@ class EvaluationAhead(AbstractContextManager["EvaluationAhead"]):
             views = Path(folder) / "views.png"
             draw_views(config, self._resolved.source, views)
             self._views = views
-        except Exception as error:  # noqa: BLE001 - it is met again where it matters
+        except Exception as error:  # noqa: BLE001 - the evaluation does this again, and raises
             log.debug("not ready for the evaluation: %s", error)

@@ -103,8 +103,8 @@ class HealthWatch:
         """Take what a run had logged before it was stopped; nothing of it is raised.
 
         Returns:
-            What it would have ended by, unless it was rolled back or evaluated well since; None:
-            nothing.
+            The error that it would have ended by. None: there is none, or the run was rolled back
+            or evaluated well since.
         """
         last: UnhealthyRunError | None = None
         raised_at = -1
@@ -115,7 +115,8 @@ class HealthWatch:
             try:
                 self(record)
             except UnhealthyRunError as error:
-                self._since.clear()  # it went on: it was told, or its records are of another rate
+                # where records follow, the run only warned or was rolled back: signs count anew
+                self._since.clear()
                 last, raised_at = error, step
             if self._well_at > raised_at:
                 last = None

@@ -63,7 +63,7 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._scratch:
-            if kind is not None:  # what ended the run is what is told
+            if kind is not None:  # the error that ended the run is raised, not one of the upload
                 with suppress(StorageError):
                     self.try_upload()
                 return

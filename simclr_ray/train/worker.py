@@ -202,8 +202,8 @@ class TrainWorker:
         """
         if step == self.saved:
             if self.requests.reason:
-                # it ends here, which nobody knew when this was saved at the epoch's end: an upload
-                # that is still under way would end with the first rank that does
+                # saved at the epoch's end, before the request to stop came: the first rank that
+                # ends would end an upload that is still under way
                 self.uploaded.wait()
                 collectives.broadcast_text("")
             return
