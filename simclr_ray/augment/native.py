@@ -108,6 +108,7 @@ def distort_color(
     order: NDArray[np.int64],
     jitter: NDArray[np.bool_],
     gray: NDArray[np.bool_],
+    *,
     blur: NDArray[np.bool_],
     kernels: NDArray[np.float32],
 ) -> Tensor:
@@ -128,7 +129,8 @@ def distort_color(
     if crops.shape[1:2] != (3,) or factors.shape != (len(crops), 4):
         raise ValueError(f"crops {[*crops.shape]} are not [n, 3, S, S] with 4 factors each")
     size = (crops.shape[-1],)
-    return _distort("distort_color", crops, size, factors, order, (jitter, gray, blur), kernels)
+    chosen = (jitter, gray, blur)
+    return _distort("distort_color", crops, size, factors, order, chosen, kernels=kernels)
 
 
 def distort_channels(
@@ -136,6 +138,7 @@ def distort_channels(
     factors: NDArray[np.float32],
     order: NDArray[np.int64],
     jitter: NDArray[np.bool_],
+    *,
     blur: NDArray[np.bool_],
     kernels: NDArray[np.float32],
 ) -> Tensor:
@@ -155,9 +158,8 @@ def distort_channels(
     n, channels, size = crops.shape[:3]
     if factors.shape != (n, 2 * channels):
         raise ValueError(f"factors {[*factors.shape]} are not [{n}, {2 * channels}]")
-    return _distort(
-        "distort_channels", crops, (channels, size), factors, order, (jitter, blur), kernels
-    )
+    sizes, chosen = (channels, size), (jitter, blur)
+    return _distort("distort_channels", crops, sizes, factors, order, chosen, kernels=kernels)
 
 
 def _distort(
@@ -167,6 +169,7 @@ def _distort(
     factors: NDArray[np.float32],
     order: NDArray[np.int64],
     chosen: tuple[NDArray[np.bool_], ...],
+    *,
     kernels: NDArray[np.float32],
 ) -> Tensor:
     if crops.dtype != torch.uint8:

@@ -233,9 +233,11 @@ class TwoViews:
                 kernels[draws.blur] = blur_kernels(draws.sigma[draws.blur], taps)
             factors, order, jitter = (t.numpy() for t in draws.jitter)
             if self.channels != 3:
-                return native.distort_channels(crops, factors, order, jitter, draws.blur, kernels)
+                return native.distort_channels(
+                    crops, factors, order, jitter, blur=draws.blur, kernels=kernels
+                )
             return native.distort_color(
-                crops, factors, order, jitter, draws.gray, draws.blur, kernels
+                crops, factors, order, jitter, draws.gray, blur=draws.blur, kernels=kernels
             )
         jittered = color.jitter if self.channels == 3 else color.jitter_channels
         x = jittered(crops.float().mul_(1 / 255), draws.jitter)

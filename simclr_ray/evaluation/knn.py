@@ -26,6 +26,7 @@ def knn_scores(
     k: int,
     temperature: float,
     num_classes: int,
+    *,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Return the votes of each query's `k` nearest bank rows for each class, float32 `[Q, K]`.

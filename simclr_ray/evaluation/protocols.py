@@ -73,6 +73,6 @@ def _nearest(
     bank: Features, test: Features, num_classes: int, k: int, temperature: float
 ) -> Tensor:
     votes = knn_scores(
-        bank.rows, bank.labels, test.rows, k, temperature, num_classes, best_device()
+        bank.rows, bank.labels, test.rows, k, temperature, num_classes, device=best_device()
     )
     return top_k_hits(votes, test.labels).cpu()

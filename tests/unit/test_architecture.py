@@ -25,6 +25,9 @@ from simclr_ray.config.sections.views import AnyStageConfig, SimCLRViewsConfig
 ROOT = Path(simclr_ray.__file__).parent
 TRAVELLING = ROOT / "augment" / "decode"
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_POSITIONAL = 6  # arguments that a call may give by their place; further ones by name
+# Called by place by torch; the verbs of `cli` are called by typer, whose options they declare.
+CALLED_BY_PLACE = ("distributed.spawn._run_rank", "nn.pairwise.forward")
 MOST_CONFIG_CHECKS = 8  # isinstance on config classes outside of their own room
 
 # The rooms of `docs/architecture.md`, floor by floor: a room imports from lower floors only.
@@ -276,6 +279,18 @@ def test_one_function_puts_an_error_on_one_line() -> None:
     copies = re.compile(r"join\(str\(\w+\)\.split\(\)\)")
     found = [module_of(p) for p in files() if copies.search(p.read_text(encoding="utf-8"))]
     assert found == ["errors"]
+
+
+def test_no_function_takes_more_by_place_than_a_reader_can_count() -> None:
+    long = []
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+                num = len([name for name in names if name not in ("self", "cls", "ctx")])
+                if num > MAX_POSITIONAL and room_of(module_of(path)) != "cli":
+                    long.append(f"{module_of(path)}.{node.name}")
+    assert sorted(long) == sorted(CALLED_BY_PLACE)
 
 
 @pytest.mark.parametrize(
