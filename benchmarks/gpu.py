@@ -120,7 +120,7 @@ def loss(device: torch.device, n: int) -> dict[str, Any]:
             form: Callable[[Tensor, Tensor], Tensor] = form, z1: Tensor = z1, z2: Tensor = z2
         ) -> None:
             z1.grad = z2.grad = None
-            form(z1, z2).backward()  # type: ignore[no-untyped-call]
+            form(z1, z2).backward()  # type: ignore[no-untyped-call] # torch's
 
         try:
             seconds, mib = timed(turn, device)
@@ -166,7 +166,7 @@ def step(device: torch.device, case: Case, *, quick: bool, compiled: bool) -> di
     precision.prepare_model(model, device, "bf16")
     operations = _operations(model, case, device)
     if compiled:
-        model.encoder = torch.compile(model.encoder)  # type: ignore[assignment]
+        model.encoder = torch.compile(model.encoder)  # type: ignore[assignment] # a module as well
     side = case.size if case.size <= 64 else 256
     shape = (case.batch, 3, side, side)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)

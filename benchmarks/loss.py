@@ -68,13 +68,13 @@ class _Tiles(torch.autograd.Function):
                 s = _tile(z, i, j, tile)
                 lse[i : i + tile] = torch.logaddexp(lse[i : i + tile], s.logsumexp(1))
         ctx.save_for_backward(z, lse)
-        ctx.tile = tile  # type: ignore[attr-defined]
+        ctx.tile = tile  # type: ignore[attr-defined] # torch declares none
         return lse
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor, None]:
-        z, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        tile: int = ctx.tile  # type: ignore[attr-defined]
+        z, lse = ctx.saved_tensors  # type: ignore[attr-defined] # torch declares none
+        tile: int = ctx.tile  # type: ignore[attr-defined] # torch declares none
         scaled, gradient = z / TEMPERATURE, torch.zeros_like(z)
         for i in range(0, len(z), tile):
             for j in range(0, len(z), tile):
@@ -173,7 +173,7 @@ def _times(n: int, rounds: int) -> dict[str, float]:
         for name, loss in forms().items():
             z1.grad = z2.grad = None
             began = time.perf_counter()
-            loss(z1, z2).backward()  # type: ignore[no-untyped-call]
+            loss(z1, z2).backward()  # type: ignore[no-untyped-call] # torch's
             if turn:
                 taken[name].append(time.perf_counter() - began)
     return {name: round(statistics.median(t), 5) for name, t in taken.items()}
@@ -183,9 +183,9 @@ def _errors(loss: Loss, n: int) -> dict[str, float]:
     z1, z2 = _inputs(n)
     exact = [z.detach().double().requires_grad_() for z in (z1, z2)]
     reference = lean_dense(*exact)
-    reference.backward()  # type: ignore[no-untyped-call]
+    reference.backward()  # type: ignore[no-untyped-call] # torch's
     value = loss(z1, z2)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()  # type: ignore[no-untyped-call] # torch's
     ours, theirs = (
         torch.cat([z.grad.double() for z in p if z.grad is not None]) for p in ((z1, z2), exact)
     )
@@ -206,12 +206,12 @@ def _peak(form: str, n: int) -> float:
 def _peak_mib(loss: Loss, n: int) -> float:
     small = _inputs(64)
     for _ in range(2):
-        loss(*small).backward()  # type: ignore[no-untyped-call]
+        loss(*small).backward()  # type: ignore[no-untyped-call] # torch's
     z1, z2 = _inputs(n)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_mib("VmRSS")
-    loss(z1, z2).backward()  # type: ignore[no-untyped-call]
+    loss(z1, z2).backward()  # type: ignore[no-untyped-call] # torch's
     return round(_status_mib("VmHWM") - before, 1)
 
 

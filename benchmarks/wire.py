@@ -72,7 +72,7 @@ def gather_with_gradient(n: int) -> Loss:
         padded = F.pad(z, (0, 0, 0, max(counts) - len(z1)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # to be renamed in a later torch
-            everyone = all_gather(padded)  # type: ignore[no-untyped-call]
+            everyone = all_gather(padded)  # type: ignore[no-untyped-call] # torch's
         parts = [part[:, :count] for part, count in zip(everyone, counts, strict=True)]
         return lean_dense(*torch.cat(parts, 1))
 
@@ -216,7 +216,7 @@ def _bytes(loss: Loss | None, z1: Tensor, z2: Tensor, steps: int) -> int:
     td.barrier()
     for _ in range(steps if loss else 0):
         assert loss is not None
-        loss(z1, z2).backward()  # type: ignore[no-untyped-call]
+        loss(z1, z2).backward()  # type: ignore[no-untyped-call] # torch's
     td.barrier()
     return _loopback_bytes() - before
 

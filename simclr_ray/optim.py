@@ -112,7 +112,7 @@ class LARS(torch.optim.Optimizer):
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override] # torch's has overloads
         """Update all parameters in place; return the loss of `closure`, None without one.
 
         Args:

@@ -150,7 +150,7 @@ def check_cluster(storage: str, num_workers: int) -> Findings:
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types
         return [
-            check_resources(ray.nodes(), resources, num_workers),  # type: ignore[no-untyped-call]
+            check_resources(ray.nodes(), resources, num_workers),  # type: ignore[no-untyped-call] # Ray's
             _check_state_api(),
             *check_nodes(storage),
         ]

@@ -52,7 +52,7 @@ def without_passwords(value: T) -> T:
         hidden = {key: without_passwords(item) for key, item in value.items()}
     elif isinstance(value, list | tuple) and type(value) in (list, tuple):
         hidden = type(value)(without_passwords(item) for item in value)
-    return hidden  # type: ignore[no-any-return]
+    return hidden  # type: ignore[no-any-return] # of the type of the value
 
 
 def remember(uri: str) -> str:

@@ -152,7 +152,7 @@ class _Header(tarfile.TarInfo):
             if kind == "EOFHeaderError":
                 tarfile_.end_seen = True  # type: ignore[attr-defined]  # a note of ours
             raise
-        tarfile_.end_seen = False  # type: ignore[attr-defined]
+        tarfile_.end_seen = False  # type: ignore[attr-defined] # as above
         return member
 
 

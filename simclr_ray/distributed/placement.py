@@ -44,7 +44,7 @@ def nodes() -> list[Node]:
             dict(node.get("Labels") or {}),
             str(node["NodeID"]),
         )
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        for node in ray.nodes()  # type: ignore[no-untyped-call] # Ray's
     ]
 
 
@@ -57,7 +57,7 @@ def staying_nodes() -> list[Node]:
 def free_nodes() -> list[Node]:
     """Return the staying nodes, each with what nobody has of its CPUs and GPUs."""
     free: Mapping[str, Mapping[str, float]]
-    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call] # Ray's
     left = ((node, free.get(node.id, {})) for node in staying_nodes())
     return [node._replace(cpus=f.get("CPU", 0.0), gpus=f.get("GPU", 0.0)) for node, f in left]
 
@@ -130,7 +130,7 @@ def _times(amount: float, each: float) -> int:
 def check_cluster(experiment: Experiment) -> None:
     """Raise `ClusterError` if the cluster cannot hold what `experiment` asks for."""
     scaling = experiment.scaling
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call] # Ray's
     data_cpus, workers = scaling.data_cpus_per_worker, scaling.min_workers
     for what, needed in (("CPU", scaling.least_cpus), ("GPU", scaling.least_gpus)):
         if needed > cluster.get(what, 0.0):

@@ -370,7 +370,7 @@ class PickledQueue(Queue):
 
     def put(self, item: Any, *args: Any, **kwargs: Any) -> None:
         """Same as `ray.util.queue.Queue.put`."""
-        super().put(cloudpickle.dumps(item), *args, **kwargs)  # type: ignore[no-untyped-call]
+        super().put(cloudpickle.dumps(item), *args, **kwargs)  # type: ignore[no-untyped-call] # Ray's
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
         """Same as `ray.util.queue.Queue.get`."""

@@ -34,7 +34,7 @@ def spawn(
     # held here, so that no other program can take the port between its choice and its use
     store = td.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined] # public, but exported at run time
     results = context.SimpleQueue()
-    ranks = start_processes(  # type: ignore[no-untyped-call]
+    ranks = start_processes(  # type: ignore[no-untyped-call] # torch's
         _run_rank,
         (fn, num_processes, store.port, results, dict(os.environ), args, kwargs),
         num_processes,

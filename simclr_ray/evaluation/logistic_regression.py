@@ -78,10 +78,10 @@ def fit_logistic_regression(
         solver.zero_grad()
         error = F.cross_entropy(torch.addmm(bias, x, weight.T), labels)
         value = error + l2 / (2 * len(x)) * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call] # torch's
         return value
 
-    solver.step(objective)  # type: ignore[no-untyped-call]
+    solver.step(objective)  # type: ignore[no-untyped-call] # torch's
     w, b = weight.detach(), bias.detach()
     return LinearProbe(w.float(), (b - w @ mean).float())
 

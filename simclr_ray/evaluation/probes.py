@@ -213,7 +213,7 @@ def _accuracy(
             for rows in torch.tensor_split(torch.randperm(len(x)), -(-len(x) // BATCH)):
                 solver.zero_grad()
                 loss = F.cross_entropy(mlp(x[rows]), labels[rows])
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call] # torch's
                 solver.step()
                 schedule.step()
     with torch.no_grad():

@@ -384,4 +384,4 @@ def stop() -> None:
     if set(serve.status().applications) - {NAME}:
         serve.delete(NAME)
     else:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()  # type: ignore[no-untyped-call] # Ray's

@@ -144,7 +144,7 @@ class _GlobalNorm(torch.autograd.Function):
         variance = ((variances + (means - mean).square()) * counts).sum(0) / count
         out = F.batch_norm(x, mean, variance, weight, bias, eps=eps)
         ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps = eps  # type: ignore[attr-defined]
+        ctx.eps = eps  # type: ignore[attr-defined] # torch declares none
         ctx.mark_non_differentiable(mean, variance, count)
         return out, mean, variance, count
 
@@ -152,8 +152,8 @@ class _GlobalNorm(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, variance, count = ctx.saved_tensors  # type: ignore[attr-defined]
-        eps: float = ctx.eps  # type: ignore[attr-defined]
+        x, weight, mean, variance, count = ctx.saved_tensors  # type: ignore[attr-defined] # torch declares none
+        eps: float = ctx.eps  # type: ignore[attr-defined] # torch declares none
         # Σ dy·x̂ and Σ dy of this rank, in one fused pass
         _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             upstream, x, weight, mean, variance, None, None, EVAL, eps, [False, True, True]

@@ -190,9 +190,9 @@ def take_channels(encoder: nn.Module, channels: int) -> None:
         channels,
         first.out_channels,
         first.kernel_size,  # type: ignore[arg-type] # pairs, as they were given
-        first.stride,  # type: ignore[arg-type]
-        first.padding,  # type: ignore[arg-type]
-        first.dilation,  # type: ignore[arg-type]
+        first.stride,  # type: ignore[arg-type] # as above
+        first.padding,  # type: ignore[arg-type] # as above
+        first.dilation,  # type: ignore[arg-type] # as above
         bias=first.bias is not None,
         padding_mode=first.padding_mode,
     )

@@ -57,7 +57,7 @@ class NTXentFunction(torch.autograd.Function):
         all_lse = collectives.all_gather_rows(lse[:, None], row_counts).squeeze(1)  # [2N]
         aligned = (z[0::2] * z[1::2]).sum(1) / temperature  # [n]
         ctx.save_for_backward(z, norms, gathered, all_lse)
-        ctx.rest = (first, temperature, shift, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
+        ctx.rest = (first, temperature, shift, z1.dtype, z2.dtype)  # type: ignore[attr-defined] # torch declares none
         # row by row: two large sums would cancel. A loss is never below 0, but rounding may be
         each = (lse.view(-1, 2).sum(1) - 2 * aligned).clamp_(min=0)
         loss = each.sum() * (collectives.world_size() / len(gathered))
@@ -68,8 +68,8 @@ class NTXentFunction(torch.autograd.Function):
     def backward(  # noqa: D102 - autograd's
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None, None]:
-        z, norms, gathered, all_lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        first, temperature, shift, *dtypes = ctx.rest  # type: ignore[attr-defined]
+        z, norms, gathered, all_lse = ctx.saved_tensors  # type: ignore[attr-defined] # torch declares none
+        first, temperature, shift, *dtypes = ctx.rest  # type: ignore[attr-defined] # torch declares none
         with torch.autocast(z.device.type, enabled=False):  # whoever calls backward
             gradient = _Sweep(z, gathered, first, temperature, shift).gradient(all_lse)
         pairs, partners = gradient.view(-1, 2, z.shape[1]), z.view(-1, 2, z.shape[1])

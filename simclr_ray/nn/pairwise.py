@@ -51,7 +51,7 @@ def loss(
         labels: int64 [n], for `Supervised`; below 0: none.
     """
     classes = _classes(labels, counts) if labels is not None else None
-    return _Pairwise.apply(z1, z2, pair_loss, normalize, wide, counts, classes)  # type: ignore[no-any-return]
+    return _Pairwise.apply(z1, z2, pair_loss, normalize, wide, counts, classes)  # type: ignore[no-any-return] # torch's
 
 
 class Tile(NamedTuple):
@@ -367,7 +367,7 @@ class _Pairwise(torch.autograd.Function):
         values, positive_grad, row_stats = pair_loss.terms(pairs)
         all_row_stats = collectives.all_gather_rows(row_stats, row_counts)  # [2N, S]
         ctx.save_for_backward(norms, positive_grad, all_row_stats)
-        ctx.rest = (pair_loss, pairs, z1.dtype, z2.dtype)  # type: ignore[attr-defined]
+        ctx.rest = (pair_loss, pairs, z1.dtype, z2.dtype)  # type: ignore[attr-defined] # torch declares none
         loss = values.sum() * (collectives.world_size() / len(gathered))
         return loss if z1.dtype == torch.float64 else loss.float()
 
@@ -376,8 +376,8 @@ class _Pairwise(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
-        norms, positive_grad, row_stats = ctx.saved_tensors  # type: ignore[attr-defined]
-        pair_loss, pairs, *dtypes = ctx.rest  # type: ignore[attr-defined]
+        norms, positive_grad, row_stats = ctx.saved_tensors  # type: ignore[attr-defined] # torch declares none
+        pair_loss, pairs, *dtypes = ctx.rest  # type: ignore[attr-defined] # torch declares none
         z = pairs.z
         with torch.autocast(z.device.type, enabled=False):  # whoever calls backward
             gradient = pair_loss.grad_rows(pairs, row_stats)

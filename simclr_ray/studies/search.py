@@ -73,7 +73,7 @@ class TrialQueue(BasicVariantGenerator):
         before, self.max_concurrent = self.max_concurrent, self._concurrency.recount()
         if before != self.max_concurrent:
             log.info("the cluster holds %s at a time now", counted(self.max_concurrent, "trial"))
-        trial = super().next_trial()  # type: ignore[no-untyped-call]
+        trial = super().next_trial()  # type: ignore[no-untyped-call] # Ray's
         self._num_waiting -= trial is not None
         now = time.monotonic()
         if self._demand is not None and (trial is not None or now - self._shown_at > RECOUNT_S):

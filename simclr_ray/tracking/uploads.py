@@ -40,7 +40,7 @@ def upload_model(client: MlflowClient, model_id: str, folder: Path) -> None:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         place = file.parent.relative_to(folder).as_posix()
         with_retries(
-            lambda file=file, place=place: client.log_model_artifact(  # type: ignore[misc]
+            lambda file=file, place=place: client.log_model_artifact(  # type: ignore[misc] # defaults bind the loop's values
                 model_id, str(file), None if place == "." else place
             ),
             f"upload {file.name}",

@@ -62,7 +62,7 @@ class RankStarted(NamedTuple):
     @classmethod
     def here(cls, rank: int) -> RankStarted:
         """Return what this process says of itself."""
-        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call] # Ray's
         return cls(rank, address, ray.get_runtime_context().current_actor)
 
 

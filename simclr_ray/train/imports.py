@@ -74,7 +74,7 @@ def check_loss(experiment: Experiment, node: ImportedLossConfig) -> None:
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
         raise ConfigError([ConfigIssue("", f"gives {_shown(value)}; expected a float scalar")])
     if value.requires_grad:
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call] # torch's
     gradients = [z.grad for z in (z1, z2) if z.grad is not None]
     finite = all(torch.isfinite(t).all() for t in (value, *gradients))
     if not finite or not any(gradient.any() for gradient in gradients):

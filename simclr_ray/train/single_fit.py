@@ -177,4 +177,4 @@ def _end(worker: Any, pid: int = 0) -> None:
 
 
 def _started_worker(experiment: Experiment) -> Any:
-    return SingleWorker.options(num_cpus=experiment.scaling.num_cpus).remote()  # type: ignore[attr-defined]
+    return SingleWorker.options(num_cpus=experiment.scaling.num_cpus).remote()  # type: ignore[attr-defined] # ray.remote has made it

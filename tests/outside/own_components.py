@@ -145,7 +145,7 @@ class SignSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0, "scale": scale})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override] # as torch's
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

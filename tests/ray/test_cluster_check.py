@@ -32,7 +32,7 @@ def test_workers_that_wait_for_room_are_given_up_in_time_also_where_signals_are_
     ray_cluster: str, tmp_path: Path
 ) -> None:
     """Ray blocks SIGINT in what it starts, its jobs as well."""
-    cpus = ray.cluster_resources()["CPU"]  # type: ignore[no-untyped-call]
+    cpus = ray.cluster_resources()["CPU"]  # type: ignore[no-untyped-call] # Ray's
     wait_for_free(cpus)  # what earlier tests have ended
     holder: Any = ray.remote(num_cpus=cpus)(Holder).remote()
     handler = signal.getsignal(signal.SIGINT)
@@ -60,5 +60,5 @@ def wait_for_free(cpus: float) -> None:
 
 
 def free_cpus() -> float:
-    available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call] # Ray's
     return available.get("CPU", 0.0)

@@ -306,6 +306,18 @@ def test_units_and_array_types_are_named_in_one_place(name: str, place: str) -> 
     assert found == [place]
 
 
+def test_a_type_that_is_not_checked_says_why() -> None:
+    bare = re.compile(r"# type: ignore(?:\[[\w, -]*\])?[ \t]*$", re.MULTILINE)
+    found = [
+        f"{path.relative_to(ROOT.parent)}:{text.count(chr(10), 0, match.start()) + 1}"
+        for folder in ("simclr_ray", "tests", "benchmarks")
+        for path in sorted((ROOT.parent / folder).rglob("*.py"))
+        for text in [path.read_text(encoding="utf-8")]
+        for match in bare.finditer(text)
+    ]
+    assert found == []
+
+
 def test_no_file_is_named_for_nothing() -> None:
     vague = {"utils", "util", "helpers", "helper", "misc", "manager", "base", "common"}
     assert [p.name for p in files() if p.stem in vague] == []

@@ -42,7 +42,7 @@ def open_by_extra(encoded: bytes, kind: Format, max_pixels: int) -> Image.Image:
     try:
         if kind is HEIC:
             heif = importlib.import_module("pi_heif")
-            return heif.HeifImagePlugin.HeifImageFile(io.BytesIO(encoded))  # type: ignore[no-any-return]
+            return heif.HeifImagePlugin.HeifImageFile(io.BytesIO(encoded))  # type: ignore[no-any-return] # an optional package
         pydicom = importlib.import_module("pydicom")
         _check_inflated(encoded, INFLATED_PER_PIXEL * max_pixels)
         dicom = pydicom.dcmread(io.BytesIO(encoded))

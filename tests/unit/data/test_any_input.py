@@ -565,7 +565,7 @@ def test_every_label_below_0_is_none(about: dict[str, str] | None, tmp_path: Pat
     source = Source.open(path)
     labels = [1, -1, 0, -1, -1, -1]
     assert source.labels().tolist() == labels
-    assert source.read_rows(np.arange(6)).labels.tolist() == labels  # type: ignore[union-attr]
+    assert source.read_rows(np.arange(6)).labels.tolist() == labels  # type: ignore[union-attr] # it has labels
     assert count_labels(source) == {-1: 4, 0: 1, 1: 1}
     first, second = ("ant", "bee") if about else ("0", "1")
     names = [class_name(source, label) for label in labels]

@@ -80,7 +80,7 @@ def test_structs_that_hold_paths_alone_name_files(tmp_path: Path, has_field: boo
     def source(num_embedded: int = 0) -> Source:
         rows = [{"path": f"photos/{index:03}.bmp"} for index in range(40)]
         for row in rows[:num_embedded]:
-            row["bytes"] = (tmp_path / row["path"]).read_bytes()  # type: ignore[assignment]
+            row["bytes"] = (tmp_path / row["path"]).read_bytes()  # type: ignore[assignment] # text until here
         table = pa.table({"image": pa.array(rows, kind), "n": [*range(40)]})
         pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
         return Source.open(str(tmp_path / "a.parquet"))

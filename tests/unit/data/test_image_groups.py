@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +36,7 @@ PNGS = [noise_png(seed, 8) for seed in range(400)]
 def write(
     path: Path,
     row_groups: list[list[Any]],
-    bad: set[int] = frozenset(),  # type: ignore[assignment]
+    bad: Collection[int] = frozenset(),
     kind: pa.DataType | None = None,
 ) -> Path:
     """Write row groups of rows of these groups; rows named bad are text."""

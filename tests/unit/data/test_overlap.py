@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 def line_of(folder: Path, **places: str) -> str:
     """Return what is said, with places below `folder`."""
     data = {key: f"{folder}/{place}" for key, place in places.items()}
-    return overlap_line(DataConfig(**data)).replace(f"{folder}/", "")  # type: ignore[arg-type]
+    return overlap_line(DataConfig(**data)).replace(f"{folder}/", "")  # type: ignore[arg-type] # places alone
 
 
 A, B, BOTH = "set/a.parquet", "set/b.parquet", "set"
@@ -70,8 +70,8 @@ def test_a_split_is_known_again_by_another_path_and_as_a_copy(folder: Path) -> N
 
 def test_rows_past_the_limit_are_not_trained_on(folder: Path) -> None:
     data = {"train": str(folder / BOTH), "test": str(folder / B)}
-    assert overlap_line(DataConfig(**data, limit=12)) == ""  # type: ignore[arg-type]
-    assert "are in" in overlap_line(DataConfig(**data, limit=13))  # type: ignore[arg-type]
+    assert overlap_line(DataConfig(**data, limit=12)) == ""  # type: ignore[arg-type] # places alone
+    assert "are in" in overlap_line(DataConfig(**data, limit=13))  # type: ignore[arg-type] # places alone
 
 
 def test_a_row_group_that_a_limit_cuts_counts_for_the_rows_that_are_read(folder: Path) -> None:

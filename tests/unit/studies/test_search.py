@@ -51,11 +51,11 @@ def epochs_run(study: Study, trials: list[Trial]) -> int:
     taken = 0
     for trial in trials:
         one, value = TuneTrial(trial), trial.experiment.schedule.learning_rate
-        scheduler.on_trial_add(None, one)  # type: ignore[arg-type]
+        scheduler.on_trial_add(None, one)  # type: ignore[arg-type] # asks for no controller
         for epoch in range(1, EPOCHS + 1):
             taken += 1
             result = {EPOCH: epoch, study.metric: value}
-            decision = scheduler.on_trial_result(None, one, result)  # type: ignore[arg-type]
+            decision = scheduler.on_trial_result(None, one, result)  # type: ignore[arg-type] # asks for no controller
             if decision == TrialScheduler.STOP:
                 break
     return taken

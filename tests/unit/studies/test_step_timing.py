@@ -91,7 +91,7 @@ def test_each_kind_is_timed_once_and_time_is_shared_by_what_runs_side_by_side(
 
     def timed(experiments: Sequence[Experiment], _: Sequence[str]) -> list[speed.TrialSeconds]:
         waves.append(len(experiments))
-        images = [0.5 if e.encoder.depth == 18 else 2.0 for e in experiments]  # type: ignore[union-attr]
+        images = [0.5 if e.encoder.depth == 18 else 2.0 for e in experiments]  # type: ignore[union-attr] # a ResNet
         return [speed.TrialSeconds(image, nothing, 0.0) for image in images]
 
     monkeypatch.setattr(speed, "_timed", timed)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -216,9 +216,9 @@ def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(
     assert stored(run) == list(range(6))
 
 
-def wait_for(is_so: object) -> None:
+def wait_for(is_so: Callable[[], object]) -> None:
     deadline = time.monotonic() + 30
-    while not is_so():  # type: ignore[operator]
+    while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

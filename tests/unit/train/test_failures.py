@@ -54,6 +54,6 @@ def test_a_training_fails_by_its_first_rank_else_by_what_ray_itself_met() -> Non
     first, second = ValueError("of rank 0"), ValueError("of rank 1")
     assert root_failure(_FailedError(first, second)) is first
     of_ray = _FailedError()
-    of_ray.controller_failure = RuntimeError("no room")  # type: ignore[attr-defined]
+    of_ray.controller_failure = RuntimeError("no room")  # type: ignore[attr-defined] # as Ray's error has it
     assert str(root_failure(of_ray)) == "no room"
     assert root_failure(first) is first

@@ -52,7 +52,7 @@ def in_one_graph(model: nn.Module, images: Tensor, groups: list[slice]) -> Tenso
         torch.cat(z) for z in zip(*(project(g, r) for g, r in enumerate(groups)), strict=True)
     )
     value: Tensor = LOSS(z1, z2)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()  # type: ignore[no-untyped-call] # torch's
     return value.detach()
 
 

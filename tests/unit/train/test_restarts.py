@@ -86,7 +86,7 @@ Refer to the documentation on how to address the out of memory issue: https://do
 
 
 def test_a_node_out_of_memory_is_said_in_a_line_and_counts_as_a_failure() -> None:
-    error = OutOfMemoryError(OOM)  # type: ignore[no-untyped-call]
+    error = OutOfMemoryError(OOM)  # type: ignore[no-untyped-call] # Ray's
     said = (
         "its node has run out of memory, and Ray has ended it; most has process 8718, 15.86 GB: "
         "/usr/bin/python train.py"

@@ -30,8 +30,8 @@ from tests.ray.images import write_shapes
 
 def raised_in_a_task(error: Exception) -> BaseException:
     """Return what `ray.get` raises."""
-    raised = RayTaskError("f", "Traceback ...", error)  # type: ignore[no-untyped-call]
-    found: BaseException = raised.as_instanceof_cause()  # type: ignore[no-untyped-call]
+    raised = RayTaskError("f", "Traceback ...", error)  # type: ignore[no-untyped-call] # Ray's
+    found: BaseException = raised.as_instanceof_cause()  # type: ignore[no-untyped-call] # Ray's
     return found
 
 
@@ -107,7 +107,7 @@ def test_ranks_that_end_at_an_epoch_wait_for_its_checkpoint(
     monkeypatch.setattr(collectives, "broadcast_text", agreed.append)
     worker = TrainWorker.__new__(TrainWorker)
     worker.saved, worker.uploaded = 8, threading.Event()
-    worker.requests = SimpleNamespace(reason=reason)  # type: ignore[assignment]
+    worker.requests = SimpleNamespace(reason=reason)  # type: ignore[assignment] # all that is read of it
     if not reason:
         worker.save(8)  # the run goes on, and does not wait
         return
@@ -141,7 +141,7 @@ def test_a_bucket_that_cannot_be_listed_leaves_the_newest_step_as_it_was(
     for step in (8, 9):
         (tmp_path / "run" / f"step-0000000{step}-00000000").mkdir(parents=True)
     (tmp_path / "run" / "step-00000008-00000000" / RECORD).touch()
-    recorder.resolved = SimpleNamespace(folder=folder)  # type: ignore[assignment]
+    recorder.resolved = SimpleNamespace(folder=folder)  # type: ignore[assignment] # all that is read of it
     recorder._kept = 4
     assert recorder._newest_step() == 8  # the one of step 9 is half uploaded
     monkeypatch.setattr(RunFolder, "_entries", away)
