@@ -24,7 +24,7 @@ Everything else that escapes is a defect.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 
 class SimclrRayError(Exception):
@@ -52,6 +52,11 @@ class ConfigError(SimclrRayError):
     def __init__(self, issues: list[ConfigIssue]) -> None:
         super().__init__("\n".join(str(m) for m in issues))
         self.issues = issues
+
+    @classmethod
+    def of(cls, path: str, problem: str) -> Self:
+        """Return the error of a single issue: the dotted path, and what is wrong there."""
+        return cls([ConfigIssue(path, problem)])
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[ConfigIssue]]]:
         """Survive pickling through Ray, which rebuilds an exception from its arguments."""

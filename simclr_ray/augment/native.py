@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr_ray.augment import native_build
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 Pixels = NDArray[np.uint8]
 NativeSetting = Literal["", "off", "package", "build"]
@@ -55,7 +55,7 @@ def check_setting() -> NativeSetting:
         if given == setting:
             return setting  # type: ignore[no-any-return] # get_args loses the type
     problem = f"{given!r} is none of off, package, build"
-    raise ConfigError([ConfigIssue(native_build.SETTING, problem)])
+    raise ConfigError.of(native_build.SETTING, problem)
 
 
 def crop_views(

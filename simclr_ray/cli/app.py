@@ -28,7 +28,7 @@ from simclr_ray.cli import (
     study_advise,
     study_plan,
 )
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 MOVED = {  # verbs that were flat: what they are called now
     "register": "model register RUN NAME",
@@ -125,7 +125,7 @@ app.add_typer(
 
 def _moved(verb: str, now: str) -> Callable[[list[str] | None], None]:
     def refuse(arguments: list[str] | None = None) -> None:  # noqa: ARG001 - whatever was given
-        raise ConfigError([ConfigIssue(verb, f"is now: simclr-ray {now}")])
+        raise ConfigError.of(verb, f"is now: simclr-ray {now}")
 
     return refuse
 

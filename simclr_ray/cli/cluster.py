@@ -15,7 +15,7 @@ from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.findings import Finding
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue
+from simclr_ray.errors import ClusterError, ConfigError
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.provenance import versions_of
 
@@ -55,9 +55,9 @@ def doctor(
     """
     if options and not (loss or cluster):
         problem = "is for a loss of yours, which --loss names, or a planned run, by --cluster"
-        raise ConfigError([ConfigIssue(options[0], problem)])
+        raise ConfigError.of(options[0], problem)
     if loss and cluster:
-        raise ConfigError([ConfigIssue("--cluster", "checks no loss: give it without --loss")])
+        raise ConfigError.of("--cluster", "checks no loss: give it without --loss")
     planned = planned_run(options or [], storage, workers) if cluster else None
     storage, workers = storage or STORAGE, workers or WORKERS
     if not cluster:  # which reaches no storage without a limit

@@ -14,7 +14,7 @@ from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.column_keys import column_keys
 from simclr_ray.config.experiment import ColumnsConfig, Experiment, PreparationConfig
 from simclr_ray.config.wording import MIB, counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.storage.filesystem import make_parent
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def inspect(
     chosen = cfg.validate(ColumnsConfig, cfg.apply_overrides({}, given))
     for option, name, ending in (("--page", page, ".html"), ("--json", record, ".json")):
         if name and not name.endswith(ending):
-            raise ConfigError([ConfigIssue(option, f"got {name}; it must end in {ending}")])
+            raise ConfigError.of(option, f"got {name}; it must end in {ending}")
         if name:
             make_parent(name)
     with column_keys(""):
@@ -274,7 +274,7 @@ def preview(
 ) -> None:
     """Draw what the views of a config show: originals with their crops, and both views."""
     if image.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError([ConfigIssue("--out", f"got {image}; it must end in .png, .svg or .pdf")])
+        raise ConfigError.of("--out", f"got {image}; it must end in .png, .svg or .pdf")
     experiment = Experiment.load(source, *(overrides or []))
     loading("torch", "matplotlib")
     from simclr_ray.data.decoding import resolve_white

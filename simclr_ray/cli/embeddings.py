@@ -12,7 +12,7 @@ from simclr_ray.cli.arguments import TrackingUri
 from simclr_ray.cli.console import loading, out, say
 from simclr_ray.cli.encoder import files_of, left_out, shown
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 Index = Annotated[
     str, typer.Argument(metavar="EMBEDDINGS", help="What `embed --out` wrote, by path or URI.")
@@ -51,7 +51,7 @@ def search(
     _check_sheet(sheet)
     images = files_of(images)
     if sheet and Path(sheet).resolve() in {image.resolve() for image in images}:
-        raise ConfigError([ConfigIssue("--out", f"{sheet} is an image that is looked for")])
+        raise ConfigError.of("--out", f"{sheet} is an image that is looked for")
     from simclr_ray.inference.embedding_index import EmbeddingIndex, import_faiss
 
     import_faiss()

@@ -84,7 +84,7 @@ def embed(
     for name in images:
         if "://" in name or name.endswith(".parquet") or Path(name).is_dir():
             problem = "is no image file; --out OUT.parquet embeds a dataset"
-            raise ConfigError([ConfigIssue(name, problem)])
+            raise ConfigError.of(name, problem)
     loading("torch")
     from simclr_ray.inference.embed import load_encoder
 
@@ -115,15 +115,15 @@ def _embed_rows(
         role = None if Path(name).exists() else ROLE.fullmatch(name)
         (roles if role else where).append(role[1] if role else name)
     if dtype not in DTYPES:
-        raise ConfigError([ConfigIssue("--dtype", f"got {dtype!r}; {' or '.join(DTYPES)}")])
+        raise ConfigError.of("--dtype", f"got {dtype!r}; {' or '.join(DTYPES)}")
     if not to.partition("?")[0].endswith(".parquet"):
-        raise ConfigError([ConfigIssue("--out", f"got {to}; it must end in .parquet")])
+        raise ConfigError.of("--out", f"got {to}; it must end in .parquet")
     if not where:
-        raise ConfigError([ConfigIssue("IMAGES", "are missing")])
+        raise ConfigError.of("IMAGES", "are missing")
     datasets = [name for name in where if _is_dataset(name)]
     if len(where) > 1 and datasets:
         problem = "is a dataset, and one is embedded at a time; or give image files alone"
-        raise ConfigError([ConfigIssue(datasets[0], problem)])
+        raise ConfigError.of(datasets[0], problem)
     columns = cfg.validate(ColumnsConfig, cfg.apply_overrides({}, roles))
     loading("torch", "ray")
     from simclr_ray.cli.progress import CountProgress

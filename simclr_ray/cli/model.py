@@ -9,7 +9,7 @@ import typer
 from simclr_ray.cli.arguments import Overrides, RunPlace, TrackingUri
 from simclr_ray.cli.console import loading, out, show_pairs, show_table
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from simclr_ray.train.finetune import FineTuned, Planned
@@ -65,7 +65,7 @@ def promote(
     --require 'linear_top1 >= champion - 0.2 * se and effective_rank > 10'
     """
     if require is not None and not require.strip():
-        raise ConfigError([ConfigIssue("--require", "is empty; a rule is comparisons")])
+        raise ConfigError.of("--require", "is empty; a rule is comparisons")
     loading("torch")
     from simclr_ray.inference.promotion import promote as move
 

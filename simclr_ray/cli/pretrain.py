@@ -9,7 +9,7 @@ import typer
 from simclr_ray.cli.arguments import ConfigSource, Overrides
 from simclr_ray.cli.console import command, is_done, loading, out, show_pairs
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from simclr_ray.train.outcome import PretrainOutcome
@@ -38,7 +38,7 @@ def pretrain(
     Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
     """
     if resume and restart:
-        raise ConfigError([ConfigIssue("--resume", f"and {RESTART} exclude each other")])
+        raise ConfigError.of("--resume", f"and {RESTART} exclude each other")
     named = [f"name={name}"] if name else []
     experiment = Experiment.load(source, *(overrides or []), *named)
     run_experiment(experiment, dry_run=dry_run, resume=resume, restart=restart)

@@ -11,7 +11,7 @@ from simclr_ray.cli.arguments import Overrides, RunOrCheckpoint, RunPlace, permi
 from simclr_ray.cli.console import command, loading, out, say, show_table
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOL_NAMES
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue, SimclrRayError
+from simclr_ray.errors import ConfigError, SimclrRayError
 
 if TYPE_CHECKING:
     from simclr_ray.storage.run_status import RunStatus
@@ -71,7 +71,7 @@ def stop(run: RunPlace) -> None:
     state = status_of_run(RunFolder.at(run))
     driver = state.folder.holder()
     if not driver:
-        raise ConfigError([ConfigIssue(state.folder.uri, "no driver holds it: nothing to stop")])
+        raise ConfigError.of(state.folder.uri, "no driver holds it: nothing to stop")
     request_stop(state.folder, driver)
     out.print(f"asked {state.folder.uri} to stop", markup=False, soft_wrap=True)
 
@@ -144,12 +144,10 @@ def list_runs(
     from simclr_ray.storage.run_status import runs_in, status_of_run
 
     if "://" not in storage and not (storage and Path(storage).is_dir()):
-        raise ConfigError(
-            [ConfigIssue(storage or repr(storage), "there is no folder of that name")]
-        )
+        raise ConfigError.of(storage or repr(storage), "there is no folder of that name")
     if RunFolder.at(storage).read_text(CONFIG_FILE) is not None:
         problem = f"is a run itself; see {command('status', storage)}"
-        raise ConfigError([ConfigIssue(storage, problem)])
+        raise ConfigError.of(storage, problem)
     rows, reasons = [], []
     for folder in runs_in(storage):
         try:

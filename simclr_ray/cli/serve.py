@@ -13,7 +13,7 @@ import typer
 from simclr_ray.cli.arguments import TrackingUri
 from simclr_ray.cli.console import loading, say
 from simclr_ray.config.wording import MIB
-from simclr_ray.errors import ClusterError, ConfigError, ConfigIssue, last_line
+from simclr_ray.errors import ClusterError, ConfigError, last_line
 
 LOOK_S = 1.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -55,7 +55,7 @@ def serve(
     Example: simclr-ray model serve --index photos.parquet
     """
     if not model and not index:
-        raise ConfigError([ConfigIssue("RUN_OR_MODEL", "is missing; or give --index")])
+        raise ConfigError.of("RUN_OR_MODEL", "is missing; or give --index")
     _check_port(host, port)
     loading("torch", "ray")
     try:
@@ -68,7 +68,7 @@ def serve(
         )
     except ImportError as error:
         problem = f"needs Ray Serve: pip install '{EXTRA}' ({error})"
-        raise ConfigError([ConfigIssue("serve", problem)]) from error
+        raise ConfigError.of("serve", problem) from error
     from simclr_ray.distributed.ray_cluster import connect
 
     service = Service(
@@ -104,7 +104,7 @@ def _host_of(name: str) -> str:
     try:
         return urlsplit(f"//{name}").hostname or name
     except ValueError as error:
-        raise ConfigError([ConfigIssue("--allowed-host", f"{name}: {error}")]) from error
+        raise ConfigError.of("--allowed-host", f"{name}: {error}") from error
 
 
 def _wait() -> None:
@@ -123,4 +123,4 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
     except OSError as error:
         problem = f"{host}:{port} cannot be listened on: {error.strerror or error}"
-        raise ConfigError([ConfigIssue("--port", problem)]) from error
+        raise ConfigError.of("--port", problem) from error

@@ -15,7 +15,7 @@ from simclr_ray.cli.arguments import RunPlace
 from simclr_ray.cli.console import show_pairs, show_table
 from simclr_ray.config.uris import hide_passwords, without_passwords
 from simclr_ray.config.wording import clock, counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 if TYPE_CHECKING:  # no torch and no ray: the verb answers within two seconds
     from simclr_ray.storage.rank_states import RankStates
@@ -41,7 +41,7 @@ def status(
     from simclr_ray.storage.run_status import status_of_run
 
     if record and record != "-" and not record.endswith(JSON):
-        raise ConfigError([ConfigIssue("--json", f"{record} does not end in {JSON}")])
+        raise ConfigError.of("--json", f"{record} does not end in {JSON}")
     run_status = status_of_run(RunFolder.at(run))
     if record:
         tree = _finite(without_passwords(_tree(run_status)))

@@ -52,9 +52,9 @@ def advise(
     Example: simclr-ray study advise photos/train --test photos/test --minutes 30
     """
     if record and record != "-" and not record.endswith(JSON):
-        raise ConfigError([ConfigIssue("--json", f"{record} does not end in {JSON}")])
+        raise ConfigError.of("--json", f"{record} does not end in {JSON}")
     if not (math.isfinite(minutes) and minutes > 0):
-        raise ConfigError([ConfigIssue("--minutes", f"must be above 0, got {minutes}")])
+        raise ConfigError.of("--minutes", f"must be above 0, got {minutes}")
     loading("torch", "ray")
     from simclr_ray.studies import tuning_advice
 

@@ -11,7 +11,7 @@ import typer
 
 from simclr_ray.cli.console import command, out, say, show_table
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from simclr_ray.studies.accuracy_plan import AccuracyPlan, PlanRow
@@ -43,17 +43,17 @@ def plan(
     Example: simclr-ray study plan runs/studies/batch_size --images-per-s 900
     """
     if record and record != "-" and not record.endswith(JSON):
-        raise ConfigError([ConfigIssue("--json", f"{record} does not end in {JSON}")])
+        raise ConfigError.of("--json", f"{record} does not end in {JSON}")
     hours = _hours(device_hours)
     if not (math.isfinite(images_per_s) and images_per_s >= 0):
-        raise ConfigError([ConfigIssue("--images-per-s", f"must be above 0, got {images_per_s}")])
+        raise ConfigError.of("--images-per-s", f"must be above 0, got {images_per_s}")
     studies = _studies(folders or [], storage)
     from simclr_ray.studies.accuracy_plan import plan_of
 
     plans = [plan_of(study, hours, images_per_s) for study in studies]
     if not any(made.rows for made in plans):
         notes = "; ".join(f"{made.study.name}: {made.note}" for made in plans)
-        raise ConfigError([ConfigIssue("study plan", f"nothing can be planned from {notes}")])
+        raise ConfigError.of("study plan", f"nothing can be planned from {notes}")
     if record:
         text = json.dumps({"studies": [_tree(made) for made in plans]}, indent=1, allow_nan=False)
         if record == "-":
@@ -85,7 +85,7 @@ def _studies(folders: list[str], storage: str) -> list[StoredStudy]:
     if not studies:
         remedy = f"run one (`{command('study', 'list')}`), or name the folder of one"
         place = address_below(storage, "studies")
-        raise ConfigError([ConfigIssue(place, f"holds no study; {remedy}")])
+        raise ConfigError.of(place, f"holds no study; {remedy}")
     return studies
 
 
@@ -96,7 +96,7 @@ def _hours(text: str) -> list[float]:
         hours = []
     if not hours or not all(math.isfinite(hour) and hour > 0 for hour in hours):
         problem = f"must be numbers above 0, such as {HOURS}, got {text!r}"
-        raise ConfigError([ConfigIssue("--device-hours", problem)])
+        raise ConfigError.of("--device-hours", problem)
     return hours
 
 

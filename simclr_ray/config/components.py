@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 from simclr_ray.config.schema import Config, configs_in, name_of
-from simclr_ray.errors import ConfigError, ConfigIssue, one_line
+from simclr_ray.errors import ConfigError, one_line
 
 T = TypeVar("T")
 
@@ -66,9 +66,9 @@ def build(config: ComponentConfig, kind: type[T], *args: Any, **context: Any) ->
         if config.component:
             raise
         problem = f"{shown} raised {type(error).__name__}: {one_line(error)}"
-        raise ConfigError([ConfigIssue("", problem)]) from error
+        raise ConfigError.of("", problem) from error
     if not isinstance(made, kind):
         expected = f"{kind.__module__}.{kind.__qualname__}"
         problem = f"{shown} returned {type(made).__name__}; expected an instance of {expected}"
-        raise ConfigError([ConfigIssue("", problem)])
+        raise ConfigError.of("", problem)
     return made

@@ -62,7 +62,7 @@ from simclr_ray.config.sections.views import (
     PipelineViewsConfig,
     SimCLRViewsConfig,
 )
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 __all__ = [
     "AdamWConfig",
@@ -282,7 +282,7 @@ class Experiment(Config):
         """Return the experiment; raise `ConfigError` for `auto`, which asks one machine."""
         if self.scaling.num_workers == AUTO:
             problem = f"is {AUTO}, which asks one machine; a cluster and a study take a number"
-            raise ConfigError([ConfigIssue("scaling.num_workers", problem)])
+            raise ConfigError.of("scaling.num_workers", problem)
         return self
 
     def digest(self) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 from simclr_ray.config.components import ComponentConfig
 from simclr_ray.config.schema import Config, ConfigT, Field, model_validator
 from simclr_ray.config.validation import nearest
-from simclr_ray.errors import ConfigError, ConfigIssue, one_line
+from simclr_ray.errors import ConfigError, one_line
 
 PERMISSION: Final = (
     "SIMCLR_RAY_ALLOW_CODE"  # import paths, comma-separated, or `*`; workers get it as well
@@ -56,7 +56,7 @@ class ImportConfig(ComponentConfig):
         """Return what `path` names. Raises `ConfigError` as `import_object` does."""
         component = import_object(self.path)
         if self.sha256 and (now := sha256_of(self.path)) != self.sha256:
-            raise _issue(
+            raise ConfigError.of(
                 self.path,
                 f"its package has sha256 {now[:12]} and had {self.sha256[:12]} when the config was "
                 "resolved; restore it, or clear this sha256 to take it as it is",
@@ -97,9 +97,9 @@ def import_object(path: str) -> Any:
         ConfigError: It is not permitted, not there, or not callable: one line each.
     """
     if not IMPORT_PATH.fullmatch(path):
-        raise _issue(path, f"is no import path; expected {FORM}")
+        raise ConfigError.of(path, f"is no import path; expected {FORM}")
     if not is_allowed(path):
-        raise _issue(
+        raise ConfigError.of(
             path,
             "would run code; give it as an override of the command line, or permit it by "
             "--allow-code (in Python: allow_code=True of Experiment.load or load_study)",
@@ -110,14 +110,18 @@ def import_object(path: str) -> Any:
         loaded = import_module(module)
     except Exception as error:
         cause = one_line(error)
-        raise _issue(path, f"importing {module} raised {type(error).__name__}: {cause}") from error
+        raise ConfigError.of(
+            path, f"importing {module} raised {type(error).__name__}: {cause}"
+        ) from error
     if not hasattr(loaded, attribute):
         hint = nearest(attribute, [n for n in dir(loaded) if not n.startswith("_")])
-        raise _issue(path, f"{module} has no {attribute!r}{hint}; expected a class or function")
+        raise ConfigError.of(
+            path, f"{module} has no {attribute!r}{hint}; expected a class or function"
+        )
     component = getattr(loaded, attribute)
     if not callable(component):
         kind = type(component).__name__
-        raise _issue(path, f"is of type {kind}, not callable; expected a class or function")
+        raise ConfigError.of(path, f"is of type {kind}, not callable; expected a class or function")
     return component
 
 
@@ -132,7 +136,7 @@ def source_of(path: str) -> Path:
     if folders:
         return Path(folders[0]).resolve()
     if spec.origin is None or not spec.origin.endswith(".py"):
-        raise _issue(path, "is not written in Python; its source cannot be hashed")
+        raise ConfigError.of(path, "is not written in Python; its source cannot be hashed")
     return Path(spec.origin).resolve()
 
 
@@ -225,7 +229,7 @@ def permit_code(tree: Any, stored: Any, shown: str, *, allow_code: bool = False)
         allow(*permitted)
     refused = sorted(path for path in paths & read if not is_allowed(path))
     if refused:
-        raise _issue(
+        raise ConfigError.of(
             shown,
             f"imports {', '.join(refused)}, which would run that code; permit it by --allow-code "
             "(in Python: allow_code=True of Experiment.load or load_study)",
@@ -257,9 +261,7 @@ def _find(path: str) -> ModuleSpec:
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        raise _issue(path, f"there is no module {top!r} on the Python path; expected {FORM}")
+        raise ConfigError.of(
+            path, f"there is no module {top!r} on the Python path; expected {FORM}"
+        )
     return spec
-
-
-def _issue(path: str, problem: str) -> ConfigError:
-    return ConfigError([ConfigIssue(path, problem)])

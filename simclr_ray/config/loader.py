@@ -49,10 +49,10 @@ def parse_yaml(text: str, source: str = "config") -> Any:
         value = YAML(typ="safe", pure=True).load(io.StringIO(text))
         json.dumps(value, default=_as_text)  # finds loops
     except YAMLError as error:
-        raise ConfigError([ConfigIssue(source, f"is not YAML: {yaml_problem(error)}")]) from error
+        raise ConfigError.of(source, f"is not YAML: {yaml_problem(error)}") from error
     except (ValueError, TypeError, RecursionError) as error:
         problem = "holds what is no text, number, list or mapping with names as keys"
-        raise ConfigError([ConfigIssue(source, problem)]) from error
+        raise ConfigError.of(source, problem) from error
     return _plain(value)
 
 
@@ -234,7 +234,7 @@ def read_tree(source: str) -> tuple[Tree, str]:
     tree = parse_yaml(text, shown)
     if not isinstance(tree, dict):
         held = "nothing" if tree is None else f"a {type(tree).__name__}"
-        raise ConfigError([ConfigIssue(shown, f"holds {held}, not keys and values")])
+        raise ConfigError.of(shown, f"holds {held}, not keys and values")
     path = Path(source)
     return relocated_run(tree, path.parent) if path.name == CONFIG_FILE else tree, shown
 
@@ -249,7 +249,7 @@ def read_yaml_file(path: str) -> str:
         problem = f"is not UTF-8: {error}"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
-    raise ConfigError([ConfigIssue(path, problem)])
+    raise ConfigError.of(path, problem)
 
 
 def _read_source(source: str) -> tuple[str, str]:
@@ -261,7 +261,7 @@ def _read_source(source: str) -> tuple[str, str]:
         is_there = Path(source).exists()
         message = "is no .yaml file" if is_there else "no preset and no .yaml file"
         message += f"{'' if is_there else nearest(source, names)}; presets: {', '.join(names)}"
-        raise ConfigError([ConfigIssue(source or repr(source), message)])
+        raise ConfigError.of(source or repr(source), message)
     return (resources.files("simclr_ray.config") / "presets" / f"{source}.yaml").read_text(
         "utf-8"
     ), source

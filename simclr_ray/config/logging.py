@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from simclr_ray.config.uris import hide_passwords
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 FORMAT_VARIABLE: Final = "SIMCLR_RAY_LOG_FORMAT"
 _process: dict[str, Any] = {"rank": None, "node": platform.node(), "run": None}
@@ -46,7 +46,7 @@ def check_format() -> None:
     """Raise `ConfigError` where $SIMCLR_RAY_LOG_FORMAT is neither `text` nor `json`."""
     given = os.environ.get(FORMAT_VARIABLE, "")
     if given not in {"", "text", "json"}:
-        raise ConfigError([ConfigIssue(FORMAT_VARIABLE, f"got {given!r}, not text or json")])
+        raise ConfigError.of(FORMAT_VARIABLE, f"got {given!r}, not text or json")
 
 
 def name_process(run: str, rank: int | None = None) -> None:

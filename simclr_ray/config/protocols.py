@@ -15,7 +15,7 @@ import pydantic
 
 from simclr_ray.config.imports import IMPORT_PATH, import_object
 from simclr_ray.config.validation import nearest
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 OUR_OWN: Final = "simclr_ray."
 
@@ -77,7 +77,7 @@ def protocol_named(name: str) -> Protocol:
     if IMPORT_PATH.fullmatch(name):
         own = name.rpartition(":")[2]
         return Protocol(own, f"{own} top-1", name)
-    raise ConfigError([ConfigIssue(name, _allowed(name, PROTOCOL_NAMES))])
+    raise ConfigError.of(name, _allowed(name, PROTOCOL_NAMES))
 
 
 def protocols_named(names: Sequence[str]) -> list[Protocol]:
@@ -88,7 +88,7 @@ def protocols_named(names: Sequence[str]) -> list[Protocol]:
     """
     protocols = [protocol_named(name) for name in names]
     if problem := same_metric(names):
-        raise ConfigError([ConfigIssue("protocols", problem)])
+        raise ConfigError.of("protocols", problem)
     return protocols
 
 

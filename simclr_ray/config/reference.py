@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.schema import Config, configs_in, default_name, name_of
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 NAME: Final = "name"
 STAGE_LIST: Final = "a list of stages"
@@ -65,7 +65,7 @@ def keys_at(path: str) -> list[Key]:
     if not chosen:
         near = difflib.get_close_matches(path, {key.path for key in everything}, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError([ConfigIssue(path, f"is no key{hint}")])
+        raise ConfigError.of(path, f"is no key{hint}")
     return chosen
 
 

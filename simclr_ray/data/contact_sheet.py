@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from simclr_ray.augment.decode import Pixels
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.storage.filesystem import (
     filesystem,
     make_parent,
@@ -64,7 +64,7 @@ def check_output(out: str, option: str, endings: Sequence[str] = PAGE + DRAWN) -
     """
     if not out.partition("?")[0].lower().endswith(tuple(endings)):
         named = ", ".join(endings)
-        raise ConfigError([ConfigIssue(option, f"got {out}; it must end in {named}")])
+        raise ConfigError.of(option, f"got {out}; it must end in {named}")
     make_parent(out)
 
 

@@ -28,7 +28,7 @@ from simclr_ray.config.experiment import DataConfig
 from simclr_ray.config.schema import AUTO
 from simclr_ray.config.wording import counted
 from simclr_ray.data.sample import Sample
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import ConfigError, DataError
 
 WHITE_PERCENTILE: Final = 99.9  # of all values of the sample: single hot pixels are not white
 DARK_FRACTION: Final = 0.5  # of the range: images that stay below are said to be dark
@@ -91,7 +91,7 @@ def resolve_decoder(data: DataConfig) -> DataConfig:
     try:
         return data.model_copy(update={"decoder_sha256": _hash_of_probe(training_decoder(data))})
     except ImageError as error:
-        raise ConfigError([ConfigIssue("data.decoder", f"{data.decoder}: {error}")]) from None
+        raise ConfigError.of("data.decoder", f"{data.decoder}: {error}") from None
 
 
 def check_decoder(data: DataConfig) -> None:

@@ -230,7 +230,7 @@ def _place_and_split(kind_or_path: str, split: str) -> tuple[str, str]:
         return kind_or_path, split
     if split not in ("", named):
         problem = f"got {split!r}, and {kind_or_path} names {named}"
-        raise ConfigError([ConfigIssue("split", problem)])
+        raise ConfigError.of("split", problem)
     return kind_or_path.rpartition("#")[0], named
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, protocols_named
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError, DivergedError
+from simclr_ray.errors import ConfigError, DataError, DivergedError
 from simclr_ray.evaluation.feature_file import FeatureRows, are_finite
 from simclr_ray.evaluation.features import Features, Split
 from simclr_ray.evaluation.label_free import label_free
@@ -241,7 +241,7 @@ def protocol_results(
             isinstance(result, float) and 0 <= result <= 1
         ):
             expected = "expected a float in [0, 1], the share of test rows named rightly"
-            raise ConfigError([ConfigIssue(protocol.run, f"returned {result!r}; {expected}")])
+            raise ConfigError.of(protocol.run, f"returned {result!r}; {expected}")
         results[protocol.metric] = result
     return results
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simclr_ray.data.arrays import Float32s
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.inference.encoder import AnyImage, Classifier, Encoder, OnBad
 from simclr_ray.inference.encoder_files import load_folder
 from simclr_ray.inference.encoder_folder import encoder_folder
@@ -52,7 +52,7 @@ def load_classifier(where: str | Path, *, tracking_uri: str = "") -> Classifier:
     loaded = load_encoder(where, tracking_uri=tracking_uri)
     if not isinstance(loaded, Classifier):
         problem = "is an encoder without a classifier; `simclr-ray model finetune` trains one"
-        raise ConfigError([ConfigIssue(str(where), problem)])
+        raise ConfigError.of(str(where), problem)
     return loaded
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from simclr_ray.config.wording import counted
 from simclr_ray.data.arrays import Float32s, Int64s
 from simclr_ray.data.duplicates import linked
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError, one_line
+from simclr_ray.errors import ConfigError, DataError, one_line
 from simclr_ray.inference.embedding_file import EMBEDDING, ERROR, Origin
 from simclr_ray.storage.filesystem import filesystem
 
@@ -250,5 +250,5 @@ def import_faiss() -> Any:
         import faiss
     except ImportError as error:
         problem = f"needs FAISS: pip install '{EXTRA}' ({error})"
-        raise ConfigError([ConfigIssue("search", problem)]) from error
+        raise ConfigError.of("search", problem) from error
     return faiss

@@ -16,7 +16,7 @@ import numpy as np
 from simclr_ray.config.wording import counted
 from simclr_ray.data.arrays import Float32s, Int64s
 from simclr_ray.data.contact_sheet import data_uri
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.inference.embedded_images import EmbeddedImages
 from simclr_ray.inference.embedding_index import EXTRA, EmbeddingIndex, kept_columns, read_column
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
@@ -123,7 +123,7 @@ def _classes(index: EmbeddingIndex, label: str) -> list[str]:
     names = list(kept_columns(index.uri))
     if label not in names:
         kept = f"the columns: {', '.join(names)}" if names else "embed --keep hands columns on"
-        raise ConfigError([ConfigIssue("--label", f"there is no column {label!r}; {kept}")])
+        raise ConfigError.of("--label", f"there is no column {label!r}; {kept}")
     values = read_column(index.uri, label)
     classes = index.origin.classes.get(label, ())
 
@@ -147,5 +147,5 @@ def _import_sklearn() -> tuple[Any, Any]:
         from sklearn.manifold import TSNE
     except ImportError as error:
         problem = f"needs scikit-learn: pip install '{EXTRA}' ({error})"
-        raise ConfigError([ConfigIssue("map", problem)]) from error
+        raise ConfigError.of("map", problem) from error
     return TSNE, PCA

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from simclr_ray.config.uris import hide_passwords, recall
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.embedding_index import EmbeddingIndex
 from simclr_ray.inference.encoder import Encoder
@@ -30,7 +30,7 @@ def encoder_of(index: EmbeddingIndex, where: str = "", tracking_uri: str = "") -
     address = where or recall(origin.encoder)
     if not address:
         problem = f"is missing: {index.uri} does not say which encoder it was made by"
-        raise ConfigError([ConfigIssue("--encoder", problem)])
+        raise ConfigError.of("--encoder", problem)
     if not where:
         log.info("the encoder is %s, as %s says", hide_passwords(address), index.uri)
     encoder = load_encoder(address, tracking_uri=tracking_uri)
@@ -39,7 +39,7 @@ def encoder_of(index: EmbeddingIndex, where: str = "", tracking_uri: str = "") -
         sizes = f"{index.feature_dim} numbers, of it {encoder.feature_dim}"
         why = f"embeddings have {sizes}" if is_other else "its weights are others"
         problem = f"{index.uri} was made by another encoder ({why}); embed the images again"
-        raise ConfigError([ConfigIssue(address, problem)])
+        raise ConfigError.of(address, problem)
     if not origin.weights:
         log.warning("%s does not say by which weights it was made", index.uri)
     return encoder

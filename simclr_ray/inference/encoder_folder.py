@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.inference.encoder_files import CARD, ENCODER_FOLDER
 from simclr_ray.inference.registry import fetch_model
 from simclr_ray.inference.version_files import with_dropped_weights
@@ -49,4 +49,4 @@ def encoder_folder(where: str | Path, scratch: Path, tracking_uri: str = "") -> 
             yield here
     else:
         problem = f"{where} holds no {CARD} and no checkpoint, and is no models:/name@alias either"
-        raise ConfigError([ConfigIssue(OPTION, problem)])
+        raise ConfigError.of(OPTION, problem)

@@ -62,9 +62,9 @@ def export_encoder(
     chosen = formats_named(formats)
     ours = {*OWN_FILES, *(each.file for each in chosen)}
     if out.is_file():
-        raise ConfigError([ConfigIssue(str(out), "is a file; the encoder's files need a folder")])
+        raise ConfigError.of(str(out), "is a file; the encoder's files need a folder")
     if out.resolve() == Path(where).resolve():
-        raise ConfigError([ConfigIssue(str(out), "is where the encoder lies; choose another")])
+        raise ConfigError.of(str(out), "is where the encoder lies; choose another")
     _check_replaceable(out, ours)
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -93,13 +93,13 @@ def _check_replaceable(out: Path, ours: Collection[str]) -> None:
     others = [name for name in names if name not in ours]
     if others:
         problem = f"holds {others[0]}, which is no file of an encoder; choose another folder"
-        raise ConfigError([ConfigIssue(str(out), problem)])
+        raise ConfigError.of(str(out), problem)
     try:
         if names:
             read_card(out)
     except CheckpointError as error:
         problem = f"holds {names[0]}, and no {CARD} of an earlier export; choose another folder"
-        raise ConfigError([ConfigIssue(str(out), problem)]) from error
+        raise ConfigError.of(str(out), problem) from error
 
 
 def _remove(path: Path) -> None:
@@ -163,11 +163,11 @@ def _imported(path: str) -> ExportFormat:
     try:
         made = import_object(path)()
     except TypeError as error:
-        raise ConfigError([ConfigIssue(path, f"called without arguments: {error}")]) from error
+        raise ConfigError.of(path, f"called without arguments: {error}") from error
     if not isinstance(made, ExportFormat):
         problem = f"returned {type(made).__name__}; expected an ExportFormat"
-        raise ConfigError([ConfigIssue(path, problem)])
+        raise ConfigError.of(path, problem)
     if Path(made.file).name != made.file or made.file in {ours.file for ours in ALL_FORMATS}:
         problem = f"writes {made.file!r}; expected the name of a file that no other format has"
-        raise ConfigError([ConfigIssue(path, problem)])
+        raise ConfigError.of(path, problem)
     return made

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from simclr_ray import config as cfg
 from simclr_ray.augment.decode import CROP_PROPORTION, WHOLE_IMAGE_SIDE
 from simclr_ray.config.sections.model import EncoderSection
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, one_line
+from simclr_ray.errors import CheckpointError, ConfigError, one_line
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.export_formats import (
     ExportFormat,
@@ -218,7 +218,7 @@ def _load_onnx() -> Any:
         import onnxscript  # noqa: F401
     except ImportError as error:
         problem = f"onnx needs the extra: pip install '{ONNX_EXTRA}' ({error})"
-        raise ConfigError([ConfigIssue("--to", problem)]) from error
+        raise ConfigError.of("--to", problem) from error
     return onnxruntime
 
 

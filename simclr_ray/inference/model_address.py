@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,6 +44,6 @@ def model_address(where: str) -> ModelAddress:
     match = _MODEL_URI.fullmatch(where)
     if match is None:
         problem = "the form is models:/name@alias or models:/name/version"
-        raise ConfigError([ConfigIssue(where, problem)])
+        raise ConfigError.of(where, problem)
     name, alias, version = match.groups(default="")
     return ModelAddress(name, alias, version.lower())

@@ -19,7 +19,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import permit_code
 from simclr_ray.config.moves import CONFIG_FILE, Move, relocated, relocated_run, stored_tree
 from simclr_ray.config.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
-from simclr_ray.errors import CollapseError, ConfigError, ConfigIssue, NotPromotedError
+from simclr_ray.errors import CollapseError, ConfigError, NotPromotedError
 from simclr_ray.evaluation.evaluate import untrained_encoder
 from simclr_ray.evaluation.scores import UNTRAINED
 from simclr_ray.inference.comparison import (
@@ -125,7 +125,7 @@ def promote(
         if _moved(uri, address.name, alias, version.version, champion, verdict):
             return Promotion(address.name, alias, version.version, champion, verdict.lines)
     problem = f"{alias} of {address.name} is being moved by others; try again"
-    raise ConfigError([ConfigIssue("", problem)])
+    raise ConfigError.of("", problem)
 
 
 def rollback(name: str, alias: str, *, tracking_uri: str = "") -> Promotion:
@@ -142,7 +142,7 @@ def rollback(name: str, alias: str, *, tracking_uri: str = "") -> Promotion:
     previous = int(now.tags.get(f"previous.{alias}", 0))
     if not previous:
         problem = f"pointed to no version before {now.version} that is on record"
-        raise ConfigError([ConfigIssue(f"models:/{name}@{alias}", problem)])
+        raise ConfigError.of(f"models:/{name}@{alias}", problem)
     find_version(f"models:/{name}/{previous}", uri=uri)  # it may be gone
     with store.quiet(), mlflow_client(f"move {alias!r}", uri) as client:
         client.set_model_version_tag(name, str(now.version), f"rolled_back.{alias}", _now())
@@ -172,7 +172,7 @@ def remove_version(where: str, *, force: bool = False, tracking_uri: str = "") -
         pointing = sorted(a for a, version in aliases.items() if int(version) == stored.version)
         if pointing and not force:
             problem = f"{', '.join(pointing)} points to version {stored.version} (--force)"
-            raise ConfigError([ConfigIssue(where, problem)])
+            raise ConfigError.of(where, problem)
         for alias in pointing:
             client.delete_registered_model_alias(stored.name, alias)
         client.delete_model_version(stored.name, str(stored.version))
@@ -291,7 +291,7 @@ def _experiment_of(run_id: str, uri: str, overrides: Sequence[str]) -> Experimen
         text = folder.read_text(CONFIG_FILE) or ""
     if not text:
         problem = f"MLflow's run {run_id} has no {CONFIG_FILE}, and its folder is not here"
-        raise ConfigError([ConfigIssue("", problem)])
+        raise ConfigError.of("", problem)
     local = None if folder is None else folder.local
     tree = _relocated(stored_tree(cfg.parse_yaml(text)), local, store.sqlite_file(uri))
     whole = cfg.apply_overrides(tree, overrides, Experiment)

@@ -14,7 +14,7 @@ from simclr_ray.augment import decode
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, ConfigIssue, DataError
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluation.scores import TRAINED
 from simclr_ray.inference.encoder_files import (
     DECODE_FOLDER,
@@ -72,7 +72,7 @@ def register_run(
         check_scores(folder)
     with folder.newest_checkpoint() as newest, tempfile.TemporaryDirectory() as scratch:
         if newest is None:
-            raise ConfigError([ConfigIssue(run, "holds no whole checkpoint to register")])
+            raise ConfigError.of(run, "holds no whole checkpoint to register")
         experiment, target = experiment_of(newest), Path(scratch) / ENCODER_FOLDER
         write_encoder_of(newest, target)
         tags: dict[str, str | int | float] = {
@@ -217,7 +217,7 @@ def find_version(where: str, *, uri: str) -> FoundVersion:
         except MlflowException as error:
             if error.error_code not in ABSENT:
                 raise
-            raise ConfigError([ConfigIssue(where, what_there_is(client, name))]) from error
+            raise ConfigError.of(where, what_there_is(client, name)) from error
     return FoundVersion(name, int(version), entity.run_id or "", dict(entity.tags), source)
 
 

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from simclr_ray.config import nearest
 from simclr_ray.config.protocols import PROTOCOLS
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.evaluation.scores import CLASSIFIER_TOP1, LABEL_FREE
 
 CHAMPION, SE = "champion", "se"
@@ -87,7 +87,7 @@ class Requirement:
                 raise _NoRuleError("it names no metric")
             return rule
         except _NoRuleError as error:
-            raise ConfigError([ConfigIssue(key, f"{text!r}: {error}")]) from error
+            raise ConfigError.of(key, f"{text!r}: {error}") from error
 
     @property
     def metrics(self) -> list[str]:

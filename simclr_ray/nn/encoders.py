@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from simclr_ray.config.components import ComponentConfig, build
 from simclr_ray.config.imports import ImportConfig
-from simclr_ray.errors import ConfigError, ConfigIssue, one_line
+from simclr_ray.errors import ConfigError, one_line
 from simclr_ray.nn.batchnorm import GlobalBatchNorm, GlobalBatchNormAct
 from simclr_ray.nn.foreign_weights import DEVIATION, MEAN
 
@@ -137,13 +137,17 @@ def set_recompute(encoder: nn.Module, *, recompute: bool) -> None:
         encoder.recompute = recompute  # type: ignore[assignment] # a plain attribute
     elif recompute and (switch := getattr(encoder, "set_grad_checkpointing", None)):
         if any(isinstance(m, GlobalBatchNorm) for m in encoder.modules()):
-            raise _issue("scaling.recompute_activations is not for timm's models with batch norm")
+            raise ConfigError.of(
+                "encoder", "scaling.recompute_activations is not for timm's models with batch norm"
+            )
         try:
             switch()
         except AssertionError as error:  # timm's way to say that a model cannot
-            raise _issue(f"scaling.recompute_activations: {error}") from error
+            raise ConfigError.of("encoder", f"scaling.recompute_activations: {error}") from error
     elif recompute:
-        raise _issue("has no attribute `recompute`, by which scaling.recompute_activations is set")
+        raise ConfigError.of(
+            "encoder", "has no attribute `recompute`, by which scaling.recompute_activations is set"
+        )
 
 
 def globalize(module: nn.Module, norm: Norm) -> None:
@@ -166,9 +170,10 @@ def _globalized(child: _BatchNorm, norm: Norm) -> GlobalBatchNorm:
         drop, act = child.get_submodule("drop"), child.get_submodule("act")
         replaced = GlobalBatchNormAct(replaced, drop, act)
     elif not isinstance(child, nn.SyncBatchNorm) and type(child).forward is not _BatchNorm.forward:
-        raise _issue(
+        raise ConfigError.of(
+            "encoder",
             f"has a batch norm of class {type(child).__name__} with a forward of its own, for "
-            "which there is no form over all workers"
+            "which there is no form over all workers",
         )
     if not child.affine:
         replaced.requires_grad_(requires_grad=False)
@@ -185,7 +190,9 @@ def take_channels(encoder: nn.Module, channels: int) -> None:
     """
     where, first = first_convolution(encoder)
     if first.in_channels != RGB or first.groups != 1:
-        raise _issue(f"{where} takes {first.in_channels} channels: no place for {channels}")
+        raise ConfigError.of(
+            "encoder", f"{where} takes {first.in_channels} channels: no place for {channels}"
+        )
     wide = nn.Conv2d(
         channels,
         first.out_channels,
@@ -213,7 +220,7 @@ def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d]:
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Conv2d):
             return name, module
-    raise _issue("has no convolution that images come to")
+    raise ConfigError.of("encoder", "has no convolution that images come to")
 
 
 def freeze_patch_embedding(encoder: nn.Module) -> None:
@@ -225,7 +232,7 @@ def freeze_patch_embedding(encoder: nn.Module) -> None:
     _, first = first_convolution(encoder)
     if tuple(first.kernel_size) != tuple(first.stride):
         problem = "the encoder does not begin with patches that do not overlap"
-        raise ConfigError([ConfigIssue("encoder.freeze_patch_embedding", problem)])
+        raise ConfigError.of("encoder.freeze_patch_embedding", problem)
     first.requires_grad_(requires_grad=False)
 
 
@@ -247,13 +254,11 @@ class ImportedFamily(EncoderFamily[ImportConfig]):
                 h = encoder(images)
         except Exception as error:
             cause = one_line(error)
-            raise _issue(f"{shown} {type(error).__name__}: {cause}; {expected}") from error
+            raise ConfigError.of(
+                "encoder", f"{shown} {type(error).__name__}: {cause}; {expected}"
+            ) from error
         if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2 or not h.is_floating_point():
             given = f"{h.dtype} {[*h.shape]}" if isinstance(h, Tensor) else type(h).__name__
-            raise _issue(f"{shown} {given}; {expected}")
+            raise ConfigError.of("encoder", f"{shown} {given}; {expected}")
         encoder.feature_dim = h.shape[1]  # type: ignore[assignment] # a plain attribute
         return encoder.train()
-
-
-def _issue(problem: str) -> ConfigError:
-    return ConfigError([ConfigIssue("encoder", problem)])

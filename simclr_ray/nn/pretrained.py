@@ -176,12 +176,12 @@ def open_checkpoint(weights: str, option: str = INIT_WEIGHTS_KEY) -> Iterator[tu
                 checkpoint.read_record(here)
             except (CheckpointError, FileNotFoundError) as error:
                 problem = f"{weights} is no checkpoint: {error}"
-                raise ConfigError([ConfigIssue(option, problem)]) from error
+                raise ConfigError.of(option, problem) from error
             yield folder.uri, here
             return
         newest = stack.enter_context(folder.newest_checkpoint())
         if newest is None:
-            raise ConfigError([ConfigIssue(option, _why_not(weights, folder))])
+            raise ConfigError.of(option, _why_not(weights, folder))
         yield folder.below(newest.name), newest
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_ray.augment.philox import MULTIPLIERS, ROUNDS, STREAMS, WEYL
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 LOW: Final = 0xFFFFFFFF
 # A word of the key is the stream in 8 bits, the view in 8, the layer in 16.
@@ -302,13 +302,13 @@ def check_draws(encoder: nn.Module, images: Tensor) -> None:
             "number of workers; use nn.Dropout or torchvision.ops.StochasticDepth as a layer, or "
             "set that probability to 0"
         )
-        raise ConfigError([ConfigIssue("encoder", problem)])
+        raise ConfigError.of("encoder", problem)
     if keyed_layers(encoder) and not _draws_by_image(encoder, images):
         problem = (
             "its dropout or stochastic depth sees rows that are not one image after the other, so "
             "that masks would depend on the number of workers; set that probability to 0"
         )
-        raise ConfigError([ConfigIssue("encoder", problem)])
+        raise ConfigError.of("encoder", problem)
 
 
 @torch.no_grad()

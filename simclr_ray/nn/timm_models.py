@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import TimmConfig
-from simclr_ray.errors import ConfigError, ConfigIssue, one_line
+from simclr_ray.errors import ConfigError, one_line
 from simclr_ray.nn.encoders import (
     RGB,
     Architecture,
@@ -44,9 +44,11 @@ class TimmFamily(EncoderFamily[TimmConfig]):
         timm = load_timm()
         name, options = self.config.model, dict(self.config.options)
         if "." in name or not timm.is_model(name):
-            raise _issue(_no_model(name, timm.list_models()), "model")
+            raise ConfigError.of("encoder.model", _no_model(name, timm.list_models()))
         if reserved := sorted(RESERVED & options.keys()):
-            raise _issue(f"options.{reserved[0]} is set here and cannot be given", "options")
+            raise ConfigError.of(
+                "encoder.options", f"options.{reserved[0]} is set here and cannot be given"
+            )
         if channels != RGB:
             options["in_chans"] = channels
         settings = timm.models.get_pretrained_cfg(name)
@@ -58,7 +60,9 @@ class TimmFamily(EncoderFamily[TimmConfig]):
             )
         except Exception as error:  # timm's models raise what they find, of any kind
             cause = one_line(error)[:300]
-            raise _issue(f"timm's {name} with {options}: {cause}", "options") from error
+            raise ConfigError.of(
+                "encoder.options", f"timm's {name} with {options}: {cause}"
+            ) from error
         globalize(backbone, norm)
         exempt_parameters(backbone, getattr(backbone, "no_weight_decay", set)())
         if self.config.freeze_patch_embedding:
@@ -81,12 +85,17 @@ class TimmFamily(EncoderFamily[TimmConfig]):
             if "dynamic_img_size" not in self.config.options:
                 hint = "; options.dynamic_img_size=true lets timm's ViTs take any size"
             cause = one_line(error)[:300]
-            raise _issue(f"{shown} takes no images of {size} px: {cause}{hint}") from error
+            raise ConfigError.of(
+                "encoder.model", f"{shown} takes no images of {size} px: {cause}{hint}"
+            ) from error
         finally:
             backbone.train(training)
         if not isinstance(h, Tensor) or h.ndim != 2:
             given = [*h.shape] if isinstance(h, Tensor) else type(h).__name__
-            raise _issue(f"{shown} gives {given} where one vector an image, [2, F], is needed")
+            raise ConfigError.of(
+                "encoder.model",
+                f"{shown} gives {given} where one vector an image, [2, F], is needed",
+            )
         return h.shape[1]
 
     def in_timm(self, size: int) -> Architecture:
@@ -130,7 +139,7 @@ def load_timm() -> Any:
         import timm  # seconds to import, in every worker; few runs need it
     except ImportError as error:
         problem = f"timm needs the extra: pip install '{EXTRA}' ({error})"
-        raise ConfigError([ConfigIssue("encoder.name", problem)]) from error
+        raise ConfigError.of("encoder.name", problem) from error
     return timm
 
 
@@ -146,7 +155,3 @@ def _no_model(name: str, names: list[str]) -> str:
             f"{name!r}: the tag .{tag} names weights, which are given by init.weights; say {bare!r}"
         )
     return f"timm has no {name!r}{cfg.nearest(name, names)}"
-
-
-def _issue(problem: str, key: str = "model") -> ConfigError:
-    return ConfigError([ConfigIssue(f"encoder.{key}", problem)])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import TorchvisionConfig
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.nn.encoders import (
     RGB,
     Architecture,
@@ -44,10 +44,14 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
         name = self.config.model
         names = torchvision.models.list_models(module=torchvision.models)
         if name not in names:
-            raise _issue(f"torchvision has no {name!r}{cfg.nearest(name, names)}")
+            raise ConfigError.of(
+                "encoder.model", f"torchvision has no {name!r}{cfg.nearest(name, names)}"
+            )
         options: dict[str, object] = dict(self.config.options)
         if reserved := sorted(RESERVED & options.keys()):
-            raise _issue(f"options.{reserved[0]} is set here and cannot be given", "options")
+            raise ConfigError.of(
+                "encoder.options", f"options.{reserved[0]} is set here and cannot be given"
+            )
         if self.config.has_fixed_size:
             options["image_size"] = size
         if name in ("googlenet", "inception_v3"):
@@ -56,11 +60,15 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
             backbone: nn.Module = torchvision.models.get_model(name, weights=None, **options)
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
             if self.config.options:
-                raise _issue(f"{name} of {size} px with {options}: {error}", "options") from error
-            raise _issue(f"{name} takes no images of {size} px: {error}") from error
+                raise ConfigError.of(
+                    "encoder.options", f"{name} of {size} px with {options}: {error}"
+                ) from error
+            raise ConfigError.of(
+                "encoder.model", f"{name} takes no images of {size} px: {error}"
+            ) from error
         linears = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
         if not linears or list(backbone.named_modules())[-1][0] != linears[-1][0]:
-            raise _issue(f"{name} does not end in a linear layer")
+            raise ConfigError.of("encoder.model", f"{name} does not end in a linear layer")
         where, classifier = linears[-1]
         parent, _, leaf = where.rpartition(".")
         setattr(backbone.get_submodule(parent), leaf, nn.Identity())
@@ -100,7 +108,3 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
         key = "encoder.pos_embedding"
         resampled: Tensor = interpolate_embeddings(new, 1, OrderedDict({key: tensor}))[key]
         return resampled
-
-
-def _issue(problem: str, key: str = "model") -> ConfigError:
-    return ConfigError([ConfigIssue(f"encoder.{key}", problem)])

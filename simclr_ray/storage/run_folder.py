@@ -36,7 +36,7 @@ from pyarrow import fs
 
 from simclr_ray.config import moves
 from simclr_ray.config.logging import warn_once
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, RunError
+from simclr_ray.errors import CheckpointError, ConfigError, RunError
 from simclr_ray.storage import checkpoint, lease, run_lock
 from simclr_ray.storage.checkpoint import ANY, Identity
 from simclr_ray.storage.filesystem import (
@@ -86,7 +86,7 @@ class RunFolder:
         place = Path(storage).resolve()
         file = next((p for p in (place, *place.parents) if p.is_file()), None)
         if file is not None:
-            raise ConfigError([ConfigIssue("storage", f"{file} is a file; runs need a folder")])
+            raise ConfigError.of("storage", f"{file} is a file; runs need a folder")
         return cls(str(place), name)
 
     @classmethod
@@ -94,7 +94,7 @@ class RunFolder:
         """Return the run folder at a path or URI; raise `ConfigError` where a file lies there."""
         if "://" not in run:
             if Path(run).is_file():
-                raise ConfigError([ConfigIssue(run, "is a file; a run is a folder")])
+                raise ConfigError.of(run, "is a file; a run is a folder")
             run = str(Path(run).expanduser().resolve())
         return cls(*split_address(run))
 

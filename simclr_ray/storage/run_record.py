@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.storage.checkpoint import FORMAT_VERSION, FORMATS_READ
 from simclr_ray.storage.run_folder import CONFIG_FILE, RUN_FILE, RunFolder
 from simclr_ray.storage.tracking_place import read_uri, stored_uri
@@ -49,13 +49,13 @@ class RunRecord:
         if version not in FORMATS_READ:
             read = " and ".join(map(str, FORMATS_READ))
             problem = f"format {version}, this release reads {read}; see docs/upgrade.md"
-            raise ConfigError([ConfigIssue(folder.below(RUN_FILE), problem)])
+            raise ConfigError.of(folder.below(RUN_FILE), problem)
         names = {field.name for field in fields(cls)}
         values = {key: value for key, value in tree.items() if key in names}
         defaults = {field.name for field in fields(cls) if field.default is not MISSING}
         if missing := sorted(names - defaults - set(values)):
             problem = f"is no whole record: it lacks {', '.join(missing)}"
-            raise ConfigError([ConfigIssue(folder.below(RUN_FILE), problem)])
+            raise ConfigError.of(folder.below(RUN_FILE), problem)
         record = cls(**values)
         kinds: dict[str, tuple[type, ...]] = {
             "format_version": (int,), "rollbacks": (int,), "rate_multiplier": (int, float),
@@ -63,7 +63,7 @@ class RunRecord:
         wrong = [key for key in values if type(values[key]) not in kinds.get(key, (str,))]
         if wrong:
             problem = f"is no record: {', '.join(wrong)} is of another type"
-            raise ConfigError([ConfigIssue(folder.below(RUN_FILE), problem)])
+            raise ConfigError.of(folder.below(RUN_FILE), problem)
         return replace(record, tracking_uri=read_uri(record.tracking_uri, folder, CONFIG_FILE))
 
     @classmethod
@@ -71,7 +71,7 @@ class RunRecord:
         """Return the record of a run folder; raise `ConfigError` where there is none."""
         record = cls.find(folder)
         if record is None:
-            raise ConfigError([ConfigIssue(folder.uri, f"is no run folder: it has no {RUN_FILE}")])
+            raise ConfigError.of(folder.uri, f"is no run folder: it has no {RUN_FILE}")
         return record
 
     def write(self, folder: RunFolder) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pyarrow import fs
 
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.filesystem import entries_in, filesystem
 from simclr_ray.storage.last_error import RESTART, LastError
@@ -49,7 +49,7 @@ def status_of_run(folder: RunFolder) -> RunStatus:
         ConfigError: There is no run.
     """
     if folder.read_text(CONFIG_FILE) is None:
-        raise ConfigError([ConfigIssue(folder.uri, f"is no run folder: it has no {CONFIG_FILE}")])
+        raise ConfigError.of(folder.uri, f"is no run folder: it has no {CONFIG_FILE}")
     records = read_records(folder.read_text(METRICS, LOG_BYTES) or "")
     metrics, ranks = last_of(records), RankStates.read(folder)
     total, logged, epoch = (_finite(metrics.pop(key, 0)) for key in ("total", "step", "epoch"))

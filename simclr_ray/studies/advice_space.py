@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 SLOWER: Final = 3.0  # times slower is the other rate that is tried
 NO_COLOR: Final = {"augment.strength": 0.0, "augment.grayscale": 0.0}
@@ -65,10 +65,10 @@ def factors_of(experiment: Experiment) -> dict[str, Levels]:
         ConfigError: Its views or its loss have no such settings.
     """
     if not isinstance(experiment.augment, SimCLRViewsConfig):
-        raise ConfigError([ConfigIssue("augment.name", "must be simclr: its crops are varied")])
+        raise ConfigError.of("augment.name", "must be simclr: its crops are varied")
     if not experiment.loss.fixed_temperature:
         problem = f"must have a temperature that is not learned, got {experiment.loss.name}"
-        raise ConfigError([ConfigIssue("loss.name", problem)])
+        raise ConfigError.of("loss.name", problem)
     rate = experiment.schedule.learning_rate
     rates = (rate, float(f"{rate / SLOWER:.3g}"))
     colors: Levels = {"none": NO_COLOR} if experiment.data.channels == 3 else {}
@@ -130,7 +130,7 @@ def fit_effects(factors: Mapping[str, Levels], measured: Mapping[str, float]) ->
     y = np.array(list(measured.values()), dtype=np.float64)
     if len(y) == 0 or np.linalg.matrix_rank(x) < x.shape[1]:
         problem = f"{len(y)} trials gave a result: too few to say what each level gives"
-        raise ConfigError([ConfigIssue("study advise", problem)])
+        raise ConfigError.of("study advise", problem)
     inverse = np.linalg.inv(x.T @ x)
     weights = inverse @ x.T @ y
     freedom = len(y) - x.shape[1]

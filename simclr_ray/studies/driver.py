@@ -149,7 +149,7 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
     _check_code(study, trials)
     if study.search.learns and importlib.util.find_spec("optuna") is None:
         problem = "optuna is not installed: pip install 'simclr-ray[optuna]'"
-        raise ConfigError([ConfigIssue("search.name", problem)])
+        raise ConfigError.of("search.name", problem)
     check_labels(study, trials)
     copies = _copies(study, largest_of(trials))
     placed = {repr((t.experiment.scaling, t.experiment.evaluation)): t for t in trials}

@@ -64,13 +64,11 @@ def load_study(source: str, scale: str = "", *overrides: str, allow_code: bool =
     if isinstance(scales, dict):
         scales = {str(name): values for name, values in scales.items()}
     if not isinstance(scales, dict) or not all(isinstance(v, dict) for v in scales.values()):
-        raise ConfigError([ConfigIssue("scales", "must be a mapping: scale -> keys of the study")])
+        raise ConfigError.of("scales", "must be a mapping: scale -> keys of the study")
     if scale and scale not in scales:
         hint = cfg.nearest(scale, scales)
         there = ", ".join(scales) or "none"
-        raise ConfigError(
-            [ConfigIssue("--scale", f"{shown} has no {scale!r}{hint}; it has: {there}")]
-        )
+        raise ConfigError.of("--scale", f"{shown} has no {scale!r}{hint}; it has: {there}")
     chosen = scale or next(iter(scales), "")
     trees = {name: _merged(tree, name, values) for name, values in scales.items()} or {"": tree}
     for name, merged in trees.items():
@@ -99,7 +97,7 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
             names = ", ".join(study_names())
             is_there = bool(source) and Path(source).exists()
             problem = "is no .yaml file" if is_there else f"no study and no .yaml file{hint}"
-            raise ConfigError([ConfigIssue(source or repr(source), f"{problem}; studies: {names}")])
+            raise ConfigError.of(source or repr(source), f"{problem}; studies: {names}")
         source = str(_folder() / f"{source}.yaml")
     return cfg.read_tree(source)
 
@@ -115,7 +113,7 @@ def _merged(tree: dict[str, Any], scale: str, values: dict[str, Any]) -> dict[st
     """Return the study at a scale: `set` and `paper` are added to, other keys replaced."""
     wrong = [key for key in values if key in NEVER_MERGED]
     if wrong:
-        raise ConfigError([ConfigIssue(f"scales.{scale}.{wrong[0]}", "is the same at every scale")])
+        raise ConfigError.of(f"scales.{scale}.{wrong[0]}", "is the same at every scale")
     merged = {**tree, **values, "scale": scale}
     for key in ADDED:
         if key in tree and key in values:
@@ -131,7 +129,7 @@ def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, A
     inside = [text for text in own if text.startswith("space.")]
     if inside:  # its keys are paths themselves
         problem = "values of the space are set as a whole: study.space='{path: {grid: [...]}}'"
-        raise ConfigError([ConfigIssue(f"{prefix}{inside[0].partition('=')[0]}", problem)])
+        raise ConfigError.of(f"{prefix}{inside[0].partition('=')[0]}", problem)
     tree = cfg.apply_overrides(tree, own, Study)
     given, issues = cfg.parse_overrides(rest)
     if issues:
@@ -159,5 +157,5 @@ def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:
     """Return a mapping of the file; raise `ConfigError` where something else stands there."""
     value = tree.get(key, {})
     if not isinstance(value, dict):
-        raise ConfigError([ConfigIssue(key, f"got {value!r}; it must be keys and values")])
+        raise ConfigError.of(key, f"got {value!r}; it must be keys and values")
     return value

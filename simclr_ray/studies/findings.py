@@ -17,7 +17,7 @@ from typing import Any, Final
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.studies.claim_words import SHORT_HEAD, SIGNIFICANT, claim_line, short_cells
 from simclr_ray.studies.claims import Verdict, read_verdict
 from simclr_ray.studies.definition import Study
@@ -185,9 +185,9 @@ def _stored(folder: Path) -> Iterator[dict[str, Any]]:
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError([ConfigIssue(str(path), f"cannot be read: {error}")]) from None
+            raise ConfigError.of(str(path), f"cannot be read: {error}") from None
         if not isinstance(tree, dict):
-            raise ConfigError([ConfigIssue(str(path), "holds no results of a study")])
+            raise ConfigError.of(str(path), "holds no results of a study")
         yield tree | {"folder": path.parent.name}
 
 

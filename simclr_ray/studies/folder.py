@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.metrics import EPOCH_METRICS
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.storage.filesystem import split_address
 from simclr_ray.storage.metrics_log import read_records
 from simclr_ray.storage.run_folder import RunFolder
@@ -74,9 +74,7 @@ class StudyFolder:
         files = RunFolder.at(where)
         folder = cls(files.storage, files.name)
         if folder.files.read_text(DEFINITION) is None:
-            raise ConfigError(
-                [ConfigIssue(where, f"is no folder of a study: it has no {DEFINITION}")]
-            )
+            raise ConfigError.of(where, f"is no folder of a study: it has no {DEFINITION}")
         return folder
 
     @property
@@ -92,7 +90,7 @@ class StudyFolder:
                 f"{self.uri} holds a study of this name with another definition; give this one "
                 "another name (study.name=...), or remove that folder"
             )
-            raise ConfigError([ConfigIssue("name", problem)])
+            raise ConfigError.of("name", problem)
 
     def write_definition(
         self, study: Study, base: Experiment, digest: str, command: str = ""
@@ -184,7 +182,7 @@ class StudyFolder:
                 isinstance(v, int | float) and not isinstance(v, bool) for v in values.values()
             ):
                 problem = f"{name!r} must have metrics and numbers, got {json.dumps(values)}"
-                raise ConfigError([ConfigIssue(self.files.below(BASELINES), problem)])
+                raise ConfigError.of(self.files.below(BASELINES), problem)
         return {name: {m: float(v) for m, v in values.items()} for name, values in tree.items()}
 
     def write_baselines(self, baselines: Baselines) -> None:

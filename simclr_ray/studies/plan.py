@@ -113,10 +113,10 @@ def make_trials(study: Study, tree: Mapping[str, Any], points: Iterable[Point]) 
         problem = (
             f"must be at most {study.scheduler.max_epochs or longest}, the epochs of the last rung"
         )
-        raise ConfigError([ConfigIssue("scheduler.grace_epochs", problem)])
+        raise ConfigError.of("scheduler.grace_epochs", problem)
     if study.budget.trials and len(made) > study.budget.trials:
         problem = f"{len(made)} trials are wanted, budget.trials={study.budget.trials} allows fewer"
-        raise ConfigError([ConfigIssue("budget.trials", problem)])
+        raise ConfigError.of("budget.trials", problem)
     return made
 
 
@@ -236,7 +236,7 @@ def check_labels(study: Study, trials: Sequence[Trial]) -> None:
         for path in (data.test, data.eval_train or data.train):
             if not Source.open(path, data.columns).has_labels:
                 problem = f"{study.metric} needs labels, and {path} has none"
-                raise ConfigError([ConfigIssue("metric", problem)])
+                raise ConfigError.of("metric", problem)
 
 
 def note_on_lengths(study: Study, trials: Sequence[Trial]) -> str:
@@ -277,7 +277,7 @@ def _trial(study: Study, tree: Mapping[str, Any], point: Point, seed: int) -> Tr
     name = name_of(study, point, seed)
     experiment = cfg.validate(Experiment, {**made, "name": name})
     if experiment.health.rolls_back:  # a setting that learns nothing is a point as well
-        raise ConfigError([ConfigIssue("health", "rollback changes the rate: not in studies")])
+        raise ConfigError.of("health", "rollback changes the rate: not in studies")
     return Trial(name, (Cell(point, 0),), seed, experiment)
 
 
@@ -306,9 +306,7 @@ def _appended(tree: Mapping[str, Any], added: Mapping[str, list[Any]]) -> dict[s
         for key in path.split("."):
             node = node.get(key, []) if isinstance(node, Mapping) else []
         if not isinstance(node, list):
-            raise ConfigError(
-                [ConfigIssue(f"{path}+", "is no list, so nothing can be added to it")]
-            )
+            raise ConfigError.of(f"{path}+", "is no list, so nothing can be added to it")
         texts.append((path, [*node, *(item for item in items if item not in node)]))
     return _with(tree, dict(texts))
 
@@ -376,4 +374,4 @@ def _check_reports(study: Study, trial: Trial) -> None:
     elif metric in VIEW_METRICS and task_fractions_of(experiment) is None:
         problem = "views that do not begin with a crop each have no such shares"
     if problem:
-        raise ConfigError([ConfigIssue("metric", f"{metric}: {problem}")])
+        raise ConfigError.of("metric", f"{metric}: {problem}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.studies.comparisons import Gap
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.effects import ENOUGH_POWER, power_of, seeds_needed
@@ -64,7 +64,7 @@ def check_power(planned: Sequence[PlannedPower]) -> None:
     lack = lack_of_power(planned)
     if lack:
         problem = f"{lack}; {UNDERPOWERED} runs the study all the same"
-        raise ConfigError([ConfigIssue("seeds", problem)])
+        raise ConfigError.of("seeds", problem)
 
 
 def lack_of_power(planned: Sequence[PlannedPower]) -> str:

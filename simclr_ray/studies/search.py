@@ -14,7 +14,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.demand import Demand
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.studies.concurrency import RECOUNT_S, Concurrency
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.plan import Trial
@@ -117,7 +117,7 @@ def optuna_search(study: Study) -> Any:
         from ray.tune.search.optuna import OptunaSearch
     except ImportError as error:
         problem = "optuna is not installed: pip install 'simclr-ray[optuna]'"
-        raise ConfigError([ConfigIssue("search.name", problem)]) from error
+        raise ConfigError.of("search.name", problem) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
         sampler=optuna.samplers.TPESampler(seed=study.search.seed),

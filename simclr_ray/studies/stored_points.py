@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from simclr_ray import config as cfg
 from simclr_ray.config.metrics import EPOCH_METRICS, is_fraction
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.storage.filesystem import split_address
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.studies.definition import Study
@@ -62,10 +62,10 @@ def read_stored(where: str) -> StoredStudy:
         study = _of_results(text, where)
     else:
         problem = f"is no study: it has neither {DEFINITION} nor {DATA}"
-        raise ConfigError([ConfigIssue(where, problem)])
+        raise ConfigError.of(where, problem)
     if not is_fraction(study.metric):
         problem = f"its metric {study.metric} is no accuracy; nothing is planned from it"
-        raise ConfigError([ConfigIssue(where, problem)])
+        raise ConfigError.of(where, problem)
     return study
 
 
@@ -79,7 +79,7 @@ def _of_folder(folder: StudyFolder, where: str) -> StoredStudy:
     study, base = folder.definition()
     if study.mode != "max":
         problem = f"its metric {study.metric} is to be small; nothing is planned from it"
-        raise ConfigError([ConfigIssue(where, problem)])
+        raise ConfigError.of(where, problem)
     outcomes = folder.outcomes()
     reads_curve = study.metric in EPOCH_METRICS and _is_constant(study, base)
     points = [p for o in outcomes for p in _points_of(study, o, reads_curve=reads_curve)]
@@ -154,7 +154,7 @@ def _of_results(text: str, where: str) -> StoredStudy:
         return StoredStudy(where, tree["study"], tree["metric"], points, _speeds(costs), per_epoch)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{DATA} holds no results of a study: {type(error).__name__}: {error}"
-        raise ConfigError([ConfigIssue(where, problem)]) from None
+        raise ConfigError.of(where, problem) from None
 
 
 def _measured_once(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from simclr_ray import config as cfg
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.storage.scratch import scratch_folder
 from simclr_ray.studies.definition import Budget, Study, point_of
 from simclr_ray.studies.folder import StudyFolder
@@ -31,7 +31,7 @@ def plan(study: Study, tree: dict[str, Any]) -> list[Trial]:
     wanted, allowed = study.search.trials, study.budget.trials
     if allowed and wanted > allowed:
         problem = f"search.trials={wanted} are wanted, budget.trials={allowed} allows fewer"
-        raise ConfigError([ConfigIssue("budget.trials", problem)])
+        raise ConfigError.of("budget.trials", problem)
     dims = study.space
     longest = max(len(dim.values) for dim in dims.values())
     points = [
@@ -51,9 +51,7 @@ def stored_study(where: str) -> Iterator[tuple[Study, list[Trial]]]:
     folder = StudyFolder.at(where)
     study, tree = folder.definition()
     if study.name != folder.files.name:
-        raise ConfigError(
-            [ConfigIssue(where, f"holds study {study.name!r}; folders keep their names")]
-        )
+        raise ConfigError.of(where, f"holds study {study.name!r}; folders keep their names")
     with scratch_folder() as scratch:
         base = scratch / "base.yaml"
         base.write_text(cfg.dump_yaml(restored(tree, folder.uri)), encoding="utf-8")

@@ -25,7 +25,7 @@ from simclr_ray.config.experiment import DataConfig, Experiment
 from simclr_ray.config.wording import counted
 from simclr_ray.data.sample import Sample
 from simclr_ray.data.source import Source
-from simclr_ray.errors import ConfigError, ConfigIssue, RunError
+from simclr_ray.errors import ConfigError, RunError
 from simclr_ray.studies.advice_results import (
     SETTING,
     Finalist,
@@ -152,7 +152,7 @@ def advice_task(name: str, base: str, overrides: Sequence[str]) -> AdviceTask:
     factors, data = factors_of(experiment), experiment.data
     if data.columns.group:
         problem = "pairs of a group's images are not varied by the views of one: leave it empty"
-        raise ConfigError([ConfigIssue("data.columns.group", problem)])
+        raise ConfigError.of("data.columns.group", problem)
     num_rows = Source.open(data.train, data.columns, data.limit).num_rows
     needed = FEWEST_BATCHES * experiment.batch_size
     if num_rows < needed:
@@ -161,7 +161,7 @@ def advice_task(name: str, base: str, overrides: Sequence[str]) -> AdviceTask:
             f"hold {FEWEST_BATCHES} batches of {experiment.batch_size}, {needed:,} images; lower "
             "batch_size, or take a setting from another set"
         )
-        raise ConfigError([ConfigIssue("data.train", problem)])
+        raise ConfigError.of("data.train", problem)
     note = _unlabelled(data)
     metric = LABEL_FREE_METRIC if note else LABELLED_METRIC
     if note:  # distortion lowers the effective rank, whether it helps or not
@@ -318,7 +318,7 @@ def lengths_within(task: AdviceTask, minutes: float, timed: TimeForecast) -> Tri
             f"in {minutes:g} minutes a trial has {counted(max(0, steps), 'step')} of {batch} "
             f"images; {FEWEST_STEPS} take {least} minutes"
         )
-        raise ConfigError([ConfigIssue("--minutes", problem)])
+        raise ConfigError.of("--minutes", problem)
     most = task.num_rows // batch  # steps of an epoch
     if steps <= ENOUGH_EPOCHS * timed_steps:
         most = min(most, timed_steps)
@@ -344,7 +344,7 @@ def ensure_classes(task: AdviceTask, rows: int) -> None:
             f"{counted(there, 'class', 'classes')}: they are in the order of their classes; "
             "`simclr-ray prepare` writes them in mixed order"
         )
-        raise ConfigError([ConfigIssue("data.train", problem)])
+        raise ConfigError.of("data.train", problem)
 
 
 def advise(task: AdviceTask, lengths: TrialLengths, run: RunStudy) -> Advice:

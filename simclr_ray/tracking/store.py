@@ -125,7 +125,7 @@ def store_uri(setting: str = "", storage: str = "runs") -> str:
             f"is empty, and storage {storage} is no local folder for the default SQLite store; "
             f"set it (or ${URI_VARIABLE}) to an MLflow server"
         )
-        raise ConfigError([ConfigIssue("tracking.uri", problem)])
+        raise ConfigError.of("tracking.uri", problem)
     return f"sqlite:///{folder / DATABASE}"
 
 
@@ -146,7 +146,7 @@ def registry_uri(uri: str) -> str:
 def _check_scheme(uri: str, key: str) -> None:
     """Raise `ConfigError` for a URI that no store of MLflow has."""
     if problem := unknown_store_problem(uri):
-        raise ConfigError([ConfigIssue(key, problem)])
+        raise ConfigError.of(key, problem)
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -166,7 +166,7 @@ def check_there(uri: str, remedy: str = COPY_IT_TOO) -> None:
     database = sqlite_file(uri)
     if database is not None and not database.is_file():
         problem = f"no MLflow store at {uri}: there is no file {database}{remedy}"
-        raise ConfigError([ConfigIssue("", problem)])
+        raise ConfigError.of("", problem)
 
 
 def check_model(name: str, alias: str | None) -> None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import imports_in
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.nn.build import build_model
 from simclr_ray.optim import state_per_parameter
 from simclr_ray.storage import checkpoint
@@ -149,10 +149,10 @@ def _check(needs: list[_Need], size: int, left: int) -> None:
             problem = (
                 f"{need.place} has {sized(free)} free; {what}{also} have to fit: {need.remedy}"
             )
-            raise ConfigError([ConfigIssue(need.key, problem)])
+            raise ConfigError.of(need.key, problem)
         if space.files is not None and space.files < FILES:
             problem = f"{need.place} takes {counted(space.files, 'more file')} (df -i): "
-            raise ConfigError([ConfigIssue(need.key, problem + need.remedy)])
+            raise ConfigError.of(need.key, problem + need.remedy)
         taken[device] = wanted - (left if need.key == "storage" else 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.errors import ConfigError, ConfigIssue, one_line
+from simclr_ray.errors import ConfigError, one_line
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.encoders import set_recompute
 from simclr_ray.nn.stochastic import check_draws
@@ -24,7 +24,7 @@ def check_encoder(experiment: Experiment) -> None:
     encoder = build_encoder(experiment.encoder, size=size, channels=channels)
     set_recompute(encoder, recompute=experiment.scaling.recompute_activations)
     if not any(p.requires_grad for p in encoder.parameters()):
-        raise ConfigError([ConfigIssue("encoder", "has no parameter to train")])
+        raise ConfigError.of("encoder", "has no parameter to train")
     others = {experiment.evaluation_size, experiment.augment.start_size or size} - {size}
     encoder.eval()
     for side in sorted(others):
@@ -38,11 +38,11 @@ def check_encoder(experiment: Experiment) -> None:
                 f"(augment.start_size or evaluation.size): {said}; timm's ViTs do with "
                 "encoder.options.dynamic_img_size=true"
             )
-            raise ConfigError([ConfigIssue("encoder", problem)]) from error
+            raise ConfigError.of("encoder", problem) from error
     generator = torch.Generator().manual_seed(0)
     try:
         check_draws(encoder, torch.rand(IMAGES, channels, size, size, generator=generator))
     except RuntimeError as error:  # torch's own, of shapes that do not fit
         name = getattr(experiment.encoder, "model", experiment.encoder.name)
         problem = f"{name} takes no views of {size} px: {one_line(error)}"
-        raise ConfigError([ConfigIssue("augment.size", problem)]) from error
+        raise ConfigError.of("augment.size", problem) from error

@@ -9,7 +9,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.malloc import machine_memory
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.evaluation.encoded_splits import VIEWS_BYTES, EvaluatedRows, evaluated_rows
 from simclr_ray.evaluation.feature_file import BLOCK_BYTES
 from simclr_ray.evaluation.scores import PIXEL_SIDE_PX
@@ -95,7 +95,7 @@ def check_evaluation(config: Experiment, train: Source | None = None) -> None:
                 f"{counted(plan.rows.num, 'image')} have to fit: make room, or set TMPDIR to "
                 "another folder"
             )
-            raise ConfigError([ConfigIssue("TMPDIR", problem)])
+            raise ConfigError.of("TMPDIR", problem)
         return
     memory = machine_memory()
     if plan.views_bytes > max(VIEWS_BYTES, MAX_MEMORY_FRACTION * memory):
@@ -103,4 +103,4 @@ def check_evaluation(config: Experiment, train: Source | None = None) -> None:
             f"{sized(plan.views_bytes)} of views of {counted(plan.rows.num, 'image')} do not fit "
             f"this process, whose machine has {sized(memory)}: auto has actors encode them"
         )
-        raise ConfigError([ConfigIssue("evaluation.actors", problem)])
+        raise ConfigError.of("evaluation.actors", problem)

@@ -84,7 +84,7 @@ def plan_finetuning(
     fraction = _label_fraction(label_fraction, per_class)
     if frozen and from_random:
         problem = "an encoder of random weights is to be trained, so it cannot be frozen"
-        raise ConfigError([ConfigIssue("--frozen", problem)])
+        raise ConfigError.of("--frozen", problem)
     folder = RunFolder.at(run)
     tree, record = _record(folder, run)
     much = f"{per_class}each" if per_class else f"{100 * fraction:g}pct"
@@ -127,11 +127,11 @@ def _label_fraction(fraction: float | None, per_class: int) -> float:
         if fraction is None:
             return 0.0
         problem = f"got {fraction:g}, and --per-class {per_class} as well; they exclude each other"
-        raise ConfigError([ConfigIssue("--labels", problem)])
+        raise ConfigError.of("--labels", problem)
     if fraction is None or not 0 < fraction <= 1:
         shown = "nothing" if fraction is None else f"{fraction:g}"
         problem = f"got {shown}; it must be above 0 and at most 1"
-        raise ConfigError([ConfigIssue("--labels", problem)])
+        raise ConfigError.of("--labels", problem)
     return fraction
 
 
@@ -225,7 +225,7 @@ def _record(folder: RunFolder, shown: str) -> tuple[dict[str, Any], RunRecord]:
     record = RunRecord.find(folder)
     with folder.newest_checkpoint() as newest:
         if record is None or newest is None:
-            raise ConfigError([ConfigIssue(shown, "is no run folder with a whole checkpoint")])
+            raise ConfigError.of(shown, "is no run folder with a whole checkpoint")
         return cfg.to_tree(experiment_of(newest)), record
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.moves import stored_tree
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
 from simclr_ray.storage.run_record import RunRecord
@@ -79,7 +79,7 @@ def check_is_there(resolved: ResolvedExperiment) -> None:
     others = [f"; {other}" for other in runs_of_this_name(resolved)]
     problem = f"no run of this experiment is in {resolved.folder.storage}{''.join(others)}"
     problem += "; without --resume it is begun"
-    raise ConfigError([ConfigIssue("--resume", problem)])
+    raise ConfigError.of("--resume", problem)
 
 
 def begin_anew(resolved: ResolvedExperiment) -> None:

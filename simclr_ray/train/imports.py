@@ -21,7 +21,7 @@ from simclr_ray.augment.ops import Op
 from simclr_ray.config.components import build
 from simclr_ray.config.experiment import Experiment, ImportedLossConfig
 from simclr_ray.config.imports import ImportConfig, imports_in, with_hashes
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, one_line
+from simclr_ray.errors import CheckpointError, ConfigError, one_line
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.export_formats import TORCH_EXPORT, write_checked
 from simclr_ray.nn.build import build_encoder, feature_dim
@@ -65,24 +65,24 @@ def check_loss(experiment: Experiment, node: ImportedLossConfig) -> None:
     loss = build(node, Loss, global_batch_size=IMAGES)  # type: ignore[type-abstract] # by isinstance
     if loss.takes_labels != node.needs_labels:
         problem = f"returned a loss with takes_labels={loss.takes_labels}, which it does not have"
-        raise ConfigError([ConfigIssue("", f"{problem} itself; name the class, not a function")])
+        raise ConfigError.of("", f"{problem} itself; name the class, not a function")
     generator = torch.Generator().manual_seed(0)
     dim = experiment.classifier.num_classes or DIM if experiment.classifier else DIM
     z1, z2 = (torch.randn(IMAGES, dim, generator=generator).requires_grad_() for _ in range(2))
     labels = torch.arange(IMAGES) % 2 if loss.takes_labels else None
     value: object = loss(z1, z2, labels)
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        raise ConfigError([ConfigIssue("", f"gives {_shown(value)}; expected a float scalar")])
+        raise ConfigError.of("", f"gives {_shown(value)}; expected a float scalar")
     if value.requires_grad:
         value.backward()  # type: ignore[no-untyped-call] # torch's
     gradients = [z.grad for z in (z1, z2) if z.grad is not None]
     finite = all(torch.isfinite(t).all() for t in (value, *gradients))
     if not finite or not any(gradient.any() for gradient in gradients):
         problem = f"gives {value.item():g} for z1, z2 [{IMAGES}, {dim}] and no gradient"
-        raise ConfigError([ConfigIssue("", f"{problem}; expected both, finite")])
+        raise ConfigError.of("", f"{problem}; expected both, finite")
     metrics = loss.metrics(z1.detach(), z2.detach(), labels)
     if len(metrics) != 2:
-        raise ConfigError([ConfigIssue("", "metrics must return BatchMetrics(top1, entropy)")])
+        raise ConfigError.of("", "metrics must return BatchMetrics(top1, entropy)")
 
 
 def check_optimizer(experiment: Experiment, node: ImportConfig) -> None:
@@ -96,17 +96,17 @@ def check_op(experiment: Experiment, node: ImportConfig) -> None:
     op, size = build(node, Op), experiment.augment.size  # type: ignore[type-abstract] # a protocol
     draws: object = op.num_draws(size)
     if not isinstance(draws, int) or draws < 0:
-        raise ConfigError([ConfigIssue("", f"num_draws gives {draws!r}; expected a count")])
+        raise ConfigError.of("", f"num_draws gives {draws!r}; expected a count")
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.random((3, experiment.data.channels, size, size), np.float32))
     out: object = op(images.clone(), rng.random((3, draws)))
     if not isinstance(out, Tensor) or out.shape != images.shape or out.dtype != images.dtype:
         expected = f"expected torch.float32 {[*images.shape]}, as it was given"
-        raise ConfigError([ConfigIssue("", f"gives {_shown(out)}; {expected}")])
+        raise ConfigError.of("", f"gives {_shown(out)}; {expected}")
     low, high = out.min().item(), out.max().item()
     if not (low >= 0 and high <= 1):
         problem = f"gives values from {low:g} to {high:g}; expected them in [0, 1]"
-        raise ConfigError([ConfigIssue("", problem)])
+        raise ConfigError.of("", problem)
 
 
 def export_problem(experiment: Experiment) -> str:
@@ -140,11 +140,11 @@ def _named(where: str, node: ImportConfig) -> Iterator[None]:
     except ConfigError as error:
         said = "; ".join(issue.problem for issue in error.issues)
         shown = said if node.path in said else f"{node.path} {said}"
-        raise ConfigError([ConfigIssue(where, shown)]) from error
+        raise ConfigError.of(where, shown) from error
     except Exception as error:
         cause = one_line(error)[:300]
         problem = f"{node.path} raised {type(error).__name__}: {cause}"
-        raise ConfigError([ConfigIssue(where, problem)]) from error
+        raise ConfigError.of(where, problem) from error
 
 
 def _shown(value: Any) -> str:

@@ -40,4 +40,4 @@ def check_registrable(experiment: Experiment) -> None:
     problem = export_problem(experiment)
     if problem:
         shown = f"torch.export fails, so the encoder cannot be registered: {problem}"
-        raise ConfigError([ConfigIssue("registry.name", shown)])
+        raise ConfigError.of("registry.name", shown)

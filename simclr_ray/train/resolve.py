@@ -29,7 +29,7 @@ from simclr_ray.data.image_groups import open_grouped
 from simclr_ray.data.overlap import overlap_line
 from simclr_ray.data.sample import CHECK_SECONDS, Sample, check_sample
 from simclr_ray.data.source import Source
-from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, DataError, one_line
+from simclr_ray.errors import CheckpointError, ConfigError, DataError, one_line
 from simclr_ray.nn.build import build_encoder
 from simclr_ray.nn.pretrained import (
     INIT_WEIGHTS_KEY,
@@ -170,7 +170,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
             check_makeable(resolved.folder.local)
         except OSError as error:
             problem = f"{config.storage} cannot be made: {error.strerror or one_line(error)}"
-            raise ConfigError([ConfigIssue("storage", problem)]) from error
+            raise ConfigError.of("storage", problem) from error
     return resolved
 
 
@@ -309,15 +309,15 @@ def resolve_teacher(experiment: Experiment) -> Experiment:
         record = checkpoint.read_record(folder)
     head = cfg.validate(Experiment, stored_tree(record["experiment"])).classifier
     if head is None:
-        raise ConfigError([ConfigIssue(TEACHER, f"{loss.teacher} {NO_CLASSIFIER}")])
+        raise ConfigError.of(TEACHER, f"{loss.teacher} {NO_CLASSIFIER}")
     own, channels = experiment.classifier, experiment.data.channels
     assert own is not None
     if _channels_of(record["experiment"]) != channels:
         problem = f"takes {_channels_of(record['experiment'])} channels, data.channels={channels}"
-        raise ConfigError([ConfigIssue(TEACHER, problem)])
+        raise ConfigError.of(TEACHER, problem)
     if own.num_classes not in (0, head.num_classes):
         problem = f"knows {head.num_classes} classes, head.num_classes={own.num_classes}"
-        raise ConfigError([ConfigIssue(TEACHER, problem)])
+        raise ConfigError.of(TEACHER, problem)
     teacher = {"teacher": where, "sha256": record["files"][checkpoint.STATE]["sha256"]}
     update = {
         "loss": loss.model_copy(update=teacher),
@@ -360,4 +360,4 @@ def _channels_of(tree: Mapping[str, object]) -> int:
 
 
 def _issue(problem: str) -> ConfigError:
-    return ConfigError([ConfigIssue(INIT_WEIGHTS_KEY, problem)])
+    return ConfigError.of(INIT_WEIGHTS_KEY, problem)

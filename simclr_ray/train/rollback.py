@@ -24,7 +24,6 @@ from simclr_ray.errors import (
     CheckpointError,
     CollapseError,
     ConfigError,
-    ConfigIssue,
     UnhealthyRunError,
 )
 from simclr_ray.storage import checkpoint
@@ -141,7 +140,7 @@ def check_policy(resolved: ResolvedExperiment) -> None:
             f"rollback needs a checkpoint before the end, and the first of {total:,} steps is due "
             f"after {first:,}: set checkpoint.every_steps, or every_epochs lower"
         )
-        raise ConfigError([ConfigIssue("health", problem)])
+        raise ConfigError.of("health", problem)
 
 
 def roll_back(

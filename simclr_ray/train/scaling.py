@@ -12,7 +12,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.schema import AUTO
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.config.wording import counted
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 from simclr_ray.nn.precision import unusable_gpu
 
 KEY: Final = "scaling.num_workers"
@@ -39,7 +39,7 @@ def resolve_scaling(experiment: Experiment) -> Experiment:
             f"{AUTO} asks this machine, and RAY_ADDRESS names a cluster: give "
             f"{KEY}=N scaling.gpus_per_worker=1 (`simclr-ray cluster status` shows its GPUs)"
         )
-        raise ConfigError([ConfigIssue(KEY, problem)])
+        raise ConfigError.of(KEY, problem)
     num_gpus, num_cpus = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     made = of_machine(scaling, num_gpus, num_cpus)
     on = counted(num_gpus, "GPU") if num_gpus else counted(num_cpus, "CPU")

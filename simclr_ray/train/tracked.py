@@ -19,7 +19,6 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.logging import warn_once
 from simclr_ray.errors import (
     ConfigError,
-    ConfigIssue,
     StorageError,
     TrackingError,
     TrackingUnavailableError,
@@ -203,7 +202,7 @@ def remove_run(folder: RunFolder) -> str:
     """
     record = RunRecord.find(folder)
     if record is None and folder.read_text(CONFIG_FILE) is None:
-        raise ConfigError([ConfigIssue(folder.uri, "is no run folder")])
+        raise ConfigError.of(folder.uri, "is no run folder")
     remove_unlocked(folder)
     if record is None:
         return ""

@@ -42,7 +42,7 @@ from simclr_ray.distributed.placement import (
     workers_on,
 )
 from simclr_ray.distributed.placement import shown as selector_text
-from simclr_ray.errors import ConfigError, ConfigIssue
+from simclr_ray.errors import ConfigError
 
 DISK_GIB: Final = 50.0  # 15 of an environment with CUDA, 20 of a machine image, the rest to spill
 LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+|0\.0\.0\.0|::1|")
@@ -78,7 +78,7 @@ def read_launch_file(path: Path, versions: Mapping[str, str]) -> LaunchFile:
         text = path.read_bytes().decode("utf-8")  # with its line ends, which sbatch minds
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "is no text"
-        raise ConfigError([ConfigIssue(str(path), f"cannot be read: {problem}")]) from error
+        raise ConfigError.of(str(path), f"cannot be read: {problem}") from error
     if is_slurm(text):
         return read_slurm(text)
     documents = [mapping(document) for document in documents_of(text, str(path))]
@@ -93,7 +93,7 @@ def read_launch_file(path: Path, versions: Mapping[str, str]) -> LaunchFile:
     kinds = [str(d["kind"]) for d in documents if "kind" in d]
     shown = f"is of kind {', '.join(kinds)}, which is" if kinds else "is"
     problem = f"{shown} no launch file: neither of `ray up` (provider), nor a RayCluster or RayJob"
-    raise ConfigError([ConfigIssue(str(path), f"{problem}, nor a Slurm script (#SBATCH)")])
+    raise ConfigError.of(str(path), f"{problem}, nor a Slurm script (#SBATCH)")
 
 
 def check_launch(launch: LaunchFile, experiment: Experiment | None) -> Findings:

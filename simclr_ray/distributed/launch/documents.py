@@ -36,11 +36,11 @@ def documents_of(text: str, source: str) -> list[Any]:
         mark = getattr(error, "problem_mark", None)
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = f"is not YAML: {at}{_reason(error)}"
-        raise ConfigError([ConfigIssue(source, problem)]) from error
+        raise ConfigError.of(source, problem) from error
     except RecursionError as error:
-        raise ConfigError([ConfigIssue(source, "is nested too deep to be read")]) from error
+        raise ConfigError.of(source, "is nested too deep to be read") from error
     except ValueError as error:  # a date or a number that none is
-        raise ConfigError([ConfigIssue(source, f"is not YAML: {error}")]) from error
+        raise ConfigError.of(source, f"is not YAML: {error}") from error
     if issues:
         raise ConfigError(issues)
     return documents
@@ -66,13 +66,13 @@ def _count_values(node: Any, source: str, counts: dict[int, int]) -> int:
     """
     if counts.get(id(node)) == 0:
         at = f"line {node.start_mark.line + 1}"
-        raise ConfigError([ConfigIssue(source, f"{at}: an alias holds itself; write it out")])
+        raise ConfigError.of(source, f"{at}: an alias holds itself; write it out")
     if id(node) not in counts:
         counts[id(node)] = 0
         counts[id(node)] = 1 + sum(_count_values(n, source, counts) for n in _children(node))
     if counts[id(node)] > MOST_VALUES:
         problem = f"its aliases stand for more than {MOST_VALUES:,} values; write them out"
-        raise ConfigError([ConfigIssue(source, problem)])
+        raise ConfigError.of(source, problem)
     return counts[id(node)]
 
 

@@ -32,7 +32,7 @@ from simclr_ray.distributed.launch.kuberay_schema import (
     pods_of,
     pruned,
 )
-from simclr_ray.errors import ConfigError, ConfigIssue, last_line
+from simclr_ray.errors import ConfigError, last_line
 
 KINDS: Final = ("RayCluster", "RayJob")
 API: Final = "ray.io/v1"
@@ -60,7 +60,7 @@ def read_kuberay(
     is_job = tree["kind"] == "RayJob"
     if is_job and spec.get("clusterSelector"):
         problem = "the job runs on a cluster that is up (clusterSelector): check the file of that"
-        raise ConfigError([ConfigIssue(source, problem)])
+        raise ConfigError.of(source, problem)
     cluster = mapping(spec.get("rayClusterSpec")) if is_job else spec
     wrong = [
         *_unknown(tree),

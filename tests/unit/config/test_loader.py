@@ -291,7 +291,9 @@ def test_values_that_do_not_go_together_are_told_without_a_path() -> None:
 
 
 def test_a_config_error_survives_pickling_with_its_issues() -> None:
-    error = ConfigError([ConfigIssue("a.b", "is wrong"), ConfigIssue("", "as a whole")])
+    one = ConfigError.of("a.b", "is wrong")
+    assert (one.issues, str(one)) == ([ConfigIssue("a.b", "is wrong")], "a.b: is wrong")
+    error = ConfigError([*one.issues, ConfigIssue("", "as a whole")])
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     assert (again.issues, str(again)) == (error.issues, "a.b: is wrong\nas a whole")
 
