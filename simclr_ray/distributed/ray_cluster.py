@@ -29,7 +29,7 @@ from simclr_ray.distributed import ray_logging, ray_reaper, ray_token
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.placement import nodes, selectors_of, shown
 from simclr_ray.distributed.ray_address import check_answers
-from simclr_ray.errors import ClusterError, last_line
+from simclr_ray.errors import ClusterError, last_line, one_line
 
 # Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
 # that were started in advance and have found no work are ended after a while.
@@ -152,7 +152,8 @@ def _start(**options: Any) -> None:
                 log.info("Ray did not start, as on a very busy machine; once more")
                 continue
             raise ClusterError(
-                f"Ray did not start on this machine; is it very busy, or out of memory? {error}"
+                "Ray did not start on this machine; is it very busy, or out of memory? "
+                f"{one_line(error)}"
             ) from error
         return
 

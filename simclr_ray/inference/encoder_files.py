@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from simclr_ray.augment.decode import ImageDecoder, image_decoder
-from simclr_ray.errors import CheckpointError, SimclrRayError
+from simclr_ray.errors import CheckpointError, SimclrRayError, one_line
 from simclr_ray.inference.encoder import Classifier, Encoder
 from simclr_ray.inference.export_formats import (
     FORMATS,
@@ -209,7 +209,8 @@ def _read_classifier(folder: Path, card: ClassifierCard, feature_dim: int) -> nn
         head = networks.classifier_from_tree(card.head, feature_dim)
         head.load_state_dict(load_file(path))
     except (SimclrRayError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: weights and config do not fit: {error}") from error
+        problem = f"weights and config do not fit: {one_line(error)}"
+        raise CheckpointError(f"{folder}: {problem}") from error
     return head.eval().requires_grad_(requires_grad=False)
 
 
@@ -287,5 +288,6 @@ def read_encoder(folder: Path) -> nn.Module:
         encoder = networks.encoder_from_tree(card.encoder, size=card.size, channels=card.channels)
         encoder.load_state_dict(load_file(path))
     except (SimclrRayError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: weights and config do not fit: {error}") from error
+        problem = f"weights and config do not fit: {one_line(error)}"
+        raise CheckpointError(f"{folder}: {problem}") from error
     return encoder.eval().requires_grad_(requires_grad=False)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simclr_ray.errors import CheckpointError
+from simclr_ray.errors import CheckpointError, one_line
 from simclr_ray.inference.encoder import Encoder
 
 # File and module do the same float32 arithmetic with kernels that may be fused differently:
@@ -136,7 +136,7 @@ def _loaded(path: Path) -> torch.export.ExportedProgram:
             warnings.simplefilter("ignore")
             return torch.export.load(path)
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no exported program: {error}") from error
+        raise CheckpointError(f"{path} holds no exported program: {one_line(error)}") from error
 
 
 def read_program(path: Path) -> nn.Module:

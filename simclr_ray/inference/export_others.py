@@ -103,7 +103,7 @@ def filled(network: nn.Module, encoder: Encoder) -> nn.Module:
     try:
         network.load_state_dict({**counters, **tensors})
     except RuntimeError as error:
-        raise CheckpointError(f"the weights do not fit: {error}") from error
+        raise CheckpointError(f"the weights do not fit: {one_line(error)}") from error
     return network.eval()
 
 

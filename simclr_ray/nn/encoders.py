@@ -143,7 +143,8 @@ def set_recompute(encoder: nn.Module, *, recompute: bool) -> None:
         try:
             switch()
         except AssertionError as error:  # timm's way to say that a model cannot
-            raise ConfigError.of("encoder", f"scaling.recompute_activations: {error}") from error
+            problem = f"scaling.recompute_activations: {one_line(error)}"
+            raise ConfigError.of("encoder", problem) from error
     elif recompute:
         raise ConfigError.of(
             "encoder", "has no attribute `recompute`, by which scaling.recompute_activations is set"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simclr_ray import config as cfg
 from simclr_ray.config.sections.model import TorchvisionConfig
-from simclr_ray.errors import ConfigError
+from simclr_ray.errors import ConfigError, one_line
 from simclr_ray.nn.encoders import (
     RGB,
     Architecture,
@@ -59,13 +59,12 @@ class TorchvisionFamily(EncoderFamily[TorchvisionConfig]):
         try:
             backbone: nn.Module = torchvision.models.get_model(name, weights=None, **options)
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            cause = one_line(error)
             if self.config.options:
-                raise ConfigError.of(
-                    "encoder.options", f"{name} of {size} px with {options}: {error}"
-                ) from error
-            raise ConfigError.of(
-                "encoder.model", f"{name} takes no images of {size} px: {error}"
-            ) from error
+                problem = f"{name} of {size} px with {options}: {cause}"
+                raise ConfigError.of("encoder.options", problem) from error
+            problem = f"{name} takes no images of {size} px: {cause}"
+            raise ConfigError.of("encoder.model", problem) from error
         linears = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
         if not linears or list(backbone.named_modules())[-1][0] != linears[-1][0]:
             raise ConfigError.of("encoder.model", f"{name} does not end in a linear layer")

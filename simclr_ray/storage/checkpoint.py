@@ -114,7 +114,8 @@ def restore_model(tensors: Mapping[str, Tensor], model: nn.Module, prefix: str =
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint does not fit the model: {error}") from error
+        problem = f"the checkpoint does not fit the model: {one_line(error)}"
+        raise CheckpointError(problem) from error
 
 
 def flaw(folder: Path, identity: Identity) -> str:
