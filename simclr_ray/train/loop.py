@@ -123,8 +123,7 @@ def train(
             the weights have moved since.
         RunError: Ranks stand at different steps; looked at when metrics are due.
     """
-    device = next(model.parameters()).device
-    meter = meter or StepMeter(device, schedule)
+    meter = meter or StepMeter(next(model.parameters()).device, schedule)
     # where this rank's images lie in the global batch, over whose places the groups are spread
     rank, num_ranks = collectives.rank(), collectives.world_size()
     first, last = collectives.partition(schedule.global_batch_size, rank, num_ranks)
@@ -134,7 +133,7 @@ def train(
     for batch in meter.timed(stream):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(batch.step)  # warm-up, then decay
-        labels = batch.labels.to(device) if batch.labels is not None else None
+        labels = batch.labels.to(meter.device) if batch.labels is not None else None
         forward = partial(
             forward_views, model, batch,
             one_view=loss.one_view, precision=precision, seed=seed, num_groups=num_groups,
