@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := hatch_build.py simclr_ray/augment/native_build.py simclr_ray/augment/native.c
 
-.PHONY: demo test check test-unit test-long test-nodes test-faults faults-long audit fuzz soak collapse lint docs clean
+.PHONY: demo lint check test test-long test-nodes test-faults faults-long audit fuzz soak collapse docs clean
 
 demo: $(STAMP)
 	$(BIN)/simclr-ray demo
+
+lint: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/lint
 
 check: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

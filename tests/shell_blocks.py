@@ -18,7 +18,7 @@ OURS = "simclr-ray"
 # small; `make` by `make -n`, since make test runs these tests; `shell` only as part of its block.
 How = Literal["check", "now", "long", "make", "shell"]
 KNOWN: tuple[tuple[str, How, str], ...] = (
-    (r"make (?:demo|check|audit|docs|fuzz|soak|collapse|faults-long)", "make", ""),
+    (r"make (?:demo|lint|check|audit|docs|fuzz|soak|collapse|faults-long)", "make", ""),
     (r"make (?:test|test-long|test-nodes|test-faults)(?: test-long)?", "make", ""),
     (r"pytest -q tests/unit/nn/test_losses\.py.*", "now", ""),
     (r"ruff check \.", "check", ""),

@@ -132,7 +132,18 @@ def test_a_command_on_the_checkout_runs_as_it_is_written(command: Command) -> No
     ids=lambda command: command.text[:60],
 )
 def test_a_command_that_guards_a_change_is_a_line_of_scripts_check(command: Command) -> None:
-    assert command.text in text_of("scripts/check").splitlines()
+    check = text_of("scripts/check").splitlines()
+    assert "scripts/lint" in check
+    assert command.text in [*check, *text_of("scripts/lint").splitlines()]
+
+
+def test_every_phony_target_has_a_rule() -> None:
+    """Without one, make says that there is nothing to be done, and succeeds."""
+    makefile = text_of("Makefile")
+    declared = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert declared is not None
+    rules = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert set(declared[1].split()) == rules
 
 
 PROSE = ("README.md", "CONTRIBUTING.md", "docs/cluster.md", "docs/upgrade.md", "docs/glossary.md",
