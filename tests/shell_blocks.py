@@ -21,6 +21,7 @@ KNOWN: tuple[tuple[str, How, str], ...] = (
     (r"make (?:demo|lint|check|audit|docs|fuzz|soak|collapse|faults-long)", "make", ""),
     (r"make (?:test|test-long|test-nodes|test-faults)(?: test-long)?", "make", ""),
     (r"pytest -q tests/unit/nn/test_losses\.py.*", "now", ""),
+    (r'pytest -q tests/unit -m "not slow"', "long", "--collect-only"),
     (r"ruff check \.", "check", ""),
     (r"ruff format --check \.", "check", ""),
     (r"codespell", "check", ""),

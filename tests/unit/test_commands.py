@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,16 @@ def test_every_phony_target_has_a_rule() -> None:
     assert declared is not None
     rules = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     assert set(declared[1].split()) == rules
+
+
+def test_every_marker_marks_a_test_and_is_chosen_by_a_command() -> None:
+    settings = tomllib.loads(text_of("pyproject.toml"))["tool"]["pytest"]["ini_options"]
+    markers = {line.partition(":")[0] for line in settings["markers"]}
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    scripts = [path.read_text(encoding="utf-8") for path in (ROOT / "scripts").iterdir()]
+    chosen = re.findall(r'-m (?:"[^"]+"|\w+)', "\n".join([*scripts, *blocks("CONTRIBUTING.md")]))
+    assert markers <= set(re.findall(r"pytest\.mark\.(\w+)", "\n".join(tests)))
+    assert markers <= set(re.findall(r"\w+", " ".join(chosen)))
 
 
 PROSE = ("README.md", "CONTRIBUTING.md", "docs/cluster.md", "docs/upgrade.md", "docs/glossary.md",

@@ -137,9 +137,9 @@ def test_a_file_that_is_no_image_is_left_out_and_an_index_of_another_encoder_is_
     names = {line.split("\t")[2] for line in left_out.stdout.splitlines()}
     assert names == {"04.png", "09.png"}
     assert "left out: text.png" in left_out.stderr
-    sheet = Image.open(photos / "near.png")
-    assert sheet.width > 3 * 112
-    assert sheet.height < 200
+    with Image.open(photos / "near.png") as sheet:
+        assert sheet.width > 3 * 112
+        assert sheet.height < 200
     assert [others.returncode, unknown.returncode, given.returncode] == [2, 2, 0], given.stderr
     assert errors(others) == [
         f"error: {MODEL}: others.parquet was made by another encoder (its weights are others); "
@@ -165,7 +165,8 @@ def test_duplicates_are_pairs_and_groups_and_none_is_no_error(photos: Path) -> N
     assert empty.stdout == drawn.stdout == ""
     assert "0 pairs in 0 groups, of 3 images" in empty.stderr
     assert (photos / "new" / "none.html").is_file()
-    assert Image.open(photos / "none.png").width > 100
+    with Image.open(photos / "none.png") as sheet:
+        assert sheet.width > 100
     pairs = {tuple(line.split("\t")[1:]) for line in done.stdout.splitlines()}
     assert pairs == {("00.png", "03.png"), ("00.png", "07.png"), ("03.png", "07.png"),
                      ("04.png", "09.png")}  # fmt: skip
