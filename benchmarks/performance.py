@@ -304,7 +304,11 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., str], str], ...] = (
         ("cold_start",),
         _cold_start,
         "`simclr-ray pretrain` on one CPU worker with nothing kept of earlier runs: 16 steps of "
-        "256 CIFAR-10 images, then the scores of the encoder, the untrained one and raw pixels.",
+        "256 CIFAR-10 images, then the scores of the encoder, the untrained one and raw pixels. "
+        "Such a run is one Ray actor beside its driver, its views made by a thread at the speed of "
+        "Ray Data's actor: Ray Train and Ray Data would add seven processes that import for "
+        "seconds. With several workers or data actors, a GPU, a cluster of others, or storage in a "
+        "bucket it is Ray Train.",
     ),
     (
         "GPU",

@@ -57,11 +57,13 @@ def names_in(path: Path) -> frozenset[str]:
     return frozenset(names)
 
 
-def test_every_hop_of_the_walks_is_a_function_that_is_there() -> None:
-    hops = re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", text_of("docs/architecture.md"))
-    assert sum(bool(name) for _, name in hops) >= 25
+@pytest.mark.parametrize(("page", "least"), [("architecture", 25), ("reliability", 5)])
+def test_every_hop_of_a_page_is_a_function_that_is_there(page: str, least: int) -> None:
+    hops = re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", text_of(f"docs/{page}.md"))
+    assert sum(bool(name) for _, name in hops) >= least
+    of_checkout = tuple(f"{top}/" for top in TOPS.split("|"))
     for file, name in hops:
-        path = (ROOT if file.startswith(("tests/", "simclr_ray/")) else PACKAGE) / file
+        path = (ROOT if file.startswith(of_checkout) else PACKAGE) / file
         assert path.is_file(), file
         assert not name or name in names_in(path), f"{file}:{name}"
 
