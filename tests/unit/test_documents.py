@@ -57,6 +57,19 @@ def names_in(path: Path) -> frozenset[str]:
     return frozenset(names)
 
 
+def test_what_is_changed_most_is_a_table_of_its_own_and_the_rest_stands_by_room() -> None:
+    chapter = text_of("CONTRIBUTING.md").split("## Where does my change go?")[1].split("\n## ")[0]
+    most, *rooms = re.split(r"^### ", chapter, flags=re.MULTILINE)
+    assert 8 <= most.count("\n| ") - 1 <= 12  # without the head
+    for table in rooms:
+        name = table.partition("\n")[0]
+        room = name.strip("`/")
+        if name != "Outside of the rooms":
+            assert room in {room for floor in FLOORS for room in floor}, name
+            rows = table.split("|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+            assert [row for row in rows if f"`simclr_ray/{room}/" not in row] == []
+
+
 @pytest.mark.parametrize(("page", "least"), [("architecture", 25), ("reliability", 5)])
 def test_every_hop_of_a_page_is_a_function_that_is_there(page: str, least: int) -> None:
     hops = re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", text_of(f"docs/{page}.md"))
