@@ -127,12 +127,12 @@ def _measure(name: str, data: list[str], folder: Path) -> dict[str, Any]:
     images = MOST_COST * len(settings) * EPOCHS * rows / lengths  # of a short trial
     epochs = max(1, math.floor(images / rows))
     advice = advise(task, TrialLengths(rows, epochs, 0.0), run_study)
-    grid = run_study(_study("grid", task.given, settings, [0], []))
+    grid = run_study(_study("grid", task.values, settings, [0], []))
     ended = values_by_setting(grid, task.metric)
     measured = {name: statistics.fmean(values.values()) for name, values in ended.items()}
     best = max(measured, key=measured.__getitem__)
     cases = {"best of the grid": settings[best], "advised": advice.values}
-    again = run_study(_study("again", task.given, cases, SEEDS, ["knn", "linear"]))
+    again = run_study(_study("again", task.values, cases, SEEDS, ["knn", "linear"]))
     short, long = (StudyFolder(f"{folder}/studies", f"advise-{part}") for part in ("short", "long"))
     cost = _seconds(short) + _seconds(long)
     order = sorted(measured, key=lambda k: -measured[k])
@@ -151,7 +151,7 @@ def _measure(name: str, data: list[str], folder: Path) -> dict[str, Any]:
 
 def _study(
     name: str,
-    given: dict[str, Any],
+    values: dict[str, Any],
     cases: dict[str, dict[str, Any]],
     seeds: list[int],
     protocols: list[str],
@@ -160,7 +160,7 @@ def _study(
         "name": name,
         "question": "Which settings suit these images?",
         "base": "cifar10_laptop",
-        "set": given,
+        "set": values,
         "space": {SETTING: {"cases": cases}},
         "seeds": seeds,
         "metric": "eval/knn_top1",

@@ -25,7 +25,7 @@ import psutil
 
 from benchmarks.record import median, portable, store
 
-OURS = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[1]
 LOOK_S = 0.05
 OVERRIDES = ("data.limit=4096", "batch_size=256", "epochs=1")
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--other", type=Path, help="A checkout to take turns with.")
     args = parser.parse_args()
-    sources = {"this": OURS} | ({"other": args.other.resolve()} if args.other else {})
+    sources = {"this": CHECKOUT} | ({"other": args.other.resolve()} if args.other else {})
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
     for _ in range(args.runs):
         for name, source in sources.items():
@@ -67,8 +67,8 @@ def cold_run(source: Path, train: str, test: str) -> dict[str, Any]:
         words = ["simclr-ray", "pretrain", "cifar10_study_cpu", *OVERRIDES]
         words += [f"data.train={train}", f"data.test={test}", f"storage={root / 'runs'}"]
         cpu, began, first_s = _cpu_s(), time.monotonic(), 0.0
-        with (root / "said").open("w") as said:
-            running = subprocess.Popen(words, env=env, cwd=root, stdout=said, stderr=said)
+        with (root / "said").open("w") as log:
+            running = subprocess.Popen(words, env=env, cwd=root, stdout=log, stderr=log)
         while running.poll() is None:
             time.sleep(LOOK_S)
             if not first_s and any("train/loss" in p.read_text() for p in _logs(root)):

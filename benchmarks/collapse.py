@@ -59,16 +59,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, default=Path("runs/collapse"))
     parser.add_argument("--case", default="", help="one alone, which is not stored")
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    given.state.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[Row]] = {part: [] for part in given.only}
-    for part in given.only:
+    args.state.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[Row]] = {part: [] for part in args.only}
+    for part in args.only:
         for number, case in enumerate(_cases(part)):
-            if not given.case or given.case == case.name:
-                rows[part].append(_done(part, case, given.seed + number, given))
+            if not args.case or args.case == case.name:
+                rows[part].append(_done(part, case, args.seed + number, args))
         _say(part, rows[part])
-    if tuple(given.only) == PARTS and given.seed == 0 and not given.case:
+    if tuple(args.only) == PARTS and args.seed == 0 and not args.case:
         command = portable(f"SIMCLR_RAY_DATA={os.environ['SIMCLR_RAY_DATA']} make collapse")
         store("collapse", {"command": command.removeprefix("SIMCLR_RAY_DATA=$SIMCLR_RAY_DATA "),
                            **rows})  # fmt: skip
@@ -78,10 +78,10 @@ def _cases(part: str) -> tuple[Case, ...]:
     return {"healthy": HEALTHY, "causes": CAUSES, "rollback": ROLLBACKS}[part]
 
 
-def _done(part: str, case: Case, seed: int, given: argparse.Namespace) -> Row:
+def _done(part: str, case: Case, seed: int, args: argparse.Namespace) -> Row:
     """Return the result of a case, stored or run now."""
-    file = given.state / f"{part}-{case.name}-{seed}.json"
-    if file.is_file() and not given.case:
+    file = args.state / f"{part}-{case.name}-{seed}.json"
+    if file.is_file() and not args.case:
         row: Row = json.loads(file.read_text())
         return row
     began = time.monotonic()
@@ -148,15 +148,15 @@ def alone(case: Case, seed: int, folder: Path, records: list[Row]) -> Row:
     source = Source.open(experiment.data.train, experiment.data.columns, experiment.data.limit)
     warmup = experiment.warmup_steps(source.num_pairs)
     health = HealthWatch(experiment, warmup)
-    said = ""
+    message = ""
     clock = _SlowClock(case.step_s) if case.step_s else time
     try:
         with mock.patch("simclr_ray.train.meter.time", clock):
             _train(case, experiment, source, health, records)
     except UnhealthyRunError as error:
-        said = str(health.explained(error))
+        message = str(health.explained(error))
     last = {k: round(v, 4) for r in records for k, v in r.items() if k in SHOWN}
-    return {"settings": dict(case.settings), "said": said, "step": health.last_step, **last}
+    return {"settings": dict(case.settings), "said": message, "step": health.last_step, **last}
 
 
 SHOWN = ("eval/margin", "eval/effective_rank", "train/mean_loss", "train/images_per_s")
@@ -227,12 +227,12 @@ def rolled_back(case: Case, seed: int, folder: Path) -> Row:
     policy = {"health.on_divergence": "rollback", "health.on_collapse": "rollback"}
     scaling = {"scaling.num_workers": 1, "scaling.threads_per_worker": 1}
     experiment = experiment_of({**case.settings, **policy, **scaling}, seed, folder)
-    said, margin = "", math.nan
+    message, margin = "", math.nan
     try:
         run = pretrain(experiment)
         margin = run.metrics["eval/margin"]
     except UnhealthyRunError as error:
-        said = str(error)
+        message = str(error)
     (name,) = (p.parent.name for p in (folder / "runs").glob("*/run.json"))
     run_folder = RunFolder(str(folder / "runs"), name)
     record = RunRecord.read(run_folder)
@@ -240,13 +240,13 @@ def rolled_back(case: Case, seed: int, folder: Path) -> Row:
     lines = (run_folder.read_text(METRICS) or "").count("\n")
     return {
         "settings": dict(case.settings),
-        "said": said,
+        "said": message,
         "rollbacks": record.rollbacks,
         "rate_multiplier": record.rate_multiplier,
         "history": [{k: v for k, v in entry.items() if k != "to"} for entry in history],
         "records": lines,
         "eval/margin": None if math.isnan(margin) else round(margin, 4),
-        "saved": not said and record.rollbacks > 0 and margin > SAVED_MARGIN,
+        "saved": not message and record.rollbacks > 0 and margin > SAVED_MARGIN,
     }
 
 

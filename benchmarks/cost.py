@@ -83,8 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("commits", nargs="+")
     parser.add_argument("--pairs", type=int, default=5)
-    given = parser.parse_args()
-    commits = [*given.commits, ""][:2]
+    args = parser.parse_args()
+    commits = [*args.commits, ""][:2]
     data = Path(os.environ["SIMCLR_RAY_DATA"])
     speeds: dict[str, list[float]] = {"old": [], "new": []}
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,7 +92,7 @@ def main() -> None:
             name: lay_out(commit, Path(scratch) / name)
             for name, commit in zip(speeds, commits, strict=True)
         }
-        for number in range(given.pairs):
+        for number in range(args.pairs):
             for name in list(speeds)[:: -1 if number % 2 else 1]:
                 speeds[name].append(images_per_s(packages[name], data))
             print(
@@ -101,7 +101,7 @@ def main() -> None:
     ratios = [new / old for old, new in zip(speeds["old"], speeds["new"], strict=True)]
     store("cost", {
         "command": f"python -m benchmarks.cost {' '.join(filter(None, commits))}",
-        "old": commits[0], "new": commits[1] or "working tree", "pairs": given.pairs,
+        "old": commits[0], "new": commits[1] or "working tree", "pairs": args.pairs,
         "images_per_s": {k: [round(v, 1) for v in values] for k, values in speeds.items()},
         "new_over_old": {"median": round(statistics.median(ratios), 4),
                          "least": round(min(ratios), 4), "most": round(max(ratios), 4),

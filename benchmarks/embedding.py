@@ -59,23 +59,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--folder", type=Path, default=Path("runs/embedding"))
     parser.add_argument("--bucket", action="store_true")
-    given = parser.parse_args()
-    folder = given.folder.resolve()
+    args = parser.parse_args()
+    folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     model = write_model(folder / "model")
     whole = Path(os.environ["SIMCLR_RAY_DATA"]) / "cifar10" / "train"
-    few = write_first(whole, given.rows, folder / f"first-{given.rows}")
-    if given.bucket:
+    few = write_first(whole, args.rows, folder / f"first-{args.rows}")
+    if args.bucket:
         with serving(folder / "services") as bucket:
             of_few, of_whole = (
                 bucket.put(local.name, sorted(local.glob("*.parquet"))) for local in (few, whole)
             )
-            result = measured(model, of_few, of_whole, bucket.uri, few, given.rounds)
+            result = measured(model, of_few, of_whole, bucket.uri, few, args.rounds)
     else:
-        result = measured(model, str(few), str(whole), str(folder / "out"), few, given.rounds)
-    flag = " --bucket" if given.bucket else ""
-    command = f"python -m benchmarks.embedding --rounds {given.rounds} --rows {given.rows}{flag}"
-    name = "embedding_bucket" if given.bucket else "embedding"
+        result = measured(model, str(few), str(whole), str(folder / "out"), few, args.rounds)
+    flag = " --bucket" if args.bucket else ""
+    command = f"python -m benchmarks.embedding --rounds {args.rounds} --rows {args.rows}{flag}"
+    name = "embedding_bucket" if args.bucket else "embedding"
     store(name, {"command": command, "batch_size": BATCH, "encoder": CONFIG, **result})
 
 
@@ -83,11 +83,11 @@ def measured(
     model: Path, few: str, whole: str, out: str, local: Path, rounds: int
 ) -> dict[str, Any]:
     """Return all figures; of `local` one process reads the same rows as `embed` of `few`."""
-    alone_in, ours_in = [], []
+    alone_in, few_in = [], []
     for index in range(rounds):
         alone_in.append(in_one_process(model, local))
-        ours_in.append(embedded(model, few, f"{out}/few-{index}.parquet"))
-        show(f"round {index}, one process {alone_in[-1]:.1f} images/s", ours_in[-1])
+        few_in.append(embedded(model, few, f"{out}/few-{index}.parquet"))
+        show(f"round {index}, one process {alone_in[-1]:.1f} images/s", few_in[-1])
     undisturbed = embedded(model, whole, f"{out}/whole.parquet")
     show("whole", undisturbed)
     alone = in_one_process(model, local)
@@ -96,11 +96,11 @@ def measured(
     resumed = embedded(model, whole, f"{out}/killed.parquet")
     show("resumed", resumed)
     again = in_one_process(model, local)
-    ratios = [o["images_per_s"] / a for o, a in zip(ours_in, alone_in, strict=True)]
-    few_mib = max(ours["peak_mib"] for ours in ours_in)
+    ratios = [o["images_per_s"] / a for o, a in zip(few_in, alone_in, strict=True)]
+    few_mib = max(each["peak_mib"] for each in few_in)
     return {
         "one_process_images_per_s": [round(speed, 2) for speed in alone_in],
-        "rounds": ours_in,
+        "rounds": few_in,
         "of_one_process": median(ratios),
         "whole": undisturbed,
         "one_process_before_and_after_kill": [alone, again],
@@ -178,10 +178,10 @@ def read(dataset: Path) -> Iterator[list[bytes]]:
 def embedded(model: Path, where: str, out: str, *, kill_after: int = 0) -> dict[str, Any]:
     """Run `simclr-ray embed`, to the end or to a kill, and return what was seen of it."""
     fs, path = filesystem(out)
-    said = Path(f"/tmp/embedding-{os.getpid()}.log")  # noqa: S108 - of this process
+    log_file = Path(f"/tmp/embedding-{os.getpid()}.log")  # noqa: S108 - of this process
     began = time.time()
     words = ["embed", str(model), where, "--out", out, "--batch-size", str(BATCH)]
-    with said.open("w") as log:
+    with log_file.open("w") as log:
         driver = subprocess.Popen(
             [sys.executable, "-m", "simclr_ray", *words], stdout=log, stderr=log
         )
@@ -203,7 +203,7 @@ def embedded(model: Path, where: str, out: str, *, kill_after: int = 0) -> dict[
     ended = time.time()
     psutil.wait_procs(alive, timeout=60)  # the machine is ours again
     if driver.returncode and not kill_after:
-        raise SystemExit(said.read_text())
+        raise SystemExit(log_file.read_text())
     times = sorted(seen.values())[at_start:]
     first = times[0] if times else ended
     result: dict[str, Any] = {

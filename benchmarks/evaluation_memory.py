@@ -55,24 +55,24 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--folder", type=Path, default=Path("runs/evaluation_memory"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
+    args = parser.parse_args()
+    if args.child:
         with peak_of_this_process() as peak:
-            row = PARTS[given.parts](given.parquet, given.folder)
+            row = PARTS[args.parts](args.parquet, args.folder)
         print("ROW " + json.dumps(row | {"peak_mib": round(peak[0] / MIB)}), flush=True)
         os._exit(0)
     stored = RESULTS / "evaluation_memory.json"
     parts = json.loads(stored.read_text())["parts"] if stored.is_file() else {}
-    for name in given.parts.split(","):
-        parts[name] = child(name, given)
+    for name in args.parts.split(","):
+        parts[name] = child(name, args)
         print(name, parts[name], flush=True)
     command = "python -m benchmarks.evaluation_memory " + " ".join(map(portable, sys.argv[1:]))
     store("evaluation_memory", {"command": command, "plan": whole_plan(), "parts": parts})
 
 
-def child(name: str, given: argparse.Namespace) -> dict[str, Any]:
+def child(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return what a process of its own printed of a part."""
-    arguments = [str(given.parquet), "--folder", str(given.folder), "--parts", name, "--child"]
+    arguments = [str(args.parquet), "--folder", str(args.folder), "--parts", name, "--child"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.evaluation_memory", *arguments],
         check=False, capture_output=True, text=True,

@@ -84,12 +84,10 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2_000)
     parser.add_argument("--group-rows", type=int, default=160)
     parser.add_argument("--folder", type=Path, default=Path("runs/evaluation_reads"))
-    given = parser.parse_args()
-    folder = given.folder.resolve()
-    files = write(given.parquet, given.groups, given.group_rows, folder / "train")
-    test = write(
-        given.parquet, TEST_ROWS // given.group_rows + 1, given.group_rows, folder / "test"
-    )
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    files = write(args.parquet, args.groups, args.group_rows, folder / "train")
+    test = write(args.parquet, TEST_ROWS // args.group_rows + 1, args.group_rows, folder / "test")
     columns = {f"bench/train/{file.name}": ImageColumn.of(file) for file in files}
     of_set = sum(span.last - span.first for column in columns.values() for span in column.spans)
     rows = []
@@ -101,8 +99,8 @@ def main() -> None:
     result = {
         "command": "python -m benchmarks.evaluation_reads " + " ".join(map(portable, sys.argv[1:])),
         "set": {
-            "rows": given.groups * given.group_rows,
-            "row_groups": given.groups,
+            "rows": args.groups * args.group_rows,
+            "row_groups": args.groups,
             "image_bytes": of_set,
         },
         "of_ranks": rows,

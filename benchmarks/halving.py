@@ -28,25 +28,25 @@ def main() -> None:
     parser.add_argument("folder", help="of a grid that has finished")
     parser.add_argument("--orders", type=int, default=1000)
     parser.add_argument("--grace", type=int, default=3)
-    given = parser.parse_args()
-    with stored_study(given.folder) as (study, trials):
-        replay(given, study, trials)
+    args = parser.parse_args()
+    with stored_study(args.folder) as (study, trials):
+        replay(args, study, trials)
 
 
-def replay(given: argparse.Namespace, study: Study, trials: list[Trial]) -> None:
+def replay(args: argparse.Namespace, study: Study, trials: list[Trial]) -> None:
     """Print what each factor finds."""
-    outcomes = StudyFolder.at(given.folder).outcomes()
+    outcomes = StudyFolder.at(args.folder).outcomes()
     if study.metric not in EPOCH_METRICS or any(o.status != "finished" for o in outcomes):
         raise SystemExit(
-            f"{given.folder}: all trials must have finished, and logged eval/… or train/…"
+            f"{args.folder}: all trials must have finished, and logged eval/… or train/…"
         )
     curves = {o.trial: {e: v[study.metric] for e, v in o.curve.items()} for o in outcomes}
     print("one in  finds the best  epochs  both, within 60 %")
     for factor in (2, 3, 4):
-        settings = {"name": "asha", "reduction_factor": factor, "grace_epochs": given.grace}
+        settings = {"name": "asha", "reduction_factor": factor, "grace_epochs": args.grace}
         asha = study.scheduler.model_copy(update=settings)
         compared = study.model_copy(update={"scheduler": asha})
-        replays = [replayed(compared, trials, curves, seed) for seed in range(given.orders)]
+        replays = [replayed(compared, trials, curves, seed) for seed in range(args.orders)]
         best = sum(is_best for is_best, _ in replays) / len(replays)
         taken = sum(share for _, share in replays) / len(replays)
         both = sum(is_best and share <= 0.6 for is_best, share in replays) / len(replays)

@@ -86,11 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     results = {}
     for num_rows, num_features in SHAPES:
-        results[f"{num_rows} x {num_features}"] = compared(num_rows, num_features, given.rounds)
+        results[f"{num_rows} x {num_features}"] = compared(num_rows, num_features, args.rounds)
         print(num_rows, num_features, results[f"{num_rows} x {num_features}"])
     command = " ".join(["python -m benchmarks.linear", *sys.argv[1:]])
     store("linear", {"command": command, "epochs": EPOCHS, "results": results})

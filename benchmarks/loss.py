@@ -186,12 +186,12 @@ def _errors(loss: Loss, n: int) -> dict[str, float]:
     reference.backward()  # type: ignore[no-untyped-call] # torch's
     value = loss(z1, z2)
     value.backward()  # type: ignore[no-untyped-call] # torch's
-    ours, theirs = (
+    gradient, exact_gradient = (
         torch.cat([z.grad.double() for z in p if z.grad is not None]) for p in ((z1, z2), exact)
     )
     return {
         "loss_error": abs(value.item() - reference.item()),
-        "gradient_error": ((ours - theirs).norm() / theirs.norm()).item(),
+        "gradient_error": ((gradient - exact_gradient).norm() / exact_gradient.norm()).item(),
     }
 
 

@@ -42,7 +42,7 @@ def forms() -> dict[str, Build]:
             groups(d, o), RATE, MOMENTUM, weight_decay=DECAY, **options
         )
 
-    def ours(*, fused: bool) -> Build:
+    def lars_of_package(*, fused: bool) -> Build:
         return lambda d, o: LARS(
             groups(d, o, adapt=False),
             RATE,
@@ -53,8 +53,8 @@ def forms() -> dict[str, Build]:
         )
 
     builds: dict[str, Build] = {
-        "simclr_ray": ours(fused=True),
-        "simclr_ray, foreach": ours(fused=False),
+        "simclr_ray": lars_of_package(fused=True),
+        "simclr_ray, foreach": lars_of_package(fused=False),
         "sgd": sgd(foreach=False),
         "sgd, foreach": sgd(foreach=True),
         "sgd, fused": sgd(fused=True),

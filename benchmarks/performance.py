@@ -175,9 +175,9 @@ def _stream(result: Result) -> str:
         gap = max(r["epoch_gap_s"] for r in result["rounds"][form])
         rows.append((form, f"{rate:,.0f}", result["ratio"][form], f"{1e3 * gap:.0f}"))
     table = _table(("form", "images/s", "ours / this", "longest gap between epochs, ms"), rows)
-    ours, run, plan = result["rounds"]["simclr_ray"], result["run"], result["long_plan"]
-    memory = max(r["actors_mib"] for r in ours)
-    first = max(r["first_batch_after_init_s"] for r in ours)
+    rounds, run, plan = result["rounds"]["simclr_ray"], result["run"], result["long_plan"]
+    memory = max(r["actors_mib"] for r in rounds)
+    first = max(r["first_batch_after_init_s"] for r in rounds)
     return (
         f"{table}\nThe first batch comes at most {first} s after `ray.init` returns, "
         f"{plan['first_batch_after_init_s']} s of a plan of 200,000 steps. In a short training run "

@@ -114,14 +114,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a thousandth of the images")
     parser.add_argument("--write", action="store_true", help="write docs/scaling.md's tables")
     parser.add_argument("--child", type=int, default=0, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        print(json.dumps(planned(given.child)))
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(planned(args.child)))
         return
-    if given.write:
+    if args.write:
         PAGE.write_text(filled(PAGE.read_text(), json.loads(stored_text("scaling_model"))))
         return
-    scale = 1000 if given.quick else 1
+    scale = 1000 if args.quick else 1
     images = Path(os.environ["SIMCLR_RAY_DATA"]) / "caltech101" / "train" / "part-00000.parquet"
     plans = [child(max(8192, num // scale)) for num in (IMAGENET, 10**7, 10**8, BILLION)]
     gpu_rates = [times * rate_alone("V100") for times in FASTER]
@@ -135,7 +135,7 @@ def main() -> None:
         "plans": plans,
         "billion": billion.billion(plans[-1], footer_of(images), gpu_rates),
     }
-    if given.quick:
+    if args.quick:
         print(json.dumps(result, indent=1))
         return
     store("scaling_model", result)
@@ -179,7 +179,7 @@ def against_published() -> list[dict[str, Any]]:
             LINKS[figure.network],
         )
         model = figure.batch / step.total
-        is_given = figure == smallest(figure.what)
+        is_smallest = figure == smallest(figure.what)
         rows.append(
             {
                 "what": f"{figure.devices} {figure.what}, B = {figure.batch:,}",
@@ -187,7 +187,7 @@ def against_published() -> list[dict[str, Any]]:
                 "published": round(figure.images_per_s),
                 "model": round(model),
                 "alone": round(rate_alone(figure.what), 1),
-                "error": None if is_given else round(model / figure.images_per_s - 1, 3),
+                "error": None if is_smallest else round(model / figure.images_per_s - 1, 3),
             }
         )
     return rows

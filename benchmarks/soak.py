@@ -123,13 +123,13 @@ def main() -> int:
 def command(storage: Path, workers: int) -> list[str]:
     """Return the command of a run that has no end, evaluates and saves often."""
     images = Path(os.environ["SIMCLR_RAY_DATA"]) / "cifar10"
-    given = [
+    overrides = [
         f"data.train={images / 'train'}", f"data.test={images / 'test'}", f"storage={storage}",
         "data.limit=5000", f"epochs={NEVER}", "evaluation.every_epochs=1",
         "evaluation.eval_train_limit=1000", "evaluation.test_limit=500", "schedule.warmup_epochs=1",
         "checkpoint.every_steps=10", f"scaling.num_workers={workers}", "health.on_collapse=warn",
     ]  # fmt: skip
-    return [sys.executable, "-m", "simclr_ray", "pretrain", "cifar10_cpu", *given]
+    return [sys.executable, "-m", "simclr_ray", "pretrain", "cifar10_cpu", *overrides]
 
 
 class Soak:
@@ -137,7 +137,7 @@ class Soak:
 
     def __init__(self, folder: Path, every_s: float) -> None:
         self.storage, self.log, self.every_s = folder / "storage", folder / "samples.jsonl", every_s
-        self.said = folder / "said"
+        self.log_file = folder / "said"
 
     def samples(self) -> list[Sample]:
         """Return what has been sampled, also before an interruption."""
@@ -154,9 +154,9 @@ class Soak:
         session = 1 + max((sample["session"] for sample in before), default=0)
         temporary = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))  # Ray's sockets: short
         seen: dict[int, float] = {}  # process -> when it began: a number is given again
-        with self.said.open("a") as said:
+        with self.log_file.open("a") as log:
             driver = subprocess.Popen(
-                words, stdout=said, stderr=said, env=os.environ | {"TMPDIR": str(temporary)}
+                words, stdout=log, stderr=log, env=os.environ | {"TMPDIR": str(temporary)}
             )
         try:
             began = time.monotonic()
@@ -197,8 +197,8 @@ def sample_of(driver: int, temporary: Path, storage: Path) -> Sample:
         "processes": processes,
         "storage_files": len(names),
         "storage_bytes": sum(size for _, size in names),
-        "temporary_files": len([n for n, _ in files_in(temporary) if is_ours(n)]),
-        "ray_bytes": sum(size for name, size in files_in(temporary) if not is_ours(name)),
+        "temporary_files": len([n for n, _ in files_in(temporary) if is_own(n)]),
+        "ray_bytes": sum(size for name, size in files_in(temporary) if not is_own(name)),
         "shared_files": len(list(SHARED.iterdir())),
     }
 
@@ -231,7 +231,7 @@ def files_in(folder: Path) -> list[tuple[str, int]]:
     return entries
 
 
-def is_ours(name: str) -> bool:
+def is_own(name: str) -> bool:
     """Return whether a file of the temporary folder is to be gone when the run is."""
     return not Path(name).parts[0].startswith(NOT_COUNTED)
 
@@ -248,8 +248,8 @@ def what_is_left(pids: Mapping[int, float], temporary: Path, storage: Path) -> d
     hidden = [name for name, _ in files_in(storage) if Path(name).name.startswith(".")]
     return {
         "processes": [str(pid) for pid in sorted(alive)],
-        "temporary_files": sorted(name for name, _ in files_in(temporary) if is_ours(name)),
-        "temporary_folders": sorted(p.name for p in temporary.iterdir() if is_ours(p.name)),
+        "temporary_files": sorted(name for name, _ in files_in(temporary) if is_own(name)),
+        "temporary_folders": sorted(p.name for p in temporary.iterdir() if is_own(p.name)),
         "shared_files": [name for name in shared if int(name.split("-")[1]) in set(pids)],
         "unfinished_files": [name for name in hidden if name.endswith(".tmp")],
         "lock_holders": [name for name, _ in files_in(storage) if name.endswith("lock.holder")],

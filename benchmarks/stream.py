@@ -203,7 +203,7 @@ class Batches(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         return batch.a, batch.b, batch.ids
 
 
-def loader_of_ours(settings: Settings) -> Row:
+def own_loader(settings: Settings) -> Row:
     """Make the same batches in a DataLoader."""
     trained = experiment(settings)
     source = Source.open(settings.parquet)
@@ -291,7 +291,7 @@ def short_run(settings: Settings) -> Row:
 
 CHILDREN = {
     "simclr_ray": through_ray,
-    "dataloader, ours": loader_of_ours,
+    "dataloader, ours": own_loader,
     "dataloader, albumentations": loader_of_albumentations,
     "long plan": long_plan,
     "run": short_run,

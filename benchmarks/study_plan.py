@@ -117,10 +117,10 @@ def verdict_of(results: Sequence[HeldOut]) -> str:
 
 def main(folders: list[str]) -> None:
     """Hold out, print and store."""
-    given = folders or [str(path.parent) for path in sorted(KEPT.glob(f"*/{DATA}"))]
+    paths = folders or [str(path.parent) for path in sorted(KEPT.glob(f"*/{DATA}"))]
     results: list[HeldOut] = []
     studies: dict[str, Any] = {}
-    for folder in given:
+    for folder in paths:
         try:
             study = read_stored(folder)
         except ConfigError as error:

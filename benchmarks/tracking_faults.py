@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--store", choices=("server", "file"), default="")
-    given = parser.parse_args()
+    args = parser.parse_args()
     data = Path(os.environ["SIMCLR_RAY_DATA"])
     speeds: dict[str, list[float]] = defaultdict(list)
     with (
@@ -80,15 +80,15 @@ def main() -> None:
         serving(Path(scratch), free_port()) as uri,
         between(uri) as proxy,
     ):
-        for number in range(given.rounds):
-            for name, speed in measured(data, number, proxy, given.store).items():
+        for number in range(args.rounds):
+            for name, speed in measured(data, number, proxy, args.store).items():
                 speeds[name].append(speed)
             print(number, {name: round(v[-1], 1) for name, v in speeds.items()}, flush=True)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    only = f" --store {given.store}" if given.store else ""
+    only = f" --store {args.store}" if args.store else ""
     store(f"tracking_faults{only.replace(' --store ', '_')}", {
-        "command": f"python -m benchmarks.tracking_faults --rounds {given.rounds}{only}",
-        "delay_s": DELAY_S, "rounds": given.rounds,
+        "command": f"python -m benchmarks.tracking_faults --rounds {args.rounds}{only}",
+        "delay_s": DELAY_S, "rounds": args.rounds,
         "images_per_s": {k: [round(v, 1) for v in values] for k, values in speeds.items()},
         "of_the_undisturbed": {
             name: round(median / medians[name.partition(",")[0]], 4)

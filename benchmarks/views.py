@@ -66,9 +66,9 @@ def main() -> None:
         sources["decoded"] = decoded
     rates_of: dict[str, dict[str, float]] = {}
     for kind, images in sources.items():
-        forms = {"simclr_ray": ours(settings), **peers(settings, encoded=kind == "encoded")}
+        forms = {"simclr_ray": own_form(settings), **peers(settings, encoded=kind == "encoded")}
         if kind == "encoded" and importlib.util.find_spec("simplejpeg"):
-            forms["simclr_ray, turbo"] = ours(settings, "turbo")
+            forms["simclr_ray, turbo"] = own_form(settings, "turbo")
         rates_of[kind] = _rates(forms, images, settings)
         print(kind, json.dumps(rates_of[kind]), flush=True)
     decode_alone = _rates(decoders(), encoded, settings)
@@ -104,7 +104,7 @@ def _each(decode: Callable[[bytes], object], images: Sequence[Any]) -> object:
     return [decode(image) for image in images]
 
 
-def ours(settings: Settings, library: Library = "pillow") -> Make:
+def own_form(settings: Settings, library: Library = "pillow") -> Make:
     """Return our pipeline and, for comparison, the others' normalisation to float32."""
     decoder = ImageDecoder(library=library)
     views = TwoViews.simclr(settings.size, settings.strength, settings.blur)

@@ -43,7 +43,7 @@ from simclr_ray.distributed import collectives, shared_memory
 from simclr_ray.distributed.spawn import spawn
 from simclr_ray.nn.losses import NTXentLoss
 
-BASE, OURS = "gather with gradient", ("simclr_ray", "simclr_ray, batch known")
+BASE, OWN_FORMS = "gather with gradient", ("simclr_ray", "simclr_ray, batch known")
 # From the kernel's sched.h, sockios.h and if.h.
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1
 
@@ -150,7 +150,7 @@ def measure(
     for n in batches:
         first, last = collectives.partition(n, rank, collectives.world_size())
         z1, z2 = (z[first:last].clone().requires_grad_() for z in inputs(n))
-        chosen = {name: loss for name, loss in forms(n).items() if not shared or name in OURS}
+        chosen = {name: loss for name, loss in forms(n).items() if not shared or name in OWN_FORMS}
         counts: dict[str, list[float]] = {name: [] for name in chosen}
         for turn in range(rounds + 1):  # the first round opens connections
             idle = _bytes(None, z1, z2, steps)
@@ -162,7 +162,7 @@ def measure(
             name: Share(
                 statistics.median(counts[name]),
                 *_in_float64(loss, z1, z2),
-                _autocast_difference(loss, z1, z2) if name in OURS else float("nan"),
+                _autocast_difference(loss, z1, z2) if name in OWN_FORMS else float("nan"),
             )
             for name, loss in chosen.items()
         }
@@ -194,7 +194,7 @@ def summary(n: int, ranks: list[dict[str, Share]], *, shared: bool) -> list[dict
             error = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
             row[f"loss_difference_{key}"] = abs(loss - value)
             row[f"gradient_difference_{key}"] = float(error)
-        if name in OURS:
+        if name in OWN_FORMS:
             row["autocast_difference"] = max(share.autocast_difference for share in shares)
         rows.append(row)
     return rows

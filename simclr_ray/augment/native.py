@@ -50,11 +50,11 @@ def check_setting() -> NativeSetting:
     Raises:
         ConfigError: It is none of the four.
     """
-    given = os.environ.get(native_build.SETTING, "")
+    value = os.environ.get(native_build.SETTING, "")
     for setting in get_args(NativeSetting):
-        if given == setting:
+        if value == setting:
             return setting  # type: ignore[no-any-return] # get_args loses the type
-    problem = f"{given!r} is none of off, package, build"
+    problem = f"{value!r} is none of off, package, build"
     raise ConfigError.of(native_build.SETTING, problem)
 
 

@@ -142,7 +142,7 @@ def planned_run(
     if source:
         stated = [f"storage={storage}"] if storage else []
         stated += [f"scaling.num_workers={workers}"] if workers else []
-        return Experiment.load(source, *stated, *overrides).check_workers_given()
+        return Experiment.load(source, *stated, *overrides).check_num_workers()
     storage = storage or STORAGE
     tree = {"name": "doctor", "data": {"train": storage}, "storage": storage}
     scaling = {"scaling": {"num_workers": workers or WORKERS}}
@@ -161,7 +161,7 @@ def status(
     """
     experiment = Experiment.load(source, *(overrides or [])) if source else None
     if experiment is not None:
-        experiment.check_workers_given()
+        experiment.check_num_workers()
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         raise ClusterError(

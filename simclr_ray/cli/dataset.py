@@ -146,8 +146,8 @@ def inspect(
     Example: simclr-ray inspect data/train --against data/test --page train.html
     Example: simclr-ray inspect data/tiles --channels 13 --full
     """
-    given = [text.removeprefix("data.columns.") for text in columns or []]
-    chosen = cfg.validate(ColumnsConfig, cfg.apply_overrides({}, given))
+    settings = [text.removeprefix("data.columns.") for text in columns or []]
+    chosen = cfg.validate(ColumnsConfig, cfg.apply_overrides({}, settings))
     for option, name, ending in (("--page", page, ".html"), ("--json", record, ".json")):
         if name and not name.endswith(ending):
             raise ConfigError.of(option, f"got {name}; it must end in {ending}")

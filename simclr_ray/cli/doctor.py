@@ -65,7 +65,7 @@ def run_checks(
         # a storage that does not answer here is not waited for on other nodes
         "cluster": lambda: check_cluster("" if "storage" in failed else storage, num_workers),
         "mlflow": lambda: until_answered({"mlflow": lambda: [check_tracking("", storage)]}, WAIT_S),
-        "gradient": lambda: [check_gradient(min(num_workers, MOST), parity or _selfcheck)],
+        "gradient": lambda: [check_gradient(min(num_workers, MOST), parity or _worst_difference)],
     }
     for name, check in checks.items():
         for finding in guarded(name, check):
@@ -222,7 +222,7 @@ def _connect() -> None:
     start_to_check()
 
 
-def _selfcheck(num_workers: int) -> float:
+def _worst_difference(num_workers: int) -> float:
     from simclr_ray.train.gradient_parity import gradient_parity
 
     return gradient_parity(num_workers).max_relative_difference

@@ -79,8 +79,8 @@ def embed(
         )  # fmt: skip
         return
     options = {"--keep": keep, "--dtype": dtype, "--overwrite": overwrite}
-    if given := [option for option, value in options.items() if value]:
-        raise ConfigError([ConfigIssue(option, "is for --out OUT.parquet") for option in given])
+    if named := [option for option, value in options.items() if value]:
+        raise ConfigError([ConfigIssue(option, "is for --out OUT.parquet") for option in named])
     for name in images:
         if "://" in name or name.endswith(".parquet") or Path(name).is_dir():
             problem = "is no image file; --out OUT.parquet embeds a dataset"

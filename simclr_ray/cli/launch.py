@@ -40,7 +40,7 @@ def runs_of(command: str, typed: Sequence[str]) -> list[Experiment]:
 
 
 def _loaded(source: str, *overrides: str) -> Experiment:
-    experiment = Experiment.load(source, *overrides).check_workers_given()
+    experiment = Experiment.load(source, *overrides).check_num_workers()
     tree, _ = cfg.read_tree(source)
     return _as_stated(experiment, cfg.apply_overrides(tree, overrides, Experiment), {})
 
@@ -54,8 +54,8 @@ def _as_stated(run: Experiment, tree: Mapping[str, Any], values: Mapping[str, An
 
     def stated(section: str, key: str) -> dict[str, Any]:
         inner = tree.get(section, {})
-        given = values.get(f"{section}.{key}", inner.get(key) if isinstance(inner, dict) else None)
-        return {} if given is None else {key: str(given)}
+        value = values.get(f"{section}.{key}", inner.get(key) if isinstance(inner, dict) else None)
+        return {} if value is None else {key: str(value)}
 
     data = {k: v for key in ("train", "test", "eval_train") for k, v in stated("data", key).items()}
     uri = {"uri": ""} | stated("tracking", "uri")

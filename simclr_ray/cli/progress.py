@@ -163,7 +163,7 @@ class StudyProgress:
         self.began, self.first_epochs = time.monotonic(), -1.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._said: set[str] = set()
+        self._ended: set[str] = set()
 
     def __enter__(self) -> Self:
         if self.live is not None:
@@ -180,7 +180,7 @@ class StudyProgress:
     def _watch(self) -> None:
         last = False
         shown_at = float("-inf")
-        said: StudyStatus | None = None
+        last_status: StudyStatus | None = None
         while not last:
             last = self._end.wait(self.EVERY_S)
             try:
@@ -192,8 +192,8 @@ class StudyProgress:
                 continue
             self._say_ended(status)
             due = time.monotonic() - shown_at >= self.LINES_EVERY_S
-            if last or (due and status != said):
-                shown_at, said = time.monotonic(), status
+            if last or (due and status != last_status):
+                shown_at, last_status = time.monotonic(), status
                 running = [t for t in status.trials if t.state == "running"]
                 now = "; ".join(f"{t.name} epoch {t.epoch:.1f}/{t.epochs}" for t in running)
                 say(f"{_done(status)}, left {self._left(status)}" + (f"; {now}" if now else ""))
@@ -201,9 +201,9 @@ class StudyProgress:
     def _say_ended(self, status: StudyStatus) -> None:
         """Print a line for each trial that has ended since."""
         for trial in status.trials:
-            if trial.is_open or trial.name in self._said:
+            if trial.is_open or trial.name in self._ended:
                 continue
-            self._said.add(trial.name)
+            self._ended.add(trial.name)
             say(f"{trial.name}: {trial.state}, {status.metric} {trial.metric}")
 
     def _left(self, status: StudyStatus) -> str:

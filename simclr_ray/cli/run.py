@@ -102,8 +102,8 @@ def remove(run: RunPlace) -> None:
     from simclr_ray.train.tracked import remove_run
 
     folder = RunFolder.at(run)
-    said = remove_run(folder)
-    out.print(f"deleted {folder.uri}{said}", markup=False, soft_wrap=True)
+    note = remove_run(folder)
+    out.print(f"deleted {folder.uri}{note}", markup=False, soft_wrap=True)
 
 
 def report(

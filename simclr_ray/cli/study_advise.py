@@ -58,8 +58,8 @@ def advise(
     loading("torch", "ray")
     from simclr_ray.studies import tuning_advice
 
-    given = _given(data, test, base, overrides or [])
-    task = tuning_advice.advice_task(name, base, given)
+    settings = _settings(data, test, base, overrides or [])
+    task = tuning_advice.advice_task(name, base, settings)
     lengths = _lengths(task, minutes)
     show = say_pairs if record == "-" else show_pairs
     _show_plan(task, lengths, show)
@@ -70,20 +70,20 @@ def advise(
     if record == "-":
         print(text)
         return
-    _show(task, advice, given)
+    _show(task, advice, settings)
     if record:
         Path(record).write_text(f"{text}\n", encoding="utf-8")
 
 
-def _given(data: str, test: str, base: str, overrides: list[str]) -> list[str]:
+def _settings(data: str, test: str, base: str, overrides: list[str]) -> list[str]:
     """Return what is set of the experiment: of a preset nothing that is of other images."""
-    given = [f"data.train={data}"]
+    settings = [f"data.train={data}"]
     is_preset = not base.endswith(YAML_SUFFIXES)
     if test or is_preset:
-        given.append(f"data.test={test}")
+        settings.append(f"data.test={test}")
     if is_preset:
-        given.append("data.limit=0")
-    return [*given, *overrides]
+        settings.append("data.limit=0")
+    return [*settings, *overrides]
 
 
 def say_pairs(rows: dict[str, str]) -> None:
@@ -151,7 +151,7 @@ def _run(study: Study) -> StudyFolder:
     return folder
 
 
-def _show(task: AdviceTask, advice: Advice, given: list[str]) -> None:
+def _show(task: AdviceTask, advice: Advice, settings: list[str]) -> None:
     scale, unit = (100.0, "points") if is_fraction(advice.metric) else (1.0, advice.metric)
     fit = advice.fit
     show_table(
@@ -186,7 +186,7 @@ def _show(task: AdviceTask, advice: Advice, given: list[str]) -> None:
         out.print("advice  leave it as it is: nothing that was tried is better", markup=False)
         return
     words = [f"{path}={json.dumps(value)}" for path, value in advice.values.items()]
-    line = command("pretrain", task.base, *given, *words)
+    line = command("pretrain", task.base, *settings, *words)
     doubt = "" if advice.finalists[0].is_clear else "perhaps (the gain may be chance): "
     out.print(f"advice  {doubt}{line}", markup=False, soft_wrap=True)
 

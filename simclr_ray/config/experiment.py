@@ -235,8 +235,8 @@ class Experiment(Config):
             )
         needs_rgb = self.augment.needs_rgb() if self.data.channels != 3 else ""
         if needs_rgb:
-            given = f"data.channels={self.data.channels}"
-            raise ValueError(f"augment: {needs_rgb} is for RGB, not for {given}")
+            channels = f"data.channels={self.data.channels}"
+            raise ValueError(f"augment: {needs_rgb} is for RGB, not for {channels}")
         if self.compress_gradients and self.precision == "float64":
             raise ValueError("compress_gradients rounds to 8 bits; precision=float64 is for exact")
         if self.scaling.color_augment_on == "worker" and not isinstance(
@@ -278,7 +278,7 @@ class Experiment(Config):
         permit_code(whole, tree, shown, allow_code=allow_code)
         return loader.validate(cls, whole, shown)
 
-    def check_workers_given(self) -> Experiment:
+    def check_num_workers(self) -> Experiment:
         """Return the experiment; raise `ConfigError` for `auto`, which asks one machine."""
         if self.scaling.num_workers == AUTO:
             problem = f"is {AUTO}, which asks one machine; a cluster and a study take a number"

@@ -88,8 +88,8 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[list[tuple[str, Any]], li
     """
     issues = []
     parsed = []
-    for is_form, given in itertools.groupby(overrides, _is_override):
-        texts = list(given)
+    for is_form, group in itertools.groupby(overrides, _is_override):
+        texts = list(group)
         if is_form:
             pairs = [(text, *text.partition("=")[::2]) for text in texts]
             parsed += [(path, parse_yaml(value, text)) for text, path, value in pairs]
@@ -119,8 +119,8 @@ def apply_overrides(
         ConfigError: One issue per override that is not of the form `path=value`.
     """
     out: Tree = json.loads(json.dumps(tree))
-    given, issues = parse_overrides(overrides)
-    parsed = [(path.split("."), value) for path, value in given]
+    values, issues = parse_overrides(overrides)
+    parsed = [(path.split("."), value) for path, value in values]
     for keys, value in sorted(parsed, key=lambda item: item[0][-1] != "name"):  # variants first
         node = out
         for depth, key in enumerate(keys[:-1]):

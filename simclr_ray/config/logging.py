@@ -44,9 +44,9 @@ def is_json() -> bool:
 
 def check_format() -> None:
     """Raise `ConfigError` where $SIMCLR_RAY_LOG_FORMAT is neither `text` nor `json`."""
-    given = os.environ.get(FORMAT_VARIABLE, "")
-    if given not in {"", "text", "json"}:
-        raise ConfigError.of(FORMAT_VARIABLE, f"got {given!r}, not text or json")
+    value = os.environ.get(FORMAT_VARIABLE, "")
+    if value not in {"", "text", "json"}:
+        raise ConfigError.of(FORMAT_VARIABLE, f"got {value!r}, not text or json")
 
 
 def name_process(run: str, rank: int | None = None) -> None:

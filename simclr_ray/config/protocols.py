@@ -54,7 +54,7 @@ PROTOCOLS: Final = (
     Protocol("linear", "linear top-1", "simclr_ray.evaluation.protocols:linear"),
     Protocol(
         "logistic_regression",
-        "L-BFGS top-1",
+        "logistic regression top-1",
         "simclr_ray.evaluation.protocols:logistic_regression",
     ),
     Protocol("knn_k20", "kNN (k=20) top-1", "simclr_ray.evaluation.protocols:knn_k20"),
@@ -71,9 +71,9 @@ def protocol_named(name: str) -> Protocol:
     Raises:
         ConfigError: There is none; of an import path only the form is looked at.
     """
-    ours = {protocol.name: protocol for protocol in PROTOCOLS}.get(name)
-    if ours is not None:
-        return ours
+    builtin = {protocol.name: protocol for protocol in PROTOCOLS}.get(name)
+    if builtin is not None:
+        return builtin
     if IMPORT_PATH.fullmatch(name):
         own = name.rpartition(":")[2]
         return Protocol(own, f"{own} top-1", name)

@@ -29,7 +29,7 @@ _QUERY: Final = re.compile(
     r"|(?:access|account|api|private|shared)[_-]?key)[\w-]*|sig)=)"
     r"[^&#\s\"'<>]+"
 )
-_GIVEN: Final = re.compile(rf"://(?:[^:/@]*:)?{re.escape(HIDDEN)}@")
+_HIDDEN_LOGIN: Final = re.compile(rf"://(?:[^:/@]*:)?{re.escape(HIDDEN)}@")
 _full: dict[str, str] = {}  # of this process: what is shown -> what was given
 
 T = TypeVar("T")
@@ -75,11 +75,11 @@ def recall(shown: str) -> str:
     """
     if HIDDEN not in shown:
         return shown
-    given = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if hide_passwords(given) == shown:
-        return given
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if hide_passwords(uri) == shown:
+        return uri
     if shown in _full:
         return _full[shown]
-    place, _, query = _GIVEN.sub("://", shown).partition("?")
+    place, _, query = _HIDDEN_LOGIN.sub("://", shown).partition("?")
     kept = "&".join(part for part in query.split("&") if not part.endswith(f"={HIDDEN}"))
     return f"{place}?{kept}" if kept else place

@@ -53,12 +53,12 @@ RENAMED = {
 }
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str:
+def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest of `allowed`, or nothing when none is close."""
     allowed = list(allowed)
-    if RENAMED.get(given) in allowed:
-        return f" (it is called {RENAMED[given]!r} since format 2)"
-    close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
+    if RENAMED.get(name) in allowed:
+        return f" (it is called {RENAMED[name]!r} since format 2)"
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -89,14 +89,14 @@ def yaml_problem(error: YAMLError) -> str:
     if mark and "constructor for the tag '!" in str(error.problem):  # `!!` is of YAML itself
         typed = "key='\"!value\"' of a command line"
         return f'{at}a text that begins with ! is quoted: key: "!value" in a file, {typed}'
-    said = [text for text in (error.context, error.problem) if text]
-    return at + " ".join(" ".join(said).split())
+    parts = [text for text in (error.context, error.problem) if text]
+    return at + " ".join(" ".join(parts).split())
 
 
 def _issue(schema: type[Config], tree: Any, item: Any) -> ConfigIssue:
     where = _without_tags(tree, item["loc"])
     path = ".".join(str(part) for part in where)
-    kind, given, context = item["type"], item["input"], item.get("ctx", {})
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == EXTRA:
         keys = _keys_at(schema, tree, where[:-1])
         if path in RENAMED:
@@ -109,22 +109,22 @@ def _issue(schema: type[Config], tree: Any, item: Any) -> ConfigIssue:
     if kind == "literal_error":
         options = [part.strip("' ") for part in context["expected"].replace(" or ", ",").split(",")]
         return ConfigIssue(
-            path, f"got {given!r}; allowed: {', '.join(options)}{nearest(str(given), options)}"
+            path, f"got {value!r}; allowed: {', '.join(options)}{nearest(str(value), options)}"
         )
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         options = _variants_at(schema, tree, where)
-        tag = given.get("name") if isinstance(given, Mapping) else given
+        tag = value.get("name") if isinstance(value, Mapping) else value
         hint = nearest(str(tag), options)
         shown = "missing" if tag is None else f"got {tag!r}"
         return ConfigIssue(f"{path}.name", f"{shown}; allowed: {', '.join(options)}{hint}")
     if kind == "value_error":
         return ConfigIssue(path, str(context["error"]))
     if kind in NODE_ERRORS:
-        return ConfigIssue(path, f"got {given!r}; it must be keys and values")
+        return ConfigIssue(path, f"got {value!r}; it must be keys and values")
     if where[-1:] and where[-1] in SCALARS:  # one of each type of a scalar
         path = ".".join(str(part) for part in where[:-1])
-        return ConfigIssue(path, f"got {given!r}; it must be text, a number, true or false")
-    return ConfigIssue(path, f"got {given!r}; {_sentence(item['msg'])}")
+        return ConfigIssue(path, f"got {value!r}; it must be text, a number, true or false")
+    return ConfigIssue(path, f"got {value!r}; {_sentence(item['msg'])}")
 
 
 def _sentence(message: str) -> str:
@@ -189,8 +189,8 @@ def _node_at(schema: type[Config], tree: Any, where: Where) -> type[Config] | No
             return None
         below_mapping = typing.get_origin(field.annotation) is dict
         variants, usual = configs_in(field.annotation), default_name(field)
-        given = node.get("name", usual) if isinstance(node, Mapping) else usual
-        named = [v for v in variants if name_of(v) == (given or name_of(v))]
+        variant = node.get("name", usual) if isinstance(node, Mapping) else usual
+        named = [v for v in variants if name_of(v) == (variant or name_of(v))]
         if not (named or variants):
             return None
         current = (named or variants)[0]

@@ -54,9 +54,9 @@ def align_labels(*sources: Source) -> tuple[Source, ...]:
                 f"{source.shown_uri} has no class of {sources[0].shown_uri}: {_some(own)} there, "
                 f"{_some(keys[0])} here, so that no score could be right"
             )
-    classes, said = number_classes(keys, named, [source.uri for source in sources])
-    if said:
-        warn_once(log, said)
+    classes, notes = number_classes(keys, named, [source.uri for source in sources])
+    if notes:
+        warn_once(log, notes)
     renumbered = map(renumber, columns, keys, [classes] * len(keys))
     return tuple(
         replace(source, label=label) for source, label in zip(sources, renumbered, strict=True)

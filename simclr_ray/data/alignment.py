@@ -58,22 +58,22 @@ def are_copies(
         sides: int [p], the shortest side of both images in pixels, before they were thumbnails.
     """
     misfits = np.full(len(first), np.inf, np.float32)
-    placed = np.zeros((len(first), 4), np.float32)
+    affine = np.zeros((len(first), 4), np.float32)
     gray = [_normalized(images.astype(np.float32) @ GRAY) for images in (first, second)]
     small = [_halved(images) for images in gray]
     for blur, steps in COARSE:
-        placed = _fit(_blurred(small[0], blur), _blurred(small[1], blur), placed, steps)
-    alike = np.flatnonzero(_correlation(small[0], small[1], placed) >= LEAST_COARSE)
-    gray, placed = [images[alike] for images in gray], placed[alike]
+        affine = _fit(_blurred(small[0], blur), _blurred(small[1], blur), affine, steps)
+    alike = np.flatnonzero(_correlation(small[0], small[1], affine) >= LEAST_COARSE)
+    gray, affine = [images[alike] for images in gray], affine[alike]
     for blur, steps in FINE:
-        placed = _fit(_blurred(gray[0], blur), _blurred(gray[1], blur), placed, steps)
+        affine = _fit(_blurred(gray[0], blur), _blurred(gray[1], blur), affine, steps)
     for blur, chosen in (
         (BLUR, sides[alike] >= FEW_PIXELS),
         (BLUR_OF_FEW, sides[alike] < FEW_PIXELS),
     ):
         rows = alike[chosen]
         if len(rows):
-            misfits[rows] = _worst_block(first[rows], second[rows], placed[chosen], blur)
+            misfits[rows] = _worst_block(first[rows], second[rows], affine[chosen], blur)
     return misfits <= MOST_MISFIT, misfits
 
 
@@ -116,9 +116,9 @@ def _sampling(
     return weights, inside
 
 
-def _warp(placed: Float32s, side: int) -> _Warp:
-    columns, inside_x = _sampling(placed[:, 0], placed[:, 1], side)
-    rows, inside_y = _sampling(placed[:, 2], placed[:, 3], side)
+def _warp(affine: Float32s, side: int) -> _Warp:
+    columns, inside_x = _sampling(affine[:, 0], affine[:, 1], side)
+    rows, inside_y = _sampling(affine[:, 2], affine[:, 3], side)
     inside = (inside_y[:, :, None] & inside_x[:, None, :]).astype(np.float32)
     return _Warp(rows, columns.transpose(0, 2, 1), inside)
 
@@ -147,15 +147,15 @@ def _gain(first: Float32s, second: Float32s) -> Float32s:
     return gain
 
 
-def _fit(first: Float32s, second: Float32s, placed: Float32s, steps: int) -> Float32s:
-    """Return scale and shift of both axes [p, 4], after Gauss-Newton steps from `placed`."""
+def _fit(first: Float32s, second: Float32s, affine: Float32s, steps: int) -> Float32s:
+    """Return scale and shift of both axes [p, 4], after Gauss-Newton steps from `affine`."""
     num_pairs, side, _ = first.shape
     at = _centers(side)
     slope_x = np.gradient(first, 2 / side, axis=2)
     slope_y = np.gradient(first, 2 / side, axis=1)
     limit = np.array([MAX_SCALE_CHANGE, MAX_SHIFT] * 2, np.float32)
     for _ in range(steps):
-        warp = _warp(placed, side)
+        warp = _warp(affine, side)
         moved, target = _moved(first, warp), _centered(second, warp.inside)
         gain = _gain(moved, target)
         by_x = gain * _moved(slope_x, warp)
@@ -167,12 +167,12 @@ def _fit(first: Float32s, second: Float32s, placed: Float32s, steps: int) -> Flo
         hessian += damping[:, None, None] * np.eye(4, dtype=np.float32)
         wanted = slopes @ (target - gain * moved).reshape(num_pairs, side * side, 1)
         step = np.linalg.solve(hessian, wanted)[:, :, 0]
-        placed = np.clip(placed + step, -limit, limit).astype(np.float32)
-    return placed
+        affine = np.clip(affine + step, -limit, limit).astype(np.float32)
+    return affine
 
 
-def _correlation(first: Float32s, second: Float32s, placed: Float32s) -> Float32s:
-    warp = _warp(placed, first.shape[1])
+def _correlation(first: Float32s, second: Float32s, affine: Float32s) -> Float32s:
+    warp = _warp(affine, first.shape[1])
     moved, target = _moved(first, warp), _centered(second, warp.inside)
     norms = np.sqrt((moved**2).sum((1, 2)) * (target**2).sum((1, 2)))
     correlation: Float32s = (moved * target).sum((1, 2)) / np.maximum(norms, 1e-6)
@@ -180,19 +180,19 @@ def _correlation(first: Float32s, second: Float32s, placed: Float32s) -> Float32
 
 
 def _worst_block(
-    first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8], placed: Float32s, blur: float
+    first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8], affine: Float32s, blur: float
 ) -> Float32s:
     """Return the worst misfit of a block in gray; infinite where color or contrast differ."""
-    warp = _warp(placed, SIDE)
+    warp = _warp(affine, SIDE)
     inside = warp.inside
-    ours, theirs = _gray_and_color(first, blur), _gray_and_color(second, blur)
-    moved, target = _moved(ours[0], warp), _centered(theirs[0], inside)
+    left, right = _gray_and_color(first, blur), _gray_and_color(second, blur)
+    moved, target = _moved(left[0], warp), _centered(right[0], inside)
     gain = _gain(moved, target)
     variance = (target**2).sum((1, 2)) / inside.sum((1, 2))
     worst = _block_means((target - gain * moved) ** 2, inside, GRAY_BLOCKS).max((1, 2))
     red, blue = (
         _block_means((t - gain * _sampled(c, warp)) * inside, inside, COLOR_BLOCKS)
-        for c, t in zip(ours[1:], theirs[1:], strict=True)
+        for c, t in zip(left[1:], right[1:], strict=True)
     )
     is_one = np.hypot(red, blue).max((1, 2)) <= MOST_COLOR
     is_one &= np.abs(np.log2(np.maximum(gain[:, 0, 0], 1e-6))) <= MOST_STOPS

@@ -197,23 +197,23 @@ class ArrowInput:
 class ArrowTask:
     """Some rows of one Arrow file, in the order in which they are stored."""
 
-    given: ArrowInput
+    source: ArrowInput
     file: int
     first: int
     rows: Int64s
 
     def read(self) -> Iterator[Item]:
         """Yield the images with the bytes as they are."""
-        given, path = self.given, self.given.files[self.file]
-        fs, _ = filesystem(given.base)
-        names = [given.image] + ([given.label.name] if given.label else [])
+        source, path = self.source, self.source.files[self.file]
+        fs, _ = filesystem(source.base)
+        names = [source.image] + ([source.label.name] if source.label else [])
         low, high = int(self.rows.min()) - self.first, int(self.rows.max()) - self.first + 1
-        table = _rows(given.base, path, names, low, high).take(self.rows - self.first - low)
-        column = table.column(given.image)
+        table = _rows(source.base, path, names, low, high).take(self.rows - self.first - low)
+        column = table.column(source.image)
         images = read_images(column, fs, path)
         labels = [NO_LABEL] * len(images)
-        if given.label is not None:
-            labels = given.label.read(table.column(given.label.name), self.file, path).tolist()
+        if source.label is not None:
+            labels = source.label.read(table.column(source.label.name), self.file, path).tolist()
         for row, image, label, name in zip(
             self.rows.tolist(), images, labels, _paths(column), strict=True
         ):

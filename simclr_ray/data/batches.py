@@ -244,9 +244,9 @@ class BatchBuilder:
         used = {*rows, *keyed.values()}
         free = (r for r in range(self.plan.num_rows) if r not in used and self._shown(r, epoch))
         waiting = [p for p, row in keyed.items() if row < 0]
-        given = dict(zip(waiting, free, strict=False))
+        replacements = dict(zip(waiting, free, strict=False))
         self._check_fraction()
-        return given.get(place, -1)
+        return replacements.get(place, -1)
 
     def _check_fraction(self) -> None:
         num_bad, rows = len(self.reader.bad), self.num_rows

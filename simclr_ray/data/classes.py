@@ -158,16 +158,17 @@ def label_column(
     if any(pa.types.is_floating(kind) or pa.types.is_uint64(kind) for kind in kinds):
         for part in values():
             as_integers(part, place, name)  # fails here for fractions, and above 2^63
-    given = [names for names in names_of_files if names]
-    if all(names == given[0] for names in given):
-        if given and len(given) < len(names_of_files):
-            nameless = counted(len(names_of_files) - len(given), "file")
+    name_lists = [names for names in names_of_files if names]
+    num_nameless = len(names_of_files) - len(name_lists)
+    if all(names == name_lists[0] for names in name_lists):
+        if name_lists and num_nameless:
+            nameless = counted(num_nameless, "file")
             warn_once(log, f"{nameless} without names of classes: labels go by their numbers")
-        return LabelColumn(name, given[0] if given else ())
-    if len(given) < len(names_of_files):
+        return LabelColumn(name, name_lists[0] if name_lists else ())
+    if num_nameless:
         raise DataError(
-            f"files name their classes differently and {len(names_of_files) - len(given)} not at "
-            f"all: what numbers in column {name!r} mean is not known; write names as text"
+            f"files name their classes differently and {num_nameless} not at all: what numbers in "
+            f"column {name!r} mean is not known; write names as text"
         )
     union = tuple(dict.fromkeys(n for names in names_of_files for n in names))
     number = {class_name: label for label, class_name in enumerate(union)}
@@ -228,20 +229,20 @@ def number_classes(
         named: Whether it has names of classes.
         uris: Where each lies.
     """
-    said = []
+    notes = []
     if any(named) and not all(named):
         nameless = [uri for uri, has_names in zip(uris, named, strict=True) if not has_names]
-        said = [f"{', '.join(nameless)} has no names of classes: labels are compared as numbers"]
+        notes = [f"{', '.join(nameless)} has no names of classes: labels are compared as numbers"]
     first = list(dict.fromkeys(keys[0].values()))
-    ours, classes = set(first), dict.fromkeys(first)
+    in_first, classes = set(first), dict.fromkeys(first)
     for uri, theirs in zip(uris[1:], keys[1:], strict=True):
         others = set(theirs.values())
         missing = [key for key in first if key not in others]
-        alone = [key for key in theirs.values() if key not in ours]
-        said += [f"{uri} has no {_shown(missing)}"] if missing else []
-        said += [f"{uris[0]} has no {_shown(alone)}, which {uri} has"] if alone else []
+        alone = [key for key in theirs.values() if key not in in_first]
+        notes += [f"{uri} has no {_shown(missing)}"] if missing else []
+        notes += [f"{uris[0]} has no {_shown(alone)}, which {uri} has"] if alone else []
         classes |= dict.fromkeys(theirs.values())
-    return tuple(classes), "; ".join(said)
+    return tuple(classes), "; ".join(notes)
 
 
 def _shown(names: Sequence[Any]) -> str:

@@ -61,8 +61,8 @@ def read_images(
     missing = [i for i, image in enumerate(whole) if image is None and named[i] is not None]
     targets = [target_of(str(named[i]), fs, path, root) for i in missing]
     for i, image in zip(missing, _read_all(targets), strict=True):
-        plainly = _said_of_text(str(named[i])) if stands_for_image(image) else None
-        images[i] = plainly or image
+        stand_in = _stand_in(str(named[i])) if stands_for_image(image) else None
+        images[i] = stand_in or image
     return images
 
 
@@ -81,7 +81,7 @@ def is_bytes(kind: pa.DataType | None) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or views)
 
 
-def _said_of_text(text: str) -> bytes | None:
+def _stand_in(text: str) -> bytes | None:
     """Return what stands for an image where its path is plainly something else."""
     if not text:
         return instead_of_image("empty")

@@ -252,30 +252,30 @@ def index_folder(uri: str, out: str) -> str:
     Raises:
         DataError: Same as `FolderInput.open`; or the list cannot be written.
     """
-    given = FolderInput.open(uri)
+    source = FolderInput.open(uri)
     fs, folder = filesystem(out)
-    images, root = filesystem(given.uri)
+    images, root = filesystem(source.uri)
     if is_local(images) and is_local(fs):  # both may move together; `..` of a link is its target's
         root, folder = os.path.realpath(root), os.path.realpath(folder)
         base = os.path.relpath(root, folder)
     else:
-        base = Path(root).as_uri() if is_local(images) else hide_passwords(given.uri)
-    listing = hashlib.sha256(json.dumps([given.listing, given.class_names]).encode()).hexdigest()
-    labels = np.array(given.labels(), np.int64)
+        base = Path(root).as_uri() if is_local(images) else hide_passwords(source.uri)
+    listing = hashlib.sha256(json.dumps([source.listing, source.class_names]).encode()).hexdigest()
+    labels = np.array(source.labels(), np.int64)
     table = pa.table(
         {
-            "id": pa.array(range(given.num_rows), pa.int64()),
-            "image": pa.array(given.names, pa.string()),
+            "id": pa.array(range(source.num_rows), pa.int64()),
+            "image": pa.array(source.names, pa.string()),
             "label": pa.array(labels, mask=labels == NO_LABEL),
-            PATH_COLUMN: pa.array(given.names, pa.string()),
+            PATH_COLUMN: pa.array(source.names, pa.string()),
         }
     )
-    about = {IMAGE_ROOT: base, IMAGE_BYTES: str(given.num_bytes), IMAGE_LISTING: listing}
-    if given.class_names:
-        about["class_names"] = json.dumps(list(given.class_names))
+    about = {IMAGE_ROOT: base, IMAGE_BYTES: str(source.num_bytes), IMAGE_LISTING: listing}
+    if source.class_names:
+        about["class_names"] = json.dumps(list(source.class_names))
     shown = _write_list(out, root.rpartition("/")[2] or "images", table, about)
     log.info(
-        "%s: %s read where they lie, by the list %s", uri, counted(given.num_rows, "image"), shown
+        "%s: %s read where they lie, by the list %s", uri, counted(source.num_rows, "image"), shown
     )
     return shown
 

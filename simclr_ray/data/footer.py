@@ -73,8 +73,8 @@ class Footer:
     @property
     def num_bytes(self) -> int:
         """Bytes of all rows, images that are named by path included where the file says so."""
-        given = self.about(IMAGE_BYTES)
-        return self.size + (int(given) if given.isdigit() else 0)
+        text = self.about(IMAGE_BYTES)
+        return self.size + (int(text) if text.isdigit() else 0)
 
     @property
     def image_root(self) -> str:

@@ -107,8 +107,8 @@ class ImageCache:
         """Keep these images of rows, as many as there is room for."""
         if self.full or not images:
             return
-        placed = self._reserve(images)
-        for row, place in placed.items():
+        places = self._reserve(images)
+        for row, place in places.items():
             number, pixels = images[row]
             ENTRY.pack_into(self._memory, place, number, *pixels.shape[:2])
             begin = place + ENTRY.size
@@ -116,12 +116,12 @@ class ImageCache:
                 "B"
             )
         with self._locked():
-            for row, place in placed.items():
+            for row, place in places.items():
                 self._places[row] = place
 
     def _reserve(self, images: dict[int, DecodedImage]) -> dict[int, int]:
         """Return a place for each image that is new and has room."""
-        placed = {}
+        places = {}
         with self._locked():
             end = int(self._used[0])
             for row, image in images.items():
@@ -131,10 +131,10 @@ class ImageCache:
                 if end + size > len(self._memory):
                     self.full = True
                     break
-                placed[row] = end
+                places[row] = end
                 end += -(-size // ALIGNMENT) * ALIGNMENT
             self._used[0] = min(end, len(self._memory))
-        return placed
+        return places
 
     def _entry(self, place: int) -> DecodedImage:
         number, height, width = ENTRY.unpack_from(self._memory, place)

@@ -177,8 +177,8 @@ def open_input(
         ConfigError: an option is given that this input does not take.
         DataError: it names nothing, or what it names cannot be read.
     """
-    given = {"size": size, "labels": labels, "columns": columns, "split": split, "groups": groups}
-    check_taken = functools.partial(_check_taken, given | {"download_folder": root})
+    options = {"size": size, "labels": labels, "columns": columns, "split": split, "groups": groups}
+    check_taken = functools.partial(_check_taken, options | {"download_folder": root})
     if kind_or_path == "shapes":
         check_taken("size", of="`shapes`")
         return ShapesInput(num_images or 20_000, size, seed)
@@ -212,9 +212,9 @@ def open_input(
     )
 
 
-def groups_of_input(given: Input) -> GroupKind:
+def groups_of_input(images: Input) -> GroupKind:
     """Return how an input names its groups of images; empty: it has none."""
-    return given.groups if isinstance(given, ParquetInput | FolderInput) else ""
+    return images.groups if isinstance(images, ParquetInput | FolderInput) else ""
 
 
 def _place_and_split(kind_or_path: str, split: str) -> tuple[str, str]:
@@ -234,11 +234,11 @@ def _place_and_split(kind_or_path: str, split: str) -> tuple[str, str]:
     return kind_or_path.rpartition("#")[0], named
 
 
-def _check_taken(given: Mapping[str, object], *taken: str, of: str) -> None:
+def _check_taken(options: Mapping[str, object], *taken: str, of: str) -> None:
     """Raise `ConfigError` for each option that has no meaning for an input; defaults pass."""
     issues = [
         ConfigIssue(key, f"got {value!r}; {of} takes {' and '.join(taken)}, and not this")
-        for key, value in given.items()
+        for key, value in options.items()
         if key not in taken and value != PreparationConfig.model_fields[key].default
     ]
     if issues:

@@ -129,7 +129,7 @@ def prepare(
     """
     fs, folder = filesystem(out)
     _check_apart(first_of(kind_or_path), out)
-    given = open_input(
+    images = open_input(
         kind_or_path,
         columns=columns or ColumnsConfig(),
         split=split,
@@ -140,19 +140,19 @@ def prepare(
         labels=labels,
         groups=groups,
     )
-    groups_kind = groups_of_input(given)
+    groups_kind = groups_of_input(images)
     identity = {
         "schema_version": SCHEMA_VERSION,
-        "input": given.identity,
-        "class_names": list(given.class_names),
+        "input": images.identity,
+        "class_names": list(images.class_names),
         "seed": seed,
         "rows_per_shard": rows_per_shard,
         "max_pixels": max_pixels,
     }
     plan = digest_of(identity)
     shards = [
-        ShardPlan(index, part, plan, given.class_names, max_pixels, groups_kind)
-        for index, part in enumerate(given.parts(rows_per_shard, seed))
+        ShardPlan(index, part, plan, images.class_names, max_pixels, groups_kind)
+        for index, part in enumerate(images.parts(rows_per_shard, seed))
     ]
     if info_of(fs, folder).type == pafs.FileType.NotFound:
         check_machine(None)  # else it would be made for nothing
@@ -165,10 +165,10 @@ def prepare(
             pieces = address_below(out, f"{REGROUPED}/{plan}")
             parts = bring_together([shard.part for shard in shards], pieces)
             shards = [replace(s, part=part) for s, part in zip(shards, parts, strict=True)]
-        _write_all(shards, reports, out, _Limit(given.num_rows, max_bad_fraction), on_progress)
+        _write_all(shards, reports, out, _Limit(images.num_rows, max_bad_fraction), on_progress)
         if fs.get_file_info(f"{folder}/{REGROUPED}").type == pafs.FileType.Directory:
             fs.delete_dir(f"{folder}/{REGROUPED}")
-        return _write_manifest(fs, folder, out, given, plan, [reports[s.index] for s in shards])
+        return _write_manifest(fs, folder, out, images, plan, [reports[s.index] for s in shards])
 
 
 @contextmanager
@@ -308,12 +308,12 @@ def _write_manifest(
     fs: pafs.FileSystem,
     folder: str,
     out: str,
-    given: Input,
+    images: Input,
     plan: str,
     reports: Sequence[ShardReport],
 ) -> Manifest:
     groups = None
-    if groups_of_input(given):
+    if groups_of_input(images):
         source = open_grouped(out, ColumnsConfig(group=GROUP_COLUMN))
         each = groups_of(source).sizes
         groups = GroupSizes(len(each), int(each.min()), int(each.max()))
@@ -326,9 +326,9 @@ def _write_manifest(
         num_rows=source.num_rows,
         num_shards=len(reports),
         fingerprint=source.fingerprint,
-        class_names=given.class_names,
+        class_names=images.class_names,
         rejected=tuple(sorted(r for report in reports for r in report.rejected)),
-        input=given.identity,
+        input=images.identity,
         plan=plan,
         has_index=source.has_ids,
         libraries={"python": platform.python_version()} | versions_of(LIBRARIES),

@@ -176,8 +176,8 @@ def read_report(fs: pafs.FileSystem, path: str, plan: str) -> ShardReport | None
         return None
     try:
         rejected = [Rejected(*row) for row in json.loads(entries[b"rejected"])]
-        given = json.loads(entries.get(b"sizes", b"null"))  # of shards before there was this: none
-        sizes = SizeRange(*map(int, given)) if given else None
+        bounds = json.loads(entries.get(b"sizes", b"null"))  # of shards before there was this: none
+        sizes = SizeRange(*map(int, bounds)) if bounds else None
     except (ValueError, TypeError, OverflowError, RecursionError):  # of a broken disk
         return None
     return ShardReport(metadata.num_rows, rejected, sizes)

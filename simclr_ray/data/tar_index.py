@@ -293,6 +293,8 @@ def _add_rows(sample: Sequence[_Member], num_keys: int, index: TarIndex) -> None
             index.left_out.add("labels without an image", member.name)
         return
     index.num_crowded += len(images) > 1
-    given = [[m.labels[at] for m in sidecars if m.labels[at] is not None] for at in range(num_keys)]
-    labels = tuple(values[0] if values else None for values in given)
+    by_key = [
+        [m.labels[at] for m in sidecars if m.labels[at] is not None] for at in range(num_keys)
+    ]
+    labels = tuple(values[0] if values else None for values in by_key)
     index.rows += [TarRow(m.name, m.offset, m.size, labels) for m in images]

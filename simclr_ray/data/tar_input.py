@@ -316,11 +316,11 @@ def _choose_labels(
         if columns.label:
             log.warning("%s: no sample has a label, in .cls or as label or class of .json", uri)
         return [NO_LABEL] * len(rows), ()
-    at, rest = there[0], [_said(keys[other]) for other in there[1:]]
+    at, rest = there[0], [_key_name(keys[other]) for other in there[1:]]
     unused = f"; {' and '.join(rest)} not used (columns.label)" if rest else ""
-    log.info("%s: labels are from %s%s", uri, _said(keys[at]), unused)
-    given = [row.labels[at] for row in rows]
-    values = [None if isinstance(value, int) and value < 0 else value for value in given]
+    log.info("%s: labels are from %s%s", uri, _key_name(keys[at]), unused)
+    stated = [row.labels[at] for row in rows]
+    values = [None if isinstance(value, int) and value < 0 else value for value in stated]
     nothing = sum(value is None for value in values)
     if nothing:
         log.warning("%s: %s of %d without a label", uri, counted(nothing, "image"), len(rows))
@@ -334,7 +334,7 @@ def _choose_labels(
     return [NO_LABEL if value is None else number[str(value)] for value in values], names
 
 
-def _said(key: str) -> str:
+def _key_name(key: str) -> str:
     return ".cls" if key == "cls" else f"{key} of .json"
 
 

@@ -51,7 +51,7 @@ def wait_for_room(experiment: Experiment, is_stopped: Callable[[], bool] = bool)
         KeyboardInterrupt: It is to wait no longer.
     """
     scaling = experiment.scaling
-    until, demand, said = time.monotonic() + scaling.wait_for_nodes_s, Demand(scaling), ""
+    until, demand, last = time.monotonic() + scaling.wait_for_nodes_s, Demand(scaling), ""
     try:
         while True:
             try:
@@ -61,11 +61,11 @@ def wait_for_room(experiment: Experiment, is_stopped: Callable[[], bool] = bool)
                     raise
                 if time.monotonic() >= until:
                     raise ClusterError(f"{lacking}; {ADVICE}") from lacking
-                if str(lacking) != said:
+                if str(lacking) != last:
                     log.info(
                         "waiting %g s at most for nodes: %s", scaling.wait_for_nodes_s, lacking
                     )
-                    said = str(lacking)
+                    last = str(lacking)
             if is_stopped():
                 raise KeyboardInterrupt
             demand.show(1)

@@ -205,8 +205,8 @@ def _join(address: str, code: dict[str, Any] | None) -> None:
     except (OSError, ValueError) as error:  # ConnectionError, which Ray raises, is one
         raise _refusal(address) from error
     except RuntimeError as error:  # such as another version of Ray or Python
-        said = f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {last_line(error)}"
-        raise ClusterError(said) from error
+        message = f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {last_line(error)}"
+        raise ClusterError(message) from error
     alive = [node for node in nodes() if node.is_alive]
     cpus, gpus = sum(node.cpus for node in alive), sum(node.gpus for node in alive)
     log.info("connected: %s, %g CPUs, %g GPUs", counted(len(alive), "node"), cpus, gpus)

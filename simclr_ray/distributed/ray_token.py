@@ -15,7 +15,7 @@ from typing import Any, Final
 MODE: Final = "RAY_AUTH_MODE"
 TOKEN: Final = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of it
 PATH: Final = "RAY_AUTH_TOKEN_PATH"
-_ours: dict[str, str] = {}  # what stands in the environment by `create`
+_created: dict[str, str] = {}  # what stands in the environment by `create`
 
 
 def create() -> None:
@@ -26,20 +26,20 @@ def create() -> None:
     """
     remove()
     if MODE not in os.environ:
-        _ours[MODE] = "token"
+        _created[MODE] = "token"
     if os.environ.get(MODE, "token").lower() == "token" and not {TOKEN, PATH} & set(os.environ):
-        _ours[TOKEN] = secrets.token_hex(32)
-    os.environ.update(_ours)
+        _created[TOKEN] = secrets.token_hex(32)
+    os.environ.update(_created)
     _read_again()
 
 
 def remove() -> None:
     """Take what `create` has set out of the environment: another cluster has a token of its own."""
-    for key, value in _ours.items():
+    for key, value in _created.items():
         if os.environ.get(key) == value:
             del os.environ[key]
-    if _ours:
-        _ours.clear()
+    if _created:
+        _created.clear()
         _read_again()
 
 

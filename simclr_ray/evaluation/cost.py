@@ -141,8 +141,8 @@ def _scores_s(
         return Features(torch.randn(num, width, generator=generator), labels)
 
     num_scored = max(2, learned // 5)
-    given = drawn(learned), drawn(num_scored)
-    _, seconds = _timed(lambda: score_features(TRAINED, *given, experiment, protocols))
+    features = drawn(learned), drawn(num_scored)
+    _, seconds = _timed(lambda: score_features(TRAINED, *features, experiment, protocols))
     return seconds * rows / (learned + num_scored)
 
 

@@ -164,9 +164,9 @@ def metrics_shown(scores: Sequence[Score]) -> list[str]:
     """Return the metrics of the columns with accuracies, in their order: the first is column 1."""
     reported = _metrics_of(scores)
     usual = [protocol.metric for protocol in protocols_named(DEFAULT_PROTOCOLS)]
-    ours = [p.metric for p in PROTOCOLS]
-    shown = [metric for metric in ours if metric in usual or metric in reported]
-    return shown + [metric for metric in reported if metric not in ours]
+    builtin = [p.metric for p in PROTOCOLS]
+    shown = [metric for metric in builtin if metric in usual or metric in reported]
+    return shown + [metric for metric in reported if metric not in builtin]
 
 
 def short_table(scores: Sequence[Score]) -> list[list[str]]:

@@ -42,7 +42,7 @@ class EmbeddedImages(AbstractContextManager["EmbeddedImages"]):
     """
 
     def __init__(self, index: EmbeddingIndex, where: str = "") -> None:
-        self._index, self._is_given = index, bool(where)
+        self._index, self._is_explicit = index, bool(where)
         self._decoder = ImageDecoder(*index.origin.decoder)
         self._lists = ExitStack()
         self._where = where or recall(index.origin.images)
@@ -65,7 +65,7 @@ class EmbeddedImages(AbstractContextManager["EmbeddedImages"]):
 
     def _refuse(self, why: str) -> None:
         """Raise where somebody has said where the images are; else warn."""
-        if self._is_given:
+        if self._is_explicit:
             raise DataError(why)
         log.warning("images are not shown: %s; --images says where they are", why)
 

@@ -60,12 +60,12 @@ def export_encoder(
         TrackingError: There is no such model, or the store cannot be reached.
     """
     chosen = formats_named(formats)
-    ours = {*OWN_FILES, *(each.file for each in chosen)}
+    files = {*OWN_FILES, *(each.file for each in chosen)}
     if out.is_file():
         raise ConfigError.of(str(out), "is a file; the encoder's files need a folder")
     if out.resolve() == Path(where).resolve():
         raise ConfigError.of(str(out), "is where the encoder lies; choose another")
-    _check_replaceable(out, ours)
+    _check_replaceable(out, files)
     with (
         tempfile.TemporaryDirectory() as scratch,
         encoder_folder(where, Path(scratch), tracking_uri) as folder,
@@ -77,7 +77,7 @@ def export_encoder(
         # the card first, which says of what a kill leaves here that it is an export
         shutil.copy(staged / CARD, out / HALF_CARD)
         (out / HALF_CARD).replace(out / CARD)
-        for name in ours - {CARD}:
+        for name in files - {CARD}:
             _remove(out / name)
         written = sorted(path.name for path in staged.iterdir())
         for name in written:
@@ -86,11 +86,11 @@ def export_encoder(
     return written
 
 
-def _check_replaceable(out: Path, ours: Collection[str]) -> None:
+def _check_replaceable(out: Path, files: Collection[str]) -> None:
     """Raise `ConfigError` where a folder holds what no earlier export has written."""
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     names = [name for name in names if name != HALF_CARD]
-    others = [name for name in names if name not in ours]
+    others = [name for name in names if name not in files]
     if others:
         problem = f"holds {others[0]}, which is no file of an encoder; choose another folder"
         raise ConfigError.of(str(out), problem)
@@ -167,7 +167,7 @@ def _imported(path: str) -> ExportFormat:
     if not isinstance(made, ExportFormat):
         problem = f"returned {type(made).__name__}; expected an ExportFormat"
         raise ConfigError.of(path, problem)
-    if Path(made.file).name != made.file or made.file in {ours.file for ours in ALL_FORMATS}:
+    if Path(made.file).name != made.file or made.file in {each.file for each in ALL_FORMATS}:
         problem = f"writes {made.file!r}; expected the name of a file that no other format has"
         raise ConfigError.of(path, problem)
     return made

@@ -197,8 +197,8 @@ def _write_onnx(path: Path, encoder: Encoder, example: Tensor) -> None:
         except torch.onnx.errors.OnnxExporterError as error:
             if dimensions == free:  # the rest of its text is advice to debug
                 cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-                said = one_line(cause)
-                raise CheckpointError(f"onnx cannot be written: {said}") from error
+                message = one_line(cause)
+                raise CheckpointError(f"onnx cannot be written: {message}") from error
 
 
 def _check_onnx(path: Path, encoder: Encoder) -> Network:  # noqa: ARG001 - compared by the caller

@@ -59,9 +59,7 @@ def why_not_learned(trained: Mapping[str, Any], untrained: Mapping[str, Any]) ->
         )
     compared = {k: values for k, values in both.items() if k != "uniformity"}
     if set(NO_WORSE) <= both.keys() and not any(a > b for a, b in compared.values()):
-        shown = (
-            f"{k} {ours:.3g} (untrained {theirs:.3g})" for k, (ours, theirs) in compared.items()
-        )
+        shown = (f"{k} {a:.3g} (untrained {b:.3g})" for k, (a, b) in compared.items())
         return f"the encoder is no better than the untrained one: {', '.join(shown)}"
     return ""
 

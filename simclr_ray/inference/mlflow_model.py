@@ -87,7 +87,7 @@ def _signature(outputs: int | Sequence[str]) -> ModelSignature:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    given = (
+    returned_schema = (
         Schema([TensorSpec(np.dtype(np.float32), (-1, outputs))])
         if isinstance(outputs, int)
         else Schema([
@@ -97,7 +97,7 @@ def _signature(outputs: int | Sequence[str]) -> ModelSignature:
     )  # fmt: skip
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
-        outputs=given,
+        outputs=returned_schema,
         params=ParamSchema([ParamSpec("batch_size", DataType.long, SERVED_BATCH)]),
     )
 

@@ -340,14 +340,14 @@ def _moved(uri: str, name: str, alias: str, version: int, before: int, verdict: 
             return False
         if before not in (0, version):
             _tag(client, name, version, {f"previous.{alias}": str(before)})
-        _tag(client, name, version, {f"promoted.{alias}": _said(verdict.lines)})
+        _tag(client, name, version, {f"promoted.{alias}": _test_record(verdict.lines)})
         client.set_registered_model_alias(name, alias, str(version))
         return True
 
 
 def _note(uri: str, name: str, version: int, key: str, lines: Sequence[str]) -> None:
     with store.quiet(), mlflow_client(f"note {key!r}", uri) as client:
-        _tag(client, name, version, {key: _said(lines)})
+        _tag(client, name, version, {key: _test_record(lines)})
 
 
 def _tag(client: MlflowClient, name: str, version: int, tags: Mapping[str, str]) -> None:
@@ -355,7 +355,7 @@ def _tag(client: MlflowClient, name: str, version: int, tags: Mapping[str, str])
         client.set_model_version_tag(name, str(version), key, value)
 
 
-def _said(lines: Sequence[str]) -> str:
+def _test_record(lines: Sequence[str]) -> str:
     return json.dumps({"at": _now(), "tested": list(lines)})
 
 

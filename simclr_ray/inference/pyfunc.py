@@ -67,13 +67,13 @@ class Embedder(PythonModel):
         Raises:
             ValueError: an image cannot be decoded, or is given as something else; names its row.
         """
-        given = list(model_input["image"])
+        items = list(model_input["image"])
         batch_size = int((params or {}).get("batch_size", BATCH_SIZE))
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; it must be at least 1")
-        rows = np.empty((len(given), self.width), dtype=np.float32)
-        for start in range(0, len(given), batch_size):
-            some = given[start : start + batch_size]
+        rows = np.empty((len(items), self.width), dtype=np.float32)
+        for start in range(0, len(items), batch_size):
+            some = items[start : start + batch_size]
             views = np.stack([self._view(item, start + k) for k, item in enumerate(some)])
             images = torch.from_numpy(views).permute(0, 3, 1, 2).float().div(255)  # [n, C, S, S]
             with torch.inference_mode():
@@ -90,34 +90,34 @@ class Embedder(PythonModel):
         table.insert(0, "label", names[probabilities.argmax(axis=1)])
         return table
 
-    def _view(self, given: object, row: int) -> npt.NDArray[np.uint8]:
+    def _view(self, image: object, row: int) -> npt.NDArray[np.uint8]:
         """Return one evaluation view, uint8 [S, S, C]."""
         try:
-            pixels = self.decoder.decode(self._encoded(given))
+            pixels = self.decoder.decode(self._encoded(image))
             view: npt.NDArray[np.uint8] = self.decode.evaluation_view(pixels, self.size)
         except (ValueError, OSError) as error:
             raise ValueError(f"row {row}: {error}") from error
         return view
 
-    def _encoded(self, given: object) -> bytes:
-        if isinstance(given, (bytes, bytearray, memoryview)):
-            return self._whole(bytes(given))
-        if isinstance(given, Path):
-            return given.read_bytes()
-        if not isinstance(given, str):
-            got = type(given).__name__
+    def _encoded(self, image: object) -> bytes:
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            return self._whole(bytes(image))
+        if isinstance(image, Path):
+            return image.read_bytes()
+        if not isinstance(image, str):
+            got = type(image).__name__
             raise ValueError(f"expected an image as bytes, base64 text or pathlib.Path; got {got}")
-        encoded = self._of_base64(given)
+        encoded = self._of_base64(image)
         if encoded:
             return encoded
-        shown = given if len(given) <= 80 else f"{given[:77]}..."
+        shown = image if len(image) <= 80 else f"{image[:77]}..."
         raise ValueError(f"{shown!r} is no base64 of an image; a path is given as pathlib.Path")
 
-    def _whole(self, given: bytes) -> bytes:
+    def _whole(self, data: bytes) -> bytes:
         """Return the image in bytes, which of some forms of request are still base64 text."""
-        if self.decode.format_of(given[: self.decode.FIRST_BYTES]) is None and given.isascii():
-            return self._of_base64(given.decode()) or given
-        return given
+        if self.decode.format_of(data[: self.decode.FIRST_BYTES]) is None and data.isascii():
+            return self._of_base64(data.decode()) or data
+        return data
 
     def _of_base64(self, text: str) -> bytes:
         """Return the image in base64 text, a data URI as well; nothing where there is none."""

@@ -125,13 +125,13 @@ def _comparisons(text: str) -> Iterator[ast.Compare]:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        said = error.msg if isinstance(error, SyntaxError) else "it cannot be read"
-        raise _NoRuleError(said) from error
+        problem = error.msg if isinstance(error, SyntaxError) else "it cannot be read"
+        raise _NoRuleError(problem) from error
     joined = isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And)
     for part in tree.values if joined and isinstance(tree, ast.BoolOp) else [tree]:
         if not isinstance(part, ast.Compare):
-            said = "is no comparison (>=, >, <=, <), joined by and"
-            raise _NoRuleError(f"{ast.unparse(part)} {said}")
+            problem = "is no comparison (>=, >, <=, <), joined by and"
+            raise _NoRuleError(f"{ast.unparse(part)} {problem}")
         _check_comparison(part)
         yield part
 
@@ -143,8 +143,8 @@ def _check_comparison(part: ast.Compare) -> None:
         _check_sum(side)
     metrics = {n for n in _names(part) if n not in (CHAMPION, SE)}
     if {CHAMPION, SE} & set(_names(part)) and len(metrics) != 1:
-        said = f"names {len(metrics)} metrics; champion and se are those of one"
-        raise _NoRuleError(f"{ast.unparse(part)} {said}")
+        problem = f"names {len(metrics)} metrics; champion and se are those of one"
+        raise _NoRuleError(f"{ast.unparse(part)} {problem}")
 
 
 def _check_sum(node: ast.expr) -> None:
@@ -187,8 +187,8 @@ def _checked(comparison: ast.Compare, facts: Facts) -> tuple[bool, str]:
         why = [f"the version {facts.absent[n]}" for n in missing if n in facts.absent]
         if CHAMPION in missing and metric in facts.champion_absent:
             why.append(f"the champion {facts.champion_absent[metric]}")
-        said = f" ({', '.join(why)})" if why else ""
-        return False, f"{shown}: {', '.join(missing)} was not measured{said}"
+        reasons = f" ({', '.join(why)})" if why else ""
+        return False, f"{shown}: {', '.join(missing)} was not measured{reasons}"
     holds = all(_holds(link, values) for link in links)
     numbers = ", ".join(f"{name} {values[name]:.4g}" for name in dict.fromkeys(names))
     if is_first and holds:

@@ -15,14 +15,14 @@ class ServingMetrics:
 
     def __init__(self, replica: str) -> None:
         self._registry = CollectorRegistry()
-        given: dict[str, Any] = {"registry": self._registry}
+        options: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter(
-            "simclr_requests", "Images asked about, by the answer.", ["replica", "code"], **given
+            "simclr_requests", "Images asked about, by the answer.", ["replica", "code"], **options
         )
         self._replica = replica
 
         def histogram(name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(f"simclr_{name}", says, ["replica"], buckets=buckets, **given)
+            made = Histogram(f"simclr_{name}", says, ["replica"], buckets=buckets, **options)
             return made.labels(replica)
 
         self.request_s = histogram("request_seconds", "Of a request that was answered.", SECONDS)

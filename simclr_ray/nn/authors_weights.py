@@ -59,8 +59,8 @@ def by_own_names(encoder: nn.Module, tree: Mapping[str, Any]) -> dict[str, Tenso
     out = {}
     for name, tensor in tree.items():
         match = _NAME.fullmatch(str(name))  # of a pickle it may be a number
-        is_ours = match is not None and match["part"] in _PARTS and isinstance(tensor, Tensor)
-        if match is None or not is_ours:  # the head, or the optimizer's
+        is_of_encoder = match is not None and match["part"] in _PARTS and isinstance(tensor, Tensor)
+        if match is None or not is_of_encoder:  # the head, or the optimizer's
             out[name] = tensor
             continue
         number, own = int(match["number"] or 0), layers[match["kind"]]

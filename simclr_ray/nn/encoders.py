@@ -259,7 +259,7 @@ class ImportedFamily(EncoderFamily[ImportConfig]):
                 "encoder", f"{shown} {type(error).__name__}: {cause}; {expected}"
             ) from error
         if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2 or not h.is_floating_point():
-            given = f"{h.dtype} {[*h.shape]}" if isinstance(h, Tensor) else type(h).__name__
-            raise ConfigError.of("encoder", f"{shown} {given}; {expected}")
+            got = f"{h.dtype} {[*h.shape]}" if isinstance(h, Tensor) else type(h).__name__
+            raise ConfigError.of("encoder", f"{shown} {got}; {expected}")
         encoder.feature_dim = h.shape[1]  # type: ignore[assignment] # a plain attribute
         return encoder.train()

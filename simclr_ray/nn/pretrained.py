@@ -65,8 +65,8 @@ def load_model(folder: Path) -> SimCLRModel:
 
 def _overridden(record: dict[str, Any], folder: Path, overrides: Sequence[str]) -> Experiment:
     tree = relocated_run(stored_tree(record["experiment"]), folder.parent)
-    given, _ = cfg.parse_overrides(overrides)
-    fixed = [path for path, _ in given if path.split(".")[0] in TRAINED_WITH]
+    values, _ = cfg.parse_overrides(overrides)
+    fixed = [path for path, _ in values if path.split(".")[0] in TRAINED_WITH]
     if fixed:
         problem = f"is what {folder.name} was trained with; here it cannot be changed"
         raise ConfigError([ConfigIssue(path, problem) for path in fixed])

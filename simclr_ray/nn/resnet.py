@@ -314,11 +314,11 @@ class ResNetFamily(EncoderFamily[ResNetConfig]):
         block = 0
         for group, repeats in enumerate(BLOCKS[config.depth], 1):
             for repeat in range(repeats):
-                theirs, ours = f"layer{group}.{repeat}", f"blocks.{block}"
+                theirs, own = f"layer{group}.{repeat}", f"blocks.{block}"
                 for place in range(3):
-                    layers[f"{ours}.branch.{place}.0"] = f"{theirs}.conv{place + 1}"
-                    layers[f"{ours}.branch.{place}.1"] = f"{theirs}.bn{place + 1}"
-                layers |= {f"{ours}.shortcut.{i}": f"{theirs}.downsample.{i}" for i in (0, 1)}
+                    layers[f"{own}.branch.{place}.0"] = f"{theirs}.conv{place + 1}"
+                    layers[f"{own}.branch.{place}.1"] = f"{theirs}.bn{place + 1}"
+                layers |= {f"{own}.shortcut.{i}": f"{theirs}.downsample.{i}" for i in (0, 1)}
                 block += 1
         parts = (name.rpartition(".") for name in encoder.state_dict())
         return {f"{layer}.{kind}": f"{layers[layer]}.{kind}" for layer, _, kind in parts}

@@ -91,10 +91,10 @@ class TimmFamily(EncoderFamily[TimmConfig]):
         finally:
             backbone.train(training)
         if not isinstance(h, Tensor) or h.ndim != 2:
-            given = [*h.shape] if isinstance(h, Tensor) else type(h).__name__
+            got = [*h.shape] if isinstance(h, Tensor) else type(h).__name__
             raise ConfigError.of(
                 "encoder.model",
-                f"{shown} gives {given} where one vector an image, [2, F], is needed",
+                f"{shown} gives {got} where one vector an image, [2, F], is needed",
             )
         return h.shape[1]
 

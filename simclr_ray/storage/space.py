@@ -126,10 +126,10 @@ def writing(
     except StorageError:
         raise
     except Exception as error:
-        ours = storage_error(error, place, needed) if error_number(error) in numbers else None
-        if ours is None:
+        explained = storage_error(error, place, needed) if error_number(error) in numbers else None
+        if explained is None:
             raise
-        raise ours from error
+        raise explained from error
 
 
 def _fullest(where: str, error: BaseException, needed: int) -> tuple[str, str]:

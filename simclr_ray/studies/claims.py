@@ -162,8 +162,8 @@ def read_verdict(tree: dict[str, Any]) -> Verdict:
         effect = Effect(**{k: absent[k] if v is None else v for k, v in effect.items()})
     difference = math.nan if tree["difference"] is None else tree["difference"]
     later: dict[str, Any] = {"metric": "", "smallest_effect": 0.0, "paper_effect": None}
-    given = {k: v for k, v in tree.items() if k in Verdict._fields}
-    return Verdict(**later | given | {"effect": effect or None, "difference": difference})
+    fields = {k: v for k, v in tree.items() if k in Verdict._fields}
+    return Verdict(**later | fields | {"effect": effect or None, "difference": difference})
 
 
 def finite_tree(tree: dict[str, Any]) -> dict[str, Any]:

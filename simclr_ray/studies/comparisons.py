@@ -50,9 +50,9 @@ class Comparison(Gap):
 
     @cfg.model_validator(mode="after")
     def _check_paper_effect(self) -> Comparison:
-        given = self.paper_effect
-        if given != ROWS and (isinstance(given, str | bool) or not math.isfinite(given)):
-            raise ValueError(f"paper_effect must be a number or {ROWS!r}, got {given!r}")
+        effect = self.paper_effect
+        if effect != ROWS and (isinstance(effect, str | bool) or not math.isfinite(effect)):
+            raise ValueError(f"paper_effect must be a number or {ROWS!r}, got {effect!r}")
         return self
 
 
@@ -102,7 +102,7 @@ class Paper(Config):
     def setting(self, name: str, value: Scalar) -> Scalar:
         """Return the paper's setting that a value of ours stands for: itself unless `matches`."""
         like = self.matches.get(name, {})
-        return next((theirs for ours, theirs in like.items() if is_same(ours, value)), value)
+        return next((theirs for own, theirs in like.items() if is_same(own, value)), value)
 
 
 def paper_effect_of(
@@ -144,11 +144,11 @@ def _paper_rows(
 ) -> Iterator[tuple[tuple[str, ...], float]]:
     """Yield the paper's rows of a side: the settings that it leaves open, and the value."""
     open_names = [name for name in paper.columns if name not in side]
-    ours = {n: [paper.setting(n, label_of(v)) for v in space[n].listed] for n in open_names}
+    listed = {n: [paper.setting(n, label_of(v)) for v in space[n].listed] for n in open_names}
     for row in paper.rows:
         point = dict(zip(paper.columns, row[:-1], strict=True))
         if all(is_same(point[name], value) for name, value in side.items()) and all(
-            not ours[n] or any(is_same(point[n], own) for own in ours[n]) for n in open_names
+            not listed[n] or any(is_same(point[n], own) for own in listed[n]) for n in open_names
         ):
             yield tuple(str(point[n]) for n in open_names), float(row[-1])
 
@@ -162,10 +162,10 @@ def check_paper(paper: Paper, space: Mapping[str, Dimension]) -> None:
                 hint = cfg.nearest(name, space)
                 raise ValueError(f"paper.{key}: {name!r} does not vary in space{hint}")
     for name, theirs in matches.items():
-        ours = [label_of(value) for value in space[name].listed]
+        listed = [label_of(value) for value in space[name].listed]
         for value in theirs:
-            if ours and not any(is_same(value, own) for own in ours):
-                there = ", ".join(map(str, ours))
+            if listed and not any(is_same(value, own) for own in listed):
+                there = ", ".join(map(str, listed))
                 raise ValueError(f"paper.matches.{name}: {value} is not run; there are: {there}")
 
 
@@ -223,8 +223,8 @@ def _check_units(
     if is_fraction(better) != is_fraction(worse):
         raise ValueError(f"{claim}: {better} and {worse} have no common unit")
     for key in ("smallest_effect", "expected_deviation"):
-        given = getattr(comparison, key)
-        if given >= 1 and is_fraction(better):
+        value = getattr(comparison, key)
+        if value >= 1 and is_fraction(better):
             raise ValueError(
-                f"{claim}: {key}={given:g} of {better}, a fraction; a point is {key}: 0.01"
+                f"{claim}: {key}={value:g} of {better}, a fraction; a point is {key}: 0.01"
             )

@@ -152,8 +152,8 @@ def check_startable(study: Study, trials: Sequence[Trial]) -> dict[str, str]:
         raise ConfigError.of("search.name", problem)
     check_labels(study, trials)
     copies = _copies(study, largest_of(trials))
-    placed = {repr((t.experiment.scaling, t.experiment.evaluation)): t for t in trials}
-    for trial in placed.values():  # each asks the cluster
+    distinct = {repr((t.experiment.scaling, t.experiment.evaluation)): t for t in trials}
+    for trial in distinct.values():  # each asks the cluster
         check_machine(trial.experiment, copies)
     return checked_images(folder, [base, *(trial.experiment for trial in trials)])
 

@@ -43,13 +43,13 @@ def draw_study(results: Results, path: Path) -> None:
     """Write the figure, PNG or SVG by its ending: our panels, then the paper's where it has one."""
     study = results.study
     percent = 100 if is_fraction(study.metric) else 1
-    ours = _ours(results, percent)
+    measured = _measured(results, percent)
     panels: list[tuple[str, list[Datum]]] = []
-    for name in dict.fromkeys(d.panel for d in ours):
+    for name in dict.fromkeys(d.panel for d in measured):
         title = (
             f"here: {study.figure.panel} = {name}" if name else f"here ({study.scale or 'as is'})"
         )
-        panels.append((title, [d for d in ours if d.panel == name]))
+        panels.append((title, [d for d in measured if d.panel == name]))
     paper = _paper(study)
     for name in dict.fromkeys(d.panel for d in paper):
         title = f"paper: {study.paper.source}" + (
@@ -60,14 +60,16 @@ def draw_study(results: Results, path: Path) -> None:
         figure = Figure(figsize=(5.2 * max(1, len(panels)), 4.2), layout="constrained")
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
         for axis, (title, data) in zip(axes, panels, strict=False):
-            is_ours = title.startswith("here")
+            is_measured = title.startswith("here")
             _draw(study, axis, data)
-            if is_ours and study.figure.kind != "matrix":
+            if is_measured and study.figure.kind != "matrix":
                 _draw_baselines(results, axis, percent)
             axis.set_title(textwrap.fill(title, TITLE_CHARS), fontsize=9)
             label = study.figure.y_label or study.metric
             unit = " (%)" if percent == 100 else ""
-            shown = textwrap.fill(f"{label}{unit}" if is_ours else study.paper.metric, LABEL_CHARS)
+            shown = textwrap.fill(
+                f"{label}{unit}" if is_measured else study.paper.metric, LABEL_CHARS
+            )
             if study.figure.kind == "matrix":
                 axis.set_xlabel(f"{study.figure.x}; {shown}", fontsize=8)
             else:
@@ -124,7 +126,7 @@ def _draw_baselines(results: Results, axis: Axes, percent: int, metric: str = ""
             )  # fmt: skip
 
 
-def _ours(results: Results, percent: int) -> list[Datum]:
+def _measured(results: Results, percent: int) -> list[Datum]:
     """Return our points; over dimensions that are not drawn, means and deviations of the points."""
     groups: dict[tuple[str, str, Scalar], list[Row]] = {}
     for row in results.rows:

@@ -75,11 +75,11 @@ def load_study(source: str, scale: str = "", *overrides: str, allow_code: bool =
         if name != chosen:
             cfg.validate(Study, merged, f"{shown}, scale {name}")
     study = cfg.validate(Study, _overridden(trees[chosen], overrides), shown)
-    given = [text.partition("=")[0] for text in overrides]
+    paths = [text.partition("=")[0] for text in overrides]
     wrong = [
         ConfigIssue(path, f"varies in space.{name}: what is given here would never count")
         for name, dim in study.space.items()
-        for path in given
+        for path in paths
         if path == name
         or (dim.cases and all(case.get(path) is not None for case in dim.cases.values()))
     ]
@@ -131,10 +131,10 @@ def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, A
         problem = "values of the space are set as a whole: study.space='{path: {grid: [...]}}'"
         raise ConfigError.of(f"{prefix}{inside[0].partition('=')[0]}", problem)
     tree = cfg.apply_overrides(tree, own, Study)
-    given, issues = cfg.parse_overrides(rest)
+    values, issues = cfg.parse_overrides(rest)
     if issues:
         raise ConfigError(issues)
-    tree["set"] = {**_mapping(tree, "set"), **dict(given)}
+    tree["set"] = {**_mapping(tree, "set"), **dict(values)}
     if any(text.startswith("space=") for text in own):
         tree = _without_matches_of_others(tree)
     return tree
@@ -147,8 +147,10 @@ def _without_matches_of_others(tree: dict[str, Any]) -> dict[str, Any]:
     for name, theirs in _mapping(paper, "matches").items():
         dim = space.get(name)
         listed = dim if isinstance(dim, dict) else {}
-        ours = [value for key in ("grid", "choice", "cases") for value in listed.get(key) or ()]
-        matches[name] = {k: v for k, v in theirs.items() if any(is_same(k, own) for own in ours)}
+        settings = [value for key in ("grid", "choice", "cases") for value in listed.get(key) or ()]
+        matches[name] = {
+            k: v for k, v in theirs.items() if any(is_same(k, own) for own in settings)
+        }
     kept = {name: values for name, values in matches.items() if values}
     return {**tree, "paper": {**paper, "matches": kept}} if paper else tree
 

@@ -31,7 +31,7 @@ from simclr_ray.studies.settings import changed_settings, settings_of
 SCALES: Final = {"laptop": "CIFAR-10", "laptop_shapes": "drawn shapes"}  # and their images
 READING = "reading.md"
 NOT_RUN = "not run"
-SAID, MARK = ("appears", "is reversed"), " †"
+MARKED_OUTCOMES, MARK = ("appears", "is reversed"), " †"
 
 ClaimKey = tuple[str, str, str]  # scale, name of a study, text of a claim
 
@@ -83,7 +83,9 @@ def _marked(studies: Sequence[dict[str, Any]]) -> set[ClaimKey]:
     return {
         _key(tree, verdict)
         for (tree, verdict), p in zip(claims, corrected, strict=True)
-        if verdict.effect is not None and verdict.effect.outcome in SAID and p > SIGNIFICANT
+        if verdict.effect is not None
+        and verdict.effect.outcome in MARKED_OUTCOMES
+        and p > SIGNIFICANT
     }
 
 
@@ -110,10 +112,10 @@ def _findings(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> list[
     for number, finding in enumerate(FINDINGS, 1):
         pairs = [(study, claim) for study, claims in finding.claims.items() for claim in claims]
         links = ", ".join(_links(study, anchors) for study in finding.claims)
-        said = [
+        here = [
             _together([words.get((scale, *pair), NOT_RUN) for pair in pairs]) for scale in SCALES
         ]
-        rows.append([str(number), finding.text, finding.source, *said, links])
+        rows.append([str(number), finding.text, finding.source, *here, links])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -170,8 +172,8 @@ def _counts(studies: Sequence[dict[str, Any]], marked: set[ClaimKey]) -> str:
         for tree in studies
         for verdict in map(read_verdict, tree["claims"])
     )
-    said = "; ".join(f"{number} × {name}" for name, number in words.most_common())
-    return f"Verdicts of {counted(words.total(), 'claim')}: {said}."
+    counts = "; ".join(f"{number} × {name}" for name, number in words.most_common())
+    return f"Verdicts of {counted(words.total(), 'claim')}: {counts}."
 
 
 def _anchor(heading: str) -> str:

@@ -190,7 +190,7 @@ def base_tree(study: Study) -> dict[str, Any]:
     tree, shown = cfg.read_tree(study.base)
     if isinstance(tree.setdefault("health", {}), dict):  # what is none is refused with the rest
         tree["health"] = {"on_collapse": "warn"} | tree["health"]
-    wrong = [ConfigIssue(f"set.{k}", "is what the study decides") for k in study.set if k in _OURS]
+    wrong = [ConfigIssue(f"set.{k}", "is what the study decides") for k in study.set if k in _OWN]
     wrong += [
         ConfigIssue(f"space: {path}", "cannot vary" + " but by `seeds`" * (path == "seed"))
         for paths in _dimensions(study)
@@ -200,7 +200,7 @@ def base_tree(study: Study) -> dict[str, Any]:
     if wrong:
         raise ConfigError(wrong)
     base = cfg.validate(Experiment, _with(tree, study.set), shown)
-    base.check_workers_given()
+    base.check_num_workers()
     paths = sorted({path for dim in _dimensions(study) for path in dim})
     uri = store_uri(base.tracking.uri, base.storage)
     tracking = base.tracking.model_copy(update={"uri": uri, "only_params": [*paths, "seed"]})
@@ -252,8 +252,8 @@ def note_on_lengths(study: Study, trials: Sequence[Trial]) -> str:
     return "each length is a run of its own: the cosine schedule has another rate at every step"
 
 
-_OURS = ("seed", "name", "tracking.parent_run", "tracking.only_params", "registry.name")
-_NOT_VARIED = (*_OURS, "storage", "tracking")
+_OWN = ("seed", "name", "tracking.parent_run", "tracking.only_params", "registry.name")
+_NOT_VARIED = (*_OWN, "storage", "tracking")
 
 
 def _dimensions(study: Study) -> Iterator[list[str]]:

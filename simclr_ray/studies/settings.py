@@ -22,7 +22,7 @@ LOOKS: Final = (
     "extra_metrics",
     "expected_deviation",
 )
-PLACED: Final = ("concurrency", "images_per_s", "scale", "base", "set")
+SEPARATE: Final = ("concurrency", "images_per_s", "scale", "base", "set")
 OF_STUDY: Final = "study."  # that overrides of the study's own keys begin with
 
 
@@ -65,19 +65,19 @@ def changed_settings(
     """
     before, after = cfg.leaves(then), cfg.leaves(now)
     paths = [path for path in {**before, **after} if before.get(path) != after.get(path)]
-    given = _given(command)
+    paths_set = _paths_set(command)
     return [
         path.removeprefix("base.").removeprefix(OF_STUDY)
         for path in paths
-        if not any(path == own or path.startswith(f"{own}.") for own in given)
+        if not any(path == own or path.startswith(f"{own}.") for own in paths_set)
     ]
 
 
 def _deciding(study: Study) -> dict[str, Any]:
-    return {k: v for k, v in cfg.to_tree(study).items() if k not in (*LOOKS, *PLACED)}
+    return {k: v for k, v in cfg.to_tree(study).items() if k not in (*LOOKS, *SEPARATE)}
 
 
-def _given(command: str) -> list[str]:
+def _paths_set(command: str) -> list[str]:
     """Return the paths of settings that a command line's overrides set."""
     paths = [word.partition("=")[0] for word in shlex.split(command) if "=" in word]
     own = {f"{OF_STUDY}base": "base", f"{OF_STUDY}set": "base"}

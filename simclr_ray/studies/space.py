@@ -56,10 +56,10 @@ class Dimension(Config):
     @property
     def common_paths(self) -> set[str]:
         """Return the paths to which every case gives a value."""
-        given = [
+        paths = [
             {path for path, v in case.items() if v is not None} for case in self.cases.values()
         ]
-        return set.intersection(*given) if given else set()
+        return set.intersection(*paths) if paths else set()
 
     @property
     def listed(self) -> list[Any]:

@@ -163,8 +163,8 @@ def _timed(experiments: Sequence[Experiment], protocols: Sequence[str]) -> list[
             raise ClusterError(message)
         seconds: list[TrialSeconds] = ray.get(timed)
     except RayError as error:
-        ours = RunError(f"a step could not be timed: {cause_of(error)}")
-        raise unwrap_error(error) or ours from error
+        failure = RunError(f"a step could not be timed: {cause_of(error)}")
+        raise unwrap_error(error) or failure from error
     finally:
         for worker in workers:
             ray.kill(worker)

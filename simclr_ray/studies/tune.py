@@ -202,10 +202,10 @@ class _Driver(_OfThisProcess, tune.Callback, tune.Stopper):
         **_: Any,
     ) -> None:
         """Remove the outcome of a trial that failed before: it is open again."""
-        ours = self.trial_of(trial.config)
-        self._started.add(ours.name)
-        if not self._is_final(ours):
-            self.folder.remove_outcome(ours.name)
+        planned = self.trial_of(trial.config)
+        self._started.add(planned.name)
+        if not self._is_final(planned):
+            self.folder.remove_outcome(planned.name)
 
     def on_trial_result(
         self,
@@ -232,15 +232,17 @@ class _Driver(_OfThisProcess, tune.Callback, tune.Stopper):
         Tune would kill it. A run of Ray Train that is killed while its cluster goes on can keep its
         CPUs and GPUs for good; one that ends by itself gives them back.
         """
-        ours = self.trial_of(trial.config)
-        if self.is_stopping or ENDED in trial.last_result or self._is_final(ours):
+        planned = self.trial_of(trial.config)
+        if self.is_stopping or ENDED in trial.last_result or self._is_final(planned):
             return
         epoch = int(trial.last_result[EPOCH])
         reason = f"{self.study.scheduler.name}: others were better at epoch {epoch}"
-        run = self.folder.run_of(ours.name)
-        outcome = outcome_of(ours, run, "stopped", reason=reason, curve=self._reported[ours.name])
+        run = self.folder.run_of(planned.name)
+        outcome = outcome_of(
+            planned, run, "stopped", reason=reason, curve=self._reported[planned.name]
+        )
         store_outcome(outcome, self.study.name, self.folder)
-        self._end(ours)
+        self._end(planned)
         with suppress(TrackingError):  # the study ends what is left running
             tracked = TrackedRun.attach(outcome.run["tracking_uri"], outcome.run["mlflow_run_id"])
             tracked.finish("KILLED")
@@ -253,16 +255,18 @@ class _Driver(_OfThisProcess, tune.Callback, tune.Stopper):
         **_: Any,
     ) -> None:
         """Store the outcome of a trial that died without one: a lost node, no memory."""
-        ours = self.trial_of(trial.config)
-        if self.is_stopping or self._is_final(ours):
+        planned = self.trial_of(trial.config)
+        if self.is_stopping or self._is_final(planned):
             return
         # of one that has not even started the outcome is that of an earlier start of the study
-        if ours.name in self._started and self.folder.outcome(ours.name) is not None:
+        if planned.name in self._started and self.folder.outcome(planned.name) is not None:
             return
         text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
         reason = last_line(text.strip() or "its process died")
-        run = self.folder.run_of(ours.name)
-        store_outcome(outcome_of(ours, run, "failed", reason=reason), self.study.name, self.folder)
+        run = self.folder.run_of(planned.name)
+        store_outcome(
+            outcome_of(planned, run, "failed", reason=reason), self.study.name, self.folder
+        )
 
     def _end(self, trial: Trial) -> None:
         """Have a trial's run end, if there is one; wait until it has."""

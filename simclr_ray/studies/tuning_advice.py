@@ -75,7 +75,7 @@ class AdviceTask(NamedTuple):
     Attributes:
         name: Of the studies, which end in -short and -long.
         base: Preset or YAML file.
-        given: Path -> value, for all trials.
+        values: Path -> value, for all trials.
         experiment: What both make.
         factors: As `factors_of` returns them.
         metric: By which trials are evaluated.
@@ -85,7 +85,7 @@ class AdviceTask(NamedTuple):
 
     name: str
     base: str
-    given: dict[str, Any]
+    values: dict[str, Any]
     experiment: Experiment
     factors: dict[str, Levels]
     metric: str
@@ -144,11 +144,11 @@ def advice_task(name: str, base: str, overrides: Sequence[str]) -> AdviceTask:
             set is too small.
         DataError: The images cannot be read.
     """
-    given, issues = cfg.parse_overrides(overrides)
+    values, issues = cfg.parse_overrides(overrides)
     if issues:
         raise ConfigError(issues)
     base = base or _usual_base(Experiment.load(SMALL, *overrides).data)
-    experiment = Experiment.load(base, *overrides).check_workers_given()
+    experiment = Experiment.load(base, *overrides).check_num_workers()
     factors, data = factors_of(experiment), experiment.data
     if data.columns.group:
         problem = "pairs of a group's images are not varied by the views of one: leave it empty"
@@ -166,7 +166,7 @@ def advice_task(name: str, base: str, overrides: Sequence[str]) -> AdviceTask:
     metric = LABEL_FREE_METRIC if note else LABELLED_METRIC
     if note:  # distortion lowers the effective rank, whether it helps or not
         factors = {factor: factors[factor] for factor in ("temperature", "rate")}
-    return AdviceTask(name, base, dict(given), experiment, factors, metric, note, num_rows)
+    return AdviceTask(name, base, dict(values), experiment, factors, metric, note, num_rows)
 
 
 def _usual_base(data: DataConfig) -> str:
@@ -223,7 +223,7 @@ def _study(
         "question": "Which settings suit these images?",
         "base": task.base,
         "set": {
-            **task.given,
+            **task.values,
             "data.limit": rows,
             "epochs": epochs,
             "evaluation.every_epochs": epochs,

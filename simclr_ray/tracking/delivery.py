@@ -122,7 +122,7 @@ class Delivery:
                 self.state.positions[name] = 0
         self._lock = threading.RLock()
         self._stored = _StoredSteps(run, is_new=is_new)
-        self.is_given_up = False
+        self.is_abandoned = False
         self.is_rewritten = False  # what was moved is rewritten; opening a run does that, too
 
     def enqueue(self, kind: str, **what: Any) -> None:
@@ -175,7 +175,7 @@ class Delivery:
     def give_up(self) -> None:
         """Leave the state as it is from now on, whatever a request under way comes to."""
         with self._lock:
-            self.is_given_up = True
+            self.is_abandoned = True
 
     def _check_store(self) -> None:
         """Refuse a store that is gone, which MLflow would make anew; rewrite one that was moved."""
@@ -250,7 +250,7 @@ class Delivery:
                 log.warning("left out of MLflow, since it cannot be made: %s", write)
 
     def _save(self) -> None:
-        if self.is_given_up:
+        if self.is_abandoned:
             return
         try:
             self.state.write(self.folder / STATE)

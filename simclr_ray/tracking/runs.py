@@ -285,14 +285,14 @@ class TrackedRun:
             source = json.dumps({"uri": hide_passwords(uri)})
             dataset = Dataset(name, digest, "uri", source, profile=profile)
             tag = InputTag("mlflow.data.context", context)
-            given = [DatasetInput(dataset, tags=[tag])]
+            inputs = [DatasetInput(dataset, tags=[tag])]
             try:
-                client.log_inputs(self.run_id, datasets=given)
+                client.log_inputs(self.run_id, datasets=inputs)
             except MlflowException as error:
                 # two runs that log the same dataset at once both find none, and both insert it
-                if not any(said in str(error).lower() for said in ("unique", "duplicate")):
+                if not any(word in str(error).lower() for word in ("unique", "duplicate")):
                     raise
-                client.log_inputs(self.run_id, datasets=given)
+                client.log_inputs(self.run_id, datasets=inputs)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file, or a folder with all in it, to `folder` among the run's artifacts."""

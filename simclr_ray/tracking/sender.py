@@ -79,7 +79,7 @@ class Sender:
         return not left
 
     def _run(self) -> None:
-        while not self.delivery.is_given_up:
+        while not self.delivery.is_abandoned:
             self._wake.clear()
             is_last = self._stop.is_set()  # read before sending: nothing said before is missed
             try:

@@ -111,11 +111,11 @@ def store_uri(setting: str = "", storage: str = "runs") -> str:
         ConfigError: MLflow has no such store, or the default is asked of a storage that is no
             local folder.
     """
-    given = recall(remember(setting or os.environ.get(URI_VARIABLE, "")))
-    if given:
-        _check_scheme(given, "tracking.uri" if setting else URI_VARIABLE)
-        database = sqlite_file(given)
-        return f"sqlite:///{database}" if database is not None else given
+    uri = recall(remember(setting or os.environ.get(URI_VARIABLE, "")))
+    if uri:
+        _check_scheme(uri, "tracking.uri" if setting else URI_VARIABLE)
+        database = sqlite_file(uri)
+        return f"sqlite:///{database}" if database is not None else uri
     if storage.startswith("file://"):
         folder = Path(url2pathname(urlsplit(storage).path))
     elif "://" not in storage:
@@ -135,12 +135,12 @@ def registry_uri(uri: str) -> str:
     Raises:
         ConfigError: MLflow has no such store.
     """
-    given = recall(remember(os.environ.get(REGISTRY_VARIABLE, "")))
-    if not given:
+    registry = recall(remember(os.environ.get(REGISTRY_VARIABLE, "")))
+    if not registry:
         return uri
-    _check_scheme(given, REGISTRY_VARIABLE)
-    database = sqlite_file(given)
-    return f"sqlite:///{database}" if database is not None else given
+    _check_scheme(registry, REGISTRY_VARIABLE)
+    database = sqlite_file(registry)
+    return f"sqlite:///{database}" if database is not None else registry
 
 
 def _check_scheme(uri: str, key: str) -> None:
@@ -290,10 +290,10 @@ def few_retries() -> Iterator[None]:
 @contextlib.contextmanager
 def _unless_set(variables: Mapping[str, str]) -> Iterator[None]:
     """Set variables of the environment that have no value, while the block runs."""
-    ours = {k: v for k, v in variables.items() if k not in os.environ}
-    os.environ.update(ours)
+    added = {k: v for k, v in variables.items() if k not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for variable in ours:
+        for variable in added:
             os.environ.pop(variable, None)

@@ -181,22 +181,22 @@ def _interrupted_after(seconds: float, is_late: threading.Event) -> Iterator[Non
 
 def _report(config: dict[str, Any]) -> None:
     """Take the steps, time what is exchanged, and report. A collective."""
-    given: CheckInput = config["input"]
+    check_input: CheckInput = config["input"]
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         # else convolutions of float64 may sum in another order each time
         torch.backends.cudnn.deterministic = True
-    own = take_steps("float64", device, given.images)
+    own = take_steps("float64", device, check_input.images)
     report = RankReport(
         collectives.rank(),
         socket.gethostname(),
         collectives.backend(),
         str(device),
-        worst_difference(own, given.reference),
+        worst_difference(own, check_input.reference),
         _seconds(_gather, device, GATHERED),
         _seconds(_reduce, device, REDUCED),
     )
-    given.inbox.put(report)
+    check_input.inbox.put(report)
 
 
 def _gather(tensor: torch.Tensor) -> None:

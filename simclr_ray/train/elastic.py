@@ -72,11 +72,11 @@ class Trainer(TorchTrainer):
         self._abort_s = abort_s
 
     def _create_default_callbacks(self) -> list[Any]:
-        ours: dict[type, Any] = {
+        replacements: dict[type, Any] = {
             BackendSetupCallback: BackendEnd(self.backend_config),
             DatasetsCallback: _NoDatasets(self.train_run_context, {}),
         }
-        return [ours.get(type(c), c) for c in super()._create_default_callbacks()]
+        return [replacements.get(type(c), c) for c in super()._create_default_callbacks()]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Have an interrupt also end a run that waits for room: its controller hears nothing."""

@@ -32,10 +32,10 @@ def check_encoder(experiment: Experiment) -> None:
             with torch.no_grad():
                 encoder(torch.zeros(IMAGES, channels, side, side))
         except Exception as error:
-            said = one_line(error)[:200]
+            cause = one_line(error)[:200]
             problem = (
                 f"is built for augment.size={size} and takes no images of {side} px "
-                f"(augment.start_size or evaluation.size): {said}; timm's ViTs do with "
+                f"(augment.start_size or evaluation.size): {cause}; timm's ViTs do with "
                 "encoder.options.dynamic_img_size=true"
             )
             raise ConfigError.of("encoder", problem) from error

@@ -41,10 +41,10 @@ def end_of_run(error: BaseException, cause: str, max_failures: int) -> SimclrRay
         cause: The same in words.
         max_failures: `scaling.max_failures`; 0: it does not start again.
     """
-    ours = final_error(error)
-    if ours is None and not max_failures:
+    final = final_error(error)
+    if final is None and not max_failures:
         return RunError(f"training failed: {cause}")
-    return ours
+    return final
 
 
 def root_failure(error: BaseException) -> BaseException:

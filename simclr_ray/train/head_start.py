@@ -45,9 +45,11 @@ def start_cluster(
     """
     check_machine(resolved.config)
     check_space(resolved)
-    given_up = threading.Event()
+    cancelled = threading.Event()
     with_cluster(
-        lambda: connect(resolved.config), lambda: _open(resolved, meanwhile, given_up), given_up.set
+        lambda: connect(resolved.config),
+        lambda: _open(resolved, meanwhile, cancelled),
+        cancelled.set,
     )
     if takes_single_worker(resolved):
         start_single_worker(resolved.config)
@@ -91,16 +93,16 @@ def with_cluster(
 
 
 def _open(
-    resolved: ResolvedExperiment, first: Callable[[], None], given_up: threading.Event
+    resolved: ResolvedExperiment, first: Callable[[], None], cancelled: threading.Event
 ) -> None:
     """Call `first`; open the store, which stays open, and import what `pipeline` does besides Ray.
 
     Nothing of Ray: the main thread is importing parts of it, and modules that import each other
-    cannot be imported by two threads at a time. Once `given_up` is set, no further part is begun.
+    cannot be imported by two threads at a time. Once `cancelled` is set, no further part is begun.
     """
     parts: list[Callable[[], object]] = [first, lambda: open_tracker(resolved), _import_figures]
     for part in parts:
-        if given_up.is_set():
+        if cancelled.is_set():
             return
         part()
 

@@ -35,7 +35,7 @@ SHRUNK: Final = 0.5  # of the untrained features' rank beyond 1, and of their de
 SHRUNK_ALONE: Final = 0.2  # the same where no margin speaks for or against it
 NO_MARGIN: Final = 0.01  # of cosines; 50 steps after warm-up the healthy have 0.03 and more
 FELL_TO: Final = 0.1  # of the largest margin
-TOLD_MARGIN: Final = 0.1  # below, a margin has not yet risen
+RISEN_MARGIN: Final = 0.1  # below, a margin has not yet risen
 FROM_BATCH: Final = 8  # images; of fewer, chance finds a partner too often to tell anything
 LASTING: Final = {"loss": 200, "top1": 200, "margin": 200, "leak": 100, "features": 50, "fall": 50}
 CHANCE_SIGMAS: Final = 2.5  # beyond 1/N, of so many picks
@@ -71,13 +71,13 @@ class HealthWatch:
     def __init__(self, experiment: Experiment, warmup_steps: int = 0) -> None:
         self._experiment, self._warmup_steps = experiment, warmup_steps
         self._level: float | None = None  # of imported code, which need not be here any more
-        is_ours = not any(where == "loss" for where, _ in imports_in(experiment))
-        if is_ours:
+        is_builtin = not any(where == "loss" for where, _ in imports_in(experiment))
+        if is_builtin:
             # 0 for D or K: no level that depends on them tells a collapsed model (`only_collapsed`)
             level = build_loss(experiment).chance_level(experiment.batch_size, 0)
             # a healthy loss may lie at a level that is not `only_collapsed`
             self._level = level.value if level is not None and level.only_collapsed else None
-        self._is_contrastive = is_ours and experiment.classifier is None
+        self._is_contrastive = is_builtin and experiment.classifier is None
         self.collapsed_at = self.good_until = self.last_step = 0
         self._start: dict[str, float] = {}
         self._reports: list[_Report] = []
@@ -202,7 +202,7 @@ class HealthWatch:
             self._well_at = self._well_at if is_shrunk else step
             return
         self._set("margin", step, there=not apart)
-        fell = self._best_margin > TOLD_MARGIN and margin < FELL_TO * self._best_margin
+        fell = self._best_margin > RISEN_MARGIN and margin < FELL_TO * self._best_margin
         self._set("fall", step, there=fell)
         top1 = self._recent_top1(LASTING["leak"])
         leaks = top1 > LEAK_TOP1 and now["pair_top1"] < LEAK_FRACTION * top1
@@ -262,7 +262,7 @@ class HealthWatch:
                 continue
             self.collapsed_at = max(1, math.floor(epoch))
             raise self._collapse(
-                f"{self._said(sign)} at step {step:,} (epoch {epoch:.2f})",
+                f"{self._description(sign)} at step {step:,} (epoch {epoch:.2f})",
                 may_help=sign != "leak",
                 by_loss=sign in OF_TRAINING,
             )
@@ -270,7 +270,7 @@ class HealthWatch:
     def _stands_for(self, sign: str) -> int:
         return self._experiment.tracking.log_every_steps if sign in OF_TRAINING else 0
 
-    def _said(self, sign: str) -> str:
+    def _description(self, sign: str) -> str:
         now, start = self._evaluation, self._start
         loss, top1 = self._reports[-1].loss if self._reports else math.nan, self._recent_top1(100)
         lasting = LASTING[sign]
@@ -300,10 +300,10 @@ class HealthWatch:
         )
 
     def _collapse(
-        self, said: str, *, may_help: bool = True, by_loss: bool = False
+        self, problem: str, *, may_help: bool = True, by_loss: bool = False
     ) -> CollapseError:
         cause = cause_of_collapse(self._evidence())
-        error = CollapseError(said if cause in said else f"{said}; {cause}")
+        error = CollapseError(problem if cause in problem else f"{problem}; {cause}")
         error.rate_may_help = may_help
         error.good_until = self.good_until if by_loss else self.well_until
         return error

@@ -169,7 +169,7 @@ class RankWatch:
         self._silent: set[int] = set()
         self._slow_at = -1  # the last step at which that was said
         self._without = time.monotonic()  # since when no rank is up
-        self._said_at = -float("inf")
+        self._logged_at = -float("inf")
 
     def take_start(self, started: RankStarted) -> None:
         """Count a rank as up."""
@@ -263,9 +263,9 @@ class RankWatch:
         return silent or _not_waiting_for_others(late)
 
     def _say_what_lacks(self, now: float) -> None:
-        if now - self._without < RESOURCES_S or now - self._said_at < 4 * RESOURCES_S:
+        if now - self._without < RESOURCES_S or now - self._logged_at < 4 * RESOURCES_S:
             return
-        self._said_at = now
+        self._logged_at = now
         alive = [node for node in nodes() if node.is_alive]
         there, needed = sum(node.cpus for node in alive), self._scaling.least_cpus
         gpus, wanted = sum(node.gpus for node in alive), self._scaling.least_gpus

@@ -16,7 +16,7 @@ from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.train.resolve import ResolvedExperiment
 
-MOST_TOLD = 3  # runs of the same name
+MOST_RUNS = 3  # runs of the same name
 MOST_FIELDS = 6  # that they differ in
 NEVER = datetime.min.replace(tzinfo=UTC)
 
@@ -48,11 +48,11 @@ def runs_of_this_name(resolved: ResolvedExperiment) -> list[OtherRun]:
     What one cannot read of them, as of another format, is passed over.
     """
     storage = RunFolder.at(resolved.folder.storage)
-    ours = re.compile(rf"{re.escape(resolved.config.name)}-[0-9a-f]{{8}}")
-    names = [name for name in storage.folders("") if ours.fullmatch(name)]
+    pattern = re.compile(rf"{re.escape(resolved.config.name)}-[0-9a-f]{{8}}")
+    names = [name for name in storage.folders("") if pattern.fullmatch(name)]
     folders = [RunFolder(resolved.folder.storage, n) for n in names if n != resolved.run_name]
     newest = sorted(folders, key=lambda folder: folder.written_at() or NEVER, reverse=True)
-    others = [_compared(folder, resolved) for folder in newest[:MOST_TOLD]]
+    others = [_compared(folder, resolved) for folder in newest[:MOST_RUNS]]
     return [other for other in others if other is not None]
 
 

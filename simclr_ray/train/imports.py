@@ -138,8 +138,8 @@ def _named(where: str, node: ImportConfig) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        said = "; ".join(issue.problem for issue in error.issues)
-        shown = said if node.path in said else f"{node.path} {said}"
+        problems = "; ".join(issue.problem for issue in error.issues)
+        shown = problems if node.path in problems else f"{node.path} {problems}"
         raise ConfigError.of(where, shown) from error
     except Exception as error:
         cause = one_line(error)[:300]

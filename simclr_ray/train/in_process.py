@@ -68,10 +68,10 @@ def fit_in_process(
         SimclrRayError: What no restart mends, or `on_progress` raised; or it failed too often.
     """
     recorder = RunRecorder(tracked, on_progress, resolved, health)
-    given = WorkerInput(resolved, _Inbox(recorder), rollbacks)
+    worker_input = WorkerInput(resolved, _Inbox(recorder), rollbacks)
     while True:
         context = SingleRankContext(resolved.folder, kept_by_ray(resolved.config))
-        worker = TrainWorker(given, context)
+        worker = TrainWorker(worker_input, context)
         try:
             worker.run()
         except Exception as error:  # noqa: BLE001 - whatever it is: it is tried again, or raised
@@ -87,7 +87,7 @@ def _count(recorder: RunRecorder, experiment: Experiment, error: Exception) -> N
     """Note that a rank has failed; raise where that is the end."""
     if recorder.fatal is None:
         cause = f"{type(error).__name__}: {last_line(error)}"  # Ray's errors name theirs themselves
-        ours = end_of_run(error, cause, experiment.scaling.max_failures)
-        recorder.take(ours or RanksFailed({"rank 0": cause}))
+        final = end_of_run(error, cause, experiment.scaling.max_failures)
+        recorder.take(final or RanksFailed({"rank 0": cause}))
     if recorder.fatal is not None:
         raise recorder.fatal from error

@@ -53,11 +53,11 @@ def fit_by_ray_train(
         if watcher.fatal is None:
             raise
     except ray.train.TrainingFailedError as error:
-        ours = watcher.fatal or final_error(error)
-        raise ours or RunError(f"training failed: {_root_message(error)}") from error
+        final = watcher.fatal or final_error(error)
+        raise final or RunError(f"training failed: {_root_message(error)}") from error
     except ray.exceptions.RayError as error:  # Ray Train's own process is gone
-        said = f"Ray has ended the run: {cause_of(error)}; the same command goes on"
-        raise watcher.fatal or RestartsError(said) from error
+        message = f"Ray has ended the run: {cause_of(error)}; the same command goes on"
+        raise watcher.fatal or RestartsError(message) from error
     if watcher.fatal is not None:
         raise watcher.fatal
     watcher.say_bad_rows()

@@ -18,12 +18,12 @@ def check_registry(registry: RegistryConfig) -> None:
         check_model(registry.name, registry.alias)
         Requirement.parse(registry.require)
         return
-    given, usual = {"alias": registry.alias, "require": registry.require}, RegistryConfig()
+    values, usual = {"alias": registry.alias, "require": registry.require}, RegistryConfig()
     issues = [
         ConfigIssue(
             f"registry.{key}", f"got {value!r}, and registry.name, the model it is for, is empty"
         )
-        for key, value in given.items()
+        for key, value in values.items()
         if value != getattr(usual, key)
     ]
     if issues:

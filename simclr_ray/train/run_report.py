@@ -111,11 +111,13 @@ def facts(experiment: Experiment, status: RunStatus) -> dict[str, str]:
     """Return what was trained on what, name -> words."""
     data, encoder = experiment.data, experiment.encoder
     own = {k: v for k, v in encoder.model_dump(mode="json").items() if k != "name"}
-    said = ", ".join(f"{key} {value}" for key, value in own.items() if not isinstance(value, dict))
+    options = ", ".join(
+        f"{key} {value}" for key, value in own.items() if not isinstance(value, dict)
+    )
     rows = {
         "images": data.train,
         "test images": data.test or "none",
-        "encoder": f"{encoder.name}{f' ({said})' if said else ''}",
+        "encoder": f"{encoder.name}{f' ({options})' if options else ''}",
         "views": f"{experiment.augment.size} px",
         "batch": f"{counted(experiment.batch_size, 'image')}, global",
         "epochs": f"{experiment.epochs:g}",
@@ -211,15 +213,15 @@ def cost(records: Sequence[Mapping[str, Any]], experiment: Experiment) -> dict[s
 def events(folder: RunFolder, records: Sequence[Mapping[str, Any]], status: RunStatus) -> list[str]:
     """Return what the run has survived, and what it ended by, a sentence each."""
     starts = [record for record in records if FIRST_BATCH in record]
-    said = [f"Started again after step {int(r.get('step', 0)):,}." for r in starts[1:]]
+    sentences = [f"Started again after step {int(r.get('step', 0)):,}." for r in starts[1:]]
     try:
         rollbacks = Rollbacks.read(folder)
     except SimclrRayError as error:  # it was, and the file that says when is lost
         rollbacks = Rollbacks()
-        said.append(str(error))
+        sentences.append(str(error))
     if rollbacks.count:
         steps = ", ".join(f"{step:,}" for step in rollbacks.halved_at)
-        said.append(
+        sentences.append(
             f"Went back to a checkpoint {counted(rollbacks.count, 'time')} by itself, and on at "
             f"{rollbacks.rate_multiplier:g} times the rate (from step {steps} on)."
         )
@@ -227,11 +229,11 @@ def events(folder: RunFolder, records: Sequence[Mapping[str, Any]], status: RunS
     if bad:
         reasons = Counter(str(row.get("reason", "")) for row in bad.values())
         most = "; ".join(f"{n:,} x {reason}" for reason, n in reasons.most_common(3))
-        said.append(f"Replaced {counted(len(bad), 'row')} that could not be decoded: {most}.")
+        sentences.append(f"Replaced {counted(len(bad), 'row')} that could not be decoded: {most}.")
     if status.error is not None:
         last = status.error
-        said.append(f"Last error, on {last.node}: {last.kind}: {last.message}")
-    return said
+        sentences.append(f"Last error, on {last.node}: {last.kind}: {last.message}")
+    return sentences
 
 
 def _experiment(folder: RunFolder) -> Experiment:

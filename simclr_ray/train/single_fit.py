@@ -98,18 +98,18 @@ def fit_by_single_worker(
     inbox = driver_queue()
     log.info("starting 1 worker")
     watcher = _Monitor(inbox, tracked, on_progress, resolved, health)
-    given = WorkerInput(resolved, inbox, rollbacks, remembered())
+    worker_input = WorkerInput(resolved, inbox, rollbacks, remembered())
     is_done = False
     failed: SimclrRayError | None = None
     with watcher:
         try:
             while not is_done and watcher.fatal is None:
-                is_done = _train_once(given, watcher)
+                is_done = _train_once(worker_input, watcher)
         except SimclrRayError as error:
             failed = error
         except RayError as error:
-            said = f"Ray has ended the run: {cause_of(error)}; the same command goes on"
-            failed = RestartsError(said)
+            message = f"Ray has ended the run: {cause_of(error)}; the same command goes on"
+            failed = RestartsError(message)
     failed = watcher.fatal or failed  # the watcher's says what is likely behind it
     if failed is not None:
         raise failed
@@ -137,27 +137,27 @@ class _Monitor(RunMonitor):
         self._counted.set()
 
 
-def _train_once(given: WorkerInput, watcher: _Monitor) -> bool:
+def _train_once(worker_input: WorkerInput, watcher: _Monitor) -> bool:
     """Train in a process, which is gone afterwards; return whether to the end or a stop.
 
     Raises:
         SimclrRayError: No restart mends it, or none is wanted.
         RayError: The inbox is gone, or all of Ray.
     """
-    config = given.experiment.config
+    config = worker_input.experiment.config
     worker, pid = _waiting.pop() if _waiting else _started_worker(config), 0
     try:
         pid = ray.get(worker.pid.remote())
-        trained = worker.train.remote(given)
+        trained = worker.train.remote(worker_input)
         while not ray.wait([trained], timeout=LOOK_S)[0]:
             if watcher.fatal is not None:
                 return False
         ray.get(trained)
     except RayError as error:
         cause = cause_of(error)
-        ours = end_of_run(error, cause, config.scaling.max_failures)
-        if ours is not None:
-            raise ours from error
+        final = end_of_run(error, cause, config.scaling.max_failures)
+        if final is not None:
+            raise final from error
         watcher.count(RanksFailed({"rank 0": cause}))
         return False
     finally:

@@ -35,11 +35,11 @@ class SingleWorker:
         """Return the number of its process."""
         return os.getpid()
 
-    def train(self, given: WorkerInput) -> None:
+    def train(self, worker_input: WorkerInput) -> None:
         """Train from the newest checkpoint to the end, or until a stop."""
-        resolved, inbox = given.experiment, StoredInbox(given.inbox)
+        resolved, inbox = worker_input.experiment, StoredInbox(worker_input.inbox)
         context = _Context(resolved.folder, kept_by_ray(resolved.config), inbox)
-        train_rank(given._replace(inbox=inbox), context)
+        train_rank(worker_input._replace(inbox=inbox), context)
 
 
 class StoredInbox:

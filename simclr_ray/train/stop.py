@@ -83,12 +83,12 @@ def passed_on(folder: RunFolder) -> Iterator[None]:
     ended = threading.Event()
 
     def wait() -> None:
-        is_said = False
+        is_logged = False
         while not _requested.wait(_look_s(folder)):
             with suppress(OSError):
-                if not is_said and is_requested(folder):
+                if not is_logged and is_requested(folder):
                     log.info("stopping, as `run stop` asks: a checkpoint is written first")
-                    is_said = True
+                    is_logged = True
         if not ended.is_set():
             log.info("stopping: a checkpoint of the current step is written first")
             with suppress(OSError):  # of a full disk: the signal after this one ends it

@@ -72,22 +72,22 @@ class WorkerInput(NamedTuple):
     passwords: Mapping[str, str] = {}
 
 
-def train_rank(given: WorkerInput, context: TrainContext) -> None:
+def train_rank(worker_input: WorkerInput, context: TrainContext) -> None:
     """Train on one rank; an error that no restart can mend is sent to the driver first."""
     try:
-        worker = TrainWorker(given, context)
+        worker = TrainWorker(worker_input, context)
         worker.run()
         worker.heartbeat.stop()
     except Exception as error:
-        tell_final(given.inbox, error)
+        tell_final(worker_input.inbox, error)
         raise
 
 
 def tell_final(inbox: Inbox, error: BaseException) -> None:
     """Send the driver an error that no restart mends; others it hears of by Ray."""
-    ours = final_error(error)
-    if ours is not None:
-        inbox.put(ours)
+    final = final_error(error)
+    if final is not None:
+        inbox.put(final)
 
 
 class TrainWorker:
@@ -115,21 +115,21 @@ class TrainWorker:
         """Train from the newest whole checkpoint to the end. A collective."""
         if self.context.local_rank == 0:
             self._clear_scratch()
-        experiment, kept = self.experiment, self._newest()
-        start = kept.step if kept else 0
+        experiment, newest = self.experiment, self._newest()
+        start = newest.step if newest else 0
         if start >= self.total:
             return
         # first of all: its actors take seconds to start, and start behind the rest of this
         steps = range(start, self.total)
         batches = self.context.batches(experiment, self.source, steps, self.folder.name)
-        self._build(kept)
-        kept = kept._replace(tensors={}) if kept else None  # they keep their file's space
+        self._build(newest)
+        newest = newest._replace(tensors={}) if newest else None  # they keep their file's space
         self.loss = build_loss(experiment)
         self.evaluation = OnlineEvaluation(
             experiment, self.source, self.rank, self.num_ranks, self.device
         )
         with Requests(self.folder, self.context, experiment.scaling) as self.requests:
-            self._train(kept, batches)
+            self._train(newest, batches)
             moves = self.saved < self.total and self.requests.reason in {"resize", "taken"}
             if moves and self.rank == 0:  # before all end: with the first of them Ray ends the rest
                 self.inbox.put(RanksMove(self.saved, self.num_ranks, self.requests.taken))
@@ -137,11 +137,11 @@ class TrainWorker:
         if moves:  # all have saved
             raise RanksMoved(f"after step {self.saved}")
 
-    def _train(self, kept: checkpoint.Checkpoint | None, batches: Iterator[Batch]) -> None:
+    def _train(self, newest: checkpoint.Checkpoint | None, batches: Iterator[Batch]) -> None:
         """Train from where a checkpoint stands, all being built."""
-        experiment, start = self.experiment, kept.step if kept else 0
+        experiment, start = self.experiment, newest.step if newest else 0
         self.exported = RankMetrics(self.folder.name, self.rank, self.heartbeat, start)
-        if kept is None:
+        if newest is None:
             self._check_finite(0, self.model.state_dict())
             before = self.evaluation.before_training(self.model)
             if before:
@@ -150,7 +150,7 @@ class TrainWorker:
         model = collectives.data_parallel(self.model, compressed=experiment.compress_gradients)
         schedule = schedule_of(self.resolved, self.rollbacks.halved_at)
         self.meter = StepMeter(
-            self.device, schedule, ReportInterval.of(kept.record if kept else {})
+            self.device, schedule, ReportInterval.of(newest.record if newest else {})
         )
         loop.train(
             model,
@@ -234,8 +234,8 @@ class TrainWorker:
     def _check_finite(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         wrong = checkpoint.first_not_finite(tensors.items())
         if wrong:
-            said = f"{wrong} is not finite at step {step}"
-            error = DivergedError(said if step else BAD_START.format(wrong))
+            problem = f"{wrong} is not finite at step {step}"
+            error = DivergedError(problem if step else BAD_START.format(wrong))
             error.rate_may_help = step > 0
             raise error
 
@@ -283,14 +283,14 @@ class TrainWorker:
         with self.folder.fetched(name) as path:
             return checkpoint.read(path, identity)
 
-    def _build(self, kept: checkpoint.Checkpoint | None) -> None:
+    def _build(self, newest: checkpoint.Checkpoint | None) -> None:
         """Make the model and the optimizer, as they were when the checkpoint was written."""
         self.model = build_model(self.experiment)
-        if kept is None:
+        if newest is None:
             load_init(self.model, self.experiment)
         self.optimizer = prepare_training(self.model, self.experiment, self.device)
-        if kept is not None:
-            checkpoint.unpack(kept.tensors, self.model, self.optimizer)
+        if newest is not None:
+            checkpoint.unpack(newest.tensors, self.model, self.optimizer)
 
     def _with_replaced_rows_sent(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches on; tell the driver, once, of each row that had to be replaced.

@@ -60,7 +60,16 @@ OLD_WORDS = {
 
 
 # A variable says what it holds, and a function what it returns.
-VAGUE = {"told", "asked", "known", "found"}
+VAGUE = {"told", "asked", "known", "found", "placed", "taught", "given", "said", "ours"}
+# Also in the files that one opens first, which have to read like the paper.
+VAGUE_AT_FIRST = {"shown", "kept", "wanted", "chosen", "made"}
+OPENED_FIRST = (
+    "train/loop.py",
+    "train/worker.py",
+    "nn/losses.py",
+    "data/plan.py",
+    "cli/pretrain.py",
+)
 
 
 def files() -> Iterator[tuple[str, str]]:
@@ -99,19 +108,27 @@ def test_no_file_is_called_by_an_old_word(texts: list[tuple[str, str]]) -> None:
     assert wrong == []
 
 
+def names_stored(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and name of all that a file assigns, takes as an argument or defines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield node.lineno, name
+            case ast.Attribute(attr=name, ctx=ast.Store()):
+                yield node.lineno, name
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield node.lineno, name
+
+
 def test_nothing_is_named_by_what_was_done_to_come_by_it() -> None:
     named = []
-    for path in sorted(
-        p for room in ("simclr_ray", "benchmarks") for p in (ROOT / room).rglob("*.py")
-    ):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            match node:
-                case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
-                    pass
-                case ast.Attribute(attr=name, ctx=ast.Store()) | ast.FunctionDef(name=name):
-                    pass
-                case _:
-                    continue
-            if VAGUE & set(name.split("_")):
-                named.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    for room in ("simclr_ray", "benchmarks"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            is_first = path.relative_to(ROOT / room).as_posix() in OPENED_FIRST
+            vague = VAGUE | VAGUE_AT_FIRST if is_first else VAGUE
+            named += [
+                f"{path.relative_to(ROOT)}:{line}: {name}"
+                for line, name in names_stored(path)
+                if vague & set(name.lower().split("_"))
+            ]
     assert not named, named

@@ -124,14 +124,14 @@ def check_samples(image: Any, channels: int) -> None:
         raise UndecodedError(BROKEN_HEADER) from error
     if samples.problem:
         raise ImageError(samples.problem)
-    is_ours = samples.photometric in (*_GRAY, _RGB)
-    if is_ours:
+    is_plain = samples.photometric in (*_GRAY, _RGB)
+    if is_plain:
         samples.shown(channels)
     if not samples.pillow_reads_them:
         order = "planes" if samples.are_apart else "samples"
         shown = f"TIFF of {samples.num} {order} of {samples.values}"
         raise (
-            UndecodedError(f"{shown} (install simclr-ray[tiff])") if is_ours else ImageError(shown)
+            UndecodedError(f"{shown} (install simclr-ray[tiff])") if is_plain else ImageError(shown)
         )
 
 

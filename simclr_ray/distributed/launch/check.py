@@ -168,10 +168,10 @@ def _check_disk(launch: LaunchFile) -> Findings:
              if g.disk_gib is not None and g.disk_gib < DISK_GIB]  # fmt: skip
     unsaid = [group.name for group in launch.groups if group.disk_gib is None]
     if small or unsaid:
-        said = [*small, *(f"{name} not stated" for name in unsaid)]
+        names = [*small, *(f"{name} not stated" for name in unsaid)]
         where = "ephemeral-storage in requests" if "Ray" in launch.kind else "the disk's size"
         advice = f"give {DISK_GIB:g} GiB or more ({where}): Ray spills objects to /tmp/ray"
-        return [Finding("disk", "warn", ", ".join(said), advice)]
+        return [Finding("disk", "warn", ", ".join(names), advice)]
     least = min((g.disk_gib for g in launch.groups if g.disk_gib is not None), default=0.0)
     return [Finding("disk", "ok", f"{least:g} GiB or more on each node")] if least else []
 

@@ -98,10 +98,10 @@ def sequence(value: Any) -> list[Any]:
 def number(value: Any, default: float = 0.0) -> float:
     """Return a finite number, or the default for what is none: the schema has said so by then."""
     try:
-        given = float(value) if isinstance(value, int | float) else default
+        amount = float(value) if isinstance(value, int | float) else default
     except OverflowError:
         return default
-    return given if math.isfinite(given) else default
+    return amount if math.isfinite(amount) else default
 
 
 def name_of(value: Any) -> str:
@@ -123,13 +123,13 @@ def scalars(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
 
 
 def unknown_keys(
-    where: str, given: Iterable[str], allowed: Iterable[str], consequence: str
+    where: str, keys: Iterable[str], allowed: Iterable[str], consequence: str
 ) -> Findings:
     """Return a failure for each key that is not allowed, with the nearest one that is.
 
     Args:
         where: Dotted path of the mapping, empty for the top of the file.
-        given: Its keys.
+        keys: Its keys.
         allowed: Those that it may have.
         consequence: What would come of the key.
     """
@@ -142,7 +142,7 @@ def unknown_keys(
             f"{consequence}",
             f"allowed here: {', '.join(sorted(names))}",
         )
-        for key in given
+        for key in keys
         if key not in names
     ]
 

@@ -70,8 +70,8 @@ def read_kuberay(
         *check_quantities(cluster),
     ]
     # what is refused before it reaches the autoscaler would only be said a second time
-    derived, said = ({}, []) if refused(wrong) else _derived(cluster)
-    findings = [*wrong, *said]
+    derived, more = ({}, []) if refused(wrong) else _derived(cluster)
+    findings = [*wrong, *more]
     findings += _check_token(cluster)
     findings += _check_versions(cluster, versions)
     if is_job:
@@ -130,8 +130,8 @@ def _unknown(tree: dict[str, Any]) -> Iterator[Finding]:
             levels.append((place, container, keys.CONTAINER))
             resources = mapping(container.get("resources"))
             levels.append((f"{place}.resources", resources, keys.RESOURCES))
-    for path, given, allowed in [*levels, *groups]:
-        yield from unknown_keys(path, given, allowed, _DROPPED)
+    for path, node, allowed in [*levels, *groups]:
+        yield from unknown_keys(path, node, allowed, _DROPPED)
 
 
 def _derived(cluster: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Findings]:
@@ -144,9 +144,9 @@ def _derived(cluster: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Findin
     try:
         types = _derive_autoscaling_config_from_ray_cr(named)["available_node_types"]
     except Exception as error:  # noqa: BLE001 - whatever it stumbles over, the operator would too
-        said = f"{error.args[0]} is missing" if isinstance(error, KeyError) else last_line(error)
+        cause = f"{error.args[0]} is missing" if isinstance(error, KeyError) else last_line(error)
         advice = "correct it: the operator starts no cluster from the file"
-        return {}, [Finding("schema", "fail", f"Ray's autoscaler: {said}", advice)]
+        return {}, [Finding("schema", "fail", f"Ray's autoscaler: {cause}", advice)]
     return types, [Finding("schema", "ok", "Ray's autoscaler reads the groups")]
 
 

@@ -153,14 +153,14 @@ def check_types(tree: Mapping[str, Any]) -> Findings:
 
 
 def _of_error(error: Any, tree: Mapping[str, Any]) -> Finding:
-    where, given, limit = _place(list(error.absolute_path), tree), error.instance, ""
+    where, value, limit = _place(list(error.absolute_path), tree), error.instance, ""
     key = str(error.path[-1]) if error.path else ""
     if error.validator == "required":
-        missing = next(k for k in error.validator_value if k not in given)
+        missing = next(k for k in error.validator_value if k not in value)
         place = f"{where}.{missing}" if where and not where.endswith(": ") else f"{where}{missing}"
         return Finding("schema", "fail", f"{place} is missing", f"write {missing}: ...")
     if error.validator == "type":
-        return _of_type(where, key, given, error.validator_value)
+        return _of_type(where, key, value, error.validator_value)
     if error.validator in ("minimum", "maximum"):
         limit = f"{error.validator_value:,}"
     advice = {
@@ -170,20 +170,20 @@ def _of_error(error: Any, tree: Mapping[str, Any]) -> Finding:
         "enum": f"write one of {error.validator_value}",
         "pattern": f'write a whole number in quotes, {key}: "2"',
     }
-    shown = f"{where}={_written(given)} is refused"
+    shown = f"{where}={_written(value)} is refused"
     return Finding("schema", "fail", shown, advice[error.validator])
 
 
-def _of_type(where: str, key: str, given: Any, types: str | list[str]) -> Finding:
+def _of_type(where: str, key: str, value: Any, types: str | list[str]) -> Finding:
     kinds = [types] if isinstance(types, str) else types
     wanted = " or ".join(_WORDS[kind] for kind in kinds)
     advice = f"write {wanted}"
-    if kinds == ["string"] and isinstance(given, bool | int | float):
-        text = str(given).lower() if isinstance(given, bool) else given
+    if kinds == ["string"] and isinstance(value, bool | int | float):
+        text = str(value).lower() if isinstance(value, bool) else value
         advice = f'write it in quotes, {key}: "{text}"'
-    elif kinds == ["integer"] and str(given).isdecimal():
-        advice = f"write it without quotes, {key}: {given}"
-    shown = f"{where}={_written(given)}: {wanted} is wanted, Kubernetes refuses the file"
+    elif kinds == ["integer"] and str(value).isdecimal():
+        advice = f"write it without quotes, {key}: {value}"
+    shown = f"{where}={_written(value)}: {wanted} is wanted, Kubernetes refuses the file"
     return Finding("schema", "fail", shown, advice)
 
 

@@ -89,14 +89,14 @@ def _check_required(tree: Mapping[str, Any]) -> Findings:
     """Return a failure for each key without which Ray starts no cluster."""
     provider = mapping(tree.get("provider"))
     kind = str(provider.get("type"))
-    given = {"cluster_name": tree.get("cluster_name")}
-    given["provider.type"] = provider.get("type")
+    required = {"cluster_name": tree.get("cluster_name")}
+    required["provider.type"] = provider.get("type")
     is_manual = "coordinator_address" not in provider
     keys = REQUIRED.get(kind, ()) if is_manual else ()
-    given |= {f"provider.{key}": provider.get(key) for key in keys}
+    required |= {f"provider.{key}": provider.get(key) for key in keys}
     return [
         Finding("schema", "fail", f"{key} is missing: `ray up` refuses the file", f"write {advice}")
-        for key, value in given.items()
+        for key, value in required.items()
         if value is None
         for advice in [f"{key}: {'aws, gcp, local, ...' if key == 'provider.type' else 'yours'}"]
     ]
@@ -110,10 +110,10 @@ def _check_counts(tree: Mapping[str, Any]) -> Findings:
     findings = []
     for at, place in places.items():
         numbers = [place.get(key) for key in ("min_workers", "max_workers")]
-        for key, given in zip(("min_workers", "max_workers"), numbers, strict=True):
-            if isinstance(given, int) and not 0 <= given <= MOST_NODES:
+        for key, count in zip(("min_workers", "max_workers"), numbers, strict=True):
+            if isinstance(count, int) and not 0 <= count <= MOST_NODES:
                 advice = f"write a whole number from 0 to {MOST_NODES:,}"
-                findings.append(Finding("schema", "fail", f"{at}{key}={cut(given)}", advice))
+                findings.append(Finding("schema", "fail", f"{at}{key}={cut(count)}", advice))
         for key, amount in mapping(place.get("resources")).items():
             if isinstance(amount, int | float) and not 0 <= amount <= MOST_OF_A_NODE.get(key, inf):
                 advice = f"write a number from 0 to {MOST_OF_A_NODE.get(key, 'what a node has')}"
@@ -173,21 +173,21 @@ def _validated(tree: dict[str, Any]) -> tuple[dict[str, Any], Findings]:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     logging.getLogger("ray.autoscaler._private.util").setLevel(logging.WARNING)
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             ready: dict[str, Any] = prepare_config(copy.deepcopy(tree))
         wrong = _schema_failures(ready)
         if not wrong:
             validate_config(ready)
             return ready, [Finding("schema", "ok", "Ray takes the file for `ray up`")]
     except Exception as error:  # noqa: BLE001 - Ray has no type of its own for it
-        given = {key: value for key, value in tree.items() if key not in OF_LOCAL}
-        shown = last_line(str(error) or said.getvalue() or type(error).__name__)
+        rest = {key: value for key, value in tree.items() if key not in OF_LOCAL}
+        shown = last_line(str(error) or output.getvalue() or type(error).__name__)
         if isinstance(error, KeyError):
             shown = f"the key {shown} is missing"
         advice = "correct it: `ray up` ends with the same words"
-        wrong = _schema_failures(given) or [Finding("schema", "fail", f"Ray: {shown}", advice)]
+        wrong = _schema_failures(rest) or [Finding("schema", "fail", f"Ray: {shown}", advice)]
     return {}, wrong
 
 
@@ -291,15 +291,15 @@ def _check_mounts(tree: Mapping[str, Any]) -> Findings:
     return [Finding("file mounts", "warn", f"not here: {', '.join(map(cut, missing))}", advice)]
 
 
-def _groups(ready: Mapping[str, Any], given: Mapping[str, Any]) -> Iterable[NodeGroup]:
+def _groups(ready: Mapping[str, Any], tree: Mapping[str, Any]) -> Iterable[NodeGroup]:
     """Yield the node types; those of the `local` provider are its addresses."""
-    provider = mapping(given.get("provider"))
-    heads = _commands(given, "head_start_ray_commands")
+    provider = mapping(tree.get("provider"))
+    heads = _commands(tree, "head_start_ray_commands")
     head_cpus = _option(heads, "num-cpus")
     if provider.get("type") == "local":
         total = len(sequence(provider.get("worker_ips")))
         least, most = (
-            min(int(number(given.get(key), total)), total) for key in ("min_workers", "max_workers")
+            min(int(number(tree.get(key), total)), total) for key in ("min_workers", "max_workers")
         )
         yield NodeGroup("head", 1, 1, is_head=True, cpus=head_cpus)
         yield NodeGroup("workers", least, most)

@@ -65,19 +65,19 @@ def read_slurm(text: str) -> LaunchFile:
     form = check_form(text)
     lines = re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff"))
     begin = _first_command(lines)
-    given, unread = _options(lines[:begin])
+    options, unread = _options(lines[:begin])
     form += _check_ignored(lines, begin)
     code = "\n".join(line for line in lines if not re.match(r"\s*#(?!SBATCH)", line))
-    least, most, unsaid = _nodes(given)
+    least, most, unsaid = _nodes(options)
     return LaunchFile(
         kind="Slurm",
-        groups=_groups(given, code, least, most),
+        groups=_groups(options, code, least, most),
         command=command_in(code),
         findings=[
-            *_schema([*form, *unread, *_check_options(given), *check_options(given), *unsaid]),
+            *_schema([*form, *unread, *_check_options(options), *check_options(options), *unsaid]),
             *_check_start(code),
-            *_check_binding(given, code),
-            *_check_end(given, code),
+            *_check_binding(options, code),
+            *_check_end(options, code),
         ],
         values=tuple(
             (f"line {number}", line)
@@ -86,7 +86,7 @@ def read_slurm(text: str) -> LaunchFile:
         ),
         owned=True,
         environment=dict(_exports(code)),
-        hours=hours_of(given.get("--time", "")),
+        hours=hours_of(options.get("--time", "")),
     )
 
 
@@ -127,7 +127,7 @@ def _options(lines: Sequence[str]) -> tuple[dict[str, str], Findings]:
 
     As getopt reads them: `-N4`, `-N 4`, `--nodes=4` and `--nodes 4` are one.
     """
-    given: dict[str, str] = {}
+    options: dict[str, str] = {}
     findings = []
     for line in DIRECTIVE.findall("\n".join(lines)):
         try:
@@ -146,38 +146,38 @@ def _options(lines: Sequence[str]) -> tuple[dict[str, str], Findings]:
                 continue
             if not value and "=" not in word and words and not words[0].startswith("-"):
                 value = words.popleft()
-            given[key] = value
-    return given, findings
+            options[key] = value
+    return options, findings
 
 
-def _nodes(given: Mapping[str, str]) -> tuple[int, int, Findings]:
+def _nodes(options: Mapping[str, str]) -> tuple[int, int, Findings]:
     """Return the fewest and the most nodes that Slurm gives; none where no option tells."""
-    text = given.get("--nodes", "")
+    text = options.get("--nodes", "")
     match = _NODES.fullmatch(text)
     least = int(match[1]) if match else 0
     most = int(match[2] or least) if match else 0
     if match and 0 < least <= most <= MOST_NODES:
         return least, most, []
     advice = "state --nodes=N: without it storage, tracking and workers are not checked"
-    if "--nodes" in given:
+    if "--nodes" in options:
         shown = f"#SBATCH --nodes={cut(text)} is no number of nodes"
         return 0, 0, [Finding("nodes", "fail", shown, advice)]
-    if count_of(given.get("--ntasks", "1")) == 1:
+    if count_of(options.get("--ntasks", "1")) == 1:
         return 1, 1, []  # what Slurm gives to whom asks for none
-    if per_node := count_of(given.get("--ntasks-per-node", "0")):
-        nodes = math.ceil(count_of(given["--ntasks"]) / per_node)
+    if per_node := count_of(options.get("--ntasks-per-node", "0")):
+        nodes = math.ceil(count_of(options["--ntasks"]) / per_node)
         return nodes, nodes, []
-    shown = f"--ntasks={given['--ntasks']} without --nodes: Slurm chooses how many there are"
+    shown = f"--ntasks={options['--ntasks']} without --nodes: Slurm chooses how many there are"
     return 0, 0, [Finding("nodes", "warn", shown, advice)]
 
 
-def _groups(given: Mapping[str, str], code: str, least: int, most: int) -> tuple[NodeGroup, ...]:
+def _groups(options: Mapping[str, str], code: str, least: int, most: int) -> tuple[NodeGroup, ...]:
     """Return the head, which is the first of the nodes, and the others."""
     if not most:
         return ()
-    stated = given.get("--cpus-per-task", "")
+    stated = options.get("--cpus-per-task", "")
     cpus = float(stated) if re.fullmatch(r"\d{1,9}", stated) else None
-    gpus = _gpus(given, least)
+    gpus = _gpus(options, least)
     worker = NodeGroup("workers", least - 1, most - 1, cpus=cpus, gpus=gpus, labels=_labels(code))
     head = worker._replace(name="head", least=1, most=1, is_head=True)
     reserved = re.search(r"--num-cpus=\$\(\(\s*SLURM_CPUS_PER_TASK\s*-\s*(\d+)\s*\)\)", code)
@@ -206,19 +206,19 @@ def _exports(code: str) -> Iterator[tuple[str, str]]:
             continue
 
 
-def _gpus(given: Mapping[str, str], nodes: int) -> float:
+def _gpus(options: Mapping[str, str], nodes: int) -> float:
     """Return the GPUs of a node: as stated for it, for each of its tasks, or for the whole job."""
-    if text := given.get("--gpus-per-node"):
+    if text := options.get("--gpus-per-node"):
         return count_of(text)
-    parts = [p.removeprefix("gres/") for p in given.get("--gres", "").split(",")]
+    parts = [p.removeprefix("gres/") for p in options.get("--gres", "").split(",")]
     if gpus := [part for part in parts if part.split(":")[0] == "gpu"]:
         return sum(map(count_of, gpus))
-    if text := given.get("--gpus-per-task"):
-        tasks = given.get("--ntasks-per-node") or str(
-            math.ceil(count_of(given.get("--ntasks", str(nodes))) / nodes)
+    if text := options.get("--gpus-per-task"):
+        tasks = options.get("--ntasks-per-node") or str(
+            math.ceil(count_of(options.get("--ntasks", str(nodes))) / nodes)
         )
         return count_of(text) * count_of(tasks)
-    return count_of(given.get("--gpus", "0")) // nodes
+    return count_of(options.get("--gpus", "0")) // nodes
 
 
 def _labels(code: str) -> dict[str, str]:
@@ -226,10 +226,10 @@ def _labels(code: str) -> dict[str, str]:
     return labels_of(match[1]) if match else {}
 
 
-def _check_options(given: Mapping[str, str]) -> Findings:
+def _check_options(options: Mapping[str, str]) -> Findings:
     """Return the options that `sbatch` does not know, where one that it knows is near."""
     findings = []
-    for key in given:
+    for key in options:
         near = nearest(key, OPTIONS)
         if key.startswith("--") and key not in OPTIONS and near:
             advice = "see `sbatch --help`: it refuses the script"
@@ -255,9 +255,9 @@ def _check_start(code: str) -> Findings:
     return findings
 
 
-def _check_binding(given: Mapping[str, str], code: str) -> Findings:
+def _check_binding(options: Mapping[str, str], code: str) -> Findings:
     """Return whether `srun` lets Ray run on all the CPUs that it is told of."""
-    if "--cpus-per-task" not in given or "SRUN_CPUS_PER_TASK=" in code:
+    if "--cpus-per-task" not in options or "SRUN_CPUS_PER_TASK=" in code:
         return []
     steps = _STEP.findall(code.replace("\\\n", " "))
     if all(_BOUND.search(options) for options in steps):
@@ -267,12 +267,12 @@ def _check_binding(given: Mapping[str, str], code: str) -> Findings:
     return [Finding("start", "warn", shown, advice)]
 
 
-def _check_end(given: Mapping[str, str], code: str) -> Findings:
+def _check_end(options: Mapping[str, str], code: str) -> Findings:
     """Return whether the run hears of the end of its time before it comes."""
-    if "--time" not in given or "--signal" in given:
+    if "--time" not in options or "--signal" in options:
         return []
-    shown = f"at the end of --time={given['--time']} the run is killed between two checkpoints"
-    if "--requeue" in given and "trap" in code:
+    shown = f"at the end of --time={options['--time']} the run is killed between two checkpoints"
+    if "--requeue" in options and "trap" in code:
         return []
     advice = "add #SBATCH --signal=B:TERM@300 and pass TERM on to simclr-ray (cluster/slurm.sh)"
     return [Finding("end", "warn", shown, advice)]

@@ -45,14 +45,14 @@ def check_form(text: str) -> Findings:
     return findings
 
 
-def check_options(given: Mapping[str, str]) -> Findings:
+def check_options(options: Mapping[str, str]) -> Findings:
     """Return the values that `sbatch` refuses, and memory that Ray does not start in.
 
     Args:
-        given: Options by their long names; those of nodes are checked where they are read.
+        options: Options by their long names; those of nodes are checked where they are read.
     """
     findings = []
-    for key, value in given.items():
+    for key, value in options.items():
         form = _FORMS.get(key)
         if key in _TIMES and value.lower() not in ("infinite", "unlimited"):
             if hours_of(value) is None:
@@ -63,23 +63,23 @@ def check_options(given: Mapping[str, str]) -> Findings:
         elif form == _GPUS and not re.search(r"(?:^|:)\d+(?:,|$)", value):
             shown = f"#SBATCH {key}={value} names a type: one GPU of it is asked for"
             findings.append(Finding("schema", "warn", shown, f"write {key}={value}:NUMBER"))
-    return [*findings, *_check_memory(given)]
+    return [*findings, *_check_memory(options)]
 
 
 def _refused(key: str, value: str, wanted: str) -> Finding:
     return Finding("schema", "fail", f"#SBATCH {key}={cut(value)}: {REFUSED}", f"write {wanted}")
 
 
-def _check_memory(given: Mapping[str, str]) -> Findings:
+def _check_memory(options: Mapping[str, str]) -> Findings:
     """Return whether a node has the memory that Ray starts in; 0 is all of it."""
-    cpus = count_of(given.get("--cpus-per-task", "1")) * count_of(
-        given.get("--ntasks-per-node", "1")
+    cpus = count_of(options.get("--cpus-per-task", "1")) * count_of(
+        options.get("--ntasks-per-node", "1")
     )
     for key, times in (("--mem", 1), ("--mem-per-cpu", cpus)):
-        match = re.fullmatch(_MEMORY, given.get(key, ""), re.IGNORECASE)
+        match = re.fullmatch(_MEMORY, options.get(key, ""), re.IGNORECASE)
         gib = int(match[1]) * _UNITS[match[2].lower()] * times if match else 0.0
         if 0 < gib < MEMORY_GIB:
-            shown = f"#SBATCH {key}={given[key]}: {gib:.3g} GiB on a node is too little for Ray"
+            shown = f"#SBATCH {key}={options[key]}: {gib:.3g} GiB on a node is too little for Ray"
             advice = f"ask for {MEMORY_GIB:g} GiB or more, or --mem=0 for all of a node"
             return [Finding("memory", "warn", shown, advice)]
     return []

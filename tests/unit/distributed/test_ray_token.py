@@ -16,7 +16,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for key in (MODE, TOKEN, PATH):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(ray_token, "_ours", {})
+    monkeypatch.setattr(ray_token, "_created", {})
     # Ray in this process may be connected to the cluster that tests share
     monkeypatch.setattr(ray_token, "_read_again", lambda: None)
 

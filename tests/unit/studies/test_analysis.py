@@ -22,7 +22,7 @@ from simclr_ray.studies.analysis import (
 from simclr_ray.studies.claim_words import sign_text
 from simclr_ray.studies.claims import sign_flip_p
 from simclr_ray.studies.definition import Study
-from simclr_ray.studies.figures import _ours, _paper, draw_study
+from simclr_ray.studies.figures import _measured, _paper, draw_study
 from simclr_ray.studies.files import load_study
 from simclr_ray.studies.folder import Curve, OutcomeStatus, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Point, base_tree, make_trials, points_of
@@ -263,7 +263,7 @@ def test_what_is_not_drawn_is_averaged(tmp_path: Path) -> None:
         outcome(str(i), rates[float(point["schedule.learning_rate"])], point)
         for i, point in enumerate(points_of(study))
     ]
-    data = _ours(results_of(study, outcomes), 100)
+    data = _measured(results_of(study, outcomes), 100)
     assert len(data) == 5 * 3 * 2
     assert {round(d.value, 9) for d in data} == {60.0}
     paper = _paper(study)
