@@ -115,15 +115,17 @@ def draw_curves(results: Results, path: Path) -> None:
 
 def _draw_baselines(results: Results, axis: Axes, percent: int, metric: str = "") -> None:
     """Draw a dashed line for each baseline that has the metric, its name on it."""
-    for name, values in results.baselines.items():
-        value = values.get(metric or results.study.metric)
-        if value is not None:
-            axis.axhline(percent * value, color="0.4", ls="--", lw=1)
-            axis.annotate(
-                name, (1.0, percent * value), xycoords=("axes fraction", "data"),
-                ha="right", va="bottom", fontsize=7, color="0.2",
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-            )  # fmt: skip
+    key = metric or results.study.metric
+    baselines = {name: values[key] for name, values in results.baselines.items() if key in values}
+    for name, value in baselines.items():
+        # below its line where it is the lowest of several, or two that are close hide each other
+        is_lowest = len(baselines) > 1 and value == min(baselines.values())
+        axis.axhline(percent * value, color="0.4", ls="--", lw=1)
+        axis.annotate(
+            name, (1.0, percent * value), xycoords=("axes fraction", "data"),
+            ha="right", va="top" if is_lowest else "bottom", fontsize=7, color="0.2",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )  # fmt: skip
 
 
 def _measured(results: Results, percent: int) -> list[Datum]:

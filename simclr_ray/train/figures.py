@@ -194,9 +194,11 @@ def curve_drawings(lines: str, chance: ChanceLevel | None = None) -> list[str]:
         _draw_curve(axis, key, title, series[key])
         if key == "train/loss" and chance is not None:
             axis.axhline(chance.value, color="0.4", linestyle="--", linewidth=1)
+            # inside the axes on either side: below the curve there is nothing under the line
+            side = "top" if chance.value > sum(axis.get_ylim()) / 2 else "bottom"
             axis.annotate(
                 f"chance, {chance.formula}", (0.98, chance.value), fontsize=7, color="0.4",
-                xycoords=("axes fraction", "data"), ha="right", va="top",
+                xycoords=("axes fraction", "data"), ha="right", va=side,
             )  # fmt: skip
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
