@@ -151,7 +151,8 @@ def best(
         }
     )
     (cell,) = (c for c in chosen.cells if c["point"] == results.best.point)
-    if register and cell["epoch"] not in (0, max(chosen.curve, default=0)):
+    was_trained_on = chosen.status != "finished" or cell["epoch"] != max(chosen.curve, default=0)
+    if register and cell["epoch"] and was_trained_on:
         raise RunError(
             "the best length is read off a longer run, whose encoder was trained on; run it alone "
             "to register it"

@@ -59,7 +59,7 @@ def register_run(
         force: Also where the encoder is no better than an untrained one.
 
     Raises:
-        CollapseError: By its stored scores the encoder is no better than an untrained one.
+        CollapseError: By its stored scores or, without, its log it is no better than untrained.
         ConfigError: `run` is no run folder, its store is gone, or name or alias cannot be.
         CheckpointError: It holds no whole checkpoint.
         TrackingError: The registry refuses or cannot be reached.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -24,11 +25,12 @@ def unusable_gpu(devices: Path = Path("/dev")) -> str:
     """Return why torch sees no GPU of a machine that has some; empty: it has none, or sees them.
 
     An NVIDIA driver older than torch's CUDA fails without a word: the count is 0, and a week of
-    training would go on on the CPU. `CUDA_VISIBLE_DEVICES=` hides them on purpose.
+    training would go on on the CPU. `CUDA_VISIBLE_DEVICES` that names none hides them on purpose.
     """
     there = len(list(devices.glob("nvidia[0-9]*")))
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not there or hidden or torch.cuda.device_count():
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    is_hidden = not re.match(r"\d|GPU-|MIG-", visible)  # such as NoDevFiles, which Slurm sets
+    if not there or is_hidden or torch.cuda.device_count():
         return ""
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return (

@@ -55,7 +55,10 @@ class TrialOutcome(NamedTuple):
     curve: Curve
     cost: dict[str, float]  # images, seconds, device_seconds, and the epochs that they are of
     run: dict[str, str]  # folder, checkpoint, mlflow_run_id, digest
-    last_good: int = 0  # the last epoch that was evaluated without a sign of collapse; 0: none
+    last_good: int = 0  # the last epoch whose evaluation did not end the run; 0: none, or not said
+
+
+RESUME = " study resume "  # which begins nothing, and repeats nothing from the start
 
 
 class StudyFolder:
@@ -109,7 +112,9 @@ class StudyFolder:
         }
         self.files.write_text(BASE, cfg.dump_yaml(cfg.to_tree(base)))
         self.files.write_text(DEFINITION, cfg.dump_yaml(tree))
-        self.update_state(**{"digest": digest, "command": command, **self.state()})
+        state = self.state()
+        begun = state.get("command") or ("" if RESUME in command else command)
+        self.update_state(**{"digest": digest, **state, "command": begun})
 
     def definition(self) -> tuple[Study, dict[str, Any]]:
         """Return the study and the whole tree of its base experiment."""

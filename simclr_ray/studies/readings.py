@@ -33,7 +33,7 @@ def readings_of(study: Study, outcome: TrialOutcome) -> list[Reading]:
         epoch = int(cell["epoch"])
         # of a shared run that collapsed later, those before are as runs of their own give them
         if outcome.status != "finished" and not (
-            outcome.status == "collapsed" and 0 < epoch <= _last_good(outcome)
+            outcome.status == "collapsed" and 0 < epoch <= last_good_epoch(outcome)
         ):
             continue
         values = values_at(outcome, epoch)
@@ -53,7 +53,7 @@ def epochs_of(outcome: TrialOutcome) -> float:
     return outcome.cost.get("epochs") or float(max(outcome.curve, default=0))
 
 
-def _last_good(outcome: TrialOutcome) -> int:
+def last_good_epoch(outcome: TrialOutcome) -> int:
     """Return the last epoch that a collapsed trial was well at the end of.
 
     Of an earlier release's outcome, which does not say it, the one before the last of its curve.

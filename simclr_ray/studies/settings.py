@@ -64,7 +64,10 @@ def changed_settings(
         command: What its overrides set, they set again.
     """
     before, after = cfg.leaves(then), cfg.leaves(now)
-    paths = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    # what a later release can set as well had its default then; values of the space come and go
+    both = [path for path in after if path in before or not path.startswith(OF_STUDY)]
+    both += [path for path in after if path not in both and path.startswith(f"{OF_STUDY}space.")]
+    paths = [p for p in {**before, **dict.fromkeys(both)} if before.get(p) != after.get(p)]
     paths_set = _paths_set(command)
     return [
         path.removeprefix("base.").removeprefix(OF_STUDY)

@@ -21,7 +21,7 @@ from simclr_ray.studies.definition import Study
 from simclr_ray.studies.expected_accuracy import Measured
 from simclr_ray.studies.folder import DEFINITION, StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import EPOCHS, FOLDER, Point
-from simclr_ray.studies.readings import epochs_of, readings_of
+from simclr_ray.studies.readings import epochs_of, last_good_epoch, readings_of
 from simclr_ray.studies.report import DATA
 
 APART = 1.4  # of a curve, epochs this factor apart: neighbors say nearly the same
@@ -126,7 +126,9 @@ def _points_of(study: Study, outcome: TrialOutcome, *, reads_curve: bool) -> Ite
             yield Measured(setting, run, images, value)
         return
     ahead = math.inf
-    for epoch in sorted((e for e, v in outcome.curve.items() if study.metric in v), reverse=True):
+    is_whole, last = outcome.status == "finished", last_good_epoch(outcome)
+    read = [e for e, v in outcome.curve.items() if study.metric in v and (is_whole or e <= last)]
+    for epoch in sorted(read, reverse=True):
         if epoch * APART <= ahead:
             ahead = epoch
             images = outcome.cost["images"] * epoch / epochs_of(outcome)

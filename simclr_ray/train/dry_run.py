@@ -87,7 +87,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
             "a step, each passed forward twice"
         )
     cores, workers = os.cpu_count() or 1, experiment.scaling.max_workers
-    if workers > cores and "RAY_ADDRESS" not in os.environ:
+    if workers > cores and not os.environ.get("RAY_ADDRESS"):
         rows["workers"] = (
             f"{workers} share the {counted(cores, 'core')} of this machine: slower than {cores}"
         )
@@ -99,10 +99,12 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
 
 def device_line(scaling: ScalingConfig) -> str:
     """Return what a worker computes on; the CPU of a machine whose GPU torch cannot use is said."""
+    is_here = not os.environ.get("RAY_ADDRESS")
+    problem, there = unusable_gpu() if is_here else "", torch.cuda.device_count()
     if scaling.gpus_per_worker:
-        return f"GPU, {scaling.gpus_per_worker:g} a worker"
-    problem, there = unusable_gpu(), torch.cuda.device_count()
-    if there and "RAY_ADDRESS" not in os.environ:
+        line = f"GPU, {scaling.gpus_per_worker:g} a worker"
+        return f"{line}; {problem}" if problem else line
+    if there and is_here:
         problem = (
             f"this machine's {counted(there, 'GPU')} will idle: scaling.num_workers=auto takes "
             "them, or scaling.gpus_per_worker=1"

@@ -128,9 +128,15 @@ def test_a_gpu_that_torch_cannot_use_is_said(
         scaling = resolve_scaling(Experiment.load("photos_gpu")).scaling
     assert caplog.messages == [problem]
     assert device_line(scaling) == f"CPU; {problem}"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert unusable_gpu(tmp_path) == ""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for hidden in ("", "-1", "NoDevFiles"):  # on purpose
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert unusable_gpu(tmp_path) == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert unusable_gpu(tmp_path) == problem
+    given = Experiment.load("photos_gpu", "scaling.num_workers=2", "scaling.gpus_per_worker=1")
+    assert device_line(given.scaling) == f"GPU, 1 a worker; {problem}"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # whose GPUs are not this machine's
+    assert device_line(given.scaling) == "GPU, 1 a worker"
     machine(monkeypatch, 2, 8)
     assert unusable_gpu(tmp_path) == ""
 
