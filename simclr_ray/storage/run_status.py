@@ -42,6 +42,15 @@ class RunStatus(NamedTuple):
     error: LastError | None = None  # that it last ended by, or started its ranks again for
 
 
+def newest_whole_step(folder: RunFolder) -> int:
+    """Return the step of the newest checkpoint that is not half written; 0: there is none.
+
+    In a bucket each that is looked into is a request, and mostly it is the first.
+    """
+    whole = (name for name in folder.checkpoints() if checkpoint.RECORD in folder.names(name))
+    return max(0, checkpoint.step_of(next(whole, "")))
+
+
 def status_of_run(folder: RunFolder) -> RunStatus:
     """Return how the run in a folder stands.
 

@@ -25,6 +25,7 @@ from simclr_ray.nn.build import build_model
 from simclr_ray.optim import state_per_parameter
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
+from simclr_ray.storage.run_status import newest_whole_step
 from simclr_ray.storage.space import bytes_in, sized, space_at
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.rollback import keeps_good
@@ -100,8 +101,7 @@ def check_space(resolved: ResolvedExperiment) -> None:
     folder, config = resolved.folder, resolved.config
     # the good one, and one that `CheckpointKeeper` has not looked at
     keep = config.checkpoint.keep + 2 * keeps_good(config)
-    newest = next(iter(folder.checkpoints(finished=True)), "")
-    if checkpoint.step_of(newest) >= resolved.total_steps:
+    if newest_whole_step(folder) >= resolved.total_steps:
         return
     there, left = _checkpoints_in(folder)
     needs = []

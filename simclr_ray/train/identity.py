@@ -11,9 +11,9 @@ from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.moves import stored_tree
 from simclr_ray.errors import ConfigError
-from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import CONFIG_FILE, RunFolder
 from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.storage.run_status import newest_whole_step
 from simclr_ray.train.resolve import ResolvedExperiment
 
 MOST_RUNS = 3  # runs of the same name
@@ -68,8 +68,7 @@ def _compared(folder: RunFolder, resolved: ResolvedExperiment) -> OtherRun | Non
     differences = cfg.differences(cfg.identity(theirs), cfg.identity(resolved.config))
     if record.fingerprint != resolved.source.fingerprint:
         differences.insert(0, f"the images: {record.fingerprint} -> {resolved.source.fingerprint}")
-    newest = next(iter(folder.checkpoints(finished=True)), "")
-    return OtherRun(folder, max(checkpoint.step_of(newest), 0), differences)
+    return OtherRun(folder, newest_whole_step(folder), differences)
 
 
 def check_is_there(resolved: ResolvedExperiment) -> None:

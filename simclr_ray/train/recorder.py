@@ -22,6 +22,7 @@ from simclr_ray.errors import (
 from simclr_ray.storage.last_error import RESTART, LastError
 from simclr_ray.storage.metrics_log import FIRST_BATCH
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS
+from simclr_ray.storage.run_status import newest_whole_step
 from simclr_ray.train import stop
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import (
@@ -33,7 +34,7 @@ from simclr_ray.train.heartbeat import (
     RankWatch,
 )
 from simclr_ray.train.resolve import ResolvedExperiment
-from simclr_ray.train.rollback import CheckpointKeeper, keeps_good, newest_whole_step
+from simclr_ray.train.rollback import CheckpointKeeper, keeps_good
 from simclr_ray.train.tracked import Tracked
 
 log = logging.getLogger(__name__)

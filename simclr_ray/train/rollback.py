@@ -30,6 +30,7 @@ from simclr_ray.storage import checkpoint
 from simclr_ray.storage.checkpoint import Identity
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.storage.run_status import newest_whole_step
 
 if TYPE_CHECKING:
     from simclr_ray.config.experiment import Experiment
@@ -188,11 +189,6 @@ def roll_back(
         after.count, health.max_rollbacks,
     )  # fmt: skip
     return after
-
-
-def newest_whole_step(folder: RunFolder) -> int:
-    """Return the step of the newest checkpoint that is not half written; 0: there is none."""
-    return max(0, checkpoint.step_of(next(iter(folder.checkpoints(finished=True)), "")))
 
 
 def newest_good(folder: RunFolder, identity: Identity, good_until: int) -> str:

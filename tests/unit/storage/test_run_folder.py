@@ -26,6 +26,7 @@ from simclr_ray.storage.filesystem import filesystem, open_whole
 from simclr_ray.storage.run_folder import RUN_FILE, SNAPSHOT, RunFolder
 from simclr_ray.storage.run_lock import HOLDER, LOCK
 from simclr_ray.storage.run_record import RunRecord
+from simclr_ray.storage.run_status import newest_whole_step
 from simclr_ray.train.outcome import Run
 
 
@@ -124,6 +125,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(
     unfinished = add(on_disk, "step-00000004-00000004", 4)
     (unfinished / checkpoint.RECORD).unlink()
     assert [checkpoint.step_of(name) for name in folder.checkpoints(finished=True)] == [3, 2, 1]
+    assert newest_whole_step(folder) == 3
     with folder.newest_checkpoint() as found:
         assert found is not None
         assert checkpoint.read(found).step == 2
