@@ -29,7 +29,7 @@ from simclr_ray.errors import SimclrRayError
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.driver import checked_images
 from simclr_ray.studies.files import load_study, study_names, summaries
-from simclr_ray.studies.findings import SCALES
+from simclr_ray.studies.findings import SCALES, USUAL
 from simclr_ray.studies.folder import FINAL, StudyFolder
 from simclr_ray.studies.plan import base_tree, study_folder
 from simclr_ray.studies.settings import digest_of_study
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("train")
     parser.add_argument("test")
-    parser.add_argument("--scale", choices=list(SCALES), default=next(iter(SCALES)))
+    parser.add_argument("--scale", choices=list(SCALES), default=USUAL)
     parser.add_argument("--studies", nargs="+", choices=study_names(), help="All that have it.")
     parser.add_argument("--forecast", default="", help="Print this study's alone, as seconds.")
     args = parser.parse_args()
@@ -78,8 +78,7 @@ def studies_at(scale: str) -> list[str]:
 
 def overrides_of(scale: str, train: str, test: str) -> list[str]:
     """Return what is given to each study: its images, and a storage where names would clash."""
-    usual = next(iter(SCALES))
-    storage = [] if scale == usual else [f"storage=runs/{scale}"]
+    storage = [] if scale == USUAL else [f"storage=runs/{scale}"]
     return [f"data.train={train}", f"data.test={test}", *storage]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.record import portable
 from simclr_ray.studies.definition import Study
-from simclr_ray.studies.findings import SCALES
+from simclr_ray.studies.findings import SCALES, USUAL
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.report import write_report
 
@@ -47,7 +47,8 @@ def main(folders: list[str]) -> None:
 
 def kept_name(study: Study) -> str:
     """Return the name of a report's folder: the study's, with a scale that has other images."""
-    return f"{study.name}_{study.scale}" if study.scale in list(SCALES)[1:] else study.name
+    is_other = study.scale in SCALES and study.scale != USUAL
+    return f"{study.name}_{study.scale}" if is_other else study.name
 
 
 def without_links(page: str) -> str:

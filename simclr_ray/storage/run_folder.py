@@ -200,12 +200,14 @@ class RunFolder:
                 files.delete_dir(target)
             raise
 
-    def checkpoints(self, *, finished: bool = False) -> list[str]:
-        """Return the names of the checkpoint directories, newest first; all, or finished ones."""
+    def checkpoints(self) -> list[str]:
+        """Return the names of the checkpoint directories, newest first."""
         names = [f.base_name for f in self._entries() if checkpoint.step_of(f.base_name) >= 0]
-        if finished:  # a kill leaves one that is half copied, and its step was not kept
-            names = [name for name in names if checkpoint.RECORD in self.names(name)]
         return sorted(names, key=lambda n: (checkpoint.step_of(n), n), reverse=True)
+
+    def finished_checkpoints(self) -> Iterator[str]:
+        """Yield those that a kill has not left half copied; of a bucket each costs a request."""
+        return (name for name in self.checkpoints() if checkpoint.RECORD in self.names(name))
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
@@ -242,7 +244,7 @@ class RunFolder:
     def check_resumable(self, identity: Identity) -> None:
         """Raise `CheckpointError` where checkpoints were finished and none can be gone on from."""
         flaws = []
-        for name in self.checkpoints(finished=True):
+        for name in self.finished_checkpoints():
             with self.fetched(name) as folder:
                 reason = checkpoint.flaw(folder, identity)
                 if not reason:
@@ -394,6 +396,5 @@ class RunFolder:
         return filesystem(self.uri)
 
 
-METRICS, BAD_ROWS = "metrics.jsonl", "bad_rows.jsonl"
-OTHER_METRICS = "other_metrics.jsonl"
+METRICS, OTHER_METRICS, BAD_ROWS = "metrics.jsonl", "other_metrics.jsonl", "bad_rows.jsonl"
 RUN_FILE, CONFIG_FILE = "run.json", moves.CONFIG_FILE

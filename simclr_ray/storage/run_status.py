@@ -43,12 +43,8 @@ class RunStatus(NamedTuple):
 
 
 def newest_whole_step(folder: RunFolder) -> int:
-    """Return the step of the newest checkpoint that is not half written; 0: there is none.
-
-    In a bucket each that is looked into is a request, and mostly it is the first.
-    """
-    whole = (name for name in folder.checkpoints() if checkpoint.RECORD in folder.names(name))
-    return max(0, checkpoint.step_of(next(whole, "")))
+    """Return the step of the newest checkpoint that is not half written; 0: there is none."""
+    return max(0, checkpoint.step_of(next(folder.finished_checkpoints(), "")))
 
 
 def status_of_run(folder: RunFolder) -> RunStatus:
@@ -62,7 +58,7 @@ def status_of_run(folder: RunFolder) -> RunStatus:
     records = read_records(folder.read_text(METRICS, LOG_BYTES) or "")
     metrics, ranks = last_of(records), RankStates.read(folder)
     total, logged, epoch = (_finite(metrics.pop(key, 0)) for key in ("total", "step", "epoch"))
-    checkpoints = folder.checkpoints(finished=True)
+    checkpoints = list(folder.finished_checkpoints())
     kept = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
     error = LastError.read(folder)
     state: State = "stopped"

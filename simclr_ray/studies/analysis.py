@@ -230,7 +230,6 @@ def as_json(
     command: str = "",
     wall_s: float = 0.0,
     *,
-    digest: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the results as JSON: rows, claims, curves, and what figures and findings are made of.
@@ -239,7 +238,6 @@ def as_json(
         results: Of a study.
         command: That ran it.
         wall_s: From its start to its end, starts included; 0: nobody has measured.
-        digest: Of its definition; empty: it is not known.
         settings: That it was run with, as `settings_of` gives them; None: they are not known.
     """
     study = results.study
@@ -249,7 +247,6 @@ def as_json(
         "question": study.question,
         "answers": study.answers,
         "command": command,
-        **({"digest": digest} if digest else {}),
         **({"settings": settings} if settings else {}),
         "seeds": study.seeds,
         "metric": study.metric,

@@ -28,7 +28,8 @@ from simclr_ray.studies.plan import base_tree
 from simclr_ray.studies.report import CURVES, DATA, FIGURE, PAGE
 from simclr_ray.studies.settings import changed_settings, settings_of
 
-SCALES: Final = {"laptop": "CIFAR-10", "laptop_shapes": "drawn shapes"}  # and their images
+USUAL = "laptop"
+SCALES: Final = {USUAL: "CIFAR-10", "laptop_shapes": "drawn shapes"}  # and their images
 READING = "reading.md"
 NOT_RUN = "not run"
 MARKED_OUTCOMES, MARK = ("appears", "is reversed"), " †"
@@ -139,8 +140,7 @@ def _heading(tree: dict[str, Any]) -> str:
 
 
 def _of_images(text: str, tree: dict[str, Any]) -> str:
-    usual = next(iter(SCALES))
-    return text if tree["scale"] == usual else f"{text} ({SCALES[tree['scale']]})"
+    return text if tree["scale"] == USUAL else f"{text} ({SCALES[tree['scale']]})"
 
 
 def _together(verdicts: Sequence[str]) -> str:

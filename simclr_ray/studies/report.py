@@ -88,7 +88,6 @@ def _write(folder: StudyFolder, target: Path) -> Results:
         results,
         state.get("command", ""),
         state.get("seconds", 0.0),
-        digest=state.get("digest", ""),
         settings=_settings(study, base),
     )
     (target / DATA).write_text(hide_passwords(data) + "\n", encoding="utf-8")

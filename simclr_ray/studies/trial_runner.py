@@ -165,7 +165,6 @@ def outcome_of(
     """
     records = (folder.read_text(METRICS) or "") if folder else ""
     record = RunRecord.find(folder) if folder else None
-    checkpoints = folder.checkpoints(finished=True) if folder else []
     return TrialOutcome(
         trial.name,
         status,
@@ -177,7 +176,7 @@ def outcome_of(
         _cost(records, trial.experiment),
         {
             "folder": folder.uri if folder else "",
-            "checkpoint": checkpoints[0] if checkpoints else "",
+            "checkpoint": next(folder.finished_checkpoints(), "") if folder else "",
             "mlflow_run_id": record.mlflow_run_id if record else "",
             "tracking_uri": record.tracking_uri if record else "",
             "digest": record.digest if record else "",

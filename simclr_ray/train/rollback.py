@@ -239,7 +239,7 @@ class CheckpointKeeper:
             return
         self._looked_at = at
         folder = self._folder
-        names = folder.checkpoints(finished=True)
+        names = list(folder.finished_checkpoints())
         good = next((n for n in names if checkpoint.step_of(n) <= health.well_until), "")
         for name in names[self._keep :]:
             if name != good:

@@ -144,10 +144,10 @@ def test_a_run_that_cannot_be_read_hides_no_other(
         path.write_text(json.dumps(json.loads(path.read_text()) | lost))
     read = RunFolder.checkpoints
 
-    def removed(folder: RunFolder, *, finished: bool = False) -> list[str]:
+    def removed(folder: RunFolder) -> list[str]:
         if folder.name == "gone-0000":
             raise FileNotFoundError(2, "No such file or directory", "step-1")
-        return read(folder, finished=finished)
+        return read(folder)
 
     monkeypatch.setattr(RunFolder, "checkpoints", removed)
     list_runs(str(tmp_path / "runs"))

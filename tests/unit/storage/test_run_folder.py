@@ -124,7 +124,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(
     (broken / checkpoint.STATE).write_bytes(b"")
     unfinished = add(on_disk, "step-00000004-00000004", 4)
     (unfinished / checkpoint.RECORD).unlink()
-    assert [checkpoint.step_of(name) for name in folder.checkpoints(finished=True)] == [3, 2, 1]
+    assert [checkpoint.step_of(name) for name in folder.finished_checkpoints()] == [3, 2, 1]
     assert newest_whole_step(folder) == 3
     with folder.newest_checkpoint() as found:
         assert found is not None
