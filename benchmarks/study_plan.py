@@ -12,8 +12,9 @@ is on both sides:
     longest   everything within a factor of 1.5 of the longest run, predicted from shorter runs
 
 Writes `benchmarks/results/study_plan.json`. The aim is that 9 of 10 held-out points lie in their
-interval, whose median width is at most 8 points, over studies with several lengths. The verdict is
-one for each way, since they hold out the same points, and says where there are fewer than 20.
+interval, whose median width is at most 8 points: over the runs of all studies, and over studies
+with several lengths. The verdict of those is one for each way, since they hold out the same points,
+and says where there are fewer than 20.
 """
 
 from __future__ import annotations
@@ -121,29 +122,34 @@ def main(folders: list[str]) -> None:
     results: list[HeldOut] = []
     studies: dict[str, Any] = {}
     for folder in paths:
+        name = folder.rstrip("/").rpartition("/")[2]  # two scales of a study have one name
         try:
             study = read_stored(folder)
         except ConfigError as error:
-            studies[folder.rpartition("/")[2]] = {"left_out": str(error)}
+            studies[name] = {"left_out": str(error)}
             continue
         of_study = list(held_out(study))
         results += of_study
-        studies[study.name] = {
+        studies[name] = {
             "points": len(study.points),
             "has_several_lengths": has_several_lengths(study.points),
             **{way: summary([r for r in of_study if r.way == way]) for way in WAYS},
         }
-        print(study.name, studies[study.name], flush=True)
+        print(name, studies[name], flush=True)
+    runs = [result for result in results if result.way == "run"]
     lengths = [result for result in results if result.has_lengths]
     record = {
         "command": " ".join(["python -m benchmarks.study_plan", *folders]),
         "level": LEVEL,
         "with_several_lengths": sorted({result.study for result in lengths}),
-        "verdict": {way: verdict_of([r for r in lengths if r.way == way]) for way in WAYS},
-        "all_studies_by_run": summary([r for r in results if r.way == "run"]),
+        "verdict": verdict_of(runs),
+        "verdict_with_several_lengths": {
+            way: verdict_of([r for r in lengths if r.way == way]) for way in WAYS
+        },
+        "all_studies_by_run": summary(runs),
         "studies": studies,
     }
-    print(record["verdict"])
+    print(record["verdict"], record["verdict_with_several_lengths"], sep="\n")
     store("study_plan", record)
 
 
