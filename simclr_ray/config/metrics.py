@@ -81,7 +81,8 @@ MEANINGS: Final = {
     "start/knn_bank_classes": "classes among them",
     "start/knn_test_rows": "labelled rows that it is asked about",
     "start/knn_missing_classes": "classes of those that the bank has no row of",
-    "final/<row>/<metric>": "of the score table: trained_encoder, untrained_encoder, raw_pixels",
+    "final/<row>/<metric>": "of the score table: trained_encoder, untrained_encoder (of random "
+    "weights), raw_pixels",
     "final/<metric>": "of a study: of the trained encoder, by a protocol",
     "final/classifier/top1": "how often a supervised run's own classifier names the class, 0 to 1",
     "final/classifier/top5": "how often the class is among its first five",

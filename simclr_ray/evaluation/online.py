@@ -107,7 +107,7 @@ class OnlineEvaluation:
     def before_training(self, model: SimCLRModel) -> dict[str, float]:
         """Return what later scores are held against, and the facts of the views. Collective.
 
-        Named `start/…`: the scores of the untrained model, `ViewFacts`, and `KnnFacts`.
+        Named `start/…`: the scores of the model as it begins, `ViewFacts`, and `KnnFacts`.
         """
         if not self.experiment.evaluation.every_epochs:
             return {}

@@ -30,7 +30,7 @@ from simclr_ray.inference.comparison import (
     table,
 )
 from simclr_ray.inference.embed import load_encoder
-from simclr_ray.inference.gate import why_not_learned
+from simclr_ray.inference.gate import classes_of, why_not_learned
 from simclr_ray.inference.model_address import model_address
 from simclr_ray.inference.registry import find_version
 from simclr_ray.inference.requirement import Facts, Requirement, RuleResult
@@ -253,7 +253,8 @@ class _Contest:
 
     def why_not_learned(self) -> str:
         """Return why the version is no use beside the untrained encoder; "": it is."""
-        return why_not_learned(self.scored[self.version].metrics, self.scored[0].metrics)
+        trained, untrained = (self.scored[version].metrics for version in (self.version, 0))
+        return why_not_learned(trained, untrained, classes_of(self.experiment))
 
     def verdict(self, champion: int) -> RuleResult:
         """Return the verdict of the rule, the champion scored where it is asked about."""

@@ -20,6 +20,7 @@ from simclr_ray.errors import SimclrRayError, last_line
 from simclr_ray.evaluation.baselines import baseline_scores
 from simclr_ray.evaluation.scores import UNTRAINED
 from simclr_ray.inference.gate import check_learned
+from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.studies.definition import EITHER, Study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.train.resolve import ResolvedExperiment, enter
@@ -75,7 +76,7 @@ def check_trial(folder: StudyFolder, outcome: TrialOutcome) -> None:
         {key.removeprefix(FINAL_SCORES): value for key, value in values.items()}
         for values in (outcome.metrics, untrained)
     )
-    check_learned(outcome.run["folder"], *scores)
+    check_learned(RunFolder.at(outcome.run["folder"]), *scores)
 
 
 def _scores_of(tree: dict[str, Any], protocols: list[str]) -> dict[str, dict[str, float]]:

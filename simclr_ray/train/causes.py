@@ -26,7 +26,7 @@ class Evidence:
 
     Attributes:
         experiment: What is run.
-        start: Of the untrained model, and `ViewFacts`; empty without evaluation.
+        start: Of the model before the first step, and `ViewFacts`; empty without evaluation.
         now: Of the last evaluation, by the same names.
         losses: Means since the report before, of all reports.
         grad_norms: Of the same.

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import imports_in
 from simclr_ray.errors import CollapseError, DivergedError, UnhealthyRunError
+from simclr_ray.inference.gate import FIRST, SHRUNK_ALONE, are_alike, classes_of
 from simclr_ray.nn.build import build_loss
 from simclr_ray.train.causes import (
     LEAK_FRACTION,
@@ -31,8 +32,9 @@ from simclr_ray.train.causes import (
 COLLAPSED_RANK: Final = 1.1
 # NT-Xent of embeddings that are all equal is ln(2N − 1). Trained at τ = 1 it is about 1 below.
 STUCK_FRACTION: Final = 0.998
-SHRUNK: Final = 0.5  # of the untrained features' rank beyond 1, and of their deviation
-SHRUNK_ALONE: Final = 0.2  # the same where no margin speaks for or against it
+# Of the rank beyond 1 and the deviation that features had before the first step; without a margin
+# `SHRUNK_ALONE` is.
+SHRUNK: Final = 0.5
 NO_MARGIN: Final = 0.01  # of cosines; 50 steps after warm-up the healthy have 0.03 and more
 FELL_TO: Final = 0.1  # of the largest margin
 RISEN_MARGIN: Final = 0.1  # below, a margin has not yet risen
@@ -70,6 +72,7 @@ class HealthWatch:
 
     def __init__(self, experiment: Experiment, warmup_steps: int = 0) -> None:
         self._experiment, self._warmup_steps = experiment, warmup_steps
+        self._num_classes = classes_of(experiment)
         self._level: float | None = None  # of imported code, which need not be here any more
         is_builtin = not any(where == "loss" for where, _ in imports_in(experiment))
         if is_builtin:
@@ -183,7 +186,7 @@ class HealthWatch:
         now = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
         self._evaluations.append((step, now))
         rank, epoch = now["effective_rank"], record["epoch"]
-        if rank < COLLAPSED_RANK:
+        if are_alike(now, self._start, self._num_classes, COLLAPSED_RANK):
             self.collapsed_at = round(epoch)
             raise self._collapse(
                 f"collapsed: the features' effective rank is {rank:.2f} after epoch {epoch:.0f}; "
@@ -211,7 +214,7 @@ class HealthWatch:
             self._well_at = step
 
     def _shrunk(self) -> list[str]:
-        """Return the metrics of h and of z where it has shrunk below the untrained one's."""
+        """Return the metrics of h and of z where it has shrunk below what it began with."""
         shrunk: list[str] = []
         most = SHRUNK if "margin" in self._evaluation else SHRUNK_ALONE
         for part in ("", "_z"):
@@ -290,7 +293,7 @@ class HealthWatch:
             )
         if sign == "features":
             return "collapsed: " + ", ".join(
-                f"{name.replace('_', ' ')} is {now[name]:.3g}, untrained {start[name]:.3g}"
+                f"{name.replace('_', ' ')} is {now[name]:.3g}, {FIRST} {start[name]:.3g}"
                 for name in self._shrunk()
             )
         before = f", after {self._best_margin:.3f}" if sign == "fall" else ""

@@ -9,7 +9,7 @@ from simclr_ray.data.bytes_read import BYTES_READ
 from simclr_ray.distributed.ray_metrics import RunMetrics
 from simclr_ray.train.heartbeat import Heartbeat
 
-# name in the run's log -> exported name; before training `start/…` are the untrained model's
+# name in the run's log -> exported name; `start/…` are the model's before the first step
 LOGGED: Final[Mapping[str, str]] = {
     "train/loss": "simclr_loss",
     "train/images_per_s": "simclr_images_per_second",

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CollapseError, DivergedError, UnhealthyRunError
+from simclr_ray.evaluation.label_free import label_free
 from simclr_ray.inference.gate import check_scores
-from simclr_ray.storage.run_folder import METRICS, RunFolder
+from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_status import SCORES
 from simclr_ray.train.health import HealthWatch
 
@@ -87,7 +89,7 @@ def test_features_that_shrink_below_the_untrained_end_a_run_where_that_lasts() -
     assert health.well_until == 250
     error = ended(health, [at(350, EQUAL)])
     assert isinstance(error, CollapseError)
-    assert "effective rank is 1.8, untrained 4.5" in str(error)
+    assert "effective rank is 1.8, before the first step 4.5" in str(error)
     assert error.good_until == 250
 
 
@@ -290,8 +292,83 @@ def test_a_run_without_a_table_of_scores_is_known_by_what_it_logged(
     if not refused:
         check_scores(folder)  # without accuracies at the start, only its rank is compared
         return
-    with pytest.raises(CollapseError, match=r"effective rank is 1\.50.*untrained encoder 4\.50"):
+    with pytest.raises(CollapseError, match=r"rank is 1\.50, before the first step 4\.50"):
         check_scores(folder)
+
+
+CLASSES = {
+    "two": torch.eye(2, 64).repeat_interleave(torch.tensor([60, 40]), 0),
+    "opposite": torch.tensor([[1.0], [-1.0]]).repeat(50, 64),
+    # the corners of a triangle around 0, unequally many
+    "three": (torch.eye(3, 64) - torch.ones(3, 64) / 3 * (torch.arange(64) < 3)).repeat_interleave(
+        torch.tensor([50, 30, 20]), 0
+    ),
+    "constant": torch.ones(100, 64),
+}
+
+
+def scores_of(features: torch.Tensor) -> dict[str, float]:
+    return {k: v for k, v in label_free(features)._asdict().items() if k != "uniformity"}
+
+
+def labelled(num_classes: int, loss: str = "cross_entropy") -> dict[str, Any]:
+    """Return what the config of a run has besides, for so many classes; 0: without labels."""
+    if loss == "supcon":
+        return {"loss": {"name": loss}}
+    head = {"name": "classifier", "num_classes": num_classes}
+    return {"loss": {"name": loss}, "head": head} if num_classes else {}
+
+
+@pytest.mark.parametrize(
+    ("classes", "rank", "num_classes", "refused"),
+    [("two", 1.99, 2, False), ("opposite", 1.0, 2, False), ("three", 1.98, 3, False),
+     ("two", 1.99, 0, True), ("two", 1.99, 100, True),
+     ("constant", 1.0, 2, True), ("constant", 1.0, 0, True), ("constant", 1.0, 100, True)],
+)  # fmt: skip
+def test_an_encoder_that_tells_few_classes_apart_needs_few_dimensions(
+    classes: str, rank: float, num_classes: int, tmp_path: Path, *, refused: bool
+) -> None:
+    """Neural collapse: the features of a class are one point, those of all images never are."""
+    noise = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    before, now = scores_of(1 + 0.05 * noise), scores_of(CLASSES[classes])
+    assert now["effective_rank"] == pytest.approx(rank, abs=0.01)
+    assert before["effective_rank"] > 4
+    tree = {"name": "t", "data": {"train": "x"}, **labelled(num_classes)}
+    folder = RunFolder(str(tmp_path), "r")
+    folder.write_text(CONFIG_FILE, json.dumps(tree))
+    top1 = 0.3 + (classes != "constant") * 0.6
+    rows = {"trained encoder": now | {"knn_top1": top1}, "untrained encoder": before}
+    for rows_of in (rows, {n: row | {"knn_top1": 0.2} for n, row in rows.items()}):
+        folder.write_text(SCORES, json.dumps([{"name": n, **row} for n, row in rows_of.items()]))
+        refusal = refused_by(folder)
+        assert ("all images look alike" in refusal) == bool(refusal) == refused
+    folder.remove(SCORES)
+    logged = {f"start/{k}": v for k, v in before.items()}, {f"eval/{k}": v for k, v in now.items()}
+    records = [at(step, START | values) for step, values in zip((0, 10), logged, strict=True)]
+    folder.write_text(METRICS, "\n".join(map(json.dumps, records)))
+    assert bool(refused_by(folder)) == refused
+
+
+def refused_by(folder: RunFolder) -> str:
+    try:
+        check_scores(folder)
+    except CollapseError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "deviation", "ends"),
+    [(labelled(2), 0.03, False), (labelled(0, "supcon"), 0.03, False), (labelled(2), 1e-6, True),
+     (labelled(100), 0.03, True), ({}, 0.03, True)],
+)  # fmt: skip
+def test_features_of_two_opposite_points_end_no_run_that_tells_two_classes_apart(
+    changes: dict[str, Any], deviation: float, *, ends: bool
+) -> None:
+    values = WELL | {"eval/effective_rank": 1.0, "eval/feature_std": deviation}
+    error = ended(watch(**changes), [at(200, values)])
+    assert (error is not None) == ends
+    assert "effective rank is 1.00" in str(error or "effective rank is 1.00")
 
 
 def test_a_run_that_was_not_evaluated_may_be_registered(tmp_path: Path) -> None:
