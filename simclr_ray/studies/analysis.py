@@ -66,7 +66,7 @@ class Results(NamedTuple):
     agreement: Agreement | None
     others: list[TrialOutcome]  # trials that did not finish, or that finished with a warning
     num_trials: int
-    epochs: int
+    epochs: float
     images: float
     seconds: float  # of training, one trial after the other
     device_hours: float
@@ -112,7 +112,7 @@ def results_of(
         _agreement(study, rows),
         [o for o in outcomes if o.reason or not readings_of(study, o)],
         len(outcomes),
-        round(sum(map(epochs_of, outcomes))),
+        sum(map(epochs_of, outcomes)),
         sum(o.cost["images"] for o in outcomes),
         sum(o.cost["seconds"] for o in outcomes),
         sum(o.cost["device_seconds"] for o in outcomes) / 3600,
@@ -262,7 +262,7 @@ def as_json(
                 "trial": o.trial,
                 "status": o.status,
                 "reason": o.reason,
-                "epochs": max(o.curve, default=0),
+                "epochs": epochs_of(o),
             }
             for o in results.unfinished
         ],

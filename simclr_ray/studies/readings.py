@@ -49,8 +49,16 @@ def readings_of(study: Study, outcome: TrialOutcome) -> list[Reading]:
 
 
 def epochs_of(outcome: TrialOutcome) -> float:
-    """Return the epochs that a trial's cost is of, the last in part where it collapsed there."""
+    """Return the epochs that a trial's cost is of, the last in part where it ended there.
+
+    Its curve may end before: at the last evaluation, and where a trial collapsed before that one.
+    """
     return outcome.cost.get("epochs") or float(max(outcome.curve, default=0))
+
+
+def shown_epochs(epochs: float) -> str:
+    """Return epochs as every table has them: `12`, `2.5`."""
+    return f"{epochs:,.1f}".removesuffix(".0")
 
 
 def last_good_epoch(outcome: TrialOutcome) -> int:

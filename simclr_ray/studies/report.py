@@ -19,7 +19,7 @@ from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import draw_curves, draw_study
 from simclr_ray.studies.folder import StudyFolder
 from simclr_ray.studies.plan import RUNS
-from simclr_ray.studies.readings import shown
+from simclr_ray.studies.readings import epochs_of, shown, shown_epochs
 from simclr_ray.studies.settings import settings_of
 from simclr_ray.tracking.runs import TrackedRun
 
@@ -207,8 +207,8 @@ def markdown(results: Results) -> str:
         if value != "-"
     ]
     lines += [
-        f"- {o.trial}: {o.status} after {max(o.curve, default=0)} epochs: {_first_line(o.reason)}"
-        for o in results.others
+        f"- {trial}: {status} after {epochs} epochs: {reason}"
+        for trial, status, epochs, reason in others_table(results).rows
     ]
     return "\n".join(lines) + "\n"
 
@@ -216,16 +216,16 @@ def markdown(results: Results) -> str:
 def total_text(results: Results) -> str:
     """Return in a sentence what the whole study took."""
     return (
-        f"In all {results.num_trials} trials, {results.epochs:,} epochs, {results.images:,.0f} "
-        f"images through the encoder (two views each), {results.device_hours:.2f} worker-hours of "
-        "training."
+        f"In all {results.num_trials} trials, {shown_epochs(results.epochs)} epochs, "
+        f"{results.images:,.0f} images through the encoder (two views each), "
+        f"{results.device_hours:.2f} worker-hours of training."
     )
 
 
 def others_table(results: Results) -> Table:
     """Return the trials that did not finish or learned nothing, and why."""
     rows = [
-        [o.trial, o.status, str(max(o.curve, default=0)), _first_line(o.reason)]
+        [o.trial, o.status, shown_epochs(epochs_of(o)), _first_line(o.reason)]
         for o in results.others
     ]
     return Table(["trial", "status", "epochs", "reason"], rows, left=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from simclr_ray.storage.run_folder import METRICS, RunFolder
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.folder import StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Trial
-from simclr_ray.studies.readings import shown, values_at
+from simclr_ray.studies.readings import epochs_of, shown, values_at
 
 OPEN = ("waiting", "running", "open")
 
@@ -79,9 +80,9 @@ def status_of(study: Study, folder: StudyFolder, trials: Sequence[Trial]) -> Stu
 
 
 def _ended(study: Study, outcome: TrialOutcome, epochs: int) -> TrialStatus:
-    values, last = values_at(outcome), max(outcome.curve, default=0)
+    values, last = values_at(outcome), epochs_of(outcome)
     text = shown(study.metric, values[study.metric]) if study.metric in values else "-"
-    return TrialStatus(outcome.trial, outcome.status, last, epochs or last, text)
+    return TrialStatus(outcome.trial, outcome.status, last, epochs or math.ceil(last), text)
 
 
 def _open(

@@ -24,10 +24,11 @@ from simclr_ray.studies.claims import sign_flip_p
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import _measured, _paper, draw_study
 from simclr_ray.studies.files import load_study
-from simclr_ray.studies.folder import Curve, OutcomeStatus, TrialOutcome, curve_of
+from simclr_ray.studies.folder import Curve, OutcomeStatus, StudyFolder, TrialOutcome, curve_of
 from simclr_ray.studies.plan import Point, base_tree, make_trials, points_of
-from simclr_ray.studies.report import markdown, page
+from simclr_ray.studies.report import markdown, others_table, page
 from simclr_ray.studies.space import Dimension
+from simclr_ray.studies.status import status_of
 
 VALUES = {(64, 3): 0.30, (256, 3): 0.34, (1024, 3): 0.33, (64, 6): 0.40, (256, 6): 0.42,
           (1024, 6): 0.43, (64, 12): 0.50, (256, 12): 0.51, (1024, 12): 0.52}  # fmt: skip
@@ -246,6 +247,26 @@ def test_a_shared_run_that_diverged_within_an_epoch_keeps_all_lengths_at_what_th
     found = results_of(shared_run_study(), [diverged._replace(cost=cost, last_good=2)])
     assert [row.point["epochs"] for row in found.rows] == [1, 2]
     assert [row.images for row in found.rows] == pytest.approx([30, 60])
+
+
+def test_epochs_of_a_trial_that_ended_early_are_the_same_wherever_they_are_told(
+    tmp_path: Path,
+) -> None:
+    """Its curve ends at the last evaluation, or before the one that it had collapsed at."""
+    study, cost = shared_run_study(), {"images": 75.0, "seconds": 9.0, "device_seconds": 9.0}
+    diverged = shared_run("collapsed", epochs=2)._replace(
+        reason="not finite", cost=cost | {"epochs": 2.5}
+    )
+    found = results_of(study, [diverged, shared_run()._replace(trial="u")])
+    tree = json.loads(as_json(found))
+    assert (tree["not_finished"][0]["epochs"], tree["epochs"]) == (2.5, 6.5)
+    assert "In all 2 trials, 6.5 epochs, " in markdown(found)
+    assert "- t: collapsed after 2.5 epochs: not finite\n" in markdown(found)
+    assert [row[2] for row in others_table(found).rows] == ["2.5"]
+    folder = StudyFolder(str(tmp_path), "s")
+    folder.write_outcome(diverged)
+    (status,) = status_of(study, folder, []).trials
+    assert (status.epoch, status.epochs) == (2.5, 3)
 
 
 def test_values_are_compared_as_numbers_however_they_are_written() -> None:
