@@ -25,6 +25,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from ray import serve
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view
@@ -40,6 +41,7 @@ from simclr_ray.inference.embedded_images import EmbeddedImages
 from simclr_ray.inference.embedding_index import EmbeddingIndex
 from simclr_ray.inference.embedding_search import encoder_of
 from simclr_ray.inference.encoder import as_inputs
+from simclr_ray.inference.serving_hosts import OwnHosts
 from simclr_ray.inference.serving_metrics import ServingMetrics
 from simclr_ray.nn.precision import best_device
 from simclr_ray.storage.page import render_page
@@ -51,6 +53,7 @@ log = logging.getLogger(__name__)
 NAME: Final = "simclr-ray"
 MOST_NEIGHBOURS: Final = 100
 BYTES: Final = "application/octet-stream"
+HEALTH: Final = "/health"  # what watches a replica asks by its address
 GONE: Final = 499  # of a client that has not waited, as nginx counts it
 ANSWER_S: Final = 120.0  # for all of a request, by Ray's proxy
 
@@ -93,9 +96,16 @@ class Service:
     body_s: float = 30.0
 
 
+def _own_hosts() -> tuple[str, ...]:
+    server: Any = serve.get_replica_context().servable_object  # Ray's type has no attributes
+    service: Service = server.service
+    return service.hosts
+
+
 # FastAPI's own pages load scripts from elsewhere. All that the class names stands above it: it is
 # pickled with that when it is decorated.
-app = FastAPI(title=NAME, docs_url=None, redoc_url=None)
+own_hosts = Middleware(OwnHosts, hosts=_own_hosts, open_paths=(HEALTH,))
+app = FastAPI(title=NAME, docs_url=None, redoc_url=None, middleware=[own_hosts])
 
 
 @serve.deployment
@@ -134,15 +144,13 @@ class EncoderServer:
         self._encode([blank])  # before it is ready: the first pass takes longer than any other
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page(self, request: Request) -> str:
+    async def page(self) -> str:
         """Return a page to drop an image on."""
-        self._check_host(request)
         return render_page("inference", "serving.html.j2", has_index=self.index is not None)
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-    async def docs(self, request: Request) -> str:
+    async def docs(self) -> str:
         """Return what can be asked, as a page."""
-        self._check_host(request)
         paths = app.openapi()["paths"]
         rows = [
             (verb.upper(), path, operation["summary"], operation.get("description", ""))
@@ -151,16 +159,15 @@ class EncoderServer:
         ]
         return render_page("inference", "serving_docs.html.j2", rows=rows)
 
-    @app.head("/health", include_in_schema=False)
-    @app.get("/health", response_class=PlainTextResponse)
+    @app.head(HEALTH, include_in_schema=False)
+    @app.get(HEALTH, response_class=PlainTextResponse)
     async def health(self) -> str:
         """Say that the process lives; it is given requests once its encoder has encoded one."""
         return "ok"
 
     @app.get("/model")
-    async def model(self, request: Request) -> dict[str, Any]:
+    async def model(self) -> dict[str, Any]:
         """Say which encoder this is, what it takes, and the digest of its weights."""
-        self._check_host(request)
         served = self.service.encoder or (self.index.origin.encoder if self.index else "")
         return {
             "encoder": without_passwords(served),
@@ -172,9 +179,8 @@ class EncoderServer:
         }
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def prometheus(self, request: Request) -> str:
+    async def prometheus(self) -> str:
         """Return the metrics of the replica that answers, which they name, for Prometheus."""
-        self._check_host(request)
         return self.metrics.text()
 
     @app.post("/embed")
@@ -197,7 +203,6 @@ class EncoderServer:
         images: bool = Query(default=False),  # noqa: FBT001 - FastAPI's
     ) -> dict[str, Any]:
         """Return the nearest images of the index: name, cosine and, if asked for, a thumbnail."""
-        self._check_host(request)
         if self.index is None or self.images is None:
             raise HTTPException(404, "there is no index; it was started without --index")
         async with self._counted():
@@ -233,15 +238,8 @@ class EncoderServer:
         finally:
             self.metrics.count(code)
 
-    def _check_host(self, request: Request) -> None:
-        """Raise a 403 where it is asked by a name that is none of its own."""
-        hosts = self.service.hosts
-        if hosts and request.url.hostname not in hosts:
-            raise HTTPException(403, f"ask it as {hosts[0]}, or start it with --allowed-host")
-
     async def _embedding(self, request: Request) -> Float32s:
         """Return the embedding of a request's body; raise a 4xx where it is no image."""
-        self._check_host(request)
         most_s = self.service.body_s
         try:
             body = await asyncio.wait_for(self._body(request), most_s)

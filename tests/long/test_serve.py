@@ -156,6 +156,7 @@ def test_what_is_no_image_gets_a_4xx_and_the_server_lives(server: Server) -> Non
     with urllib.request.urlopen(head, timeout=60) as answer:
         assert answer.status == 200
     assert server.ask("model", Host="evil.example").code == 403
+    assert server.ask("openapi.json", Host="evil.example").code == 403
     assert server.ask("embed", image(1), Host="evil.example:80").code == 403
     assert server.ask("embed", image(1)).code == 200
 

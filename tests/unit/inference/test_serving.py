@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from fastapi import HTTPException
 from ray import serve
-from starlette.datastructures import URL
 from starlette.requests import ClientDisconnect
 
 from simclr_ray.cli.serve import LOOPBACK
@@ -22,10 +21,11 @@ from simclr_ray.errors import ClusterError
 from simclr_ray.inference import serving
 from simclr_ray.inference.embedding_index import Nearest
 from simclr_ray.inference.serving import Service
+from simclr_ray.inference.serving_hosts import OwnHosts
 from simclr_ray.inference.serving_metrics import ServingMetrics
 
 DEPLOYMENT: Any = serving.EncoderServer
-REPLICA: Any = next(c for c in DEPLOYMENT.func_or_class.__mro__ if "_check_host" in vars(c))
+REPLICA: Any = next(c for c in DEPLOYMENT.func_or_class.__mro__ if "_embedding" in vars(c))
 SECRET = "s3://KEY:S3CRET@bucket/photos.parquet"
 
 
@@ -40,16 +40,16 @@ def replica(**changes: Any) -> Any:
     return made
 
 
-def asked(host: str = "127.0.0.1:8000", pauses: float = 0.0) -> Any:
+def asked(pauses: float = 0.0) -> Any:
     async def stream() -> AsyncIterator[bytes]:
         await asyncio.sleep(pauses)
         yield b"x"
 
-    return SimpleNamespace(url=URL(f"http://{host}/embed"), headers={}, stream=stream)
+    return SimpleNamespace(headers={}, stream=stream)
 
 
 def test_the_password_of_a_bucket_is_not_said() -> None:
-    said = asyncio.run(replica().model(asked()))
+    said = asyncio.run(replica().model())
     assert said["weights"] == "d"
     assert "S3CRET" not in str(said)
     assert said["index"] == "s3://KEY:***@bucket/photos.parquet"
@@ -64,20 +64,64 @@ def test_an_embedding_that_is_not_finite_is_no_answer() -> None:
         asyncio.run(server.embed(asked()))
 
 
+def routes(router: Any = serving.app) -> Iterator[tuple[str, str]]:
+    """Yield method and path of each route of an app; those of a class are nested."""
+    for route in router.routes:
+        if hasattr(route, "original_router"):
+            yield from routes(route.original_router)
+        else:
+            yield from ((method, route.path) for method in route.methods)
+
+
+def sent_by(app: Any, **scope: Any) -> list[Any]:
+    """Return the messages of an ASGI app to a connection."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent
+
+
+def answer(method: str, path: str, host: str) -> tuple[int, bytes]:
+    """Return code and body of what the app answers, its routes and middleware included."""
+    headers = [(b"host", host.encode()), (b"content-type", b"multipart/form-data")]  # so no image
+    start, body, *_ = sent_by(
+        serving.app, type="http", method=method, path=path, headers=headers, query_string=b""
+    )
+    return start["status"], body["body"]
+
+
 @pytest.mark.parametrize(
     "host", ["127.0.0.1:8000", "localhost", "[::1]:80", "encoder.mine", "evil.example:8000"]
 )
-def test_on_this_machine_it_is_asked_by_its_own_name_alone(host: str) -> None:
+def test_on_this_machine_every_route_is_asked_by_its_own_name_alone(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or any site that a browser shows could ask it, by a name that it has made to lead here."""
-    own = replica(service=Service("m", hosts=(*LOOPBACK, "encoder.mine")))
-    asyncio.run(replica().model(asked(host)))
-    if "evil" not in host:
-        asyncio.run(own.model(asked(host)))
-        return
-    for handler in (own.model, own.page, own.docs, own.prometheus, own._embedding, own.neighbours):
-        with pytest.raises(HTTPException) as refused:
-            asyncio.run(handler(asked(host)))
-        assert refused.value.status_code == 403
+    hosts = (*LOOPBACK, "encoder.mine")
+    context = SimpleNamespace(servable_object=replica(service=Service("m", hosts=hosts)))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    every = sorted(set(routes()))
+    assert {"/", "/docs", "/model", "/metrics", "/embed", "/neighbours", "/openapi.json"} < {
+        path for _, path in every
+    }
+    for method, path in [*every, ("GET", "/none")]:
+        code, body = answer(method, path, host)
+        assert (code == 403) == ("evil" in host and path != "/health")
+        assert (b"--allowed-host" in body) == (code == 403)
+    context.servable_object.service = Service("m")  # bound to all of a machine's names
+    assert answer("GET", "/model", host)[0] == 200
+
+
+def test_a_socket_that_is_asked_by_another_name_is_closed() -> None:
+    door = OwnHosts(serving.app, hosts=lambda: LOOPBACK)
+    sent = sent_by(door, type="websocket", path="/new", headers=[(b"host", b"evil.example")])
+    assert [message["type"] for message in sent] == ["websocket.close"]
 
 
 @pytest.mark.parametrize(
