@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from simclr_ray.config.wording import counted
 from simclr_ray.data.arrays import Int64s
 from simclr_ray.errors import DataError, StorageError, one_line
 from simclr_ray.storage.filesystem import (
@@ -271,9 +272,18 @@ class Parts:
             log.info("of other models, images or settings stay: %s (%s)", names, remedy)
 
     def missing(self, rows: Sequence[Int64s]) -> list[int]:
-        """Return which pieces are not there, of those of given rows."""
+        """Return which pieces are not there, of those of given rows; say which are there for none.
+
+        Another release may have cut or named them otherwise, and what it did is done again.
+        """
         there = {info.base_name for info in entries_in(self.fs, self.path)}
-        return [index for index, piece in enumerate(rows) if _name(piece) not in there]
+        names = [_name(piece) for piece in rows]
+        missing = [index for index, name in enumerate(names) if name not in there]
+        unused = [name for name in there.difference(names) if not name.startswith(".")]
+        if missing and unused:
+            pieces = counted(len(unused), "finished piece")
+            log.warning("%s: %s of another release cannot be used; made again", self.path, pieces)
+        return missing
 
     def make(self) -> None:
         """Make the folder, and see that it can be written to before there is work to be lost."""

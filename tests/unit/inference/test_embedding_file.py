@@ -83,7 +83,9 @@ def test_nothing_of_others_goes_where_no_row_has_an_embedding(tmp_path: Path) ->
     assert not Path(file.lists).exists()
 
 
-def test_a_piece_of_other_rows_is_none_of_a_file(tmp_path: Path) -> None:
+def test_a_piece_of_other_rows_is_none_of_a_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Another release cuts a list otherwise, and calls its images and settings the same."""
     parts = EmbeddingFile(str(tmp_path / "out.parquet")).parts(OWN)
     parts.make()
@@ -91,8 +93,15 @@ def test_a_piece_of_other_rows_is_none_of_a_file(tmp_path: Path) -> None:
     for rows in before:
         parts.put(rows, piece(len(rows)))
     assert parts.missing(before) == []
+    assert parts.missing([*before, np.arange(7, 9)]) == [2]  # interrupted, and of this release
+    assert caplog.messages == []
     assert parts.missing(now) == [1, 2]
+    (line,) = caplog.messages
+    assert line == f"{parts.path}: 1 finished piece of another release cannot be used; made again"
     assert parts.read(before[1]).num_rows == 4
+    Path(parts.path, "part-000000.parquet").touch()  # as the release before named them
+    parts.missing(now)
+    assert "2 finished pieces of another release" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
