@@ -84,6 +84,7 @@ FINDINGS: Final = (
                 "NT-Xent beats semi-hard NT-Logistic",
                 "NT-Xent beats the semi-hard triplet loss",
                 "NT-Xent beats plain NT-Logistic",
+                "NT-Xent beats the plain triplet loss",
             )
         },
     ),
