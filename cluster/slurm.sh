@@ -87,5 +87,6 @@ while kill -0 "$run" 2>/dev/null; do wait "$run" || true; done # a signal ends `
 code=0
 wait "$run" || code=$?
 end "$code" # before the job is queued again, which ends this script
-if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# A run that is taken away again and again goes on; one that never gets anywhere does not for ever.
+if [ "$code" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

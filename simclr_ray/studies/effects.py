@@ -25,8 +25,10 @@ from simclr_ray.data.arrays import Float64s
 
 CONFIDENCE: Final = 0.95
 ENOUGH_POWER: Final = 0.8  # the custom (Cohen 1988)
+ROUNDING: Final = 1e-9  # differences of accuracies that are nearer than this are equal
 MAX_EXACT_SEEDS: Final = 8  # 6,435 different resamples; of 10 there are 92,378, a second to sort
 RESAMPLES: Final = 20_000  # of more seeds, drawn with a fixed seed
+FEWEST_EQUAL: Final = 6  # differences without any deviation: by their signs alone, 2 / 2 ** 6 < 5 %
 MAX_SEEDS: Final = 100_000  # more that would be needed are not counted
 
 Outcome = Literal["appears", "does not appear", "is reversed", "cannot be said"]
@@ -45,9 +47,11 @@ class Effect(NamedTuple):
 
     Attributes:
         mean: Of the differences; above 0 is as claimed.
-        low: Lower end of the interval; minus infinity of one seed.
+        low: Lower end of the interval; minus infinity of one seed, or of fewer than six that are
+            equal: accuracies are multiples of one image, and agree by chance.
         high: Upper end.
-        deviation: Standard deviation of the differences, of the sample; NaN of one seed.
+        deviation: Standard deviation of the differences, of the sample; NaN where there is no
+            interval.
         num_seeds: How many differences there are.
         smallest_effect: The smallest that is of interest; 0: none is given.
         power: Chance that the test finds `smallest_effect`, in [0, 1]; NaN where unknown.
@@ -67,13 +71,13 @@ class Effect(NamedTuple):
 
     @property
     def p(self) -> float:
-        """Of Student's paired test that the mean is 0, two-sided; 1 of one seed."""
+        """Of Student's paired test that the mean is 0, two-sided; 1 where there is no interval."""
         from scipy.stats import t
 
-        if self.num_seeds < 2:
+        if math.isnan(self.deviation):
             return 1.0
-        if self.deviation <= 0:
-            return 0.0 if self.mean else 1.0
+        if self.deviation <= ROUNDING:
+            return 2.0 ** (1 - self.num_seeds) if self.mean else 1.0
         statistic = abs(self.mean) / self.deviation * math.sqrt(self.num_seeds)
         return float(2 * t.sf(statistic, self.num_seeds - 1))
 
@@ -106,14 +110,17 @@ def effect_of(differences: Sequence[float], smallest_effect: float = 0.0) -> Eff
         ('appears', 0.026, 0.018, 0.034)
     """
     num, mean = len(differences), statistics.fmean(differences)
-    if num < 2:
+    is_equal = max(differences) - min(differences) <= ROUNDING
+    if num < 2 or (is_equal and num < FEWEST_EQUAL):
         interval, deviation, power = Interval(-math.inf, math.inf), math.nan, math.nan
     else:
         interval, deviation = interval_of(differences), statistics.stdev(differences)
         power = power_of(smallest_effect, deviation, num) if smallest_effect else math.nan
     outcome = _outcome(interval, smallest_effect, power)
     needed = 0
-    if outcome == UNDECIDED and smallest_effect and num > 1:
+    if outcome == UNDECIDED and smallest_effect and math.isnan(deviation):
+        needed = FEWEST_EQUAL if num > 1 else 0
+    elif outcome == UNDECIDED and smallest_effect:
         # power alone does not decide: the interval may still hold both none and the smallest
         enough = seeds_needed(smallest_effect, deviation)
         needed = max(num + 1, enough, seeds_for_width(smallest_effect, deviation))

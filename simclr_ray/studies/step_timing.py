@@ -26,6 +26,7 @@ from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
 from simclr_ray.train import loop
 from simclr_ray.train.failures import cause_of, unwrap_error
+from simclr_ray.train.meter import StepMeter
 from simclr_ray.train.resolve import ResolvedExperiment, enter
 from simclr_ray.train.worker import (
     prepare_process,
@@ -215,15 +216,18 @@ def _seconds_of(
     optimizer = prepare_training(model, small, device)
     batches = _for_some_seconds(local_batches(small, source, range(STEPS[1])))
     records: list[loop.Metrics] = []
+    schedule = loop.StepSchedule(NEVER, NEVER, 0, 0.0, small.batch_size, log_every=1)
+    meter = StepMeter(device, schedule)
     loop.train(
         model,
         build_loss(small),
         optimizer,
-        finish_batches(small, source, batches, device),
-        loop.StepSchedule(NEVER, NEVER, 0, 0.0, small.batch_size, log_every=1),
+        finish_batches(small, source, meter.timed(batches), device),
+        schedule,
         loop.Callbacks(records.append, lambda *_: None, lambda *_: None),
         precision=small.precision,
         num_groups=min(2, whole.num_groups),
+        meter=meter,
     )
     counted = records[1:]
     both_s = sum(1 / m.images_per_s for m in counted) / len(counted)

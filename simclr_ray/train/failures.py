@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 
-from ray.exceptions import OutOfDiskError, OutOfMemoryError, RayTaskError
+from ray.exceptions import OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
 
 from simclr_ray.errors import RunError, SimclrRayError, StorageError, last_line
 from simclr_ray.storage.space import OF_THE_DISK, error_number, storage_error
@@ -14,6 +14,10 @@ from simclr_ray.storage.space import OF_THE_DISK, error_number, storage_error
 MOST_MEMORY = re.compile(
     r"PID\s+MEM\(GB\)\s+COMMAND\s+(\d+)\s+([\d.]+)\s+([^\n]{1,80})"
 )  # Ray's table
+# By name, as torch is not imported where Ray's controller asks: a group's, a device's, Ray Train's.
+PASSING = {"DistError", "AcceleratorError", "RayTrainError"}
+OF_THE_GROUP = re.compile(r"gloo|nccl|cuda error|connection|timed ?out", re.IGNORECASE)
+TAKES_LESS = "batch_norm.group_size below the batch, or scaling.recompute_activations, takes less"
 
 
 def unwrap_error(error: BaseException) -> SimclrRayError | None:
@@ -47,6 +51,24 @@ def end_of_run(error: BaseException, cause: str, max_failures: int) -> SimclrRay
     return final
 
 
+def will_recur(error: BaseException) -> bool:
+    """Return whether code has raised what it raises again, as where a batch takes too much memory.
+
+    What ends a process, a disk, a device, the network and what a machine has free may do better
+    another time.
+    """
+    return not any(_may_pass(cause) for cause in _causes(error))
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, (OSError, MemoryError)):
+        return True
+    if isinstance(error, RayError):
+        return not isinstance(error, RayTaskError)  # that holds what a task raised
+    names = {base.__name__ for base in type(error).__mro__}
+    return bool(names & PASSING) or bool(OF_THE_GROUP.search(str(error)))
+
+
 def root_failure(error: BaseException) -> BaseException:
     """Return what a failed training failed by: the first worker's error, or the controller's."""
     failures = getattr(error, "worker_failures", {})
@@ -62,6 +84,8 @@ def cause_of(error: BaseException) -> str:
         largest = f"; most has process {most[1]}, {most[2]} GB: {most[3].strip()}" if most else ""
         return f"its node has run out of memory, and Ray has ended it{largest}"
     line = last_line(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return f"{line.partition('. Of the allocated')[0]}; {TAKES_LESS}"
     return line.partition(" Worker exit detail:")[0].partition(" Some common causes")[0]
 
 

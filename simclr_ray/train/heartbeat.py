@@ -73,9 +73,15 @@ class RankFinished(NamedTuple):
 
 
 class RanksFailed(NamedTuple):
-    """What has ended by an error, such as `rank 1` -> the last line of it; all start again."""
+    """What has ended by an error, such as `rank 1` -> the last line of it; all start again.
+
+    Attributes:
+        causes: Of each who failed; the first is the one to be told of.
+        will_recur: One is an error that comes again, as `failures.will_recur` has it.
+    """
 
     causes: Mapping[str, str]
+    will_recur: bool = False
 
 
 class RanksMove(NamedTuple):

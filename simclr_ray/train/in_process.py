@@ -13,7 +13,7 @@ from typing import Any
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import last_line
 from simclr_ray.train.context import SingleRankContext
-from simclr_ray.train.failures import end_of_run
+from simclr_ray.train.failures import end_of_run, will_recur
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import Beat, RanksFailed
 from simclr_ray.train.recorder import OnProgress, RunRecorder
@@ -88,6 +88,6 @@ def _count(recorder: RunRecorder, experiment: Experiment, error: Exception) -> N
     if recorder.fatal is None:
         cause = f"{type(error).__name__}: {last_line(error)}"  # Ray's errors name theirs themselves
         final = end_of_run(error, cause, experiment.scaling.max_failures)
-        recorder.take(final or RanksFailed({"rank 0": cause}))
+        recorder.take(final or RanksFailed({"rank 0": cause}, will_recur(error)))
     if recorder.fatal is not None:
         raise recorder.fatal from error

@@ -107,7 +107,8 @@ def train(
             `collectives.data_parallel`, which averages their gradients.
         loss: Of z1, z2, and the labels where it takes them.
         optimizer: Over the model's parameters; its rate is set here at each step.
-        stream: Batches of consecutive steps, from where the run stands.
+        stream: Batches of consecutive steps, from where the run stands; what of it waits for
+            data is in `meter.timed`.
         schedule: The run's arithmetic.
         callbacks: What to call and when.
         precision: float64, float32, or bf16 autocast around the model.
@@ -130,7 +131,7 @@ def train(
     groups = group_rows(last - first, first, num_groups)
     layers = keyed_layers(model)
     model.train()
-    for batch in meter.timed(stream):
+    for batch in stream:
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(batch.step)  # warm-up, then decay
         labels = batch.labels.to(meter.device) if batch.labels is not None else None

@@ -99,7 +99,11 @@ class StepMeter:
         self.began += time.perf_counter() - began
 
     def timed(self, stream: Iterable[Batch]) -> Iterable[Batch]:
-        """Yield from the stream, adding up the time spent waiting for it."""
+        """Yield from a stream of data, adding up the time spent waiting for it.
+
+        What the worker itself does to a batch comes after it: on a GPU that waits for the step
+        before, and would count as data.
+        """
         iterator = iter(stream)
         while True:
             wait_began = time.perf_counter()

@@ -72,6 +72,7 @@ class RunRecorder:
         self._keeper = CheckpointKeeper(resolved) if keeps_good(resolved.config) else None
         self.ranks = RankWatch(resolved.config.scaling)
         self._restarts = 0  # without a new checkpoint
+        self._recurred = 0  # of them, by an error that comes again
         self._kept = 0
         self._kept = self._newest_step()  # at the last restart
         self._began = time.monotonic()
@@ -154,24 +155,29 @@ class RunRecorder:
             return  # nothing is
         self._start_over()
         kept, most = self._newest_step(), self.resolved.config.scaling.max_failures
-        self._restarts = 1 if kept > self._kept else self._restarts + 1
+        if kept > self._kept:
+            self._restarts = self._recurred = 0
+        self._restarts += 1
+        self._recurred += failed.will_recur
         self._kept = kept
         who, cause = next(iter(failed.causes.items()), ("a rank", "for no reason given"))
         if self._restarts > most:
             if most:  # without restarts whoever started it ends the run
-                self._end(
-                    RestartsError(
-                        f"failed {self._restarts} times after step {kept:,} without a further "
-                        f"checkpoint (scaling.max_failures={most}), last {who}: {cause}; the "
-                        "same command goes on from there"
-                    )
-                )
+                self._end(self._too_many(f"(scaling.max_failures={most}), last {who}: {cause}"))
             return
         LastError.of(RESTART, f"{who} failed: {cause}").write(self.resolved.folder)
         log.warning(
             "%s failed: %s; all ranks start again after step %d (%d of %d times without a "
             "further checkpoint)", who, cause, kept, self._restarts, most,
         )  # fmt: skip
+
+    def _too_many(self, last: str) -> RunError:
+        """Return what ends a run that failed too often; of the same code it fails at once again."""
+        times = f"failed {self._restarts} times after step {self._kept:,}"
+        failed = f"{times} without a further checkpoint"
+        if self._recurred == self._restarts:
+            return RunError(f"{failed}, each time by an error that comes again {last}")
+        return RestartsError(f"{failed} {last}; the same command goes on from there")
 
     def _newest_step(self) -> int:
         """Return the step of the newest whole checkpoint; where none can be seen, as it was."""

@@ -21,7 +21,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from simclr_ray.distributed.ray_cluster import PickledQueue
-from simclr_ray.train.failures import cause_of
+from simclr_ray.train.failures import cause_of, will_recur
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.requests import have_moved
 
@@ -43,7 +43,7 @@ class FailureReport(ray.train.UserCallback):
     ) -> None:
         """Send the last line of each error; Ray calls this in its own process."""
         if not have_moved(worker_exceptions.values()):
-            tell(self.inbox, {f"rank {r}": cause_of(e) for r, e in worker_exceptions.items()})
+            tell(self.inbox, _failed(worker_exceptions))
 
 
 class RestartPolicy(DefaultFailurePolicy):
@@ -62,11 +62,13 @@ class RestartPolicy(DefaultFailurePolicy):
         decision = super().make_decision(training_failed_error)
         failure = getattr(training_failed_error, "controller_failure", None)
         if isinstance(failure, DEATHS):
-            tell(self.inbox, {"a worker": f"{BEFORE}: {cause_of(failure.__cause__ or failure)}"})
+            cause = f"{BEFORE}: {cause_of(failure.__cause__ or failure)}"
+            tell(self.inbox, RanksFailed({"a worker": cause}))
             is_last = self.failure_config.max_failures == 0
             return FailureDecision.RAISE if is_last else FailureDecision.RETRY
         if getattr(training_failed_error, "drain_timed_out", False):
-            tell(self.inbox, {"a rank": "its node was taken away before all had saved"})
+            gone = "its node was taken away before all had saved"
+            tell(self.inbox, RanksFailed({"a rank": gone}))
         return decision
 
 
@@ -82,6 +84,14 @@ class BackendEnd(BackendSetupCallback):
             super().before_execution_group_shutdown(execution_group)
 
 
+def _failed(errors: Mapping[int, Exception]) -> RanksFailed:
+    """Return what ranks failed by; first what comes again, which others then wait for in vain."""
+    recurring = {rank: will_recur(error) for rank, error in errors.items()}
+    ranks = sorted(errors, key=lambda rank: (not recurring[rank], rank))
+    causes = {f"rank {rank}": cause_of(errors[rank]) for rank in ranks}
+    return RanksFailed(causes, any(recurring.values()))
+
+
 def is_heard(inbox: PickledQueue) -> bool:
     """Return whether the inbox is there."""
     try:
@@ -91,7 +101,7 @@ def is_heard(inbox: PickledQueue) -> bool:
     return True
 
 
-def tell(inbox: PickledQueue, causes: Mapping[str, str]) -> None:
+def tell(inbox: PickledQueue, failed: RanksFailed) -> None:
     """Send the causes to the driver, where there still is one."""
     with suppress(ray.exceptions.RayError):
-        inbox.put(RanksFailed(causes))
+        inbox.put(failed)

@@ -26,7 +26,7 @@ from simclr_ray.config.uris import remembered
 from simclr_ray.distributed.ray_cluster import driver_queue, is_local
 from simclr_ray.errors import RestartsError, SimclrRayError
 from simclr_ray.train import stop
-from simclr_ray.train.failures import cause_of, end_of_run
+from simclr_ray.train.failures import cause_of, end_of_run, will_recur
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import RanksFailed
 from simclr_ray.train.in_process import can_train_in_process
@@ -158,7 +158,7 @@ def _train_once(worker_input: WorkerInput, watcher: _Monitor) -> bool:
         final = end_of_run(error, cause, config.scaling.max_failures)
         if final is not None:
             raise final from error
-        watcher.count(RanksFailed({"rank 0": cause}))
+        watcher.count(RanksFailed({"rank 0": cause}, will_recur(error)))
         return False
     finally:
         _end(worker, pid)

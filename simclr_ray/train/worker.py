@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -156,9 +156,7 @@ class TrainWorker:
             model,
             self.loss,
             self.optimizer,
-            finish_batches(
-                experiment, self.source, self._with_replaced_rows_sent(batches), self.device
-            ),
+            finish_batches(experiment, self.source, self._waited_for(batches), self.device),
             schedule,
             loop.Callbacks(self.report, self.epoch_end, self.save, self.requests.ask),
             precision=experiment.precision,
@@ -291,6 +289,9 @@ class TrainWorker:
         self.optimizer = prepare_training(self.model, self.experiment, self.device)
         if newest is not None:
             checkpoint.unpack(newest.tensors, self.model, self.optimizer)
+
+    def _waited_for(self, batches: Iterator[Batch]) -> Iterable[Batch]:
+        return self.meter.timed(self._with_replaced_rows_sent(batches))
 
     def _with_replaced_rows_sent(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches on; tell the driver, once, of each row that had to be replaced.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ def apply_color(views: TwoViews, batch: Batch, epoch: int, device: torch.device)
 
 
 def finish_batches(
-    experiment: Experiment, source: Source, batches: Iterator[Batch], device: torch.device
-) -> Iterator[Batch]:
+    experiment: Experiment, source: Source, batches: Iterable[Batch], device: torch.device
+) -> Iterable[Batch]:
     """Yield batches with what is left to the worker: color and blur, if so asked, and labels."""
     if experiment.scaling.color_augment_on == "worker":
         batches = add_color(experiment, source, batches, device)
@@ -38,7 +38,7 @@ def finish_batches(
 
 
 def add_color(
-    experiment: Experiment, source: Source, batches: Iterator[Batch], device: torch.device
+    experiment: Experiment, source: Source, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[Batch]:
     """Yield batches of crops with color and blur applied on `device`."""
     config = experiment.augment
@@ -50,7 +50,7 @@ def add_color(
         yield batch._replace(a=a, b=b)
 
 
-def add_labels(source: Source, batches: Iterator[Batch]) -> Iterator[Batch]:
+def add_labels(source: Source, batches: Iterable[Batch]) -> Iterator[Batch]:
     """Yield batches with the labels that the dataset has for their ids."""
     label_of = source.label_of()
     for batch in batches:

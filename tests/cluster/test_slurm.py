@@ -146,6 +146,13 @@ def test_the_runs_own_exit_code_is_the_jobs(job: Job) -> None:
     assert job.alive() == []
 
 
+def test_a_run_that_never_gets_anywhere_is_not_queued_for_ever(job: Job) -> None:
+    assert job.start(CODE="75", SLURM_RESTART_COUNT="49").wait(timeout=60) == 75
+    assert job.calls("scontrol") == [["requeue", "41"]]
+    assert job.start(CODE="75", SLURM_RESTART_COUNT="50").wait(timeout=60) == 75
+    assert len(job.calls("scontrol")) == 1
+
+
 def test_a_signal_before_the_end_reaches_the_run_which_saves_and_is_queued_again(job: Job) -> None:
     process = job.start(RUN_S="60")
     job.wait_for("running")

@@ -162,11 +162,30 @@ def test_a_p_value_is_that_of_a_paired_t_test_and_several_are_corrected() -> Non
     assert effect_of(differences).p == pytest.approx(ttest_1samp(differences, 0.0).pvalue)
     assert effect_of([1.0]).p == 1.0
     assert effect_of([0.0, 0.0]).p == 1.0
-    assert effect_of([0.5, 0.5]).p == 0.0
     # Holm (1979), by hand: 0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 no smaller than that
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_a_few_equal_differences_tell_no_deviation_and_decide_nothing() -> None:
+    """Two accuracies of 1,000 images often agree; six of six of one sign are not chance."""
+    few = effect_of([0.81 - 0.80, 0.71 - 0.70], smallest_effect=0.005)  # 1e-17 apart
+    assert few.outcome == "cannot be said"
+    assert (few.low, few.high, few.p, few.seeds_needed) == (-math.inf, math.inf, 1.0, 6)
+    assert few.words == "cannot be said at this budget: needs 6 seeds"
+    assert effect_of([0.0] * 5, smallest_effect=0.005).outcome == "cannot be said"
+    enough = effect_of([0.01] * 6, smallest_effect=0.005)
+    assert enough.outcome == "appears"
+    assert enough.p == 2 / 2**6
+    assert effect_of([0.0] * 6, smallest_effect=0.005).outcome == "does not appear"
+
+
+def test_accuracies_of_few_images_are_not_told_apart_more_often_than_five_in_a_hundred() -> None:
+    rng = np.random.default_rng(0)
+    drawn = rng.binomial(1000, 0.6, size=(2000, 2, 2)) / 1000
+    outcomes = [effect_of(list(a - b), 0.005).outcome for a, b in drawn]
+    assert sum(o in {"appears", "is reversed"} for o in outcomes) / len(outcomes) < 0.06
 
 
 def test_power_that_is_enough_and_an_interval_that_holds_both_need_more_seeds() -> None:

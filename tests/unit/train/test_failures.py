@@ -6,10 +6,12 @@ import errno
 import os
 
 import pytest
-from ray.exceptions import OutOfDiskError
+import torch
+from ray.exceptions import OutOfDiskError, RayActorError, RayTaskError
+from torch.distributed import DistNetworkError
 
 from simclr_ray.errors import StorageError, TrackingError
-from simclr_ray.train.failures import final_error, root_failure
+from simclr_ray.train.failures import cause_of, final_error, root_failure, will_recur
 
 
 class _FailedError(Exception):
@@ -57,3 +59,35 @@ def test_a_training_fails_by_its_first_rank_else_by_what_ray_itself_met() -> Non
     of_ray.controller_failure = RuntimeError("no room")  # type: ignore[attr-defined] # as Ray's error has it
     assert str(root_failure(of_ray)) == "no room"
     assert root_failure(first) is first
+
+
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. Of the allocated 70")
+
+
+@pytest.mark.parametrize(
+    ("error", "recurs"),
+    [
+        (GPU, True),
+        (TypeError("forward() takes 2 arguments"), True),
+        (RayTaskError("train", "a traceback", ValueError("x")), True),
+        (RayTaskError("train", "a traceback", ConnectionResetError("peer")), False),
+        (RayActorError(), False),
+        (MemoryError("a page"), False),
+        (system_error(errno.EIO), False),
+        (DistNetworkError("the store is gone"), False),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:525] Read error"), False),
+        (RuntimeError("NCCL communicator was aborted on rank 3"), False),
+        (torch.AcceleratorError("an ECC error"), False),
+    ],
+)
+def test_what_code_raises_comes_again_and_what_has_befallen_it_may_not(
+    error: Exception, recurs: bool
+) -> None:
+    assert will_recur(error) is recurs
+
+
+def test_where_a_gpu_is_full_it_is_said_what_takes_less() -> None:
+    assert cause_of(GPU) == (
+        "CUDA out of memory. Tried to allocate 2.00 GiB; batch_norm.group_size below the batch, or "
+        "scaling.recompute_activations, takes less"
+    )

@@ -6,14 +6,17 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from simclr_ray.augment.views import ViewPair
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.batch import Batch
 from simclr_ray.distributed import collectives
 from simclr_ray.errors import RunError
@@ -22,8 +25,10 @@ from simclr_ray.nn.build import SimCLRModel
 from simclr_ray.nn.losses import BatchMetrics, NTXentLoss
 from simclr_ray.nn.precision import Precision, as_input, prepare_model
 from simclr_ray.optim import LARS, learning_rate_at
+from simclr_ray.train import worker_batches
 from simclr_ray.train.loop import Callbacks, Metrics, StepSchedule, train
 from simclr_ray.train.meter import ReportInterval, StepMeter
+from simclr_ray.train.worker_batches import finish_batches
 
 N, SIDE = 6, 8
 TEMPERATURE = 0.5
@@ -81,17 +86,18 @@ class Log:
 
 def run(
     model: nn.Module,
-    stream: Iterator[Batch],
+    stream: Iterable[Batch],
     table: StepSchedule,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     precision: Precision = "float32",
     loss: NTXentLoss | None = None,
+    meter: StepMeter | None = None,
 ) -> Log:
     log = Log()
     optimizer = optimizer or LARS(model.parameters(), lr=0.0)
     loss = loss or NTXentLoss(TEMPERATURE)
-    train(model, loss, optimizer, stream, table, log.callbacks(), precision=precision)
+    train(model, loss, optimizer, stream, table, log.callbacks(), precision=precision, meter=meter)
     return log
 
 
@@ -330,11 +336,31 @@ def test_waiting_for_data_is_measured() -> None:
             waited.append(time.perf_counter() - began)
             yield batch
 
-    began = time.perf_counter()
-    log = run(tiny(), slow(), schedule(log_every=4))
+    began, meter = time.perf_counter(), StepMeter(torch.device("cpu"), schedule(log_every=4))
+    log = run(tiny(), meter.timed(slow()), schedule(log_every=4), meter=meter)
     elapsed = time.perf_counter() - began
     # on a loaded machine a step may take as long as the work, and the fraction must say so
     assert 0.9 * sum(waited) / elapsed < log.metrics[0].data_wait_fraction <= 1
+
+
+def test_what_a_worker_does_to_a_batch_is_no_waiting_for_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU it waits for the step before, which would count as data."""
+
+    def slow(_: object, batch: Batch, *__: object) -> ViewPair:
+        time.sleep(0.05)
+        return ViewPair(batch.a, batch.b)
+
+    monkeypatch.setattr(worker_batches, "apply_color", slow)
+    config: Any = Experiment.load(
+        "cifar10_cpu", "data.train=x", f"batch_size={N}", "scaling.color_augment_on=worker"
+    )
+    meter = StepMeter(torch.device("cpu"), schedule(log_every=4))
+    source: Any = SimpleNamespace(num_pairs=2 * N)
+    stream = finish_batches(config, source, meter.timed(batches(0, 4)), meter.device)
+    log = run(tiny(), stream, schedule(log_every=4), meter=meter)
+    assert log.metrics[0].data_wait_fraction < 0.1
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

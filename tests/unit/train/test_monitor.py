@@ -132,6 +132,19 @@ def test_restarts_without_a_further_checkpoint_end_a_run(
     assert error.exit_code == 75
 
 
+def test_an_error_that_comes_again_ends_a_run_for_good(tmp_path: Path) -> None:
+    """Whoever starts a run again at a 75 would do so for ever."""
+    full = RanksFailed({"rank 1": "CUDA out of memory"}, will_recur=True)
+    run = resolved(tmp_path, "scaling.max_failures=2")
+    error = fate(run, [full] * 3)
+    assert isinstance(error, RunError)
+    assert error.exit_code == 1
+    assert "each time by an error that comes again" in str(error)
+    assert "last rank 1: CUDA out of memory" in str(error)
+    lost = RanksFailed({"rank 1": "connection reset by peer"})
+    assert isinstance(fate(run, [full, lost, full]), RestartsError)
+
+
 def test_what_fails_in_the_thread_ends_the_run_by_its_cause(tmp_path: Path) -> None:
     """Nobody would write the log any more, and a worker may wait for that."""
 
