@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -62,7 +63,8 @@ def say_large_groups(footers: Sequence[Footer], columns: ColumnsConfig) -> None:
     sizes = [
         (size, num_rows, footer)
         for footer in footers
-        if read.issuperset(footer.schema.names) and not is_text(footer.type_of(columns.image))
+        if read.union(value.name for value in footer.folder_values).issuperset(footer.schema.names)
+        and not is_text(footer.type_of(columns.image))
         for size, num_rows in zip(footer.group_bytes, footer.group_rows, strict=True)
         if size > MAX_GROUP_BYTES
     ]
@@ -151,8 +153,11 @@ def _why_none(footers: Sequence[Footer], name: str) -> str:
     if kinds:
         return f" of numbers or names: its type is {' and '.join(sorted(kinds))}"
     if any(f"/{name}=" in footer.path for footer in footers):
-        return f": names of folders ({name}=...) are not read; write them into the files"
-    return ""
+        return f": give the folder that holds the folders {name}=..., which say it"
+    values = dict.fromkeys(value for footer in footers for value in footer.folder_values)
+    counts = Counter(value.name for value in values)
+    other = next((other for other, number in counts.items() if number > 1), "")
+    return f": folders are called {other}=...: {column_key('label')}={other}" if other else ""
 
 
 def why_no_keys(parts: Sequence[pa.ChunkedArray], num_rows: int, name: str, place: str) -> str:
@@ -166,6 +171,20 @@ def why_no_keys(parts: Sequence[pa.ChunkedArray], num_rows: int, name: str, plac
         return NO_INT64
     distinct = len(np.unique(ids))
     return "" if distinct == len(ids) else f"{len(ids):,} rows, {distinct:,} distinct ids"
+
+
+def leave_ids(name: str, why: str, place: str) -> None:
+    """Say that a column of ids under its default name is not used; nobody asked for it.
+
+    Raises:
+        DataError: `data.columns.id` names it.
+    """
+    if name != ColumnsConfig().id:
+        raise DataError(
+            f"{place}: {column_key('id')}={name}: {why}; ids tell images apart: "
+            f"name another column, or none ({column_key('id')}=) to number the rows"
+        )
+    warn_once(log, f"{place}: column {name!r}: {why}: not used, rows are numbered")
 
 
 def _place_of(footers: Sequence[Footer]) -> str:
@@ -190,6 +209,12 @@ def _is_empty(footers: Sequence[Footer], name: str) -> bool:
     return all(not footer.group_rows or footer.is_empty(name) for footer in footers)
 
 
+def _of_folders(footers: Sequence[Footer], name: str) -> str:
+    """Return that other files have a column by the name of their folder, as a clause."""
+    has_it = any(value.name == name for footer in footers for value in footer.folder_values)
+    return f", or move the file into a folder {name}=..., as others are" if has_it else ""
+
+
 def _all_usable(
     footers: Sequence[Footer],
     role: str,
@@ -208,7 +233,7 @@ def _all_usable(
     odd_one = footers[usable.index(False)]
     kind = odd_one.type_of(name)
     if kind is None and (required or any(usable)):
-        raise DataError(odd_one.lacks(name, role))
+        raise DataError(odd_one.lacks(name, role) + _of_folders(footers, name))
     if kind is not None and (required or any(usable)):
         raise DataError(f"{odd_one.path}: {role} column {name!r} has type {kind}, not {wanted}")
     if kind is not None:

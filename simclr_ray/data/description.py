@@ -13,6 +13,7 @@ from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.footer import read_footers
 from simclr_ray.data.image_groups import groups_line, open_grouped
 from simclr_ray.data.listing import list_parquet
+from simclr_ray.data.partitions import with_fields
 from simclr_ray.data.sample import Sample
 from simclr_ray.data.source import Source
 from simclr_ray.errors import DataError
@@ -66,8 +67,9 @@ def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Descript
     columns = columns or ColumnsConfig()
     source = Source.open(uri, columns)
     files, root = filesystem(source.uri)  # of a folder of images, its list
-    listed = list_parquet(files, root, source.uri)
+    listed = list_parquet(files, root, source.uri, columns)
     (first,) = read_footers(files, listed[:1])
+    of_folders = source.folder_values[0] if source.folder_values else ()
     groups = ""
     if source.columns.group:
         try:
@@ -76,7 +78,7 @@ def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Descript
             groups = str(error)
     return Description(
         source,
-        {field.name: str(field.type) for field in first.schema},
+        {field.name: str(field.type) for field in with_fields(first.schema, of_folders)},
         sum(file.size for file in listed),
         count_labels(source),
         num_sampled=0,

@@ -54,12 +54,32 @@ class RowGroup(NamedTuple):
     offset: int = 0
 
 
+class FolderValue(NamedTuple):
+    """What the name of a folder says of all rows in it: of `label=cat`, the label.
+
+    Attributes:
+        name: Of the column.
+        value: None: null.
+        is_text: Whether the column is of text; else it is of integers.
+    """
+
+    name: str
+    value: int | str | None
+    is_text: bool
+
+    @property
+    def kind(self) -> pa.DataType:
+        """The type of the column."""
+        return pa.string() if self.is_text else pa.int64()
+
+
 @dataclass(frozen=True)
 class Footer:
     """What the footer of one file says.
 
     `digest` is a hash of its bytes; `is_empty` says of a column, or a field of one (`image.bytes`),
     whether its every value is null. `group_bytes` are those of row groups in memory, all columns.
+    `folder_values` are the columns of the schema that stand in names of folders.
     """
 
     path: str
@@ -69,6 +89,7 @@ class Footer:
     digest: str
     is_empty: Callable[[str], bool]
     group_bytes: tuple[int, ...] = ()
+    folder_values: tuple[FolderValue, ...] = ()
 
     @property
     def num_bytes(self) -> int:

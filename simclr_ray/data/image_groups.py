@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from simclr_ray.augment.philox import integers
@@ -265,9 +264,8 @@ def _check_column(source: Source) -> pa.DataType:
     name = source.columns.group
     kind: pa.DataType = pa.null()
     # of a prepared set all files have one schema
-    for path in source.files[:1] if source.index else source.files:
-        footer: pq.FileMetaData = cached_footer(source.uri, path, source.fingerprint)
-        schema = footer.schema.to_arrow_schema()
+    for file, path in enumerate(source.files[:1] if source.index else source.files):
+        schema = source.schema_of(file)
         at = schema.get_field_index(name)
         if at < 0:
             hint = " (of a folder of images: `prepare` with groups=folders)"

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from simclr_ray.augment.decode import FIRST_BYTES, format_of, missing_decoder
+from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.logging import warn_once
 from simclr_ray.data.left_out import LISTS, LeftOut
 from simclr_ray.data.splits import choose_split
@@ -96,12 +97,20 @@ def list_files(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
     return Listing(sorted({*files} - {*hidden}), left_out, hidden)
 
 
-def list_parquet(fs: pafs.FileSystem, root: str, uri: str) -> list[Listed]:
+def list_parquet(
+    fs: pafs.FileSystem, root: str, uri: str, columns: ColumnsConfig | None = None
+) -> list[Listed]:
     """Return the file `root`, or parquet below the folder `root`, sorted by path; none: no parquet.
 
     Names that begin with a dot or underscore are skipped, as everywhere in the parquet world:
     they are half-written files and notes. Other files are left out and said. Of `FOLDER#SPLIT`
     the files of one split are returned.
+
+    Args:
+        fs: Where it lies.
+        root: The file or folder there.
+        uri: What messages call it.
+        columns: A folder `label=train` is a class and no split where `label` holds labels.
 
     Raises:
         DataError: There is nothing at `uri`, a folder that cannot be listed, or several splits
@@ -113,7 +122,9 @@ def list_parquet(fs: pafs.FileSystem, root: str, uri: str) -> list[Listed]:
         return []
     listing.say(uri)
     shown = uri.rpartition("#")[0] if split else uri
-    kept = set(choose_split([f.path for f in listing.files], folder, split, shown))
+    columns = columns or ColumnsConfig()
+    read = (columns.label, columns.group)
+    kept = set(choose_split([f.path for f in listing.files], folder, split, shown, read))
     return [file for file in listing.files if file.path in kept]
 
 

@@ -9,7 +9,6 @@ they are the ids (design, load-bearing 2). pyarrow only; Ray is not needed to re
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,11 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from simclr_ray.config.column_keys import column_key
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.config.logging import warn_once
 from simclr_ray.config.uris import hide_passwords, recall
 from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.classes import LabelColumn, as_integers
@@ -33,6 +29,7 @@ from simclr_ray.data.columns import (
     find_label_column,
     has_integer_ids,
     has_paths,
+    leave_ids,
     lists_apart,
     say_large_groups,
     why_no_keys,
@@ -40,6 +37,7 @@ from simclr_ray.data.columns import (
 from simclr_ray.data.files import read_images
 from simclr_ray.data.folder_input import index_folder
 from simclr_ray.data.footer import (
+    FolderValue,
     Footer,
     RowGroup,
     all_name_files,
@@ -51,13 +49,12 @@ from simclr_ray.data.footer import (
     row_groups_of,
     sampled_files,
 )
-from simclr_ray.data.listing import REMOTE_THREADS, list_parquet
+from simclr_ray.data.listing import REMOTE_THREADS, list_parquet, part_split
+from simclr_ray.data.partitions import folder_values_of, read_with, with_fields, with_folder_values
 from simclr_ray.data.slices import cut_groups, joined_groups
-from simclr_ray.data.tables import read_table, take_rows
-from simclr_ray.errors import DataError, one_line
+from simclr_ray.data.tables import read_file_column, read_first_rows, read_table, take_rows
+from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local
-
-logger = logging.getLogger(__name__)
 
 
 class RowTable(NamedTuple):
@@ -92,6 +89,7 @@ class Source:
         fingerprint: 16 hex digits of all that decides the rows.
         names_files: Images are files of their own, and the rows their names.
         num_groups: Groups of images that pairs are of; 0: each image is its own pair.
+        folder_values: Of each file, the columns in names of folders; empty: none has any.
     """
 
     uri: str
@@ -109,6 +107,7 @@ class Source:
     fingerprint: str
     names_files: bool = False
     num_groups: int = 0
+    folder_values: tuple[tuple[FolderValue, ...], ...] = ()
 
     @property
     def shown_uri(self) -> str:
@@ -151,15 +150,17 @@ class Source:
         """
         columns = columns or ColumnsConfig()
         fs, root = filesystem(uri)
-        listed = list_parquet(fs, root, uri)
+        listed = list_parquet(fs, root, uri, columns)
         if not listed:
             uri = index_folder(uri, str(cache_folder("lists")))
             fs, root = filesystem(uri)
-            listed = list_parquet(fs, root, uri)
+            listed = list_parquet(fs, root, uri, columns)
         every = read_footers(fs, listed)
         footers = [footer for footer in every if any(footer.group_rows)]
         if not footers:
             raise DataError(f"{uri} holds no rows")
+        of_files = (columns.image, columns.id, PATH_COLUMN)
+        footers = with_folder_values(footers, part_split(fs, root)[0], of_files)
         check_images(footers, columns.image)
         say_large_groups(footers, columns)
         roots = list(dict.fromkeys(footer.image_root for footer in footers))
@@ -183,6 +184,7 @@ class Source:
             names_files=are_files,
             index=find_index(fs, root, every, columns),
             fingerprint=fingerprint_of(every, root, columns, limit, sampled.digest),
+            folder_values=folder_values_of(footers),
         )
         label, why, no_keys = _columns_read(source, footers)
         if source.has_ids and no_keys:
@@ -237,6 +239,11 @@ class Source:
                 paths[place] = part.paths[at] if part.paths else None
         return RowTable(ids, images, labels, paths if self.has_paths else None)
 
+    def schema_of(self, file: int) -> pa.Schema:
+        """Return the columns of a file, those in the names of its folders included."""
+        footer = cached_footer(self.uri, self.files[file], self.fingerprint)
+        return with_fields(footer.schema.to_arrow_schema(), self._folder_values(file))
+
     def groups_of(self, rows: Int64s) -> Int64s:
         """Return the index of the row group of each row, int64 [m]."""
         firsts = np.array([group.first_row for group in self.row_groups])
@@ -253,16 +260,7 @@ class Source:
         if self.names_files:  # names are few bytes
             few = self.read_column(group, name).slice(0, num)
             return read_images(few, fs, path, self.image_root)
-        try:
-            with fs.open_input_file(path) as stream:
-                file = pq.ParquetFile(
-                    stream, metadata=cached_footer(self.uri, path, self.fingerprint)
-                )
-                rows = min(num, group.num_rows)
-                batches = file.iter_batches(rows, row_groups=[group.group], columns=[name])
-                column = pa.chunked_array([next(batches).column(0)])
-        except (OSError, pa.ArrowException, StopIteration) as error:
-            raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+        column = read_first_rows(self.uri, path, self.fingerprint, group, name, num)
         return read_images(column, fs, path, self.image_root)
 
     def labels(self) -> Int64s:
@@ -332,11 +330,7 @@ class Source:
     def read_index(self, name: str) -> pa.ChunkedArray:
         """Return a column of the rows, from the one file of a prepared set that has it for all."""
         fs, _ = filesystem(self.uri)
-        try:
-            with fs.open_input_file(self.index) as stream:
-                return pq.read_table(stream, columns=[name]).column(name).slice(0, self.num_rows)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self.index} cannot be read: {one_line(error)}") from error
+        return read_file_column(fs, self.index, name).slice(0, self.num_rows)
 
     def _rows(self, table: pa.Table, positions: Int64s, group: RowGroup) -> RowTable:
         path = self.files[group.file]
@@ -353,7 +347,12 @@ class Source:
 
     def _read(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Return columns of the group's rows that are in the dataset (see `limit`)."""
-        return read_table(self.uri, self.files[group.file], self.fingerprint, group, columns)
+        path = self.files[group.file]
+        read = functools.partial(read_table, self.uri, path, self.fingerprint, group)
+        return read_with(self._folder_values(group.file), columns, group.num_rows, read)
+
+    def _folder_values(self, file: int) -> tuple[FolderValue, ...]:
+        return self.folder_values[file] if self.folder_values else ()
 
 
 # By place, fingerprint and column of groups: how labels are read, why there are none, why ids are
@@ -385,13 +384,7 @@ def _without_ids(source: Source, why: str) -> Source:
     Raises:
         DataError: `data.columns.id` names it.
     """
-    name = source.columns.id
-    if name != ColumnsConfig().id:
-        raise DataError(
-            f"{source.shown_uri}: {column_key('id')}={name}: {why}; ids tell images apart: "
-            f"name another column, or none ({column_key('id')}=) to number the rows"
-        )
-    warn_once(logger, f"{source.shown_uri}: column {name!r}: {why}: not used, rows are numbered")
+    leave_ids(source.columns.id, why, source.shown_uri)
     return replace(source, has_ids=False)
 
 

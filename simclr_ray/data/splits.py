@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from simclr_ray.config.logging import warn_once
@@ -36,10 +36,24 @@ def usual_name(split: str) -> str:
     return _SPLIT_OF_WORD.get(split.lower(), split)
 
 
-def split_of(path: str, folder: str) -> str:
-    """Return the split of a file below a folder, empty where its name does not say: file first."""
+def split_of(path: str, folder: str, columns: Collection[str] = ()) -> str:
+    """Return the split of a file below a folder, empty where its name does not say: file first.
+
+    A folder `split=test` says it before all else; one of a column that is read, `label=test`,
+    says the value of that column.
+
+    Args:
+        path: Of the file.
+        folder: That it lies in.
+        columns: That are read, by name.
+    """
     *folders, name = path.removeprefix(folder).strip("/").split("/")
-    for part in (name.rpartition(".")[0] or name, *reversed(folders)):
+    values = [part.partition("=") for part in reversed(folders)]
+    for key, mark, value in values:
+        if mark and key.lower() == "split" and key not in columns:
+            return _split_in(value) or value
+    of_folders = (v if mark else k for k, mark, v in values if not mark or k not in columns)
+    for part in (name.rpartition(".")[0] or name, *of_folders):
         if split := _split_in(part):
             return split
     match = _SHARD.match(name)  # a split of another name, `unlabeled-00000-of-00002.parquet`
@@ -52,16 +66,25 @@ def _split_in(name: str) -> str:
     return _SPLIT_OF_WORD[words[0]] if words else ""
 
 
-def splits_in(paths: Sequence[str], folder: str) -> dict[str, list[str]]:
+def splits_in(
+    paths: Sequence[str], folder: str, columns: Collection[str] = ()
+) -> dict[str, list[str]]:
     """Return the files of each split, if there are several; one, or none, is no choice."""
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        groups.setdefault(split_of(path, folder), []).append(path)
+    groups = _by_split(paths, folder, columns)
     names = [name for name in groups if name]
     return groups if len(names) > 1 and any(name in _WORDS for name in names) else {}
 
 
-def choose_split(paths: Sequence[str], folder: str, split: str, uri: str) -> list[str]:
+def _by_split(paths: Sequence[str], folder: str, columns: Collection[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(split_of(path, folder, columns), []).append(path)
+    return groups
+
+
+def choose_split(
+    paths: Sequence[str], folder: str, split: str, uri: str, columns: Collection[str] = ()
+) -> list[str]:
     """Return the files of a split, or all where there is but one and none is asked for.
 
     Args:
@@ -69,22 +92,21 @@ def choose_split(paths: Sequence[str], folder: str, split: str, uri: str) -> lis
         folder: That they lie in.
         split: Its name; empty: none is asked for.
         uri: What the folder is called in messages.
+        columns: That are read, by name: see `split_of`.
 
     Raises:
         DataError: There are several and none is asked for, or not the one that is.
     """
-    groups = splits_in(paths, folder)
+    groups = splits_in(paths, folder, columns)
     if not split:
         if groups:
             raise DataError(ask_for_split(uri, _counts(groups, "file")))
         _say_configs(paths, folder, uri)
         return list(paths)
     wanted = usual_name(split)
-    kept = [path for path in paths if split_of(path, folder) == wanted]
+    every = _by_split(paths, folder, columns)
+    kept = every.get(wanted, [])
     if not kept:
-        every: dict[str, list[str]] = {}
-        for path in paths:
-            every.setdefault(split_of(path, folder), []).append(path)
         there = _shown(_counts(every, "file"))
         raise DataError(f"{uri}: there is no split {split}; by their names files are of {there}")
     _say_configs(kept, folder, uri)
@@ -93,14 +115,15 @@ def choose_split(paths: Sequence[str], folder: str, split: str, uri: str) -> lis
 
 def _say_configs(paths: Sequence[str], folder: str, uri: str) -> None:
     """Warn of files of one split that folders hold alike: those are of several sets in one."""
-    folders_of: dict[str, list[str]] = {}
+    folders_of: dict[str, set[str]] = {}
     for path in paths:
-        *above, name = path.removeprefix(folder).strip("/").split("/")
+        *every, name = path.removeprefix(folder).strip("/").split("/")
+        above = [part for part in every if "=" not in part]  # label=cat/ holds a part of one set
         is_named = bool(_split_in(name.rpartition(".")[0] or name) or _SHARD.match(name))
         if not is_named and above and _split_in(above[-1]):  # CONFIG/train/0000.parquet
             name, is_named = f"{above.pop()}/{name}", True
-        if is_named:
-            folders_of.setdefault(name, []).append("/".join(above))
+        if is_named or any(part.lower().startswith("split=") for part in every):
+            folders_of.setdefault(name, set()).add("/".join(above))
     configs = sorted(
         {place for places in folders_of.values() if len(places) > 1 for place in places}
     )

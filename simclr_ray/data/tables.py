@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from simclr_ray.data.arrays import Int64s
@@ -83,6 +84,38 @@ def read_table(
     if table.num_rows < group.offset + group.num_rows:
         raise DataError(f"{path} changed while it was in use; start again")
     return table.slice(group.offset, group.num_rows)
+
+
+def read_first_rows(
+    uri: str, path: str, fingerprint: str, group: RowGroup, name: str, num: int
+) -> pa.ChunkedArray:
+    """Return a column of the first `num` rows of a row group, and read little more.
+
+    Raises:
+        DataError: The file is gone, changed, or broken.
+    """
+    fs, _ = filesystem(uri)
+    try:
+        with fs.open_input_file(path) as stream:
+            file = pq.ParquetFile(stream, metadata=cached_footer(uri, path, fingerprint))
+            rows = min(num, group.num_rows)
+            batches = file.iter_batches(rows, row_groups=[group.group], columns=[name])
+            return pa.chunked_array([next(batches).column(0)])
+    except (OSError, pa.ArrowException, StopIteration) as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def read_file_column(fs: pafs.FileSystem, path: str, name: str) -> pa.ChunkedArray:
+    """Return a column of all rows of a file.
+
+    Raises:
+        DataError: The file is gone, changed, or broken.
+    """
+    try:
+        with fs.open_input_file(path) as stream:
+            return pq.read_table(stream, columns=[name]).column(name)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def take_rows(table: pa.Table, rows: Int64s, path: str) -> pa.Table:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.data.files import states_of_files
 from simclr_ray.data.folder_input import index_files, index_folder
-from simclr_ray.data.footer import cached_footer
 from simclr_ray.data.listing import all_parquet
 from simclr_ray.data.source import Source
 from simclr_ray.errors import ConfigError, ConfigIssue, DataError
@@ -49,7 +47,7 @@ def check_columns(source: Source, keep: Sequence[str]) -> None:
     """Raise `ConfigError` for columns that cannot be handed on."""
     if not keep:
         return
-    schemas = [schema_of(source, path) for path in source.files]
+    schemas = [source.schema_of(file) for file in range(len(source.files))]
     names, taken = schemas[0].names, {key_of(source), EMBEDDING, ERROR}
     issues = []
     for name in keep:
@@ -71,11 +69,6 @@ def check_columns(source: Source, keep: Sequence[str]) -> None:
                 issues.append(ConfigIssue("--keep", f"{problem} {kinds[other] or 'not there'}"))
     if issues:
         raise ConfigError(issues)
-
-
-def schema_of(source: Source, path: str) -> pa.Schema:
-    """Return the schema of a file of a dataset."""
-    return cached_footer(source.uri, path, source.fingerprint).schema.to_arrow_schema()
 
 
 def key_of(source: Source) -> str:

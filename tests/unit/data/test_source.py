@@ -433,11 +433,6 @@ def test_views_of_text_and_bytes_serve_as_text_and_bytes(tmp_path: Path) -> None
 
 def test_why_labels_are_not_used_is_said_where_they_stand_elsewhere(tmp_path: Path) -> None:
     columns = {"image": pa.array(images(0, 1))}
-    write(tmp_path / "set" / "label=cat" / "a.parquet", columns)
-    with pytest.raises(
-        DataError, match=r"no label column 'label': names of folders \(label=\.\.\.\)"
-    ):
-        Source.open(str(tmp_path / "set")).labels()
     listed = write(tmp_path / "b.parquet", {**columns, "label": pa.array([[1]])})
     with pytest.raises(DataError, match=r"of numbers or names: its type is list<element: int64>"):
         Source.open(str(listed)).labels()

@@ -58,13 +58,17 @@ def clone(tmp_path: Path) -> Path:
         ("val/0.parquet", "validation"),
         ("train/dev_1.parquet", "validation"),
         ("split=test/part-00000.parquet", "test"),
+        ("split=test/of=train/train-0.parquet", "test"),
+        ("split=extra/0.parquet", "extra"),
+        ("training_site=paris/0.parquet", ""),
+        ("label=test/0.parquet", ""),
         ("extra-00000-of-00001.parquet", "extra"),
         ("part-00000.parquet", ""),
         ("trainer/latest.parquet", ""),
     ],
 )
 def test_a_split_is_known_by_the_name_of_the_file_then_of_folders(path: str, split: str) -> None:
-    assert split_of(f"/a/test/{path}", "/a/test") == split
+    assert split_of(f"/a/test/{path}", "/a/test", ["label"]) == split
 
 
 def test_names_without_a_usual_split_among_them_are_no_splits() -> None:

@@ -1,0 +1,124 @@
+"""Columns that stand in the names of folders, as Spark, Ray and pyarrow partition a table (hive).
+
+Of `label=cat/part-0.parquet` every row has the label `cat`: the folder says it, and the file has no
+such column. What a file has itself is read from the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Final
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from simclr_ray.data.footer import FolderValue, Footer
+
+NULL: Final = "__HIVE_DEFAULT_PARTITION__"
+
+
+def with_folder_values(
+    footers: Sequence[Footer], folder: str, roles_of_files: Collection[str]
+) -> list[Footer]:
+    """Return the footers with the columns that names of folders below `folder` say.
+
+    A column is of integers where all its values are, else of text.
+
+    Args:
+        footers: Of all files.
+        folder: Names of folders above it say nothing of the rows.
+        roles_of_files: Columns that only files themselves can have: images, ids, paths.
+    """
+    said = [
+        {
+            name: value
+            for name, value in _pairs(footer.path, folder)
+            if name not in roles_of_files and footer.type_of(name) is None
+        }
+        for footer in footers
+    ]
+    texts = {
+        name for pairs in said for name, value in pairs.items() if value and not _is_int64(value)
+    }
+    return [
+        _with(footer, [_value(*pair, is_text=pair[0] in texts) for pair in pairs.items()])
+        for footer, pairs in zip(footers, said, strict=True)
+    ]
+
+
+def folder_values_of(footers: Sequence[Footer]) -> tuple[tuple[FolderValue, ...], ...]:
+    """Return what names of folders say of each file; empty where they say nothing of any."""
+    values = tuple(footer.folder_values for footer in footers)
+    return values if any(values) else ()
+
+
+def read_with(
+    values: Sequence[FolderValue],
+    columns: Sequence[str],
+    num_rows: int,
+    read: Callable[[list[str]], pa.Table],
+) -> pa.Table:
+    """Return columns of some rows of a file, those that the names of its folders say among them.
+
+    Args:
+        values: What the names say.
+        columns: To be read.
+        num_rows: Of the rows.
+        read: Reads columns of the file; not called where names say all.
+    """
+    value_of = {value.name: value for value in values if value.name in columns}
+    stored = [name for name in columns if name not in value_of]
+    if not value_of:
+        return read(stored)
+    table = read(stored) if stored else None
+    return pa.table(
+        {
+            name: table.column(name)
+            if table is not None and name not in value_of
+            else pa.repeat(pa.scalar(value_of[name].value, value_of[name].kind), num_rows)
+            for name in columns
+        }
+    )
+
+
+def with_fields(schema: pa.Schema, values: Sequence[FolderValue]) -> pa.Schema:
+    """Return the schema of a file with the columns that the names of its folders say."""
+    for value in values:
+        schema = schema.append(pa.field(value.name, value.kind))
+    return schema
+
+
+def _pairs(path: str, folder: str) -> Iterator[tuple[str, str | None]]:
+    for part in path.removeprefix(folder).strip("/").split("/")[:-1]:
+        name, mark, value = part.partition("=")
+        if name and mark:
+            yield unquote(name), None if value == NULL else unquote(value)
+
+
+def _is_int64(text: str) -> bool:
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and -(2**63) <= int(text) < 2**63
+
+
+def _value(name: str, text: str | None, *, is_text: bool) -> FolderValue:
+    if is_text:
+        return FolderValue(name, text, is_text)
+    return FolderValue(name, int(text) if text else None, is_text)
+
+
+def _with(footer: Footer, values: Sequence[FolderValue]) -> Footer:
+    if not values:
+        return footer
+    is_null = {value.name: value.value is None for value in values}
+    return replace(
+        footer,
+        schema=with_fields(footer.schema, values),
+        is_empty=partial(_is_empty, is_null, footer.is_empty),
+        folder_values=tuple(values),
+    )
+
+
+def _is_empty(is_null: dict[str, bool], in_file: Callable[[str], bool], name: str) -> bool:
+    return is_null[name] if name in is_null else in_file(name)
