@@ -69,7 +69,6 @@ def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Descript
     files, root = filesystem(source.uri)  # of a folder of images, its list
     listed = list_parquet(files, root, source.uri, columns)
     (first,) = read_footers(files, listed[:1])
-    of_folders = source.folder_values[0] if source.folder_values else ()
     groups = ""
     if source.columns.group:
         try:
@@ -78,7 +77,10 @@ def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Descript
             groups = str(error)
     return Description(
         source,
-        {field.name: str(field.type) for field in with_fields(first.schema, of_folders)},
+        {
+            field.name: str(field.type)
+            for field in with_fields(first.schema, source.folder_values[0])
+        },
         sum(file.size for file in listed),
         count_labels(source),
         num_sampled=0,

@@ -27,7 +27,8 @@ from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.decoding import ValueRange, read_channel_ranges, read_value_range
 from simclr_ray.data.duplicates import flat, linked, near_copies, same_digests, thumbnail
 from simclr_ray.data.sample import Sample
-from simclr_ray.data.source import RowTable, Source
+from simclr_ray.data.source import Source
+from simclr_ray.data.tables import RowTable
 
 DIGEST_BYTES = 16  # 1e9 images collide with a chance of 1e-21
 RGB = ("red", "green", "blue")

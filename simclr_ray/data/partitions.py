@@ -48,38 +48,32 @@ def with_folder_values(
     ]
 
 
-def folder_values_of(footers: Sequence[Footer]) -> tuple[tuple[FolderValue, ...], ...]:
-    """Return what names of folders say of each file; empty where they say nothing of any."""
-    values = tuple(footer.folder_values for footer in footers)
-    return values if any(values) else ()
+def columns_of_file(values: Sequence[FolderValue], columns: Sequence[str]) -> list[str]:
+    """Return which columns are to be read from a file: those that its folders do not say."""
+    names = {value.name for value in values}
+    return [name for name in columns if name not in names]
 
 
-def read_with(
-    values: Sequence[FolderValue],
-    columns: Sequence[str],
-    num_rows: int,
-    read: Callable[[list[str]], pa.Table],
+def with_columns(
+    table: pa.Table | None, values: Sequence[FolderValue], columns: Sequence[str], num_rows: int
 ) -> pa.Table:
-    """Return columns of some rows of a file, those that the names of its folders say among them.
+    """Return a table of `columns`, those that the names of folders say among them.
 
     Args:
-        values: What the names say.
-        columns: To be read.
-        num_rows: Of the rows.
-        read: Reads columns of the file; not called where names say all.
+        table: The columns of the file; None where folders say all.
+        values: What the names of its folders say.
+        columns: All, in order.
+        num_rows: Of the table.
     """
-    value_of = {value.name: value for value in values if value.name in columns}
-    stored = [name for name in columns if name not in value_of]
-    if not value_of:
-        return read(stored)
-    table = read(stored) if stored else None
+    said = {
+        value.name: pa.repeat(pa.scalar(value.value, value.kind), num_rows)
+        for value in values
+        if value.name in columns
+    }
+    if table is not None and not said:
+        return table
     return pa.table(
-        {
-            name: table.column(name)
-            if table is not None and name not in value_of
-            else pa.repeat(pa.scalar(value_of[name].value, value_of[name].kind), num_rows)
-            for name in columns
-        }
+        {n: said[n] if n in said or table is None else table.column(n) for n in columns}
     )
 
 

@@ -3,16 +3,16 @@
 A shard of groups wants rows of all row groups; were each to read them, every shard would read the
 whole set. So would many shards of one large row group, which is read whole for each. Therefore row
 groups are read once, in runs that fit in memory, and written again with the rows of each shard
-together; a shard then reads its piece of each run. All is read twice and written twice, whatever
-its size, and a task holds a run or a shard.
+together; a shard then reads its piece of each run. A row group that does not fit is read by pages,
+and each slice of it is a piece. All is read twice and written twice, whatever its size, and a task
+holds a run, a slice or a shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 
 from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.inputs import MAX_SHARD_BYTES, ParquetTask
 from simclr_ray.data.items import Item, ShardTask
 from simclr_ray.data.ray_tasks import run_tasks
 from simclr_ray.data.source import Source
+from simclr_ray.data.tables import RowTable
 from simclr_ray.errors import DataError, one_line
 from simclr_ray.storage.filesystem import address_below, filesystem, open_whole
 
@@ -42,38 +42,92 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class RunTask:
-    """A run of row groups, whose rows are written again, shard by shard; picklable."""
+class Piece(NamedTuple):
+    """Rows that lie together, in the order in which they are written to a file.
 
-    source: Source
-    rows: Int64s  # those that shards want, in the order in which they are written
-    ends: tuple[int, ...]  # of the rows of each shard that has any
+    `ends` are those of the rows of each shard that has any.
+    """
 
-    def write(self, uri: str) -> None:
-        """Write the rows, those of a shard as a row group, unless it was done before.
+    uri: str
+    rows: Int64s
+    ends: tuple[int, ...]
 
-        Raises:
-            DataError: A file cannot be read.
+    def is_written(self) -> bool:
+        """Return whether the file is there, or has no rows to hold."""
+        fs, path = filesystem(self.uri)
+        return not len(self.rows) or fs.get_file_info(path).type == pafs.FileType.File
+
+    def write(self, rows: RowTable, places: Int64s) -> None:
+        """Write the rows, those of a shard as a row group.
+
+        Args:
+            rows: Them, in any order, and maybe others.
+            places: Of the rows to be written, among those.
         """
-        fs, path = filesystem(uri)
-        if fs.get_file_info(path).type == pafs.FileType.File:
-            return
-        rows = self.source.read_rows(self.rows)
-        labels = np.full(len(self.rows), NO_LABEL) if rows.labels is None else rows.labels
-        paths = rows.paths or [None] * len(self.rows)
-        columns: list[Any] = [self.rows, rows.ids, rows.images, labels, paths]
+        fs, path = filesystem(self.uri)
         with (
             open_whole(fs, path) as stream,
             pq.ParquetWriter(stream, SCHEMA, compression="none", use_dictionary=False) as writer,
         ):
             begin = 0
             for end in self.ends:
-                # a shard at a time: a copy of all would be as large as the run
-                shard = [column[begin:end] for column in columns]
-                table = pa.table(dict(zip(SCHEMA.names, shard, strict=True)), schema=SCHEMA)
-                writer.write_table(table, end - begin)
+                # a shard at a time: a copy of all would be as large as the piece
+                writer.write_table(self._table(rows, places[begin:end], begin), end - begin)
                 begin = end
+
+    def _table(self, rows: RowTable, places: Int64s, begin: int) -> pa.Table:
+        labels = np.full(len(places), NO_LABEL) if rows.labels is None else rows.labels[places]
+        listed = places.tolist()
+        columns: list[Any] = [
+            self.rows[begin : begin + len(places)],
+            rows.ids[places],
+            [rows.images[place] for place in listed],
+            labels,
+            [rows.paths[place] if rows.paths else None for place in listed],
+        ]
+        return pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """A run of row groups, whose rows are written again, shard by shard; picklable.
+
+    Attributes:
+        source: The dataset.
+        pieces: One; or of a row group that is too large to be held, one of each slice of it.
+        group: The index of that row group.
+        slice_rows: Of a slice; the last has fewer.
+    """
+
+    source: Source
+    pieces: tuple[Piece, ...]
+    group: int
+    slice_rows: int
+
+    def write(self) -> None:
+        """Write the pieces that were not written before.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        if all(piece.is_written() for piece in self.pieces):
+            return
+        if len(self.pieces) == 1 or self.source.names_files:  # names are held, files are not
+            for piece in self.pieces:
+                if not piece.is_written():
+                    rows = self.source.read_rows(piece.rows)
+                    piece.write(rows, np.arange(len(piece.rows)))
+            return
+        slices = self.source.read_slices(self.group, self.slice_rows)
+        first = self.source.row_groups[self.group].first_row
+        for piece in self.pieces:
+            self._write_slice(piece, next(slices), first)
+            first += self.slice_rows
+
+    def _write_slice(self, piece: Piece, rows: RowTable, first: int) -> None:
+        """Write a piece; no name of the caller's holds its rows while the next ones are read."""
+        if not piece.is_written():
+            piece.write(rows, piece.rows - first)
 
 
 @dataclass(frozen=True)
@@ -133,17 +187,12 @@ def bring_together(parts: Sequence[ShardTask], out: str) -> list[ShardTask]:
     pieces: list[list[tuple[str, int]]] = [[] for _ in shards]
     work = []
     for number, run in enumerate(_runs(source)):
-        first, last = run[0].first_row, run[-1].first_row + run[-1].num_rows
-        wanted = first + np.flatnonzero(shard_of[first:last] >= 0)
-        wanted = wanted[np.argsort(shard_of[wanted], kind="stable")]
-        if not len(wanted):
-            continue
-        owners, counts = np.unique(shard_of[wanted], return_counts=True)
-        uri = address_below(out, f"run-{number:05d}.parquet")
-        for group, owner in enumerate(owners.tolist()):
-            pieces[owner].append((uri, group))
-        task = RunTask(source, wanted, tuple(np.cumsum(counts).tolist()))
-        work.append(partial(task.write, uri))
+        task = _run_task(source, run, shard_of, out, number)
+        for piece in task.pieces:
+            begins = [0, *piece.ends[:-1]]
+            for group, begin in enumerate(begins if piece.ends else ()):
+                pieces[shard_of[piece.rows[begin]]].append((piece.uri, group))
+        work.append(task.write)
     for _ in run_tasks(work):
         pass
     return [
@@ -152,13 +201,38 @@ def bring_together(parts: Sequence[ShardTask], out: str) -> list[ShardTask]:
     ]
 
 
-def _runs(source: Source) -> Iterator[list[RowGroup]]:
-    """Yield runs of row groups that a task can hold."""
-    run: list[RowGroup] = []
+def _run_task(source: Source, run: range, shard_of: Int64s, out: str, number: int) -> RunTask:
+    """Return the task that brings together the rows of row groups.
+
+    Args:
+        source: The dataset.
+        run: The row groups, by index.
+        shard_of: Of each row of the dataset, -1 for none.
+        out: Where the pieces go.
+        number: Of the run.
+    """
+    groups = source.row_groups[run.start : run.stop]
+    first, last = groups[0].first_row, groups[-1].first_row + groups[-1].num_rows
+    most = max(int(MAX_SHARD_BYTES / source.row_bytes), 1)
+    # of a slice the encoded rows are held twice, as Arrow has them and as Python does
+    slice_rows = last - first if last - first <= most else max(most // 2, 1)
+    pieces = []
+    for at, begin in enumerate(range(first, last, slice_rows)):
+        wanted = begin + np.flatnonzero(shard_of[begin : min(begin + slice_rows, last)] >= 0)
+        wanted = wanted[np.argsort(shard_of[wanted], kind="stable")]
+        _, counts = np.unique(shard_of[wanted], return_counts=True)
+        uri = address_below(out, f"run-{number:05d}-{at:05d}.parquet")
+        pieces.append(Piece(uri, wanted, tuple(np.cumsum(counts).tolist())))
+    return RunTask(source, tuple(pieces), run.start, slice_rows)
+
+
+def _runs(source: Source) -> Iterator[range]:
+    """Yield runs of row groups that a task can hold, or of one, by index."""
+    start, num_rows = 0, 0
     most = MAX_SHARD_BYTES / source.row_bytes
-    for group in source.row_groups:
-        if run and sum(g.num_rows for g in run) + group.num_rows > most:
-            yield run
-            run = []
-        run.append(group)
-    yield run
+    for index, group in enumerate(source.row_groups):
+        if index > start and num_rows + group.num_rows > most:
+            yield range(start, index)
+            start, num_rows = index, 0
+        num_rows += group.num_rows
+    yield range(start, len(source.row_groups))

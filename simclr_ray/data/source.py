@@ -9,11 +9,10 @@ they are the ids (design, load-bearing 2). pyarrow only; Ray is not needed to re
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +41,6 @@ from simclr_ray.data.footer import (
     RowGroup,
     all_name_files,
     bytes_of_rows,
-    cached_footer,
     find_index,
     fingerprint_of,
     read_footers,
@@ -50,23 +48,19 @@ from simclr_ray.data.footer import (
     sampled_files,
 )
 from simclr_ray.data.listing import REMOTE_THREADS, list_parquet, part_split
-from simclr_ray.data.partitions import folder_values_of, read_with, with_fields, with_folder_values
+from simclr_ray.data.partitions import with_folder_values
 from simclr_ray.data.slices import cut_groups, joined_groups
-from simclr_ray.data.tables import read_file_column, read_first_rows, read_table, take_rows
+from simclr_ray.data.tables import (
+    DatasetFile,
+    RowTable,
+    iter_tables,
+    read_file_column,
+    read_first_rows,
+    read_table,
+    take_rows,
+)
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import cache_folder, filesystem, is_local
-
-
-class RowTable(NamedTuple):
-    """Some rows: ids int64 [m], encoded images (None where there is none), labels int64 [m].
-
-    `paths` are the names of the files that the images were, where the dataset has them.
-    """
-
-    ids: Int64s
-    images: list[bytes | None]
-    labels: Int64s | None
-    paths: list[str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ class Source:
         fingerprint: 16 hex digits of all that decides the rows.
         names_files: Images are files of their own, and the rows their names.
         num_groups: Groups of images that pairs are of; 0: each image is its own pair.
-        folder_values: Of each file, the columns in names of folders; empty: none has any.
+        folder_values: Of each file, the columns in names of its folders.
     """
 
     uri: str
@@ -184,7 +178,7 @@ class Source:
             names_files=are_files,
             index=find_index(fs, root, every, columns),
             fingerprint=fingerprint_of(every, root, columns, limit, sampled.digest),
-            folder_values=folder_values_of(footers),
+            folder_values=tuple(footer.folder_values for footer in footers),
         )
         label, why, no_keys = _columns_read(source, footers)
         if source.has_ids and no_keys:
@@ -204,6 +198,19 @@ class Source:
         group = self.row_groups[index]
         table = self._read(group, self._wanted(labels=labels))
         return self._rows(table, np.arange(group.num_rows, dtype=np.int64) + group.first_row, group)
+
+    def read_slices(self, index: int, num_rows: int) -> Iterator[RowTable]:
+        """Yield all of row group `index`, so many rows at a time; what was yielded is not held.
+
+        Raises:
+            DataError: the file is gone, changed, or broken.
+        """
+        group = self.row_groups[index]
+        first = group.first_row
+        for table in iter_tables(self._file(group.file), group, num_rows, self._wanted()):
+            positions = np.arange(table.num_rows, dtype=np.int64) + first
+            first += table.num_rows
+            yield self._rows(table, positions, group)
 
     def read_rows(self, rows: npt.NDArray[np.integer]) -> RowTable:
         """Return the rows at positions `rows` (int [m], any order, repeats allowed), in that order.
@@ -241,8 +248,7 @@ class Source:
 
     def schema_of(self, file: int) -> pa.Schema:
         """Return the columns of a file, those in the names of its folders included."""
-        footer = cached_footer(self.uri, self.files[file], self.fingerprint)
-        return with_fields(footer.schema.to_arrow_schema(), self._folder_values(file))
+        return self._file(file).schema()
 
     def groups_of(self, rows: Int64s) -> Int64s:
         """Return the index of the row group of each row, int64 [m]."""
@@ -260,7 +266,7 @@ class Source:
         if self.names_files:  # names are few bytes
             few = self.read_column(group, name).slice(0, num)
             return read_images(few, fs, path, self.image_root)
-        column = read_first_rows(self.uri, path, self.fingerprint, group, name, num)
+        column = read_first_rows(self._file(group.file), group, name, num)
         return read_images(column, fs, path, self.image_root)
 
     def labels(self) -> Int64s:
@@ -347,12 +353,10 @@ class Source:
 
     def _read(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Return columns of the group's rows that are in the dataset (see `limit`)."""
-        path = self.files[group.file]
-        read = functools.partial(read_table, self.uri, path, self.fingerprint, group)
-        return read_with(self._folder_values(group.file), columns, group.num_rows, read)
+        return read_table(self._file(group.file), group, columns)
 
-    def _folder_values(self, file: int) -> tuple[FolderValue, ...]:
-        return self.folder_values[file] if self.folder_values else ()
+    def _file(self, file: int) -> DatasetFile:
+        return DatasetFile(self.uri, self.files[file], self.fingerprint, self.folder_values[file])
 
 
 # By place, fingerprint and column of groups: how labels are read, why there are none, why ids are

@@ -22,7 +22,8 @@ from simclr_ray.augment.decode import (
 from simclr_ray.config.wording import counted
 from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.row_reader import UnusableRow
-from simclr_ray.data.source import RowTable, Source
+from simclr_ray.data.source import Source
+from simclr_ray.data.tables import RowTable
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.decoded import DECODED
 from simclr_ray.evaluation.feature_file import FeatureRows

@@ -21,7 +21,8 @@ from simclr_ray.data.batch import Batch
 from simclr_ray.data.batches import BatchBuilder, build_plan, build_views, join, local_batches
 from simclr_ray.data.grouping import cut_between_groups, grouped_order, number_groups
 from simclr_ray.data.image_groups import group_column, groups_line, groups_of, open_grouped
-from simclr_ray.data.source import RowTable, Source
+from simclr_ray.data.source import Source
+from simclr_ray.data.tables import RowTable
 from simclr_ray.errors import DataError, TooManyBadImages
 from simclr_ray.train.worker_batches import apply_color
 from tests.ray.images import noise_png

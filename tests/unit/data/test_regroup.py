@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from simclr_ray.config.experiment import ColumnsConfig
-from simclr_ray.data import regroup
+from simclr_ray.data import regroup, tables
 from simclr_ray.data.grouping import one_array
 from simclr_ray.data.inputs import ParquetInput, ParquetTask
 from simclr_ray.data.regroup import RegroupedTask, bring_together
-from simclr_ray.data.source import RowTable, Source
+from simclr_ray.data.source import Source
+from simclr_ray.data.tables import RowTable
+from simclr_ray.errors import DataError
 
 NUM_ROWS = 200
 
@@ -77,44 +80,75 @@ def test_shards_of_one_large_row_group_read_it_once(
     parts = ParquetInput.open(str(tmp_path / "set.parquet"), ColumnsConfig(), 0).parts(40, 0)
     expected = [list(part.read()) for part in parts]
     reads: list[int] = []
-    original = Source.read_rows
+    original = Source.read_slices
 
-    def counting(source: Source, rows: np.ndarray) -> RowTable:
-        reads.append(len(rows))
-        return original(source, rows)
+    def counting(source: Source, index: int, num_rows: int) -> Iterator[RowTable]:
+        for rows in original(source, index, num_rows):
+            reads.append(len(rows.ids))
+            yield rows
 
-    monkeypatch.setattr(Source, "read_rows", counting)
+    monkeypatch.setattr(Source, "read_slices", counting)
     together = bring_together(parts, str(tmp_path / "pieces"))
     assert [list(part.read()) for part in together] == expected
-    assert reads == [NUM_ROWS]
-
-
-def test_of_one_large_row_group_arrow_holds_no_second_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = pa.table({"image": [bytes([i]) * 20_000 for i in range(NUM_ROWS)]})
-    size = table.nbytes
-    pq.write_table(table, tmp_path / "set.parquet", compression="none", use_dictionary=False)
-    del table
-    parts = ParquetInput.open(str(tmp_path / "set.parquet"), ColumnsConfig(), 0).parts(20, 0)
-    allocated: list[int] = []
-    rows_of, write_table = Source._rows, pq.ParquetWriter.write_table
-
-    def rows_counted(*given: Any) -> RowTable:
-        allocated.append(pa.total_allocated_bytes())
-        return rows_of(*given)
-
-    def write_counted(*given: Any) -> None:
-        allocated.append(pa.total_allocated_bytes())
-        write_table(*given)
-
-    monkeypatch.setattr(Source, "_rows", rows_counted)
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", write_counted)
-    before = pa.total_allocated_bytes()
+    assert sum(reads) == NUM_ROWS
+    assert len(reads) > 4
+    reads.clear()
+    min((tmp_path / "pieces").iterdir()).unlink()  # an interruption
     bring_together(parts, str(tmp_path / "pieces"))
-    assert len(allocated) == 1 + len(parts)
-    assert allocated[0] - before < 1.2 * size  # the rows in order; what was read is gone
-    assert max(allocated[1:]) - before < 0.3 * size  # a shard
+    assert sum(reads) == NUM_ROWS
+    assert [list(part.read()) for part in together] == expected
+    reads.clear()
+    bring_together(parts, str(tmp_path / "pieces"))
+    assert not reads
+
+
+@pytest.fixture
+def pool_of_arrow() -> Iterator[None]:
+    """Arrow's pool of memory, set again after a test."""
+    before = pa.default_memory_pool()
+    yield
+    pa.set_memory_pool(before)
+
+
+@pytest.mark.usefixtures("pool_of_arrow")
+@pytest.mark.parametrize("options", [{}, {"compression": "snappy", "use_dictionary": True}])
+def test_a_row_group_that_is_too_large_is_never_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    noise = np.random.default_rng(0)
+    table = pa.table({"image": [noise.bytes(20_000) for _ in range(NUM_ROWS)]})
+    size = table.nbytes
+    pages: dict[str, Any] = {"write_batch_size": 1, "data_page_size": 20_000}
+    plain = {"compression": "none", "use_dictionary": False}
+    pq.write_table(table, tmp_path / "set.parquet", **pages, **plain | options)
+    del table
+    monkeypatch.setattr(regroup, "MAX_SHARD_BYTES", size / 10)
+    monkeypatch.setattr(tables, "PAGES_BYTES", 40_000)
+    parts = ParquetInput.open(str(tmp_path / "set.parquet"), ColumnsConfig(), 0).parts(20, 0)
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())  # which counts from here on
+    pa.set_memory_pool(pool)
+    together = bring_together(parts, str(tmp_path / "pieces"))
+    shown = [list(part.read()) for part in together]
+    assert pool.max_memory() < 0.5 * size
+    assert shown == [list(part.read()) for part in parts]
+
+
+@pytest.mark.parametrize("limit", [0, 55])
+def test_slices_of_a_row_group_are_its_rows(tmp_path: Path, limit: int) -> None:
+    table = pa.table({"id": range(500, 600), "image": [b"%d" % i for i in range(100)]})
+    (tmp_path / "label=7").mkdir()
+    pq.write_table(table, tmp_path / "label=7" / "set.parquet", row_group_size=50)
+    source = Source.open(str(tmp_path), limit=limit)
+    for index, group in enumerate(source.row_groups):
+        parts, whole = list(source.read_slices(index, 20)), source.read_group(index)
+        assert len(parts) == -(-group.num_rows // 20)
+        assert [i for part in parts for i in part.images] == whole.images
+        for name in ("ids", "labels"):
+            every = np.concatenate([getattr(part, name) for part in parts])
+            np.testing.assert_array_equal(every, getattr(whole, name))
+    (tmp_path / "label=7" / "set.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"row group 0 cannot be read|changed while"):
+        list(source.read_slices(0, 20))
 
 
 @pytest.mark.parametrize("names", [["a", None, "b"], [3, None, 2**62]])

@@ -21,7 +21,8 @@ from simclr_ray.data.bytes_read import BYTES_READ
 from simclr_ray.data.footer import RowGroup
 from simclr_ray.data.image_groups import groups_of, open_grouped
 from simclr_ray.data.rowgroups import RecentGroups, read_encoded
-from simclr_ray.data.source import RowTable, Source
+from simclr_ray.data.source import Source
+from simclr_ray.data.tables import RowTable
 from simclr_ray.distributed.collectives import partition
 from simclr_ray.errors import DataError
 
