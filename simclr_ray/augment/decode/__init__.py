@@ -31,6 +31,7 @@ from .channels import (
     read_bands,
     read_deep_bands,
     shown_as_rgb,
+    values_of,
 )
 from .extras import open_by_extra, read_deep_color, read_jpeg_by_turbo
 from .formats import (
@@ -187,7 +188,9 @@ class ImageDecoder(NamedTuple):
             check_size(image.size, self.max_pixels, self.min_side)
             pixels = self._upright(image, read_stored(image))
             return luma_of(pixels) if self.channels == 1 else pixels
-        values = np.asarray(turn_upright(image) if isinstance(image, Image.Image) else image)
+        if isinstance(image, Image.Image):
+            image = values_of(image, self.channels)
+        values = np.asarray(image)
         if values.dtype.hasobject:
             raise ImageError(f"values of {values.dtype.name} have no known range")
         out = io.BytesIO()

@@ -20,6 +20,7 @@ from .formats import (
     MOST_CHANNELS,
     NPY,
     TIFF,
+    WEBP,
     Format,
     ImageError,
     Pixels,
@@ -29,14 +30,18 @@ from .formats import (
     format_of,
     no_image,
     reason_of,
+    webp_size,
 )
 from .metadata import ORIENTATION, orientation_of, turn_upright, turn_values_upright
-from .rgb import WHITE_16, read_gray, read_stored, scaled_gray
+from .rgb import WHITE_16, has_transparency, read_gray, read_stored, scaled_gray
 from .tiff import are_gray_planes, check_page, check_tile, count_pages, page_values, samples_of
 
 # NumPy parses a header as Python; two threads that do so at once make CPython before 3.11.9 and
 # 3.12.3 raise SystemError now and then, and a good image would be a broken one (gh-106905).
 _ONE_HEADER: Final = threading.Lock()
+GRAY_AND_ALPHA, RGBA = 2, 4  # channels
+# Formats by Pillow's names whose encoders, unasked, store no transparency where all is opaque.
+LEAVE_OPAQUE_OUT: Final = ("WEBP", "AVIF")
 White = float | tuple[float, ...]
 
 
@@ -83,8 +88,9 @@ def read_bands(encoded: bytes, kind: Format | None, channels: int, max_pixels: i
     """Return the values of an image of `channels` channels, or of as many as it has.
 
     A NumPy array is [H, W], [H, W, C] or [C, H, W]: where both ends are C, the last. A TIFF has C
-    gray pages of one size, or a page of C samples. Other files serve where they are RGBA and C
-    is 4: transparency is a channel like the others then.
+    gray pages of one size, or a page of C samples. Other files serve where they have transparency
+    and C is 4, or are gray with it and C is 2: it is a channel like the others then, 255 where
+    WebP or AVIF have none.
 
     Args:
         encoded: The bytes of the file.
@@ -100,7 +106,7 @@ def read_bands(encoded: bytes, kind: Format | None, channels: int, max_pixels: i
     elif kind is TIFF:
         bands = _read_tiff(encoded, channels, max_pixels)
     else:
-        bands = _read_rgba(encoded, kind, max_pixels)
+        bands = _read_rgba(encoded, kind, channels, max_pixels)
     num = bands.values.shape[2]
     fits = num == channels or (channels in COLOR and num in COLOR)
     if num > MOST_CHANNELS or (channels and not fits):
@@ -273,27 +279,48 @@ def _stacked(pages: list[Bands]) -> Bands:
     return Bands(np.concatenate([p.values for p in pages], axis=2), first.top)
 
 
-def _read_rgba(encoded: bytes, kind: Format | None, max_pixels: int) -> Bands:
+def values_of(image: Image.Image, channels: int) -> npt.NDArray[Any]:
+    """Return the values of a loaded image of 8 bits, uint8 [H, W, C], upright.
+
+    Args:
+        image: Pillow's.
+        channels: That are asked for; what is returned may have others.
+    """
+    is_opaque = image.format in LEAVE_OPAQUE_OUT and image.mode == "RGB"  # turning forgets it
+    image = turn_upright(image)
+    if image.mode == "LA" and channels == GRAY_AND_ALPHA:
+        return np.asarray(image)
+    if has_transparency(image) or (is_opaque and channels == RGBA):
+        return np.asarray(image.convert("RGBA"))
+    if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
+        return np.asarray(image.convert("L"))[..., None]
+    return np.asarray(image.convert("RGB"))
+
+
+def _read_rgba(encoded: bytes, kind: Format | None, channels: int, max_pixels: int) -> Bands:
     """Return the channels of an image that Pillow opens, transparency as one of them."""
     if kind is None:
         raise no_image(encoded)
     if kind.open is None:
         raise ImageError(f"{kind.name} of several channels")
     try:
+        if kind is WEBP:
+            check_size(webp_size(encoded), max_pixels)  # Pillow's constructor takes a whole canvas
         image: Image.Image = kind.open(io.BytesIO(encoded))
         check_size(image.size, max_pixels, 1)
-        if read_stored(image).is_deep_color:
+        stored = read_stored(image)
+        if stored.is_deep_color:
             deep = read_deep_color(encoded, kind, max_pixels)
             if deep is None:
                 raise ImageError("color of 16 bits (install simclr-ray[tiff])")
             image.load()  # what says of orientation may come last
-            return Bands(turn_values_upright(deep.values, orientation_of(image)), WHITE_16)
+            values = deep.values
+            if stored.raw_mode.startswith("LA") and channels == GRAY_AND_ALPHA:
+                values = values[..., [0, 3]]
+            return Bands(turn_values_upright(values, orientation_of(image)), WHITE_16)
         image.load()
-        image = turn_upright(image)
-        values = np.asarray(image if image.mode != "P" else image.convert("RGB"))
+        return Bands(values_of(image, channels), 255)
     except (ImageError, MemoryError):
         raise
     except Exception as error:
         raise UndecodedError(reason_of(error)) from error
-    values = values if values.ndim == 3 else values[..., None]
-    return Bands(values if image.mode in ("RGBA", "RGB", "L") else values[..., :1], 255)

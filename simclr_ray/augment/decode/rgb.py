@@ -93,11 +93,16 @@ def to_rgb(image: Image.Image, *, high_bytes: bool = False) -> Pixels:
     """
     if image.mode in ("I", "F"):
         raise UndecodedError(f"pixels of mode {image.mode} have no known range")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+    if has_transparency(image):
         rgba = image.convert("RGBA")
         return _lay_deep_over_white(rgba) if high_bytes else _lay_over_white(rgba)
     rgb = image if image.mode == "RGB" else image.convert("RGB")  # which copies whatever it is
     return np.array(rgb, dtype=np.uint8, order="C")
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Return whether an image says how transparent its pixels are, by a channel or by a color."""
+    return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 def read_gray(image: Image.Image, stored: Stored) -> DeepImage | None:

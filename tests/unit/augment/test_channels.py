@@ -16,7 +16,7 @@ import pytest
 import tifffile
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, WebPImagePlugin
 
 from simclr_ray.augment import native
 from simclr_ray.augment.decode import (
@@ -230,6 +230,79 @@ def test_a_png_of_four_channels_is_turned_upright(orientation: int, dtype: Any) 
     upright = np.asarray(ImageOps.exif_transpose(plane))
     pixels = ImageDecoder(channels=4).decode(encoded)
     assert np.array_equal(pixels[..., 0], eight_bits(upright, np.iinfo(dtype).max))
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+CLEAR = Image.fromarray(values(4, np.uint8))
+OPAQUE = Image.fromarray(np.dstack([values(3, np.uint8), np.full((20, 30), 255, np.uint8)]))
+FEW = OPAQUE.convert("RGB").quantize(8)
+ON_ITS_SIDE = Image.Exif()
+ON_ITS_SIDE[274] = 6
+
+
+@pytest.mark.parametrize(
+    ("encoded", "refused"),
+    [
+        (saved(CLEAR, "PNG"), ""),
+        (saved(CLEAR, "WEBP", lossless=True, exact=True), ""),
+        (saved(CLEAR, "AVIF"), ""),
+        (saved(OPAQUE, "PNG"), ""),
+        (saved(OPAQUE, "WEBP", lossless=True), ""),  # which stores RGB
+        (saved(OPAQUE, "WEBP", exif=ON_ITS_SIDE), ""),
+        (saved(OPAQUE, "AVIF"), ""),
+        (saved(FEW, "PNG", transparency=bytes([0, 128, *[255] * 6])), ""),
+        (saved(FEW, "GIF", transparency=0), ""),
+        (saved(OPAQUE.convert("RGB"), "PNG", transparency=(1, 2, 3)), ""),
+        (saved(CLEAR.convert("LA"), "PNG"), ""),
+        (saved(OPAQUE.convert("RGB"), "PNG"), "3 channels, data.channels=4"),
+        (saved(FEW, "PNG"), "3 channels, data.channels=4"),
+        (saved(OPAQUE.convert("L"), "PNG"), "1 channel, data.channels=4"),
+        (saved(OPAQUE.convert("RGB"), "JPEG"), "3 channels, data.channels=4"),
+        (saved(OPAQUE.convert("CMYK"), "JPEG"), "3 channels, data.channels=4"),
+        (bytes(imagecodecs.png_encode(values(3))), "3 channels, data.channels=4"),
+    ],
+)  # fmt: skip
+def test_transparency_is_a_fourth_channel_of_files_and_of_opened_images(
+    encoded: bytes, refused: str
+) -> None:
+    decoder, image = ImageDecoder(channels=4), Image.open(io.BytesIO(encoded))
+    if refused:
+        with pytest.raises(ImageError, match=refused):
+            decoder.decode(encoded)
+        with pytest.raises(ImageError, match=refused):
+            decoder.convert(image)
+        return
+    expected = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+    assert np.array_equal(decoder.decode(encoded), expected)
+    assert np.array_equal(decoder.convert(Image.open(io.BytesIO(encoded))), expected)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        assert (expected[..., 3] == 255).all()
+
+
+def test_gray_with_transparency_is_two_channels() -> None:
+    gray = CLEAR.convert("LA")
+    decoder = ImageDecoder(channels=2)
+    assert np.array_equal(decoder.decode(saved(gray, "PNG")), np.asarray(gray))
+    assert np.array_equal(decoder.convert(gray), np.asarray(gray))
+    deep = values(2)
+    assert np.array_equal(
+        decoder.decode(bytes(imagecodecs.png_encode(deep))), eight_bits(deep, 65535)
+    )
+
+
+def test_a_webp_that_is_too_large_is_refused_before_its_canvas_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded = saved(OPAQUE, "WEBP")
+    monkeypatch.setattr(WebPImagePlugin.WebPImageFile, "_open", None)
+    for channels in (3, 4):
+        with pytest.raises(ImageError, match="too many pixels: 30x20"):
+            ImageDecoder(100, channels=channels).decode(encoded)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
