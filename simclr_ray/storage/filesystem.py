@@ -12,6 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from simclr_ray.storage.hub import SCHEME, hub_filesystem
 
 # What pyarrow opens by itself; by `fsspec+…` it would import a package that the URI names.
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+COPY_BYTES, COPY_THREADS = 2**24, 8
 HALF_WRITTEN_S = 600.0  # after which what is half written is left by a killed process
 
 
@@ -148,6 +150,34 @@ def remove_file(fs: pafs.FileSystem, path: str) -> None:
         fs.delete_file(path)
 
 
+def copy_in_bucket(fs: pafs.FileSystem, path: str, target: str) -> None:
+    """Copy an object within a bucket: by a request where the bucket takes it, else through here.
+
+    S3 copies 5 GiB in one request at most, and `pyarrow.fs.copy_files` asks it for no less.
+    """
+    try:
+        fs.copy_file(path, target)
+    except (OSError, pa.ArrowException):
+        with fs.open_input_stream(path) as stored, open_large(fs, target) as copied:
+            while chunk := stored.read(COPY_BYTES):
+                copied.write(chunk)
+
+
+def move_in_bucket(fs: pafs.FileSystem, path: str, target: str) -> None:
+    """Move an object, or all that are in a folder, of which a bucket can rename neither."""
+    if fs.get_file_info(path).is_file:
+        copy_in_bucket(fs, path, target)
+        remove_file(fs, path)
+        return
+    entries = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    for folder in (path, *(e.path for e in entries if not e.is_file)):
+        fs.create_dir(target + folder[len(path) :], recursive=True)
+    stored = [entry.path for entry in entries if entry.is_file]
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        list(pool.map(lambda one: copy_in_bucket(fs, one, target + one[len(path) :]), stored))
+    fs.delete_dir(path)
+
+
 @contextmanager
 def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     """Give a stream whose file gets its name when all is written.
@@ -162,7 +192,7 @@ def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
         try:
             with fs.open_output_stream(hidden_path) as stream:
                 yield stream
-            fs.copy_file(hidden_path, path)
+            copy_in_bucket(fs, hidden_path, path)
         finally:
             with suppress(OSError):
                 fs.delete_file(hidden_path)
@@ -183,8 +213,8 @@ def open_whole(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
 def open_large(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     """Give a stream whose file appears whole or not at all, however large it is.
 
-    In a bucket it is written at once, without the copy that `open_whole` makes: no bucket copies
-    more than 5 GB in one request.
+    In a bucket it is written at once, without the copy that `open_whole` makes: of more than 5 GiB
+    that goes through this machine.
     """
     if is_local(fs):
         with open_whole(fs, path) as file:

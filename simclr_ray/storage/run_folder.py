@@ -19,6 +19,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -45,6 +46,7 @@ from simclr_ray.storage.filesystem import (
     entries_in,
     filesystem,
     is_local,
+    move_in_bucket,
     open_large,
     open_whole,
     remove_file,
@@ -294,11 +296,8 @@ class RunFolder:
         for entry in sorted(self._entries(), key=lambda e: e.base_name == CONFIG_FILE):
             if entry.base_name in (run_lock.LOCK, run_lock.HOLDER):
                 continue
-            if is_local(files) or entry.is_file:
-                files.move(entry.path, f"{target}/{entry.base_name}")
-            else:  # a bucket has no folders to rename
-                fs.copy_files(entry.path, f"{target}/{entry.base_name}", files, files)
-                files.delete_dir(entry.path)
+            move = files.move if is_local(files) else functools.partial(move_in_bucket, files)
+            move(entry.path, f"{target}/{entry.base_name}")
         return other
 
     def cached_checkpoint(self, name: str) -> Path:

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from filelock import FileLock
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
 from simclr_ray.errors import CheckpointError, ConfigError, RunError, StorageError
 from simclr_ray.storage import checkpoint, run_folder
 from simclr_ray.storage.filesystem import filesystem, open_whole
-from simclr_ray.storage.run_folder import RUN_FILE, SNAPSHOT, RunFolder
+from simclr_ray.storage.run_folder import CONFIG_FILE, RUN_FILE, SNAPSHOT, RunFolder
 from simclr_ray.storage.run_lock import HOLDER, LOCK
 from simclr_ray.storage.run_record import RunRecord
 from simclr_ray.storage.run_status import newest_whole_step
@@ -432,6 +434,42 @@ def test_what_fails_halfway_leaves_nothing_in_a_bucket(tmp_path: Path) -> None:
         pq.write_table(table, stream)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.parquet"]
     assert pq.read_table(tmp_path / "folder.parquet").num_rows == 9
+
+
+class SmallCopies(LocalFileSystem):  # type: ignore[misc] # fsspec has no types
+    """A disk that copies as S3 does: no object above a size in one request."""
+
+    cachable, most = False, 1000
+
+    def cp_file(self, path1: str, path2: str, **_: object) -> None:
+        if Path(path1).stat().st_size > self.most:
+            raise OSError(errno.EINVAL, "InvalidRequest: copy source is larger than allowed")
+        shutil.copyfile(path1, path2)
+
+    def mv(self, path1: str, path2: str, **_: object) -> None:
+        self.cp_file(path1, path2)
+        Path(path1).unlink()
+
+    copy = cp_file
+
+
+def test_checkpoints_of_any_size_are_set_aside_in_a_bucket(
+    folder: RunFolder, on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = pafs.PyFileSystem(pafs.FSSpecHandler(SmallCopies()))
+    monkeypatch.setattr(run_folder, "filesystem", lambda uri: (bucket, filesystem(uri)[1]))
+    files = {CONFIG_FILE: 10, "metrics.jsonl": 5000, "step-1/a/state": 9000, "step-1/record": 1000}
+    for name, size in files.items():
+        (on_disk / name).parent.mkdir(parents=True, exist_ok=True)
+        (on_disk / name).write_bytes(bytes([size % 251]) * size)
+    folder.set_aside()
+    aside = on_disk.with_name("r-1~1")
+    stored = {str(p.relative_to(aside)): p.read_bytes() for p in aside.rglob("*") if p.is_file()}
+    assert stored == {name: bytes([size % 251]) * size for name, size in files.items()}
+    assert list(on_disk.iterdir()) == []
+    with open_whole(bucket, f"{on_disk}/large") as stream:
+        stream.write(bytes(5000))
+    assert [(p.name, p.stat().st_size) for p in on_disk.iterdir()] == [("large", 5000)]
 
 
 def test_what_another_process_is_writing_is_not_taken_for_left(tmp_path: Path) -> None:
