@@ -31,7 +31,7 @@ def with_folder_values(
         folder: Names of folders above it say nothing of the rows.
         roles_of_files: Columns that only files themselves can have: images, ids, paths.
     """
-    said = [
+    texts_of = [
         {
             name: value
             for name, value in _pairs(footer.path, folder)
@@ -40,11 +40,11 @@ def with_folder_values(
         for footer in footers
     ]
     texts = {
-        name for pairs in said for name, value in pairs.items() if value and not _is_int64(value)
+        name for pairs in texts_of for name, text in pairs.items() if text and not _is_int64(text)
     }
     return [
         _with(footer, [_value(*pair, is_text=pair[0] in texts) for pair in pairs.items()])
-        for footer, pairs in zip(footers, said, strict=True)
+        for footer, pairs in zip(footers, texts_of, strict=True)
     ]
 
 
@@ -65,15 +65,18 @@ def with_columns(
         columns: All, in order.
         num_rows: Of the table.
     """
-    said = {
+    of_folders = {
         value.name: pa.repeat(pa.scalar(value.value, value.kind), num_rows)
         for value in values
         if value.name in columns
     }
-    if table is not None and not said:
+    if table is not None and not of_folders:
         return table
     return pa.table(
-        {n: said[n] if n in said or table is None else table.column(n) for n in columns}
+        {
+            name: of_folders[name] if name in of_folders or table is None else table.column(name)
+            for name in columns
+        }
     )
 
 

@@ -110,7 +110,7 @@ def _read_stored(file: DatasetFile, group: RowGroup, columns: Sequence[str]) -> 
     table = _KEPT.get(key)
     if table is None:
         fs, _ = filesystem(uri)
-        with _broken_said(path, group), fs.open_input_file(path) as stream:
+        with _as_data_error(path, group), fs.open_input_file(path) as stream:
             # the columns of a group in one request where each takes a while
             parquet = pq.ParquetFile(stream, metadata=file.footer, pre_buffer=not is_local(fs))
             table = parquet.read_row_group(group.group, columns=list(columns), use_threads=False)
@@ -139,7 +139,7 @@ def iter_tables(
     """
     fs, _ = filesystem(file.uri)
     stored, left = columns_of_file(file.folder_values, columns), group.num_rows
-    with _broken_said(file.path, group), fs.open_input_file(file.path) as stream:
+    with _as_data_error(file.path, group), fs.open_input_file(file.path) as stream:
         # with a buffer a column is read by pages, else whole
         parquet = pq.ParquetFile(
             stream, metadata=file.footer, buffer_size=PAGES_BYTES, pre_buffer=False
@@ -176,7 +176,7 @@ def read_first_rows(file: DatasetFile, group: RowGroup, name: str, num: int) -> 
 
 
 @contextmanager
-def _broken_said(path: str, group: RowGroup) -> Iterator[None]:
+def _as_data_error(path: str, group: RowGroup) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:

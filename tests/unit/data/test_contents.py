@@ -107,7 +107,7 @@ OPEN_DAMAGED = """
 import sys
 from simclr_ray.data.footer import RowGroup, names_files, read_footer
 from simclr_ray.data.listing import Listed
-from simclr_ray.data.tables import read_table
+from simclr_ray.data.tables import DatasetFile, read_table
 from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import filesystem
 
@@ -120,7 +120,8 @@ for at in range(first, len(whole) - 8):
         file.write(whole[:at] + bytes([0x73]) + whole[at + 1 :])
     try:
         names_files(read_footer(fs, Listed(path, len(whole))), "image")
-        read_table(path, path, str(at), RowGroup(0, 0, 0, 3), ["image"])
+        file = DatasetFile(path, path, str(at), ())
+        read_table(file, RowGroup(0, 0, 0, 3), ["image"])
         num_read += 1
     except DataError:
         pass

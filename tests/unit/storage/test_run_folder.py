@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from filelock import FileLock
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped] # no types
 
 from simclr_ray.errors import CheckpointError, ConfigError, RunError, StorageError
 from simclr_ray.storage import checkpoint, run_folder
@@ -439,7 +439,7 @@ def test_what_fails_halfway_leaves_nothing_in_a_bucket(tmp_path: Path) -> None:
 class SmallCopies(LocalFileSystem):  # type: ignore[misc] # fsspec has no types
     """A disk that copies as S3 does: no object above a size in one request."""
 
-    cachable, most = False, 1000
+    most = 1000
 
     def cp_file(self, path1: str, path2: str, **_: object) -> None:
         if Path(path1).stat().st_size > self.most:
