@@ -14,8 +14,10 @@ from simclr_ray.studies.findings import findings_page
 PAGE = KEPT.parent / "findings.md"
 COMMAND = "python -m benchmarks.findings"
 IMAGES = (
-    "`$SIMCLR_RAY_DATA/cifar10` is CIFAR-10 as parquet in mixed order; `simclr-ray prepare cifar10 "
-    "DIR` writes it in another, whose first 10,000 images are others. Drawn shapes are those of "
+    "`$SIMCLR_RAY_DATA/cifar10` is CIFAR-10 as parquet in an order of its own, which `python -m "
+    "benchmarks.cifar10_order DIR/cifar10` writes (torchvision downloads the images; then "
+    "`SIMCLR_RAY_DATA=DIR`); `simclr-ray prepare cifar10` writes another, whose first 10,000 "
+    "images are others. Drawn shapes are those of "
     "`simclr-ray prepare shapes shapes/train num_images=10000` and `simclr-ray prepare shapes "
     "shapes/test num_images=10000 seed=1`, whose class is form alone, whatever color, texture, "
     "place and size."

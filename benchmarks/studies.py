@@ -35,6 +35,8 @@ def main(folders: list[str]) -> None:
         target.mkdir(parents=True, exist_ok=True)
         storage = study.files.storage.removesuffix("/studies")
         for source in sorted(Path(place).iterdir()):
+            if source.suffix == ".pdf":
+                continue  # the same figure once more
             if source.suffix == ".png":
                 shutil.copy(source, target / source.name)
                 continue

@@ -264,6 +264,10 @@ def _show_power(study: Study, *, is_enough: bool) -> None:
         effect = effect_of_metric(claim.smallest_effect, claim.metric)
         seeds = counted(claim.num_seeds, "seed")
         show_pairs({"power": f"{claim.power:.2f} for {effect} with {seeds}: {claim.claim}"})
+    if study.comparisons and not planned and len(study.seeds) == 1:
+        claims = counted(len(study.comparisons), "claim")
+        why = f"one seed has no interval, so that nothing can be said of {claims}"
+        show_pairs({"power": f"{why}; study.seeds=[0,1,2] or more"})
     if not is_enough:
         check_power(planned)
 

@@ -130,6 +130,11 @@ class Study(Config):
         description="Of differences between paired seeds, from earlier ones, in the metric's unit: "
         "the power of claims with a smallest_effect follows before anything runs. 0: unknown.",
     )
+    smallest_effect: float = Field(
+        0.0,
+        ge=0,
+        description="Of claims by the study's metric that state none of their own; 0: none.",
+    )
     paper: Paper = Paper(source="-", metric="-", columns=[], rows=[])
     scale: str = Field("", description="The scale that was chosen.")
 
@@ -142,6 +147,22 @@ class Study(Config):
         space = tree.get("space")
         first = next(iter(space), "") if isinstance(space, dict) else ""
         return {**tree, "figure": {"x": first or "space"}}
+
+    @cfg.model_validator(mode="before")
+    @classmethod
+    def _fill_smallest_effects(cls, tree: Any) -> Any:
+        """Give claims by the study's metric its smallest effect where they state none."""
+        smallest = tree.get("smallest_effect") if isinstance(tree, dict) else None
+        claims = tree.get("comparisons") if smallest else None
+        if not isinstance(claims, list):
+            return tree
+        filled = [
+            {"smallest_effect": smallest, **claim}
+            if isinstance(claim, dict) and not claim.get("metric")
+            else claim
+            for claim in claims
+        ]
+        return {**tree, "comparisons": filled}
 
     @cfg.model_validator(mode="after")
     def _check_together(self) -> Study:

@@ -23,6 +23,7 @@ from simclr_ray.studies.definition import Study
 from simclr_ray.studies.space import label_of
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "simclr_ray"}  # the same file for the same numbers
+UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 TITLE_CHARS = 60  # of the title above a panel
 LABEL_CHARS = 45  # of an axis label; more lines instead of more characters
 LABELS_CHARS = 75  # of all labels below an axis, spaces between them included
@@ -40,7 +41,7 @@ class Datum(NamedTuple):
 
 
 def draw_study(results: Results, path: Path) -> None:
-    """Write the figure, PNG or SVG by its ending: our panels, then the paper's where it has one."""
+    """Write the figure, in the format of its ending: our panels, then the paper's if any."""
     study = results.study
     percent = 100 if is_fraction(study.metric) else 1
     measured = _measured(results, percent)
@@ -75,12 +76,11 @@ def draw_study(results: Results, path: Path) -> None:
             else:
                 axis.set_ylabel(shown, fontsize=8)
         figure.suptitle(textwrap.fill(study.question, TITLE_CHARS * len(axes)), fontsize=10)
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(path, dpi=130, metadata=metadata)
+        figure.savefig(path, dpi=130, metadata=UNDATED.get(path.suffix))
 
 
 def draw_curves(results: Results, path: Path) -> None:
-    """Write the curves over epochs, PNG or SVG by its ending: mean and deviation of seeds.
+    """Write the curves over epochs, in the format of its ending: mean and deviation of seeds.
 
     Points are told apart by what varies among them; baselines are dashed lines.
     """
@@ -109,8 +109,7 @@ def draw_curves(results: Results, path: Path) -> None:
             columns = 1 + len(points) // 25
             figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=6,
                           ncols=columns)  # fmt: skip
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(path, dpi=130, metadata=metadata)
+        figure.savefig(path, dpi=130, metadata=UNDATED.get(path.suffix))
 
 
 def _draw_baselines(results: Results, axis: Axes, percent: int, metric: str = "") -> None:

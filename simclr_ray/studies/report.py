@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +18,18 @@ from simclr_ray.studies.analysis import Results, Row, as_json, results_of
 from simclr_ray.studies.claim_words import CLAIM_HEAD, claim_cells, claim_line
 from simclr_ray.studies.definition import Study
 from simclr_ray.studies.figures import draw_curves, draw_study
-from simclr_ray.studies.folder import StudyFolder
+from simclr_ray.studies.folder import StudyFolder, TrialOutcome
 from simclr_ray.studies.plan import RUNS
-from simclr_ray.studies.readings import epochs_of, shown, shown_epochs
+from simclr_ray.studies.readings import epochs_of, readings_of, shown, shown_epochs
 from simclr_ray.studies.settings import settings_of
 from simclr_ray.tracking.runs import TrackedRun
 
 log = logging.getLogger(__name__)
 
-FIGURE, CURVES, PAGE, TABLE, DATA = (
-    "figure", "curves", "report.html", "results.md", "results.json",
+FIGURE, CURVES, PAGE, TABLE, DATA, TRIALS = (
+    "figure", "curves", "report.html", "results.md", "results.json", "results.csv",
 )  # fmt: skip
+DRAWN = ("png", "svg", "pdf")
 
 
 class Link(NamedTuple):
@@ -48,7 +50,9 @@ class Table(NamedTuple):
 
 
 def write_report(folder: StudyFolder) -> tuple[str, Results]:
-    """Write page, figure, table and data to the study's report folder.
+    """Write page, figures, table and data to the study's report folder.
+
+    `results.json` has every point over its seeds, `results.csv` a row for each seed.
 
     Args:
         folder: The study; of a remote one the report is written to a local folder first.
@@ -80,7 +84,7 @@ def _write(folder: StudyFolder, target: Path) -> Results:
     commits = {outcome.run.get("commit", "") for outcome in outcomes} - {""}
     state = folder.state()
     has_curves = any(len(curve.epochs) > 1 for curve in results.curves)
-    for ending in ("png", "svg"):
+    for ending in DRAWN:
         draw_study(results, target / f"{FIGURE}.{ending}")
         if has_curves:
             draw_curves(results, target / f"{CURVES}.{ending}")
@@ -92,11 +96,28 @@ def _write(folder: StudyFolder, target: Path) -> Results:
     )
     (target / DATA).write_text(hide_passwords(data) + "\n", encoding="utf-8")
     (target / TABLE).write_text(hide_passwords(markdown(results)), encoding="utf-8")
+    _write_trials(study, outcomes, target / TRIALS)
     drawn = (FIGURE, CURVES) if has_curves else (FIGURE,)
     svgs = [(target / f"{name}.svg").read_text(encoding="utf-8") for name in drawn]
     state["commits"] = sorted(commits)
     (target / PAGE).write_text(hide_passwords(page(results, svgs, state)), encoding="utf-8")
     return results
+
+
+def _write_trials(study: Study, outcomes: Sequence[TrialOutcome], path: Path) -> None:
+    """Write a row for each point and seed: settings, seed, every metric, cost, and the run."""
+    readings = [reading for outcome in outcomes for reading in readings_of(study, outcome)]
+    metrics = sorted({name for reading in readings for name in reading.values})
+    costs = sorted({name for reading in readings for name in reading.cost})
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*study.space, "seed", *metrics, *costs, "run"])
+        for reading in readings:
+            point = [reading.point.get(name, "") for name in study.space]
+            values = [reading.values.get(name, "") for name in metrics]
+            cost = [reading.cost.get(name, "") for name in costs]
+            run = hide_passwords(reading.run)
+            writer.writerow([*point, reading.seed, *values, *cost, run])
 
 
 def _settings(study: Study, base: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,8 +14,9 @@ from simclr_ray.storage.space import OF_THE_DISK, error_number, storage_error
 MOST_MEMORY = re.compile(
     r"PID\s+MEM\(GB\)\s+COMMAND\s+(\d+)\s+([\d.]+)\s+([^\n]{1,80})"
 )  # Ray's table
-# By name, as torch is not imported where Ray's controller asks: a group's, a device's, Ray Train's.
-PASSING = {"DistError", "AcceleratorError", "RayTrainError"}
+# By name, as torch is not imported where Ray's controller asks: of a group, a device, Ray Train,
+# and of ranks that move.
+PASSING = {"DistError", "AcceleratorError", "RayTrainError", "RanksMoved"}
 OF_THE_GROUP = re.compile(r"gloo|nccl|cuda error|connection|timed ?out", re.IGNORECASE)
 TAKES_LESS = "batch_norm.group_size below the batch, or scaling.recompute_activations, takes less"
 

@@ -109,8 +109,8 @@ def test_a_deviation_in_points_is_refused_where_the_metric_is_a_fraction() -> No
 
 
 def test_a_difference_of_differences_pairs_four_readings_of_a_seed() -> None:
-    (verdict,) = results_with({**SHORT_GAP, "than": LONG_GAP}).verdicts
-    assert verdict.difference == pytest.approx(0.03, abs=1e-12)
+    (verdict,) = results_with({**SHORT_GAP, "than": LONG_GAP}, noise=1e-6).verdicts
+    assert verdict.difference == pytest.approx(0.03, abs=1e-5)
     assert verdict.num_pairs == 10  # two heads by five seeds
     assert verdict.effect is not None
     assert verdict.effect.num_seeds == 5
@@ -120,7 +120,8 @@ def test_a_difference_of_differences_pairs_four_readings_of_a_seed() -> None:
 
 def test_gaps_that_are_equal_but_for_rounding_are_equal() -> None:
     """(0.3 - 0.2) - (0.2 - 0.1) is 3e-17: no effect, in whoever's favor."""
-    study = study_of({**SHORT_GAP, "than": LONG_GAP, "smallest_effect": 0.01})
+    claim = {**SHORT_GAP, "than": LONG_GAP, "smallest_effect": 0.01}
+    study = study_of(claim, seeds=[*range(6)])
     value = {(512, 1): 0.3, (64, 1): 0.2, (512, 9): 0.2, (64, 9): 0.1}
     outcomes = [
         o._replace(metrics={"final/linear_top1": value[p["batch"], p["epochs"]]})
@@ -207,8 +208,8 @@ def test_the_effect_of_the_paper_is_that_of_its_rows_unless_it_is_given(
 
 def test_less_is_better_turns_the_claim_and_the_paper() -> None:
     study = study_of(SHORT_GAP, mode="min")
-    (verdict,) = results_of(study, outcomes_of(study)).verdicts
-    assert verdict.difference == pytest.approx(-0.04)
+    (verdict,) = results_of(study, outcomes_of(study, noise=1e-6)).verdicts
+    assert verdict.difference == pytest.approx(-0.04, abs=1e-5)
     assert verdict.paper_effect == pytest.approx(-7.0)
     assert verdict.effect is not None
     assert verdict.effect.outcome == "is reversed"
@@ -257,7 +258,7 @@ def test_a_stored_verdict_is_read_as_it_was_written(num: int) -> None:
 
 
 def test_stored_results_have_claims_curves_and_runs_and_no_number_that_json_lacks() -> None:
-    results = results_with(SHORT_GAP)
+    results = results_with(SHORT_GAP, noise=1e-6)
     tree = json.loads(as_json(results, "simclr-ray study run s"), parse_constant=pytest.fail)
     assert tree["command"] == "simclr-ray study run s"
     assert tree["rows"][0]["runs"]["3"] == "runs/0-3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -144,8 +145,20 @@ def test_a_report_is_written_whole_from_a_folder(study: Study, tmp_path: Path) -
     (tmp_path / study.name / "baselines.json").write_text(json.dumps(BASELINES))
     place, results = write_report(folder)
     kept = {path.name for path in Path(place).iterdir()}
-    drawn = {f"{name}.{ending}" for name in ("figure", "curves") for ending in ("png", "svg")}
-    assert kept == drawn | {"report.html", "results.md", "results.json"}
+    drawn = {
+        f"{name}.{ending}" for name in ("figure", "curves") for ending in ("png", "svg", "pdf")
+    }
+    assert kept == drawn | {"report.html", "results.md", "results.json", "results.csv"}
+    with (Path(place) / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(outcomes_of(study))
+    (x,) = study.space
+    by_seed = {
+        (str(row.point[x]), seed): value
+        for row in results.rows
+        for seed, value in row.value_by_seed.items()
+    }
+    assert {(row[x], int(row["seed"])): float(row[study.metric]) for row in rows} == by_seed
     text = (Path(place) / "report.html").read_text()
     assert text.count("<svg") == 2
     (target,) = set(re.findall(r'href="([^"]*0-1-0123abcd)"', text))

@@ -61,6 +61,11 @@ def test_a_training_fails_by_its_first_rank_else_by_what_ray_itself_met() -> Non
     assert root_failure(first) is first
 
 
+def of_a_task(cause: Exception) -> Exception:
+    error: Exception = RayTaskError("train", "its traceback", cause)  # type: ignore[no-untyped-call] # Ray's
+    return error
+
+
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. Of the allocated 70")
 
 
@@ -69,8 +74,8 @@ GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. Of
     [
         (GPU, True),
         (TypeError("forward() takes 2 arguments"), True),
-        (RayTaskError("train", "a traceback", ValueError("x")), True),
-        (RayTaskError("train", "a traceback", ConnectionResetError("peer")), False),
+        (of_a_task(ValueError("x")), True),
+        (of_a_task(ConnectionResetError("peer")), False),
         (RayActorError(), False),
         (MemoryError("a page"), False),
         (system_error(errno.EIO), False),

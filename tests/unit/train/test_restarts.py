@@ -117,7 +117,9 @@ def test_ranks_that_move_have_not_failed(max_failures: int) -> None:
     FailureReport(inbox).after_exception(None, moved)
     assert inbox.items == []
     FailureReport(inbox).after_exception(None, moved | {1: ValueError("broken")})
-    assert inbox.items == [RanksFailed({"rank 0": "after step 7", "rank 1": "broken"})]
+    causes = {"rank 1": "broken", "rank 0": "after step 7"}
+    assert inbox.items == [RanksFailed(causes, will_recur=True)]
+    assert list(inbox.items[0].causes) == ["rank 1", "rank 0"], "what comes again is told first"
     one_failed = WorkerGroupError("", moved | {1: ValueError("broken")})
     expected = FailureDecision.RETRY if max_failures else FailureDecision.RAISE
     assert decide(one_failed, max_failures) == (expected, [])  # `FailureReport` tells it
