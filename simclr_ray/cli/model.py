@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simclr_ray.cli.arguments import Overrides, RunPlace, TrackingUri
-from simclr_ray.cli.console import loading, out, show_pairs, show_table
+from simclr_ray.cli.console import loading, out, show_table
+from simclr_ray.cli.dry_run import DryRun, Timed, show_arithmetic, show_time
 from simclr_ray.config.wording import counted
 from simclr_ray.errors import ConfigError
 
@@ -35,7 +36,6 @@ def register(
 Version = Annotated[
     str, typer.Argument(metavar="MODEL", help="models:/NAME/3, or models:/NAME@ALIAS.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")]
 LABEL_FRACTION = 0.1  # of the labels, where nothing else is asked for
 Named = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")]
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.")]
@@ -147,6 +147,7 @@ def finetune(
         bool, typer.Option("--random", help="Start from random weights, for comparison.")
     ] = False,
     dry_run: DryRun = False,  # noqa: FBT002
+    timed: Timed = False,  # noqa: FBT002
 ) -> None:
     """Fine-tune a run's encoder on a share of the labels, and test the classifier.
 
@@ -166,8 +167,8 @@ def finetune(
         frozen=frozen,
         from_random=random,
     )
-    if dry_run:
-        _show_arithmetic(planned)
+    if dry_run or timed:
+        _show_dry_run(planned, timed=timed)
         return
     tuned = _train(planned)
     _show(f"test, after {counted(tuned.num_images, 'label')}", tuned)
@@ -179,6 +180,7 @@ def distill(
     ],
     overrides: Overrides = None,
     dry_run: DryRun = False,  # noqa: FBT002
+    timed: Timed = False,  # noqa: FBT002
 ) -> None:
     """Train a student of any size on what a fine-tuned classifier says of unlabelled images.
 
@@ -188,20 +190,17 @@ def distill(
     from simclr_ray.train.finetune import plan_distillation
 
     planned = plan_distillation(teacher, *(overrides or []))
-    if dry_run:
-        _show_arithmetic(planned)
+    if dry_run or timed:
+        _show_dry_run(planned, timed=timed)
         return
     _show("test, of the student", _train(planned))
 
 
-def _show_arithmetic(planned: Planned) -> None:
-    from simclr_ray.train.disk_space import check_space
-    from simclr_ray.train.dry_run import derived
-
-    rows = derived(planned.experiment)
-    rows["scores at the end"] = "of the classifier, by data.test"
-    show_pairs(rows)
-    check_space(planned.experiment)
+def _show_dry_run(planned: Planned, *, timed: bool) -> None:
+    rows = {"scores at the end": "of the classifier, by data.test"}
+    show_arithmetic(planned.experiment, timed=timed, changed=rows)
+    if timed:
+        show_time(planned.experiment)
 
 
 def _train(planned: Planned) -> FineTuned:

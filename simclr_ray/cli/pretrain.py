@@ -8,6 +8,7 @@ import typer
 
 from simclr_ray.cli.arguments import ConfigSource, Overrides
 from simclr_ray.cli.console import command, is_done, loading, out, show_pairs
+from simclr_ray.cli.dry_run import DryRun, Timed, show_arithmetic, show_time
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import ConfigError
 
@@ -22,9 +23,8 @@ def pretrain(
     source: ConfigSource,
     overrides: Overrides = None,
     *,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the arithmetic and stop.")
-    ] = False,
+    dry_run: DryRun = False,
+    timed: Timed = False,
     name: Annotated[str, typer.Option(help="Call the run so; the same as name=NAME.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin a new run.")] = False,
     restart: Annotated[
@@ -36,18 +36,21 @@ def pretrain(
     The same command continues a run that was stopped; of one that is finished it shows what is
     stored. Whatever changes the result makes it another run.
     Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train data.test=cifar/test epochs=10
+    Example: simclr-ray pretrain cifar10_cpu data.train=cifar/train --time
     """
     if resume and restart:
         raise ConfigError.of("--resume", f"and {RESTART} exclude each other")
     named = [f"name={name}"] if name else []
     experiment = Experiment.load(source, *(overrides or []), *named)
-    run_experiment(experiment, dry_run=dry_run, resume=resume, restart=restart)
+    if dry_run or timed:
+        _look_at(experiment, timed=timed, resume=resume, restart=restart)
+        return
+    run_experiment(experiment, resume=resume, restart=restart)
 
 
 def run_experiment(
     experiment: Experiment,
     *,
-    dry_run: bool = False,
     resume: bool = False,
     restart: bool = False,
     image: str = "IMAGE.png",
@@ -56,7 +59,6 @@ def run_experiment(
 
     Args:
         experiment: What to run.
-        dry_run: Show the arithmetic alone.
         resume: Refuse to begin a new run.
         restart: Begin anew, and set aside what there is of the run.
         image: File that the command to embed names.
@@ -64,12 +66,29 @@ def run_experiment(
     loading("torch")
     from simclr_ray.train.resolve import enter
 
-    enter(experiment, _run_and_show, dry_run=dry_run, resume=resume, restart=restart, image=image)
+    enter(experiment, _run_and_show, resume=resume, restart=restart, image=image)
 
 
-def _run_and_show(
-    resolved: ResolvedExperiment, *, dry_run: bool, resume: bool, restart: bool, image: str
-) -> None:
+def _look_at(experiment: Experiment, *, timed: bool, resume: bool, restart: bool) -> None:
+    """Show what an experiment means in numbers and, if asked, how long it takes here."""
+    loading("torch")
+    from simclr_ray.train.resolve import enter
+
+    def show(resolved: ResolvedExperiment) -> None:
+        from simclr_ray.train.evaluation_plan import check_evaluation
+        from simclr_ray.train.identity import check_is_there
+
+        if resume:
+            check_is_there(resolved)
+        show_arithmetic(resolved, timed=timed)
+        check_evaluation(resolved.config, resolved.source)
+        if timed:
+            show_time(resolved, is_anew=restart)
+
+    enter(experiment, show)
+
+
+def _run_and_show(resolved: ResolvedExperiment, *, resume: bool, restart: bool, image: str) -> None:
     from simclr_ray.storage.run_folder import HELD_S
     from simclr_ray.train.disk_space import check_space
     from simclr_ray.train.evaluation_plan import check_evaluation
@@ -78,11 +97,6 @@ def _run_and_show(
 
     if resume:
         check_is_there(resolved)
-    if dry_run:
-        _show_arithmetic(resolved)
-        check_space(resolved)
-        check_evaluation(resolved.config, resolved.source)
-        return
     outcome = None if restart else stored_outcome(resolved)
     if outcome is None:
         check_space(resolved)  # before the lock, which is a file

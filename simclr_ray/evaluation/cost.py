@@ -10,11 +10,12 @@ import torch
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import PROBE
+from simclr_ray.data.decoding import evaluation_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.evaluation.encoded_splits import evaluated_rows, first_splits
 from simclr_ray.evaluation.evaluate import PROBE_ROWS, probed_source
-from simclr_ray.evaluation.features import Features, Split, extract_features
-from simclr_ray.evaluation.online import OnlineEvaluation
+from simclr_ray.evaluation.features import Features, Split, extract_features, load_split
+from simclr_ray.evaluation.online import OnlineEvaluation, encoded_rows
 from simclr_ray.evaluation.probes import probe, probe_class
 from simclr_ray.evaluation.scores import TRAINED, RawPixelEncoder, score_features
 from simclr_ray.nn.build import SimCLRModel
@@ -77,6 +78,43 @@ def evaluation_seconds(
         final += _probe_s(experiment, model, part, part_read / part.num)
     model.train()
     return EvaluationSeconds(read, start, epoch, final, baselines)
+
+
+class OnlineSeconds(NamedTuple):
+    """What evaluation beside the training takes of one process, the decoding aside.
+
+    Attributes:
+        start: Before the first step.
+        epoch: At the end of an epoch that is evaluated.
+    """
+
+    start: float
+    epoch: float
+
+
+def online_seconds(
+    experiment: Experiment, source: Source, model: SimCLRModel, most: int
+) -> OnlineSeconds:
+    """Return the seconds by those of encoding a few images: nearly all that it does is to encode.
+
+    Args:
+        experiment: Its splits and settings.
+        source: The training images.
+        model: As it is trained; left as it is.
+        most: Images that are encoded.
+
+    Raises:
+        DataError: A split cannot be read.
+    """
+    if not experiment.evaluation.every_epochs:
+        return OnlineSeconds(0.0, 0.0)
+    size, decoder = experiment.evaluation_size, evaluation_decoder(experiment.data)
+    split = load_split(source, size, max(2, most), decoder)
+    _encoded(model, split.at(torch.arange(1)), None, experiment)  # allocates
+    _, seconds = _timed(lambda: _encoded(model, split, None, experiment))
+    rows = encoded_rows(experiment, source)
+    each = seconds / len(split.images)
+    return OnlineSeconds(each * rows.label_free, each * (rows.label_free + rows.knn))
 
 
 class _SampledSplits(NamedTuple):

@@ -65,6 +65,35 @@ class KnnFacts(NamedTuple):
         return cls(len(bank), len(there), len(test), len(set(test.tolist()) - there))
 
 
+class OnlineRows(NamedTuple):
+    """How many images all ranks together encode for an evaluation, each view counted."""
+
+    label_free: int  # a sample, and both views of it
+    knn: int  # the bank and the test images; 0 without labels
+
+
+def encoded_rows(experiment: Experiment, source: Source) -> OnlineRows:
+    """Return how many images an evaluation while training encodes.
+
+    Args:
+        experiment: Splits and limits.
+        source: The training data.
+
+    Raises:
+        DataError: A split cannot be read.
+    """
+    data, limits = experiment.data, experiment.evaluation
+    label_free = 3 * min(PROBE_IMAGES, source.num_rows)
+    if not data.test:
+        return OnlineRows(label_free, 0)
+    test = Source.open(data.test, data.columns)
+    bank = Source.open(data.eval_train, data.columns) if data.eval_train else source
+    if not (test.has_labels and bank.has_labels):
+        return OnlineRows(label_free, 0)
+    limited = ((bank, limits.eval_train_limit), (test, limits.test_limit))
+    return OnlineRows(label_free, sum(min(s.num_rows, most or s.num_rows) for s, most in limited))
+
+
 class OnlineEvaluation:
     """Scores of a model in training; to make one is a collective.
 

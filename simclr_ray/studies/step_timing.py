@@ -8,41 +8,26 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import ray
-import torch
 from ray.exceptions import RayError
 
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment, SimCLRViewsConfig
-from simclr_ray.data.batch import Batch
-from simclr_ray.data.batches import local_batches
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.errors import ClusterError, RunError
 from simclr_ray.evaluation.cost import EvaluationSeconds, evaluation_seconds
-from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.studies.plan import Trial, images_of
-from simclr_ray.train import loop
 from simclr_ray.train.failures import cause_of, unwrap_error
-from simclr_ray.train.meter import StepMeter
 from simclr_ray.train.resolve import ResolvedExperiment, enter
-from simclr_ray.train.worker import (
-    prepare_process,
-    prepare_training,
-    threads_of,
-)
-from simclr_ray.train.worker_batches import finish_batches
+from simclr_ray.train.step_seconds import shortened, step_seconds
+from simclr_ray.train.worker import threads_of
 
-STEPS: Final = (3, 50)  # least and most; the first is not counted: it decodes and allocates
-STEPS_S: Final = 3.0  # for more than the least
-MOST_IMAGES: Final = {"cpu": 64, "cuda": 512}  # of a step, so that all of them take seconds
-AT_SIDE: Final = 224  # of so large views; of smaller ones as many more as there are fewer pixels
 # Of a trial on a local disk, tracked in SQLite: its run folder, MLflow run and checkpoints. An
 # estimate: 20 trials, two at a time, left 5 to 9 s that neither start nor arithmetic explain.
 TRIAL_S: Final = 0.7
-NEVER: Final = 10**9
 FREE_S: Final = 300  # for a worker's share of the cluster to come free; the timing itself has none
 
 
@@ -188,9 +173,6 @@ class _TimingWorker:
 def seconds_of(tree: dict[str, Any], protocols: Sequence[str], submitted_at: float) -> TrialSeconds:
     """Return what one worker takes for an image, its views and its part of a step; and evaluation.
 
-    With a GPU the views are made beside the step, by processes of their own, and the slower of the
-    two counts; cores are shared by time.
-
     Args:
         tree: An experiment's.
         protocols: By which it is scored after training.
@@ -208,64 +190,9 @@ def seconds_of(tree: dict[str, Any], protocols: Sequence[str], submitted_at: flo
 def _seconds_of(
     resolved: ResolvedExperiment, protocols: Sequence[str]
 ) -> tuple[float, EvaluationSeconds]:
-    whole, source = resolved.config, resolved.source
-    scaling, small = whole.scaling, shortened(whole)
-    device = torch.device("cuda" if scaling.gpus_per_worker else "cpu")
-    prepare_process(whole, scaling.max_workers)
-    model = build_model(small)
-    optimizer = prepare_training(model, small, device)
-    batches = _for_some_seconds(local_batches(small, source, range(STEPS[1])))
-    records: list[loop.Metrics] = []
-    schedule = loop.StepSchedule(NEVER, NEVER, 0, 0.0, small.batch_size, log_every=1)
-    meter = StepMeter(device, schedule)
-    loop.train(
-        model,
-        build_loss(small),
-        optimizer,
-        finish_batches(small, source, meter.timed(batches), device),
-        schedule,
-        loop.Callbacks(records.append, lambda *_: None, lambda *_: None),
-        precision=small.precision,
-        num_groups=min(2, whole.num_groups),
-        meter=meter,
-    )
-    counted = records[1:]
-    both_s = sum(1 / m.images_per_s for m in counted) / len(counted)
-    views_s = sum(m.data_wait_fraction / m.images_per_s for m in counted) / len(counted)
-    evaluation = evaluation_seconds(whole, source, model, protocols)
-    if device.type == "cpu":
-        return both_s, evaluation
-    return max(both_s - views_s, views_s / max(1, scaling.data_actors_per_worker)), evaluation
-
-
-def _for_some_seconds(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield the least number of batches, and more until their time is up."""
-    began = time.perf_counter()
-    for at, batch in enumerate(batches):
-        if at >= STEPS[0] and time.perf_counter() - began > STEPS_S:
-            return
-        yield batch
-
-
-def shortened(experiment: Experiment) -> Experiment:
-    """Return an experiment whose steps take as long for an image, and hold no more of them.
-
-    One worker's part of a batch; of a batch in groups, two of them. Views have their full size.
-    """
-    scaling = experiment.scaling
-    most = MOST_IMAGES["cuda" if scaling.gpus_per_worker else "cpu"]
-    most = int(most * max(1.0, (AT_SIDE / experiment.augment.size) ** 2))
-    size = math.ceil(experiment.batch_size / scaling.max_workers)
-    if experiment.num_groups > 1:
-        size = 2 * math.ceil(size / experiment.num_groups)
-    changes: dict[str, Any] = {
-        "batch_size": max(2, min(most, size)),
-        "epochs": STEPS[1],
-        "scaling": scaling.model_copy(update={"num_workers": 1}),
-    }
-    if isinstance(experiment.augment, SimCLRViewsConfig):
-        changes["augment"] = experiment.augment.model_copy(update={"start_size": 0})
-    return experiment.model_copy(update=changes)
+    timed = step_seconds(resolved)
+    evaluation = evaluation_seconds(resolved.config, resolved.source, timed.model, protocols)
+    return timed.image_s(resolved.config.scaling), evaluation
 
 
 def kind_of(experiment: Experiment) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,22 @@ def test_a_dry_run_prints_the_arithmetic_and_starts_nothing(tmp_path: Path, parq
         "memory of a step",
     ):
         assert expected in text
-    assert "ray" not in done.stdout.splitlines()[-1].split()
+    assert "time not measured; --time " in text
+    assert not started_an_engine(done)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_time_of_a_run_is_told_and_nothing_is_written(tmp_path: Path, parquet: Path) -> None:
+    data = [f"data.train={parquet}", "data.columns.image=photo", "data.test="]
+    small = ["encoder.width=0.25", "augment.size=16", "batch_size=16", "epochs=2"]
+    made = ["cifar10_cpu", *data, *small, "storage=runs"]
+    done = run("pretrain", *made, "--time", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    time, measured = done.stdout.splitlines()[-3:-1]
+    assert re.fullmatch(r"time +\d:\d\d, 0:\d\d of it evaluation; .*", time)
+    assert re.fullmatch(r"measured +[\d.,]+ images/s here by one worker, in .*", measured)
+    assert "not measured" not in done.stdout
     assert not (tmp_path / "runs").exists()
 
 

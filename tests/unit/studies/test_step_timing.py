@@ -70,19 +70,6 @@ def test_what_costs_time_makes_another_kind(changes: dict[str, Any]) -> None:
     assert speed.kind_of(experiment(**changes)) != speed.kind_of(experiment())
 
 
-def test_a_step_is_no_larger_than_one_of_the_run_and_views_are_of_full_size() -> None:
-    four = experiment(batch_size=100, scaling={"num_workers": 4})
-    assert speed.shortened(four).batch_size == 25
-    groups = experiment(batch_size=4096, batch_norm={"group_size": 16})
-    assert speed.shortened(groups).batch_size == 32  # two of them
-    large: dict[str, Any] = {"batch_size": 4096, "augment": {"size": 224}}
-    assert speed.shortened(experiment(**large)).batch_size == speed.MOST_IMAGES["cpu"]
-    small: dict[str, Any] = {"batch_size": 4096, "augment": {"size": 112}}  # as many pixels
-    assert speed.shortened(experiment(**small)).batch_size == 4 * speed.MOST_IMAGES["cpu"]
-    grown = experiment(augment={"size": 64, "start_size": 32})
-    assert speed.shortened(grown).augment.size_at(0, 3) == 64
-
-
 def test_each_kind_is_timed_once_and_time_is_shared_by_what_runs_side_by_side(
     train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
