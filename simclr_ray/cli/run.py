@@ -72,8 +72,11 @@ def stop(run: RunPlace) -> None:
     driver = state.folder.holder()
     if not driver:
         raise ConfigError.of(state.folder.uri, "no driver holds it: nothing to stop")
-    request_stop(state.folder, driver)
-    out.print(f"asked {state.folder.uri} to stop", markup=False, soft_wrap=True)
+    if state.is_trained:  # no worker is there any more to hear it
+        problem = "has trained to its end and is being scored: nothing to stop, it ends by itself"
+        raise ConfigError.of(state.folder.uri, problem)
+    done = "asked" if request_stop(state.folder, driver) else "had already asked"
+    out.print(f"{done} {state.folder.uri} to stop", markup=False, soft_wrap=True)
 
 
 def sync(run: RunPlace) -> None:

@@ -41,6 +41,12 @@ class RunStatus(NamedTuple):
     seconds_left: float | None = None  # of training, while it runs; None: not known
     error: LastError | None = None  # that it last ended by, or started its ranks again for
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether its newest checkpoint is of the last step."""
+        newest = checkpoint.step_of(self.checkpoints[0]) if self.checkpoints else 0
+        return 0 < self.total_steps <= newest
+
 
 def newest_whole_step(folder: RunFolder) -> int:
     """Return the step of the newest checkpoint that is not half written; 0: there is none."""

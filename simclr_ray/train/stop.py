@@ -108,14 +108,17 @@ def passed_on(folder: RunFolder) -> Iterator[None]:
             folder.remove(STOP)
 
 
-def request_stop(folder: RunFolder, driver: str) -> None:
-    """Ask the workers of a run to save and end.
+def request_stop(folder: RunFolder, driver: str) -> bool:
+    """Ask the workers of a run to save and end; return False where they were asked already.
 
     Args:
         folder: Of the run.
         driver: Who holds it (`RunFolder.holder`): another one, that goes on later, is not asked.
     """
+    if folder.read_text(STOP) == driver:
+        return False
     folder.write_text(STOP, driver)
+    return True
 
 
 def is_requested_here(folder: RunFolder) -> bool:

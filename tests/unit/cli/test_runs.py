@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from simclr_ray.cli.run import list_runs
+from simclr_ray.cli.run import list_runs, stop
 from simclr_ray.cli.scores import show_bad_rows, show_next
 from simclr_ray.errors import ConfigError
 from simclr_ray.storage.last_error import ERROR, LastError
 from simclr_ray.storage.rank_states import RANKS, RankState, RankStates
 from simclr_ray.storage.run_folder import BAD_ROWS, METRICS, RunFolder
 from simclr_ray.storage.run_status import runs_in, status_of_run
+from simclr_ray.train.stop import STOP, is_requested
 from tests.formats.test_formats import HERE as FORMATS
 from tests.unit.cli.in_turn import run_in_turn
 from tests.unit.cli.test_app import errors, run, started_an_engine
@@ -119,6 +120,28 @@ def test_a_run_that_a_driver_holds_runs_and_one_without_a_last_checkpoint_has_st
     shutil.rmtree(next(a_run.glob("step-*")))
     found = status_of_run(folder)
     assert (found.state, found.step, found.checkpoints) == ("stopped", STEPS, [])
+
+
+def test_a_stop_is_asked_once_of_who_trains_and_not_of_who_scores(
+    a_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder.at(str(a_run))
+    with pytest.raises(ConfigError, match="no driver holds it: nothing to stop"):
+        stop(str(a_run))
+    with folder.lock():
+        with pytest.raises(ConfigError, match="has trained to its end and is being scored"):
+            stop(str(a_run))
+        assert not is_requested(folder)
+        for checkpoint in folder.checkpoints():
+            shutil.rmtree(a_run / checkpoint)
+        stop(str(a_run))
+        written = (a_run / STOP).stat().st_mtime_ns
+        assert (a_run / STOP).read_text() == folder.holder()
+        stop(str(a_run))
+        assert (a_run / STOP).stat().st_mtime_ns == written
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"asked {folder.uri} to stop"
+    assert second == f"had already asked {folder.uri} to stop"
 
 
 def test_runs_are_listed_by_name_and_other_folders_are_not(a_run: Path, tmp_path: Path) -> None:
