@@ -134,6 +134,8 @@ class RunRecorder:
 
     def _take_move(self, move: RanksMove) -> None:
         """Say why all is started again, where that is no failure."""
+        if self.fatal is not None:
+            return  # nothing is
         self._start_over()
         why = "another number of workers has room"
         if move.taken:

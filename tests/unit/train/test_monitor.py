@@ -24,12 +24,14 @@ from simclr_ray.errors import (
     TooManyBadImages,
 )
 from simclr_ray.storage.last_error import LastError
+from simclr_ray.storage.metrics_log import FIRST_BATCH
 from simclr_ray.storage.rank_states import RANKS, RankStates
 from simclr_ray.storage.run_folder import BAD_ROWS
+from simclr_ray.train import stop
 from simclr_ray.train.health import HealthWatch
-from simclr_ray.train.heartbeat import Beat, RanksFailed, RankStarted
+from simclr_ray.train.heartbeat import Beat, RanksFailed, RanksMove, RankStarted
 from simclr_ray.train.monitor import RunMonitor
-from simclr_ray.train.recorder import OnProgress
+from simclr_ray.train.recorder import OnProgress, RunRecorder, WorkerReady
 from simclr_ray.train.resolve import ResolvedExperiment, resolve
 from simclr_ray.train.tracked import open_tracker, tracked_run
 from tests.ray.images import write_shapes
@@ -143,6 +145,44 @@ def test_an_error_that_comes_again_ends_a_run_for_good(tmp_path: Path) -> None:
     assert "last rank 1: CUDA out of memory" in str(error)
     lost = RanksFailed({"rank 1": "connection reset by peer"})
     assert isinstance(fate(run, [full, lost, full]), RestartsError)
+
+
+def test_ranks_that_move_are_told_why_and_count_as_no_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "simclr_ray")
+    run = resolved(tmp_path, "scaling.max_failures=1")
+    nothing: Any = SimpleNamespace(
+        log=SimpleNamespace(
+            records=lambda _: [], append=lambda *_: None, upload_if_due=lambda: None
+        ),
+        sender=SimpleNamespace(wake=lambda: None),
+    )
+    recorder = RunRecorder(nothing, None, run, HealthWatch(run.config, run.warmup_steps))
+    up = [RankStarted(rank, f"10.0.0.{rank}", "actor") for rank in range(3)]
+    ready = [WorkerReady(rank, 3) for rank in range(3)]
+    reasons = {
+        "another number of workers has room": [],
+        "1 node will be taken away": ["n1"],
+        "2 nodes will be taken away": ["n1", "n2"],
+    }
+    for why, taken in reasons.items():
+        recorder.take_all([*up, *ready[:2], {"step": 1, "epoch": 0.1, FIRST_BATCH: 0.5}])
+        assert len(recorder.ranks.states()) == 3
+        recorder.take(RanksMove(1200, 3, taken))
+        assert caplog.messages[-1] == f"{why}: all 3 ranks have saved step 1,200 and start again"
+        assert recorder.ranks.states() == []
+        assert not stop.defer()  # no worker trains that would save: a signal ends the run at once
+    assert "workers ready after" not in caplog.text  # those who were ready before do not count
+    failed = RanksFailed({"rank 1": "reset"})
+    recorder.take_all([failed, RanksMove(1200, 3, [])])
+    ended = recorder.fatal
+    assert ended is None
+    recorder.take(failed)  # and no further checkpoint between them
+    assert isinstance(recorder.fatal, RestartsError)
+    told = len(caplog.messages)
+    recorder.take(RanksMove(1200, 3, []))
+    assert len(caplog.messages) == told  # of a run that ends nothing starts again
 
 
 def test_what_fails_in_the_thread_ends_the_run_by_its_cause(tmp_path: Path) -> None:
