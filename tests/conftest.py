@@ -6,12 +6,15 @@ import functools
 import logging
 import os
 import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.mlflow_server import free_port, serving
+from tests.ray import processes
 
 DATA_VARIABLE = "SIMCLR_RAY_DATA"
 
@@ -42,10 +45,14 @@ def image_root() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start the one Ray cluster of this test session and return its address."""
+    """Start the one Ray cluster of this test session and return its address.
+
+    Detached actors, as Ray Train and Ray Data start some, end with the cluster; what outlives it
+    fails the session, by its command line.
+    """
     import ray
 
-    from simclr_ray.distributed import ray_token
+    from simclr_ray.distributed import ray_reaper, ray_token
     from simclr_ray.distributed.ray_cluster import QUIET
 
     ray_token.create()  # as `connect` does; what tests start has it from the environment
@@ -63,16 +70,25 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         # a worker of Ray's yields to any other process by default, here to the tests beside
         _system_config={**QUIET, "worker_niceness": 0},
     )
-    try:
-        start()
-    except Exception:  # noqa: BLE001 - Ray has no type for it; `connect` tries twice as well
-        ray.shutdown()
-        start()
+    mark = uuid.uuid4().hex
+    reaper = ray_reaper.start(mark)  # where this session is killed; without the mark itself
+    with processes.marked(mark):
+        try:
+            context: Any = start()
+        except Exception:  # noqa: BLE001 - Ray has no type for it; `connect` tries twice as well
+            ray.shutdown()
+            context = start()
+    session = str(context.address_info["session_dir"])
+    if reaper:
+        with reaper:
+            reaper.write(session.encode())
     address: str = ray.get_runtime_context().gcs_address
     os.environ["RAY_ADDRESS"] = address
     yield address
     os.environ.pop("RAY_ADDRESS", None)
     ray.shutdown()
+    left = processes.end_left(mark, session)
+    assert not left, f"of the session's Ray remained, and was killed: {left}"
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 
 from simclr_ray.distributed import ray_reaper
+from tests.ray import processes
 
 # Starts what is to end: a process with the mark, its child in another process group, one that
 # writes to a log of Ray's session; and what is not: another mark, a reader, another folder.
@@ -87,3 +89,23 @@ def test_the_reaper_ends_with_the_cluster(monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         os.close(pidfd)
         os.close(source)
+
+
+def test_what_a_session_of_tests_leaves_is_named_and_killed_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    ended = [sys.executable, "-c", "import time; time.sleep(0.3)"]
+    with subprocess.Popen(sleep) as other:
+        mark = uuid.uuid4().hex
+        with processes.marked(mark):
+            started = [subprocess.Popen(sleep), subprocess.Popen(ended)]
+        assert ray_reaper.MARK not in os.environ
+        with (tmp_path / "driver.log").open("w") as own:  # as this process has of its cluster
+            own.write("a line")
+            left = processes.end_left(mark, str(tmp_path), within_s=2.0)
+        assert left == [f"{started[0].pid}: {' '.join(sleep)}"]
+        assert [process.wait(30) for process in started] == [-signal.SIGKILL, 0]
+        assert other.poll() is None
+        other.kill()
+    assert processes.end_left(mark, str(tmp_path), within_s=0.0) == []
