@@ -7,6 +7,8 @@ once for all networks.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
@@ -51,6 +53,8 @@ from simclr_ray.nn.precision import Precision, best_device
 
 IN_MEMORY_BYTES: Final = 2**30  # features of more lie in a file
 CPUS_OF_AN_ACTOR: Final = 8  # decoding by more threads than that waits for one encoder
+
+log = logging.getLogger(__name__)
 
 
 class SplitFeatures(NamedTuple):
@@ -188,6 +192,19 @@ class _Extractor:
         }
 
 
+@functools.cache  # Ray prints it once a process as well
+def _explain_line_of_ray() -> None:
+    """Say what a line of Ray's own is, which looks like a fault in a run that has none.
+
+    Ray 2.60 writes it for any actors of Ray Data with restarts. What would silence it, its level
+    `fatal` for this process, would silence as well why a lost cluster has ended the process.
+    """
+    log.info(
+        "of Ray comes a line with an E, of constructor arguments in the object store: no fault, "
+        "they are kept"
+    )
+
+
 def stream(
     source: Source, pieces: Sequence[Int64s], encoding: Encoding, actors: Actors
 ) -> Iterator[pa.Table]:
@@ -205,9 +222,8 @@ def stream(
         DataError: A file cannot be read.
     """
     check_actors(actors.num, actors.cpus, actors.gpus, actors.label_selector)
-    # by a reference that this process keeps: Ray logs an error for a large argument given by
-    # value, since an actor that it restarts may lack it
-    kept = ray.put(encoding)
+    kept = ray.put(encoding)  # by this process until the end: an actor that Ray restarts needs it
+    _explain_line_of_ray()
     planned = ray.data.from_blocks(
         [pa.table({PIECE: [i], "rows": [rows.tolist()]}) for i, rows in enumerate(pieces)]
     )

@@ -48,12 +48,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("limit", [0, 30])
-def test_features_are_those_of_one_process(folder: Path, ray_cluster: str, limit: int) -> None:
+def test_features_are_those_of_one_process(
+    folder: Path, ray_cluster: str, limit: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "simclr_ray")
+    ray_features._explain_line_of_ray.cache_clear()
     torch.manual_seed(0)
     encoder = ResNet(10, 0.125, "strided")
     source = Source.open(str(folder / "bank.parquet"))
     split = load_split(source, 32, limit)
     found = extract(source, [encoder, RawPixelEncoder()], 32, TWO, limit=limit)
+    extract(source, [encoder], 32, TWO, limit=10)
+    assert caplog.text.count("of Ray comes a line with an E") == 1
     assert torch.equal(found.ids, split.ids)
     assert torch.equal(found.labels, split.labels)
     assert found.bad == split.bad
