@@ -26,9 +26,10 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import ray_logging, ray_reaper, ray_token
+from simclr_ray.distributed.machine_limits import check_fits
 from simclr_ray.distributed.malloc import one_arena
-from simclr_ray.distributed.placement import nodes, selectors_of, shown
-from simclr_ray.distributed.ray_address import check_answers
+from simclr_ray.distributed.placement import nodes
+from simclr_ray.distributed.ray_address import STARTED_HERE, check_answers, names_cluster
 from simclr_ray.errors import ClusterError, last_line, one_line
 
 # Each idle process of Ray takes 0.7 % of a core, and more for metrics that nobody reads here: those
@@ -41,7 +42,6 @@ QUIET = {
     "task_events_report_interval_ms": 0,
 }
 STARTS: Final = 2  # of a Ray on this machine, where the first fails
-WORKERS_PER_CORE = 4  # enough to try what many workers do; each takes memory of its own
 REMEDY: Final = (
     "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to that of the cluster "
     "(docs/cluster.md)"
@@ -49,7 +49,6 @@ REMEDY: Final = (
 _ADDRESS: Final = re.compile(r"auto|local|(\w+://)?\[?[\w.:-]+\]?:\d+")
 NAMESPACE: Final = "simclr-ray"  # of ours in Ray's GCS, which all jobs of a cluster read
 LOCAL: Final = "local"  # key there of a cluster that `connect` has started
-_started_here: set[str] = set()  # addresses of the local clusters of this process
 log = logging.getLogger(__name__)
 
 
@@ -114,14 +113,9 @@ def connect(
     )
     # Ray Train's helpers find the cluster by this, where several run on one machine
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    _started_here.add(os.environ["RAY_ADDRESS"])
+    STARTED_HERE.add(os.environ["RAY_ADDRESS"])
     internal_kv._internal_kv_put(LOCAL, "", namespace=NAMESPACE)
     log.info("Ray is up after %.0f s", time.monotonic() - began)
-
-
-def names_cluster() -> bool:
-    """Return whether `RAY_ADDRESS` names a cluster that this process has not started itself."""
-    return os.environ.get("RAY_ADDRESS", "") not in {"", *_started_here}
 
 
 def start_to_check() -> None:
@@ -291,7 +285,7 @@ def check_machine(experiment: Experiment | None, copies: int = 1) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
-    if address and address not in _started_here:
+    if address and address not in STARTED_HERE:
         if not _ADDRESS.fullmatch(address):
             raise ClusterError(
                 f"RAY_ADDRESS={address} is no address of a cluster; the form is HOST:PORT, "
@@ -299,52 +293,7 @@ def check_machine(experiment: Experiment | None, copies: int = 1) -> None:
             )
         _check_answers(address)
     elif experiment is not None:
-        _check_cores(experiment, copies)
-        _check_devices(experiment)
-
-
-def _check_cores(experiment: Experiment, copies: int) -> None:
-    """Raise `ClusterError` for far more processes than this machine has cores."""
-    cores, scaling = os.cpu_count() or 1, experiment.scaling
-    if copies * scaling.max_workers > WORKERS_PER_CORE * cores:
-        times = f"{copies} trials of " if copies > 1 else ""
-        raise ClusterError(
-            f"{times}scaling.num_workers={scaling.max_workers} on a machine of "
-            f"{counted(cores, 'core')}; more than {WORKERS_PER_CORE * cores} would wait for each "
-            "other (RAY_ADDRESS names a cluster)"
-        )
-    for key in ("cpus_per_worker", "cpus_per_data_actor"):
-        if getattr(scaling, key) > cores:
-            raise ClusterError(
-                f"scaling.{key}={getattr(scaling, key):g}, and this machine has "
-                f"{counted(cores, 'core')} (RAY_ADDRESS names a cluster)"
-            )
-
-
-def _check_devices(experiment: Experiment) -> None:
-    """Raise `ClusterError` for GPUs or labels that this machine does not have."""
-    scaling, evaluation = experiment.scaling, experiment.evaluation
-    for key, selector in selectors_of(scaling).items():
-        if selector:
-            raise ClusterError(
-                f"scaling.{key}={shown(selector)}: the cluster that is started on "
-                "this machine has no labels of your own (RAY_ADDRESS names a cluster)"
-            )
-    wanted = {
-        "scaling.gpus_per_worker": (scaling.gpus_per_worker, scaling.max_workers),
-        "evaluation.gpus_per_actor": (evaluation.gpus_per_actor, evaluation.num_actors),
-    }
-    if not any(each * times for each, times in wanted.values()):
-        return
-    import torch
-
-    there = torch.cuda.device_count()
-    for key, (each, times) in wanted.items():
-        if each * times > there:
-            raise ClusterError(
-                f"{key}={each:g} for {times} asks for {counted(math.ceil(each * times), 'GPU')}, "
-                f"and PyTorch sees {there or 'none'} on this machine (RAY_ADDRESS names a cluster)"
-            )
+        check_fits(experiment, copies)
 
 
 def is_local() -> bool:
@@ -354,7 +303,7 @@ def is_local() -> bool:
     Before Ray is connected, a process knows only of those that it has started.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    return _says_local(address) if ray.is_initialized() else address in _started_here
+    return _says_local(address) if ray.is_initialized() else address in STARTED_HERE
 
 
 @functools.cache  # one call a process: what is at an address stays what it is

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from simclr_ray.config.wording import MIB, counted
 from simclr_ray.distributed.malloc import machine_memory
+from simclr_ray.distributed.ray_address import names_cluster
 from simclr_ray.evaluation.scores import PIXELS, TRAINED, Score
 from simclr_ray.nn.build import build_loss
 from simclr_ray.train.resolve import ResolvedExperiment
@@ -113,8 +113,9 @@ def memory_advice(resolved: ResolvedExperiment, per_image: int, fixed: int) -> s
     if config.scaling.gpus_per_worker:
         if not torch.cuda.is_available():
             return ""  # that of another machine
-        here, where, sharing = torch.cuda.get_device_properties(0).total_memory, "the GPU", 1
-    elif "RAY_ADDRESS" in os.environ:
+        here, where = torch.cuda.get_device_properties(0).total_memory, "the GPU"
+        sharing = min(workers, max(1, int(1 / config.scaling.gpus_per_worker)))  # of one GPU
+    elif names_cluster():
         return ""
     else:
         here, where, sharing = machine_memory(), "this machine", workers

@@ -15,6 +15,9 @@ from simclr_ray.config.wording import MIB, counted
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.image_groups import groups_line
 from simclr_ray.data.slices import joined_groups
+from simclr_ray.distributed.machine_limits import check_fits
+from simclr_ray.distributed.ray_address import names_cluster
+from simclr_ray.errors import ClusterError
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES, unusable_gpu
@@ -86,11 +89,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
             f"{experiment.num_groups} groups of {experiment.batch_norm.group_size:,} images "
             "a step, each passed forward twice"
         )
-    cores, workers = os.cpu_count() or 1, experiment.scaling.max_workers
-    if workers > cores and not os.environ.get("RAY_ADDRESS"):
-        rows["workers"] = (
-            f"{workers} share the {counted(cores, 'core')} of this machine: slower than {cores}"
-        )
+    rows |= _of_this_machine(experiment)
     per_image = memory.activations // max(memory.images, 1)
     notes = advise_before_start(resolved)
     notes += filter(None, [memory_advice(resolved, per_image, memory.weights + memory.loss)])
@@ -99,7 +98,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
 
 def device_line(scaling: ScalingConfig) -> str:
     """Return what a worker computes on; the CPU of a machine whose GPU torch cannot use is said."""
-    is_here = not os.environ.get("RAY_ADDRESS")
+    is_here = not names_cluster()
     problem, there = unusable_gpu() if is_here else "", torch.cuda.device_count()
     if scaling.gpus_per_worker:
         line = f"GPU, {scaling.gpus_per_worker:g} a worker"
@@ -110,6 +109,23 @@ def device_line(scaling: ScalingConfig) -> str:
             "them, or scaling.gpus_per_worker=1"
         )
     return f"CPU; {problem}" if problem else "CPU"
+
+
+def _of_this_machine(experiment: Experiment) -> dict[str, str]:
+    """Return what this machine makes slow or refuses, where the run is to be on it."""
+    if names_cluster() or experiment.init.freeze:
+        return {}
+    rows, scaling, cores = {}, experiment.scaling, os.cpu_count() or 1
+    if scaling.max_workers > cores and not scaling.gpus_per_worker:
+        rows["workers"] = (
+            f"{scaling.max_workers} share the {counted(cores, 'core')} of this machine: slower "
+            f"than {cores}"
+        )
+    try:
+        check_fits(experiment)
+    except ClusterError as error:
+        rows["refused"] = f"a run here would end at once: {error}"
+    return rows
 
 
 def _local_batch(experiment: Experiment, workers: int) -> str:

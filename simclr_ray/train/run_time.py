@@ -10,6 +10,7 @@ import torch
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import clock, counted
 from simclr_ray.distributed.malloc import machine_memory
+from simclr_ray.distributed.ray_address import names_cluster
 from simclr_ray.errors import RunError, one_line
 from simclr_ray.evaluation.cost import ENCODED, OnlineSeconds, online_seconds
 from simclr_ray.storage.run_status import newest_whole_step
@@ -113,7 +114,7 @@ def speedup(experiment: Experiment) -> float:
     workers = scaling.max_workers
     if scaling.gpus_per_worker:
         return workers * min(1.0, scaling.gpus_per_worker)
-    if os.environ.get("RAY_ADDRESS"):
+    if names_cluster():
         return float(workers)
     cores = os.cpu_count() or 1
     return max(1.0, min(workers, cores / threads_of(experiment)))
@@ -142,6 +143,6 @@ def _of_workers(experiment: Experiment) -> str:
     if workers == 1:
         return ""
     fast = TIMES.get(times, f"{times:g} times as fast")
-    where = " on machines like this" if os.environ.get("RAY_ADDRESS") else ""
+    where = " on machines like this" if names_cluster() else ""
     fewer = "; fewer take longer" if scaling.is_elastic else ""
     return f"; {workers} workers{where} are taken to be {fast}{fewer}"

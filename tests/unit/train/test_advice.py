@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from simclr_ray import config as cfg
@@ -105,6 +107,20 @@ def test_a_step_that_does_not_fit_names_the_largest_group_that_does(
         "a step takes 2,100 MiB and this machine has 1,000: batch_norm.group_size=25 fits"
     )
     assert "no group fits" in advice.memory_advice(run, 2000 * MIB, 100 * MIB)
+
+
+def test_workers_that_share_a_gpu_share_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(total_memory=1000 * MIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    halves = {"num_workers": 2, "gpus_per_worker": 0.5}
+    shared = resolved(tmp_path, epochs=30, scaling=halves)
+    line = advice.memory_advice(shared, 10 * MIB, 100 * MIB)  # 50 images on each of the two
+    assert line.startswith("a step takes 1,200 MiB and the GPU has 1,000: ")
+    alone = resolved(tmp_path, epochs=30, scaling={"num_workers": 2, "gpus_per_worker": 1})
+    assert advice.memory_advice(alone, 10 * MIB, 100 * MIB) == ""
 
 
 def test_the_first_images_of_folders_of_classes_are_not_all_classes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from simclr_ray.cli.dataset import _dataset_rows
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.description import describe_columns
 from simclr_ray.data.source import Source
+from simclr_ray.distributed import ray_address
 from simclr_ray.errors import DataError
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.precision import DTYPES
@@ -134,6 +136,54 @@ def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
     assert rows["loss without learning"] == f"{np.log(191):.4f} = ln(2N-1)"
     assert rows["parameters"] == f"{num_parameters(e) / 1e6:.2f} M"
     assert "note" not in rows
+
+
+@pytest.mark.parametrize(
+    ("scaling", "refused"),
+    [
+        ({"num_workers": 2}, ""),
+        (
+            {"gpus_per_worker": 1},
+            "scaling.gpus_per_worker=1 for 1 asks for 1 GPU, and PyTorch sees none on this machine",
+        ),
+        ({"num_workers": 17}, "scaling.num_workers=17 on a machine of 4 cores; more than 16 would"),
+        ({"cpus_per_worker": 8}, "scaling.cpus_per_worker=8, and this machine has 4 cores"),
+        (
+            {"data_label_selector": {"role": "data"}},
+            "scaling.data_label_selector=role: data: the cluster that is started on this machine",
+        ),
+    ],
+)
+def test_what_this_machine_would_refuse_is_told_beforehand(
+    scaling: dict[str, Any], refused: str, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run = ResolvedExperiment(experiment(batch_size=64, scaling=scaling), source)
+    rows = derived(run)
+    assert ("refused" in rows) == bool(refused)
+    if refused:
+        assert rows["refused"].startswith(f"a run here would end at once: {refused}")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # which has what it has
+    assert "refused" not in derived(run)
+    monkeypatch.setattr(ray_address, "STARTED_HERE", {"10.0.0.1:6379"})  # this machine's own
+    assert derived(run) == rows
+
+
+def test_workers_share_cores_where_they_compute_on_them(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    scaling: dict[str, Any] = {"num_workers": 4}
+    rows = derived(ResolvedExperiment(experiment(batch_size=64, scaling=scaling), source))
+    assert rows["workers"] == "4 share the 2 cores of this machine: slower than 2"
+    scaling["gpus_per_worker"] = 1
+    rows = derived(ResolvedExperiment(experiment(batch_size=64, scaling=scaling), source))
+    assert "workers" not in rows
+    assert "refused" not in rows
 
 
 def test_a_warm_up_as_long_as_the_run_is_noted(source: Source) -> None:

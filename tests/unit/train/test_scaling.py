@@ -11,7 +11,8 @@ import torch
 from simclr_ray import config as cfg
 from simclr_ray.cli.cluster import planned_run
 from simclr_ray.config.experiment import Experiment
-from simclr_ray.distributed import ray_cluster
+from simclr_ray.distributed import ray_address
+from simclr_ray.distributed.machine_limits import check_fits
 from simclr_ray.errors import ConfigError
 from simclr_ray.nn.precision import unusable_gpu
 from simclr_ray.studies.files import load_study
@@ -96,12 +97,42 @@ def test_what_is_given_beside_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_scaling(resolve_scaling(given)) == resolve_scaling(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "workers", "on", "device"),
+    [
+        (1, 4, "4 GPUs", "GPU, 1 a worker"),
+        (2, 2, "4 GPUs", "GPU, 2 a worker"),
+        (0.5, 8, "4 GPUs", "GPU, 0.5 a worker"),
+        (0, 1, "32 CPUs", "CPU; this machine's 4 GPUs will idle"),
+    ],
+)
+def test_gpus_of_a_worker_that_are_given_decide_how_many_there_are(
+    given: float,
+    workers: int,
+    on: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("simclr_ray.train.scaling.unusable_gpu", lambda: "")
+    monkeypatch.setattr("simclr_ray.train.dry_run.unusable_gpu", lambda: "")
+    machine(monkeypatch, 4, 32)
+    caplog.set_level("INFO", "simclr_ray")
+    made = resolve_scaling(Experiment.load("photos_gpu", f"scaling.gpus_per_worker={given}"))
+    assert made.scaling.max_workers == workers
+    assert made.scaling.num_gpus <= 4
+    assert made.scaling.num_cpus <= 32
+    assert caplog.messages[0].endswith(f" on {on} of this machine")
+    assert device_line(made.scaling).startswith(device)
+    check_fits(made)  # and the run is not refused
+
+
 def test_a_ray_that_this_process_has_started_is_this_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine(monkeypatch, 0, 4)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1234")
-    monkeypatch.setattr(ray_cluster, "_started_here", {"127.0.0.1:1234"})
+    monkeypatch.setattr(ray_address, "STARTED_HERE", {"127.0.0.1:1234"})
     assert resolve_scaling(Experiment.load("photos_gpu")).scaling.num_workers == 1
 
 
