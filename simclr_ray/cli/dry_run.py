@@ -46,7 +46,8 @@ def show_time(resolved: ResolvedExperiment, *, is_anew: bool = False) -> None:
         resolved: The run.
         is_anew: It is to begin again, whatever its checkpoints hold.
     """
-    from simclr_ray.train.run_time import time_rows
+    from simclr_ray.train.run_time import time_rows, untimed
 
-    say("timing some steps on this machine ...")
+    if not untimed(resolved.config):
+        say("timing some steps on this machine ...")
     show_pairs(time_rows(resolved, is_anew=is_anew))

@@ -58,10 +58,8 @@ def time_rows(resolved: ResolvedExperiment, *, is_anew: bool = False) -> dict[st
         RunError: A step does not fit into memory.
     """
     config = resolved.config
-    if config.init.freeze:
-        return {"time": FROZEN}
-    if config.scaling.gpus_per_worker and not torch.cuda.is_available():
-        return {"time": NO_GPU}
+    if obstacle := untimed(config):
+        return {"time": obstacle}
     try:
         timed = step_seconds(resolved, images_that_fit(config))
         image_s = timed.image_s(config.scaling)
@@ -82,6 +80,15 @@ def time_rows(resolved: ResolvedExperiment, *, is_anew: bool = False) -> dict[st
         f"{counted(timed.steps, 'step')} of {timed.images:,} images, as busy as this machine is"
         f"{_of_workers(config)}",
     }
+
+
+def untimed(experiment: Experiment) -> str:
+    """Return why no step of an experiment can be timed here; empty: it can."""
+    if experiment.init.freeze:
+        return FROZEN
+    if experiment.scaling.gpus_per_worker and not torch.cuda.is_available():
+        return NO_GPU
+    return ""
 
 
 def run_seconds(

@@ -167,6 +167,9 @@ def test_what_cannot_be_timed_is_said(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     rows = run_time.time_rows(resolved(folder, scaling={"gpus_per_worker": 1}))
     assert rows == {"time": run_time.NO_GPU}
+    frozen = resolved(folder).config
+    frozen = frozen.model_copy(update={"init": frozen.init.model_copy(update={"freeze": True})})
+    assert run_time.untimed(frozen) == run_time.FROZEN
 
     def too_large(*_: object) -> StepSeconds:
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
