@@ -25,8 +25,8 @@ def resolve_scaling(experiment: Experiment) -> Experiment:
     """Return the experiment with a number of workers: one a GPU of this machine, else one.
 
     Where `gpus_per_worker` is given, as many as the GPUs are enough for. Decode actors share the
-    CPUs that workers leave, up to eight a GPU. What is given beside `auto` stays. What it computes
-    is the same for any number.
+    CPUs that workers leave, up to eight a GPU. What is given beside `auto` stays, unless it is the
+    default. What it computes is the same for any number.
 
     Raises:
         ConfigError: It is to run on a cluster, of which this machine says nothing.
@@ -42,7 +42,7 @@ def resolve_scaling(experiment: Experiment) -> Experiment:
         raise ConfigError.of(KEY, problem)
     num_gpus, num_cpus = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     made = of_machine(scaling, num_gpus, num_cpus)
-    on = counted(num_gpus, "GPU") if num_gpus and made.gpus_per_worker else counted(num_cpus, "CPU")
+    on = counted(num_gpus, "GPU") if num_gpus else counted(num_cpus, "CPU")
     log.info("%s on %s of this machine", counted(made.max_workers, "worker"), on)
     if problem := unusable_gpu():
         log.warning("%s", problem)
@@ -51,19 +51,21 @@ def resolve_scaling(experiment: Experiment) -> Experiment:
 
 def of_machine(scaling: ScalingConfig, num_gpus: int, num_cpus: int) -> ScalingConfig:
     """Return the numbers of a machine, where `scaling` gives none itself."""
-    given = scaling.gpus_per_worker if "gpus_per_worker" in scaling.model_fields_set else 1.0
-    if not (num_gpus and given):
+    if not num_gpus:
         return scaling.model_copy(update={"num_workers": 1})
-    num_workers = max(1, int(num_gpus / given))
+    num_workers = max(1, int(num_gpus / (scaling.gpus_per_worker or 1.0)))
     of_worker = num_cpus / num_workers
     values: dict[str, Any] = {
         "gpus_per_worker": 1.0,
         "cpus_per_worker": min(1.0, of_worker / 2),
         "data_actors_per_worker": int(min(MOST_DATA_ACTORS, max(1.0, of_worker - 1))),
     }
-    values = {key: value for key, value in values.items() if key not in scaling.model_fields_set}
+    # a config that was written whole (`simclr-ray config`) has every key, and gives none by that
+    usual = ScalingConfig()
+    own = {key for key in scaling.model_fields_set if getattr(scaling, key) != getattr(usual, key)}
+    values = {key: value for key, value in values.items() if key not in own}
     made = scaling.model_copy(update={"num_workers": num_workers, **values})
-    if "cpus_per_data_actor" in scaling.model_fields_set:
+    if "cpus_per_data_actor" in own:
         return made
     left = max(of_worker - made.cpus_per_worker, of_worker / 2)
     each = min(1.0, left / made.data_actors_per_worker)

@@ -103,7 +103,7 @@ def test_what_is_given_beside_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, 4, "4 GPUs", "GPU, 1 a worker"),
         (2, 2, "4 GPUs", "GPU, 2 a worker"),
         (0.5, 8, "4 GPUs", "GPU, 0.5 a worker"),
-        (0, 1, "32 CPUs", "CPU; this machine's 4 GPUs will idle"),
+        (0, 4, "4 GPUs", "GPU, 1 a worker"),  # the default, which a config in a file has
     ],
 )
 def test_gpus_of_a_worker_that_are_given_decide_how_many_there_are(
@@ -125,6 +125,17 @@ def test_gpus_of_a_worker_that_are_given_decide_how_many_there_are(
     assert caplog.messages[0].endswith(f" on {on} of this machine")
     assert device_line(made.scaling).startswith(device)
     check_fits(made)  # and the run is not refused
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_a_config_that_was_written_to_a_file_is_on_the_same_device(
+    gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, gpus, 16)
+    preset = Experiment.load("photos_gpu")
+    written = cfg.validate(Experiment, cfg.to_tree(preset))  # as `simclr-ray config` prints it
+    assert resolve_scaling(written).scaling == resolve_scaling(preset).scaling
+    assert resolve_scaling(written).scaling.num_gpus == gpus
 
 
 def test_a_ray_that_this_process_has_started_is_this_machine(
