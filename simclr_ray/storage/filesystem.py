@@ -261,13 +261,37 @@ def make_parent(uri: str) -> None:
 
 def write_text_whole(fs: pafs.FileSystem, path: str, text: str) -> None:
     """Write a text file that appears whole or not at all; it holds no password of a URI."""
-    text = hide_passwords(text)
+    write_whole(fs, path, hide_passwords(text).encode())
+
+
+def write_whole(fs: pafs.FileSystem, path: str, data: bytes) -> None:
+    """Write a file that appears whole or not at all; of what is larger see `open_large`."""
     if not is_local(fs):  # in one request: nothing of it can fail halfway
         with fs.open_output_stream(path) as stream:
-            stream.write(text.encode())
+            stream.write(data)
         return
     with open_whole(fs, path) as stream:
-        stream.write(text.encode())
+        stream.write(data)
+
+
+def read_file(fs: pafs.FileSystem, path: str, *, start: int = 0, last: int = 0) -> bytes | None:
+    """Return the content of a file, or None where there is none.
+
+    Args:
+        fs: Where it lies.
+        path: On it.
+        start: Bytes to pass over.
+        last: Bytes of the end that are wanted; 0: all.
+    """
+    try:
+        opened = fs.open_input_file if start or last else fs.open_input_stream
+        with opened(path) as stream:
+            if start or last:
+                stream.seek(max(start, stream.size() - last if last else 0))
+            data: bytes = stream.read()
+    except FileNotFoundError:
+        return None
+    return data
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@
     experiment.yaml  run.json           what is run, and where it is tracked
     metrics.jsonl  bad_rows.jsonl       what training said
     other_metrics.jsonl                 of the machine, and of the evaluation at the end
+    metrics.jsonl.pieces/               in a bucket, what is not in the file (`log_pieces`)
     rollbacks.json                      how often it went back by itself, and why
     delivered.json                      how much of that MLflow has, and what it is owed
     scores.json  views.png  curves.png  of the evaluation at the end
@@ -49,11 +50,13 @@ from simclr_ray.storage.filesystem import (
     move_in_bucket,
     open_large,
     open_whole,
+    read_file,
     remove_file,
     remove_half_written,
     split_address,
     write_text_whole,
 )
+from simclr_ray.storage.log_pieces import BucketLog
 from simclr_ray.storage.scratch import scratch_folder
 from simclr_ray.storage.space import bytes_in, writing
 
@@ -124,16 +127,10 @@ class RunFolder:
 
     def read_bytes(self, name: str, last: int = 0) -> bytes | None:
         """Return the content of a file, its `last` bytes unless 0, or None where there is none."""
+        if name in LOGS and self.local is None:
+            return BucketLog.at(self.below(name)).read(last)
         files, root = self._open()
-        try:
-            opened = files.open_input_file if last else files.open_input_stream
-            with opened(f"{root}/{name}") as stream:
-                if last:
-                    stream.seek(max(0, stream.size() - last))
-                data: bytes = stream.read()
-        except FileNotFoundError:
-            return None
-        return data
+        return read_file(files, f"{root}/{name}", last=last)
 
     def read_json(self, name: str, kind: type[JsonT]) -> JsonT | None:
         """Return what a JSON file holds, or None where there is none.
@@ -396,4 +393,5 @@ class RunFolder:
 
 
 METRICS, OTHER_METRICS, BAD_ROWS = "metrics.jsonl", "other_metrics.jsonl", "bad_rows.jsonl"
+LOGS = (METRICS, OTHER_METRICS, BAD_ROWS)
 RUN_FILE, CONFIG_FILE = "run.json", moves.CONFIG_FILE

@@ -77,8 +77,8 @@ class RunMonitor(RunRecorder):
     def _take_what_came(self, *, last: bool) -> None:
         """Take what has come; where that took long, what came meanwhile too.
 
-        A terminal that is stopped, or an upload, may hold this thread for minutes: ranks that told
-        of themselves all the while are not silent.
+        A terminal that is stopped, or a disk, may hold this thread for minutes: ranks that told of
+        themselves all the while are not silent.
         """
         items, began = self._drain() if last else self._arrived(), time.monotonic()
         self.take_all(items)
