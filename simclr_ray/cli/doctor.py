@@ -27,7 +27,9 @@ from simclr_ray.config.findings import Finding, Findings, detail_of
 from simclr_ray.config.imports import allow
 from simclr_ray.config.uris import hide_passwords
 from simclr_ray.errors import ClusterError, ConfigError, TrackingError
+from simclr_ray.nn.precision import gpus_seen
 from simclr_ray.tracking.runs import Tracker
+from simclr_ray.tracking.system_metrics import Gpus, gpu_metrics_problem
 
 MOST: Final = 4  # processes of the gradient check, all on this machine; more show nothing new
 PARITY_BOUND: Final = 1e-9  # float64; rounding alone gives some 1e-13 (design, load-bearing 3)
@@ -59,7 +61,7 @@ def run_checks(
     checks: Checks = {
         "versions": check_versions,
         "machine": check_machine,
-        "device": check_device,
+        "device": lambda: [*check_device(), *check_gpu_metrics(gpus_seen())],
         "storage": lambda: until_answered({"storage": lambda: [check_storage(storage)]}, WAIT_S),
         "auth": lambda: [check_auth(os.environ)],
         # a storage that does not answer here is not waited for on other nodes
@@ -116,6 +118,17 @@ def check_storage(storage: str) -> Finding:
         advice = "choose another `storage=`: this one does not keep what is written"
         return Finding("storage", "fail", f"{storage}: read back something else", advice)
     return Finding("storage", "ok", f"{storage}: write, rename, read and delete work")
+
+
+def check_gpu_metrics(gpus: Gpus) -> Findings:
+    """Return whether a run logs use, memory and power of the GPUs that torch sees, if any."""
+    if not gpus:
+        return []
+    problem = gpu_metrics_problem(gpus)
+    if not problem:
+        return [Finding("GPU metrics", "ok", f"of {gpus} GPUs, with MLflow's system metrics")]
+    detail, _, advice = problem.partition("; ")
+    return [Finding("GPU metrics", "warn", f"none: {detail}", advice or "look at the driver")]
 
 
 def check_auth(environment: Mapping[str, str]) -> Finding:

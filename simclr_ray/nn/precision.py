@@ -21,6 +21,13 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def gpus_seen() -> Literal["", "NVIDIA", "AMD"]:
+    """Return whose GPUs torch sees on this machine; empty: none."""
+    if not torch.cuda.device_count():
+        return ""
+    return "AMD" if torch.version.hip else "NVIDIA"
+
+
 def unusable_gpu(devices: Path = Path("/dev")) -> str:
     """Return why torch sees no GPU of a machine that has some; empty: it has none, or sees them.
 

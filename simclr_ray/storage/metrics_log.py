@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 TIME = "time"  # of a record, in seconds since 1970
 FIRST_BATCH = "start/first_batch_s"  # logged once at each start, the first and every other
 RECENT_S = 1800.0  # that the pace of a run is taken from: an evaluation more or less counts little
-TAIL_BYTES = 2**16  # of a log, which hold its last record
+TAIL_BYTES = 2**16  # of a log, which hold its last record as a rule
 log = logging.getLogger(__name__)
 
 
@@ -48,16 +48,27 @@ def read_records(lines: str) -> list[dict[str, Any]]:
     return records
 
 
-def newest_record(path: Path) -> dict[str, Any]:
-    """Return the last whole record of a local log; empty: there is none in its last 64 KiB."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            tail = file.read()
-    except FileNotFoundError:
-        return {}
-    records = read_records(tail.decode(errors="replace"))
-    return records[-1] if records else {}
+def newest_record(path: Path, prefix: str = "") -> dict[str, Any]:
+    """Return the last whole record of a local log, read from its end; empty: there is none.
+
+    Args:
+        path: Of the log.
+        prefix: Of a name that the record has to have.
+    """
+    tail_bytes = TAIL_BYTES
+    while True:
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - tail_bytes))
+                tail = file.read()
+        except FileNotFoundError:
+            return {}
+        records = reversed(read_records(tail.decode(errors="replace")))
+        newest = next((r for r in records if any(key.startswith(prefix) for key in r)), None)
+        if newest is not None or tail_bytes >= size:
+            return newest or {}
+        tail_bytes *= 16
 
 
 def last_values(lines: str) -> dict[str, float]:

@@ -24,7 +24,7 @@ from simclr_ray.errors import (
     TrackingUnavailableError,
 )
 from simclr_ray.storage.lease import is_lost
-from simclr_ray.storage.metrics_log import TIME
+from simclr_ray.storage.metrics_log import TIME, newest_record
 from simclr_ray.storage.removal import remove_unlocked
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, OTHER_METRICS, RunFolder
 from simclr_ray.storage.run_record import RunRecord
@@ -273,13 +273,14 @@ def _machine(experiment: Experiment, run_log: RunLog, sender: Sender) -> Iterato
         yield
         return
 
+    from simclr_ray.nn.precision import gpus_seen  # which imports torch
+
     def append(record: dict[str, float]) -> None:
         run_log.append(OTHER_METRICS, record)
         sender.wake()
 
-    system = [r for r in run_log.records(OTHER_METRICS) if any("system/" in key for key in r)]
-    first = int(system[-1].get("step", -1)) + 1 if system else 0
-    with system_metrics(append, first):
+    newest = newest_record(run_log.path / OTHER_METRICS, "system/")
+    with system_metrics(append, int(newest.get("step", -1)) + 1, gpus=gpus_seen()):
         yield
 
 

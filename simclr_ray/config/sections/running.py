@@ -272,7 +272,7 @@ class TrackingConfig(Config):
     )
     log_every_steps: int = Field(10, ge=1, description="Steps between reports of a loss.")
     system_metrics: bool = Field(
-        default=True, description="Log use of CPU, memory, GPU and network."
+        default=True, description="Log use of CPU, memory, GPU and network, once a minute."
     )
 
 

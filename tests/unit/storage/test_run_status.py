@@ -14,7 +14,15 @@ import pytest
 from simclr_ray.errors import DivergedError, RunError
 from simclr_ray.storage.checkpoint import RECORD
 from simclr_ray.storage.last_error import ERROR, RESTART, LastError, recorded
-from simclr_ray.storage.metrics_log import FIRST_BATCH, RECENT_S, read_series, seconds_left
+from simclr_ray.storage.metrics_log import (
+    FIRST_BATCH,
+    RECENT_S,
+    TAIL_BYTES,
+    append_record,
+    newest_record,
+    read_series,
+    seconds_left,
+)
 from simclr_ray.storage.rank_states import RANKS, RankState, RankStates
 from simclr_ray.storage.run_folder import CONFIG_FILE, METRICS, RunFolder
 from simclr_ray.storage.run_status import LOG_BYTES, status_of_run
@@ -213,3 +221,16 @@ def test_of_a_long_log_the_end_is_read(folder: RunFolder) -> None:
     assert len(text) == 100
     assert (folder.read_text(METRICS) or "").endswith(text)
     assert folder.read_text(CONFIG_FILE, 10**6) == "name: small\n"
+
+
+def test_the_newest_record_of_a_kind_is_read_from_the_end_however_far(tmp_path: Path) -> None:
+    log = tmp_path / "other_metrics.jsonl"
+    assert newest_record(log) == {}
+    append_record(log, {"step": 6, "system/cpu": 1.0})
+    append_record(log, {"step": 7, "system/cpu": 1.0})
+    for step in range(2000):
+        append_record(log, {"step": step, "final/knn_top1": 0.5, "final/linear_top1": 0.25})
+    assert log.stat().st_size > 2 * TAIL_BYTES
+    assert newest_record(log)["step"] == 1999
+    assert newest_record(log, "system/")["step"] == 7
+    assert newest_record(log, "gpu/") == {}

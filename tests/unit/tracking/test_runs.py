@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import pickle
 import socket
@@ -18,7 +17,6 @@ from simclr_ray.config.experiment import TrackingConfig
 from simclr_ray.errors import ConfigError, TrackingError, TrackingUnavailableError
 from simclr_ray.tracking import store as mlflow_store
 from simclr_ray.tracking.runs import TrackedRun, Tracker
-from simclr_ray.tracking.system_metrics import system_metrics
 
 
 @pytest.fixture(scope="module")
@@ -196,29 +194,6 @@ def test_a_run_can_be_pickled_and_goes_on_where_it_is_unpickled(
     copy.log_metrics({"loss": 9.0}, 0)
     copy.log_metrics({"loss": 0.5}, 1)
     assert points(client, run, "loss") == [(0, 1.0), (1, 0.5)]
-
-
-def test_watching_the_system_never_stops_what_is_watched(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    records: list[dict[str, float]] = []
-    with system_metrics(records.append, 7, interval_s=0.05):
-        deadline = time.monotonic() + 20
-        while len(records) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert [record["step"] for record in records[:2]] == [7, 8]
-    assert records[0].keys() >= {"system/cpu_utilization_percentage"}
-
-    def full(_: object) -> None:
-        raise OSError("no space left")
-
-    with caplog.at_level(logging.WARNING), system_metrics(full, interval_s=0.05):
-        deadline = time.monotonic() + 20
-        while not caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
-    with pytest.raises(ZeroDivisionError), system_metrics(records.append):
-        raise ZeroDivisionError
-    assert "no more system metrics: no space left" in caplog.text
 
 
 def test_a_server_that_is_not_there_is_reported_in_one_sentence_within_seconds(
