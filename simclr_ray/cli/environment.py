@@ -5,13 +5,10 @@ Nothing here needs Ray or MLflow. `doctor.py` adds the cluster.
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
 import time
 from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -22,7 +19,7 @@ from torch import nn
 from simclr_ray.augment import native
 from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.config.wording import GIB
-from simclr_ray.distributed.malloc import machine_memory
+from simclr_ray.distributed.machine import cores, free_shared_memory, machine_memory
 from simclr_ray.nn.precision import unusable_gpu
 from simclr_ray.storage.provenance import version_of
 
@@ -67,21 +64,18 @@ def compare_versions(requires: Iterable[str], python: str) -> Findings:
 
 def check_machine() -> Findings:
     """Return findings on cores, memory and shared memory."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    there = cores()
     few = "decode and training will share one core; use a machine with two or more"
-    findings = [Finding("cores", *(("ok", f"{cores}") if cores > 1 else ("warn", "1", few)))]
+    findings = [Finding("cores", *(("ok", f"{there}") if there > 1 else ("warn", "1", few)))]
     memory = memory_gib()
     little = "keep batch_size, data.cache_gib and scaling.num_workers small, or add memory"
     findings.append(_at_least("memory", memory, 4.0, little))
-    shared = Path("/dev/shm")  # nosec B108 # noqa: S108 - looked at only
-    if shared.is_dir():
-        free = shutil.disk_usage(shared).free / GIB
+    free = free_shared_memory()
+    if free is not None:
         advice = (
             "give the container more, for instance --shm-size=4g: Ray's objects go to disk else"
         )
-        findings.append(_at_least("shared memory", free, 1.0, advice))
+        findings.append(_at_least("shared memory", free / GIB, 1.0, advice))
     return findings
 
 

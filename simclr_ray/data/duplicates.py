@@ -15,7 +15,6 @@ images, 40 minutes for 1 million. CIFAR-10, 50,000 images against 10,000, takes 
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from scipy.sparse.csgraph import connected_components
 from simclr_ray.augment.decode import Pixels
 from simclr_ray.data.alignment import GRAY, SIDE, are_copies
 from simclr_ray.data.arrays import Float32s, Int64s
+from simclr_ray.distributed.machine import cores
 
 OnPairs = Callable[[int, int], None]
 
@@ -98,7 +98,7 @@ def near_copies(
     """
     descriptors = _descriptors(thumbnails)
     pairs, misfits, num_crowded = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)], 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
 
         def compared(some: Int64s) -> tuple[Int64s, Float32s]:
             first, second = some.T

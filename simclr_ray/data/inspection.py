@@ -7,7 +7,6 @@ there stays its thumbnail, its size and two digests.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from simclr_ray.data.duplicates import flat, linked, near_copies, same_digests, 
 from simclr_ray.data.sample import Sample
 from simclr_ray.data.source import Source
 from simclr_ray.data.tables import RowTable
+from simclr_ray.distributed.machine import cores
 
 DIGEST_BYTES = 16  # 1e9 images collide with a chance of 1e-21
 RGB = ("red", "green", "blue")
@@ -221,7 +221,7 @@ def look(source: Source, decoder: ImageDecoder, tell: OnStage, name: str = "") -
     unusable: defaultdict[str, list[int]] = defaultdict(list)
     pixels, encoded = [b""] * m, [b""] * m
     paths: list[str | None] = [None] * m
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for first, table in ahead(_groups(source), 1):
             rows = range(first, first + len(table.images))
             ids[first : rows.stop] = table.ids

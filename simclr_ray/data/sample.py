@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import numpy as np
 from simclr_ray.augment.decode import ImageDecoder, ImageError, channels_in
 from simclr_ray.config.wording import counted
 from simclr_ray.data.source import Source
+from simclr_ray.distributed.machine import cores
 from simclr_ray.errors import DataError
 
 SAMPLED_GROUPS: Final = 4
@@ -120,7 +120,7 @@ def _decoded(
     """Return how many images were decoded in time, what is wrong with some, how many have pages."""
     num, problems, num_crowded = 0, Counter[_Problem](), 0
     begin = time.monotonic()
-    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(AT_ONCE, cores())) as pool:
         for place, (_, images) in enumerate(sample, start=1):
             for first in range(0, len(images), AT_ONCE):
                 few = images[first : first + AT_ONCE]

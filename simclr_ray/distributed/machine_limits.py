@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Final
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
+from simclr_ray.distributed.machine import cores
 from simclr_ray.errors import ClusterError
 
 WORKERS_PER_CORE: Final = 4  # enough to try what many workers do; each takes memory of its own
@@ -26,19 +26,19 @@ def check_fits(experiment: Experiment, copies: int = 1) -> None:
 
 def _check_cores(experiment: Experiment, copies: int) -> None:
     """Raise `ClusterError` for far more processes than this machine has cores."""
-    cores, scaling = os.cpu_count() or 1, experiment.scaling
-    if copies * scaling.max_workers > WORKERS_PER_CORE * cores:
+    there, scaling = cores(), experiment.scaling
+    if copies * scaling.max_workers > WORKERS_PER_CORE * there:
         times = f"{copies} trials of " if copies > 1 else ""
         raise ClusterError(
             f"{times}scaling.num_workers={scaling.max_workers} on a machine of "
-            f"{counted(cores, 'core')}; more than {WORKERS_PER_CORE * cores} would wait for each "
+            f"{counted(there, 'core')}; more than {WORKERS_PER_CORE * there} would wait for each "
             "other (RAY_ADDRESS names a cluster)"
         )
     for key in ("cpus_per_worker", "cpus_per_data_actor"):
-        if getattr(scaling, key) > cores:
+        if getattr(scaling, key) > there:
             raise ClusterError(
                 f"scaling.{key}={getattr(scaling, key):g}, and this machine has "
-                f"{counted(cores, 'core')} (RAY_ADDRESS names a cluster)"
+                f"{counted(there, 'core')} (RAY_ADDRESS names a cluster)"
             )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from pathlib import Path
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -41,11 +40,3 @@ def keep_freed_memory() -> bool:
         mallopt(M_TOP_PAD, 64 * 2**20),
     ]
     return all(results)
-
-
-def machine_memory() -> int:
-    """Return the bytes of memory that this process may use: the machine's or its container's."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    return min(whole, int(text)) if text.isdigit() else whole

@@ -26,6 +26,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.imports import EVERYTHING, PERMISSION, imports_in, runtime_env
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed import ray_logging, ray_reaper, ray_token
+from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.machine_limits import check_fits
 from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.placement import nodes
@@ -103,7 +104,7 @@ def connect(
     ray_token.create()
     _start(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),
+        num_cpus=max(cores(), math.ceil(wanted) + 1),
         object_store_memory=2**30,
         runtime_env=code,
         include_dashboard=False,  # five processes; MLflow and the terminal show the run

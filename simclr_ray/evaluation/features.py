@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Final, NamedTuple, TypeVar
@@ -24,6 +23,7 @@ from simclr_ray.data.arrays import Int64s
 from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.data.source import Source
 from simclr_ray.data.tables import RowTable
+from simclr_ray.distributed.machine import cores
 from simclr_ray.errors import DataError
 from simclr_ray.evaluation.decoded import DECODED
 from simclr_ray.evaluation.feature_file import FeatureRows
@@ -184,7 +184,7 @@ def extract_features(
     }
     parts: list[Tensor] = []
     if device.type == "cpu":
-        batch_size = min(batch_size, CPU_BATCH * torch.get_num_threads())
+        batch_size = min(batch_size, CPU_BATCH * keep_within_cores())
     with evaluating(encoder), autocast(device, precision):
         for part in [images] if isinstance(images, Tensor) else images:
             for batch in part.split(batch_size):
@@ -193,6 +193,17 @@ def extract_features(
     if not parts:
         raise ValueError("there are no images")
     return torch.cat(parts)
+
+
+def keep_within_cores() -> int:
+    """Have torch use no more threads than there are cores; return how many it uses.
+
+    torch counts the machine's and sees no CPU limit of a container: the threads that are too many
+    are stopped in the middle of an operation, and the others wait for them.
+    """
+    if torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())
+    return torch.get_num_threads()
 
 
 def grouped(source: Source, rows: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
@@ -230,6 +241,6 @@ def views_or_reasons(
 
 
 def _views(rows: RowTable, size: int, decoder: ImageDecoder) -> list[Pixels | str]:
-    threads = min(DECODE_THREADS, os.cpu_count() or 1)
+    threads = min(DECODE_THREADS, cores())
     with ThreadPoolExecutor(threads) as pool:
         return views_or_reasons(rows.images, size, decoder, threads, pool)

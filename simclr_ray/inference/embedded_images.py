@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.uris import recall
 from simclr_ray.data.contact_sheet import THUMBNAIL_SIDE, Thumbnail, thumbnail_of
 from simclr_ray.data.source import Source
+from simclr_ray.distributed.machine import cores
 from simclr_ray.errors import DataError, SimclrRayError
 from simclr_ray.evaluation.feature_columns import ID, PATH
 from simclr_ray.inference.embed_input import open_rows
@@ -115,7 +115,7 @@ class EmbeddedImages(AbstractContextManager["EmbeddedImages"]):
                 return None
             return thumbnail_of(shown_as_rgb(pixels), side)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             for some in self._parts(positions):
                 images = pool.map(shrunk, self._encoded(some))
                 made = zip(some.tolist(), images, strict=True)

@@ -11,7 +11,6 @@ one, and a limit.
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from simclr_ray.augment.decode import ImageDecoder, ImageError, evaluation_view
 from simclr_ray.config.uris import without_passwords
 from simclr_ray.config.wording import counted
 from simclr_ray.data.arrays import Float32s
+from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.distributed.placement import staying_nodes
 from simclr_ray.distributed.ray_cluster import is_local
@@ -115,7 +115,7 @@ class EncoderServer:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        threads = service.threads or max(1, (os.cpu_count() or 1) // service.replicas)
+        threads = service.threads or max(1, cores() // service.replicas)
         torch.set_num_threads(threads)
         keep_freed_memory()  # else each batch faults the pages of its activations in again
         self.index = EmbeddingIndex(service.index) if service.index else None

@@ -6,13 +6,13 @@ A node that joins later runs trials as well.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from simclr_ray.config.experiment import Experiment, ScalingConfig
+from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.placement import (
     Node,
     nodes,
@@ -92,4 +92,4 @@ def largest_of(trials: Sequence[Trial]) -> Experiment:
 
 def per_machine(experiment: Experiment) -> int:
     """Return how many trials the cores of this machine are for."""
-    return max(1, (os.cpu_count() or 1) // experiment.scaling.max_workers)
+    return max(1, cores() // experiment.scaling.max_workers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -18,6 +17,7 @@ from simclr_ray.config.imports import IMPORT_PATH, imports_in, permit_code
 from simclr_ray.config.protocols import PROBE, protocol_named
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.demand import wait_for_room
+from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.ray_cluster import (
     check_machine,
     connect,
@@ -205,7 +205,7 @@ def can_share_processes(trials: Sequence[Trial]) -> bool:
 def shared_cores(trials: Sequence[Trial]) -> float:
     """Return the cores that workers share by time: this machine's, where the cluster is no more."""
     on_gpus = any(trial.experiment.scaling.gpus_per_worker for trial in trials)
-    return float(os.cpu_count() or 1) if is_local() and not on_gpus else math.inf
+    return float(cores()) if is_local() and not on_gpus else math.inf
 
 
 def _versions(before: dict[str, str]) -> dict[str, str]:
@@ -223,7 +223,7 @@ def _versions(before: dict[str, str]) -> dict[str, str]:
 def _machine() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()} cores, {capability}, {gpu}"
+    return f"{cores()} cores, {capability}, {gpu}"
 
 
 def checked_images(folder: StudyFolder, experiments: Sequence[Experiment]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from simclr_ray.config.wording import MIB, counted
-from simclr_ray.distributed.malloc import machine_memory
+from simclr_ray.distributed.machine import machine_memory
 from simclr_ray.distributed.ray_address import names_cluster
 from simclr_ray.evaluation.scores import PIXELS, TRAINED, Score
 from simclr_ray.nn.build import build_loss

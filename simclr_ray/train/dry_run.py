@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from simclr_ray.config.wording import MIB, counted
 from simclr_ray.data.batches import build_plan
 from simclr_ray.data.image_groups import groups_line
 from simclr_ray.data.slices import joined_groups
+from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.machine_limits import check_fits
 from simclr_ray.distributed.ray_address import names_cluster
 from simclr_ray.errors import ClusterError
@@ -115,11 +115,11 @@ def _of_this_machine(experiment: Experiment) -> dict[str, str]:
     """Return what this machine makes slow or refuses, where the run is to be on it."""
     if names_cluster() or experiment.init.freeze:
         return {}
-    rows, scaling, cores = {}, experiment.scaling, os.cpu_count() or 1
-    if scaling.max_workers > cores and not scaling.gpus_per_worker:
+    rows, scaling, there = {}, experiment.scaling, cores()
+    if scaling.max_workers > there and not scaling.gpus_per_worker:
         rows["workers"] = (
-            f"{scaling.max_workers} share the {counted(cores, 'core')} of this machine: slower "
-            f"than {cores}"
+            f"{scaling.max_workers} share the {counted(there, 'core')} of this machine: slower "
+            f"than {there}"
         )
     try:
         check_fits(experiment)

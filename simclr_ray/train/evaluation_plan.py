@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
 from simclr_ray.data.source import Source
-from simclr_ray.distributed.malloc import machine_memory
+from simclr_ray.distributed.machine import machine_memory
 from simclr_ray.errors import ConfigError
 from simclr_ray.evaluation.encoded_splits import VIEWS_BYTES, EvaluatedRows, evaluated_rows
 from simclr_ray.evaluation.feature_file import BLOCK_BYTES

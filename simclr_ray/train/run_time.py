@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Final, NamedTuple
 
 import torch
 
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import clock, counted
-from simclr_ray.distributed.malloc import machine_memory
+from simclr_ray.distributed.machine import cores, machine_memory
 from simclr_ray.distributed.ray_address import names_cluster
 from simclr_ray.errors import RunError, one_line
 from simclr_ray.evaluation.cost import ENCODED, OnlineSeconds, online_seconds
@@ -123,8 +122,7 @@ def speedup(experiment: Experiment) -> float:
         return workers * min(1.0, scaling.gpus_per_worker)
     if names_cluster():
         return float(workers)
-    cores = os.cpu_count() or 1
-    return max(1.0, min(workers, cores / threads_of(experiment)))
+    return max(1.0, min(workers, cores() / threads_of(experiment)))
 
 
 def images_that_fit(experiment: Experiment) -> int:

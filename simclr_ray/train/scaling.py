@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any, Final
 
 import torch
@@ -12,6 +11,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.schema import AUTO
 from simclr_ray.config.sections.running import ScalingConfig
 from simclr_ray.config.wording import counted
+from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.ray_address import names_cluster
 from simclr_ray.errors import ConfigError
 from simclr_ray.nn.precision import unusable_gpu
@@ -40,7 +40,7 @@ def resolve_scaling(experiment: Experiment) -> Experiment:
             f"{KEY}=N scaling.gpus_per_worker=1 (`simclr-ray cluster status` shows its GPUs)"
         )
         raise ConfigError.of(KEY, problem)
-    num_gpus, num_cpus = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    num_gpus, num_cpus = torch.cuda.device_count(), cores()
     made = of_machine(scaling, num_gpus, num_cpus)
     on = counted(num_gpus, "GPU") if num_gpus else counted(num_cpus, "CPU")
     log.info("%s on %s of this machine", counted(made.max_workers, "worker"), on)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 import shutil
 import tempfile
 import threading
@@ -27,6 +26,7 @@ from simclr_ray.config.logging import name_process
 from simclr_ray.config.uris import remember
 from simclr_ray.data.batch import Batch
 from simclr_ray.distributed import collectives
+from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.errors import DivergedError
 from simclr_ray.evaluation.online import OnlineEvaluation
@@ -343,5 +343,4 @@ def set_threads(experiment: Experiment, workers_here: int) -> None:
 def threads_of(experiment: Experiment, workers_here: int = 0) -> int:
     """Return the threads of a worker, on a node of so many of them; 0: of all."""
     scaling = experiment.scaling
-    cores = os.cpu_count() or 1
-    return scaling.threads_per_worker or max(1, cores // (workers_here or scaling.max_workers))
+    return scaling.threads_per_worker or max(1, cores() // (workers_here or scaling.max_workers))

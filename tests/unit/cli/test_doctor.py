@@ -21,6 +21,7 @@ from simclr_ray.augment.native import Native
 from simclr_ray.cli import doctor
 from simclr_ray.cli import environment as machine
 from simclr_ray.config.findings import Finding
+from simclr_ray.distributed.machine import cores
 
 
 def by_check(findings: Iterable[Finding]) -> dict[str, Finding]:
@@ -58,7 +59,7 @@ def test_the_projects_own_ranges_hold_here() -> None:
 
 def test_the_machine_is_measured() -> None:
     found = by_check(machine.check_machine())
-    assert found["cores"].detail == str(len(os.sched_getaffinity(0)))
+    assert found["cores"].detail == str(cores())
     assert 0 < machine.memory_gib() < 2**16
     assert all(f.status == "ok" or f.advice for f in found.values())
 

@@ -157,7 +157,7 @@ def test_the_arithmetic_is_that_of_the_experiment(source: Source) -> None:
 def test_what_this_machine_would_refuse_is_told_beforehand(
     scaling: dict[str, Any], refused: str, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     run = ResolvedExperiment(experiment(batch_size=64, scaling=scaling), source)
@@ -174,7 +174,7 @@ def test_what_this_machine_would_refuse_is_told_beforehand(
 def test_workers_share_cores_where_they_compute_on_them(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     scaling: dict[str, Any] = {"num_workers": 4}

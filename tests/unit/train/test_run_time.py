@@ -103,7 +103,7 @@ def test_the_slower_of_views_and_step_counts_beside_a_gpu_and_both_on_a_cpu() ->
 def test_the_time_is_that_of_all_images_and_evaluations_and_its_basis_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     model = build_model(experiment())
     monkeypatch.setattr(
         run_time, "step_seconds", lambda *_: StepSeconds(model, 0.5, 1.5, images=16, steps=7)
@@ -145,7 +145,7 @@ def test_the_time_is_that_of_all_images_and_evaluations_and_its_basis_is_told(
 def test_workers_are_no_faster_than_the_cores_or_gpus_that_they_share(
     scaling: dict[str, Any], address: str, times: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert run_time.speedup(experiment(scaling=scaling)) == times
 
