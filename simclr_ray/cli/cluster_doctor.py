@@ -22,7 +22,7 @@ from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.config.tracking_uri import SERVER_ADVICE, file_store_problem, server_of
 from simclr_ray.config.uris import recall, remember
-from simclr_ray.config.wording import MIB, counted
+from simclr_ray.config.wording import GIB, MIB, counted
 from simclr_ray.errors import ClusterError
 from simclr_ray.tracking.store import URI_VARIABLE
 from simclr_ray.train.cluster_check import GATHERED, GRADIENT, REDUCED, RankReport
@@ -103,6 +103,7 @@ def _findings(experiment: Experiment, deadline: float, seen: Findings) -> Iterat
     yield from guarded("nodes", lambda: check_nodes(shared, left_s() / 2, server))
     yield from guarded("room", lambda: [check_room(experiment)])
     yield from guarded("data nodes", lambda: [check_data_nodes(experiment)])
+    yield from guarded("object store", lambda: [check_object_store(experiment)])
     if has_failed("room", "storage", "shared storage"):
         yield Finding(
             "gradient", "fail", "not tried: workers cannot start", "mend what is said above"
@@ -153,6 +154,19 @@ def check_data_nodes(experiment: Experiment) -> Finding:
     where = ", ".join(f"{node.address} ({node.cpus:g} CPUs)" for node in data)
     chosen = shown(selector) if selector else "any node may make views"
     return Finding("data nodes", "ok", f"{chosen}: {where}")
+
+
+def check_object_store(experiment: Experiment) -> Finding:
+    """Return whether the views of a run fit Ray's object store on each node, or go to disk."""
+    from simclr_ray.distributed.placement import decode_actors_of, nodes, store_problem
+
+    alive = [node for node in nodes() if node.is_alive]
+    if problem := store_problem(experiment, alive):
+        shown, _, advice = problem.rpartition(": ")
+        return Finding("object store", "warn", shown, advice)
+    with_views = [node for node in alive if decode_actors_of(experiment, node, alive)]
+    least = min((node.store for node in with_views), default=0.0)
+    return Finding("object store", "ok", f"{least / GIB:.1f} GiB or more where views go")
 
 
 def check_workers(experiment: Experiment, timeout_s: float) -> Findings:

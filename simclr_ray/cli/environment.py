@@ -17,11 +17,14 @@ from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from simclr_ray.augment import native
+from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.findings import Finding, Findings
 from simclr_ray.config.wording import GIB
 from simclr_ray.distributed.machine import cores, free_shared_memory, machine_memory
+from simclr_ray.distributed.object_store import LEAST_BYTES, num_decode_actors, store_bytes
 from simclr_ray.nn.precision import unusable_gpu
 from simclr_ray.storage.provenance import version_of
+from simclr_ray.train.scaling import of_machine
 
 PACKAGE: Final = "simclr-ray"
 BF16_WORTHWHILE: Final = 1.2  # below that the lost digits buy nothing
@@ -73,15 +76,25 @@ def check_machine() -> Findings:
     free = free_shared_memory()
     if free is not None:
         advice = (
-            "give the container more, for instance --shm-size=4g: Ray's objects go to disk else"
+            "give the container more, for instance --shm-size=8g: Ray's objects go to disk else"
         )
-        findings.append(_at_least("shared memory", free / GIB, 1.0, advice))
+        findings.append(_at_least("shared memory", free / GIB, store_gib(), advice))
     return findings
 
 
 def memory_gib() -> float:
     """Return the memory that this process may use, in GiB: the machine's or its container's."""
     return machine_memory() / GIB
+
+
+def store_gib() -> float:
+    """Return the GiB of views on their way to this machine's GPUs, by the preset for them."""
+    least, num_gpus = LEAST_BYTES / GIB, torch.cuda.device_count()
+    if not num_gpus:
+        return least
+    run = Experiment.load("photos_gpu")
+    run = run.model_copy(update={"scaling": of_machine(run.scaling, num_gpus, cores())})
+    return max(least, store_bytes(run, num_decode_actors(run)) / GIB)
 
 
 def check_device() -> Findings:
@@ -147,4 +160,4 @@ def bf16_speedup(device: torch.device, repeats: int = 5) -> float:
 def _at_least(check: str, have_gib: float, need_gib: float, advice: str) -> Finding:
     if have_gib >= need_gib:
         return Finding(check, "ok", f"{have_gib:.1f} GiB")
-    return Finding(check, "warn", f"{have_gib:.1f} GiB, below {need_gib:g}", advice)
+    return Finding(check, "warn", f"{have_gib:.1f} GiB, below {need_gib:.3g}", advice)

@@ -38,6 +38,8 @@ from simclr_ray.data.decoding import check_decoder
 from simclr_ray.data.source import Source
 from simclr_ray.distributed.collectives import partition
 from simclr_ray.distributed.malloc import keep_freed_memory
+from simclr_ray.distributed.object_store import HAND_OVER_BYTES
+from simclr_ray.distributed.placement import hand_over_bytes, staying_nodes
 from simclr_ray.distributed.ray_metrics import RunMetrics
 from simclr_ray.errors import DataError, TooManyBadImages
 
@@ -45,11 +47,11 @@ from simclr_ray.errors import DataError, TooManyBadImages
 # batch by minutes on long runs; between two tasks the actor waits some 0.05 s; an actor that is
 # restarted makes the steps of its block again.
 MAX_BLOCKS, STEPS_PER_BLOCK = 64, 1000
-# What an actor makes in one call, and hands over at once: steps of so many bytes of views, or of
-# encoded images, whichever are fewer. A call and a hand-over each cost some milliseconds whatever
-# they hold; what is decoded in a call is in memory together; and what waits in the actor is not
-# there for the next step.
-CALL_BYTES, HAND_OVER_BYTES = 4 * 2**20, 16 * 2**20
+# What an actor makes in one call, as what it hands over at once (`HAND_OVER_BYTES`): steps of so
+# many bytes of views, or of encoded images, whichever are fewer. A call and a hand-over each cost
+# some milliseconds whatever they hold; what is decoded in a call is in memory together; and what
+# waits in the actor is not there for the next step.
+CALL_BYTES = 4 * 2**20
 LOOP_PAUSE_S = (0.01, 0.25)  # least and most
 T = TypeVar("T")
 COLUMNS = ("about", "ids", "pixels")
@@ -60,11 +62,11 @@ class _Actor:
 
     def __init__(
         self, experiment: Experiment, source: Source, places: tuple[int, int], stop: int,
-        metrics: RunMetrics | None = None,
+        metrics: RunMetrics | None = None, *, hand_over: int = HAND_OVER_BYTES,
     ) -> None:  # fmt: skip
         torch.set_num_threads(1)
         keep_freed_memory()
-        self.data, self.metrics = experiment.data, metrics
+        self.data, self.metrics, self.hand_over = experiment.data, metrics, hand_over
         if metrics is not None:
             name_process(metrics.run, metrics.rank)
         plan, views = build_plan(experiment, source), view_builder(experiment)
@@ -114,7 +116,7 @@ class _Actor:
         that nobody waits for those after it; an epoch's last one ends a group: an evaluation waits
         for it.
         """
-        most = max(1, HAND_OVER_BYTES // self.step_bytes)
+        most = max(1, self.hand_over // self.step_bytes)
         per_epoch = self.builder.plan.steps_per_epoch
         group: list[int] = []
         size = 1
@@ -161,7 +163,10 @@ def stream(
         for index in range(actors)
     ]
     metrics = RunMetrics(run, rank) if run else None
-    pipelines = [_pipeline(experiment, source, steps, part, metrics) for part in places]
+    hand_over = hand_over_bytes(experiment, staying_nodes())
+    pipelines = [
+        _pipeline(experiment, source, steps, part, metrics, hand_over=hand_over) for part in places
+    ]
     yield from _Pace.observed(ahead(_joined(pipelines), BATCHES_AHEAD))
 
 
@@ -179,7 +184,7 @@ def _first(pipelines: list[Iterator[BatchPart]]) -> Batch:
 
 def _pipeline(
     experiment: Experiment, source: Source, steps: range, places: tuple[int, int],
-    metrics: RunMetrics | None,
+    metrics: RunMetrics | None, *, hand_over: int,
 ) -> Iterator[BatchPart]:  # fmt: skip
     scaling = experiment.scaling
     # The step numbers themselves, as blocks: `ray.data.range` would make them in tasks that each
@@ -191,6 +196,7 @@ def _pipeline(
     dataset = planned.map_batches(
         _Actor,
         fn_constructor_args=(experiment, source, places, steps.stop, metrics),
+        fn_constructor_kwargs={"hand_over": hand_over},
         batch_size=None,
         # With a second task waiting at the actor, Ray Data's loop waits 0.1 s for both in each of
         # its rounds, and takes two blocks at most: measured, 68 steps a second at any speed.

@@ -6,6 +6,7 @@ a worker or actor. `matches` evaluates the same expressions where room is counte
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
@@ -13,7 +14,15 @@ from typing import Final, NamedTuple
 import ray
 
 from simclr_ray.config.experiment import Experiment, ScalingConfig
-from simclr_ray.config.wording import counted
+from simclr_ray.config.wording import GIB, counted
+from simclr_ray.distributed.object_store import (
+    ADVICE,
+    FILLED_FRACTION,
+    HAND_OVER_BYTES,
+    TABLES,
+    num_decode_actors,
+    store_bytes,
+)
 from simclr_ray.errors import ClusterError
 
 EPSILON: Final = 1e-6  # 3 times 0.1 CPUs are more than 0.3
@@ -31,6 +40,7 @@ class Node(NamedTuple):
     gpus: float
     labels: Mapping[str, str] = {}
     id: str = ""
+    store: float = 0.0  # bytes of its object store; 0: not known
 
 
 def nodes() -> list[Node]:
@@ -43,6 +53,7 @@ def nodes() -> list[Node]:
             float(node["Resources"].get("GPU", 0.0)),
             dict(node.get("Labels") or {}),
             str(node["NodeID"]),
+            float(node["Resources"].get("object_store_memory", 0.0)),
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call] # Ray's
     ]
@@ -172,6 +183,50 @@ def check_actors(num: int, cpus: float, gpus: float, selector: Mapping[str, str]
             f"is room for {room} on {counted(len(there), 'node')}{labels}; set evaluation.actors="
             f"{room or 'auto'}"
         )
+
+
+def decode_actors_of(experiment: Experiment, node: Node, there: Sequence[Node]) -> int:
+    """Return how many decode actors a node may have tables of: its own, or those of its workers.
+
+    Ray spreads actors over the nodes that may decode, and puts workers on as few as hold them.
+    """
+    scaling, total = experiment.scaling, num_decode_actors(experiment)
+    decoding = [n for n in there if n.cpus and matches(scaling.data_label_selector, n.labels)]
+    workers = min(workers_alone_on([node], scaling), scaling.max_workers)
+    for_workers = math.ceil(total * workers / scaling.max_workers)
+    return max(for_workers, math.ceil(total / len(decoding)) if node in decoding else 0)
+
+
+def hand_over_bytes(experiment: Experiment, there: Sequence[Node]) -> int:
+    """Return how much a decode actor hands over at once: less where a node's store is small."""
+    most = float(HAND_OVER_BYTES)
+    for node in there:
+        actors = decode_actors_of(experiment, node, there)
+        if actors and node.store:
+            most = min(most, node.store * FILLED_FRACTION / (TABLES * actors))
+    return int(most)
+
+
+def store_problem(experiment: Experiment, there: Sequence[Node]) -> str:
+    """Return which nodes have too small a store for a run, however little is handed over at once.
+
+    Args:
+        experiment: Of the run.
+        there: The nodes that are alive.
+
+    Returns:
+        A line; empty where there is none, or where the size of a store is not known.
+    """
+    small = []
+    for node in there:
+        actors = decode_actors_of(experiment, node, there)
+        needed = store_bytes(experiment, actors, hand_over=0)
+        if 0 < node.store < needed:
+            small.append(f"{node.address} {node.store / GIB:.1f} of {needed / GIB:.1f} GiB")
+    if not small:
+        return ""
+    lacking = f"Ray's object store is too small for the views of a run: {', '.join(small)}"
+    return f"{lacking}; Ray writes each batch to disk: {ADVICE}"
 
 
 def room_text(scaling: ScalingConfig) -> str:

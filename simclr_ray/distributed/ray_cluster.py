@@ -29,6 +29,7 @@ from simclr_ray.distributed import ray_logging, ray_reaper, ray_token
 from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.machine_limits import check_fits
 from simclr_ray.distributed.malloc import one_arena
+from simclr_ray.distributed.object_store import local_store_bytes
 from simclr_ray.distributed.placement import nodes
 from simclr_ray.distributed.ray_address import STARTED_HERE, check_answers, names_cluster
 from simclr_ray.errors import ClusterError, last_line, one_line
@@ -64,8 +65,9 @@ def connect(
 
     A handler of SIGTERM stays.
 
-    A cluster that is started here offers as many logical CPUs as `copies` of `experiment` need,
-    asks for a token of its own, and ends with this process, however that ends.
+    A cluster that is started here offers as many logical CPUs and, as far as there is room, as
+    large an object store as `copies` of `experiment` need, asks for a token of its own, and ends
+    with this process, however that ends.
     Code that `experiment` and `others` import, and that of the import `paths`, is shipped to all
     workers, by the job's runtime environment.
 
@@ -105,7 +107,7 @@ def connect(
     _start(
         address="local",
         num_cpus=max(cores(), math.ceil(wanted) + 1),
-        object_store_memory=2**30,
+        object_store_memory=local_store_bytes(experiment, copies),
         runtime_env=code,
         include_dashboard=False,  # five processes; MLflow and the terminal show the run
         # several runs start their processes side by side; else Ray warns of their number

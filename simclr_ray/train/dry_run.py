@@ -16,6 +16,7 @@ from simclr_ray.data.image_groups import groups_line
 from simclr_ray.data.slices import joined_groups
 from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.machine_limits import check_fits
+from simclr_ray.distributed.object_store import store_line
 from simclr_ray.distributed.ray_address import names_cluster
 from simclr_ray.errors import ClusterError
 from simclr_ray.nn.build import build_loss, build_model
@@ -28,6 +29,7 @@ from simclr_ray.train.advice import advise_before_start, memory_advice
 from simclr_ray.train.disk_space import checkpoint_bytes, counting_device
 from simclr_ray.train.evaluation_plan import evaluation_plan
 from simclr_ray.train.imports import export_problem
+from simclr_ray.train.in_process import can_train_in_process
 from simclr_ray.train.resolve import ResolvedExperiment, init_line
 
 SAMPLE = 4  # images in the pass that is counted; the result is per image
@@ -77,6 +79,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         "memory of a step": f"{memory.total / MIB:,.0f} MiB on the largest worker: "
         f"activations {memory.activations / MIB:,.0f}, weights {memory.weights / MIB:,.0f}, "
         f"loss {memory.loss / MIB:,.0f}",
+        **_of_the_store(experiment),
         "scores at the end": evaluation_plan(experiment, source).text,
         "checkpoint": f"{sized(checkpoint_bytes(experiment))}, "
         f"{experiment.checkpoint.keep} of them kept",
@@ -94,6 +97,13 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
     notes = advise_before_start(resolved)
     notes += filter(None, [memory_advice(resolved, per_image, memory.weights + memory.loss)])
     return rows | {f"note {k}" if k > 1 else "note": text for k, text in enumerate(notes, 1)}
+
+
+def _of_the_store(experiment: Experiment) -> dict[str, str]:
+    if can_train_in_process(experiment) and experiment.scaling.data_actors_per_worker == 1:
+        return {}  # its process makes the views itself
+    line = store_line(experiment)
+    return {"object store": line} if line else {}
 
 
 def device_line(scaling: ScalingConfig) -> str:

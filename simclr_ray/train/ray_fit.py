@@ -13,6 +13,7 @@ from ray.exceptions import OutOfMemoryError
 from simclr_ray.config.uris import remembered
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.malloc import one_arena
+from simclr_ray.distributed.placement import staying_nodes, store_problem
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import RestartsError, RunError, one_line
 from simclr_ray.train import stop
@@ -45,6 +46,8 @@ def fit_by_ray_train(
     trainer = _trainer(resolved, inbox, rollbacks)
     least = f"{scaling.min_workers} to " if scaling.is_elastic else ""
     log.info("starting %s%s", least, counted(scaling.max_workers, "worker"))
+    if problem := store_problem(resolved.config, staying_nodes()):
+        log.warning("%s", problem)
     watcher = RunMonitor(inbox, tracked, on_progress, resolved, health)
     try:
         with interrupts_kept(), watcher:

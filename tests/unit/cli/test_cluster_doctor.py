@@ -11,6 +11,7 @@ import ray
 from simclr_ray.cli.cluster import planned_run
 from simclr_ray.cli.cluster_doctor import (
     check_cluster_for,
+    check_object_store,
     check_store,
     gradient_finding,
     network_finding,
@@ -18,7 +19,10 @@ from simclr_ray.cli.cluster_doctor import (
 )
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.findings import Finding
+from simclr_ray.config.wording import GIB
+from simclr_ray.distributed import placement
 from simclr_ray.distributed.cluster_health import cluster_result, keep
+from simclr_ray.distributed.placement import Node
 from simclr_ray.errors import ClusterError, ConfigError
 from simclr_ray.train.cluster_check import REDUCED, RankReport
 from simclr_ray.train.gradient_parity import Worst
@@ -89,6 +93,22 @@ def test_without_an_address_there_is_no_cluster(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ClusterError, match="RAY_ADDRESS is unset"):
         next(check_cluster_for(planned_run([], "runs", 1)))
+
+
+def test_views_that_do_not_fit_the_object_store_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = Node("10.0.0.1", True, 192.0, 8.0, store=8 * GIB)
+    monkeypatch.setattr(placement, "nodes", lambda: [node])
+    scaling = ("scaling.num_workers=8", "scaling.gpus_per_worker=1")
+    run = Experiment.load("imagenet_resnet50", "data.train=x", *scaling)
+    finding = check_object_store(run)
+    assert (finding.status, finding.detail) == ("ok", "8.0 GiB or more where views go")
+    monkeypatch.setattr(placement, "nodes", lambda: [node._replace(store=4 * GIB)])
+    finding = check_object_store(run)
+    assert finding.status == "warn"
+    assert "10.0.0.1 4.0 of 6.9 GiB; Ray writes each batch to disk" in finding.detail
+    assert "--object-store-memory" in finding.advice
 
 
 @pytest.mark.ray

@@ -186,6 +186,17 @@ def test_workers_share_cores_where_they_compute_on_them(
     assert "refused" not in rows
 
 
+def test_an_object_store_is_named_where_a_run_needs_more_than_the_usual_one(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    many = experiment(batch_size=100, scaling={"num_workers": 100})
+    line = derived(ResolvedExperiment(many, source))["object store"]
+    assert line.startswith("9.4 GiB for the views of 100 decode actors")  # 6 tables of 16 MiB each
+    few = experiment(batch_size=100, scaling={"num_workers": 2})
+    assert "object store" not in derived(ResolvedExperiment(few, source))
+
+
 def test_a_warm_up_as_long_as_the_run_is_noted(source: Source) -> None:
     rows = derived(ResolvedExperiment(experiment(batch_size=100, epochs=3), source))
     assert any("never reaches its peak" in rows[key] for key in rows if key.startswith("note"))
