@@ -64,6 +64,18 @@ def test_the_machine_is_measured() -> None:
     assert all(f.status == "ok" or f.advice for f in found.values())
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [(0, 1.0), (1, 1.0), (8, 5.09)])
+def test_shared_memory_is_held_against_what_the_gpus_take(
+    gpus: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(machine, "cores", lambda: 8 * max(gpus, 1))
+    monkeypatch.setattr(machine, "free_shared_memory", lambda: 2 * 2**30)
+    assert machine.store_gib() == pytest.approx(expected, rel=0.01)
+    finding = by_check(machine.check_machine())["shared memory"]
+    assert finding.status == ("ok" if expected < 2 else "warn")
+
+
 def test_the_device_is_named() -> None:
     found = by_check(machine.check_device())
     expected = "CUDA" if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
