@@ -8,6 +8,7 @@ deviation.
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, Final
@@ -27,12 +28,16 @@ from simclr_ray.inference.export_formats import (
     permit_reading,
     write_weights,
 )
-from simclr_ray.nn.encoders import RGB, Architecture, family_of, take_channels
+from simclr_ray.nn.encoders import RGB, Architecture, family_of, first_convolution, take_channels
 from simclr_ray.nn.timm_models import load_timm
+from simclr_ray.nn.torchvision_models import stem_layers
 
 ONNX_EXTRA: Final = "simclr-ray[onnx]"
 ONNX_FILE: Final = "encoder.onnx"
+WRITES_ANY: Final = "(--to onnx or torch-export writes any)"
 COUNTER: Final = "num_batches_tracked"  # of their batch norms; ours counts none
+
+log = logging.getLogger(__name__)
 
 
 def _config_of(encoder: Encoder) -> Any:
@@ -50,17 +55,41 @@ def _in_timm(encoder: Encoder) -> Architecture | str:
 def torchvision_problem(encoder: Encoder) -> str:
     """Return why torchvision has no such network; empty: it has."""
     architecture = _in_torchvision(encoder)
-    return architecture if isinstance(architecture, str) else ""
+    return f"{architecture} {WRITES_ANY}" if isinstance(architecture, str) else ""
 
 
 def timm_problem(encoder: Encoder) -> str:
     """Return why timm has no such network; empty: it has."""
     architecture = _in_timm(encoder)
-    return architecture if isinstance(architecture, str) else ""
+    return f"{architecture} {WRITES_ANY}" if isinstance(architecture, str) else ""
+
+
+def exports_line(config: Any, size: int) -> str:
+    """Return which formats an encoder can be written in, and why not in the others.
+
+    Args:
+        config: Of the encoder.
+        size: Side of its views in evaluation.
+    """
+    family, able, unable = family_of(config), ["safetensors", "torch-export", "onnx"], []
+    for names, there in (
+        (TORCHVISION.name, family.in_torchvision(size)),
+        (f"{TIMM.name}, {HUGGING_FACE.name}", family.in_timm(size)),
+    ):
+        if isinstance(there, str):
+            unable.append(f"; not {names}: {there}")
+        else:
+            able.append(names)
+    return ", ".join(able) + "".join(unable)
 
 
 def plain_torchvision(encoder: Encoder) -> nn.Module:
     """Return torchvision's network of an encoder, its weights as they come, without classifier."""
+    return _altered_torchvision(encoder)[0]
+
+
+def _altered_torchvision(encoder: Encoder) -> tuple[nn.Module, list[str]]:
+    """Return torchvision's network for an encoder, and which of its layers were replaced."""
     import torchvision
 
     architecture = _in_torchvision(encoder)
@@ -69,13 +98,29 @@ def plain_torchvision(encoder: Encoder) -> nn.Module:
         architecture.model, weights=None, **architecture.options
     )
     where = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
-    parent, _, leaf = where.rpartition(".")
-    setattr(network.get_submodule(parent), leaf, nn.Identity())
-    if architecture.small_stem:
-        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    layers = stem_layers(architecture.stem) | {where: nn.Identity()}
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(parent), leaf, layer)
+    replaced = list(layers)
     if encoder.channels != RGB:
         take_channels(network, encoder.channels)
-    return network
+        replaced.append(first_convolution(network)[0])
+    return network, list(dict.fromkeys(replaced))
+
+
+def torchvision_code(encoder: Encoder) -> str:
+    """Return the Python that builds torchvision's network for the exported state dict."""
+    architecture = _in_torchvision(encoder)
+    assert not isinstance(architecture, str)  # it was asked whether there is one
+    with torch.device("meta"):
+        network, replaced = _altered_torchvision(encoder)
+    options = "".join(f", {name}={value!r}" for name, value in architecture.options.items())
+    lines = [f"net = torchvision.models.get_model({architecture.model!r}{options})"]
+    for name in replaced:
+        place = "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in name.split("."))
+        lines.append(f"net{place} = torch.nn.{network.get_submodule(name)!r}")
+    return "; ".join(lines)
 
 
 def plain_timm(encoder: Encoder) -> nn.Module:
@@ -109,6 +154,7 @@ def filled(network: nn.Module, encoder: Encoder) -> nn.Module:
 
 def _write_torchvision(path: Path, encoder: Encoder, example: Tensor) -> None:  # noqa: ARG001 - needs none
     torch.save(filled(plain_torchvision(encoder), encoder).state_dict(), path)
+    log.info("%s is for: %s", path.name, torchvision_code(encoder))
 
 
 def _check_torchvision(path: Path, encoder: Encoder) -> Network:

@@ -22,6 +22,8 @@ from simclr_ray.nn.foreign_weights import DEVIATION, MEAN
 
 Norm = Callable[..., GlobalBatchNorm]
 RGB: Final = 3
+IMAGENET: Final = "imagenet"  # the stem that every library's ResNet has
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
 SCALES: Final = ("gamma", "layer_scale")
 ConfigT = TypeVar("ConfigT", bound=ComponentConfig)
 
@@ -32,13 +34,12 @@ class Architecture(NamedTuple):
     Attributes:
         model: The name.
         options: What its constructor is called with.
-        small_stem: Whether its first convolution is replaced by one of 3x3 and its max pool by
-            nothing, as all do for small images.
+        stem: `imagenet`, as the library builds it, or one of `torchvision_models.SMALL_STEMS`.
     """
 
     model: str
     options: Mapping[str, Any]
-    small_stem: bool = False
+    stem: str = IMAGENET
 
 
 class EncoderFamily(ABC, Generic[ConfigT]):
@@ -46,13 +47,7 @@ class EncoderFamily(ABC, Generic[ConfigT]):
 
     Args:
         config: Of one of them.
-
-    Attributes:
-        folds_input: Whether ImageNet's normalisation is folded into the first layer of weights
-            from a file, since encoders here take images in [0, 1].
     """
-
-    folds_input = True
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -100,15 +95,19 @@ class EncoderFamily(ABC, Generic[ConfigT]):
 
     def in_torchvision(self, size: int) -> Architecture | str:  # noqa: ARG002 - of one size
         """Return torchvision's network with these layers for images of `size`, or why not."""
-        return "torchvision has no such network (--to onnx or torch-export writes any)"
+        return "torchvision has no such network"
 
     def in_timm(self, size: int) -> Architecture | str:  # noqa: ARG002 - as above
         """Return timm's network with these layers for images of `size`, or why not."""
-        return "timm has no such network (--to onnx or torch-export writes any)"
+        return "timm has no such network"
 
-    def input_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and deviation that its weights' images had taken off, if nobody says."""
-        return (MEAN, DEVIATION) if self.folds_input else ((0.0,) * 3, (1.0,) * 3)
+    def input_statistics(self) -> Statistics | None:
+        """Return mean and deviation that its weights' images had taken off, if nobody says.
+
+        They are folded into the first layer of weights from a file, since encoders here take images
+        in [0, 1]. None: weights of such an encoder have no usual ones.
+        """
+        return MEAN, DEVIATION
 
 
 def family_of(config: ComponentConfig) -> EncoderFamily[Any]:
@@ -240,7 +239,8 @@ def freeze_patch_embedding(encoder: nn.Module) -> None:
 class ImportedFamily(EncoderFamily[ImportConfig]):
     """Encoders of a user's own: any module of the contract, whose batch norms become global."""
 
-    folds_input = False  # its contract is images in [0, 1], and its weights' as well
+    def input_statistics(self) -> None:
+        """Return none: its contract is images in [0, 1], that of a file is not said."""
 
     def build(self, norm: Norm, size: int, channels: int) -> nn.Module:
         """Return what the import path makes; F is found by two images of `size`."""

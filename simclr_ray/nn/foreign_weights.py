@@ -21,6 +21,7 @@ from simclr_ray.nn.weight_names import StateDict, readings
 
 DEPTH: Final = 3  # of containers in containers
 EXAMPLES: Final = 5
+SMALL_STEM: Final = "a stem for CIFAR: encoder.name=torchvision encoder.stem=cifar"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 COUNTERS: Final = "num_batches_tracked"  # global batch norm has none
 # Of two copies that fit alike, the one to take: the online network, but DINO's teacher.
@@ -64,6 +65,7 @@ class _Match(NamedTuple):
     prefix: str
     container: str
     kind: str
+    names: dict[str, str]  # of the encoder's tensors in this reading, without the prefix
 
 
 def fit(
@@ -89,7 +91,7 @@ def fit(
     """
     wanted = encoder.state_dict()
     matches = [
-        _Match(pairs, form, prefix, container, kind)
+        _Match(pairs, form, prefix, container, kind, way)
         for container, tensors in containers(tree)
         for kind, form in readings(tensors)
         for way in _numberings(names, children)
@@ -113,7 +115,8 @@ def fit(
     rest = tuple(n for n in best.tensors if n not in used and not _is_constant(n))
     missing = [own for own in wanted if own not in fitting and not _is_buffer(encoder, own)]
     if missing:
-        raise CheckpointError(_misfit(len(fitting), missing, list(rest), best.prefix))
+        problem = _misfit(len(fitting), missing, list(rest), best.prefix)
+        raise CheckpointError(problem + _other_shapes(best, missing, wanted))
     where = f" from {best.container}" if best.container else ""
     where += f" under {best.prefix!r}" if best.prefix else ""
     where += f" as of {best.kind}" if best.kind else ""
@@ -190,6 +193,25 @@ def _misfit(num: int, missing: list[str], theirs: list[str], prefix: str) -> str
         f"does not fit the encoder: {num} of its {num + len(missing)} tensors are in the file"
         f"{shown}, by name and shape; it lacks {_some(missing)}; it {holds}"
     )
+
+
+def _other_shapes(match: _Match, missing: list[str], wanted: StateDict) -> str:
+    """Return which tensors that an encoder lacks are in the file with another shape."""
+    theirs = {own: match.tensors.get(f"{match.prefix}{match.names[own]}") for own in missing}
+    shown = [
+        f"{own} is {_shape(wanted[own])} here and {_shape(tensor)} there"
+        for own, tensor in theirs.items()
+        if tensor is not None
+    ]
+    stems = [t for t in theirs.values() if t is not None and t.shape[2:] == (3, 3)]
+    if not shown:
+        return ""
+    text = f"; {'; '.join(shown[:EXAMPLES])}"
+    return f"{text} ({SMALL_STEM})" if len(theirs) == len(stems) == 1 else text
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:

@@ -24,8 +24,8 @@ from simclr_ray.config.wording import counted
 from simclr_ray.errors import CheckpointError, ConfigError, ConfigIssue, one_line
 from simclr_ray.nn.authors_weights import by_own_names, is_authors
 from simclr_ray.nn.build import SimCLRModel, build_model
-from simclr_ray.nn.encoders import RGB, family_of
-from simclr_ray.nn.foreign_weights import DEVIATION, MEAN, fit, fold_input
+from simclr_ray.nn.encoders import RGB, EncoderFamily, Statistics, family_of
+from simclr_ray.nn.foreign_weights import DEVIATION, MEAN, MatchedWeights, fit, fold_input
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 
@@ -33,6 +33,8 @@ FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors", ".npz")
 FOLDER_CONFIG, FOLDER_INDEX = "config.json", "model.safetensors.index.json"  # Hugging Face's
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 PREPROCESSOR = "preprocessor_config.json"
+# What `export` writes, of encoders that take [0, 1], and the card that lies beside it.
+OWN_CARD, OWN_FILES = "encoder.json", ("model.safetensors", "torchvision.pth", "timm.safetensors")
 TRAINED_WITH = ("encoder", "head", "init", "loss", "optimizer", "schedule", "batch_size", "epochs")
 INIT_WEIGHTS_KEY, TEACHER = "init.weights", "loss.teacher"
 
@@ -231,21 +233,45 @@ def foreign_weights(encoder: nn.Module, experiment: Experiment) -> ForeignWeight
         wrong = checkpoint.first_not_finite(fitted.tensors.items())
         if wrong:
             raise CheckpointError(f"cannot be trained from: {wrong} is not finite")
-        mean, std = tuple(init.mean), tuple(init.std)
-        if authors and not mean:
-            mean, std = (0.0,) * RGB, (1.0,) * RGB
-        if not mean:
-            mean, std = _folder_statistics(Path(init.weights)) or (
-                (MEAN, DEVIATION)
-                if fitted.is_nested and family.folds_input
-                else family.input_statistics()
-            )
+        if init.mean:
+            mean, std = tuple(init.mean), tuple(init.std)
+        elif authors or _is_exported(Path(init.weights)):
+            mean, std = _no_shift(experiment.data.channels)
+        else:
+            mean, std = _folder_statistics(Path(init.weights)) or _usual_statistics(family, fitted)
         fold_input(encoder, fitted.tensors, mean, std)
     except CheckpointError as error:
         raise CheckpointError(f"{Path(init.weights).name} {error}") from error
     shown = ", ".join(f"{m:g}" for m in mean), ", ".join(f"{d:g}" for d in std)
     line = f"{fitted.line()}; for images less ({shown[0]}) over ({shown[1]})"
     return ForeignWeights(fitted.tensors, line)
+
+
+def _no_shift(channels: int) -> Statistics:
+    """Return mean and deviation of images in [0, 1]."""
+    return (0.0,) * channels, (1.0,) * channels
+
+
+def _usual_statistics(family: EncoderFamily[Any], fitted: MatchedWeights) -> Statistics:
+    """Return mean and deviation for weights that say nothing of them.
+
+    Raises:
+        CheckpointError: There is no usual one, and a guess would be wrong without a word.
+    """
+    usual = family.input_statistics()
+    if usual is None:
+        mean, std = (",".join(map(str, values)) for values in (MEAN, DEVIATION))
+        shown = f"init.mean=[{mean}] init.std=[{std}]"  # no blanks: to be copied into a shell
+        raise CheckpointError(
+            "does not say what its images had taken off, and of such an encoder nobody knows: say "
+            f"{shown} for ImageNet's, init.mean=[0,0,0] init.std=[1,1,1] for images in [0, 1]"
+        )
+    return (MEAN, DEVIATION) if fitted.is_nested else usual
+
+
+def _is_exported(path: Path) -> bool:
+    """Return whether a file of weights is one that `export` wrote."""
+    return path.name in OWN_FILES and (path.parent / OWN_CARD).is_file()
 
 
 def weight_files(weights: str) -> list[Path]:
@@ -281,7 +307,7 @@ def _json_of(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _folder_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _folder_statistics(folder: Path) -> Statistics | None:
     """Return mean and deviation that a Hugging Face folder names, of timm's there as well."""
     for name, keys in (
         (PREPROCESSOR, ("image_mean", "image_std")),
@@ -292,7 +318,7 @@ def _folder_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ..
             inner = tree.get("pretrained_cfg")
             tree = inner if isinstance(inner, dict) else tree
             if not tree.get("do_normalize", True):
-                return (0.0,) * RGB, (1.0,) * RGB
+                return _no_shift(RGB)
             if all(key in tree for key in keys):
                 mean, std = (_numbers_of(tree[key], f"{name}: {key}") for key in keys)
                 return mean, std

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from simclr_ray.config.sections.model import ResNetConfig
 from simclr_ray.errors import CheckpointError
 from simclr_ray.nn.batchnorm import GlobalBatchNorm, frozen_statistics
-from simclr_ray.nn.encoders import Architecture, EncoderFamily
+from simclr_ray.nn.encoders import Architecture, EncoderFamily, Statistics
 from simclr_ray.nn.encoders import Norm as GlobalNorm
 
 BLOCKS = {
@@ -308,7 +308,7 @@ class ResNetFamily(EncoderFamily[ResNetConfig]):
         if config.depth < 50 or config.stem not in stems or config.selective_kernel:
             raise CheckpointError(
                 "torchvision has no such ResNet: depth 50 or more, stem imagenet or cifar, no "
-                "selective kernels; for its others take encoder.name=torchvision"
+                f"selective kernels; for its others take {self._torchvisions}"
             )
         layers = {"stem.0": "conv1", "stem.1": "bn1"}
         block = 0
@@ -328,10 +328,15 @@ class ResNetFamily(EncoderFamily[ResNetConfig]):
         config = self.config
         stems = ("imagenet", "cifar")
         if config.depth in (50, 101, 152) and self._is_plain and config.stem in stems:
-            return Architecture(f"resnet{config.depth}", {}, small_stem=config.stem == "cifar")
+            return Architecture(f"resnet{config.depth}", {}, config.stem)
+        if config.depth in (18, 34) and self._is_plain and config.stem in stems:
+            return (
+                f"torchvision's ResNet-{config.depth} has no projection in its first group, and "
+                f"this one has: {self._torchvisions} trains theirs"
+            )
         return (
             "torchvision has the ResNets of depth 50, 101 and 152 at width 1, with stem imagenet "
-            "or cifar and without selective kernels (--to onnx or torch-export writes any)"
+            "or cifar and without selective kernels"
         )
 
     def in_timm(self, size: int) -> Architecture | str:  # noqa: ARG002 - takes any
@@ -341,8 +346,19 @@ class ResNetFamily(EncoderFamily[ResNetConfig]):
             return Architecture(f"resnet{config.depth}", {})
         return (
             "timm has the ResNets of depth 50 and more at width 1, with stem imagenet and "
-            "without selective kernels (--to onnx or torch-export writes any)"
+            "without selective kernels"
         )
+
+    def input_statistics(self) -> Statistics | None:
+        """Return ImageNet's; recipes for small images differ in them."""
+        return super().input_statistics() if self.config.stem != "cifar" else None
+
+    @property
+    def _torchvisions(self) -> str:
+        """Return the config of torchvision's ResNet of this depth and stem."""
+        depth = min(max(18, self.config.depth), 152)  # the nearest that it has
+        small = " encoder.stem=cifar" if self.config.stem == "cifar" else ""
+        return f"encoder.name=torchvision encoder.model=resnet{depth}{small}"
 
     @property
     def _is_plain(self) -> bool:

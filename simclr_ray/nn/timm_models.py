@@ -16,6 +16,7 @@ from simclr_ray.nn.encoders import (
     Architecture,
     EncoderFamily,
     Norm,
+    Statistics,
     freeze_patch_embedding,
     globalize,
 )
@@ -121,7 +122,7 @@ class TimmFamily(EncoderFamily[TimmConfig]):
         new: Tensor = resample(tensor, [rows, columns], num_prefix_tokens=tokens)
         return new
 
-    def input_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def input_statistics(self) -> Statistics | None:
         """Return the mean and deviation that timm names for its weights of the model."""
         settings = load_timm().models.get_pretrained_cfg(self.config.model)
         if settings is None or settings.mean is None:

@@ -19,6 +19,7 @@ from simclr_ray.distributed.machine_limits import check_fits
 from simclr_ray.distributed.object_store import store_line
 from simclr_ray.distributed.ray_address import names_cluster
 from simclr_ray.errors import ClusterError
+from simclr_ray.inference.export_others import exports_line
 from simclr_ray.nn.build import build_loss, build_model
 from simclr_ray.nn.ntxent import TILE
 from simclr_ray.nn.precision import DTYPES, unusable_gpu
@@ -83,6 +84,7 @@ def derived(resolved: ResolvedExperiment) -> dict[str, str]:
         "scores at the end": evaluation_plan(experiment, source).text,
         "checkpoint": f"{sized(checkpoint_bytes(experiment))}, "
         f"{experiment.checkpoint.keep} of them kept",
+        "exports": exports_line(experiment.encoder, experiment.evaluation_size),
     }
     rows |= _of_imports(experiment)
     if weight_files(experiment.init.weights):

@@ -89,6 +89,9 @@ def write_lightly(out: Path) -> dict[str, Tensor]:
     cifar_backbone = nn.Sequential(*list(cifar.children())[:-1], nn.AdaptiveAvgPool2d(1))
     made = {"lightly.ckpt": method(resnet, 2048), "lightly_vit.ckpt": method(vit, 48)}
     made["lightly_cifar.ckpt"] = method(cifar_backbone, 2048)
+    benchmark: Any = moved(ResNetGenerator("resnet-18"))
+    benchmark = nn.Sequential(*list(benchmark.children())[:-1], nn.AdaptiveAvgPool2d(1))
+    made["lightly_cifar_benchmark.ckpt"] = method(benchmark, 512)
     for name, model in made.items():
         torch.save({"epoch": 1, "state_dict": model.state_dict()}, out / name)
     x = F.relu(cifar.bn1(cifar.conv1(images(""))))
@@ -97,6 +100,7 @@ def write_lightly(out: Path) -> dict[str, Tensor]:
     return features | {
         "lightly_vit.ckpt": vit.eval()(images("")),
         "lightly_cifar.ckpt": x.mean((2, 3)),
+        "lightly_cifar_benchmark.ckpt": benchmark(images("")).flatten(1),
     }
 
 

@@ -58,6 +58,12 @@ class TorchvisionConfig(_EncoderConfig):
 
     name: Literal["torchvision"] = "torchvision"
     model: str = Field("resnet50", min_length=1, description="A name of torchvision.models.")
+    stem: Literal["imagenet", "cifar", "cifar_lightly", "cifar_solo_learn"] = Field(
+        "imagenet",
+        since=3,
+        description="Of a ResNet: 7x7/2 and pool; 3x3 and no pool, for small images; the latter "
+        "without ReLU, as lightly's benchmark has it, or padded by 2, as solo-learn.",
+    )
     options: dict[str, Any] = Field(
         {}, since=3, description="What it is called with: stochastic_depth_prob, dropout, …"
     )
@@ -171,7 +177,8 @@ class InitConfig(Config):
         [],
         since=3,
         description="Of each channel in [0, 1], which the images of these weights had taken off; "
-        "[]: as the folder or the model says, else ImageNet's. [0, 0, 0] with std [1, 1, 1]: none.",
+        "[]: as the folder or the model says, else ImageNet's; needed for an encoder of your own "
+        "and a stem for small images, which say nothing. [0, 0, 0] with std [1, 1, 1]: none.",
     )
     std: list[float] = Field([], since=3, description="Likewise what they were divided by.")
     freeze: bool = Field(

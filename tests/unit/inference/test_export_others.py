@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from simclr_ray.errors import CheckpointError, ConfigError
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import load_folder, write_encoder
 from simclr_ray.inference.export import export_encoder
+from simclr_ray.inference.export_others import exports_line
 from simclr_ray.nn.build import build_encoder, feature_dim
 from simclr_ray.nn.timm_models import load_timm
 
@@ -38,6 +40,8 @@ TORCHVISION = [
     (OURS | {"stem": "cifar"}, 3),
     (OURS, 4),
     ({"name": "torchvision", "model": "resnet18"}, 3),
+    ({"name": "torchvision", "model": "resnet18", "stem": "cifar"}, 3),
+    ({"name": "torchvision", "model": "resnet18", "stem": "cifar_lightly"}, 4),
     ({"name": "torchvision", "model": "shufflenet_v2_x0_5"}, 3),
 ]
 TIMM = [
@@ -90,18 +94,19 @@ def assert_equal(network: Any, encoder: Encoder) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("tree", "channels"), TORCHVISION)
 def test_torchvision_loads_its_state_dict_strictly(
-    tree: dict[str, Any], channels: int, tmp_path: Path
+    tree: dict[str, Any], channels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     import torchvision
 
+    caplog.set_level("INFO")
     encoder = made(tmp_path / "e", tree, channels)
     assert "torchvision.pth" in export_encoder(tmp_path / "e", tmp_path / "out", ["torchvision"])
-    network = torchvision.models.get_model(tree.get("model", "resnet50"), weights=None)
-    network.fc = nn.Identity()
+    (code,) = re.findall(r"torchvision.pth is for: (.*)", caplog.text)
     if tree.get("stem") == "cifar":
-        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    if channels != 3:
-        network.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        assert "net.maxpool = torch.nn.Identity()" in code
+    names: dict[str, Any] = {"torch": torch, "torchvision": torchvision}
+    exec(code, names)  # noqa: S102 - what is said is what loads
+    network: Any = names["net"]
     network.load_state_dict(torch.load(tmp_path / "out" / "torchvision.pth", weights_only=True))
     assert_equal(network.eval(), encoder)
 
@@ -156,10 +161,36 @@ def test_the_view_of_timm_is_near_ours(tmp_path: Path) -> None:
     assert (view - encoder.transform(out.getvalue())).abs().mean() < 0.02
 
 
+def test_what_can_be_exported_is_one_line_before_a_training() -> None:
+    def line(**tree: Any) -> str:
+        return exports_line(cfg.validate(EncoderSection, {"encoder": tree}).encoder, 32)
+
+    theirs = {"name": "torchvision", "model": "resnet18"}
+    assert line(**theirs) == ("safetensors, torch-export, onnx, torchvision, timm, huggingface")
+    assert line(**theirs, stem="cifar").startswith(
+        "safetensors, torch-export, onnx, torchvision; not timm, huggingface: timm builds no"
+    )
+    ours = line(name="resnet", depth=18, stem="cifar")
+    assert ours.startswith("safetensors, torch-export, onnx; not torchvision: torchvision's ")
+    assert (
+        "encoder.name=torchvision encoder.model=resnet18 encoder.stem=cifar trains theirs" in ours
+    )
+
+
 @pytest.mark.parametrize(
     ("tree", "to", "said"),
     [
         (SMALL, "torchvision", "depth 50, 101 and 152"),
+        (
+            {"name": "resnet", "depth": 18, "stem": "cifar"},
+            "torchvision",
+            "encoder.model=resnet18 encoder.stem=cifar trains theirs",
+        ),
+        (
+            {"name": "torchvision", "model": "resnet18", "stem": "cifar"},
+            "timm",
+            r"no ResNet with a 3x3 stem and without max pool \(--to onnx",
+        ),
         (SMALL, "timm", "depth 50 and more"),
         (SMALL, "huggingface", "depth 50 and more"),
     ],

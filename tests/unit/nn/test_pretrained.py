@@ -15,16 +15,26 @@ from safetensors.torch import save_file
 from torch import nn
 
 from simclr_ray import config as cfg
+from simclr_ray.config import imports
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.errors import CheckpointError, ConfigError
+from simclr_ray.inference.encoder_files import CARD
+from simclr_ray.inference.export import ALL_FORMATS
 from simclr_ray.nn.batchnorm import GlobalBatchNorm
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.foreign_weights import DEVIATION, MEAN
-from simclr_ray.nn.pretrained import _folder_statistics, load_init, load_trained
+from simclr_ray.nn.pretrained import (
+    OWN_CARD,
+    OWN_FILES,
+    _folder_statistics,
+    load_init,
+    load_trained,
+)
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.provenance import sha256
 from simclr_ray.train.resolve import init_line, resolve_init
 
+WEIGHT_FORMATS = ("safetensors", "torchvision", "timm")
 SMALL = {"name": "resnet", "depth": 10, "width": 0.125, "stem": "cifar"}
 
 
@@ -242,6 +252,108 @@ def test_any_layout_of_a_state_dict_gives_the_features_of_its_encoder(
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model.encoder(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+
+def cifar_resnet(padding: int = 1, *, relu: bool = True) -> torchvision.models.ResNet:
+    """Return torchvision's ResNet-18 with a stem for small images, as others alter it."""
+    torch.manual_seed(4)
+    theirs = torchvision.models.resnet18()
+    theirs.conv1 = nn.Conv2d(3, 64, 3, 1, padding, bias=False)
+    theirs.maxpool, theirs.fc = nn.Identity(), nn.Identity()
+    if not relu:
+        theirs.relu = nn.Identity()
+    return moved(theirs)
+
+
+def lightly_cifar(backbone: Named) -> dict[str, Any]:
+    """Return a checkpoint of lightly's CIFAR benchmark, whose ResNet has no ReLU and no pool."""
+    order = [name for name in CHILDREN if name not in ("relu", "maxpool")]
+    out = {}
+    for name, tensor in backbone.items():
+        first, _, rest = name.partition(".")
+        out[f"backbone.{order.index(first)}.{rest.replace('downsample', 'shortcut')}"] = tensor
+    return {"state_dict": out | {"projection_head.layers.0.weight": torch.zeros(4, 4)}}
+
+
+CIFAR_STEMS: dict[str, tuple[nn.Module, Callable[[Named], dict[str, Any]]]] = {
+    "cifar": (cifar_resnet(), lambda own: own),
+    "cifar_lightly": (cifar_resnet(relu=False), lightly_cifar),
+    "cifar_solo_learn": (cifar_resnet(padding=2), solo_learn),
+}
+
+
+@pytest.mark.parametrize("stem", CIFAR_STEMS)
+def test_resnets_for_cifar_come_in_whole_and_give_the_features_of_their_package(
+    stem: str, tmp_path: Path
+) -> None:
+    theirs, layout = CIFAR_STEMS[stem]
+    path = tmp_path / "weights.ckpt"
+    torch.save(layout(theirs.state_dict()), path)
+    encoder = {"name": "torchvision", "model": "resnet18", "stem": stem}
+    unsaid = experiment(encoder=encoder, init={"weights": str(path)})
+    with pytest.raises(
+        ConfigError, match=r"nobody knows: say init.mean=\[0.485,0.456,0.406\] init.std=\["
+    ):
+        init_line(unsaid)
+    exp = resolve_init(experiment(encoder=encoder, init={"weights": str(path), **NO_SHIFT}))
+    assert init_line(exp).startswith("100 of ")  # 20 convolutions, and 20 batch norms of four
+    model = build_model(exp).eval()
+    assert sum(p.numel() for p in model.encoder.parameters()) == 11_168_832
+    load_init(model, exp)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encoder(images), theirs(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_weights_with_a_stem_for_cifar_name_the_encoder_that_takes_them(
+    name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(cifar_resnet().state_dict(), path)
+    init = {"weights": str(path), **NO_SHIFT}
+    with pytest.raises(
+        ConfigError,
+        match=r"conv1.weight is 64x3x7x7 here and 64x3x3x3 there .*encoder.stem=cifar",
+    ):
+        init_line(experiment(encoder={"name": name, "model": "resnet18"}, init=init))
+    ours = {"name": "resnet", "depth": 18, "stem": "cifar"}
+    with pytest.raises(ConfigError, match=r"encoder.model=resnet18 encoder.stem=cifar"):
+        init_line(experiment(encoder=ours, init=init))
+
+
+def test_a_stem_of_resnets_is_refused_for_other_networks() -> None:
+    encoder = {"name": "torchvision", "model": "shufflenet_v2_x0_5", "stem": "cifar"}
+    with pytest.raises(ConfigError, match=r"encoder.stem: cifar is a stem of ResNets"):
+        build_model(experiment(encoder=encoder))
+
+
+def test_weights_into_an_encoder_of_ones_own_are_not_guessed_to_be_of_images_in_0_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    encoder = {"name": "import", "path": "torchvision.models:resnet18"}
+    monkeypatch.setenv(imports.PERMISSION, encoder["path"])
+    init = {"weights": str(tmp_path / "weights.pth")}
+    with pytest.raises(ConfigError, match=r"nobody knows: say init\.mean"):
+        init_line(experiment(encoder=encoder, init=init))
+    line = init_line(experiment(encoder=encoder, init=init | NO_SHIFT))
+    assert line.endswith("for images less (0, 0, 0) over (1, 1, 1)")
+
+
+def test_files_that_export_wrote_are_for_images_in_0_1(tmp_path: Path) -> None:
+    written = {each.file for each in ALL_FORMATS if each.name in WEIGHT_FORMATS}
+    assert written == set(OWN_FILES)
+    assert OWN_CARD == CARD
+    encoder = {"name": "torchvision", "model": "resnet18"}
+    path = tmp_path / "torchvision.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    exp = experiment(encoder=encoder, init={"weights": str(path)})
+    assert init_line(exp).endswith(
+        "for images less (0.485, 0.456, 0.406) over (0.229, 0.224, 0.225)"
+    )
+    (tmp_path / CARD).write_text("{}")
+    assert init_line(exp).endswith("for images less (0, 0, 0) over (1, 1, 1)")
 
 
 def test_what_is_loaded_and_left_out_is_one_line(tmp_path: Path) -> None:
