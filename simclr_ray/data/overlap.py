@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from simclr_ray.config.experiment import DataConfig
+from simclr_ray.config.experiment import ColumnsConfig, DataConfig
 from simclr_ray.data.files import names_of, target_of
 from simclr_ray.data.slices import joined_groups
 from simclr_ray.data.source import Source
@@ -26,10 +26,11 @@ FILE: Final = "file://"
 
 
 def overlap_line(data: DataConfig) -> str:
-    """Return what to say of test images that are in `data.train` or `data.eval_train` too.
+    """Return what to say of test images that are in `data.eval_train` or `data.train` too.
 
     Empty where there are none, or no test split. Files are compared, or the images themselves where
-    each is a file of its own; and whole splits by their fingerprints, wherever they lie.
+    each is a file of its own; and whole splits by their fingerprints, wherever they lie. What the
+    scores learn from with labels is said before what is trained on without.
 
     Raises:
         DataError: A split cannot be read.
@@ -37,17 +38,27 @@ def overlap_line(data: DataConfig) -> str:
     if not data.test:
         return ""
     test = Source.open(data.test, data.columns)
-    for uri in filter(None, dict.fromkeys((data.train, data.eval_train))):
-        other = Source.open(uri, data.columns)
-        limit = data.limit if uri == data.train else 0
-        read = Source.open(uri, data.columns, limit) if limit else other
-        is_copy = test.fingerprint == other.fingerprint  # of which a limit keeps the first rows
-        num = read.num_rows if is_copy else num_within(test, read)
-        if num:
-            part = "all" if num == test.num_rows else f"{num:,} of"
-            images = f"{part} {test.num_rows:,} images of {test.shown_uri}"
-            return f"{images} are in {other.shown_uri} too: scores flatter"
-    return ""
+    limits = {data.train: data.limit, data.eval_train: 0}  # the latter is read whole, if the same
+    splits = dict.fromkeys(filter(None, (data.eval_train, data.train)))
+    parts = [_part_within(test, uri, data.columns, limits[uri]) for uri in splits]
+    common = [(num, place) for num, place in parts if num]
+    if not common:
+        return ""
+    counts = [
+        f"all {n:,}" if n == test.num_rows else f"{n:,} of {test.num_rows:,}" for n, _ in common
+    ]
+    line = f"{counts[0]} images of {test.shown_uri} are in {common[0][1]} too"
+    for count, (_, place) in zip(counts[1:], common[1:], strict=True):
+        line += f", and {count} in {place}"
+    return f"{line}: scores flatter"
+
+
+def _part_within(test: Source, uri: str, columns: ColumnsConfig, limit: int) -> tuple[int, str]:
+    """Return how many test images are in a split that is learned from, and what it is called."""
+    other = Source.open(uri, columns)
+    read = Source.open(uri, columns, limit) if limit else other
+    is_copy = test.fingerprint == other.fingerprint  # of which a limit keeps the first rows
+    return read.num_rows if is_copy else num_within(test, read), other.shown_uri
 
 
 def num_within(source: Source, other: Source) -> int:

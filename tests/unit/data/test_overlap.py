@@ -46,6 +46,10 @@ A, B, BOTH = "set/a.parquet", "set/b.parquet", "set"
         ({"train": A, "test": BOTH}, f"12 of 21 images of {BOTH} are in {A} too: scores flatter"),
         ({"train": A, "test": B}, ""),
         ({"train": A, "eval_train": B, "test": B}, f"all 9 images of {B} are in {B} too: scores"),
+        (
+            {"train": BOTH, "eval_train": B, "test": B},
+            f"all 9 images of {B} are in {B} too, and all 9 in {BOTH}: scores",
+        ),
         ({"train": A}, ""),
         ({"train": "photos", "test": "photos/test"}, "all 2 images of photos/test are in photos"),
         ({"train": "photos/cat", "test": "photos/test"}, ""),
@@ -72,6 +76,12 @@ def test_rows_past_the_limit_are_not_trained_on(folder: Path) -> None:
     data = {"train": str(folder / BOTH), "test": str(folder / B)}
     assert overlap_line(DataConfig(**data, limit=12)) == ""  # type: ignore[arg-type] # places alone
     assert "are in" in overlap_line(DataConfig(**data, limit=13))  # type: ignore[arg-type] # places alone
+
+
+def test_a_limit_keeps_no_row_from_the_classifier(folder: Path) -> None:
+    both = str(folder / BOTH)
+    data = DataConfig(train=both, eval_train=both, test=str(folder / B), limit=12)
+    assert overlap_line(data).startswith("all 9 images")
 
 
 def test_a_row_group_that_a_limit_cuts_counts_for_the_rows_that_are_read(folder: Path) -> None:
