@@ -60,7 +60,7 @@ def prepare_shards(what: str, to: str, *options: str, overwrite: bool = False) -
     from simclr_ray.data.prepare import prepare as write_shards
 
     chosen = cfg.validate(PreparationConfig, cfg.apply_overrides({}, options))
-    fields = {name: getattr(chosen, name) for name in type(chosen).model_fields}
+    fields = {name: getattr(chosen, name) for name in chosen.model_fields_set}
     loading("ray")
     from simclr_ray.cli.progress import CountProgress
 

@@ -67,7 +67,7 @@ def describe_columns(uri: str, columns: ColumnsConfig | None = None) -> Descript
     columns = columns or ColumnsConfig()
     source = Source.open(uri, columns)
     files, root = filesystem(source.uri)  # of a folder of images, its list
-    listed = list_parquet(files, root, source.uri, columns)
+    listed = list_parquet(files, root, source.uri, columns).files
     (first,) = read_footers(files, listed[:1])
     groups = ""
     if source.columns.group:

@@ -25,7 +25,7 @@ from simclr_ray.data.folder_input import FolderInput
 from simclr_ray.data.grouping import cut_between_groups, grouped_order, one_array
 from simclr_ray.data.image_groups import group_column, group_kind
 from simclr_ray.data.items import Input, Item, ShardTask, cut, encode, shuffled
-from simclr_ray.data.listing import all_parquet, part_split
+from simclr_ray.data.listing import all_parquet, images_among, part_split
 from simclr_ray.data.shards import GroupKind, check_group_sizes
 from simclr_ray.data.source import Source
 from simclr_ray.data.tar_input import TarInput, find_tars
@@ -162,54 +162,79 @@ class ParquetTask:
 def open_input(
     kind_or_path: str,
     *,
-    columns: ColumnsConfig,
-    split: str,
-    root: str,
-    num_images: int,
-    size: int,
-    seed: int,
-    labels: FolderLabels = "auto",
-    groups: FolderGroups = "none",
+    columns: ColumnsConfig | None = None,
+    split: str | None = None,
+    root: str | None = None,
+    num_images: int = 0,
+    size: int | None = None,
+    seed: int = 0,
+    labels: FolderLabels | None = None,
+    groups: FolderGroups | None = None,
 ) -> Input:
     """Return what `kind_or_path` names: `shapes`, an existing path or URI, or torchvision's name.
+
+    What is None is not given. Where images lie beside parquet, `labels` or `groups` say that they
+    are meant.
+
+    Args:
+        kind_or_path: See `prepare`.
+        columns: See `prepare`, as all that follow.
+        split: Which of several.
+        root: Where torchvision keeps its files.
+        num_images: The first only; 0: all.
+        size: Of `shapes`.
+        seed: Of `shapes`.
+        labels: Of a folder of images.
+        groups: Of a folder of images.
 
     Raises:
         ConfigError: an option is given that this input does not take.
         DataError: it names nothing, or what it names cannot be read.
     """
-    options = {"size": size, "labels": labels, "columns": columns, "split": split, "groups": groups}
-    check_taken = functools.partial(_check_taken, options | {"download_folder": root})
+    usual, columns = PreparationConfig(), columns or ColumnsConfig()
+    options = {"size": size, "labels": labels, "groups": groups, "split": split}
+    options |= {"download_folder": root, "columns": columns if columns.model_fields_set else None}
+    check_taken = functools.partial(_check_taken, options)
     if kind_or_path == "shapes":
         check_taken("size", of="`shapes`")
-        return ShapesInput(num_images or 20_000, size, seed)
+        return ShapesInput(num_images or 20_000, size or usual.size, seed)
     path = Path(kind_or_path).expanduser()
     is_path = path.exists() or ("#" in path.name and Path(str(path).rpartition("#")[0]).exists())
     if "://" in kind_or_path or "{" in kind_or_path or is_path:
-        place, split = _place_and_split(kind_or_path, split)
-        if arrow := find_arrow(place, split):
+        place, named = _place_and_split(kind_or_path, split or "")
+        if arrow := find_arrow(place, named):
             check_taken("columns", "split", of="a folder of `datasets`")
             return ArrowInput.open(place, arrow, columns, num_images)
-        if tars := find_tars(place, split):
+        if tars := find_tars(place, named):
             check_taken("columns", "split", of="tar shards")
-            return TarInput.open(place, tars, columns, num_images, split)
-        if all_parquet(*filesystem(place), place).files:
+            return TarInput.open(place, tars, columns, num_images, named)
+        if _is_parquet(place, images_meant=bool(labels or groups)):
             check_taken("columns", "split", of="parquet")
-            uri = f"{place.rstrip('/')}#{split}" if split else place
+            uri = f"{place.rstrip('/')}#{named}" if named else place
             return ParquetInput.open(uri, columns, num_images)
         check_taken("labels", "groups", "split", of="a folder of images")
-        return FolderInput.open(place, num_images, labels, groups, split)
+        return FolderInput.open(
+            place, num_images, labels or usual.labels, groups or usual.groups, named
+        )
     is_name = kind_or_path.replace("_", "").isalnum()  # seconds to import, for a name alone
     datasets = torchvision_names() if is_name else {}
     if kind_or_path.lower() in datasets:
         check_taken("split", "download_folder", of="a torchvision dataset")
         return TorchvisionInput.open(
-            datasets[kind_or_path.lower()], split or "train", root, num_images
+            datasets[kind_or_path.lower()], split or "train", root or "", num_images
         )
     hint = nearest(kind_or_path.lower(), ["shapes", *datasets])
     raise DataError(
         f"{kind_or_path}: no such file or folder, and no dataset of that name{hint}; "
         "give a folder of images, parquet, tar shards, `shapes`, or a torchvision dataset"
     )
+
+
+def _is_parquet(place: str, *, images_meant: bool) -> bool:
+    """Return whether a path is read as parquet; not where images beside it are meant."""
+    fs, root = filesystem(place)
+    listing = all_parquet(fs, root, place)
+    return bool(listing.files) and not (images_meant and images_among(fs, listing.others))
 
 
 def groups_of_input(images: Input) -> GroupKind:
@@ -235,11 +260,11 @@ def _place_and_split(kind_or_path: str, split: str) -> tuple[str, str]:
 
 
 def _check_taken(options: Mapping[str, object], *taken: str, of: str) -> None:
-    """Raise `ConfigError` for each option that has no meaning for an input; defaults pass."""
+    """Raise `ConfigError` for each option that has no meaning for an input; None is not given."""
     issues = [
         ConfigIssue(key, f"got {value!r}; {of} takes {' and '.join(taken)}, and not this")
         for key, value in options.items()
-        if key not in taken and value != PreparationConfig.model_fields[key].default
+        if key not in taken and value not in (None, "")
     ]
     if issues:
         raise ConfigError(issues)

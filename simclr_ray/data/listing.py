@@ -57,11 +57,19 @@ class Listed(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Files sorted by path, what else there is, and the files that are or lie hidden."""
+    """Files sorted by path, and what else there is.
+
+    Attributes:
+        files: Of the kind that was looked for.
+        left_out: What is passed over.
+        hidden: Files that are or lie hidden.
+        others: Files beside parquet.
+    """
 
     files: list[Listed]
     left_out: LeftOut
     hidden: Sequence[Listed] = ()
+    others: Sequence[Listed] = ()
 
     def say(self, uri: str) -> None:
         """Log what is left out, once for the same listing."""
@@ -99,7 +107,7 @@ def list_files(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
 
 def list_parquet(
     fs: pafs.FileSystem, root: str, uri: str, columns: ColumnsConfig | None = None
-) -> list[Listed]:
+) -> Listing:
     """Return the file `root`, or parquet below the folder `root`, sorted by path; none: no parquet.
 
     Names that begin with a dot or underscore are skipped, as everywhere in the parquet world:
@@ -119,13 +127,13 @@ def list_parquet(
     folder, split = part_split(fs, root)
     listing = all_parquet(fs, folder, uri)
     if not listing.files:
-        return []
+        return listing
     listing.say(uri)
     shown = uri.rpartition("#")[0] if split else uri
     columns = columns or ColumnsConfig()
     read = (columns.label, columns.group)
     kept = set(choose_split([f.path for f in listing.files], folder, split, shown, read))
-    return [file for file in listing.files if file.path in kept]
+    return listing._replace(files=[file for file in listing.files if file.path in kept])
 
 
 def part_split(fs: pafs.FileSystem, root: str) -> tuple[str, str]:
@@ -139,17 +147,18 @@ def part_split(fs: pafs.FileSystem, root: str) -> tuple[str, str]:
 
 def all_parquet(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
     """Return the parquet of all splits, and what else there is; see `list_parquet`."""
-    files, left_out, _ = list_files(fs, root, uri)
+    files, left_out, *_ = list_files(fs, root, uri)
     if [f.path for f in files] == [root]:
         _check_parquet(fs, files[0], uri)
         return Listing(files, left_out)
     files = [f for f in files if not _is_hidden(f.path, root, "_")]
     parquet = [f for f in files if suffix_of(f.path) in PARQUET_SUFFIXES]
-    for file in files:
+    others = [f for f in files if suffix_of(f.path) not in PARQUET_SUFFIXES]
+    for file in others:
         name = PurePosixPath(file.path)
-        if suffix_of(file.path) not in PARQUET_SUFFIXES and name.name != OLD_MANIFEST:
+        if name.name != OLD_MANIFEST:
             left_out.add(name.suffix.lower() or "without an ending", below(root, file.path))
-    return Listing(parquet, left_out)
+    return Listing(parquet, left_out, others=others)
 
 
 def _check_parquet(fs: pafs.FileSystem, file: Listed, uri: str) -> None:
@@ -197,7 +206,7 @@ def list_images(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
     Raises:
         DataError: There is nothing at `uri`, or a folder that cannot be listed.
     """
-    files, left_out, hidden = list_files(fs, root, uri)
+    files, left_out, hidden, _ = list_files(fs, root, uri)
     doubtful = [f for f in files if suffix_of(f.path) not in IMAGE_SUFFIXES]
     reasons = dict(zip(doubtful, _why_left_out(fs, doubtful), strict=True))
     for file, reason in reasons.items():
@@ -207,6 +216,15 @@ def list_images(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
         if suffix_of(file.path) in IMAGE_SUFFIXES and not _is_litter(below(root, file.path)):
             _count_hidden(below(root, file.path), left_out)
     return Listing([f for f in files if not reasons.get(f)], left_out)
+
+
+def images_among(fs: pafs.FileSystem, files: Sequence[Listed]) -> list[Listed]:
+    """Return those of some files that `list_images` takes; lists by their endings are none."""
+    others = (*PARQUET_SUFFIXES, *TAR_SUFFIXES, *LIST_SUFFIXES)
+    files = [file for file in files if suffix_of(file.path) not in others]
+    doubtful = [file for file in files if suffix_of(file.path) not in IMAGE_SUFFIXES]
+    reasons = dict(zip(doubtful, _why_left_out(fs, doubtful), strict=True))
+    return [file for file in files if not reasons.get(file)]
 
 
 def _is_litter(name: str) -> bool:

@@ -27,13 +27,14 @@ from simclr_ray.config import digest_of
 from simclr_ray.config.column_keys import column_keys
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.sections.data import FolderGroups, FolderLabels
+from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.columns import GROUP_COLUMN
 from simclr_ray.data.footer import INDEX, MANIFEST
 from simclr_ray.data.image_groups import group_column, groups_of, open_grouped
 from simclr_ray.data.inputs import groups_of_input, open_input
 from simclr_ray.data.items import Input
-from simclr_ray.data.listing import part_split
+from simclr_ray.data.listing import all_parquet, below, images_among, part_split
 from simclr_ray.data.manifest import GroupSizes, Manifest, read_manifest
 from simclr_ray.data.ray_tasks import run_tasks
 from simclr_ray.data.regroup import FOLDER as REGROUPED
@@ -80,11 +81,11 @@ def prepare(
     num_images: int = 0,
     seed: int = 0,
     columns: ColumnsConfig | None = None,
-    split: str = "",
-    size: int = 32,
-    labels: FolderLabels = "auto",
-    groups: FolderGroups = "none",
-    download_folder: str = "",
+    split: str | None = None,
+    size: int | None = None,
+    labels: FolderLabels | None = None,
+    groups: FolderGroups | None = None,
+    download_folder: str | None = None,
     rows_per_shard: int = 5000,
     max_bad_fraction: float = 0.01,
     max_pixels: int = 50_000_000,
@@ -110,11 +111,11 @@ def prepare(
             column as `group`.
         split: which of several, as `PATH#SPLIT` names it; empty: the only one, and `train` of a
             torchvision dataset.
-        size: side of the images of `shapes`, in pixels.
-        labels: of a folder of images: `folders`, whose names are the classes, `none`, or `auto`:
-            the folders, saying which images lie in none.
+        size: side of the images of `shapes`, in pixels; None: 32.
+        labels: of a folder of images, also of one that parquet lies in: `folders`, whose names are
+            the classes, `none`, or `auto` (as None): the folders, saying which images lie in none.
         groups: of a folder of images: with `folders`, those of one folder are a group, of its name.
-        download_folder: where torchvision keeps its files; empty is a cache folder of the user.
+        download_folder: where torchvision keeps its files; None: a cache folder of the user.
         rows_per_shard: at most; fewer where parquet rows are large.
         max_bad_fraction: share of unusable images that stops, in [0, 1].
         max_pixels: larger images are rejected undecoded.
@@ -129,9 +130,10 @@ def prepare(
     """
     fs, folder = filesystem(out)
     _check_apart(first_of(kind_or_path), out)
+    _check_no_images(fs, folder, out)
     images = open_input(
         kind_or_path,
-        columns=columns or ColumnsConfig(),
+        columns=columns,
         split=split,
         root=download_folder,
         num_images=num_images,
@@ -219,6 +221,16 @@ def _check_apart(kind_or_path: str, out: str) -> None:
         raise DataError(f"{out} lies inside {kind_or_path}; prepare into a folder of its own")
     if f"{origin}/".startswith(f"{folder}/") and Path(origin).exists():
         raise DataError(f"{kind_or_path} lies inside {out}; prepare into a folder of its own")
+
+
+def _check_no_images(fs: pafs.FileSystem, folder: str, out: str) -> None:
+    """Refuse an output among images: which of both is meant could not be said any more."""
+    if info_of(fs, folder).type != pafs.FileType.Directory:
+        return
+    images = images_among(fs, all_parquet(fs, folder, out).others)
+    if images:
+        shown = f"{counted(len(images), 'image')} ({below(folder, images[0].path)})"
+        raise DataError(f"{out} holds {shown}; prepare into a folder of its own")
 
 
 def _finished(

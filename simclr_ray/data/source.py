@@ -48,6 +48,7 @@ from simclr_ray.data.footer import (
     sampled_files,
 )
 from simclr_ray.data.listing import REMOTE_THREADS, list_parquet, part_split
+from simclr_ray.data.mixed_folders import check_meant
 from simclr_ray.data.partitions import with_folder_values
 from simclr_ray.data.slices import cut_groups, joined_groups
 from simclr_ray.data.tables import (
@@ -144,12 +145,13 @@ class Source:
         """
         columns = columns or ColumnsConfig()
         fs, root = filesystem(uri)
-        listed = list_parquet(fs, root, uri, columns)
-        if not listed:
+        listing = list_parquet(fs, root, uri, columns)
+        if not listing.files:
             uri = index_folder(uri, str(cache_folder("lists")))
             fs, root = filesystem(uri)
-            listed = list_parquet(fs, root, uri, columns)
-        every = read_footers(fs, listed)
+            listing = list_parquet(fs, root, uri, columns)
+        every = read_footers(fs, listing.files)
+        check_meant(fs, root, uri, listing.others, every, columns.image)
         footers = [footer for footer in every if any(footer.group_rows)]
         if not footers:
             raise DataError(f"{uri} holds no rows")

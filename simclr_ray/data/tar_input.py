@@ -129,7 +129,7 @@ def find_tars(kind_or_path: str, split: str = "") -> list[TarShard]:
     fs, root = filesystem(kind_or_path)
     if part_split(fs, root)[1]:
         return []
-    files, left_out, _ = list_files(fs, root, kind_or_path)
+    files, left_out, *_ = list_files(fs, root, kind_or_path)
     tars = [file for file in files if suffix_of(file.path) in TAR_SUFFIXES]
     endings = {suffix_of(file.path) for file in files}
     if not tars or endings & {*IMAGE_SUFFIXES, *PARQUET_SUFFIXES}:

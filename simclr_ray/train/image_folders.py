@@ -32,4 +32,4 @@ def _is_of_images(uri: str, columns: ColumnsConfig) -> bool:
         return False
     fs, root = filesystem(uri)
     folder = info_of(fs, part_split(fs, root)[0])
-    return folder.type == FileType.Directory and not list_parquet(fs, root, uri, columns)
+    return folder.type == FileType.Directory and not list_parquet(fs, root, uri, columns).files

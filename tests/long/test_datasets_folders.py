@@ -68,7 +68,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_datasets_writes_is_read(
     name: str, split: str, first: int, count: int, written: Path
 ) -> None:
-    options: dict[str, Any] = {"root": "", "num_images": 0, "size": 32, "seed": 0}
+    options: dict[str, Any] = {"root": "", "num_images": 0, "seed": 0}
     given = open_input(str(written / name), columns=ColumnsConfig(), split=split, **options)
     assert given.class_names == ("zebra", "ant", "fox")
     items = sorted(item for part in given.parts(10, 0) for item in part.read())

@@ -179,6 +179,10 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["prepare", "images/dogs", "out"], ["images/dogs", "no such file"]),
     (["prepare", "images", "out", "size=64"], ["size", "a folder of images takes labels"]),
     (["prepare", "shapes", "out", "labels=none"], ["labels", "`shapes` takes size"]),
+    # what is given is refused, and be it the default
+    (["prepare", "train.parquet", "out", "size=32"], ["size", "32; parquet takes columns"]),
+    (["prepare", "train.parquet", "out", "labels=auto"], ["labels", "auto", "parquet takes"]),
+    (["prepare", "images", "out", "columns.id=id"], ["columns", "a folder of images takes"]),
     (
         ["prepare", "train.parquet", "out", "split=test"],
         ["train.parquet", "there is no split test"],

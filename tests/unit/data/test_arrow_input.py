@@ -52,7 +52,7 @@ def save(
 
 
 def opened(what: object, split: str = "", limit: int = 0, **columns: str) -> ArrowInput:
-    options: dict[str, Any] = {"root": "", "num_images": limit, "size": 32, "seed": 0}
+    options: dict[str, Any] = {"root": "", "num_images": limit, "seed": 0}
     given = open_input(str(what), columns=ColumnsConfig(**columns), split=split, **options)
     assert isinstance(given, ArrowInput)
     return given

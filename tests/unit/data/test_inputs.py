@@ -38,7 +38,6 @@ def opened(kind_or_path: str, *, num_images: int = 0, split: str = "", root: str
         split=split,
         root=root,
         num_images=num_images,
-        size=32,
         seed=5,
     )
 

@@ -518,7 +518,7 @@ def test_a_file_system_without_folders_serves_too(folder: Path) -> None:
     from simclr_ray.data.listing import list_parquet
 
     bucket = pafs.SubTreeFileSystem(str(folder.parent), pafs.LocalFileSystem())
-    assert [f.path for f in list_parquet(bucket, "set", "set")] == [
+    assert [f.path for f in list_parquet(bucket, "set", "set").files] == [
         "set/a.parquet",
         "set/b/c.parquet",
     ]

@@ -23,7 +23,7 @@ from simclr_ray.train.image_folders import resolve_folders
 
 
 def opened(what: str, split: str = "") -> Input:
-    options: dict[str, Any] = {"root": "", "num_images": 0, "size": 32, "seed": 0}
+    options: dict[str, Any] = {"root": "", "num_images": 0, "seed": 0}
     return open_input(what, columns=ColumnsConfig(), split=split, **options)
 
 

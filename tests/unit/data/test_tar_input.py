@@ -64,7 +64,6 @@ def opened(what: str | Path, limit: int = 0, **columns: str) -> TarInput:
         split="",
         root="",
         num_images=limit,
-        size=32,
         seed=0,
     )
     assert isinstance(given, TarInput)

@@ -128,7 +128,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def opened(uri: str, split: str = "") -> Input:
-    options: dict[str, Any] = {"split": split, "root": "", "num_images": 0, "size": 32, "seed": 0}
+    options: dict[str, Any] = {"split": split, "root": "", "num_images": 0, "seed": 0}
     return open_input(uri, columns=ColumnsConfig(), **options)
 
 
