@@ -213,10 +213,10 @@ def _class_folders(names: Sequence[str], uri: str, labels: FolderLabels) -> tupl
     if loose and labels == "auto":
         lie = "lies" if len(loose) == 1 else "lie"
         log.warning(
-            "%s: %s %s beside %s (%s): %s no label; labels=folders if that is meant, "
-            "labels=none if no image is to have one",
+            "%s: %s %s beside %s (%s): %s no label; `simclr-ray prepare %s OUT`, with "
+            "labels=folders if that is meant, labels=none if no image is to have one",
             uri, counted(len(loose), "image"), lie, counted(len(folders), "class folder"),
-            loose[0], "it gets" if len(loose) == 1 else "they get",
+            loose[0], "it gets" if len(loose) == 1 else "they get", uri,
         )  # fmt: skip
     return folders
 

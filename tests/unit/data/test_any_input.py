@@ -269,6 +269,7 @@ def test_loose_images_beside_class_folders_get_no_label_and_that_is_said(
         (tmp_path / name).write_bytes(image(0))
     assert FolderInput.open(str(tmp_path)).labels() == [0, 1, -1]
     assert "1 image lies beside 2 class folders (montage.jpg)" in caplog.text
+    assert f"`simclr-ray prepare {tmp_path} OUT`, with labels=folders if" in caplog.text
     caplog.clear()
     assert FolderInput.open(str(tmp_path), labels="folders").labels() == [0, 1, -1]
     assert FolderInput.open(str(tmp_path), labels="none").labels() == [-1, -1, -1]
