@@ -114,9 +114,9 @@ def inspect(
     ] = None,
     *,
     channels: Annotated[
-        int,
-        typer.Option(min=1, max=16, help="Channels of the images, as data.channels: 1 is gray."),
-    ] = 3,
+        int | None,
+        typer.Option(min=1, max=16, help="Of the images, as data.channels (3): 1 is gray."),
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Decode all images, not a sample, and look for copies.")
     ] = False,
@@ -157,12 +157,11 @@ def inspect(
         if not (full or against or page or record):
             from simclr_ray.data.description import describe
 
-            number = channels if channels != 3 else None
-            _show_description(describe(path, chosen, number), number)
+            _show_description(describe(path, chosen, channels), channels)
             return
         inspect_whole(
             path, chosen, against,
-            channels=channels, duplicates=duplicates, page=page, record=record,
+            channels=channels or 3, duplicates=duplicates, page=page, record=record,
         )  # fmt: skip
 
 
@@ -225,6 +224,22 @@ def _dataset_rows(description: Description) -> dict[str, str]:
     return rows
 
 
+def _values(description: Description, channels: int | None) -> dict[str, str]:
+    """Return channels and bits of a sample in words."""
+    from simclr_ray.data.description import channels_in_words, deep_in_words
+
+    rows, counts = {}, description.channels
+    if any(num != 3 for num in counts) and not channels:
+        other = {num: images for num, images in counts.items() if num != 3}
+        rows["channels"] = f"of a sample {channels_in_words(other)}"
+    elif 3 in counts:
+        kinds = {"gray": description.num_gray, "in color": counts[3] - description.num_gray}
+        named = [f"{counted(num, 'image')} {kind}" for kind, num in kinds.items() if num]
+        rows["channels"] = f"of a sample {' and '.join(named)}"
+    dark = ", nearly black: data.white=auto, or a number, says what is white"
+    return rows | deep_in_words(description.deep, dark)
+
+
 def _show_description(description: Description, channels: int | None) -> None:
     """Show what a sample holds.
 
@@ -232,8 +247,6 @@ def _show_description(description: Description, channels: int | None) -> None:
         description: Of the dataset.
         channels: That were asked for, if any were.
     """
-    from simclr_ray.data.description import channels_in_words
-
     rows = _dataset_rows(description)
     if description.sizes:
         widths, heights = zip(*description.sizes, strict=True)
@@ -241,9 +254,7 @@ def _show_description(description: Description, channels: int | None) -> None:
             f"{min(widths)} to {max(widths)} px wide, {min(heights)} to {max(heights)} px high, "
             f"most often {'x'.join(map(str, Counter(description.sizes).most_common(1)[0][0]))}"
         )
-    other = {num: images for num, images in description.channels.items() if num != 3}
-    if other and not channels:
-        rows["channels"] = f"of a sample {channels_in_words(other)}"
+    rows |= _values(description, channels)
     bad = f"{len(description.bad)} of {counted(description.num_sampled, 'image')} of a sample"
     rows["undecodable"] = bad
     for row in description.bad[:BAD_SHOWN]:

@@ -166,6 +166,22 @@ def _warn_of_dark(sample: Sample, seen: ValueRange, white: str) -> None:
     )  # fmt: skip
 
 
+def read_deep_ranges(sample: Sample, max_pixels: int, channels: int) -> list[ValueRange]:
+    """Return the values of a sample of images of 9 to 16 bits: of gray and color all, else of each.
+
+    Args:
+        sample: Of the dataset.
+        max_pixels: Larger images are left out.
+        channels: Of its images.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    if channels not in COLOR:
+        return read_channel_ranges(sample, max_pixels, channels)
+    return [seen for seen in [read_value_range(sample, max_pixels)] if seen]
+
+
 def read_value_range(sample: Sample, max_pixels: int) -> ValueRange | None:
     """Return the values of a sample of images; None where its first images have 8 bits.
 

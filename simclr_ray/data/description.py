@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from simclr_ray.augment.decode import ImageDecoder, ImageError, image_shape
 from simclr_ray.config.experiment import ColumnsConfig
 from simclr_ray.config.wording import counted
 from simclr_ray.data.classes import NO_LABEL
+from simclr_ray.data.decoding import ValueRange, read_deep_ranges
 from simclr_ray.data.footer import read_footers
 from simclr_ray.data.image_groups import groups_line, open_grouped
 from simclr_ray.data.listing import list_parquet
@@ -38,6 +39,8 @@ class Description(NamedTuple):
     sizes: list[tuple[int, int]]  # width and height of the sampled images
     bad: list[UnusableSample]
     channels: dict[int, int]  # of the images -> how many of the sample; gray and color are 3
+    num_gray: int = 0  # of those
+    deep: Sequence[ValueRange] = ()  # values of those of 9 to 16 bits
     groups: str = ""  # of images of one thing: how many, or why they cannot serve as they lie
 
 
@@ -118,26 +121,59 @@ def channels_in_words(num_of: Mapping[int, int]) -> str:
     return f"{shown}: --channels {most} looks at them, data.channels={most} trains on them"
 
 
+def deep_in_words(deep: Sequence[ValueRange], dark: str) -> dict[str, str]:
+    """Return the values of images of 9 to 16 bits in words, by what they are values of.
+
+    Args:
+        deep: Of all channels, or of each.
+        dark: What is added where values use a part of their range.
+    """
+    return {
+        f"more than 8 bits{f' of channel {number}' if len(deep) > 1 else ''}": (
+            f"{seen}{dark if seen.is_dark else ''}"
+        )
+        for number, seen in enumerate(deep, start=1)
+    }
+
+
 def _decoded(description: Description, channels: int | None) -> Description:
-    """Return the description with sizes and channels of a sample, and rows that cannot be used."""
+    """Return the description with what a sample holds, and rows that cannot be used."""
     sizes: list[tuple[int, int]] = []
     bad: list[UnusableSample] = []
     num_of = Counter[int]()
-    num_sampled = 0
-    decoder = ImageDecoder(channels=channels) if channels else None
-    for first_row, images in Sample(description.source):
+    num_sampled = num_gray = 0
+    sample = Sample(description.source)
+    for first_row, images in sample:
         num_sampled += len(images)
         for row, image in enumerate(images, start=first_row):
             try:
-                encoded = image or b""
-                height, width, num = (
-                    decoder.decode(encoded).shape if decoder else image_shape(encoded)
-                )
+                (height, width, num), is_gray = _look_at(image or b"", channels)
             except ImageError as error:
                 bad.append(UnusableSample(row, str(error)))
             else:
                 sizes.append((width, height))
                 num_of[num] += 1
+                num_gray += is_gray
     return description._replace(
-        num_sampled=num_sampled, sizes=sizes, bad=bad, channels=dict(num_of.most_common())
+        num_sampled=num_sampled,
+        sizes=sizes,
+        bad=bad,
+        channels=dict(num_of.most_common()),
+        num_gray=num_gray,
+        deep=read_deep_ranges(sample, ImageDecoder().max_pixels, channels or 3),
     )
+
+
+def _look_at(encoded: bytes, channels: int | None) -> tuple[tuple[int, ...], bool]:
+    """Return the shape [H, W, C] of an image, and whether it is gray where it may be color.
+
+    Raises:
+        ImageError: It cannot be used.
+    """
+    try:
+        pixels = ImageDecoder(channels=channels or 3).decode(encoded)
+    except ImageError:
+        if channels:
+            raise
+        return image_shape(encoded), False
+    return pixels.shape, pixels.shape[2] == 3 and bool((pixels == pixels[:, :, :1]).all())

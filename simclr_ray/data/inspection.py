@@ -23,7 +23,7 @@ from simclr_ray.data.ahead import ahead
 from simclr_ray.data.alignment import SIDE
 from simclr_ray.data.arrays import Float32s, Int64s
 from simclr_ray.data.classes import NO_LABEL
-from simclr_ray.data.decoding import ValueRange, read_channel_ranges, read_value_range
+from simclr_ray.data.decoding import ValueRange, read_deep_ranges
 from simclr_ray.data.duplicates import flat, linked, near_copies, same_digests, thumbnail
 from simclr_ray.data.sample import Sample
 from simclr_ray.data.source import Source
@@ -187,10 +187,7 @@ def inspect_all(
     """
     tell = on_progress or (lambda _what, _unit, _done, _total: None)
     max_pixels = ImageDecoder().max_pixels
-    if channels in COLOR:
-        deep = [seen for seen in [read_value_range(Sample(source), max_pixels)] if seen]
-    else:
-        deep = read_channel_ranges(Sample(source), max_pixels, channels)
+    deep = read_deep_ranges(Sample(source), max_pixels, channels)
     decoder = ImageDecoder(max_pixels, channels=channels)
     # what is nearly black is stretched, as `data.white=auto` does, or all would be of one color
     if any(seen.is_dark for seen in deep):

@@ -19,7 +19,7 @@ from simclr_ray.data.contact_sheet import (
     thumbnail_of,
     write_sheet,
 )
-from simclr_ray.data.description import channels_in_words, class_name
+from simclr_ray.data.description import channels_in_words, class_name, deep_in_words
 from simclr_ray.data.inspection import Copies, Inspection, Looked
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
 
@@ -117,10 +117,8 @@ def facts(inspection: Inspection) -> dict[str, str]:
         )
     white = looked.decoder.white
     shown = f"[{', '.join(f'{w:g}' for w in white)}]" if isinstance(white, tuple) else f"{white:g}"
-    for number, seen in enumerate(inspection.deep, start=1):
-        of_channel = f" of channel {number}" if len(inspection.deep) > 1 else ""
-        dark = f", nearly black: shown and compared with data.white={shown}"
-        rows[f"more than 8 bits{of_channel}"] = f"{seen}{dark if seen.is_dark else ''}"
+    dark = f", nearly black: shown and compared with data.white={shown}"
+    rows |= deep_in_words(inspection.deep, dark)
     if inspection.num_flat:
         rows["one color"] = f"{counted(inspection.num_flat, 'image')}, compared by pixels alone"
     if inspection.duplicates:

@@ -282,7 +282,26 @@ def test_images_of_other_channels_are_said_with_what_looks_at_them(
     whole = facts(look(str(folder)))
     assert whole["channels"] == told
     assert whole["exact duplicates"] == "no image that could be compared"
+    three = run("inspect", "bands", "--channels", "3", cwd=tmp_path)
+    assert "9 of 9 images of a sample" in " ".join(three.stdout.split())
     asked = run("inspect", "bands", "--channels", str(channels), cwd=tmp_path)
     assert "looks at them" not in asked.stdout
     source = Source.open(str(folder))
     assert "channels" not in facts(inspect_all(source, channels=channels))
+
+
+def test_a_sample_says_which_images_are_gray_and_which_bits_they_use(tmp_path: Path) -> None:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for at in range(3):
+        values = np.full((8, 9), 4095, np.uint16)
+        values[0, at] = at + 7
+        Image.fromarray(values).save(folder / f"{at}.png")
+    shown = " ".join(run("inspect", "scans", cwd=tmp_path).stdout.split())
+    assert "channels of a sample 3 images gray" in shown
+    bits = "3 images of 16 bits with values of 7 to 4,095 of 65,535"
+    assert f"more than 8 bits {bits}, nearly black: data.white=auto" in shown
+    Image.new("RGB", (8, 9), (1, 2, 3)).save(folder / "color.png")
+    shown = " ".join(run("inspect", "scans", cwd=tmp_path).stdout.split())
+    assert "channels of a sample 3 images gray and 1 image in color" in shown
+    assert f"more than 8 bits {bits}" in shown
