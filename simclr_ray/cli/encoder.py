@@ -233,7 +233,8 @@ def export(
 ) -> None:
     """Write a trained encoder as files that other programs read.
 
-    Each is read back and compared with the encoder. All take what `Encoder.transform` makes.
+    Each is read back and compared with the encoder. All take what `Encoder.transform` makes. Files
+    of an earlier export stay where it was of the same encoder, and are removed where it was not.
 
     Example: simclr-ray export runs/cifar10_cpu-1a2b3c4d encoder --to onnx
     """

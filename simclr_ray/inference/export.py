@@ -35,7 +35,6 @@ ALL_FORMATS: Final[Sequence[ExportFormat]] = (*FORMATS, *OTHERS)
 OWN_FILES: Final = (
     CARD, CLASSIFIER_WEIGHTS, CLASSIFIER_PROGRAM, *(chosen.file for chosen in ALL_FORMATS),
 )  # fmt: skip
-HALF_CARD: Final = f".{CARD}.tmp"  # until it gets its name
 FORMAT_NAMES: Final = tuple(chosen.name for chosen in FORMATS)
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,8 @@ def export_encoder(
 
     Args:
         where: Same as `encoder_folder`.
-        out: A folder, made if absent; files of an earlier export are replaced.
+        out: A folder, made if absent. Other formats of an earlier export stay where it was of the
+            same encoder; else they are removed, and that is logged.
         formats: Names of `ALL_FORMATS`, or import paths as `formats_named` takes them; weights are
             written in any case.
         tracking_uri: Same as `encoder_folder`.
@@ -73,23 +73,23 @@ def export_encoder(
         check_makeable(out)
         staged = Path(scratch) / "staged"
         _copy_or_write(folder, staged, chosen)
-        out.mkdir(parents=True, exist_ok=True)
-        # the card first, which says of what a kill leaves here that it is an export
-        shutil.copy(staged / CARD, out / HALF_CARD)
-        (out / HALF_CARD).replace(out / CARD)
-        for name in files - {CARD}:
-            _remove(out / name)
         written = sorted(path.name for path in staged.iterdir())
-        for name in written:
-            if name != CARD:
-                shutil.move(staged / name, out / name)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            _remove(_half(out / name))
+        if not _is_same_encoder(out, staged):
+            _remove_others(out, files - {CARD}, written)
+        # the card first, which says of what a kill leaves here that it is an export
+        for name in sorted(written, key=lambda name: name != CARD):
+            _place(staged / name, out / name)
     return written
 
 
 def _check_replaceable(out: Path, files: Collection[str]) -> None:
     """Raise `ConfigError` where a folder holds what no earlier export has written."""
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    names = [name for name in names if name != HALF_CARD]
+    halves = {_half(out / name).name for name in files}
+    names = [name for name in names if name not in halves]
     others = [name for name in names if name not in files]
     if others:
         problem = f"holds {others[0]}, which is no file of an encoder; choose another folder"
@@ -100,6 +100,38 @@ def _check_replaceable(out: Path, files: Collection[str]) -> None:
     except CheckpointError as error:
         problem = f"holds {names[0]}, and no {CARD} of an earlier export; choose another folder"
         raise ConfigError.of(str(out), problem) from error
+
+
+def _is_same_encoder(out: Path, staged: Path) -> bool:
+    """Return whether an earlier export was of the same weights, settings and classifier."""
+    if not (out / CARD).is_file():
+        return False
+    cards = (read_card(folder)._replace(versions={}) for folder in (out, staged))
+    return next(cards) == next(cards)
+
+
+def _remove_others(out: Path, files: Collection[str], written: Collection[str]) -> None:
+    """Remove the files of an export of another encoder; what is not written anew is said."""
+    present = sorted(name for name in files if (out / name).exists())
+    for name in present:
+        _remove(out / name)
+    gone = [name for name in present if name not in written]
+    if gone:
+        log.warning("%s: removed %s, which were of another encoder", out, ", ".join(gone))
+
+
+def _place(path: Path, target: Path) -> None:
+    """Move a file or folder to a place, on whatever disk: it is there whole or not at all."""
+    half = _half(target)
+    shutil.move(path, half)
+    if target.is_dir():
+        shutil.rmtree(target)
+    half.replace(target)
+
+
+def _half(path: Path) -> Path:
+    """Return what a file is called until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _remove(path: Path) -> None:

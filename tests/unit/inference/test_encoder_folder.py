@@ -153,3 +153,19 @@ def test_an_export_that_was_killed_while_it_replaced_another_goes_on(
     export_encoder(str(a_run), tmp_path / "out", ["safetensors"])
     assert torch.equal(weight_of(load_encoder(tmp_path / "out")), weight_of(load_encoder(a_run)))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {CARD, WEIGHTS}
+
+
+def test_formats_of_an_earlier_export_stay_unless_they_are_of_another_encoder(
+    a_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    export_encoder(str(a_run), out, ["safetensors"])
+    (out / "encoder.pt2").write_text("of the same weights")
+    (out / "huggingface").mkdir()
+    assert export_encoder(str(a_run), out, ["safetensors"]) == [CARD, WEIGHTS]
+    assert (out / "encoder.pt2").read_text() == "of the same weights"
+    assert not caplog.text
+    add_later(a_run)
+    export_encoder(str(a_run), out, ["safetensors"])
+    assert {path.name for path in out.iterdir()} == {CARD, WEIGHTS}
+    assert f"{out}: removed encoder.pt2, huggingface, which were of another" in caplog.text
