@@ -177,7 +177,7 @@ def one(uri: str, ranks: int, bucket: Bucket, expected: int) -> Row:
 def sizes_of(uri: str) -> dict[str, int]:
     """Return the bytes of each file of a set, by its path."""
     fs, root = filesystem(uri)
-    return {file.path: file.size for file in list_parquet(fs, root, uri)}
+    return {file.path: file.size for file in list_parquet(fs, root, uri).files}
 
 
 def experiment(settings: Settings, source: Source) -> Experiment:

@@ -192,8 +192,10 @@ def open_input(
         DataError: it names nothing, or what it names cannot be read.
     """
     usual, columns = PreparationConfig(), columns or ColumnsConfig()
-    options = {"size": size, "labels": labels, "groups": groups, "split": split}
-    options |= {"download_folder": root, "columns": columns if columns.model_fields_set else None}
+    options: dict[str, object] = {
+        "size": size, "labels": labels, "groups": groups, "split": split, "download_folder": root,
+        "columns": columns if columns.model_fields_set else None,
+    }  # fmt: skip
     check_taken = functools.partial(_check_taken, options)
     if kind_or_path == "shapes":
         check_taken("size", of="`shapes`")

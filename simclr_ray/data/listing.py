@@ -219,7 +219,7 @@ def list_images(fs: pafs.FileSystem, root: str, uri: str) -> Listing:
 
 
 def images_among(fs: pafs.FileSystem, files: Sequence[Listed]) -> list[Listed]:
-    """Return those of some files that `list_images` takes; lists by their endings are none."""
+    """Return the images among files, as `list_images` tells them; endings of lists are believed."""
     others = (*PARQUET_SUFFIXES, *TAR_SUFFIXES, *LIST_SUFFIXES)
     files = [file for file in files if suffix_of(file.path) not in others]
     doubtful = [file for file in files if suffix_of(file.path) not in IMAGE_SUFFIXES]

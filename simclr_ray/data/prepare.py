@@ -130,7 +130,6 @@ def prepare(
     """
     fs, folder = filesystem(out)
     _check_apart(first_of(kind_or_path), out)
-    _check_no_images(fs, folder, out)
     images = open_input(
         kind_or_path,
         columns=columns,
@@ -211,6 +210,12 @@ class _Limit:
 
 
 def _check_apart(kind_or_path: str, out: str) -> None:
+    """Refuse an output that would lie among other images."""
+    _check_outside(kind_or_path, out)
+    _check_no_images(*filesystem(out), out)
+
+
+def _check_outside(kind_or_path: str, out: str) -> None:
     """Refuse an output inside its input, or the other way round: a rerun would read itself."""
     folder, origin = filesystem(out)[1], part_split(*filesystem(kind_or_path))[0]
     if folder == origin and kind_or_path != "shapes":

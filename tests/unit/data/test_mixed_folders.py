@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def write_list(path: Path, images: list[str | None] | list[bytes]) -> Path:
+def write_list(path: Path, images: Sequence[str | bytes | None]) -> Path:
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table({"image": images, "label": ["x"] * len(images)}), path)
     return path
