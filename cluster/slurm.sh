@@ -87,6 +87,7 @@ while kill -0 "$run" 2>/dev/null; do wait "$run" || true; done # a signal ends `
 code=0
 wait "$run" || code=$?
 end "$code" # before the job is queued again, which ends this script
-# A run that is taken away again and again goes on; one that never gets anywhere does not for ever.
-if [ "$code" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# At most so many times, whatever the run has done in between: one that gets nowhere must end.
+MOST_REQUEUES=50
+if [ "$code" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$MOST_REQUEUES" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

@@ -44,15 +44,18 @@ def check_meant(
     Raises:
         DataError: Either may be meant, or a file cannot be read.
     """
+    num_rows = sum(sum(footer.group_rows) for footer in footers)
+    most = FEW * num_rows
+    if len(others) <= most:
+        return  # whatever they are: none needs to be opened
     folder, split = part_split(fs, root)
     images = {file.path for file in images_among(fs, others)}
     if split:
         images = _of_split(images, folder, split)
-    num_rows = sum(sum(footer.group_rows) for footer in footers)
-    if len(images) <= FEW * num_rows:
+    if len(images) <= most:
         return
     unnamed = images.difference(_places_named(fs, footers, column))
-    if len(unnamed) > FEW * num_rows:
+    if len(unnamed) > most:
         place = uri.rpartition("#")[0] if split else uri
         num_named = len(images) - len(unnamed)
         raise DataError(_two_meanings(place, folder, footers, images, num_named))
@@ -95,7 +98,8 @@ def _two_meanings(
     own = next(iter(parquet)) if len(parquet) == 1 else _folder_apart(parquet, images)
     for_rows = f"give {address_below(uri, below(folder, own))}" if own else "move the images out"
     apart = _folder_apart(images, parquet)
-    for_images = f"give {address_below(uri, below(folder, apart))}" if apart else "move that out"
+    out = "move the parquet out"
+    for_images = f"give {address_below(uri, below(folder, apart))}" if apart else out
     return (
         f"{uri} holds {counted(len(images), 'image')} beside "
         f"{counted(len(parquet), 'parquet file')} of {rows}{naming}: for the rows {for_rows}; "

@@ -9,6 +9,7 @@ from typing import Any, Final
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.moves import stored_tree
+from simclr_ray.config.sections.training import ImportedLossConfig
 from simclr_ray.errors import CollapseError, ConfigError
 from simclr_ray.evaluation.scores import TRAINED, UNTRAINED
 from simclr_ray.storage.metrics_log import read_series
@@ -99,12 +100,14 @@ def are_alike(
 def classes_of(experiment: Experiment) -> int:
     """Return how many classes training tells apart; 0: without labels.
 
-    Where the config names no number, as of SupCon, the fewest that there can be.
+    Where the config names no number, as of SupCon, the fewest that there can be; a loss of the
+    user's own is taken to have labels, as its file may not be where this is asked.
     """
     head = experiment.classifier
     if head is not None and head.num_classes:
         return head.num_classes
-    return FEWEST_CLASSES if head is not None or experiment.takes_labels else 0
+    is_own = isinstance(experiment.loss, ImportedLossConfig)
+    return FEWEST_CLASSES if head is not None or is_own or experiment.takes_labels else 0
 
 
 def classes_of_run(folder: RunFolder) -> int:

@@ -48,7 +48,7 @@ from simclr_ray.studies.trials import plan
 from simclr_ray.studies.tune import run_trials
 from simclr_ray.tracking.runs import TrackedRun, Tracker
 from simclr_ray.train.head_start import with_cluster
-from simclr_ray.train.in_process import can_train_in_process
+from simclr_ray.train.scaling import can_train_in_process
 
 log = logging.getLogger(__name__)
 LOOKED_AT_S = 2.0  # whoever asks how the study stands holds its lock for a moment

@@ -30,8 +30,8 @@ from simclr_ray.train.advice import advise_before_start, memory_advice
 from simclr_ray.train.disk_space import checkpoint_bytes, counting_device
 from simclr_ray.train.evaluation_plan import evaluation_plan
 from simclr_ray.train.imports import export_problem
-from simclr_ray.train.in_process import can_train_in_process
 from simclr_ray.train.resolve import ResolvedExperiment, init_line
+from simclr_ray.train.scaling import can_train_in_process
 
 SAMPLE = 4  # images in the pass that is counted; the result is per image
 

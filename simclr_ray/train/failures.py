@@ -17,7 +17,10 @@ MOST_MEMORY = re.compile(
 # By name, as torch is not imported where Ray's controller asks: of a group, a device, Ray Train,
 # and of ranks that move.
 PASSING = {"DistError", "AcceleratorError", "RayTrainError", "RanksMoved"}
-OF_THE_GROUP = re.compile(r"gloo|nccl|cuda error|connection|timed ?out", re.IGNORECASE)
+OF_THE_GROUP = re.compile(
+    r"gloo|[nr]ccl|(cuda|hip|driver|cudnn|cublas) error|launch failure|connection|timed ?out",
+    re.IGNORECASE,
+)
 TAKES_LESS = "batch_norm.group_size below the batch, or scaling.recompute_activations, takes less"
 
 
@@ -62,7 +65,7 @@ def will_recur(error: BaseException) -> bool:
 
 
 def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, (OSError, MemoryError)):
+    if isinstance(error, (OSError, EOFError, MemoryError)):
         return True
     if isinstance(error, RayError):
         return not isinstance(error, RayTaskError)  # that holds what a task raised

@@ -26,17 +26,6 @@ from simclr_ray.train.worker import TrainWorker, WorkerInput
 Fit = Callable[[ResolvedExperiment, Tracked, OnProgress | None, HealthWatch, Rollbacks], None]
 
 
-def can_train_in_process(experiment: Experiment) -> bool:
-    """Return whether one process without a GPU of its own can do all that an experiment asks for.
-
-    That is one worker, on whichever node, that makes its views itself.
-    """
-    scaling = experiment.scaling
-    return scaling.max_workers == 1 and not (
-        scaling.gpus_per_worker or scaling.worker_selector or scaling.data_label_selector
-    )
-
-
 class _Inbox:
     """Takes what the rank says, in the rank's own thread; what ends the run is raised there."""
 

@@ -49,6 +49,17 @@ def resolve_scaling(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"scaling": made})
 
 
+def can_train_in_process(experiment: Experiment) -> bool:
+    """Return whether one process without a GPU of its own can do all that an experiment asks for.
+
+    That is one worker, on whichever node, that makes its views itself.
+    """
+    scaling = experiment.scaling
+    return scaling.max_workers == 1 and not (
+        scaling.gpus_per_worker or scaling.worker_selector or scaling.data_label_selector
+    )
+
+
 def of_machine(scaling: ScalingConfig, num_gpus: int, num_cpus: int) -> ScalingConfig:
     """Return the numbers of a machine, where `scaling` gives none itself."""
     if not num_gpus:
@@ -61,8 +72,12 @@ def of_machine(scaling: ScalingConfig, num_gpus: int, num_cpus: int) -> ScalingC
         "data_actors_per_worker": int(min(MOST_DATA_ACTORS, max(1.0, of_worker - 1))),
     }
     # a config that was written whole (`simclr-ray config`) has every key, and gives none by that
-    usual = ScalingConfig()
-    own = {key for key in scaling.model_fields_set if getattr(scaling, key) != getattr(usual, key)}
+    own = set(scaling.model_fields_set)
+    if own == set(ScalingConfig.model_fields):
+        usual = ScalingConfig()
+        own = {key for key in own if getattr(scaling, key) != getattr(usual, key)}
+    if not scaling.gpus_per_worker:
+        own.discard("gpus_per_worker")  # one that wants none gives num_workers=1
     values = {key: value for key, value in values.items() if key not in own}
     made = scaling.model_copy(update={"num_workers": num_workers, **values})
     if "cpus_per_data_actor" in own:

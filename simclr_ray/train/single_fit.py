@@ -29,11 +29,11 @@ from simclr_ray.train import stop
 from simclr_ray.train.failures import cause_of, end_of_run, will_recur
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.heartbeat import RanksFailed
-from simclr_ray.train.in_process import can_train_in_process
 from simclr_ray.train.monitor import RunMonitor
 from simclr_ray.train.recorder import OnProgress
 from simclr_ray.train.resolve import ResolvedExperiment
 from simclr_ray.train.rollback import Rollbacks
+from simclr_ray.train.scaling import can_train_in_process
 from simclr_ray.train.single_worker import SingleWorker
 from simclr_ray.train.tracked import Tracked
 from simclr_ray.train.worker import WorkerInput

@@ -124,8 +124,10 @@ def test_a_study_ends_with_outcomes_and_one_family_of_mlflow_runs(
     assert len(runs) == 4  # with the evaluation of the one that finished
     client = MlflowClient(study_folder.state()["tracking_uri"])
     files = {f.path for f in client.list_artifacts(runs[""].info.run_id, "report")}
-    drawn = {f"{name}.{ending}" for name in ("figure", "curves") for ending in ("png", "svg")}
-    wanted = drawn | {"report.html", "results.md", "results.json"}
+    drawn = {
+        f"{name}.{ending}" for name in ("figure", "curves") for ending in ("png", "svg", "pdf")
+    }
+    wanted = drawn | {"report.html", "results.md", "results.json", "results.csv"}
     assert {f"report/{name}" for name in wanted} == files
 
     logs = [Path(o.run["folder"], "metrics.jsonl") for o in by_name.values() if o.run]

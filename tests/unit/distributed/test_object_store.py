@@ -101,7 +101,8 @@ def test_ray_is_started_with_the_store_of_the_run(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_cluster, "check_machine", lambda *_: None)
-    monkeypatch.setattr(ray_token, "create", lambda: None)
+    for name in ("create", "remove"):  # the session's cluster asks for its token later as well
+        monkeypatch.setattr(ray_token, name, lambda: None)
     monkeypatch.setattr(ray_cluster, "_start", start)
     large = run_on("photos_gpu", 8, 64)
     for run, expected in ((large, store_bytes(large, 56)), (SMALL, 2**30), (None, 2**30)):

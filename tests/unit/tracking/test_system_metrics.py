@@ -62,8 +62,8 @@ def test_a_record_is_the_mean_of_six_samples_a_minute_and_what_is_left_at_the_en
     assert inspect.signature(system_metrics).parameters["interval_s"].default == 10.0
     records: list[dict[str, float]] = []
     waits = iter([False] * 9 + [True])
-    monkeypatch.setattr(threading.Event, "wait", lambda *_: next(waits, True))
     ended = threading.Event()
+    monkeypatch.setattr(ended, "wait", lambda *_: next(waits, True))
     _Sampler(records.append, 0, 10.0, ended).run()
     assert [record["step"] for record in records] == [0, 1]
     key = "system/gpu_0_utilization_percentage"

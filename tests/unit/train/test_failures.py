@@ -83,6 +83,10 @@ GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. Of
         (RuntimeError("[../gloo/transport/tcp/pair.cc:525] Read error"), False),
         (RuntimeError("NCCL communicator was aborted on rank 3"), False),
         (torch.AcceleratorError("an ECC error"), False),
+        (RuntimeError("HIP error: an illegal memory access"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("unspecified launch failure"), False),
+        (EOFError("Ran out of input"), False),
     ],
 )
 def test_what_code_raises_comes_again_and_what_has_befallen_it_may_not(

@@ -188,13 +188,12 @@ def test_weights_that_an_imported_encoder_brings_stay(tmp_path: Path) -> None:
     assert [norm.weight.requires_grad for norm in norms] == [True, False]
     weights = {name: torch.full_like(t, 0.5) for name, t in encoder.state_dict().items()}
     torch.save(weights, tmp_path / "own.pth")
-    config = experiment("x", encoder=own("pretrained_net"), init={"weights": f"{tmp_path}/own.pth"})
+    init = {"weights": f"{tmp_path}/own.pth", "mean": [0, 0, 0], "std": [1, 1, 1]}
+    config = experiment("x", encoder=own("pretrained_net"), init=init)
     model = build_model(config)
     load_init(model, config)
     first = next(iter(model.encoder.parameters()))
-    assert set(first.flatten().tolist()) == {
-        0.5
-    }  # an imported encoder takes images in [0, 1] already
+    assert set(first.flatten().tolist()) == {0.5}
 
 
 def test_the_state_of_an_optimizer_is_counted_by_a_step_of_it() -> None:

@@ -15,9 +15,9 @@ from simclr_ray.errors import CollapseError, RunError, StorageError
 from simclr_ray.storage.metrics_log import read_series
 from simclr_ray.storage.run_folder import METRICS
 from simclr_ray.train.driver import train_resolved
-from simclr_ray.train.in_process import can_train_in_process
 from simclr_ray.train.outcome import Run
 from simclr_ray.train.resolve import enter
+from simclr_ray.train.scaling import can_train_in_process
 from simclr_ray.train.worker import TrainWorker
 from tests.ray.images import write_splits
 

@@ -133,10 +133,12 @@ def test_at_the_end_it_is_tried_again_and_said_then(
 def test_a_store_that_is_slow_holds_up_nobody_and_ends_the_run_after_half_an_hour(
     folder: RunFolder, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers, uploads, bring_up = threading.Event(), list[str](), BucketLog.bring_up
+    answers, began = threading.Event(), threading.Event()
+    uploads, bring_up = list[str](), BucketLog.bring_up
 
     def slow(self: BucketLog, local: Path, *, is_last: bool = False) -> None:
         uploads.append(local.name)
+        began.set()
         assert answers.wait(20)
         bring_up(self, local, is_last=is_last)
 
@@ -147,6 +149,7 @@ def test_a_store_that_is_slow_holds_up_nobody_and_ends_the_run_after_half_an_hou
         for _ in range(20):
             clock.now += 61
             log.upload_if_due()  # which returns at once
+        assert began.wait(20)
         assert uploads == [METRICS]  # one at a time
         with pytest.raises(OSError, match="does not end"):
             log.upload()
