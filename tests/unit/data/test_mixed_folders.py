@@ -45,7 +45,8 @@ def test_a_list_of_some_of_the_images_beside_it_is_refused_with_both_ways(photos
     labels = write_list(photos / "labels.parquet", [*NAMES[:3], None])
     assert refusal(photos) == (
         f"{photos} holds 8 images beside 1 parquet file of 4 rows, which name 3 of them: for the "
-        f"rows give {labels}; for the images move the parquet out, or `simclr-ray prepare {photos} OUT "
+        f"rows give {labels}; for the images move the parquet out, or `simclr-ray prepare {photos} "
+        "OUT "
         "labels=auto`"
     )
     assert Source.open(str(labels)).num_rows == 4  # as is said
@@ -65,7 +66,8 @@ def test_folders_that_hold_one_of_both_are_named(photos: Path) -> None:
     assert "holds 4 images beside 2 parquet files of 2 rows: for the rows" in line
     assert f"give {photos}/tables; for the images give {photos}/cat, or" in line
     write_list(photos / "cat" / "c.parquet", [b"image"])
-    assert "for the rows move the images out; for the images move the parquet out, or" in refusal(photos)
+    said = refusal(photos)
+    assert "for the rows move the images out; for the images move the parquet out, or" in said
 
 
 def test_a_list_of_all_images_beside_it_is_read(photos: Path) -> None:
