@@ -293,14 +293,15 @@ def _within_second_trial(folder: StudyFolder) -> bool:
 @pytest.mark.timeout(1200)
 def test_a_scheduler_ends_trials_and_decides_alike_after_a_stop(folder: Path) -> None:
     settings: dict[str, Any] = {
-        "space": {"schedule.learning_rate": {"grid": [1.0, 0.01, 0.001]}},
+        # trials of a second, of which some are left when the study looks whether it is to stop
+        "space": {"schedule.learning_rate": {"grid": [1.0, 0.01, 0.001, 0.5, 0.1, 0.05]}},
         "figure": {"x": "schedule.learning_rate"},
         "comparisons": [],
         "metric": "train/mean_loss",
         "mode": "min",
         "protocols": [],
         "scheduler": {"name": "asha", "reduction_factor": 2},
-        "set": {"epochs": 4},
+        "set": {"epochs": 8},
         "concurrency": 1,
     }
     whole = study_file(folder, "asha", **settings)
@@ -311,7 +312,7 @@ def test_a_scheduler_ends_trials_and_decides_alike_after_a_stop(folder: Path) ->
     assert "finished" in statuses
     for outcome in undisturbed.outcomes():
         if outcome.status == "stopped":
-            assert max(outcome.curve) < 4
+            assert max(outcome.curve) < 8
             assert "others were better" in outcome.reason
 
     source = study_file(folder, "asha_stopped", **settings)
@@ -324,6 +325,6 @@ def test_a_scheduler_ends_trials_and_decides_alike_after_a_stop(folder: Path) ->
         time.sleep(0.05)
     broken.request_stop()
     assert driver.wait(timeout=120) == STOPPED_BY_SYSTEM
-    assert len(broken.outcomes()) < 3
+    assert len(broken.outcomes()) < 6
     _ended([sys.executable, "-m", "simclr_ray", "study", "resume", broken.uri])
     assert facts(broken) == facts(undisturbed)
