@@ -140,7 +140,8 @@ def check_room(experiment: Experiment) -> Finding:
 
 def check_data_nodes(experiment: Experiment) -> Finding:
     """Return which nodes make views, and with how many CPUs."""
-    from simclr_ray.distributed.placement import matches, nodes, shown
+    from simclr_ray.distributed.placement import matches, nodes
+    from simclr_ray.distributed.selectors import shown
 
     selector = experiment.scaling.data_label_selector
     alive = [node for node in nodes() if node.is_alive and node.cpus]

@@ -12,16 +12,15 @@ import posixpath
 from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
-import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from simclr_ray.config.wording import counted
 from simclr_ray.data.files import names_of, target_of
 from simclr_ray.data.footer import Footer, names_files
 from simclr_ray.data.listing import Listed, below, images_among, part_split
 from simclr_ray.data.splits import choose_split_folder
-from simclr_ray.errors import DataError, one_line
+from simclr_ray.data.tables import read_file_column
+from simclr_ray.errors import DataError
 from simclr_ray.storage.filesystem import address_below
 
 FEW: Final = 0.01  # of the rows: so many images beside them are no dataset
@@ -77,12 +76,7 @@ def _places_named(fs: pafs.FileSystem, footers: Sequence[Footer], column: str) -
     for footer in footers:
         if not names_files(footer, column):
             continue
-        try:
-            with fs.open_input_file(footer.path) as stream:
-                names = names_of(pq.read_table(stream, columns=[column]).column(0))
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{footer.path} cannot be read: {one_line(error)}") from error
-        for name in filter(None, names):
+        for name in filter(None, names_of(read_file_column(fs, footer.path, column))):
             with contextlib.suppress(DataError):  # of another store
                 place = target_of(name, fs, footer.path, footer.image_root)[1]
                 yield posixpath.normpath(place)

@@ -8,6 +8,7 @@ from typing import Final
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.wording import counted
 from simclr_ray.distributed.machine import cores
+from simclr_ray.distributed.selectors import selectors_of, shown
 from simclr_ray.errors import ClusterError
 
 WORKERS_PER_CORE: Final = 4  # enough to try what many workers do; each takes memory of its own
@@ -45,11 +46,10 @@ def _check_cores(experiment: Experiment, copies: int) -> None:
 def _check_devices(experiment: Experiment) -> None:
     """Raise `ClusterError` for GPUs or labels that this machine does not have."""
     scaling, evaluation = experiment.scaling, experiment.evaluation
-    for key in ("data_label_selector", "worker_label_selector"):
-        if selector := getattr(scaling, key):
-            pairs = ", ".join(f"{label}: {value}" for label, value in selector.items())
+    for key, selector in selectors_of(scaling).items():
+        if selector:
             raise ClusterError(
-                f"scaling.{key}={pairs}: the cluster that is started on "
+                f"scaling.{key}={shown(selector)}: the cluster that is started on "
                 "this machine has no labels of your own (RAY_ADDRESS names a cluster)"
             )
     wanted = {

@@ -23,6 +23,7 @@ from simclr_ray.distributed.object_store import (
     num_decode_actors,
     store_bytes,
 )
+from simclr_ray.distributed.selectors import selectors_of, shown
 from simclr_ray.errors import ClusterError
 
 EPSILON: Final = 1e-6  # 3 times 0.1 CPUs are more than 0.3
@@ -257,19 +258,6 @@ def _check_labels(scaling: ScalingConfig, alive: Sequence[Node]) -> None:
                 f"{counted(len(matching), 'node')} with the labels of scaling.{key}="
                 f"{shown(selector)}{own}, and none has {cpus:g} CPUs and {gpus:g} GPUs"
             )
-
-
-def selectors_of(scaling: ScalingConfig) -> dict[str, dict[str, str]]:
-    """Return the label selector of each kind of process, by the key that sets it."""
-    return {
-        "data_label_selector": scaling.data_label_selector,
-        "worker_label_selector": scaling.worker_selector,
-    }
-
-
-def shown(selector: Mapping[str, str]) -> str:
-    """Return a selector in one line."""
-    return ", ".join(f"{key}: {value}" for key, value in selector.items())
 
 
 def _labels_of(alive: Sequence[Node]) -> str:

@@ -287,8 +287,8 @@ def check_machine(experiment: Experiment | None, copies: int = 1) -> None:
     """
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address and address not in STARTED_HERE:
+    if names_cluster():
+        address = os.environ["RAY_ADDRESS"]
         if not _ADDRESS.fullmatch(address):
             raise ClusterError(
                 f"RAY_ADDRESS={address} is no address of a cluster; the form is HOST:PORT, "

@@ -29,7 +29,8 @@ from simclr_ray.data.classes import NO_LABEL
 from simclr_ray.data.row_reader import UnusableRow
 from simclr_ray.data.source import Source
 from simclr_ray.data.tables import RowTable
-from simclr_ray.distributed.placement import check_actors, matches, nodes, shown
+from simclr_ray.distributed.placement import check_actors, matches, nodes
+from simclr_ray.distributed.selectors import shown
 from simclr_ray.errors import ClusterError, DataError, one_line
 from simclr_ray.evaluation.feature_columns import (
     ERROR,

@@ -37,11 +37,11 @@ from simclr_ray.distributed.placement import (
     Node,
     matches,
     places_on,
-    selectors_of,
     workers_alone_on,
     workers_on,
 )
-from simclr_ray.distributed.placement import shown as selector_text
+from simclr_ray.distributed.selectors import selectors_of
+from simclr_ray.distributed.selectors import shown as selector_text
 from simclr_ray.errors import ConfigError
 
 DISK_GIB: Final = 50.0  # 15 of an environment with CUDA, 20 of a machine image, the rest to spill
