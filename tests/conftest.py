@@ -88,7 +88,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     os.environ.pop("RAY_ADDRESS", None)
     ray.shutdown()
     left = processes.end_left(mark, session)
-    assert not left, f"of the session's Ray remained, and was killed: {left}"
+    assert not left, "\n".join(["of the session's Ray remained, and was killed:", *left])
 
 
 @pytest.fixture

@@ -332,16 +332,23 @@ def build_plan(experiment: Experiment, source: Source) -> BatchPlan:
     return BatchPlan(sizes, experiment.batch_size, experiment.seed, most)
 
 
+def local_builder(
+    experiment: Experiment, source: Source, stop: int, rank: int = 0, num_ranks: int = 1
+) -> BatchBuilder:
+    """Return what makes this rank's batches before step `stop` in this process."""
+    places = partition(experiment.batch_size, rank, num_ranks)
+    plan, views = build_plan(experiment, source), view_builder(experiment)
+    return BatchBuilder(
+        source, plan, views, experiment.data, places,
+        stop=stop, least_sides=least_sides_of(experiment),
+    )  # fmt: skip
+
+
 def local_batches(
     experiment: Experiment, source: Source, steps: range, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[Batch]:
     """Yield this rank's batches of `steps`, made in this process: for tests and one machine."""
-    places = partition(experiment.batch_size, rank, num_ranks)
-    plan, views = build_plan(experiment, source), view_builder(experiment)
-    builder = BatchBuilder(
-        source, plan, views, experiment.data, places,
-        stop=steps.stop, least_sides=least_sides_of(experiment),
-    )  # fmt: skip
+    builder = local_builder(experiment, source, steps.stop, rank, num_ranks)
     for step in steps:
         yield builder.make(step)
 

@@ -103,6 +103,14 @@ class ImageCache:
         kept: NDArray[np.bool_] = self._places[first:last] != 0
         return kept
 
+    def would_hold_all(self) -> bool:
+        """Return whether all rows would have room, by those that are kept; where none is: no."""
+        num = int(np.count_nonzero(self._places))
+        index_bytes = -(-self._places.nbytes // ALIGNMENT) * ALIGNMENT
+        room = len(self._memory) - HEAD_BYTES - index_bytes
+        used = int(self._used[0]) - HEAD_BYTES - index_bytes
+        return num > 0 and not self.full and used / num * len(self._places) <= room
+
     def keep(self, images: dict[int, DecodedImage]) -> None:
         """Keep these images of rows, as many as there is room for."""
         if self.full or not images:

@@ -35,6 +35,7 @@ class TrialSeconds(NamedTuple):
     """What one worker takes for trials of a kind."""
 
     image: float  # of a step: its views, forward and backward pass
+    decoding: float  # of all images, once for all trials of them; 0: `image` has it
     evaluation: EvaluationSeconds
     began: float  # from when its process was asked for until it ran
 
@@ -99,7 +100,7 @@ def pace_of(
     if baselines:
         whole.insert(0, seconds[0].evaluation.baselines)
     busy = sum(s * threads_of(t.experiment) for s, t in zip(device_s, trials, strict=True))
-    start = max(s.began + s.evaluation.read for s in of_kind.values())
+    start = max(s.began + s.evaluation.read + s.decoding for s in of_kind.values())
     lasts = max(makespan(whole, at_a_time), busy / cores)
     return Pace(start + lasts, sum(device_s), start, sum(evaluation))
 
@@ -183,16 +184,17 @@ def seconds_of(tree: dict[str, Any], protocols: Sequence[str], submitted_at: flo
         DataError: The images cannot be read.
     """
     began = max(0.0, time.time() - submitted_at)  # another node's clock may be another
-    image, evaluation = enter(cfg.validate(Experiment, tree), _seconds_of, protocols)
-    return TrialSeconds(image, evaluation, began)
+    timed = enter(cfg.validate(Experiment, tree), _seconds_of, protocols)
+    return timed._replace(began=began)
 
 
-def _seconds_of(
-    resolved: ResolvedExperiment, protocols: Sequence[str]
-) -> tuple[float, EvaluationSeconds]:
+def _seconds_of(resolved: ResolvedExperiment, protocols: Sequence[str]) -> TrialSeconds:
     timed = step_seconds(resolved)
     evaluation = evaluation_seconds(resolved.config, resolved.source, timed.model, protocols)
-    return timed.image_s(resolved.config.scaling), evaluation
+    scaling = resolved.config.scaling
+    image = timed.image_s(scaling)
+    decoding = (timed.image_s(scaling, decodes=True) - image) * resolved.source.num_rows
+    return TrialSeconds(image, decoding, evaluation, began=0.0)
 
 
 def kind_of(experiment: Experiment) -> str:

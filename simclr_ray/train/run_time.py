@@ -20,6 +20,7 @@ from simclr_ray.train.step_seconds import (
     MOST_IMAGES,
     NEVER,
     STEPS_S,
+    StepSeconds,
     step_seconds,
 )
 from simclr_ray.train.worker import threads_of
@@ -62,13 +63,13 @@ def time_rows(resolved: ResolvedExperiment, *, is_anew: bool = False) -> dict[st
     try:
         timed = step_seconds(resolved, images_that_fit(config))
         image_s = timed.image_s(config.scaling)
-        most = int(min(ENCODED, STEPS_S / image_s))
+        most = int(min(ENCODED, 2 * STEPS_S / image_s))
         evaluated = online_seconds(config, resolved.source, timed.model, most)
     except (torch.OutOfMemoryError, MemoryError) as error:
         problem = f"a step of this model does not fit into memory: {one_line(error)}"
         raise RunError(f"{problem}; a smaller encoder or augment.size is needed") from error
     done = 0 if is_anew else newest_whole_step(resolved.folder)
-    seconds = run_seconds(resolved, image_s, evaluated, done)
+    seconds = run_seconds(resolved, timed, evaluated, done)
     bound = "at most " if getattr(config.augment, "start_size", 0) else ""
     from_step = f" from step {done:,} on" if done else ""
     return {
@@ -91,13 +92,13 @@ def untimed(experiment: Experiment) -> str:
 
 
 def run_seconds(
-    resolved: ResolvedExperiment, image_s: float, evaluated: OnlineSeconds, done: int = 0
+    resolved: ResolvedExperiment, timed: StepSeconds, evaluated: OnlineSeconds, done: int = 0
 ) -> RunSeconds:
     """Return what the steps that are left of a run take with the most workers.
 
     Args:
         resolved: The run.
-        image_s: Of one worker, for an image of a step.
+        timed: Of one worker, for an image.
         evaluated: What an evaluation takes of one worker.
         done: Steps that its newest checkpoint holds.
     """
@@ -107,7 +108,11 @@ def run_seconds(
     begun = done // resolved.steps_per_epoch
     evaluations = -(-epochs // every) - begun // every if every and done < total else 0
     evaluation = evaluations * evaluated.epoch + (0.0 if done else evaluated.start)
+    image_s = timed.image_s(config.scaling)
     training = (total - done) * config.batch_size * image_s
+    if done < total:  # a run that goes on decodes anew what is kept
+        decoding = timed.image_s(config.scaling, decodes=True) - image_s
+        training += resolved.source.num_rows * decoding
     return RunSeconds(training / times, evaluation / times)
 
 

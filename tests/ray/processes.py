@@ -32,7 +32,7 @@ def marked(mark: str) -> Iterator[None]:
 
 
 def end_left(mark: str, session: str, within_s: float = ENDED_S) -> list[str]:
-    """Kill what is left of a cluster after some seconds; return the command lines.
+    """Kill what is left of a cluster after some seconds; return what each was and did last.
 
     Args:
         mark: Of its processes.
@@ -42,7 +42,7 @@ def end_left(mark: str, session: str, within_s: float = ENDED_S) -> list[str]:
     until = time.monotonic() + within_s
     while (left := _left(mark, session)) and time.monotonic() < until:
         time.sleep(0.2)
-    lines = [f"{process.pid}: {_command_line(process)}" for process in left]
+    lines = [_described(process, session) for process in left]
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)  # psutil looks whether the pid is another's now
@@ -65,8 +65,22 @@ def _pid_of(pidfd: int) -> int:
     return max(int(dict(line.split(":", 1) for line in lines)["Pid"]), 0)
 
 
+def _described(process: psutil.Process, session: str) -> str:
+    """Return the title, state and age of a process, and the last lines of its log of Ray's."""
+    try:
+        age, state = time.time() - process.create_time(), process.status()
+    except psutil.NoSuchProcess:
+        return f"{process.pid}: ended just now"
+    lines = [
+        line
+        for path in Path(session, "logs").glob(f"*[-_]{process.pid}.*")
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-4:]
+    ]
+    return "\n".join([f"{process.pid}: {_command_line(process)}, {state}, {age:.0f} s old", *lines])
+
+
 def _command_line(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline())
+        return " ".join(process.cmdline()).strip()  # Ray's titles end in blanks
     except psutil.NoSuchProcess:  # ended since it was listed; a zombie is one of these
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,10 +102,15 @@ def test_what_a_session_of_tests_leaves_is_named_and_killed_and_nothing_else(
         with processes.marked(mark):
             started = [subprocess.Popen(sleep), subprocess.Popen(ended)]
         assert ray_reaper.MARK not in os.environ
+        (tmp_path / "logs").mkdir()
+        core = tmp_path / "logs" / f"python-core-worker-00ff_{started[0].pid}.log"
+        core.write_text("it began\nit exits\n")
         with (tmp_path / "driver.log").open("w") as own:  # as this process has of its cluster
             own.write("a line")
             left = processes.end_left(mark, str(tmp_path), within_s=2.0)
-        assert left == [f"{started[0].pid}: {' '.join(sleep)}"]
+        pattern = rf"{started[0].pid}: {re.escape(' '.join(sleep))}, sleeping, \d+ s old"
+        (line,) = left
+        assert re.fullmatch(rf"{pattern}\nit began\nit exits", line)
         assert [process.wait(30) for process in started] == [-signal.SIGKILL, 0]
         assert other.poll() is None
         other.kill()

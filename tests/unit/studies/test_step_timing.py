@@ -79,7 +79,7 @@ def test_each_kind_is_timed_once_and_time_is_shared_by_what_runs_side_by_side(
     def timed(experiments: Sequence[Experiment], _: Sequence[str]) -> list[speed.TrialSeconds]:
         waves.append(len(experiments))
         images = [0.5 if e.encoder.depth == 18 else 2.0 for e in experiments]  # type: ignore[union-attr] # a ResNet
-        return [speed.TrialSeconds(image, nothing, 0.0) for image in images]
+        return [speed.TrialSeconds(image, 0.0, nothing, 0.0) for image in images]
 
     monkeypatch.setattr(speed, "_timed", timed)
     monkeypatch.setattr(speed, "TRIAL_S", 0.0)
@@ -115,13 +115,13 @@ def test_evaluation_counts_at_each_epoch_that_has_one_and_once_at_the_end(
     of = EvaluationSeconds(read=7.0, start=1.0, epoch=10.0, final=100.0, baselines=250.0)
 
     def timed(experiments: Sequence[Experiment], _: Sequence[str]) -> list[speed.TrialSeconds]:
-        return [speed.TrialSeconds(0.0, of, 5.0) for _ in experiments]
+        return [speed.TrialSeconds(0.0, 3.0, of, 5.0) for _ in experiments]
 
     monkeypatch.setattr(speed, "_timed", timed)
     monkeypatch.setattr(speed, "TRIAL_S", 0.5)
     every_second = experiment(train, evaluation={"every_epochs": 2}, epochs=5)
     pace = speed.pace_of(trials(every_second, every_second), 1)
-    assert pace.start == 5 + 7
+    assert pace.start == 5 + 7 + 3  # images are decoded once for all trials
     assert pace.evaluation == 2 * (1 + 3 * 10 + 100)  # after epochs 2, 4 and the last
     assert pace.seconds == pace.start + pace.evaluation + 2 * 0.5
     with_baselines = speed.pace_of(trials(every_second, every_second), 1, baselines=True)

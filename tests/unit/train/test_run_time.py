@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from simclr_ray import config as cfg
+from simclr_ray.augment.decode import ImageDecoder
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.data.source import Source
 from simclr_ray.errors import RunError
@@ -81,8 +83,9 @@ def test_a_step_is_no_larger_than_one_of_the_run_and_views_are_of_full_size() ->
     ],
 )
 def test_steps_of_any_kind_are_timed_and_nothing_is_written(
-    changes: dict[str, Any], images: int, folder: Path
+    changes: dict[str, Any], images: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(step_seconds, "LEAST_GAIN", 1.0)
     before = sorted(folder.rglob("*"))
     timed = step_seconds.step_seconds(resolved(folder, **changes))
     assert (timed.images, timed.steps) == (images, 2)
@@ -98,22 +101,45 @@ def test_the_slower_of_views_and_step_counts_beside_a_gpu_and_both_on_a_cpu() ->
     gpu = cpu.model_copy(update={"gpus_per_worker": 1.0, "data_actors_per_worker": 2})
     assert timed.image_s(gpu) == pytest.approx(0.3)
     assert timed.image_s(gpu.model_copy(update={"data_actors_per_worker": 6})) == 0.2
+    decoding = timed._replace(decode_s=0.4)
+    assert decoding.image_s(cpu) == pytest.approx(0.8)
+    assert decoding.image_s(cpu, decodes=True) == pytest.approx(1.2)
+    assert decoding.image_s(gpu, decodes=True) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("cache_gib", "is_kept"), [(1.0, True), (1e-5, False), (0.0, False)])
+def test_decoding_counts_once_where_images_are_kept_and_in_each_epoch_where_not(
+    cache_gib: float, is_kept: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = ImageDecoder.decode
+
+    def slow(decoder: ImageDecoder, *args: Any) -> Any:
+        time.sleep(0.01)
+        return decode(decoder, *args)
+
+    monkeypatch.setattr(ImageDecoder, "decode", slow)
+    data = {"train": str(folder / "train.parquet"), "cache_gib": cache_gib}
+    timed = step_seconds.step_seconds(resolved(folder, data=data, batch_size=16))
+    if is_kept:
+        assert timed.steps == 4  # the first of each pass is not counted
+        assert timed.views_s < 0.01 < timed.decode_s + timed.views_s
+    else:
+        assert (timed.steps, timed.decode_s) == (2, 0.0)
+        assert timed.views_s > 0.01
 
 
 def test_the_time_is_that_of_all_images_and_evaluations_and_its_basis_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    model = build_model(experiment())
-    monkeypatch.setattr(
-        run_time, "step_seconds", lambda *_: StepSeconds(model, 0.5, 1.5, images=16, steps=7)
-    )
+    timed = StepSeconds(build_model(experiment()), 0.5, 1.5, images=16, steps=7)
+    monkeypatch.setattr(run_time, "step_seconds", lambda *_: timed)
     monkeypatch.setattr(run_time, "online_seconds", lambda *_: OnlineSeconds(10.0, 30.0))
     evaluation = {"every_epochs": 3}
     run = resolved(
         folder, evaluation=evaluation, scaling={"num_workers": 2, "threads_per_worker": 1}
     )
-    seconds = run_time.run_seconds(run, 2.0, OnlineSeconds(10.0, 30.0))
+    seconds = run_time.run_seconds(run, timed, OnlineSeconds(10.0, 30.0))
     # 4 epochs of 2 steps of 32; before the first step, after epoch 3 and after the last
     assert seconds == (4 * 64 * 2.0 / 2, (10 + 2 * 30) / 2)
     rows = run_time.time_rows(run)
@@ -123,8 +149,10 @@ def test_the_time_is_that_of_all_images_and_evaluations_and_its_basis_is_told(
         "2 workers are taken to be twice as fast"
     )
     # of a run that has done 3 epochs: one epoch, and the evaluation after it
-    assert run_time.run_seconds(run, 2.0, OnlineSeconds(10.0, 30.0), 6) == (64.0, 15.0)
-    assert run_time.run_seconds(run, 2.0, OnlineSeconds(10.0, 30.0), 8) == (0.0, 0.0)
+    assert run_time.run_seconds(run, timed, OnlineSeconds(10.0, 30.0), 6) == (64.0, 15.0)
+    assert run_time.run_seconds(run, timed, OnlineSeconds(10.0, 30.0), 8) == (0.0, 0.0)
+    decoding = run_time.run_seconds(run, timed._replace(decode_s=0.25), OnlineSeconds(0.0, 0.0), 6)
+    assert decoding == (64 + 64 * 0.25 / 2, 0.0)  # each image once by the process that goes on
     monkeypatch.setattr(run_time, "newest_whole_step", lambda _: 6)
     assert run_time.time_rows(run)["time"].startswith("1:19 from step 6 on, ")
     assert run_time.time_rows(run, is_anew=True)["time"].startswith("4:51, ")
