@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from simclr_ray.distributed.worker_exit import skip_destructors
 from simclr_ray.errors import DataError
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ def run_tasks(work: Sequence[Callable[[], T]]) -> Iterator[T]:
 
 
 def _run(row: dict[str, Any]) -> dict[str, Any]:
+    skip_destructors()
     work = pickle.loads(row["work"])  # nosec B301 # noqa: S301 - from our own driver
     try:
         answer = work(), ""

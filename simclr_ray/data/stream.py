@@ -41,6 +41,7 @@ from simclr_ray.distributed.malloc import keep_freed_memory
 from simclr_ray.distributed.object_store import HAND_OVER_BYTES
 from simclr_ray.distributed.placement import hand_over_bytes, staying_nodes
 from simclr_ray.distributed.ray_metrics import RunMetrics
+from simclr_ray.distributed.worker_exit import skip_destructors
 from simclr_ray.errors import DataError, TooManyBadImages
 
 # Blocks of step numbers, each a task of the actor. Measured (Ray 2.60): many more delay the first
@@ -64,6 +65,7 @@ class _Actor:
         self, experiment: Experiment, source: Source, places: tuple[int, int], stop: int,
         metrics: RunMetrics | None = None, *, hand_over: int = HAND_OVER_BYTES,
     ) -> None:  # fmt: skip
+        skip_destructors()
         torch.set_num_threads(1)
         keep_freed_memory()
         self.data, self.metrics, self.hand_over = experiment.data, metrics, hand_over

@@ -31,6 +31,7 @@ from simclr_ray.data.source import Source
 from simclr_ray.data.tables import RowTable
 from simclr_ray.distributed.placement import check_actors, matches, nodes
 from simclr_ray.distributed.selectors import shown
+from simclr_ray.distributed.worker_exit import skip_destructors
 from simclr_ray.errors import ClusterError, DataError, one_line
 from simclr_ray.evaluation.feature_columns import (
     ERROR,
@@ -100,6 +101,7 @@ class _Extractor:
     """A Ray Data actor with the networks."""
 
     def __init__(self, source: Source, kept: Sequence[Any], threads: int) -> None:
+        skip_destructors()
         self.device = best_device()
         encoding: Encoding = ray.get(kept[0])
         self.source, self.encoding = source, encoding

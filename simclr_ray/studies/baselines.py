@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.config.protocols import PROBE
+from simclr_ray.distributed.worker_exit import skip_destructors
 from simclr_ray.errors import SimclrRayError, last_line
 from simclr_ray.evaluation.baselines import baseline_scores
 from simclr_ray.evaluation.scores import UNTRAINED
@@ -81,6 +82,7 @@ def check_trial(folder: StudyFolder, outcome: TrialOutcome) -> None:
 
 def _scores_of(tree: dict[str, Any], protocols: list[str]) -> dict[str, dict[str, float]]:
     """Return name of a baseline -> metric -> value."""
+    skip_destructors()
     return enter(cfg.validate(Experiment, tree), _scored, protocols)
 
 

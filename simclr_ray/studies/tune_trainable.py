@@ -18,6 +18,7 @@ from ray.util.queue import Empty
 
 from simclr_ray.data.image_cache import keep_newest
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
+from simclr_ray.distributed.worker_exit import skip_destructors
 from simclr_ray.errors import RunError
 from simclr_ray.evaluation.decoded import DECODED
 from simclr_ray.evaluation.encoded_splits import VIEWS_BYTES
@@ -37,6 +38,7 @@ class Ends:
     """Which runs are to end, and which run: between the study's driver and the trials'."""
 
     def __init__(self) -> None:
+        skip_destructors()
         self.requested: set[str] = set()
         self.running: set[str] = set()
 
@@ -140,6 +142,7 @@ def _run(job: Job, trial: Trial, reported_epoch: int, ends: Any) -> TrialOutcome
 @ray.remote(num_cpus=0, max_retries=0)
 def _run_remotely(job: Job, trial: Trial, inbox: PickledQueue, ends: Any) -> TrialOutcome:
     """Run one trial in a process of its own, which looks like that of a command."""
+    skip_destructors()
 
     def on_epoch(epoch: int, values: dict[str, float]) -> None:
         inbox.put((epoch, values))

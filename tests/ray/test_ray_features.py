@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from simclr_ray import config as cfg
@@ -26,6 +28,7 @@ from simclr_ray.inference.comparison import Contender, score_all
 from simclr_ray.nn.build import build_model
 from simclr_ray.nn.resnet import ResNet
 from simclr_ray.storage import checkpoint
+from tests.ray import processes
 from tests.ray.images import write_shapes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -154,3 +157,29 @@ def test_more_actors_than_the_cluster_has_cpus_are_refused(folder: Path, ray_clu
         ClusterError, match=r"evaluation.actors=99, each of 1 CPU.* room for 4 on 1"
     ):
         extract(source, [RawPixelEncoder()], 32, EvaluationConfig(actors=99))
+
+
+def test_actors_end_without_a_destructor_that_may_wait_for_ever(
+    folder: Path, ray_cluster: str
+) -> None:
+    context = ray.get_runtime_context()
+    logs = Path(context.get_temp_dir()) / context.get_session_name() / "logs"
+
+    def ended() -> dict[str, str]:
+        """Return the log of each of Ray's workers that has shut down, by its name."""
+        texts = {path.name: path.read_text() for path in logs.glob("python-core-worker-*.log")}
+        return {name: text for name, text in texts.items() if "Core worker is destructed" in text}
+
+    def wait() -> None:
+        until = time.monotonic() + 30
+        while processes.named("_Extractor") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not processes.named("_Extractor")
+
+    wait()  # those of the tests before
+    before = set(ended())
+    extract(Source.open(str(folder / "bank.parquet")), [RawPixelEncoder()], 32, TWO)
+    wait()
+    new = [text for name, text in ended().items() if name not in before]
+    assert len(new) == 2
+    assert not [text for text in new if "Destructing CoreWorkerProcessImpl" in text]
