@@ -8,6 +8,8 @@ Of each study the forecast of `study run --dry-run` is made first, then it is ru
 and its report is kept in `docs/studies` (`benchmarks.studies`); of finished ones it is kept again.
 One that was stopped, or has trials that failed, goes on; where a study's file or images have
 changed since, it is refused.
+A forecast is as right as the machine is idle: `--again` makes it anew, of studies whose minutes are
+stored, and stores it beside the first.
 Writes `benchmarks/results/forecasts.json`; `python -m benchmarks.findings` then writes the page.
 """
 
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks import studies as kept
 from benchmarks.record import RESULTS, machine, portable, store
@@ -31,7 +34,7 @@ from simclr_ray.studies.driver import checked_images
 from simclr_ray.studies.files import load_study, study_names, summaries
 from simclr_ray.studies.findings import SCALES, USUAL
 from simclr_ray.studies.folder import FINAL, StudyFolder
-from simclr_ray.studies.plan import base_tree, study_folder
+from simclr_ray.studies.plan import base_tree, images_of, study_folder
 from simclr_ray.studies.settings import digest_of_study
 from simclr_ray.studies.time_forecast import forecast_time
 from simclr_ray.studies.trials import plan
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=list(SCALES), default=USUAL)
     parser.add_argument("--studies", nargs="+", choices=study_names(), help="All that have it.")
     parser.add_argument("--forecast", default="", help="Print this study's alone, as seconds.")
+    parser.add_argument("--again", action="store_true", help="Forecast anew; run nothing.")
     args = parser.parse_args()
     data = overrides_of(args.scale, args.train, args.test)
     if args.forecast:
@@ -54,6 +58,10 @@ def main() -> None:
         return
     names = args.studies or studies_at(args.scale)
     studies = {name: load_study(name, args.scale, *data) for name in names}
+    if args.again:
+        for study in studies.values():
+            _forecast_again(study, [args.train, args.test])
+        return
     try:  # of all, before the first runs for an hour
         are_done = {name: is_done(study) for name, study in studies.items()}
     except SimclrRayError as error:
@@ -121,8 +129,6 @@ def _run(name: str, scale: str, data: list[str]) -> float:
 
 def _remember(name: str, ahead_s: float, seconds: float, data: str) -> None:
     """Store what was forecast beside what it took, with those of other studies."""
-    file = RESULTS / f"{NAME}.json"
-    before = json.loads(file.read_text())["studies"] if file.is_file() else {}
     one = {
         "forecast_minutes": round(ahead_s / 60, 2),
         "minutes": round(seconds / 60, 2),
@@ -130,8 +136,36 @@ def _remember(name: str, ahead_s: float, seconds: float, data: str) -> None:
         "load_after": round(os.getloadavg()[2], 2),
         "commit": machine()["commit"],
     }
-    command = portable(f"python -m benchmarks.laptop {data}")
-    store(NAME, {"command": command, "studies": {**before, name: one}})
+    _store(name, one, data)
+
+
+def _forecast_again(study: Study, data: list[str]) -> None:
+    """Store a forecast made now beside the minutes that a study took, and its first forecast."""
+    name = kept.kept_name(study)
+    stored, ran = _stored()[name], json.loads((kept.KEPT / name / "results.json").read_text())
+    images = sum(images_of(plan(study, base_tree(study))).values())
+    if (ran["seeds"], ran["images"]) != ([*study.seeds], images):
+        raise SystemExit(f"error: {name} is another study now than the one that took its minutes")
+    minutes = _forecast(study.name, study.scale, data) / 60
+    again = {
+        "forecast_minutes": round(minutes, 2),
+        "error": round(minutes / stored["minutes"] - 1, 3),
+        "commit": machine()["commit"],
+    }
+    called = f"{' '.join(data)} --scale {study.scale} --studies {study.name} --again"
+    _store(name, {**stored, "again": again}, called)
+
+
+def _stored() -> dict[str, Any]:
+    file = RESULTS / f"{NAME}.json"
+    studies: dict[str, Any] = json.loads(file.read_text())["studies"] if file.is_file() else {}
+    return studies
+
+
+def _store(name: str, one: dict[str, Any], called: str) -> None:
+    """Store what is known of one study with that of others; `called`: the command's arguments."""
+    command = portable(f"python -m benchmarks.laptop {called}")
+    store(NAME, {"command": command, "studies": {**_stored(), name: one}})
 
 
 if __name__ == "__main__":
