@@ -158,4 +158,4 @@ def test_the_python_of_a_table_of_labels(
     listed = pd.DataFrame({"file": [f.name for f in files], "class": ["a", "b", "a", "b"]})
     listed.to_csv("photos/labels.csv", index=False)
     exec(text, {})  # noqa: S102
-    place.run("simclr-ray inspect photos/labels.parquet", cwd=tmp_path)
+    place.run("simclr-ray inspect photos.parquet", cwd=tmp_path)
