@@ -156,7 +156,7 @@ def _cache() -> Path:
     places: list[Path] = []
     with suppress(RuntimeError):  # a user may have no home
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        places.append(base / "simclr-ray")
+        places.append(base / "simclr_ray" / "native")
     places.append(Path(tempfile.gettempdir()) / f"simclr-ray-{os.getuid()}")
     for folder in places:
         try:

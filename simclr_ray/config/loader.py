@@ -1,6 +1,6 @@
 """Typed config: YAML and dotted overrides in, a frozen checked tree out, one line an issue.
 
-The only place that knows pydantic and YAML. YAML is 1.2, so `1e-4` is a number and `yes` a string.
+The only place that reads an experiment's YAML, which is 1.2: `1e-4` is a number, `yes` a string.
 A union of configs is told apart by its `name` key, which may be left out for the default variant;
 overriding `name` drops the keys of the old variant. Errors say the dotted path, what was given,
 what is allowed, and the nearest valid name.

@@ -66,7 +66,6 @@ class TarIndex:
 
 class _Member(NamedTuple):
     name: str
-    ending: str  # what follows the key, in lower case, without its dot
     offset: int
     size: int
     is_image: bool
@@ -172,9 +171,7 @@ def _read_member(
         labels, problem = _labels_of(tar, member, ending, keys)
         if problem:
             left_out.add(problem, name)
-        return [
-            _Member(name, ending, member.offset_data, member.size, is_image=False, labels=labels)
-        ]
+        return [_Member(name, member.offset_data, member.size, is_image=False, labels=labels)]
     if suffix not in IMAGE_SUFFIXES and (reason := _why_no_image(tar, member, suffix)):
         left_out.add(reason, name)
         return []
@@ -182,7 +179,7 @@ def _read_member(
     if columns.image != ColumnsConfig().image and ending != wanted:
         left_out.add(f".{ending} (columns.image={columns.image})", name)
         return []
-    return [_Member(name, ending, member.offset_data, member.size, is_image=True)]
+    return [_Member(name, member.offset_data, member.size, is_image=True)]
 
 
 def _why_not(member: tarfile.TarInfo, name: str) -> str:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +31,7 @@ from simclr_ray.evaluation.evaluate import (
 )
 from simclr_ray.evaluation.scores import PIXELS, UNTRAINED, RawPixelEncoder, Score
 from simclr_ray.nn.precision import best_device
-from simclr_ray.storage.filesystem import cache_folder
+from simclr_ray.storage.filesystem import cache_folder, filesystem, write_text_whole
 from simclr_ray.storage.provenance import code_digest, versions_of
 
 # Of an experiment, what neither the first weights nor the splits depend on.
@@ -163,10 +162,7 @@ def _write(entry: Path | None, rows: Sequence[Score]) -> None:
         return
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=entry.parent, prefix=".", delete=False, encoding="utf-8"
-        ) as file:
-            json.dump([row.as_tree() for row in rows], file)
-        Path(file.name).replace(entry)
+        fs, path = filesystem(str(entry))
+        write_text_whole(fs, path, json.dumps([row.as_tree() for row in rows]))
     except OSError as error:  # a cache that cannot be written costs time alone
         log.debug("%s was not written: %s", entry, error)

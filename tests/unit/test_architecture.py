@@ -107,6 +107,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "studies.effects",
         "studies.expected_accuracy",
         "data.duplicates",
+        "train.run_report",
     ),
     "faiss": ("inference.embedding_index",),
     "sklearn": ("inference.embedding_map",),

@@ -228,7 +228,7 @@ def test_without_a_compiler_or_with_a_broken_one_the_views_are_the_same(tmp_path
     broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
     broken.chmod(0o755)
     built, _ = probe(tmp_path / "cache")
-    (library,) = (tmp_path / "cache" / "simclr-ray").iterdir()
+    (library,) = (tmp_path / "cache" / "simclr_ray" / "native").iterdir()
     first = library.stat().st_mtime_ns
     again, _ = probe(tmp_path / "cache")
     missing, none = probe(tmp_path / "none", PATH=str(tmp_path / "nothing"))
@@ -246,8 +246,8 @@ def test_without_a_compiler_or_with_a_broken_one_the_views_are_the_same(tmp_path
 
 @needs_compiler
 def test_a_cache_that_others_can_write_is_not_used(tmp_path: Path) -> None:
-    (tmp_path / "simclr-ray").mkdir()
-    (tmp_path / "simclr-ray").chmod(0o777)
+    (tmp_path / "simclr_ray" / "native").mkdir(parents=True)
+    (tmp_path / "simclr_ray" / "native").chmod(0o777)
     built, _ = probe(tmp_path, TMPDIR=str(tmp_path))
     assert built.startswith("True ")
-    assert not list((tmp_path / "simclr-ray").iterdir())
+    assert not list((tmp_path / "simclr_ray" / "native").iterdir())
