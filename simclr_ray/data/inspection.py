@@ -64,7 +64,7 @@ class Match(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Looked:
+class ImageScan:
     """What looking at all images of a dataset left of them.
 
     Attributes:
@@ -137,7 +137,7 @@ class Looked:
 class Leaks(NamedTuple):
     """Images of another dataset, as a test split, that are in this one."""
 
-    other: Looked
+    other: ImageScan
     matches: list[Match]
     num_crowded: int
 
@@ -151,7 +151,7 @@ class Inspection(NamedTuple):
     16 bits: all of gray and color, of others those of each channel; none where all have 8 bits.
     """
 
-    looked: Looked
+    scan: ImageScan
     deep: list[ValueRange]
     duplicates: bool  # whether copies were looked for
     same_pixels: list[Copies]
@@ -193,19 +193,19 @@ def inspect_all(
     if any(seen.is_dark for seen in deep):
         levels = tuple(float(seen.white) for seen in deep)
         decoder = decoder._replace(white=levels[0] if channels in COLOR else levels)
-    looked = look(source, decoder, tell, names[0])
+    scan = look(source, decoder, tell, names[0])
     same: list[Copies] = []
     near: list[Copies] = []
     num_crowded = 0
     if duplicates:
-        same = [_copies(looked, rows, 0.0) for rows in same_digests(looked.pixels)]
-        near, num_crowded = _near(looked, tell)
-    num_flat = int(looked.is_flat[looked.usable].sum())
-    leaks = _leaks(looked, look(against, decoder, tell, names[1]), tell) if against else None
-    return Inspection(looked, deep, duplicates, same, near, num_flat, num_crowded, leaks)
+        same = [_copies(scan, rows, 0.0) for rows in same_digests(scan.pixels)]
+        near, num_crowded = _near(scan, tell)
+    num_flat = int(scan.is_flat[scan.usable].sum())
+    leaks = _leaks(scan, look(against, decoder, tell, names[1]), tell) if against else None
+    return Inspection(scan, deep, duplicates, same, near, num_flat, num_crowded, leaks)
 
 
-def look(source: Source, decoder: ImageDecoder, tell: OnStage, name: str = "") -> Looked:
+def look(source: Source, decoder: ImageDecoder, tell: OnStage, name: str = "") -> ImageScan:
     """Return what is kept of each image of a dataset, after decoding it.
 
     Raises:
@@ -234,7 +234,7 @@ def look(source: Source, decoder: ImageDecoder, tell: OnStage, name: str = "") -
                 values += counts
             tell(name, LOOKING, rows.stop, m)
     labels = source.labels() if source.has_labels else np.full(m, NO_LABEL)
-    return Looked(
+    return ImageScan(
         name,
         source,
         decoder,
@@ -296,18 +296,18 @@ def _range(name: str, counts: Int64s) -> ChannelRange:
     return ChannelRange(name, int(occur[0]), int(occur[-1]), mean, std)
 
 
-def _copies(looked: Looked, rows: Int64s, misfit: float) -> Copies:
-    encoded = {looked.encoded[row] for row in rows}
-    labels = set(looked.labels[rows].tolist()) - {NO_LABEL}
+def _copies(scan: ImageScan, rows: Int64s, misfit: float) -> Copies:
+    encoded = {scan.encoded[row] for row in rows}
+    labels = set(scan.labels[rows].tolist()) - {NO_LABEL}
     return Copies(rows.tolist(), misfit, len(encoded) == 1, len(labels) > 1)
 
 
-def _near(looked: Looked, tell: OnStage) -> tuple[list[Copies], int]:
-    rows = looked.compared
+def _near(scan: ImageScan, tell: OnStage) -> tuple[list[Copies], int]:
+    rows = scan.compared
     copies = near_copies(
-        looked.thumbnails[rows],
-        looked.sizes[rows].min(1),
-        on_pairs=lambda done, total: tell(looked.name, COMPARING, done, total),
+        scan.thumbnails[rows],
+        scan.sizes[rows].min(1),
+        on_pairs=lambda done, total: tell(scan.name, COMPARING, done, total),
     )
     groups = linked(len(rows), copies.pairs)
     group_of = {int(row): at for at, group in enumerate(groups) for row in group}
@@ -315,13 +315,13 @@ def _near(looked: Looked, tell: OnStage) -> tuple[list[Copies], int]:
     for (row, _), misfit in zip(copies.pairs.tolist(), copies.misfits.tolist(), strict=True):
         at = group_of[row]
         misfits[at] = max(misfits[at], misfit)
-    near = [_copies(looked, rows[g], m) for g, m in zip(groups, misfits, strict=True)]
+    near = [_copies(scan, rows[g], m) for g, m in zip(groups, misfits, strict=True)]
     return near, copies.num_crowded
 
 
-def _leaks(looked: Looked, other: Looked, tell: OnStage) -> Leaks:
-    """Return which images of `other` are in `looked`: by their pixels, else nearly."""
-    row_of = {digest: row for row, digest in reversed(list(enumerate(looked.pixels))) if digest}
+def _leaks(scan: ImageScan, other: ImageScan, tell: OnStage) -> Leaks:
+    """Return which images of `other` are in `scan`: by their pixels, else nearly."""
+    row_of = {digest: row for row, digest in reversed(list(enumerate(scan.pixels))) if digest}
     same = {
         row: Match(row, row_of[digest], 0.0)
         for row, digest in enumerate(other.pixels)
@@ -329,12 +329,12 @@ def _leaks(looked: Looked, other: Looked, tell: OnStage) -> Leaks:
     }
     usable = other.usable.tolist()
     queries = [row for row in usable if row not in same and not other.is_flat[row]]
-    rows = looked.compared
+    rows = scan.compared
     if not len(rows) or not queries:
         return Leaks(other, list(same.values()), 0)
     copies = near_copies(
-        np.concatenate([looked.thumbnails[rows], other.thumbnails[queries]]),
-        np.concatenate([looked.sizes[rows], other.sizes[queries]]).min(1),
+        np.concatenate([scan.thumbnails[rows], other.thumbnails[queries]]),
+        np.concatenate([scan.sizes[rows], other.sizes[queries]]).min(1),
         first_query=len(rows),
         on_pairs=lambda done, total: tell(other.name, COMPARING, done, total),
     )

@@ -20,7 +20,7 @@ from simclr_ray.data.contact_sheet import (
     write_sheet,
 )
 from simclr_ray.data.description import channels_in_words, class_name, deep_in_words
-from simclr_ray.data.inspection import Copies, Inspection, Looked
+from simclr_ray.data.inspection import Copies, ImageScan, Inspection
 from simclr_ray.storage.filesystem import filesystem, write_text_whole
 
 SAMPLES, GROUPS_SHOWN, MEMBERS_SHOWN, MATCHES_SHOWN, REASONS_SHOWN = 48, 60, 4, 60, 20
@@ -34,14 +34,14 @@ def write_page(inspection: Inspection, path: str) -> None:
         DataError: An image cannot be read again.
         OSError: The file cannot be written.
     """
-    looked = inspection.looked
+    scan = inspection.scan
     write_sheet(
         path,
-        looked.name,
+        scan.name,
         _sections(inspection),
         facts(inspection),
-        reasons=_reasons(looked),
-        classes=_classes(looked),
+        reasons=_reasons(scan),
+        classes=_classes(scan),
     )
 
 
@@ -57,26 +57,26 @@ def write_record(inspection: Inspection, path: str) -> None:
 
 def as_tree(inspection: Inspection) -> dict[str, Any]:
     """Return what was seen as a tree for JSON: every group and match, each row with id and name."""
-    looked, leaks = inspection.looked, inspection.leaks
-    labels, counts = np.unique(looked.labels, return_counts=True)
+    scan, leaks = inspection.scan, inspection.leaks
+    labels, counts = np.unique(scan.labels, return_counts=True)
     return {
-        "dataset": looked.name,
-        "fingerprint": looked.source.fingerprint,
-        "num_rows": looked.source.num_rows,
-        "num_usable": len(looked.usable),
-        "unusable": {r: [_row(looked, row) for row in rows] for r, rows in looked.unusable.items()},
-        "sizes": _sizes(looked),
-        "channels": [channel._asdict() for channel in looked.channels],
+        "dataset": scan.name,
+        "fingerprint": scan.source.fingerprint,
+        "num_rows": scan.source.num_rows,
+        "num_usable": len(scan.usable),
+        "unusable": {r: [_row(scan, row) for row in rows] for r, rows in scan.unusable.items()},
+        "sizes": _sizes(scan),
+        "channels": [channel._asdict() for channel in scan.channels],
         "classes": [
-            {"label": label, "name": class_name(looked.source, label), "images": count}
+            {"label": label, "name": class_name(scan.source, label), "images": count}
             for label, count in zip(labels.tolist(), counts.tolist(), strict=True)
-            if looked.source.has_labels
+            if scan.source.has_labels
         ],
         "deep": [seen._asdict() for seen in inspection.deep],
         "num_one_color": inspection.num_flat,
         "num_with_more_lookalikes": inspection.num_crowded,
-        "same_pixels": [_group(looked, copies) for copies in inspection.same_pixels],
-        "near": [_group(looked, copies) for copies in inspection.near],
+        "same_pixels": [_group(scan, copies) for copies in inspection.same_pixels],
+        "near": [_group(scan, copies) for copies in inspection.near],
         "against": leaks
         and {
             "dataset": leaks.other.name,
@@ -85,7 +85,7 @@ def as_tree(inspection: Inspection) -> dict[str, Any]:
             "matches": [
                 {
                     "other": _row(leaks.other, match.other),
-                    "here": _row(looked, match.row),
+                    "here": _row(scan, match.row),
                     "misfit": match.misfit,
                 }
                 for match in leaks.matches
@@ -96,33 +96,33 @@ def as_tree(inspection: Inspection) -> dict[str, Any]:
 
 def facts(inspection: Inspection) -> dict[str, str]:
     """Return what was seen in words, name -> value, in the order in which it is shown."""
-    looked = inspection.looked
-    num_rows, num_bad = looked.source.num_rows, looked.source.num_rows - len(looked.usable)
+    scan = inspection.scan
+    num_rows, num_bad = scan.source.num_rows, scan.source.num_rows - len(scan.usable)
     rows = {"images": f"{num_rows:,}, all of them looked at"}
-    rows["unusable"] = f"{num_bad:,}" + (f": {_in_words(looked.unusable)}" if num_bad else "")
-    num_of = Counter({channels_in(reason): len(rows) for reason, rows in looked.unusable.items()})
+    rows["unusable"] = f"{num_bad:,}" + (f": {_in_words(scan.unusable)}" if num_bad else "")
+    num_of = Counter({channels_in(reason): len(rows) for reason, rows in scan.unusable.items()})
     del num_of[0]
     if num_of:
         rows["channels"] = channels_in_words(dict(num_of.most_common()))
-    sizes = _sizes(looked)
+    sizes = _sizes(scan)
     if sizes:
         rows["sizes"] = (
             f"{sizes['width'][0]} to {sizes['width'][2]} px wide, {sizes['height'][0]} to "
             f"{sizes['height'][2]} px high, median {sizes['width'][1]:g} and "
             f"{sizes['height'][1]:g}, most often {sizes['most_often']}"
         )
-    for channel in looked.channels:
+    for channel in scan.channels:
         rows[channel.name] = (
             f"{channel.least} to {channel.most}, mean {channel.mean:.1f}, std {channel.std:.1f}"
         )
-    white = looked.decoder.white
+    white = scan.decoder.white
     shown = f"[{', '.join(f'{w:g}' for w in white)}]" if isinstance(white, tuple) else f"{white:g}"
     dark = f", nearly black: shown and compared with data.white={shown}"
     rows |= deep_in_words(inspection.deep, dark)
     if inspection.num_flat:
         rows["one color"] = f"{counted(inspection.num_flat, 'image')}, compared by pixels alone"
     if inspection.duplicates:
-        none = "" if len(looked.usable) else "no image that could be compared"
+        none = "" if len(scan.usable) else "no image that could be compared"
         rows["exact duplicates"] = none or _in_groups(inspection.same_pixels)
         rows["near duplicates"] = none or _in_groups(inspection.near)
     if inspection.num_crowded:
@@ -150,7 +150,7 @@ def _leaked(inspection: Inspection) -> str:
         f"{len(leaks.matches):,} of {counted(leaks.other.source.num_rows, 'image')}: "
         f"{num_same:,} by the same pixels, {len(leaks.matches) - num_same:,} nearly"
     )
-    if leaks.other.source.fingerprint == inspection.looked.source.fingerprint:
+    if leaks.other.source.fingerprint == inspection.scan.source.fingerprint:
         return f"{text}; it is the same dataset"
     return text
 
@@ -166,42 +166,42 @@ def _in_groups(groups: Sequence[Copies]) -> str:
     return text + (f"; {counted(differ, 'group')} of more than one class" if differ else "")
 
 
-def _sizes(looked: Looked) -> dict[str, Any]:
+def _sizes(scan: ImageScan) -> dict[str, Any]:
     """Return least, median and largest width and height, and the size that is most frequent."""
-    if not len(looked.usable):
+    if not len(scan.usable):
         return {}
-    sizes = looked.sizes[looked.usable]
+    sizes = scan.sizes[scan.usable]
     kinds, counts = np.unique(sizes, axis=0, return_counts=True)
     width, height = ([int(side.min()), float(np.median(side)), int(side.max())] for side in sizes.T)
     most_often = "x".join(map(str, kinds[counts.argmax()].tolist()))
     return {"width": width, "height": height, "most_often": most_often}
 
 
-def _row(looked: Looked, row: int) -> dict[str, Any]:
-    path = looked.paths[row] if looked.paths else None
-    return {"row": row, "id": int(looked.ids[row])} | ({"path": path} if path else {})
+def _row(scan: ImageScan, row: int) -> dict[str, Any]:
+    path = scan.paths[row] if scan.paths else None
+    return {"row": row, "id": int(scan.ids[row])} | ({"path": path} if path else {})
 
 
-def _group(looked: Looked, copies: Copies) -> dict[str, Any]:
-    return copies._asdict() | {"rows": [_row(looked, row) for row in copies.rows]}
+def _group(scan: ImageScan, copies: Copies) -> dict[str, Any]:
+    return copies._asdict() | {"rows": [_row(scan, row) for row in copies.rows]}
 
 
-def _reasons(looked: Looked) -> list[tuple[str, int, str]]:
+def _reasons(scan: ImageScan) -> list[tuple[str, int, str]]:
     """Return reason, count and the first names of the rows that cannot be used."""
     rows = [
-        (reason, len(rows), ", ".join(looked.name_of(row) for row in rows[:NAMES_SHOWN]))
-        for reason, rows in sorted(looked.unusable.items(), key=lambda item: -len(item[1]))
+        (reason, len(rows), ", ".join(scan.name_of(row) for row in rows[:NAMES_SHOWN]))
+        for reason, rows in sorted(scan.unusable.items(), key=lambda item: -len(item[1]))
     ]
     more = sum(count for _, count, _ in rows[REASONS_SHOWN:])
     return rows[:REASONS_SHOWN] + ([("other reasons", more, "")] if more else [])
 
 
-def _classes(looked: Looked) -> list[tuple[str, str, int]]:
-    if not looked.source.has_labels:
+def _classes(scan: ImageScan) -> list[tuple[str, str, int]]:
+    if not scan.source.has_labels:
         return []
-    labels, counts = np.unique(looked.labels, return_counts=True)
+    labels, counts = np.unique(scan.labels, return_counts=True)
     rows = [
-        (str(label), class_name(looked.source, label), count)
+        (str(label), class_name(scan.source, label), count)
         for label, count in zip(labels.tolist(), counts.tolist(), strict=True)
     ]
     more = len(rows) - CLASSES_SHOWN
@@ -209,8 +209,8 @@ def _classes(looked: Looked) -> list[tuple[str, str, int]]:
 
 
 def _sections(inspection: Inspection) -> list[Section]:
-    looked, leaks = inspection.looked, inspection.leaks
-    usable = looked.usable
+    scan, leaks = inspection.scan, inspection.leaks
+    usable = scan.usable
     places = np.unique(np.linspace(0, len(usable) - 1, SAMPLES).round().astype(int))
     samples = usable[places].tolist() if len(usable) else []
     same = _shown(inspection.same_pixels)
@@ -218,7 +218,7 @@ def _sections(inspection: Inspection) -> list[Section]:
     wanted = {*samples, *(row for group in (*same, *near) for row in group.rows[:MEMBERS_SHOWN])}
     matches = sorted(leaks.matches, key=lambda match: match.misfit)[:MATCHES_SHOWN] if leaks else []
     wanted |= {match.row for match in matches}
-    here = _thumbnails(looked, wanted)
+    here = _thumbnails(scan, wanted)
     there = _thumbnails(leaks.other, {match.other for match in matches}) if leaks else {}
     title = f"Images of {leaks.other.name} that are here" if leaks else ""
     return [
@@ -254,23 +254,21 @@ def _groups(
     return Section(title, f"{len(shown)} of {counted(len(groups), 'group')}", rows)
 
 
-def _thumbnails(looked: Looked, rows: Iterable[int]) -> dict[int, Thumbnail]:
+def _thumbnails(scan: ImageScan, rows: Iterable[int]) -> dict[int, Thumbnail]:
     """Return the images of some rows, read again from where they lie, one row group at a time."""
     wanted = np.array(sorted(rows), np.int64)
-    owner = looked.source.groups_of(wanted)
+    owner = scan.source.groups_of(wanted)
     out: dict[int, Thumbnail] = {}
     for index in np.unique(owner):
         some = wanted[owner == index]
-        for row, image in zip(some.tolist(), looked.source.read_rows(some).images, strict=True):
-            label = int(looked.labels[row])
-            of_class = class_name(looked.source, label) if label != NO_LABEL else ""
-            width, height = looked.sizes[row]
+        for row, image in zip(some.tolist(), scan.source.read_rows(some).images, strict=True):
+            label = int(scan.labels[row])
+            of_class = class_name(scan.source, label) if label != NO_LABEL else ""
+            width, height = scan.sizes[row]
             note = f"{width}x{height} {of_class}".strip()
             out[row] = Thumbnail(
-                looked.name_of(row),
+                scan.name_of(row),
                 note,
-                thumbnail_of(
-                    shown_as_rgb(looked.decoder.decode_small(image or b"", THUMBNAIL_SIDE))
-                ),
+                thumbnail_of(shown_as_rgb(scan.decoder.decode_small(image or b"", THUMBNAIL_SIDE))),
             )
     return out

@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
 )
 
 
-class RunPiece(NamedTuple):
+class SpanPiece(NamedTuple):
     """Rows that lie together, in the order in which they are written to a file.
 
     `ends` are those of the rows of each shard that has any.
@@ -89,7 +89,7 @@ class RunPiece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunTask:
+class SpanTask:
     """A run of row groups, whose rows are written again, shard by shard; picklable.
 
     Attributes:
@@ -100,7 +100,7 @@ class RunTask:
     """
 
     source: Source
-    pieces: tuple[RunPiece, ...]
+    pieces: tuple[SpanPiece, ...]
     group: int
     slice_rows: int
 
@@ -124,7 +124,7 @@ class RunTask:
             self._write_slice(piece, next(slices), first)
             first += self.slice_rows
 
-    def _write_slice(self, piece: RunPiece, rows: RowTable, first: int) -> None:
+    def _write_slice(self, piece: SpanPiece, rows: RowTable, first: int) -> None:
         """Write a piece; no name of the caller's holds its rows while the next ones are read."""
         if not piece.is_written():
             piece.write(rows, piece.rows - first)
@@ -201,7 +201,7 @@ def bring_together(parts: Sequence[ShardTask], out: str) -> list[ShardTask]:
     ]
 
 
-def _run_task(source: Source, run: range, shard_of: Int64s, out: str, number: int) -> RunTask:
+def _run_task(source: Source, run: range, shard_of: Int64s, out: str, number: int) -> SpanTask:
     """Return the task that brings together the rows of row groups.
 
     Args:
@@ -222,8 +222,8 @@ def _run_task(source: Source, run: range, shard_of: Int64s, out: str, number: in
         wanted = wanted[np.argsort(shard_of[wanted], kind="stable")]
         _, counts = np.unique(shard_of[wanted], return_counts=True)
         uri = address_below(out, f"run-{number:05d}-{at:05d}.parquet")
-        pieces.append(RunPiece(uri, wanted, tuple(np.cumsum(counts).tolist())))
-    return RunTask(source, tuple(pieces), run.start, slice_rows)
+        pieces.append(SpanPiece(uri, wanted, tuple(np.cumsum(counts).tolist())))
+    return SpanTask(source, tuple(pieces), run.start, slice_rows)
 
 
 def _runs(source: Source) -> Iterator[range]:

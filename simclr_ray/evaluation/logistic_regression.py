@@ -24,7 +24,7 @@ TOLERANCE: Final = 1e-5
 MAX_ITERATIONS: Final = 2000
 
 
-class Chosen(NamedTuple):
+class BestProbe(NamedTuple):
     """The classifier, the l2 that it has, and the held-out accuracy of each l2 that was tried."""
 
     probe: LinearProbe
@@ -88,7 +88,7 @@ def fit_logistic_regression(
 
 def sweep_logistic_regression(
     features: Tensor, labels: Tensor, num_classes: int, seed: int = 0
-) -> Chosen:
+) -> BestProbe:
     """Return the classifier whose l2 is best on held-out samples, fitted on all.
 
     A fifth of each class is held out, drawn by `seed`. From the strongest l2 to the weakest each
@@ -116,7 +116,7 @@ def sweep_logistic_regression(
         )
         accuracy_of[l2] = top_k_accuracy(start.logits(held_out_features), labels[held_out])
     best = max(accuracy_of, key=lambda l2: (accuracy_of[l2], l2))
-    return Chosen(
+    return BestProbe(
         fit_logistic_regression(features, labels, num_classes, best, fits[best]), best, accuracy_of
     )
 

@@ -32,7 +32,7 @@ RESAMPLES: Final = 2_000
 Hits = npt.NDArray[np.bool_]
 
 
-class Scored(NamedTuple):
+class EncoderScores(NamedTuple):
     """What an encoder reaches.
 
     Attributes:
@@ -74,7 +74,7 @@ def score_all(
     contenders: Sequence[Contender],
     experiment: Experiment,
     protocols: Sequence[str] = DEFAULT_PROTOCOLS,
-) -> list[Scored]:
+) -> list[EncoderScores]:
     """Return the scores of networks by the splits of an experiment, in their order.
 
     A split is read once for all that share size and decoder of the views; with `evaluation.actors`
@@ -99,11 +99,11 @@ def score_all(
 
 def _scored(
     contender: Contender, splits: EncodedSplits, experiment: Experiment, protocols: Sequence[str]
-) -> Scored:
+) -> EncoderScores:
     metrics = score_features(contender.name, *splits, experiment, ()).numbers()
     absent = NOTHING if contender.classifier else {CLASSIFIER_TOP1: "has no classifier"}
     if splits.test is None:
-        return Scored(metrics, {}, absent)
+        return EncoderScores(metrics, {}, absent)
     bank, test = splits.bank.labelled(), splits.test.labelled()
     assert test.ids is not None
     ids, hits = test.ids.numpy(), {}
@@ -116,7 +116,7 @@ def _scored(
             metrics[metric] = float(result.double().mean())
         else:
             metrics[metric] = result
-    return Scored(metrics, hits, absent)
+    return EncoderScores(metrics, hits, absent)
 
 
 def _classifier_hits(contender: Contender, test: Features, experiment: Experiment) -> Tensor:
@@ -155,7 +155,7 @@ def _predicted(head: nn.Module, h: FeatureRows, batch_size: int) -> Tensor:
         )
 
 
-def standard_errors(one: Scored, other: Scored) -> dict[str, float]:
+def standard_errors(one: EncoderScores, other: EncoderScores) -> dict[str, float]:
     """Return the standard error of the difference of each metric that counts images of both."""
     errors = {}
     for metric in one.hits.keys() & other.hits.keys():
@@ -189,7 +189,7 @@ def paired_bootstrap(one: Hits, other: Hits, resamples: int = RESAMPLES, seed: i
     return float(((drawn[:, 2] - drawn[:, 0]) / len(difference)).std())
 
 
-def table(names: Sequence[str], scored: Sequence[Scored]) -> list[list[str]]:
+def table(names: Sequence[str], scored: Sequence[EncoderScores]) -> list[list[str]]:
     """Return headings and rows of two encoders side by side, a metric a row."""
     one, other = scored
     errors: Mapping[str, float] = standard_errors(one, other)

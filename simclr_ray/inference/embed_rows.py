@@ -20,7 +20,7 @@ from simclr_ray.inference.embed_input import (
     open_rows,
     states_of_images,
 )
-from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Origin
+from simclr_ray.inference.embedding_file import EmbeddingFile, EmbedSummary, Origin
 from simclr_ray.storage import checkpoint
 from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.tracking.store import store_uri
@@ -42,7 +42,7 @@ def embed_rows(
     tracking_uri: str = "",
     overwrite: bool = False,
     on_progress: OnRows | None = None,
-) -> Embedded:
+) -> EmbedSummary:
     """Write the embedding of each image of a dataset, in its order, as a parquet file.
 
     Its columns are `path`, `id`, or `row`, the number, where rows have neither; those of `keep`;

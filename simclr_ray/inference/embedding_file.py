@@ -46,7 +46,7 @@ FIRST_BAD: Final = 5
 log = logging.getLogger(__name__)
 
 
-class Embedded(NamedTuple):
+class EmbedSummary(NamedTuple):
     """What was written.
 
     Attributes:
@@ -203,7 +203,7 @@ class EmbeddingFile:
         start = f"{name}{PARTS}"
         return [i.path for i in entries_in(self.fs, folder) if i.base_name.startswith(start)]
 
-    def summary(self) -> Embedded:
+    def summary(self) -> EmbedSummary:
         """Return what the finished file holds."""
         with self.fs.open_input_file(self.path) as file:
             stored = pq.ParquetFile(file)
@@ -216,7 +216,7 @@ class EmbeddingFile:
                 if len(bad) < FIRST_BAD and len(reasons) > reasons.null_count:
                     pairs = zip(batch.column(0).to_pylist(), reasons.to_pylist(), strict=True)
                     bad += [(str(key), reason) for key, reason in pairs if reason is not None]
-            return Embedded(stored.metadata.num_rows, num_bad, bad[:FIRST_BAD])
+            return EmbedSummary(stored.metadata.num_rows, num_bad, bad[:FIRST_BAD])
 
     @contextmanager
     def written(self) -> Iterator[None]:

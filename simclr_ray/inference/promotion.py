@@ -24,7 +24,7 @@ from simclr_ray.evaluation.evaluate import untrained_encoder
 from simclr_ray.evaluation.scores import UNTRAINED
 from simclr_ray.inference.comparison import (
     Contender,
-    Scored,
+    EncoderScores,
     score_all,
     standard_errors,
     table,
@@ -231,7 +231,7 @@ class _Contest:
     ) -> None:
         self.name, self.version, self.uri = name, version, uri
         self.experiment, self.rule = experiment, rule
-        self.scored: dict[int, Scored] = {}  # of versions; 0: untrained
+        self.scored: dict[int, EncoderScores] = {}  # of versions; 0: untrained
 
     def score(self, champion: int, *, with_untrained: bool) -> None:
         """Score what was not yet, all at once, so that images are read once."""

@@ -169,7 +169,7 @@ def register_encoder(
         )
 
 
-class FoundVersion(NamedTuple):
+class RegistryVersion(NamedTuple):
     """A version of a registered model.
 
     Attributes:
@@ -187,7 +187,7 @@ class FoundVersion(NamedTuple):
     source: str
 
 
-def find_version(where: str, *, uri: str) -> FoundVersion:
+def find_version(where: str, *, uri: str) -> RegistryVersion:
     """Return the version at `models:/name@alias`, `models:/name/3` or `models:/name/latest`.
 
     Args:
@@ -218,7 +218,7 @@ def find_version(where: str, *, uri: str) -> FoundVersion:
             if error.error_code not in ABSENT:
                 raise
             raise ConfigError.of(where, what_there_is(client, name)) from error
-    return FoundVersion(name, int(version), entity.run_id or "", dict(entity.tags), source)
+    return RegistryVersion(name, int(version), entity.run_id or "", dict(entity.tags), source)
 
 
 def fetch_model(where: str, folder: Path, *, uri: str, part: str = "") -> Path:

@@ -115,7 +115,11 @@ def train_resolved(
     if not in_process:
         check_machine(config)
     check_space(resolved)
-    with writing(folder.uri, numbers=OF_THE_DISK), folder.lock(HELD_S), stop.forgotten(folder):
+    with (
+        writing(folder.uri, numbers=OF_THE_DISK),
+        folder.lock(HELD_S),
+        stop.clear_after(folder),
+    ):
         for other in runs_of_this_name(resolved) if is_new(folder) else []:
             log.info("a new run, %s: %s", folder.name, other)
         folder.write_text(CONFIG_FILE, cfg.dump_yaml(cfg.to_tree(config)))
@@ -164,7 +168,7 @@ def _trained(
             log.warning(advice)
         if not newest and weight_files(resolved.config.init.weights):
             log.info("%s: %s", INIT_WEIGHTS_KEY, init_line(resolved.config))
-        with stop.passed_on(folder):
+        with stop.writing_requests(folder):
             _fit_with_rollbacks(resolved, tracked, on_progress, fit)
             is_stopped = _is_stop_requested(folder)
         newest = newest_checkpoint(resolved)

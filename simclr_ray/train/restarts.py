@@ -43,7 +43,7 @@ class FailureReport(ray.train.UserCallback):
     ) -> None:
         """Send the last line of each error; Ray calls this in its own process."""
         if not have_moved(worker_exceptions.values()):
-            tell(self.inbox, _failed(worker_exceptions))
+            report(self.inbox, _failed(worker_exceptions))
 
 
 class RestartPolicy(DefaultFailurePolicy):
@@ -55,7 +55,7 @@ class RestartPolicy(DefaultFailurePolicy):
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Return to start again, or to end the run."""
-        if not is_heard(self.inbox):
+        if not is_open(self.inbox):
             return FailureDecision.RAISE  # nobody would count
         if have_moved(getattr(training_failed_error, "worker_failures", {}).values()):
             return FailureDecision.RETRY  # nothing has failed
@@ -63,12 +63,12 @@ class RestartPolicy(DefaultFailurePolicy):
         failure = getattr(training_failed_error, "controller_failure", None)
         if isinstance(failure, DEATHS):
             cause = f"{BEFORE}: {cause_of(failure.__cause__ or failure)}"
-            tell(self.inbox, RanksFailed({"a worker": cause}))
+            report(self.inbox, RanksFailed({"a worker": cause}))
             is_last = self.failure_config.max_failures == 0
             return FailureDecision.RAISE if is_last else FailureDecision.RETRY
         if getattr(training_failed_error, "drain_timed_out", False):
             gone = "its node was taken away before all had saved"
-            tell(self.inbox, RanksFailed({"a rank": gone}))
+            report(self.inbox, RanksFailed({"a rank": gone}))
         return decision
 
 
@@ -92,7 +92,7 @@ def _failed(errors: Mapping[int, Exception]) -> RanksFailed:
     return RanksFailed(causes, any(recurring.values()))
 
 
-def is_heard(inbox: PickledQueue) -> bool:
+def is_open(inbox: PickledQueue) -> bool:
     """Return whether the inbox is there."""
     try:
         inbox.size()
@@ -101,7 +101,7 @@ def is_heard(inbox: PickledQueue) -> bool:
     return True
 
 
-def tell(inbox: PickledQueue, failed: RanksFailed) -> None:
+def report(inbox: PickledQueue, failed: RanksFailed) -> None:
     """Send the causes to the driver, where there still is one."""
     with suppress(ray.exceptions.RayError):
         inbox.put(failed)

@@ -61,7 +61,7 @@ def workers_are_gone() -> None:
 
 
 @contextmanager
-def forgotten(folder: RunFolder) -> Iterator[None]:
+def clear_after(folder: RunFolder) -> Iterator[None]:
     """Have nothing asked of this process after the block: its next run is another one."""
     try:
         yield
@@ -72,7 +72,7 @@ def forgotten(folder: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def passed_on(folder: RunFolder) -> Iterator[None]:
+def writing_requests(folder: RunFolder) -> Iterator[None]:
     """Write the file for what is asked of this process, while the block runs; remove it after.
 
     What was asked of this process before it trained stays; what was asked of one that was killed

@@ -22,7 +22,7 @@ from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.embed_input import open_rows
 from simclr_ray.inference.embed_pieces import FIRST_ROWS, cut_pieces
 from simclr_ray.inference.embed_rows import embed_rows
-from simclr_ray.inference.embedding_file import Embedded, EmbeddingFile, Origin, digest_of
+from simclr_ray.inference.embedding_file import EmbeddingFile, EmbedSummary, Origin, digest_of
 from simclr_ray.storage.filesystem import filesystem
 from simclr_ray.storage.run_folder import CONFIG_FILE
 from tests.formats.test_formats import HERE as FORMATS
@@ -67,7 +67,7 @@ def test_a_parquet_has_a_row_an_image_in_order(tmp_path: Path) -> None:
         MODEL, str(tmp_path / "in.parquet"), str(out), keep=["shop", "row"], batch_size=50,
         on_progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
-    assert made == Embedded(ROWS, 1, [("21", "not an image")])
+    assert made == EmbedSummary(ROWS, 1, [("21", "not an image")])
     table, embeddings = stored(out)
     assert table.column_names == ["id", "shop", "row", "embedding", "error"]
     assert table["id"].to_pylist() == [3 * i for i in range(ROWS)]
@@ -248,7 +248,7 @@ def test_embeddings_among_the_images_are_not_taken_for_a_dataset(tmp_path: Path)
     (tmp_path / "b.parquet.parts-0123").mkdir()  # of a run that was killed
     shutil.copy(first, tmp_path / "b.parquet.parts-0123" / "rows-000000000-3.parquet")
     second = embed_rows(MODEL, where, str(tmp_path / "b.parquet"), overwrite=True)
-    assert second == embed_rows(MODEL, where, str(first)) == Embedded(3, 0, [])
+    assert second == embed_rows(MODEL, where, str(first)) == EmbedSummary(3, 0, [])
     names = ["0.png", "1.png", "2.png", "a.parquet", "b.parquet"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     (tmp_path / "set").mkdir()

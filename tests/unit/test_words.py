@@ -118,6 +118,8 @@ def names_stored(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
                 yield node.lineno, name
+            case ast.ClassDef(name=name):
+                yield node.lineno, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
 
 
 def test_nothing_is_named_by_what_was_done_to_come_by_it() -> None:

@@ -88,7 +88,7 @@ def test_where_workers_train_the_first_signal_is_theirs_and_the_second_interrupt
 ) -> None:
     folder = RunFolder.of(str(tmp_path), "r-1")
     assert not stop.defer()  # nobody trains
-    with stop.passed_on(folder):
+    with stop.writing_requests(folder):
         assert not stop.defer()  # nobody trains yet
         stop.workers_can_save()
         stop.workers_are_gone()
@@ -119,7 +119,7 @@ def test_an_option_that_is_done_is_not_in_the_command_that_goes_on(
 def test_what_a_killed_driver_was_asked_is_not_asked_of_the_next(tmp_path: Path) -> None:
     folder = RunFolder.of(str(tmp_path), "r-1")
     stop.request_stop(folder, "process 1 on elsewhere")
-    with stop.passed_on(folder):
+    with stop.writing_requests(folder):
         assert not stop.is_requested(folder)
 
 
@@ -127,7 +127,7 @@ def test_what_a_driver_is_asked_while_it_starts_holds_when_workers_train(tmp_pat
     folder = RunFolder.of(str(tmp_path), "r-1")
     with folder.lock():
         stop.request_stop(folder, folder.holder())
-        with stop.passed_on(folder):
+        with stop.writing_requests(folder):
             assert stop.is_requested(folder)
         assert not stop.is_requested(folder)
 
@@ -137,7 +137,7 @@ def test_a_driver_says_that_somebody_has_asked(
 ) -> None:
     monkeypatch.setattr(stop, "LOOK_S", 0.01)
     folder = RunFolder.of(str(tmp_path), "r-1")
-    with caplog.at_level("INFO"), stop.passed_on(folder):
+    with caplog.at_level("INFO"), stop.writing_requests(folder):
         stop.request_stop(folder, "process 1 on elsewhere")
         until = time.monotonic() + 20
         while "as `run stop` asks" not in caplog.text and time.monotonic() < until:

@@ -53,10 +53,10 @@ def test_sizes_ranges_and_unusable_rows_are_those_of_the_images(tmp_path: Path) 
     pixels = [drawn(seed, 20 + seed, 30) for seed in range(6)]
     images = [*map(encode, pixels), b"", None, b"text", encode(pixels[0])[:300]]
     seen = look(dataset(tmp_path / "a.parquet", images))
-    assert seen.looked.unusable == {"empty": [6, 7], "not an image": [8], "truncated": [9]}
-    assert seen.looked.usable.tolist() == list(range(6))
+    assert seen.scan.unusable == {"empty": [6, 7], "not an image": [8], "truncated": [9]}
+    assert seen.scan.usable.tolist() == list(range(6))
     every = np.concatenate([image.reshape(-1, 3) for image in pixels])
-    for at, channel in enumerate(seen.looked.channels):
+    for at, channel in enumerate(seen.scan.channels):
         assert (channel.least, channel.most) == (every[:, at].min(), every[:, at].max())
         assert channel.mean == pytest.approx(every[:, at].mean(), abs=1e-9)
         assert channel.std == pytest.approx(every[:, at].std(), abs=1e-9)
@@ -139,8 +139,8 @@ def test_gray_of_16_bits_and_ids_that_repeat_are_looked_at(tmp_path: Path) -> No
     deep = [drawn(seed)[:, :, 0].astype(np.uint16) * 257 for seed in range(2)]
     images = [encode(deep[0]), encode(drawn(5)), encode(deep[1]), encode(deep[0])]
     seen = look(dataset(tmp_path / "a.parquet", images, id=[7, 7, 8, 9]))
-    assert seen.looked.ids.tolist() == [0, 1, 2, 3]
-    assert seen.looked.unusable == {}
+    assert seen.scan.ids.tolist() == [0, 1, 2, 3]
+    assert seen.scan.unusable == {}
     assert [group.rows for group in seen.same_pixels] == [[0, 3]]
     assert facts(seen)["more than 8 bits"].endswith("of 65,535")
 
@@ -155,10 +155,10 @@ def test_images_of_five_channels_are_looked_at_in_all_of_them(tmp_path: Path) ->
     seen = inspect_all(source, channels=5)
     assert [group.rows for group in seen.same_pixels] == [[0, 3]]
     assert [group.rows for group in seen.near] == [[0, 2]]
-    assert [*map(len, seen.looked.unusable.values())] == [1]
+    assert [*map(len, seen.scan.unusable.values())] == [1]
     every = np.concatenate([image.reshape(-1, 5) for image in images])
-    assert [c.name for c in seen.looked.channels] == [f"channel {at}" for at in range(1, 6)]
-    for at, channel in enumerate(seen.looked.channels):
+    assert [c.name for c in seen.scan.channels] == [f"channel {at}" for at in range(1, 6)]
+    for at, channel in enumerate(seen.scan.channels):
         assert (channel.least, channel.most) == (every[:, at].min(), every[:, at].max())
         assert channel.mean == pytest.approx(every[:, at].mean(), abs=1e-9)
     write_page(seen, str(tmp_path / "a.html"))
@@ -177,7 +177,7 @@ def test_dark_channels_are_stretched_each_by_its_own_white(tmp_path: Path) -> No
     assert [deep.most for deep in seen.deep] == [
         int(np.stack(bands)[..., c].max()) for c in range(4)
     ]
-    assert all(channel.most == 255 for channel in seen.looked.channels)
+    assert all(channel.most == 255 for channel in seen.scan.channels)
     assert "data.white=[" in facts(seen)["more than 8 bits of channel 1"]
     assert "nearly black" not in facts(seen)["more than 8 bits of channel 4"]
 

@@ -21,7 +21,7 @@ from simclr_ray.evaluation import scores as rows
 from simclr_ray.evaluation.evaluate import score_networks
 from simclr_ray.inference.comparison import (
     Contender,
-    Scored,
+    EncoderScores,
     paired_bootstrap,
     score_all,
     standard_errors,
@@ -188,7 +188,7 @@ def test_two_classifiers_are_compared_and_an_encoder_without_one_says_so(tmp_pat
     assert "classifier_top1" not in [row[0] for row in table(["one", "none"], [one, none])]
     rule = Requirement.parse("classifier_top1 >= champion - 0.2 * se")
 
-    def tested(candidate: Scored, champion: Scored | None) -> tuple[bool, str]:
+    def tested(candidate: EncoderScores, champion: EncoderScores | None) -> tuple[bool, str]:
         facts = Facts(candidate.metrics, None, {}, candidate.absent)
         if champion is not None:
             facts = Facts(

@@ -24,7 +24,12 @@ from simclr_ray.config.experiment import Experiment, TrackingConfig
 from simclr_ray.errors import CollapseError, ConfigError, NotPromotedError
 from simclr_ray.evaluation.scores import UNTRAINED
 from simclr_ray.inference import promotion, registry
-from simclr_ray.inference.comparison import Contender, Scored, paired_bootstrap, standard_errors
+from simclr_ray.inference.comparison import (
+    Contender,
+    EncoderScores,
+    paired_bootstrap,
+    standard_errors,
+)
 from simclr_ray.inference.embed import load_encoder
 from simclr_ray.inference.encoder import Encoder
 from simclr_ray.inference.encoder_files import write_encoder
@@ -55,11 +60,11 @@ def test_the_standard_error_is_that_of_the_mean_of_paired_differences() -> None:
 
 
 def test_errors_are_of_the_images_that_both_could_read() -> None:
-    one = Scored({}, {"knn_top1": (np.array([1, 2, 3, 5]), np.array([1, 0, 1, 1], bool))})
-    other = Scored({}, {"knn_top1": (np.array([5, 3, 9]), np.array([0, 1, 0], bool))})
+    one = EncoderScores({}, {"knn_top1": (np.array([1, 2, 3, 5]), np.array([1, 0, 1, 1], bool))})
+    other = EncoderScores({}, {"knn_top1": (np.array([5, 3, 9]), np.array([0, 1, 0], bool))})
     expected = paired_bootstrap(np.array([1, 1], bool), np.array([1, 0], bool))
     assert standard_errors(one, other) == {"knn_top1": expected}
-    assert standard_errors(one, Scored({}, {})) == {}
+    assert standard_errors(one, EncoderScores({}, {})) == {}
 
 
 def simulated(rng: np.random.Generator, shift: float, num: int = 2000) -> tuple[Hits, Hits]:
@@ -162,7 +167,7 @@ def scores(monkeypatch: pytest.MonkeyPatch, four_versions: Registry) -> dict[int
     uri = four_versions.uri
     version_of = {mark(load_encoder(f"models:/m/{v}", tracking_uri=uri)): v for v in reached}
 
-    def score_all(contenders: Sequence[Contender], *_: Any) -> list[Scored]:
+    def score_all(contenders: Sequence[Contender], *_: Any) -> list[EncoderScores]:
         return [
             scored(0.2, 2.0)
             if c.name == UNTRAINED
@@ -170,11 +175,11 @@ def scores(monkeypatch: pytest.MonkeyPatch, four_versions: Registry) -> dict[int
             for c in contenders
         ]
 
-    def scored(accuracy: float, rank: float = 9.0) -> Scored:
+    def scored(accuracy: float, rank: float = 9.0) -> EncoderScores:
         hits = np.random.default_rng(0).random(1000) < accuracy
         metrics = {"linear_top1": float(hits.mean()), "knn_top1": 0.5, "effective_rank": rank}
         metrics |= {"feature_std": 0.1}
-        return Scored(metrics, {"linear_top1": (np.arange(1000), hits)})
+        return EncoderScores(metrics, {"linear_top1": (np.arange(1000), hits)})
 
     monkeypatch.setattr(promotion, "score_all", score_all)
     return reached
@@ -208,7 +213,7 @@ def test_an_encoder_that_has_learned_nothing_is_refused_but_for_force(
     four_versions: Registry, scores: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = {"linear_top1": 0.9, "effective_rank": 1.5, "feature_std": 0.1}
-    reached = [Scored(metrics, {}), Scored(metrics | {"effective_rank": 5.0}, {})]
+    reached = [EncoderScores(metrics, {}), EncoderScores(metrics | {"effective_rank": 5.0}, {})]
     monkeypatch.setattr(promotion, "score_all", lambda given, *_: reached[: len(given)])
     uri = four_versions.uri
     with pytest.raises(CollapseError, match=r"effective rank is 1\.50.*champion stays"):
