@@ -290,6 +290,9 @@ def _value(column: pa.Array) -> NDArray[np.uint8]:
 class _Pace:
     """Makes Ray Data's scheduling loop pause in each round; the four methods are its protocol.
 
+    And forget what it keeps of each block for a summary that nobody reads: measured (Ray 2.60), 1.5
+    kB a block in the training process, gigabytes in a week of steps that are handed over alone.
+
     While the consumer is slower than the actors, `ray.wait` has something ready that back-pressure
     forbids to take, and the loop spins in a thread of the training process. Measured (Ray 2.60, two
     workers on two cores): 150 images/s with the spinning, 350 with a pause of 20 ms. A round is
@@ -321,8 +324,12 @@ class _Pace:
     def before_execution_starts(self, executor: object) -> None:
         """Do nothing."""
 
-    def on_execution_step(self, executor: object) -> None:  # noqa: ARG002 - the protocol's
+    def on_execution_step(self, executor: object) -> None:
         """Give the interpreter lock back for a while."""
+        for operator in getattr(executor, "_topology", None) or ():
+            stats = getattr(operator, "_output_blocks_stats", None)
+            if isinstance(stats, list):
+                stats.clear()
         time.sleep(self.pause_s)
 
     def after_execution_succeeds(self, executor: object) -> None:

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,29 @@ log = logging.getLogger(__name__)
 
 class LockedError(Exception):
     """Another process holds the lock; the text names it: `process PID on HOST`."""
+
+
+def is_seen(folder: Path, holder: str, wait_s: float = 0.0) -> bool:
+    """Return whether `folder` is the one whose lock a process holds, or is by the end of a wait.
+
+    Args:
+        folder: As this machine has it.
+        holder: As `text_of` gives it on the machine of the process.
+        wait_s: A client of NFS may remember for some seconds that there was no such file.
+    """
+    deadline = time.monotonic() + wait_s
+    while text_of(folder) != holder:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def text_of(folder: Path) -> str:
+    """Return the holder's text in `folder`, or nothing; whether it lives is not looked at."""
+    with suppress(OSError):
+        return (folder / HOLDER).read_text(encoding="utf-8")
+    return ""
 
 
 @contextmanager

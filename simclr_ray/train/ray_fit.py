@@ -16,6 +16,7 @@ from simclr_ray.distributed.malloc import one_arena
 from simclr_ray.distributed.placement import staying_nodes, store_problem
 from simclr_ray.distributed.ray_cluster import PickledQueue, driver_queue
 from simclr_ray.errors import RestartsError, RunError, one_line
+from simclr_ray.storage import run_lock
 from simclr_ray.train import stop
 from simclr_ray.train.elastic import RESIZE_S, Trainer, interrupts_kept
 from simclr_ray.train.failures import cause_of, final_error, root_failure
@@ -70,12 +71,13 @@ def _trainer(resolved: ResolvedExperiment, inbox: PickledQueue, rollbacks: Rollb
     """Return Ray's trainer of a run, as the run's config has it."""
     experiment, folder = resolved.config, resolved.folder
     scaling = experiment.scaling
+    driver = run_lock.text_of(folder.local) if folder.local is not None else ""
     return Trainer(
         train_loop_per_worker,
         scaling=scaling,
         folder=folder,
         inbox=inbox,
-        train_loop_config={"input": WorkerInput(resolved, inbox, rollbacks, remembered())},
+        train_loop_config={"input": WorkerInput(resolved, inbox, rollbacks, remembered(), driver)},
         scaling_config=scaling_config(
             scaling,
             (scaling.min_workers, scaling.max_workers)

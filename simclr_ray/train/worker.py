@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import platform
 import shutil
 import tempfile
 import threading
@@ -28,7 +29,7 @@ from simclr_ray.data.batch import Batch
 from simclr_ray.distributed import collectives
 from simclr_ray.distributed.machine import cores
 from simclr_ray.distributed.malloc import keep_freed_memory
-from simclr_ray.errors import DivergedError
+from simclr_ray.errors import ConfigError, DivergedError
 from simclr_ray.evaluation.online import OnlineEvaluation
 from simclr_ray.nn.build import SimCLRModel, build_loss, build_model
 from simclr_ray.nn.encoders import set_recompute
@@ -36,8 +37,10 @@ from simclr_ray.nn.heads import LearnableTemperature
 from simclr_ray.nn.precision import prepare_model
 from simclr_ray.nn.pretrained import load_init
 from simclr_ray.optim import build_optimizer
-from simclr_ray.storage import checkpoint
+from simclr_ray.storage import checkpoint, run_lock
 from simclr_ray.storage.metrics_log import FIRST_BATCH
+from simclr_ray.storage.retries import with_retries
+from simclr_ray.storage.run_folder import RunFolder
 from simclr_ray.train import loop
 from simclr_ray.train.context import TrainContext
 from simclr_ray.train.failures import final_error
@@ -51,6 +54,7 @@ from simclr_ray.train.rollback import Rollbacks
 from simclr_ray.train.step_schedule import schedule_of
 from simclr_ray.train.worker_batches import finish_batches
 
+STORAGE_S = 30.0  # clients of NFS have looked again by then
 SLOW_S = 1.0  # an upload that takes longer goes on beside the next steps
 BAD_START = "{} is not finite before the first step: it is so in init.weights, or in own code"
 
@@ -64,12 +68,15 @@ class WorkerInput(NamedTuple):
         rollbacks: That the run has behind it.
         passwords: As `uris.remembered` returns them: in files that a worker opens, the list of a
             folder among them, URIs have none.
+        driver: As `run_lock.text_of` has it of a local run folder, for a worker that may be on
+            another machine; empty: this one is on the driver's.
     """
 
     experiment: ResolvedExperiment
     inbox: Inbox
     rollbacks: Rollbacks = Rollbacks()
     passwords: Mapping[str, str] = {}
+    driver: str = ""
 
 
 def train_rank(worker_input: WorkerInput, context: TrainContext) -> None:
@@ -98,7 +105,7 @@ class TrainWorker:
             remember(uri)
         self.resolved, self.inbox = worker_input.experiment, worker_input.inbox
         self.experiment, self.source = self.resolved.config, self.resolved.source
-        self.rollbacks = worker_input.rollbacks
+        self.rollbacks, self.driver = worker_input.rollbacks, worker_input.driver
         self.folder, self.total = self.resolved.folder, self.resolved.total_steps
         self.context, self.device = context, context.device
         self.rank, self.num_ranks = context.rank, context.num_ranks
@@ -112,7 +119,14 @@ class TrainWorker:
         prepare_process(self.experiment, context.num_local)
 
     def run(self) -> None:
-        """Train from the newest whole checkpoint to the end. A collective."""
+        """Train from the newest whole checkpoint to the end. A collective.
+
+        Raises:
+            ConfigError: The run's folder is not the driver's, which another machine has.
+        """
+        # others wait for this rank meanwhile, and not for longer than that
+        wait_s = min(STORAGE_S, self.experiment.scaling.collective_timeout_s / 2)
+        check_storage(self.folder, self.driver, wait_s)
         if self.context.local_rank == 0:
             self._clear_scratch()
         experiment, newest = self.experiment, self._newest()
@@ -241,7 +255,7 @@ class TrainWorker:
         """Copy a checkpoint to where the run lies, its record last: what has one is whole."""
         began = time.monotonic()
         try:
-            self.folder.put_checkpoint(written, name)
+            with_retries(lambda: self.folder.put_checkpoint(written, name), name)
         except BaseException as error:
             if final_error(error) is not None:  # after others Ray tries the same files again
                 shutil.rmtree(written, ignore_errors=True)
@@ -317,6 +331,28 @@ class TrainWorker:
         if self.rank == 0:
             self.inbox.put({"step": step, "epoch": epoch, "total": self.total, **values})
             self.exported.logged(epoch, values)
+
+
+def check_storage(folder: RunFolder, driver: str, wait_s: float = 0.0) -> None:
+    """Check that this machine has the run folder of the driver's: of another there is no way back.
+
+    Ray looks at it once, in the driver, and each node would keep the checkpoints of its own ranks.
+
+    Args:
+        folder: Of the run.
+        driver: As `WorkerInput` has it.
+        wait_s: For what the driver has written to be seen here.
+
+    Raises:
+        ConfigError: It is another folder, or none.
+    """
+    if folder.local is None or not driver or run_lock.is_seen(folder.local, driver, wait_s):
+        return
+    raise ConfigError.of(
+        "storage",
+        f"{folder.storage} on {platform.node()} is not that of {driver}: workers on several "
+        "machines need one that all of them have, as of NFS, or a bucket (s3://, gs://)",
+    )
 
 
 def prepare_training(

@@ -118,6 +118,25 @@ def test_a_run_whose_node_dies_goes_on_when_another_joins(network: Network) -> N
         assert max(json.loads(line)["step"] for line in _records(runs)) == 96
 
 
+def test_workers_whose_storage_is_not_the_drivers_end_the_run_before_the_first_step(
+    network: Network,
+) -> None:
+    data, own = network.folder / "data", Path("/tmp/runs")  # each node's own
+    ours = [sys.executable, "-m", "simclr_ray"]
+    with (
+        network.node("head", head=True, cpus=1) as head,
+        network.node("second", cpus=1),
+    ):
+        for split in ("train", "test"):
+            made = head.run([*ours, "prepare", "shapes", str(data / split), "num_images=256"])
+            assert made.returncode == 0, made.stderr
+        apart = ["scaling.cpus_per_worker=0.6", "scaling.cpus_per_data_actor=0.4"]
+        done = head.run([*ours, "pretrain", "shapes_demo", *_settings(data, own), *apart])
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "storage: /tmp/runs on second is not that of process" in done.stderr
+        assert not head.run(["bash", "-c", "cat /tmp/runs/*/metrics.jsonl"]).stdout
+
+
 def _settings(data: Path, runs: Path) -> list[str]:
     """Return a run of 96 steps whose two workers need a node of one CPU each."""
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -99,6 +100,23 @@ def test_a_data_actor_that_is_killed_loses_and_repeats_no_step(
             (actor,) = set(processes.named("MapWorker")) - before
             os.kill(actor, signal.SIGKILL)
     assert seen == list(steps)
+
+
+def test_what_ray_keeps_of_each_block_for_a_summary_does_not_grow(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    write_shapes(tmp_path / "shapes.parquet", 40, row_group_size=10)
+    # a block for each step: an epoch's last one is handed over alone
+    experiment = experiment_on(
+        tmp_path, batch_size=40, epochs=120, scaling={"cpus_per_data_actor": 0.3}
+    )
+    source = Source.open(experiment.data.train)
+    most = 0
+    for batch in stream(experiment, source, range(120), 0, 1):
+        if batch.step % 30 == 29:
+            kept = [o for o in gc.get_objects() if type(o).__name__ == "BlockStats"]
+            most = max(most, len(kept))
+    assert most < 60, "one of each of the 120 blocks: see `_Pace`"
 
 
 def until_error(batches: Iterator[Batch]) -> tuple[list[Batch], Exception]:

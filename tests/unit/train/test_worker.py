@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from importlib import import_module
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 
 import pytest
@@ -15,16 +17,32 @@ from ray.exceptions import RayTaskError
 from simclr_ray import config as cfg
 from simclr_ray.config.experiment import Experiment
 from simclr_ray.distributed import collectives
-from simclr_ray.errors import DataError, DivergedError, RunError, TrackingError
+from simclr_ray.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    RunError,
+    StorageError,
+    TrackingError,
+)
+from simclr_ray.storage import checkpoint, retries, run_lock
 from simclr_ray.storage.checkpoint import RECORD
 from simclr_ray.storage.run_folder import BAD_ROWS, RunFolder
+from simclr_ray.storage.space import writing
 from simclr_ray.tracking.runs import TrackedRun
+from simclr_ray.train.context import SingleRankContext
 from simclr_ray.train.failures import unwrap_error
 from simclr_ray.train.finetune import _frozen, _num_bad
 from simclr_ray.train.health import HealthWatch
 from simclr_ray.train.recorder import RunRecorder
 from simclr_ray.train.resolve import resolve
-from simclr_ray.train.worker import TrainWorker, prepare_process
+from simclr_ray.train.worker import (
+    TrainWorker,
+    WorkerInput,
+    check_storage,
+    prepare_process,
+    train_rank,
+)
 from tests.ray.images import write_shapes
 
 
@@ -97,6 +115,71 @@ def test_a_weight_that_is_not_finite_before_the_first_step_is_not_laid_on_the_ra
     health = HealthWatch(cfg.validate(Experiment, {"name": "t", "data": {"train": "x"}}))
     assert health.explained(early.value) is early.value
     assert "probably" in str(health.explained(late.value))
+
+
+def test_a_worker_ends_the_run_where_its_folder_is_not_that_of_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simclr_ray.train.worker.STORAGE_S", 0.0)
+    folder = RunFolder.of(str(tmp_path / "mine"), "r-1")
+    other = RunFolder.of(str(tmp_path / "another machine's"), "r-1")
+    with folder.lock():
+        assert folder.local is not None
+        driver = run_lock.text_of(folder.local)
+        check_storage(folder, driver)
+        for at in ("there is none", "held by a driver of its own"):
+            if at.startswith("held"):
+                other.write_text(run_lock.HOLDER, "process 7 on node-2")
+            with pytest.raises(ConfigError, match=rf"^storage.*is not that of {driver}"):
+                check_storage(other, driver)
+        check_storage(other, "")  # of a process on the driver's machine
+        check_storage(RunFolder("s3://bucket/runs", "r-1"), driver)  # everyone's
+    inbox: Queue[object] = Queue()
+    resolved = resolve(_small_experiment(tmp_path))
+    worker_input = WorkerInput(resolved, inbox, driver="process 7 on node-2")
+    with resolved.folder.lock(), pytest.raises(ConfigError, match="not that of process 7"):
+        train_rank(worker_input, SingleRankContext(resolved.folder, keep=None))
+    assert any(isinstance(item, ConfigError) for item in inbox.queue)  # what the driver ends by
+
+
+def test_a_checkpoint_is_uploaded_again_where_storage_fails_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("simclr_ray.storage.retries.time.sleep", waits.append)
+    left = [OSError(errno.ESTALE, "Stale file handle"), OSError("AWS Error NETWORK_CONNECTION")]
+    put = RunFolder.put_checkpoint
+
+    def fails_twice(folder: RunFolder, local: Path, name: str) -> None:
+        if left:
+            with writing(folder.uri):
+                raise left.pop(0)
+        put(folder, local, name)
+
+    monkeypatch.setattr(RunFolder, "put_checkpoint", fails_twice)
+    worker = TrainWorker.__new__(TrainWorker)
+    worker.folder, worker.uploaded = RunFolder.of(str(tmp_path / "runs"), "r-1"), threading.Event()
+    written = tmp_path / "written"
+    checkpoint.write(written, 8, {"w": torch.ones(2)}, {})
+    name = checkpoint.new_name(8)
+    worker._upload(written, name)
+    assert worker.folder.checkpoints() == [name]
+    assert waits == list(retries.WAITS_S[:2])
+    assert len([r for r in caplog.records if "again in" in r.getMessage()]) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_what_a_disk_does_not_take_is_not_written_again(number: int) -> None:
+    calls: list[int] = []
+
+    def write() -> None:
+        calls.append(number)
+        with writing("/data/runs"):
+            raise OSError(number, "no")
+
+    with pytest.raises(StorageError):
+        retries.with_retries(write, "step-1", (0.0,))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("reason", ["taken", "resize", "stop", ""])
